@@ -1,0 +1,21 @@
+//! PostgreSQL's own vocabulary: LSNs, segments, timelines, WAL pages and replication messages.
+//!
+//! A leaf: pure functions over values and bytes. No I/O, no clock, no runtime, no other Klio crate.
+//! Everything here parses what a stranger sent, so every parser returns an error instead of panicking.
+
+mod lsn;
+mod page;
+mod replication;
+mod segment;
+mod size;
+mod timeline;
+
+pub use lsn::{Lsn, ParseLsnError};
+pub use page::{PAGE_BYTES, PageChecker, PageError, PageExpectation};
+pub use replication::{
+    MessageError, PrimaryKeepalive, ReplicationMessage, StatusUpdate, XLogData, decode_message,
+    encode_status, pg_micros_from_unix, unix_micros_from_pg,
+};
+pub use segment::{ParseSegmentError, SegmentName, SegmentSize, SegmentSizeError};
+pub use size::ByteSize;
+pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};

@@ -1,0 +1,14 @@
+//! The klio.v1 gRPC contract.
+//!
+//! Generated messages live in [`v1`]; nothing outside this crate builds or reads a field that has a
+//! validated twin. `code` is the one table of error codes for both ends.
+//! Knows no disk and opens no connection.
+
+/// The generated messages and services of `klio.v1`.
+#[allow(missing_docs, clippy::all, clippy::disallowed_methods)]
+pub mod v1 {
+    tonic::include_proto!("klio.v1");
+    /// The compiled descriptors, for gRPC reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] =
+        include_bytes!(concat!(env!("OUT_DIR"), "/klio.v1.bin"));
+}
