@@ -4,11 +4,14 @@
 //! validated twin. `code` is the one table of error codes for both ends.
 //! Knows no disk and opens no connection.
 
+pub mod code;
+
+pub use code::Code;
+
 /// The generated messages and services of `klio.v1`.
 #[allow(missing_docs, clippy::all, clippy::disallowed_methods)]
 pub mod v1 {
     tonic::include_proto!("klio.v1");
     /// The compiled descriptors, for gRPC reflection.
-    pub const FILE_DESCRIPTOR_SET: &[u8] =
-        include_bytes!(concat!(env!("OUT_DIR"), "/klio.v1.bin"));
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/klio.v1.bin"));
 }

@@ -1,1 +1,10 @@
-//! 
+//! What Klio keeps and how it lies on disk and in the bucket.
+//!
+//! Layout of both tiers, codec, tier-1 WAL store, tier-2 store and catalogue. Knows no gRPC, no queue
+//! and no exporter: callers pass bytes in and get facts and errors out.
+
+pub mod disk;
+pub mod error;
+pub mod layout;
+
+pub use error::{Error, Kind, Op};

@@ -1,0 +1,204 @@
+//! Every path and object key of both tiers: built and parsed here and nowhere else.
+//!
+//! Keys are relative, with `/`, the same in both tiers:
+//!
+//! | key | what |
+//! |---|---|
+//! | `<cluster>/cluster.json` | what was pinned at first contact |
+//! | `<cluster>/wal/<timeline>/<segment>.zst` | sealed segment |
+//! | `<cluster>/wal/<timeline>/<segment>.partial.zst` | last, unfinished segment of an ended timeline |
+//! | `<cluster>/wal/<timeline>.history` | history file of a timeline |
+//! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
+//!
+//! A name from outside becomes part of a path only through a type of this file, so `../` cannot.
+
+use klio_pg::{SegmentName, TimelineId};
+use std::{fmt, str::FromStr};
+
+/// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue
+/// subject, a metric attribute and a folder.
+#[derive(
+    Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(try_from = "String", into = "String")]
+pub struct ClusterName(String);
+
+/// Not a cluster name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "expected a cluster name of 1 to 63 characters a-z, 0-9, _ or -, beginning with a letter or digit, found {found:?}"
+)]
+pub struct ClusterNameError {
+    found: String,
+}
+
+impl ClusterName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ClusterName {
+    type Err = ClusterNameError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let good = (1..=63).contains(&text.len())
+            && plain(text.as_bytes()[0])
+            && text.bytes().all(|b| plain(b) || b == b'_' || b == b'-');
+        if good {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(ClusterNameError { found: text.chars().take(70).collect() })
+        }
+    }
+}
+
+impl TryFrom<String> for ClusterName {
+    type Error = ClusterNameError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<ClusterName> for String {
+    fn from(name: ClusterName) -> String {
+        name.0
+    }
+}
+
+impl fmt::Display for ClusterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A finished WAL file of a cluster, as it lies in both tiers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WalFile {
+    /// A complete segment.
+    Segment(SegmentName),
+    /// The last, unfinished segment of an ended timeline.
+    Partial(SegmentName),
+    /// A timeline's history.
+    History(TimelineId),
+}
+
+impl WalFile {
+    /// The timeline it belongs to.
+    pub const fn timeline(self) -> TimelineId {
+        match self {
+            WalFile::Segment(name) | WalFile::Partial(name) => name.timeline(),
+            WalFile::History(timeline) => timeline,
+        }
+    }
+
+    /// The key below `<cluster>/wal/`.
+    pub fn relative(self) -> String {
+        match self {
+            WalFile::Segment(name) => format!("{}/{name}.zst", name.timeline()),
+            WalFile::Partial(name) => format!("{}/{name}.partial.zst", name.timeline()),
+            WalFile::History(timeline) => timeline.history_file_name(),
+        }
+    }
+
+    /// The key in both tiers.
+    pub fn key(self, cluster: &ClusterName) -> String {
+        format!("{cluster}/wal/{}", self.relative())
+    }
+
+    /// Reads a key below `<cluster>/wal/`; `None` for anything that is not a finished WAL file.
+    pub fn parse_relative(text: &str) -> Option<Self> {
+        if let Some((folder, file)) = text.split_once('/') {
+            let timeline: TimelineId = folder.parse().ok()?;
+            let stem = file.strip_suffix(".zst")?;
+            let (stem, partial) =
+                stem.strip_suffix(".partial").map_or((stem, false), |stem| (stem, true));
+            let name: SegmentName = stem.parse().ok()?;
+            let file = if partial { WalFile::Partial(name) } else { WalFile::Segment(name) };
+            return (name.timeline() == timeline).then_some(file);
+        }
+        Some(WalFile::History(text.strip_suffix(".history")?.parse().ok()?))
+    }
+}
+
+/// What PostgreSQL writes for `%f` in a restore_command, or Klio's own name of a partial segment.
+impl FromStr for WalFile {
+    type Err = WalFileNameError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fail = || WalFileNameError { found: text.chars().take(70).collect() };
+        if let Some(stem) = text.strip_suffix(".history") {
+            return stem.parse().map(WalFile::History).map_err(|_| fail());
+        }
+        if let Some(stem) = text.strip_suffix(".partial") {
+            return stem.parse().map(WalFile::Partial).map_err(|_| fail());
+        }
+        text.parse().map(WalFile::Segment).map_err(|_| fail())
+    }
+}
+
+/// The PostgreSQL name: `000000010000000000000001`, `….partial` or `00000002.history`.
+impl fmt::Display for WalFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WalFile::Segment(name) => write!(f, "{name}"),
+            WalFile::Partial(name) => write!(f, "{name}.partial"),
+            WalFile::History(timeline) => write!(f, "{timeline}.history"),
+        }
+    }
+}
+
+/// Not the name of a WAL file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "expected a segment (24 hexadecimal digits), a .partial or a .history file name, found {found:?}"
+)]
+pub struct WalFileNameError {
+    found: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn keys_are_those_of_the_design() {
+        let cluster: ClusterName = "pg-1".parse().unwrap();
+        let file: WalFile = "0000000200000000000000A1".parse().unwrap();
+        assert_eq!(file.key(&cluster), "pg-1/wal/00000002/0000000200000000000000A1.zst");
+        let partial: WalFile = "0000000200000000000000A1.partial".parse().unwrap();
+        assert_eq!(partial.relative(), "00000002/0000000200000000000000A1.partial.zst");
+        let history: WalFile = "00000002.history".parse().unwrap();
+        assert_eq!(history.key(&cluster), "pg-1/wal/00000002.history");
+    }
+
+    #[test]
+    fn a_name_that_leaves_the_folder_is_refused() {
+        for bad in ["", ".", "..", "../x", "a/b", "A", "a.b", "-a", "_a", "a\0", "ä", " a"] {
+            assert!(bad.parse::<ClusterName>().is_err(), "{bad:?}");
+            assert!(bad.parse::<WalFile>().is_err(), "{bad:?}");
+        }
+        assert!("a".repeat(64).parse::<ClusterName>().is_err());
+        assert!("a".repeat(63).parse::<ClusterName>().is_ok());
+    }
+
+    #[test]
+    fn a_segment_in_the_folder_of_another_timeline_is_not_one() {
+        assert_eq!(WalFile::parse_relative("00000001/000000020000000000000001.zst"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn every_key_parses_back(t in 1u32.., high: u32, low: u32, which in 0..3) {
+            let name: SegmentName = format!("{t:08X}{high:08X}{low:08X}").parse().unwrap();
+            let file = match which {
+                0 => WalFile::Segment(name),
+                1 => WalFile::Partial(name),
+                _ => WalFile::History(name.timeline()),
+            };
+            prop_assert_eq!(WalFile::parse_relative(&file.relative()), Some(file));
+            prop_assert_eq!(file.to_string().parse(), Ok(file));
+        }
+    }
+}
