@@ -1,0 +1,40 @@
+# What a person types. `.ci/run` calls `make lint` and `make test`, so that a green machine and a green CI mean the same.
+CARGO ?= cargo
+
+.PHONY: help tools build test lint bench demo clean
+
+help:
+	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
+	@echo 'make build   the programs, in target/debug'
+	@echo 'make test    everything that can be tested on this machine'
+	@echo 'make lint    formatting, clippy, licences and sources of dependencies'
+	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
+	@echo 'make demo    a narrated run of the whole on scratch directories'
+	@echo 'make clean   build output and installed tools of this tree'
+
+tools:
+	@deploy/tools/install.sh
+
+build: tools
+	$(CARGO) build --workspace --bins
+
+# The end-to-end tests start the programs of target/debug, which `cargo test` alone would not always build.
+test: build
+	$(CARGO) test --workspace
+
+# cargo deny's advisory check is left out: its database is a git repository that an offline machine cannot fetch.
+lint: tools
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) deny --log-level error check bans licenses sources
+
+bench: tools
+	$(CARGO) build --release --workspace --bins
+	$(CARGO) bench -p klio-tests
+
+demo: tools
+	@deploy/demo.sh $(DEMO_ARGS)
+
+clean:
+	$(CARGO) clean
+	rm -rf .tools
