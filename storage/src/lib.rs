@@ -3,8 +3,10 @@
 //! Layout of both tiers, codec, tier-1 WAL store, tier-2 store and catalogue. Knows no gRPC, no queue
 //! and no exporter: callers pass bytes in and get facts and errors out.
 
+pub mod catalog;
 pub mod disk;
 pub mod error;
 pub mod layout;
+pub mod tier2;
 
 pub use error::{Error, Kind, Op};

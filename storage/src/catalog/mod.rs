@@ -1,0 +1,7 @@
+//! What exists: facts derived from both tiers, kept so that they survive a restart.
+//!
+//! Pure where it decides; the one thing it writes is a cache that both tiers can rebuild (P4).
+
+pub mod archive;
+
+

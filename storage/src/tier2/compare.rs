@@ -1,0 +1,116 @@
+//! Is the object that is already there the one we would have written?
+//!
+//! Same bytes, or other bytes around the same plaintext (a segment sealed twice), count as done.
+//! Anything else is a conflict and is left alone (U4).
+
+use super::{
+    Sha256Sum, Tier2,
+    digest::Hasher,
+    fault::classify,
+    local::{Local, blocking, decode, plaintext_sum},
+    transfer::{Outcome, Uploaded},
+};
+use crate::{Error, Kind, Op};
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use object_store::{ObjectMeta, ObjectStoreExt, path::Path};
+use std::io::{self, Read};
+use tokio::sync::mpsc;
+
+impl Tier2 {
+    /// Decides by content what an object found under our key means.
+    pub(super) async fn compare(
+        &self,
+        key: &str,
+        path: &Path,
+        found: &ObjectMeta,
+        local: &Local,
+    ) -> Result<Uploaded, Error> {
+        let same =
+            Uploaded { size: found.size, sha256: local.sha256, outcome: Outcome::AlreadyThere };
+        if found.size == local.size && self.object_sum(key, path).await? == local.sha256 {
+            return Ok(same);
+        }
+        let conflict = |detail: String| {
+            Error::new(Kind::Conflict, Op::Upload, self.place(key), detail)
+                .hint("two clusters may share this prefix; compare both files, nothing was changed")
+        };
+        if !local.zstd {
+            return Err(conflict("an object with other content is already there".into()));
+        }
+        let file = local.path.clone();
+        let ours = blocking(move || plaintext_sum(&file, None)).await?;
+        match self.object_plaintext_sum(key, path).await? {
+            Ok(theirs) if theirs == ours => Ok(same),
+            Ok(_) => Err(conflict("an object with other plaintext is already there".into())),
+            Err(error) => Err(conflict(format!("an object that is no zstd is there: {error}"))),
+        }
+    }
+
+    async fn object_sum(&self, key: &str, path: &Path) -> Result<Sha256Sum, Error> {
+        let mut chunks = self.object_stream(key, path).await?;
+        let mut hasher = Hasher::default();
+        while let Some(chunk) = chunks.next().await {
+            hasher.update(&chunk.map_err(|e| classify(Op::Download, &self.place(key), e))?);
+        }
+        Ok(hasher.finish())
+    }
+
+    async fn object_stream(
+        &self,
+        key: &str,
+        path: &Path,
+    ) -> Result<impl Stream<Item = object_store::Result<Bytes>> + Unpin + use<>, Error> {
+        let fail = |e| classify(Op::Download, &self.place(key), e);
+        Ok(self.store.get(path).await.map_err(fail)?.into_stream())
+    }
+
+    /// Outer error: the store. Inner error: what is stored is not zstd.
+    async fn object_plaintext_sum(
+        &self,
+        key: &str,
+        path: &Path,
+    ) -> Result<Result<Sha256Sum, io::Error>, Error> {
+        let mut chunks = self.object_stream(key, path).await?;
+        // Two chunks in flight: decoding waits for the network, never the other way round.
+        let (sender, receiver) = mpsc::channel(2);
+        let feed = async move {
+            while let Some(chunk) = chunks.next().await {
+                if sender.send(chunk?).await.is_err() {
+                    break; // the decoder gave up: it has its own error
+                }
+            }
+            Ok::<_, object_store::Error>(())
+        };
+        let decoded = blocking(move || Ok(decode(ChunkReader::new(receiver)).map(Hasher::finish)));
+        let (fed, decoded) = tokio::join!(feed, decoded);
+        fed.map_err(|error| classify(Op::Download, &self.place(key), error))?;
+        decoded
+    }
+}
+
+/// Chunks from a channel as a blocking reader.
+struct ChunkReader {
+    receiver: mpsc::Receiver<Bytes>,
+    chunk: Bytes,
+}
+
+impl ChunkReader {
+    fn new(receiver: mpsc::Receiver<Bytes>) -> Self {
+        Self { receiver, chunk: Bytes::new() }
+    }
+}
+
+impl Read for ChunkReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.chunk.is_empty() {
+            match self.receiver.blocking_recv() {
+                Some(chunk) => self.chunk = chunk,
+                None => return Ok(0),
+            }
+        }
+        let count = buffer.len().min(self.chunk.len());
+        buffer[..count].copy_from_slice(&self.chunk.split_to(count));
+        Ok(count)
+    }
+}

@@ -1,0 +1,125 @@
+//! What an object store's failure means to a caller.
+//!
+//! P7: a 404 alone never becomes `Kind::NotFound`; that is decided in fetch.rs, after the store has
+//! shown that the bucket exists. Here it means that the bucket, or the way to it, is not there.
+
+use crate::{Error, Kind, Op};
+use object_store::client::{HttpError, HttpErrorKind};
+use std::{error::Error as StdError, io, path::Path};
+
+const NO_BUCKET: &str = "does the bucket exist, and are tier2.url and tier2.endpoint right?";
+const DENIED: &str = "check the credentials and that they may read, write and list the bucket";
+const CONNECT: &str =
+    "is tier2.endpoint right and reachable? A private certificate authority needs tier2.ca_file";
+
+/// Turns a failure of the store into ours.
+pub(super) fn classify(op: Op, place: &str, error: object_store::Error) -> Error {
+    let (kind, hint) = kind_of(&error);
+    let built = Error::new(kind, op, place, chain(&error)).with_source(error);
+    match hint {
+        Some(hint) => built.hint(hint),
+        None => built,
+    }
+}
+
+fn kind_of(error: &object_store::Error) -> (Kind, Option<&'static str>) {
+    use object_store::Error as E;
+    match error {
+        E::NotFound { .. } => (Kind::Invalid, Some(NO_BUCKET)),
+        E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => {
+            (Kind::Conflict, None)
+        }
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } => (Kind::Denied, Some(DENIED)),
+        E::InvalidPath { .. } | E::NotSupported { .. } | E::UnknownConfigurationKey { .. } => {
+            (Kind::Invalid, None)
+        }
+        E::NotImplemented { .. } => (Kind::Invalid, None),
+        _ => by_cause(error),
+    }
+}
+
+fn by_cause(error: &object_store::Error) -> (Kind, Option<&'static str>) {
+    let mut cause: Option<&(dyn StdError + 'static)> = error.source();
+    while let Some(current) = cause {
+        if let Some(http) = current.downcast_ref::<HttpError>() {
+            let connect = http.kind() == HttpErrorKind::Connect;
+            return (Kind::Transient, connect.then_some(CONNECT));
+        }
+        if let Some(local) = current.downcast_ref::<io::Error>() {
+            return (kind_of_io(local), None);
+        }
+        cause = current.source();
+    }
+    match status(&error.to_string()) {
+        Some(507) => (Kind::Full, None),
+        Some(401 | 403) => (Kind::Denied, Some(DENIED)),
+        Some(301 | 307 | 308) => (Kind::Invalid, Some("tier2.region may be wrong")),
+        Some(408 | 425 | 429 | 500..) | None => (Kind::Transient, None),
+        Some(_) => (Kind::Invalid, None),
+    }
+}
+
+/// As `Error::io` decides, except that a missing folder is no missing object (P7).
+fn kind_of_io(error: &io::Error) -> Kind {
+    match Error::io(Op::Read, Path::new(""), error.kind().into()).kind {
+        Kind::NotFound => Kind::Invalid,
+        kind => kind,
+    }
+}
+
+/// The HTTP status in the text of object_store's retry error, whose type is not public. A test
+/// against a real answer keeps this true.
+pub(super) fn status(text: &str) -> Option<u16> {
+    let (_, rest) = text.split_once("status code: ")?;
+    rest.get(..3)?.parse().ok()
+}
+
+/// The message with each cause that adds something, on one line of bounded length.
+fn chain(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(current) = cause {
+        let more = current.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = current.source();
+    }
+    let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(800).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(source: impl Into<Box<dyn StdError + Send + Sync>>) -> object_store::Error {
+        object_store::Error::Generic { store: "S3", source: source.into() }
+    }
+
+    #[test]
+    fn a_missing_bucket_is_not_a_missing_object() {
+        let error = object_store::Error::NotFound { path: "x".into(), source: "404".into() };
+        assert_ne!(classify(Op::Download, "x", error).kind, Kind::NotFound);
+    }
+
+    #[test]
+    fn a_full_local_disk_is_full() {
+        let error = generic(io::Error::from(io::ErrorKind::StorageFull));
+        assert_eq!(classify(Op::Upload, "x", error).kind, Kind::Full);
+    }
+
+    #[test]
+    fn throttling_passes_and_a_bad_request_does_not() {
+        let answer = |code| generic(format!("Server returned non-2xx status code: {code} X: <a/>"));
+        for (code, kind) in [
+            (429, Kind::Transient),
+            (503, Kind::Transient),
+            (507, Kind::Full),
+            (400, Kind::Invalid),
+        ] {
+            assert_eq!(classify(Op::Upload, "x", answer(code)).kind, kind, "{code}");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Downloads, and the one place that may say that an object does not exist.
+//!
+//! P7: `Kind::NotFound` needs two answers: a 404 for the object, and a successful listing of its folder
+//! that does not hold it. A missing bucket, a proxy's 404 or an unmounted folder fail the second.
+
+use super::{Tier2, fault::classify};
+use crate::{Error, Kind, Op};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt, stream::BoxStream};
+use object_store::{ObjectStoreExt, path::Path};
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+/// An object being read: its size, then its bytes. Ends with an error if bytes are missing.
+pub struct Download {
+    /// Bytes of the object.
+    pub size: u64,
+    place: String,
+    left: u64,
+    chunks: BoxStream<'static, object_store::Result<Bytes>>,
+}
+
+impl std::fmt::Debug for Download {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Download").field("place", &self.place).field("size", &self.size).finish()
+    }
+}
+
+impl Stream for Download {
+    type Item = Result<Bytes, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.chunks.poll_next_unpin(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(chunk))) => {
+                self.left = self.left.saturating_sub(chunk.len() as u64);
+                Poll::Ready(Some(Ok(chunk)))
+            }
+            Poll::Ready(Some(Err(error))) => {
+                self.left = 0;
+                Poll::Ready(Some(Err(classify(Op::Download, &self.place, error))))
+            }
+            Poll::Ready(None) if self.left > 0 => {
+                let detail = format!("ended {} bytes early, of {}", self.left, self.size);
+                self.left = 0;
+                let error = Error::new(Kind::Transient, Op::Download, &self.place, detail);
+                Poll::Ready(Some(Err(error)))
+            }
+            Poll::Ready(None) => Poll::Ready(None),
+        }
+    }
+}
+
+impl Tier2 {
+    /// Begins to read an object.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive: bucket and folder could be listed and do not hold it.
+    pub async fn download(&self, key: &str) -> Result<Download, Error> {
+        let path = self.path(Op::Download, key)?;
+        self.require_folder(Op::Download, key)?;
+        match self.store.get(&path).await {
+            Ok(object) => Ok(Download {
+                size: object.meta.size,
+                place: self.place(key),
+                left: object.range.end - object.range.start,
+                chunks: object.into_stream(),
+            }),
+            Err(object_store::Error::NotFound { .. }) => Err(self.why_missing(key, &path).await),
+            Err(error) => Err(classify(Op::Download, &self.place(key), error)),
+        }
+    }
+
+    /// The size of an object, or `None` when it definitively does not exist.
+    ///
+    /// # Errors
+    /// Everything but a definitive absence.
+    pub async fn size_of(&self, key: &str) -> Result<Option<u64>, Error> {
+        let path = self.path(Op::Read, key)?;
+        self.require_folder(Op::Read, key)?;
+        match self.store.head(&path).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => {
+                let error = self.why_missing(key, &path).await;
+                if error.kind == Kind::NotFound { Ok(None) } else { Err(error) }
+            }
+            Err(error) => Err(classify(Op::Read, &self.place(key), error)),
+        }
+    }
+
+    async fn why_missing(&self, key: &str, path: &Path) -> Error {
+        let fail = |kind, detail| Error::new(kind, Op::Download, self.place(key), detail);
+        if let Err(error) = self.require_folder(Op::Download, key) {
+            return error;
+        }
+        let (folder, name) = key.rsplit_once('/').unwrap_or(("", key));
+        // Begins just before the name, so that a folder of a million segments costs one page.
+        let before = name.get(..name.len().saturating_sub(1)).unwrap_or_default();
+        let offset = Path::from(format!("{folder}/{before}"));
+        let folder = Path::from(folder);
+        let mut listing = self.store.list_with_offset(Some(&folder), &offset);
+        loop {
+            match listing.try_next().await {
+                Ok(Some(meta)) if meta.location == *path => {
+                    return fail(Kind::Transient, "listed, but not readable yet");
+                }
+                Ok(Some(meta)) if meta.location < *path => {}
+                Ok(_) => return fail(Kind::NotFound, "no such object"),
+                Err(error) => return classify(Op::Download, &self.place(key), error),
+            }
+        }
+    }
+}

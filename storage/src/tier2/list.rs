@@ -1,0 +1,56 @@
+//! What the bucket holds of a cluster.
+
+use super::{Tier2, fault::classify};
+use crate::{
+    Error, Op,
+    layout::{ClusterName, WalFile},
+};
+use futures::TryStreamExt;
+use object_store::path::Path;
+
+/// A finished WAL file in tier 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredObject {
+    /// Which file.
+    pub file: WalFile,
+    /// Bytes of the object.
+    pub size: u64,
+    /// Unix time in seconds at which the store says it was written.
+    pub modified_unix: u64,
+}
+
+impl Tier2 {
+    /// Every finished WAL file of a cluster, in no promised order. Other keys are passed over.
+    ///
+    /// # Errors
+    /// As the store fails; a missing bucket is an error, an empty one is not.
+    pub async fn list_wal(&self, cluster: &ClusterName) -> Result<Vec<StoredObject>, Error> {
+        let prefix = format!("{cluster}/wal");
+        self.require_folder(Op::List, &prefix)?;
+        let path = Path::from(prefix.as_str());
+        let mut found = Vec::new();
+        let mut objects = self.store.list(Some(&path));
+        let fail = |error| classify(Op::List, &self.place(&prefix), error);
+        while let Some(meta) = objects.try_next().await.map_err(fail)? {
+            let relative = meta.location.as_ref().strip_prefix(&prefix);
+            let relative = relative.and_then(|r| r.strip_prefix('/'));
+            if let Some(file) = relative.and_then(WalFile::parse_relative) {
+                let modified_unix = u64::try_from(meta.last_modified.timestamp()).unwrap_or(0);
+                found.push(StoredObject { file, size: meta.size, modified_unix });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The clusters that have anything in this bucket and prefix.
+    ///
+    /// # Errors
+    /// As the store fails.
+    pub async fn clusters(&self) -> Result<Vec<ClusterName>, Error> {
+        self.require_folder(Op::List, "")?;
+        let listing = self.store.list_with_delimiter(None).await;
+        let listing = listing.map_err(|error| classify(Op::List, &self.url, error))?;
+        let name = |path: &Path| path.filename().and_then(|name| name.parse().ok());
+        Ok(listing.common_prefixes.iter().filter_map(name).collect())
+    }
+}

@@ -1,0 +1,125 @@
+//! The file to upload, read and checked before anything is sent.
+//!
+//! A damaged tier-1 file never becomes an object: its sum is the job's, or it decodes to the end.
+
+use super::{Sha256Sum, Tier2, digest::Hasher, transfer::PART_BYTES};
+use crate::{Error, Kind, Op};
+use bytes::Bytes;
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// What to upload.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// A finished file: nobody writes to it any more.
+    pub path: PathBuf,
+    /// Its sum when it was sealed, where known; then the file is not decoded to check it.
+    pub sha256: Option<Sha256Sum>,
+    /// Whether it is a zstd stream.
+    pub zstd: bool,
+    /// Size of what the zstd stream holds, where known.
+    pub plaintext_bytes: Option<u64>,
+}
+
+/// A file that passed its check.
+pub(super) struct Local {
+    pub(super) path: PathBuf,
+    pub(super) zstd: bool,
+    pub(super) size: u64,
+    pub(super) sha256: Sha256Sum,
+    /// The whole file, when it is small enough for one request, with its share of the budget.
+    pub(super) held: Option<(Bytes, OwnedSemaphorePermit)>,
+}
+
+impl Tier2 {
+    /// Reads and checks `source`; holds it in memory when it fits one request.
+    pub(super) async fn read_local(&self, source: &Source) -> Result<Local, Error> {
+        let fail = |error| Error::io(Op::Read, &source.path, error);
+        let metadata = tokio::fs::metadata(&source.path).await.map_err(fail)?;
+        let small = metadata.len() <= PART_BYTES;
+        let permit = if small { Some(self.take_budget(metadata.len()).await?) } else { None };
+        let task = source.clone();
+        let (size, sha256, bytes) = blocking(move || check(&task, small)).await?;
+        Ok(Local {
+            path: source.path.clone(),
+            zstd: source.zstd,
+            size,
+            sha256,
+            held: bytes.zip(permit),
+        })
+    }
+
+    /// A share of the memory budget; waits for its turn (the semaphore is fair).
+    pub(super) async fn take_budget(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Error> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.budget_kib);
+        Arc::clone(&self.budget).acquire_many_owned(kib).await.map_err(|_| {
+            Error::new(Kind::Transient, Op::Upload, &self.url, "the upload budget is closed")
+        })
+    }
+}
+
+/// Runs file work where it may block.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => {
+            Err(Error::new(Kind::Io, Op::Read, "a tier-1 file", format!("task failed: {error}")))
+        }
+    }
+}
+
+fn check(source: &Source, keep: bool) -> Result<(u64, Sha256Sum, Option<Bytes>), Error> {
+    let fail = |error| Error::io(Op::Read, &source.path, error);
+    let mut file = File::open(&source.path).map_err(fail)?;
+    let mut hasher = Hasher::default();
+    let mut kept = keep.then(Vec::new);
+    let mut block = vec![0; 128 * 1024];
+    loop {
+        let count = file.read(&mut block).map_err(fail)?;
+        if count == 0 {
+            break;
+        }
+        hasher.update(&block[..count]);
+        // A file that grew past the limit since it was measured must not grow past the budget.
+        kept = kept.filter(|k| (k.len() + count) as u64 <= PART_BYTES);
+        if let Some(kept) = &mut kept {
+            kept.extend_from_slice(&block[..count]);
+        }
+    }
+    let (size, sha256) = (hasher.bytes(), hasher.finish());
+    if size == 0 {
+        return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), "found 0 bytes"));
+    }
+    // A sum that differs is not damage yet: sealing again after a crash may compress differently.
+    if source.zstd && source.sha256 != Some(sha256) {
+        plaintext_sum(&source.path, source.plaintext_bytes)?;
+    }
+    Ok((size, sha256, kept.map(Bytes::from)))
+}
+
+/// Decodes a zstd file to its end and gives the sum of what it holds.
+pub(super) fn plaintext_sum(path: &Path, expected: Option<u64>) -> Result<Sha256Sum, Error> {
+    let file = File::open(path).map_err(|error| Error::io(Op::Read, path, error))?;
+    let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Decode, path.display(), detail);
+    let hasher = decode(file).map_err(|error| corrupt(format!("no whole zstd stream: {error}")))?;
+    match expected {
+        Some(bytes) if bytes != hasher.bytes() => {
+            Err(corrupt(format!("expected {bytes} bytes inside, found {}", hasher.bytes())))
+        }
+        _ => Ok(hasher.finish()),
+    }
+}
+
+/// Decodes zstd frames to the end of `reader`, keeping nothing but the sum.
+pub(super) fn decode(reader: impl Read) -> io::Result<Hasher> {
+    let mut hasher = Hasher::default();
+    io::copy(&mut zstd::stream::read::Decoder::new(reader)?, &mut hasher)?;
+    Ok(hasher)
+}

@@ -1,0 +1,115 @@
+//! Tier 2: an object store, by URL.
+//!
+//! What "uploaded" promises (P5):
+//! U1  the object is there under its key with the size of the local file, asked for after the upload;
+//! U2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were
+//!     read back, or they hold the same plaintext in another compression;
+//! U3  an object is whole or absent: a failed upload leaves nothing under the key;
+//! U4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
+//!
+//! Memory of all uploads together is bounded by `upload_memory`. Nothing is ever deleted here.
+//! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
+
+mod compare;
+mod config;
+mod digest;
+mod fault;
+mod fetch;
+mod http;
+mod list;
+mod local;
+mod open;
+mod transfer;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{Encryption, Secret, Tier2Config};
+pub use digest::{Hasher, Sha256Sum, Sha256SumError};
+pub use fetch::Download;
+pub use list::StoredObject;
+pub use local::Source;
+pub use transfer::{Outcome, Uploaded};
+
+use crate::{Error, Kind, Op};
+use object_store::{Attribute, Attributes, ObjectStore, path::Path};
+use std::{path::PathBuf, sync::Arc};
+use tokio::sync::Semaphore;
+
+/// A cheap handle on the store; clones share its connections and its memory budget.
+#[derive(Clone)]
+pub struct Tier2 {
+    store: Arc<dyn ObjectStore>,
+    url: Arc<str>,
+    /// Of `file://` only: it must exist for a missing file to mean anything.
+    folder: Option<PathBuf>,
+    attributes: Attributes,
+    budget: Arc<Semaphore>,
+    budget_kib: u32,
+}
+
+impl std::fmt::Debug for Tier2 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tier2").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl Tier2 {
+    /// Opens the store without talking to it. A rustls provider must be installed before.
+    ///
+    /// # Errors
+    /// `Kind::Invalid` names every problem of the configuration; `Io`, `Denied` for the CA file.
+    pub fn open(config: &Tier2Config) -> Result<Self, Error> {
+        let opened = open::open(config)?;
+        let mut attributes = Attributes::new();
+        if let Some(class) = &config.storage_class {
+            attributes.insert(Attribute::StorageClass, class.clone().into());
+        }
+        let budget_kib =
+            u32::try_from(config.upload_memory.bytes() / 1024).unwrap_or(u32::MAX >> 3);
+        Ok(Self {
+            store: opened.store,
+            url: config.url.as_str().into(),
+            folder: opened.folder,
+            attributes,
+            budget: Arc::new(Semaphore::new(budget_kib as usize)),
+            budget_kib,
+        })
+    }
+
+    /// The URL it was opened with: holds no secret.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Asks whether bucket and credentials work, by listing.
+    ///
+    /// # Errors
+    /// The kind says what to do; the hint says where to look.
+    pub async fn probe(&self) -> Result<(), Error> {
+        self.require_folder(Op::List, "")?;
+        self.store
+            .list_with_delimiter(None)
+            .await
+            .map(|_| ())
+            .map_err(|error| fault::classify(Op::List, &self.url, error))
+    }
+
+    fn place(&self, key: &str) -> String {
+        format!("{}/{key}", self.url.trim_end_matches('/'))
+    }
+
+    fn path(&self, op: Op, key: &str) -> Result<Path, Error> {
+        Path::parse(key).map_err(|error| Error::new(Kind::Invalid, op, self.place(key), error))
+    }
+
+    fn require_folder(&self, op: Op, key: &str) -> Result<(), Error> {
+        match &self.folder {
+            Some(folder) if !folder.is_dir() => {
+                Err(Error::new(Kind::Transient, op, self.place(key), "the folder is gone")
+                    .hint("is the disk or share still mounted?"))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Tier 2 against a real S3 endpoint over HTTP with signatures checked, against a folder, and against
+//! scripted faults.
+
+mod faults;
+mod promises;
+pub(super) mod s3;
+
+use super::{Secret, Source, Tier2, Tier2Config};
+use s3::{BUCKET, S3};
+use std::path::{Path, PathBuf};
+
+/// A store with timeouts short enough for a test.
+pub(super) fn config(s3: &S3) -> Tier2Config {
+    let mut config = Tier2Config::new(format!("s3://{BUCKET}/prefix"));
+    let (id, secret) = s3.credentials();
+    config.endpoint = Some(s3.endpoint.clone());
+    config.access_key_id = Some(id.into());
+    config.secret_access_key = Some(Secret::new(secret));
+    config.request_timeout_seconds = 2;
+    config.retry_timeout_seconds = 5;
+    config
+}
+
+pub(super) fn open(s3: &S3) -> Tier2 {
+    Tier2::open(&config(s3)).unwrap()
+}
+
+pub(super) const KEY: &str = "pg-1/wal/00000001/000000010000000000000001.zst";
+
+/// Bytes that do not compress, the same for the same seed.
+pub(super) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    use rand::{RngCore, SeedableRng};
+    let mut block = vec![0; bytes];
+    rand::rngs::StdRng::seed_from_u64(seed).fill_bytes(&mut block);
+    block
+}
+
+/// A sealed file: `plain` as zstd.
+pub(super) fn sealed(folder: &Path, name: &str, plain: &[u8], level: i32) -> Source {
+    let path = folder.join(name);
+    std::fs::write(&path, zstd::encode_all(plain, level).unwrap()).unwrap();
+    source(path)
+}
+
+pub(super) fn source(path: PathBuf) -> Source {
+    Source { path, sha256: None, zstd: true, plaintext_bytes: None }
+}

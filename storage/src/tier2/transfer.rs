@@ -1,0 +1,220 @@
+//! Uploads: whole or not at all, checked by the store, never over something else.
+//!
+//! One PUT up to 8 MiB, multipart above. Every failing path of a multipart upload aborts it; a process
+//! that dies in the middle leaves parts that a lifecycle rule of the bucket must clear (S3 keeps
+//! incomplete uploads for ever otherwise), but no object (U3).
+
+use super::{
+    Sha256Sum, Source, Tier2,
+    digest::Hasher,
+    fault::{classify, status},
+    local::Local,
+};
+use crate::{Error, Kind, Op};
+use bytes::Bytes;
+use object_store::{
+    MultipartUpload, ObjectMeta, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions,
+    path::Path,
+};
+use tokio::{io::AsyncReadExt, task::JoinSet};
+use tracing::Instrument;
+
+/// Above this a file goes in parts of this size: S3 wants at least 5 MiB each, and this much memory
+/// per upload is what `upload_memory` counts with.
+pub(super) const PART_BYTES: u64 = 8 << 20;
+/// Parts of one file in flight: hides the round trip without one file taking the whole budget.
+const PARTS_IN_FLIGHT: usize = 2;
+
+/// How the object came to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// This call wrote it.
+    Stored,
+    /// It was there already, with the same content.
+    AlreadyThere,
+}
+
+/// A proven object (U1, U2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uploaded {
+    /// Bytes of the object. Differs from the local file where an older object holds the same
+    /// plaintext in another compression.
+    pub size: u64,
+    /// Sum of the local file.
+    pub sha256: Sha256Sum,
+    /// Whether this call wrote it.
+    pub outcome: Outcome,
+}
+
+/// Why a write did not happen.
+enum Refused {
+    /// Something is there.
+    Exists,
+    /// The store cannot write conditionally.
+    Unconditional,
+    Failed(Error),
+}
+
+impl Tier2 {
+    /// Uploads a finished file under `key`. Repeating it is harmless. Dropping the future stops it;
+    /// then the object is absent or whole.
+    ///
+    /// # Errors
+    /// `NotFound`: the local file is gone. `Corrupt`: the local file is damaged. `Conflict`: other
+    /// content is there. `Denied`, `Invalid`: needs a person. `Transient`, `Full`: try later.
+    pub async fn upload(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
+        let path = self.path(Op::Upload, key)?;
+        self.require_folder(Op::Upload, key)?;
+        let local = self.read_local(source).await?;
+        // Asked first because some stores accept a condition and ignore it (s3rver does).
+        if let Some(found) = self.find(key, &path).await? {
+            return self.compare(key, &path, &found, &local).await;
+        }
+        match self.put(key, &path, &local).await {
+            Ok(()) => self.prove(key, &path, &local).await,
+            Err(Refused::Failed(error)) => Err(error),
+            Err(Refused::Exists | Refused::Unconditional) => match self.find(key, &path).await? {
+                // Also what a retried PUT says about its own first attempt.
+                Some(found) => self.compare(key, &path, &found, &local).await,
+                None => Err(Error::new(
+                    Kind::Transient,
+                    Op::Upload,
+                    self.place(key),
+                    "the store said it exists, then that it does not",
+                )),
+            },
+        }
+    }
+
+    /// The object's facts, or `None` on a 404. Good enough to decide to write, not to report an
+    /// object missing (P7): that is `download`.
+    async fn find(&self, key: &str, path: &Path) -> Result<Option<ObjectMeta>, Error> {
+        match self.store.head(path).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(classify(Op::Upload, &self.place(key), error)),
+        }
+    }
+
+    /// U1: asks for what was written.
+    async fn prove(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
+        let found = self.find(key, path).await?.map(|meta| meta.size);
+        if found == Some(local.size) {
+            let (size, sha256) = (local.size, local.sha256);
+            return Ok(Uploaded { size, sha256, outcome: Outcome::Stored });
+        }
+        let detail = match found {
+            Some(size) => format!("expected {} bytes after the upload, found {size}", local.size),
+            None => "uploaded, but the store does not have it".to_owned(),
+        };
+        Err(Error::new(Kind::Transient, Op::Upload, self.place(key), detail))
+    }
+
+    async fn put(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
+        let Some((bytes, _permit)) = &local.held else {
+            return self.put_parts(key, path, local).await;
+        };
+        match self.put_once(key, path, bytes, PutMode::Create).await {
+            // `find` said that nothing is there, and a cluster has one server: the best such a store
+            // can offer.
+            Err(Refused::Unconditional) => {
+                self.put_once(key, path, bytes, PutMode::Overwrite).await
+            }
+            result => result,
+        }
+    }
+
+    async fn put_once(
+        &self,
+        key: &str,
+        path: &Path,
+        bytes: &Bytes,
+        mode: PutMode,
+    ) -> Result<(), Refused> {
+        use object_store::Error as E;
+        let options =
+            PutOptions { mode, attributes: self.attributes.clone(), ..PutOptions::default() };
+        match self.store.put_opts(path, bytes.clone().into(), options).await {
+            Ok(_) => Ok(()),
+            Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
+            Err(E::NotImplemented { .. }) => Err(Refused::Unconditional),
+            Err(error) if status(&error.to_string()) == Some(501) => Err(Refused::Unconditional),
+            Err(error) => Err(Refused::Failed(classify(Op::Upload, &self.place(key), error))),
+        }
+    }
+
+    async fn put_parts(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
+        let options = PutMultipartOptions {
+            attributes: self.attributes.clone(),
+            ..PutMultipartOptions::default()
+        };
+        let fail = |error| Refused::Failed(classify(Op::Upload, &self.place(key), error));
+        let mut upload = self.store.put_multipart_opts(path, options).await.map_err(fail)?;
+        let result = match self.send_parts(key, upload.as_mut(), local).await {
+            Err(error) => Err(Refused::Failed(error)),
+            // Completing overwrites, so look once more: the parts may have taken minutes.
+            Ok(()) => match self.find(key, path).await {
+                Ok(Some(_)) => Err(Refused::Exists),
+                Ok(None) => upload.complete().await.map(|_| ()).map_err(fail),
+                Err(error) => Err(Refused::Failed(error)),
+            },
+        };
+        if result.is_err()
+            && let Err(error) = upload.abort().await
+        {
+            tracing::debug!(%error, key, "abort of a failed multipart upload failed");
+        }
+        result
+    }
+
+    /// Sends every part; returns only when none is in flight.
+    async fn send_parts(
+        &self,
+        key: &str,
+        upload: &mut dyn MultipartUpload,
+        local: &Local,
+    ) -> Result<(), Error> {
+        let io = |error| Error::io(Op::Read, &local.path, error);
+        let mut file = tokio::fs::File::open(&local.path).await.map_err(io)?;
+        let mut hasher = Hasher::default();
+        let mut parts = JoinSet::new();
+        let mut left = local.size;
+        while left > 0 {
+            while parts.len() >= PARTS_IN_FLIGHT {
+                self.part_done(key, parts.join_next().await)?;
+            }
+            // Waiting here cannot dead-lock: parts in flight are tasks and give their share back.
+            let permit = self.take_budget(left.min(PART_BYTES)).await?;
+            let mut part = vec![0; left.min(PART_BYTES) as usize];
+            file.read_exact(&mut part).await.map_err(io)?;
+            left -= part.len() as u64;
+            hasher.update(&part);
+            let sent = upload.put_part(part.into());
+            let task = async move {
+                let _permit = permit;
+                sent.await
+            };
+            parts.spawn(task.in_current_span());
+        }
+        while let Some(done) = parts.join_next().await {
+            self.part_done(key, Some(done))?;
+        }
+        if hasher.finish() != local.sha256 {
+            let detail = "the file changed while it was uploaded";
+            return Err(Error::new(Kind::Transient, Op::Read, local.path.display(), detail));
+        }
+        Ok(())
+    }
+
+    fn part_done(
+        &self,
+        key: &str,
+        done: Option<Result<object_store::Result<()>, tokio::task::JoinError>>,
+    ) -> Result<(), Error> {
+        match done {
+            None | Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(error))) => Err(classify(Op::Upload, &self.place(key), error)),
+            Some(Err(error)) => Err(Error::new(Kind::Io, Op::Upload, self.place(key), error)),
+        }
+    }
+}
