@@ -5,6 +5,7 @@
 //! Knows no disk and opens no connection.
 
 pub mod code;
+pub mod wal;
 
 pub use code::Code;
 

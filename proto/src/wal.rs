@@ -1,0 +1,162 @@
+//! Validated twins of the WAL service's messages: the only place that validates them.
+//!
+//! A twin holds types that cannot be wrong (a segment size PostgreSQL can have, a timeline from 1 up);
+//! what a twin accepts may still be refused by the store, which knows what it holds.
+
+use crate::{Code, v1};
+use klio_pg::{Lsn, SegmentSize, TimelineId};
+use tonic::Status;
+
+/// Longest text a peer may send for a name or reason; longer is an attack or a bug.
+const TEXT_BYTES_MAX: usize = 512;
+
+/// What identifies the PostgreSQL behind a call (P8: pinned at first contact).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct System {
+    /// From IDENTIFY_SYSTEM; never 0.
+    pub system_identifier: u64,
+    /// wal_segment_size.
+    pub segment_size: SegmentSize,
+    /// server_version_num; 150000 or more.
+    pub postgres_version: u32,
+}
+
+impl System {
+    fn read(identifier: u64, segment: u32, version: u32) -> Result<Self, Status> {
+        if identifier == 0 {
+            return Err(invalid("system identifier", "a number other than 0", identifier));
+        }
+        if !(150_000..1_000_000).contains(&version) {
+            return Err(invalid("PostgreSQL version", "15 or newer (150000 up)", version));
+        }
+        let segment_size = SegmentSize::new(segment)
+            .map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
+        Ok(Self { system_identifier: identifier, segment_size, postgres_version: version })
+    }
+}
+
+/// A request for positions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PositionRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+}
+
+impl TryFrom<v1::PositionRequest> for PositionRequest {
+    type Error = Status;
+    fn try_from(raw: v1::PositionRequest) -> Result<Self, Status> {
+        let system =
+            System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        Ok(Self { cluster: raw.cluster, system })
+    }
+}
+
+/// WAL that PostgreSQL no longer has and the server does not hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gap {
+    /// First missing byte.
+    pub from: Lsn,
+    /// First byte after the hole.
+    pub to: Lsn,
+    /// For people.
+    pub reason: String,
+}
+
+/// The first message of `Receive`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+    /// The timeline to be streamed.
+    pub timeline: TimelineId,
+    /// The first byte that will come.
+    pub start: Lsn,
+    /// Random per sidecar process.
+    pub writer_id: String,
+    /// A hole the sidecar declares.
+    pub gap: Option<Gap>,
+}
+
+impl TryFrom<v1::Open> for Open {
+    type Error = Status;
+    fn try_from(raw: v1::Open) -> Result<Self, Status> {
+        let system =
+            System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let timeline = timeline(raw.timeline)?;
+        if raw.writer_id.is_empty() || raw.writer_id.len() > TEXT_BYTES_MAX {
+            return Err(invalid("writer_id length", "1 to 512 bytes", raw.writer_id.len()));
+        }
+        let start = Lsn::new(raw.start_lsn);
+        let gap = raw.gap.map(|gap| read_gap(gap, start)).transpose()?;
+        Ok(Self { cluster: raw.cluster, system, timeline, start, writer_id: raw.writer_id, gap })
+    }
+}
+
+fn read_gap(raw: v1::Gap, start: Lsn) -> Result<Gap, Status> {
+    let gap = Gap { from: Lsn::new(raw.from_lsn), to: Lsn::new(raw.to_lsn), reason: raw.reason };
+    if gap.reason.len() > TEXT_BYTES_MAX {
+        return Err(invalid("gap reason length", "at most 512 bytes", gap.reason.len()));
+    }
+    if gap.to <= gap.from || gap.to != start {
+        let expected = "a gap that ends at the start LSN and after its own beginning";
+        let found = format!("{} to {}, start {start}", gap.from, gap.to);
+        return Err(invalid("gap", expected, found));
+    }
+    Ok(gap)
+}
+
+/// A timeline number from the wire.
+///
+/// # Errors
+/// `INVALID` for 0.
+pub fn timeline(number: u32) -> Result<TimelineId, Status> {
+    TimelineId::new(number).ok_or_else(|| invalid("timeline", "1 or more", number))
+}
+
+fn invalid(what: &str, expected: &str, found: impl std::fmt::Display) -> Status {
+    Code::Invalid.status(format!("read {what}: expected {expected}, found {found}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> v1::Open {
+        v1::Open {
+            cluster: "pg".into(),
+            system_identifier: 7,
+            segment_size: 16 << 20,
+            postgres_version: 150_018,
+            timeline: 1,
+            start_lsn: 0x0300_0000,
+            writer_id: "w".into(),
+            gap: None,
+        }
+    }
+
+    #[test]
+    fn absurd_fields_are_refused_by_name() {
+        type Break = fn(&mut v1::Open);
+        let broken: [(Break, &str); 7] = [
+            (|o| o.system_identifier = 0, "system identifier"),
+            (|o| o.segment_size = 3 << 20, "segment size"),
+            (|o| o.segment_size = 0, "segment size"),
+            (|o| o.postgres_version = 140_005, "PostgreSQL version"),
+            (|o| o.timeline = 0, "timeline"),
+            (|o| o.writer_id = "x".repeat(600), "writer_id"),
+            (|o| o.gap = Some(v1::Gap { from_lsn: 5, to_lsn: 4, reason: String::new() }), "gap"),
+        ];
+        assert!(Open::try_from(good()).is_ok());
+        for (change, name) in broken {
+            let mut open = good();
+            change(&mut open);
+            let status = Open::try_from(open).unwrap_err();
+            assert_eq!(Code::of(&status), Code::Invalid);
+            assert!(status.message().contains(name), "{name}: {status}");
+        }
+    }
+}
