@@ -1,1 +1,283 @@
-//! 
+//! OpenTelemetry for Klio, set up from the standard environment variables.
+//!
+//! - Nothing configured: no provider, no thread, no exporter; only log lines on stderr.
+//! - Telemetry is observation only: a bad value or a dead collector is one warning and the program goes on
+//!   (P9); `KLIO_OTEL_STRICT=true` alone makes a misconfiguration an error, at start.
+//! - Leaving takes no longer than the time given to [`Telemetry::shutdown`], whatever the collector does.
+//! - Secrets do not reach a log line, an attribute or a message of this crate.
+
+mod env;
+mod host;
+mod ids;
+mod logs;
+mod metrics;
+mod otlp;
+mod process;
+mod prometheus;
+pub mod propagate;
+pub mod redact;
+mod resource;
+mod runtime;
+#[cfg(test)]
+mod tests;
+mod traces;
+mod watch;
+
+pub use env::Problem;
+pub use ids::current_trace_id;
+pub use prometheus::Prometheus;
+
+use env::Settings;
+use opentelemetry::{
+    global,
+    metrics::{Meter, MeterProvider, NoopMeterProvider},
+};
+use opentelemetry_sdk::{
+    logs::SdkLoggerProvider, metrics::SdkMeterProvider, trace::SdkTracerProvider,
+};
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tracing::Dispatch;
+use tracing_subscriber::fmt::MakeWriter;
+use watch::{Health, Last};
+
+/// How the program wants its telemetry.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Default service name: `klio-server` or `klio`.
+    pub service: &'static str,
+    /// Version of the program.
+    pub version: &'static str,
+    /// `--debug`: trace ids as exported ones would be, and Klio's own debug lines.
+    pub debug: bool,
+    /// From the configuration file; wins over KLIO_LOG_FORMAT.
+    pub log_format: Option<LogFormat>,
+    /// From the configuration file, directives as in RUST_LOG; wins over it.
+    pub log_filter: Option<String>,
+    /// Variable name to value, from the configuration file; wins over the environment.
+    pub overrides: BTreeMap<String, String>,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why telemetry did not start. Only with `KLIO_OTEL_STRICT=true`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Everything that is wrong, at once.
+    #[error("telemetry is misconfigured: {}\nhint: correct these, or leave KLIO_OTEL_STRICT unset to go on without", listed(.0))]
+    Misconfigured(Vec<Problem>),
+}
+
+fn listed(problems: &[Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// What became of the telemetry at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// There was nothing to deliver, or nobody to deliver it to.
+    Nothing,
+    /// The collector has everything.
+    Delivered,
+    /// Something was still queued, or was refused, when the time was up.
+    Pending,
+}
+
+/// The running telemetry. Dropping it loses what is queued; call [`Telemetry::shutdown`] on every way out.
+#[derive(Debug)]
+pub struct Telemetry {
+    traces: Option<SdkTracerProvider>,
+    metrics: Option<SdkMeterProvider>,
+    logs: Option<SdkLoggerProvider>,
+    meter: Meter,
+    prometheus: Option<Prometheus>,
+    health: Vec<Arc<Health>>,
+}
+
+/// Starts everything the environment asks for and installs the process's tracing subscriber, which logs to
+/// stderr. Call it once, inside the multi-thread tokio runtime (OTLP over gRPC needs one).
+///
+/// # Errors
+///
+/// Only with `KLIO_OTEL_STRICT=true`, and then if anything is misconfigured.
+pub fn start(options: Options) -> Result<Telemetry, Error> {
+    let get = env::process(&options.overrides);
+    let colour = std::io::stderr().is_terminal() && get("NO_COLOR").is_none_or(|v| v.is_empty());
+    let printer = logs::Printer { writer: std::io::stderr, colour };
+    let (telemetry, dispatch, problems) = build(&options, &get, printer)?;
+    if tracing::dispatcher::set_global_default(dispatch).is_err() {
+        tracing::warn!("a tracing subscriber is already installed; it stays");
+    }
+    telemetry.install();
+    for p in problems {
+        tracing::warn!(
+            variable = p.variable,
+            value = p.value,
+            expected = p.expected,
+            "telemetry setting ignored"
+        );
+    }
+    Ok(telemetry)
+}
+
+/// All but what is global to the process.
+fn build<W>(
+    options: &Options,
+    get: env::Lookup<'_>,
+    printer: logs::Printer<W>,
+) -> Result<(Telemetry, Dispatch, Vec<Problem>), Error>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let (mut settings, mut problems) = env::parse(get);
+    apply(options, &mut settings, &mut problems);
+    if settings.strict && !problems.is_empty() {
+        return Err(Error::Misconfigured(problems));
+    }
+    if [&settings.traces.otlp, &settings.metrics.otlp, &settings.logs.otlp]
+        .iter()
+        .any(|o| o.is_some())
+    {
+        // Without one every HTTP client panics. A provider that is already installed stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+    propagate::install(&settings.propagators);
+    let resource = || resource::build(&settings.resource, options.service, options.version);
+    let mut health = Vec::new();
+    let traces =
+        (settings.traces_exported() || settings.logs_exported() || options.debug).then(|| {
+            let (provider, watch) = traces::build(&settings.traces, resource(), &mut problems);
+            health.extend(watch);
+            provider
+        });
+    let metrics =
+        settings.metrics_on().then(|| metrics::build(&settings.metrics, resource(), &mut problems));
+    let logs = settings.logs_exported().then(|| {
+        let (provider, watch) = logs::build(&settings.logs, resource(), &mut problems);
+        health.extend(watch);
+        provider
+    });
+    if settings.strict && !problems.is_empty() {
+        return Err(Error::Misconfigured(problems));
+    }
+    let logs = logs.flatten();
+    let router = traces.as_ref().map(traces::Router::new);
+    let dispatch = logs::subscriber(&settings, options.debug, printer, router, logs.as_ref());
+    let (metrics, prometheus) = match metrics {
+        Some(built) => {
+            health.extend(built.health);
+            (Some(built.provider), built.prometheus)
+        }
+        None => (None, None),
+    };
+    let meter = match &metrics {
+        Some(provider) => provider.meter("klio"),
+        None => NoopMeterProvider::new().meter("klio"),
+    };
+    if metrics.is_some() {
+        host::observe(&meter);
+        process::observe(&meter);
+        runtime::observe(&meter);
+    }
+    Ok((Telemetry { traces, metrics, logs, meter, prometheus, health }, dispatch, problems))
+}
+
+/// What the configuration file says itself wins over the environment.
+fn apply(options: &Options, settings: &mut Settings, problems: &mut Vec<Problem>) {
+    if let Some(format) = options.log_format {
+        settings.format = format;
+    }
+    if let Some(filter) = &options.log_filter {
+        match tracing_subscriber::EnvFilter::builder().parse(filter) {
+            Ok(_) => settings.filter = Some(filter.clone()),
+            Err(_) => problems.push(Problem {
+                variable: "log filter of the configuration file".into(),
+                value: filter.clone(),
+                expected: "directives such as info or klio_server=debug".into(),
+            }),
+        }
+    }
+}
+
+impl Telemetry {
+    /// For the instruments of the whole program; does nothing when metrics are off.
+    pub fn meter(&self) -> Meter {
+        self.meter.clone()
+    }
+
+    /// The metrics page, if OTEL_METRICS_EXPORTER names prometheus.
+    pub fn prometheus(&self) -> Option<&Prometheus> {
+        self.prometheus.as_ref()
+    }
+
+    /// Makes the providers the process's own, for libraries that look there.
+    fn install(&self) {
+        if let Some(provider) = &self.traces {
+            global::set_tracer_provider(provider.clone());
+        }
+        if let Some(provider) = &self.metrics {
+            global::set_meter_provider(provider.clone());
+        }
+    }
+
+    /// Flushes and stops everything, in at most `timeout`. What cannot be delivered by then is lost; the
+    /// threads still at it are left behind and end with the process.
+    pub async fn shutdown(self, timeout: Duration) -> Delivery {
+        let Self { traces, metrics, logs, health, .. } = self;
+        let deadline = Instant::now() + timeout;
+        let (done, mut waiting) = tokio::sync::mpsc::channel::<()>(1);
+        // Threads of our own, one each: the runtime waits for its blocking threads when it is dropped, so a
+        // hanging collector would delay the exit after all; and one hanging signal must not starve another.
+        let detach = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let done = done.clone();
+            let started = std::thread::Builder::new().name(name.into()).spawn(move || {
+                work();
+                drop(done);
+            });
+            started.is_ok()
+        };
+        let mut all_started = true;
+        if let Some(provider) = traces {
+            all_started &= detach(
+                "flush-traces",
+                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
+            );
+        }
+        if let Some(provider) = metrics {
+            all_started &= detach(
+                "flush-metrics",
+                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
+            );
+        }
+        if let Some(provider) = logs {
+            all_started &= detach(
+                "flush-logs",
+                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
+            );
+        }
+        drop(done);
+        // Nothing is ever sent: the channel closes when the last thread is through.
+        let finished = tokio::time::timeout_at(deadline.into(), waiting.recv()).await.is_ok();
+        let lasts: Vec<Last> = health.iter().map(|h| h.last()).collect();
+        if health.is_empty() {
+            Delivery::Nothing
+        } else if !finished || !all_started || lasts.contains(&Last::Failed) {
+            Delivery::Pending
+        } else if lasts.contains(&Last::Delivered) {
+            Delivery::Delivered
+        } else {
+            Delivery::Nothing
+        }
+    }
+}

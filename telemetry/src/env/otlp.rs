@@ -1,0 +1,185 @@
+//! The `OTEL_EXPORTER_OTLP_*` variables of one signal.
+//!
+//! The signal's own variable wins over the general one; over HTTP `/v1/<signal>` is appended to the general
+//! endpoint only; the result is a complete address, so that nobody has to apply these rules again.
+//!
+//! Source: <https://opentelemetry.io/docs/specs/otel/protocol/exporter/>.
+
+use super::reader::Reader;
+use std::{path::PathBuf, time::Duration};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Signal {
+    Traces,
+    Metrics,
+    Logs,
+}
+
+impl Signal {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Signal::Traces => "traces",
+            Signal::Metrics => "metrics",
+            Signal::Logs => "logs",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Http,
+    Grpc,
+}
+
+/// How to reach the collector for one signal.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Otlp {
+    pub signal: Signal,
+    pub protocol: Protocol,
+    /// Complete, with scheme and path. May hold credentials: show it redacted only.
+    pub endpoint: String,
+    pub headers: Vec<(String, String)>,
+    pub gzip: bool,
+    /// Bound on one request.
+    pub timeout: Duration,
+    /// Variable and file.
+    pub certificate: Option<(String, PathBuf)>,
+    pub client_certificate: Option<(String, PathBuf)>,
+    pub client_key: Option<(String, PathBuf)>,
+}
+
+impl std::fmt::Debug for Otlp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Otlp")
+            .field("signal", &self.signal)
+            .field("protocol", &self.protocol)
+            .field("endpoint", &crate::redact::redact(&self.endpoint))
+            .field("headers", &self.headers.iter().map(|(k, _)| k).collect::<Vec<_>>())
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Otlp {
+    /// Shortens the request's bound to `limit`, if that is shorter.
+    pub(super) fn bound(&mut self, limit: Option<Duration>) {
+        if let Some(limit) = limit {
+            self.timeout = self.timeout.min(limit);
+        }
+    }
+}
+
+fn own(signal: Signal, suffix: &str) -> String {
+    format!("OTEL_EXPORTER_OTLP_{}_{suffix}", signal.name().to_ascii_uppercase())
+}
+
+fn general(suffix: &str) -> String {
+    format!("OTEL_EXPORTER_OTLP_{suffix}")
+}
+
+/// The variable that decides: the signal's, else the general one.
+fn deciding(r: &Reader<'_>, signal: Signal, suffix: &str) -> String {
+    let own = own(signal, suffix);
+    if r.text(&own).is_some() { own } else { general(suffix) }
+}
+
+/// Whether anything says where to send this signal.
+pub(super) fn endpoint_given(r: &Reader<'_>, signal: Signal) -> bool {
+    r.text(&deciding(r, signal, "ENDPOINT")).is_some()
+}
+
+pub(super) fn parse(r: &mut Reader<'_>, signal: Signal) -> Otlp {
+    let protocol = protocol(r, signal);
+    let headers = deciding(r, signal, "HEADERS");
+    let compression = deciding(r, signal, "COMPRESSION");
+    let timeout = deciding(r, signal, "TIMEOUT");
+    let (client_certificate, client_key) = identity(r, signal);
+    Otlp {
+        signal,
+        protocol,
+        endpoint: endpoint(r, signal, protocol),
+        headers: self::headers(r, &headers),
+        gzip: r.choice(&compression, &[("gzip", true), ("none", false)]).unwrap_or(false),
+        timeout: r.millis(&timeout).unwrap_or(Duration::from_secs(10)),
+        certificate: path(r, signal, "CERTIFICATE"),
+        client_certificate,
+        client_key,
+    }
+}
+
+fn protocol(r: &mut Reader<'_>, signal: Signal) -> Protocol {
+    let variable = deciding(r, signal, "PROTOCOL");
+    r.choice(&variable, &[("http/protobuf", Protocol::Http), ("grpc", Protocol::Grpc)])
+        .unwrap_or(Protocol::Http)
+}
+
+fn headers(r: &mut Reader<'_>, variable: &str) -> Vec<(String, String)> {
+    let pairs = r.pairs(variable, "comma-separated name=value pairs, percent-encoded");
+    let (good, bad): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(name, value)| {
+        http::HeaderName::from_bytes(name.as_bytes()).is_ok()
+            && http::HeaderValue::from_str(value).is_ok()
+    });
+    for (name, _) in bad {
+        r.problem(variable, &format!("{name}=***"), "names and values that HTTP allows in headers");
+    }
+    good
+}
+
+fn path(r: &Reader<'_>, signal: Signal, suffix: &str) -> Option<(String, PathBuf)> {
+    let variable = deciding(r, signal, suffix);
+    r.text(&variable).map(|file| (variable, PathBuf::from(file)))
+}
+
+type File = Option<(String, PathBuf)>;
+
+/// Certificate and key make sense as a pair only.
+fn identity(r: &mut Reader<'_>, signal: Signal) -> (File, File) {
+    let certificate = path(r, signal, "CLIENT_CERTIFICATE");
+    let key = path(r, signal, "CLIENT_KEY");
+    match (&certificate, &key) {
+        (Some((variable, file)), None) => {
+            let other = variable.replace("CLIENT_CERTIFICATE", "CLIENT_KEY");
+            r.problem(variable, &file.display().to_string(), format!("{other} beside it"));
+            (None, None)
+        }
+        (None, Some((variable, file))) => {
+            let other = variable.replace("CLIENT_KEY", "CLIENT_CERTIFICATE");
+            r.problem(variable, &file.display().to_string(), format!("{other} beside it"));
+            (None, None)
+        }
+        _ => (certificate, key),
+    }
+}
+
+fn endpoint(r: &mut Reader<'_>, signal: Signal, protocol: Protocol) -> String {
+    let variable = deciding(r, signal, "ENDPOINT");
+    let insecure = deciding(r, signal, "INSECURE");
+    let insecure = r.flag(&insecure);
+    let given = r.parsed(&variable, "an address such as http://collector:4318", |text| {
+        with_scheme(text, protocol, insecure)
+    });
+    match (protocol, given) {
+        (Protocol::Grpc, Some(endpoint)) => endpoint,
+        (Protocol::Grpc, None) => "http://localhost:4317".into(),
+        (Protocol::Http, Some(endpoint)) if variable != general("ENDPOINT") => endpoint,
+        (Protocol::Http, given) => {
+            let base = given.unwrap_or_else(|| "http://localhost:4318".into());
+            format!("{}/v1/{}", base.trim_end_matches('/'), signal.name())
+        }
+    }
+}
+
+/// An absolute http(s) address. gRPC also takes `host:port`: TLS unless INSECURE says otherwise.
+fn with_scheme(text: &str, protocol: Protocol, insecure: bool) -> Option<String> {
+    let full = if text.contains("://") {
+        text.to_owned()
+    } else if protocol == Protocol::Grpc {
+        format!("{}://{text}", if insecure { "http" } else { "https" })
+    } else {
+        return None;
+    };
+    let uri: http::Uri = full.parse().ok()?;
+    let scheme = uri.scheme_str()?;
+    let known = scheme == "http" || scheme == "https";
+    (known && uri.host().is_some_and(|h| !h.is_empty())).then_some(full)
+}

@@ -1,0 +1,128 @@
+//! The trace and span id of a log line.
+//!
+//! With the OpenTelemetry layer attached they are the exported ones. Without it they are made up the first
+//! time a line inside a span is logged, so that lines of one piece of work can still be found together, and
+//! a span nobody logs in costs nothing. Such ids are never sent to anyone: a peer would look in vain for
+//! their span (flags are 00, not sampled).
+
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceId};
+use std::sync::{Arc, OnceLock};
+use tracing::{Dispatch, Span, Subscriber, dispatcher::WeakDispatch};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::{
+    Layer, Registry,
+    registry::{LookupSpan, SpanRef},
+};
+
+/// What a log line carries, as W3C writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ids {
+    pub trace: TraceId,
+    pub span: SpanId,
+    pub flags: u8,
+}
+
+impl Ids {
+    fn of(context: &SpanContext) -> Option<Self> {
+        context.is_valid().then(|| Self {
+            trace: context.trace_id(),
+            span: context.span_id(),
+            flags: context.trace_flags().to_u8(),
+        })
+    }
+}
+
+/// Finds ids for the log formatter. `Layer` only to learn its dispatcher, through which alone the
+/// OpenTelemetry layer gives its spans away; attach it with everything filtered out.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Source {
+    exported: bool,
+    dispatch: Arc<OnceLock<WeakDispatch>>,
+}
+
+impl Source {
+    /// `exported`: whether the OpenTelemetry layer is attached.
+    pub(crate) fn new(exported: bool) -> Self {
+        Self { exported, dispatch: Arc::default() }
+    }
+
+    /// The ids for a line logged in `span`.
+    pub(crate) fn ids<S: for<'a> LookupSpan<'a>>(&self, span: &SpanRef<'_, S>) -> Ids {
+        self.exported_ids(span).unwrap_or_else(|| made_up(span))
+    }
+
+    /// Of the innermost span that the OpenTelemetry layer did not filter out.
+    fn exported_ids<S: for<'a> LookupSpan<'a>>(&self, span: &SpanRef<'_, S>) -> Option<Ids> {
+        if !self.exported {
+            return None;
+        }
+        let dispatch = self.dispatch.get()?.upgrade()?;
+        span.scope().find_map(|span| {
+            let cx = tracing_opentelemetry::get_otel_context(&span.id(), &dispatch)?;
+            Ids::of(cx.span().span_context())
+        })
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Source {
+    fn on_register_dispatch(&self, dispatch: &Dispatch) {
+        // A second dispatcher over the same layers does not happen; the first one stays.
+        let _ = self.dispatch.set(dispatch.downgrade());
+    }
+}
+
+/// Ids made up here or adopted from a peer, kept in the span.
+struct MadeUp {
+    trace: TraceId,
+    span: SpanId,
+}
+
+fn made_up<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>) -> Ids {
+    let known = |s: &SpanRef<'_, S>| s.extensions().get::<MadeUp>().map(|m| (m.trace, m.span));
+    if let Some((trace, span)) = known(span) {
+        return Ids { trace, span, flags: 0 };
+    }
+    let inherited = span.scope().skip(1).find_map(|s| known(&s)).map(|(trace, _)| trace);
+    let trace = inherited.unwrap_or_else(|| {
+        let trace = TraceId::from(rand::random::<u128>().max(1));
+        // The root keeps it, so that its other children find it.
+        if let Some(root) = span.scope().from_root().next().filter(|root| root.id() != span.id()) {
+            root.extensions_mut().replace(MadeUp { trace, span: new_span_id() });
+        }
+        trace
+    });
+    let id = new_span_id();
+    span.extensions_mut().replace(MadeUp { trace, span: id });
+    Ids { trace, span: id, flags: 0 }
+}
+
+fn new_span_id() -> SpanId {
+    SpanId::from(rand::random::<u64>().max(1))
+}
+
+fn with_span<T>(span: &Span, f: impl FnOnce(SpanRef<'_, Registry>) -> T) -> Option<T> {
+    span.with_subscriber(|(id, dispatch)| {
+        let registry = dispatch.downcast_ref::<Registry>()?;
+        registry.span(id).map(f)
+    })
+    .flatten()
+}
+
+/// Gives `span` a peer's trace id for its log lines, when spans are not exported.
+pub(crate) fn adopt(span: &Span, remote: &SpanContext) {
+    with_span(span, |span| {
+        let adopted = MadeUp { trace: remote.trace_id(), span: new_span_id() };
+        span.extensions_mut().replace(adopted);
+    });
+}
+
+/// The trace id of the current span, 32 hexadecimal digits; the same that its log lines show.
+pub fn current_trace_id() -> Option<String> {
+    let span = Span::current();
+    let cx = span.context();
+    let trace = match Ids::of(cx.span().span_context()) {
+        Some(ids) => ids.trace,
+        None => with_span(&span, |span| made_up(&span).trace)?,
+    };
+    Some(trace.to_string())
+}

@@ -1,0 +1,205 @@
+//! One event, one line.
+//!
+//! Text: `time LEVEL target: span{fields}: message field=value trace_id=… span_id=… trace_flags=…`.
+//! JSON: one object, the event's fields beside `timestamp`, `level`, `target` and `message`; spans, outermost
+//! first, under `spans`. A field that would hide one of ours is renamed `field.<name>`.
+//! The ids are there exactly when the event happened inside a span.
+
+use crate::{LogFormat, ids};
+use serde_json::{Map, Value};
+use std::fmt::{self, Write};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tracing::{
+    Event, Level, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields, format::Writer},
+    registry::{LookupSpan, SpanRef},
+};
+
+/// Formats events as described above.
+pub(crate) struct Line {
+    format: LogFormat,
+    ids: ids::Source,
+}
+
+impl Line {
+    pub(crate) fn new(format: LogFormat, ids: ids::Source) -> Self {
+        Self { format, ids }
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        ctx: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let span = match event.parent() {
+            Some(id) => ctx.span(id),
+            None if event.is_root() => None,
+            None => ctx.lookup_current(),
+        };
+        // Before any span's fields are borrowed: making ids up writes to the same place.
+        let ids = span.as_ref().map(|span| self.ids.ids(span));
+        match self.format {
+            LogFormat::Text => text(ctx, &mut writer, event, span.as_ref(), ids),
+            LogFormat::Json => json::<S, N>(&mut writer, event, span.as_ref(), ids),
+        }
+    }
+}
+
+fn now() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
+}
+
+fn text<S, N>(
+    ctx: &FmtContext<'_, S, N>,
+    writer: &mut Writer<'_>,
+    event: &Event<'_>,
+    span: Option<&SpanRef<'_, S>>,
+    ids: Option<ids::Ids>,
+) -> fmt::Result
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    let metadata = event.metadata();
+    write!(writer, "{} ", now())?;
+    level(writer, metadata.level())?;
+    write!(writer, " {}: ", metadata.target())?;
+    for span in span.into_iter().flat_map(|s| s.scope().from_root()) {
+        writer.write_str(span.name())?;
+        let extensions = span.extensions();
+        match extensions.get::<FormattedFields<N>>().filter(|f| !f.is_empty()) {
+            Some(fields) => write!(writer, "{{{fields}}}: ")?,
+            None => writer.write_str(": ")?,
+        }
+    }
+    ctx.format_fields(writer.by_ref(), event)?;
+    if let Some(ids) = ids {
+        write!(
+            writer,
+            " trace_id={} span_id={} trace_flags={:02x}",
+            ids.trace, ids.span, ids.flags
+        )?;
+    }
+    writeln!(writer)
+}
+
+fn level(writer: &mut Writer<'_>, level: &Level) -> fmt::Result {
+    if !writer.has_ansi_escapes() {
+        return write!(writer, "{:>5}", level.as_str());
+    }
+    let colour = match *level {
+        Level::ERROR => 31,
+        Level::WARN => 33,
+        Level::INFO => 32,
+        Level::DEBUG => 34,
+        Level::TRACE => 35,
+    };
+    write!(writer, "\x1b[{colour}m{:>5}\x1b[0m", level.as_str())
+}
+
+fn json<S, N>(
+    writer: &mut Writer<'_>,
+    event: &Event<'_>,
+    span: Option<&SpanRef<'_, S>>,
+    ids: Option<ids::Ids>,
+) -> fmt::Result
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    let metadata = event.metadata();
+    let mut line = Map::new();
+    line.insert("timestamp".into(), now().into());
+    line.insert("level".into(), metadata.level().as_str().into());
+    line.insert("target".into(), metadata.target().into());
+    let mut fields = Fields::default();
+    event.record(&mut fields);
+    line.insert("message".into(), fields.message.into());
+    if let Some(ids) = ids {
+        line.insert("trace_id".into(), ids.trace.to_string().into());
+        line.insert("span_id".into(), ids.span.to_string().into());
+        line.insert("trace_flags".into(), format!("{:02x}", ids.flags).into());
+    }
+    let spans: Vec<Value> = span
+        .into_iter()
+        .flat_map(|s| s.scope().from_root())
+        .map(|s| described::<S, N>(&s))
+        .collect();
+    if !spans.is_empty() {
+        line.insert("spans".into(), spans.into());
+    }
+    for (name, value) in fields.others {
+        let taken = line.contains_key(&name);
+        line.insert(if taken { format!("field.{name}") } else { name }, value);
+    }
+    writeln!(writer, "{}", Value::Object(line))
+}
+
+fn described<S, N>(span: &SpanRef<'_, S>) -> Value
+where
+    S: for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    let extensions = span.extensions();
+    let fields = extensions.get::<FormattedFields<N>>();
+    let mut object: Map<String, Value> =
+        fields.and_then(|f| serde_json::from_str(&f.fields).ok()).unwrap_or_default();
+    object.insert("name".into(), span.name().into());
+    Value::Object(object)
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Vec<(String, Value)>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: Value) {
+        match (field.name(), value) {
+            ("message", Value::String(text)) => self.message = text,
+            (name, value) => self.others.push((name.to_owned(), value)),
+        }
+    }
+}
+
+impl Visit for Fields {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, value.into());
+    }
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, value.into());
+    }
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, value.into());
+    }
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, value.into());
+    }
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field, value.into());
+    }
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        let mut text = value.to_string();
+        let mut source = value.source();
+        while let Some(cause) = source {
+            // Writing to a String cannot fail.
+            let _ = write!(text, ": {cause}");
+            source = cause.source();
+        }
+        self.put(field, text.into());
+    }
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.put(field, format!("{value:?}").into());
+    }
+}

@@ -1,0 +1,138 @@
+//! The tracing subscriber: log lines on stderr, spans to the tracer, events to the log exporter.
+//!
+//! Every layer has its own filter, so that RUST_LOG says what is printed and nothing else. Spans of Klio's own
+//! crates are always known to the printer, else a line of level error would lose its ids under RUST_LOG=error.
+//! Other crates' spans and events never reach the exporters: exporting makes some itself.
+
+mod format;
+
+pub(crate) use format::Line;
+
+use crate::{
+    LogFormat,
+    env::{LogSettings, Problem, Settings, Signal},
+    ids, otlp,
+    traces::Router,
+    watch::{Health, Watched},
+};
+use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use opentelemetry_sdk::{
+    Resource,
+    logs::{BatchConfigBuilder, BatchLogProcessor, SdkLoggerProvider},
+};
+use std::sync::Arc;
+use tracing::{Dispatch, Level, Metadata, level_filters::LevelFilter};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    filter::{FilterExt, filter_fn},
+    fmt::{MakeWriter, format::DefaultFields, format::JsonFields},
+    layer::SubscriberExt,
+};
+
+/// The provider for exported events, if there is any exporter, and its health.
+pub(crate) fn build(
+    settings: &LogSettings,
+    resource: Resource,
+    problems: &mut Vec<Problem>,
+) -> (Option<SdkLoggerProvider>, Option<Arc<Health>>) {
+    let mut health = None;
+    let mut builder = SdkLoggerProvider::builder().with_resource(resource);
+    if let Some(otlp) = &settings.otlp {
+        match otlp::logs(otlp) {
+            Ok(exporter) => {
+                let watch = Health::new(Signal::Logs, &otlp.endpoint);
+                let exporter = Watched::new(exporter, Arc::clone(&watch));
+                builder = builder.with_log_processor(
+                    BatchLogProcessor::builder(exporter).with_batch_config(batch(settings)).build(),
+                );
+                health = Some(watch);
+            }
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if settings.console {
+        builder = builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default());
+    }
+    let any = health.is_some() || settings.console;
+    (any.then(|| builder.build()), health)
+}
+
+fn batch(settings: &LogSettings) -> opentelemetry_sdk::logs::BatchConfig {
+    let mut builder = BatchConfigBuilder::default();
+    if let Some(queue) = settings.batch.queue {
+        builder = builder.with_max_queue_size(queue);
+    }
+    if let Some(size) = settings.batch.size {
+        builder = builder.with_max_export_batch_size(size);
+    }
+    if let Some(delay) = settings.batch.delay {
+        builder = builder.with_scheduled_delay(delay);
+    }
+    builder.build()
+}
+
+/// Where lines go and how they look.
+pub(crate) struct Printer<W> {
+    pub writer: W,
+    pub colour: bool,
+}
+
+/// All layers put together.
+pub(crate) fn subscriber<W>(
+    settings: &Settings,
+    debug: bool,
+    printer: Printer<W>,
+    tracer: Option<Router>,
+    events: Option<&SdkLoggerProvider>,
+) -> Dispatch
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let depth = if debug { Level::DEBUG } else { Level::INFO };
+    let ids = ids::Source::new(tracer.is_some());
+    let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = Vec::new();
+    // The tracer comes first: the printer asks it for ids.
+    if let Some(tracer) = tracer {
+        let layer = tracing_opentelemetry::layer()
+            .with_tracer(tracer)
+            .with_threads(false)
+            .with_tracked_inactivity(false);
+        layers.push(layer.with_filter(filter_fn(move |m| ours(m) && *m.level() <= depth)).boxed());
+        layers.push(ids.clone().with_filter(LevelFilter::OFF).boxed());
+    }
+    if let Some(events) = events {
+        let bridge = OpenTelemetryTracingBridge::new(events);
+        layers.push(bridge.with_filter(env_filter(settings, debug).and(filter_fn(ours))).boxed());
+    }
+    let spans = filter_fn(move |m| m.is_span() && ours(m) && *m.level() <= depth);
+    let filter = env_filter(settings, debug).or(spans);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(printer.writer)
+        .with_ansi(printer.colour)
+        .log_internal_errors(false);
+    layers.push(match settings.format {
+        LogFormat::Text => lines
+            .fmt_fields(DefaultFields::new())
+            .event_format(Line::new(LogFormat::Text, ids))
+            .with_filter(filter)
+            .boxed(),
+        LogFormat::Json => lines
+            .with_ansi(false)
+            .fmt_fields(JsonFields::new())
+            .event_format(Line::new(LogFormat::Json, ids))
+            .with_filter(filter)
+            .boxed(),
+    });
+    Dispatch::new(tracing_subscriber::registry().with(layers))
+}
+
+fn ours(metadata: &Metadata<'_>) -> bool {
+    metadata.target().starts_with("klio")
+}
+
+fn env_filter(settings: &Settings, debug: bool) -> EnvFilter {
+    let default = if debug { "info,klio=debug" } else { "info" };
+    let wanted = settings.filter.as_deref().unwrap_or(default);
+    // First, so that the user's own directive for it wins.
+    EnvFilter::builder().parse_lossy(format!("opentelemetry={},{wanted}", settings.sdk_level))
+}

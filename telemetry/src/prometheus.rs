@@ -1,0 +1,105 @@
+//! The text that `/metrics` answers with. Serving it is the binaries' work.
+//!
+//! Names follow the OpenTelemetry-to-Prometheus rules, each suffix once, and pass `promtool check metrics`:
+//! the exporter repeats a unit that the name already ends in, and leaves `_count` on gauges and an empty
+//! HELP; [`Prometheus::render`] mends that.
+
+use opentelemetry_prometheus::PrometheusExporter;
+use opentelemetry_sdk::error::OTelSdkError;
+use prometheus::{Registry, TextEncoder, proto::MetricFamily, proto::MetricType};
+
+/// The metrics page, and where OTEL_EXPORTER_PROMETHEUS_HOST and _PORT want it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Prometheus {
+    /// Host name or address to listen on; `localhost` by default.
+    pub host: String,
+    /// TCP port; 9464 by default.
+    pub port: u16,
+    registry: Registry,
+}
+
+impl Prometheus {
+    /// The page and the reader that fills it.
+    pub(crate) fn new(host: &str, port: u16) -> Result<(Self, PrometheusExporter), OTelSdkError> {
+        let registry = Registry::new();
+        // One meter, so the scope label would tell nothing and be on every row.
+        let reader = opentelemetry_prometheus::exporter()
+            .with_registry(registry.clone())
+            .scope_info_enabled(false)
+            .build()?;
+        Ok((Self { host: host.into(), port, registry }, reader))
+    }
+
+    /// Content type for the HTTP answer.
+    pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
+
+    /// Collects now and renders. Runs the observable instruments' callbacks on the calling thread.
+    pub fn render(&self) -> String {
+        let mut families = self.registry.gather();
+        families.iter_mut().for_each(mend);
+        families.sort_by(|a, b| a.name().cmp(b.name()));
+        let mut text = String::new();
+        if let Err(error) = TextEncoder::new().encode_utf8(&families, &mut text) {
+            tracing::warn!(%error, "some metrics cannot be rendered");
+        }
+        text
+    }
+}
+
+fn mend(family: &mut MetricFamily) {
+    let name = mended_name(family.name(), family.get_field_type());
+    if family.help().is_empty() {
+        family.set_help(name.replace('_', " "));
+    }
+    family.set_name(name);
+}
+
+fn mended_name(name: &str, kind: MetricType) -> String {
+    let (stem, total) = match name.strip_suffix("_total") {
+        Some(stem) if kind == MetricType::COUNTER => (stem, "_total"),
+        _ => (name, ""),
+    };
+    let mut stem = stem.strip_suffix("_total").unwrap_or(stem).to_owned();
+    for unit in ["_seconds", "_bytes", "_ratio"] {
+        let twice = [unit, unit].concat();
+        while stem.ends_with(&twice) {
+            stem.truncate(stem.len() - unit.len());
+        }
+    }
+    // `_count` belongs to histograms: process.thread.count becomes process_threads.
+    if kind == MetricType::GAUGE
+        && let Some(noun) = stem.strip_suffix("_count")
+    {
+        stem = if noun.ends_with('s') { noun.to_owned() } else { format!("{noun}s") };
+    }
+    format!("{stem}{total}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_suffix_appears_once() {
+        let table = [
+            (
+                "klio_backup_latest_duration_seconds_seconds",
+                MetricType::GAUGE,
+                "klio_backup_latest_duration_seconds",
+            ),
+            (
+                "klio_wal_written_size_bytes_total",
+                MetricType::COUNTER,
+                "klio_wal_written_size_bytes_total",
+            ),
+            ("a_bytes_bytes_total", MetricType::COUNTER, "a_bytes_total"),
+            ("a_total_total", MetricType::COUNTER, "a_total"),
+            ("process_thread_count", MetricType::GAUGE, "process_threads"),
+            ("a_seconds", MetricType::HISTOGRAM, "a_seconds"),
+            ("a_count", MetricType::HISTOGRAM, "a_count"),
+        ];
+        for (input, kind, expected) in table {
+            assert_eq!(mended_name(input, kind), expected);
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! W3C trace context across carriers: gRPC metadata, NATS headers, anything with text keys.
+//!
+//! Which formats are spoken is OTEL_PROPAGATORS' say (tracecontext and baggage by default). When tracing is
+//! off nothing is written, and what arrives is only used to show the caller's trace id in our log lines.
+
+use crate::{env::Propagator, ids};
+use opentelemetry::{
+    Context, global,
+    propagation::{Extractor, Injector, TextMapCompositePropagator, TextMapPropagator},
+    trace::TraceContextExt,
+};
+use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+struct Set<'a>(&'a mut dyn FnMut(&str, String));
+
+impl Injector for Set<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        (self.0)(key, value);
+    }
+}
+
+struct Get(Vec<(&'static str, String)>);
+
+/// All keys the two propagators read.
+const KEYS: [&str; 3] = ["traceparent", "tracestate", "baggage"];
+
+impl Get {
+    // `Extractor::get` lends, the carrier gives: so read first.
+    fn new(get: &dyn Fn(&str) -> Option<String>) -> Self {
+        Self(KEYS.iter().filter_map(|k| get(k).map(|v| (*k, v))).collect())
+    }
+}
+
+impl Extractor for Get {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(k, _)| *k == key).map(|(_, v)| v.as_str())
+    }
+    fn keys(&self) -> Vec<&str> {
+        self.0.iter().map(|(k, _)| *k).collect()
+    }
+}
+
+/// Writes the current tracing span's context, one call of `set` per header. Nothing outside a span.
+pub fn inject(set: &mut dyn FnMut(&str, String)) {
+    let cx = tracing::Span::current().context();
+    if cx.span().span_context().is_valid() {
+        global::get_text_map_propagator(|p| p.inject_context(&cx, &mut Set(set)));
+    }
+}
+
+/// Makes the sender's span the parent of `span`, which must not have been entered yet. Broken or absent
+/// headers leave `span` a root.
+pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
+    let carrier = Get::new(get);
+    let cx = global::get_text_map_propagator(|p| p.extract_with_context(&Context::new(), &carrier));
+    let remote = cx.span().span_context().clone();
+    if !remote.is_valid() {
+        return;
+    }
+    if span.set_parent(cx).is_err() {
+        ids::adopt(span, &remote);
+    }
+}
+
+/// Makes `chosen` the process's propagators.
+pub(crate) fn install(chosen: &[Propagator]) {
+    global::set_text_map_propagator(composite(chosen));
+}
+
+fn composite(chosen: &[Propagator]) -> TextMapCompositePropagator {
+    let each = chosen.iter().map(|p| -> Box<dyn TextMapPropagator + Send + Sync> {
+        match p {
+            Propagator::TraceContext => Box::new(TraceContextPropagator::new()),
+            Propagator::Baggage => Box::new(BaggagePropagator::new()),
+        }
+    });
+    TextMapCompositePropagator::new(each.collect())
+}
