@@ -1,1 +1,27 @@
-//! 
+//! The harness: real PostgreSQL, nats-server, S3 and Klio's own programs on free loopback ports, with faults to switch on.
+//!
+//! What must stay true: whatever a value here has started ends when the value is dropped, also when the test panics, and
+//! (through [`guard`]) when the test program itself is killed. Tests run in parallel, so nothing here is global except ports.
+//! The harness is test code: a thing that goes wrong panics with the log of the program that failed.
+
+pub mod env;
+pub mod guard;
+pub mod http;
+pub mod nats;
+pub mod pki;
+pub mod ports;
+pub mod postgres;
+pub mod process;
+pub mod programs;
+pub mod promtool;
+pub mod s3;
+pub mod scratch;
+pub mod wait;
+
+/// Makes ring the process's crypto provider; the first line of every test that uses TLS or an object store.
+///
+/// Calling it again changes nothing.
+pub fn install_crypto() {
+    // An error only says that a provider is installed already, by another test of the same program.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}

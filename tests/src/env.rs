@@ -1,0 +1,60 @@
+//! The environment of a test run, read here and nowhere else.
+//!
+//! `KLIO_BIN_DIR`: where Klio's programs are. `KLIO_TEST_DIR`: where scratch directories go.
+
+use std::{ffi::OsString, path::PathBuf};
+
+fn path(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from)
+}
+
+/// `KLIO_BIN_DIR`, when the programs under test are not those of this build.
+#[must_use]
+pub fn bin_dir() -> Option<PathBuf> {
+    path("KLIO_BIN_DIR")
+}
+
+/// Where scratch directories go: `KLIO_TEST_DIR`, else `/tmp` (short, because a socket's path may have 107 bytes only).
+#[must_use]
+pub fn scratch_root() -> PathBuf {
+    path("KLIO_TEST_DIR").unwrap_or_else(|| PathBuf::from("/tmp"))
+}
+
+/// The root of this repository, as it was when the tests were built.
+#[must_use]
+pub fn repository() -> PathBuf {
+    let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().map_or(tests.clone(), PathBuf::from)
+}
+
+/// The `cargo` that runs the tests, else the one on `PATH`.
+#[must_use]
+pub fn cargo() -> PathBuf {
+    path("CARGO").unwrap_or_else(|| PathBuf::from("cargo"))
+}
+
+/// `.tools/bin`, where `make tools` puts programs, then the directories of `PATH`.
+fn search_dirs() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(repository().join(".tools/bin")).chain(std::env::split_paths(&path)).collect()
+}
+
+/// `PATH` for programs under test: with `.tools/bin` in front.
+///
+/// # Panics
+/// When the path of the repository holds a colon.
+#[must_use]
+pub fn search_path() -> OsString {
+    std::env::join_paths(search_dirs()).expect("no colon in the path of the repository")
+}
+
+/// Finds a tool in `.tools/bin` or on `PATH`.
+///
+/// # Panics
+/// When it is in neither.
+#[must_use]
+pub fn tool(name: &str) -> PathBuf {
+    search_dirs().into_iter().map(|dir| dir.join(name)).find(|file| file.is_file()).unwrap_or_else(
+        || panic!("find {name}: neither in .tools/bin nor on PATH; hint: run `make tools`"),
+    )
+}

@@ -1,0 +1,46 @@
+//! A directory for one test, deleted when dropped.
+//!
+//! Others may enter it (mode 755): as root, the tests run PostgreSQL as another user.
+
+use crate::env;
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+/// A scratch directory.
+#[derive(Debug)]
+pub struct Scratch {
+    dir: tempfile::TempDir,
+}
+
+impl Scratch {
+    /// Makes a new, empty one below [`env::scratch_root`]; `name` shows in its path.
+    ///
+    /// # Panics
+    /// When the place cannot be written.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let root = env::scratch_root();
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("klio-{name}-"))
+            .tempdir_in(&root)
+            .unwrap_or_else(|e| panic!("make scratch directory in {}: {e}", root.display()));
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))
+            .unwrap_or_else(|e| panic!("open {} to others: {e}", dir.path().display()));
+        Self { dir }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A path inside it (not created).
+    #[must_use]
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
