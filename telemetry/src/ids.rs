@@ -7,10 +7,10 @@
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceId};
 use std::sync::{Arc, OnceLock};
-use tracing::{Dispatch, Span, Subscriber, dispatcher::WeakDispatch};
+use tracing::{Dispatch, Span, dispatcher::WeakDispatch};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{
-    Layer, Registry,
+    Registry,
     registry::{LookupSpan, SpanRef},
 };
 
@@ -32,18 +32,18 @@ impl Ids {
     }
 }
 
-/// Finds ids for the log formatter. `Layer` only to learn its dispatcher, through which alone the
-/// OpenTelemetry layer gives its spans away; attach it with everything filtered out.
+/// Finds ids for the log formatter, which needs the finished dispatcher for it: only through that does the
+/// OpenTelemetry layer give its spans away. Until [`Source::connect`], and without the layer, ids are made up.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Source {
-    exported: bool,
     dispatch: Arc<OnceLock<WeakDispatch>>,
 }
 
 impl Source {
-    /// `exported`: whether the OpenTelemetry layer is attached.
-    pub(crate) fn new(exported: bool) -> Self {
-        Self { exported, dispatch: Arc::default() }
+    /// Call once, with the dispatcher that holds both the printer and the OpenTelemetry layer.
+    pub(crate) fn connect(&self, dispatch: &Dispatch) {
+        // Weak, as the dispatcher owns this.
+        let _ = self.dispatch.set(dispatch.downgrade());
     }
 
     /// The ids for a line logged in `span`.
@@ -53,21 +53,11 @@ impl Source {
 
     /// Of the innermost span that the OpenTelemetry layer did not filter out.
     fn exported_ids<S: for<'a> LookupSpan<'a>>(&self, span: &SpanRef<'_, S>) -> Option<Ids> {
-        if !self.exported {
-            return None;
-        }
         let dispatch = self.dispatch.get()?.upgrade()?;
         span.scope().find_map(|span| {
             let cx = tracing_opentelemetry::get_otel_context(&span.id(), &dispatch)?;
             Ids::of(cx.span().span_context())
         })
-    }
-}
-
-impl<S: Subscriber> Layer<S> for Source {
-    fn on_register_dispatch(&self, dispatch: &Dispatch) {
-        // A second dispatcher over the same layers does not happen; the first one stays.
-        let _ = self.dispatch.set(dispatch.downgrade());
     }
 }
 

@@ -21,7 +21,7 @@ use opentelemetry_sdk::{
     logs::{BatchConfigBuilder, BatchLogProcessor, SdkLoggerProvider},
 };
 use std::sync::Arc;
-use tracing::{Dispatch, Level, Metadata, level_filters::LevelFilter};
+use tracing::{Dispatch, Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     filter::{FilterExt, filter_fn},
@@ -89,7 +89,8 @@ where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
     let depth = if debug { Level::DEBUG } else { Level::INFO };
-    let ids = ids::Source::new(tracer.is_some());
+    let ids = ids::Source::default();
+    let traced = tracer.is_some();
     let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = Vec::new();
     // The tracer comes first: the printer asks it for ids.
     if let Some(tracer) = tracer {
@@ -98,7 +99,6 @@ where
             .with_threads(false)
             .with_tracked_inactivity(false);
         layers.push(layer.with_filter(filter_fn(move |m| ours(m) && *m.level() <= depth)).boxed());
-        layers.push(ids.clone().with_filter(LevelFilter::OFF).boxed());
     }
     if let Some(events) = events {
         let bridge = OpenTelemetryTracingBridge::new(events);
@@ -113,17 +113,21 @@ where
     layers.push(match settings.format {
         LogFormat::Text => lines
             .fmt_fields(DefaultFields::new())
-            .event_format(Line::new(LogFormat::Text, ids))
+            .event_format(Line::new(LogFormat::Text, ids.clone()))
             .with_filter(filter)
             .boxed(),
         LogFormat::Json => lines
             .with_ansi(false)
             .fmt_fields(JsonFields::new())
-            .event_format(Line::new(LogFormat::Json, ids))
+            .event_format(Line::new(LogFormat::Json, ids.clone()))
             .with_filter(filter)
             .boxed(),
     });
-    Dispatch::new(tracing_subscriber::registry().with(layers))
+    let dispatch = Dispatch::new(tracing_subscriber::registry().with(layers));
+    if traced {
+        ids.connect(&dispatch);
+    }
+    dispatch
 }
 
 fn ours(metadata: &Metadata<'_>) -> bool {
