@@ -1,0 +1,227 @@
+//! TLS as libpq means it: who is verified, who we are, and the channel binding.
+//!
+//! TLS 1.2 and up, ring only. Files are read at every connection, so renewed certificates count.
+//! A root certificate that exists is honoured in every mode, as in libpq. Names are checked against
+//! subjectAltName only; libpq's fallback to the common name is not there.
+
+use super::error::{Error, ErrorKind};
+use crate::conninfo::{ClientFile, RootCert, SslMode, TlsSettings};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::ParsedCertificate,
+};
+use sha2::Digest;
+use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use x509_parser::{
+    prelude::{FromDer, X509Certificate},
+    signature_algorithm::SignatureAlgorithm,
+};
+
+const OP: &str = "prepare TLS";
+
+/// Reads the files and makes the configuration. Blocking.
+pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let versions: &[&rustls::SupportedProtocolVersion] = match settings {
+        s if s.tls13_only => &[&rustls::version::TLS13],
+        s if s.tls12_only => &[&rustls::version::TLS12],
+        _ => &[&rustls::version::TLS13, &rustls::version::TLS12],
+    };
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(versions)
+        .map_err(trouble)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier(settings, provider)?);
+    let mut config = match identity(settings)? {
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(trouble)?,
+        None => builder.with_no_client_auth(),
+    };
+    config.enable_sni = settings.sni;
+    Ok(config)
+}
+
+fn trouble(e: rustls::Error) -> Error {
+    Error::caused(ErrorKind::Tls, OP, e)
+}
+
+fn wrong(message: String) -> Error {
+    Error::new(ErrorKind::Tls, OP, message)
+}
+
+fn verifier(
+    settings: &TlsSettings,
+    provider: Arc<CryptoProvider>,
+) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+    let roots = roots(settings)?;
+    match (settings.mode, roots) {
+        (SslMode::VerifyFull, Some(roots)) => {
+            let built = WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build();
+            Ok(built.map_err(|e| Error::caused(ErrorKind::Tls, OP, e))?)
+        }
+        (_, roots) => Ok(Arc::new(Lenient { roots, provider })),
+    }
+}
+
+fn roots(settings: &TlsSettings) -> Result<Option<RootCertStore>, Error> {
+    let path = match &settings.root {
+        RootCert::System => return system_roots().map(Some),
+        RootCert::File(path) => path,
+        RootCert::DefaultFile(path) if path.exists() => path,
+        RootCert::DefaultFile(_) | RootCert::None => {
+            return match settings.mode {
+                SslMode::VerifyCa | SslMode::VerifyFull => Err(wrong(format!(
+                    "sslmode={}: expected a root certificate, found none\n\
+                     hint: set sslrootcert=FILE or sslrootcert=system",
+                    settings.mode
+                ))),
+                _ => Ok(None),
+            };
+        }
+    };
+    let mut store = RootCertStore::empty();
+    for cert in certificates("sslrootcert", path)? {
+        store.add(cert).map_err(trouble)?;
+    }
+    Ok(Some(store))
+}
+
+fn system_roots() -> Result<RootCertStore, Error> {
+    let loaded = rustls_native_certs::load_native_certs();
+    let mut store = RootCertStore::empty();
+    let (added, _) = store.add_parsable_certificates(loaded.certs);
+    if added == 0 {
+        let why = loaded.errors.first().map_or("none installed".to_owned(), ToString::to_string);
+        return Err(wrong(format!("sslrootcert=system: expected authorities, found none: {why}")));
+    }
+    Ok(store)
+}
+
+fn certificates(keyword: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let read = |why: String| wrong(format!("{keyword}: read {}: {why}", path.display()));
+    let content = fs::read(path).map_err(|e| read(e.to_string()))?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&content).collect();
+    let found = found.map_err(|e| read(e.to_string()))?;
+    if found.is_empty() {
+        return Err(read("expected PEM certificates, found none".into()));
+    }
+    Ok(found)
+}
+
+type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// Our certificate and key, if there is one to show.
+fn identity(settings: &TlsSettings) -> Result<Option<Identity>, Error> {
+    let present = |f: &&ClientFile| f.explicit || f.path.exists();
+    let Some(cert) = settings.cert.as_ref().filter(present) else { return Ok(None) };
+    let chain = certificates("sslcert", &cert.path)?;
+    let Some(key) = settings.key.as_ref() else {
+        return Err(wrong(format!("expected sslkey beside sslcert={}", cert.path.display())));
+    };
+    Ok(Some((chain, private_key(&key.path)?)))
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
+    let read = |why: String| wrong(format!("sslkey: read {}: {why}", path.display()));
+    let meta = fs::metadata(path).map_err(|e| read(e.to_string()))?;
+    // As libpq: root may share it with a group, anyone else keeps it alone.
+    let forbidden = if meta.uid() == 0 { 0o037 } else { 0o077 };
+    if meta.mode() & forbidden != 0 {
+        return Err(read(format!(
+            "expected mode 0600 (or 0640 owned by root), found {:04o}",
+            meta.mode() & 0o7777
+        )));
+    }
+    let content = fs::read(path).map_err(|e| read(e.to_string()))?;
+    if String::from_utf8_lossy(&content).contains("ENCRYPTED") {
+        return Err(read("expected an unencrypted key, found an encrypted one".into()));
+    }
+    PrivateKeyDer::from_pem_slice(&content).map_err(|e| read(e.to_string()))
+}
+
+/// Everything below `verify-full`: the chain if roots are known, never the name. The handshake's
+/// signature is checked in any case.
+#[derive(Debug)]
+struct Lenient {
+    roots: Option<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Lenient {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if let Some(roots) = &self.roots {
+            verify_server_cert_signed_by_trust_anchor(
+                &ParsedCertificate::try_from(end_entity)?,
+                roots,
+                intermediates,
+                now,
+                self.provider.signature_verification_algorithms.all,
+            )?;
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// RFC 5929 `tls-server-end-point`: the certificate under the hash of its own signature, but never
+/// less than SHA-256. `None` where the signature has no such hash (Ed25519).
+pub(super) fn end_point(cert: &CertificateDer<'_>) -> Option<Vec<u8>> {
+    let (_, parsed) = X509Certificate::from_der(cert).ok()?;
+    let oid = match SignatureAlgorithm::try_from(&parsed.signature_algorithm).ok()? {
+        SignatureAlgorithm::RSASSA_PSS(params) => params.hash_algorithm_oid().to_id_string(),
+        _ => parsed.signature_algorithm.algorithm.to_id_string(),
+    };
+    match oid.as_str() {
+        // MD5 and SHA-1, with RSA, ECDSA or as the hash of RSASSA-PSS, count as SHA-256.
+        "1.2.840.113549.1.1.4"
+        | "1.2.840.113549.1.1.5"
+        | "1.2.840.10045.4.1"
+        | "1.3.14.3.2.26"
+        | "1.2.840.113549.1.1.11"
+        | "1.2.840.10045.4.3.2"
+        | "2.16.840.1.101.3.4.2.1" => Some(sha2::Sha256::digest(cert).to_vec()),
+        "1.2.840.113549.1.1.12" | "1.2.840.10045.4.3.3" | "2.16.840.1.101.3.4.2.2" => {
+            Some(sha2::Sha384::digest(cert).to_vec())
+        }
+        "1.2.840.113549.1.1.13" | "1.2.840.10045.4.3.4" | "2.16.840.1.101.3.4.2.3" => {
+            Some(sha2::Sha512::digest(cert).to_vec())
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,264 @@
+//! Framing: messages in and out of a byte stream.
+//!
+//! Bodies are slices of the read buffer, never copies; one read fills it with as much as has
+//! arrived, so a message costs no system call of its own.
+//! Cancel-safe throughout: bytes read stay in `input`, bytes not yet written stay in `output`.
+//! postgres-protocol's own `Message` knows no CopyBothResponse, hence the dispatch by tag here.
+
+use super::{
+    error::{Error, ErrorKind, ServerError},
+    transport::Transport,
+};
+use bytes::{Bytes, BytesMut};
+use postgres_protocol::message::backend::Header;
+use std::{
+    collections::BTreeMap,
+    future::poll_fn,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio_util::io::poll_read_buf;
+
+/// A read buffer: four of PostgreSQL's largest WAL messages (128 KiB).
+const READ_CHUNK_BYTES: usize = 512 * 1024;
+/// With less room than this a read is not worth its system call.
+const READ_ROOM_BYTES: usize = 32 * 1024;
+/// Far above anything a walsender sends; beyond it the length is garbage.
+const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// One message: its tag and its body without the length.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Frame {
+    pub tag: u8,
+    pub body: Bytes,
+}
+
+/// A connection's both directions.
+pub(super) struct Wire {
+    transport: Transport,
+    input: BytesMut,
+    output: BytesMut,
+    /// TLS may hold bytes that it has taken from `output`.
+    unflushed: bool,
+    parameters: BTreeMap<String, String>,
+    /// How long a silence or a stuck write may last.
+    patience: Duration,
+}
+
+impl Wire {
+    pub(super) fn new(transport: Transport, patience: Duration) -> Wire {
+        let (input, output) = (BytesMut::new(), BytesMut::new());
+        Wire { transport, input, output, unflushed: false, parameters: BTreeMap::new(), patience }
+    }
+
+    pub(super) const fn transport(&self) -> &Transport {
+        &self.transport
+    }
+    pub(super) const fn patience(&self) -> Duration {
+        self.patience
+    }
+    pub(super) fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// The last value the server reported of a setting.
+    pub(super) fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.get(name).map(String::as_str)
+    }
+
+    /// Where to put messages; [`Wire::flush`] or the next receive sends them.
+    pub(super) fn output(&mut self) -> &mut BytesMut {
+        &mut self.output
+    }
+
+    /// A whole message that is already here. Notices and settings are dealt with on the way.
+    pub(super) fn buffered(&mut self, op: &str) -> Result<Option<Frame>, Error> {
+        while let Some(frame) = split_frame(&mut self.input).map_err(|e| Error::protocol(op, e))? {
+            match frame.tag {
+                b'N' => tracing::debug!(notice = %ServerError::parse(&frame.body), "notice"),
+                b'S' => self.remember(&frame.body),
+                b'A' => {}
+                _ => return Ok(Some(frame)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn remember(&mut self, body: &[u8]) {
+        let mut fields = body.split(|b| *b == 0).map(String::from_utf8_lossy);
+        if let (Some(name), Some(value)) = (fields.next(), fields.next()) {
+            self.parameters.insert(name.into_owned(), value.into_owned());
+        }
+    }
+
+    /// Sends what waits, then reads what has arrived, at least one byte. Cancel-safe.
+    pub(super) async fn exchange(&mut self, op: &str) -> Result<(), Error> {
+        self.flush(op).await?;
+        make_room(&mut self.input);
+        let Wire { transport, input, .. } = self;
+        let read = poll_fn(|cx| poll_fill(transport, input, cx)).await;
+        match read {
+            Ok(0) => {
+                let closed = io::Error::new(io::ErrorKind::UnexpectedEof, "server hung up");
+                Err(Error::caused(ErrorKind::Io, op, closed))
+            }
+            Ok(_) => Ok(()),
+            Err(e) => Err(broken(op, e)),
+        }
+    }
+
+    /// Sends what waits, within the patience. Cancel-safe: what is not sent is kept.
+    pub(super) async fn flush(&mut self, op: &str) -> Result<(), Error> {
+        if self.output.is_empty() && !self.unflushed {
+            return Ok(());
+        }
+        self.unflushed = true;
+        let patience = self.patience;
+        let write = async {
+            while !self.output.is_empty() {
+                if self.transport.write_buf(&mut self.output).await? == 0 {
+                    return Err(io::ErrorKind::WriteZero.into());
+                }
+            }
+            poll_fn(|cx| Pin::new(&mut self.transport).poll_flush(cx)).await
+        };
+        match tokio::time::timeout(patience, write).await {
+            Ok(done) => done.map_err(|e| broken(op, e))?,
+            Err(_) => return Err(silent(op, "the server to read", patience)),
+        }
+        self.unflushed = false;
+        Ok(())
+    }
+
+    /// The next message, within the patience. Cancel-safe.
+    pub(super) async fn receive(&mut self, op: &str) -> Result<Frame, Error> {
+        loop {
+            if let Some(frame) = self.buffered(op)? {
+                return Ok(frame);
+            }
+            match tokio::time::timeout(self.patience, self.exchange(op)).await {
+                Ok(done) => done?,
+                Err(_) => return Err(silent(op, "an answer", self.patience)),
+            }
+        }
+    }
+
+    /// Says goodbye, so that the server does not log a lost connection.
+    pub(super) async fn close(mut self) {
+        postgres_protocol::message::frontend::terminate(&mut self.output);
+        if self.flush("close the connection").await.is_ok() {
+            let _ = self.transport.shutdown().await;
+        }
+    }
+}
+
+pub(super) fn silent(op: &str, what: &str, patience: Duration) -> Error {
+    let message = format!("expected {what} within {} s, found silence", patience.as_secs_f32());
+    Error::new(ErrorKind::Io, op, message)
+}
+
+/// TLS 1.3 servers refuse a client certificate only after the handshake, at the first read.
+fn broken(op: &str, e: io::Error) -> Error {
+    let tls = e.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
+    Error::caused(if tls { ErrorKind::Tls } else { ErrorKind::Io }, op, e)
+}
+
+/// Reads until nothing more is there or the buffer is nearly full.
+fn poll_fill(
+    transport: &mut Transport,
+    input: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<usize>> {
+    let mut total = ready!(poll_read_buf(Pin::new(&mut *transport), cx, input))?;
+    while total > 0 && input.capacity() - input.len() >= READ_ROOM_BYTES {
+        // An end or a fault after some bytes shows again at the next read.
+        match poll_read_buf(Pin::new(&mut *transport), cx, input) {
+            Poll::Ready(Ok(more)) if more > 0 => total += more,
+            _ => break,
+        }
+    }
+    Poll::Ready(Ok(total))
+}
+
+/// Room for the message begun, or for a worthwhile read. Chunks that nobody holds are used again.
+fn make_room(input: &mut BytesMut) {
+    let begun = match Header::parse(input) {
+        Ok(Some(header)) => frame_bytes(header).min(MESSAGE_BYTES_MAX).saturating_sub(input.len()),
+        _ => 0,
+    };
+    if input.capacity() - input.len() < begun.max(READ_ROOM_BYTES) {
+        input.reserve(begun.max(READ_CHUNK_BYTES));
+    }
+}
+
+fn frame_bytes(header: Header) -> usize {
+    usize::try_from(header.len()).unwrap_or(0) + 1
+}
+
+/// Takes one whole message off the front.
+fn split_frame(input: &mut BytesMut) -> Result<Option<Frame>, String> {
+    let Some(header) = Header::parse(input).map_err(|e| e.to_string())? else { return Ok(None) };
+    let total = frame_bytes(header);
+    if total > MESSAGE_BYTES_MAX {
+        return Err(format!(
+            "expected a message of at most {MESSAGE_BYTES_MAX} bytes, found {:?} of {total}",
+            char::from(header.tag())
+        ));
+    }
+    if input.len() < total {
+        return Ok(None);
+    }
+    let mut body = input.split_to(total).freeze();
+    bytes::Buf::advance(&mut body, 5);
+    Ok(Some(Frame { tag: header.tag(), body }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn frames_survive_any_cut(bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 1..6), cut in 0usize..300) {
+            let mut raw = Vec::new();
+            for body in &bodies {
+                raw.push(b'd');
+                raw.extend((body.len() as u32 + 4).to_be_bytes());
+                raw.extend(body);
+            }
+            let cut = cut.min(raw.len());
+            let mut input = BytesMut::from(&raw[..cut]);
+            let mut seen = Vec::new();
+            while let Some(f) = split_frame(&mut input).unwrap() { seen.push(f.body.to_vec()); }
+            input.extend_from_slice(&raw[cut..]);
+            while let Some(f) = split_frame(&mut input).unwrap() { seen.push(f.body.to_vec()); }
+            prop_assert_eq!(seen, bodies);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+            let mut input = BytesMut::from(&bytes[..]);
+            make_room(&mut input);
+            while let Ok(Some(_)) = split_frame(&mut input) {}
+        }
+    }
+
+    #[test]
+    fn absurd_lengths_are_refused() {
+        for raw in [[b'd', 0x7F, 0, 0, 0], [b'd', 0, 0, 0, 3], [b'd', 0xFF, 0, 0, 0]] {
+            assert!(split_frame(&mut BytesMut::from(&raw[..])).is_err());
+        }
+    }
+
+    #[test]
+    fn bodies_share_the_read_buffer() {
+        let mut input = BytesMut::from(&b"d\0\0\0\x07abcZ"[..]);
+        let at = input.as_ptr();
+        let frame = split_frame(&mut input).unwrap().unwrap();
+        assert_eq!(frame.body.as_ptr() as usize, at as usize + 5);
+    }
+}
