@@ -158,8 +158,10 @@ postgres_from_npm() { # MAJOR
 # PostgreSQL refuses to run as root, so the tests run it as `postgres`, who must be able to reach these files.
 reachable_for_postgres() {
     is_root || return 0
-    runuser -u postgres -- test -x "$TOOLS/pg/16/bin/postgres" 2>/dev/null && return 0
-    [ ! -L "$TOOLS/pg" ] || die "user postgres cannot reach $(readlink -f "$TOOLS/pg")"
+    local real
+    real="$(readlink -f "$TOOLS/pg")"
+    runuser -u postgres -- test -x "$real/16/bin/postgres" 2>/dev/null && return 0
+    [ ! -L "$TOOLS/pg" ] || die "user postgres cannot reach $real"
     say "user postgres cannot reach $TOOLS: moving PostgreSQL to $PG_FALLBACK"
     mkdir -p "$PG_FALLBACK"
     cp -a "$TOOLS/pg/." "$PG_FALLBACK/"

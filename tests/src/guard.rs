@@ -1,24 +1,34 @@
 //! Ends what tests have started when the test program itself is killed and no destructor runs.
 //!
 //! One shell per test program holds the end of a pipe. It keeps the list of process groups that are alive; when the pipe
-//! closes, for whatever reason, it kills those left. PostgreSQL's backends leave the group, but end with their postmaster.
+//! closes, for whatever reason, it kills those left and deletes every scratch directory. PostgreSQL's backends leave the
+//! group, but end with their postmaster.
 
 use std::{
+    fmt::Display,
     io::Write,
     os::unix::process::CommandExt,
+    path::Path,
     process::{Child, ChildStdin, Command, Stdio},
     sync::Mutex,
 };
 
 const SCRIPT: &str = r#"
-groups=" "
-while read -r verb group; do
+groups=" " dirs=""
+while read -r verb rest; do
     case "$verb" in
-        add) groups="$groups$group " ;;
-        del) groups="${groups%% "$group" *} ${groups#* "$group" }" ;;
+        add) groups="$groups$rest " ;;
+        del) groups="${groups%% "$rest" *} ${groups#* "$rest" }" ;;
+        dir) dirs="$dirs$rest
+" ;;
     esac
 done
-for group in $groups; do kill -9 "-$group" 2>/dev/null; done
+for group in $groups; do kill -9 "-$group"; done
+# Twice, because what was just killed may have written once more.
+for pause in 0 1; do
+    sleep $pause
+    printf '%s' "$dirs" | while read -r dir; do rm -rf -- "$dir"; done
+done
 "#;
 
 struct Guard {
@@ -43,11 +53,11 @@ fn begin() -> Guard {
     Guard { input, _shell: shell }
 }
 
-fn tell(verb: &str, group: u32) {
+fn tell(verb: &str, what: impl Display) {
     let mut guard = GUARD.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let guard = guard.get_or_insert_with(begin);
     // Without its guard a test still works; it only leaves processes behind when killed.
-    let _ = writeln!(guard.input, "{verb} {group}").and_then(|()| guard.input.flush());
+    let _ = writeln!(guard.input, "{verb} {what}").and_then(|()| guard.input.flush());
 }
 
 /// Puts a process group under guard.
@@ -58,4 +68,9 @@ pub fn watch(group: u32) {
 /// Releases it, once it is dead: its number may be used again by others.
 pub fn release(group: u32) {
     tell("del", group);
+}
+
+/// Has a scratch directory deleted when this program ends, if it is still there then.
+pub fn delete_in_the_end(dir: &Path) {
+    tell("dir", dir.display());
 }

@@ -16,6 +16,7 @@ pub mod programs;
 pub mod promtool;
 pub mod s3;
 pub mod scratch;
+pub mod site;
 pub mod wait;
 
 /// Makes ring the process's crypto provider; the first line of every test that uses TLS or an object store.

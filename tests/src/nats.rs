@@ -6,6 +6,11 @@
 use crate::{env, ports, process::Running, scratch::Scratch, wait};
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
+/// User that may do everything.
+pub const USER: &str = "klio";
+/// Its password.
+pub const PASSWORD: &str = "secret";
+
 const READY: Duration = Duration::from_secs(20);
 const READY_LINE: &str = "Server is ready";
 
@@ -33,7 +38,7 @@ impl Nats {
         let config = format!(
             "listen: 127.0.0.1:{}\nserver_name: test\nmax_payload: 8MB\n\
              jetstream {{ store_dir: \"{}\", sync_interval: always }}\n\
-             authorization {{ user: klio, password: secret }}\n",
+             authorization {{ user: {USER}, password: {PASSWORD} }}\n",
             self.port,
             self.store_dir().display(),
         );
@@ -80,10 +85,10 @@ impl Nats {
         self.scratch.join("store")
     }
 
-    /// URL with user and password.
+    /// URL with user and password. `async_nats::connect` ignores these two: give them as options as well.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("nats://klio:secret@127.0.0.1:{}", self.port)
+        format!("nats://{USER}:{PASSWORD}@127.0.0.1:{}", self.port)
     }
 
     /// Its port.

@@ -102,3 +102,12 @@ pub async fn run_klio(args: &[&str]) -> Outcome {
     command.args(args);
     run(command).await
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    #[should_panic(expected = "hint: run `make build` first")]
+    fn an_absent_program_says_how_to_build_it() {
+        super::find("klio-absent");
+    }
+}

@@ -1,8 +1,8 @@
-//! A directory for one test, deleted when dropped.
+//! A directory for one test, deleted when dropped (or, when the test program is killed, by its [`guard`]).
 //!
 //! Others may enter it (mode 755): as root, the tests run PostgreSQL as another user.
 
-use crate::env;
+use crate::{env, guard};
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
@@ -29,6 +29,7 @@ impl Scratch {
             .unwrap_or_else(|e| panic!("make scratch directory in {}: {e}", root.display()));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))
             .unwrap_or_else(|e| panic!("open {} to others: {e}", dir.path().display()));
+        guard::delete_in_the_end(dir.path());
         Self { dir }
     }
 

@@ -96,3 +96,27 @@ where
         tokio::time::sleep(SLOWEST).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{eventually, eventually_now};
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn the_value_is_returned_once_the_condition_holds() {
+        let mut tries = 0;
+        let value = eventually_now("third try", Duration::from_secs(10), || {
+            tries += 1;
+            (tries == 3).then_some("value")
+        })
+        .await;
+        assert_eq!((value, tries), ("value", 3));
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "for: the impossible; last seen: \"no\"")]
+    async fn a_condition_that_never_holds_ends_with_what_was_seen_last() {
+        let never = || async { Err::<(), _>("no") };
+        eventually("the impossible", Duration::from_millis(30), never).await;
+    }
+}

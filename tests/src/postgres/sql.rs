@@ -2,7 +2,7 @@
 
 use super::{DEADLINE, Postgres, Session};
 use crate::wait;
-use klio_pg::{Lsn, TimelineId};
+use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 impl Postgres {
     /// A new connection over the unix socket.
@@ -90,12 +90,19 @@ impl Postgres {
         self.flush_lsn().await
     }
 
-    /// The name of the WAL file that holds this LSN.
+    /// WAL segment size.
     ///
     /// # Panics
-    /// On a standby.
-    pub async fn segment_of(&self, lsn: Lsn) -> String {
-        self.value(&format!("SELECT pg_walfile_name('{lsn}')")).await
+    /// When it is none.
+    pub async fn segment_size(&self) -> SegmentSize {
+        let value = self.value("SELECT bytes_per_wal_segment FROM pg_control_init()").await;
+        let bytes: u32 = value.parse().expect("a segment size is a number");
+        SegmentSize::new(bytes).expect("PostgreSQL's segment size is a valid one")
+    }
+
+    /// The segment that holds the byte at this LSN (on the boundary `pg_walfile_name` names the one before).
+    pub async fn segment_of(&self, lsn: Lsn) -> SegmentName {
+        SegmentName::containing(self.timeline().await, lsn, self.segment_size().await)
     }
 
     /// System identifier.

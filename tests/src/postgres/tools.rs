@@ -59,7 +59,7 @@ impl Postgres {
     /// # Panics
     /// When the directory cannot be read, or on a standby.
     pub async fn finished_segments(&self) -> Vec<PathBuf> {
-        let current = self.segment_of(self.flush_lsn().await).await;
+        let current = self.segment_of(self.flush_lsn().await).await.to_string();
         let mut names: Vec<String> = std::fs::read_dir(self.pg_wal())
             .expect("read pg_wal")
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

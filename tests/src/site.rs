@@ -1,0 +1,294 @@
+//! A whole Klio on scratch directories: `klio-server init`, the server, sidecars, and questions to both.
+//!
+//! Everything goes through the programs a user has. Certificates are those of `init`; ports are free ones and stay the
+//! same over restarts. The server's queue is its own nats-server child.
+
+use crate::{
+    env,
+    http::Metrics,
+    ports,
+    postgres::Postgres,
+    process::Running,
+    programs,
+    s3::{self, S3},
+    scratch::Scratch,
+    wait::eventually,
+};
+use klio_pg::Lsn;
+use serde_json::Value;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+/// Two cores, parallel tests and debug builds: what takes a second alone may take many here.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server with its folder.
+pub struct Site {
+    scratch: Scratch,
+    cluster: String,
+    port: u16,
+    admin: u16,
+    prometheus: u16,
+    variables: Vec<(String, String)>,
+    server: Option<Running>,
+}
+
+impl Site {
+    /// A folder made by `klio-server init`; nothing runs yet.
+    pub async fn new() -> Self {
+        Self::named("main").await
+    }
+
+    /// The same with another cluster name.
+    pub async fn named(cluster: &str) -> Self {
+        let scratch = Scratch::new("site");
+        let (port, admin, prometheus) = (ports::free(), ports::free(), ports::free());
+        let site = Self {
+            scratch,
+            cluster: cluster.into(),
+            port,
+            admin,
+            prometheus,
+            variables: Vec::new(),
+            server: None,
+        };
+        let outcome = site
+            .klio_server(&[
+                "init",
+                &site.dir().display().to_string(),
+                "--cluster",
+                cluster,
+                "--listen",
+                &format!("127.0.0.1:{port}"),
+                "--admin-listen",
+                &format!("127.0.0.1:{admin}"),
+            ])
+            .await;
+        assert_eq!(outcome.code, Some(0), "init: {}", outcome.stderr);
+        site
+    }
+
+    /// Archives to this endpoint from the next start on.
+    #[must_use]
+    pub fn tier2(mut self, s3: &S3) -> Self {
+        self.set_tier2(s3);
+        self
+    }
+
+    /// As [`Site::tier2`], for a site that exists.
+    pub fn set_tier2(&mut self, s3: &S3) {
+        let settings = s3.settings();
+        for (name, value) in [
+            ("URL", format!("s3://{}/klio", settings.bucket)),
+            ("ENDPOINT", s3.endpoint()),
+            ("REGION", s3::REGION.into()),
+            ("ACCESS_KEY_ID", settings.access_key.clone()),
+            ("SECRET_ACCESS_KEY", settings.secret_key.clone()),
+        ] {
+            self.set(&format!("KLIO_TIER2__{name}"), &value);
+        }
+    }
+
+    /// A variable for the server, from the next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.variables.push((name.into(), value.into()));
+    }
+
+    /// The server's folder.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        self.scratch.join("server")
+    }
+
+    /// Tier 1.
+    #[must_use]
+    pub fn tier1(&self) -> PathBuf {
+        self.dir().join("data/tier1")
+    }
+
+    /// Where the cluster's WAL lies on tier 1.
+    #[must_use]
+    pub fn wal_dir(&self, timeline: u32) -> PathBuf {
+        self.tier1().join(&self.cluster).join("wal").join(format!("{timeline:08X}"))
+    }
+
+    /// A scratch path that goes with the site.
+    #[must_use]
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.scratch.join(name)
+    }
+
+    /// gRPC port.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The bundle's configuration file.
+    #[must_use]
+    pub fn bundle(&self) -> PathBuf {
+        self.dir().join(format!("clients/klio@{}/klio.toml", self.cluster))
+    }
+
+    /// Runs `klio-server` with these arguments to its end.
+    pub async fn klio_server(&self, args: &[&str]) -> programs::Outcome {
+        let mut command = programs::command(&programs::klio_server());
+        command.args(args);
+        programs::run(command).await
+    }
+
+    /// Starts the server and waits until it receives.
+    pub async fn start(&mut self) {
+        self.launch();
+        let (admin, server) = (self.admin, self.server.as_mut().expect("just launched"));
+        eventually("klio-server to serve /livez", PATIENCE, || {
+            assert!(server.is_running(), "klio-server ended:\n{}", server.log());
+            async move { crate::http::get(admin, "/livez").await.is_ok_and(|(code, _)| code == 200) }
+        })
+        .await;
+    }
+
+    /// Starts the server without waiting.
+    pub fn launch(&mut self) {
+        let mut command = programs::command(&programs::klio_server());
+        let config = self.dir().join("klio-server.toml");
+        command
+            .args(["run", "-c"])
+            .arg(config)
+            .env("OTEL_METRICS_EXPORTER", "prometheus")
+            .env("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1")
+            .env("OTEL_EXPORTER_PROMETHEUS_PORT", self.prometheus.to_string())
+            .env("KLIO_QUEUE__NATS_SERVER", env::tool("nats-server"))
+            .envs(self.variables.iter().cloned());
+        self.server =
+            Some(Running::spawn("klio-server", command, &self.scratch.join("klio-server.log")));
+    }
+
+    /// The running server.
+    pub fn server(&mut self) -> &mut Running {
+        self.server.as_mut().expect("the server was started")
+    }
+
+    /// SIGKILL for the server alone: its nats-server must notice by itself.
+    pub fn kill9(&mut self) {
+        self.server().kill9();
+        self.server = None;
+    }
+
+    /// SIGTERM, and the exit status must be 0.
+    pub async fn stop(&mut self) {
+        let status = self.server().terminate(PATIENCE).await;
+        assert!(status.success(), "klio-server ended with {status}:\n{}", self.log());
+        self.server = None;
+    }
+
+    /// The server's log, all runs.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.scratch.join("klio-server.log")).unwrap_or_default()
+    }
+
+    /// A `klio` command with the bundle's configuration and this PostgreSQL, if any.
+    #[must_use]
+    pub fn klio_command(&self, pg: Option<&Postgres>, args: &[&str]) -> Command {
+        self.klio_command_of(&self.bundle(), pg, args)
+    }
+
+    /// The same with another bundle.
+    #[must_use]
+    pub fn klio_command_of(&self, bundle: &Path, pg: Option<&Postgres>, args: &[&str]) -> Command {
+        let mut command = programs::command(&programs::klio());
+        command.args(args).arg("-c").arg(bundle);
+        // A test must not wait for the longest pause between attempts.
+        command.env("KLIO_STREAM__RETRY_MAX", "1s");
+        if let Some(pg) = pg {
+            command.env("KLIO_POSTGRES__DSN", pg.conninfo());
+        }
+        command
+    }
+
+    /// Runs a `klio` command to its end.
+    pub async fn klio(&self, pg: Option<&Postgres>, args: &[&str]) -> programs::Outcome {
+        programs::run(self.klio_command(pg, args)).await
+    }
+
+    /// Starts `klio stream`.
+    #[must_use]
+    pub fn stream(&self, pg: &Postgres) -> Running {
+        let name = format!("klio-stream-{}.log", pg.port());
+        Running::spawn(
+            "klio stream",
+            self.klio_command(Some(pg), &["stream"]),
+            &self.scratch.join(name),
+        )
+    }
+
+    /// `klio status --json` of this cluster; `None` while the server does not answer or has nothing.
+    pub async fn status(&self) -> Option<Value> {
+        let outcome = self.klio(None, &["status", "--json"]).await;
+        let value: Value = serde_json::from_str(&outcome.stdout).ok()?;
+        value["clusters"].as_array()?.first().cloned()
+    }
+
+    /// One LSN of `klio status --json`.
+    pub async fn lsn(&self, field: &str) -> Option<Lsn> {
+        self.status().await?[field].as_str()?.parse().ok()
+    }
+
+    /// Waits until tier 1 holds everything up to `lsn`.
+    pub async fn wait_flushed(&self, lsn: Lsn) {
+        self.wait_lsn("flushed_lsn", lsn).await;
+    }
+
+    /// Waits until tier 2 holds everything up to `lsn`.
+    pub async fn wait_archived(&self, lsn: Lsn) {
+        self.wait_lsn("archived_lsn", lsn).await;
+    }
+
+    async fn wait_lsn(&self, field: &str, lsn: Lsn) {
+        eventually(
+            &format!("{field} to reach {lsn}; server log:\n{}", tail(&self.log())),
+            PATIENCE,
+            || async {
+                match self.lsn(field).await {
+                    Some(found) if found >= lsn => Ok(()),
+                    found => Err(found),
+                }
+            },
+        )
+        .await;
+    }
+
+    /// The metrics page.
+    pub async fn metrics(&self) -> Metrics {
+        Metrics::scrape(self.prometheus).await.expect("scrape klio-server")
+    }
+
+    /// The text of the metrics page.
+    pub async fn metrics_page(&self) -> String {
+        crate::http::get(self.prometheus, "/metrics").await.expect("scrape klio-server").1
+    }
+
+    /// A probe's status code and text.
+    pub async fn probe(&self, path: &str) -> (u16, String) {
+        crate::http::get(self.admin, path).await.expect("probe klio-server")
+    }
+
+    /// `klio wal-fetch`; gives the exit code and the file's content.
+    pub async fn fetch(&self, name: &str) -> (Option<i32>, Vec<u8>) {
+        let target = self.scratch.join(format!("fetched-{name}"));
+        let path = target.display().to_string();
+        let outcome = self.klio(None, &["wal-fetch", name, &path]).await;
+        let content = std::fs::read(&target).unwrap_or_default();
+        let _ = std::fs::remove_file(&target);
+        (outcome.code, content)
+    }
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(30)..].join("\n")
+}
