@@ -1,0 +1,188 @@
+//! Jobs from the receiving side to the consumer, on NATS JetStream.
+//!
+//! Q1  the queue is a hint (P4): losing all of it loses nothing. Whatever may have been lost is named
+//!     by `wanted`, and the reconciler derives the jobs again.
+//! Q2  `publish` never waits and never fails; no trouble here reaches receiving.
+//! Q3  a job that is queued is queued once: its subject is its identity.
+//! Q4  an embedded server syncs every write, listens on loopback with credentials of this run, and
+//!     never outlives us.
+
+mod child;
+mod config;
+mod error;
+pub mod job;
+mod publish;
+mod stream;
+mod supervise;
+mod wanted;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub use config::QueueConfig;
+pub use error::Error;
+pub use job::{Job, JobError};
+pub use publish::{Listener, Publisher};
+pub use stream::STREAM;
+pub use wanted::Wanted;
+
+use async_nats::jetstream;
+use publish::Waiting;
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// A connection; another generation means that everything on the older one must start again.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Counts connections, and streams that had to be made again.
+    pub generation: u64,
+    /// JetStream on it.
+    pub jetstream: jetstream::Context,
+}
+
+/// Cached numbers, at most a few seconds old: reading them asks nobody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Jobs stored.
+    pub messages: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Whether jobs can be queued now.
+    pub connected: bool,
+}
+
+struct Shared {
+    connection: watch::Sender<Option<Connection>>,
+    generation: AtomicU64,
+    wanted: wanted::WantedSet,
+    messages: AtomicU64,
+    bytes: AtomicU64,
+    problem: Mutex<Option<String>>,
+}
+
+impl Shared {
+    fn set_problem(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+}
+
+/// A cheap handle on the queue.
+#[derive(Clone)]
+pub struct Queue {
+    shared: Arc<Shared>,
+    inbox: mpsc::Sender<Waiting>,
+}
+
+/// A started queue; the caller owns its tasks, which end soon after `cancel`.
+pub struct Started {
+    /// The handle.
+    pub queue: Queue,
+    /// Await them at shutdown, after the consumer has ended: the last thing they do is stop the child.
+    pub tasks: JoinSet<()>,
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue").field("stats", &self.stats()).finish()
+    }
+}
+
+impl Queue {
+    /// Starts the embedded server below `folder`, or connects to `config.url`, in the background: the
+    /// queue may come up later than the server (Q2).
+    ///
+    /// # Errors
+    /// What waiting cannot heal: a bad configuration, no executable, one that is too old.
+    pub async fn start(
+        config: &QueueConfig,
+        folder: &Path,
+        cancel: CancellationToken,
+    ) -> Result<Started, Error> {
+        let problems = config.validate();
+        if !problems.is_empty() {
+            return Err(Error::Config(problems.join("; ")));
+        }
+        let (inbox, waiting) = mpsc::channel(publish::WAITING_MAX);
+        let shared = Arc::new(Shared {
+            connection: watch::Sender::new(None),
+            generation: AtomicU64::new(0),
+            wanted: wanted::WantedSet::default(),
+            messages: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            problem: Mutex::new(Some("starting".into())),
+        });
+        let mut tasks = JoinSet::new();
+        let (state, config) = (Arc::clone(&shared), config.clone());
+        if let Some(url) = config.url.clone() {
+            tasks.spawn(supervise::external(state, config, url, cancel.clone()));
+        } else {
+            let executable = config.find_executable()?;
+            child::check_version(&executable).await?;
+            let folder = std::path::absolute(folder).map_err(Error::file("resolve", folder))?;
+            tasks.spawn(supervise::embedded(state, config, executable, folder, cancel.clone()));
+        }
+        tasks.spawn(publish::run(Arc::clone(&shared), waiting, cancel));
+        Ok(Started { queue: Self { shared, inbox }, tasks })
+    }
+
+    /// Queues a job, some time soon. Takes the current span's trace context along. Never waits, never
+    /// fails: what is lost on the way is marked in `wanted`.
+    pub fn publish(&self, job: Job) {
+        let cluster = job.cluster.clone();
+        if self.inbox.try_send(Waiting::new(job)).is_err() {
+            self.shared.wanted.cluster(&cluster);
+        }
+    }
+
+    /// Queues a job and waits for the queue's word; for the reconciler.
+    ///
+    /// # Errors
+    /// The queue is down, full or slow. A job that is queued already is no error.
+    pub async fn publish_and_wait(&self, job: Job) -> Result<(), Error> {
+        publish::publish_now(&self.shared, &Waiting::new(job)).await
+    }
+
+    /// Marks a cluster for reconciliation.
+    pub fn want(&self, cluster: &klio_storage::layout::ClusterName) {
+        self.shared.wanted.cluster(cluster);
+    }
+
+    /// Waits until something may have been lost, and takes what has to be compared. One caller.
+    /// Cancel-safe.
+    pub async fn wanted(&self) -> Wanted {
+        self.shared.wanted.take().await
+    }
+
+    /// The connection, as it comes and goes.
+    pub fn connection(&self) -> watch::Receiver<Option<Connection>> {
+        self.shared.connection.subscribe()
+    }
+
+    /// Cached numbers for gauges.
+    pub fn stats(&self) -> QueueStats {
+        QueueStats {
+            messages: self.shared.messages.load(Ordering::Relaxed),
+            bytes: self.shared.bytes.load(Ordering::Relaxed),
+            connected: self.shared.connection.borrow().is_some(),
+        }
+    }
+
+    /// Why it is not connected, for /readyz; `None` when it is.
+    pub fn problem(&self) -> Option<String> {
+        if self.shared.connection.borrow().is_some() {
+            return None;
+        }
+        let problem = self.shared.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(problem.clone().unwrap_or_else(|| "not connected".into()))
+    }
+}

@@ -1,0 +1,146 @@
+//! Publishing without ever making anybody wait (P4).
+//!
+//! `publish` hands the job to a bounded channel and returns. What does not fit, or fails on the way,
+//! is forgotten, and its cluster is marked for reconciliation: the disk still has the file.
+
+use super::{Error, Queue, Shared, job::Job, stream::already_queued};
+use async_nats::{HeaderMap, header::NATS_MESSAGE_ID, jetstream};
+use klio_storage::{
+    layout::{ClusterName, WalFile},
+    tier2::Sha256Sum,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+/// Jobs that wait for the queue: a few seconds' worth of a server that seals as fast as it can.
+pub(super) const WAITING_MAX: usize = 1024;
+/// Publishes on their way at once: one fsync of the queue serves many.
+const IN_FLIGHT_MAX: usize = 64;
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// A job with the trace it belongs to.
+pub(super) struct Waiting {
+    job: Job,
+    headers: Vec<(String, String)>,
+}
+
+impl Waiting {
+    /// Takes the current span's trace context along.
+    pub(super) fn new(job: Job) -> Self {
+        let mut headers = Vec::new();
+        klio_telemetry::propagate::inject(&mut |key, value| headers.push((key.to_owned(), value)));
+        Self { job, headers }
+    }
+}
+
+/// Told of each finished file before it is queued, so that "not archived yet" is known at once.
+pub type Listener = Arc<dyn Fn(&Job) + Send + Sync>;
+
+/// What the receiving side holds: announces finished files. Cheap to clone, never blocks, never fails.
+#[derive(Clone)]
+pub struct Publisher {
+    queue: Queue,
+    listener: Option<Listener>,
+}
+
+impl Publisher {
+    /// On this queue; `listener` is the archive's, where tier 2 is configured.
+    pub const fn new(queue: Queue, listener: Option<Listener>) -> Self {
+        Self { queue, listener }
+    }
+
+    /// Announces a finished file whose sum is known.
+    pub fn publish_sealed(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+        size: u64,
+        sha256: Option<Sha256Sum>,
+    ) {
+        let job = Job { cluster: cluster.clone(), file, size, sha256 };
+        if let Some(listener) = &self.listener {
+            listener(&job);
+        }
+        self.queue.publish(job);
+    }
+
+    /// Announces a finished file.
+    pub fn publish_path(&self, cluster: &ClusterName, file: WalFile, size: u64) {
+        self.publish_sealed(cluster, file, size, None);
+    }
+}
+
+/// Publishes what comes, until cancelled.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    mut inbox: mpsc::Receiver<Waiting>,
+    cancel: CancellationToken,
+) {
+    let mut flying = JoinSet::new();
+    loop {
+        let waiting = tokio::select! {
+            () = cancel.cancelled() => break,
+            Some(_) = flying.join_next() => continue,
+            waiting = inbox.recv(), if flying.len() < IN_FLIGHT_MAX => waiting,
+        };
+        let Some(waiting) = waiting else { break };
+        let shared = Arc::clone(&shared);
+        flying.spawn(async move {
+            if let Err(error) = publish_now(&shared, &waiting).await {
+                tracing::debug!(%error, cluster = %waiting.job.cluster, "a job could not be queued");
+                shared.wanted.cluster(&waiting.job.cluster);
+            }
+        });
+    }
+    // Whatever is not answered by now is found by comparing the tiers at the next start.
+    flying.shutdown().await;
+}
+
+/// Queues one job and waits for the queue's word. `Ok` as well where it was queued already.
+pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<(), Error> {
+    let fail = Error::nats("publish a job");
+    let jetstream = {
+        let connection = shared.connection.borrow();
+        connection.as_ref().map(|c| c.jetstream.clone()).ok_or_else(|| fail(&"not connected"))?
+    };
+    let job = &waiting.job;
+    let span = tracing::info_span!(
+        "wal.publish",
+        otel.kind = "producer",
+        messaging.system = "nats",
+        cluster = %job.cluster,
+        file = %job.file,
+    );
+    klio_telemetry::propagate::adopt(&span, &|key| {
+        let found = waiting.headers.iter().find(|(name, _)| name == key);
+        found.map(|(_, value)| value.clone())
+    });
+    let send = async {
+        let sent = tokio::time::timeout(ANSWER_WITHIN, send(&jetstream, job)).await;
+        sent.unwrap_or_else(|_| Err(fail(&"no answer in time")))
+    };
+    send.instrument(span).await
+}
+
+async fn send(jetstream: &jetstream::Context, job: &Job) -> Result<(), Error> {
+    let fail = Error::nats("publish a job");
+    let mut headers = HeaderMap::new();
+    headers.insert(NATS_MESSAGE_ID, job.id().as_str());
+    // The consumer's span becomes a child of this one, and with it of the sender's.
+    klio_telemetry::propagate::inject(&mut |key, value| headers.insert(key, value.as_str()));
+    let payload = job.encode().into();
+    let published = jetstream.publish_with_headers(job.subject(), headers, payload).await;
+    let answer = match published {
+        Ok(answer) => answer.await.map(|_| ()),
+        Err(error) => Err(error),
+    };
+    match answer {
+        Err(error) if !already_queued(&error) => {
+            let cause = std::error::Error::source(&error).map(|c| format!(": {c}"));
+            Err(fail(&format_args!("{error}{}", cause.unwrap_or_default())))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,240 @@
+//! Keeps a connection: to a child that is started again whenever it dies, or to an existing NATS.
+//!
+//! Each new connection has a new generation; whoever works on an older one starts again, and all
+//! clusters are compared once (P4: the queue may have lost anything).
+
+use super::{
+    Connection, Error, QueueConfig, Shared,
+    child::{self, Credentials, Forker, SYSTEM_USER, USER},
+    stream,
+};
+use async_nats::{Client, ConnectOptions, Event, jetstream};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+use tokio::{sync::Notify, task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+const BACKOFF_MIN: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// A run that lasted this long was good: the next failure begins with a short pause again.
+const GOOD_RUN: Duration = Duration::from_secs(60);
+/// How often counts are refreshed and the stream's existence is looked at.
+const TEND_INTERVAL: Duration = Duration::from_secs(2);
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// The embedded server, until cancelled.
+pub(super) async fn embedded(
+    shared: Arc<Shared>,
+    config: QueueConfig,
+    executable: PathBuf,
+    folder: PathBuf,
+    cancel: CancellationToken,
+) {
+    let forker = match Forker::start() {
+        Ok(forker) => forker,
+        Err(error) => return shared.set_problem(Some(error.to_string())),
+    };
+    let mut backoff = Backoff::new();
+    while !cancel.is_cancelled() {
+        let begun = Instant::now();
+        let run = run_child(&shared, &config, &executable, &folder, &forker, &cancel).await;
+        shared.disconnected();
+        if let Err(error) = run {
+            tracing::warn!(%error, "the queue is down; it is started again");
+            shared.set_problem(Some(error.to_string()));
+            backoff.pause(begun, &cancel).await;
+        }
+    }
+}
+
+async fn run_child(
+    shared: &Shared,
+    config: &QueueConfig,
+    executable: &Path,
+    folder: &Path,
+    forker: &Forker,
+    cancel: &CancellationToken,
+) -> Result<(), Error> {
+    tokio::fs::create_dir_all(folder).await.map_err(Error::file("create", folder))?;
+    let credentials = Credentials::random();
+    let mut log = JoinSet::new();
+    let max_bytes = config.max_bytes.bytes();
+    let start = child::start(forker, executable, folder, max_bytes, &credentials, |stderr| {
+        log.spawn(child::forward_log(stderr));
+    });
+    let mut running = tokio::select! {
+        running = start => running?,
+        () = cancel.cancelled() => return Ok(()), // dropping the child kills it
+    };
+    let lost = Arc::new(Notify::new());
+    let outcome = {
+        let url = running.url.clone();
+        let work = async {
+            check(&url, &credentials).await?;
+            let options =
+                ConnectOptions::with_user_and_password(USER.into(), credentials.password.clone())
+                    .max_reconnects(10);
+            let client = connect(options, &url, Arc::clone(&lost)).await?;
+            shared.connected(client, config).await?;
+            tend(shared, config, &lost).await
+        };
+        tokio::select! {
+            result = work => result,
+            error = running.ended() => Err(error),
+            () = cancel.cancelled() => Ok(()),
+        }
+    };
+    shared.disconnected();
+    running.stop().await;
+    outcome
+}
+
+async fn check(url: &str, credentials: &Credentials) -> Result<(), Error> {
+    let password = credentials.system_password.clone();
+    let options = ConnectOptions::with_user_and_password(SYSTEM_USER.into(), password);
+    let client = connect(options, url, Arc::default()).await?;
+    stream::check_settings(&client).await
+}
+
+/// An existing NATS, until cancelled.
+pub(super) async fn external(
+    shared: Arc<Shared>,
+    config: QueueConfig,
+    url: String,
+    cancel: CancellationToken,
+) {
+    let mut backoff = Backoff::new();
+    while !cancel.is_cancelled() {
+        let begun = Instant::now();
+        let lost = Arc::new(Notify::new());
+        let work = async {
+            let client = connect(external_options(&config).await?, &url, Arc::clone(&lost)).await?;
+            shared.connected(client, &config).await?;
+            tend(&shared, &config, &lost).await
+        };
+        let outcome = tokio::select! {
+            result = work => result,
+            () = cancel.cancelled() => Ok(()),
+        };
+        shared.disconnected();
+        if let Err(error) = outcome {
+            tracing::warn!(%error, "the queue is down; it is connected again");
+            shared.set_problem(Some(error.to_string()));
+            backoff.pause(begun, &cancel).await;
+        }
+    }
+}
+
+async fn external_options(config: &QueueConfig) -> Result<ConnectOptions, Error> {
+    let mut options = ConnectOptions::new();
+    if let Some(file) = &config.credentials_file {
+        options = options.credentials_file(file).await.map_err(Error::file("read", file))?;
+    }
+    if let (Some(user), Some(password)) = (&config.user, &config.password) {
+        options = options.user_and_password(user.clone(), password.expose().to_owned());
+    }
+    if let Some(file) = &config.ca_file {
+        options = options.add_root_certificates(file.clone()).require_tls(true);
+    }
+    Ok(options)
+}
+
+/// Connects; `lost` is notified when the connection breaks.
+async fn connect(options: ConnectOptions, url: &str, lost: Arc<Notify>) -> Result<Client, Error> {
+    let fail = Error::nats("connect to the queue");
+    let options = options.name("klio-server").connection_timeout(CONNECT_WITHIN).event_callback(
+        move |event| {
+            let lost = Arc::clone(&lost);
+            async move {
+                match event {
+                    Event::Disconnected | Event::Closed => lost.notify_one(),
+                    other => tracing::debug!(event = %other, "queue connection"),
+                }
+            }
+        },
+    );
+    options.connect(url).await.map_err(|e| fail(&e))
+}
+
+/// Keeps counts fresh while the connection lasts; makes the stream again if somebody removed it.
+async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<(), Error> {
+    let fail = Error::nats("watch the queue");
+    loop {
+        tokio::select! {
+            () = lost.notified() => return Err(fail(&"the connection broke")),
+            () = tokio::time::sleep(TEND_INTERVAL) => {}
+        }
+        let jetstream = shared.jetstream().ok_or_else(|| fail(&"not connected"))?;
+        match jetstream.get_stream(stream::STREAM).await {
+            Ok(stream) => shared.count(stream.cached_info()),
+            Err(error) => {
+                tracing::warn!(%error, "the stream of jobs is not there");
+                let info =
+                    stream::ensure(&jetstream, config.max_bytes.bytes(), config.replicas).await?;
+                shared.count(&info);
+                shared.next_generation();
+            }
+        }
+    }
+}
+
+impl Shared {
+    async fn connected(&self, client: Client, config: &QueueConfig) -> Result<(), Error> {
+        let jetstream = jetstream::new(client);
+        let info = stream::ensure(&jetstream, config.max_bytes.bytes(), config.replicas).await?;
+        self.count(&info);
+        self.set_problem(None);
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+        self.connection.send_replace(Some(Connection { generation, jetstream }));
+        self.wanted.all();
+        tracing::info!(generation, "the queue is up");
+        Ok(())
+    }
+
+    fn next_generation(&self) {
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+        self.connection.send_modify(|connection| {
+            if let Some(connection) = connection {
+                connection.generation = generation;
+            }
+        });
+        self.wanted.all();
+    }
+
+    fn disconnected(&self) {
+        self.connection.send_replace(None);
+    }
+
+    fn jetstream(&self) -> Option<jetstream::Context> {
+        self.connection.borrow().as_ref().map(|c| c.jetstream.clone())
+    }
+
+    fn count(&self, info: &jetstream::stream::Info) {
+        self.messages.store(info.state.messages, Ordering::Relaxed);
+        self.bytes.store(info.state.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Longer pauses after short runs, with jitter so that several servers do not come in step.
+struct Backoff(Duration);
+
+impl Backoff {
+    const fn new() -> Self {
+        Self(BACKOFF_MIN)
+    }
+
+    async fn pause(&mut self, begun: Instant, cancel: &CancellationToken) {
+        if begun.elapsed() > GOOD_RUN {
+            self.0 = BACKOFF_MIN;
+        }
+        let pause = self.0.mul_f64(rand::random_range(0.5..1.0));
+        self.0 = (self.0 * 2).min(BACKOFF_MAX);
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Which clusters need a comparison of the tiers, because a job could not be queued (P4).
+//!
+//! A set, not a list: it is bounded by the number of clusters whatever is lost.
+
+use klio_storage::layout::ClusterName;
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+};
+use tokio::sync::Notify;
+
+/// What to compare.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// All clusters.
+    pub all: bool,
+    /// These.
+    pub clusters: BTreeSet<ClusterName>,
+}
+
+/// Collects wishes; one taker.
+#[derive(Debug, Default)]
+pub(super) struct WantedSet {
+    wanted: Mutex<Wanted>,
+    notify: Notify,
+}
+
+impl WantedSet {
+    pub(super) fn cluster(&self, cluster: &ClusterName) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wanted.clusters.contains(cluster) {
+            wanted.clusters.insert(cluster.clone());
+        }
+        drop(wanted);
+        self.notify.notify_one();
+    }
+
+    pub(super) fn all(&self) {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).all = true;
+        self.notify.notify_one();
+    }
+
+    /// Waits for a wish and takes all there are. Cancel-safe: nothing is taken before it returns.
+    pub(super) async fn take(&self) -> Wanted {
+        loop {
+            let taken =
+                std::mem::take(&mut *self.wanted.lock().unwrap_or_else(PoisonError::into_inner));
+            if taken != Wanted::default() {
+                return taken;
+            }
+            self.notify.notified().await;
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! `<cluster>/archive.json` in tier 1: the archive's state across restarts. A cache: both tiers rebuild
+//! it (P4), so a file that cannot be read costs a listing, never a segment.
+//!
+//! | line | what |
+//! |---|---|
+//! | 1 | JSON: `format` = `klio-archive`, `version` = 1, `crc32c` of line 2 without its newline, 8 hex digits |
+//! | 2 | JSON: the `Archive` |
+//!
+//! Read it with `tail -1 archive.json | jq` (P10). Replaced by temporary file, fsync, rename, fsync of
+//! the folder: after a crash the old or the new one is there, whole.
+
+use super::Archive;
+use crate::{Error, Kind, Op, layout::ClusterName};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+const FORMAT: &str = "klio-archive";
+const VERSION: u32 = 1;
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Header {
+    format: String,
+    version: u32,
+    crc32c: String,
+}
+
+/// Where the file of a cluster lies below the tier-1 root.
+pub fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
+    root.join(cluster.as_str()).join("archive.json")
+}
+
+/// Reads the file; `None` when there is none.
+///
+/// # Errors
+/// `Corrupt` for a damaged or unknown file: rebuild it from both tiers.
+pub fn read(path: &Path) -> Result<Option<Archive>, Error> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(Op::Read, path, error)),
+    };
+    decode(&bytes)
+        .map(Some)
+        .map_err(|detail| Error::new(Kind::Corrupt, Op::Decode, path.display(), detail))
+}
+
+/// Replaces the file, durably.
+///
+/// # Errors
+/// As the disk fails; then the old file is still there.
+pub fn write(path: &Path, archive: &Archive) -> Result<(), Error> {
+    let bytes = encode(archive)
+        .map_err(|error| Error::new(Kind::Invalid, Op::Write, path.display(), error))?;
+    let temporary = path.with_extension("json.tmp");
+    let write = |temporary: &Path| {
+        let mut file = File::create(temporary)?;
+        file.write_all(&bytes)?;
+        file.sync_all()
+    };
+    write(&temporary).map_err(|error| Error::io(Op::Write, &temporary, error))?;
+    fs::rename(&temporary, path).map_err(|error| Error::io(Op::Rename, path, error))?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let sync = File::open(folder).and_then(|folder| folder.sync_all());
+    sync.map_err(|error| Error::io(Op::Sync, folder, error))
+}
+
+fn encode(archive: &Archive) -> Result<Vec<u8>, serde_json::Error> {
+    let body = serde_json::to_string(archive)?;
+    let crc32c = format!("{:08x}", crc32c::crc32c(body.as_bytes()));
+    let header = Header { format: FORMAT.into(), version: VERSION, crc32c };
+    Ok(format!("{}\n{body}\n", serde_json::to_string(&header)?).into_bytes())
+}
+
+fn decode(bytes: &[u8]) -> Result<Archive, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| "expected text, found other bytes")?;
+    let (header, body) = text.split_once('\n').ok_or("expected two lines, found one")?;
+    let body = body.strip_suffix('\n').ok_or("expected a newline at the end: it is cut off")?;
+    let header: Header = serde_json::from_str(header).map_err(|error| error.to_string())?;
+    if header.format != FORMAT || header.version != VERSION {
+        return Err(format!(
+            "expected {FORMAT} version {VERSION}, found {} version {}",
+            header.format, header.version
+        ));
+    }
+    let found = format!("{:08x}", crc32c::crc32c(body.as_bytes()));
+    if header.crc32c != found {
+        return Err(format!("expected crc32c {}, found {found}", header.crc32c));
+    }
+    serde_json::from_str(body).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::SegmentSize;
+    use proptest::prelude::*;
+
+    fn archive(numbers: &[u32]) -> Archive {
+        let mut archive = Archive::new(SegmentSize::new(1 << 20).unwrap());
+        for number in numbers {
+            let name = format!("0000000100000000{:08X}", number % 4096);
+            archive.record(name.parse().unwrap(), u64::from(*number), 5);
+        }
+        archive
+    }
+
+    #[test]
+    fn the_file_survives_and_is_replaced_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("archive.json");
+        assert_eq!(read(&file).unwrap(), None);
+        for state in [archive(&[1, 2]), archive(&[1, 2, 3, 9])] {
+            write(&file, &state).unwrap();
+            assert_eq!(read(&file).unwrap(), Some(state));
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_later_version_is_refused_by_name() {
+        let text = String::from_utf8(encode(&archive(&[1])).unwrap()).unwrap();
+        let error = decode(text.replace("\"version\":1", "\"version\":2").as_bytes()).unwrap_err();
+        assert!(error.contains("version 2"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn round_trips(numbers: Vec<u32>) {
+            let archive = archive(&numbers);
+            prop_assert_eq!(decode(&encode(&archive).unwrap()), Ok(archive));
+        }
+
+        #[test]
+        fn no_cut_and_no_flipped_bit_passes(numbers: Vec<u32>, at: prop::sample::Index, bit in 0u8..8) {
+            let good = encode(&archive(&numbers)).unwrap();
+            let at = at.index(good.len());
+            prop_assert!(decode(&good[..at]).is_err());
+            let mut flipped = good.clone();
+            flipped[at] ^= 1 << bit;
+            // A flip may turn one digit's case in the header's checksum: then it is no damage.
+            if let Ok(read) = decode(&flipped) {
+                prop_assert_eq!(read, archive(&numbers));
+            }
+        }
+    }
+}
