@@ -68,22 +68,27 @@ struct MadeUp {
 }
 
 fn made_up<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>) -> Ids {
-    let known = |s: &SpanRef<'_, S>| s.extensions().get::<MadeUp>().map(|m| (m.trace, m.span));
-    if let Some((trace, span)) = known(span) {
-        return Ids { trace, span, flags: 0 };
-    }
-    let inherited = span.scope().skip(1).find_map(|s| known(&s)).map(|(trace, _)| trace);
-    let trace = inherited.unwrap_or_else(|| {
-        let trace = TraceId::from(rand::random::<u128>().max(1));
-        // The root keeps it, so that its other children find it.
-        if let Some(root) = span.scope().from_root().next().filter(|root| root.id() != span.id()) {
-            root.extensions_mut().replace(MadeUp { trace, span: new_span_id() });
-        }
-        trace
+    let known = span.scope().find_map(|s| s.extensions().get::<MadeUp>().map(|m| m.trace));
+    let trace = known.unwrap_or_else(|| {
+        // Made at the root, under its lock, so that two children logging at once get the same.
+        let root = span.scope().from_root().next();
+        let new = TraceId::from(rand::random::<u128>().max(1));
+        root.map_or(new, |root| kept(&root, new).trace)
     });
-    let id = new_span_id();
-    span.extensions_mut().replace(MadeUp { trace, span: id });
-    Ids { trace, span: id, flags: 0 }
+    kept(span, trace)
+}
+
+/// The ids the span has, which are `trace` and a new one if it has none yet.
+fn kept<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>, trace: TraceId) -> Ids {
+    let mut extensions = span.extensions_mut();
+    if extensions.get_mut::<MadeUp>().is_none() {
+        extensions.insert(MadeUp { trace, span: new_span_id() });
+    }
+    let (trace, span) = match extensions.get_mut::<MadeUp>() {
+        Some(made_up) => (made_up.trace, made_up.span),
+        None => (trace, new_span_id()),
+    };
+    Ids { trace, span, flags: 0 }
 }
 
 fn new_span_id() -> SpanId {

@@ -7,6 +7,7 @@
 //! - Secrets do not reach a log line, an attribute or a message of this crate.
 
 mod env;
+mod finish;
 mod host;
 mod ids;
 mod logs;
@@ -35,12 +36,7 @@ use opentelemetry::{
 use opentelemetry_sdk::{
     logs::SdkLoggerProvider, metrics::SdkMeterProvider, trace::SdkTracerProvider,
 };
-use std::{
-    collections::BTreeMap,
-    io::IsTerminal,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, io::IsTerminal, sync::Arc, time::Duration};
 use tracing::Dispatch;
 use tracing_subscriber::fmt::MakeWriter;
 use watch::{Health, Last};
@@ -235,44 +231,11 @@ impl Telemetry {
     /// threads still at it are left behind and end with the process.
     pub async fn shutdown(self, timeout: Duration) -> Delivery {
         let Self { traces, metrics, logs, health, .. } = self;
-        let deadline = Instant::now() + timeout;
-        let (done, mut waiting) = tokio::sync::mpsc::channel::<()>(1);
-        // Threads of our own, one each: the runtime waits for its blocking threads when it is dropped, so a
-        // hanging collector would delay the exit after all; and one hanging signal must not starve another.
-        let detach = |name: &str, work: Box<dyn FnOnce() + Send>| {
-            let done = done.clone();
-            let started = std::thread::Builder::new().name(name.into()).spawn(move || {
-                work();
-                drop(done);
-            });
-            started.is_ok()
-        };
-        let mut all_started = true;
-        if let Some(provider) = traces {
-            all_started &= detach(
-                "flush-traces",
-                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
-            );
-        }
-        if let Some(provider) = metrics {
-            all_started &= detach(
-                "flush-metrics",
-                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
-            );
-        }
-        if let Some(provider) = logs {
-            all_started &= detach(
-                "flush-logs",
-                Box::new(move || drop(provider.shutdown_with_timeout(timeout))),
-            );
-        }
-        drop(done);
-        // Nothing is ever sent: the channel closes when the last thread is through.
-        let finished = tokio::time::timeout_at(deadline.into(), waiting.recv()).await.is_ok();
+        let good = finish::all(traces, metrics, logs, timeout).await;
         let lasts: Vec<Last> = health.iter().map(|h| h.last()).collect();
         if health.is_empty() {
             Delivery::Nothing
-        } else if !finished || !all_started || lasts.contains(&Last::Failed) {
+        } else if !good || lasts.contains(&Last::Failed) {
             Delivery::Pending
         } else if lasts.contains(&Last::Delivered) {
             Delivery::Delivered

@@ -77,3 +77,42 @@ fn composite(chosen: &[Propagator]) -> TextMapCompositePropagator {
     });
     TextMapCompositePropagator::new(each.collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::{KeyValue, trace::SpanId, trace::TraceId};
+    use opentelemetry::{
+        baggage::BaggageExt, trace::SpanContext, trace::TraceFlags, trace::TraceState,
+    };
+
+    #[test]
+    fn only_the_chosen_formats_are_written() {
+        let span = SpanContext::new(
+            TraceId::from(1_u128),
+            SpanId::from(2_u64),
+            TraceFlags::SAMPLED,
+            true,
+            TraceState::default(),
+        );
+        let cx = Context::new()
+            .with_remote_span_context(span)
+            .with_baggage([KeyValue::new("tenant", "a")]);
+        let table: [(&[Propagator], &[&str]); 4] = [
+            (&[], &[]),
+            (&[Propagator::TraceContext], &["traceparent", "tracestate"]),
+            (&[Propagator::Baggage], &["baggage"]),
+            (
+                &[Propagator::TraceContext, Propagator::Baggage],
+                &["baggage", "traceparent", "tracestate"],
+            ),
+        ];
+        for (chosen, expected) in table {
+            let mut keys = Vec::new();
+            let mut set = |k: &str, _: String| keys.push(k.to_owned());
+            composite(chosen).inject_context(&cx, &mut Set(&mut set));
+            keys.sort();
+            assert_eq!(keys, expected, "{chosen:?}");
+        }
+    }
+}

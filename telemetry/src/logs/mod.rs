@@ -104,8 +104,9 @@ where
         let bridge = OpenTelemetryTracingBridge::new(events);
         layers.push(bridge.with_filter(env_filter(settings, debug).and(filter_fn(ours))).boxed());
     }
-    let spans = filter_fn(move |m| m.is_span() && ours(m) && *m.level() <= depth);
-    let filter = env_filter(settings, debug).or(spans);
+    let always =
+        filter_fn(move |m| (m.is_span() && ours(m) && *m.level() <= depth) || worth_showing(m));
+    let filter = env_filter(settings, debug).or(always);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(printer.writer)
         .with_ansi(printer.colour)
@@ -132,6 +133,23 @@ where
 
 fn ours(metadata: &Metadata<'_>) -> bool {
     metadata.target().starts_with("klio")
+}
+
+/// The OpenTelemetry libraries' diagnostics are off unless OTEL_LOG_LEVEL says otherwise, as they repeat
+/// themselves with every failed export. These few come once and mean that something is lost for good.
+fn worth_showing(metadata: &Metadata<'_>) -> bool {
+    const NAMES: [&str; 6] = [
+        "DroppingStarted",
+        "InstrumentCreationFailed",
+        "MetricValidationFailed",
+        "MetricScrapeFailed",
+        "InternalError",
+        "WorkerThreadTerminated",
+    ];
+    metadata.is_event()
+        && metadata.target().starts_with("opentelemetry")
+        && *metadata.level() <= Level::WARN
+        && NAMES.iter().any(|name| metadata.name().ends_with(name))
 }
 
 fn env_filter(settings: &Settings, debug: bool) -> EnvFilter {

@@ -9,7 +9,10 @@ use opentelemetry_proto::tonic::collector::{
     },
 };
 use prost::Message;
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::TcpListener,
@@ -41,6 +44,15 @@ pub(super) struct Collector {
 
 impl Collector {
     pub(super) async fn http(tls: Option<TlsAcceptor>) -> Self {
+        Self::answering_after(Duration::ZERO, tls).await
+    }
+
+    /// Over HTTP, every answer late.
+    pub(super) async fn slow(delay: Duration) -> Self {
+        Self::answering_after(delay, None).await
+    }
+
+    async fn answering_after(delay: Duration, tls: Option<TlsAcceptor>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let received = Arc::new(Mutex::new(Vec::new()));
@@ -53,10 +65,10 @@ impl Collector {
                 connections.spawn(async move {
                     let served = match tls {
                         Some(tls) => match tls.accept(stream).await {
-                            Ok(stream) => serve(stream, &keep).await,
+                            Ok(stream) => serve(stream, &keep, delay).await,
                             Err(error) => Err(error),
                         },
-                        None => serve(stream, &keep).await,
+                        None => serve(stream, &keep, delay).await,
                     };
                     // The peer hanging up between requests is the normal end.
                     drop(served);
@@ -107,6 +119,7 @@ impl Collector {
 async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     keep: &Mutex<Vec<Request>>,
+    delay: Duration,
 ) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
@@ -125,6 +138,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         let mut body = vec![0; length.map_or(0, |(_, v)| v.parse().unwrap())];
         stream.read_exact(&mut body).await?;
         keep.lock().unwrap().push(Request { path, headers, body });
+        tokio::time::sleep(delay).await;
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await?;
         stream.flush().await?;
     }

@@ -8,6 +8,7 @@ use opentelemetry_proto::tonic::{
     common::v1::{KeyValue, any_value::Value},
     trace::v1::{Span, TracesData},
 };
+use std::time::Instant;
 use std::{fs, path::Path};
 use tokio_rustls::{
     TlsAcceptor,
@@ -361,4 +362,65 @@ fn a_failing_collector_is_reported_once_and_its_return_once() {
     assert_eq!(text.matches("delivered again").count(), 1, "{text}");
     assert!(!text.contains("hunter2"), "{text}");
     assert_eq!(health.last(), Last::Failed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unsampled_trace_is_not_sent_but_its_lines_have_ids() {
+    let collector = Collector::http(None).await;
+    let endpoint = format!("http://127.0.0.1:{}/v1/traces", collector.port);
+    let (telemetry, dispatch, lines) = built(
+        false,
+        &[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &endpoint), ("OTEL_TRACES_SAMPLER", "always_off")],
+    );
+    let trace = work(&dispatch);
+    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Nothing);
+    assert!(collector.requests().is_empty());
+    let text = lines.text();
+    assert!(text.contains(&format!("trace_id={trace} ")), "{text}");
+    assert!(text.contains("trace_flags=00"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_queue_drops_spans_with_one_warning_and_delays_nobody() {
+    let (port, _tasks) = hanging().await;
+    let (telemetry, dispatch, lines) = built(
+        false,
+        &[
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &format!("http://127.0.0.1:{port}/v1/traces")),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "4"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2"),
+        ],
+    );
+    let begin = Instant::now();
+    tracing::dispatcher::with_default(&dispatch, || {
+        (0..1000).for_each(|_| tracing::info_span!("many").in_scope(|| {}));
+    });
+    let took = begin.elapsed();
+    // A single export would hang for ten seconds.
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let text = lines.text();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("SpanDroppingStarted"), "{text}");
+    assert_eq!(telemetry.shutdown(Duration::from_millis(100)).await, Delivery::Pending);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_collector_gets_everything_if_there_is_time() {
+    let collector = Collector::slow(Duration::from_millis(300)).await;
+    let endpoint = format!("http://127.0.0.1:{}/v1/traces", collector.port);
+    let (telemetry, dispatch, _) = built(
+        false,
+        &[
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &endpoint),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "1000"),
+            // One request a span: six seconds, more than the SDK gives a shutdown by default.
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1"),
+        ],
+    );
+    let all = 20;
+    tracing::dispatcher::with_default(&dispatch, || {
+        (0..all).for_each(|_| tracing::info_span!("many").in_scope(|| {}));
+    });
+    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(spans(&collector).len(), all);
 }

@@ -158,3 +158,19 @@ fn strict_turns_problems_into_an_error_that_lists_them_all() {
     assert!(error.contains("OTEL_TRACES_EXPORTER: found \"nonsense\""), "{error}");
     assert!(error.contains("KLIO_LOG_FORMAT") && error.contains("hint:"), "{error}");
 }
+
+#[test]
+fn children_that_log_before_their_root_share_its_trace() {
+    let (_telemetry, dispatch, lines) = built(false, &[]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        let root = tracing::info_span!("root");
+        for _ in 0..2 {
+            tracing::info_span!(parent: &root, "child").in_scope(|| tracing::info!("child"));
+        }
+        tracing::info!(parent: &root, "root");
+    });
+    let text = lines.text();
+    let of =
+        |key: &str| text.lines().map(|l| value(l, key).unwrap()).collect::<BTreeSet<_>>().len();
+    assert_eq!((of("trace_id"), of("span_id")), (1, 3), "{text}");
+}
