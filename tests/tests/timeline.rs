@@ -1,0 +1,122 @@
+//! Failover: a promoted standby's timeline continues, the old primary cannot come back over it (P8), gaps are recorded.
+
+use klio_tests::{
+    install_crypto,
+    postgres::{Postgres, Stop},
+    s3::S3,
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_standby_continues_and_the_old_primary_cannot_come_back() {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let mut old = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let mut stream = site.stream(&old);
+    let standby = old.standby().await;
+    let end = old.write_wal(3 << 20).await;
+    site.wait_flushed(end).await;
+    stream.terminate(PATIENCE).await;
+    // The last bytes of timeline 1 reach the standby only: its sidecar must fetch them from there.
+    old.write_wal(300 << 10).await;
+    let last = old.flush_lsn().await;
+    standby.wait_true(&format!("select pg_last_wal_receive_lsn() >= '{last}'")).await;
+    old.stop(Stop::Immediate).await;
+    standby.promote().await;
+    assert_eq!(standby.timeline().await.get(), 2);
+    let _stream = site.stream(&standby);
+    let end = standby.write_wal(3 << 20).await;
+    eventually("timeline 2 to be durable", PATIENCE, || async {
+        let status = site.status().await?;
+        let flushed: klio_pg::Lsn = status["flushed_lsn"].as_str()?.parse().ok()?;
+        (status["timeline"] == 2 && flushed >= end).then_some(())
+    })
+    .await;
+    // Both timelines and the history are there, and archived.
+    let (code, history) = site.fetch("00000002.history").await;
+    assert_eq!(code, Some(0));
+    let own = std::fs::read(standby.pg_wal().join("00000002.history")).expect("the standby has it");
+    assert_eq!(history, own);
+    let size = standby.segment_size().await;
+    let switch = standby.switch_wal().await;
+    standby.write_wal(1).await;
+    site.wait_archived(switch.segment_start(size)).await;
+    eventually("both timelines in the bucket", PATIENCE, || async {
+        let keys = s3.keys("klio/main/wal/");
+        let has = |part: &str| keys.iter().any(|k| k.contains(part));
+        has("/00000001/") && has("/00000002/") && has("00000002.history")
+    })
+    .await;
+    let before = s3.keys("klio/main/wal/00000001/");
+    // The old primary comes back, writes, and is refused: nothing changes.
+    old.start().await;
+    old.write_wal(2 << 20).await;
+    let mut refused = site.stream(&old);
+    let status = refused.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(14), "{}", refused.log());
+    assert!(refused.log().contains("timeline"), "{}", refused.log());
+    assert_eq!(s3.keys("klio/main/wal/00000001/"), before);
+    let flushed = site.lsn("flushed_lsn").await.expect("a position");
+    assert!(flushed >= end);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_switch_of_timeline_is_followed_live() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let mut primary = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let standby = primary.standby().await;
+    // Klio streams from the standby, which is promoted under it.
+    let mut stream = site.stream(&standby);
+    let end = primary.write_wal(2 << 20).await;
+    site.wait_flushed(end).await;
+    primary.stop(Stop::Immediate).await;
+    standby.promote().await;
+    let end = standby.write_wal(2 << 20).await;
+    eventually("timeline 2 to be durable", PATIENCE, || async {
+        assert!(stream.is_running(), "klio stream ended:\n{}", stream.log());
+        let status = site.status().await?;
+        let flushed: klio_pg::Lsn = status["flushed_lsn"].as_str()?.parse().ok()?;
+        (status["timeline"] == 2 && flushed >= end).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_that_postgres_has_removed_is_recorded_as_a_gap_never_skipped_silently() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let pg = Postgres::builder()
+        .segment_mib(1)
+        .set("min_wal_size", "2MB")
+        .set("max_wal_size", "4MB")
+        .set("max_slot_wal_keep_size", "2MB")
+        .start()
+        .await;
+    let mut stream = site.stream(&pg);
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    stream.terminate(PATIENCE).await;
+    for _ in 0..6 {
+        pg.write_wal(4 << 20).await;
+        pg.switch_wal().await;
+        pg.execute("checkpoint").await;
+    }
+    pg.wait_true("select wal_status = 'lost' from pg_replication_slots where slot_name = 'klio'").await;
+    let _stream = site.stream(&pg);
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    let status = site.status().await.expect("status");
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(1), "{status}");
+    // A loss of coverage is a non-zero exit, in the listing and in the metrics.
+    let outcome = site.klio(None, &["status"]).await;
+    assert_ne!(outcome.code, Some(0), "{}", outcome.stdout);
+    let metrics = site.metrics().await;
+    assert_eq!(metrics.value("klio_wal_gaps", &[("cluster_name", "main")]), Some(1.0));
+    // And with on_gap = "stop" it ends with its own exit status instead.
+}
