@@ -12,10 +12,12 @@ use klio_telemetry::{Delivery, Options};
 use std::{
     collections::BTreeMap,
     process::{Command, Output},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const CHILD: &str = "KLIO_TELEMETRY_TEST_CHILD";
+/// Milliseconds the child gives its flush; ten seconds without.
+const FLUSH: &str = "KLIO_TELEMETRY_TEST_FLUSH";
 
 fn run(variables: &[(&str, &str)]) -> Output {
     Command::new(std::env::current_exe().unwrap())
@@ -65,7 +67,9 @@ fn child() {
             tracing::info!(target: "klio_test", "in the span");
             drop(span);
         }
-        let delivery = telemetry.shutdown(Duration::from_secs(10)).await;
+        let flush =
+            std::env::var_os(FLUSH).map_or(10_000, |ms| ms.to_str().unwrap().parse().unwrap());
+        let delivery = telemetry.shutdown(Duration::from_millis(flush)).await;
         eprintln!("delivery: {delivery:?}");
         assert_ne!(delivery, Delivery::Delivered, "nobody is there to deliver to");
     });
@@ -126,6 +130,26 @@ fn a_dead_collector_is_one_warning_a_signal_and_changes_no_exit_status() {
         assert_eq!(count, 1, "{signal}: {text}");
     }
     assert_eq!(warnings.len(), 2, "{text}");
+}
+
+#[test]
+fn a_hanging_collector_delays_the_exit_by_no_more_than_the_flush() {
+    // Never accepted: the kernel takes the connection and nobody answers.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    for protocol in ["http/protobuf", "grpc"] {
+        let begin = Instant::now();
+        let output = run(&[
+            (FLUSH, "300"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol),
+            ("OTEL_LOGS_EXPORTER", "otlp"),
+        ]);
+        let took = begin.elapsed();
+        assert!(output.status.success() && stderr(&output).contains("delivery: Pending"));
+        // Room for starting a process on a busy machine; the exporters themselves wait for ten seconds.
+        assert!(took < Duration::from_secs(4), "{protocol}: {took:?}");
+    }
 }
 
 #[test]

@@ -111,6 +111,28 @@ async fn spans_arrive_over_http_with_headers_and_resource() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn backup_spans_come_from_their_own_tracer() {
     let collector = Collector::http(None).await;
+    let endpoint = format!("http://127.0.0.1:{}/v1/traces", collector.port);
+    let (telemetry, dispatch, _) =
+        built(false, &[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &endpoint)]);
+    tracing::dispatcher::with_default(&dispatch, || {
+        let _backup = tracing::info_span!("backup", "backup.name" = "b1").entered();
+        tracing::info_span!("backup_run").in_scope(|| {});
+        tracing::info_span!("upload").in_scope(|| {});
+    });
+    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    let all = spans(&collector);
+    for (name, tracer) in
+        [("backup", "klio.backup"), ("backup_run", "klio.backup"), ("upload", "klio")]
+    {
+        let (scope, span) = span(&all, name);
+        assert_eq!(scope, tracer, "{name}");
+        assert_eq!(span.trace_id, all[0].1.trace_id);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signals_endpoint_is_used_as_it_is_and_bodies_are_compressed() {
+    let collector = Collector::http(None).await;
     let endpoint = format!("http://127.0.0.1:{}/own/path", collector.port);
     let (telemetry, dispatch, _) = built(
         false,
@@ -119,10 +141,7 @@ async fn backup_spans_come_from_their_own_tracer() {
             ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
         ],
     );
-    tracing::dispatcher::with_default(&dispatch, || {
-        let _backup = tracing::info_span!("backup", "backup.name" = "b1").entered();
-        tracing::info_span!("backup_run").in_scope(|| {});
-    });
+    work(&dispatch);
     assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
     let request = &collector.requests()[0];
     assert_eq!(request.path, "/own/path");
