@@ -1,1 +1,12 @@
-//! 
+//! The sidecar beside PostgreSQL: replication client, streamer, and the commands a person types.
+//!
+//! `streamer` moves WAL and decides nothing that `plan` has not decided; `cli` translates.
+
+pub mod admin;
+pub mod cli;
+pub mod config;
+pub mod conninfo;
+pub mod error;
+pub mod replication;
+pub mod server_link;
+pub mod streamer;

@@ -1,0 +1,227 @@
+//! What may be typed.
+//!
+//! Flags are settings of the file under another name; which is decided in [`Global::flags`] alone.
+
+use crate::config::parse_duration;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::{path::PathBuf, time::Duration};
+
+/// Streams a PostgreSQL's WAL to klio-server, and shows and gives back what is there.
+#[derive(Debug, Parser)]
+#[command(name = "klio", version, disable_help_subcommand = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// For every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The verb.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// For every command.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Global {
+    /// Configuration file [default: $KLIO_CONFIG, ./klio.toml, ~/.config/klio/klio.toml, /etc/klio/klio.toml]
+    #[arg(long, short, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name of the PostgreSQL cluster on the server
+    #[arg(long, global = true, value_name = "NAME")]
+    pub cluster: Option<String>,
+    /// Address of klio-server
+    #[arg(long, global = true, value_name = "URL")]
+    pub server: Option<String>,
+    /// More detail in the log, with trace ids
+    #[arg(long, global = true)]
+    pub debug: bool,
+    /// How log lines look
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Stream WAL from PostgreSQL to the server until stopped
+    Stream(StreamArgs),
+    /// Tell, item by item, whether PostgreSQL, the server and the clocks are fit
+    Check(CheckArgs),
+    /// Show how far each cluster is received and archived; ends with 3 when something is wrong
+    Status(StatusArgs),
+    /// List what is stored
+    #[command(subcommand)]
+    List(ListCommand),
+    /// Fetch a WAL file for PostgreSQL: restore_command = 'klio wal-fetch %f "%p"'
+    WalFetch(WalFetchArgs),
+    /// Look at or drop the replication slot
+    #[command(subcommand)]
+    Slot(SlotCommand),
+    /// Explain a command, or: config, exit-codes
+    Help {
+        /// A command, `config` or `exit-codes`
+        topic: Option<String>,
+    },
+}
+
+/// `klio stream`
+#[derive(Debug, Args)]
+pub struct StreamArgs {
+    /// libpq connection string
+    #[arg(long, value_name = "DSN")]
+    pub dsn: Option<String>,
+    /// Replication slot
+    #[arg(long, value_name = "NAME")]
+    pub slot: Option<String>,
+    /// When PostgreSQL has removed WAL: record the gap and go on, or stop
+    #[arg(long, value_name = "POLICY", value_parser = ["record", "stop"])]
+    pub on_gap: Option<String>,
+    /// Address:port for /livez, /readyz and /metrics
+    #[arg(long, value_name = "ADDRESS")]
+    pub admin: Option<String>,
+}
+
+/// `klio check`
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// libpq connection string
+    #[arg(long, value_name = "DSN")]
+    pub dsn: Option<String>,
+    /// Replication slot
+    #[arg(long, value_name = "NAME")]
+    pub slot: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `klio status`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Every cluster the certificate allows, not only the configured one
+    #[arg(long)]
+    pub all: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `klio list`
+#[derive(Debug, Subcommand)]
+pub enum ListCommand {
+    /// WAL by timeline and tier, and gaps
+    Wal {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `klio wal-fetch`
+#[derive(Debug, Args)]
+pub struct WalFetchArgs {
+    /// Segment, history file or partial segment (%f)
+    pub name: String,
+    /// Where to put it (%p)
+    pub path: PathBuf,
+    /// How long to try when the server does not answer
+    #[arg(long, default_value = "60s", value_parser = parse_duration)]
+    pub timeout: Duration,
+}
+
+/// `klio slot`
+#[derive(Debug, Subcommand)]
+pub enum SlotCommand {
+    /// Show the slot's state and how much WAL it keeps
+    Show(SlotArgs),
+    /// Drop the slot, so that PostgreSQL no longer keeps WAL for Klio
+    Drop(SlotArgs),
+}
+
+/// Which slot.
+#[derive(Debug, Args)]
+pub struct SlotArgs {
+    /// libpq connection string
+    #[arg(long, value_name = "DSN")]
+    pub dsn: Option<String>,
+    /// Replication slot
+    #[arg(long, value_name = "NAME")]
+    pub slot: Option<String>,
+}
+
+/// A setting and its value from the command line.
+pub type Flags = Vec<(&'static str, String)>;
+
+impl Command {
+    /// For the root span; from a closed set.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Command::Stream(_) => "stream",
+            Command::Check(_) => "check",
+            Command::Status(_) => "status",
+            Command::List(_) => "list",
+            Command::WalFetch(_) => "wal-fetch",
+            Command::Slot(_) => "slot",
+            Command::Help { .. } => "help",
+        }
+    }
+
+    fn flags(&self, into: &mut Flags) {
+        let mut postgres = |dsn: &Option<String>, slot: &Option<String>| {
+            into.extend(dsn.clone().map(|v| ("postgres.dsn", v)));
+            into.extend(slot.clone().map(|v| ("postgres.slot", v)));
+        };
+        match self {
+            Command::Stream(args) => {
+                postgres(&args.dsn, &args.slot);
+                into.extend(args.on_gap.clone().map(|v| ("stream.on_gap", v)));
+                into.extend(args.admin.clone().map(|v| ("admin.listen", v)));
+            }
+            Command::Check(args) => postgres(&args.dsn, &args.slot),
+            Command::Slot(SlotCommand::Show(args) | SlotCommand::Drop(args)) => {
+                postgres(&args.dsn, &args.slot);
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Cli {
+    /// The flags as settings, over file and environment.
+    pub fn flags(&self) -> Flags {
+        let mut flags = Flags::new();
+        let global = &self.global;
+        flags.extend(global.cluster.clone().map(|v| ("cluster", v)));
+        flags.extend(global.server.clone().map(|v| ("server.address", v)));
+        flags.extend(global.log_format.map(|format| {
+            let text = if format == LogFormat::Json { "json" } else { "text" };
+            ("telemetry.log_format", text.to_owned())
+        }));
+        self.command.flags(&mut flags);
+        flags
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_become_settings() {
+        let cli = Cli::try_parse_from(["klio", "stream", "--slot", "s", "--cluster", "c"]).unwrap();
+        assert_eq!(cli.flags(), vec![("cluster", "c".into()), ("postgres.slot", "s".into())]);
+    }
+}

@@ -1,0 +1,201 @@
+//! PostgreSQL's half of `klio check`. Changes nothing: the slot is looked at, never created.
+
+use super::{
+    check::{Mark, Report},
+    conninfo, slot, text,
+};
+use crate::{
+    config::Config,
+    conninfo::ConnInfo,
+    error::Error,
+    replication::Client,
+    streamer::{Identity, sort},
+};
+
+/// Clocks further apart make times in status and logs misleading.
+pub(super) const SKEW_WARN_SECONDS: f64 = 5.0;
+
+/// Looks at everything that can be reached; gives the identity for the server's half.
+pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<Identity>, Error> {
+    let info = conninfo(config)?;
+    let identity = match replication(&info, report).await {
+        Ok(identity) => Some(identity),
+        Err(error) => {
+            report.fail("postgres", &error);
+            return Ok(None);
+        }
+    };
+    match Client::connect_sql(&info).await {
+        Ok(mut client) => {
+            if let Err(error) = sql(&mut client, config, report).await {
+                report.fail("postgres sql", &error);
+            }
+            client.close().await;
+        }
+        Err(error) => report.add(
+            Mark::Warn,
+            "postgres sql",
+            format!("slots and walsenders are not checked: {error}"),
+            "let the role connect to a database (dbname in postgres.dsn, pg_hba.conf)",
+        ),
+    }
+    Ok(identity)
+}
+
+async fn replication(info: &ConnInfo, report: &mut Report) -> Result<Identity, Error> {
+    let mut client = Client::connect(info).await.map_err(|e| sort(&e))?;
+    let version = client.server_version().await.map_err(|e| sort(&e))?;
+    let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
+    let system = client.identify_system().await.map_err(|e| sort(&e))?;
+    let wal_level = client.show("wal_level").await.map_err(|e| sort(&e))?;
+    let standby = client.in_hot_standby();
+    let kind = if standby { "standby" } else { "primary" };
+    report.add(
+        Mark::Ok,
+        "postgres",
+        format!("{kind} at {}, replication connection accepted", client.host()),
+        "",
+    );
+    let good = version.major() >= 15;
+    report.add(
+        if good { Mark::Ok } else { Mark::Fail },
+        "version",
+        version.to_string(),
+        "Klio needs PostgreSQL 15 or newer",
+    );
+    let good = matches!(wal_level.as_str(), "replica" | "logical");
+    report.add(
+        if good { Mark::Ok } else { Mark::Fail },
+        "wal_level",
+        wal_level,
+        "set wal_level = replica in postgresql.conf and restart PostgreSQL",
+    );
+    report.add(Mark::Ok, "wal segment size", text::size(segment_size.bytes()), "");
+    report.add(
+        Mark::Ok,
+        "system",
+        format!(
+            "identifier {}, timeline {}, WAL up to {}",
+            system.system_identifier,
+            system.timeline.get(),
+            system.flush_lsn
+        ),
+        "",
+    );
+    client.close().await;
+    Ok(Identity {
+        system_identifier: system.system_identifier,
+        version: version.number(),
+        segment_size,
+        timeline: system.timeline,
+        end: system.flush_lsn,
+        in_recovery: standby,
+    })
+}
+
+/// Used and allowed counts, synchronous_standby_names, and the clock, in one row.
+const LIMITS: &str = "SELECT \
+    (SELECT count(*) FROM pg_stat_replication), current_setting('max_wal_senders'), \
+    (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots'), \
+    current_setting('synchronous_standby_names'), extract(epoch FROM clock_timestamp())::float8, \
+    (SELECT string_agg(application_name, ', ') FROM pg_stat_replication)";
+
+async fn sql(client: &mut Client, config: &Config, report: &mut Report) -> Result<(), Error> {
+    let slot = slot::name(config)?;
+    let found = slot::read(client, &slot).await?;
+    let rows = client.query(LIMITS).await.map_err(|e| sort(&e))?;
+    let Some(row) = rows.first() else { return Ok(()) };
+    let number = |column| row.text(column).and_then(|t| t.parse::<u64>().ok()).unwrap_or(0);
+    let streaming = found.as_ref().is_some_and(|slot| slot.active);
+    // Ours counts as used when it streams; otherwise one more has to be free.
+    let needed = |used: u64, ours: bool| if ours { used } else { used + 1 };
+    let (used, limit) = (number(0), number(1));
+    report.add(
+        if needed(used, streaming) <= limit { Mark::Ok } else { Mark::Fail },
+        "max_wal_senders",
+        format!("{used} of {limit} in use"),
+        "raise max_wal_senders and restart PostgreSQL",
+    );
+    let (used, limit) = (number(2), number(3));
+    report.add(
+        if needed(used, found.is_some()) <= limit { Mark::Ok } else { Mark::Fail },
+        "max_replication_slots",
+        format!("{used} of {limit} in use"),
+        "drop a slot that nobody needs, or raise max_replication_slots and restart PostgreSQL",
+    );
+    slot_item(&slot.to_string(), found, config.postgres.create_slot, report);
+    let names = row.text(4).unwrap_or_default();
+    let connected = row.text(6).unwrap_or("none");
+    let sync = match names {
+        "" => "empty: commits do not wait for Klio".to_owned(),
+        names => format!("{names:?}; connected: {connected}"),
+    };
+    report.add(Mark::Ok, "synchronous standby", sync, "");
+    if let Some(theirs) = row.text(5).and_then(|t| t.parse::<f64>().ok()) {
+        clock("postgres clock", theirs, report);
+    }
+    Ok(())
+}
+
+fn slot_item(name: &str, found: Option<slot::SlotRow>, create: bool, report: &mut Report) {
+    let Some(row) = found else {
+        let mark = if create { Mark::Ok } else { Mark::Fail };
+        let text = format!("{name} does not exist yet; klio stream creates it");
+        return report.add(mark, "slot", text, "postgres.create_slot is false: create it by hand");
+    };
+    let state = if row.active { "streaming" } else { "idle" };
+    let kept = row.retained_bytes.map_or_else(|| "nothing".into(), text::size);
+    let (mark, hint) = match row.wal_status.as_str() {
+        "lost" => {
+            (Mark::Fail, "WAL was lost; klio stream records the gap and creates the slot anew")
+        }
+        "unreserved" => (Mark::Warn, "WAL is about to be lost: max_slot_wal_keep_size is exceeded"),
+        "extended" if !row.active => {
+            (Mark::Warn, "nobody reads the slot: start klio stream, or klio slot drop")
+        }
+        _ => (Mark::Ok, ""),
+    };
+    let status = if row.wal_status.is_empty() { "no WAL reserved" } else { &row.wal_status };
+    report.add(mark, "slot", format!("{name}: {state}, {status}, keeps {kept}"), hint);
+}
+
+/// Compares a clock with ours.
+pub(super) fn clock(name: &'static str, theirs: f64, report: &mut Report) {
+    let skew = theirs - text::now();
+    let mark = if skew.abs() > SKEW_WARN_SECONDS { Mark::Warn } else { Mark::Ok };
+    let side = if skew < 0.0 { "behind" } else { "ahead" };
+    let text = format!("{} {side} of ours", text::duration(skew.abs()));
+    report.add(mark, name, text, "synchronise the clocks (NTP)");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_slot_fails_and_an_absent_one_only_when_we_may_not_create_it() {
+        let row = |status: &str| slot::SlotRow {
+            active: false,
+            wal_status: status.into(),
+            restart_lsn: None,
+            retained_bytes: None,
+        };
+        let mark = |found, create| {
+            let mut report = Report::default();
+            slot_item("klio", found, create, &mut report);
+            report.0[0].mark
+        };
+        assert_eq!(mark(Some(row("lost")), true), Mark::Fail);
+        assert_eq!(mark(Some(row("reserved")), true), Mark::Ok);
+        assert_eq!(mark(None, true), Mark::Ok);
+        assert_eq!(mark(None, false), Mark::Fail);
+    }
+
+    #[test]
+    fn clocks_far_apart_are_a_warning() {
+        let mut report = Report::default();
+        clock("x", text::now() + 60.0, &mut report);
+        clock("x", text::now(), &mut report);
+        assert_eq!((report.0[0].mark, report.0[1].mark), (Mark::Warn, Mark::Ok));
+    }
+}

@@ -1,0 +1,92 @@
+//! Exit statuses of `klio`: the one place. `klio help exit-codes` prints this table.
+//!
+//! P7: PostgreSQL takes 1 to 125 from restore_command as "the archive has no such file" and then ends
+//! recovery. So `wal-fetch` answers 1 only when the server said NOT_FOUND, and 200 for all other
+//! trouble; wrong usage is 200 for every command, because a misspelt restore_command is wrong usage.
+
+use crate::error::{Error, Failure};
+use klio_proto::Code;
+
+/// All went well.
+pub const OK: u8 = 0;
+/// `check`, `status` or `list` found a problem, and said which.
+pub const PROBLEM: u8 = 3;
+/// A setting is wrong or missing.
+pub const CONFIG: u8 = 4;
+/// PostgreSQL cannot be reached, or refuses.
+pub const POSTGRES: u8 = 5;
+/// A local file cannot be read or written.
+pub const LOCAL: u8 = 6;
+/// Wrong usage, and every failure of `wal-fetch` but a definitive NOT_FOUND.
+pub const STOP_RECOVERY: u8 = 200;
+
+/// The status of a command that failed; `wal-fetch` has its own.
+pub const fn of(error: &Error) -> u8 {
+    match error.failure {
+        Failure::Code(code) => code.exit(),
+        Failure::Link => Code::Unavailable.exit(),
+        Failure::Postgres | Failure::PostgresRefused => POSTGRES,
+        Failure::WalRemoved => Code::Gap.exit(),
+        Failure::Config => CONFIG,
+        Failure::Local => LOCAL,
+    }
+}
+
+/// P7: the status of a failed `wal-fetch`.
+pub const fn of_wal_fetch(error: &Error) -> u8 {
+    match error.failure {
+        Failure::Code(Code::NotFound) => Code::NotFound.exit(),
+        _ => STOP_RECOVERY,
+    }
+}
+
+/// The table, for people.
+pub fn table() -> String {
+    let own = [
+        (OK, "done"),
+        (PROBLEM, "check or status found a problem, and said which"),
+        (CONFIG, "a setting is wrong or missing"),
+        (POSTGRES, "PostgreSQL cannot be reached, or refuses"),
+        (LOCAL, "a local file cannot be read or written"),
+        (STOP_RECOVERY, "wrong usage; wal-fetch: any failure but NOT_FOUND (stops PostgreSQL, P7)"),
+    ];
+    let mut rows: Vec<(u8, String)> =
+        own.iter().map(|(status, text)| (*status, (*text).to_owned())).collect();
+    for code in Code::ALL {
+        rows.push((code.exit(), format!("{}:{}", code.name(), code.meaning())));
+    }
+    rows.sort();
+    rows.iter().map(|(status, text)| format!("{status:>5}  {text}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// P7.
+    #[test]
+    fn wal_fetch_answers_one_only_for_not_found() {
+        for code in Code::ALL {
+            let status = of_wal_fetch(&Error::new(Failure::Code(*code), "x"));
+            assert_eq!(status == 1, *code == Code::NotFound, "{code:?}");
+            assert!(status == 1 || status > 125, "{code:?}");
+        }
+        for failure in [
+            Failure::Link,
+            Failure::Postgres,
+            Failure::PostgresRefused,
+            Failure::WalRemoved,
+            Failure::Config,
+            Failure::Local,
+        ] {
+            assert!(of_wal_fetch(&Error::new(failure, "x")) > 125, "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn own_statuses_do_not_collide_with_codes() {
+        for own in [PROBLEM, CONFIG, POSTGRES, LOCAL, STOP_RECOVERY] {
+            assert!(Code::ALL.iter().all(|code| code.exit() != own), "{own}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The command line: parse, load the configuration, start telemetry, run one verb, give its exit status.
+//!
+//! No business decision here. P7: no way out of `wal-fetch` but success and a definitive "not found" is
+//! below 126, not even a panic or wrong usage.
+
+mod args;
+mod check;
+mod check_postgres;
+mod check_server;
+pub mod exit;
+mod help;
+mod list;
+mod slot;
+mod status;
+mod stream;
+mod table;
+mod telemetry;
+mod text;
+mod wal_fetch;
+
+use crate::{
+    config::{Config, Needs},
+    conninfo::ConnInfo,
+    error::{Error, Failure},
+    server_link::{Connection, ServerLink},
+};
+use args::{Cli, Command, ListCommand, SlotCommand};
+use clap::Parser;
+use std::{ffi::OsString, io::Write, time::Duration};
+use tracing::Instrument;
+
+/// How long the way out may wait for telemetry.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
+/// One thread for PostgreSQL's side, one for the server's: more only costs memory.
+const WORKER_THREADS: usize = 2;
+
+/// Runs the program with these arguments; gives its exit status.
+pub fn main(arguments: Vec<OsString>) -> u8 {
+    // Whatever the rest looks like, this is what PostgreSQL started.
+    let fetching = arguments.iter().any(|a| a == "wal-fetch");
+    let outcome = std::panic::catch_unwind(|| run(arguments));
+    outcome.unwrap_or(if fetching {
+        exit::STOP_RECOVERY
+    } else {
+        klio_proto::Code::Internal.exit()
+    })
+}
+
+fn run(arguments: Vec<OsString>) -> u8 {
+    // A provider that is already installed stays.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { exit::STOP_RECOVERY } else { exit::OK };
+        }
+    };
+    if let Command::Help { topic } = &cli.command {
+        return help::print(topic.as_deref());
+    }
+    let result = Config::load(cli.global.config.as_deref(), &cli.flags())
+        .and_then(|config| config.validate(needs(&cli.command)).map(|()| config))
+        .and_then(|config| execute(&cli, &config, &arguments));
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            say(&format!("klio {}: {error}", cli.command.name()));
+            match cli.command {
+                Command::WalFetch(_) => exit::of_wal_fetch(&error),
+                _ => exit::of(&error),
+            }
+        }
+    }
+}
+
+/// A closed stderr must not become a panic.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Prints a result. A reader that went away (`klio status | head`) is no error.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+const fn needs(command: &Command) -> Needs {
+    match command {
+        Command::Stream(_) | Command::Check(_) => {
+            Needs { server: true, cluster: true, postgres: true }
+        }
+        Command::Slot(_) => Needs { server: false, cluster: false, postgres: true },
+        Command::Status(args) => Needs { server: true, cluster: !args.all, postgres: false },
+        Command::List(_) | Command::WalFetch(_) => {
+            Needs { server: true, cluster: true, postgres: false }
+        }
+        Command::Help { .. } => Needs { server: false, cluster: false, postgres: false },
+    }
+}
+
+fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::new(Failure::Local, format!("start runtime: {error}")))?;
+    runtime.block_on(async {
+        let telemetry = klio_telemetry::start(telemetry::options(cli, config))
+            .map_err(|error| Error::new(Failure::Config, error))?;
+        let span = telemetry::root_span(cli.command.name(), arguments);
+        let trace = span.in_scope(klio_telemetry::current_trace_id);
+        let result = verb(&cli.command, config, &telemetry).instrument(span.clone()).await;
+        telemetry::record(&span, &result);
+        drop(span);
+        let delivery = telemetry.shutdown(FLUSH_TIMEOUT).await;
+        telemetry::epilogue(trace, delivery);
+        result
+    })
+}
+
+async fn verb(
+    command: &Command,
+    config: &Config,
+    telemetry: &klio_telemetry::Telemetry,
+) -> Result<u8, Error> {
+    match command {
+        Command::Stream(_) => stream::run(config, telemetry).await,
+        Command::Check(args) => check::run(config, args.json).await,
+        Command::Status(args) => status::run(config, args).await,
+        Command::List(ListCommand::Wal { json }) => list::wal(config, *json).await,
+        Command::WalFetch(args) => wal_fetch::run(config, args).await,
+        Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,
+        Command::Slot(SlotCommand::Drop(_)) => slot::drop_slot(config).await,
+        Command::Help { topic } => Ok(help::print(topic.as_deref())),
+    }
+}
+
+/// One connection for a command.
+async fn connect(config: &Config) -> Result<Connection, Error> {
+    ServerLink::new(&config.server)?.connect().await
+}
+
+/// Where PostgreSQL is, with `PG*` variables and the password file.
+fn conninfo(config: &Config) -> Result<ConnInfo, Error> {
+    ConnInfo::parse(config.postgres.dsn.expose(), &crate::config::environment).map_err(|error| {
+        Error::new(Failure::Config, error).hint("postgres.dsn is a libpq connection string or URL")
+    })
+}

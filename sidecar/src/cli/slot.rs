@@ -1,0 +1,77 @@
+//! `klio slot show` and `klio slot drop`: a slot that is left behind fills PostgreSQL's disk.
+
+use super::{conninfo, exit, print, table, text};
+use crate::{
+    config::Config,
+    error::{Error, Failure},
+    replication::{Client, SlotName},
+    streamer::sort,
+};
+
+/// What pg_replication_slots says about one slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SlotRow {
+    pub active: bool,
+    /// `reserved`, `extended`, `unreserved`, `lost`; empty when it keeps nothing.
+    pub wal_status: String,
+    pub restart_lsn: Option<String>,
+    pub retained_bytes: Option<u64>,
+}
+
+/// The configured slot's name.
+pub(super) fn name(config: &Config) -> Result<SlotName, Error> {
+    let slot = &config.postgres.slot;
+    slot.parse().map_err(|error| Error::new(Failure::Config, format!("postgres.slot: {error}")))
+}
+
+/// Reads the slot's row over an SQL connection.
+pub(super) async fn read(client: &mut Client, slot: &SlotName) -> Result<Option<SlotRow>, Error> {
+    // A slot name has no character that needs quoting.
+    let sql = format!(
+        "SELECT active, coalesce(wal_status, ''), restart_lsn, pg_wal_lsn_diff(CASE WHEN \
+         pg_is_in_recovery() THEN coalesce(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) \
+         ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
+         FROM pg_replication_slots WHERE slot_name = '{slot}'"
+    );
+    let rows = client.query(&sql).await.map_err(|e| sort(&e))?;
+    Ok(rows.first().map(|row| SlotRow {
+        active: row.text(0) == Some("t"),
+        wal_status: row.text(1).unwrap_or_default().to_owned(),
+        restart_lsn: row.text(2).map(str::to_owned),
+        retained_bytes: row.text(3).and_then(|t| t.parse::<i64>().ok()).map(|n| n.max(0) as u64),
+    }))
+}
+
+/// `klio slot show`
+pub(super) async fn show(config: &Config) -> Result<u8, Error> {
+    let slot = name(config)?;
+    let mut client = Client::connect_sql(&conninfo(config)?).await.map_err(|e| sort(&e))?;
+    let found = read(&mut client, &slot).await?;
+    client.close().await;
+    let Some(row) = found else {
+        return Err(Error::new(
+            Failure::PostgresRefused,
+            format!("read slot {slot}: there is none"),
+        )
+        .hint("klio stream creates it"));
+    };
+    let cells = vec![vec![
+        slot.to_string(),
+        if row.active { "streaming" } else { "idle" }.into(),
+        if row.wal_status.is_empty() { "keeps nothing".into() } else { row.wal_status },
+        row.restart_lsn.unwrap_or_else(|| "-".into()),
+        row.retained_bytes.map_or_else(|| "-".into(), text::size),
+    ]];
+    print(&table::render(&["SLOT", "STATE", "WAL", "RESTART LSN", "RETAINED"], &cells));
+    Ok(exit::OK)
+}
+
+/// `klio slot drop`
+pub(super) async fn drop_slot(config: &Config) -> Result<u8, Error> {
+    let slot = name(config)?;
+    let mut client = Client::connect(&conninfo(config)?).await.map_err(|e| sort(&e))?;
+    client.drop_slot(&slot).await.map_err(|e| sort(&e))?;
+    client.close().await;
+    print(&format!("slot {slot} dropped: PostgreSQL keeps no WAL for Klio any more\n"));
+    Ok(exit::OK)
+}

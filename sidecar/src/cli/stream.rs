@@ -1,0 +1,125 @@
+//! `klio stream`: wires streamer, admin port and signals, and ends all of them in order.
+
+use super::{conninfo, exit, slot};
+use crate::{
+    admin,
+    config::Config,
+    conninfo::ConnInfo,
+    error::{Error, Failure},
+    replication::{Client, SlotName},
+    server_link::ServerLink,
+    streamer::{Metrics, Options, Postgres, State, Streamer},
+};
+use klio_telemetry::Telemetry;
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How often PostgreSQL is asked how much WAL the slot keeps.
+const SLOT_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Runs until SIGTERM or SIGINT.
+pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Error> {
+    let cluster = config.cluster()?;
+    let info = Arc::new(conninfo(config)?);
+    let slot = slot::name(config)?;
+    let link = ServerLink::new(&config.server)?;
+    let metrics = Metrics::new(&telemetry.meter(), cluster.as_str());
+    let state = Arc::clone(&metrics.state);
+    let stop = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    serve_admin(config, telemetry, &state, &stop, &mut tasks).await?;
+    let signals = (handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?);
+    tasks.spawn(stop_on(signals, stop.clone()));
+    tasks.spawn(watch_slot(Arc::clone(&info), slot.clone(), state, stop.clone()));
+    tracing::info!(
+        cluster = %cluster,
+        server = link.address(),
+        slot = %slot,
+        version = env!("CARGO_PKG_VERSION"),
+        "klio stream begins"
+    );
+    let postgres = Postgres::new(info, slot, config.postgres.create_slot);
+    let options = Options::new(cluster, &config.stream);
+    let result = Streamer::new(postgres, link, options, metrics).run(stop.clone()).await;
+    stop.cancel();
+    let ended = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(Duration::from_secs(2), ended).await.is_err() {
+        tasks.abort_all();
+    }
+    result.map(|()| exit::OK)
+}
+
+async fn serve_admin(
+    config: &Config,
+    telemetry: &Telemetry,
+    state: &Arc<State>,
+    stop: &CancellationToken,
+    tasks: &mut JoinSet<()>,
+) -> Result<(), Error> {
+    let pages = admin::pages(Arc::clone(state), telemetry.prometheus().cloned());
+    if let Some(address) = config.admin_listen()? {
+        let listener = admin::listen(address).await?;
+        tasks.spawn(admin::serve(listener, pages.clone(), stop.clone()));
+    }
+    if let Some(page) = telemetry.prometheus() {
+        // P9: a metrics port in use does not keep WAL from flowing.
+        match admin::listen((page.host.clone(), page.port)).await {
+            Ok(listener) => drop(tasks.spawn(admin::serve(listener, pages, stop.clone()))),
+            Err(error) => {
+                tracing::warn!(hint = error.hint, "metrics are not served: {}", error.message)
+            }
+        }
+    }
+    Ok(())
+}
+
+fn handler(kind: SignalKind) -> Result<Signal, Error> {
+    signal(kind).map_err(|error| Error::new(Failure::Local, format!("catch signals: {error}")))
+}
+
+async fn stop_on(mut signals: (Signal, Signal), stop: CancellationToken) {
+    tokio::select! {
+        _ = signals.0.recv() => {}
+        _ = signals.1.recv() => {}
+        () = stop.cancelled() => return,
+    }
+    tracing::info!("stopping: waiting for the last acknowledgement");
+    stop.cancel();
+}
+
+/// Best effort: a role without the right to connect to a database only leaves the gauge empty.
+async fn watch_slot(
+    info: Arc<ConnInfo>,
+    slot: SlotName,
+    state: Arc<State>,
+    stop: CancellationToken,
+) {
+    let mut tick = tokio::time::interval(SLOT_INTERVAL);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let read = async {
+            let mut client = Client::connect_sql(&info).await.map_err(|e| e.to_string())?;
+            let row = slot::read(&mut client, &slot).await.map_err(|e| e.message)?;
+            client.close().await;
+            Ok::<_, String>(row.and_then(|row| row.retained_bytes))
+        };
+        let read = tokio::select! {
+            () = stop.cancelled() => return,
+            read = read => read,
+        };
+        match read {
+            Ok(bytes) => state.set_slot_retained(bytes),
+            Err(error) => {
+                state.set_slot_retained(None);
+                tracing::debug!(error, "cannot read how much WAL the slot keeps");
+            }
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The configuration of `klio`: `klio.toml`, `KLIO_*`, flags.
+//!
+//! default < file < environment < flag. Unknown names are refused. [`Config::validate`] gives every
+//! problem at once, before anything is opened. Passwords never print.
+
+pub mod keys;
+mod source;
+mod value;
+
+pub use value::{Secret, parse_duration};
+
+use crate::error::{Error, Failure};
+use klio_pg::ByteSize;
+use klio_storage::layout::ClusterName;
+use serde::Deserialize;
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Everything `klio` can be told.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The cluster's name on the server.
+    cluster: Option<String>,
+    /// Where the server is and how to prove who we are.
+    pub server: Server,
+    /// Where PostgreSQL is.
+    pub postgres: Postgres,
+    /// How `klio stream` behaves.
+    pub stream: Stream,
+    /// HTTP for probes and metrics.
+    pub admin: Admin,
+    /// Logs, traces and metrics.
+    pub telemetry: Telemetry,
+    /// The file that was read.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
+}
+
+/// `[server]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// `https://host:port`.
+    pub address: String,
+    /// The authority of the server's certificate.
+    pub ca: PathBuf,
+    /// Our certificate, with intermediates.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// No TLS: anybody on the way can read and change WAL.
+    pub unsafe_plaintext: bool,
+    /// For one attempt: name lookup, TCP and TLS together.
+    #[serde(deserialize_with = "value::duration")]
+    pub connect_timeout: Duration,
+}
+
+/// `[postgres]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Postgres {
+    /// libpq connection string or URL.
+    pub dsn: Secret,
+    /// Name of the physical replication slot.
+    pub slot: String,
+    /// Create the slot when it is missing.
+    pub create_slot: bool,
+}
+
+/// What to do when PostgreSQL has removed WAL that the server does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnGap {
+    /// Record the gap on the server and go on where WAL is left.
+    Record,
+    /// End with exit status 22.
+    Stop,
+}
+
+/// `[stream]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stream {
+    /// When WAL was removed before it was received.
+    pub on_gap: OnGap,
+    /// Most WAL in one message.
+    #[serde(deserialize_with = "value::size")]
+    pub batch_size: ByteSize,
+    /// How often both ends hear of us when nothing else is to be said.
+    #[serde(deserialize_with = "value::duration")]
+    pub status_interval: Duration,
+    /// First pause after a failure.
+    #[serde(deserialize_with = "value::duration")]
+    pub retry_min: Duration,
+    /// Longest pause between attempts.
+    #[serde(deserialize_with = "value::duration")]
+    pub retry_max: Duration,
+    /// How long a stop waits for the last acknowledgement.
+    #[serde(deserialize_with = "value::duration")]
+    pub stop_timeout: Duration,
+}
+
+/// `[admin]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Admin {
+    /// Where to serve; empty means nowhere.
+    pub listen: String,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Telemetry {
+    /// `false` turns it off whatever the environment says.
+    pub enabled: bool,
+    /// `service.name`; empty leaves it to `OTEL_SERVICE_NAME` and the default `klio`.
+    pub service_name: String,
+    /// OTLP endpoint for traces.
+    pub trace_endpoint: String,
+    /// Send logs too.
+    pub export_logs: bool,
+    /// OTLP endpoint for logs.
+    pub logs_endpoint: String,
+    /// As `RUST_LOG`; empty leaves it to that.
+    pub log_level: String,
+    /// `text` or `json`; empty leaves it to `KLIO_LOG_FORMAT`.
+    pub log_format: String,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            address: String::new(),
+            ca: "ca.crt".into(),
+            cert: "client.crt".into(),
+            key: "client.key".into(),
+            unsafe_plaintext: false,
+            connect_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Postgres {
+    fn default() -> Self {
+        Self { dsn: Secret::default(), slot: "klio".into(), create_slot: true }
+    }
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self {
+            on_gap: OnGap::Record,
+            batch_size: ByteSize::kib(512),
+            status_interval: Duration::from_secs(10),
+            retry_min: Duration::from_millis(100),
+            retry_max: Duration::from_secs(15),
+            stop_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            service_name: String::new(),
+            trace_endpoint: String::new(),
+            export_logs: false,
+            logs_endpoint: String::new(),
+            log_level: String::new(),
+            log_format: String::new(),
+        }
+    }
+}
+
+/// What a command needs, so that `wal-fetch` does not ask for a PostgreSQL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// Server address, certificates and the cluster's name.
+    pub server: bool,
+    /// The cluster's name.
+    pub cluster: bool,
+    /// Connection string and slot.
+    pub postgres: bool,
+}
+
+impl Config {
+    /// Reads file, environment and flags. `explicit` is `--config`.
+    ///
+    /// # Errors
+    /// An unreadable or wrong file, with every problem that can be seen without opening anything.
+    pub fn load(explicit: Option<&Path>, flags: &[(&str, String)]) -> Result<Self, Error> {
+        let environment: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
+        let variable = |name: &str| {
+            environment.iter().find(|(k, v)| k == name && !v.is_empty()).map(|(_, v)| v.clone())
+        };
+        let file = match explicit
+            .map(Path::to_owned)
+            .or_else(|| variable("KLIO_CONFIG").map(Into::into))
+        {
+            Some(named) => Some(named),
+            None => search(variable("HOME").as_deref()).into_iter().find(|path| path.is_file()),
+        };
+        let text = file.as_deref().map(read).transpose()?;
+        let mut config = Self::from_layers(text.as_deref(), &environment, flags)
+            .map_err(|problems| wrong(file.as_deref(), &problems))?;
+        if let Some(file) = file {
+            let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+            let server = &mut config.server;
+            for path in [&mut server.ca, &mut server.cert, &mut server.key] {
+                *path = folder.join(&path);
+            }
+            config.file = Some(file);
+        }
+        Ok(config)
+    }
+
+    /// The pure part of [`Config::load`].
+    ///
+    /// # Errors
+    /// Every problem found.
+    pub fn from_layers(
+        file: Option<&str>,
+        environment: &[(String, String)],
+        flags: &[(&str, String)],
+    ) -> Result<Self, Vec<String>> {
+        let table = source::merge(file, environment, flags)?;
+        table
+            .try_into()
+            .map_err(|error: toml::de::Error| vec![error.to_string().trim_end().replace('\n', " ")])
+    }
+
+    /// The cluster's name.
+    ///
+    /// # Errors
+    /// Missing or not a name.
+    pub fn cluster(&self) -> Result<ClusterName, Error> {
+        let text = self.cluster.as_deref().unwrap_or_default();
+        text.parse().map_err(|error| {
+            Error::new(Failure::Config, format!("read setting cluster: {error}"))
+                .hint("set cluster in klio.toml, KLIO_CLUSTER or --cluster")
+        })
+    }
+
+    /// The admin address, when one is set.
+    ///
+    /// # Errors
+    /// Not an address.
+    pub fn admin_listen(&self) -> Result<Option<SocketAddr>, Error> {
+        let text = self.admin.listen.as_str();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        text.parse().map(Some).map_err(|_| {
+            Error::new(
+                Failure::Config,
+                format!("admin.listen: expected an address such as 127.0.0.1:9465, found {text:?}"),
+            )
+        })
+    }
+
+    /// Checks what the command is going to use.
+    ///
+    /// # Errors
+    /// One error that lists every problem.
+    pub fn validate(&self, needs: Needs) -> Result<(), Error> {
+        let mut problems = Vec::new();
+        if needs.server {
+            self.server.problems(&mut problems);
+        }
+        if needs.cluster
+            && let Err(error) = self.cluster()
+        {
+            problems.push(error.message);
+        }
+        if needs.postgres {
+            self.postgres.problems(&mut problems);
+            self.stream.problems(&mut problems);
+        }
+        if let Err(error) = self.admin_listen() {
+            problems.push(error.message);
+        }
+        if !matches!(self.telemetry.log_format.as_str(), "" | "text" | "json") {
+            let found = &self.telemetry.log_format;
+            problems.push(format!("telemetry.log_format: expected text or json, found {found:?}"));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(wrong(self.file.as_deref(), &problems)) }
+    }
+}
+
+impl Server {
+    fn problems(&self, problems: &mut Vec<String>) {
+        let address = self.address.as_str();
+        if address.is_empty() {
+            problems.push("server.address: not set".into());
+            return;
+        }
+        let expected = if self.unsafe_plaintext { "http" } else { "https" };
+        match url::Url::parse(address) {
+            Ok(url) if url.scheme() == expected && url.host().is_some() => {}
+            _ => problems.push(format!(
+                "server.address: expected {expected}://host:port, found {address:?}"
+            )),
+        }
+    }
+}
+
+impl Postgres {
+    fn problems(&self, problems: &mut Vec<String>) {
+        let good = (1..=63).contains(&self.slot.len())
+            && self.slot.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        if !good {
+            problems.push(format!(
+                "postgres.slot: expected 1 to 63 characters a-z, 0-9 or _, found {:?}",
+                self.slot
+            ));
+        }
+    }
+}
+
+impl Stream {
+    fn problems(&self, problems: &mut Vec<String>) {
+        let batch = self.batch_size;
+        if batch < ByteSize::kib(8) || batch > ByteSize::mib(2) {
+            problems.push(format!("stream.batch_size: expected 8KiB to 2MiB, found {batch}"));
+        }
+        // PostgreSQL's wal_sender_timeout is 60 s; longer intervals would be cut by it.
+        let status = self.status_interval;
+        if status < Duration::from_millis(100) || status > Duration::from_secs(30) {
+            problems
+                .push(format!("stream.status_interval: expected 100ms to 30s, found {status:?}"));
+        }
+        if self.retry_min.is_zero() || self.retry_max < self.retry_min {
+            problems.push(format!(
+                "stream.retry_max: expected at least retry_min ({:?}, more than 0), found {:?}",
+                self.retry_min, self.retry_max
+            ));
+        }
+    }
+}
+
+/// One variable of the environment, for `conninfo`.
+pub fn environment(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok()
+}
+
+fn search(home: Option<&str>) -> Vec<PathBuf> {
+    let home = home.map(|home| Path::new(home).join(".config/klio/klio.toml"));
+    ["klio.toml".into()].into_iter().chain(home).chain(["/etc/klio/klio.toml".into()]).collect()
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|error| {
+        Error::new(Failure::Config, format!("read configuration {}: {error}", path.display()))
+            .hint("klio-server client writes a bundle with a klio.toml in it")
+    })
+}
+
+fn wrong(file: Option<&Path>, problems: &[String]) -> Error {
+    let place = file.map_or_else(|| "environment and flags".into(), |f| f.display().to_string());
+    let hint = match file {
+        Some(_) => "klio help config lists every setting",
+        None => {
+            "no klio.toml was found: name one with --config or KLIO_CONFIG; klio help config lists every setting"
+        }
+    };
+    Error::new(Failure::Config, format!("read configuration from {place}: {}", problems.join("; ")))
+        .hint(hint)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,81 @@
+//! Every setting of `klio.toml` in one table: how it is called, and what it does.
+//!
+//! The environment is read through this table, and `klio help config` prints it, so a setting that is
+//! missing here cannot be set from the environment; a test compares it with the struct.
+
+/// How a value from the environment becomes a TOML value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Taken as it is.
+    Text,
+    /// `true` or `false`.
+    Flag,
+}
+
+/// One setting.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// `section.name`, or `name` at the top.
+    pub path: &'static str,
+    /// How to read it from the environment.
+    pub kind: Kind,
+    /// What holds when it is not set; empty when there is no default.
+    pub default: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+}
+
+impl Key {
+    /// The environment variable: `server.address` is `KLIO_SERVER__ADDRESS`.
+    pub fn variable(&self) -> String {
+        format!("KLIO_{}", self.path.replace('.', "__").to_uppercase())
+    }
+}
+
+const fn text(path: &'static str, default: &'static str, doc: &'static str) -> Key {
+    Key { path, kind: Kind::Text, default, doc }
+}
+
+const fn flag(path: &'static str, default: &'static str, doc: &'static str) -> Key {
+    Key { path, kind: Kind::Flag, default, doc }
+}
+
+/// The table.
+pub const KEYS: &[Key] = &[
+    text("cluster", "", "name of this PostgreSQL cluster on the server"),
+    text("server.address", "", "https://host:port of klio-server"),
+    text("server.ca", "ca.crt", "authority of the server's certificate; relative to the file"),
+    text("server.cert", "client.crt", "client certificate; read anew on each connection"),
+    text("server.key", "client.key", "its private key"),
+    flag("server.unsafe_plaintext", "false", "no TLS at all: for tests on one machine only"),
+    text("server.connect_timeout", "10s", "how long one attempt to connect may take"),
+    text("postgres.dsn", "", "libpq connection string or URL; PG* variables and .pgpass apply too"),
+    text("postgres.slot", "klio", "physical replication slot"),
+    flag("postgres.create_slot", "true", "create the slot when it is missing"),
+    text("stream.on_gap", "record", "when PostgreSQL has removed WAL: record the gap, or stop"),
+    text("stream.batch_size", "512KiB", "most WAL in one message; memory grows with it"),
+    text("stream.status_interval", "10s", "how often PostgreSQL and server hear of us when idle"),
+    text("stream.retry_min", "100ms", "first pause after a lost connection"),
+    text("stream.retry_max", "15s", "longest pause between attempts"),
+    text("stream.stop_timeout", "10s", "how long a stop waits for the last acknowledgement"),
+    text("admin.listen", "", "address:port for /livez, /readyz and /metrics; empty: none"),
+    flag("telemetry.enabled", "true", "false turns OpenTelemetry off, whatever OTEL_* says"),
+    text("telemetry.service_name", "klio", "service.name"),
+    text("telemetry.trace_endpoint", "", "OTLP endpoint for traces; over OTEL_*"),
+    flag("telemetry.export_logs", "false", "send logs over OTLP too"),
+    text("telemetry.logs_endpoint", "", "OTLP endpoint for logs"),
+    text("telemetry.log_level", "info", "log filter, as RUST_LOG"),
+    text("telemetry.log_format", "text", "text or json"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_are_spelled_with_double_underscores() {
+        let names: Vec<String> = KEYS.iter().map(Key::variable).collect();
+        assert!(names.contains(&"KLIO_CLUSTER".into()));
+        assert!(names.contains(&"KLIO_SERVER__UNSAFE_PLAINTEXT".into()));
+    }
+}

@@ -1,0 +1,134 @@
+//! The one error of this crate: what failed, where, and what a caller does about it.
+//!
+//! A [`Failure`] exists only where a caller acts differently: retry or end, and with which exit status.
+//! The message names place, expected and found; the hint says what the reader can do.
+
+use klio_proto::Code;
+use std::fmt;
+
+/// What went wrong, as far as a caller acts on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The server said so, or a rule of the protocol does.
+    Code(Code),
+    /// The server cannot be reached, or the TLS handshake fails. Certificates can be renewed and
+    /// networks come back, so a daemon tries again.
+    Link,
+    /// PostgreSQL cannot be reached or does not serve now; it may later.
+    Postgres,
+    /// PostgreSQL refuses, and will until somebody changes something.
+    PostgresRefused,
+    /// The WAL asked for is no longer there.
+    WalRemoved,
+    /// A setting is wrong or missing.
+    Config,
+    /// A local file cannot be read or written.
+    Local,
+}
+
+impl Failure {
+    /// Whether the same can succeed later without anybody changing the configuration of this program.
+    pub const fn retryable(self) -> bool {
+        match self {
+            Failure::Code(code) => code.retryable(),
+            Failure::Link | Failure::Postgres | Failure::WalRemoved | Failure::Local => true,
+            Failure::PostgresRefused | Failure::Config => false,
+        }
+    }
+
+    /// A word of a closed set for `error.type` and for metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Failure::Code(code) => code.name(),
+            Failure::Link => "LINK",
+            Failure::Postgres => "POSTGRES",
+            Failure::PostgresRefused => "POSTGRES_REFUSED",
+            Failure::WalRemoved => "WAL_REMOVED",
+            Failure::Config => "CONFIG",
+            Failure::Local => "LOCAL",
+        }
+    }
+}
+
+/// An error for people and for retry loops.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// What a caller acts on.
+    pub failure: Failure,
+    /// Place, expected and found.
+    pub message: String,
+    /// What the reader can do; empty when there is nothing to say.
+    pub hint: String,
+}
+
+impl Error {
+    /// An error without a hint.
+    pub fn new(failure: Failure, message: impl fmt::Display) -> Self {
+        let hint = match failure {
+            Failure::Code(code) => code.hint().to_owned(),
+            _ => String::new(),
+        };
+        Self { failure, message: message.to_string(), hint }
+    }
+
+    /// The same with a hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl fmt::Display) -> Self {
+        self.hint = hint.to_string();
+        self
+    }
+
+    /// The same with what was being done in front.
+    #[must_use]
+    pub fn during(mut self, doing: impl fmt::Display) -> Self {
+        self.message = format!("{doing}: {}", self.message);
+        self
+    }
+
+    /// From an answer of the server.
+    pub fn from_status(doing: &str, status: &tonic::Status) -> Self {
+        Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)))
+    }
+
+    /// Whether trying again can help.
+    pub const fn retryable(&self) -> bool {
+        self.failure.retryable()
+    }
+}
+
+/// tonic hides the cause of a transport failure in the source chain; a person needs the last of it.
+fn status_text(status: &tonic::Status) -> String {
+    let mut cause = std::error::Error::source(status);
+    let mut last = None;
+    while let Some(error) = cause {
+        last = Some(error.to_string());
+        cause = error.source();
+    }
+    match last {
+        Some(last) if !status.message().contains(&last) => format!("{}: {last}", status.message()),
+        _ => status.message().to_owned(),
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if self.hint.is_empty() { Ok(()) } else { write!(f, "\nhint: {}", self.hint) }
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_server_s_code_decides_whether_to_retry() {
+        for code in Code::ALL {
+            let error = Error::from_status("open stream", &code.status("text"));
+            assert_eq!(error.retryable(), code.retryable(), "{code:?}");
+            assert!(error.to_string().contains("hint: "), "{error}");
+        }
+    }
+}

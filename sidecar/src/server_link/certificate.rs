@@ -1,0 +1,105 @@
+//! Reads the three files of a client bundle and explains what is wrong with a handshake.
+//!
+//! Nothing is cached: each connection sees the files as they are now. Keys never get into a message.
+
+use crate::{
+    config,
+    error::{Error, Failure},
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    version::TLS13,
+};
+use std::{io, path::Path, sync::Arc};
+
+/// When the certificates of a connection end, in Unix seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expiry {
+    /// Ours.
+    pub client: Option<i64>,
+    /// The server's.
+    pub server: Option<i64>,
+}
+
+/// The TLS configuration from the files, and when our certificate ends.
+pub(super) fn client_config(
+    settings: &config::Server,
+) -> Result<(ClientConfig, Option<i64>), Error> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates("server.ca", &settings.ca)? {
+        roots.add(authority).map_err(|error| bad("server.ca", &settings.ca, &error))?;
+    }
+    let chain = certificates("server.cert", &settings.cert)?;
+    let expires = chain.first().and_then(not_after);
+    let key = PrivateKeyDer::from_pem_file(&settings.key)
+        .map_err(|error| bad("server.key", &settings.key, &error))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .map_err(|error| bad("server.cert", &settings.cert, &error))?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .map_err(|error| {
+            bad("server.cert", &settings.cert, &error).hint("certificate and key must be a pair")
+        })?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok((config, expires))
+}
+
+fn certificates(name: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let all: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|error| bad(name, path, &error))?;
+    if all.is_empty() {
+        return Err(bad(name, path, &"expected a PEM certificate, found none"));
+    }
+    Ok(all)
+}
+
+fn bad(name: &str, path: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::new(Failure::Link, format!("read {name} {}: {error}", path.display())).hint(
+        "issue a bundle with klio-server client NAME@CLUSTER, or correct the path in klio.toml",
+    )
+}
+
+/// The end of a certificate's validity in Unix seconds; `None` when it cannot be read.
+pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some(parsed.validity().not_after.timestamp())
+}
+
+/// Says which side's certificate a failed handshake is about.
+pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server) -> Error {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>());
+    let hint = match inner {
+        Some(Tls::InvalidCertificate(Bad::UnknownIssuer)) => format!(
+            "the server's certificate is not from the authority in {}",
+            settings.ca.display()
+        ),
+        Some(Tls::InvalidCertificate(
+            Bad::NotValidForName | Bad::NotValidForNameContext { .. },
+        )) => "the server's certificate is for another host name; use the name it was issued for"
+            .into(),
+        Some(Tls::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. })) => {
+            "the server's certificate has expired: renew it, or look at both clocks".into()
+        }
+        Some(Tls::AlertReceived(
+            Alert::CertificateExpired
+            | Alert::UnknownCA
+            | Alert::BadCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateUnknown
+            | Alert::CertificateRequired
+            | Alert::AccessDenied
+            | Alert::DecryptError,
+        )) => format!(
+            "the server refuses the client certificate in {}: issue a new bundle",
+            settings.cert.display()
+        ),
+        Some(Tls::InvalidMessage(_)) => "is this the TLS port of klio-server?".into(),
+        _ => "is this klio-server, and does it accept this client certificate?".into(),
+    };
+    Error::new(Failure::Link, format!("TLS with {place}: {error}")).hint(hint)
+}

@@ -1,0 +1,174 @@
+//! Instruments of `klio stream`, and the state they and /readyz show.
+//!
+//! Gauges are observable over [`State`], so they never show a value of an earlier process. Observation
+//! only: nothing here is read back to decide anything (P9).
+
+use klio_pg::Lsn;
+use opentelemetry::{
+    KeyValue,
+    metrics::{Counter, Histogram, Meter},
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+/// Where the stream is; shared with the admin port.
+#[derive(Debug, Default)]
+pub struct State {
+    connected: AtomicBool,
+    received: AtomicU64,
+    flushed: AtomicU64,
+    wal_end: AtomicU64,
+    /// -1 until it is known.
+    slot_retained: AtomicI64,
+    client_expires: AtomicI64,
+    server_expires: AtomicI64,
+}
+
+impl State {
+    /// Whether WAL flows: both ends are connected and the stream is open.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Relaxed)
+    }
+    /// Durable on the server, as last acknowledged.
+    pub fn flushed(&self) -> Lsn {
+        Lsn::new(self.flushed.load(Relaxed))
+    }
+    /// End of WAL on PostgreSQL.
+    pub fn wal_end(&self) -> Lsn {
+        Lsn::new(self.wal_end.load(Relaxed))
+    }
+    pub(super) fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Relaxed);
+    }
+    pub(super) fn set_positions(&self, received: Lsn, flushed: Lsn) {
+        self.received.store(received.as_u64(), Relaxed);
+        self.flushed.store(flushed.as_u64(), Relaxed);
+    }
+    pub(super) fn set_wal_end(&self, lsn: Lsn) {
+        self.wal_end.store(lsn.as_u64(), Relaxed);
+    }
+    pub(super) fn set_expiry(&self, expiry: Option<crate::server_link::Expiry>) {
+        let Some(expiry) = expiry else { return };
+        self.client_expires.store(expiry.client.unwrap_or(0), Relaxed);
+        self.server_expires.store(expiry.server.unwrap_or(0), Relaxed);
+    }
+    /// Bytes of WAL that the slot keeps on PostgreSQL's disk; `None` when not known.
+    pub fn set_slot_retained(&self, bytes: Option<u64>) {
+        let bytes = bytes.map_or(-1, |b| i64::try_from(b).unwrap_or(i64::MAX));
+        self.slot_retained.store(bytes, Relaxed);
+    }
+}
+
+/// The instruments.
+#[derive(Debug)]
+pub struct Metrics {
+    /// What the gauges show.
+    pub state: Arc<State>,
+    attributes: [KeyValue; 1],
+    sent: Counter<u64>,
+    ack_latency: Histogram<f64>,
+    reconnects: Counter<u64>,
+    gaps: Counter<u64>,
+    gap_size: Counter<u64>,
+}
+
+impl Metrics {
+    /// Builds them all.
+    pub fn new(meter: &Meter, cluster: &str) -> Self {
+        let state = Arc::new(State::default());
+        state.set_slot_retained(None);
+        let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
+        type Read = fn(&State) -> Option<u64>;
+        let gauges: [(&'static str, &'static str, &'static str, Read); 7] = [
+            ("klio.stream.connected", "", "1 while WAL flows to the server, else 0", |s| {
+                Some(s.is_connected().into())
+            }),
+            ("klio.stream.received_lsn", "", "received by the server, as a byte position", |s| {
+                Some(s.received.load(Relaxed))
+            }),
+            ("klio.stream.flushed_lsn", "", "durable on the server, as a byte position", |s| {
+                Some(s.flushed.load(Relaxed))
+            }),
+            ("klio.stream.postgres_lsn", "", "end of WAL on PostgreSQL, as a byte position", |s| {
+                Some(s.wal_end.load(Relaxed))
+            }),
+            (
+                "klio.stream.slot_retained_size",
+                "By",
+                "WAL that the slot keeps on PostgreSQL",
+                |s| u64::try_from(s.slot_retained.load(Relaxed)).ok(),
+            ),
+            ("klio.stream.client_certificate_expiry_time", "s", "Unix time of its end", |s| {
+                u64::try_from(s.client_expires.load(Relaxed)).ok().filter(|t| *t > 0)
+            }),
+            ("klio.stream.server_certificate_expiry_time", "s", "Unix time of its end", |s| {
+                u64::try_from(s.server_expires.load(Relaxed)).ok().filter(|t| *t > 0)
+            }),
+        ];
+        for (name, unit, meaning, read) in gauges {
+            let (state, attributes) = (Arc::clone(&state), attributes.clone());
+            let _ = meter
+                .u64_observable_gauge(name)
+                .with_unit(unit)
+                .with_description(meaning)
+                .with_callback(move |observer| {
+                    if let Some(value) = read(&state) {
+                        observer.observe(value, &attributes);
+                    }
+                })
+                .build();
+        }
+        Self {
+            state,
+            attributes,
+            sent: meter
+                .u64_counter("klio.stream.sent_size")
+                .with_unit("By")
+                .with_description("WAL sent to the server")
+                .build(),
+            ack_latency: meter
+                .f64_histogram("klio.stream.ack_latency")
+                .with_unit("s")
+                .with_description("from sending WAL to its acknowledgement as durable")
+                .with_boundaries(LATENCY_BOUNDS.to_vec())
+                .build(),
+            reconnects: meter
+                .u64_counter("klio.stream.reconnects")
+                .with_description("sessions that ended with an error")
+                .build(),
+            gaps: meter
+                .u64_counter("klio.stream.gaps")
+                .with_description("gaps declared to the server")
+                .build(),
+            gap_size: meter
+                .u64_counter("klio.stream.gap_size")
+                .with_unit("By")
+                .with_description("WAL lost in gaps")
+                .build(),
+        }
+    }
+
+    pub(super) fn on_sent(&self, bytes: u64) {
+        self.sent.add(bytes, &self.attributes);
+    }
+    pub(super) fn on_ack_latency(&self, latency: Duration) {
+        self.ack_latency.record(latency.as_secs_f64(), &self.attributes);
+    }
+    pub(super) fn on_reconnect(&self, cause: &'static str) {
+        let cause = KeyValue::new("error.type", cause);
+        self.reconnects.add(1, &[self.attributes[0].clone(), cause]);
+    }
+    pub(super) fn on_gap(&self, bytes: u64) {
+        self.gaps.add(1, &self.attributes);
+        self.gap_size.add(bytes, &self.attributes);
+    }
+}
+
+/// Around an fsync (0.2 to 30 ms), with room for a stalled disk.
+const LATENCY_BOUNDS: &[f64] =
+    &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];

@@ -1,0 +1,198 @@
+//! Decides where to stream from. Pure: same facts, same plan.
+//!
+//! - Streaming goes on at the exact durable position of the newest timeline the server holds on
+//!   PostgreSQL's path (P2); ancestors are finished before their descendant begins.
+//! - The next timeline comes from history, never from adding one. It begins at the start of the
+//!   segment that holds the switch point, as pg_receivewal does.
+//! - An old timeline never follows a newer one (P8).
+//! - WAL is skipped only as a declared gap.
+
+use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+
+/// What the server holds of one timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// One past the last durable byte.
+    pub flushed: Lsn,
+    /// Whether its history file is there too.
+    pub has_history: bool,
+}
+
+/// What both ends say before streaming begins.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// From the server; in any order.
+    pub held: Vec<Held>,
+    /// The path to PostgreSQL's current timeline.
+    pub history: TimelineHistory,
+    /// The end of WAL that PostgreSQL can send now.
+    pub postgres_end: Lsn,
+    /// The oldest WAL that the slot keeps.
+    pub slot_restart: Option<Lsn>,
+    /// Both ends agree on it.
+    pub segment_size: SegmentSize,
+}
+
+/// WAL that nobody has any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// First byte missing.
+    pub from: Lsn,
+    /// First byte there is again.
+    pub to: Lsn,
+}
+
+/// Where to stream from next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// On this timeline.
+    pub timeline: TimelineId,
+    /// From this byte.
+    pub start: Lsn,
+    /// What the server holds durably of this timeline, and may be told to PostgreSQL at once.
+    pub durable: Option<Lsn>,
+    /// To declare when opening.
+    pub gap: Option<Gap>,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// P8.
+    #[error(
+        "server holds timeline {held:?}, newer than PostgreSQL's timeline {postgres:?}: this is an old primary"
+    )]
+    Stale {
+        /// The newest the server holds.
+        held: TimelineId,
+        /// PostgreSQL's.
+        postgres: TimelineId,
+    },
+    /// PostgreSQL has less than it once had.
+    #[error(
+        "server holds timeline {timeline:?} up to {server}, PostgreSQL has it only up to {postgres}"
+    )]
+    Behind {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Durable on the server.
+        server: Lsn,
+        /// The end of WAL of PostgreSQL.
+        postgres: Lsn,
+    },
+    /// WAL was removed, and nothing newer is there yet.
+    #[error("PostgreSQL has no WAL from {from} on timeline {timeline:?}, and none after it yet")]
+    NothingLeft {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The first byte missing.
+        from: Lsn,
+    },
+}
+
+impl Facts {
+    /// Where to stream from next.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub fn plan(&self) -> Result<Plan, Refusal> {
+        let own = self.history.timeline();
+        let newest = self.held.iter().map(|h| h.timeline).max();
+        if let Some(held) = newest.filter(|newest| *newest > own) {
+            return Err(Refusal::Stale { held, postgres: own });
+        }
+        let on_path = self.held.iter().filter(|h| self.is_on_path(h.timeline));
+        match (on_path.max_by_key(|h| h.timeline), newest) {
+            (Some(last), Some(newest)) => self.after(*last, newest),
+            (None, newest) => Ok(self.first_contact(newest)),
+            (Some(_), None) => Ok(self.first_contact(None)),
+        }
+    }
+
+    /// The plan for when PostgreSQL answered that the WAL at `plan.start` has been removed.
+    ///
+    /// # Errors
+    /// Nothing newer is there.
+    pub fn after_removal(&self, plan: Plan) -> Result<Plan, Refusal> {
+        let slot = self.slot_restart.map(|lsn| self.segment(lsn));
+        let oldest = [slot, Some(self.segment(self.postgres_end))]
+            .into_iter()
+            .flatten()
+            .find(|lsn| *lsn > plan.start)
+            .ok_or(Refusal::NothingLeft { timeline: plan.timeline, from: plan.start })?;
+        let timeline = self.history.timeline_at(oldest).max(plan.timeline);
+        // At first contact nothing was promised, so nothing is missing.
+        let from = plan.gap.map_or(plan.start, |gap| gap.from);
+        let gap = (!self.held.is_empty()).then_some(Gap { from, to: oldest });
+        let durable = plan.durable.filter(|_| timeline == plan.timeline);
+        Ok(Plan { timeline, start: oldest, durable, gap })
+    }
+
+    /// The timelines from `plan` on whose history files the server lacks, and which PostgreSQL has to
+    /// give: the plan's own and its ancestors'. The root has none.
+    pub fn histories_wanted(&self, plan: &Plan) -> Vec<TimelineId> {
+        let held = |t: TimelineId| self.held.iter().any(|h| h.timeline == t && h.has_history);
+        let root = self.path().next();
+        self.path()
+            .take_while(|t| *t <= plan.timeline)
+            .filter(|t| Some(*t) != root && !held(*t))
+            .collect()
+    }
+
+    fn after(&self, last: Held, newest: TimelineId) -> Result<Plan, Refusal> {
+        let Held { timeline, flushed, .. } = last;
+        let Some(end) = self.history.end_of(timeline) else {
+            if flushed > self.postgres_end {
+                let (server, postgres) = (flushed, self.postgres_end);
+                return Err(Refusal::Behind { timeline, server, postgres });
+            }
+            return Ok(Plan { timeline, start: flushed, durable: Some(flushed), gap: None });
+        };
+        // A newer timeline off our path forbids going back to this one.
+        if flushed < end && timeline == newest {
+            return Ok(Plan { timeline, start: flushed, durable: Some(flushed), gap: None });
+        }
+        let after = timeline.max(newest);
+        let next = self.path().find(|t| *t > after).unwrap_or(self.history.timeline());
+        let start = self.begin_of(next);
+        let gap = (flushed < start).then_some(Gap { from: flushed, to: start });
+        Ok(Plan { timeline: next, start, durable: None, gap })
+    }
+
+    fn first_contact(&self, newest: Option<TimelineId>) -> Plan {
+        let origin = self.slot_restart.unwrap_or(self.postgres_end);
+        let timeline = self.history.timeline_at(origin);
+        let allowed = self.path().find(|t| newest.is_none_or(|newest| *t > newest));
+        match allowed {
+            Some(first) if first > timeline => {
+                Plan { timeline: first, start: self.begin_of(first), durable: None, gap: None }
+            }
+            _ => Plan { timeline, start: self.segment(origin), durable: None, gap: None },
+        }
+    }
+
+    /// The first byte of a timeline's own first segment.
+    fn begin_of(&self, timeline: TimelineId) -> Lsn {
+        let entries = self.history.entries();
+        let parent = entries.iter().take_while(|e| e.timeline < timeline).last();
+        parent.map_or(Lsn::ZERO, |parent| self.segment(parent.end))
+    }
+
+    fn path(&self) -> impl Iterator<Item = TimelineId> + '_ {
+        let ancestors = self.history.entries().iter().map(|e| e.timeline);
+        ancestors.chain([self.history.timeline()])
+    }
+
+    fn is_on_path(&self, timeline: TimelineId) -> bool {
+        self.path().any(|t| t == timeline)
+    }
+
+    fn segment(&self, lsn: Lsn) -> Lsn {
+        lsn.segment_start(self.segment_size)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,253 @@
+//! Moves WAL from one open stream of PostgreSQL to one open stream of the server, and feedback back.
+//!
+//! - No timer: what was read is sent as soon as the connection takes it; while it does not, more WAL
+//!   that is already here joins the message. An acknowledgement reaches PostgreSQL at once.
+//! - Bounded in bytes: one batch here, two messages on their way, and the server's window. When all
+//!   are full nothing is read, and PostgreSQL keeps the WAL for us.
+//! - P1: PostgreSQL hears only what [`Flow`] took from the server's acknowledgements.
+//!
+//! One task; every branch of the loop is cancel-safe, and handlers run after the others are dropped.
+
+use super::{
+    batch::Batch,
+    flow::Flow,
+    metrics::Metrics,
+    source::{Event, Wal},
+    trace::SegmentTrace,
+};
+use crate::error::{Error, Failure};
+use bytes::Bytes;
+use klio_pg::{Lsn, ReplicationMessage, StatusUpdate};
+use klio_proto::{
+    Code,
+    v1::{self, receive_request::Kind, receive_response},
+};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+/// How a stream ended in good order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// All of the timeline is durable on the server.
+    Timeline,
+    /// PostgreSQL shut down; all it had is durable.
+    Shutdown,
+    /// We were asked to stop.
+    Stopped,
+}
+
+/// Both open ends.
+pub(super) struct Pump<'a, W> {
+    pub wal: W,
+    /// `None` after half-closing.
+    pub requests: Option<mpsc::Sender<v1::ReceiveRequest>>,
+    pub answers: Streaming<v1::ReceiveResponse>,
+    pub flow: Flow,
+    pub batch_bytes: usize,
+    pub status_interval: Duration,
+    pub stop_timeout: Duration,
+    pub metrics: &'a Metrics,
+    pub trace: SegmentTrace,
+}
+
+/// One message in flight whose acknowledgement is timed.
+type Probe = Option<(Lsn, Instant)>;
+
+impl<W: Wal> Pump<'_, W> {
+    /// Runs until one end ends. The stream to PostgreSQL is closed in good order.
+    pub async fn run(mut self, stop: &CancellationToken) -> Result<Ended, Error> {
+        let mut batch = Batch::default();
+        let mut probe: Probe = None;
+        let mut ended: Option<Ended> = None;
+        let mut wal_end = Lsn::ZERO;
+        let mut tick = tokio::time::interval(self.status_interval);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let deadline = tokio::time::sleep(Duration::MAX);
+        tokio::pin!(deadline);
+        loop {
+            if ended.is_some() && batch.is_empty() {
+                // Half-close: the server flushes all, acknowledges it and ends its side.
+                self.requests = None;
+            }
+            let sendable = !batch.is_empty() && self.flow.room() > 0;
+            let readable = ended.is_none() && batch.len() < self.batch_bytes;
+            tokio::select! {
+                biased;
+                answer = self.answers.message() => match answer {
+                    Ok(Some(answer)) => self.on_answer(answer, &mut probe).await?,
+                    Ok(None) => return self.close(ended).await,
+                    Err(status) => return Err(Error::from_status("stream WAL", &status)),
+                },
+                () = stop.cancelled(), if ended.is_none() => {
+                    ended = Some(Ended::Stopped);
+                    deadline.as_mut().reset(tokio::time::Instant::now() + self.stop_timeout);
+                }
+                () = &mut deadline, if ended == Some(Ended::Stopped) => {
+                    tracing::warn!("the last acknowledgement did not come in time; it is asked for at the next start");
+                    return Ok(Ended::Stopped);
+                }
+                open = has_place(self.requests.as_ref()), if sendable => {
+                    if !open {
+                        return Err(self.refused().await);
+                    }
+                    self.send(&mut batch, wal_end);
+                    probe.get_or_insert((self.flow.sent(), Instant::now()));
+                }
+                event = self.wal.next(), if readable => {
+                    let mut next = Some(event?);
+                    while let Some(event) = next {
+                        self.on_event(event, &mut batch, &mut wal_end, &mut ended).await?;
+                        if ended.is_some() || batch.len() >= self.batch_bytes {
+                            break;
+                        }
+                        next = self.wal.try_next()?;
+                    }
+                }
+                _ = tick.tick() => self.on_tick(&batch, wal_end).await?,
+            }
+        }
+    }
+
+    async fn on_event(
+        &mut self,
+        event: Event,
+        batch: &mut Batch,
+        wal_end: &mut Lsn,
+        ended: &mut Option<Ended>,
+    ) -> Result<(), Error> {
+        match event {
+            Event::Message(ReplicationMessage::XLogData(wal)) => {
+                let expected = self.flow.sent().advance(batch.len() as u64);
+                if wal.start != expected {
+                    let message = format!("read WAL: expected {expected}, found {}", wal.start);
+                    return Err(Error::new(Failure::Postgres, message));
+                }
+                *wal_end = wal.wal_end;
+                batch.push(wal.data);
+            }
+            Event::Message(ReplicationMessage::Keepalive(keepalive)) => {
+                *wal_end = keepalive.wal_end;
+                if keepalive.reply_requested {
+                    self.report().await?;
+                }
+            }
+            Event::TimelineEnded => *ended = Some(Ended::Timeline),
+            Event::Shutdown => *ended = Some(Ended::Shutdown),
+        }
+        self.metrics.state.set_wal_end(*wal_end);
+        Ok(())
+    }
+
+    async fn on_answer(
+        &mut self,
+        answer: v1::ReceiveResponse,
+        probe: &mut Probe,
+    ) -> Result<(), Error> {
+        let Some(receive_response::Kind::Ack(ack)) = answer.kind else {
+            let message = "stream WAL: expected an acknowledgement, found another message";
+            return Err(Error::new(Failure::Code(Code::Invalid), message));
+        };
+        let before = self.flow.report();
+        let (received, flushed) = (Lsn::new(ack.received_lsn), Lsn::new(ack.flushed_lsn));
+        self.flow
+            .on_ack(received, flushed)
+            .map_err(|error| Error::new(Failure::Code(Code::Internal), error))?;
+        if let Some((position, sent)) = *probe
+            && flushed >= position
+        {
+            self.metrics.on_ack_latency(sent.elapsed());
+            *probe = None;
+        }
+        let now = self.flow.report();
+        self.metrics.state.set_positions(now.0, now.1);
+        if now == before { Ok(()) } else { self.report().await }
+    }
+
+    /// A sign of life to both ends; the server also learns how far PostgreSQL is.
+    async fn on_tick(&mut self, batch: &Batch, wal_end: Lsn) -> Result<(), Error> {
+        self.report().await?;
+        if batch.is_empty()
+            && wal_end > Lsn::ZERO
+            && let Some(requests) = &self.requests
+        {
+            // When the queue is full, WAL is on its way and carries the same news.
+            let _ =
+                requests.try_send(append(self.flow.sent(), Bytes::new(), wal_end, String::new()));
+        }
+        Ok(())
+    }
+
+    /// Queues a message for which [`has_place`] found room. Should the connection have ended since,
+    /// the message is lost and the answer side tells.
+    fn send(&mut self, batch: &mut Batch, wal_end: Lsn) {
+        let start = self.flow.sent();
+        let limit = self.flow.room().min(self.trace.left_in_segment(start));
+        let data = batch.take(self.batch_bytes.min(usize::try_from(limit).unwrap_or(usize::MAX)));
+        let bytes = data.len() as u64;
+        let traceparent = self.trace.context(start);
+        if let Some(requests) = &self.requests {
+            let _ = requests.try_send(append(start, data, wal_end, traceparent));
+        }
+        self.flow.on_sent(bytes);
+        self.metrics.on_sent(bytes);
+    }
+
+    async fn report(&mut self) -> Result<(), Error> {
+        let (written, flushed) = self.flow.report();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let sent_unix_micros = i64::try_from(now).unwrap_or(i64::MAX);
+        self.wal
+            .status(StatusUpdate { written, flushed, sent_unix_micros, reply_requested: false })
+            .await
+    }
+
+    /// The server ended its side.
+    async fn close(mut self, ended: Option<Ended>) -> Result<Ended, Error> {
+        let Some(ended) = ended.filter(|_| self.requests.is_none()) else {
+            let message = "stream WAL: the server ended the stream";
+            return Err(Error::new(Failure::Code(Code::Unavailable), message));
+        };
+        if !self.flow.is_settled() {
+            let (sent, flushed) = (self.flow.sent(), self.flow.flushed());
+            let message = format!("end stream: expected {sent} to be flushed, found {flushed}");
+            return Err(Error::new(Failure::Code(Code::Unavailable), message));
+        }
+        self.report().await?;
+        self.wal.finish().await;
+        Ok(ended)
+    }
+
+    /// The request side is gone; the reason is on the answer side.
+    async fn refused(&mut self) -> Error {
+        let lost = || Error::new(Failure::Code(Code::Unavailable), "stream WAL: connection lost");
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), self.answers.message()).await {
+                Ok(Ok(Some(_))) => {}
+                Ok(Err(status)) => return Error::from_status("stream WAL", &status),
+                Ok(Ok(None)) | Err(_) => return lost(),
+            }
+        }
+    }
+}
+
+/// Waits until a message can be queued; `false` when nobody takes it any more. Nobody else sends, so
+/// the place is still there afterwards.
+async fn has_place<T>(sender: Option<&mpsc::Sender<T>>) -> bool {
+    match sender {
+        Some(sender) => sender.reserve().await.is_ok(),
+        None => false,
+    }
+}
+
+fn append(start: Lsn, data: Bytes, wal_end: Lsn, traceparent: String) -> v1::ReceiveRequest {
+    v1::ReceiveRequest {
+        kind: Some(Kind::Append(v1::Append {
+            start_lsn: start.as_u64(),
+            data,
+            wal_end_lsn: wal_end.as_u64(),
+            traceparent,
+        })),
+    }
+}

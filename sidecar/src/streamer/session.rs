@@ -1,0 +1,320 @@
+//! One session: from connecting both ends to the end of one stream.
+//!
+//! Nothing is remembered from an earlier session but the fact that WAL was found removed: the server is
+//! asked where to go on (P2). The slot is made sure of before the plan, so that PostgreSQL keeps what
+//! the plan needs.
+
+use super::{
+    Options,
+    flow::Flow,
+    metrics::Metrics,
+    plan::{Facts, Held, Plan, Refusal},
+    pump::{Ended, Pump},
+    source::{Identity, Primary, Session},
+    trace::SegmentTrace,
+};
+use crate::{
+    config::OnGap,
+    error::{Error, Failure},
+    server_link::{Connection, ServerLink, Traced},
+};
+use bytes::Bytes;
+use klio_pg::{Lsn, TimelineHistory, TimelineId};
+use klio_proto::{
+    Code,
+    v1::{self, wal_client::WalClient},
+};
+use std::{collections::BTreeMap, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+/// Messages between the pump and the HTTP/2 task; two keep that task busy while one is made.
+const MESSAGES_IN_FLIGHT: usize = 2;
+/// The server may wait for a fenced session to end before it opens ours.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What one session needs to know.
+pub(super) struct Stream<'a, P> {
+    pub primary: &'a P,
+    pub link: &'a ServerLink,
+    pub options: &'a Options,
+    pub metrics: &'a Metrics,
+    pub writer_id: &'a str,
+}
+
+/// What survives a session.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// PostgreSQL said that it no longer has the WAL at this position.
+    removed: Option<(TimelineId, Lsn)>,
+    /// Acknowledged in any session; progress resets the backoff.
+    pub flushed: Lsn,
+}
+
+struct Prepared<W> {
+    wal: W,
+    requests: mpsc::Sender<v1::ReceiveRequest>,
+    answers: Streaming<v1::ReceiveResponse>,
+    flow: Flow,
+    trace: SegmentTrace,
+}
+
+impl<P: Primary> Stream<'_, P> {
+    /// Streams until something ends it.
+    pub async fn run(&self, memory: &mut Memory, stop: &CancellationToken) -> Result<Ended, Error> {
+        let prepared = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(Ended::Stopped),
+            prepared = self.prepare(memory) => prepared?,
+        };
+        let Prepared { wal, requests, answers, flow, trace } = prepared;
+        let (received, flushed) = flow.report();
+        self.metrics.state.set_positions(received, flushed);
+        self.metrics.state.set_connected(true);
+        let pump = Pump {
+            wal,
+            requests: Some(requests),
+            answers,
+            flow,
+            batch_bytes: self.options.batch_bytes,
+            status_interval: self.options.status_interval,
+            stop_timeout: self.options.stop_timeout,
+            metrics: self.metrics,
+            trace,
+        };
+        let result = pump.run(stop).await;
+        self.metrics.state.set_connected(false);
+        result
+    }
+
+    async fn prepare(
+        &self,
+        memory: &mut Memory,
+    ) -> Result<Prepared<<P::Session as Session>::Wal>, Error> {
+        let mut postgres = self.primary.connect().await?;
+        let identity = postgres.identify().await?;
+        let connection = self.link.connect().await?;
+        self.metrics.state.set_expiry(connection.expiry);
+        let mut server = connection.wal();
+        let held = self.positions(&mut server, identity).await?;
+        let slot_restart = postgres.slot().await?;
+        let mut histories = Histories::default();
+        let facts = Facts {
+            held,
+            history: histories.path(&mut postgres, identity.timeline).await?,
+            postgres_end: identity.end,
+            slot_restart,
+            segment_size: identity.segment_size,
+        };
+        let plan = self.decide(&facts, identity, memory)?;
+        self.put_histories(&mut postgres, &mut server, &facts, &plan, identity, histories).await?;
+        let wal = postgres.start(plan.timeline, plan.start).await.inspect_err(|error| {
+            if error.failure == Failure::WalRemoved {
+                memory.removed = Some((plan.timeline, plan.start));
+            }
+        })?;
+        let (requests, answers, window) = self.open(&connection, identity, plan).await?;
+        memory.removed = None;
+        if let Some(gap) = plan.gap {
+            self.metrics.on_gap(gap.to.bytes_since(gap.from));
+        }
+        tracing::info!(
+            timeline = plan.timeline.get(),
+            start = %plan.start,
+            postgres_end = %identity.end,
+            "streaming WAL"
+        );
+        let cluster = self.options.cluster.to_string();
+        let trace = SegmentTrace::new(cluster, plan.timeline, identity.segment_size);
+        let flow = Flow::new(plan.start, plan.durable, window);
+        Ok(Prepared { wal, requests, answers, flow, trace })
+    }
+
+    async fn positions(
+        &self,
+        server: &mut WalClient<Traced>,
+        identity: Identity,
+    ) -> Result<Vec<Held>, Error> {
+        let request = v1::PositionRequest {
+            cluster: self.options.cluster.to_string(),
+            system_identifier: identity.system_identifier,
+            segment_size: identity.segment_size.as_u32(),
+            postgres_version: identity.version,
+        };
+        let answer = server
+            .position(request)
+            .await
+            .map_err(|status| Error::from_status("ask the server for its position", &status))?;
+        let read = |p: &v1::TimelinePosition| {
+            let timeline = TimelineId::new(p.timeline)?;
+            let flushed = Lsn::new(p.flushed_lsn);
+            Some(Held { timeline, flushed, has_history: p.has_history })
+        };
+        let timelines = answer.into_inner().timelines;
+        timelines.iter().map(read).collect::<Option<Vec<_>>>().ok_or_else(|| {
+            let message = "ask the server for its position: expected timelines from 1 up, found 0";
+            Error::new(Failure::Code(Code::Invalid), message)
+        })
+    }
+
+    /// The plan, changed when the last session found its WAL removed.
+    fn decide(&self, facts: &Facts, identity: Identity, memory: &Memory) -> Result<Plan, Error> {
+        let refuse = |refusal| refused(refusal, identity);
+        let plan = facts.plan().map_err(refuse)?;
+        let plan = if memory.removed == Some((plan.timeline, plan.start)) {
+            facts.after_removal(plan).map_err(refuse)?
+        } else {
+            plan
+        };
+        let Some(gap) = plan.gap else { return Ok(plan) };
+        let message = format!(
+            "PostgreSQL has removed WAL from {} to {} before the server received it",
+            gap.from, gap.to
+        );
+        if self.options.on_gap == OnGap::Stop {
+            return Err(Error::new(Failure::Code(Code::Gap), message).hint(
+                "take a new base backup; stream.on_gap = \"record\" records the gap and goes on",
+            ));
+        }
+        tracing::error!(from = %gap.from, to = %gap.to, bytes = gap.to.bytes_since(gap.from),
+            "{message}: recording the gap and going on; recovery across it is impossible, take a new base backup");
+        Ok(plan)
+    }
+
+    /// The server gets the history of every timeline on the path before their WAL.
+    async fn put_histories(
+        &self,
+        postgres: &mut P::Session,
+        server: &mut WalClient<Traced>,
+        facts: &Facts,
+        plan: &Plan,
+        identity: Identity,
+        mut histories: Histories,
+    ) -> Result<(), Error> {
+        for timeline in facts.histories_wanted(plan) {
+            let Some(content) = histories.get(postgres, timeline).await? else {
+                tracing::warn!(
+                    timeline = timeline.get(),
+                    "PostgreSQL has no history file of the timeline"
+                );
+                continue;
+            };
+            let request = v1::PutHistoryRequest {
+                cluster: self.options.cluster.to_string(),
+                system_identifier: identity.system_identifier,
+                timeline: timeline.get(),
+                content,
+            };
+            server.put_history(request).await.map_err(|status| {
+                Error::from_status(&format!("store history of timeline {timeline:?}"), &status)
+            })?;
+        }
+        Ok(())
+    }
+
+    async fn open(
+        &self,
+        connection: &Connection,
+        identity: Identity,
+        plan: Plan,
+    ) -> Result<(mpsc::Sender<v1::ReceiveRequest>, Streaming<v1::ReceiveResponse>, u64), Error>
+    {
+        const DOING: &str = "open stream";
+        let (requests, queue) = mpsc::channel(MESSAGES_IN_FLIGHT);
+        let open = v1::Open {
+            cluster: self.options.cluster.to_string(),
+            system_identifier: identity.system_identifier,
+            segment_size: identity.segment_size.as_u32(),
+            postgres_version: identity.version,
+            timeline: plan.timeline.get(),
+            start_lsn: plan.start.as_u64(),
+            writer_id: self.writer_id.to_owned(),
+            gap: plan.gap.map(|gap| v1::Gap {
+                from_lsn: gap.from.as_u64(),
+                to_lsn: gap.to.as_u64(),
+                reason: "PostgreSQL removed the WAL before it was received".into(),
+            }),
+        };
+        let first = v1::ReceiveRequest { kind: Some(v1::receive_request::Kind::Open(open)) };
+        // The queue is empty and ours: this cannot fail.
+        let _ = requests.try_send(first);
+        let exchange = async {
+            let mut server = connection.wal();
+            let mut answers = server.receive(ReceiverStream::new(queue)).await?.into_inner();
+            let first = answers.message().await?;
+            Ok::<_, tonic::Status>((answers, first))
+        };
+        let (answers, first) = tokio::time::timeout(OPEN_TIMEOUT, exchange)
+            .await
+            .map_err(|_| {
+                let message = format!("{DOING}: no answer within {OPEN_TIMEOUT:?}");
+                Error::new(Failure::Code(Code::Unavailable), message)
+            })?
+            .map_err(|status| Error::from_status(DOING, &status))?;
+        match first.and_then(|message| message.kind) {
+            Some(v1::receive_response::Kind::Opened(opened))
+                if opened.start_lsn == plan.start.as_u64() && opened.window_bytes > 0 =>
+            {
+                Ok((requests, answers, opened.window_bytes))
+            }
+            found => {
+                let expected = plan.start;
+                let message =
+                    format!("{DOING}: expected a stream from {expected}, found {found:?}");
+                Err(Error::new(Failure::Code(Code::BadPosition), message))
+            }
+        }
+    }
+}
+
+fn refused(refusal: Refusal, identity: Identity) -> Error {
+    let message = format!("plan stream: {refusal}");
+    match refusal {
+        Refusal::Stale { .. } => Error::new(Failure::Code(Code::StaleTimeline), message),
+        Refusal::Behind { .. } if identity.in_recovery => Error::new(Failure::Postgres, message)
+            .hint("a standby that lags; streaming begins when it has caught up"),
+        Refusal::Behind { .. } => Error::new(Failure::PostgresRefused, message).hint(
+            "this primary lost WAL that it had sent: it was restored from a copy, or runs without fsync; \
+             give the restored cluster a new name, or rebuild it",
+        ),
+        Refusal::NothingLeft { .. } => Error::new(Failure::Postgres, message)
+            .hint("streaming goes on with the next segment, and the gap is recorded then"),
+    }
+}
+
+/// History files read in this session.
+#[derive(Default)]
+struct Histories(BTreeMap<TimelineId, Option<Bytes>>);
+
+impl Histories {
+    async fn get(
+        &mut self,
+        postgres: &mut impl Session,
+        timeline: TimelineId,
+    ) -> Result<Option<Bytes>, Error> {
+        if let Some(known) = self.0.get(&timeline) {
+            return Ok(known.clone());
+        }
+        let content = postgres.history(timeline).await?;
+        self.0.insert(timeline, content.clone());
+        Ok(content)
+    }
+
+    /// The path to PostgreSQL's timeline. A cluster that began on this timeline has no history file.
+    async fn path(
+        &mut self,
+        postgres: &mut impl Session,
+        timeline: TimelineId,
+    ) -> Result<TimelineHistory, Error> {
+        if timeline.get() == 1 {
+            return Ok(TimelineHistory::root(timeline));
+        }
+        match self.get(postgres, timeline).await? {
+            None => Ok(TimelineHistory::root(timeline)),
+            Some(content) => TimelineHistory::parse(timeline, &content)
+                .map_err(|error| Error::new(Failure::Postgres, error)),
+        }
+    }
+}

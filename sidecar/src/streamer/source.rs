@@ -1,0 +1,197 @@
+//! Where WAL comes from: the three steps of talking to PostgreSQL, as the streamer needs them.
+//!
+//! Two implementations: the real one over `replication`, and the simulated PostgreSQL of the tests.
+//! Errors are already sorted by what the streamer does about them ([`Failure`]).
+
+use super::slot::SlotKeeper;
+use crate::{
+    conninfo::ConnInfo,
+    error::{Error, Failure},
+    replication::{self, Client, ErrorKind, SlotName},
+};
+use bytes::Bytes;
+use klio_pg::{Lsn, ReplicationMessage, SegmentSize, StatusUpdate, TimelineId};
+use std::sync::Arc;
+
+/// What identifies a PostgreSQL and where it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Set by initdb.
+    pub system_identifier: u64,
+    /// server_version_num.
+    pub version: u32,
+    /// wal_segment_size.
+    pub segment_size: SegmentSize,
+    /// The current timeline.
+    pub timeline: TimelineId,
+    /// The end of WAL that can be sent now.
+    pub end: Lsn,
+    /// A standby may lag behind what the server holds; a primary may not.
+    pub in_recovery: bool,
+}
+
+/// What comes out of a WAL stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// WAL or a sign of life.
+    Message(ReplicationMessage),
+    /// All of this timeline has come; history goes on elsewhere.
+    TimelineEnded,
+    /// PostgreSQL shuts down; all it had has come.
+    Shutdown,
+}
+
+/// A PostgreSQL that can be connected to.
+pub trait Primary: Send + Sync {
+    /// A connection that is not streaming yet.
+    type Session: Session;
+    /// Connects.
+    fn connect(&self) -> impl Future<Output = Result<Self::Session, Error>> + Send;
+}
+
+/// A connection that is not streaming yet.
+pub trait Session: Send {
+    /// The stream it becomes.
+    type Wal: Wal;
+    /// Who and where.
+    fn identify(&mut self) -> impl Future<Output = Result<Identity, Error>> + Send;
+    /// Makes sure that the slot is there and keeps WAL; gives the oldest position it keeps.
+    fn slot(&mut self) -> impl Future<Output = Result<Option<Lsn>, Error>> + Send;
+    /// A history file; `None` when PostgreSQL has none for the timeline.
+    fn history(
+        &mut self,
+        timeline: TimelineId,
+    ) -> impl Future<Output = Result<Option<Bytes>, Error>> + Send;
+    /// Begins to stream.
+    fn start(
+        self,
+        timeline: TimelineId,
+        start: Lsn,
+    ) -> impl Future<Output = Result<Self::Wal, Error>> + Send;
+}
+
+/// A WAL stream. `next` is cancel-safe.
+pub trait Wal: Send {
+    /// Waits for the next event.
+    fn next(&mut self) -> impl Future<Output = Result<Event, Error>> + Send;
+    /// An event that is already here.
+    fn try_next(&mut self) -> Result<Option<Event>, Error>;
+    /// Tells PostgreSQL how far the server is (P1: the caller answers for `flushed`).
+    fn status(&mut self, update: StatusUpdate) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Ends in good order.
+    fn finish(self) -> impl Future<Output = ()> + Send;
+}
+
+/// The real PostgreSQL.
+#[derive(Debug)]
+pub struct Postgres {
+    info: Arc<ConnInfo>,
+    slot: SlotKeeper,
+}
+
+impl Postgres {
+    /// Nothing is opened yet.
+    pub fn new(info: Arc<ConnInfo>, slot: SlotName, create_slot: bool) -> Self {
+        Self { info, slot: SlotKeeper::new(slot, create_slot) }
+    }
+}
+
+/// The real connection.
+#[derive(Debug)]
+pub struct PostgresSession {
+    client: Client,
+    slot: SlotKeeper,
+}
+
+impl Primary for Postgres {
+    type Session = PostgresSession;
+    async fn connect(&self) -> Result<PostgresSession, Error> {
+        let client = Client::connect(&self.info).await.map_err(|e| sort(&e))?;
+        Ok(PostgresSession { client, slot: self.slot.clone() })
+    }
+}
+
+impl Session for PostgresSession {
+    type Wal = replication::WalStream;
+
+    async fn identify(&mut self) -> Result<Identity, Error> {
+        let client = &mut self.client;
+        let version = client.server_version().await.map_err(|e| sort(&e))?;
+        if version.major() < 15 {
+            let message =
+                format!("identify PostgreSQL: expected version 15 or newer, found {version}");
+            return Err(Error::new(Failure::PostgresRefused, message)
+                .hint("READ_REPLICATION_SLOT, which Klio needs, came with PostgreSQL 15"));
+        }
+        let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
+        let system = client.identify_system().await.map_err(|e| sort(&e))?;
+        Ok(Identity {
+            system_identifier: system.system_identifier,
+            version: version.number(),
+            segment_size,
+            timeline: system.timeline,
+            end: system.flush_lsn,
+            in_recovery: client.in_hot_standby(),
+        })
+    }
+
+    async fn slot(&mut self) -> Result<Option<Lsn>, Error> {
+        self.slot.ensure(&mut self.client).await
+    }
+
+    async fn history(&mut self, timeline: TimelineId) -> Result<Option<Bytes>, Error> {
+        match self.client.timeline_history(timeline).await {
+            Ok(content) => Ok(Some(content)),
+            Err(e) if e.kind() == ErrorKind::TimelineMissing => Ok(None),
+            Err(e) => Err(sort(&e)),
+        }
+    }
+
+    async fn start(self, timeline: TimelineId, start: Lsn) -> Result<Self::Wal, Error> {
+        let Self { client, slot } = self;
+        client.start(Some(slot.name()), timeline, start).await.map_err(|e| {
+            if slot.is_invalidated(&e) {
+                return Error::new(Failure::Postgres, &e).hint("the slot is created anew");
+            }
+            sort(&e)
+        })
+    }
+}
+
+impl Wal for replication::WalStream {
+    async fn next(&mut self) -> Result<Event, Error> {
+        self.next().await.map(event).map_err(|e| sort(&e))
+    }
+    fn try_next(&mut self) -> Result<Option<Event>, Error> {
+        self.try_next().map(|e| e.map(event)).map_err(|e| sort(&e))
+    }
+    async fn status(&mut self, update: StatusUpdate) -> Result<(), Error> {
+        self.send_status(&update).await.map_err(|e| sort(&e))
+    }
+    async fn finish(self) {
+        // Only courtesy is left; PostgreSQL notices a closed socket as well.
+        if let Ok(replication::Finished { client: Some(client), .. }) = self.finish().await {
+            client.close().await;
+        }
+    }
+}
+
+fn event(event: replication::Event) -> Event {
+    match event {
+        replication::Event::Message(message) => Event::Message(message),
+        replication::Event::End(replication::StreamEnd::TimelineEnded { .. }) => {
+            Event::TimelineEnded
+        }
+        replication::Event::End(_) => Event::Shutdown,
+    }
+}
+
+/// What the streamer does about an error of PostgreSQL. All but lost WAL is worth another try: a
+/// password is corrected, a slot is freed, a standby catches up, without anybody restarting us.
+pub fn sort(error: &replication::Error) -> Error {
+    let failure = match error.kind() {
+        ErrorKind::WalRemoved => Failure::WalRemoved,
+        _ => Failure::Postgres,
+    };
+    Error::new(failure, error).hint(error.hint().unwrap_or_default())
+}

@@ -1,0 +1,47 @@
+//! One span for each segment being sent, a trace of its own, never one for each message.
+//!
+//! Its context travels with the segment's first message; the server's receiving, sealing, queueing and
+//! upload continue it, so that one trace id follows a segment from PostgreSQL to the bucket.
+
+use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use tracing::Span;
+
+/// The span of the segment now being sent.
+#[derive(Debug)]
+pub(super) struct SegmentTrace {
+    cluster: String,
+    timeline: TimelineId,
+    size: SegmentSize,
+    current: Option<(SegmentName, Span)>,
+}
+
+impl SegmentTrace {
+    pub const fn new(cluster: String, timeline: TimelineId, size: SegmentSize) -> Self {
+        Self { cluster, timeline, size, current: None }
+    }
+
+    /// Bytes from `at` to the end of its segment: no message crosses it.
+    pub const fn left_in_segment(&self, at: Lsn) -> u64 {
+        self.size.bytes() - at.offset_in(self.size)
+    }
+
+    /// The trace context to send with a message at `at`: only with a segment's first.
+    pub fn context(&mut self, at: Lsn) -> String {
+        let name = SegmentName::containing(self.timeline, at, self.size);
+        if matches!(&self.current, Some((current, _)) if *current == name) {
+            return String::new();
+        }
+        let span =
+            tracing::info_span!(parent: None, "wal.send", cluster = self.cluster, segment = %name);
+        let mut context = String::new();
+        span.in_scope(|| {
+            klio_telemetry::propagate::inject(&mut |key, value| {
+                if key == "traceparent" {
+                    context = value;
+                }
+            });
+        });
+        self.current = Some((name, span));
+        context
+    }
+}
