@@ -9,7 +9,7 @@ mod authority;
 #[path = "replication/cluster.rs"]
 mod cluster;
 
-use authority::Authority;
+use authority::{Authority, Issued};
 use cluster::{Cluster, eventually, info, mib1, refused, write_owned};
 use klio_pg::{Lsn, ReplicationMessage, StatusUpdate, TimelineHistory, TimelineId};
 use klio_sidecar::{
@@ -169,20 +169,25 @@ async fn role_without_replication_is_a_permission_error() {
 /// A server whose certificate is for `localhost`, and the authority's file.
 async fn with_tls(hba: &str) -> (Cluster, Authority, String) {
     let authority = Authority::new();
+    let server = authority.server(&["localhost"]);
+    let (pg, ca) = with_certificate(hba, &server, &authority.pem).await;
+    (pg, authority, ca)
+}
+
+async fn with_certificate(hba: &str, server: &Issued, ca_pem: &str) -> (Cluster, String) {
     let mut pg = Cluster::init(
         &["ssl=on", "ssl_cert_file=server.crt", "ssl_key_file=server.key", "ssl_ca_file=ca.crt"],
         1,
     );
-    let server = authority.server(&["localhost"]);
     write_owned(&pg.data().join("server.crt"), &server.cert, 0o600);
     write_owned(&pg.data().join("server.key"), &server.key, 0o600);
     let ca = pg.data().join("ca.crt");
-    write_owned(&ca, &authority.pem, 0o600);
+    write_owned(&ca, ca_pem, 0o600);
     pg.hba(hba);
     pg.launch().await;
     pg.sql("CREATE ROLE klio REPLICATION LOGIN PASSWORD 'open sesame'").await;
     let ca = ca.display().to_string();
-    (pg, authority, ca)
+    (pg, ca)
 }
 
 async fn tls_in_use(pg: &Cluster) -> Option<String> {
@@ -235,6 +240,30 @@ async fn certificate_for_another_host_is_refused_by_verify_full_only() {
         let e = refused(&login("localhost", mode, &other)).await;
         assert_eq!(e.kind(), ErrorKind::Tls, "{mode}: {e}");
     }
+}
+
+/// PostgreSQL's manual tells people to make such certificates, and libpq takes them.
+#[tokio::test]
+async fn self_signed_certificate_with_a_common_name_is_verified_as_by_libpq() {
+    let hba = "hostssl replication klio 127.0.0.1/32 scram-sha-256";
+    let login = |pg: &Cluster, host: &str, ca: &str| {
+        info(&format!(
+            "host={host} hostaddr=127.0.0.1 port={} user=klio password='open sesame' \
+             sslmode=verify-full sslrootcert={ca} channel_binding=require",
+            pg.port
+        ))
+    };
+    let cert = Authority::self_signed("db.example", 2200);
+    let (pg, ca) = with_certificate(hba, &cert, &cert.cert).await;
+    Client::connect(&login(&pg, "db.example", &ca)).await.unwrap();
+    let e = refused(&login(&pg, "db2.example", &ca)).await;
+    assert_eq!(e.kind(), ErrorKind::Tls, "{e}");
+
+    let expired = Authority::self_signed("db.example", 2020);
+    let (pg, ca) = with_certificate(hba, &expired, &expired.cert).await;
+    let e = refused(&login(&pg, "db.example", &ca)).await;
+    assert_eq!(e.kind(), ErrorKind::Tls, "{e}");
+    assert!(e.to_string().contains("expired"), "{e}");
 }
 
 #[tokio::test]

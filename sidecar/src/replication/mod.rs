@@ -16,6 +16,7 @@ mod slot;
 mod stream;
 mod tls;
 mod transport;
+mod verify;
 mod wire;
 
 pub use commands::{Client, ServerVersion, SystemIdentity};

@@ -1,21 +1,16 @@
 //! TLS as libpq means it: who is verified, who we are, and the channel binding.
 //!
 //! TLS 1.2 and up, ring only. Files are read at every connection, so renewed certificates count.
-//! A root certificate that exists is honoured in every mode, as in libpq. Names are checked against
-//! subjectAltName only; libpq's fallback to the common name is not there.
+//! A root certificate that exists is honoured in every mode, as in libpq. `verify.rs` verifies.
 
-use super::error::{Error, ErrorKind};
+use super::{
+    error::{Error, ErrorKind},
+    verify::Verifier,
+};
 use crate::conninfo::{ClientFile, RootCert, SslMode, TlsSettings};
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::{
-        WebPkiServerVerifier,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
-    crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
-    server::ParsedCertificate,
+    ClientConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use sha2::Digest;
 use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
@@ -34,11 +29,14 @@ pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Erro
         s if s.tls12_only => &[&rustls::version::TLS12],
         _ => &[&rustls::version::TLS13, &rustls::version::TLS12],
     };
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+    let verifier =
+        Verifier::new(roots(settings)?, settings.mode == SslMode::VerifyFull, provider.clone())
+            .map_err(trouble)?;
+    let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
         .map_err(trouble)?
         .dangerous()
-        .with_custom_certificate_verifier(verifier(settings, provider)?);
+        .with_custom_certificate_verifier(Arc::new(verifier));
     let mut config = match identity(settings)? {
         Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(trouble)?,
         None => builder.with_no_client_auth(),
@@ -55,21 +53,7 @@ fn wrong(message: String) -> Error {
     Error::new(ErrorKind::Tls, OP, message)
 }
 
-fn verifier(
-    settings: &TlsSettings,
-    provider: Arc<CryptoProvider>,
-) -> Result<Arc<dyn ServerCertVerifier>, Error> {
-    let roots = roots(settings)?;
-    match (settings.mode, roots) {
-        (SslMode::VerifyFull, Some(roots)) => {
-            let built = WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build();
-            Ok(built.map_err(|e| Error::caused(ErrorKind::Tls, OP, e))?)
-        }
-        (_, roots) => Ok(Arc::new(Lenient { roots, provider })),
-    }
-}
-
-fn roots(settings: &TlsSettings) -> Result<Option<RootCertStore>, Error> {
+fn roots(settings: &TlsSettings) -> Result<Option<Vec<CertificateDer<'static>>>, Error> {
     let path = match &settings.root {
         RootCert::System => return system_roots().map(Some),
         RootCert::File(path) => path,
@@ -85,22 +69,16 @@ fn roots(settings: &TlsSettings) -> Result<Option<RootCertStore>, Error> {
             };
         }
     };
-    let mut store = RootCertStore::empty();
-    for cert in certificates("sslrootcert", path)? {
-        store.add(cert).map_err(trouble)?;
-    }
-    Ok(Some(store))
+    certificates("sslrootcert", path).map(Some)
 }
 
-fn system_roots() -> Result<RootCertStore, Error> {
+fn system_roots() -> Result<Vec<CertificateDer<'static>>, Error> {
     let loaded = rustls_native_certs::load_native_certs();
-    let mut store = RootCertStore::empty();
-    let (added, _) = store.add_parsable_certificates(loaded.certs);
-    if added == 0 {
+    if loaded.certs.is_empty() {
         let why = loaded.errors.first().map_or("none installed".to_owned(), ToString::to_string);
         return Err(wrong(format!("sslrootcert=system: expected authorities, found none: {why}")));
     }
-    Ok(store)
+    Ok(loaded.certs)
 }
 
 fn certificates(keyword: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -143,60 +121,6 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
         return Err(read("expected an unencrypted key, found an encrypted one".into()));
     }
     PrivateKeyDer::from_pem_slice(&content).map_err(|e| read(e.to_string()))
-}
-
-/// Everything below `verify-full`: the chain if roots are known, never the name. The handshake's
-/// signature is checked in any case.
-#[derive(Debug)]
-struct Lenient {
-    roots: Option<RootCertStore>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Lenient {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if let Some(roots) = &self.roots {
-            verify_server_cert_signed_by_trust_anchor(
-                &ParsedCertificate::try_from(end_entity)?,
-                roots,
-                intermediates,
-                now,
-                self.provider.signature_verification_algorithms.all,
-            )?;
-        }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// RFC 5929 `tls-server-end-point`: the certificate under the hash of its own signature, but never

@@ -1,7 +1,8 @@
 //! A certificate authority made for one test.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, date_time_ymd,
 };
 
 pub struct Authority {
@@ -24,6 +25,19 @@ impl Authority {
         Authority { pem, issuer: Issuer::new(params, key) }
     }
 
+    /// What `openssl req -new -x509 -subj /CN=…` makes, as PostgreSQL's manual has it: no
+    /// subjectAltName, its own authority.
+    pub fn self_signed(common_name: &str, last_year: i32) -> Issued {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params.not_after = date_time_ymd(last_year, 1, 1);
+        let key = KeyPair::generate().unwrap();
+        let cert = params.self_signed(&key).unwrap();
+        Issued { cert: cert.pem(), key: key.serialize_pem() }
+    }
+
     pub fn server(&self, names: &[&str]) -> Issued {
         self.issue("server", names, ExtendedKeyUsagePurpose::ServerAuth)
     }
@@ -35,6 +49,7 @@ impl Authority {
     fn issue(&self, common_name: &str, names: &[&str], usage: ExtendedKeyUsagePurpose) -> Issued {
         let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, common_name);
         params.extended_key_usages = vec![usage];
         let key = KeyPair::generate().unwrap();
