@@ -1,7 +1,7 @@
 # What a person types. `.ci/run` calls `make lint` and `make test`, so that a green machine and a green CI mean the same.
 CARGO ?= cargo
 
-.PHONY: help tools build test lint bench demo clean
+.PHONY: help tools build test lint bench demo docs clean
 
 help:
 	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
@@ -10,6 +10,7 @@ help:
 	@echo 'make lint    formatting, clippy, licences and sources of dependencies'
 	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
 	@echo 'make demo    a narrated run of the whole on scratch directories'
+	@echo 'make docs    write the generated references below docs/'
 	@echo 'make clean   build output and installed tools of this tree'
 
 tools:
@@ -34,6 +35,9 @@ bench: tools
 
 demo: tools
 	@deploy/demo.sh $(DEMO_ARGS)
+
+docs: build
+	@deploy/tools/docs.sh target/debug
 
 clean:
 	$(CARGO) clean

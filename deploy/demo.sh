@@ -93,7 +93,7 @@ access_key_id = "demo"
 secret_access_key = "demosecret"
 
 [queue]
-nats_server = "$NATS"
+executable = "$NATS"
 TOML
 start_server() {
   start klio-server env OTEL_METRICS_EXPORTER=prometheus OTEL_EXPORTER_PROMETHEUS_HOST=127.0.0.1 \

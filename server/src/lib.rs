@@ -1,1 +1,19 @@
-//! 
+//! klio-server: receives WAL over gRPC, makes it durable on tier 1, moves it to tier 2.
+//!
+//! Wires `storage`, `proto` and `telemetry` together; knows nothing of the sidecar.
+
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod consumer;
+pub mod errors;
+pub mod fetch;
+pub mod grpc;
+pub mod metrics;
+pub mod pki;
+pub mod queue;
+pub mod receive;
+pub mod seal;
+pub mod status;
+pub mod tls;

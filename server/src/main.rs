@@ -1,1 +1,37 @@
-fn main() {}
+//! `klio-server`: reads the command line and hands over.
+
+use anyhow::Context;
+use clap::Parser;
+use klio_server::cli::{Cli, Command, client, init, reference, run};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // Before anything that could build a TLS client or server: they need a provider.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let cli = Cli::parse();
+    match dispatch(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("klio-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Init(args) => init::run(args),
+        Command::Client(args) => client::run(args),
+        Command::Reference(args) => {
+            reference::run(args);
+            Ok(())
+        }
+        Command::Run(args) => {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .build()
+                .context("start the runtime")?;
+            runtime.block_on(run::run(args, cli.debug))
+        }
+    }
+}

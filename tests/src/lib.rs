@@ -7,6 +7,7 @@
 pub mod env;
 pub mod guard;
 pub mod http;
+pub mod mount;
 pub mod nats;
 pub mod pki;
 pub mod ports;

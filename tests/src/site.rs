@@ -161,7 +161,7 @@ impl Site {
             .env("OTEL_METRICS_EXPORTER", "prometheus")
             .env("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1")
             .env("OTEL_EXPORTER_PROMETHEUS_PORT", self.prometheus.to_string())
-            .env("KLIO_QUEUE__NATS_SERVER", env::tool("nats-server"))
+            .env("KLIO_QUEUE__EXECUTABLE", env::tool("nats-server"))
             .envs(self.variables.iter().cloned());
         self.server =
             Some(Running::spawn("klio-server", command, &self.scratch.join("klio-server.log")));

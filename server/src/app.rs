@@ -1,0 +1,295 @@
+//! The server on one screen: configuration -> build -> run -> drain.
+//!
+//! Start: ports first (a taken port must not leave half a server), then tier 1 with its recovery, then
+//! everything that only follows. Receiving WAL needs tier 1 and nothing else: queue and bucket may be
+//! down (P4). Stop: no new streams, sessions end with what is durable, seals finish, consumer and queue
+//! stop, each within [`DRAIN_TIMEOUT`]; laggards are named.
+
+use crate::{
+    admin::{self, bind},
+    config::Config,
+    consumer::{self, Archives, Tier1Files},
+    fetch::Source,
+    grpc::{CatalogService, WalService, auth::Auth},
+    metrics::{self, Metrics},
+    queue::{Publisher, Queue, Started},
+    receive::{Receiver, ReceiverOptions, Registry},
+    seal,
+    status::StatusBoard,
+    tls::{self, Loaded},
+};
+use anyhow::Context;
+use klio_proto::v1::{
+    FILE_DESCRIPTOR_SET, catalog_server::CatalogServer, wal_server::WalServer,
+};
+use klio_storage::{disk::RealDisk, tier2::Tier2, wal::{WalOptions, WalStore}};
+use klio_telemetry::Telemetry;
+use std::{future::Future, sync::{Arc, Mutex}, time::Duration};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::{JoinHandle, JoinSet},
+};
+use tokio_stream::{StreamExt, wrappers::{ReceiverStream, TcpListenerStream}};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::transport::{Server, server::Router};
+
+/// All of the way out, but telemetry's flush.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// A message is at most a batch of WAL with some room; larger ones are refused unread.
+const MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// One stream of WAL, some fetches, some questions; a client that wants more is broken.
+const STREAMS_PER_CONNECTION_MAX: u32 = 64;
+/// Finds a peer that is gone without a word, so that its place is free for the next.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// A running server.
+pub struct Running {
+    /// Stop asking for more.
+    front: CancellationToken,
+    /// Stop sealing, moving and answering.
+    back: CancellationToken,
+    /// Stop the queue and its child, when nobody uses it any more.
+    last: CancellationToken,
+    sessions: TaskTracker,
+    tasks: Vec<(&'static str, JoinHandle<()>)>,
+    background: Vec<(&'static str, JoinHandle<()>)>,
+    consumer_tasks: JoinSet<()>,
+    queue_tasks: JoinSet<()>,
+}
+
+/// Starts everything; the server is receiving when this returns.
+///
+/// # Errors
+/// A port, a certificate or tier 1 that cannot be used.
+pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Running> {
+    let listener = bind(config.listen.to_string(), "gRPC").await?;
+    let admin_listener = match config.admin.listen {
+        Some(address) => Some(bind(address.to_string(), "health and metrics").await?),
+        None => None,
+    };
+    let page = telemetry.prometheus().cloned();
+    let scrape_listener = match &page {
+        Some(p) => Some(bind(format!("{}:{}", p.host, p.port), "OTEL_METRICS_EXPORTER=prometheus").await?),
+        None => None,
+    };
+    let certificates = match &config.tls {
+        Some(files) => Some(watch::Sender::new(Arc::new(files.load()?))),
+        None => None,
+    };
+    let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
+    let store = open_store(&config).await?;
+
+    let [front, back, last] = std::array::from_fn(|_| CancellationToken::new());
+    let metrics = Arc::new(Metrics::new(&telemetry.meter()));
+    remember_last_times(&store, &metrics).await?;
+    let queue_folder = config.data_dir.join("queue");
+    let Started { queue, tasks: queue_tasks } =
+        Queue::start(&config.queue, &queue_folder, last.clone()).await.context("start the queue")?;
+    let files: Arc<dyn Tier1Files> = Arc::new(consumer::Directory::new(store.root()));
+    let mut consumer_tasks = JoinSet::new();
+    let archives = tier2.clone().map(|tier2| {
+        let archives = Archives::new(files.clone());
+        let parts = consumer::Parts {
+            queue: queue.clone(),
+            tier2,
+            files,
+            archives: archives.clone(),
+            observer: metrics.clone(),
+        };
+        consumer_tasks = consumer::start(&config.consumer, parts, back.clone());
+        archives
+    });
+    let publisher = Publisher::new(queue.clone(), archives.as_ref().map(Archives::listener));
+    let (sealer, hints) = seal::channel();
+    let sealing = seal::Context {
+        store: store.clone(),
+        queue: publisher.clone(),
+        metrics: metrics.clone(),
+        workers: config.wal.seal_workers,
+    };
+    let sealing = spawn(seal::run(sealing, hints, back.clone()));
+
+    let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
+    let registry = Arc::new(Registry::default());
+    let sessions = TaskTracker::new();
+    let expiry = certificates.as_ref().map(watch::Sender::subscribe);
+    let board = Arc::new(StatusBoard {
+        store: store.clone(),
+        registry: registry.clone(),
+        metrics: metrics.clone(),
+        archives,
+        queue: queue.clone(),
+        certificate_expiry: Box::new(move || expiry.as_ref().map(|e| e.borrow().expires_unix)),
+        cache: Mutex::default(),
+    });
+    let gauges = board.clone();
+    metrics::observe(&telemetry.meter(), move || gauges.gauges());
+
+    let receiver = Receiver {
+        store: store.clone(),
+        registry,
+        sealer,
+        auth: auth.clone(),
+        metrics,
+        options: ReceiverOptions { window: config.wal.window_bytes },
+        shutdown: front.clone(),
+    };
+    let source = Source { store, tier2: tier2.clone() };
+    let wal = WalService {
+        auth: auth.clone(),
+        receiver,
+        source,
+        queue: publisher,
+        tasks: sessions.clone(),
+    };
+    let catalog = CatalogService { auth, board: board.clone(), tier2 };
+    let router = router(wal, catalog).await?;
+    let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);
+
+    let readiness: admin::Readiness = Arc::new(move || {
+        let board = board.clone();
+        Box::pin(async move {
+            let read = tokio::task::spawn_blocking(move || board.readiness()).await;
+            read.unwrap_or_else(|error| vec![error.to_string()])
+        })
+    });
+    if let Some(listener) = admin_listener {
+        tracing::info!(address = %listener.local_addr()?, "serving /livez, /readyz and, with OTEL_METRICS_EXPORTER=prometheus, /metrics");
+        let router = admin::router(readiness, page.clone());
+        tasks.push(("admin", spawn(admin::serve(listener, router, back.clone()))));
+    }
+    if let (Some(listener), Some(page)) = (scrape_listener, page) {
+        let router = admin::metrics_router(page);
+        tasks.push(("metrics", spawn(admin::serve(listener, router, back.clone()))));
+    }
+    let background = vec![("seal", sealing)];
+    Ok(Running { front, back, last, sessions, tasks, background, consumer_tasks, queue_tasks })
+}
+
+/// The one place that spawns: every handle ends up in [`Running`].
+#[expect(clippy::disallowed_methods, reason = "the handle is owned by Running")]
+pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(task)
+}
+
+async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
+    let root = config.data_dir.join("tier1");
+    let store = tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&root)
+            .with_context(|| format!("create folder {}", root.display()))?;
+        WalStore::open(Arc::new(RealDisk::new()), root, WalOptions::default())
+            .context("open tier 1")
+    });
+    let store = store.await??;
+    for cluster in store.clusters() {
+        for position in store.positions(&cluster) {
+            tracing::info!(%cluster, timeline = ?position.timeline, start = %position.start, flushed = %position.flushed, "recovered");
+        }
+        for problem in store.problems(&cluster) {
+            tracing::error!(%cluster, problem, "tier 1");
+        }
+    }
+    Ok(store)
+}
+
+/// After a restart the gauges show the true last times, read from the store.
+async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow::Result<()> {
+    let (store, metrics) = (store.clone(), metrics.clone());
+    tokio::task::spawn_blocking(move || {
+        for cluster in store.clusters() {
+            let newest = store.list(&cluster).unwrap_or_default();
+            for file in newest {
+                metrics.seen_written(&cluster, file.modified_unix);
+            }
+        }
+    })
+    .await?;
+    Ok(())
+}
+
+async fn router(wal: WalService, catalog: CatalogService) -> anyhow::Result<Router> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<WalServer<WalService>>().await;
+    health.set_serving::<CatalogServer<CatalogService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("prepare gRPC reflection")?;
+    Ok(Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .initial_stream_window_size(2 << 20)
+        .initial_connection_window_size(4 << 20)
+        .max_frame_size(256 << 10)
+        .add_service(WalServer::new(wal).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .add_service(CatalogServer::new(catalog).max_decoding_message_size(64 << 10))
+        .add_service(health_service)
+        .add_service(reflection))
+}
+
+fn serve(
+    router: Router,
+    listener: TcpListener,
+    certificates: Option<watch::Sender<Arc<Loaded>>>,
+    files: Option<tls::TlsFiles>,
+    front: &CancellationToken,
+) -> Vec<(&'static str, JoinHandle<()>)> {
+    let stop = front.clone().cancelled_owned();
+    let address = listener.local_addr().map_or_else(|_| "?".into(), |a| a.to_string());
+    let (Some(certificates), Some(files)) = (certificates, files) else {
+        tracing::warn!(%address, "receiving WAL WITHOUT TLS: unsafe_plaintext is set");
+        let incoming = TcpListenerStream::new(listener).map(|tcp| {
+            tcp.inspect(|tcp| drop(tcp.set_nodelay(true)))
+        });
+        let served = async move { report(router.serve_with_incoming_shutdown(incoming, stop).await) };
+        return vec![("grpc", spawn(served))];
+    };
+    tracing::info!(%address, "receiving WAL over TLS 1.3 with client certificates");
+    let (ready, accepted) = mpsc::channel(64);
+    let accepting = tls::accept(listener, certificates.subscribe(), ready, front.clone());
+    let incoming = ReceiverStream::new(accepted);
+    let served = async move { report(router.serve_with_incoming_shutdown(incoming, stop).await) };
+    vec![
+        ("accept", spawn(accepting)),
+        ("certificates", spawn(tls::reload(files, certificates, front.clone()))),
+        ("grpc", spawn(served)),
+    ]
+}
+
+fn report(served: Result<(), tonic::transport::Error>) {
+    if let Err(error) = served {
+        tracing::error!(%error, "serve gRPC");
+    }
+}
+
+impl Running {
+    /// Stops in order; returns within [`DRAIN_TIMEOUT`].
+    pub async fn stop(mut self) {
+        let deadline = tokio::time::Instant::now() + DRAIN_TIMEOUT;
+        self.front.cancel();
+        self.sessions.close();
+        if tokio::time::timeout_at(deadline, self.sessions.wait()).await.is_err() {
+            tracing::warn!(left = self.sessions.len(), "streams did not end in time");
+        }
+        self.back.cancel();
+        for (name, mut handle) in self.background.into_iter().chain(self.tasks) {
+            if tokio::time::timeout_at(deadline, &mut handle).await.is_err() {
+                tracing::warn!(task = name, "did not end in time");
+                handle.abort();
+            }
+        }
+        drain("consumer", &mut self.consumer_tasks, deadline).await;
+        self.last.cancel();
+        drain("queue", &mut self.queue_tasks, deadline).await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn drain(name: &'static str, tasks: &mut JoinSet<()>, deadline: tokio::time::Instant) {
+    let all = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout_at(deadline, all).await.is_err() {
+        tracing::warn!(task = name, "did not end in time");
+    }
+}

@@ -1,0 +1,209 @@
+//! `klio-server init DIR`: everything a first start needs, in one folder. Overwrites nothing.
+
+use crate::pki::{self, CA_CERT, CA_KEY, Subject};
+use anyhow::{Context, bail};
+use klio_storage::layout::ClusterName;
+use std::{fs, os::unix::fs::DirBuilderExt, path::{Path, PathBuf}};
+
+/// The configuration's name in the folder.
+pub const CONFIG_FILE: &str = "klio-server.toml";
+
+/// Arguments of `init`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The folder to create or fill.
+    pub dir: PathBuf,
+    /// Host names and addresses the server will be reached by; the first one goes into client bundles.
+    #[arg(long = "host", default_values_t = ["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()])]
+    pub hosts: Vec<String>,
+    /// Where the server listens.
+    #[arg(long, default_value = "127.0.0.1:7423")]
+    pub listen: std::net::SocketAddr,
+    /// Where /livez, /readyz and /metrics are served.
+    #[arg(long, default_value = "127.0.0.1:7424")]
+    pub admin_listen: std::net::SocketAddr,
+    /// Where WAL is kept; below DIR when not given.
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// The cluster of the first client bundle.
+    #[arg(long, default_value = "main")]
+    pub cluster: String,
+}
+
+/// Writes the folder.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let cluster: ClusterName = args.cluster.parse()?;
+    let Some(host) = args.hosts.first() else { bail!("--host: expected at least one name") };
+    for name in [CONFIG_FILE, CA_CERT, CA_KEY, "server.crt", "server.key"] {
+        let path = args.dir.join(name);
+        if path.exists() {
+            bail!("{} exists already; hint: init never overwrites, choose another folder", path.display());
+        }
+    }
+    private_dir(&args.dir)?;
+    let authority = pki::new_authority()?;
+    let server = pki::issue_server(&authority, &args.hosts)?;
+    let write = |name: &str, content: &str, secret| pki::write_new(&args.dir.join(name), content, secret);
+    write(CA_CERT, &authority.cert, false)?;
+    write(CA_KEY, &authority.key, true)?;
+    write("server.crt", &server.cert, false)?;
+    write("server.key", &server.key, true)?;
+    let address = address(host, args.listen.port());
+    write(CONFIG_FILE, &config_text(args, &address), false)?;
+    let subject = Subject::Client(format!("klio@{cluster}"));
+    let bundle = bundle(&args.dir, &authority, &subject, Some(&cluster), &address)?;
+    let dir = args.dir.display();
+    println!("wrote {dir}/{CONFIG_FILE}        the commented configuration");
+    println!("wrote {dir}/{CA_CERT}, {CA_KEY}          a local certificate authority: keep {CA_KEY} secret");
+    println!("wrote {dir}/server.crt, server.key  for {}", args.hosts.join(", "));
+    println!("wrote {}/  the client bundle of cluster {cluster}", bundle.display());
+    println!();
+    println!("next: klio-server run -c {dir}/{CONFIG_FILE}");
+    println!("then, beside PostgreSQL, with the bundle copied there:");
+    println!("      klio check -c {}/klio.toml", bundle.display());
+    Ok(())
+}
+
+/// `https://host:port`, with brackets where the host is an IPv6 address.
+pub fn address(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") }
+}
+
+fn private_dir(dir: &Path) -> anyhow::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("create folder {}", dir.display()))
+}
+
+/// Writes a client bundle below `clients/`; gives back its folder.
+pub fn bundle(
+    dir: &Path,
+    authority: &pki::Pair,
+    subject: &Subject,
+    cluster: Option<&ClusterName>,
+    address: &str,
+) -> anyhow::Result<PathBuf> {
+    let (Subject::Client(name) | Subject::Admin(name)) = subject;
+    let folder = dir.join("clients").join(name);
+    if folder.join("client.crt").exists() {
+        bail!("{} exists already; hint: move it away to issue a new one", folder.display());
+    }
+    private_dir(&folder)?;
+    let pair = pki::issue_client(authority, subject)?;
+    pki::write_new(&folder.join("ca.crt"), &authority.cert, false)?;
+    pki::write_new(&folder.join("client.crt"), &pair.cert, false)?;
+    pki::write_new(&folder.join("client.key"), &pair.key, true)?;
+    pki::write_new(&folder.join("klio.toml"), &client_text(cluster, address), true)?;
+    Ok(folder)
+}
+
+fn client_text(cluster: Option<&ClusterName>, address: &str) -> String {
+    let cluster = cluster.map_or_else(
+        || "# cluster = \"main\"   # an administrator names the cluster: here or with --cluster".into(),
+        |c| format!("cluster = \"{c}\""),
+    );
+    format!(
+        r#"# Configuration of klio. Every setting: klio help config
+{cluster}
+
+[server]
+address = "{address}"
+ca = "ca.crt"           # paths are relative to this file
+cert = "client.crt"
+key = "client.key"
+
+[postgres]
+# A libpq connection string or URL; PG* variables and ~/.pgpass apply as well.
+# The role needs REPLICATION. Without a dsn the PG* variables alone decide.
+# dsn = "host=/var/run/postgresql user=postgres"
+slot = "klio"
+
+[stream]
+# When PostgreSQL has removed WAL before it was received: "record" the gap and go on, or "stop".
+on_gap = "record"
+"#
+    )
+}
+
+fn config_text(args: &Args, address: &str) -> String {
+    let data = args.data_dir.as_ref().map_or_else(|| "data".into(), |d| d.display().to_string());
+    let (listen, admin) = (args.listen, args.admin_listen);
+    format!(
+        r#"# Configuration of klio-server. Paths are relative to this file.
+# Every setting can also be given as a variable: KLIO_TIER2__URL for url in [tier2].
+
+# Tier 1: received WAL is durable here before it is acknowledged. The queue lives here too.
+data_dir = "{data}"
+
+# Where sidecars connect, and the address that client bundles carry.
+listen = "{listen}"
+public_address = "{address}"
+
+[tls]
+cert = "server.crt"       # read again when the files change
+key = "server.key"
+client_ca = "ca.crt"      # whose client certificates are accepted
+
+# Certificates of another authority: which common name may use which cluster.
+# [[auth.map]]
+# common_name = "db1.example.com"
+# cluster = "main"
+
+[admin]
+listen = "{admin}"        # /livez, /readyz, /metrics
+
+# Tier 2: the bucket. Without it WAL stays on tier 1, and is archived when this is added.
+# [tier2]
+# url = "s3://bucket/prefix"          # also gs://, az://, file:///folder
+# endpoint = "https://s3.example.com" # S3-compatible stores
+# region = "eu-central-1"
+# access_key_id = "..."               # without: the ambient credentials
+# secret_access_key = "..."           # or KLIO_TIER2__SECRET_ACCESS_KEY
+
+[wal]
+window_bytes = 8388608    # most WAL a sidecar sends beyond what is acknowledged
+seal_workers = 2
+
+# The queue is a nats-server that klio-server starts itself. To use an existing one:
+# [queue]
+# url = "tls://nats.example.com:4222"
+
+# Metrics and traces follow the standard OTEL_* variables, for example
+# OTEL_METRICS_EXPORTER=prometheus, OTEL_TRACES_EXPORTER=otlp.
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Wrap {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn init_writes_a_configuration_that_loads_and_never_overwrites() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("k");
+        let args = Wrap::parse_from(["x", target.to_str().unwrap(), "--cluster", "pg-1"]).args;
+        run(&args).unwrap();
+        let config = crate::config::Config::load(&target.join(CONFIG_FILE)).unwrap();
+        assert!(config.tls.unwrap().load().is_ok());
+        assert_eq!(config.data_dir, target.join("data"));
+        assert!(target.join("clients/klio@pg-1/klio.toml").exists());
+        assert!(run(&args).unwrap_err().to_string().contains("exists already"));
+    }
+
+    #[test]
+    fn an_ipv6_host_gets_brackets() {
+        assert_eq!(address("::1", 7), "https://[::1]:7");
+        assert_eq!(address("db", 7), "https://db:7");
+    }
+}

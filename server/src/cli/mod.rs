@@ -1,0 +1,44 @@
+//! The commands of `klio-server`: one verb a file.
+
+pub mod client;
+pub mod init;
+pub mod reference;
+pub mod run;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Receives PostgreSQL's write-ahead log, keeps it durable on disk and moves it to object storage.
+#[derive(Debug, Parser)]
+#[command(name = "klio-server", version, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
+pub struct Cli {
+    /// Also log debug lines, with trace ids.
+    #[arg(long, global = true)]
+    pub debug: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a commented configuration, a local certificate authority, the server's certificate and a
+    /// first client bundle.
+    Init(init::Args),
+    /// Run the server in the foreground until SIGTERM or SIGINT.
+    Run(RunArgs),
+    /// Issue a client bundle: certificate, key and configuration for one `klio`.
+    Client(client::Args),
+    /// Print a generated table of the documentation.
+    #[command(hide = true)]
+    Reference(reference::Args),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// The configuration file.
+    #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
+    pub config: PathBuf,
+}

@@ -1,0 +1,59 @@
+//! `klio-server reference`: prints the generated parts of docs/, so that they cannot drift.
+//!
+//! `make docs` writes them; a test compares. The tables are the code's own.
+
+use crate::{config::SETTINGS, metrics::CATALOGUE};
+use klio_proto::Code;
+use std::fmt::Write as _;
+
+/// Which table.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Table {
+    /// Instruments of klio-server.
+    Metrics,
+    /// Settings of klio-server.
+    Configuration,
+    /// Error codes of both programs.
+    Errors,
+}
+
+/// Arguments of `reference`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Which table.
+    pub table: Table,
+}
+
+/// Prints a table as Markdown.
+pub fn run(args: &Args) {
+    print!("{}", text(args.table));
+}
+
+fn text(table: Table) -> String {
+    let mut out = String::new();
+    match table {
+        Table::Metrics => {
+            out.push_str("| name | type | unit | meaning |\n|---|---|---|---|\n");
+            for (name, kind, unit, meaning) in CATALOGUE {
+                let _ = writeln!(out, "| {name} | {kind} | {unit} | {meaning} |");
+            }
+        }
+        Table::Configuration => {
+            out.push_str("| setting | variable | default | meaning |\n|---|---|---|---|\n");
+            for (path, default, meaning) in SETTINGS {
+                let variable = format!("KLIO_{}", path.replace('.', "__").to_uppercase());
+                let _ = writeln!(out, "| `{path}` | `{variable}` | {default} | {meaning} |");
+            }
+        }
+        Table::Errors => {
+            out.push_str("| code | exit status | tried again | meaning | hint |\n|---|---|---|---|---|\n");
+            for code in Code::ALL {
+                let again = if code.retryable() { "yes" } else { "no" };
+                let (name, exit) = (code.name(), code.exit());
+                let (meaning, hint) = (code.meaning().trim(), code.hint());
+                let _ = writeln!(out, "| {name} | {exit} | {again} | {meaning} | {hint} |");
+            }
+        }
+    }
+    out
+}

@@ -1,0 +1,358 @@
+//! The configuration of `klio-server`: one TOML file, `KLIO_*` over it.
+//!
+//! default < file < environment. `KLIO_TIER2__URL` sets `url` in `[tier2]`; a value is read as TOML
+//! where it is valid TOML (numbers, booleans, lists) and as text elsewhere. Unknown names are refused.
+//! [`Config::validate`] gives every problem at once, before a port is opened or a file written.
+
+use crate::{consumer::ConsumerConfig, grpc::auth::MapEntry, queue::QueueConfig, tls::TlsFiles};
+use klio_pg::ByteSize;
+use klio_storage::tier2::Tier2Config;
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+use toml::{Table, Value};
+
+/// Variables that begin with `KLIO_` and are no settings.
+const NOT_SETTINGS: [&str; 4] =
+    ["KLIO_CONFIG", "KLIO_OTEL_STRICT", "KLIO_LOG_FORMAT", "KLIO_BIN_DIR"];
+
+/// Everything a server is told.
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Tier 1 and the queue live below this folder.
+    pub data_dir: PathBuf,
+    /// Where sidecars connect.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// `https://host:port` that client bundles carry.
+    pub public_address: Option<String>,
+    /// Certificates; required unless `unsafe_plaintext`.
+    pub tls: Option<TlsFiles>,
+    /// No TLS and no client certificates: everybody who reaches the port may do everything.
+    #[serde(default)]
+    pub unsafe_plaintext: bool,
+    /// Certificates of foreign authorities.
+    #[serde(default)]
+    pub auth: AuthConfig,
+    /// Receiving and sealing.
+    #[serde(default)]
+    pub wal: WalConfig,
+    /// The job queue.
+    #[serde(default)]
+    pub queue: QueueConfig,
+    /// The bucket; without one WAL stays on tier 1 and is archived when one is added.
+    pub tier2: Option<Tier2Config>,
+    /// Moving to tier 2.
+    #[serde(default)]
+    pub consumer: ConsumerConfig,
+    /// Health and metrics over HTTP.
+    #[serde(default)]
+    pub admin: AdminConfig,
+    /// Over the OTEL_* variables.
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+}
+
+/// `[auth]`
+#[derive(Debug, Clone, Default, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuthConfig {
+    /// Roles for certificates whose subject does not say them.
+    #[serde(default)]
+    pub map: Vec<MapEntry>,
+}
+
+/// `[wal]`
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WalConfig {
+    /// Most bytes a sidecar may send beyond what is acknowledged; bounds memory for each stream.
+    pub window_bytes: ByteSize,
+    /// Segments sealed at once.
+    pub seal_workers: usize,
+}
+
+impl Default for WalConfig {
+    fn default() -> Self {
+        Self { window_bytes: ByteSize::mib(8), seal_workers: 2 }
+    }
+}
+
+/// `[admin]`
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// /livez, /readyz and /metrics.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: Some(SocketAddr::from(([127, 0, 0, 1], 7424))) }
+    }
+}
+
+/// `[telemetry]`: what is set here wins over OTEL_*.
+#[derive(Debug, Clone, Default, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// `false` turns all of it off.
+    pub enabled: Option<bool>,
+    /// `service.name`.
+    pub service_name: Option<String>,
+    /// OTLP endpoint for traces.
+    pub trace_endpoint: Option<String>,
+    /// Logs over OTLP as well.
+    pub export_logs: Option<bool>,
+    /// OTLP endpoint for logs.
+    pub logs_endpoint: Option<String>,
+    /// As RUST_LOG.
+    pub log_level: Option<String>,
+    /// `text` or `json`.
+    pub log_format: Option<String>,
+}
+
+/// Every setting: name, default, meaning. docs/configuration.md is generated from it.
+pub const SETTINGS: &[(&str, &str, &str)] = &[
+    ("data_dir", "", "folder of tier 1 and the queue; required"),
+    ("listen", "127.0.0.1:7423", "where sidecars connect"),
+    ("public_address", "", "https://host:port that client bundles carry"),
+    ("unsafe_plaintext", "false", "no TLS and no client certificates: everybody may do everything"),
+    ("tls.cert", "", "server certificate chain, PEM; read again when it changes"),
+    ("tls.key", "", "its private key, PEM"),
+    ("tls.client_ca", "", "authorities of client certificates, PEM"),
+    ("auth.map", "[]", "list of { common_name, cluster } or { common_name, admin = true }"),
+    ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
+    ("wal.seal_workers", "2", "segments sealed at once"),
+    ("queue.url", "", "an existing NATS instead of the embedded one"),
+    ("queue.executable", "", "nats-server 2.12 or newer; default: beside klio-server, .tools/bin, PATH"),
+    ("queue.max_bytes", "268435456", "most bytes of jobs kept; when full, jobs are derived later"),
+    ("queue.ca_file", "", "authority of the existing NATS"),
+    ("queue.credentials_file", "", "NATS credentials file"),
+    ("queue.user", "", "user of the existing NATS"),
+    ("queue.password", "", "its password"),
+    ("queue.replicas", "1", "copies of the stream in an existing NATS cluster"),
+    ("consumer.uploads", "4", "uploads at once, of all clusters together"),
+    ("consumer.uploads_per_cluster", "3", "uploads at once of one cluster"),
+    ("consumer.reconcile_interval_seconds", "600", "between two comparisons of the tiers"),
+    ("tier2.url", "", "s3://, gs://, az:// or file:///; without it nothing is archived"),
+    ("tier2.endpoint", "", "address of an S3-compatible store"),
+    ("tier2.region", "", "S3 region"),
+    ("tier2.path_style", "true with an endpoint", "bucket in the path"),
+    ("tier2.ca_file", "", "authorities to trust beside the system's"),
+    ("tier2.access_key_id", "", "S3 access key; without: ambient credentials"),
+    ("tier2.secret_access_key", "", "S3 secret"),
+    ("tier2.session_token", "", "S3 session token"),
+    ("tier2.service_account_file", "", "Google Cloud service account"),
+    ("tier2.account", "", "Azure storage account"),
+    ("tier2.account_key", "", "Azure access key"),
+    ("tier2.storage_class", "", "storage class of new objects"),
+    ("tier2.encryption", "", "server-side encryption (S3)"),
+    ("tier2.kms_key_id", "", "key for encryption by KMS"),
+    ("tier2.upload_memory", "67108864", "bound of memory of all uploads, bytes"),
+    ("tier2.connect_timeout_seconds", "5", "until a connection must stand"),
+    ("tier2.request_timeout_seconds", "60", "one request with its body"),
+    ("tier2.retry_timeout_seconds", "30", "retries inside one attempt"),
+    ("admin.listen", "127.0.0.1:7424", "/livez, /readyz, /metrics"),
+    ("telemetry.enabled", "true", "false turns OpenTelemetry off"),
+    ("telemetry.service_name", "klio-server", "service.name"),
+    ("telemetry.trace_endpoint", "", "OTLP endpoint for traces"),
+    ("telemetry.export_logs", "false", "logs over OTLP too"),
+    ("telemetry.logs_endpoint", "", "OTLP endpoint for logs"),
+    ("telemetry.log_level", "info", "as RUST_LOG"),
+    ("telemetry.log_format", "text", "text or json"),
+];
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7423))
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("read configuration {place}: {}", .problems.join("; "))]
+pub struct ConfigError {
+    place: String,
+    problems: Vec<String>,
+}
+
+impl Config {
+    /// Reads a file and the process environment.
+    ///
+    /// # Errors
+    /// Every problem at once.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let fail = |problem: String| ConfigError {
+            place: path.display().to_string(),
+            problems: vec![problem],
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| fail(format!("{e}; hint: klio-server init DIR writes one")))?;
+        let environment: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
+        let mut config = Self::parse(&text, &environment).map_err(fail)?;
+        config.resolve(path.parent().unwrap_or(Path::new(".")));
+        let problems = config.validate();
+        if problems.is_empty() {
+            return Ok(config);
+        }
+        Err(ConfigError { place: path.display().to_string(), problems })
+    }
+
+    /// Pure: the file's text and the environment.
+    pub fn parse(text: &str, environment: &[(String, String)]) -> Result<Self, String> {
+        let mut table: Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
+        for (name, value) in environment {
+            if name.starts_with("KLIO_") && !NOT_SETTINGS.contains(&name.as_str()) {
+                overlay(&mut table, name, value);
+            }
+        }
+        Value::Table(table).try_into().map_err(|e: toml::de::Error| e.message().to_owned())
+    }
+
+    /// Relative paths are relative to the file, not to wherever the program was started.
+    fn resolve(&mut self, base: &Path) {
+        let mut fix = |path: &mut PathBuf| {
+            if path.is_relative() {
+                *path = base.join(&*path);
+            }
+        };
+        fix(&mut self.data_dir);
+        if let Some(tls) = &mut self.tls {
+            fix(&mut tls.cert);
+            fix(&mut tls.key);
+            fix(&mut tls.client_ca);
+        }
+        let tier2 = self.tier2.as_mut();
+        if let Some(ca) = tier2.and_then(|t| t.ca_file.as_mut()) {
+            fix(ca);
+        }
+    }
+
+    /// Every problem that can be seen without touching network or disk.
+    pub fn validate(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.tls.is_none() && !self.unsafe_plaintext {
+            problems.push("[tls]: expected cert, key and client_ca; hint: klio-server init writes them".into());
+        }
+        if self.tls.is_some() && self.unsafe_plaintext {
+            problems.push("unsafe_plaintext: expected false beside a [tls] section".into());
+        }
+        if self.data_dir.as_os_str().is_empty() {
+            problems.push("data_dir: expected a folder, found nothing".into());
+        }
+        let window = self.wal.window_bytes.bytes();
+        if !(1 << 20..=1 << 30).contains(&window) {
+            problems.push(format!("wal.window_bytes: expected 1 MiB to 1 GiB, found {window}"));
+        }
+        if !(1..=64).contains(&self.wal.seal_workers) {
+            let found = self.wal.seal_workers;
+            problems.push(format!("wal.seal_workers: expected 1 to 64, found {found}"));
+        }
+        for entry in &self.auth.map {
+            if entry.cluster.is_some() == entry.admin {
+                let name = &entry.common_name;
+                problems.push(format!("auth.map {name:?}: expected either a cluster or admin = true"));
+            }
+        }
+        if let Some(tier2) = &self.tier2 {
+            problems.extend(tier2.validate().into_iter().map(|p| format!("[tier2] {p}")));
+        }
+        problems.extend(self.queue.validate());
+        problems.extend(self.consumer.validate());
+        if self.telemetry.log_format.as_deref().is_some_and(|f| !["text", "json"].contains(&f)) {
+            problems.push("telemetry.log_format: expected text or json".into());
+        }
+        problems
+    }
+}
+
+impl TelemetryConfig {
+    /// The same as variables, which the telemetry crate reads before the environment.
+    pub fn overrides(&self) -> BTreeMap<String, String> {
+        let mut set = BTreeMap::new();
+        let mut put = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                set.insert(name.to_owned(), value);
+            }
+        };
+        put("OTEL_SDK_DISABLED", self.enabled.filter(|on| !on).map(|_| "true".into()));
+        put("OTEL_SERVICE_NAME", self.service_name.clone());
+        put("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", self.trace_endpoint.clone());
+        put("OTEL_TRACES_EXPORTER", self.trace_endpoint.as_ref().map(|_| "otlp".into()));
+        put("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", self.logs_endpoint.clone());
+        put("OTEL_LOGS_EXPORTER", self.export_logs.filter(|on| *on).map(|_| "otlp".into()));
+        set
+    }
+}
+
+/// `KLIO_A__B` sets `b` in `[a]`; `KLIO_A` sets `a`.
+fn overlay(table: &mut Table, variable: &str, text: &str) {
+    let path = variable.trim_start_matches("KLIO_").to_lowercase();
+    let mut parts: Vec<&str> = path.split("__").collect();
+    let Some(last) = parts.pop() else { return };
+    let mut target = table;
+    for part in parts {
+        let entry = target.entry(part).or_insert_with(|| Value::Table(Table::new()));
+        if !entry.is_table() {
+            *entry = Value::Table(Table::new());
+        }
+        let Value::Table(inner) = entry else { return };
+        target = inner;
+    }
+    let mut line = String::new();
+    let _ = write!(line, "x = {text}");
+    let value = line.parse::<Table>().ok().and_then(|mut t| t.remove("x"));
+    target.insert(last.to_owned(), value.unwrap_or_else(|| Value::String(text.to_owned())));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "data_dir = \"/d\"\nunsafe_plaintext = true\n";
+
+    fn env(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+    }
+
+    #[test]
+    fn an_empty_or_absurd_file_is_refused_by_name() {
+        let missing = Config::parse("", &[]).unwrap_err();
+        assert!(missing.contains("data_dir"), "{missing}");
+        let unknown = Config::parse(&format!("{MINIMAL}colour = \"red\""), &[]).unwrap_err();
+        assert!(unknown.contains("colour"), "{unknown}");
+        for absurd in ["\0", "[[[", "data_dir = 7", "listen = \"nowhere\"\ndata_dir = \"/d\""] {
+            assert!(Config::parse(absurd, &[]).is_err(), "{absurd:?}");
+        }
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once() {
+        let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[telemetry]\nlog_format = \"xml\"\n[[auth.map]]\ncommon_name = \"x\"\n";
+        let problems = Config::parse(text, &[]).unwrap().validate();
+        for name in ["[tls]", "data_dir", "window_bytes", "seal_workers", "log_format", "auth.map"] {
+            assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");
+        }
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let environment = env(&[
+            ("KLIO_DATA_DIR", "/e"),
+            ("KLIO_WAL__SEAL_WORKERS", "5"),
+            ("KLIO_TELEMETRY__SERVICE_NAME", "other"),
+            ("KLIO_CONFIG", "ignored"),
+            ("OTHER", "x"),
+        ]);
+        let config = Config::parse(MINIMAL, &environment).unwrap();
+        assert_eq!(config.data_dir, Path::new("/e"));
+        assert_eq!(config.wal.seal_workers, 5);
+        assert_eq!(config.telemetry.overrides()["OTEL_SERVICE_NAME"], "other");
+        assert!(Config::parse(MINIMAL, &env(&[("KLIO_WAL__COLOUR", "1")])).is_err());
+    }
+}

@@ -1,0 +1,283 @@
+//! What is archived of every cluster: one state, moved by uploads, seals and comparisons, read by
+//! gauges and `klio status`.
+//!
+//! R1  an upload is in `archive.json`, durably, before its job is acknowledged.
+//! R2  an upload that is recorded while a comparison lists the bucket is not lost by its result.
+//! R3  reading never waits for a disk or a network.
+
+use super::{ArchiveState, StoredFile, Tier1Files, now_unix};
+use crate::queue::{Job, Listener};
+use klio_storage::{
+    Error, Kind, Op,
+    catalog::{Archive, Totals, archive_file},
+    layout::{ClusterName, WalFile},
+    tier2::{Outcome, StoredObject, Uploaded},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// Problems listed for one cluster; a thousand say no more than ten.
+const PROBLEMS_SHOWN: usize = 10;
+
+/// A cheap handle on the state of all clusters.
+#[derive(Clone)]
+pub struct Archives {
+    files: Arc<dyn Tier1Files>,
+    clusters: Arc<Mutex<BTreeMap<ClusterName, Arc<Cluster>>>>,
+}
+
+#[derive(Default)]
+struct Cluster {
+    state: Mutex<State>,
+    /// Held while writing; says which version is on disk, so that uploads that end together share one
+    /// write.
+    written: tokio::sync::Mutex<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    /// `None` while the segment size is unknown.
+    archive: Option<Archive>,
+    /// Counts changes of `archive`.
+    version: u64,
+    /// Finished files not known to be in tier 2, and since when they wait.
+    pending: BTreeMap<WalFile, u64>,
+    /// What is wrong, by file; the empty name is the cluster as a whole.
+    problems: BTreeMap<String, String>,
+    /// Proven since the running comparison began (R2).
+    since: Option<BTreeSet<WalFile>>,
+}
+
+/// What a comparison found.
+pub(super) struct Compared {
+    /// Finished files that tier 2 does not have.
+    pub(super) missing: Vec<StoredFile>,
+}
+
+impl Archives {
+    /// Over this tier 1; knows nothing until clusters are loaded.
+    pub fn new(files: Arc<dyn Tier1Files>) -> Self {
+        Self { files, clusters: Arc::default() }
+    }
+
+    /// To be told of each finished file.
+    pub fn listener(&self) -> Listener {
+        let this = self.clone();
+        Arc::new(move |job| this.sealed(job))
+    }
+
+    /// What is known of a cluster now.
+    pub fn state(&self, cluster: &ClusterName) -> ArchiveState {
+        let cluster = self.cluster(cluster);
+        let state = lock(&cluster.state);
+        let frontiers = state.archive.as_ref().map(Archive::frontiers).unwrap_or_default();
+        let newest = frontiers.last();
+        let mut problems: Vec<String> =
+            state.problems.values().take(PROBLEMS_SHOWN).cloned().collect();
+        if state.problems.len() > PROBLEMS_SHOWN {
+            problems.push(format!("and {} more", state.problems.len() - PROBLEMS_SHOWN));
+        }
+        let latest = state.archive.as_ref().and_then(Archive::latest_archived_unix);
+        ArchiveState {
+            archived_lsn: newest.map(|f| f.archived).unwrap_or_default(),
+            timeline: newest.map(|f| f.timeline),
+            latest_archived_unix: latest.map(|t| t as f64),
+            oldest_unarchived_unix: state.pending.values().min().map(|t| *t as f64),
+            unarchived_files: state.pending.len() as u64,
+            totals: state.archive.as_ref().map_or_else(Totals::default, Archive::totals),
+            problems,
+            frontiers,
+        }
+    }
+
+    /// A finished file that tier 2 does not have yet.
+    fn sealed(&self, job: &Job) {
+        let cluster = self.cluster(&job.cluster);
+        let mut state = lock(&cluster.state);
+        state.pending.entry(job.file).or_insert_with(now_unix);
+        if let Some(archive) = &mut state.archive {
+            archive.hold([job.file]);
+        }
+    }
+
+    /// Reads what an earlier run knew. Blocking.
+    pub(super) fn load(&self, name: &ClusterName) {
+        let cluster = self.cluster(name);
+        let size = self.files.segment_size(name);
+        let known = archive_file::read(&self.files.archive_path(name)).unwrap_or_else(|error| {
+            tracing::warn!(cluster = %name, %error, "rebuilt by comparing both tiers");
+            None
+        });
+        let held = self.files.list(name).unwrap_or_default();
+        let mut state = lock(&cluster.state);
+        if state.archive.is_none() {
+            state.archive = known.filter(|a| Some(a.segment_size()) == size);
+        }
+        state.prepare(size, held.iter().map(|f| f.file));
+    }
+
+    /// Records a proven object, durably (R1).
+    pub(super) async fn record(
+        &self,
+        name: &ClusterName,
+        file: WalFile,
+        local_size: Option<u64>,
+        uploaded: Uploaded,
+    ) -> Result<(), Error> {
+        let cluster = self.cluster(name);
+        let version = {
+            let mut state = lock(&cluster.state);
+            state.pending.remove(&file);
+            state.problems.remove(&file.to_string());
+            state.problems.remove("");
+            if let Some(since) = &mut state.since {
+                since.insert(file);
+            }
+            let Some(archive) = &mut state.archive else { return Ok(()) };
+            let written = (uploaded.outcome == Outcome::Stored).then(now_unix);
+            archive.record(file, uploaded.size, written);
+            if local_size.is_some_and(|local| local != uploaded.size) {
+                archive.accept_size(file, uploaded.size);
+            }
+            state.version += 1;
+            state.version
+        };
+        self.write(name, &cluster, version).await
+    }
+
+    /// Makes `version` or a later one durable.
+    async fn write(&self, name: &ClusterName, cluster: &Cluster, version: u64) -> Result<(), Error> {
+        let mut written = cluster.written.lock().await;
+        if *written >= version {
+            return Ok(());
+        }
+        let (archive, version) = {
+            let state = lock(&cluster.state);
+            (state.archive.clone(), state.version)
+        };
+        let Some(archive) = archive else { return Ok(()) };
+        let path = self.files.archive_path(name);
+        let place = path.display().to_string();
+        let task = tokio::task::spawn_blocking(move || archive_file::write(&path, &archive));
+        task.await.map_err(|error| Error::new(Kind::Io, Op::Write, place, error))??;
+        *written = version;
+        Ok(())
+    }
+
+    /// Before listing the bucket (R2).
+    pub(super) fn begin_comparing(&self, name: &ClusterName) {
+        lock(&self.cluster(name).state).since = Some(BTreeSet::new());
+    }
+
+    /// The result of a comparison. Says what is missing.
+    pub(super) async fn compared(
+        &self,
+        name: &ClusterName,
+        held: &[StoredFile],
+        stored: &[StoredObject],
+    ) -> Result<Compared, Error> {
+        let cluster = self.cluster(name);
+        let size = self.files.segment_size(name);
+        let (missing, version) = {
+            let mut state = lock(&cluster.state);
+            state.prepare(size, held.iter().map(|f| f.file));
+            let since = state.since.take().unwrap_or_default();
+            let missing = state.apply(held, stored, &since);
+            state.version += 1;
+            (missing, state.version)
+        };
+        self.write(name, &cluster, version).await?;
+        Ok(Compared { missing })
+    }
+
+    /// Says what is wrong with a file, or with the cluster as a whole.
+    pub(super) fn problem(&self, name: &ClusterName, file: Option<WalFile>, text: String) {
+        let key = file.map(|f| f.to_string()).unwrap_or_default();
+        lock(&self.cluster(name).state).problems.insert(key, text);
+    }
+
+    /// The cluster as a whole is well again.
+    pub(super) fn no_problem(&self, name: &ClusterName) {
+        lock(&self.cluster(name).state).problems.remove("");
+    }
+
+    fn cluster(&self, name: &ClusterName) -> Arc<Cluster> {
+        let mut clusters = lock(&self.clusters);
+        if let Some(cluster) = clusters.get(name) {
+            return Arc::clone(cluster);
+        }
+        Arc::clone(clusters.entry(name.clone()).or_default())
+    }
+}
+
+impl State {
+    fn prepare(
+        &mut self,
+        size: Option<klio_pg::SegmentSize>,
+        held: impl IntoIterator<Item = WalFile>,
+    ) {
+        if self.archive.is_none() {
+            self.archive = size.map(Archive::new);
+        }
+        if let Some(archive) = &mut self.archive {
+            archive.hold(held);
+        }
+    }
+
+    fn apply(
+        &mut self,
+        held: &[StoredFile],
+        stored: &[StoredObject],
+        since: &BTreeSet<WalFile>,
+    ) -> Vec<StoredFile> {
+        let objects: BTreeMap<WalFile, &StoredObject> =
+            stored.iter().map(|object| (object.file, object)).collect();
+        let local: BTreeMap<WalFile, u64> = held.iter().map(|f| (f.file, f.size)).collect();
+        let accepts = |file, size| {
+            // Of another size: not proven to be ours. The upload compares the contents.
+            let local = local.get(&file).copied().unwrap_or(size);
+            match &self.archive {
+                Some(archive) => archive.accepts(file, local, size),
+                None => local == size,
+            }
+        };
+        let proven: BTreeSet<WalFile> = objects
+            .values()
+            .filter(|object| accepts(object.file, object.size))
+            .map(|object| object.file)
+            .chain(since.iter().copied())
+            .collect();
+        let mut missing: Vec<StoredFile> =
+            held.iter().filter(|f| !proven.contains(&f.file)).copied().collect();
+        missing.sort_by_key(|f| f.file);
+        if let Some(archive) = &self.archive {
+            let facts = proven.iter().map(|file| match objects.get(file) {
+                Some(object) => (*file, object.size, object.modified_unix),
+                None => (*file, local.get(file).copied().unwrap_or(0), now_unix()),
+            });
+            self.archive = Some(archive.rebuild(held.iter().map(|f| f.file), facts));
+        }
+        // A file sealed after tier 1 was listed stays pending; one that is neither there nor missing
+        // has been dealt with.
+        let newest = held.iter().map(|f| f.modified_unix).max().unwrap_or(0);
+        self.pending.retain(|file, unix| {
+            !proven.contains(file) && (local.contains_key(file) || *unix >= newest)
+        });
+        for file in &missing {
+            self.pending.insert(file.file, file.modified_unix);
+        }
+        let pending = &self.pending;
+        self.problems.retain(|name, _| match name.parse() {
+            Ok(file) => pending.contains_key(&file) || !local.contains_key(&file),
+            Err(_) => true,
+        });
+        missing
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A state is never left half changed: no panic between two related changes.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

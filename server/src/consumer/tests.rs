@@ -1,0 +1,324 @@
+//! End to end: a directory of sealed files, a real nats-server, a real S3 endpoint.
+
+use super::{
+    ArchiveState, Archives, Attempt, ConsumerConfig, Directory, Observer, Parts, Tier1Files, start,
+};
+use crate::queue::tests::{TestQueue, eventually, pid};
+use klio_pg::Lsn;
+use klio_storage::{
+    layout::{ClusterName, WalFile},
+    tier2::{Secret, Tier2, Tier2Config},
+};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+#[path = "../../../../storage/src/tier2/tests/s3.rs"]
+mod s3;
+use s3::{BUCKET, Fault, S3};
+
+const SEGMENT: u64 = 1 << 20;
+
+#[derive(Default)]
+struct Counts(Mutex<BTreeMap<(String, Attempt), (u64, u64)>>);
+
+impl Observer for Counts {
+    fn attempted(&self, cluster: &ClusterName, attempt: Attempt, bytes: u64) {
+        let mut counts = self.0.lock().unwrap();
+        let entry = counts.entry((cluster.to_string(), attempt)).or_default();
+        entry.0 += 1;
+        entry.1 += bytes;
+    }
+}
+
+impl Counts {
+    fn of(&self, cluster: &str, attempt: Attempt) -> u64 {
+        self.0.lock().unwrap().get(&(cluster.to_owned(), attempt)).map_or(0, |c| c.0)
+    }
+}
+
+fn name(text: &str) -> ClusterName {
+    text.parse().unwrap()
+}
+
+fn segment(number: u64) -> WalFile {
+    format!("0000000100000000{number:08X}").parse().unwrap()
+}
+
+fn encode(plain: &[u8]) -> Vec<u8> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.include_checksum(true).unwrap();
+    std::io::Write::write_all(&mut encoder, plain).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// A sealed file in tier 1, of a content that only this file has.
+fn seal(root: &Path, cluster: &str, file: WalFile) {
+    let pinned = root.join(cluster).join("cluster.json");
+    let path = root.join(file.key(&name(cluster)));
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    if !pinned.exists() {
+        std::fs::write(&pinned, format!("{{\"segment_size\":{SEGMENT}}}")).unwrap();
+    }
+    let line = format!("{cluster} {file} ");
+    let plain: Vec<u8> = line.bytes().cycle().take(SEGMENT as usize).collect();
+    let content = match file {
+        WalFile::Segment(_) => encode(&plain),
+        WalFile::Partial(_) => encode(&plain[..70_000]),
+        WalFile::History(_) => b"1\t0/300000\tno recovery target specified\n".to_vec(),
+    };
+    std::fs::write(path, content).unwrap();
+}
+
+fn seal_many(root: &Path, cluster: &str, numbers: std::ops::Range<u64>) {
+    numbers.for_each(|number| seal(root, cluster, segment(number)));
+}
+
+/// A consumer under test.
+struct Test {
+    archives: Archives,
+    counts: Arc<Counts>,
+    cancel: CancellationToken,
+    tasks: JoinSet<()>,
+}
+
+fn tier2(s3: &S3) -> Tier2 {
+    let mut config = Tier2Config::new(format!("s3://{BUCKET}"));
+    let (id, secret) = s3.credentials();
+    config.endpoint = Some(s3.endpoint.clone());
+    config.access_key_id = Some(id.into());
+    config.secret_access_key = Some(Secret::new(secret));
+    config.request_timeout_seconds = 5;
+    config.retry_timeout_seconds = 1;
+    Tier2::open(&config).unwrap()
+}
+
+impl Test {
+    fn start(root: &Path, queue: &TestQueue, s3: &S3) -> Self {
+        let files: Arc<dyn Tier1Files> = Arc::new(Directory::new(root));
+        let archives = Archives::new(Arc::clone(&files));
+        let counts = Arc::new(Counts::default());
+        let parts = Parts {
+            queue: queue.queue.clone(),
+            tier2: tier2(s3),
+            files,
+            archives: archives.clone(),
+            observer: counts.clone(),
+        };
+        let config = ConsumerConfig { reconcile_interval_seconds: 5, ..ConsumerConfig::default() };
+        let cancel = CancellationToken::new();
+        let tasks = start(&config, parts, cancel.clone());
+        Self { archives, counts, cancel, tasks }
+    }
+
+    fn state(&self, cluster: &str) -> ArchiveState {
+        self.archives.state(&name(cluster))
+    }
+
+    async fn archived(&self, cluster: &str, number: u64) {
+        let what = format!("{cluster} is archived up to segment {number}");
+        eventually(&what, || self.state(cluster).archived_lsn == Lsn::new(number * SEGMENT)).await;
+    }
+
+    async fn stop(mut self) {
+        self.cancel.cancel();
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+fn same_in_both_tiers(root: &Path, s3: &S3, cluster: &str, file: WalFile) -> bool {
+    let key = file.key(&name(cluster));
+    let object = std::fs::read(s3.object(&key));
+    object.is_ok_and(|object| object == std::fs::read(root.join(key)).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_finished_reaches_the_bucket_byte_for_byte() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let partial: WalFile = "000000010000000000000009.partial".parse().unwrap();
+    let history: WalFile = "00000002.history".parse().unwrap();
+    seal_many(root.path(), "pg-1", 3..9);
+    seal(root.path(), "pg-1", partial);
+    seal(root.path(), "pg-1", history);
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 9).await;
+    eventually("nothing waits", || test.state("pg-1").unarchived_files == 0).await;
+    for file in (3..9).map(segment).chain([partial, history]) {
+        assert!(same_in_both_tiers(root.path(), &s3, "pg-1", file), "{file}");
+    }
+    let state = test.state("pg-1");
+    assert_eq!(state.totals.files, 8);
+    assert_eq!(state.oldest_unarchived_unix, None);
+    assert!(state.latest_archived_unix.unwrap() > 1.7e9);
+    assert_eq!(state.problems, Vec::<String>::new());
+    assert_eq!(test.counts.of("pg-1", Attempt::Stored), 8);
+    eventually("every job is acknowledged", || queue.queue.stats().messages == 0).await;
+    // New ones come by the queue, not by the reconciler.
+    let publisher =
+        crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
+    seal(root.path(), "pg-1", segment(9));
+    publisher.publish_path(&name("pg-1"), segment(9), 1);
+    assert_eq!(test.state("pg-1").unarchived_files, 1);
+    test.archived("pg-1", 10).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// Gauges show the true last times after a restart, even with the bucket out of reach.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "pg-1", 3..6);
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 6).await;
+    let before = test.state("pg-1");
+    test.stop().await;
+    s3.on_request(|_| Some(Fault::Status(503, "SlowDown")));
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 6).await;
+    let after = test.state("pg-1");
+    assert_eq!(after.latest_archived_unix, before.latest_archived_unix);
+    assert_eq!(after.totals, before.totals);
+    eventually("the trouble is named", || !test.state("pg-1").problems.is_empty()).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// P4; peers: nothing finds what is missing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_queue_directory_loses_nothing() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let queue_folder = folder.path().join("queue");
+    seal_many(root.path(), "pg-1", 3..8);
+    seal_many(root.path(), "pg-2", 3..8);
+    // The bucket is down: all jobs stay in the queue.
+    s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
+    let queue = TestQueue::up(&queue_folder).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    eventually("jobs are queued", || queue.queue.stats().messages == 10).await;
+    test.stop().await;
+    queue.stop().await;
+    std::fs::remove_dir_all(&queue_folder).unwrap();
+    s3.heal();
+    let queue = TestQueue::up(&queue_folder).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 8).await;
+    test.archived("pg-2", 8).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// Peers: one task in flight for all clusters; ten tries, then a dead letter.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_broken_cluster_does_not_hold_up_another() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "broken", 0..30);
+    seal_many(root.path(), "well", 3..30);
+    // The worst kind: requests of one cluster hang until they time out.
+    s3.on_request(|parts| {
+        (parts.method == "PUT" && parts.uri.path().contains("/broken/")).then_some(Fault::Hang)
+    });
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("well", 30).await;
+    eventually("the trouble is named", || {
+        test.state("broken").problems.iter().any(|p| p.contains("offload"))
+    })
+    .await;
+    assert_eq!(test.state("broken").archived_lsn, Lsn::ZERO);
+    assert_eq!(test.state("well").problems, Vec::<String>::new());
+    s3.heal();
+    test.archived("broken", 30).await;
+    eventually("no trouble is left", || test.state("broken").problems.is_empty()).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "pg-1", 3..20);
+    let path = |number| root.path().join(segment(number).key(&name("pg-1")));
+    let whole = std::fs::read(path(5)).unwrap();
+    std::fs::write(path(5), &whole[..whole.len() / 2]).unwrap();
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    let publisher = crate::queue::Publisher::new(queue.queue.clone(), None);
+    publisher.publish_path(&name("pg-1"), segment(99), 1); // in neither tier
+    let count = |test: &Test| test.counts.of("pg-1", Attempt::Stored);
+    eventually("all the others are stored", || count(&test) == 16).await;
+    assert_eq!(test.state("pg-1").archived_lsn, Lsn::new(5 * SEGMENT));
+    eventually("both are named", || {
+        let problems = test.state("pg-1").problems.join("\n");
+        problems.contains("000000010000000000000005") && problems.contains("000000010000000000000063")
+    })
+    .await;
+    assert!(test.counts.of("pg-1", Attempt::Corrupt) > 0);
+    assert!(!s3.object(&segment(5).key(&name("pg-1"))).exists());
+    std::fs::write(path(5), &whole).unwrap();
+    test.archived("pg-1", 20).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_nats_server_in_the_middle_changes_nothing() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "pg-1", 0..60);
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    for at in [5, 20, 40] {
+        eventually("some are stored", || test.counts.of("pg-1", Attempt::Stored) >= at).await;
+        if let Some(pid) = pid(folder.path()) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+    test.archived("pg-1", 60).await;
+    for file in (0..60).map(segment) {
+        assert!(same_in_both_tiers(root.path(), &s3, "pg-1", file), "{file}");
+    }
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// P4 and P5: an object that vanished from the bucket is found and written again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_vanished_is_written_again() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "pg-1", 3..6);
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 6).await;
+    std::fs::remove_file(s3.object(&segment(4).key(&name("pg-1")))).unwrap();
+    eventually("it is back", || same_in_both_tiers(root.path(), &s3, "pg-1", segment(4))).await;
+    test.archived("pg-1", 6).await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// U4 seen from here: what somebody else wrote under our key stays, and is named.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_object_is_a_named_conflict_and_stays() {
+    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    seal_many(root.path(), "pg-1", 3..6);
+    let object = s3.object(&segment(4).key(&name("pg-1")));
+    std::fs::create_dir_all(object.parent().unwrap()).unwrap();
+    let foreign = encode(b"another cluster's");
+    std::fs::write(&object, &foreign).unwrap();
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    eventually("the conflict is named", || {
+        test.state("pg-1").problems.iter().any(|p| p.contains("already there"))
+    })
+    .await;
+    test.archived("pg-1", 4).await;
+    assert_eq!(std::fs::read(&object).unwrap(), foreign);
+    test.stop().await;
+    queue.stop().await;
+}

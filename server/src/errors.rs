@@ -1,0 +1,32 @@
+//! Translates storage errors for callers. Internal paths and text stay in the server's log.
+
+use klio_proto::Code;
+use klio_storage::{Error, Kind};
+use tonic::Status;
+
+/// The code a caller gets for a storage error.
+pub fn code(error: &Error) -> Code {
+    match error.kind {
+        Kind::NotFound => Code::NotFound,
+        Kind::Conflict => Code::WriterConflict,
+        Kind::Invalid => Code::Invalid,
+        Kind::Corrupt => Code::Corrupt,
+        Kind::Full => Code::DiskFull,
+        Kind::Poisoned | Kind::Io => Code::StorageFailed,
+        Kind::Transient => Code::Unavailable,
+        Kind::Denied => Code::StorageFailed,
+    }
+}
+
+/// A status for the caller; what it may not see is logged here, where the error ends.
+pub fn status(error: &Error) -> Status {
+    let code = code(error);
+    match error.kind {
+        // These speak of the caller's own request: it needs the text.
+        Kind::Conflict | Kind::Invalid | Kind::NotFound => code.status(error),
+        _ => {
+            tracing::error!(code = code.name(), %error, "storage failed");
+            code.status(format!("{} failed on the server's storage", error.op))
+        }
+    }
+}

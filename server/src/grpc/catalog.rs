@@ -1,0 +1,235 @@
+//! The catalogue service: what exists, and how it goes.
+
+use super::auth::{Access, Auth};
+use crate::{
+    errors,
+    status::{ClusterView, StatusBoard, now_unix},
+};
+use klio_pg::{SegmentSize, TimelineId};
+use klio_proto::{
+    Code,
+    v1::{self, catalog_server::Catalog},
+};
+use klio_storage::{
+    layout::{ClusterName, WalFile},
+    tier2::Tier2,
+    wal::Gap,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
+use tonic::{Request, Response, Status};
+
+/// The service.
+#[derive(Clone)]
+pub struct CatalogService {
+    /// Who may look.
+    pub auth: Auth,
+    /// What is known.
+    pub board: Arc<StatusBoard>,
+    /// For listings of the bucket.
+    pub tier2: Option<Tier2>,
+}
+
+/// Runs blocking reads off the runtime's workers.
+async fn read<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Code::Internal.status(format!("read catalogue: {e}")))
+}
+
+#[tonic::async_trait]
+impl Catalog for CatalogService {
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let only = match request.get_ref().cluster.as_str() {
+            "" => None,
+            name => Some(super::auth::permit(&identity, name, Access::Read)?),
+        };
+        let board = self.board.clone();
+        let views = read(move || board.clusters()).await?;
+        let wanted = |view: &ClusterView| {
+            identity.sees(&view.name) && only.as_ref().is_none_or(|name| *name == view.name)
+        };
+        let clusters = views.iter().filter(|v| wanted(v)).map(status_of).collect();
+        let queue = self.board.queue.stats();
+        let queue = v1::QueueStatus {
+            connected: queue.connected,
+            messages: queue.messages,
+            bytes: queue.bytes,
+        };
+        Ok(Response::new(v1::StatusResponse { clusters, queue: Some(queue) }))
+    }
+
+    async fn list_wal(
+        &self,
+        request: Request<v1::ListWalRequest>,
+    ) -> Result<Response<v1::ListWalResponse>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let store = self.board.store.clone();
+        let Some(pinned) = store.pinned(&cluster) else {
+            return Err(Code::NotFound.status(format!("cluster {cluster} has no WAL here")));
+        };
+        let name = cluster.clone();
+        let local = read(move || store.list(&name)).await?.map_err(|e| errors::status(&e))?;
+        let local: Vec<_> = local.into_iter().map(|f| (f.file, f.size)).collect();
+        let remote = self.remote(&cluster).await?;
+        let mut ranges = ranges("tier1", &local, pinned.segment_size);
+        ranges.extend(self::ranges("tier2", &remote, pinned.segment_size));
+        let histories: BTreeSet<u32> = local
+            .iter()
+            .chain(&remote)
+            .filter_map(|(file, _)| match file {
+                WalFile::History(timeline) => Some(timeline.get()),
+                _ => None,
+            })
+            .collect();
+        let gaps = self.board.store.gaps(&cluster).iter().map(gap_of).collect();
+        let histories = histories.into_iter().collect();
+        Ok(Response::new(v1::ListWalResponse { ranges, gaps, histories }))
+    }
+
+    async fn check(
+        &self,
+        request: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        let (identity, _) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let board = self.board.clone();
+        let (space, problems) =
+            read(move || (board.store.free_space(), board.readiness())).await?;
+        let (free, total) = space.unwrap_or((0, 0));
+        Ok(Response::new(v1::CheckResponse {
+            server_version: env!("CARGO_PKG_VERSION").into(),
+            identity: identity.name,
+            server_time: now_unix(),
+            client_certificate_expires: identity.expires_unix as f64,
+            tier1_free_bytes: free,
+            tier1_total_bytes: total,
+            tier2_configured: self.tier2.is_some(),
+            queue_ready: self.board.queue.stats().connected,
+            ready: problems.is_empty(),
+            problems,
+        }))
+    }
+}
+
+impl CatalogService {
+    async fn remote(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
+        let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
+        let listed = tier2.list_wal(cluster).await.map_err(|error| {
+            tracing::warn!(%cluster, %error, "list tier 2");
+            Code::Unavailable.status("list WAL: tier 2 did not answer")
+        })?;
+        Ok(listed.into_iter().map(|o| (o.file, o.size)).collect())
+    }
+}
+
+fn gap_of(gap: &Gap) -> v1::GapRecord {
+    v1::GapRecord {
+        timeline: gap.timeline.get(),
+        from_lsn: gap.from.as_u64(),
+        to_lsn: gap.to.as_u64(),
+        reason: gap.reason.clone(),
+        recorded_time: gap.recorded_unix,
+    }
+}
+
+fn status_of(view: &ClusterView) -> v1::ClusterStatus {
+    let flush_lag = v1::Lag {
+        bytes: view.progress.lag_bytes(),
+        seconds: view.progress.lag_seconds(Instant::now()),
+    };
+    let archive_lag =
+        v1::Lag { bytes: view.archive_lag_bytes(), seconds: view.archive_lag_seconds(now_unix()) };
+    v1::ClusterStatus {
+        cluster: view.name.to_string(),
+        system_identifier: view.pinned.as_ref().map_or(0, |p| p.system_identifier),
+        segment_size: view.pinned.as_ref().map_or(0, |p| p.segment_size.as_u32()),
+        postgres_version: view.pinned.as_ref().map_or(0, |p| p.postgres_version),
+        connected: view.connected,
+        timeline: view.timeline.map_or(0, TimelineId::get),
+        received_lsn: view.progress.received.max(view.flushed).as_u64(),
+        flushed_lsn: view.flushed.as_u64(),
+        sealed_lsn: view.sealed.as_u64(),
+        archived_lsn: view.archived().as_u64(),
+        wal_end_lsn: view.progress.wal_end.as_u64(),
+        flush_lag: Some(flush_lag),
+        archive_lag: Some(archive_lag),
+        latest_written_time: view.latest_written.unwrap_or(0.0),
+        latest_archived_time: view
+            .archive
+            .as_ref()
+            .and_then(|a| a.latest_archived_unix)
+            .unwrap_or(0.0),
+        gaps: view.gaps.iter().map(gap_of).collect(),
+        problems: view.problems.clone(),
+        tier2_configured: view.archive.is_some(),
+    }
+}
+
+/// Contiguous runs of segments, by timeline. A partial ends its run.
+fn ranges(tier: &str, files: &[(WalFile, u64)], size: SegmentSize) -> Vec<v1::WalRange> {
+    let mut by_start = BTreeMap::new();
+    for (file, stored) in files {
+        let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { continue };
+        if let Some(start) = name.start_lsn(size) {
+            let partial = matches!(file, WalFile::Partial(_));
+            by_start.insert((name.timeline(), start, partial), *stored);
+        }
+    }
+    let mut ranges: Vec<v1::WalRange> = Vec::new();
+    for ((timeline, start, partial), stored) in by_start {
+        if partial {
+            continue; // Counted where its bytes end, which only tier 1's positions know.
+        }
+        let end = start.advance(size.bytes()).as_u64();
+        match ranges.last_mut() {
+            Some(last) if last.timeline == timeline.get() && last.end_lsn == start.as_u64() => {
+                last.end_lsn = end;
+                last.segments += 1;
+                last.stored_bytes += stored;
+            }
+            _ => ranges.push(v1::WalRange {
+                timeline: timeline.get(),
+                tier: tier.into(),
+                start_lsn: start.as_u64(),
+                end_lsn: end,
+                segments: 1,
+                stored_bytes: stored,
+            }),
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_segment_splits_a_range() {
+        let size = SegmentSize::new(16 << 20).unwrap();
+        let file = |name: &str| (name.parse::<WalFile>().unwrap(), 10);
+        let files = [
+            file("000000010000000000000001"),
+            file("000000010000000000000002"),
+            file("000000010000000000000004"),
+            file("000000020000000000000004"),
+            file("000000010000000000000005.partial"),
+            file("00000002.history"),
+        ];
+        let found: Vec<_> = ranges("tier1", &files, size)
+            .into_iter()
+            .map(|r| (r.timeline, r.start_lsn >> 24, r.end_lsn >> 24, r.segments, r.stored_bytes))
+            .collect();
+        assert_eq!(found, [(1, 1, 3, 2, 20), (1, 4, 5, 1, 10), (2, 4, 5, 1, 10)]);
+    }
+}

@@ -1,0 +1,138 @@
+//! The WAL service: translates, calls, translates back.
+
+use super::{
+    auth::{Access, Auth, permit},
+    fetch,
+};
+use crate::{
+    fetch::Source,
+    queue,
+    receive::{Receiver, open::{blocking, pinned}},
+};
+use futures::{Stream, StreamExt};
+use klio_proto::{
+    Code,
+    v1::{self, receive_request, wal_server::Wal},
+    wal::{Open, PositionRequest},
+};
+use klio_storage::layout::WalFile;
+use std::{pin::Pin, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+/// A client that opens a stream and says nothing is let go after this.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
+/// Acknowledgements waiting for the network. A client that does not read them stalls only itself.
+const RESPONSES_MAX: usize = 16;
+
+/// The service.
+#[derive(Clone)]
+pub struct WalService {
+    /// Who may do what.
+    pub auth: Auth,
+    /// Makes sessions.
+    pub receiver: Receiver,
+    /// Reads both tiers.
+    pub source: Source,
+    /// Gets jobs for history files.
+    pub queue: queue::Publisher,
+    /// Owns the sessions.
+    pub tasks: TaskTracker,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Wal for WalService {
+    type ReceiveStream = Answers<v1::ReceiveResponse>;
+    type FetchStream = Answers<v1::FetchResponse>;
+
+    async fn position(
+        &self,
+        request: Request<v1::PositionRequest>,
+    ) -> Result<Response<v1::PositionResponse>, Status> {
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+        let asked = PositionRequest::try_from(request.into_inner())?;
+        let store = self.receiver.store.clone();
+        let pin = pinned(asked.system);
+        let name = cluster.clone();
+        // Refuses another system before the sidecar goes any further; writes nothing at first contact.
+        blocking(move || store.check_pin(&name, pin)).await?;
+        let timelines = self.receiver.store.positions(&cluster).into_iter();
+        let timelines = timelines
+            .map(|p| v1::TimelinePosition {
+                timeline: p.timeline.get(),
+                start_lsn: p.start.as_u64(),
+                flushed_lsn: p.flushed.as_u64(),
+                has_history: p.has_history,
+            })
+            .collect();
+        Ok(Response::new(v1::PositionResponse { timelines }))
+    }
+
+    async fn put_history(
+        &self,
+        request: Request<v1::PutHistoryRequest>,
+    ) -> Result<Response<v1::PutHistoryResponse>, Status> {
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+        let v1::PutHistoryRequest { system_identifier, timeline, content, .. } =
+            request.into_inner();
+        let timeline = klio_proto::wal::timeline(timeline)?;
+        let (store, name) = (self.receiver.store.clone(), cluster.clone());
+        let pin = store.pinned(&cluster).map(|p| p.system_identifier);
+        if pin.is_some_and(|pinned| pinned != system_identifier) {
+            return Err(Code::WrongSystem.status(format!(
+                "store history of cluster {cluster}: expected system identifier {}, found {system_identifier}",
+                pin.unwrap_or_default()
+            )));
+        }
+        let size = content.len() as u64;
+        let new = blocking(move || store.put_history(&name, timeline, &content)).await?;
+        if new {
+            self.receiver.metrics.written(&cluster, size);
+            self.queue.publish_path(&cluster, WalFile::History(timeline), size);
+        }
+        Ok(Response::new(v1::PutHistoryResponse {}))
+    }
+
+    async fn receive(
+        &self,
+        request: Request<Streaming<v1::ReceiveRequest>>,
+    ) -> Result<Response<Self::ReceiveStream>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let peer = request.remote_addr().map_or_else(|| "?".into(), |a| a.to_string());
+        let who = format!("{} from {peer}", identity.name);
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(OPEN_TIMEOUT, inbound.message());
+        let first = first.await.map_err(|_| {
+            Code::Invalid.status(format!("open stream: expected an open message within {} s", OPEN_TIMEOUT.as_secs()))
+        })??;
+        let Some(receive_request::Kind::Open(open)) = first.and_then(|m| m.kind) else {
+            return Err(Code::Invalid.status("open stream: expected an open message first"));
+        };
+        let cluster = permit(&identity, &open.cluster, Access::Write)?;
+        let open = Open::try_from(open)?;
+        let (responses, outbound) = mpsc::channel(RESPONSES_MAX);
+        let receiver = self.receiver.clone();
+        self.tasks.spawn(receiver.serve(identity, cluster, open, who, inbound, responses));
+        Ok(Response::new(ReceiverStream::new(outbound).boxed()))
+    }
+
+    async fn fetch(
+        &self,
+        request: Request<v1::FetchRequest>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let file: WalFile = request
+            .get_ref()
+            .name
+            .parse()
+            .map_err(|e| Code::Invalid.status(format!("fetch WAL: {e}")))?;
+        let found = self.source.find(&cluster, file).await?;
+        Ok(Response::new(fetch::stream(found, &self.tasks)))
+    }
+}

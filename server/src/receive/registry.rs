@@ -1,0 +1,245 @@
+//! Who is streaming which cluster, and how far each is.
+//!
+//! - At most one live session a cluster (P8). The same writer may come back at once, and a newer
+//!   timeline wins over an older one: the earlier session is cancelled and waited for.
+//! - Positions only describe; the store decides. They outlive the session, for status and metrics.
+
+use klio_pg::{Lsn, TimelineId};
+use klio_proto::Code;
+use klio_storage::layout::ClusterName;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// How long a cancelled session may take to let go: it finishes at most one write and fsync.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Nothing panics while it holds one of these locks; if it did, the plain values stay usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Live {
+    id: u64,
+    writer_id: String,
+    who: String,
+    timeline: TimelineId,
+    cancel: CancellationToken,
+}
+
+/// One cluster's live session and last known positions.
+#[derive(Default)]
+pub struct ClusterState {
+    live: Mutex<Option<Live>>,
+    released: Notify,
+    progress: Mutex<Progress>,
+}
+
+/// Positions as the last session left them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Progress {
+    /// The timeline last streamed.
+    pub timeline: Option<TimelineId>,
+    /// Received and checked.
+    pub received: Lsn,
+    /// Durable.
+    pub flushed: Lsn,
+    /// PostgreSQL's end of WAL as last reported; 0/0 when unknown.
+    pub wal_end: Lsn,
+    /// Since when `flushed` has been behind `wal_end`.
+    pub behind_since: Option<Instant>,
+    /// Raw WAL bytes received since the server started.
+    pub received_bytes: u64,
+}
+
+impl Progress {
+    /// Bytes PostgreSQL has and the server does not hold durably.
+    pub fn lag_bytes(&self) -> u64 {
+        self.wal_end.bytes_since(self.flushed)
+    }
+    /// For how long that has been so; 0 when it is not.
+    pub fn lag_seconds(&self, now: Instant) -> f64 {
+        self.behind_since.map_or(0.0, |since| now.duration_since(since).as_secs_f64())
+    }
+}
+
+impl ClusterState {
+    /// A copy of the positions.
+    pub fn progress(&self) -> Progress {
+        *lock(&self.progress)
+    }
+
+    /// Whether a session is live.
+    pub fn connected(&self) -> bool {
+        lock(&self.live).is_some()
+    }
+
+    /// Changes the positions; keeps `behind_since` true to them.
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
+        let mut progress = lock(&self.progress);
+        change(&mut progress);
+        if progress.lag_bytes() == 0 {
+            progress.behind_since = None;
+        } else if progress.behind_since.is_none() {
+            progress.behind_since = Some(Instant::now());
+        }
+    }
+}
+
+/// All clusters this server has heard of since it started.
+#[derive(Default)]
+pub struct Registry {
+    clusters: Mutex<BTreeMap<ClusterName, Arc<ClusterState>>>,
+    next_id: AtomicU64,
+}
+
+/// Who wants to stream.
+pub struct Claim {
+    /// Random per sidecar process.
+    pub writer_id: String,
+    /// For messages: certificate name and address.
+    pub who: String,
+    /// The timeline it brings.
+    pub timeline: TimelineId,
+}
+
+/// Keeps the place of a live session; dropping it gives the place back.
+pub struct Place {
+    state: Arc<ClusterState>,
+    id: u64,
+    /// Cancelled when a newer session takes over.
+    pub fenced: CancellationToken,
+}
+
+impl Place {
+    /// The cluster's shared state.
+    pub fn state(&self) -> &ClusterState {
+        &self.state
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut live = lock(&self.state.live);
+        if live.as_ref().is_some_and(|l| l.id == self.id) {
+            *live = None;
+        }
+        drop(live);
+        self.state.released.notify_waiters();
+    }
+}
+
+impl Registry {
+    /// The state of one cluster, made when first asked for.
+    pub fn cluster(&self, name: &ClusterName) -> Arc<ClusterState> {
+        lock(&self.clusters).entry(name.clone()).or_default().clone()
+    }
+
+    /// All clusters heard of.
+    pub fn all(&self) -> Vec<(ClusterName, Arc<ClusterState>)> {
+        lock(&self.clusters).iter().map(|(n, s)| (n.clone(), s.clone())).collect()
+    }
+
+    /// Takes the cluster's one place.
+    ///
+    /// # Errors
+    /// `WRITER_CONFLICT` when another writer of the same or a newer timeline is live.
+    pub async fn claim(&self, name: &ClusterName, claim: Claim) -> Result<Place, Status> {
+        let state = self.cluster(name);
+        let deadline = tokio::time::Instant::now() + RELEASE_TIMEOUT;
+        loop {
+            // Registered before the look, so that a release in between is not missed.
+            let released = state.released.notified();
+            tokio::pin!(released);
+            released.as_mut().enable();
+            {
+                let mut live = lock(&state.live);
+                match live.as_ref() {
+                    None => {
+                        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                        let fenced = CancellationToken::new();
+                        let Claim { writer_id, who, timeline } = claim;
+                        *live = Some(Live { id, writer_id, who, timeline, cancel: fenced.clone() });
+                        drop(live);
+                        return Ok(Place { state, id, fenced });
+                    }
+                    Some(l) if l.writer_id == claim.writer_id || claim.timeline > l.timeline => {
+                        l.cancel.cancel();
+                    }
+                    Some(l) => {
+                        return Err(Code::WriterConflict.status(format!(
+                            "open cluster {name}: {} is streaming timeline {:?} already",
+                            l.who, l.timeline
+                        )));
+                    }
+                }
+            }
+            if tokio::time::timeout_at(deadline, released).await.is_err() {
+                return Err(Code::WriterConflict.status(format!(
+                    "open cluster {name}: the earlier session did not end within {} s",
+                    RELEASE_TIMEOUT.as_secs()
+                )));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(writer: &str, timeline: u32) -> Claim {
+        let timeline = TimelineId::new(timeline).unwrap();
+        Claim { writer_id: writer.into(), who: format!("{writer} from test"), timeline }
+    }
+
+    fn name() -> ClusterName {
+        "pg".parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_second_writer_is_refused_until_the_first_is_gone() {
+        let registry = Registry::default();
+        let first = registry.claim(&name(), claim("a", 1)).await.ok().unwrap();
+        let refused = registry.claim(&name(), claim("b", 1)).await.err().unwrap();
+        assert_eq!(Code::of(&refused), Code::WriterConflict);
+        assert!(refused.message().contains("a from test"), "{refused}");
+        drop(first);
+        assert!(registry.claim(&name(), claim("b", 1)).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_newer_timeline_and_the_same_writer_take_over_once_the_earlier_let_go() {
+        let registry = Arc::new(Registry::default());
+        for (writer, timeline) in [("b", 2), ("a", 1)] {
+            let registry = Arc::new(Registry::default());
+            let first = registry.claim(&name(), claim("a", 1)).await.ok().unwrap();
+            let fenced = first.fenced.clone();
+            let (second, ()) = tokio::join!(registry.claim(&name(), claim(writer, timeline)), async {
+                fenced.cancelled().await;
+                drop(first);
+            });
+            assert!(second.is_ok());
+        }
+        let _newer = registry.claim(&name(), claim("a", 2)).await.ok().unwrap();
+        assert!(registry.claim(&name(), claim("b", 1)).await.is_err());
+    }
+
+    #[test]
+    fn an_idle_cluster_has_no_lag() {
+        let state = ClusterState::default();
+        state.update(|p| p.wal_end = Lsn::new(100));
+        assert!(state.progress().behind_since.is_some());
+        state.update(|p| p.flushed = Lsn::new(100));
+        let later = Instant::now() + Duration::from_secs(3600);
+        assert_eq!((state.progress().lag_bytes(), state.progress().lag_seconds(later)), (0, 0.0));
+    }
+}

@@ -1,0 +1,153 @@
+//! Turns finished journals into sealed segments, off the receiving path.
+//!
+//! - The list of what has to be sealed is on disk (`WalStore::unsealed`); the channel is a hint and
+//!   may overflow: a rescan finds the rest.
+//! - A seal that fails is tried again at the next rescan, for ever; the journal stays until then.
+//! - What was sealed is offered to the queue, which never blocks us (P4).
+
+use crate::{metrics::Metrics, queue};
+use klio_storage::{
+    layout::{ClusterName, WalFile},
+    tier2::Sha256Sum,
+    wal::{Sealed, WalStore},
+};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Span;
+
+const HINTS_MAX: usize = 256;
+const RESCAN_INTERVAL: Duration = Duration::from_secs(15);
+
+struct Hint {
+    cluster: ClusterName,
+    file: WalFile,
+    parent: Span,
+}
+
+/// Takes hints; cheap to clone.
+#[derive(Clone)]
+pub struct Sealer {
+    hints: mpsc::Sender<Hint>,
+}
+
+/// The other end, for [`run`].
+pub struct Hints(mpsc::Receiver<Hint>);
+
+/// A sealer and its queue of hints.
+pub fn channel() -> (Sealer, Hints) {
+    let (sender, receiver) = mpsc::channel(HINTS_MAX);
+    (Sealer { hints: sender }, Hints(receiver))
+}
+
+impl Sealer {
+    /// Says that a file is ready to be sealed. Never waits.
+    pub fn push(&self, cluster: ClusterName, file: WalFile, parent: Span) {
+        // Full: the rescan finds it on disk.
+        let _ = self.hints.try_send(Hint { cluster, file, parent });
+    }
+}
+
+/// What sealing needs.
+#[derive(Clone)]
+pub struct Context {
+    /// Tier 1.
+    pub store: WalStore,
+    /// Gets a job for each sealed file.
+    pub queue: queue::Publisher,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Seals at once.
+    pub workers: usize,
+}
+
+type Busy = Arc<Mutex<HashSet<(ClusterName, WalFile)>>>;
+
+/// Seals until cancelled; seals under way are finished first.
+pub async fn run(context: Context, mut hints: Hints, cancel: CancellationToken) {
+    let slots = Arc::new(Semaphore::new(context.workers.max(1)));
+    let busy = Busy::default();
+    let mut running = JoinSet::new();
+    let mut rescan = tokio::time::interval(RESCAN_INTERVAL);
+    rescan.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let work = tokio::select! {
+            () = cancel.cancelled() => break,
+            Some(_) = running.join_next() => continue,
+            Some(hint) = hints.0.recv() => vec![hint],
+            _ = rescan.tick() => find_work(&context.store).await,
+        };
+        for hint in work {
+            if !busy_set(&busy).insert((hint.cluster.clone(), hint.file)) {
+                continue;
+            }
+            let slot = tokio::select! {
+                () = cancel.cancelled() => break,
+                slot = slots.clone().acquire_owned() => slot,
+            };
+            let Ok(slot) = slot else { break };
+            let (context, busy) = (context.clone(), busy.clone());
+            running.spawn(async move {
+                let key = (hint.cluster.clone(), hint.file);
+                seal(&context, hint).await;
+                busy_set(&busy).remove(&key);
+                drop(slot);
+            });
+        }
+    }
+    while running.join_next().await.is_some() {}
+}
+
+fn busy_set(busy: &Busy) -> std::sync::MutexGuard<'_, HashSet<(ClusterName, WalFile)>> {
+    busy.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn find_work(store: &WalStore) -> Vec<Hint> {
+    let store = store.clone();
+    let found = tokio::task::spawn_blocking(move || {
+        let files = |cluster: ClusterName| {
+            store.unsealed(&cluster).into_iter().map(move |file| Hint {
+                cluster: cluster.clone(),
+                file,
+                parent: Span::none(),
+            })
+        };
+        store.clusters().into_iter().flat_map(files).collect()
+    });
+    found.await.unwrap_or_default()
+}
+
+async fn seal(context: &Context, hint: Hint) {
+    let Hint { cluster, file, parent } = hint;
+    let span = tracing::info_span!(parent: &parent, "wal.seal", %cluster, file = %file);
+    let (store, name) = (context.store.clone(), cluster.clone());
+    let entered = span.clone();
+    let sealed = tokio::task::spawn_blocking(move || entered.in_scope(|| store.seal(&name, file)));
+    match sealed.await {
+        Ok(Ok(sealed)) => {
+            after_seal(context, &cluster, &sealed);
+            let Sealed { file, size, sha256 } = sealed;
+            // Inside the span: the job takes its trace along.
+            span.in_scope(|| {
+                context.queue.publish_sealed(&cluster, file, size, Some(Sha256Sum::new(sha256)));
+            });
+        }
+        Ok(Err(error)) => {
+            tracing::error!(%cluster, %file, %error, "seal failed; it is tried again");
+            context.metrics.seal_failed(&cluster);
+        }
+        Err(error) => tracing::error!(%cluster, %file, %error, "seal task ended"),
+    }
+}
+
+fn after_seal(context: &Context, cluster: &ClusterName, sealed: &Sealed) {
+    tracing::debug!(%cluster, file = %sealed.file, bytes = sealed.size, "sealed");
+    context.metrics.written(cluster, sealed.size);
+}

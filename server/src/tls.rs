@@ -1,0 +1,234 @@
+//! TLS of the gRPC port: TLS 1.3, client certificates required, files read again when they change.
+//!
+//! - A reload that fails keeps the last good configuration and says so once per change.
+//! - Every configuration has its own session tickets, so a client whose authority was removed cannot
+//!   resume an old session.
+//! - [`Loaded::verify`] checks a certificate against the authorities of *now*: long streams are
+//!   checked again after each reload and by the minute (expiry).
+
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
+    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::CancellationToken;
+
+/// How often the files are looked at. Kubernetes and cert-manager swap symlinks, which file
+/// notifications miss; reading three small files is cheap.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Handshakes at once: strangers can connect, so their number has a bound.
+const HANDSHAKES_MAX: usize = 256;
+
+/// Where the certificates are.
+#[derive(Debug, Clone, serde::Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// The server's certificate chain, PEM.
+    pub cert: PathBuf,
+    /// Its private key, PEM.
+    pub key: PathBuf,
+    /// The authorities whose client certificates are accepted, PEM.
+    pub client_ca: PathBuf,
+}
+
+/// A file that could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("load {path}: {detail}; hint: klio-server init writes a working set")]
+pub struct TlsError {
+    path: String,
+    detail: String,
+}
+
+/// One consistent reading of the files.
+pub struct Loaded {
+    config: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+    fingerprint: Vec<u8>,
+    /// When the server's own certificate ends, Unix seconds.
+    pub expires_unix: i64,
+}
+
+impl Loaded {
+    /// Whether a client's certificate chain would be accepted now.
+    pub fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
+        let (leaf, rest) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        self.verifier.verify_client_cert(leaf, rest, UnixTime::now()).map(|_| ())
+    }
+}
+
+impl TlsFiles {
+    fn read(&self) -> Result<[Vec<u8>; 3], TlsError> {
+        let read = |path: &PathBuf| {
+            std::fs::read(path).map_err(|e| TlsError {
+                path: path.display().to_string(),
+                detail: e.to_string(),
+            })
+        };
+        Ok([read(&self.cert)?, read(&self.key)?, read(&self.client_ca)?])
+    }
+
+    /// Reads and checks the files.
+    ///
+    /// # Errors
+    /// The first file that is missing, not PEM, or does not fit the others.
+    pub fn load(&self) -> Result<Loaded, TlsError> {
+        let [cert, key, ca] = self.read()?;
+        let fail = |path: &PathBuf, detail: String| TlsError {
+            path: path.display().to_string(),
+            detail,
+        };
+        let certs = |path: &PathBuf, pem: &[u8]| {
+            let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
+                .collect::<Result<_, _>>()
+                .map_err(|e| fail(path, format!("expected PEM certificates: {e}")))?;
+            if found.is_empty() {
+                return Err(fail(path, "expected at least one PEM certificate, found none".into()));
+            }
+            Ok(found)
+        };
+        let chain = certs(&self.cert, &cert)?;
+        let private = PrivateKeyDer::from_pem_slice(&key)
+            .map_err(|e| fail(&self.key, format!("expected a PEM private key: {e}")))?;
+        let mut roots = RootCertStore::empty();
+        for authority in certs(&self.client_ca, &ca)? {
+            roots.add(authority).map_err(|e| fail(&self.client_ca, e.to_string()))?;
+        }
+        let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
+            .build()
+            .map_err(|e| fail(&self.client_ca, e.to_string()))?;
+        let expires_unix = x509_parser::parse_x509_certificate(&chain[0])
+            .map(|(_, c)| c.validity().not_after.timestamp())
+            .map_err(|e| fail(&self.cert, e.to_string()))?;
+        let mut config = ServerConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
+            .with_client_cert_verifier(verifier.clone())
+            .with_single_cert(chain, private)
+            .map_err(|e| fail(&self.key, e.to_string()))?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let fingerprint = [cert, key, ca].concat();
+        Ok(Loaded { config: Arc::new(config), verifier, fingerprint, expires_unix })
+    }
+}
+
+/// Keeps the newest good reading of the files in `current` until cancelled.
+pub async fn reload(
+    files: TlsFiles,
+    current: watch::Sender<Arc<Loaded>>,
+    cancel: CancellationToken,
+) {
+    let mut refused: Option<Vec<u8>> = None;
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(RELOAD_INTERVAL) => {}
+        }
+        let Ok(bytes) = files.read().map(|parts| parts.concat()) else {
+            continue; // In the middle of being replaced, or gone: the last good one serves on.
+        };
+        if bytes == current.borrow().fingerprint || refused.as_ref() == Some(&bytes) {
+            continue;
+        }
+        match files.load() {
+            Ok(loaded) => {
+                tracing::info!("certificates changed on disk and are in use now");
+                refused = None;
+                current.send_replace(Arc::new(loaded));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "changed certificates are not usable; the former ones stay");
+                refused = Some(bytes);
+            }
+        }
+    }
+}
+
+/// Accepts connections and gives on those whose handshake succeeds.
+pub async fn accept(
+    listener: TcpListener,
+    current: watch::Receiver<Arc<Loaded>>,
+    ready: mpsc::Sender<std::io::Result<TlsStream<TcpStream>>>,
+    cancel: CancellationToken,
+) {
+    let slots = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let mut handshakes = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = cancel.cancelled() => return,
+            Some(_) = handshakes.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let (tcp, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, mostly: wait for some to be closed.
+                tracing::warn!(%error, "accept connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let acceptor = TlsAcceptor::from(current.borrow().config.clone());
+        let ready = ready.clone();
+        handshakes.spawn(async move {
+            let _slot = slot;
+            let _ = tcp.set_nodelay(true);
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
+                Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
+                Ok(Err(error)) => {
+                    tracing::warn!(%peer, %error, "TLS handshake refused");
+                }
+                Err(_) => tracing::debug!(%peer, "TLS handshake timed out"),
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pki;
+
+    fn write_set(dir: &std::path::Path, authority: &pki::Pair) -> TlsFiles {
+        let pair = pki::issue_server(authority, &["localhost".into()]).unwrap();
+        let files = TlsFiles {
+            cert: dir.join("s.crt"),
+            key: dir.join("s.key"),
+            client_ca: dir.join("ca.crt"),
+        };
+        std::fs::write(&files.cert, pair.cert).unwrap();
+        std::fs::write(&files.key, pair.key).unwrap();
+        std::fs::write(&files.client_ca, &authority.cert).unwrap();
+        files
+    }
+
+    #[test]
+    fn a_certificate_of_a_removed_authority_no_longer_verifies() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (pki::new_authority().unwrap(), pki::new_authority().unwrap());
+        let subject = pki::Subject::Client("a@pg".into());
+        let client = pki::issue_client(&old, &subject).unwrap();
+        let chain = [CertificateDer::from_pem_slice(client.cert.as_bytes()).unwrap()];
+        assert!(write_set(dir.path(), &old).load().unwrap().verify(&chain).is_ok());
+        assert!(write_set(dir.path(), &new).load().unwrap().verify(&chain).is_err());
+    }
+
+    #[test]
+    fn a_broken_file_is_named() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let files = write_set(dir.path(), &pki::new_authority().unwrap());
+        std::fs::write(&files.key, "nonsense").unwrap();
+        let text = files.load().err().unwrap().to_string();
+        assert!(text.contains("s.key") && text.contains("private key"), "{text}");
+        std::fs::remove_file(&files.cert).unwrap();
+        assert!(files.load().err().unwrap().to_string().contains("s.crt"));
+    }
+}
