@@ -4,6 +4,7 @@
 //! (through [`guard`]) when the test program itself is killed. Tests run in parallel, so nothing here is global except ports.
 //! The harness is test code: a thing that goes wrong panics with the log of the program that failed.
 
+pub mod client;
 pub mod env;
 pub mod guard;
 pub mod http;

@@ -1,0 +1,152 @@
+//! What a broken or hostile client says on the wire: refused by name, and nothing of it is written.
+
+use klio_pg::{Lsn, SegmentSize};
+use klio_proto::{Code, v1::{self, catalog_client::CatalogClient, wal_client::WalClient}};
+use klio_tests::{
+    client::{self, Stream, open, wal},
+    install_crypto,
+    site::Site,
+};
+use tonic::Status;
+
+const START: Lsn = Lsn::new(0x0100_0000);
+
+fn size() -> SegmentSize {
+    SegmentSize::new(1 << 20).expect("1 MiB")
+}
+
+async fn site() -> (Site, tonic::transport::Channel) {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let channel = client::connect(&site, &site.bundle()).await.expect("connect");
+    (site, channel)
+}
+
+/// Opens at first contact and sends a little good WAL.
+async fn begun(channel: &tonic::transport::Channel) -> Stream {
+    let mut stream = Stream::open(channel, open("main", size(), START)).await.expect("open");
+    stream.append(START, wal(START, 16384, size(), 1)).await;
+    stream.flushed(START.advance(16384)).await.expect("acknowledged");
+    stream
+}
+
+#[track_caller]
+fn expect(status: &Status, code: Code, words: &[&str]) {
+    assert_eq!(Code::of(status), code, "{status:?}");
+    for word in words {
+        assert!(status.message().contains(word), "{word:?} is missing in {:?}", status.message());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lsns_that_jump_and_pages_that_lie_end_the_stream_and_are_not_stored() {
+    let (site, channel) = site().await;
+    let held = START.advance(16384);
+    let mut cases: Vec<(Lsn, Vec<u8>, Code, &str)> = vec![
+        (START, wal(START, 8192, size(), 1), Code::BadPosition, "expected the byte at 0/1004000"),
+        (held.advance(8192), wal(held.advance(8192), 8192, size(), 1), Code::BadPosition, "0/1006000"),
+        (Lsn::new(u64::MAX), vec![0; 10], Code::BadPosition, "FFFFFFFF/FFFFFFFF"),
+        (held, wal(held, 8192, size(), 7), Code::BadWal, "xlp_tli"),
+        (held, wal(START, 8192, size(), 1), Code::BadWal, "xlp_"),
+        (held, vec![0; 8192], Code::BadWal, "xlp_magic"),
+    ];
+    let mut bent = wal(held, 8192, size(), 1);
+    bent[9] ^= 4;
+    cases.push((held, bent, Code::BadWal, "xlp_pageaddr"));
+    drop(begun(&channel).await);
+    for (start, data, code, word) in cases {
+        let mut stream = Stream::open(&channel, open("main", size(), held)).await.expect("open again");
+        stream.append(start, data).await;
+        let status = stream.flushed(Lsn::new(u64::MAX)).await.expect_err("refused");
+        expect(&status, code, &[word]);
+    }
+    // Nothing of it was stored: the stream goes on where the good bytes ended.
+    let mut stream = Stream::open(&channel, open("main", size(), held)).await.expect("open again");
+    stream.append(held, wal(held, 8192, size(), 1)).await;
+    stream.flushed(held.advance(8192)).await.expect("acknowledged");
+    drop(site);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn opens_that_do_not_fit_what_is_held_are_refused() {
+    let (_site, channel) = site().await;
+    drop(begun(&channel).await);
+    let held = START.advance(16384);
+    type Break = fn(&mut v1::Open);
+    let cases: [(Break, Code, &str); 8] = [
+        (|o| o.start_lsn = START.as_u64(), Code::BadPosition, "0/1004000"),
+        (|o| o.start_lsn += 8192, Code::BadPosition, "0/1004000"),
+        (|o| o.system_identifier += 1, Code::WrongSystem, "7000000000000000002"),
+        (|o| o.segment_size = 16 << 20, Code::WrongSystem, "16777216"),
+        (|o| o.timeline = 0, Code::Invalid, "timeline"),
+        (|o| o.cluster = "../main".into(), Code::Invalid, "../main"),
+        (|o| o.cluster = "other".into(), Code::Forbidden, "other"),
+        (|o| o.segment_size = 12345, Code::Invalid, "12345"),
+    ];
+    for (change, code, word) in cases {
+        let mut message = open("main", size(), held);
+        change(&mut message);
+        let status = Stream::open(&channel, message).await.err().expect("refused");
+        expect(&status, code, &[word]);
+    }
+    Stream::open(&channel, open("main", size(), held)).await.expect("the right one");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_timeline_after_a_newer_one_is_refused() {
+    let (_site, channel) = site().await;
+    drop(begun(&channel).await);
+    let history = v1::PutHistoryRequest {
+        cluster: "main".into(),
+        system_identifier: client::SYSTEM,
+        timeline: 2,
+        content: b"1\t0/1004000\tno recovery target specified\n".to_vec().into(),
+    };
+    let mut wal_client = WalClient::new(channel.clone());
+    wal_client.put_history(history.clone()).await.expect("stored");
+    wal_client.put_history(history.clone()).await.expect("idempotent");
+    let other = v1::PutHistoryRequest { content: b"1\t0/1000000\tother\n".to_vec().into(), ..history };
+    assert!(wal_client.put_history(other).await.is_err(), "another content for the same history");
+    let mut second = open("main", size(), START);
+    second.timeline = 2;
+    let mut stream = Stream::open(&channel, second).await.expect("timeline 2");
+    let end = START.advance(4 * 8192);
+    let mut bytes = wal(START, 16384, size(), 1);
+    bytes.extend(wal(START.advance(16384), 16384, size(), 2));
+    stream.append(START, bytes).await;
+    stream.flushed(end).await.expect("acknowledged");
+    let status = Stream::open(&channel, open("main", size(), START.advance(16384))).await.err().expect("refused");
+    expect(&status, Code::StaleTimeline, &["2", "1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_than_the_window_and_oversized_messages_are_refused() {
+    let (mut site, channel) = site().await;
+    let mut stream = begun(&channel).await;
+    let held = START.advance(16384);
+    // 5 MiB in one message: more than any message may have.
+    stream.append(held, wal(held, 5 << 20, size(), 1)).await;
+    assert!(stream.flushed(Lsn::new(u64::MAX)).await.is_err());
+    assert!(site.server().is_running());
+    let mut stream = Stream::open(&channel, open("main", size(), held)).await.expect("open again");
+    stream.append(held, wal(held, 8192, size(), 1)).await;
+    stream.flushed(held.advance(8192)).await.expect("acknowledged");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_leave_the_folder_are_refused_on_every_call() {
+    let (_site, channel) = site().await;
+    drop(begun(&channel).await);
+    for name in ["../../etc/passwd", "00000001000000000000000", "", "cluster.json", "0000000100000000000000010"] {
+        let request = v1::FetchRequest { cluster: "main".into(), name: name.into() };
+        let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
+        expect(&status, Code::Invalid, &[]);
+    }
+    let request = v1::FetchRequest { cluster: "../main".into(), name: "000000010000000000000001".into() };
+    let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
+    expect(&status, Code::Invalid, &["../main"]);
+    let request = v1::ListWalRequest { cluster: "other".into() };
+    let status = CatalogClient::new(channel).list_wal(request).await.err().expect("refused");
+    expect(&status, Code::Forbidden, &["other"]);
+}
