@@ -148,7 +148,12 @@ impl Archives {
     }
 
     /// Makes `version` or a later one durable.
-    async fn write(&self, name: &ClusterName, cluster: &Cluster, version: u64) -> Result<(), Error> {
+    async fn write(
+        &self,
+        name: &ClusterName,
+        cluster: &Cluster,
+        version: u64,
+    ) -> Result<(), Error> {
         let mut written = cluster.written.lock().await;
         if *written >= version {
             return Ok(());

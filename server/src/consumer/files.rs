@@ -158,7 +158,9 @@ mod tests {
         assert!(listed.iter().all(|f| f.size == 5 && f.modified_unix > 1_700_000_000));
         assert_eq!(files.segment_size(&cluster), None);
         let pinned = folder.path().join("pg-1/cluster.json");
-        for text in ["{\"segment_size\":1048576}", "{\"v\":1,\"cluster\":{\"segment_size\":1048576}}"] {
+        for text in
+            ["{\"segment_size\":1048576}", "{\"v\":1,\"cluster\":{\"segment_size\":1048576}}"]
+        {
             fs::write(&pinned, text).unwrap();
             assert_eq!(files.segment_size(&cluster), SegmentSize::new(1 << 20).ok());
         }

@@ -17,7 +17,7 @@ use std::{
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-#[path = "../../../../storage/src/tier2/tests/s3.rs"]
+#[path = "../../../storage/src/tier2/tests/s3.rs"]
 mod s3;
 use s3::{BUCKET, Fault, S3};
 
@@ -138,7 +138,8 @@ fn same_in_both_tiers(root: &Path, s3: &S3, cluster: &str, file: WalFile) -> boo
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_finished_reaches_the_bucket_byte_for_byte() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let partial: WalFile = "000000010000000000000009.partial".parse().unwrap();
     let history: WalFile = "00000002.history".parse().unwrap();
     seal_many(root.path(), "pg-1", 3..9);
@@ -172,7 +173,8 @@ async fn everything_finished_reaches_the_bucket_byte_for_byte() {
 /// Gauges show the true last times after a restart, even with the bucket out of reach.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
     let queue = TestQueue::up(folder.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
@@ -193,7 +195,8 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
 /// P4; peers: nothing finds what is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_directory_loses_nothing() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let queue_folder = folder.path().join("queue");
     seal_many(root.path(), "pg-1", 3..8);
     seal_many(root.path(), "pg-2", 3..8);
@@ -217,7 +220,8 @@ async fn a_deleted_queue_directory_loses_nothing() {
 /// Peers: one task in flight for all clusters; ten tries, then a dead letter.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_broken_cluster_does_not_hold_up_another() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "broken", 0..30);
     seal_many(root.path(), "well", 3..30);
     // The worst kind: requests of one cluster hang until they time out.
@@ -242,7 +246,8 @@ async fn one_broken_cluster_does_not_hold_up_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..20);
     let path = |number| root.path().join(segment(number).key(&name("pg-1")));
     let whole = std::fs::read(path(5)).unwrap();
@@ -256,7 +261,8 @@ async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
     assert_eq!(test.state("pg-1").archived_lsn, Lsn::new(5 * SEGMENT));
     eventually("both are named", || {
         let problems = test.state("pg-1").problems.join("\n");
-        problems.contains("000000010000000000000005") && problems.contains("000000010000000000000063")
+        problems.contains("000000010000000000000005")
+            && problems.contains("000000010000000000000063")
     })
     .await;
     assert!(test.counts.of("pg-1", Attempt::Corrupt) > 0);
@@ -269,7 +275,8 @@ async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_nats_server_in_the_middle_changes_nothing() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 0..60);
     let queue = TestQueue::up(folder.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
@@ -290,7 +297,8 @@ async fn a_killed_nats_server_in_the_middle_changes_nothing() {
 /// P4 and P5: an object that vanished from the bucket is found and written again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_vanished_is_written_again() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
     let queue = TestQueue::up(folder.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
@@ -305,7 +313,8 @@ async fn an_object_that_vanished_is_written_again() {
 /// U4 seen from here: what somebody else wrote under our key stays, and is named.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_object_is_a_named_conflict_and_stays() {
-    let (root, folder, s3) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
     let object = s3.object(&segment(4).key(&name("pg-1")));
     std::fs::create_dir_all(object.parent().unwrap()).unwrap();

@@ -331,7 +331,8 @@ mod unit {
 
     #[test]
     fn pauses_double_with_jitter_and_end_at_five_minutes() {
-        for (delivered, most) in [(1, 1.0), (2, 2.0), (5, 16.0), (9, 256.0), (10, 300.0), (i64::MAX, 300.0)]
+        for (delivered, most) in
+            [(1, 1.0), (2, 2.0), (5, 16.0), (9, 256.0), (10, 300.0), (i64::MAX, 300.0)]
         {
             for _ in 0..50 {
                 let seconds = pause(delivered).as_secs_f64();

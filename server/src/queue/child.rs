@@ -254,11 +254,12 @@ fn ended_early(status: io::Result<std::process::ExitStatus>) -> Error {
     })
 }
 
-/// Passes the program's log on, one line at a time.
+/// Passes the program's log on, one line at a time, to its end: a closed pipe would kill the program.
 pub(super) async fn forward_log(stderr: ChildStderr) {
-    let mut lines = BufReader::new(stderr).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        let text = line.split_once("] ").map_or(line.as_str(), |(_, text)| text);
+    let mut lines = BufReader::new(stderr).split(b'\n');
+    while let Ok(Some(line)) = lines.next_segment().await {
+        let line = String::from_utf8_lossy(&line);
+        let text = line.split_once("] ").map_or(&*line, |(_, text)| text);
         // A file of mode 0600 with a password of this run, on loopback: what it warns of is meant.
         let expected = line.contains("Plaintext passwords detected");
         if line.contains("[ERR]") || line.contains("[FTL]") {

@@ -72,6 +72,11 @@ fn alive(pid: rustix::process::Pid) -> bool {
     std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
 }
 
+/// A closed pipe would end the program with SIGPIPE.
+fn keep_open(stderr: tokio::process::ChildStderr) {
+    std::mem::forget(stderr);
+}
+
 fn job(number: u32) -> Job {
     Job {
         cluster: "pg-1".parse().unwrap(),
@@ -191,7 +196,7 @@ async fn the_child_dies_with_the_thread_that_forked_it() {
     let forker = child::Forker::start().unwrap();
     let credentials = child::Credentials::random();
     let executable = nats_server();
-    let start = child::start(&forker, &executable, folder.path(), 1 << 20, &credentials, drop);
+    let start = child::start(&forker, &executable, folder.path(), 1 << 20, &credentials, keep_open);
     let running = start.await.unwrap();
     let pid = running.pid();
     assert!(alive(pid));
@@ -221,7 +226,7 @@ async fn an_existing_nats_can_be_used_by_url() {
     let forker = child::Forker::start().unwrap();
     let credentials = child::Credentials::random();
     let executable = nats_server();
-    let start = child::start(&forker, &executable, folder.path(), 1 << 28, &credentials, drop);
+    let start = child::start(&forker, &executable, folder.path(), 1 << 28, &credentials, keep_open);
     let running = start.await.unwrap();
     rustls::crypto::ring::default_provider().install_default().ok();
     let config = QueueConfig {

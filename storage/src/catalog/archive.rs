@@ -3,8 +3,8 @@
 //! A1  the frontier of a timeline is the end of the last segment of the unbroken run of archived
 //!     segments that begins with the first segment held on that timeline in either tier: never the
 //!     latest upload (P5).
-//! A2  recording an upload never moves a frontier back; only `rebuild`, from listings of both tiers,
-//!     may.
+//! A2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to hold
+//!     an earlier segment than was known, and `rebuild`, from listings of both tiers.
 //! A3  partial segments and history files are counted and never move a frontier.
 //!
 //! Only the part beyond the frontier is kept segment by segment, so memory does not grow with what is
@@ -105,13 +105,13 @@ impl Archive {
             {
                 next.other_sizes.insert(known.0.clone(), size);
             }
-            next.record(file, size, modified_unix);
+            next.record(file, size, Some(modified_unix));
         }
         next
     }
 
-    /// Files that tier 1 holds: the first segment of a timeline new to us is where its run begins.
-    /// Does not begin a known run earlier: whether what lies before is archived, `rebuild` knows.
+    /// Files that tier 1 holds: the first segment of a timeline is where its run begins. One before
+    /// the known beginning is not archived as far as we know, so the frontier goes back to it (A1).
     pub fn hold(&mut self, files: impl IntoIterator<Item = WalFile>) {
         let mut first: BTreeMap<u32, u64> = BTreeMap::new();
         for file in files {
@@ -122,19 +122,25 @@ impl Archive {
         }
         for (timeline, number) in first {
             let run = self.timelines.entry(timeline).or_insert_with(|| Run::begin(number));
-            // Nothing archived yet: an earlier beginning is no loss.
-            if run.end == run.start && number < run.start {
+            if number < run.start {
+                run.beyond.extend(run.start..run.end);
                 run.start = number;
                 run.end = number;
             }
         }
     }
 
-    /// An upload that is proven. `now_unix` is when.
-    pub fn record(&mut self, file: WalFile, size: u64, now_unix: u64) {
+    /// An object that is proven; `written_unix` is when it was written, where that is known. Recording
+    /// a segment again changes nothing.
+    pub fn record(&mut self, file: WalFile, size: u64, written_unix: Option<u64>) {
+        self.latest_archived_unix = self.latest_archived_unix.max(written_unix);
+        if let WalFile::Segment(name) = file
+            && self.has(name)
+        {
+            return;
+        }
         self.totals.files += 1;
         self.totals.bytes += size;
-        self.latest_archived_unix = self.latest_archived_unix.max(Some(now_unix));
         if let Some((timeline, number)) = self.number(file) {
             self.timelines.entry(timeline).or_insert_with(|| Run::begin(number)).archive(number);
         }
@@ -220,24 +226,47 @@ mod tests {
         let mut archive = Archive::new(size());
         archive.hold((3..10).map(|n| segment(1, n)));
         for number in [3, 4, 9, 7] {
-            archive.record(segment(1, number), 1, 100);
+            archive.record(segment(1, number), 1, Some(100));
         }
         assert_eq!(archived(&archive, 1), 5);
         assert!(archive.has("000000010000000000000009".parse().unwrap()));
         assert!(!archive.has("000000010000000000000005".parse().unwrap()));
-        archive.record(segment(1, 5), 1, 100);
+        archive.record(segment(1, 5), 1, Some(100));
         assert_eq!(archived(&archive, 1), 6);
-        archive.record(segment(1, 6), 1, 100);
+        archive.record(segment(1, 6), 1, Some(100));
         assert_eq!(archived(&archive, 1), 8);
-        archive.record(segment(1, 8), 1, 100);
+        archive.record(segment(1, 8), 1, Some(100));
         assert_eq!(archived(&archive, 1), 10);
+    }
+
+    /// Two seal workers may finish in the other order.
+    #[test]
+    fn an_earlier_segment_that_shows_up_late_holds_the_frontier() {
+        let mut archive = Archive::new(size());
+        archive.hold([segment(1, 5)]);
+        archive.record(segment(1, 5), 1, None);
+        assert_eq!(archived(&archive, 1), 6);
+        archive.hold([segment(1, 4)]);
+        assert_eq!(archived(&archive, 1), 4);
+        archive.record(segment(1, 4), 1, None);
+        assert_eq!(archived(&archive, 1), 6);
+    }
+
+    #[test]
+    fn the_same_segment_counts_once() {
+        let mut archive = Archive::new(size());
+        for time in [Some(5), None, Some(3)] {
+            archive.record(segment(1, 1), 10, time);
+        }
+        assert_eq!(archive.totals(), Totals { files: 1, bytes: 10 });
+        assert_eq!(archive.latest_archived_unix(), Some(5));
     }
 
     #[test]
     fn timelines_do_not_help_each_other() {
         let mut archive = Archive::new(size());
         archive.hold([segment(1, 3), segment(1, 4), segment(2, 4)]);
-        archive.record(segment(2, 4), 1, 5);
+        archive.record(segment(2, 4), 1, Some(5));
         assert_eq!(archived(&archive, 1), 3);
         assert_eq!(archived(&archive, 2), 5);
     }
@@ -256,7 +285,7 @@ mod tests {
     fn a_rebuild_shows_an_object_that_vanished() {
         let mut archive = Archive::new(size());
         archive.hold((0..4).map(|n| segment(1, n)));
-        (0..4).for_each(|n| archive.record(segment(1, n), 1, n));
+        (0..4).for_each(|n| archive.record(segment(1, n), 1, Some(n)));
         let rebuilt = archive
             .rebuild((0..4).map(|n| segment(1, n)), [0, 1, 3].map(|n| (segment(1, n), 1, n)));
         assert_eq!(archived(&rebuilt, 1), 2);
@@ -265,8 +294,8 @@ mod tests {
     #[test]
     fn partials_and_histories_count_but_move_nothing() {
         let mut archive = Archive::new(size());
-        archive.record("000000010000000000000003.partial".parse().unwrap(), 7, 1);
-        archive.record("00000002.history".parse().unwrap(), 3, 2);
+        archive.record("000000010000000000000003.partial".parse().unwrap(), 7, Some(1));
+        archive.record("00000002.history".parse().unwrap(), 3, None);
         assert!(archive.frontiers().is_empty());
         assert_eq!(archive.totals(), Totals { files: 2, bytes: 10 });
     }
@@ -297,7 +326,7 @@ mod tests {
             for index in order {
                 let number = held[index % held.len()];
                 done.insert(number);
-                archive.record(segment(1, number), 1, 1);
+                archive.record(segment(1, number), 1, None);
                 let expected = (held[0]..).find(|n| !done.contains(n)).unwrap();
                 prop_assert_eq!(archived(&archive, 1), expected);
                 prop_assert!(expected >= last);

@@ -102,7 +102,7 @@ mod tests {
         let mut archive = Archive::new(SegmentSize::new(1 << 20).unwrap());
         for number in numbers {
             let name = format!("0000000100000000{:08X}", number % 4096);
-            archive.record(name.parse().unwrap(), u64::from(*number), 5);
+            archive.record(name.parse().unwrap(), u64::from(*number), Some(5));
         }
         archive
     }

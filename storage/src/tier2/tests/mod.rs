@@ -35,10 +35,13 @@ pub(super) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     block
 }
 
-/// A sealed file: `plain` as zstd.
+/// A sealed file: `plain` as zstd with a content checksum, as tier 1 writes it.
 pub(super) fn sealed(folder: &Path, name: &str, plain: &[u8], level: i32) -> Source {
     let path = folder.join(name);
-    std::fs::write(&path, zstd::encode_all(plain, level).unwrap()).unwrap();
+    let mut encoder = zstd::Encoder::new(Vec::new(), level).unwrap();
+    encoder.include_checksum(true).unwrap();
+    std::io::Write::write_all(&mut encoder, plain).unwrap();
+    std::fs::write(&path, encoder.finish().unwrap()).unwrap();
     source(path)
 }
 

@@ -111,8 +111,7 @@ async fn a_damaged_tier1_file_is_never_uploaded() {
     let bytes = std::fs::read(&good.path).unwrap();
     let mut flipped = bytes.clone();
     flipped[50_000] ^= 1;
-    // noise is stored raw, so only the frame's checksum could tell: use the sum of the job
-    for (name, content) in [("cut", &bytes[..90_000]), ("empty", &[][..])] {
+    for (name, content) in [("cut", &bytes[..90_000]), ("empty", &[][..]), ("bit", &flipped)] {
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
         let error = tier2.upload(&source(path), KEY).await.unwrap_err();
