@@ -7,6 +7,8 @@ pub mod cli;
 pub mod config;
 pub mod conninfo;
 pub mod error;
+#[cfg(test)]
+mod fake_server;
 pub mod replication;
 pub mod server_link;
 pub mod streamer;

@@ -15,6 +15,8 @@ mod status;
 mod stream;
 mod table;
 mod telemetry;
+#[cfg(test)]
+mod tests;
 mod text;
 mod wal_fetch;
 

@@ -1,1 +1,363 @@
-//! placeholder
+//! The run loop between a PostgreSQL and a server that are both in memory, over real gRPC.
+
+mod postgres;
+
+use super::*;
+use crate::{
+    config,
+    fake_server::{FakeServer, HeldWal, lsn},
+};
+use klio_proto::Code;
+use opentelemetry::metrics::{MeterProvider, noop::NoopMeterProvider};
+use postgres::{FakePostgres, SEGMENT};
+use std::sync::Arc;
+use tokio::task::JoinSet;
+
+const START: u64 = 3 * SEGMENT;
+
+/// A streamer at work.
+struct Rig {
+    server: FakeServer,
+    postgres: FakePostgres,
+    state: Arc<State>,
+    stop: CancellationToken,
+    tasks: JoinSet<Result<(), Error>>,
+}
+
+impl Rig {
+    async fn new(postgres: FakePostgres, setup: impl FnOnce(&FakeServer, &mut Options)) -> Self {
+        let server = FakeServer::start().await;
+        let mut options = Options {
+            cluster: "pg-1".parse().unwrap(),
+            on_gap: OnGap::Record,
+            batch_bytes: 256 << 10,
+            status_interval: Duration::from_millis(20),
+            retry_min: Duration::from_millis(1),
+            retry_max: Duration::from_millis(20),
+            stop_timeout: Duration::from_secs(10),
+        };
+        setup(&server, &mut options);
+        let settings = config::Server {
+            address: server.address.clone(),
+            unsafe_plaintext: true,
+            ..config::Server::default()
+        };
+        let meter = NoopMeterProvider::new().meter("test");
+        let metrics = Metrics::new(&meter, "pg-1");
+        let state = Arc::clone(&metrics.state);
+        let link = ServerLink::new(&settings).unwrap();
+        let streamer = Streamer::new(postgres.clone(), link, options, metrics);
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(streamer.run(stop.clone()));
+        Self { server, postgres, state, stop, tasks }
+    }
+
+    async fn ended(&mut self) -> Result<(), Error> {
+        let ended = tokio::time::timeout(Duration::from_secs(20), self.tasks.join_next()).await;
+        ended.expect("the streamer ends").unwrap().unwrap()
+    }
+
+    async fn stop(mut self) -> FakeServer {
+        self.stop.cancel();
+        self.ended().await.unwrap();
+        let wrong = self.server.script().wrong.clone();
+        assert!(wrong.is_empty(), "{wrong:?}");
+        self.server
+    }
+
+    /// Waits until PostgreSQL has heard that everything up to `end` is flushed.
+    async fn flushed(&self, end: u64) {
+        self.postgres
+            .until("flush reported", |inner| {
+                inner.reports.iter().any(|r| r.flushed.as_u64() >= end)
+            })
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn all_wal_arrives_and_postgres_hears_of_it() {
+    let end = START + 5 * SEGMENT + 4711;
+    let rig = Rig::new(FakePostgres::new(START + 99, end), |_, _| {}).await;
+    rig.flushed(end).await;
+    assert!(rig.state.is_connected());
+    assert_eq!(rig.postgres.flushed(), end);
+    assert_eq!(rig.postgres.inner().starts, [(1, START)]);
+    let server = rig.stop().await;
+    let held = server.script().timelines[&1];
+    assert_eq!((held.start, held.flushed), (START, end));
+}
+
+/// P1, and Klio (Go) reporting what had only been sent (field.md section 2).
+#[tokio::test]
+async fn postgres_never_hears_more_than_the_server_flushed() {
+    let end = START + SEGMENT / 2;
+    let rig =
+        Rig::new(FakePostgres::new(START, end), |server, _| server.change(|s| s.hold_acks = true))
+            .await;
+    rig.server
+        .until("all is received", |s| s.timelines.get(&1).is_some_and(|t| t.received == end))
+        .await;
+    rig.postgres
+        .until("received is reported", |p| p.reports.iter().any(|r| r.written == lsn(end)))
+        .await;
+    assert_eq!(rig.postgres.flushed(), 0, "flushed before the server flushed");
+    rig.server.change(|s| s.hold_acks = false);
+    rig.flushed(end).await;
+    let (highest, acked) = (rig.postgres.flushed(), rig.server.script().max_acked);
+    assert!(highest <= acked, "reported {highest}, acknowledged {acked}");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn the_window_holds_and_reading_stops_when_it_is_full() {
+    let (window, end) = (200_000, START + 8 * SEGMENT);
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        server.change(|s| {
+            s.hold_acks = true;
+            s.window = window;
+        });
+    })
+    .await;
+    rig.server.until("the window is full", |s| s.max_outstanding == window).await;
+    // Two status rounds later nothing more has been read.
+    let reports = rig.postgres.inner().reports.len();
+    rig.postgres.until("signs of life go on", |p| p.reports.len() > reports + 2).await;
+    let read = rig.postgres.inner().sent - START;
+    assert!(read <= window + (256 << 10) + (128 << 10), "{read} bytes read");
+    rig.server.change(|s| s.hold_acks = false);
+    rig.flushed(end).await;
+    assert_eq!(rig.stop().await.script().max_outstanding, window);
+}
+
+/// P2.
+#[tokio::test]
+async fn a_broken_stream_resumes_at_the_servers_position() {
+    let end = START + 6 * SEGMENT + 5;
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        server.change(|s| s.break_after = Some(START + 2 * SEGMENT));
+    })
+    .await;
+    rig.flushed(end).await;
+    let server = rig.stop().await;
+    let script = server.script();
+    assert_eq!(script.opens.len(), 2);
+    assert!(script.opens[1].start_lsn > START, "began anew at {}", script.opens[1].start_lsn);
+    assert_eq!(script.opens[0].writer_id, script.opens[1].writer_id);
+}
+
+/// A commit may wait for an acknowledgement that was lost with the previous process.
+#[tokio::test]
+async fn what_is_durable_already_is_reported_without_new_wal() {
+    let end = START + 12_345;
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        let held = HeldWal { start: START, received: end, flushed: end };
+        server.change(|s| s.hold(1, held));
+    })
+    .await;
+    rig.flushed(end).await;
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_refusal_that_does_not_pass_ends_with_its_code() {
+    for code in Code::ALL.iter().filter(|code| !code.retryable()) {
+        let mut rig = Rig::new(FakePostgres::new(START, START + 10), |server, _| {
+            server.change(|s| s.refuse_opens = vec![*code]);
+        })
+        .await;
+        let error = rig.ended().await.unwrap_err();
+        assert_eq!(crate::cli::exit::of(&error), code.exit(), "{code:?}");
+        assert_eq!(error.hint, code.hint());
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_that_passes_is_tried_again() {
+    let end = START + 10;
+    let codes: Vec<Code> = Code::ALL.iter().copied().filter(|code| code.retryable()).collect();
+    let count = codes.len();
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        server.change(|s| s.refuse_opens = codes);
+    })
+    .await;
+    rig.flushed(end).await;
+    assert_eq!(rig.stop().await.script().opens.len(), count + 1);
+}
+
+#[tokio::test]
+async fn a_promotion_is_followed_and_histories_are_stored() {
+    let switch = START + SEGMENT + 300;
+    let postgres = FakePostgres::new(START, switch);
+    let rig = Rig::new(postgres.clone(), |_, _| {}).await;
+    rig.flushed(switch).await;
+    postgres.promote(3, switch + 2 * SEGMENT);
+    rig.flushed(switch + 2 * SEGMENT).await;
+    postgres.promote(4, switch + 3 * SEGMENT);
+    rig.flushed(switch + 3 * SEGMENT).await;
+    let server = rig.stop().await;
+    let script = server.script();
+    let opened: Vec<u32> = script.opens.iter().map(|o| o.timeline).collect();
+    assert_eq!(opened, [1, 3, 4], "the next timeline is not always one more");
+    assert_eq!(script.timelines[&1].flushed, switch);
+    assert_eq!(script.timelines[&3].start, START + SEGMENT, "from the segment of the switch");
+    assert_eq!(script.histories.keys().copied().collect::<Vec<_>>(), [3, 4]);
+    let gaps = script.opens.iter().filter(|o| o.gap.is_some()).count();
+    assert_eq!(gaps, 0);
+}
+
+/// The new primary has what the old one had not sent any more.
+#[tokio::test]
+async fn an_unfinished_ancestor_is_finished_from_the_new_primary() {
+    let switch = START + 2 * SEGMENT + 300;
+    let postgres = FakePostgres::new(START, switch);
+    postgres.promote(2, switch + SEGMENT);
+    let held = START + SEGMENT + 7;
+    let rig = Rig::new(postgres, |server, _| {
+        let held = HeldWal { start: START, received: held, flushed: held };
+        server.change(|s| s.hold(1, held));
+    })
+    .await;
+    rig.flushed(switch + SEGMENT).await;
+    let starts = rig.postgres.inner().starts.clone();
+    assert_eq!(starts, [(1, held), (2, START + 2 * SEGMENT)]);
+    assert_eq!(rig.stop().await.script().timelines[&1].flushed, switch);
+}
+
+/// P8.
+#[tokio::test]
+async fn an_old_primary_ends_with_stale_timeline() {
+    let mut rig = Rig::new(FakePostgres::new(START, START + SEGMENT), |server, _| {
+        let held = HeldWal { start: START, received: START, flushed: START };
+        server.change(|s| s.hold(2, held));
+    })
+    .await;
+    let error = rig.ended().await.unwrap_err();
+    assert_eq!(error.failure, Failure::Code(Code::StaleTimeline));
+    assert!(rig.server.script().opens.is_empty(), "opened nevertheless");
+}
+
+#[tokio::test]
+async fn a_primary_that_lost_wal_is_refused_and_a_lagging_standby_is_waited_for() {
+    let ahead = START + SEGMENT;
+    let setup = |server: &FakeServer, _: &mut Options| {
+        let held = HeldWal { start: START, received: ahead, flushed: ahead };
+        server.change(|s| s.hold(1, held));
+    };
+    let mut rig = Rig::new(FakePostgres::new(START, START + 10), setup).await;
+    assert_eq!(rig.ended().await.unwrap_err().failure, Failure::PostgresRefused);
+    let standby = FakePostgres::new(START, START + 10);
+    standby.change(|inner| inner.in_recovery = true);
+    let rig = Rig::new(standby.clone(), setup).await;
+    rig.server.until("it asks again", |s| s.positions_asked > 2).await;
+    standby.change(|inner| inner.end = ahead + 20);
+    rig.flushed(ahead + 20).await;
+    rig.stop().await;
+}
+
+fn removed() -> (FakePostgres, HeldWal) {
+    let postgres = FakePostgres::new(START, START + 6 * SEGMENT);
+    postgres.change(|inner| {
+        inner.oldest = START + 4 * SEGMENT;
+        inner.slot = START + 4 * SEGMENT + 50;
+    });
+    let at = START + SEGMENT + 7;
+    (postgres, HeldWal { start: START, received: at, flushed: at })
+}
+
+#[tokio::test]
+async fn removed_wal_is_declared_as_a_gap_never_skipped_silently() {
+    let (postgres, held) = removed();
+    let rig = Rig::new(postgres, |server, _| server.change(|s| s.hold(1, held))).await;
+    rig.flushed(START + 6 * SEGMENT).await;
+    let server = rig.stop().await;
+    let script = server.script();
+    let gap = script.opens[0].gap.clone().unwrap();
+    assert_eq!((gap.from_lsn, gap.to_lsn), (held.flushed, START + 4 * SEGMENT));
+}
+
+#[tokio::test]
+async fn removed_wal_ends_with_22_when_told_to_stop() {
+    let (postgres, held) = removed();
+    let mut rig = Rig::new(postgres, |server, options| {
+        server.change(|s| s.hold(1, held));
+        options.on_gap = OnGap::Stop;
+    })
+    .await;
+    let error = rig.ended().await.unwrap_err();
+    assert_eq!(crate::cli::exit::of(&error), 22);
+    assert!(rig.server.script().opens.is_empty());
+}
+
+#[tokio::test]
+async fn a_stop_waits_for_the_last_acknowledgement() {
+    let end = START + SEGMENT;
+    let mut rig =
+        Rig::new(FakePostgres::new(START, end), |server, _| server.change(|s| s.hold_acks = true))
+            .await;
+    rig.server
+        .until("all is received", |s| s.timelines.get(&1).is_some_and(|t| t.received == end))
+        .await;
+    rig.stop.cancel();
+    assert_eq!(rig.postgres.flushed(), 0);
+    rig.server.change(|s| s.hold_acks = false);
+    rig.ended().await.unwrap();
+    assert_eq!(rig.postgres.flushed(), end, "PostgreSQL did not hear of the last acknowledgement");
+}
+
+#[tokio::test]
+async fn a_stop_without_an_acknowledgement_ends_in_time() {
+    let end = START + SEGMENT;
+    let mut rig = Rig::new(FakePostgres::new(START, end), |server, options| {
+        server.change(|s| s.hold_acks = true);
+        options.stop_timeout = Duration::from_millis(50);
+    })
+    .await;
+    rig.server
+        .until("all is received", |s| s.timelines.get(&1).is_some_and(|t| t.received == end))
+        .await;
+    rig.stop.cancel();
+    rig.ended().await.unwrap();
+    assert_eq!(rig.postgres.flushed(), 0);
+}
+
+#[tokio::test]
+async fn an_idle_stream_tells_both_ends_that_it_lives() {
+    let end = START + 10;
+    let rig = Rig::new(FakePostgres::new(START, end), |_, _| {}).await;
+    rig.flushed(end).await;
+    rig.server.until("the server hears", |s| s.empty_appends > 2).await;
+    assert_eq!(rig.state.wal_end(), lsn(end));
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_reply_request_is_answered_at_once() {
+    let end = START + 10;
+    let rig = Rig::new(FakePostgres::new(START, end), |_, options| {
+        options.status_interval = Duration::from_secs(30);
+    })
+    .await;
+    rig.flushed(end).await;
+    let before = rig.postgres.inner().reports.len();
+    rig.postgres.change(|inner| inner.ask_reply = true);
+    rig.postgres.until("the reply", |inner| inner.reports.len() > before).await;
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_clean_shutdown_of_postgres_leaves_nothing_behind() {
+    let end = START + SEGMENT / 3;
+    let postgres = FakePostgres::new(START, end);
+    let rig = Rig::new(postgres.clone(), |_, _| {}).await;
+    rig.flushed(end).await;
+    postgres.change(|inner| inner.shutdown = true);
+    rig.server.until("it comes back", |s| s.opens.len() > 1).await;
+    postgres.change(|inner| {
+        inner.shutdown = false;
+        inner.end += 1000;
+    });
+    rig.flushed(end + 1000).await;
+    rig.stop().await;
+}

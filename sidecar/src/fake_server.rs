@@ -1,0 +1,328 @@
+//! A klio.v1 server in memory for tests: keeps WAL, and misbehaves as told.
+//!
+//! Checks on its own: every byte belongs where it was sent, and the window holds. Serves plaintext on
+//! 127.0.0.1; ends when dropped.
+
+use klio_pg::Lsn;
+use klio_proto::{
+    Code,
+    v1::{self, receive_request, receive_response, wal_server},
+};
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::{
+    Stream,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::{Request, Response, Status, Streaming};
+
+/// The byte at a position: what the fake PostgreSQL sends and the fake server expects.
+pub(crate) fn byte_at(lsn: u64) -> u8 {
+    (lsn ^ (lsn >> 8) ^ (lsn >> 16)) as u8
+}
+
+/// What one timeline holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HeldWal {
+    pub start: u64,
+    pub received: u64,
+    pub flushed: u64,
+}
+
+/// State and instructions.
+#[derive(Debug, Default)]
+pub(crate) struct Script {
+    pub timelines: BTreeMap<u32, HeldWal>,
+    pub histories: BTreeMap<u32, Vec<u8>>,
+    pub opens: Vec<v1::Open>,
+    pub positions_asked: usize,
+    /// Answers to the next `Receive` calls; when empty, they succeed.
+    pub refuse_opens: Vec<Code>,
+    pub window: u64,
+    /// No acknowledgement while set.
+    pub hold_acks: bool,
+    /// The stream breaks after this many bytes, once.
+    pub break_after: Option<u64>,
+    pub max_outstanding: u64,
+    /// The highest flushed position that any acknowledgement carried.
+    pub max_acked: u64,
+    /// What `Fetch` answers.
+    pub files: BTreeMap<String, Vec<v1::FetchResponse>>,
+    pub fetch_error: Option<Code>,
+    pub fetches: usize,
+    pub empty_appends: usize,
+    pub wrong: Vec<String>,
+}
+
+impl Script {
+    /// Lets the server hold WAL from the beginning.
+    pub fn hold(&mut self, timeline: u32, held: HeldWal) {
+        self.timelines.insert(timeline, held);
+    }
+}
+
+/// A running server.
+pub(crate) struct FakeServer {
+    pub address: String,
+    shared: Arc<Shared>,
+    _task: AbortOnDropHandle<()>,
+    stop: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Shared {
+    script: Mutex<Script>,
+    changed: Notify,
+}
+
+impl FakeServer {
+    pub async fn start() -> Self {
+        let script = Mutex::new(Script { window: 1 << 20, ..Script::default() });
+        let shared = Arc::new(Shared { script, changed: Notify::new() });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let stop = CancellationToken::new();
+        let (service, stopped) = (Service(Arc::clone(&shared)), stop.clone());
+        let mut set = tokio::task::JoinSet::new();
+        set.spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(wal_server::WalServer::new(service))
+                .serve_with_incoming_shutdown(
+                    TcpListenerStream::new(listener),
+                    stopped.cancelled_owned(),
+                )
+                .await
+                .unwrap();
+        });
+        #[allow(clippy::disallowed_methods, reason = "owned by the handle below")]
+        let task = AbortOnDropHandle::new(tokio::spawn(async move {
+            while set.join_next().await.is_some() {}
+        }));
+        Self { address, shared, _task: task, stop }
+    }
+
+    pub fn script(&self) -> MutexGuard<'_, Script> {
+        self.shared.script.lock().unwrap()
+    }
+
+    /// Changes the instructions and wakes who waits for them.
+    pub fn change(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.script());
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Waits until the state is as wanted; panics with the state when it never is.
+    pub async fn until(&self, what: &str, is: impl Fn(&Script) -> bool) {
+        let wait = async {
+            while !is(&self.script()) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(20), wait).await.is_err() {
+            panic!("{what} did not happen: {:?}", self.script());
+        }
+    }
+}
+
+impl Drop for FakeServer {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+struct Service(Arc<Shared>);
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl wal_server::Wal for Service {
+    async fn position(
+        &self,
+        _: Request<v1::PositionRequest>,
+    ) -> Result<Response<v1::PositionResponse>, Status> {
+        let mut script = self.0.script.lock().unwrap();
+        script.positions_asked += 1;
+        let timelines = script
+            .timelines
+            .iter()
+            .map(|(timeline, held)| v1::TimelinePosition {
+                timeline: *timeline,
+                start_lsn: held.start,
+                flushed_lsn: held.flushed,
+                has_history: script.histories.contains_key(timeline),
+            })
+            .collect();
+        Ok(Response::new(v1::PositionResponse { timelines }))
+    }
+
+    async fn put_history(
+        &self,
+        request: Request<v1::PutHistoryRequest>,
+    ) -> Result<Response<v1::PutHistoryResponse>, Status> {
+        let request = request.into_inner();
+        let mut script = self.0.script.lock().unwrap();
+        script.histories.insert(request.timeline, request.content.to_vec());
+        Ok(Response::new(v1::PutHistoryResponse {}))
+    }
+
+    type ReceiveStream = Answers<v1::ReceiveResponse>;
+    async fn receive(
+        &self,
+        request: Request<Streaming<v1::ReceiveRequest>>,
+    ) -> Result<Response<Self::ReceiveStream>, Status> {
+        let mut messages = request.into_inner();
+        let Some(v1::ReceiveRequest { kind: Some(receive_request::Kind::Open(open)) }) =
+            messages.message().await?
+        else {
+            return Err(Code::Invalid.status("expected open"));
+        };
+        let (timeline, window) = (open.timeline, self.begin(open)?);
+        let (answers, queue) = mpsc::channel(16);
+        let shared = Arc::clone(&self.0);
+        let start_lsn = shared.script.lock().unwrap().timelines[&timeline].flushed;
+        let opened = v1::Opened { start_lsn, window_bytes: window };
+        answers.try_send(Ok(answer(receive_response::Kind::Opened(opened)))).unwrap();
+        #[allow(clippy::disallowed_methods, reason = "ends with its connection")]
+        tokio::spawn(async move {
+            if let Err(status) = session(&shared, timeline, messages, &answers).await {
+                let _ = answers.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
+    }
+
+    type FetchStream = Answers<v1::FetchResponse>;
+    async fn fetch(
+        &self,
+        request: Request<v1::FetchRequest>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let mut script = self.0.script.lock().unwrap();
+        script.fetches += 1;
+        if let Some(code) = script.fetch_error {
+            return Err(code.status("as told"));
+        }
+        let name = request.into_inner().name;
+        let file = script.files.get(&name);
+        let file = file.ok_or_else(|| Code::NotFound.status(format!("no {name}")))?;
+        Ok(Response::new(Box::pin(tokio_stream::iter(file.clone().into_iter().map(Ok)))))
+    }
+}
+
+impl Service {
+    fn begin(&self, open: v1::Open) -> Result<u64, Status> {
+        let mut script = self.0.script.lock().unwrap();
+        if !script.refuse_opens.is_empty() {
+            let code = script.refuse_opens.remove(0);
+            script.opens.push(open);
+            return Err(code.status("as told"));
+        }
+        let held = script.timelines.get(&open.timeline).copied();
+        let gap = open.gap.is_some();
+        if held.is_some_and(|held| held.flushed != open.start_lsn) && !gap {
+            let text = format!("start {} is not {held:?}", open.start_lsn);
+            script.wrong.push(text.clone());
+            return Err(Code::BadPosition.status(text));
+        }
+        let start = open.start_lsn;
+        let entry = script.timelines.entry(open.timeline);
+        let held = entry.or_insert(HeldWal { start, received: start, flushed: start });
+        held.received = start;
+        held.flushed = start;
+        script.opens.push(open);
+        Ok(script.window)
+    }
+}
+
+async fn session(
+    shared: &Shared,
+    timeline: u32,
+    mut messages: Streaming<v1::ReceiveRequest>,
+    answers: &mpsc::Sender<Result<v1::ReceiveResponse, Status>>,
+) -> Result<(), Status> {
+    loop {
+        let changed = shared.changed.notified();
+        tokio::select! {
+            message = messages.message() => match message? {
+                Some(v1::ReceiveRequest { kind: Some(receive_request::Kind::Append(append)) }) => {
+                    take(&mut shared.script.lock().unwrap(), timeline, &append)?;
+                }
+                Some(_) => return Err(Code::Invalid.status("expected append")),
+                None => {
+                    // Half-closed: flush all, acknowledge, end. An order to hold still counts.
+                    loop {
+                        let changed = shared.changed.notified();
+                        if !shared.script.lock().unwrap().hold_acks {
+                            break;
+                        }
+                        let _ = tokio::time::timeout(Duration::from_millis(20), changed).await;
+                    }
+                    acknowledge(shared, timeline, answers).await;
+                    return Ok(());
+                }
+            },
+            () = changed => {}
+        }
+        acknowledge(shared, timeline, answers).await;
+    }
+}
+
+fn take(script: &mut Script, timeline: u32, append: &v1::Append) -> Result<(), Status> {
+    let window = script.window;
+    let held = script.timelines.get_mut(&timeline).unwrap();
+    let mut wrong = Vec::new();
+    if append.start_lsn != held.received {
+        wrong.push(format!("append at {}, expected {}", append.start_lsn, held.received));
+    }
+    let good = append.data.iter().zip(append.start_lsn..).all(|(b, at)| *b == byte_at(at));
+    if !good {
+        wrong.push(format!("bytes at {} are not PostgreSQL's", append.start_lsn));
+    }
+    held.received = append.start_lsn + append.data.len() as u64;
+    let outstanding = held.received - held.flushed;
+    if outstanding > window {
+        wrong.push(format!("{outstanding} bytes outstanding, window {window}"));
+    }
+    let received = held.received;
+    script.empty_appends += usize::from(append.data.is_empty());
+    script.max_outstanding = script.max_outstanding.max(outstanding);
+    script.wrong.extend(wrong);
+    if script.break_after.is_some_and(|limit| received >= limit) {
+        script.break_after = None;
+        return Err(Code::StorageFailed.status("as told"));
+    }
+    Ok(())
+}
+
+async fn acknowledge(
+    shared: &Shared,
+    timeline: u32,
+    answers: &mpsc::Sender<Result<v1::ReceiveResponse, Status>>,
+) {
+    let ack = {
+        let mut script = shared.script.lock().unwrap();
+        let hold = script.hold_acks;
+        let held = script.timelines.get_mut(&timeline).unwrap();
+        if !hold {
+            held.flushed = held.received;
+        }
+        let ack = v1::Ack { received_lsn: held.received, flushed_lsn: held.flushed };
+        script.max_acked = script.max_acked.max(ack.flushed_lsn);
+        ack
+    };
+    let _ = answers.send(Ok(answer(receive_response::Kind::Ack(ack)))).await;
+}
+
+fn answer(kind: receive_response::Kind) -> v1::ReceiveResponse {
+    v1::ReceiveResponse { kind: Some(kind) }
+}
+
+/// A position as a number.
+pub(crate) fn lsn(n: u64) -> Lsn {
+    Lsn::new(n)
+}
