@@ -587,6 +587,32 @@ async fn server_shutdown_ends_the_stream_after_its_last_byte() {
 }
 
 #[tokio::test]
+async fn last_words_of_the_server_are_heard_although_it_no_longer_listens() {
+    let pg = Cluster::start(&[]).await;
+    let start = pg.lsn("SELECT pg_current_wal_flush_lsn()").await;
+    for login in [pg.info(""), tcp(&pg, "user=postgres")] {
+        let mut stream =
+            Client::connect(&login).await.unwrap().start(None, tli(1), start).await.unwrap();
+        pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_replication").await;
+        eventually("the walsender is gone", || async {
+            let left = pg.sql("SELECT count(*) FROM pg_stat_replication").await;
+            (left.as_deref() == Some("0")).then_some(())
+        })
+        .await;
+        for _ in 0..3 {
+            stream.send_status(&status(start)).await.unwrap();
+        }
+        let e = loop {
+            if let Err(e) = stream.next().await {
+                break e;
+            }
+        };
+        assert_eq!(e.server().map(|s| s.sqlstate.as_str()), Some("57P01"), "{e}");
+        assert_eq!(e.kind(), ErrorKind::Connect);
+    }
+}
+
+#[tokio::test]
 async fn killed_server_is_an_io_or_connect_error() {
     let pg = Cluster::start(&[]).await;
     let start = pg.lsn("SELECT pg_current_wal_flush_lsn()").await;

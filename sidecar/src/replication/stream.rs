@@ -199,7 +199,8 @@ impl WalStream {
     /// the update goes out with this or the next call.
     ///
     /// # Errors
-    /// A broken connection.
+    /// A server that reads nothing for as long as the patience. A broken connection shows at the
+    /// next [`WalStream::next`], after all that the server had sent before.
     pub async fn send_status(&mut self, status: &StatusUpdate) -> Result<(), Error> {
         if !matches!(self.state, State::Streaming) {
             return Ok(());

@@ -3,6 +3,8 @@
 //! Bodies are slices of the read buffer, never copies; one read fills it with as much as has
 //! arrived, so a message costs no system call of its own.
 //! Cancel-safe throughout: bytes read stay in `input`, bytes not yet written stay in `output`.
+//! A server that hangs up has said why before: when a write fails, what it sent is read to the end
+//! first, and the failed write shows only if that explains nothing.
 //! postgres-protocol's own `Message` knows no CopyBothResponse, hence the dispatch by tag here.
 
 use super::{
@@ -43,6 +45,8 @@ pub(super) struct Wire {
     output: BytesMut,
     /// TLS may hold bytes that it has taken from `output`.
     unflushed: bool,
+    /// A failed write, after which nothing more is written.
+    deaf: Option<Error>,
     parameters: BTreeMap<String, String>,
     /// How long a silence or a stuck write may last.
     patience: Duration,
@@ -51,7 +55,15 @@ pub(super) struct Wire {
 impl Wire {
     pub(super) fn new(transport: Transport, patience: Duration) -> Wire {
         let (input, output) = (BytesMut::new(), BytesMut::new());
-        Wire { transport, input, output, unflushed: false, parameters: BTreeMap::new(), patience }
+        Wire {
+            transport,
+            input,
+            output,
+            unflushed: false,
+            deaf: None,
+            parameters: BTreeMap::new(),
+            patience,
+        }
     }
 
     pub(super) const fn transport(&self) -> &Transport {
@@ -100,19 +112,24 @@ impl Wire {
         make_room(&mut self.input);
         let Wire { transport, input, .. } = self;
         let read = poll_fn(|cx| poll_fill(transport, input, cx)).await;
-        match read {
+        let failure = match read {
             Ok(0) => {
                 let closed = io::Error::new(io::ErrorKind::UnexpectedEof, "server hung up");
-                Err(Error::caused(ErrorKind::Io, op, closed))
+                Error::caused(ErrorKind::Io, op, closed)
             }
-            Ok(_) => Ok(()),
-            Err(e) => Err(broken(op, e)),
-        }
+            Ok(_) => return Ok(()),
+            Err(e) => broken(op, e),
+        };
+        Err(self.deaf.take().unwrap_or(failure))
     }
 
     /// Sends what waits, within the patience. Cancel-safe: what is not sent is kept.
+    /// A broken connection shows at the next read.
     pub(super) async fn flush(&mut self, op: &str) -> Result<(), Error> {
-        if self.output.is_empty() && !self.unflushed {
+        if self.deaf.is_some() {
+            self.output.clear();
+        }
+        if self.deaf.is_some() || self.output.is_empty() && !self.unflushed {
             return Ok(());
         }
         self.unflushed = true;
@@ -126,10 +143,10 @@ impl Wire {
             poll_fn(|cx| Pin::new(&mut self.transport).poll_flush(cx)).await
         };
         match tokio::time::timeout(patience, write).await {
-            Ok(done) => done.map_err(|e| broken(op, e))?,
+            Ok(Ok(())) => self.unflushed = false,
+            Ok(Err(e)) => self.deaf = Some(broken(op, e)),
             Err(_) => return Err(silent(op, "the server to read", patience)),
         }
-        self.unflushed = false;
         Ok(())
     }
 
