@@ -64,11 +64,28 @@ pub enum Command {
     /// Look at or drop the replication slot
     #[command(subcommand)]
     Slot(SlotCommand),
+    /// Print the generated parts of docs/ as Markdown
+    #[command(hide = true)]
+    Reference {
+        /// Which table
+        table: Table,
+    },
     /// Explain a command, or: config, exit-codes
     Help {
         /// A command, `config` or `exit-codes`
         topic: Option<String>,
     },
+}
+
+/// A generated reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Table {
+    /// Instruments of klio.
+    Metrics,
+    /// Settings of klio.
+    Configuration,
+    /// Exit statuses of klio.
+    ExitCodes,
 }
 
 /// `klio stream`
@@ -169,6 +186,7 @@ impl Command {
             Command::List(_) => "list",
             Command::WalFetch(_) => "wal-fetch",
             Command::Slot(_) => "slot",
+            Command::Reference { .. } => "reference",
             Command::Help { .. } => "help",
         }
     }

@@ -42,6 +42,11 @@ pub const fn of_wal_fetch(error: &Error) -> u8 {
 
 /// The table, for people.
 pub fn table() -> String {
+    rows().iter().map(|(status, text)| format!("{status:>5}  {text}\n")).collect()
+}
+
+/// Every status and what it means, ascending.
+pub(super) fn rows() -> Vec<(u8, String)> {
     let own = [
         (OK, "done"),
         (PROBLEM, "check or status found a problem, and said which"),
@@ -53,10 +58,10 @@ pub fn table() -> String {
     let mut rows: Vec<(u8, String)> =
         own.iter().map(|(status, text)| (*status, (*text).to_owned())).collect();
     for code in Code::ALL {
-        rows.push((code.exit(), format!("{}:{}", code.name(), code.meaning())));
+        rows.push((code.exit(), format!("{}: {}", code.name(), code.meaning().trim())));
     }
     rows.sort();
-    rows.iter().map(|(status, text)| format!("{status:>5}  {text}\n")).collect()
+    rows
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod check_server;
 pub mod exit;
 mod help;
 mod list;
+mod reference;
 mod slot;
 mod status;
 mod stream;
@@ -58,8 +59,10 @@ fn run(arguments: Vec<OsString>) -> u8 {
             return if error.use_stderr() { exit::STOP_RECOVERY } else { exit::OK };
         }
     };
-    if let Command::Help { topic } = &cli.command {
-        return help::print(topic.as_deref());
+    match &cli.command {
+        Command::Help { topic } => return help::print(topic.as_deref()),
+        Command::Reference { table } => return reference::run(*table),
+        _ => {}
     }
     let result = Config::load(cli.global.config.as_deref(), &cli.flags())
         .and_then(|config| config.validate(needs(&cli.command)).map(|()| config))
@@ -96,7 +99,9 @@ const fn needs(command: &Command) -> Needs {
         Command::List(_) | Command::WalFetch(_) => {
             Needs { server: true, cluster: true, postgres: false }
         }
-        Command::Help { .. } => Needs { server: false, cluster: false, postgres: false },
+        Command::Reference { .. } | Command::Help { .. } => {
+            Needs { server: false, cluster: false, postgres: false }
+        }
     }
 }
 
@@ -133,6 +138,7 @@ async fn verb(
         Command::WalFetch(args) => wal_fetch::run(config, args).await,
         Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,
         Command::Slot(SlotCommand::Drop(_)) => slot::drop_slot(config).await,
+        Command::Reference { table } => Ok(reference::run(*table)),
         Command::Help { topic } => Ok(help::print(topic.as_deref())),
     }
 }

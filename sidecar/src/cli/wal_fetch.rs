@@ -133,10 +133,20 @@ fn worth_retrying(error: &Error) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Form {
     compressed: bool,
-    /// Bytes that come, after decompression.
-    plain: u64,
-    /// Bytes of the file; the rest is zeros, which PostgreSQL reads as the end of WAL.
-    full: u64,
+    /// Bytes that come, after decompression; `None` where the tier does not know before reading.
+    plain: Option<u64>,
+    full: Full,
+}
+
+/// The size of the finished file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Full {
+    /// At most this, and as it came.
+    UpTo(u64),
+    /// Any size that PostgreSQL's segments can have, as it came.
+    AnySegment,
+    /// This; what is missing is zeros, which PostgreSQL reads as the end of WAL.
+    Padded(u64),
 }
 
 /// A history file is some lines; the largest reasonable size.
@@ -148,24 +158,99 @@ impl Form {
             let message = format!("read answer: expected {expected}, found {found}");
             Error::new(Failure::Code(Code::Invalid), message)
         };
-        let plain = header.plain_size;
-        let compressed = match header.kind() {
-            FetchKind::SegmentZstd | FetchKind::PartialZstd => true,
-            FetchKind::PartialRaw => false,
-            FetchKind::HistoryRaw if plain <= HISTORY_BYTES_MAX => {
-                return Ok(Self { compressed: false, plain, full: plain });
-            }
-            FetchKind::HistoryRaw | FetchKind::Unspecified => {
-                return Err(wrong("a kind this klio knows".into(), format!("{header:?}")));
-            }
+        let known = Some(header.plain_size).filter(|size| *size > 0);
+        let segment = match header.segment_size {
+            0 => None,
+            size => Some(
+                SegmentSize::new(size)
+                    .map_err(|error| wrong("a segment size".into(), error.to_string()))?
+                    .bytes(),
+            ),
         };
-        let segment = SegmentSize::new(header.segment_size)
-            .map_err(|error| wrong("a segment size".into(), error.to_string()))?
-            .bytes();
-        let whole = header.kind() == FetchKind::SegmentZstd;
-        if plain > segment || (whole && plain != segment) {
-            return Err(wrong(format!("{segment} bytes"), format!("{plain} bytes")));
+        let padded = || match segment {
+            Some(segment) if header.plain_size <= segment => Ok(Full::Padded(segment)),
+            _ => Err(wrong(
+                "a part of a segment of known size".into(),
+                format!("{} bytes of {}", header.plain_size, header.segment_size),
+            )),
+        };
+        let (compressed, plain, full) = match (header.kind(), segment) {
+            (FetchKind::SegmentZstd, None) => (true, known, Full::AnySegment),
+            (FetchKind::SegmentZstd, Some(segment)) if known.is_none_or(|size| size == segment) => {
+                (true, Some(segment), Full::UpTo(segment))
+            }
+            (FetchKind::PartialZstd, _) => (true, known, padded()?),
+            (FetchKind::PartialRaw, _) => (false, Some(header.plain_size), padded()?),
+            (FetchKind::HistoryRaw, _) => (false, known, Full::UpTo(HISTORY_BYTES_MAX)),
+            _ => return Err(wrong("a file this klio knows".into(), format!("{header:?}"))),
+        };
+        Ok(Self { compressed, plain, full })
+    }
+
+    /// The most that may come.
+    fn limit(&self) -> u64 {
+        match self.full {
+            Full::UpTo(bytes) | Full::Padded(bytes) => bytes,
+            Full::AnySegment => SEGMENT_BYTES_MAX,
         }
-        Ok(Self { compressed, plain, full: segment })
+    }
+
+    /// The size of the file when `came` bytes came; `None` when that cannot be all.
+    fn full_size(&self, came: u64) -> Option<u64> {
+        if self.plain.is_some_and(|plain| plain != came) || came > self.limit() {
+            return None;
+        }
+        match self.full {
+            Full::UpTo(_) => Some(came).filter(|came| *came > 0),
+            Full::Padded(full) => Some(full),
+            Full::AnySegment => {
+                u32::try_from(came).ok().filter(|n| SegmentSize::new(*n).is_ok()).map(u64::from)
+            }
+        }
+    }
+}
+
+/// The largest wal_segment_size.
+const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn form(kind: FetchKind, plain_size: u64, segment_size: u32) -> Result<Form, Error> {
+        Form::of(&FetchHeader { kind: kind.into(), plain_size, segment_size, tier: String::new() })
+    }
+
+    #[test]
+    fn a_segment_has_its_exact_size() {
+        let known = form(FetchKind::SegmentZstd, 1 << 24, 1 << 24).unwrap();
+        assert_eq!(known.full_size(1 << 24), Some(1 << 24));
+        assert_eq!(known.full_size((1 << 24) - 1), None);
+        assert!(form(FetchKind::SegmentZstd, 5, 1 << 24).is_err());
+        // From a bucket whose cluster the server does not know.
+        let unknown = form(FetchKind::SegmentZstd, 0, 0).unwrap();
+        assert_eq!(unknown.full_size(1 << 20), Some(1 << 20));
+        assert_eq!(unknown.full_size((1 << 20) - 1), None);
+        assert_eq!(unknown.full_size(0), None);
+    }
+
+    #[test]
+    fn a_partial_segment_is_padded() {
+        let raw = form(FetchKind::PartialRaw, 100, 1 << 20).unwrap();
+        assert_eq!((raw.full_size(100), raw.full_size(99)), (Some(1 << 20), None));
+        let stored = form(FetchKind::PartialZstd, 0, 1 << 20).unwrap();
+        assert_eq!(stored.full_size(7), Some(1 << 20));
+        assert_eq!(stored.full_size((1 << 20) + 1), None);
+        assert!(form(FetchKind::PartialRaw, 2 << 20, 1 << 20).is_err());
+        assert!(form(FetchKind::PartialRaw, 1, 0).is_err());
+    }
+
+    #[test]
+    fn a_history_file_is_small_and_not_empty() {
+        let history = form(FetchKind::HistoryRaw, 0, 0).unwrap();
+        assert_eq!(history.full_size(50), Some(50));
+        assert_eq!((history.full_size(0), history.full_size(2 << 20)), (None, None));
+        assert!(form(FetchKind::Unspecified, 0, 0).is_err());
+        assert!(form(FetchKind::SegmentZstd, 0, 3).is_err());
     }
 }

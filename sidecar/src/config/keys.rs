@@ -60,12 +60,12 @@ pub const KEYS: &[Key] = &[
     text("stream.stop_timeout", "10s", "how long a stop waits for the last acknowledgement"),
     text("admin.listen", "", "address:port for /livez, /readyz and /metrics; empty: none"),
     flag("telemetry.enabled", "true", "false turns OpenTelemetry off, whatever OTEL_* says"),
-    text("telemetry.service_name", "klio", "service.name"),
+    text("telemetry.service_name", "", "service.name; else OTEL_SERVICE_NAME, else klio"),
     text("telemetry.trace_endpoint", "", "OTLP endpoint for traces; over OTEL_*"),
     flag("telemetry.export_logs", "false", "send logs over OTLP too"),
     text("telemetry.logs_endpoint", "", "OTLP endpoint for logs"),
-    text("telemetry.log_level", "info", "log filter, as RUST_LOG"),
-    text("telemetry.log_format", "text", "text or json"),
+    text("telemetry.log_level", "", "log filter; else RUST_LOG, else info"),
+    text("telemetry.log_format", "", "text or json; else KLIO_LOG_FORMAT, else text"),
 ];
 
 #[cfg(test)]

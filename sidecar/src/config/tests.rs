@@ -79,6 +79,7 @@ fn every_key_of_the_table_is_a_setting() {
     for key in KEYS {
         let value = match (key.path, key.default) {
             (_, default) if !default.is_empty() => default.to_owned(),
+            ("telemetry.log_format", _) => "json".to_owned(),
             ("admin.listen", _) => "127.0.0.1:1".to_owned(),
             _ => "pg-1".to_owned(),
         };

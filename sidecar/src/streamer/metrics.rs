@@ -64,6 +64,54 @@ impl State {
     }
 }
 
+/// Name, type, unit and meaning of every instrument of `klio stream`; docs/metrics.md is made of it.
+pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
+    ("klio.stream.connected", "gauge", "", "1 while WAL flows to the server, else 0"),
+    ("klio.stream.received_lsn", "gauge", "", "received by the server, as a byte position"),
+    ("klio.stream.flushed_lsn", "gauge", "", "durable on the server, as a byte position"),
+    ("klio.stream.postgres_lsn", "gauge", "", "end of WAL on PostgreSQL, as a byte position"),
+    (
+        "klio.stream.slot_retained_size",
+        "gauge",
+        "By",
+        "WAL that the slot keeps on PostgreSQL's disk",
+    ),
+    ("klio.stream.client_certificate_expiry_time", "gauge", "s", "Unix time when it ends"),
+    ("klio.stream.server_certificate_expiry_time", "gauge", "s", "Unix time when it ends"),
+    ("klio.stream.sent_size", "counter", "By", "WAL sent to the server"),
+    ("klio.stream.ack_latency", "histogram", "s", "from sending WAL to hearing that it is durable"),
+    ("klio.stream.reconnects", "counter", "", "sessions that ended with an error, by error.type"),
+    ("klio.stream.gaps", "counter", "", "gaps declared to the server"),
+    ("klio.stream.gap_size", "counter", "By", "WAL lost in gaps"),
+];
+
+type Read = fn(&State) -> Option<u64>;
+
+/// What each gauge shows; nothing while it is not known.
+const GAUGES: &[(&str, Read)] = &[
+    ("klio.stream.connected", |s| Some(s.is_connected().into())),
+    ("klio.stream.received_lsn", |s| known(s.received.load(Relaxed))),
+    ("klio.stream.flushed_lsn", |s| known(s.flushed.load(Relaxed))),
+    ("klio.stream.postgres_lsn", |s| known(s.wal_end.load(Relaxed))),
+    ("klio.stream.slot_retained_size", |s| u64::try_from(s.slot_retained.load(Relaxed)).ok()),
+    ("klio.stream.client_certificate_expiry_time", |s| time(&s.client_expires)),
+    ("klio.stream.server_certificate_expiry_time", |s| time(&s.server_expires)),
+];
+
+/// A position is never 0.
+fn known(position: u64) -> Option<u64> {
+    Some(position).filter(|p| *p > 0)
+}
+
+fn time(unix: &AtomicI64) -> Option<u64> {
+    u64::try_from(unix.load(Relaxed)).ok().and_then(known)
+}
+
+/// The row of the catalogue; a test makes sure that there is one.
+fn describe(name: &str) -> (&'static str, &'static str, &'static str, &'static str) {
+    CATALOGUE.iter().find(|row| row.0 == name).copied().unwrap_or_default()
+}
+
 /// The instruments.
 #[derive(Debug)]
 pub struct Metrics {
@@ -83,37 +131,11 @@ impl Metrics {
         let state = Arc::new(State::default());
         state.set_slot_retained(None);
         let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
-        type Read = fn(&State) -> Option<u64>;
-        let gauges: [(&'static str, &'static str, &'static str, Read); 7] = [
-            ("klio.stream.connected", "", "1 while WAL flows to the server, else 0", |s| {
-                Some(s.is_connected().into())
-            }),
-            ("klio.stream.received_lsn", "", "received by the server, as a byte position", |s| {
-                Some(s.received.load(Relaxed))
-            }),
-            ("klio.stream.flushed_lsn", "", "durable on the server, as a byte position", |s| {
-                Some(s.flushed.load(Relaxed))
-            }),
-            ("klio.stream.postgres_lsn", "", "end of WAL on PostgreSQL, as a byte position", |s| {
-                Some(s.wal_end.load(Relaxed))
-            }),
-            (
-                "klio.stream.slot_retained_size",
-                "By",
-                "WAL that the slot keeps on PostgreSQL",
-                |s| u64::try_from(s.slot_retained.load(Relaxed)).ok(),
-            ),
-            ("klio.stream.client_certificate_expiry_time", "s", "Unix time of its end", |s| {
-                u64::try_from(s.client_expires.load(Relaxed)).ok().filter(|t| *t > 0)
-            }),
-            ("klio.stream.server_certificate_expiry_time", "s", "Unix time of its end", |s| {
-                u64::try_from(s.server_expires.load(Relaxed)).ok().filter(|t| *t > 0)
-            }),
-        ];
-        for (name, unit, meaning, read) in gauges {
+        for (name, read) in GAUGES {
+            let (_, _, unit, meaning) = describe(name);
             let (state, attributes) = (Arc::clone(&state), attributes.clone());
             let _ = meter
-                .u64_observable_gauge(name)
+                .u64_observable_gauge(*name)
                 .with_unit(unit)
                 .with_description(meaning)
                 .with_callback(move |observer| {
@@ -123,33 +145,25 @@ impl Metrics {
                 })
                 .build();
         }
+        let counter = |name: &'static str| {
+            let (_, _, unit, meaning) = describe(name);
+            meter.u64_counter(name).with_unit(unit).with_description(meaning).build()
+        };
+        let (_, _, unit, meaning) = describe("klio.stream.ack_latency");
+        let ack_latency = meter
+            .f64_histogram("klio.stream.ack_latency")
+            .with_unit(unit)
+            .with_description(meaning)
+            .with_boundaries(LATENCY_BOUNDS.to_vec())
+            .build();
         Self {
             state,
             attributes,
-            sent: meter
-                .u64_counter("klio.stream.sent_size")
-                .with_unit("By")
-                .with_description("WAL sent to the server")
-                .build(),
-            ack_latency: meter
-                .f64_histogram("klio.stream.ack_latency")
-                .with_unit("s")
-                .with_description("from sending WAL to its acknowledgement as durable")
-                .with_boundaries(LATENCY_BOUNDS.to_vec())
-                .build(),
-            reconnects: meter
-                .u64_counter("klio.stream.reconnects")
-                .with_description("sessions that ended with an error")
-                .build(),
-            gaps: meter
-                .u64_counter("klio.stream.gaps")
-                .with_description("gaps declared to the server")
-                .build(),
-            gap_size: meter
-                .u64_counter("klio.stream.gap_size")
-                .with_unit("By")
-                .with_description("WAL lost in gaps")
-                .build(),
+            sent: counter("klio.stream.sent_size"),
+            ack_latency,
+            reconnects: counter("klio.stream.reconnects"),
+            gaps: counter("klio.stream.gaps"),
+            gap_size: counter("klio.stream.gap_size"),
         }
     }
 
@@ -172,3 +186,29 @@ impl Metrics {
 /// Around an fsync (0.2 to 30 ms), with room for a stalled disk.
 const LATENCY_BOUNDS: &[f64] =
     &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_gauge_is_described() {
+        for (name, _) in GAUGES {
+            assert_eq!(describe(name).1, "gauge", "{name}");
+        }
+        let gauges = CATALOGUE.iter().filter(|row| row.1 == "gauge").count();
+        assert_eq!(gauges, GAUGES.len());
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_shown() {
+        let state = State::default();
+        state.set_slot_retained(None);
+        let shown: Vec<_> = GAUGES
+            .iter()
+            .filter(|(_, read)| read(&state).is_some())
+            .map(|(name, _)| *name)
+            .collect();
+        assert_eq!(shown, ["klio.stream.connected"]);
+    }
+}

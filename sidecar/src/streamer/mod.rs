@@ -20,7 +20,7 @@ mod tests;
 mod trace;
 
 pub use backoff::Backoff;
-pub use metrics::{Metrics, State};
+pub use metrics::{CATALOGUE, Metrics, State};
 pub use source::{Event, Identity, Postgres, Primary, Session, Wal, sort};
 
 use crate::{

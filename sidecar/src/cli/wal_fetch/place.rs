@@ -23,7 +23,7 @@ pub(super) fn write(path: &Path, form: Form, queue: mpsc::Receiver<Bytes>) -> Re
 fn fill(target: &Temporary, form: Form, mut pieces: Pieces) -> Result<(), Error> {
     let mut file = &target.file;
     // One byte more than expected, to notice that there is more.
-    let limit = form.plain.saturating_add(1);
+    let limit = form.limit().saturating_add(1);
     let copied = if form.compressed {
         let decoder = zstd::stream::read::Decoder::with_buffer(&mut pieces);
         decoder.and_then(|decoder| io::copy(&mut decoder.take(limit), &mut file))
@@ -35,11 +35,11 @@ fn fill(target: &Temporary, form: Form, mut pieces: Pieces) -> Result<(), Error>
         // A stream that was cut off looks the same as a damaged one; the next attempt tells.
         _ => Error::new(Failure::Code(Code::Unavailable), format!("decode: {error}")),
     })?;
-    if copied != form.plain || !pieces.is_whole() {
-        let message = format!("check size: expected {} bytes, found {copied}", form.plain);
+    let Some(full) = form.full_size(copied).filter(|_| pieces.is_whole()) else {
+        let message = format!("check size: expected {form:?}, found {copied} bytes");
         return Err(Error::new(Failure::Code(Code::Unavailable), message));
-    }
-    target.file.set_len(form.full).map_err(|error| target.failed(&error))
+    };
+    target.file.set_len(full).map_err(|error| target.failed(&error))
 }
 
 /// The file beside PATH; removed when it does not become PATH.
@@ -130,12 +130,12 @@ impl Read for Pieces {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Full, *};
 
     const PLAIN: usize = 300_000;
 
     fn form(compressed: bool) -> Form {
-        Form { compressed, plain: PLAIN as u64, full: 1 << 20 }
+        Form { compressed, plain: Some(PLAIN as u64), full: Full::Padded(1 << 20) }
     }
 
     /// Runs a write of `bytes`, cut into pieces; `whole` says whether the end marker comes.

@@ -1,0 +1,55 @@
+//! `klio reference`: prints the generated parts of docs/, so that they cannot drift.
+//!
+//! `make docs` writes them; a test compares. The tables are the code's own.
+
+use super::{args::Table, exit, print};
+use crate::{config::keys::KEYS, streamer::CATALOGUE};
+
+/// Prints a table as Markdown.
+pub(super) fn run(table: Table) -> u8 {
+    print(&text(table));
+    exit::OK
+}
+
+fn text(table: Table) -> String {
+    match table {
+        Table::Metrics => {
+            let rows = CATALOGUE.iter().map(|(name, kind, unit, meaning)| {
+                format!("| {name} | {kind} | {unit} | {meaning} |\n")
+            });
+            with_header("| name | type | unit | meaning |\n|---|---|---|---|\n", rows)
+        }
+        Table::Configuration => {
+            let rows = KEYS.iter().map(|key| {
+                let (path, variable) = (key.path, key.variable());
+                format!("| `{path}` | `{variable}` | {} | {} |\n", key.default, key.doc)
+            });
+            with_header("| setting | variable | default | meaning |\n|---|---|---|---|\n", rows)
+        }
+        Table::ExitCodes => {
+            let rows =
+                exit::rows().into_iter().map(|(status, text)| format!("| {status} | {text} |\n"));
+            with_header("| exit status | meaning |\n|---|---|\n", rows)
+        }
+    }
+}
+
+fn with_header(header: &str, rows: impl Iterator<Item = String>) -> String {
+    [header.to_owned()].into_iter().chain(rows).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_table_has_rows_of_its_header_s_width() {
+        for table in [Table::Metrics, Table::Configuration, Table::ExitCodes] {
+            let text = text(table);
+            let bars = |line: &str| line.matches('|').count();
+            let width = text.lines().next().map(bars);
+            assert!(text.lines().count() > 8, "{text}");
+            assert!(text.lines().all(|line| Some(bars(line)) == width), "{text}");
+        }
+    }
+}
