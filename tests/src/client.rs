@@ -23,7 +23,8 @@ pub async fn connect(site: &Site, bundle: &Path) -> Result<Channel, tonic::trans
         .ca_certificate(Certificate::from_pem(read("ca.crt")))
         .identity(Identity::from_pem(read("client.crt"), read("client.key")))
         .domain_name("localhost");
-    let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{}", site.port())).expect("a valid address");
+    let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{}", site.port()))
+        .expect("a valid address");
     endpoint.tls_config(tls)?.connect_timeout(Duration::from_secs(10)).connect().await
 }
 
@@ -93,7 +94,9 @@ impl Stream {
     pub async fn flushed(&mut self, lsn: Lsn) -> Result<(), Status> {
         loop {
             match self.answers.message().await? {
-                Some(v1::ReceiveResponse { kind: Some(receive_response::Kind::Ack(ack)) }) if ack.flushed_lsn >= lsn.as_u64() => {
+                Some(v1::ReceiveResponse { kind: Some(receive_response::Kind::Ack(ack)) })
+                    if ack.flushed_lsn >= lsn.as_u64() =>
+                {
                     return Ok(());
                 }
                 Some(_) => {}

@@ -19,7 +19,8 @@ impl SmallDisk {
     pub fn mount(dir: &Path, mebibytes: u32) -> Self {
         std::fs::create_dir_all(dir).expect("make the mount point");
         let size = format!("size={mebibytes}m,mode=0755");
-        let outcome = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir).output();
+        let outcome =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir).output();
         let outcome = outcome.expect("run mount");
         assert!(
             outcome.status.success(),

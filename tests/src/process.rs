@@ -14,7 +14,7 @@ use std::{
 };
 
 mod tree;
-pub use tree::Descendant;
+pub use tree::{Descendant, descendants};
 
 /// How much of a log a failing test shows.
 const LOG_LINES_SHOWN: usize = 80;

@@ -77,7 +77,8 @@ async fn fifty_kills_under_load_lose_nothing_and_need_no_hand() {
 
 async fn first_segment(site: &Site, pg: &Postgres) -> klio_pg::SegmentName {
     let size = pg.segment_size().await;
-    let lsn = eventually("WAL to arrive", PATIENCE, || async { site.lsn("flushed_lsn").await }).await;
+    let lsn =
+        eventually("WAL to arrive", PATIENCE, || async { site.lsn("flushed_lsn").await }).await;
     let held = std::fs::read_dir(site.wal_dir(1)).expect("tier 1 has the timeline");
     let names = held.filter_map(|e| e.ok()?.file_name().to_str()?.get(..24)?.parse().ok());
     names.min().unwrap_or_else(|| klio_pg::SegmentName::containing(timeline(1), lsn, size))
@@ -125,7 +126,8 @@ async fn every_commit_that_returned_is_in_klios_wal_after_the_primary_is_gone() 
         let _stream = site.stream(&pg);
         pg.execute("create table t (n int)").await;
         pg.set("synchronous_standby_names", "klio").await;
-        pg.wait_true("select count(*) > 0 from pg_stat_replication where sync_state = 'sync'").await;
+        pg.wait_true("select count(*) > 0 from pg_stat_replication where sync_state = 'sync'")
+            .await;
         let first = first_segment(&site, &pg).await;
         let committed = Arc::new(Mutex::new(BTreeSet::<String>::new()));
         let mut clients = tokio::task::JoinSet::new();
@@ -133,7 +135,9 @@ async fn every_commit_that_returned_is_in_klios_wal_after_the_primary_is_gone() 
             let (session, committed) = (pg.session().await, committed.clone());
             clients.spawn(async move {
                 loop {
-                    let begun = session.rows("begin; insert into t values (1); select txid_current()").await;
+                    let begun = session
+                        .rows("begin; insert into t values (1); select txid_current()")
+                        .await;
                     let Ok(rows) = begun else { return };
                     let xid = rows[0][0].clone();
                     if session.rows("commit").await.is_err() {
@@ -143,7 +147,10 @@ async fn every_commit_that_returned_is_in_klios_wal_after_the_primary_is_gone() 
                 }
             });
         }
-        eventually("some commits", PATIENCE, || async { committed.lock().expect("not poisoned").len() > 20 }).await;
+        eventually("some commits", PATIENCE, || async {
+            committed.lock().expect("not poisoned").len() > 20
+        })
+        .await;
         a_while(&mut dice).await;
         if round == 1 {
             // Klio crashes as well, in the middle of it all.
@@ -158,7 +165,12 @@ async fn every_commit_that_returned_is_in_klios_wal_after_the_primary_is_gone() 
         let committed = committed.lock().expect("not poisoned").clone();
         let found = commits_in_klio(&site, first).await;
         let missing: Vec<_> = committed.difference(&found).collect();
-        assert!(missing.is_empty(), "round {round}: {} of {} commits missing: {missing:?}", missing.len(), committed.len());
+        assert!(
+            missing.is_empty(),
+            "round {round}: {} of {} commits missing: {missing:?}",
+            missing.len(),
+            committed.len()
+        );
     }
 }
 
@@ -172,7 +184,9 @@ async fn commits_in_klio(site: &Site, first: klio_pg::SegmentName) -> BTreeSet<S
     loop {
         let (code, content) = site.fetch(&name.to_string()).await;
         match code {
-            Some(0) => std::fs::write(dir.join(name.to_string()), content).expect("write a segment"),
+            Some(0) => {
+                std::fs::write(dir.join(name.to_string()), content).expect("write a segment")
+            }
             Some(1) => break,
             other => panic!("wal-fetch {name}: exit {other:?}"),
         }
@@ -205,7 +219,9 @@ async fn a_stopped_stream_ends_well_and_everything_it_acknowledged_is_there() {
     let status = stream.terminate(PATIENCE).await;
     assert!(status.success(), "{status}:\n{}", stream.log());
     // The slot knows what Klio has: nothing would be sent twice, nothing is kept for nobody.
-    let confirmed = pg.value("select restart_lsn >= '0/0' from pg_replication_slots where slot_name = 'klio'").await;
+    let confirmed = pg
+        .value("select restart_lsn >= '0/0' from pg_replication_slots where slot_name = 'klio'")
+        .await;
     assert_eq!(confirmed, "t");
     site.stop().await;
     site.start().await;

@@ -47,7 +47,10 @@ async fn a_bucket_in_trouble_holds_nothing_up_and_is_caught_up_with() {
         })
         .await;
         let lag = eventually("the metrics to tell", PATIENCE, || async {
-            site.metrics().await.value("klio_wal_archive_lag_size_bytes", &[("cluster_name", "main")]).filter(|v| *v > 0.0)
+            site.metrics()
+                .await
+                .value("klio_wal_archive_lag_size_bytes", &[("cluster_name", "main")])
+                .filter(|v| *v > 0.0)
         })
         .await;
         assert!(lag >= 1048576.0, "{fault:?}: lag {lag}");
@@ -58,7 +61,10 @@ async fn a_bucket_in_trouble_holds_nothing_up_and_is_caught_up_with() {
     // Nothing truncated was left behind under any key (Klio, Go: an upload that fails half way was published).
     for key in s3.keys("klio/main/wal/") {
         if key.ends_with(".zst") {
-            let status = std::process::Command::new("zstd").args(["-tq"]).arg(s3.bucket_dir().join(&key)).status();
+            let status = std::process::Command::new("zstd")
+                .args(["-tq"])
+                .arg(s3.bucket_dir().join(&key))
+                .status();
             assert!(status.expect("run zstd").success(), "{key} is damaged");
         }
     }
@@ -97,7 +103,10 @@ async fn a_deleted_queue_and_a_bucket_added_later_lose_nothing() {
 fn queue_dir(site: &Site) -> PathBuf {
     let data = site.dir().join("data");
     let entries = std::fs::read_dir(&data).expect("the data folder");
-    let mut others = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.is_dir() && !p.ends_with("tier1"));
+    let mut others = entries
+        .filter_map(Result::ok)
+        .map(|e| e.path())
+        .filter(|p| p.is_dir() && !p.ends_with("tier1"));
     others.next().expect("the queue's folder beside tier1")
 }
 
@@ -123,20 +132,27 @@ async fn metrics_are_named_as_promised_and_true_after_a_restart() {
     ];
     let before = site.metrics().await;
     for name in names {
-        assert!(before.value(name, &label).is_some_and(|v| v > 0.0), "{name}: {:?}", before.names());
+        assert!(
+            before.value(name, &label).is_some_and(|v| v > 0.0),
+            "{name}: {:?}",
+            before.names()
+        );
     }
     for name in ["klio_queue_messages", "klio_queue_bytes"] {
         assert!(before.value(name, &[]).is_some(), "{name}: {:?}", before.names());
     }
-    klio_tests::promtool::check_metrics(&site.metrics_page().await).expect("promtool check metrics");
+    klio_tests::promtool::check_metrics(&site.metrics_page().await)
+        .expect("promtool check metrics");
     drop(_stream);
-    let last_times = ["klio_wal_latest_written_time_seconds", "klio_consumer_latest_written_time_seconds"];
+    let last_times =
+        ["klio_wal_latest_written_time_seconds", "klio_consumer_latest_written_time_seconds"];
     let before = site.metrics().await;
     site.stop().await;
     site.start().await;
     let after = site.metrics().await;
     for name in last_times {
-        let (was, is) = (before.value(name, &label).expect(name), after.value(name, &label).expect(name));
+        let (was, is) =
+            (before.value(name, &label).expect(name), after.value(name, &label).expect(name));
         // File times have their own rounding; "now" or zero would be far off.
         assert!((was - is).abs() < 2.0, "{name}: {was} before the restart, {is} after");
     }
@@ -153,7 +169,8 @@ async fn certificates_that_do_not_fit_are_refused() {
     site.start().await;
     let ca = Authority::new("foreign");
     let own = {
-        let read = |name: &str| std::fs::read_to_string(site.dir().join(name)).expect("init wrote it");
+        let read =
+            |name: &str| std::fs::read_to_string(site.dir().join(name)).expect("init wrote it");
         (read("ca.crt"), read("ca.key"))
     };
     let bundle = |name: &str, pair: klio_tests::pki::Pair, cluster: &str| {
@@ -169,17 +186,29 @@ async fn certificates_that_do_not_fit_are_refused() {
         dir.join("klio.toml")
     };
     let foreign = bundle("foreign", ca.client("klio@main", None, Validity::Now), "main");
-    let outcome = klio_tests::programs::run(site.klio_command_of(&foreign, Some(&pg), &["status"])).await;
+    let outcome =
+        klio_tests::programs::run(site.klio_command_of(&foreign, Some(&pg), &["status"])).await;
     assert_ne!(outcome.code, Some(0), "another authority's certificate");
     // A certificate for another cluster, issued by the right authority.
-    let other = site.klio_server(&["client", "app@other", "-c", &site.dir().join("klio-server.toml").display().to_string()]).await;
+    let other = site
+        .klio_server(&[
+            "client",
+            "app@other",
+            "-c",
+            &site.dir().join("klio-server.toml").display().to_string(),
+        ])
+        .await;
     assert_eq!(other.code, Some(0), "{}", other.stderr);
     let other = site.dir().join("clients/app@other/klio.toml");
     let mut command = site.klio_command_of(&other, Some(&pg), &["stream"]);
     command.env("KLIO_CLUSTER", "main");
     let outcome = klio_tests::programs::run(command).await;
     assert_eq!(outcome.code, Some(15), "{}", outcome.stderr);
-    assert!(outcome.stderr.contains("other") && outcome.stderr.contains("main"), "{}", outcome.stderr);
+    assert!(
+        outcome.stderr.contains("other") && outcome.stderr.contains("main"),
+        "{}",
+        outcome.stderr
+    );
     assert!(!site.tier1().join("main").exists(), "something was written");
 }
 
@@ -198,7 +227,11 @@ async fn another_postgres_under_the_same_name_is_refused() {
     let status = stranger.wait_exit(PATIENCE).await;
     assert_eq!(status.code(), Some(17), "{}", stranger.log());
     let (own, other) = (first.system_identifier().await, second.system_identifier().await);
-    assert!(stranger.log().contains(&own.to_string()) && stranger.log().contains(&other.to_string()), "{}", stranger.log());
+    assert!(
+        stranger.log().contains(&own.to_string()) && stranger.log().contains(&other.to_string()),
+        "{}",
+        stranger.log()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -212,7 +245,8 @@ async fn a_second_writer_is_refused_while_the_first_lives_and_takes_over_when_it
     site.wait_flushed(end).await;
     let mut command = site.klio_command(Some(&pg), &["stream"]);
     command.env("KLIO_POSTGRES__SLOT", "second");
-    let mut second = klio_tests::process::Running::spawn("second klio", command, &site.scratch("second.log"));
+    let mut second =
+        klio_tests::process::Running::spawn("second klio", command, &site.scratch("second.log"));
     second.wait_log("WRITER_CONFLICT", PATIENCE).await;
     assert!(first.is_running());
     first.kill9();
@@ -236,7 +270,10 @@ async fn renewed_certificates_need_no_restart_and_a_removed_authority_ends_the_s
     std::fs::write(site.dir().join("server.crt"), &server.cert).expect("write");
     std::fs::write(site.dir().join("server.key"), &server.key).expect("write");
     std::fs::write(site.dir().join("ca.crt"), ca.cert()).expect("write");
-    eventually("the stream to be ended", PATIENCE, || async { site.log().contains("UNAUTHENTICATED") }).await;
+    eventually("the stream to be ended", PATIENCE, || async {
+        site.log().contains("UNAUTHENTICATED")
+    })
+    .await;
     // A renewed bundle is used without a restart of the sidecar (Klio, Go: needed one).
     let dir = site.bundle().parent().expect("a folder").to_owned();
     let _ = ca.client("klio@main", None, Validity::Now).write(&dir, "client");

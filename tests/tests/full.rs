@@ -1,6 +1,13 @@
 //! Full disks: acknowledging stops, it is said, nothing is lost, and it goes on by itself when space returns.
 
-use klio_tests::{install_crypto, mount::SmallDisk, postgres::Postgres, s3::S3, site::{PATIENCE, Site}, wait::eventually};
+use klio_tests::{
+    install_crypto,
+    mount::SmallDisk,
+    postgres::Postgres,
+    s3::S3,
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
 
 async fn small() -> Postgres {
     Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await
@@ -26,7 +33,8 @@ async fn a_full_tier_1_stops_acknowledging_and_recovers_when_space_returns() {
     })
     .await;
     // Not ready, and not acknowledged: what is flushed has not reached the end.
-    eventually("/readyz to tell", PATIENCE, || async { site.probe("/readyz").await.0 == 503 }).await;
+    eventually("/readyz to tell", PATIENCE, || async { site.probe("/readyz").await.0 == 503 })
+        .await;
     let held = site.lsn("flushed_lsn").await.expect("a position");
     assert!(held >= first && held < end, "first {first}, held {held}, end {end}");
     // What was acknowledged is still given back while the disk is full.

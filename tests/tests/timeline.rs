@@ -78,12 +78,12 @@ async fn a_switch_of_timeline_is_followed_live() {
     standby.promote().await;
     let end = standby.write_wal(2 << 20).await;
     eventually("timeline 2 to be durable", PATIENCE, || async {
-        assert!(stream.is_running(), "klio stream ended:\n{}", stream.log());
         let status = site.status().await?;
         let flushed: klio_pg::Lsn = status["flushed_lsn"].as_str()?.parse().ok()?;
         (status["timeline"] == 2 && flushed >= end).then_some(())
     })
     .await;
+    assert!(stream.is_running(), "klio stream ended:\n{}", stream.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -107,7 +107,8 @@ async fn wal_that_postgres_has_removed_is_recorded_as_a_gap_never_skipped_silent
         pg.switch_wal().await;
         pg.execute("checkpoint").await;
     }
-    pg.wait_true("select wal_status = 'lost' from pg_replication_slots where slot_name = 'klio'").await;
+    pg.wait_true("select wal_status = 'lost' from pg_replication_slots where slot_name = 'klio'")
+        .await;
     let _stream = site.stream(&pg);
     let end = pg.write_wal(1 << 20).await;
     site.wait_flushed(end).await;

@@ -1,7 +1,10 @@
 //! What a broken or hostile client says on the wire: refused by name, and nothing of it is written.
 
 use klio_pg::{Lsn, SegmentSize};
-use klio_proto::{Code, v1::{self, catalog_client::CatalogClient, wal_client::WalClient}};
+use klio_proto::{
+    Code,
+    v1::{self, catalog_client::CatalogClient, wal_client::WalClient},
+};
 use klio_tests::{
     client::{self, Stream, open, wal},
     install_crypto,
@@ -45,7 +48,12 @@ async fn lsns_that_jump_and_pages_that_lie_end_the_stream_and_are_not_stored() {
     let held = START.advance(16384);
     let mut cases: Vec<(Lsn, Vec<u8>, Code, &str)> = vec![
         (START, wal(START, 8192, size(), 1), Code::BadPosition, "expected the byte at 0/1004000"),
-        (held.advance(8192), wal(held.advance(8192), 8192, size(), 1), Code::BadPosition, "0/1006000"),
+        (
+            held.advance(8192),
+            wal(held.advance(8192), 8192, size(), 1),
+            Code::BadPosition,
+            "0/1006000",
+        ),
         (Lsn::new(u64::MAX), vec![0; 10], Code::BadPosition, "FFFFFFFF/FFFFFFFF"),
         (held, wal(held, 8192, size(), 7), Code::BadWal, "xlp_tli"),
         (held, wal(START, 8192, size(), 1), Code::BadWal, "xlp_"),
@@ -56,7 +64,8 @@ async fn lsns_that_jump_and_pages_that_lie_end_the_stream_and_are_not_stored() {
     cases.push((held, bent, Code::BadWal, "xlp_pageaddr"));
     drop(begun(&channel).await);
     for (start, data, code, word) in cases {
-        let mut stream = Stream::open(&channel, open("main", size(), held)).await.expect("open again");
+        let mut stream =
+            Stream::open(&channel, open("main", size(), held)).await.expect("open again");
         stream.append(start, data).await;
         let status = stream.flushed(Lsn::new(u64::MAX)).await.expect_err("refused");
         expect(&status, code, &[word]);
@@ -106,7 +115,8 @@ async fn an_older_timeline_after_a_newer_one_is_refused() {
     let mut wal_client = WalClient::new(channel.clone());
     wal_client.put_history(history.clone()).await.expect("stored");
     wal_client.put_history(history.clone()).await.expect("idempotent");
-    let other = v1::PutHistoryRequest { content: b"1\t0/1000000\tother\n".to_vec().into(), ..history };
+    let other =
+        v1::PutHistoryRequest { content: b"1\t0/1000000\tother\n".to_vec().into(), ..history };
     assert!(wal_client.put_history(other).await.is_err(), "another content for the same history");
     let mut second = open("main", size(), START);
     second.timeline = 2;
@@ -116,7 +126,10 @@ async fn an_older_timeline_after_a_newer_one_is_refused() {
     bytes.extend(wal(START.advance(16384), 16384, size(), 2));
     stream.append(START, bytes).await;
     stream.flushed(end).await.expect("acknowledged");
-    let status = Stream::open(&channel, open("main", size(), START.advance(16384))).await.err().expect("refused");
+    let status = Stream::open(&channel, open("main", size(), START.advance(16384)))
+        .await
+        .err()
+        .expect("refused");
     expect(&status, Code::StaleTimeline, &["2", "1"]);
 }
 
@@ -138,12 +151,19 @@ async fn more_than_the_window_and_oversized_messages_are_refused() {
 async fn names_that_leave_the_folder_are_refused_on_every_call() {
     let (_site, channel) = site().await;
     drop(begun(&channel).await);
-    for name in ["../../etc/passwd", "00000001000000000000000", "", "cluster.json", "0000000100000000000000010"] {
+    for name in [
+        "../../etc/passwd",
+        "00000001000000000000000",
+        "",
+        "cluster.json",
+        "0000000100000000000000010",
+    ] {
         let request = v1::FetchRequest { cluster: "main".into(), name: name.into() };
         let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
         expect(&status, Code::Invalid, &[]);
     }
-    let request = v1::FetchRequest { cluster: "../main".into(), name: "000000010000000000000001".into() };
+    let request =
+        v1::FetchRequest { cluster: "../main".into(), name: "000000010000000000000001".into() };
     let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
     expect(&status, Code::Invalid, &["../main"]);
     let request = v1::ListWalRequest { cluster: "other".into() };
