@@ -78,9 +78,9 @@ impl Options {
         self.rounds.unwrap_or(if self.quick { 1 } else { 5 })
     }
 
-    /// `pgbench -s` for the WAL to drain: 150 makes a little more than 2 GB.
+    /// `pgbench -s` for the WAL to drain: 170 makes 2.2 GB.
     pub fn scale(&self) -> u32 {
-        if self.quick { 10 } else { 150 }
+        if self.quick { 10 } else { 170 }
     }
 
     /// Seconds of one pgbench run.
