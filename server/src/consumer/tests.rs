@@ -157,8 +157,7 @@ async fn everything_finished_reaches_the_bucket_byte_for_byte() {
     assert_eq!(state.oldest_unarchived_unix, None);
     assert!(state.latest_archived_unix.unwrap() > 1.7e9);
     assert_eq!(state.problems, Vec::<String>::new());
-    assert_eq!(test.counts.of("pg-1", Attempt::Stored), 8);
-    eventually("every job is acknowledged", || queue.queue.stats().messages == 0).await;
+    eventually("eight are counted", || test.counts.of("pg-1", Attempt::Stored) == 8).await;
     // New ones come by the queue, not by the reconciler.
     let publisher =
         crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
@@ -179,6 +178,8 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
     let queue = TestQueue::up(folder.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
+    // Counted after it is recorded on disk.
+    eventually("three are counted", || test.counts.of("pg-1", Attempt::Stored) == 3).await;
     let before = test.state("pg-1");
     test.stop().await;
     s3.on_request(|_| Some(Fault::Status(503, "SlowDown")));
@@ -328,6 +329,70 @@ async fn a_foreign_object_is_a_named_conflict_and_stays() {
     .await;
     test.archived("pg-1", 4).await;
     assert_eq!(std::fs::read(&object).unwrap(), foreign);
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// Name and trace of each ended span.
+#[derive(Debug, Clone, Default)]
+struct Spans(Arc<Mutex<Vec<(String, String)>>>);
+
+impl opentelemetry_sdk::trace::SpanProcessor for Spans {
+    fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &opentelemetry::Context) {}
+    fn on_end(&self, span: opentelemetry_sdk::trace::SpanData) {
+        let trace = span.span_context.trace_id().to_string();
+        self.0.lock().unwrap().push((span.name.to_string(), trace));
+    }
+    fn force_flush(&self) -> opentelemetry_sdk::error::OTelSdkResult {
+        Ok(())
+    }
+    fn shutdown_with_timeout(
+        &self,
+        _: std::time::Duration,
+    ) -> opentelemetry_sdk::error::OTelSdkResult {
+        Ok(())
+    }
+}
+
+/// One trace follows a segment from the sealer to the bucket, across the queue.
+#[tokio::test]
+async fn one_trace_follows_a_segment_to_the_bucket() {
+    use opentelemetry::trace::TracerProvider;
+    use tracing_subscriber::layer::SubscriberExt;
+    let spans = Spans::default();
+    let provider = opentelemetry_sdk::trace::SdkTracerProvider::builder()
+        .with_span_processor(spans.clone())
+        .build();
+    let tracing = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
+    // With one subscriber alive, tracing asks the thread that meets a span first whether anybody wants
+    // it, and that may be another test's; with two it asks the subscribers.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+    // This runtime has one thread: everything of ours runs under this subscriber.
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(tracing));
+    opentelemetry::global::set_text_map_propagator(
+        opentelemetry_sdk::propagation::TraceContextPropagator::new(),
+    );
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    std::fs::create_dir_all(root.path().join("pg-1/wal")).unwrap();
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    eventually("the cluster is followed", || test.state("pg-1").problems.is_empty()).await;
+    seal(root.path(), "pg-1", segment(3));
+    tracing::info_span!("wal.seal").in_scope(|| {
+        let publisher = crate::queue::Publisher::new(queue.queue.clone(), None);
+        publisher.publish_path(&name("pg-1"), segment(3), 1);
+    });
+    let traces = |of: &str| -> Vec<String> {
+        let spans = spans.0.lock().unwrap();
+        spans.iter().filter(|(name, _)| name == of).map(|(_, trace)| trace.clone()).collect()
+    };
+    eventually("it is offloaded", || !traces("offload").is_empty()).await;
+    let sealed = traces("wal.seal");
+    assert_eq!(sealed.len(), 1);
+    for name in ["wal.publish", "offload", "tier2.request"] {
+        assert!(traces(name).contains(&sealed[0]), "{name}: {sealed:?} in {:?}", spans.0.lock());
+    }
     test.stop().await;
     queue.stop().await;
 }

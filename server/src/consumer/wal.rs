@@ -320,7 +320,7 @@ const fn is_of_the_store(attempt: Attempt) -> bool {
 
 /// W2: about 1, 2, 4 … 300 seconds, of which a random half to whole.
 fn pause(delivered: i64) -> Duration {
-    let doublings = u32::try_from(delivered - 1).unwrap_or(0).min(16);
+    let doublings = (delivered.max(1) - 1).min(16) as u32;
     let whole = RETRY_MIN.saturating_mul(1 << doublings).min(RETRY_MAX);
     whole.mul_f64(rand::random_range(0.5..=1.0))
 }

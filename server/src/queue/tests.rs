@@ -254,3 +254,39 @@ async fn a_program_that_is_no_nats_server_is_refused() {
     let error = Queue::start(&config, folder.path(), CancellationToken::new()).await.err().unwrap();
     assert!(error.to_string().contains("2.12"), "{error}");
 }
+
+/// A full queue refuses, loses nothing that it has, and takes jobs again when there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_and_recovers() {
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let folder = tempfile::tempdir().unwrap();
+    let config = QueueConfig {
+        executable: Some(nats_server()),
+        max_bytes: klio_pg::ByteSize::mib(1),
+        ..QueueConfig::default()
+    };
+    let cancel = CancellationToken::new();
+    let Started { queue, mut tasks } =
+        Queue::start(&config, folder.path(), cancel.clone()).await.unwrap();
+    let mut connection = queue.connection();
+    let up = connection.wait_for(Option::is_some);
+    let up = tokio::time::timeout(Duration::from_secs(30), up).await.expect("comes up");
+    let jetstream = up.unwrap().clone().unwrap().jetstream;
+    let mut queued = 0;
+    let refused = loop {
+        let batch = (queued..queued + 32).map(|n| queue.publish_and_wait(job(n)));
+        if let Err(error) = futures::future::try_join_all(batch).await {
+            break error;
+        }
+        queued += 32;
+        assert!(queued < 20_000, "1 MiB is full long before");
+    };
+    assert!(refused.to_string().contains("maximum bytes"), "{refused}");
+    assert!(queued > 500, "{queued}");
+    queue.publish_and_wait(job(1)).await.unwrap(); // queued already: no more room is needed
+    let stream = jetstream.get_stream(stream::STREAM).await.unwrap();
+    stream.purge().await.unwrap();
+    queue.publish_and_wait(job(30_000)).await.unwrap();
+    cancel.cancel();
+    while tasks.join_next().await.is_some() {}
+}
