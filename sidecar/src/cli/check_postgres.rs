@@ -163,8 +163,8 @@ fn slot_item(name: &str, found: Option<slot::SlotRow>, create: bool, report: &mu
 pub(super) fn clock(name: &'static str, theirs: f64, report: &mut Report) {
     let skew = theirs - text::now();
     let mark = if skew.abs() > SKEW_WARN_SECONDS { Mark::Warn } else { Mark::Ok };
-    let side = if skew < 0.0 { "behind" } else { "ahead" };
-    let text = format!("{} {side} of ours", text::duration(skew.abs()));
+    let side = if skew < 0.0 { "behind" } else { "ahead of" };
+    let text = format!("{} {side} ours", text::duration(skew.abs()));
     report.add(mark, name, text, "synchronise the clocks (NTP)");
 }
 

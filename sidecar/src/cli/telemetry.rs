@@ -5,6 +5,7 @@ use crate::{config::Config, error::Error};
 use klio_telemetry::{Delivery, LogFormat, Options, redact::redact_arguments};
 use std::{collections::BTreeMap, ffi::OsString};
 use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// What the configuration says; the telemetry crate reads the `OTEL_*` variables itself.
 pub(super) fn options(cli: &Cli, config: &Config) -> Options {
@@ -41,18 +42,30 @@ pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     }
 }
 
-/// `cli.<command>`, with the arguments as typed but for secrets.
+/// `cli.<command>`, with the arguments as typed but for secrets. They are an attribute of the trace only:
+/// in front of each log line they would hide the line.
 pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
+    macro_rules! span {
+        ($name:literal) => {
+            tracing::info_span!(
+                $name,
+                otel.status_code = tracing::field::Empty,
+                error.r#type = tracing::field::Empty,
+            )
+        };
+    }
+    let span = match command {
+        "stream" => span!("cli.stream"),
+        "check" => span!("cli.check"),
+        "status" => span!("cli.status"),
+        "list" => span!("cli.list"),
+        "wal-fetch" => span!("cli.wal-fetch"),
+        "slot" => span!("cli.slot"),
+        _ => span!("cli.other"),
+    };
     let words = arguments.iter().skip(1).map(|a| a.to_string_lossy().into_owned());
-    let line = redact_arguments(words).join(" ");
-    tracing::info_span!(
-        "cli.command",
-        otel.name = format!("cli.{command}"),
-        otel.status_code = tracing::field::Empty,
-        error.r#type = tracing::field::Empty,
-        cli.command = command,
-        cli.arguments = line,
-    )
+    span.set_attribute("cli.arguments", redact_arguments(words).join(" "));
+    span
 }
 
 /// Marks the root span when the command failed.

@@ -114,7 +114,7 @@ impl<P: Primary> Streamer<P> {
             match result {
                 Ok(Ended::Stopped) => return Ok(()),
                 Ok(Ended::Timeline) => continue,
-                Ok(Ended::Shutdown) => {
+                Ok(Ended::Shutdown | Ended::Failed) => {
                     tracing::info!("PostgreSQL shut down; all it had is durable on the server");
                 }
                 Err(error) if error.retryable() => {

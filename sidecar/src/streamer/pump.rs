@@ -5,6 +5,8 @@
 //! - Bounded in bytes: one batch here, two messages on their way, and the server's window. When all
 //!   are full nothing is read, and PostgreSQL keeps the WAL for us.
 //! - P1: PostgreSQL hears only what [`Flow`] took from the server's acknowledgements.
+//! - When PostgreSQL fails, what it had sent is still made durable before the failure is reported: its
+//!   disk may be gone, and WAL that was removed must not be asked for again.
 //!
 //! One task; every branch of the loop is cancel-safe, and handlers run after the others are dropped.
 
@@ -36,11 +38,16 @@ pub(super) enum Ended {
     Shutdown,
     /// We were asked to stop.
     Stopped,
+    /// PostgreSQL failed; [`Pump::failure`] says how. Never the result.
+    Failed,
 }
 
 /// Both open ends.
 pub(super) struct Pump<'a, W> {
-    pub wal: W,
+    /// `None` when it was closed in good order.
+    pub wal: Option<W>,
+    /// The first failure of PostgreSQL's side.
+    pub failure: Option<Error>,
     /// `None` after half-closing.
     pub requests: Option<mpsc::Sender<v1::ReceiveRequest>>,
     pub answers: Streaming<v1::ReceiveResponse>,
@@ -57,7 +64,7 @@ type Probe = Option<(Lsn, Instant)>;
 
 impl<W: Wal> Pump<'_, W> {
     /// Runs until one end ends. The stream to PostgreSQL is closed in good order.
-    pub async fn run(mut self, stop: &CancellationToken) -> Result<Ended, Error> {
+    pub async fn run(&mut self, stop: &CancellationToken) -> Result<Ended, Error> {
         let mut batch = Batch::default();
         let mut probe: Probe = None;
         let mut ended: Option<Ended> = None;
@@ -67,6 +74,10 @@ impl<W: Wal> Pump<'_, W> {
         let deadline = tokio::time::sleep(Duration::MAX);
         tokio::pin!(deadline);
         loop {
+            if self.failure.is_some() && ended.is_none() {
+                ended = Some(Ended::Failed);
+                deadline.as_mut().reset(tokio::time::Instant::now() + self.stop_timeout);
+            }
             if ended.is_some() && batch.is_empty() {
                 // Half-close: the server flushes all, acknowledges it and ends its side.
                 self.requests = None;
@@ -84,9 +95,9 @@ impl<W: Wal> Pump<'_, W> {
                     ended = Some(Ended::Stopped);
                     deadline.as_mut().reset(tokio::time::Instant::now() + self.stop_timeout);
                 }
-                () = &mut deadline, if ended == Some(Ended::Stopped) => {
-                    tracing::warn!("the last acknowledgement did not come in time; it is asked for at the next start");
-                    return Ok(Ended::Stopped);
+                () = &mut deadline, if matches!(ended, Some(Ended::Stopped | Ended::Failed)) => {
+                    tracing::warn!("the last acknowledgement did not come in time; the server is asked for it at the next start");
+                    return self.failure.take().map_or(Ok(Ended::Stopped), Err);
                 }
                 open = has_place(self.requests.as_ref()), if sendable => {
                     if !open {
@@ -95,19 +106,35 @@ impl<W: Wal> Pump<'_, W> {
                     self.send(&mut batch, wal_end);
                     probe.get_or_insert((self.flow.sent(), Instant::now()));
                 }
-                event = self.wal.next(), if readable => {
-                    let mut next = Some(event?);
-                    while let Some(event) = next {
-                        self.on_event(event, &mut batch, &mut wal_end, &mut ended).await?;
-                        if ended.is_some() || batch.len() >= self.batch_bytes {
-                            break;
-                        }
-                        next = self.wal.try_next()?;
-                    }
+                event = next(self.wal.as_mut()), if readable => {
+                    self.read(event, &mut batch, &mut wal_end, &mut ended).await;
                 }
-                _ = tick.tick() => self.on_tick(&batch, wal_end).await?,
+                _ = tick.tick() => self.on_tick(&batch, wal_end).await,
             }
         }
+    }
+
+    /// Takes an event and what else is already here, until the batch is full.
+    async fn read(
+        &mut self,
+        first: Result<Event, Error>,
+        batch: &mut Batch,
+        wal_end: &mut Lsn,
+        ended: &mut Option<Ended>,
+    ) {
+        let mut next = first.map(Some);
+        loop {
+            match next {
+                Ok(Some(event)) => self.on_event(event, batch, wal_end, ended).await,
+                Ok(None) => break,
+                Err(error) => self.failure = Some(error),
+            }
+            if ended.is_some() || self.failure.is_some() || batch.len() >= self.batch_bytes {
+                break;
+            }
+            next = self.wal.as_mut().map_or(Ok(None), Wal::try_next);
+        }
+        self.metrics.state.set_wal_end(*wal_end);
     }
 
     async fn on_event(
@@ -116,13 +143,14 @@ impl<W: Wal> Pump<'_, W> {
         batch: &mut Batch,
         wal_end: &mut Lsn,
         ended: &mut Option<Ended>,
-    ) -> Result<(), Error> {
+    ) {
         match event {
             Event::Message(ReplicationMessage::XLogData(wal)) => {
                 let expected = self.flow.sent().advance(batch.len() as u64);
                 if wal.start != expected {
                     let message = format!("read WAL: expected {expected}, found {}", wal.start);
-                    return Err(Error::new(Failure::Postgres, message));
+                    self.failure = Some(Error::new(Failure::Postgres, message));
+                    return;
                 }
                 *wal_end = wal.wal_end;
                 batch.push(wal.data);
@@ -130,14 +158,12 @@ impl<W: Wal> Pump<'_, W> {
             Event::Message(ReplicationMessage::Keepalive(keepalive)) => {
                 *wal_end = keepalive.wal_end;
                 if keepalive.reply_requested {
-                    self.report().await?;
+                    self.report().await;
                 }
             }
             Event::TimelineEnded => *ended = Some(Ended::Timeline),
             Event::Shutdown => *ended = Some(Ended::Shutdown),
         }
-        self.metrics.state.set_wal_end(*wal_end);
-        Ok(())
     }
 
     async fn on_answer(
@@ -162,12 +188,15 @@ impl<W: Wal> Pump<'_, W> {
         }
         let now = self.flow.report();
         self.metrics.state.set_positions(now.0, now.1);
-        if now == before { Ok(()) } else { self.report().await }
+        if now != before {
+            self.report().await;
+        }
+        Ok(())
     }
 
     /// A sign of life to both ends; the server also learns how far PostgreSQL is.
-    async fn on_tick(&mut self, batch: &Batch, wal_end: Lsn) -> Result<(), Error> {
-        self.report().await?;
+    async fn on_tick(&mut self, batch: &Batch, wal_end: Lsn) {
+        self.report().await;
         if batch.is_empty()
             && wal_end > Lsn::ZERO
             && let Some(requests) = &self.requests
@@ -176,7 +205,6 @@ impl<W: Wal> Pump<'_, W> {
             let _ =
                 requests.try_send(append(self.flow.sent(), Bytes::new(), wal_end, String::new()));
         }
-        Ok(())
     }
 
     /// Queues a message for which [`has_place`] found room. Should the connection have ended since,
@@ -194,17 +222,21 @@ impl<W: Wal> Pump<'_, W> {
         self.metrics.on_sent(bytes);
     }
 
-    async fn report(&mut self) -> Result<(), Error> {
+    /// Tells PostgreSQL how far the server is.
+    async fn report(&mut self) {
+        if self.failure.is_some() {
+            return;
+        }
+        let Some(wal) = &mut self.wal else { return };
         let (written, flushed) = self.flow.report();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let sent_unix_micros = i64::try_from(now).unwrap_or(i64::MAX);
-        self.wal
-            .status(StatusUpdate { written, flushed, sent_unix_micros, reply_requested: false })
-            .await
+        let update = StatusUpdate { written, flushed, sent_unix_micros, reply_requested: false };
+        self.failure = wal.status(update).await.err();
     }
 
     /// The server ended its side.
-    async fn close(mut self, ended: Option<Ended>) -> Result<Ended, Error> {
+    async fn close(&mut self, ended: Option<Ended>) -> Result<Ended, Error> {
         let Some(ended) = ended.filter(|_| self.requests.is_none()) else {
             let message = "stream WAL: the server ended the stream";
             return Err(Error::new(Failure::Code(Code::Unavailable), message));
@@ -214,8 +246,13 @@ impl<W: Wal> Pump<'_, W> {
             let message = format!("end stream: expected {sent} to be flushed, found {flushed}");
             return Err(Error::new(Failure::Code(Code::Unavailable), message));
         }
-        self.report().await?;
-        self.wal.finish().await;
+        self.report().await;
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        if let Some(wal) = self.wal.take() {
+            wal.finish().await;
+        }
         Ok(ended)
     }
 
@@ -229,6 +266,14 @@ impl<W: Wal> Pump<'_, W> {
                 Ok(Ok(None)) | Err(_) => return lost(),
             }
         }
+    }
+}
+
+/// Without a stream nothing comes.
+async fn next<W: Wal>(wal: Option<&mut W>) -> Result<Event, Error> {
+    match wal {
+        Some(wal) => wal.next().await,
+        None => std::future::pending().await,
     }
 }
 

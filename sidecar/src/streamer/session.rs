@@ -59,6 +59,7 @@ struct Prepared<W> {
     answers: Streaming<v1::ReceiveResponse>,
     flow: Flow,
     trace: SegmentTrace,
+    timeline: TimelineId,
 }
 
 impl<P: Primary> Stream<'_, P> {
@@ -69,12 +70,13 @@ impl<P: Primary> Stream<'_, P> {
             () = stop.cancelled() => return Ok(Ended::Stopped),
             prepared = self.prepare(memory) => prepared?,
         };
-        let Prepared { wal, requests, answers, flow, trace } = prepared;
+        let Prepared { wal, requests, answers, flow, trace, timeline } = prepared;
         let (received, flushed) = flow.report();
         self.metrics.state.set_positions(received, flushed);
         self.metrics.state.set_connected(true);
-        let pump = Pump {
-            wal,
+        let mut pump = Pump {
+            wal: Some(wal),
+            failure: None,
             requests: Some(requests),
             answers,
             flow,
@@ -86,6 +88,9 @@ impl<P: Primary> Stream<'_, P> {
         };
         let result = pump.run(stop).await;
         self.metrics.state.set_connected(false);
+        if matches!(&result, Err(error) if error.failure == Failure::WalRemoved) {
+            memory.removed = Some((timeline, pump.flow.sent()));
+        }
         result
     }
 
@@ -110,6 +115,7 @@ impl<P: Primary> Stream<'_, P> {
         };
         let plan = self.decide(&facts, identity, memory)?;
         self.put_histories(&mut postgres, &mut server, &facts, &plan, identity, histories).await?;
+        // That WAL was removed PostgreSQL says here or with the first read, depending on the reason.
         let wal = postgres.start(plan.timeline, plan.start).await.inspect_err(|error| {
             if error.failure == Failure::WalRemoved {
                 memory.removed = Some((plan.timeline, plan.start));
@@ -129,7 +135,7 @@ impl<P: Primary> Stream<'_, P> {
         let cluster = self.options.cluster.to_string();
         let trace = SegmentTrace::new(cluster, plan.timeline, identity.segment_size);
         let flow = Flow::new(plan.start, plan.durable, window);
-        Ok(Prepared { wal, requests, answers, flow, trace })
+        Ok(Prepared { wal, requests, answers, flow, trace, timeline: plan.timeline })
     }
 
     async fn positions(

@@ -36,6 +36,7 @@ pub struct Inner {
     pub shutdown: bool,
     pub in_recovery: bool,
     pub ask_reply: bool,
+    pub crashed: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -62,6 +63,7 @@ impl FakePostgres {
             shutdown: false,
             in_recovery: false,
             ask_reply: false,
+            crashed: false,
         };
         Self { inner: Arc::new(Mutex::new(inner)), changed: Arc::default() }
     }
@@ -135,9 +137,6 @@ impl Session for FakePostgres {
         {
             let mut inner = self.inner();
             inner.starts.push((timeline, position));
-            if position < inner.oldest {
-                return Err(Error::new(Failure::WalRemoved, "has already been removed"));
-            }
             assert!(position <= inner.end, "starts beyond the end");
         }
         Ok(FakeWal { postgres: self, timeline, position })
@@ -189,13 +188,20 @@ impl Wal for FakeWal {
             let changed = Arc::clone(&self.postgres.changed);
             let mut changed = std::pin::pin!(changed.notified());
             changed.as_mut().enable();
-            if let Some(event) = self.ready() {
+            if let Some(event) = self.try_next()? {
                 return Ok(event);
             }
             changed.await;
         }
     }
+    /// As PostgreSQL does: that WAL was removed is found out when it is read, not at the start.
     fn try_next(&mut self) -> Result<Option<Event>, Error> {
+        if self.position < self.postgres.inner().oldest {
+            return Err(Error::new(Failure::WalRemoved, "has already been removed"));
+        }
+        if self.postgres.inner().crashed {
+            return Err(Error::new(Failure::Postgres, "connection lost"));
+        }
         Ok(self.ready())
     }
     async fn status(&mut self, update: StatusUpdate) -> Result<(), Error> {
