@@ -4,6 +4,7 @@
 mod faults;
 mod promises;
 pub(super) mod s3;
+mod tls;
 
 use super::{Secret, Source, Tier2, Tier2Config};
 use s3::{BUCKET, S3};
