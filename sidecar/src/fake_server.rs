@@ -1,7 +1,7 @@
 //! A klio.v1 server in memory for tests: keeps WAL, and misbehaves as told.
 //!
-//! Checks on its own: every byte belongs where it was sent, and the window holds. Serves plaintext on
-//! 127.0.0.1; ends when dropped.
+//! Checks on its own: every byte belongs where it was sent, and the window holds. Serves on 127.0.0.1;
+//! ends when dropped.
 
 use klio_pg::Lsn;
 use klio_proto::{
@@ -83,15 +83,24 @@ struct Shared {
 
 impl FakeServer {
     pub async fn start() -> Self {
+        Self::serve("http", tonic::transport::Server::builder()).await
+    }
+
+    /// With TLS, as the real one.
+    pub async fn start_tls(tls: tonic::transport::ServerTlsConfig) -> Self {
+        Self::serve("https", tonic::transport::Server::builder().tls_config(tls).unwrap()).await
+    }
+
+    async fn serve(scheme: &str, mut server: tonic::transport::Server) -> Self {
         let script = Mutex::new(Script { window: 1 << 20, ..Script::default() });
         let shared = Arc::new(Shared { script, changed: Notify::new() });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
+        let address = format!("{scheme}://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
         let (service, stopped) = (Service(Arc::clone(&shared)), stop.clone());
         let mut set = tokio::task::JoinSet::new();
         set.spawn(async move {
-            tonic::transport::Server::builder()
+            server
                 .add_service(wal_server::WalServer::new(service))
                 .serve_with_incoming_shutdown(
                     TcpListenerStream::new(listener),

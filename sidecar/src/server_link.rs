@@ -6,6 +6,8 @@
 
 mod certificate;
 mod dial;
+#[cfg(test)]
+mod tests;
 
 pub use certificate::Expiry;
 

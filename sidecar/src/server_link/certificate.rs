@@ -74,7 +74,8 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>());
     let hint = match inner {
-        Some(Tls::InvalidCertificate(Bad::UnknownIssuer)) => format!(
+        // The latter from an authority that has the name of ours but another key.
+        Some(Tls::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => format!(
             "the server's certificate is not from the authority in {}",
             settings.ca.display()
         ),
