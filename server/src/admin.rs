@@ -23,7 +23,10 @@ pub struct ListenError {
 ///
 /// # Errors
 /// Names address and purpose.
-pub async fn bind(address: impl Into<String>, purpose: &'static str) -> Result<TcpListener, ListenError> {
+pub async fn bind(
+    address: impl Into<String>,
+    purpose: &'static str,
+) -> Result<TcpListener, ListenError> {
     let address = address.into();
     match TcpListener::bind(&address).await {
         Ok(listener) => Ok(listener),

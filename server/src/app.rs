@@ -19,18 +19,27 @@ use crate::{
     tls::{self, Loaded},
 };
 use anyhow::Context;
-use klio_proto::v1::{
-    FILE_DESCRIPTOR_SET, catalog_server::CatalogServer, wal_server::WalServer,
+use klio_proto::v1::{FILE_DESCRIPTOR_SET, catalog_server::CatalogServer, wal_server::WalServer};
+use klio_storage::{
+    disk::RealDisk,
+    tier2::Tier2,
+    wal::{WalOptions, WalStore},
 };
-use klio_storage::{disk::RealDisk, tier2::Tier2, wal::{WalOptions, WalStore}};
 use klio_telemetry::Telemetry;
-use std::{future::Future, sync::{Arc, Mutex}, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet},
 };
-use tokio_stream::{StreamExt, wrappers::{ReceiverStream, TcpListenerStream}};
+use tokio_stream::{
+    StreamExt,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::Router};
 
@@ -70,7 +79,9 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     };
     let page = telemetry.prometheus().cloned();
     let scrape_listener = match &page {
-        Some(p) => Some(bind(format!("{}:{}", p.host, p.port), "OTEL_METRICS_EXPORTER=prometheus").await?),
+        Some(p) => {
+            Some(bind(format!("{}:{}", p.host, p.port), "OTEL_METRICS_EXPORTER=prometheus").await?)
+        }
         None => None,
     };
     let certificates = match &config.tls {
@@ -85,8 +96,10 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     remember_last_times(&store, &metrics).await?;
     let queue_folder = config.data_dir.join("queue");
     let Started { queue, tasks: queue_tasks } =
-        Queue::start(&config.queue, &queue_folder, last.clone()).await.context("start the queue")?;
-    let files: Arc<dyn Tier1Files> = Arc::new(consumer::Directory::new(store.root()));
+        Queue::start(&config.queue, &queue_folder, last.clone())
+            .await
+            .context("start the queue")?;
+    let files: Arc<dyn Tier1Files> = Arc::new(store.clone());
     let mut consumer_tasks = JoinSet::new();
     let archives = tier2.clone().map(|tier2| {
         let archives = Archives::new(files.clone());
@@ -110,7 +123,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     };
     let sealing = spawn(seal::run(sealing, hints, back.clone()));
 
-    let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
+    let auth =
+        Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
     let registry = Arc::new(Registry::default());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
@@ -178,8 +192,7 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
     let store = tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&root)
             .with_context(|| format!("create folder {}", root.display()))?;
-        WalStore::open(Arc::new(RealDisk::new()), root, WalOptions::default())
-            .context("open tier 1")
+        WalStore::open(Arc::new(RealDisk), root, WalOptions::default()).context("open tier 1")
     });
     let store = store.await??;
     for cluster in store.clusters() {
@@ -240,10 +253,10 @@ fn serve(
     let address = listener.local_addr().map_or_else(|_| "?".into(), |a| a.to_string());
     let (Some(certificates), Some(files)) = (certificates, files) else {
         tracing::warn!(%address, "receiving WAL WITHOUT TLS: unsafe_plaintext is set");
-        let incoming = TcpListenerStream::new(listener).map(|tcp| {
-            tcp.inspect(|tcp| drop(tcp.set_nodelay(true)))
-        });
-        let served = async move { report(router.serve_with_incoming_shutdown(incoming, stop).await) };
+        let incoming = TcpListenerStream::new(listener)
+            .map(|tcp| tcp.inspect(|tcp| drop(tcp.set_nodelay(true))));
+        let served =
+            async move { report(router.serve_with_incoming_shutdown(incoming, stop).await) };
         return vec![("grpc", spawn(served))];
     };
     tracing::info!(%address, "receiving WAL over TLS 1.3 with client certificates");

@@ -129,7 +129,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
     ("wal.seal_workers", "2", "segments sealed at once"),
     ("queue.url", "", "an existing NATS instead of the embedded one"),
-    ("queue.executable", "", "nats-server 2.12 or newer; default: beside klio-server, .tools/bin, PATH"),
+    (
+        "queue.executable",
+        "",
+        "nats-server 2.12 or newer; default: beside klio-server, .tools/bin, PATH",
+    ),
     ("queue.max_bytes", "268435456", "most bytes of jobs kept; when full, jobs are derived later"),
     ("queue.ca_file", "", "authority of the existing NATS"),
     ("queue.credentials_file", "", "NATS credentials file"),
@@ -216,7 +220,7 @@ impl Config {
 
     /// Relative paths are relative to the file, not to wherever the program was started.
     fn resolve(&mut self, base: &Path) {
-        let mut fix = |path: &mut PathBuf| {
+        let fix = |path: &mut PathBuf| {
             if path.is_relative() {
                 *path = base.join(&*path);
             }
@@ -237,7 +241,10 @@ impl Config {
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.tls.is_none() && !self.unsafe_plaintext {
-            problems.push("[tls]: expected cert, key and client_ca; hint: klio-server init writes them".into());
+            problems.push(
+                "[tls]: expected cert, key and client_ca; hint: klio-server init writes them"
+                    .into(),
+            );
         }
         if self.tls.is_some() && self.unsafe_plaintext {
             problems.push("unsafe_plaintext: expected false beside a [tls] section".into());
@@ -256,7 +263,8 @@ impl Config {
         for entry in &self.auth.map {
             if entry.cluster.is_some() == entry.admin {
                 let name = &entry.common_name;
-                problems.push(format!("auth.map {name:?}: expected either a cluster or admin = true"));
+                problems
+                    .push(format!("auth.map {name:?}: expected either a cluster or admin = true"));
             }
         }
         if let Some(tier2) = &self.tier2 {
@@ -335,7 +343,8 @@ mod tests {
     fn every_problem_is_reported_at_once() {
         let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[telemetry]\nlog_format = \"xml\"\n[[auth.map]]\ncommon_name = \"x\"\n";
         let problems = Config::parse(text, &[]).unwrap().validate();
-        for name in ["[tls]", "data_dir", "window_bytes", "seal_workers", "log_format", "auth.map"] {
+        for name in ["[tls]", "data_dir", "window_bytes", "seal_workers", "log_format", "auth.map"]
+        {
             assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");
         }
     }

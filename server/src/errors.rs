@@ -30,3 +30,12 @@ pub fn status(error: &Error) -> Status {
         }
     }
 }
+
+/// For a failed append: WAL that does not belong where it was sent is the client's affair, and it needs
+/// to be told what is wrong with it.
+pub fn append_status(error: &Error) -> Status {
+    match error.kind {
+        Kind::Invalid => Code::BadWal.status(error),
+        _ => status(error),
+    }
+}

@@ -16,7 +16,12 @@ use tonic::Status;
 /// Where a file was found.
 pub enum Located {
     /// On this server's disk.
-    Tier1(Found),
+    Tier1 {
+        /// The file.
+        found: Found,
+        /// wal_segment_size in bytes.
+        segment_size: u32,
+    },
     /// In the bucket, with the file it really is (a partial may answer for a segment).
     Tier2 {
         /// Which file.
@@ -47,7 +52,9 @@ impl Source {
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
         match read {
-            Ok(found) => return Ok(Located::Tier1(found)),
+            Ok(found) => {
+                return Ok(Located::Tier1 { found, segment_size: self.segment_size(cluster) });
+            }
             Err(error) if error.kind == Kind::NotFound => {}
             // A damaged or unreadable copy: the other tier may have a good one.
             Err(error) if self.tier2.is_some() => {
@@ -58,10 +65,14 @@ impl Source {
         self.find_in_tier2(cluster, file).await
     }
 
+    fn segment_size(&self, cluster: &ClusterName) -> u32 {
+        self.store.pinned(cluster).map_or(0, |p| p.segment_size.as_u32())
+    }
+
     async fn find_in_tier2(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         let missing = || Code::NotFound.status(format!("cluster {cluster} has no {file}"));
         let Some(tier2) = &self.tier2 else { return Err(missing()) };
-        let segment_size = self.store.pinned(cluster).map_or(0, |p| p.segment_size.as_u32());
+        let segment_size = self.segment_size(cluster);
         // PostgreSQL asks for a segment; of an ended timeline only the partial may exist.
         let partial = match file {
             WalFile::Segment(name) => Some(WalFile::Partial(name)),
@@ -73,7 +84,9 @@ impl Source {
                 Err(error) if error.kind == Kind::NotFound => {}
                 Err(error) => {
                     tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
-                    return Err(Code::Unavailable.status(format!("read {file}: tier 2 did not answer")));
+                    return Err(
+                        Code::Unavailable.status(format!("read {file}: tier 2 did not answer"))
+                    );
                 }
             }
         }

@@ -37,7 +37,12 @@ pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
     ("klio.wal.flush_lag_size", "gauge", "By", "WAL that PostgreSQL has and tier 1 has not"),
     ("klio.wal.flush_lag_time", "gauge", "s", "how long tier 1 has been behind PostgreSQL"),
     ("klio.wal.archive_lag_size", "gauge", "By", "finished WAL that tier 2 has not"),
-    ("klio.wal.archive_lag_time", "gauge", "s", "age of the oldest finished WAL file not in tier 2"),
+    (
+        "klio.wal.archive_lag_time",
+        "gauge",
+        "s",
+        "age of the oldest finished WAL file not in tier 2",
+    ),
     ("klio.wal.gaps", "gauge", "", "recorded gaps in the cluster's WAL"),
     ("klio.consumer.written_size", "counter", "By", "bytes written to tier 2 for WAL files"),
     ("klio.consumer.written", "counter", "", "WAL files written to tier 2"),
@@ -51,7 +56,12 @@ pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
     ("klio.queue.messages", "gauge", "", "messages stored in the JetStream queue"),
     ("klio.queue.bytes", "gauge", "By", "bytes stored in the JetStream queue"),
     ("klio.queue.connected", "gauge", "", "1 while the queue can be used, else 0"),
-    ("klio.tls.certificate_expiry_time", "gauge", "s", "Unix time at which the server's certificate ends"),
+    (
+        "klio.tls.certificate_expiry_time",
+        "gauge",
+        "s",
+        "Unix time at which the server's certificate ends",
+    ),
 ];
 
 /// Counters and last times that no other part keeps.
@@ -98,7 +108,9 @@ impl Metrics {
                 .f64_histogram("klio.wal.flush_duration")
                 .with_unit("s")
                 .with_description(description("klio.wal.flush_duration"))
-                .with_boundaries(vec![0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0])
+                .with_boundaries(vec![
+                    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0,
+                ])
                 .build(),
             latest_written: Mutex::default(),
         }

@@ -139,12 +139,8 @@ pub fn read_authority(dir: &Path) -> Result<Pair, Error> {
 pub fn write_new(path: &Path, content: &str, secret: bool) -> Result<(), Error> {
     let fail = |source| Error::File { verb: "write", path: path.display().to_string(), source };
     let mode = if secret { 0o600 } else { 0o644 };
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
-        .map_err(fail)?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(fail)?;
     file.write_all(content.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)
 }
 

@@ -15,6 +15,8 @@ use klio_storage::{
     wal::{Gap, Pinned, WalStore},
 };
 use std::{
+    io::Write,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -70,6 +72,14 @@ impl ClusterView {
         let oldest = self.archive.as_ref().and_then(|a| a.oldest_unarchived_unix);
         oldest.map_or(0.0, |since| (now_unix - since).max(0.0))
     }
+}
+
+/// Writes and syncs a byte: what a full or read-only disk refuses.
+fn probe(root: &Path) -> std::io::Result<()> {
+    let path = root.join(".probe");
+    let mut file = std::fs::File::create(&path)?;
+    file.write_all(b"k")?;
+    file.sync_data()
 }
 
 /// Now, in Unix seconds.
@@ -177,8 +187,8 @@ impl StatusBoard {
     /// What keeps the server from its work: empty when it is ready. Writes a byte to tier 1.
     pub fn readiness(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        if let Err(error) = self.store.probe() {
-            problems.push(format!("tier 1: {error}"));
+        if let Err(error) = probe(self.store.root()) {
+            problems.push(format!("tier 1 is not writable: {error}"));
         }
         if !self.queue.stats().connected {
             problems.push("queue: not connected; WAL is received, archiving waits".into());

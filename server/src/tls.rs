@@ -67,10 +67,8 @@ impl Loaded {
 impl TlsFiles {
     fn read(&self) -> Result<[Vec<u8>; 3], TlsError> {
         let read = |path: &PathBuf| {
-            std::fs::read(path).map_err(|e| TlsError {
-                path: path.display().to_string(),
-                detail: e.to_string(),
-            })
+            std::fs::read(path)
+                .map_err(|e| TlsError { path: path.display().to_string(), detail: e.to_string() })
         };
         Ok([read(&self.cert)?, read(&self.key)?, read(&self.client_ca)?])
     }
@@ -81,10 +79,8 @@ impl TlsFiles {
     /// The first file that is missing, not PEM, or does not fit the others.
     pub fn load(&self) -> Result<Loaded, TlsError> {
         let [cert, key, ca] = self.read()?;
-        let fail = |path: &PathBuf, detail: String| TlsError {
-            path: path.display().to_string(),
-            detail,
-        };
+        let fail =
+            |path: &PathBuf, detail: String| TlsError { path: path.display().to_string(), detail };
         let certs = |path: &PathBuf, pem: &[u8]| {
             let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
                 .collect::<Result<_, _>>()

@@ -47,8 +47,12 @@ fn subject(args: &Args) -> anyhow::Result<(pki::Subject, Option<ClusterName>)> {
             Ok((pki::Subject::Client(args.name.clone()), Some(cluster)))
         }
         (None, true) if plain(&args.name) => Ok((pki::Subject::Admin(args.name.clone()), None)),
-        (_, true) => bail!("expected NAME of letters, digits, - or _ with --admin, found {:?}", args.name),
-        _ => bail!("expected NAME@CLUSTER, found {:?}; hint: klio-server client app@main", args.name),
+        (_, true) => {
+            bail!("expected NAME of letters, digits, - or _ with --admin, found {:?}", args.name)
+        }
+        _ => {
+            bail!("expected NAME@CLUSTER, found {:?}; hint: klio-server client app@main", args.name)
+        }
     }
 }
 

@@ -3,7 +3,11 @@
 use crate::pki::{self, CA_CERT, CA_KEY, Subject};
 use anyhow::{Context, bail};
 use klio_storage::layout::ClusterName;
-use std::{fs, os::unix::fs::DirBuilderExt, path::{Path, PathBuf}};
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
 
 /// The configuration's name in the folder.
 pub const CONFIG_FILE: &str = "klio-server.toml";
@@ -37,13 +41,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     for name in [CONFIG_FILE, CA_CERT, CA_KEY, "server.crt", "server.key"] {
         let path = args.dir.join(name);
         if path.exists() {
-            bail!("{} exists already; hint: init never overwrites, choose another folder", path.display());
+            bail!(
+                "{} exists already; hint: init never overwrites, choose another folder",
+                path.display()
+            );
         }
     }
     private_dir(&args.dir)?;
     let authority = pki::new_authority()?;
     let server = pki::issue_server(&authority, &args.hosts)?;
-    let write = |name: &str, content: &str, secret| pki::write_new(&args.dir.join(name), content, secret);
+    let write =
+        |name: &str, content: &str, secret| pki::write_new(&args.dir.join(name), content, secret);
     write(CA_CERT, &authority.cert, false)?;
     write(CA_KEY, &authority.key, true)?;
     write("server.crt", &server.cert, false)?;
@@ -54,7 +62,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let bundle = bundle(&args.dir, &authority, &subject, Some(&cluster), &address)?;
     let dir = args.dir.display();
     println!("wrote {dir}/{CONFIG_FILE}        the commented configuration");
-    println!("wrote {dir}/{CA_CERT}, {CA_KEY}          a local certificate authority: keep {CA_KEY} secret");
+    println!(
+        "wrote {dir}/{CA_CERT}, {CA_KEY}          a local certificate authority: keep {CA_KEY} secret"
+    );
     println!("wrote {dir}/server.crt, server.key  for {}", args.hosts.join(", "));
     println!("wrote {}/  the client bundle of cluster {cluster}", bundle.display());
     println!();
@@ -66,7 +76,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// `https://host:port`, with brackets where the host is an IPv6 address.
 pub fn address(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") }
+    if host.contains(':') {
+        format!("https://[{host}]:{port}")
+    } else {
+        format!("https://{host}:{port}")
+    }
 }
 
 fn private_dir(dir: &Path) -> anyhow::Result<()> {
@@ -101,7 +115,10 @@ pub fn bundle(
 
 fn client_text(cluster: Option<&ClusterName>, address: &str) -> String {
     let cluster = cluster.map_or_else(
-        || "# cluster = \"main\"   # an administrator names the cluster: here or with --cluster".into(),
+        || {
+            "# cluster = \"main\"   # an administrator names the cluster: here or with --cluster"
+                .into()
+        },
         |c| format!("cluster = \"{c}\""),
     );
     format!(

@@ -10,7 +10,11 @@ use std::path::PathBuf;
 
 /// Receives PostgreSQL's write-ahead log, keeps it durable on disk and moves it to object storage.
 #[derive(Debug, Parser)]
-#[command(name = "klio-server", version, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
+#[command(
+    name = "klio-server",
+    version,
+    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage."
+)]
 pub struct Cli {
     /// Also log debug lines, with trace ids.
     #[arg(long, global = true)]

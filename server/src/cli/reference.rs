@@ -46,7 +46,9 @@ fn text(table: Table) -> String {
             }
         }
         Table::Errors => {
-            out.push_str("| code | exit status | tried again | meaning | hint |\n|---|---|---|---|---|\n");
+            out.push_str(
+                "| code | exit status | tried again | meaning | hint |\n|---|---|---|---|---|\n",
+            );
             for code in Code::ALL {
                 let again = if code.retryable() { "yes" } else { "no" };
                 let (name, exit) = (code.name(), code.exit());

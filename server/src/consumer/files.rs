@@ -4,6 +4,7 @@ use klio_pg::SegmentSize;
 use klio_storage::{
     Error, Op,
     layout::{ClusterName, WalFile},
+    wal::WalStore,
 };
 use std::{
     fs, io,
@@ -40,6 +41,36 @@ pub trait Tier1Files: Send + Sync + 'static {
     fn archive_path(&self, cluster: &ClusterName) -> PathBuf;
     /// The cluster's segment size; `None` while nothing is pinned.
     fn segment_size(&self, cluster: &ClusterName) -> Option<SegmentSize>;
+}
+
+/// The store itself: knows what is pinned, and lists what it has finished.
+impl Tier1Files for WalStore {
+    fn clusters(&self) -> Result<Vec<ClusterName>, Error> {
+        Ok(WalStore::clusters(self))
+    }
+
+    fn list(&self, cluster: &ClusterName) -> Result<Vec<StoredFile>, Error> {
+        let files = WalStore::list(self, cluster)?.into_iter();
+        let seconds = |unix: f64| unix.max(0.0) as u64;
+        let files = files.map(|f| StoredFile {
+            file: f.file,
+            size: f.size,
+            modified_unix: seconds(f.modified_unix),
+        });
+        Ok(files.collect())
+    }
+
+    fn path(&self, cluster: &ClusterName, file: WalFile) -> PathBuf {
+        self.root().join(file.key(cluster))
+    }
+
+    fn archive_path(&self, cluster: &ClusterName) -> PathBuf {
+        klio_storage::catalog::archive_file::path(self.root(), cluster)
+    }
+
+    fn segment_size(&self, cluster: &ClusterName) -> Option<SegmentSize> {
+        self.pinned(cluster).map(|pinned| pinned.segment_size)
+    }
 }
 
 /// Tier 1 as a plain directory, by layout.rs alone.

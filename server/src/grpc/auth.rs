@@ -14,7 +14,10 @@ use klio_storage::layout::ClusterName;
 use rustls::pki_types::CertificateDer;
 use std::sync::Arc;
 use tokio::sync::watch;
-use tonic::{Extensions, Request, Status, transport::server::{TcpConnectInfo, TlsConnectInfo}};
+use tonic::{
+    Extensions, Request, Status,
+    transport::server::{TcpConnectInfo, TlsConnectInfo},
+};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// Organisational unit of an administrator's certificate.
@@ -122,10 +125,12 @@ impl Auth {
 
     /// Resolves when the certificates in use change; never with plaintext. Cancel-safe.
     pub async fn changed(&mut self) {
-        match &mut self.tls {
-            Some(tls) if tls.changed().await.is_ok() => {}
-            _ => std::future::pending().await,
+        if let Some(tls) = &mut self.tls
+            && tls.changed().await.is_ok()
+        {
+            return;
         }
+        std::future::pending().await
     }
 
     /// The caller and the cluster, when the one may use the other so.
@@ -186,13 +191,16 @@ pub fn permit(identity: &Identity, cluster: &str, access: Access) -> Result<Clus
 }
 
 fn subject(der: &CertificateDer<'_>) -> Result<(String, Option<String>, i64), Status> {
-    let refuse = |detail: String| Code::Unauthenticated.status(format!("read client certificate: {detail}"));
+    let refuse =
+        |detail: String| Code::Unauthenticated.status(format!("read client certificate: {detail}"));
     let (_, cert) = X509Certificate::from_der(der).map_err(|e| refuse(e.to_string()))?;
     let text = |mut values: Box<dyn Iterator<Item = Option<String>> + '_>| values.next().flatten();
     let subject = cert.subject();
-    let name = text(Box::new(subject.iter_common_name().map(|a| a.as_str().ok().map(str::to_owned))));
-    let unit =
-        text(Box::new(subject.iter_organizational_unit().map(|a| a.as_str().ok().map(str::to_owned))));
+    let name =
+        text(Box::new(subject.iter_common_name().map(|a| a.as_str().ok().map(str::to_owned))));
+    let unit = text(Box::new(
+        subject.iter_organizational_unit().map(|a| a.as_str().ok().map(str::to_owned)),
+    ));
     let name = name.ok_or_else(|| refuse("expected a common name, found none".into()))?;
     Ok((name, unit, cert.validity().not_after.timestamp()))
 }
@@ -232,10 +240,17 @@ mod tests {
 
     #[test]
     fn the_subject_decides_the_role() {
-        let map = vec![MapEntry { common_name: "db1.example.com".into(), cluster: "pg-9".parse().ok(), admin: false }];
+        let map = vec![MapEntry {
+            common_name: "db1.example.com".into(),
+            cluster: "pg-9".parse().ok(),
+            admin: false,
+        }];
         let auth = Auth::new(None, map);
         assert_eq!(auth.role("app@pg-1", None).unwrap(), Role::Cluster("pg-1".parse().unwrap()));
-        assert_eq!(auth.role("db1.example.com", None).unwrap(), Role::Cluster("pg-9".parse().unwrap()));
+        assert_eq!(
+            auth.role("db1.example.com", None).unwrap(),
+            Role::Cluster("pg-9".parse().unwrap())
+        );
         assert_eq!(auth.role("ops", Some(ADMIN_UNIT)).unwrap(), Role::Admin);
         for refused in ["ops", "a@", "a@B", "a@b@c", ""] {
             assert!(auth.role(refused, None).is_err(), "{refused:?}");

@@ -34,9 +34,7 @@ pub struct CatalogService {
 }
 
 /// Runs blocking reads off the runtime's workers.
-async fn read<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Status> {
+async fn read<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| Code::Internal.status(format!("read catalogue: {e}")))
@@ -103,8 +101,7 @@ impl Catalog for CatalogService {
         let (identity, _) =
             self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
         let board = self.board.clone();
-        let (space, problems) =
-            read(move || (board.store.free_space(), board.readiness())).await?;
+        let (space, problems) = read(move || (board.store.free_space(), board.readiness())).await?;
         let (free, total) = space.unwrap_or((0, 0));
         Ok(Response::new(v1::CheckResponse {
             server_version: env!("CARGO_PKG_VERSION").into(),

@@ -3,12 +3,13 @@
 use crate::{errors, fetch::Located};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use klio_proto::{
-    Code,
-    v1::{self, FetchKind},
+use klio_proto::v1::{self, FetchKind};
+use klio_storage::{
+    Error, Op,
+    layout::WalFile,
+    wal::{Found, OpenSegment},
 };
-use klio_storage::{layout::WalFile, wal::Found};
-use std::{io::Read, pin::Pin};
+use std::{io::Read, path::Path, pin::Pin};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
@@ -18,14 +19,15 @@ use tonic::Status;
 const PIECE_BYTES: usize = 256 << 10;
 const PIECES_MAX: usize = 4;
 
+type Pieces = mpsc::Sender<Result<v1::FetchResponse, Status>>;
 type Answers = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Status>> + Send>>;
 
 /// The answer to a fetch.
 pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
     let (pieces, outbound) = mpsc::channel(PIECES_MAX);
     match found {
-        Located::Tier1(found) => {
-            tasks.spawn_blocking(move || from_disk(found, &pieces));
+        Located::Tier1 { found, segment_size } => {
+            tasks.spawn_blocking(move || from_disk(found, segment_size, &pieces));
         }
         Located::Tier2 { file, download, segment_size } => {
             tasks.spawn(async move {
@@ -66,55 +68,51 @@ fn header_of(file: WalFile, segment_size: u32) -> v1::FetchHeader {
     v1::FetchHeader { kind: kind_of(file).into(), plain_size, segment_size, tier: "tier2".into() }
 }
 
-fn from_disk(found: Found, pieces: &mpsc::Sender<Result<v1::FetchResponse, Status>>) {
-    let kind = match &found {
-        Found::Stored { file, .. } => kind_of(*file),
-        Found::Open { .. } => FetchKind::PartialRaw,
+fn from_disk(found: Found, segment_size: u32, pieces: &Pieces) {
+    let (kind, plain_size) = match &found {
+        Found::Stored { file, plain_size, .. } => (kind_of(*file), *plain_size),
+        Found::Open(open) => (FetchKind::PartialRaw, open.plain_size()),
     };
-    let (plain_size, segment_size) = (found.plain_size(), found.segment_size());
-    let header = v1::FetchHeader {
-        kind: kind.into(),
-        plain_size,
-        segment_size: segment_size.as_u32(),
-        tier: "tier1".into(),
-    };
+    let tier = "tier1".into();
+    let header = v1::FetchHeader { kind: kind.into(), plain_size, segment_size, tier };
     let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
     if pieces.blocking_send(Ok(first)).is_err() {
         return;
     }
-    let mut reader = match found.into_reader() {
-        Ok(reader) => reader,
-        Err(error) => return drop(pieces.blocking_send(Err(errors::status(&error)))),
+    let sent = match found {
+        Found::Stored { path, .. } => send_file(&path, pieces),
+        Found::Open(open) => send_open(open, pieces),
     };
-    loop {
-        let mut piece = vec![0; PIECE_BYTES];
-        match fill(&mut reader, &mut piece) {
-            Ok(0) => return,
-            Ok(length) => {
-                piece.truncate(length);
-                let response = v1::FetchResponse { header: None, data: piece.into() };
-                if pieces.blocking_send(Ok(response)).is_err() {
-                    return;
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "read WAL for a fetch");
-                let status = Code::StorageFailed.status("the file could not be read to its end");
-                return drop(pieces.blocking_send(Err(status)));
-            }
-        }
+    if let Err(error) = sent {
+        drop(pieces.blocking_send(Err(errors::status(&error))));
     }
 }
 
-fn fill(reader: &mut impl Read, piece: &mut [u8]) -> std::io::Result<usize> {
-    let mut length = 0;
-    while length < piece.len() {
-        match reader.read(&mut piece[length..]) {
-            Ok(0) => break,
-            Ok(n) => length += n,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+/// The durable bytes of a segment that is still being received.
+fn send_open(mut open: OpenSegment, pieces: &Pieces) -> Result<(), Error> {
+    while let Some(chunk) = open.next_chunk()? {
+        for piece in chunk.chunks(PIECE_BYTES) {
+            let response = v1::FetchResponse { header: None, data: Bytes::copy_from_slice(piece) };
+            if pieces.blocking_send(Ok(response)).is_err() {
+                return Ok(()); // The caller hung up.
+            }
         }
     }
-    Ok(length)
+    Ok(())
+}
+
+fn send_file(path: &Path, pieces: &Pieces) -> Result<(), Error> {
+    let fail = |error| Error::io(Op::Read, path, error);
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    loop {
+        let mut piece = Vec::with_capacity(PIECE_BYTES);
+        let length = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(fail)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let response = v1::FetchResponse { header: None, data: piece.into() };
+        if pieces.blocking_send(Ok(response)).is_err() {
+            return Ok(());
+        }
+    }
 }

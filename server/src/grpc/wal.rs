@@ -7,7 +7,10 @@ use super::{
 use crate::{
     fetch::Source,
     queue,
-    receive::{Receiver, open::{blocking, pinned}},
+    receive::{
+        Receiver,
+        open::{blocking, check_system},
+    },
 };
 use futures::{Stream, StreamExt};
 use klio_proto::{
@@ -56,11 +59,8 @@ impl Wal for WalService {
         let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
-        let store = self.receiver.store.clone();
-        let pin = pinned(asked.system);
-        let name = cluster.clone();
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
-        blocking(move || store.check_pin(&name, pin)).await?;
+        check_system(&self.receiver.store, &cluster, asked.system)?;
         let timelines = self.receiver.store.positions(&cluster).into_iter();
         let timelines = timelines
             .map(|p| v1::TimelinePosition {
@@ -91,7 +91,8 @@ impl Wal for WalService {
             )));
         }
         let size = content.len() as u64;
-        let new = blocking(move || store.put_history(&name, timeline, &content)).await?;
+        let new = store.history(&cluster, timeline).is_err();
+        blocking(move || store.put_history(&name, timeline, &content)).await?;
         if new {
             self.receiver.metrics.written(&cluster, size);
             self.queue.publish_path(&cluster, WalFile::History(timeline), size);
@@ -109,7 +110,10 @@ impl Wal for WalService {
         let mut inbound = request.into_inner();
         let first = tokio::time::timeout(OPEN_TIMEOUT, inbound.message());
         let first = first.await.map_err(|_| {
-            Code::Invalid.status(format!("open stream: expected an open message within {} s", OPEN_TIMEOUT.as_secs()))
+            Code::Invalid.status(format!(
+                "open stream: expected an open message within {} s",
+                OPEN_TIMEOUT.as_secs()
+            ))
         })??;
         let Some(receive_request::Kind::Open(open)) = first.and_then(|m| m.kind) else {
             return Err(Code::Invalid.status("open stream: expected an open message first"));

@@ -41,16 +41,26 @@ impl Pending {
         self.end
     }
 
+    /// How many bytes wait.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()
     }
 
-    /// Takes bytes that continue exactly where the last ended.
+    /// Takes bytes that continue exactly where the last ended; `accepted` hears of them first.
     ///
     /// # Errors
     /// A jump back or ahead, or more than the window beyond `flushed`.
-    pub fn accept(&mut self, chunk: Chunk, flushed: Lsn) -> Result<(), Status> {
+    pub fn accept(
+        &mut self,
+        chunk: Chunk,
+        flushed: Lsn,
+        mut accepted: impl FnMut(&Chunk),
+    ) -> Result<(), Status> {
         if chunk.start != self.end {
             return Err(Code::BadPosition.status(format!(
                 "append WAL: expected the byte at {}, found {}",
@@ -69,6 +79,7 @@ impl Pending {
                 end.bytes_since(flushed)
             )));
         }
+        accepted(&chunk);
         self.end = end;
         self.bytes += length;
         self.chunks.push_back(chunk);
@@ -103,20 +114,23 @@ mod tests {
     #[test]
     fn an_lsn_that_jumps_back_or_ahead_is_refused() {
         let mut pending = Pending::new(Lsn::new(1000), 1 << 20);
-        assert!(pending.accept(chunk(1000, 10), Lsn::new(1000)).is_ok());
+        assert!(pending.accept(chunk(1000, 10), Lsn::new(1000), |_| ()).is_ok());
         for wrong in [0, 1000, 1009, 1011, u64::MAX] {
-            let status = pending.accept(chunk(wrong, 1), Lsn::new(1000)).unwrap_err();
+            let status = pending.accept(chunk(wrong, 1), Lsn::new(1000), |_| ()).unwrap_err();
             assert_eq!(Code::of(&status), Code::BadPosition, "{wrong}");
         }
-        assert!(pending.accept(chunk(1010, 1), Lsn::new(1000)).is_ok());
+        assert!(pending.accept(chunk(1010, 1), Lsn::new(1000), |_| ()).is_ok());
     }
 
     #[test]
     fn the_window_is_counted_in_bytes_from_the_acknowledged_position() {
         let mut pending = Pending::new(Lsn::new(0), 100);
-        assert!(pending.accept(chunk(0, 100), Lsn::new(0)).is_ok());
-        assert_eq!(Code::of(&pending.accept(chunk(100, 1), Lsn::new(0)).unwrap_err()), Code::Invalid);
-        assert!(pending.accept(chunk(100, 1), Lsn::new(50)).is_ok());
+        assert!(pending.accept(chunk(0, 100), Lsn::new(0), |_| ()).is_ok());
+        assert_eq!(
+            Code::of(&pending.accept(chunk(100, 1), Lsn::new(0), |_| ()).unwrap_err()),
+            Code::Invalid
+        );
+        assert!(pending.accept(chunk(100, 1), Lsn::new(50), |_| ()).is_ok());
     }
 
     #[test]
@@ -124,7 +138,7 @@ mod tests {
         let mut pending = Pending::new(Lsn::new(0), u64::MAX);
         let each = 3 << 20;
         for n in 0..3 {
-            pending.accept(chunk(n * each, each as usize), Lsn::new(0)).unwrap();
+            pending.accept(chunk(n * each, each as usize), Lsn::new(0), |_| ()).unwrap();
         }
         for n in 0..3 {
             let batch = pending.take_batch();

@@ -5,10 +5,11 @@
 
 use super::registry::{Claim, Place, Registry};
 use crate::errors;
+use klio_pg::SegmentSize;
 use klio_proto::{Code, wal::Open};
 use klio_storage::{
     layout::ClusterName,
-    wal::{GapDeclaration, OpenRequest, Pinned, WalStore, Writer},
+    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, WalStore, Writer},
 };
 use std::sync::Arc;
 use tonic::Status;
@@ -19,6 +20,8 @@ pub struct Opened {
     pub place: Place,
     /// The store's one writer.
     pub writer: Writer,
+    /// wal_segment_size.
+    pub segment_size: SegmentSize,
 }
 
 /// What is pinned at first contact.
@@ -28,6 +31,28 @@ pub fn pinned(system: klio_proto::wal::System) -> Pinned {
         segment_size: system.segment_size,
         postgres_version: system.postgres_version,
     }
+}
+
+/// P8: refuses a PostgreSQL other than the one pinned at first contact. Writes nothing.
+pub fn check_system(
+    store: &WalStore,
+    cluster: &ClusterName,
+    found: klio_proto::wal::System,
+) -> Result<(), Status> {
+    let Some(pinned) = store.pinned(cluster) else { return Ok(()) };
+    let refuse = |what: &str, expected: String, found: String| {
+        Err(Code::WrongSystem
+            .status(format!("open cluster {cluster}: expected {what} {expected}, found {found}")))
+    };
+    let (expected, id) = (pinned.system_identifier, found.system_identifier);
+    if expected != id {
+        return refuse("system identifier", expected.to_string(), id.to_string());
+    }
+    let (expected, size) = (pinned.segment_size.bytes(), found.segment_size.bytes());
+    if expected != size {
+        return refuse("WAL segment size", expected.to_string(), size.to_string());
+    }
+    Ok(())
 }
 
 /// Runs blocking work of the store and translates its error.
@@ -52,7 +77,9 @@ pub async fn open(
     open: Open,
     now_unix: f64,
 ) -> Result<Opened, Status> {
+    check_system(store, cluster, open.system)?;
     let pin = pinned(open.system);
+    let segment_size = open.system.segment_size;
     let (at, name) = (store.clone(), cluster.clone());
     blocking(move || at.pin(&name, pin)).await?;
     refuse_stale(store, cluster, &open)?;
@@ -67,8 +94,25 @@ pub async fn open(
         now_unix,
     };
     let (at, name) = (store.clone(), cluster.clone());
-    let writer = blocking(move || at.open_writer(&name, request)).await?;
-    Ok(Opened { place, writer })
+    let opened = tokio::task::spawn_blocking(move || at.open_writer(&name, &request)).await;
+    let opened = opened.map_err(|e| Code::Internal.status(format!("open writer: {e}")))?;
+    let writer = opened.map_err(|error| match &error {
+        OpenError::Refused { refusal, .. } => refusal_code(refusal).status(&error),
+        OpenError::Failed(error) => errors::status(error),
+    })?;
+    Ok(Opened { place, writer, segment_size })
+}
+
+fn refusal_code(refusal: &OpenRefusal) -> Code {
+    match refusal {
+        OpenRefusal::NotPinned | OpenRefusal::NoHistory(_) => Code::Invalid,
+        OpenRefusal::Stale { .. } => Code::StaleTimeline,
+        OpenRefusal::WriterPresent { .. } => Code::WriterConflict,
+        OpenRefusal::WrongStart { .. }
+        | OpenRefusal::NotSegmentStart { .. }
+        | OpenRefusal::Missing { .. }
+        | OpenRefusal::BadGap { .. } => Code::BadPosition,
+    }
 }
 
 /// P8: a new timeline wins over an old one, never the other way round.

@@ -153,7 +153,8 @@ impl Registry {
     /// # Errors
     /// `WRITER_CONFLICT` when another writer of the same or a newer timeline is live.
     pub async fn claim(&self, name: &ClusterName, claim: Claim) -> Result<Place, Status> {
-        let state = self.cluster(name);
+        let shared = self.cluster(name);
+        let state = &shared;
         let deadline = tokio::time::Instant::now() + RELEASE_TIMEOUT;
         loop {
             // Registered before the look, so that a release in between is not missed.
@@ -168,8 +169,7 @@ impl Registry {
                         let fenced = CancellationToken::new();
                         let Claim { writer_id, who, timeline } = claim;
                         *live = Some(Live { id, writer_id, who, timeline, cancel: fenced.clone() });
-                        drop(live);
-                        return Ok(Place { state, id, fenced });
+                        return Ok(Place { state: shared.clone(), id, fenced });
                     }
                     Some(l) if l.writer_id == claim.writer_id || claim.timeline > l.timeline => {
                         l.cancel.cancel();
@@ -223,10 +223,11 @@ mod tests {
             let registry = Arc::new(Registry::default());
             let first = registry.claim(&name(), claim("a", 1)).await.ok().unwrap();
             let fenced = first.fenced.clone();
-            let (second, ()) = tokio::join!(registry.claim(&name(), claim(writer, timeline)), async {
-                fenced.cancelled().await;
-                drop(first);
-            });
+            let (second, ()) =
+                tokio::join!(registry.claim(&name(), claim(writer, timeline)), async {
+                    fenced.cancelled().await;
+                    drop(first);
+                });
             assert!(second.is_ok());
         }
         let _newer = registry.claim(&name(), claim("a", 2)).await.ok().unwrap();

@@ -1,4 +1,7 @@
-//! One live stream: a loop that reads messages while the disk is busy, and acknowledges when it is not.
+//! One live stream: a loop that reads messages while the disk is busy, and acknowledges as syncs end.
+//!
+//! The append of one batch may overlap the sync of the one before; two syncs of a file never do (the
+//! store sees to it), and acknowledgements are sent in order.
 
 use super::{
     batch::{Chunk, Pending},
@@ -19,14 +22,18 @@ use klio_proto::{
     wal::Open,
 };
 use klio_storage::{
-    layout::{ClusterName, WalFile},
+    layout::ClusterName,
     wal::{FlushedLsn, WalStore, Writer},
 };
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
@@ -59,8 +66,17 @@ pub struct Receiver {
     pub shutdown: CancellationToken,
 }
 
+/// From this much waiting on, the next batch is checked and compressed while the former is still being
+/// synced. Below it everything that arrives during a sync goes into the next one: for small commits
+/// that is the shorter way.
+const OVERLAP_BYTES: u64 = 512 << 10;
+/// One being synced, one being appended.
+const WRITES_MAX: usize = 2;
+
 type Responses = mpsc::Sender<Result<v1::ReceiveResponse, Status>>;
-type Written = (Writer, Result<FlushedLsn, klio_storage::Error>, Duration);
+/// The writer comes home after appending, before its bytes are synced.
+type Home = oneshot::Receiver<(Writer, Result<(), klio_storage::Error>)>;
+type Synced = (Result<FlushedLsn, klio_storage::Error>, Duration);
 
 impl Receiver {
     /// Serves one stream to its end; the last thing sent is its error, if it ends with one.
@@ -110,9 +126,12 @@ struct Session {
     identity: Identity,
     cluster: ClusterName,
     place: Place,
-    /// At home while nothing is being written.
+    /// At home while nothing is being appended.
     writer: Option<Writer>,
-    writing: Option<JoinHandle<Written>>,
+    appending: Option<Home>,
+    /// Oldest first.
+    syncing: VecDeque<JoinHandle<Synced>>,
+    preparing: Option<JoinHandle<()>>,
     pending: Pending,
     flushed: Lsn,
     spans: SegmentSpans,
@@ -120,10 +139,10 @@ struct Session {
 
 impl Session {
     fn new(with: Receiver, identity: Identity, cluster: ClusterName, opened: Opened) -> Self {
-        let Opened { place, writer } = opened;
+        let Opened { place, writer, segment_size } = opened;
         let start = writer.position();
         let timeline = writer.timeline();
-        let spans = SegmentSpans::new(cluster.clone(), timeline, writer.segment_size());
+        let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
         place.state().update(|p| {
             p.timeline = Some(timeline);
             (p.received, p.flushed) = (start, start);
@@ -137,7 +156,9 @@ impl Session {
             cluster,
             place,
             writer: Some(writer),
-            writing: None,
+            appending: None,
+            syncing: VecDeque::with_capacity(WRITES_MAX),
+            preparing: None,
             flushed: start,
             spans,
         }
@@ -149,13 +170,14 @@ impl Session {
         responses: &Responses,
     ) -> Result<(), Status> {
         self.say_opened(responses).await?;
+        self.seal_finished();
         let mut half_closed = false;
         let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
         let mut auth = self.with.auth.clone();
         let (shutdown, fenced) = (self.with.shutdown.clone(), self.place.fenced.clone());
         loop {
             self.begin_write();
-            if half_closed && self.writing.is_none() {
+            if half_closed && self.syncing.is_empty() {
                 return Ok(());
             }
             tokio::select! {
@@ -167,9 +189,13 @@ impl Session {
                         "a newer session of this cluster has taken over",
                     ));
                 }
-                written = finished(&mut self.writing) => {
-                    self.writing = None;
-                    self.after_write(written, responses).await?;
+                appended = appended(&mut self.appending) => {
+                    self.appending = None;
+                    self.after_append(appended)?;
+                }
+                synced = synced(&mut self.syncing) => {
+                    self.syncing.pop_front();
+                    self.after_sync(synced, responses).await?;
                 }
                 message = inbound.message(), if !half_closed => match message? {
                     Some(message) => self.take(message)?,
@@ -198,8 +224,7 @@ impl Session {
         if length > 0 {
             let start = Lsn::new(append.start_lsn);
             let chunk = Chunk { start, data: append.data, traceparent: append.traceparent };
-            self.spans.arrive(&chunk);
-            self.pending.accept(chunk, self.flushed)?;
+            self.pending.accept(chunk, self.flushed, |chunk| self.spans.arrive(chunk))?;
         }
         let received = self.pending.end();
         self.place.state().update(|p| {
@@ -211,30 +236,53 @@ impl Session {
         Ok(())
     }
 
-    /// Sends everything that waits to the disk, when the disk is free. One fsync covers it all.
+    /// Sends what waits to the disk, when the disk is free or the backlog is worth overlapping.
     fn begin_write(&mut self) {
-        if self.writing.is_some() || self.pending.is_empty() {
+        let enough = self.syncing.is_empty() || self.pending.bytes() >= OVERLAP_BYTES;
+        if self.pending.is_empty() || self.syncing.len() >= WRITES_MAX || !enough {
             return;
         }
         let Some(mut writer) = self.writer.take() else { return };
         let batch = self.pending.take_batch();
-        self.writing = Some(tokio::task::spawn_blocking(move || {
+        let (home, appending) = oneshot::channel();
+        self.appending = Some(appending);
+        self.syncing.push_back(tokio::task::spawn_blocking(move || {
             let began = Instant::now();
-            let result = write(&mut writer, &batch);
-            (writer, result, began.elapsed())
+            let appended = append(&mut writer, &batch);
+            drop(batch);
+            let flusher = writer.flusher();
+            // A session that is gone does not take its writer back: dropping it closes it.
+            drop(home.send((writer, appended)));
+            (flusher.flush(), began.elapsed())
         }));
     }
 
-    async fn after_write(&mut self, written: Written, responses: &Responses) -> Result<(), Status> {
-        let (mut writer, result, took) = written;
-        // Segments that were finished are durable whatever became of the rest.
-        let complete = writer.take_finished();
-        let wants_next = writer.wants_next();
-        self.writer = Some(writer);
-        for file in complete {
-            self.finish_segment(file);
+    fn after_append(
+        &mut self,
+        (writer, outcome): (Writer, Result<(), klio_storage::Error>),
+    ) -> Result<(), Status> {
+        if self.preparing.as_ref().is_none_or(JoinHandle::is_finished)
+            && let Some(preparation) = writer.preparation()
+        {
+            // Failure is no loss: the writer makes the next journal itself when it gets there.
+            self.preparing = Some(tokio::task::spawn_blocking(move || {
+                if let Err(error) = preparation.run() {
+                    tracing::debug!(%error, "prepare the next segment");
+                }
+            }));
         }
+        self.writer = Some(writer);
+        self.seal_finished();
+        outcome.map_err(|error| errors::append_status(&error))
+    }
+
+    async fn after_sync(&mut self, synced: Synced, responses: &Responses) -> Result<(), Status> {
+        let (result, took) = synced;
+        self.seal_finished();
         let flushed = result.map_err(|error| errors::status(&error))?;
+        if flushed.lsn() <= self.flushed {
+            return Ok(()); // An earlier sync covered these bytes as well.
+        }
         self.flushed = flushed.lsn();
         let lsn = self.flushed;
         self.place.state().update(|p| p.flushed = lsn);
@@ -243,55 +291,55 @@ impl Session {
             received_lsn: self.pending.end().as_u64(),
             flushed_lsn: flushed.lsn().as_u64(),
         };
-        send(responses, receive_response::Kind::Ack(ack)).await?;
-        if wants_next && self.pending.is_empty() {
-            self.prepare_next();
+        send(responses, receive_response::Kind::Ack(ack)).await
+    }
+
+    /// Hands finished segments to the sealer. They are durable, whatever becomes of the session.
+    fn seal_finished(&mut self) {
+        let Some(writer) = &mut self.writer else { return };
+        for file in writer.take_finished() {
+            let span = self.spans.finish(file);
+            self.with.sealer.push(self.cluster.clone(), file, span);
         }
-        Ok(())
     }
 
-    /// Makes the next segment's journal ready while nothing waits. Failure is no loss: the writer
-    /// makes it itself when it gets there.
-    fn prepare_next(&mut self) {
-        let Some(mut writer) = self.writer.take() else { return };
-        self.writing = Some(tokio::task::spawn_blocking(move || {
-            if let Err(error) = writer.prepare_next() {
-                tracing::debug!(%error, "prepare the next segment");
-            }
-            let flushed = writer.flush();
-            (writer, flushed, Duration::ZERO)
-        }));
-    }
-
-    fn finish_segment(&mut self, file: WalFile) {
-        let span = self.spans.finish(file);
-        self.with.sealer.push(self.cluster.clone(), file, span);
-    }
-
-    /// Waits for a write that is still under way, so that the place is free only when the writer is.
+    /// Waits for what is under way, so that the place is free only when the writer is gone.
     async fn settle(mut self) {
-        if let Some(writing) = self.writing.take()
-            && let Ok((mut writer, _, _)) = writing.await
+        if let Some(appending) = self.appending.take()
+            && let Ok((writer, _)) = appending.await
         {
-            for file in writer.take_finished() {
-                self.finish_segment(file);
-            }
+            self.writer = Some(writer);
         }
+        for syncing in std::mem::take(&mut self.syncing) {
+            let _ = syncing.await;
+        }
+        self.seal_finished();
+        // Closing takes the journal's lock: not on a runtime's worker.
+        let writer = self.writer.take();
+        let _ = tokio::task::spawn_blocking(move || drop(writer)).await;
     }
 }
 
-fn write(writer: &mut Writer, batch: &[Chunk]) -> Result<FlushedLsn, klio_storage::Error> {
-    for chunk in batch {
-        writer.append(chunk.start, &chunk.data)?;
-    }
-    writer.flush()
+fn append(writer: &mut Writer, batch: &[Chunk]) -> Result<(), klio_storage::Error> {
+    batch.iter().try_for_each(|chunk| writer.append(chunk.start, &chunk.data).map(|_| ()))
 }
 
-/// The result of the write under way; never resolves without one. Cancel-safe: the handle stays.
-async fn finished(writing: &mut Option<JoinHandle<Written>>) -> Written {
-    let Some(handle) = writing else { return std::future::pending().await };
+/// The writer, home from appending; never resolves without one. Cancel-safe: the receiver stays.
+async fn appended(home: &mut Option<Home>) -> (Writer, Result<(), klio_storage::Error>) {
+    if let Some(receiver) = home
+        && let Ok(appended) = receiver.await
+    {
+        return appended;
+    }
+    // Without a sender its task has panicked, which `synced` reports.
+    std::future::pending().await
+}
+
+/// The oldest sync's result; never resolves without one. Cancel-safe: the handle stays.
+async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Synced {
+    let Some(handle) = syncing.front_mut() else { return std::future::pending().await };
     match handle.await {
-        Ok(written) => written,
+        Ok(synced) => synced,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

@@ -1,1 +1,178 @@
-//! The Disk trait and its two implementations: the real one and a simulated one for crash tests.
+//! The disk below tier 1, as a small trait with two implementations: the real one and a simulated one.
+//!
+//! The trait states what a caller may rely on after a crash, and no more:
+//! - bytes written survive only once `sync_data` or `sync_all` of that file returned `Ok`;
+//! - a created, renamed or removed name survives only once `sync_dir` of its folder returned `Ok`;
+//! - until then any part of it may survive, in any order, torn at sector boundaries;
+//! - a sync that failed says nothing about the file, and a later `Ok` does not take that back.
+//!
+//! There is no way to truncate a file: what was acknowledged can only be replaced by a whole new file (P2).
+
+pub mod durable;
+mod real;
+mod sim;
+
+pub use real::RealDisk;
+pub use sim::{Restart, SimDisk};
+
+use std::{fmt, io, path::Path, sync::Arc};
+
+/// What a tear can separate: the unit that a disk writes whole.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// An open file. Positions are explicit, so one handle may be shared.
+pub trait DiskFile: Send + Sync + fmt::Debug {
+    /// Reads at `offset`; fewer bytes than asked only at the end of the file.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Writes all of `bytes` at `offset`. After an error any part may have been written.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// fdatasync: content and length. Must not be called again on this handle after an error (P3).
+    ///
+    /// # Errors
+    /// As the operating system reports; the content is unknown then.
+    fn sync_data(&self) -> io::Result<()>;
+
+    /// fsync: also the times. Must not be called again on this handle after an error (P3).
+    ///
+    /// # Errors
+    /// As the operating system reports; the content is unknown then.
+    fn sync_all(&self) -> io::Result<()>;
+
+    /// The length in bytes.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn size(&self) -> io::Result<u64>;
+}
+
+/// A shared open file.
+pub type FileHandle = Arc<dyn DiskFile>;
+
+/// Held for as long as it lives.
+pub trait DiskLock: Send + Sync + fmt::Debug {}
+
+/// One name in a folder.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// The name; entries whose names are not UTF-8 are never listed, as Klio makes none.
+    pub name: String,
+    /// A folder, not a file.
+    pub is_dir: bool,
+}
+
+/// Facts about a file.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stat {
+    /// Bytes.
+    pub size: u64,
+    /// Seconds since 1970.
+    pub modified_unix: f64,
+}
+
+/// Files and folders. All calls block.
+pub trait Disk: Send + Sync + fmt::Debug {
+    /// Opens an existing file, for reading and, with `write`, for writing. Changes nothing.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    fn open(&self, path: &Path, write: bool) -> io::Result<FileHandle>;
+
+    /// Creates a file that must not exist.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when it does.
+    fn create_new(&self, path: &Path) -> io::Result<FileHandle>;
+
+    /// Renames a file, replacing `to`.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Creates a folder whose parent exists.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is something of that name.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes an empty folder.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes the names in a folder durable.
+    ///
+    /// # Errors
+    /// As the operating system reports; which names are durable is unknown then.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// The names in a folder, sorted.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such folder.
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
+
+    /// Size and time of a file.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    fn stat(&self, path: &Path) -> io::Result<Stat>;
+
+    /// Free and total bytes of the file system that holds `path`.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn space(&self, path: &Path) -> io::Result<(u64, u64)>;
+
+    /// Takes an exclusive lock on a file, creating it where it is not there.
+    ///
+    /// # Errors
+    /// `WouldBlock` when somebody else holds it.
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>>;
+}
+
+/// Fills `buf` from `offset`; returns how much there was before the end of the file.
+pub(crate) fn read_full(file: &dyn DiskFile, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// Reads a whole small file.
+///
+/// # Errors
+/// As the disk reports, or `InvalidData` when it is longer than `limit` bytes.
+pub fn read_small(disk: &dyn Disk, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let file = disk.open(path, false)?;
+    let size = file.size()?;
+    if size > limit {
+        let text = format!("expected at most {limit} bytes, found {size}");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    let mut content = vec![0; size as usize];
+    let got = read_full(file.as_ref(), &mut content, 0)?;
+    content.truncate(got);
+    Ok(content)
+}

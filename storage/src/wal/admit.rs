@@ -1,0 +1,284 @@
+//! Decides whether a writer may begin where it wants to. Pure.
+//!
+//! - The start is exactly the durable position of the timeline, or with none held a segment's start: nothing is
+//!   overwritten and nothing left out (P2).
+//! - A timeline older than the newest that has WAL is refused (P8).
+//! - A new timeline needs its history, and its ancestors' WAL up to the segment that holds the switch point. Bytes of
+//!   that segment itself come again with the new timeline, so an ancestor may end anywhere in it.
+//! - What is missing is either streamed first or declared as a gap, which is recorded; never skipped in silence.
+
+use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
+use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+
+/// A timeline as far as it matters here.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    pub(super) timeline: TimelineId,
+    /// It has at least one durable byte.
+    pub(super) has_wal: bool,
+    /// Where its stream resumes.
+    pub(super) position: Lsn,
+}
+
+/// What has to be recorded before the writer begins.
+pub(super) type Admission = Option<Gap>;
+
+/// The rules.
+pub(super) fn admit(
+    size: SegmentSize,
+    held: &[Held],
+    gaps: &[Gap],
+    history: Option<&TimelineHistory>,
+    request: &OpenRequest,
+) -> Result<Admission, OpenRefusal> {
+    let timeline = request.timeline;
+    let newest = held.iter().filter(|h| h.has_wal).map(|h| h.timeline).max();
+    if let Some(newest) = newest.filter(|newest| *newest > timeline) {
+        return Err(OpenRefusal::Stale { newest, found: timeline });
+    }
+    let history = history.ok_or(OpenRefusal::NoHistory(timeline))?;
+    match held.iter().find(|h| h.timeline == timeline) {
+        Some(line) => resume(size, line.position, gaps, request),
+        None => begin(size, held, history, request),
+    }
+}
+
+fn gap_of(request: &OpenRequest, gap: &GapDeclaration) -> Gap {
+    Gap {
+        timeline: request.timeline,
+        from: gap.from,
+        to: gap.to,
+        reason: gap.reason.clone(),
+        recorded_unix: request.now_unix,
+    }
+}
+
+fn check_gap(
+    size: SegmentSize,
+    from: Lsn,
+    request: &OpenRequest,
+) -> Result<Admission, OpenRefusal> {
+    let Some(gap) = &request.gap else { return Ok(None) };
+    let good = gap.from == from
+        && gap.to > gap.from
+        && gap.to.offset_in(size) == 0
+        && gap.to == request.start;
+    if good {
+        return Ok(Some(gap_of(request, gap)));
+    }
+    let start = request.start;
+    let expected = format!("from {from} to the stream's start {start}, at a segment's beginning");
+    Err(OpenRefusal::BadGap { expected, from: gap.from, to: gap.to })
+}
+
+fn resume(
+    size: SegmentSize,
+    position: Lsn,
+    gaps: &[Gap],
+    request: &OpenRequest,
+) -> Result<Admission, OpenRefusal> {
+    let recorded = |declared: &GapDeclaration| {
+        gaps.iter()
+            .any(|g| (g.timeline, g.from, g.to) == (request.timeline, declared.from, declared.to))
+    };
+    match &request.gap {
+        // The answer to the first declaration got lost on its way.
+        Some(gap) if position == request.start && gap.to == position && recorded(gap) => Ok(None),
+        Some(_) => check_gap(size, position, request),
+        None if request.start == position => Ok(None),
+        None => Err(OpenRefusal::WrongStart { expected: position, found: request.start }),
+    }
+}
+
+fn begin(
+    size: SegmentSize,
+    held: &[Held],
+    history: &TimelineHistory,
+    request: &OpenRequest,
+) -> Result<Admission, OpenRefusal> {
+    let start = request.start;
+    if start.offset_in(size) != 0 {
+        let expected = start.segment_start(size);
+        return Err(OpenRefusal::NotSegmentStart { expected, found: start });
+    }
+    let first = history.switch_point().map(|switch| switch.segment_start(size));
+    if let Some(expected) = first.filter(|first| start < *first) {
+        return Err(OpenRefusal::WrongStart { expected, found: start });
+    }
+    match (missing(size, held, history, start), &request.gap) {
+        (None, None) => Ok(None),
+        (Some((timeline, from)), None) => Err(OpenRefusal::Missing { timeline, from, to: start }),
+        (Some((_, from)), Some(_)) => check_gap(size, from, request),
+        (None, Some(gap)) => {
+            let expected = "only where WAL is missing".to_owned();
+            Err(OpenRefusal::BadGap { expected, from: gap.from, to: gap.to })
+        }
+    }
+}
+
+/// The first byte on the way to `start` that is not held, seen from the newest ancestor that is held at all.
+fn missing(
+    size: SegmentSize,
+    held: &[Held],
+    history: &TimelineHistory,
+    start: Lsn,
+) -> Option<(TimelineId, Lsn)> {
+    let entries = history.entries();
+    let (index, line) = entries.iter().enumerate().rev().find_map(|(index, entry)| {
+        let line = held.iter().find(|h| h.has_wal && h.timeline == entry.timeline)?;
+        Some((index, line))
+    })?;
+    let last_segment = entries[index].end.segment_start(size);
+    let (timeline, from) = if line.position >= last_segment {
+        let next = entries.get(index + 1).map_or(history.timeline(), |next| next.timeline);
+        (next, last_segment)
+    } else {
+        (line.timeline, line.position)
+    };
+    (from < start).then_some((timeline, from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn size() -> SegmentSize {
+        SegmentSize::new(MIB as u32).unwrap()
+    }
+    fn tli(n: u32) -> TimelineId {
+        TimelineId::new(n).unwrap()
+    }
+    fn held(timeline: u32, position: u64) -> Held {
+        Held { timeline: tli(timeline), has_wal: true, position: Lsn::new(position) }
+    }
+    fn request(timeline: u32, start: u64, gap: Option<(u64, u64)>) -> OpenRequest {
+        let gap = gap.map(|(from, to)| GapDeclaration {
+            from: Lsn::new(from),
+            to: Lsn::new(to),
+            reason: "lost".into(),
+        });
+        OpenRequest { timeline: tli(timeline), start: Lsn::new(start), gap, now_unix: 5.0 }
+    }
+    fn history(timeline: u32, switches: &[(u32, u64)]) -> TimelineHistory {
+        let text: String =
+            switches.iter().map(|(t, at)| format!("{t}\t{}\tx\n", Lsn::new(*at))).collect();
+        TimelineHistory::parse(tli(timeline), text.as_bytes()).unwrap()
+    }
+    fn ask(
+        held: &[Held],
+        history: &TimelineHistory,
+        request: &OpenRequest,
+    ) -> Result<Admission, OpenRefusal> {
+        admit(size(), held, &[], Some(history), request)
+    }
+
+    #[test]
+    fn the_first_byte_of_a_timeline_is_a_segments_first() {
+        let root = history(1, &[]);
+        assert_eq!(ask(&[], &root, &request(1, 3 * MIB, None)), Ok(None));
+        let refused = ask(&[], &root, &request(1, 3 * MIB + 8, None));
+        assert!(matches!(refused, Err(OpenRefusal::NotSegmentStart { .. })), "{refused:?}");
+    }
+
+    /// Klio (field.md section 2): the partial segment was reopened from its beginning. P2
+    #[test]
+    fn a_held_timeline_goes_on_exactly_at_its_durable_position() {
+        let (root, lines) = (history(1, &[]), [held(1, 3 * MIB + 77)]);
+        assert_eq!(ask(&lines, &root, &request(1, 3 * MIB + 77, None)), Ok(None));
+        for bad in [3 * MIB, 3 * MIB + 76, 3 * MIB + 78, 4 * MIB, 0] {
+            let refused = ask(&lines, &root, &request(1, bad, None));
+            let expected = Lsn::new(3 * MIB + 77);
+            assert_eq!(refused, Err(OpenRefusal::WrongStart { expected, found: Lsn::new(bad) }));
+        }
+    }
+
+    #[test]
+    fn an_older_timeline_after_a_newer_one_is_stale() {
+        let lines = [held(1, 3 * MIB), held(2, 4 * MIB)];
+        let refused = ask(&lines, &history(1, &[]), &request(1, 3 * MIB, None));
+        assert_eq!(refused, Err(OpenRefusal::Stale { newest: tli(2), found: tli(1) }));
+    }
+
+    #[test]
+    fn a_newer_timeline_without_wal_does_not_make_the_older_one_stale() {
+        let lines = [held(1, 3 * MIB), Held { has_wal: false, ..held(2, 3 * MIB) }];
+        assert_eq!(ask(&lines, &history(1, &[]), &request(1, 3 * MIB, None)), Ok(None));
+    }
+
+    #[test]
+    fn a_new_timeline_needs_its_history() {
+        let refused = admit(size(), &[], &[], None, &request(2, 3 * MIB, None));
+        assert_eq!(refused, Err(OpenRefusal::NoHistory(tli(2))));
+    }
+
+    #[test]
+    fn a_new_timeline_begins_in_the_segment_of_its_switch_point() {
+        let child = history(2, &[(1, 3 * MIB + 500)]);
+        for parent in [3 * MIB, 3 * MIB + 100, 3 * MIB + 500, 3 * MIB + 900] {
+            assert_eq!(ask(&[held(1, parent)], &child, &request(2, 3 * MIB, None)), Ok(None));
+        }
+        let early = ask(&[held(1, 3 * MIB)], &child, &request(2, 2 * MIB, None));
+        assert!(matches!(early, Err(OpenRefusal::WrongStart { .. })), "{early:?}");
+        let late = ask(&[held(1, 3 * MIB)], &child, &request(2, 4 * MIB, None));
+        let (from, to) = (Lsn::new(3 * MIB), Lsn::new(4 * MIB));
+        assert_eq!(late, Err(OpenRefusal::Missing { timeline: tli(2), from, to }));
+    }
+
+    #[test]
+    fn what_the_parent_lacks_is_named_and_a_gap_covers_it() {
+        let child = history(2, &[(1, 5 * MIB + 500)]);
+        let lines = [held(1, 3 * MIB + 7)];
+        let (from, to) = (Lsn::new(3 * MIB + 7), Lsn::new(5 * MIB));
+        assert_eq!(
+            ask(&lines, &child, &request(2, 5 * MIB, None)),
+            Err(OpenRefusal::Missing { timeline: tli(1), from, to })
+        );
+        let gap = Some((3 * MIB + 7, 5 * MIB));
+        let admitted = ask(&lines, &child, &request(2, 5 * MIB, gap)).unwrap().unwrap();
+        assert_eq!((admitted.from, admitted.to, admitted.timeline), (from, to, tli(2)));
+        let wrong = ask(&lines, &child, &request(2, 5 * MIB, Some((3 * MIB, 5 * MIB))));
+        assert!(matches!(wrong, Err(OpenRefusal::BadGap { .. })), "{wrong:?}");
+    }
+
+    #[test]
+    fn a_whole_timeline_in_between_is_missed() {
+        let child = history(3, &[(1, 3 * MIB + 500), (2, 6 * MIB + 1)]);
+        let refused = ask(&[held(1, 3 * MIB + 500)], &child, &request(3, 6 * MIB, None));
+        let (from, to) = (Lsn::new(3 * MIB), Lsn::new(6 * MIB));
+        assert_eq!(refused, Err(OpenRefusal::Missing { timeline: tli(2), from, to }));
+        let child = history(3, &[(1, 3 * MIB + 500), (2, 3 * MIB + 600)]);
+        assert_eq!(ask(&[held(1, 3 * MIB + 500)], &child, &request(3, 3 * MIB, None)), Ok(None));
+    }
+
+    #[test]
+    fn a_gap_begins_at_the_durable_position_and_ends_at_a_segment() {
+        let (root, lines) = (history(1, &[]), [held(1, 3 * MIB + 77)]);
+        let good = request(1, 5 * MIB, Some((3 * MIB + 77, 5 * MIB)));
+        assert!(ask(&lines, &root, &good).unwrap().is_some());
+        for (start, from, to) in [
+            (5 * MIB, 3 * MIB, 5 * MIB),
+            (5 * MIB + 1, 3 * MIB + 77, 5 * MIB + 1),
+            (6 * MIB, 3 * MIB + 77, 5 * MIB),
+            (3 * MIB, 3 * MIB + 77, 3 * MIB),
+        ] {
+            let refused = ask(&lines, &root, &request(1, start, Some((from, to))));
+            assert!(matches!(refused, Err(OpenRefusal::BadGap { .. })), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_gap_may_be_declared_again_when_its_answer_was_lost() {
+        let gap = Gap {
+            timeline: tli(1),
+            from: Lsn::new(3 * MIB + 77),
+            to: Lsn::new(5 * MIB),
+            reason: "lost".into(),
+            recorded_unix: 1.0,
+        };
+        let again = request(1, 5 * MIB, Some((3 * MIB + 77, 5 * MIB)));
+        let root = history(1, &[]);
+        assert_eq!(admit(size(), &[held(1, 5 * MIB)], &[gap], Some(&root), &again), Ok(None));
+    }
+}

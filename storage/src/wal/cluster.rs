@@ -1,0 +1,368 @@
+//! One cluster's WAL as it is known in memory. Small: nothing here grows with the number of sealed segments.
+//!
+//! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, `prepare`, a journal's `work`,
+//! `state`. `state` is held for moments only, never across a write or a sync.
+
+use super::{
+    admit::Held,
+    frame::JournalHeader,
+    journal::{self, Journal},
+    scratch::ScratchPool,
+    types::{Gap, Pinned, Position, WalOptions},
+    writer::Slot,
+};
+use crate::{
+    Error, Kind, Op,
+    disk::{Disk, DiskLock, durable},
+    layout::{ClusterName, WalFile},
+};
+use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+/// A panic elsewhere leaves the data as it was before or after a whole change.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What all clusters of a store share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) root: PathBuf,
+    pub(super) options: WalOptions,
+    pub(super) pool: ScratchPool,
+    /// Nobody else works in `root` while this lives.
+    pub(super) _lock: Box<dyn DiskLock>,
+}
+
+/// A journal on disk that is not sealed yet. Readers keep a clone of the `Arc`: a file with readers is not recycled.
+#[derive(Debug)]
+pub(super) struct Unsealed {
+    pub(super) timeline: TimelineId,
+    pub(super) start: Lsn,
+    /// One past the segment's last byte.
+    pub(super) end: Lsn,
+    pub(super) path: PathBuf,
+    durable: AtomicU64,
+    /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
+    /// before anything is written behind it (P3).
+    proven: AtomicBool,
+    /// Held while the file is sealed or replaced.
+    pub(super) work: Mutex<()>,
+}
+
+impl Unsealed {
+    pub(super) fn new(header: &JournalHeader, path: PathBuf, durable: Lsn, proven: bool) -> Self {
+        Self {
+            timeline: header.timeline,
+            start: header.start,
+            end: header.end(),
+            path,
+            durable: AtomicU64::new(durable.as_u64()),
+            proven: AtomicBool::new(proven),
+            work: Mutex::new(()),
+        }
+    }
+    pub(super) fn durable(&self) -> Lsn {
+        Lsn::new(self.durable.load(Ordering::Acquire))
+    }
+    /// Only a writer's flush moves it on.
+    pub(super) fn set_durable(&self, lsn: Lsn) {
+        self.durable.store(lsn.as_u64(), Ordering::Release);
+    }
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Acquire)
+    }
+    pub(super) fn set_proven(&self, proven: bool) {
+        self.proven.store(proven, Ordering::Release);
+    }
+    pub(super) fn is_empty(&self) -> bool {
+        self.durable() == self.start
+    }
+    pub(super) fn is_full(&self) -> bool {
+        self.durable() == self.end
+    }
+    pub(super) fn segment(&self, size: SegmentSize) -> SegmentName {
+        SegmentName::containing(self.timeline, self.start, size)
+    }
+}
+
+/// One timeline.
+#[derive(Debug, Default)]
+pub(super) struct Line {
+    pub(super) history: Option<TimelineHistory>,
+    /// First and one past the last byte in sealed files.
+    pub(super) sealed: Option<(Lsn, Lsn)>,
+    /// By start.
+    pub(super) journals: BTreeMap<Lsn, Arc<Unsealed>>,
+}
+
+impl Line {
+    pub(super) fn extend_sealed(&mut self, from: Lsn, to: Lsn) {
+        let (first, last) = self.sealed.unwrap_or((from, to));
+        self.sealed = Some((first.min(from), last.max(to)));
+    }
+
+    fn held_journals(&self) -> impl Iterator<Item = &Arc<Unsealed>> {
+        self.journals.values().filter(|journal| !journal.is_empty())
+    }
+
+    pub(super) fn has_wal(&self) -> bool {
+        self.sealed.is_some() || self.held_journals().next().is_some()
+    }
+
+    fn start(&self) -> Option<Lsn> {
+        let first = self.held_journals().next().map(|journal| journal.start);
+        self.sealed.map(|sealed| sealed.0).into_iter().chain(first).min()
+    }
+
+    /// One past the last byte held.
+    fn end(&self) -> Option<Lsn> {
+        let last = self.held_journals().last().map(|journal| journal.durable());
+        self.sealed.map(|sealed| sealed.1).into_iter().chain(last).max()
+    }
+}
+
+/// An empty journal made ahead of need.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) timeline: TimelineId,
+    pub(super) start: Lsn,
+    pub(super) journal: Journal,
+}
+
+/// What changes.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Reading the cluster's folder failed; tried again before the next use.
+    pub(super) broken: Option<(Kind, String)>,
+    pub(super) pinned: Option<Pinned>,
+    pub(super) lines: BTreeMap<TimelineId, Line>,
+    pub(super) gaps: Vec<Gap>,
+    pub(super) spares: Vec<PathBuf>,
+    pub(super) spares_made: u64,
+    pub(super) prepared: Option<Prepared>,
+    pub(super) writer: Option<Arc<Slot>>,
+    /// What is wrong now, by place.
+    pub(super) problems: BTreeMap<String, String>,
+}
+
+impl State {
+    /// Where the stream of a timeline resumes; `None` when nothing of it is known.
+    pub(super) fn resume_at(&self, timeline: TimelineId) -> Option<Lsn> {
+        let end = self.lines.get(&timeline).and_then(Line::end);
+        let gap = self.gaps.iter().filter(|g| g.timeline == timeline).map(|g| g.to);
+        gap.chain(end).max()
+    }
+
+    pub(super) fn newest(&self) -> Option<TimelineId> {
+        self.lines.iter().filter(|(_, line)| line.has_wal()).map(|(t, _)| *t).next_back()
+    }
+
+    /// The timelines with WAL or a gap, for the rules.
+    pub(super) fn held(&self) -> Vec<Held> {
+        let known: std::collections::BTreeSet<TimelineId> =
+            self.lines.keys().copied().chain(self.gaps.iter().map(|g| g.timeline)).collect();
+        let held = |timeline| {
+            let position = self.resume_at(timeline)?;
+            let has_wal = self.lines.get(&timeline).is_some_and(Line::has_wal);
+            Some(Held { timeline, has_wal, position })
+        };
+        known.into_iter().filter_map(held).collect()
+    }
+
+    pub(super) fn positions(&self) -> Vec<Position> {
+        let position = |(timeline, line): (&TimelineId, &Line)| {
+            let flushed = self.resume_at(*timeline)?;
+            let start = line.start()?;
+            let unsealed = line.held_journals().next().map(|journal| journal.start);
+            let sealed = unsealed.unwrap_or(flushed);
+            let has_history = line.history.is_some();
+            Some(Position { timeline: *timeline, start, flushed, sealed, has_history })
+        };
+        self.lines.iter().filter_map(position).collect()
+    }
+
+    /// A journal to which nothing will be added although it is not full.
+    pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
+        let newer = self.newest().is_some_and(|newest| newest > journal.timeline);
+        let at = journal.durable();
+        newer
+            || self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
+    }
+
+    /// What is ready to be sealed.
+    pub(super) fn finished(&self) -> Vec<WalFile> {
+        let Some(size) = self.pinned.map(|p| p.segment_size) else { return Vec::new() };
+        let file = |journal: &Arc<Unsealed>| match journal {
+            j if j.is_full() => Some(WalFile::Segment(j.segment(size))),
+            j if self.has_ended(j) => Some(WalFile::Partial(j.segment(size))),
+            _ => None,
+        };
+        self.lines.values().flat_map(Line::held_journals).filter_map(file).collect()
+    }
+
+    pub(super) fn journal(&self, segment: SegmentName) -> Option<Arc<Unsealed>> {
+        let start = segment.start_lsn(self.pinned?.segment_size)?;
+        self.lines.get(&segment.timeline())?.journals.get(&start).cloned()
+    }
+}
+
+/// One cluster.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    pub(super) name: ClusterName,
+    pub(super) shared: Arc<Shared>,
+    /// One opening, pinning or loading at a time.
+    pub(super) op: Mutex<()>,
+    /// One new journal at a time.
+    prepare: Mutex<()>,
+    pub(super) state: Mutex<State>,
+}
+
+impl Cluster {
+    pub(super) fn new(name: ClusterName, shared: Arc<Shared>) -> Self {
+        Self {
+            name,
+            shared,
+            op: Mutex::new(()),
+            prepare: Mutex::new(()),
+            state: Mutex::new(State::default()),
+        }
+    }
+
+    pub(super) fn disk(&self) -> &dyn Disk {
+        self.shared.disk.as_ref()
+    }
+    pub(super) fn folder(&self) -> PathBuf {
+        self.shared.root.join(self.name.as_str())
+    }
+    pub(super) fn wal_folder(&self) -> PathBuf {
+        self.folder().join("wal")
+    }
+    pub(super) fn path_of(&self, file: WalFile) -> PathBuf {
+        self.wal_folder().join(file.relative())
+    }
+    pub(super) fn open_path(&self, segment: SegmentName) -> PathBuf {
+        self.wal_folder().join(segment.timeline().to_string()).join(format!("{segment}.open"))
+    }
+    pub(super) fn spare_folder(&self) -> PathBuf {
+        self.wal_folder().join("spare")
+    }
+
+    /// Remembers or forgets what is wrong with a place.
+    pub(super) fn note<T>(&self, place: &Path, outcome: &Result<T, Error>) {
+        let mut state = lock(&self.state);
+        match outcome {
+            Ok(_) => state.problems.remove(&place.display().to_string()),
+            Err(e) => state.problems.insert(place.display().to_string(), e.to_string()),
+        };
+    }
+
+    /// The settings that every journal of this cluster carries.
+    pub(super) fn pinned(&self) -> Result<Pinned, Error> {
+        lock(&self.state).pinned.ok_or_else(|| {
+            let detail = "expected a cluster that was identified first, found none";
+            Error::new(Kind::NotFound, Op::Open, &self.name, detail)
+        })
+    }
+
+    fn create_journal(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        preallocate: u64,
+    ) -> Result<Journal, Error> {
+        let pinned = self.pinned()?;
+        let header = JournalHeader {
+            system_identifier: pinned.system_identifier,
+            timeline,
+            segment_size: pinned.segment_size,
+            start,
+            id: (self.shared.options.next_id)(),
+        };
+        let path = self.open_path(header.segment());
+        let spare = lock(&self.state).spares.pop();
+        journal::create(self.disk(), &path, header, spare.as_deref(), preallocate)
+    }
+
+    /// Takes away a journal that was prepared for another place.
+    fn discard(&self, prepared: Prepared) {
+        let path = prepared.journal.path.clone();
+        drop(prepared);
+        if let Err(error) = durable::remove_if_there(self.disk(), &path) {
+            tracing::warn!(%error, "a prepared journal stays until the next start");
+        }
+    }
+
+    /// The journal of the segment at `start`, which has none: the prepared one if it fits.
+    pub(super) fn next_journal(&self, timeline: TimelineId, start: Lsn) -> Result<Journal, Error> {
+        let _one = lock(&self.prepare);
+        let prepared = lock(&self.state).prepared.take();
+        match prepared {
+            Some(prepared) if (prepared.timeline, prepared.start) == (timeline, start) => {
+                return Ok(prepared.journal);
+            }
+            Some(other) => self.discard(other),
+            None => {}
+        }
+        self.create_journal(timeline, start, self.shared.options.preallocate)
+    }
+
+    /// Makes the journal at `start` ahead of need, unless it is there or no longer needed.
+    pub(super) fn prepare(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        preallocate: u64,
+    ) -> Result<(), Error> {
+        let _one = lock(&self.prepare);
+        if !lock(&self.state).wants_prepared(timeline, start) {
+            return Ok(());
+        }
+        let journal = self.create_journal(timeline, start, preallocate)?;
+        lock(&self.state).prepared = Some(Prepared { timeline, start, journal });
+        Ok(())
+    }
+
+    /// Keeps the file of a sealed journal for later use, or removes it.
+    pub(super) fn recycle(&self, path: &Path, may_keep: bool) {
+        let spare = {
+            let mut state = lock(&self.state);
+            let keep = may_keep && state.spares.len() < self.shared.options.spares;
+            state.spares_made += 1;
+            keep.then(|| self.spare_folder().join(format!("{}.spare", state.spares_made)))
+        };
+        let disk = self.disk();
+        // Neither has to be durable: start finds what comes back, and knows that it is sealed.
+        let outcome = match &spare {
+            Some(spare) => durable::create_dir(disk, &self.spare_folder()).and_then(|()| {
+                disk.rename(path, spare).map_err(|e| Error::io(Op::Rename, path, e))
+            }),
+            None => durable::remove_if_there(disk, path),
+        };
+        match (outcome, spare) {
+            (Ok(()), Some(spare)) => lock(&self.state).spares.push(spare),
+            (Ok(()), None) => {}
+            (Err(error), _) => {
+                tracing::warn!(%error, "the journal of a sealed segment stays until the next start");
+            }
+        }
+    }
+}
+
+impl State {
+    fn wants_prepared(&self, timeline: TimelineId, start: Lsn) -> bool {
+        let last = self.lines.get(&timeline).and_then(|line| line.journals.values().next_back());
+        self.prepared.is_none()
+            && self.writer.as_ref().is_some_and(|slot| slot.timeline() == timeline)
+            && last.is_some_and(|journal| journal.end == start)
+    }
+}

@@ -1,0 +1,571 @@
+//! Tier 1: WAL on local disk.
+//!
+//! - I1: flushed <= written, and both only grow; only a flush makes a [`FlushedLsn`] (P1).
+//! - I2: a sealed segment has its full size, its checksums, and never changes.
+//! - I3: at most one writer per cluster; a second is refused, unless the first was fenced (P8).
+//! - I4: a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file (P2).
+//! - I5: one cluster's trouble is one cluster's: the others go on (P8).
+//!
+//! All calls block; none keeps memory in proportion to a segment's size.
+//!
+//! | below `<root>/<cluster>/` | what |
+//! |---|---|
+//! | `cluster.json` | what was pinned at first contact (`record.rs`) |
+//! | `gaps.json` | WAL that will never be here (`record.rs`) |
+//! | `wal/<timeline>.history` | as PostgreSQL wrote it |
+//! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
+//! | `wal/<timeline>/<segment>.zst` | sealed: standard zstd, exactly the segment |
+//! | `wal/<timeline>/<segment>.partial.zst` | the same of a segment that ended early |
+//! | `wal/spare/` | files to recycle; emptied at start |
+//! | `*.tmp` | unfinished; removed at start |
+
+mod admit;
+mod cluster;
+pub mod decode;
+mod frame;
+mod journal;
+mod reader;
+mod record;
+mod recover;
+mod scratch;
+mod seal;
+mod types;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use decode::SealedDecoder;
+pub use reader::OpenSegment;
+pub use types::{
+    Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
+    Sealed, StoredFile, WalOptions,
+};
+pub use writer::{FlushedLsn, Flusher, Preparation, Writer};
+
+use crate::{
+    Error, Kind, Op,
+    disk::{Disk, durable, read_full, read_small},
+    layout::{ClusterName, WalFile},
+};
+use cluster::{Cluster, Shared, Unsealed, lock};
+use journal::{Frames, Journal};
+use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+use scratch::ScratchPool;
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+/// The oldest PostgreSQL that Klio speaks to.
+const OLDEST_POSTGRES: u32 = 150_000;
+
+/// The WAL of all clusters below one folder. Clones share it.
+#[derive(Debug, Clone)]
+pub struct WalStore(Arc<Store>);
+
+#[derive(Debug)]
+struct Store {
+    shared: Arc<Shared>,
+    clusters: RwLock<BTreeMap<ClusterName, Arc<Cluster>>>,
+    /// One first contact at a time.
+    creating: Mutex<()>,
+}
+
+fn not_found(op: Op, place: impl std::fmt::Display) -> Error {
+    Error::new(Kind::NotFound, op, place, "expected a file, found none")
+}
+
+impl WalStore {
+    /// Takes the folder for itself, finds out what is there and repairs what a crash left. A cluster that cannot be read
+    /// does not stop the others: see [`WalStore::problems`].
+    ///
+    /// # Errors
+    /// `Conflict` when another process has the folder; otherwise I/O errors on the folder itself.
+    pub fn open(disk: Arc<dyn Disk>, root: PathBuf, options: WalOptions) -> Result<Self, Error> {
+        durable::create_dir(disk.as_ref(), &root)?;
+        let lock_path = root.join("LOCK");
+        let guard = disk.lock(&lock_path).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => {
+                let detail =
+                    "expected to be the only server in it, found another that holds its lock";
+                Error::new(Kind::Conflict, Op::Open, root.display(), detail)
+            }
+            _ => Error::io(Op::Open, &lock_path, e),
+        })?;
+        let entries = disk.list(&root).map_err(|e| Error::io(Op::List, &root, e))?;
+        let pool = ScratchPool::new(options.contexts);
+        let shared = Arc::new(Shared { disk, root, options, pool, _lock: guard });
+        let mut clusters = BTreeMap::new();
+        for entry in entries.into_iter().filter(|entry| entry.is_dir) {
+            let Ok(name) = entry.name.parse::<ClusterName>() else { continue };
+            let cluster = Arc::new(Cluster::new(name.clone(), shared.clone()));
+            let recovered = cluster.load().and_then(|()| cluster.prove_all());
+            if let Err(error) = recovered {
+                tracing::error!(cluster = %name, %error, "a cluster's WAL is not fit for writing");
+            }
+            clusters.insert(name, cluster);
+        }
+        let clusters = RwLock::new(clusters);
+        Ok(Self(Arc::new(Store { shared, clusters, creating: Mutex::new(()) })))
+    }
+
+    fn disk(&self) -> &dyn Disk {
+        self.0.shared.disk.as_ref()
+    }
+
+    fn find(&self, name: &ClusterName) -> Option<Arc<Cluster>> {
+        self.0.clusters.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    fn need(&self, name: &ClusterName, op: Op) -> Result<Arc<Cluster>, Error> {
+        self.find(name).ok_or_else(|| {
+            let detail = "expected a cluster that was identified first, found none of that name";
+            Error::new(Kind::NotFound, op, name, detail)
+        })
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.0.shared.root
+    }
+
+    /// Every cluster there is, readable or not.
+    pub fn clusters(&self) -> Vec<ClusterName> {
+        self.0.clusters.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    /// What was pinned at first contact.
+    pub fn pinned(&self, name: &ClusterName) -> Option<Pinned> {
+        lock(&self.find(name)?.state).pinned
+    }
+
+    /// Free and total bytes of the file system.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    pub fn free_space(&self) -> Result<(u64, u64), Error> {
+        self.disk().space(self.root()).map_err(|e| Error::io(Op::Read, self.root(), e))
+    }
+
+    /// What is wrong with a cluster's files now, one sentence each.
+    pub fn problems(&self, name: &ClusterName) -> Vec<String> {
+        let Some(cluster) = self.find(name) else { return Vec::new() };
+        let state = lock(&cluster.state);
+        let broken = state.broken.iter().map(|(_, text)| text.clone());
+        broken.chain(state.problems.values().cloned()).collect()
+    }
+
+    /// Binds a name to a PostgreSQL at first contact, durably; later checks that it is the same (P8). Another version of
+    /// the same system is taken over.
+    ///
+    /// # Errors
+    /// `Conflict` when it is another system or segment size, `Invalid` before PostgreSQL 15.
+    pub fn pin(&self, name: &ClusterName, pinned: Pinned) -> Result<(), Error> {
+        if pinned.postgres_version < OLDEST_POSTGRES {
+            let found = pinned.postgres_version;
+            let detail =
+                format!("expected PostgreSQL version {OLDEST_POSTGRES} or newer, found {found}");
+            return Err(Error::new(Kind::Invalid, Op::Create, name, detail));
+        }
+        let cluster = self.find_or_create(name)?;
+        let _one = lock(&cluster.op);
+        cluster.ensure_loaded()?;
+        let before = lock(&cluster.state).pinned;
+        match before {
+            Some(before) if before == pinned => return Ok(()),
+            Some(before) => check_same(name, &before, &pinned)?,
+            None => {}
+        }
+        let path = cluster.folder().join("cluster.json");
+        record::store_pinned(self.disk(), &path, &pinned)?;
+        lock(&cluster.state).pinned = Some(pinned);
+        Ok(())
+    }
+
+    fn find_or_create(&self, name: &ClusterName) -> Result<Arc<Cluster>, Error> {
+        let _one = lock(&self.0.creating);
+        if let Some(cluster) = self.find(name) {
+            return Ok(cluster);
+        }
+        let cluster = Arc::new(Cluster::new(name.clone(), self.0.shared.clone()));
+        durable::create_dir(self.disk(), &cluster.folder())?;
+        let mut clusters = self.0.clusters.write().unwrap_or_else(PoisonError::into_inner);
+        clusters.insert(name.clone(), cluster.clone());
+        Ok(cluster)
+    }
+
+    /// How far each timeline with WAL is, oldest first.
+    pub fn positions(&self, name: &ClusterName) -> Vec<Position> {
+        self.find(name).map(|cluster| lock(&cluster.state).positions()).unwrap_or_default()
+    }
+
+    /// The recorded gaps, in the order they were declared.
+    pub fn gaps(&self, name: &ClusterName) -> Vec<Gap> {
+        self.find(name).map(|cluster| lock(&cluster.state).gaps.clone()).unwrap_or_default()
+    }
+
+    /// Stores a timeline's history file, durably. Again with the same content is fine.
+    ///
+    /// # Errors
+    /// `Invalid` when PostgreSQL would refuse it, `Conflict` when another one is there.
+    pub fn put_history(
+        &self,
+        name: &ClusterName,
+        timeline: TimelineId,
+        content: &[u8],
+    ) -> Result<(), Error> {
+        let cluster = self.need(name, Op::Create)?;
+        let path = cluster.path_of(WalFile::History(timeline));
+        let invalid =
+            |detail: String| Error::new(Kind::Invalid, Op::Create, path.display(), detail);
+        if timeline.get() == 1 || content.len() as u64 > recover::HISTORY_LIMIT_BYTES {
+            return Err(invalid(
+                "expected the history of a timeline from 2 up, at most 1 MiB".into(),
+            ));
+        }
+        let history =
+            TimelineHistory::parse(timeline, content).map_err(|e| invalid(e.to_string()))?;
+        if history.entries().is_empty() {
+            return Err(invalid("expected at least one ancestor, found none".into()));
+        }
+        let _one = lock(&cluster.op);
+        cluster.ensure_loaded()?;
+        cluster.pinned()?;
+        match read_small(self.disk(), &path, recover::HISTORY_LIMIT_BYTES) {
+            Ok(there) if there == content => return Ok(()),
+            Ok(_) => {
+                let detail = "expected the content that is stored, found another";
+                return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail)
+                    .hint("two servers were promoted to the same timeline"));
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(Op::Read, &path, e)),
+        }
+        durable::create_dir(self.disk(), &cluster.wal_folder())?;
+        durable::overwrite(self.disk(), &path, content)?;
+        lock(&cluster.state).lines.entry(timeline).or_default().history = Some(history);
+        Ok(())
+    }
+
+    /// A timeline's ancestors; none for timeline 1.
+    ///
+    /// # Errors
+    /// `NotFound` when its history file is not stored.
+    pub fn history(
+        &self,
+        name: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<TimelineHistory, Error> {
+        let cluster = self.need(name, Op::Read)?;
+        let path = cluster.path_of(WalFile::History(timeline));
+        let state = lock(&cluster.state);
+        state.history(timeline).ok_or_else(|| not_found(Op::Read, path.display()))
+    }
+
+    /// Ends the writer of a cluster, if there is one: waits for the write or sync that is under way, after which every call
+    /// of it fails. For a sidecar that came back, or a newer timeline. True when there was one.
+    pub fn fence(&self, name: &ClusterName) -> bool {
+        let Some(cluster) = self.find(name) else { return false };
+        let slot = lock(&cluster.state).writer.clone();
+        match slot {
+            Some(slot) => slot.release(&cluster),
+            None => return false,
+        }
+        true
+    }
+
+    /// Opens the cluster's writer. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else is done.
+    ///
+    /// # Errors
+    /// `Refused` with the cause; or `Failed`, of which `Full` and `Io` may pass: try again.
+    pub fn open_writer(
+        &self,
+        name: &ClusterName,
+        request: &OpenRequest,
+    ) -> Result<Writer, OpenError> {
+        let refuse = |refusal| OpenError::Refused { cluster: name.to_string(), refusal };
+        let cluster = self.find(name).ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
+        let _one = lock(&cluster.op);
+        cluster.ensure_loaded()?;
+        if let Some(slot) = &lock(&cluster.state).writer {
+            return Err(refuse(OpenRefusal::WriterPresent { timeline: slot.timeline() }));
+        }
+        cluster.prove_all()?;
+        let (pinned, history, admission) = {
+            let state = lock(&cluster.state);
+            let pinned = state.pinned.ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
+            let history = state.history(request.timeline);
+            let size = pinned.segment_size;
+            let admission =
+                admit::admit(size, &state.held(), &state.gaps, history.as_ref(), request);
+            (pinned, history, admission.map_err(refuse)?)
+        };
+        let history = history.ok_or_else(|| refuse(OpenRefusal::NoHistory(request.timeline)))?;
+        if let Some(gap) = admission {
+            cluster.record_gap(gap)?;
+        }
+        let (journal, entry) = cluster.journal_at(request.timeline, request.start, &pinned)?;
+        Ok(Writer::start(cluster.clone(), journal, entry, pinned, history))
+    }
+
+    /// What is finished and not sealed: full segments, and partial ones of ended timelines or before gaps.
+    pub fn unsealed(&self, name: &ClusterName) -> Vec<WalFile> {
+        self.find(name).map(|cluster| lock(&cluster.state).finished()).unwrap_or_default()
+    }
+
+    /// Turns a finished journal into its sealed file, durably, and lets the journal go. Again for a sealed file gives the
+    /// same answer. Takes as long as reading and hashing it does; run it off the receiving path.
+    ///
+    /// # Errors
+    /// `Invalid` when it is not finished, `NotFound` when there is none, `Full` (try again), `Corrupt`.
+    pub fn seal(&self, name: &ClusterName, file: WalFile) -> Result<Sealed, Error> {
+        self.need(name, Op::Seal)?.seal(file)
+    }
+
+    /// The finished files on disk: sealed and partial segments, history files.
+    ///
+    /// # Errors
+    /// As the disk reports.
+    pub fn list(&self, name: &ClusterName) -> Result<Vec<StoredFile>, Error> {
+        let cluster = self.need(name, Op::List)?;
+        let wal = cluster.wal_folder();
+        let mut found = Vec::new();
+        for entry in self.names(&wal)? {
+            if !entry.is_dir {
+                self.add_stored(&cluster, &entry.name, &mut found)?;
+            } else if entry.name.parse::<TimelineId>().is_ok() {
+                for file in self.names(&wal.join(&entry.name))? {
+                    self.add_stored(
+                        &cluster,
+                        &format!("{}/{}", entry.name, file.name),
+                        &mut found,
+                    )?;
+                }
+            }
+        }
+        found.sort_by_key(|stored| stored.file);
+        Ok(found)
+    }
+
+    fn names(&self, folder: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
+        match self.disk().list(folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            other => other.map_err(|e| Error::io(Op::List, folder, e)),
+        }
+    }
+
+    fn add_stored(
+        &self,
+        cluster: &Cluster,
+        relative: &str,
+        found: &mut Vec<StoredFile>,
+    ) -> Result<(), Error> {
+        let Some(file) = WalFile::parse_relative(relative) else { return Ok(()) };
+        let path = cluster.path_of(file);
+        match self.disk().stat(&path) {
+            Ok(stat) => {
+                let (size, modified_unix) = (stat.size, stat.modified_unix);
+                found.push(StoredFile { file, size, modified_unix });
+                Ok(())
+            }
+            // Expired between the two calls.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io(Op::List, &path, e)),
+        }
+    }
+
+    /// Where a WAL file can be read. A segment of which only a part exists is answered with that part.
+    ///
+    /// # Errors
+    /// `NotFound` only when there is definitively none (P7); `Corrupt` when that cannot be told.
+    pub fn read(&self, name: &ClusterName, file: WalFile) -> Result<Found, Error> {
+        let cluster = self.need(name, Op::Read)?;
+        // A segment can be sealed between looking for its journal and opening it; then it is found the next time.
+        for _ in 0..3 {
+            if let Some(found) = self.read_once(&cluster, file)? {
+                return Ok(found);
+            }
+        }
+        match &lock(&cluster.state).broken {
+            None => Err(not_found(Op::Read, cluster.path_of(file).display())),
+            Some((kind, text)) => {
+                let kind = if *kind == Kind::NotFound { Kind::Corrupt } else { *kind };
+                Err(Error::new(
+                    kind,
+                    Op::Read,
+                    file,
+                    format!("the cluster is not readable: {text}"),
+                ))
+            }
+        }
+    }
+
+    fn read_once(&self, cluster: &Cluster, file: WalFile) -> Result<Option<Found>, Error> {
+        let (entry, size) = {
+            let state = lock(&cluster.state);
+            let entry = match file {
+                WalFile::Segment(segment) => state.journal(segment),
+                WalFile::Partial(segment) => state.journal(segment).filter(|j| !j.is_full()),
+                WalFile::History(_) => None,
+            };
+            (entry.filter(|j| !j.is_empty()), state.pinned.map(|p| p.segment_size.bytes()))
+        };
+        if let Some(entry) = entry {
+            match OpenSegment::open(self.disk(), entry) {
+                Ok(open) => return Ok(Some(Found::Open(open))),
+                Err(e) if e.kind == Kind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let candidates: &[WalFile] = match file {
+            WalFile::Segment(segment) => &[file, WalFile::Partial(segment)],
+            _ => &[file],
+        };
+        for candidate in candidates {
+            let path = cluster.path_of(*candidate);
+            let stat = match self.disk().stat(&path) {
+                Ok(stat) => stat,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(Error::io(Op::Read, &path, e)),
+            };
+            let limit = size.unwrap_or(1 << 30);
+            let (plain_size, encoding) = match candidate {
+                WalFile::History(_) => (stat.size, Encoding::Plain),
+                WalFile::Segment(_) if size.is_some() => (limit, Encoding::Zstd),
+                _ => (decode::plain_size(self.disk(), &path, limit)?, Encoding::Zstd),
+            };
+            let (file, size) = (*candidate, stat.size);
+            return Ok(Some(Found::Stored { file, path, size, plain_size, encoding }));
+        }
+        Ok(None)
+    }
+
+    /// The content of a file that [`WalStore::read`] found, decoded, all at once: for history files, tests and small tools.
+    ///
+    /// # Errors
+    /// `Corrupt` when it does not decode, or I/O errors.
+    pub fn plain_bytes(&self, found: Found) -> Result<Vec<u8>, Error> {
+        let mut plain = Vec::new();
+        match found {
+            Found::Open(mut open) => {
+                while let Some(chunk) = open.next_chunk()? {
+                    plain.extend_from_slice(chunk);
+                }
+            }
+            Found::Stored { path, size, plain_size, encoding, .. } => {
+                let failed = |e| Error::io(Op::Read, &path, e);
+                let file = self.disk().open(&path, false).map_err(failed)?;
+                let mut stored = vec![0; size as usize];
+                let got = read_full(file.as_ref(), &mut stored, 0).map_err(failed)?;
+                stored.truncate(got);
+                if encoding == Encoding::Plain {
+                    return Ok(stored);
+                }
+                let mut put = |piece: &[u8]| {
+                    plain.extend_from_slice(piece);
+                    Ok(())
+                };
+                let count = decode::decode_reader(&mut stored.as_slice(), plain_size, &mut put)?;
+                if count != plain_size {
+                    let detail = format!("expected {plain_size} bytes, found {count}");
+                    return Err(Error::new(Kind::Corrupt, Op::Decode, path.display(), detail));
+                }
+            }
+        }
+        Ok(plain)
+    }
+}
+
+fn check_same(name: &ClusterName, before: &Pinned, found: &Pinned) -> Result<(), Error> {
+    let differs = |what: &str, expected: String, found: String| {
+        let detail = format!("expected {what} {expected}, found {found}");
+        Err(Error::new(Kind::Conflict, Op::Open, name, detail)
+            .hint("this is another PostgreSQL: give it a cluster name of its own"))
+    };
+    let (id, size) = (|p: &Pinned| p.system_identifier.to_string(), |p: &Pinned| p.segment_size);
+    if before.system_identifier != found.system_identifier {
+        return differs("system identifier", id(before), id(found));
+    }
+    if before.segment_size != found.segment_size {
+        let bytes = |p: &Pinned| size(p).bytes().to_string();
+        return differs("WAL segment size", bytes(before), bytes(found));
+    }
+    Ok(())
+}
+
+impl cluster::State {
+    fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
+        let stored = self.lines.get(&timeline).and_then(|line| line.history.clone());
+        let root = (timeline.get() == 1).then(|| TimelineHistory::root(timeline));
+        stored.or(root)
+    }
+}
+
+impl Cluster {
+    fn record_gap(&self, gap: Gap) -> Result<(), Error> {
+        let mut gaps = lock(&self.state).gaps.clone();
+        gaps.push(gap);
+        record::store_gaps(self.disk(), &self.folder().join("gaps.json"), &gaps)?;
+        lock(&self.state).gaps = gaps;
+        Ok(())
+    }
+
+    /// The journal in which the byte at `start` goes, opened at its end, or made.
+    fn journal_at(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        pinned: &Pinned,
+    ) -> Result<(Journal, Arc<Unsealed>), Error> {
+        let segment = SegmentName::containing(timeline, start, pinned.segment_size);
+        self.remove_unused(segment, pinned)?;
+        if let Some(entry) = lock(&self.state).journal(segment) {
+            return Ok((self.reopen(&entry, start)?, entry));
+        }
+        if start.offset_in(pinned.segment_size) != 0 {
+            let detail = format!(
+                "expected the journal of a segment received up to {start}, found it sealed"
+            );
+            return Err(Error::new(Kind::Conflict, Op::Open, segment, detail));
+        }
+        durable::create_dir(self.disk(), &self.wal_folder())?;
+        durable::create_dir(self.disk(), &self.wal_folder().join(timeline.to_string()))?;
+        let journal = self.next_journal(timeline, start)?;
+        let entry = Arc::new(Unsealed::new(&journal.header, journal.path.clone(), start, true));
+        let mut state = lock(&self.state);
+        state.lines.entry(timeline).or_default().journals.insert(start, entry.clone());
+        Ok((journal, entry))
+    }
+
+    /// Journals that never got a byte, of a place where the stream no longer goes on.
+    fn remove_unused(&self, wanted: SegmentName, pinned: &Pinned) -> Result<(), Error> {
+        let unused: Vec<Arc<Unsealed>> = {
+            let state = lock(&self.state);
+            let all = state.lines.values().flat_map(|line| line.journals.values());
+            let unused =
+                |j: &&Arc<Unsealed>| j.is_empty() && j.segment(pinned.segment_size) != wanted;
+            all.filter(unused).cloned().collect()
+        };
+        for entry in unused {
+            durable::remove_if_there(self.disk(), &entry.path)?;
+            lock(&self.state).forget(&entry);
+        }
+        Ok(())
+    }
+
+    fn reopen(&self, entry: &Unsealed, start: Lsn) -> Result<Journal, Error> {
+        let path = &entry.path;
+        let file = self.disk().open(path, true).map_err(|e| Error::io(Op::Open, path, e))?;
+        let allocated = file.size().map_err(|e| Error::io(Op::Open, path, e))?;
+        let mut frames = Frames::of(file.clone(), path)?;
+        frames.skip_to(start)?;
+        if frames.position() != start {
+            return Err(frames.lost(start));
+        }
+        let (header, offset) = (*frames.header(), frames.offset());
+        Ok(Journal { file, path: path.clone(), header, offset, allocated })
+    }
+}

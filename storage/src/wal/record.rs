@@ -1,0 +1,167 @@
+//! The small JSON files of a cluster: `cluster.json` and `gaps.json`.
+//!
+//! | field | what |
+//! |---|---|
+//! | `format` | version of the file's format, 1 |
+//! | `crc32c` | checksum of `body` written without white space, eight hexadecimal digits |
+//! | `body` | the record |
+//!
+//! Read by hand with any JSON tool. Replaced as a whole, durably, never written into.
+
+use super::types::{Gap, Pinned};
+use crate::{
+    Error, Kind, Op,
+    disk::{Disk, durable, read_small},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{io, path::Path};
+
+const FORMAT: u32 = 1;
+/// Far more than a cluster's gaps ever take.
+const LIMIT_BYTES: u64 = 16 << 20;
+
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stamped<T> {
+    format: u32,
+    crc32c: String,
+    body: T,
+}
+
+/// `cluster.json`. The identifier is text, as many JSON readers round large numbers.
+#[derive(Serialize, Deserialize)]
+struct PinnedRecord {
+    system_identifier: String,
+    segment_size: u32,
+    postgres_version: u32,
+}
+
+fn stamp<T: Serialize>(body: &T) -> Result<String, serde_json::Error> {
+    Ok(format!("{:08x}", crc32c::crc32c(&serde_json::to_vec(body)?)))
+}
+
+fn corrupt(path: &Path, detail: impl std::fmt::Display) -> Error {
+    Error::new(Kind::Corrupt, Op::Read, path.display(), detail).hint(
+        "restore the file from tier 2 or a copy; nothing is written for this cluster until then",
+    )
+}
+
+fn load<T: Serialize + DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, Error> {
+    let bytes = match read_small(disk, path, LIMIT_BYTES) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(Op::Read, path, e)),
+    };
+    let version: Version = serde_json::from_slice(&bytes).map_err(|e| corrupt(path, e))?;
+    if version.format != FORMAT {
+        let found = version.format;
+        return Err(corrupt(path, format!("expected format version {FORMAT}, found {found}")));
+    }
+    let record: Stamped<T> = serde_json::from_slice(&bytes).map_err(|e| corrupt(path, e))?;
+    let expected = stamp(&record.body).map_err(|e| corrupt(path, e))?;
+    if record.crc32c != expected {
+        let found = record.crc32c;
+        return Err(corrupt(path, format!("expected checksum {expected}, found {found:?}")));
+    }
+    Ok(Some(record.body))
+}
+
+fn store<T: Serialize>(disk: &dyn Disk, path: &Path, body: &T) -> Result<(), Error> {
+    let failed = |e| Error::new(Kind::Invalid, Op::Write, path.display(), e);
+    let crc32c = stamp(body).map_err(failed)?;
+    let mut text =
+        serde_json::to_vec_pretty(&Stamped { format: FORMAT, crc32c, body }).map_err(failed)?;
+    text.push(b'\n');
+    durable::overwrite(disk, path, &text)
+}
+
+/// Reads `cluster.json`; `None` when there is none.
+pub(super) fn load_pinned(disk: &dyn Disk, path: &Path) -> Result<Option<Pinned>, Error> {
+    let Some(record) = load::<PinnedRecord>(disk, path)? else { return Ok(None) };
+    let system_identifier = record.system_identifier.parse().map_err(|e| corrupt(path, e))?;
+    let segment_size = record.segment_size.try_into().map_err(|e| corrupt(path, e))?;
+    Ok(Some(Pinned { system_identifier, segment_size, postgres_version: record.postgres_version }))
+}
+
+/// Writes `cluster.json`.
+pub(super) fn store_pinned(disk: &dyn Disk, path: &Path, pinned: &Pinned) -> Result<(), Error> {
+    let record = PinnedRecord {
+        system_identifier: pinned.system_identifier.to_string(),
+        segment_size: pinned.segment_size.as_u32(),
+        postgres_version: pinned.postgres_version,
+    };
+    store(disk, path, &record)
+}
+
+/// Reads `gaps.json`; empty when there is none.
+pub(super) fn load_gaps(disk: &dyn Disk, path: &Path) -> Result<Vec<Gap>, Error> {
+    Ok(load(disk, path)?.unwrap_or_default())
+}
+
+/// Writes `gaps.json`.
+pub(super) fn store_gaps(disk: &dyn Disk, path: &Path, gaps: &Vec<Gap>) -> Result<(), Error> {
+    store(disk, path, gaps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::SimDisk;
+    use klio_pg::{Lsn, SegmentSize, TimelineId};
+
+    fn pinned() -> Pinned {
+        Pinned {
+            system_identifier: u64::MAX - 3,
+            segment_size: SegmentSize::new(16 << 20).unwrap(),
+            postgres_version: 170_002,
+        }
+    }
+
+    #[test]
+    fn what_was_pinned_round_trips() {
+        let disk = SimDisk::new(1);
+        let path = Path::new("/cluster.json");
+        assert_eq!(load_pinned(&disk, path).unwrap(), None);
+        store_pinned(&disk, path, &pinned()).unwrap();
+        assert_eq!(load_pinned(&disk, path).unwrap(), Some(pinned()));
+    }
+
+    #[test]
+    fn gaps_round_trip() {
+        let disk = SimDisk::new(1);
+        let path = Path::new("/gaps.json");
+        let gaps = vec![Gap {
+            timeline: TimelineId::new(2).unwrap(),
+            from: Lsn::new(77),
+            to: Lsn::new(1 << 20),
+            reason: "slot \"x\" was\nlost".into(),
+            recorded_unix: 1_700_000_000.123_456_7,
+        }];
+        store_gaps(&disk, path, &gaps).unwrap();
+        assert_eq!(load_gaps(&disk, path).unwrap(), gaps);
+    }
+
+    #[test]
+    fn a_change_a_cut_and_another_version_are_found() {
+        let disk = SimDisk::new(1);
+        let path = Path::new("/cluster.json");
+        store_pinned(&disk, path, &pinned()).unwrap();
+        let good = read_small(&disk, path, LIMIT_BYTES).unwrap();
+        let text = String::from_utf8(good.clone()).unwrap();
+        for (bad, says) in [
+            (text.replace("170002", "170003"), "checksum"),
+            (text.replace("\"format\": 1", "\"format\": 2"), "format version 1, found 2"),
+            (text[..text.len() / 2].to_owned(), "EOF"),
+            (String::new(), "EOF"),
+        ] {
+            durable::overwrite(&disk, path, bad.as_bytes()).unwrap();
+            let error = load_pinned(&disk, path).unwrap_err();
+            assert_eq!(error.kind, Kind::Corrupt);
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+}

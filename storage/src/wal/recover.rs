@@ -1,0 +1,283 @@
+//! Finds out at start what is on disk, and makes sure of it.
+//!
+//! - A journal's longest valid prefix counts. A torn or unsynced tail after it is cut off by copying the prefix into a
+//!   new file, never by truncating.
+//! - Of each timeline's journals, all but the last were synced before the next one got its first frame. The last is
+//!   only *seen*: the page cache may show bytes that a failed fsync never wrote. So it is copied and synced before its
+//!   end counts as durable (P3). A copy that fails, for want of space above all, is tried again when a writer opens.
+//! - A journal beside its sealed file is the truth, as the rename of the sealed file may not be durable: it is sealed
+//!   again. Where it is not what its name says, its file had been recycled, which happens only after the sealed file
+//!   was durable: the name goes.
+//! - Names are synced before they are relied on: the program may have died between making and syncing them.
+
+use super::{
+    cluster::{Cluster, Line, State, Unsealed, lock},
+    decode,
+    journal::{self, Frames},
+    record,
+    types::Pinned,
+};
+use crate::{
+    Error, Kind, Op,
+    disk::{Entry, durable, read_small},
+    layout::WalFile,
+};
+use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
+use std::{collections::BTreeSet, io, path::Path, sync::Arc};
+
+/// PostgreSQL writes a line for each ancestor; this is many thousands of them.
+pub(super) const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
+
+impl Cluster {
+    /// Reads the folder if that has not succeeded yet. Call with `op` held.
+    pub(super) fn ensure_loaded(&self) -> Result<(), Error> {
+        let broken = lock(&self.state).broken.is_some();
+        if broken { self.load() } else { Ok(()) }
+    }
+
+    /// Reads the folder. On failure the cluster stays broken, and says why.
+    pub(super) fn load(&self) -> Result<(), Error> {
+        match self.scan() {
+            Ok(state) => {
+                *lock(&self.state) = state;
+                Ok(())
+            }
+            Err(e) => {
+                let mut state = lock(&self.state);
+                state.broken = Some((e.kind, e.to_string()));
+                Err(e)
+            }
+        }
+    }
+
+    /// Makes sure of every journal that is only seen. Call with `op` held and no writer alive.
+    pub(super) fn prove_all(&self) -> Result<(), Error> {
+        let unproven: Vec<Arc<Unsealed>> = {
+            let state = lock(&self.state);
+            let all = state.lines.values().flat_map(|line| line.journals.values());
+            all.filter(|journal| !journal.is_proven()).cloned().collect()
+        };
+        for entry in unproven {
+            let outcome = self.prove(&entry);
+            self.note(&entry.path, &outcome);
+            outcome?;
+        }
+        Ok(())
+    }
+
+    fn prove(&self, entry: &Unsealed) -> Result<(), Error> {
+        let _one = lock(&entry.work);
+        if entry.is_empty() {
+            // Nothing to keep; the name must not come back with frames that were never acknowledged.
+            durable::remove_if_there(self.disk(), &entry.path)?;
+            lock(&self.state).forget(entry);
+            return durable::sync_dir(self.disk(), durable::parent(&entry.path));
+        }
+        // Sealed meanwhile: then it is durable, and its file is somebody else's now.
+        if lock(&self.state).holds(entry) {
+            let id = (self.shared.options.next_id)();
+            journal::copy_up_to(self.disk(), &entry.path, entry.durable(), id)?;
+        }
+        entry.set_proven(true);
+        Ok(())
+    }
+
+    fn scan(&self) -> Result<State, Error> {
+        let (disk, folder) = (self.disk(), self.folder());
+        let mut state = State::default();
+        remove_tmp(self, &folder)?;
+        durable::sync_dir(disk, &self.shared.root)?;
+        durable::sync_dir(disk, &folder)?;
+        state.pinned = record::load_pinned(disk, &folder.join("cluster.json"))?;
+        lock(&self.state).pinned = state.pinned;
+        state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
+        let entries = list(self, &self.wal_folder())?;
+        let Some(pinned) = state.pinned else {
+            let detail = "expected cluster.json beside WAL, found none";
+            let fail = || Error::new(Kind::Corrupt, Op::Open, folder.display(), detail);
+            return if entries.is_empty() { Ok(state) } else { Err(fail()) };
+        };
+        if !entries.is_empty() {
+            remove_tmp(self, &self.wal_folder())?;
+            durable::sync_dir(disk, &self.wal_folder())?;
+        }
+        for spare in list(self, &self.spare_folder())? {
+            durable::remove_if_there(disk, &self.spare_folder().join(&spare.name))?;
+        }
+        for entry in entries {
+            self.scan_entry(&entry, &pinned, &mut state)?;
+        }
+        Ok(state)
+    }
+
+    fn scan_entry(&self, entry: &Entry, pinned: &Pinned, state: &mut State) -> Result<(), Error> {
+        if entry.is_dir {
+            let Ok(timeline) = entry.name.parse::<TimelineId>() else { return Ok(()) };
+            return self.scan_line(timeline, pinned, state);
+        }
+        let Some(WalFile::History(timeline)) = WalFile::parse_relative(&entry.name) else {
+            return Ok(());
+        };
+        let path = self.path_of(WalFile::History(timeline));
+        let content = read_small(self.disk(), &path, HISTORY_LIMIT_BYTES)
+            .map_err(|e| Error::io(Op::Read, &path, e))?;
+        let history = TimelineHistory::parse(timeline, &content)
+            .map_err(|e| Error::new(Kind::Corrupt, Op::Read, path.display(), e))?;
+        state.lines.entry(timeline).or_default().history = Some(history);
+        Ok(())
+    }
+
+    fn scan_line(
+        &self,
+        timeline: TimelineId,
+        pinned: &Pinned,
+        state: &mut State,
+    ) -> Result<(), Error> {
+        let folder = self.wal_folder().join(timeline.to_string());
+        remove_tmp(self, &folder)?;
+        durable::sync_dir(self.disk(), &folder)?;
+        let (mut sealed, mut partial, mut open) =
+            <(BTreeSet<_>, BTreeSet<_>, BTreeSet<_>)>::default();
+        for entry in list(self, &folder)? {
+            let place = |name: SegmentName| {
+                name.start_lsn(pinned.segment_size).filter(|_| name.timeline() == timeline)
+            };
+            let stem = entry.name.strip_suffix(".open").and_then(|stem| stem.parse().ok());
+            if let Some(start) = stem.and_then(place) {
+                open.insert(start);
+            }
+            match WalFile::parse_relative(&format!("{timeline}/{}", entry.name)) {
+                Some(WalFile::Segment(name)) => sealed.extend(place(name)),
+                Some(WalFile::Partial(name)) => partial.extend(place(name)),
+                _ => {}
+            }
+        }
+        let mut line = state.lines.remove(&timeline).unwrap_or_default();
+        let size = pinned.segment_size.bytes();
+        if let (Some(first), Some(last)) = (sealed.first(), sealed.last()) {
+            line.sealed = Some((*first, last.advance(size)));
+        }
+        for start in &partial {
+            let length = match open.contains(start) || line.sealed.is_some_and(|s| *start < s.1) {
+                true => 0,
+                false => self.plain_size(timeline, *start, pinned)?,
+            };
+            line.extend_sealed(*start, start.advance(length));
+        }
+        for start in open {
+            let redundant = if sealed.contains(&start) {
+                Some(size)
+            } else if partial.contains(&start) {
+                Some(self.plain_size(timeline, start, pinned)?)
+            } else {
+                None
+            };
+            self.scan_journal(timeline, start, pinned, redundant, &mut line)?;
+        }
+        if let Some(last) = line.journals.values().next_back() {
+            last.set_proven(false);
+        }
+        self.check_holes(&line, state);
+        state.lines.insert(timeline, line);
+        Ok(())
+    }
+
+    fn plain_size(&self, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Result<u64, Error> {
+        let name = SegmentName::containing(timeline, start, pinned.segment_size);
+        let path = self.path_of(WalFile::Partial(name));
+        decode::plain_size(self.disk(), &path, pinned.segment_size.bytes())
+    }
+
+    /// `redundant`: how many bytes a sealed file beside it has.
+    fn scan_journal(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        pinned: &Pinned,
+        redundant: Option<u64>,
+        line: &mut Line,
+    ) -> Result<(), Error> {
+        let name = SegmentName::containing(timeline, start, pinned.segment_size);
+        let path = self.open_path(name);
+        let frames = Frames::open(self.disk(), &path).and_then(|mut frames| {
+            frames.skip_to(frames.header().end())?;
+            let header = frames.header();
+            let good = header.segment() == name
+                && header.segment_size == pinned.segment_size
+                && header.system_identifier == pinned.system_identifier;
+            if good {
+                return Ok(frames);
+            }
+            let detail =
+                format!("expected the journal of {name}, found that of {}", header.segment());
+            Err(Error::new(Kind::Corrupt, Op::Open, path.display(), detail))
+        });
+        let frames = match (frames, redundant) {
+            (Ok(frames), None) => frames,
+            (Ok(frames), Some(bytes)) if frames.position().bytes_since(start) >= bytes => frames,
+            (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
+            (_, Some(bytes)) => {
+                line.extend_sealed(start, start.advance(bytes));
+                return durable::remove_if_there(self.disk(), &path);
+            }
+            (Err(e), None) => return Err(e),
+        };
+        let end = frames.position();
+        if end == start {
+            return durable::remove_if_there(self.disk(), &path);
+        }
+        let entry = Unsealed::new(frames.header(), path, end, true);
+        line.journals.insert(start, Arc::new(entry));
+        Ok(())
+    }
+
+    /// A journal that ends early although more follows it, without a gap on record, has lost synced bytes.
+    fn check_holes(&self, line: &Line, state: &mut State) {
+        let end = line.journals.keys().next_back().copied();
+        for journal in line.journals.values() {
+            let (at, timeline) = (journal.durable(), journal.timeline);
+            let followed = end.is_some_and(|end| end > journal.start)
+                || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
+            let declared = state.gaps.iter().any(|g| g.timeline == timeline && g.from == at);
+            if followed && !journal.is_full() && !declared {
+                let place = journal.path.display().to_string();
+                let detail =
+                    format!("expected WAL up to {}, found it whole up to {at}", journal.end);
+                let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
+                state.problems.insert(place, error.to_string());
+            }
+        }
+    }
+}
+
+impl State {
+    /// Whether this very entry is still the journal of its segment.
+    pub(super) fn holds(&self, entry: &Unsealed) -> bool {
+        let line = self.lines.get(&entry.timeline);
+        let there = line.and_then(|line| line.journals.get(&entry.start));
+        there.is_some_and(|there| std::ptr::eq(there.as_ref(), entry))
+    }
+
+    pub(super) fn forget(&mut self, entry: &Unsealed) {
+        if let Some(line) = self.lines.get_mut(&entry.timeline) {
+            line.journals.remove(&entry.start);
+        }
+    }
+}
+
+fn list(cluster: &Cluster, folder: &Path) -> Result<Vec<Entry>, Error> {
+    match cluster.disk().list(folder) {
+        Ok(entries) => Ok(entries),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io(Op::List, folder, e)),
+    }
+}
+
+fn remove_tmp(cluster: &Cluster, folder: &Path) -> Result<(), Error> {
+    for entry in list(cluster, folder)? {
+        if !entry.is_dir && entry.name.ends_with(durable::TMP_SUFFIX) {
+            durable::remove_if_there(cluster.disk(), &folder.join(&entry.name))?;
+        }
+    }
+    Ok(())
+}

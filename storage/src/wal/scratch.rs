@@ -1,0 +1,159 @@
+//! Compression contexts and their output buffers, shared by all writers of a store.
+//!
+//! A writer holds one only while it appends, so that a thousand idle clusters own none; a busy one finds it
+//! ready and allocates nothing. A piece that does not get smaller is kept as it is.
+
+use super::frame::{Codec, FRAME_HEADER, FRAME_RAW_MAX, FrameHeader};
+use klio_pg::Lsn;
+use std::sync::{Mutex, PoisonError};
+use zstd::zstd_safe::{CCtx, CParameter};
+
+/// Below this a batch is written as it is: the commit waits for it, and its fsync dominates
+/// (design.md section 4).
+pub(crate) const COMPRESS_FROM: usize = 16 << 10;
+/// WAL: better ratio and faster than lz4 at this level (dependencies.md section 8).
+const LEVEL: i32 = 1;
+
+/// One context and its buffer.
+pub(crate) struct Scratch {
+    context: Option<CCtx<'static>>,
+    out: Vec<u8>,
+}
+
+impl Scratch {
+    const fn new() -> Self {
+        Self { context: None, out: Vec::new() }
+    }
+
+    fn room(&mut self, bytes: usize) {
+        if self.out.len() < bytes {
+            self.out.resize(bytes, 0);
+        }
+    }
+
+    /// One standard zstd frame of `raw` with content size and checksum, at `at` in the buffer, if it fits in
+    /// `limit` bytes.
+    fn compress(&mut self, raw: &[u8], at: usize, limit: usize) -> Option<usize> {
+        let Self { context, out } = self;
+        let context = match context {
+            Some(context) => context,
+            None => {
+                let mut fresh = CCtx::try_create()?;
+                fresh.set_parameter(CParameter::CompressionLevel(LEVEL)).ok()?;
+                fresh.set_parameter(CParameter::ChecksumFlag(true)).ok()?;
+                context.insert(fresh)
+            }
+        };
+        // The one error it can give is "does not fit", and the next call begins anew.
+        context.compress2(&mut out[at..at + limit], raw).ok()
+    }
+
+    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL.
+    pub(crate) fn frame(&mut self, journal: u64, start: Lsn, raw: &[u8]) -> &[u8] {
+        debug_assert!(!raw.is_empty() && raw.len() <= FRAME_RAW_MAX);
+        self.room(FRAME_HEADER + raw.len());
+        let small = if raw.len() < COMPRESS_FROM {
+            None
+        } else {
+            self.compress(raw, FRAME_HEADER, raw.len() - 1)
+        };
+        let (codec, len) = match small {
+            Some(len) => (Codec::Zstd, len),
+            None => {
+                self.out[FRAME_HEADER..FRAME_HEADER + raw.len()].copy_from_slice(raw);
+                (Codec::Raw, raw.len())
+            }
+        };
+        let stored = &self.out[FRAME_HEADER..FRAME_HEADER + len];
+        let header = FrameHeader::encode(codec, journal, start, raw.len() as u32, stored);
+        self.out[..FRAME_HEADER].copy_from_slice(&header);
+        &self.out[..FRAME_HEADER + len]
+    }
+
+    /// One zstd frame of at most [`FRAME_RAW_MAX`] bytes, whether it gets smaller or not. `None` only when there
+    /// is no memory for a context.
+    pub(crate) fn zstd(&mut self, raw: &[u8]) -> Option<&[u8]> {
+        let limit = zstd::zstd_safe::compress_bound(raw.len());
+        self.room(limit);
+        let len = self.compress(raw, 0, limit)?;
+        Some(&self.out[..len])
+    }
+}
+
+/// Idle ones, at most as many as there were threads at work at once, and no more than `keep`.
+pub(crate) struct ScratchPool {
+    idle: Mutex<Vec<Scratch>>,
+    keep: usize,
+}
+
+impl ScratchPool {
+    pub(crate) const fn new(keep: usize) -> Self {
+        Self { idle: Mutex::new(Vec::new()), keep }
+    }
+
+    /// Lends one.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Scratch) -> T) -> T {
+        let lent = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut scratch = lent.unwrap_or_else(Scratch::new);
+        let result = work(&mut scratch);
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < self.keep {
+            idle.push(scratch);
+        }
+        result
+    }
+}
+
+impl std::fmt::Debug for ScratchPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ScratchPool").field("keep", &self.keep).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(bytes: &[u8]) -> (FrameHeader, Vec<u8>) {
+        let header = FrameHeader::decode(bytes).unwrap();
+        let stored = &bytes[FRAME_HEADER..];
+        assert!(header.is_intact(bytes, stored));
+        let raw = match header.codec {
+            Codec::Raw => stored.to_vec(),
+            Codec::Zstd => zstd::bulk::decompress(stored, FRAME_RAW_MAX).unwrap(),
+        };
+        (header, raw)
+    }
+
+    #[test]
+    fn large_batches_are_compressed_and_small_or_random_ones_are_not() {
+        let pool = ScratchPool::new(1);
+        let noise: Vec<u8> = (0..40_000u64)
+            .map(|n| {
+                (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (n * n) << 7).wrapping_mul(n | 1) as u8
+                    ^ (n.wrapping_mul(0xD134_2543_DE82_EF95) >> 56) as u8
+            })
+            .collect();
+        let noise = zstd::bulk::compress(&noise, 19).unwrap();
+        for (raw, codec) in [
+            (vec![5; COMPRESS_FROM], Codec::Zstd),
+            (vec![5; FRAME_RAW_MAX], Codec::Zstd),
+            (vec![5; COMPRESS_FROM - 1], Codec::Raw),
+            (vec![5], Codec::Raw),
+            (noise[..noise.len().min(30_000)].to_vec(), Codec::Raw),
+        ] {
+            pool.with(|scratch| {
+                let (header, back) = read(scratch.frame(9, Lsn::new(4), &raw));
+                assert_eq!((header.codec, header.journal, header.start), (codec, 9, Lsn::new(4)));
+                assert_eq!(back, raw);
+            });
+        }
+    }
+
+    #[test]
+    fn a_context_is_given_back_and_the_pool_has_a_bound() {
+        let pool = ScratchPool::new(1);
+        pool.with(|_| pool.with(|_| ()));
+        assert_eq!(pool.idle.lock().unwrap().len(), 1);
+    }
+}

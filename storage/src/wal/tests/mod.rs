@@ -1,0 +1,1 @@
+//! Tests of the whole store. One concern a file.
