@@ -287,7 +287,7 @@ impl Inner {
     /// What survives: nothing unsynced, all of it, or a mixture.
     fn lose_power(&mut self) {
         let mode = self.random() % 4;
-        let mut survives = |inner: &mut Self| match mode {
+        let survives = |inner: &mut Self| match mode {
             0 => false,
             1 => true,
             _ => inner.one_in(2),
