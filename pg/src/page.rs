@@ -14,6 +14,10 @@
 //! | 32..36 | xlp_seg_size (long) | the pinned segment size |
 //! | 36..40 | xlp_xlog_blcksz (long) | 8192 |
 //!
+//! After a segment switch (`pg_switch_wal`, `archive_timeout`) PostgreSQL leaves the rest of the segment
+//! zero, headers included. So a page without a header passes when everything up to the segment's end is
+//! zero, and not otherwise.
+//!
 //! The checker sees bytes in order; a header may be cut by a message's end.
 
 use crate::{Lsn, SegmentSize, TimelineHistory, TimelineId};
@@ -61,6 +65,8 @@ pub struct PageChecker {
     header: [u8; LONG_HEADER],
     header_len: usize,
     in_header: bool,
+    /// Where the zeros after a segment switch began.
+    zeros_from: Option<Lsn>,
 }
 
 /// XLOG_PAGE_MAGIC by major version; `None` for versions newer than this program.
@@ -79,7 +85,14 @@ impl PageChecker {
     /// be checked and pass: they continue a page whose header was checked when it came.
     pub fn new(expect: PageExpectation, start: Lsn) -> Self {
         let in_header = start.as_u64().is_multiple_of(PAGE_BYTES);
-        Self { expect, position: start, header: [0; LONG_HEADER], header_len: 0, in_header }
+        Self {
+            expect,
+            position: start,
+            header: [0; LONG_HEADER],
+            header_len: 0,
+            in_header,
+            zeros_from: None,
+        }
     }
 
     /// Where the next byte belongs.
@@ -94,6 +107,13 @@ impl PageChecker {
     pub fn check(&mut self, mut data: &[u8]) -> Result<(), PageError> {
         while !data.is_empty() {
             let offset = self.position.as_u64() % PAGE_BYTES;
+            if self.position.offset_in(self.expect.segment_size) == 0 {
+                self.zeros_from = None;
+            }
+            if let Some(from) = self.zeros_from {
+                data = self.check_zeros(from, data)?;
+                continue;
+            }
             if offset == 0 {
                 self.in_header = true;
                 self.header_len = 0;
@@ -117,6 +137,24 @@ impl PageChecker {
         Ok(())
     }
 
+    /// Inside the zeros after a segment switch: gives back what follows the segment.
+    fn check_zeros<'a>(&mut self, from: Lsn, data: &'a [u8]) -> Result<&'a [u8], PageError> {
+        let size = self.expect.segment_size;
+        let left = size.bytes() - self.position.offset_in(size);
+        let take = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let (zeros, rest) = data.split_at(take);
+        if let Some(at) = zeros.iter().position(|b| *b != 0) {
+            return Err(PageError {
+                page: from,
+                field: "page without a header, so zeros up to the end of the segment,",
+                expected: "0".into(),
+                found: format!("{} at {}", zeros[at], self.position.advance(at as u64)),
+            });
+        }
+        self.position = self.position.advance(take as u64);
+        Ok(rest)
+    }
+
     /// The page that the header being read belongs to.
     fn page(&self) -> Lsn {
         Lsn::new(self.position.as_u64() - self.header_len as u64)
@@ -130,8 +168,13 @@ impl PageChecker {
         }
     }
 
-    fn check_header(&self) -> Result<(), PageError> {
+    fn check_header(&mut self) -> Result<(), PageError> {
         let page = self.page();
+        let starts_segment = page.offset_in(self.expect.segment_size) == 0;
+        if !starts_segment && self.header[..SHORT_HEADER] == [0; SHORT_HEADER] {
+            self.zeros_from = Some(page);
+            return Ok(());
+        }
         let number = |at: usize, len: usize| {
             self.header[at..at + len].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b))
         };
@@ -153,7 +196,6 @@ impl PageChecker {
         }
         self.check_timeline(page, number(4, 4) as u32)?;
         let long = number(2, 2) as u16 & XLP_LONG_HEADER != 0;
-        let starts_segment = page.offset_in(self.expect.segment_size) == 0;
         equal("xlp_info long header flag", starts_segment.into(), long.into(), false)?;
         if starts_segment {
             equal("xlp_sysid", self.expect.system_identifier, number(24, 8), false)?;
@@ -246,6 +288,27 @@ mod tests {
             let outcome = all.chunks(cut).try_for_each(|c| checker.check(c));
             prop_assert!(outcome.is_err());
         }
+    }
+
+    /// Found by streaming from a real PostgreSQL: after pg_switch_wal whole pages are zero.
+    #[test]
+    fn zeros_after_a_switch_pass_up_to_the_end_of_the_segment_and_nowhere_else() {
+        let base = u64::from(SEGMENT) * 3;
+        let mut all = wal(base, u64::from(SEGMENT) / PAGE_BYTES + 2);
+        all[3 * 8192..SEGMENT as usize].fill(0);
+        for cut in [1000, 8192, 70_000, all.len()] {
+            let mut checker = PageChecker::new(expectation(), Lsn::new(base));
+            assert_eq!(all.chunks(cut).try_for_each(|c| checker.check(c)), Ok(()), "cut {cut}");
+        }
+        for bad in [3 * 8192 + 30, 5 * 8192 + 2, SEGMENT as usize - 1] {
+            let mut damaged = all.clone();
+            damaged[bad] = 7;
+            let mut checker = PageChecker::new(expectation(), Lsn::new(base));
+            assert!(damaged.chunks(5000).try_for_each(|c| checker.check(c)).is_err(), "{bad}");
+        }
+        all[SEGMENT as usize..].fill(0);
+        let mut checker = PageChecker::new(expectation(), Lsn::new(base));
+        assert!(checker.check(&all).is_err(), "a segment cannot begin with zeros");
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl SimulatedWal {
         while at < to.as_u64() {
             let page = at - at % PAGE_BYTES;
             let content = self.page(history, page);
-            let end = to.as_u64().min(page + PAGE_BYTES);
+            let end = to.as_u64().min(page.saturating_add(PAGE_BYTES));
             out.extend_from_slice(&content[(at - page) as usize..(end - page) as usize]);
             at = end;
         }
@@ -78,7 +78,7 @@ impl SimulatedWal {
         for entry in history.entries() {
             // The switch point lies in this page: from there on the bytes are the descendant's.
             let switch = entry.end.as_u64();
-            if switch > at && switch < at + PAGE_BYTES {
+            if switch > at && switch - at < PAGE_BYTES {
                 let cut = ((switch - at) as usize).max(40);
                 let next = history.timeline_at(entry.end);
                 page[cut..].copy_from_slice(&self.page_of(next, at)[cut..]);
@@ -90,7 +90,7 @@ impl SimulatedWal {
     fn page_of(&self, timeline: TimelineId, at: u64) -> Vec<u8> {
         let mut page = self.template.clone();
         for place in (STAMP_EVERY / 2..PAGE).step_by(STAMP_EVERY) {
-            let stamp = mix(at + place as u64 + (u64::from(timeline.get()) << 56));
+            let stamp = mix((at + place as u64) ^ (u64::from(timeline.get()) << 56));
             page[place..place + 8].copy_from_slice(&stamp.to_le_bytes());
         }
         let long = at.is_multiple_of(self.pinned.segment_size.bytes());

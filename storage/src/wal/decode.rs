@@ -54,13 +54,17 @@ impl SealedDecoder {
     ) -> Result<(), Error> {
         let mut input = InBuffer::around(piece);
         loop {
+            let before = input.pos();
             let mut output = OutBuffer::around(&mut self.out[..]);
             let hint = self
                 .context
                 .decompress_stream(&mut output, &mut input)
                 .map_err(|code| corrupt(get_error_name(code)))?;
             let count = output.pos();
-            self.inside_frame = hint != 0;
+            if input.pos() > before || count > 0 {
+                // Asked with nothing left, zstd answers for a frame that has not begun.
+                self.inside_frame = hint != 0;
+            }
             self.produced += count as u64;
             if self.produced > self.limit {
                 let (limit, found) = (self.limit, self.produced);
