@@ -7,7 +7,7 @@ use klio_tests::{
     process::Running,
     s3::S3,
     site::{PATIENCE, Site},
-    wait::eventually,
+    wait::{eventually, eventually_now},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
@@ -88,13 +88,15 @@ fn timeline(n: u32) -> klio_pg::TimelineId {
     klio_pg::TimelineId::new(n).expect("not 0")
 }
 
-/// SIGKILL for the queue; the server must start another by itself.
+/// SIGKILL for the queue, which may just be starting again; the server must start another by itself.
 async fn kill_nats(site: &mut Site) {
-    let children = klio_tests::process::descendants(site.server().pid());
-    for child in &children {
-        child.kill9();
-    }
-    assert!(!children.is_empty(), "klio-server has no nats-server child:\n{}", site.log());
+    let server = site.server().pid();
+    let find = || {
+        let children = klio_tests::process::descendants(server);
+        (!children.is_empty()).then_some(children)
+    };
+    let children = eventually_now("a nats-server child", PATIENCE, find).await;
+    children.iter().for_each(klio_tests::process::Descendant::kill9);
 }
 
 /// Every archived segment equals PostgreSQL's own.

@@ -218,18 +218,19 @@ mod tests {
 
     #[tokio::test]
     async fn a_newer_timeline_and_the_same_writer_take_over_once_the_earlier_let_go() {
-        let registry = Arc::new(Registry::default());
         for (writer, timeline) in [("b", 2), ("a", 1)] {
-            let registry = Arc::new(Registry::default());
-            let first = registry.claim(&name(), claim("a", 1)).await.ok().unwrap();
+            let registry = Registry::default();
+            let name = name();
+            let first = registry.claim(&name, claim("a", 1)).await.ok().unwrap();
             let fenced = first.fenced.clone();
             let (second, ()) =
-                tokio::join!(registry.claim(&name(), claim(writer, timeline)), async {
+                tokio::join!(registry.claim(&name, claim(writer, timeline)), async {
                     fenced.cancelled().await;
                     drop(first);
                 });
             assert!(second.is_ok());
         }
+        let registry = Registry::default();
         let _newer = registry.claim(&name(), claim("a", 2)).await.ok().unwrap();
         assert!(registry.claim(&name(), claim("b", 1)).await.is_err());
     }
