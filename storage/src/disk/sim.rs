@@ -270,11 +270,17 @@ impl Inner {
 
     fn sync_dir(&mut self, node: u64) -> io::Result<()> {
         let crashes = self.step()?;
-        let fails = self.sync_fails() || crashes;
-        let pending = std::mem::take(&mut self.dir(node)?.pending);
-        for (name, to) in pending {
-            if !fails || self.one_in(2) {
+        let fails = self.sync_fails();
+        let mut lost = BTreeSet::new();
+        for (name, to) in std::mem::take(&mut self.dir(node)?.pending) {
+            if (!fails && !crashes) || (!lost.contains(&name) && self.one_in(2)) {
                 self.dir(node)?.store(name, to);
+                continue;
+            }
+            lost.insert(name.clone());
+            if crashes {
+                // Not lost yet: the machine may go on without the program.
+                self.dir(node)?.pending.push((name, to));
             }
         }
         match (crashes, fails) {
@@ -446,10 +452,9 @@ impl SimDisk {
         inner.fail_write_at.insert(at);
     }
 
-    /// Forgets planned faults that did not come.
+    /// Forgets planned failures that did not come; a planned crash stays.
     pub fn clear_faults(&self) {
         let mut inner = self.inner();
-        inner.crash_at = None;
         inner.fail_sync_at.clear();
         inner.fail_write_at.clear();
     }
@@ -482,16 +487,23 @@ impl SimDisk {
         Ok(())
     }
 
-    /// Ends the program and starts the machine again: handles and locks of before are dead, planned faults
-    /// forgotten.
+    /// Ends the program and starts the machine again: handles and locks of before are dead, planned faults and
+    /// crashes forgotten.
     pub fn restart(&self, how: Restart) {
         let mut inner = self.inner();
         if how == Restart::PowerLoss {
             inner.lose_power();
         }
-        inner.epoch += 1;
         inner.crashed = false;
         inner.crash_at = None;
+        drop(inner);
+        self.restart_program();
+    }
+
+    /// Ends the program and starts it again, as [`Restart::Kill`], with a planned crash still to come.
+    pub fn restart_program(&self) {
+        let mut inner = self.inner();
+        inner.epoch += 1;
         inner.fail_sync_at.clear();
         inner.fail_write_at.clear();
         inner.locked.clear();

@@ -144,6 +144,8 @@ pub(super) struct State {
     /// Reading the cluster's folder failed; tried again before the next use.
     pub(super) broken: Option<(Kind, String)>,
     pub(super) pinned: Option<Pinned>,
+    /// The small files were written by this process, or written again: they are durable, not only seen.
+    pub(super) records_proven: bool,
     pub(super) lines: BTreeMap<TimelineId, Line>,
     pub(super) gaps: Vec<Gap>,
     pub(super) spares: Vec<PathBuf>,

@@ -235,7 +235,18 @@ impl WalStore {
         cluster.ensure_loaded()?;
         cluster.pinned()?;
         match read_small(self.disk(), &path, recover::HISTORY_LIMIT_BYTES) {
-            Ok(there) if there == content => return Ok(()),
+            Ok(there) if there == content => {
+                // Seen is not durable: an earlier call may have failed at the last step.
+                if lock(&cluster.state).records_proven {
+                    let known = lock(&cluster.state)
+                        .lines
+                        .get(&timeline)
+                        .is_some_and(|l| l.history.is_some());
+                    if known {
+                        return Ok(());
+                    }
+                }
+            }
             Ok(_) => {
                 let detail = "expected the content that is stored, found another";
                 return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail)
@@ -294,6 +305,7 @@ impl WalStore {
             return Err(refuse(OpenRefusal::WriterPresent { timeline: slot.timeline() }));
         }
         cluster.prove_all()?;
+        cluster.prove_records()?;
         let (pinned, history, admission) = {
             let state = lock(&cluster.state);
             let pinned = state.pinned.ok_or_else(|| refuse(OpenRefusal::NotPinned))?;

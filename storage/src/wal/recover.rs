@@ -65,6 +65,35 @@ impl Cluster {
         Ok(())
     }
 
+    /// Writes the small files that start found once more, before the first writer relies on them: their renames may not
+    /// be durable. Call with `op` held.
+    pub(super) fn prove_records(&self) -> Result<(), Error> {
+        let (pinned, gaps, timelines) = {
+            let state = lock(&self.state);
+            if state.records_proven {
+                return Ok(());
+            }
+            let with_history = state.lines.iter().filter(|(_, line)| line.history.is_some());
+            let timelines: Vec<TimelineId> = with_history.map(|(timeline, _)| *timeline).collect();
+            (state.pinned, state.gaps.clone(), timelines)
+        };
+        let disk = self.disk();
+        if let Some(pinned) = pinned {
+            record::store_pinned(disk, &self.folder().join("cluster.json"), &pinned)?;
+        }
+        if !gaps.is_empty() {
+            record::store_gaps(disk, &self.folder().join("gaps.json"), &gaps)?;
+        }
+        for timeline in timelines {
+            let path = self.path_of(WalFile::History(timeline));
+            let content = read_small(disk, &path, HISTORY_LIMIT_BYTES)
+                .map_err(|e| Error::io(Op::Read, &path, e))?;
+            durable::overwrite(disk, &path, &content)?;
+        }
+        lock(&self.state).records_proven = true;
+        Ok(())
+    }
+
     fn prove(&self, entry: &Unsealed) -> Result<(), Error> {
         let _one = lock(&entry.work);
         if entry.is_empty() {

@@ -213,13 +213,13 @@ fn a_changed_byte_in_a_journal_is_never_sealed_or_read_as_wal() {
     let mut writer = rig.writer(&store, 1, MIB);
     rig.append_and_flush(&mut writer, 2 * MIB);
     let path = Rig::path(&format!("wal/00000001/{}.open", segment(1, 1)));
-    rig.disk.flip_bit(&path, 30_000, 3).unwrap();
+    rig.disk.flip_bit(&path, 10_000, 3).unwrap();
     let file = WalFile::Segment(segment(1, 1));
     assert_eq!(store.seal(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
     assert_eq!(store.problems(&rig.name).len(), 1);
     let found = store.read(&rig.name, file).unwrap();
     assert_eq!(store.plain_bytes(found).unwrap_err().kind, Kind::Corrupt);
-    rig.disk.flip_bit(&path, 30_000, 3).unwrap();
+    rig.disk.flip_bit(&path, 10_000, 3).unwrap();
     store.seal(&rig.name, file).unwrap();
     assert_eq!(store.problems(&rig.name), Vec::<String>::new());
     assert_eq!(rig.read(&store, file), rig.bytes(MIB, 2 * MIB));
