@@ -347,7 +347,8 @@ impl FileNode {
             return;
         }
         if self.cache.len() < end {
-            self.cache.resize(end, 0);
+            // Not `resize`, which takes a debug build a loop over every byte.
+            self.cache.extend_from_slice(&vec![0; end - self.cache.len()]);
             self.dirty.resize(end.div_ceil(SECTOR), false);
         }
         self.cache[offset..end].copy_from_slice(bytes);
@@ -366,7 +367,7 @@ impl FileNode {
     fn store(&mut self, sector: usize) {
         let range = self.range(sector);
         if self.disk.len() < range.end {
-            self.disk.resize(range.end, 0);
+            self.disk.extend_from_slice(&vec![0; range.end - self.disk.len()]);
         }
         self.disk[range.clone()].copy_from_slice(&self.cache[range]);
         self.dirty[sector] = false;

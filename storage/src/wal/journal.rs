@@ -146,7 +146,7 @@ impl Frames {
         }
         let want = len.max(READ_BYTES);
         if self.window.len() < want {
-            self.window.resize(want, 0);
+            self.window = vec![0; want];
         }
         self.window_len = 0;
         self.window_len = read_full(self.file.as_ref(), &mut self.window[..want], offset)?;

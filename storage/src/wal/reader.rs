@@ -23,30 +23,33 @@ pub struct OpenSegment {
     end: Lsn,
     context: DCtx<'static>,
     buffer: Vec<u8>,
-    at: usize,
+    /// The part of `buffer` that `Read` has not given yet.
+    rest: std::ops::Range<usize>,
 }
 
-/// Puts a frame's WAL into `out`.
-pub(super) fn decode_frame(
+/// Puts a frame's WAL into `out`, which only ever grows; gives the part of it that is WAL.
+pub(super) fn decode_frame<'a>(
     context: &mut DCtx<'_>,
     frame: &Frame<'_>,
-    out: &mut Vec<u8>,
-) -> Result<(), Error> {
-    out.clear();
-    if frame.header.codec == Codec::Raw {
-        out.extend_from_slice(frame.stored);
-        return Ok(());
-    }
+    out: &'a mut Vec<u8>,
+) -> Result<&'a [u8], Error> {
     let expected = frame.header.raw_len as usize;
-    out.resize(expected, 0);
-    let fail = |found: String| {
+    if out.len() < expected {
+        *out = vec![0; expected];
+    }
+    let plain = &mut out[..expected];
+    if frame.header.codec == Codec::Raw {
+        plain.copy_from_slice(frame.stored);
+        return Ok(plain);
+    }
+    let fail = |found: &dyn fmt::Display| {
         let detail = format!("expected a zstd frame of {expected} bytes, found {found}");
         Error::new(Kind::Corrupt, Op::Decode, format!("WAL at {}", frame.header.start), detail)
     };
-    match context.decompress(&mut out[..], frame.stored) {
-        Ok(found) if found == expected => Ok(()),
-        Ok(found) => Err(fail(format!("{found}"))),
-        Err(code) => Err(fail(zstd::zstd_safe::get_error_name(code).to_owned())),
+    match context.decompress(&mut *plain, frame.stored) {
+        Ok(found) if found == expected => Ok(plain),
+        Ok(found) => Err(fail(&found)),
+        Err(code) => Err(fail(&zstd::zstd_safe::get_error_name(code))),
     }
 }
 
@@ -58,7 +61,16 @@ impl OpenSegment {
             Error::new(Kind::Transient, Op::Decode, entry.path.display(), "no memory for zstd")
         })?;
         let (timeline, start) = (entry.timeline, entry.start);
-        Ok(Self { frames, _pin: entry, timeline, start, end, context, buffer: Vec::new(), at: 0 })
+        Ok(Self {
+            frames,
+            _pin: entry,
+            timeline,
+            start,
+            end,
+            context,
+            buffer: Vec::new(),
+            rest: 0..0,
+        })
     }
 
     /// The segment.
@@ -89,27 +101,21 @@ impl OpenSegment {
         let Some(frame) = self.frames.next()? else {
             return Err(self.frames.lost(self.end));
         };
-        decode_frame(&mut self.context, &frame, &mut self.buffer)?;
-        Ok(Some(&self.buffer))
+        decode_frame(&mut self.context, &frame, &mut self.buffer).map(Some)
     }
 }
 
 impl io::Read for OpenSegment {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.at >= self.buffer.len() {
-            self.at = 0;
-            match self.next_chunk() {
-                Ok(Some(_)) => {}
-                Ok(None) => {
-                    self.buffer.clear();
-                    return Ok(0);
-                }
-                Err(e) => return Err(io::Error::new(io::ErrorKind::InvalidData, e)),
-            }
+        if self.rest.is_empty() {
+            let invalid = |e| io::Error::new(io::ErrorKind::InvalidData, e);
+            let Some(chunk) = self.next_chunk().map_err(invalid)? else { return Ok(0) };
+            self.rest = 0..chunk.len();
         }
-        let count = out.len().min(self.buffer.len() - self.at);
-        out[..count].copy_from_slice(&self.buffer[self.at..self.at + count]);
-        self.at += count;
+        let count = out.len().min(self.rest.len());
+        let from = self.rest.start;
+        out[..count].copy_from_slice(&self.buffer[from..from + count]);
+        self.rest.start += count;
         Ok(count)
     }
 }

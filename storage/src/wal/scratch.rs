@@ -27,7 +27,7 @@ impl Scratch {
 
     fn room(&mut self, bytes: usize) {
         if self.out.len() < bytes {
-            self.out.resize(bytes, 0);
+            self.out = vec![0; bytes];
         }
     }
 

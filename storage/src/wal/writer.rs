@@ -476,12 +476,12 @@ impl Writer {
 fn read_back(file: FileHandle, path: &Path, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
     let mut frames = Frames::of(file, path)?;
     let mut context = DCtx::create();
-    let (mut found, mut plain) = (Vec::new(), Vec::new());
+    let (mut found, mut buffer) = (Vec::new(), Vec::new());
     while frames.position() < to {
         let Some(frame) = frames.next()? else { return Err(frames.lost(to)) };
         let (start, end) = (frame.header.start, frame.header.end());
         if end > from {
-            decode_frame(&mut context, &frame, &mut plain)?;
+            let plain = decode_frame(&mut context, &frame, &mut buffer)?;
             let skip = from.bytes_since(start) as usize;
             let keep = plain.len() - end.bytes_since(to) as usize;
             found.extend_from_slice(&plain[skip..keep]);
