@@ -231,9 +231,13 @@ impl Config {
             fix(&mut tls.key);
             fix(&mut tls.client_ca);
         }
-        let tier2 = self.tier2.as_mut();
-        if let Some(ca) = tier2.and_then(|t| t.ca_file.as_mut()) {
-            fix(ca);
+        let QueueConfig { executable, ca_file, credentials_file, .. } = &mut self.queue;
+        [executable, ca_file, credentials_file].into_iter().flatten().for_each(fix);
+        if let Some(tier2) = &mut self.tier2 {
+            [&mut tier2.ca_file, &mut tier2.service_account_file]
+                .into_iter()
+                .flatten()
+                .for_each(fix);
         }
     }
 
@@ -347,6 +351,23 @@ mod tests {
         {
             assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");
         }
+    }
+
+    #[test]
+    fn relative_paths_are_relative_to_the_file() {
+        let text = "data_dir = \"data\"\nunsafe_plaintext = true\n\
+            [queue]\nexecutable = \"bin/nats\"\nca_file = \"ca\"\ncredentials_file = \"/abs/creds\"\n\
+            [tier2]\nurl = \"gs://b\"\nca_file = \"t2ca\"\nservice_account_file = \"keys/sa.json\"\n";
+        let mut config = Config::parse(text, &[]).unwrap();
+        config.resolve(Path::new("/etc/klio"));
+        let (queue, tier2) = (&config.queue, config.tier2.as_ref().unwrap());
+        let path = |text: &str| Some(PathBuf::from(text));
+        assert_eq!(config.data_dir, Path::new("/etc/klio/data"));
+        assert_eq!(queue.executable, path("/etc/klio/bin/nats"));
+        assert_eq!(queue.ca_file, path("/etc/klio/ca"));
+        assert_eq!(queue.credentials_file, path("/abs/creds"));
+        assert_eq!(tier2.ca_file, path("/etc/klio/t2ca"));
+        assert_eq!(tier2.service_account_file, path("/etc/klio/keys/sa.json"));
     }
 
     #[test]

@@ -9,9 +9,10 @@ use super::{ArchiveState, StoredFile, Tier1Files, now_unix};
 use crate::queue::{Job, Listener};
 use klio_storage::{
     Error, Kind, Op,
-    catalog::{Archive, Totals, archive_file},
+    catalog::{Archive, Frontier, Totals, archive_file},
     layout::{ClusterName, WalFile},
     tier2::{Outcome, StoredObject, Uploaded},
+    wal::Position,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -57,9 +58,24 @@ pub(super) struct Compared {
 }
 
 impl Archives {
-    /// Over this tier 1; knows nothing until clusters are loaded.
+    /// Over this tier 1. Reads one small file for each cluster, so that what earlier runs archived is
+    /// known before anybody asks; blocking. What waits is known when a cluster is loaded.
     pub fn new(files: Arc<dyn Tier1Files>) -> Self {
-        Self { files, clusters: Arc::default() }
+        let this = Self { files, clusters: Arc::default() };
+        for name in this.files.clusters().unwrap_or_default() {
+            lock(&this.cluster(&name).state).archive = this.known(&name);
+        }
+        this
+    }
+
+    /// What an earlier run knew, for the same segment size. Blocking.
+    fn known(&self, name: &ClusterName) -> Option<Archive> {
+        let size = self.files.segment_size(name);
+        let known = archive_file::read(&self.files.archive_path(name)).unwrap_or_else(|error| {
+            tracing::warn!(cluster = %name, %error, "rebuilt by comparing both tiers");
+            None
+        });
+        known.filter(|archive| Some(archive.segment_size()) == size)
     }
 
     /// To be told of each finished file.
@@ -69,24 +85,25 @@ impl Archives {
     }
 
     /// What is known of a cluster now.
-    pub fn state(&self, cluster: &ClusterName) -> ArchiveState {
-        let cluster = self.cluster(cluster);
+    pub fn state(&self, name: &ClusterName) -> ArchiveState {
+        let (gaps, positions) = (self.files.gaps(name), self.files.positions(name));
+        let cluster = self.cluster(name);
         let state = lock(&cluster.state);
-        let frontiers = state.archive.as_ref().map(Archive::frontiers).unwrap_or_default();
-        let newest = frontiers.last();
+        let archive = state.archive.as_ref();
+        let frontiers = archive.map(|archive| archive.frontiers(&gaps)).unwrap_or_default();
+        let newest = archive.and_then(|archive| state.newest(archive, &frontiers, &positions));
         let mut problems: Vec<String> =
             state.problems.values().take(PROBLEMS_SHOWN).cloned().collect();
         if state.problems.len() > PROBLEMS_SHOWN {
             problems.push(format!("and {} more", state.problems.len() - PROBLEMS_SHOWN));
         }
-        let latest = state.archive.as_ref().and_then(Archive::latest_archived_unix);
         ArchiveState {
             archived_lsn: newest.map(|f| f.archived).unwrap_or_default(),
             timeline: newest.map(|f| f.timeline),
-            latest_archived_unix: latest.map(|t| t as f64),
+            latest_archived_unix: archive.and_then(Archive::latest_archived_unix).map(|t| t as f64),
             oldest_unarchived_unix: state.pending.values().min().map(|t| *t as f64),
             unarchived_files: state.pending.len() as u64,
-            totals: state.archive.as_ref().map_or_else(Totals::default, Archive::totals),
+            totals: archive.map_or_else(Totals::default, Archive::totals),
             problems,
             frontiers,
         }
@@ -96,26 +113,32 @@ impl Archives {
     fn sealed(&self, job: &Job) {
         let cluster = self.cluster(&job.cluster);
         let mut state = lock(&cluster.state);
-        state.pending.entry(job.file).or_insert_with(now_unix);
         if let Some(archive) = &mut state.archive {
             archive.hold([job.file]);
+            // A comparison was quicker: the queue may drop this job as one it had, and nothing would
+            // ever take it from `pending`.
+            if archive.has(job.file) {
+                return;
+            }
         }
+        state.pending.entry(job.file).or_insert_with(now_unix);
     }
 
-    /// Reads what an earlier run knew. Blocking.
+    /// Reads what an earlier run knew, and what tier 1 holds beyond it. Blocking.
     pub(super) fn load(&self, name: &ClusterName) {
         let cluster = self.cluster(name);
         let size = self.files.segment_size(name);
-        let known = archive_file::read(&self.files.archive_path(name)).unwrap_or_else(|error| {
-            tracing::warn!(cluster = %name, %error, "rebuilt by comparing both tiers");
-            None
-        });
+        let known = match lock(&cluster.state).archive {
+            Some(_) => None,
+            None => self.known(name),
+        };
         let held = self.files.list(name).unwrap_or_default();
         let mut state = lock(&cluster.state);
         if state.archive.is_none() {
-            state.archive = known.filter(|a| Some(a.segment_size()) == size);
+            state.archive = known;
         }
         state.prepare(size, held.iter().map(|f| f.file));
+        state.wait_for(&held);
     }
 
     /// Records a proven object, durably (R1).
@@ -218,6 +241,44 @@ impl Archives {
 }
 
 impl State {
+    /// How far the newest timeline is archived. One of which nothing is sealed yet begins with nothing
+    /// to archive. It needs what it came from: WAL of an older timeline that is not archived and lies
+    /// before its first segment holds it.
+    fn newest(
+        &self,
+        archive: &Archive,
+        frontiers: &[Frontier],
+        positions: &[Position],
+    ) -> Option<Frontier> {
+        let last = frontiers.last().copied();
+        let begun = positions.iter().max_by_key(|p| p.timeline).map(|position| Frontier {
+            timeline: position.timeline,
+            start: position.start,
+            archived: position.start,
+        });
+        let unsealed = begun.filter(|f| last.is_none_or(|last| last.timeline < f.timeline));
+        let mut newest = unsealed.or(last)?;
+        let older = self.pending.keys().filter(|file| file.timeline() < newest.timeline);
+        let waiting = older.filter_map(|file| archive.start_of(*file));
+        // One that ended lies before it for ever: only what is not sealed yet counts.
+        let older =
+            positions.iter().filter(|p| p.timeline < newest.timeline && p.sealed < p.flushed);
+        let oldest = older.map(|position| position.sealed).chain(waiting).min();
+        if let Some(oldest) = oldest.filter(|oldest| *oldest < newest.start) {
+            newest.archived = oldest;
+        }
+        Some(newest)
+    }
+
+    /// Finished files that are not archived as far as is known, since they were finished.
+    fn wait_for(&mut self, held: &[StoredFile]) {
+        for file in held {
+            if !self.archive.as_ref().is_some_and(|archive| archive.has(file.file)) {
+                self.pending.entry(file.file).or_insert(file.modified_unix);
+            }
+        }
+    }
+
     fn prepare(
         &mut self,
         size: Option<klio_pg::SegmentSize>,
@@ -257,13 +318,6 @@ impl State {
         let mut missing: Vec<StoredFile> =
             held.iter().filter(|f| !proven.contains(&f.file)).copied().collect();
         missing.sort_by_key(|f| f.file);
-        if let Some(archive) = &self.archive {
-            let facts = proven.iter().map(|file| match objects.get(file) {
-                Some(object) => (*file, object.size, object.modified_unix),
-                None => (*file, local.get(file).copied().unwrap_or(0), now_unix()),
-            });
-            self.archive = Some(archive.rebuild(held.iter().map(|f| f.file), facts));
-        }
         // A file sealed after tier 1 was listed stays pending; one that is neither there nor missing
         // has been dealt with.
         let newest = held.iter().map(|f| f.modified_unix).max().unwrap_or(0);
@@ -272,6 +326,14 @@ impl State {
         });
         for file in &missing {
             self.pending.insert(file.file, file.modified_unix);
+        }
+        if let Some(archive) = &self.archive {
+            let facts = proven.iter().map(|file| match objects.get(file) {
+                Some(object) => (*file, object.size, object.modified_unix),
+                None => (*file, local.get(file).copied().unwrap_or(0), now_unix()),
+            });
+            let held = local.keys().chain(self.pending.keys()).copied();
+            self.archive = Some(archive.rebuild(held, facts));
         }
         let pending = &self.pending;
         self.problems.retain(|name, _| match name.parse() {

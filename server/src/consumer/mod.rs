@@ -13,10 +13,12 @@ mod reconcile;
 mod wal;
 
 #[cfg(test)]
+mod directory;
+#[cfg(test)]
 mod tests;
 
 pub use archives::Archives;
-pub use files::{Directory, StoredFile, Tier1Files};
+pub use files::{StoredFile, Tier1Files};
 
 use crate::queue::Queue;
 use klio_pg::{Lsn, TimelineId};
@@ -80,9 +82,10 @@ impl ConsumerConfig {
 /// What is known of a cluster's archive.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArchiveState {
-    /// Everything of `timeline` up to here is in tier 2, without a hole; 0/0 when nothing is known.
+    /// Everything up to here is in tier 2, of `timeline` and of those it came from, with no hole but
+    /// recorded gaps; the first byte held when nothing is, 0/0 when nothing is known.
     pub archived_lsn: Lsn,
-    /// The newest timeline held.
+    /// The newest timeline held, even if nothing of it is sealed yet.
     pub timeline: Option<TimelineId>,
     /// Unix time at which the newest object was written.
     pub latest_archived_unix: Option<f64>,

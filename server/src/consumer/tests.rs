@@ -1,13 +1,15 @@
 //! End to end: a directory of sealed files, a real nats-server, a real S3 endpoint.
 
 use super::{
-    ArchiveState, Archives, Attempt, ConsumerConfig, Directory, Observer, Parts, Tier1Files, start,
+    ArchiveState, Archives, Attempt, ConsumerConfig, Observer, Parts, Tier1Files,
+    directory::Directory, start,
 };
 use crate::queue::tests::{TestQueue, eventually, pid};
-use klio_pg::Lsn;
+use klio_pg::{Lsn, SegmentSize, TimelineId};
 use klio_storage::{
     layout::{ClusterName, WalFile},
-    tier2::{Secret, Tier2, Tier2Config},
+    tier2::{Outcome, Secret, Tier2, Tier2Config, Uploaded},
+    wal::{Gap, Position},
 };
 use std::{
     collections::BTreeMap,
@@ -46,7 +48,31 @@ fn name(text: &str) -> ClusterName {
 }
 
 fn segment(number: u64) -> WalFile {
-    format!("0000000100000000{number:08X}").parse().unwrap()
+    segment_of(1, number)
+}
+
+fn segment_of(timeline: u32, number: u64) -> WalFile {
+    format!("{timeline:08X}00000000{number:08X}").parse().unwrap()
+}
+
+/// Of the middle of a segment with `.5`.
+fn lsn(segments: f64) -> Lsn {
+    Lsn::new((segments * SEGMENT as f64) as u64)
+}
+
+fn gap(timeline: u32, from: f64, to: f64) -> Gap {
+    let timeline = TimelineId::new(timeline).unwrap();
+    Gap { timeline, from: lsn(from), to: lsn(to), reason: "lost".into(), recorded_unix: 1.0 }
+}
+
+fn position(timeline: u32, start: f64, sealed: f64, flushed: f64) -> Position {
+    Position {
+        timeline: TimelineId::new(timeline).unwrap(),
+        start: lsn(start),
+        sealed: lsn(sealed),
+        flushed: lsn(flushed),
+        has_history: timeline > 1,
+    }
 }
 
 fn encode(plain: &[u8]) -> Vec<u8> {
@@ -58,12 +84,8 @@ fn encode(plain: &[u8]) -> Vec<u8> {
 
 /// A sealed file in tier 1, of a content that only this file has.
 fn seal(root: &Path, cluster: &str, file: WalFile) {
-    let pinned = root.join(cluster).join("cluster.json");
     let path = root.join(file.key(&name(cluster)));
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    if !pinned.exists() {
-        std::fs::write(&pinned, format!("{{\"segment_size\":{SEGMENT}}}")).unwrap();
-    }
     let line = format!("{cluster} {file} ");
     let plain: Vec<u8> = line.bytes().cycle().take(SEGMENT as usize).collect();
     let content = match file {
@@ -80,6 +102,7 @@ fn seal_many(root: &Path, cluster: &str, numbers: std::ops::Range<u64>) {
 
 /// A consumer under test.
 struct Test {
+    files: Directory,
     archives: Archives,
     counts: Arc<Counts>,
     cancel: CancellationToken,
@@ -99,7 +122,8 @@ fn tier2(s3: &S3) -> Tier2 {
 
 impl Test {
     fn start(root: &Path, queue: &TestQueue, s3: &S3) -> Self {
-        let files: Arc<dyn Tier1Files> = Arc::new(Directory::new(root));
+        let directory = Directory::new(root, SegmentSize::new(SEGMENT as u32).unwrap());
+        let files: Arc<dyn Tier1Files> = Arc::new(directory.clone());
         let archives = Archives::new(Arc::clone(&files));
         let counts = Arc::new(Counts::default());
         let parts = Parts {
@@ -112,7 +136,7 @@ impl Test {
         let config = ConsumerConfig { reconcile_interval_seconds: 5, ..ConsumerConfig::default() };
         let cancel = CancellationToken::new();
         let tasks = start(&config, parts, cancel.clone());
-        Self { archives, counts, cancel, tasks }
+        Self { files: directory, archives, counts, cancel, tasks }
     }
 
     fn state(&self, cluster: &str) -> ArchiveState {
@@ -122,6 +146,15 @@ impl Test {
     async fn archived(&self, cluster: &str, number: u64) {
         let what = format!("{cluster} is archived up to segment {number}");
         eventually(&what, || self.state(cluster).archived_lsn == Lsn::new(number * SEGMENT)).await;
+    }
+
+    /// No lag is left: what an idle cluster must show.
+    async fn idle(&self, cluster: &str) {
+        eventually(&format!("nothing of {cluster} waits"), || {
+            let state = self.state(cluster);
+            (state.unarchived_files, state.oldest_unarchived_unix) == (0, None)
+        })
+        .await;
     }
 
     async fn stop(mut self) {
@@ -184,11 +217,30 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
     test.stop().await;
     s3.on_request(|_| Some(Fault::Status(503, "SlowDown")));
     let test = Test::start(root.path(), &queue, &s3);
-    test.archived("pg-1", 6).await;
+    // At once: no moment at which it shows nothing.
     let after = test.state("pg-1");
+    assert_eq!(after.archived_lsn, before.archived_lsn);
     assert_eq!(after.latest_archived_unix, before.latest_archived_unix);
     assert_eq!(after.totals, before.totals);
     eventually("the trouble is named", || !test.state("pg-1").problems.is_empty()).await;
+    // An idle cluster has no lag, even now.
+    assert_eq!(
+        test.state("pg-1"),
+        ArchiveState { problems: test.state("pg-1").problems, ..before }
+    );
+    test.stop().await;
+    // What was finished and not archived before a restart waits since it was finished.
+    seal(root.path(), "pg-1", segment(6));
+    let finished = root.path().join(segment(6).key(&name("pg-1")));
+    let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    std::fs::File::options().write(true).open(finished).unwrap().set_modified(long_ago).unwrap();
+    let test = Test::start(root.path(), &queue, &s3);
+    eventually("it waits", || test.state("pg-1").unarchived_files == 1).await;
+    assert_eq!(test.state("pg-1").oldest_unarchived_unix, Some(1.7e9));
+    assert_eq!(test.state("pg-1").archived_lsn, before.archived_lsn);
+    s3.heal();
+    test.archived("pg-1", 7).await;
+    test.idle("pg-1").await;
     test.stop().await;
     queue.stop().await;
 }
@@ -212,8 +264,10 @@ async fn a_deleted_queue_directory_loses_nothing() {
     s3.heal();
     let queue = TestQueue::up(&queue_folder).await;
     let test = Test::start(root.path(), &queue, &s3);
-    test.archived("pg-1", 8).await;
-    test.archived("pg-2", 8).await;
+    for cluster in ["pg-1", "pg-2"] {
+        test.archived(cluster, 8).await;
+        test.idle(cluster).await;
+    }
     test.stop().await;
     queue.stop().await;
 }
@@ -331,6 +385,120 @@ async fn a_foreign_object_is_a_named_conflict_and_stays() {
     assert_eq!(std::fs::read(&object).unwrap(), foreign);
     test.stop().await;
     queue.stop().await;
+}
+
+/// The frontier stood still at a gap, and the lag alarm rang for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let partial: WalFile = "000000010000000000000006.partial".parse().unwrap();
+    seal_many(root.path(), "pg-1", 3..6);
+    s3.on_request(|parts| {
+        let hit = parts.method == "PUT" && parts.uri.path().contains("partial");
+        hit.then_some(Fault::Status(503, "SlowDown"))
+    });
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 6).await;
+    // Recorded while it runs, with nothing behind it for now.
+    test.files.record_gap(gap(1, 6.5, 9.0));
+    assert_eq!(test.state("pg-1").archived_lsn, lsn(6.0));
+    let publisher =
+        crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
+    let finish = |file| {
+        seal(root.path(), "pg-1", file);
+        publisher.publish_path(&name("pg-1"), file, 1);
+    };
+    [partial, segment(9), segment(10)].into_iter().for_each(finish);
+    eventually("all but the partial are stored", || test.state("pg-1").unarchived_files == 1).await;
+    assert_eq!(test.state("pg-1").archived_lsn, lsn(6.0));
+    s3.heal();
+    test.archived("pg-1", 11).await;
+    test.idle("pg-1").await;
+    finish(segment(11));
+    test.archived("pg-1", 12).await;
+    // One at the end of what is held is passed at once: nothing may come for days.
+    test.files.record_gap(gap(1, 12.0, 20.0));
+    assert_eq!(test.state("pg-1").archived_lsn, lsn(20.0));
+    test.stop().await;
+    // The same after a restart, which compares both tiers.
+    let test = Test::start(root.path(), &queue, &s3);
+    for gap in [gap(1, 6.5, 9.0), gap(1, 12.0, 20.0)] {
+        test.files.record_gap(gap);
+    }
+    eventually("the tiers are compared", || test.state("pg-1").totals.files == 7).await;
+    test.archived("pg-1", 20).await;
+    test.idle("pg-1").await;
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// Right after a promotion nothing of the new timeline is sealed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_timeline_is_archived_no_further_than_what_it_came_from() {
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let partial: WalFile = "000000010000000000000006.partial".parse().unwrap();
+    seal_many(root.path(), "pg-1", 3..5);
+    let queue = TestQueue::up(folder.path()).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 5).await;
+    s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
+    let publisher =
+        crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
+    let finish = |file| {
+        seal(root.path(), "pg-1", file);
+        publisher.publish_path(&name("pg-1"), file, 1);
+    };
+    let newest = |archived| {
+        let state = test.state("pg-1");
+        (state.timeline, state.archived_lsn) == (TimelineId::new(2), lsn(archived))
+    };
+    // Segment 5 is full and not sealed, the first half of 6 came on both timelines.
+    test.files.set_positions(&[position(1, 3.0, 5.0, 6.5), position(2, 6.0, 6.0, 6.6)]);
+    assert!(newest(5.0), "{:?}", test.state("pg-1"));
+    // All sealed, nothing archived.
+    [segment(5), partial, "00000002.history".parse().unwrap()].into_iter().for_each(finish);
+    test.files.set_positions(&[position(1, 3.0, 6.5, 6.5), position(2, 6.0, 6.0, 6.7)]);
+    assert!(newest(5.0), "{:?}", test.state("pg-1"));
+    s3.heal();
+    eventually("all of timeline 1 is archived", || newest(6.0)).await;
+    test.idle("pg-1").await;
+    finish(segment_of(2, 6));
+    eventually("timeline 2 goes on", || newest(7.0)).await;
+    // Timeline 3 begins behind a gap: what timeline 2 held before it lies in the past for ever.
+    test.files.record_gap(gap(3, 7.2, 9.0));
+    let held = [(2, 6.0, 7.2), (3, 9.0, 9.0)].map(|(t, from, to)| position(t, from, to, to));
+    test.files.set_positions(&held);
+    finish("000000020000000000000007.partial".parse().unwrap());
+    test.idle("pg-1").await;
+    let state = test.state("pg-1");
+    assert_eq!((state.timeline, state.archived_lsn), (TimelineId::new(3), lsn(9.0)));
+    test.stop().await;
+    queue.stop().await;
+}
+
+/// A comparison may archive a file before the sealer announces it, and the queue drop that as a job it
+/// had: nothing would come to say that it is done.
+#[test]
+fn a_file_announced_after_it_was_archived_does_not_wait() {
+    let root = tempfile::tempdir().unwrap();
+    let size = SegmentSize::new(SEGMENT as u32).unwrap();
+    let archives = Archives::new(Arc::new(Directory::new(root.path(), size)));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    for file in [segment(3), "000000010000000000000004.partial".parse().unwrap()] {
+        seal(root.path(), "pg-1", file);
+        archives.load(&name("pg-1"));
+        assert_eq!(archives.state(&name("pg-1")).unarchived_files, 1);
+        let sha256 = klio_storage::tier2::Sha256Sum::new([0; 32]);
+        let uploaded = Uploaded { size: 9, sha256, outcome: Outcome::Stored };
+        runtime.block_on(archives.record(&name("pg-1"), file, None, uploaded)).unwrap();
+        assert_eq!(archives.state(&name("pg-1")).unarchived_files, 0);
+        let job = crate::queue::Job { cluster: name("pg-1"), file, size: 9, sha256: None };
+        archives.listener()(&job);
+        assert_eq!(archives.state(&name("pg-1")).unarchived_files, 0);
+    }
 }
 
 /// Name and trace of each ended span.

@@ -1,18 +1,22 @@
 //! How far each timeline of a cluster is archived without a hole. Pure.
 //!
-//! A1  the frontier of a timeline is the end of the last segment of the unbroken run of archived
-//!     segments that begins with the first segment held on that timeline in either tier: never the
-//!     latest upload (P5).
+//! A1  the frontier of a timeline is the end of the unbroken run of archived segments that begins with
+//!     the first segment held on that timeline in either tier: never the latest upload (P5).
 //! A2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to hold
 //!     an earlier segment than was known, and `rebuild`, from listings of both tiers.
-//! A3  partial segments and history files are counted and never move a frontier.
+//! A3  a recorded gap does not end the run, as nothing of it will ever come: the frontier continues
+//!     behind it. The bytes before a gap that begins inside a segment are a partial segment, and the
+//!     frontier waits for that one too. Other partial segments and history files move no frontier.
 //!
-//! Only the part beyond the frontier is kept segment by segment, so memory does not grow with what is
-//! archived.
+//! Gaps are passed in and never kept: tier 1 has them on record, and two records could differ. Archived
+//! segments are kept as ranges, so memory grows with the holes and not with what is archived.
 
-use crate::layout::WalFile;
-use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use crate::{layout::WalFile, wal::Gap};
+use klio_pg::{Lsn, SegmentSize, TimelineId};
 use std::collections::{BTreeMap, BTreeSet};
+
+#[cfg(test)]
+mod tests;
 
 /// What is known to be archived of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -20,6 +24,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Archive {
     segment_size: SegmentSize,
     timelines: BTreeMap<u32, Run>,
+    /// Timelines whose history file is archived.
+    histories: BTreeSet<u32>,
     totals: Totals,
     latest_archived_unix: Option<u64>,
     /// Objects whose size is not the local file's although their plaintext is the same: proven once,
@@ -44,34 +50,91 @@ pub struct Frontier {
     pub timeline: TimelineId,
     /// Start of the first segment held.
     pub start: Lsn,
-    /// Every segment from `start` up to here is archived.
+    /// Everything from `start` up to here is archived, or in a recorded gap.
     pub archived: Lsn,
 }
 
 /// Segments of one timeline as numbers (position divided by segment size).
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Run {
-    /// The first segment held in either tier.
-    start: u64,
-    /// The first segment that is not archived.
+    /// The first whole segment held in either tier.
+    start: Option<u64>,
+    /// Archived segments as ranges, first to one past the last, that neither overlap nor touch.
+    archived: BTreeMap<u64, u64>,
+    /// Partial segments held in either tier, and whether they are archived.
+    partials: BTreeMap<u64, bool>,
+}
+
+/// A recorded gap in whole segments.
+struct Hole {
+    /// The segment of which only the beginning exists.
+    partial: Option<u64>,
+    /// The first segment of which nothing exists.
+    first: u64,
+    /// The segment with which WAL goes on.
     end: u64,
-    /// Archived beyond a hole.
-    beyond: BTreeSet<u64>,
+}
+
+impl Hole {
+    fn of(gap: &Gap, segment_size: SegmentSize) -> Self {
+        let number = |lsn: Lsn| lsn.as_u64() / segment_size.bytes();
+        let inside = gap.from.offset_in(segment_size) != 0;
+        let first = number(gap.from) + u64::from(inside);
+        Self { partial: inside.then(|| number(gap.from)), first, end: number(gap.to) }
+    }
 }
 
 impl Run {
-    fn begin(start: u64) -> Self {
-        Self { start, end: start, beyond: BTreeSet::new() }
+    fn has(&self, number: u64) -> bool {
+        self.end_of_range(number).is_some()
+    }
+
+    /// One past the last segment of the archived range that `number` is in.
+    fn end_of_range(&self, number: u64) -> Option<u64> {
+        let (_, end) = self.archived.range(..=number).next_back()?;
+        (number < *end).then_some(*end)
+    }
+
+    fn hold(&mut self, number: u64) {
+        self.start = Some(self.start.map_or(number, |start| start.min(number)));
     }
 
     fn archive(&mut self, number: u64) {
-        if number >= self.end {
-            self.beyond.insert(number);
+        if self.has(number) {
+            return;
         }
-        while self.beyond.remove(&self.end) {
-            self.end += 1;
+        let before = self.archived.range(..number).next_back().filter(|(_, end)| **end == number);
+        let first = before.map_or(number, |(first, _)| *first);
+        let end = self.archived.remove(&(number + 1)).unwrap_or(number + 1);
+        self.archived.insert(first, end);
+    }
+
+    /// Start and end of the run; `None` while nothing is held. The bytes before a gap may be all that
+    /// there is of the first segment.
+    fn frontier(&self, holes: &[Hole]) -> Option<(u64, u64)> {
+        let partials = holes.iter().filter_map(|hole| hole.partial);
+        let held = partials.filter(|number| self.partials.contains_key(number));
+        let start = held.chain(self.start).min()?;
+        let mut at = start;
+        // Ends: each step is a step forward, into one of finitely many ends.
+        while let Some(next) = self.step(at, holes) {
+            at = next;
         }
+        Some((start, at))
+    }
+
+    fn step(&self, at: u64, holes: &[Hole]) -> Option<u64> {
+        let over = |hole: &Hole| match hole {
+            Hole { first, end, .. } if (*first..*end).contains(&at) => Some(*end),
+            Hole { partial, .. }
+                if *partial == Some(at) && self.partials.get(&at) == Some(&true) =>
+            {
+                Some(at + 1)
+            }
+            _ => None,
+        };
+        self.end_of_range(at).or_else(|| holes.iter().find_map(over))
     }
 }
 
@@ -81,6 +144,7 @@ impl Archive {
         Self {
             segment_size,
             timelines: BTreeMap::new(),
+            histories: BTreeSet::new(),
             totals: Totals { files: 0, bytes: 0 },
             latest_archived_unix: None,
             other_sizes: BTreeMap::new(),
@@ -96,8 +160,6 @@ impl Archive {
     ) -> Self {
         let mut next = Self::new(self.segment_size);
         next.latest_archived_unix = self.latest_archived_unix;
-        let archived: Vec<_> = archived.into_iter().collect();
-        next.hold(archived.iter().map(|(file, ..)| *file));
         next.hold(held);
         for (file, size, modified_unix) in archived {
             if let Some(known) = self.other_sizes.get_key_value(&file.to_string())
@@ -113,36 +175,40 @@ impl Archive {
     /// Files that tier 1 holds: the first segment of a timeline is where its run begins. One before
     /// the known beginning is not archived as far as we know, so the frontier goes back to it (A1).
     pub fn hold(&mut self, files: impl IntoIterator<Item = WalFile>) {
-        let mut first: BTreeMap<u32, u64> = BTreeMap::new();
         for file in files {
-            if let Some((timeline, number)) = self.number(file) {
-                let entry = first.entry(timeline).or_insert(number);
-                *entry = number.min(*entry);
-            }
-        }
-        for (timeline, number) in first {
-            let run = self.timelines.entry(timeline).or_insert_with(|| Run::begin(number));
-            if number < run.start {
-                run.beyond.extend(run.start..run.end);
-                run.start = number;
-                run.end = number;
+            let Some(number) = self.number(file) else { continue };
+            let run = self.timelines.entry(file.timeline().get()).or_default();
+            match file {
+                WalFile::Partial(_) => {
+                    run.partials.entry(number).or_insert(false);
+                }
+                _ => run.hold(number),
             }
         }
     }
 
     /// An object that is proven; `written_unix` is when it was written, where that is known. Recording
-    /// a segment again changes nothing.
+    /// a file again changes nothing else.
     pub fn record(&mut self, file: WalFile, size: u64, written_unix: Option<u64>) {
         self.latest_archived_unix = self.latest_archived_unix.max(written_unix);
-        if let WalFile::Segment(name) = file
-            && self.has(name)
-        {
+        if self.has(file) {
             return;
         }
         self.totals.files += 1;
         self.totals.bytes += size;
-        if let Some((timeline, number)) = self.number(file) {
-            self.timelines.entry(timeline).or_insert_with(|| Run::begin(number)).archive(number);
+        let timeline = file.timeline().get();
+        let Some(number) = self.number(file) else {
+            if let WalFile::History(_) = file {
+                self.histories.insert(timeline);
+            }
+            return;
+        };
+        let run = self.timelines.entry(timeline).or_default();
+        if let WalFile::Partial(_) = file {
+            run.partials.insert(number, true);
+        } else {
+            run.hold(number);
+            run.archive(number);
         }
     }
 
@@ -156,24 +222,27 @@ impl Archive {
         local_size == size || self.other_sizes.get(&file.to_string()) == Some(&size)
     }
 
-    /// Whether a segment is archived, as far as is known; partials and histories are not tracked.
-    pub fn has(&self, segment: SegmentName) -> bool {
-        self.number(WalFile::Segment(segment)).is_some_and(|(timeline, number)| {
-            self.timelines.get(&timeline).is_some_and(|run| {
-                (run.start..run.end).contains(&number) || run.beyond.contains(&number)
-            })
+    /// Whether a file is archived, as far as is known.
+    pub fn has(&self, file: WalFile) -> bool {
+        let timeline = file.timeline().get();
+        let Some(number) = self.number(file) else {
+            return matches!(file, WalFile::History(_)) && self.histories.contains(&timeline);
+        };
+        self.timelines.get(&timeline).is_some_and(|run| match file {
+            WalFile::Partial(_) => run.partials.get(&number) == Some(&true),
+            _ => run.has(number),
         })
     }
 
-    /// The frontier of each timeline, ascending.
-    pub fn frontiers(&self) -> Vec<Frontier> {
+    /// The frontier of each timeline with a segment, ascending, given every gap on record.
+    pub fn frontiers(&self, gaps: &[Gap]) -> Vec<Frontier> {
         let lsn = |number: u64| Lsn::new(number.saturating_mul(self.segment_size.bytes()));
         let frontier = |(timeline, run): (&u32, &Run)| {
-            Some(Frontier {
-                timeline: TimelineId::new(*timeline)?,
-                start: lsn(run.start),
-                archived: lsn(run.end),
-            })
+            let timeline = TimelineId::new(*timeline)?;
+            let own = gaps.iter().filter(|gap| gap.timeline == timeline);
+            let holes: Vec<Hole> = own.map(|gap| Hole::of(gap, self.segment_size)).collect();
+            let (start, archived) = run.frontier(&holes)?;
+            Some(Frontier { timeline, start: lsn(start), archived: lsn(archived) })
         };
         self.timelines.iter().filter_map(frontier).collect()
     }
@@ -193,150 +262,15 @@ impl Archive {
         self.segment_size
     }
 
-    fn number(&self, file: WalFile) -> Option<(u32, u64)> {
-        let WalFile::Segment(name) = file else { return None };
-        let start = name.start_lsn(self.segment_size)?;
-        Some((name.timeline().get(), start.as_u64() / self.segment_size.bytes()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn size() -> SegmentSize {
-        SegmentSize::new(16 << 20).unwrap()
-    }
-
-    fn segment(timeline: u32, number: u64) -> WalFile {
-        let lsn = Lsn::new(number * size().bytes());
-        WalFile::Segment(SegmentName::containing(TimelineId::new(timeline).unwrap(), lsn, size()))
-    }
-
-    fn archived(archive: &Archive, timeline: u32) -> u64 {
-        let all = archive.frontiers();
-        let one = all.iter().find(|f| f.timeline.get() == timeline).unwrap();
-        one.archived.as_u64() / size().bytes()
-    }
-
-    /// Peers' bug: tier-1 deletion bounded by the latest uploaded segment.
-    #[test]
-    fn the_bound_is_the_contiguous_frontier_not_the_latest_upload() {
-        let mut archive = Archive::new(size());
-        archive.hold((3..10).map(|n| segment(1, n)));
-        for number in [3, 4, 9, 7] {
-            archive.record(segment(1, number), 1, Some(100));
+    /// The position of a segment's first byte; `None` for a history file.
+    pub fn start_of(&self, file: WalFile) -> Option<Lsn> {
+        match file {
+            WalFile::Segment(name) | WalFile::Partial(name) => name.start_lsn(self.segment_size),
+            WalFile::History(_) => None,
         }
-        assert_eq!(archived(&archive, 1), 5);
-        assert!(archive.has("000000010000000000000009".parse().unwrap()));
-        assert!(!archive.has("000000010000000000000005".parse().unwrap()));
-        archive.record(segment(1, 5), 1, Some(100));
-        assert_eq!(archived(&archive, 1), 6);
-        archive.record(segment(1, 6), 1, Some(100));
-        assert_eq!(archived(&archive, 1), 8);
-        archive.record(segment(1, 8), 1, Some(100));
-        assert_eq!(archived(&archive, 1), 10);
     }
 
-    /// Two seal workers may finish in the other order.
-    #[test]
-    fn an_earlier_segment_that_shows_up_late_holds_the_frontier() {
-        let mut archive = Archive::new(size());
-        archive.hold([segment(1, 5)]);
-        archive.record(segment(1, 5), 1, None);
-        assert_eq!(archived(&archive, 1), 6);
-        archive.hold([segment(1, 4)]);
-        assert_eq!(archived(&archive, 1), 4);
-        archive.record(segment(1, 4), 1, None);
-        assert_eq!(archived(&archive, 1), 6);
-    }
-
-    #[test]
-    fn the_same_segment_counts_once() {
-        let mut archive = Archive::new(size());
-        for time in [Some(5), None, Some(3)] {
-            archive.record(segment(1, 1), 10, time);
-        }
-        assert_eq!(archive.totals(), Totals { files: 1, bytes: 10 });
-        assert_eq!(archive.latest_archived_unix(), Some(5));
-    }
-
-    #[test]
-    fn timelines_do_not_help_each_other() {
-        let mut archive = Archive::new(size());
-        archive.hold([segment(1, 3), segment(1, 4), segment(2, 4)]);
-        archive.record(segment(2, 4), 1, Some(5));
-        assert_eq!(archived(&archive, 1), 3);
-        assert_eq!(archived(&archive, 2), 5);
-    }
-
-    #[test]
-    fn what_tier1_no_longer_holds_still_counts_from_the_bucket() {
-        let archive = Archive::new(size())
-            .rebuild((5..8).map(|n| segment(1, n)), (2..6).map(|n| (segment(1, n), 10, n)));
-        assert_eq!(archived(&archive, 1), 6);
-        assert_eq!(archive.frontiers()[0].start, Lsn::new(2 * size().bytes()));
-        assert_eq!(archive.totals(), Totals { files: 4, bytes: 40 });
-        assert_eq!(archive.latest_archived_unix(), Some(5));
-    }
-
-    #[test]
-    fn a_rebuild_shows_an_object_that_vanished() {
-        let mut archive = Archive::new(size());
-        archive.hold((0..4).map(|n| segment(1, n)));
-        (0..4).for_each(|n| archive.record(segment(1, n), 1, Some(n)));
-        let rebuilt = archive
-            .rebuild((0..4).map(|n| segment(1, n)), [0, 1, 3].map(|n| (segment(1, n), 1, n)));
-        assert_eq!(archived(&rebuilt, 1), 2);
-    }
-
-    #[test]
-    fn partials_and_histories_count_but_move_nothing() {
-        let mut archive = Archive::new(size());
-        archive.record("000000010000000000000003.partial".parse().unwrap(), 7, Some(1));
-        archive.record("00000002.history".parse().unwrap(), 3, None);
-        assert!(archive.frontiers().is_empty());
-        assert_eq!(archive.totals(), Totals { files: 2, bytes: 10 });
-    }
-
-    #[test]
-    fn an_accepted_size_survives_a_rebuild_while_the_object_keeps_it() {
-        let mut archive = Archive::new(size());
-        archive.accept_size(segment(1, 1), 50);
-        assert!(archive.accepts(segment(1, 1), 60, 50));
-        let same = archive.rebuild([segment(1, 1)], [(segment(1, 1), 50, 1)]);
-        assert!(same.accepts(segment(1, 1), 60, 50));
-        let changed = archive.rebuild([segment(1, 1)], [(segment(1, 1), 51, 1)]);
-        assert!(!changed.accepts(segment(1, 1), 60, 50));
-    }
-
-    proptest! {
-        /// A1 and A2 in any order of uploads, against the plain definition.
-        #[test]
-        fn any_order_of_uploads_gives_the_frontier_of_the_definition(
-            held in prop::collection::btree_set(0u64..40, 1..30),
-            order in prop::collection::vec(0usize..64, 0..40),
-        ) {
-            let held: Vec<u64> = held.into_iter().collect();
-            let mut archive = Archive::new(size());
-            archive.hold(held.iter().map(|n| segment(1, *n)));
-            let mut done = BTreeSet::new();
-            let mut last = archived(&archive, 1);
-            for index in order {
-                let number = held[index % held.len()];
-                done.insert(number);
-                archive.record(segment(1, number), 1, None);
-                let expected = (held[0]..).find(|n| !done.contains(n)).unwrap();
-                prop_assert_eq!(archived(&archive, 1), expected);
-                prop_assert!(expected >= last);
-                last = expected;
-            }
-            let rebuilt = archive.rebuild(
-                held.iter().map(|n| segment(1, *n)),
-                done.iter().map(|n| (segment(1, *n), 1, 1)),
-            );
-            prop_assert_eq!(rebuilt.frontiers(), archive.frontiers());
-        }
+    fn number(&self, file: WalFile) -> Option<u64> {
+        Some(self.start_of(file)?.as_u64() / self.segment_size.bytes())
     }
 }

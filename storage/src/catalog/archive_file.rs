@@ -101,9 +101,11 @@ mod tests {
     fn archive(numbers: &[u32]) -> Archive {
         let mut archive = Archive::new(SegmentSize::new(1 << 20).unwrap());
         for number in numbers {
-            let name = format!("0000000100000000{:08X}", number % 4096);
+            let kind = [".partial", "", ""][*number as usize % 3];
+            let name = format!("0000000100000000{:08X}{kind}", number % 4096);
             archive.record(name.parse().unwrap(), u64::from(*number), Some(5));
         }
+        archive.record("00000002.history".parse().unwrap(), 7, None);
         archive
     }
 
