@@ -8,6 +8,21 @@ use klio_tests::{
     wait::eventually,
 };
 
+/// No archive lag, in every place that tells: what an idle cluster must show.
+async fn no_archive_lag(site: &Site, when: &str) {
+    eventually(&format!("no archive lag {when}"), PATIENCE, || async {
+        let status = site.status().await.ok_or("no status")?;
+        let metrics = site.metrics().await;
+        let gauge = |name| metrics.value(name, &[("cluster_name", "main")]);
+        let size = gauge("klio_wal_archive_lag_size_bytes");
+        let time = gauge("klio_wal_archive_lag_time_seconds");
+        let even = status["archived_lsn"] == status["sealed_lsn"];
+        let seen = format!("{size:?} {time:?} {status}");
+        if even && (size, time) == (Some(0.0), Some(0.0)) { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_promoted_standby_continues_and_the_old_primary_cannot_come_back() {
     install_crypto();
@@ -35,6 +50,9 @@ async fn a_promoted_standby_continues_and_the_old_primary_cannot_come_back() {
         (status["timeline"] == 2 && flushed >= end).then_some(())
     })
     .await;
+    let archived = site.lsn("archived_lsn").await.expect("a position");
+    let sealed = site.lsn("sealed_lsn").await.expect("a position");
+    assert!(archived > klio_pg::Lsn::ZERO && archived <= sealed, "{archived} of {sealed}");
     // Both timelines and the history are there, and archived.
     let (code, history) = site.fetch("00000002.history").await;
     assert_eq!(code, Some(0));
@@ -44,6 +62,7 @@ async fn a_promoted_standby_continues_and_the_old_primary_cannot_come_back() {
     let switch = standby.switch_wal().await;
     standby.write_wal(1).await;
     site.wait_archived(switch.segment_start(size)).await;
+    no_archive_lag(&site, "after the promotion").await;
     eventually("both timelines in the bucket", PATIENCE, || async {
         let keys = s3.keys("klio/main/wal/");
         let has = |part: &str| keys.iter().any(|k| k.contains(part));
@@ -89,7 +108,8 @@ async fn a_switch_of_timeline_is_followed_live() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wal_that_postgres_has_removed_is_recorded_as_a_gap_never_skipped_silently() {
     install_crypto();
-    let mut site = Site::new().await;
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
     site.start().await;
     let pg = Postgres::builder()
         .segment_mib(1)
@@ -119,5 +139,28 @@ async fn wal_that_postgres_has_removed_is_recorded_as_a_gap_never_skipped_silent
     assert_ne!(outcome.code, Some(0), "{}", outcome.stdout);
     let metrics = site.metrics().await;
     assert_eq!(metrics.value("klio_wal_gaps", &[("cluster_name", "main")]), Some(1.0));
+    // What comes behind the gap is archived as ever, and the gap is no lag: an alarm that never ends is none.
+    let size = pg.segment_size().await;
+    pg.write_wal(2 << 20).await;
+    let switch = pg.switch_wal().await;
+    pg.write_wal(1).await;
+    site.wait_archived(switch.segment_start(size)).await;
+    no_archive_lag(&site, "behind the gap").await;
+    let keys = s3.keys("klio/main/wal/");
+    assert!(keys.iter().any(|key| key.ends_with(".partial.zst")), "the bytes before it: {keys:?}");
+    site.stop().await;
+    site.start().await;
+    no_archive_lag(&site, "after a restart").await;
+    site.stop().await;
+    std::fs::remove_dir_all(site.dir().join("data/queue")).expect("remove the queue");
+    site.start().await;
+    no_archive_lag(&site, "after the queue was deleted").await;
+    pg.write_wal(2 << 20).await;
+    let switch = pg.switch_wal().await;
+    pg.write_wal(1).await;
+    site.wait_archived(switch.segment_start(size)).await;
+    no_archive_lag(&site, "at the end").await;
+    let status = site.status().await.expect("status");
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(1), "still on record: {status}");
     // And with on_gap = "stop" it ends with its own exit status instead.
 }
