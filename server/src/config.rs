@@ -19,6 +19,9 @@ use toml::{Table, Value};
 const NOT_SETTINGS: [&str; 4] =
     ["KLIO_CONFIG", "KLIO_OTEL_STRICT", "KLIO_LOG_FORMAT", "KLIO_BIN_DIR"];
 
+/// First words of the sidecar's variables: one shell may hold the settings of both programs.
+const SIDECAR_SECTIONS: [&str; 4] = ["cluster", "server", "postgres", "stream"];
+
 /// Everything a server is told.
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -306,6 +309,9 @@ impl TelemetryConfig {
 fn overlay(table: &mut Table, variable: &str, text: &str) {
     let path = variable.trim_start_matches("KLIO_").to_lowercase();
     let mut parts: Vec<&str> = path.split("__").collect();
+    if parts.first().is_some_and(|first| SIDECAR_SECTIONS.contains(first)) {
+        return;
+    }
     let Some(last) = parts.pop() else { return };
     let mut target = table;
     for part in parts {
@@ -377,6 +383,8 @@ mod tests {
             ("KLIO_WAL__SEAL_WORKERS", "5"),
             ("KLIO_TELEMETRY__SERVICE_NAME", "other"),
             ("KLIO_CONFIG", "ignored"),
+            ("KLIO_POSTGRES__DSN", "of klio in the same shell"),
+            ("KLIO_CLUSTER", "of klio in the same shell"),
             ("OTHER", "x"),
         ]);
         let config = Config::parse(MINIMAL, &environment).unwrap();

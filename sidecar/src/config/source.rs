@@ -30,7 +30,7 @@ pub(super) fn merge(
             Some(key) => put(&mut table, key.path, key.kind, value, name, &mut problems),
             // A sibling program's variables (KLIO_DEMO_...) are not ours to refuse; a misspelt
             // setting of ours has the double underscore.
-            None if name.contains("__") => {
+            None if name.contains("__") && !of_the_server(name) => {
                 problems.push(format!("environment: {name} is not a setting of klio"));
             }
             None => {}
@@ -41,6 +41,20 @@ pub(super) fn merge(
         put(&mut table, path, kind, value, path, &mut problems);
     }
     if problems.is_empty() { Ok(table) } else { Err(problems) }
+}
+
+/// One shell may hold the settings of both programs.
+fn of_the_server(name: &str) -> bool {
+    const SECTIONS: [&str; 7] = [
+        "KLIO_TLS__",
+        "KLIO_AUTH__",
+        "KLIO_WAL__",
+        "KLIO_QUEUE__",
+        "KLIO_TIER2__",
+        "KLIO_CONSUMER__",
+        "KLIO_DATA_",
+    ];
+    SECTIONS.iter().any(|section| name.starts_with(section))
 }
 
 fn put(
@@ -99,7 +113,8 @@ mod tests {
     fn a_misspelt_variable_is_refused_and_a_stranger_s_is_not() {
         let problems = merge(None, &env(&[("KLIO_POSTGRES__SOLT", "x")]), &[]).unwrap_err();
         assert!(problems[0].contains("KLIO_POSTGRES__SOLT"), "{problems:?}");
-        assert!(merge(None, &env(&[("KLIO_CONFIG", "x"), ("KLIO_DEMO", "1")]), &[]).is_ok());
+        let strangers = [("KLIO_CONFIG", "x"), ("KLIO_DEMO", "1"), ("KLIO_TIER2__URL", "s3://b")];
+        assert!(merge(None, &env(&strangers), &[]).is_ok());
     }
 
     #[test]

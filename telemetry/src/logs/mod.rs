@@ -153,7 +153,8 @@ fn worth_showing(metadata: &Metadata<'_>) -> bool {
 }
 
 fn env_filter(settings: &Settings, debug: bool) -> EnvFilter {
-    let default = if debug { "info,klio=debug" } else { "info" };
+    // The queue client tells of every connection it makes; the supervisor tells what matters.
+    let default = if debug { "info,klio=debug" } else { "info,async_nats=warn" };
     let wanted = settings.filter.as_deref().unwrap_or(default);
     // First, so that the user's own directive for it wins.
     EnvFilter::builder().parse_lossy(format!("opentelemetry={},{wanted}", settings.sdk_level))
