@@ -167,14 +167,14 @@ mod tests {
 
         #[test]
         fn a_cut_inside_a_frame_is_corrupt(size in 1000usize..50_000, cut in 1usize..8) {
-            let bytes = file(&[(0..size).map(|n| (n * n >> 3) as u8).collect()]);
+            let bytes = file(&[(0..size).map(|n| ((n * n) >> 3) as u8).collect()]);
             let error = decode(&bytes[..bytes.len() - cut], 1000, 1 << 30).unwrap_err();
             prop_assert_eq!(error.kind, Kind::Corrupt);
         }
 
         #[test]
         fn a_bit_flip_never_gives_other_bytes(bit in 0usize..2000) {
-            let plain: Vec<u8> = (0..20_000usize).map(|n| (n * n >> 3) as u8).collect();
+            let plain: Vec<u8> = (0..20_000usize).map(|n| ((n * n) >> 3) as u8).collect();
             let mut bytes = file(std::slice::from_ref(&plain));
             let bit = bit % (bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);

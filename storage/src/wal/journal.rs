@@ -19,7 +19,7 @@ use std::{
 /// Reads are made in pieces of this size where frames are small.
 const READ_BYTES: usize = 256 << 10;
 /// Zeros are written in pieces of this size.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A journal ready to be written at its end.
 #[derive(Debug)]

@@ -187,10 +187,8 @@ impl Slot {
         self.fenced.store(true, Ordering::Release);
         let _one = lock(&self.sync);
         let core = lock(&self.core).take();
-        if let Some(core) = core {
-            if core.poisoned.is_some() || core.written != core.flushed.0 {
-                core.entry.set_proven(false);
-            }
+        if let Some(core) = core.filter(|c| c.poisoned.is_some() || c.written != c.flushed.0) {
+            core.entry.set_proven(false);
         }
         let mut state = lock(&cluster.state);
         if state.writer.as_ref().is_some_and(|slot| Arc::ptr_eq(slot, self)) {

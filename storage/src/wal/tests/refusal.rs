@@ -20,7 +20,7 @@ fn another_system_another_segment_size_and_an_old_postgres_are_refused() {
     );
     let other = Pinned { postgres_version: 140_011, ..pinned };
     assert_eq!(store.pin(&"old".parse().unwrap(), other).unwrap_err().kind, Kind::Invalid);
-    assert_eq!(store.clusters(), [rig.name.clone()]);
+    assert_eq!(store.clusters(), std::slice::from_ref(&rig.name));
     let newer = Pinned { postgres_version: 170_005, ..pinned };
     store.pin(&rig.name, newer).unwrap();
     drop(store);
