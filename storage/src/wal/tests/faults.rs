@@ -122,8 +122,12 @@ fn a_sealed_segment_and_its_name_survive_a_power_loss_right_after_sealing() {
         drop((writer, store));
         let store = rig.open();
         assert_eq!(rig.read(&store, file), rig.bytes(MIB, 2 * MIB), "seed {seed}");
-        // The same bytes, also where the journal's name came back and it is sealed a second time.
+        // Where the journal's name came back, it leads to a file that nothing else may go into.
+        let mut writer = rig.writer(&store, 1, 2 * MIB);
+        rig.append_and_flush(&mut writer, 4 * MIB);
+        // It is sealed a second time then, to the same bytes.
         assert_eq!(store.seal(&rig.name, file).unwrap(), sealed);
+        rig.check_readable(&store, &root_history());
     }
 }
 
@@ -228,7 +232,44 @@ fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
         drop((writer, store));
         let store = rig.open();
         assert_eq!(store.problems(&rig.name), Vec::<String>::new());
-        assert!(store.positions(&rig.name)[0].flushed >= acked, "seed {seed}");
+        let flushed = store.positions(&rig.name)[0].flushed;
+        assert!(flushed >= acked, "seed {seed}");
         rig.check_readable(&store, &root_history());
+        // New journals must not go into a file to which an old name still leads.
+        let mut writer = rig.writer(&store, 1, flushed.as_u64());
+        rig.append_and_flush(&mut writer, 6 * MIB);
+        for file in store.unsealed(&rig.name) {
+            store.seal(&rig.name, file).unwrap();
+        }
+        rig.check_readable(&store, &root_history());
+    }
+}
+
+/// P1, P3: a folder's fsync fails after the rename of a small file, the process dies, and the next one sees the file. WAL
+/// must not be acknowledged on the strength of a name that is not on disk.
+#[test]
+fn a_small_file_that_is_only_seen_is_written_again_before_wal_relies_on_it() {
+    for seed in 0..60 {
+        for failing in 0..8 {
+            let rig = Rig::new(seed);
+            let store = rig.try_open().unwrap();
+            rig.disk.fail_sync_after(failing);
+            let _ = store.pin(&rig.name, rig.wal.pinned());
+            let _ = store.put_history(&rig.name, tli(2), &timeline::child().0);
+            drop(store);
+            rig.disk.restart(Restart::Kill);
+            let store = rig.open();
+            store.put_history(&rig.name, tli(2), &timeline::child().0).unwrap();
+            let mut writer = rig.writer(&store, 2, 3 * MIB);
+            timeline::append_child(&rig, &mut writer, 3 * MIB + 500).unwrap();
+            writer.flush().unwrap();
+            rig.disk.restart(Restart::PowerLoss);
+            drop((writer, store));
+            let store = rig.try_open().unwrap();
+            assert_eq!(store.problems(&rig.name), Vec::<String>::new(), "{seed} {failing}");
+            assert_eq!(store.history(&rig.name, tli(2)).unwrap(), timeline::child().1);
+            rig.check_readable(&store, &timeline::child().1);
+            assert_eq!(store.positions(&rig.name)[0].flushed, at(3 * MIB + 500));
+        }
     }
 }
