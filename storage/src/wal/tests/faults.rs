@@ -115,18 +115,21 @@ fn a_sealed_segment_and_its_name_survive_a_power_loss_right_after_sealing() {
         let rig = Rig::new(seed);
         let store = rig.open();
         let mut writer = rig.writer(&store, 1, MIB);
-        rig.append_and_flush(&mut writer, 2 * MIB);
-        let file = writer.take_finished()[0];
-        let sealed = store.seal(&rig.name, file).unwrap();
+        rig.append_and_flush(&mut writer, 3 * MIB);
+        let files = writer.take_finished();
+        let sealed: Vec<Sealed> =
+            files.iter().map(|file| store.seal(&rig.name, *file).unwrap()).collect();
         rig.disk.restart(Restart::PowerLoss);
         drop((writer, store));
         let store = rig.open();
-        assert_eq!(rig.read(&store, file), rig.bytes(MIB, 2 * MIB), "seed {seed}");
-        // Where the journal's name came back, it leads to a file that nothing else may go into.
-        let mut writer = rig.writer(&store, 1, 2 * MIB);
-        rig.append_and_flush(&mut writer, 4 * MIB);
-        // It is sealed a second time then, to the same bytes.
-        assert_eq!(store.seal(&rig.name, file).unwrap(), sealed);
+        assert_eq!(rig.read(&store, files[0]), rig.bytes(MIB, 2 * MIB), "seed {seed}");
+        // Where the journals' names came back, they lead to files that nothing else may go into.
+        let mut writer = rig.writer(&store, 1, 3 * MIB);
+        rig.append_and_flush(&mut writer, 6 * MIB);
+        // They are sealed a second time then, to the same bytes.
+        for (file, before) in files.iter().zip(&sealed) {
+            assert_eq!(store.seal(&rig.name, *file).unwrap(), *before);
+        }
         rig.check_readable(&store, &root_history());
     }
 }
