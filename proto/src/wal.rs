@@ -47,8 +47,7 @@ pub struct PositionRequest {
 impl TryFrom<v1::PositionRequest> for PositionRequest {
     type Error = Status;
     fn try_from(raw: v1::PositionRequest) -> Result<Self, Status> {
-        let system =
-            System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
         Ok(Self { cluster: raw.cluster, system })
     }
 }
@@ -84,8 +83,7 @@ pub struct Open {
 impl TryFrom<v1::Open> for Open {
     type Error = Status;
     fn try_from(raw: v1::Open) -> Result<Self, Status> {
-        let system =
-            System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
         let timeline = timeline(raw.timeline)?;
         if raw.writer_id.is_empty() || raw.writer_id.len() > TEXT_BYTES_MAX {
             return Err(invalid("writer_id length", "1 to 512 bytes", raw.writer_id.len()));

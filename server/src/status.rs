@@ -57,14 +57,14 @@ impl ClusterView {
         self.archive.as_ref().map_or(Lsn::ZERO, |a| a.archived_lsn)
     }
 
-    /// Finished bytes that tier 2 has not; 0 on an idle cluster.
+    /// Finished bytes that tier 2 has not; 0 on an idle cluster. Bytes of a recorded gap are nobody's.
     pub fn archive_lag_bytes(&self) -> u64 {
-        match &self.archive {
-            Some(archive) if archive.timeline == self.timeline => {
-                self.sealed.bytes_since(archive.archived_lsn)
-            }
-            _ => 0,
-        }
+        let Some(archive) = self.archive.as_ref().filter(|a| a.timeline == self.timeline) else {
+            return 0;
+        };
+        let (from, to) = (archive.archived_lsn, self.sealed);
+        let overlap = |gap: &Gap| gap.to.min(to).bytes_since(gap.from.max(from));
+        to.bytes_since(from).saturating_sub(self.gaps.iter().map(overlap).sum())
     }
 
     /// Age of the oldest finished file that tier 2 has not.
