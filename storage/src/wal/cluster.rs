@@ -194,10 +194,34 @@ impl State {
 
     /// A journal to which nothing will be added although it is not full.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
-        let newer = self.newest().is_some_and(|newest| newest > journal.timeline);
+        let newer = self.newest().is_some_and(|newest| newest > journal.timeline)
+            && !self.has_lost_bytes(journal);
         let at = journal.durable();
         newer
             || self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
+    }
+
+    /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
+    /// it is.
+    pub(super) fn has_lost_bytes(&self, journal: &Unsealed) -> bool {
+        let Some(line) = self.lines.get(&journal.timeline) else { return false };
+        let followed = line.held_journals().any(|other| other.start > journal.start)
+            || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
+        let at = journal.durable();
+        let declared = self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at);
+        followed && !journal.is_full() && !declared
+    }
+
+    /// Whether a segment's first byte was durable here, and no recorded gap has it.
+    pub(super) fn has_held(&self, file: WalFile) -> bool {
+        let WalFile::Segment(segment) = file else { return false };
+        let timeline = segment.timeline();
+        let start = self.pinned.and_then(|p| segment.start_lsn(p.segment_size));
+        let (Some(start), Some(line)) = (start, self.lines.get(&timeline)) else { return false };
+        let within = line.start().is_some_and(|first| first <= start)
+            && line.end().is_some_and(|end| start < end);
+        let in_gap = |g: &Gap| g.timeline == timeline && g.from <= start && start < g.to;
+        within && !self.gaps.iter().any(in_gap)
     }
 
     /// What is ready to be sealed.

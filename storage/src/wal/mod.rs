@@ -395,6 +395,7 @@ impl WalStore {
     /// `NotFound` only when there is definitively none (P7); `Corrupt` when that cannot be told.
     pub fn read(&self, name: &ClusterName, file: WalFile) -> Result<Found, Error> {
         let cluster = self.need(name, Op::Read)?;
+        let held = lock(&cluster.state).has_held(file);
         // A segment can be sealed between looking for its journal and opening it; then it is found the next time.
         for _ in 0..3 {
             if let Some(found) = self.read_once(&cluster, file)? {
@@ -402,6 +403,11 @@ impl WalStore {
             }
         }
         match &lock(&cluster.state).broken {
+            // It was durable and nobody recorded a gap: that is a loss, not an absence.
+            None if held => {
+                let detail = "expected a file of WAL that was received, found none";
+                Err(Error::new(Kind::Corrupt, Op::Read, cluster.path_of(file).display(), detail))
+            }
             None => Err(not_found(Op::Read, cluster.path_of(file).display())),
             Some((kind, text)) => {
                 let kind = if *kind == Kind::NotFound { Kind::Corrupt } else { *kind };
@@ -423,6 +429,15 @@ impl WalStore {
                 WalFile::Partial(segment) => state.journal(segment).filter(|j| !j.is_full()),
                 WalFile::History(_) => None,
             };
+            if let Some(entry) = entry.as_ref().filter(|entry| state.has_lost_bytes(entry)) {
+                // Given as a partial segment it would look like the end of WAL (P7).
+                let detail = format!(
+                    "expected WAL up to {}, found it whole up to {}",
+                    entry.end,
+                    entry.durable()
+                );
+                return Err(Error::new(Kind::Corrupt, Op::Read, entry.path.display(), detail));
+            }
             (entry.filter(|j| !j.is_empty()), state.pinned.map(|p| p.segment_size.bytes()))
         };
         if let Some(entry) = entry {

@@ -193,6 +193,7 @@ impl Cluster {
             };
             line.extend_sealed(*start, start.advance(length));
         }
+        let mut empty = Vec::new();
         for start in open {
             let redundant = if sealed.contains(&start) {
                 Some(size)
@@ -201,14 +202,16 @@ impl Cluster {
             } else {
                 None
             };
-            self.scan_journal(timeline, start, pinned, redundant, &mut line)?;
+            if self.scan_journal(timeline, start, pinned, redundant, &mut line)? {
+                empty.push(start);
+            }
         }
         if let Some(last) = line.journals.values().next_back() {
             last.set_proven(false);
         }
-        self.check_holes(&line, state);
         state.lines.insert(timeline, line);
-        Ok(())
+        Self::check_holes(timeline, state);
+        self.settle_empty(timeline, &empty, state)
     }
 
     fn plain_size(&self, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Result<u64, Error> {
@@ -217,7 +220,7 @@ impl Cluster {
         decode::plain_size(self.disk(), &path, pinned.segment_size.bytes())
     }
 
-    /// `redundant`: how many bytes a sealed file beside it has.
+    /// `redundant`: how many bytes a sealed file beside it has. True when no frame of it is whole.
     fn scan_journal(
         &self,
         timeline: TimelineId,
@@ -225,7 +228,7 @@ impl Cluster {
         pinned: &Pinned,
         redundant: Option<u64>,
         line: &mut Line,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let name = SegmentName::containing(timeline, start, pinned.segment_size);
         let path = self.open_path(name);
         let frames = Frames::open(self.disk(), &path).and_then(|mut frames| {
@@ -247,34 +250,54 @@ impl Cluster {
             (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
             (_, Some(bytes)) => {
                 line.extend_sealed(start, start.advance(bytes));
-                return durable::remove_if_there(self.disk(), &path);
+                return durable::remove_if_there(self.disk(), &path).map(|()| false);
             }
             (Err(e), None) => return Err(e),
         };
         let end = frames.position();
         if end == start {
-            return durable::remove_if_there(self.disk(), &path);
+            return Ok(true);
         }
         let entry = Unsealed::new(frames.header(), path, end, true);
         line.journals.insert(start, Arc::new(entry));
+        Ok(false)
+    }
+
+    /// Journals without a single whole frame: nothing was ever synced into them, unless more follows.
+    fn settle_empty(
+        &self,
+        timeline: TimelineId,
+        empty: &[Lsn],
+        state: &mut State,
+    ) -> Result<(), Error> {
+        let Some(size) = state.pinned.map(|p| p.segment_size) else { return Ok(()) };
+        for start in empty {
+            let name = SegmentName::containing(timeline, *start, size);
+            let path = self.open_path(name);
+            if !state.has_held(WalFile::Segment(name)) {
+                durable::remove_if_there(self.disk(), &path)?;
+                continue;
+            }
+            // In doubt, keep (P6): somebody may want to look at it.
+            let end = start.advance(size.bytes());
+            let detail = format!("expected WAL up to {end}, found none of it whole");
+            let error = Error::new(Kind::Corrupt, Op::Recover, path.display(), detail);
+            state.problems.insert(path.display().to_string(), error.to_string());
+        }
         Ok(())
     }
 
     /// A journal that ends early although more follows it, without a gap on record, has lost synced bytes.
-    fn check_holes(&self, line: &Line, state: &mut State) {
-        let end = line.journals.keys().next_back().copied();
-        for journal in line.journals.values() {
-            let (at, timeline) = (journal.durable(), journal.timeline);
-            let followed = end.is_some_and(|end| end > journal.start)
-                || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
-            let declared = state.gaps.iter().any(|g| g.timeline == timeline && g.from == at);
-            if followed && !journal.is_full() && !declared {
-                let place = journal.path.display().to_string();
-                let detail =
-                    format!("expected WAL up to {}, found it whole up to {at}", journal.end);
-                let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
-                state.problems.insert(place, error.to_string());
-            }
+    fn check_holes(timeline: TimelineId, state: &mut State) {
+        let Some(line) = state.lines.get(&timeline) else { return };
+        let lost: Vec<_> =
+            line.journals.values().filter(|j| state.has_lost_bytes(j)).cloned().collect();
+        for journal in lost {
+            let place = journal.path.display().to_string();
+            let (end, at) = (journal.end, journal.durable());
+            let detail = format!("expected WAL up to {end}, found it whole up to {at}");
+            let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
+            state.problems.insert(place, error.to_string());
         }
     }
 }

@@ -224,3 +224,36 @@ fn a_changed_byte_in_a_journal_is_never_sealed_or_read_as_wal() {
     assert_eq!(store.problems(&rig.name), Vec::<String>::new());
     assert_eq!(rig.read(&store, file), rig.bytes(MIB, 2 * MIB));
 }
+
+/// P7, P6: synced bytes that the medium lost are a loss: not the end of WAL, and not sealed away.
+#[test]
+fn a_journal_that_lost_bytes_before_others_is_neither_a_partial_segment_nor_absent() {
+    for flipped in [10, 500_000] {
+        let rig = Rig::new(12);
+        let store = rig.open();
+        let mut writer = rig.writer(&store, 1, MIB);
+        for end in (MIB..=4 * MIB).step_by(128 << 10).skip(1) {
+            rig.append_and_flush(&mut writer, end);
+        }
+        drop((writer, store));
+        let file = WalFile::Segment(segment(1, 2));
+        let path = Rig::path(&format!("wal/00000001/{}.open", segment(1, 2)));
+        let offset = 4096 + flipped.min(rig.disk.stat(&path).unwrap().size / 4);
+        rig.disk.flip_bit(&path, offset, 1).unwrap();
+        let store = rig.open();
+        assert_eq!(store.problems(&rig.name).len(), 1);
+        assert_eq!(store.read(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
+        store.put_history(&rig.name, tli(2), b"1\t0/400000\tx\n").unwrap();
+        let mut writer = rig.writer(&store, 2, 4 * MIB);
+        let history = store.history(&rig.name, tli(2)).unwrap();
+        writer.append(at(4 * MIB), &rig.wal.bytes(&history, at(4 * MIB), at(5 * MIB))).unwrap();
+        writer.flush().unwrap();
+        for file in store.unsealed(&rig.name) {
+            store.seal(&rig.name, file).unwrap();
+        }
+        assert!(rig.disk.stat(&path).is_ok(), "what is left is kept");
+        assert_eq!(store.read(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
+        let after = WalFile::Segment(segment(1, 3));
+        assert_eq!(rig.read(&store, after), rig.bytes(3 * MIB, 4 * MIB));
+    }
+}
