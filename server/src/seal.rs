@@ -21,7 +21,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::Span;
+use tracing::{Instrument, Span};
 
 const HINTS_MAX: usize = 256;
 const RESCAN_INTERVAL: Duration = Duration::from_secs(15);
@@ -124,20 +124,21 @@ async fn find_work(store: &WalStore) -> Vec<Hint> {
     found.await.unwrap_or_default()
 }
 
+/// The span spans all of it: what is logged here carries the segment's trace, and the job takes it along.
 async fn seal(context: &Context, hint: Hint) {
     let Hint { cluster, file, parent } = hint;
     let span = tracing::info_span!(parent: &parent, "wal.seal", %cluster, file = %file);
-    let (store, name) = (context.store.clone(), cluster.clone());
-    let entered = span.clone();
-    let sealed = tokio::task::spawn_blocking(move || entered.in_scope(|| store.seal(&name, file)));
+    seal_one(context, cluster, file).instrument(span).await;
+}
+
+async fn seal_one(context: &Context, cluster: ClusterName, file: WalFile) {
+    let (store, name, span) = (context.store.clone(), cluster.clone(), Span::current());
+    let sealed = tokio::task::spawn_blocking(move || span.in_scope(|| store.seal(&name, file)));
     match sealed.await {
         Ok(Ok(sealed)) => {
             after_seal(context, &cluster, &sealed);
             let Sealed { file, size, sha256 } = sealed;
-            // Inside the span: the job takes its trace along.
-            span.in_scope(|| {
-                context.queue.publish_sealed(&cluster, file, size, Some(Sha256Sum::new(sha256)));
-            });
+            context.queue.publish_sealed(&cluster, file, size, Some(Sha256Sum::new(sha256)));
         }
         Ok(Err(error)) => {
             tracing::error!(%cluster, %file, %error, "seal failed; it is tried again");

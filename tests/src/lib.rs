@@ -4,12 +4,14 @@
 //! (through [`guard`]) when the test program itself is killed. Tests run in parallel, so nothing here is global except ports.
 //! The harness is test code: a thing that goes wrong panics with the log of the program that failed.
 
+pub mod bundle;
 pub mod client;
 pub mod env;
 pub mod guard;
 pub mod http;
 pub mod mount;
 pub mod nats;
+pub mod otlp;
 pub mod pki;
 pub mod ports;
 pub mod postgres;
@@ -19,6 +21,7 @@ pub mod promtool;
 pub mod s3;
 pub mod scratch;
 pub mod site;
+pub mod tls;
 pub mod wait;
 
 /// Makes ring the process's crypto provider; the first line of every test that uses TLS or an object store.

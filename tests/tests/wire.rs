@@ -105,6 +105,31 @@ async fn opens_that_do_not_fit_what_is_held_are_refused() {
     Stream::open(&channel, open("main", size(), held)).await.expect("the right one");
 }
 
+/// A cluster that was promoted before anybody backed it up: its history comes before its first byte.
+#[tokio::test(flavor = "multi_thread")]
+async fn first_contact_may_be_on_a_later_timeline() {
+    let (_site, channel) = site().await;
+    let message = v1::Open { timeline: 2, ..open("main", size(), START) };
+    let history = v1::PutHistoryRequest {
+        cluster: "main".into(),
+        system_identifier: client::SYSTEM,
+        timeline: 2,
+        content: b"1\t0/1004000\tno recovery target specified\n".to_vec().into(),
+        segment_size: message.segment_size,
+        postgres_version: message.postgres_version,
+    };
+    let mut wal_client = WalClient::new(channel.clone());
+    wal_client.put_history(history.clone()).await.expect("stored");
+    let other = v1::PutHistoryRequest { system_identifier: client::SYSTEM + 1, ..history };
+    let status = wal_client.put_history(other).await.expect_err("another system");
+    expect(&status, Code::WrongSystem, &[]);
+    let mut stream = Stream::open(&channel, message).await.expect("timeline 2");
+    let mut bytes = wal(START, 16384, size(), 1);
+    bytes.extend(wal(START.advance(16384), 8192, size(), 2));
+    stream.append(START, bytes).await;
+    stream.flushed(START.advance(3 * 8192)).await.expect("acknowledged");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_timeline_after_a_newer_one_is_refused() {
     let (_site, channel) = site().await;
@@ -114,6 +139,8 @@ async fn an_older_timeline_after_a_newer_one_is_refused() {
         system_identifier: client::SYSTEM,
         timeline: 2,
         content: b"1\t0/1004000\tno recovery target specified\n".to_vec().into(),
+        segment_size: size().as_u32(),
+        postgres_version: open("main", size(), START).postgres_version,
     };
     let mut wal_client = WalClient::new(channel.clone());
     wal_client.put_history(history.clone()).await.expect("stored");
@@ -162,14 +189,14 @@ async fn names_that_leave_the_folder_are_refused_on_every_call() {
         "0000000100000000000000010",
     ] {
         let request = v1::FetchRequest { cluster: "main".into(), name: name.into() };
-        let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
+        let status = WalClient::new(channel.clone()).fetch(request).await.expect_err("refused");
         expect(&status, Code::Invalid, &[]);
     }
     let request =
         v1::FetchRequest { cluster: "../main".into(), name: "000000010000000000000001".into() };
-    let status = WalClient::new(channel.clone()).fetch(request).await.err().expect("refused");
+    let status = WalClient::new(channel.clone()).fetch(request).await.expect_err("refused");
     expect(&status, Code::Invalid, &["../main"]);
     let request = v1::ListWalRequest { cluster: "other".into() };
-    let status = CatalogClient::new(channel).list_wal(request).await.err().expect("refused");
+    let status = CatalogClient::new(channel).list_wal(request).await.expect_err("refused");
     expect(&status, Code::Forbidden, &["other"]);
 }
