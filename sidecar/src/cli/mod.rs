@@ -34,8 +34,6 @@ use tracing::Instrument;
 
 /// How long the way out may wait for telemetry.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
-/// One thread for PostgreSQL's side, one for the server's: more only costs memory.
-const WORKER_THREADS: usize = 2;
 
 /// Runs the program with these arguments; gives its exit status.
 pub fn main(arguments: Vec<OsString>) -> u8 {
@@ -106,8 +104,9 @@ const fn needs(command: &Command) -> Needs {
 }
 
 fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Error> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKER_THREADS)
+    // One thread: a commit crosses this program twice, and every hand-over between threads costs it tens
+    // of microseconds (measured: docs/benchmarks.md). Telemetry exports on threads of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::new(Failure::Local, format!("start runtime: {error}")))?;
