@@ -51,18 +51,22 @@ impl Source {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
-        match read {
+        let trouble = match read {
             Ok(found) => {
                 return Ok(Located::Tier1 { found, segment_size: self.segment_size(cluster) });
             }
-            Err(error) if error.kind == Kind::NotFound => {}
+            Err(error) if error.kind == Kind::NotFound => None,
             // A damaged or unreadable copy: the other tier may have a good one.
-            Err(error) if self.tier2.is_some() => {
+            Err(error) => {
                 tracing::error!(%cluster, %file, %error, "tier 1 copy is not readable; asking tier 2");
+                Some(errors::status(&error))
             }
-            Err(error) => return Err(errors::status(&error)),
+        };
+        match (self.find_in_tier2(cluster, file).await, trouble) {
+            // Tier 1 has it and cannot give it: that is no absence, whatever tier 2 says (P7).
+            (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
+            (answer, _) => answer,
         }
-        self.find_in_tier2(cluster, file).await
     }
 
     fn segment_size(&self, cluster: &ClusterName) -> u32 {
@@ -91,5 +95,55 @@ impl Source {
             }
         }
         Err(missing())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::{Lsn, TimelineId};
+    use klio_storage::{
+        disk::RealDisk,
+        testing::SimulatedWal,
+        tier2::Tier2Config,
+        wal::{OpenRequest, WalOptions},
+    };
+    use std::sync::Arc;
+
+    /// P7: a damaged file of tier 1 that tier 2 does not have yet is not "no such file".
+    #[tokio::test]
+    async fn what_tier_1_has_and_cannot_give_is_never_not_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, bucket) = (dir.path().join("tier1"), dir.path().join("bucket"));
+        std::fs::create_dir_all(&root).unwrap();
+        std::fs::create_dir_all(bucket.join("pg/wal/00000001")).unwrap();
+        let store =
+            WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
+        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
+        store.pin(&cluster, wal.pinned()).unwrap();
+        let timeline = TimelineId::new(1).unwrap();
+        let (start, end) = (Lsn::new(1 << 20), Lsn::new((2 << 20) + 8192));
+        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0 };
+        let mut writer = store.open_writer(&cluster, &request).unwrap();
+        let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
+        writer.append(start, &bytes).unwrap();
+        writer.flush().unwrap();
+        let held: WalFile = "000000010000000000000001".parse().unwrap();
+        let absent: WalFile = "000000010000000000000009".parse().unwrap();
+        let journal = root.join("pg/wal/00000001").join(format!("{held}.open"));
+        std::fs::write(&journal, b"not a journal").unwrap();
+        let url = format!("file://{}", bucket.display());
+        let config = Tier2Config::new(url);
+        for tier2 in [None, Some(Tier2::open(&config).unwrap())] {
+            let source = Source { store: store.clone(), tier2 };
+            let code = |answer: Result<Located, Status>| Code::of(&answer.err().unwrap());
+            assert_eq!(code(source.find(&cluster, held).await), Code::Corrupt);
+            assert_eq!(code(source.find(&cluster, absent).await), Code::NotFound);
+        }
+        // Gone altogether, though it was acknowledged.
+        std::fs::remove_file(&journal).unwrap();
+        let source = Source { store, tier2: None };
+        let code = Code::of(&source.find(&cluster, held).await.err().unwrap());
+        assert_eq!(code, Code::Corrupt);
     }
 }

@@ -3,13 +3,21 @@
 use crate::{errors, fetch::Located};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use klio_proto::v1::{self, FetchKind};
+use klio_proto::{
+    Code,
+    v1::{self, FetchKind},
+};
 use klio_storage::{
-    Error, Op,
+    Error, Kind, Op,
     layout::WalFile,
     wal::{Found, OpenSegment},
 };
-use std::{io::Read, path::Path, pin::Pin};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+    pin::Pin,
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
@@ -27,7 +35,7 @@ pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
     let (pieces, outbound) = mpsc::channel(PIECES_MAX);
     match found {
         Located::Tier1 { found, segment_size } => {
-            tasks.spawn_blocking(move || from_disk(found, segment_size, &pieces));
+            tasks.spawn(from_disk(found, segment_size, pieces));
         }
         Located::Tier2 { file, download, segment_size } => {
             tasks.spawn(async move {
@@ -40,7 +48,7 @@ pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
                 while let Some(piece) = download.next().await {
                     let piece = piece
                         .map(|data| v1::FetchResponse { header: None, data })
-                        .map_err(|error| errors::status(&error));
+                        .map_err(|error| broken(&error));
                     let failed = piece.is_err();
                     if pieces.send(piece).await.is_err() || failed {
                         return;
@@ -68,7 +76,7 @@ fn header_of(file: WalFile, segment_size: u32) -> v1::FetchHeader {
     v1::FetchHeader { kind: kind_of(file).into(), plain_size, segment_size, tier: "tier2".into() }
 }
 
-fn from_disk(found: Found, segment_size: u32, pieces: &Pieces) {
+async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
     let (kind, plain_size) = match &found {
         Found::Stored { file, plain_size, .. } => (kind_of(*file), *plain_size),
         Found::Open(open) => (FetchKind::PartialRaw, open.plain_size()),
@@ -76,43 +84,118 @@ fn from_disk(found: Found, segment_size: u32, pieces: &Pieces) {
     let tier = "tier1".into();
     let header = v1::FetchHeader { kind: kind.into(), plain_size, segment_size, tier };
     let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
-    if pieces.blocking_send(Ok(first)).is_err() {
+    if pieces.send(Ok(first)).await.is_err() {
         return;
     }
-    let sent = match found {
-        Found::Stored { path, .. } => send_file(&path, pieces),
-        Found::Open(open) => send_open(open, pieces),
+    let mut reader = match found {
+        Found::Stored { path, .. } => Reader::Stored { path, file: None },
+        // The durable bytes of a segment that is still being received.
+        Found::Open(open) => Reader::Open(Box::new(open)),
     };
-    if let Err(error) = sent {
-        drop(pieces.blocking_send(Err(errors::status(&error))));
-    }
-}
-
-/// The durable bytes of a segment that is still being received.
-fn send_open(mut open: OpenSegment, pieces: &Pieces) -> Result<(), Error> {
-    while let Some(chunk) = open.next_chunk()? {
-        for piece in chunk.chunks(PIECE_BYTES) {
-            let response = v1::FetchResponse { header: None, data: Bytes::copy_from_slice(piece) };
-            if pieces.blocking_send(Ok(response)).is_err() {
-                return Ok(()); // The caller hung up.
+    // A thread is taken for each piece and only when the caller has room for it: callers that do not
+    // read must not hold the threads that others' WAL is written with (P8).
+    while let Ok(room) = pieces.reserve().await {
+        let read = tokio::task::spawn_blocking(move || (reader.next(), reader)).await;
+        match read {
+            Ok((Ok(data), _)) if data.is_empty() => return,
+            Ok((Ok(data), back)) => {
+                reader = back;
+                room.send(Ok(v1::FetchResponse { header: None, data }));
+            }
+            Ok((Err(error), _)) => return room.send(Err(broken(&error))),
+            Err(error) => {
+                return room.send(Err(Code::Internal.status(format!("read tier 1: {error}"))));
             }
         }
     }
-    Ok(())
 }
 
-fn send_file(path: &Path, pieces: &Pieces) -> Result<(), Error> {
-    let fail = |error| Error::io(Op::Read, path, error);
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    loop {
+/// The status of a transfer that has begun: what was found and then vanished is no absence (P7).
+fn broken(error: &Error) -> Status {
+    match error.kind {
+        Kind::NotFound => {
+            tracing::error!(%error, "a WAL file vanished while it was read");
+            Code::Unavailable.status("read WAL: the file vanished while it was read")
+        }
+        _ => errors::status(error),
+    }
+}
+
+/// What is left to send of a file.
+enum Reader {
+    Stored { path: PathBuf, file: Option<File> },
+    Open(Box<OpenSegment>),
+}
+
+impl Reader {
+    /// The next piece; empty at the end.
+    fn next(&mut self) -> Result<Bytes, Error> {
         let mut piece = Vec::with_capacity(PIECE_BYTES);
-        let length = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(fail)?;
-        if length == 0 {
-            return Ok(());
+        let limit = PIECE_BYTES as u64;
+        match self {
+            Reader::Stored { path, file } => {
+                let fail = |error| Error::io(Op::Read, path, error);
+                let file = match file {
+                    Some(file) => file,
+                    None => file.insert(File::open(&*path).map_err(fail)?),
+                };
+                file.take(limit).read_to_end(&mut piece).map_err(fail)?;
+            }
+            Reader::Open(open) => {
+                open.take(limit).read_to_end(&mut piece).map_err(|error| {
+                    error.downcast().unwrap_or_else(|e| Error::io(Op::Read, Path::new("WAL"), e))
+                })?;
+            }
         }
-        let response = v1::FetchResponse { header: None, data: piece.into() };
-        if pieces.blocking_send(Ok(response)).is_err() {
-            return Ok(());
-        }
+        Ok(piece.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn stored(path: PathBuf) -> Located {
+        let file = "000000010000000000000001".parse().unwrap();
+        let encoding = klio_storage::wal::Encoding::Zstd;
+        let found = Found::Stored { file, path, size: 0, plain_size: 1 << 20, encoding };
+        Located::Tier1 { found, segment_size: 1 << 20 }
+    }
+
+    /// P8: a caller that does not read holds no thread.
+    #[test]
+    fn a_caller_that_does_not_read_holds_no_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        std::fs::write(&path, vec![1; PIECE_BYTES * 20 + 5]).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let tasks = TaskTracker::new();
+            let mut unread: Vec<_> = (0..3).map(|_| stream(stored(path.clone()), &tasks)).collect();
+            for _ in 0..20 {
+                let other = tokio::task::spawn_blocking(|| ());
+                tokio::time::timeout(Duration::from_secs(10), other).await.unwrap().unwrap();
+            }
+            // And it gets all when it does read.
+            let mut count = 0;
+            while let Some(piece) = unread[0].next().await {
+                count += piece.unwrap().data.len();
+            }
+            assert_eq!(count, PIECE_BYTES * 20 + 5);
+        });
+    }
+
+    #[tokio::test]
+    async fn a_file_that_vanished_after_it_was_found_is_not_not_found() {
+        let tasks = TaskTracker::new();
+        let mut answer = stream(stored("/nonexistent/x".into()), &tasks);
+        assert!(answer.next().await.unwrap().is_ok());
+        let status = answer.next().await.unwrap().unwrap_err();
+        assert_eq!(Code::of(&status), Code::Unavailable);
     }
 }

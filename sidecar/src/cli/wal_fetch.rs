@@ -100,7 +100,14 @@ impl Fetch<'_> {
             next = match answer.message().await {
                 Ok(message) => message.map(|m| m.data),
                 Err(status) => {
-                    broken = Some(Error::from_status(&doing, &status));
+                    // The answer had begun: whatever broke it off, it is no "no such file" (P7).
+                    let error = Error::from_status(&doing, &status);
+                    broken = Some(match error.failure {
+                        Failure::Code(Code::NotFound) => {
+                            Error::new(Failure::Code(Code::Unavailable), error.message)
+                        }
+                        _ => error,
+                    });
                     None
                 }
             };
