@@ -52,6 +52,28 @@ impl TryFrom<v1::PositionRequest> for PositionRequest {
     }
 }
 
+/// A history file to store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PutHistoryRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+    /// Whose history.
+    pub timeline: TimelineId,
+    /// As PostgreSQL wrote it.
+    pub content: bytes::Bytes,
+}
+
+impl TryFrom<v1::PutHistoryRequest> for PutHistoryRequest {
+    type Error = Status;
+    fn try_from(raw: v1::PutHistoryRequest) -> Result<Self, Status> {
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let timeline = timeline(raw.timeline)?;
+        Ok(Self { cluster: raw.cluster, system, timeline, content: raw.content })
+    }
+}
+
 /// WAL that PostgreSQL no longer has and the server does not hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {

@@ -9,14 +9,14 @@ use crate::{
     queue,
     receive::{
         Receiver,
-        open::{blocking, check_system},
+        open::{blocking, check_system, pinned},
     },
 };
 use futures::{Stream, StreamExt};
 use klio_proto::{
     Code,
     v1::{self, receive_request, wal_server::Wal},
-    wal::{Open, PositionRequest},
+    wal::{Open, PositionRequest, PutHistoryRequest},
 };
 use klio_storage::layout::WalFile;
 use std::{pin::Pin, time::Duration};
@@ -79,20 +79,18 @@ impl Wal for WalService {
     ) -> Result<Response<v1::PutHistoryResponse>, Status> {
         let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
-        let v1::PutHistoryRequest { system_identifier, timeline, content, .. } =
-            request.into_inner();
-        let timeline = klio_proto::wal::timeline(timeline)?;
+        let PutHistoryRequest { system, timeline, content, .. } =
+            PutHistoryRequest::try_from(request.into_inner())?;
         let (store, name) = (self.receiver.store.clone(), cluster.clone());
-        let pin = store.pinned(&cluster).map(|p| p.system_identifier);
-        if pin.is_some_and(|pinned| pinned != system_identifier) {
-            return Err(Code::WrongSystem.status(format!(
-                "store history of cluster {cluster}: expected system identifier {}, found {system_identifier}",
-                pin.unwrap_or_default()
-            )));
-        }
+        check_system(&store, &cluster, system)?;
         let size = content.len() as u64;
         let new = store.history(&cluster, timeline).is_err();
-        blocking(move || store.put_history(&name, timeline, &content)).await?;
+        blocking(move || {
+            // First contact may be with a cluster that was promoted long ago: its history comes before its WAL.
+            store.pin(&name, pinned(system))?;
+            store.put_history(&name, timeline, &content)
+        })
+        .await?;
         if new {
             self.receiver.metrics.written(&cluster, size);
             self.queue.publish_path(&cluster, WalFile::History(timeline), size);

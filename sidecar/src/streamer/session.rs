@@ -212,6 +212,8 @@ impl<P: Primary> Stream<'_, P> {
                 system_identifier: identity.system_identifier,
                 timeline: timeline.get(),
                 content,
+                segment_size: identity.segment_size.as_u32(),
+                postgres_version: identity.version,
             };
             server.put_history(request).await.map_err(|status| {
                 Error::from_status(&format!("store history of timeline {timeline:?}"), &status)
