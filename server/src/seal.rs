@@ -93,16 +93,28 @@ pub async fn run(context: Context, mut hints: Hints, cancel: CancellationToken) 
                 slot = slots.clone().acquire_owned() => slot,
             };
             let Ok(slot) = slot else { break };
-            let (context, busy) = (context.clone(), busy.clone());
+            let context = context.clone();
+            let key = Key { busy: busy.clone(), key: (hint.cluster.clone(), hint.file) };
             running.spawn(async move {
-                let key = (hint.cluster.clone(), hint.file);
                 seal(&context, hint).await;
-                busy_set(&busy).remove(&key);
+                drop(key);
                 drop(slot);
             });
         }
     }
     while running.join_next().await.is_some() {}
+}
+
+/// A file being sealed. Even a panic gives it back, or it would never be sealed.
+struct Key {
+    busy: Busy,
+    key: (ClusterName, WalFile),
+}
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        busy_set(&self.busy).remove(&self.key);
+    }
 }
 
 fn busy_set(busy: &Busy) -> std::sync::MutexGuard<'_, HashSet<(ClusterName, WalFile)>> {

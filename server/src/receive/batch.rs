@@ -12,6 +12,11 @@ use tonic::Status;
 /// More per fsync gains nothing measurable (docs/benchmarks.md), and delays the acknowledgement.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
 
+/// Messages that wait at once: each costs more memory than its bytes, and a client may send them small.
+const CHUNKS_MAX: usize = 4096;
+/// A W3C trace context has 55 bytes; what is longer is none, and is not kept.
+const TRACEPARENT_BYTES_MAX: usize = 128;
+
 /// One message's bytes.
 pub struct Chunk {
     /// LSN of the first byte.
@@ -46,6 +51,11 @@ impl Pending {
         self.bytes
     }
 
+    /// Whether another message may be taken; when not, it stays on the network.
+    pub fn has_room(&self) -> bool {
+        self.chunks.len() < CHUNKS_MAX
+    }
+
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()
@@ -57,7 +67,7 @@ impl Pending {
     /// A jump back or ahead, or more than the window beyond `flushed`.
     pub fn accept(
         &mut self,
-        chunk: Chunk,
+        mut chunk: Chunk,
         flushed: Lsn,
         mut accepted: impl FnMut(&Chunk),
     ) -> Result<(), Status> {
@@ -78,6 +88,9 @@ impl Pending {
                 self.window,
                 end.bytes_since(flushed)
             )));
+        }
+        if chunk.traceparent.len() > TRACEPARENT_BYTES_MAX {
+            chunk.traceparent = String::new();
         }
         accepted(&chunk);
         self.end = end;

@@ -32,7 +32,7 @@ use std::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    task::JoinHandle,
+    task::{JoinError, JoinHandle},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
@@ -72,6 +72,9 @@ pub struct Receiver {
 const OVERLAP_BYTES: u64 = 512 << 10;
 /// One being synced, one being appended.
 const WRITES_MAX: usize = 2;
+
+/// How long the reason of an end may wait for a client that does not read.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Responses = mpsc::Sender<Result<v1::ReceiveResponse, Status>>;
 /// The writer comes home after appending, before its bytes are synced.
@@ -116,7 +119,8 @@ impl Receiver {
             }
         };
         if let Err(status) = outcome {
-            let _ = responses.send(Err(status)).await;
+            // Nobody has to read it.
+            let _ = tokio::time::timeout(LAST_WORD_TIMEOUT, responses.send(Err(status))).await;
         }
     }
 }
@@ -177,7 +181,7 @@ impl Session {
         let (shutdown, fenced) = (self.with.shutdown.clone(), self.place.fenced.clone());
         loop {
             self.begin_write();
-            if half_closed && self.syncing.is_empty() {
+            if half_closed && self.is_settled() {
                 return Ok(());
             }
             tokio::select! {
@@ -195,9 +199,17 @@ impl Session {
                 }
                 synced = synced(&mut self.syncing) => {
                     self.syncing.pop_front();
-                    self.after_sync(synced, responses).await?;
+                    let ack = self.after_sync(synced)?;
+                    if let Some(ack) = ack {
+                        // A client that does not read must not keep its place against a newer timeline (P8).
+                        tokio::select! {
+                            () = shutdown.cancelled() => {}
+                            () = fenced.cancelled() => {}
+                            sent = send(responses, receive_response::Kind::Ack(ack)) => sent?,
+                        }
+                    }
                 }
-                message = inbound.message(), if !half_closed => match message? {
+                message = inbound.message(), if !half_closed && self.pending.has_room() => match message? {
                     Some(message) => self.take(message)?,
                     None => half_closed = true,
                 },
@@ -276,22 +288,29 @@ impl Session {
         outcome.map_err(|error| errors::append_status(&error))
     }
 
-    async fn after_sync(&mut self, synced: Synced, responses: &Responses) -> Result<(), Status> {
-        let (result, took) = synced;
+    /// Whether all that came is flushed or refused. With the last sync its append has ended too, but that may not have
+    /// been looked at yet: it may have failed, and more may wait for its writer.
+    fn is_settled(&self) -> bool {
+        self.syncing.is_empty() && self.appending.is_none() && self.pending.is_empty()
+    }
+
+    fn after_sync(&mut self, synced: Result<Synced, JoinError>) -> Result<Option<v1::Ack>, Status> {
+        // It has panicked: nothing is known of its bytes, and the client has to come again.
+        let (result, took) =
+            synced.map_err(|error| Code::Internal.status(format!("write WAL: {error}")))?;
         self.seal_finished();
         let flushed = result.map_err(|error| errors::status(&error))?;
         if flushed.lsn() <= self.flushed {
-            return Ok(()); // An earlier sync covered these bytes as well.
+            return Ok(None); // An earlier sync covered these bytes as well.
         }
         self.flushed = flushed.lsn();
         let lsn = self.flushed;
         self.place.state().update(|p| p.flushed = lsn);
         self.with.metrics.flushed(&self.cluster, took);
-        let ack = v1::Ack {
+        Ok(Some(v1::Ack {
             received_lsn: self.pending.end().as_u64(),
             flushed_lsn: flushed.lsn().as_u64(),
-        };
-        send(responses, receive_response::Kind::Ack(ack)).await
+        }))
     }
 
     /// Hands finished segments to the sealer. They are durable, whatever becomes of the session.
@@ -326,21 +345,21 @@ fn append(writer: &mut Writer, batch: &[Chunk]) -> Result<(), klio_storage::Erro
 
 /// The writer, home from appending; never resolves without one. Cancel-safe: the receiver stays.
 async fn appended(home: &mut Option<Home>) -> (Writer, Result<(), klio_storage::Error>) {
-    if let Some(receiver) = home
-        && let Ok(appended) = receiver.await
-    {
-        return appended;
+    if let Some(receiver) = home {
+        match receiver.await {
+            Ok(appended) => return appended,
+            // Without a sender its task has panicked, which `synced` reports. Not to be asked twice.
+            Err(_) => *home = None,
+        }
     }
-    // Without a sender its task has panicked, which `synced` reports.
     std::future::pending().await
 }
 
 /// The oldest sync's result; never resolves without one. Cancel-safe: the handle stays.
-async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Synced {
-    let Some(handle) = syncing.front_mut() else { return std::future::pending().await };
-    match handle.await {
-        Ok(synced) => synced,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
+async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Result<Synced, JoinError> {
+    match syncing.front_mut() {
+        Some(handle) => handle.await,
+        None => std::future::pending().await,
     }
 }
 
