@@ -13,6 +13,7 @@ use rustls::{
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -24,6 +25,8 @@ use tokio_util::sync::CancellationToken;
 /// notifications miss; reading three small files is cheap.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A refused client has this long to hang up.
+const PARTING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Handshakes at once: strangers can connect, so their number has a bound.
 const HANDSHAKES_MAX: usize = 256;
 
@@ -175,15 +178,27 @@ pub async fn accept(
         handshakes.spawn(async move {
             let _slot = slot;
             let _ = tcp.set_nodelay(true);
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
+            let accept = acceptor.accept(tcp).into_fallible();
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, accept).await {
                 Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
-                Ok(Err(error)) => {
+                Ok(Err((error, tcp))) => {
                     tracing::warn!(%peer, %error, "TLS handshake refused");
+                    part(tcp).await;
                 }
                 Err(_) => tracing::debug!(%peer, "TLS handshake timed out"),
             }
         });
     }
+}
+
+/// Closes so that the client can still read why: closing with its first request unread would be a reset,
+/// which may overtake the alert.
+async fn part(mut tcp: TcpStream) {
+    let rest = async {
+        tcp.shutdown().await?;
+        tokio::io::copy(&mut tcp, &mut tokio::io::sink()).await
+    };
+    let _ = tokio::time::timeout(PARTING_TIMEOUT, rest).await;
 }
 
 #[cfg(test)]

@@ -14,6 +14,9 @@ pub enum Failure {
     /// The server cannot be reached, or the TLS handshake fails. Certificates can be renewed and
     /// networks come back, so a daemon tries again.
     Link,
+    /// The server refuses our certificate in the handshake. A renewed file is used without a restart, so a
+    /// daemon tries again.
+    Certificate,
     /// PostgreSQL cannot be reached or does not serve now; it may later.
     Postgres,
     /// PostgreSQL refuses, and will until somebody changes something.
@@ -31,7 +34,11 @@ impl Failure {
     pub const fn retryable(self) -> bool {
         match self {
             Failure::Code(code) => code.retryable(),
-            Failure::Link | Failure::Postgres | Failure::WalRemoved | Failure::Local => true,
+            Failure::Link
+            | Failure::Certificate
+            | Failure::Postgres
+            | Failure::WalRemoved
+            | Failure::Local => true,
             Failure::PostgresRefused | Failure::Config => false,
         }
     }
@@ -41,6 +48,7 @@ impl Failure {
         match self {
             Failure::Code(code) => code.name(),
             Failure::Link => "LINK",
+            Failure::Certificate => "CERTIFICATE",
             Failure::Postgres => "POSTGRES",
             Failure::PostgresRefused => "POSTGRES_REFUSED",
             Failure::WalRemoved => "WAL_REMOVED",

@@ -83,18 +83,25 @@ impl ServerLink {
     }
 
     async fn open(&self) -> Result<Connection, Error> {
-        let (stream, expiry) = dial::dial(&self.target, &self.settings).await?;
+        let dial::Dialed { stream, expiry, greeting } =
+            dial::dial(&self.target, &self.settings).await?;
         let mut once = Some(stream);
         let connector = tower::service_fn(move |_: http::Uri| {
             // tonic asks again when the connection is lost; then the caller has to begin anew.
             let stream = once.take().ok_or_else(|| std::io::Error::other("connection lost"));
             std::future::ready(stream)
         });
-        let channel = self
-            .endpoint()?
-            .connect_with_connector(connector)
-            .await
-            .map_err(|error| self.failed("open HTTP/2", &error))?;
+        let opened = self.endpoint()?.connect_with_connector(connector).await;
+        // HTTP/2 servers begin with their settings; a server that refuses our certificate, with that.
+        match greeting.await {
+            Ok(Err(error)) if expiry.is_some() => {
+                return Err(certificate::explain(&error, &self.target.authority, &self.settings));
+            }
+            Ok(Err(error)) => return Err(self.failed("open HTTP/2", &error)),
+            // Not even read from: why is in `opened`.
+            Ok(Ok(())) | Err(_) => {}
+        }
+        let channel = opened.map_err(|error| self.failed("open HTTP/2", &error))?;
         Ok(Connection { channel, expiry })
     }
 

@@ -22,16 +22,18 @@ pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<I
         Ok(identity) => Some(identity),
         Err(error) => {
             report.fail("postgres", &error);
-            return Ok(None);
+            None
         }
     };
     match Client::connect_sql(&info).await {
         Ok(mut client) => {
-            if let Err(error) = sql(&mut client, config, report).await {
+            if let Err(error) = sql(&mut client, config, identity.is_none(), report).await {
                 report.fail("postgres sql", &error);
             }
             client.close().await;
         }
+        // The same trouble again: said once.
+        Err(_) if identity.is_none() => {}
         Err(error) => report.add(
             Mark::Warn,
             "postgres sql",
@@ -63,13 +65,7 @@ async fn replication(info: &ConnInfo, report: &mut Report) -> Result<Identity, E
         version.to_string(),
         "Klio needs PostgreSQL 15 or newer",
     );
-    let good = matches!(wal_level.as_str(), "replica" | "logical");
-    report.add(
-        if good { Mark::Ok } else { Mark::Fail },
-        "wal_level",
-        wal_level,
-        "set wal_level = replica in postgresql.conf and restart PostgreSQL",
-    );
+    level(&wal_level, report);
     report.add(Mark::Ok, "wal segment size", text::size(segment_size.bytes()), "");
     report.add(
         Mark::Ok,
@@ -93,18 +89,38 @@ async fn replication(info: &ConnInfo, report: &mut Report) -> Result<Identity, E
     })
 }
 
-/// Used and allowed counts, synchronous_standby_names, and the clock, in one row.
+fn level(wal_level: &str, report: &mut Report) {
+    let good = matches!(wal_level, "replica" | "logical");
+    report.add(
+        if good { Mark::Ok } else { Mark::Fail },
+        "wal_level",
+        wal_level,
+        "set wal_level = replica in postgresql.conf and restart PostgreSQL",
+    );
+}
+
+/// Used and allowed counts, synchronous_standby_names, the clock and wal_level, in one row.
 const LIMITS: &str = "SELECT \
     (SELECT count(*) FROM pg_stat_replication), current_setting('max_wal_senders'), \
     (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots'), \
     current_setting('synchronous_standby_names'), extract(epoch FROM clock_timestamp())::float8, \
-    (SELECT string_agg(application_name, ', ') FROM pg_stat_replication)";
+    (SELECT string_agg(application_name, ', ') FROM pg_stat_replication), \
+    current_setting('wal_level')";
 
-async fn sql(client: &mut Client, config: &Config, report: &mut Report) -> Result<(), Error> {
+/// `alone`: there is no replication connection that has told wal_level.
+async fn sql(
+    client: &mut Client,
+    config: &Config,
+    alone: bool,
+    report: &mut Report,
+) -> Result<(), Error> {
     let slot = slot::name(config)?;
     let found = slot::read(client, &slot).await?;
     let rows = client.query(LIMITS).await.map_err(|e| sort(&e))?;
     let Some(row) = rows.first() else { return Ok(()) };
+    if alone && let Some(found) = row.text(7) {
+        level(found, report);
+    }
     let number = |column| row.text(column).and_then(|t| t.parse::<u64>().ok()).unwrap_or(0);
     let streaming = found.as_ref().is_some_and(|slot| slot.active);
     // Ours counts as used when it streams; otherwise one more has to be free.

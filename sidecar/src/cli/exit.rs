@@ -25,6 +25,7 @@ pub const fn of(error: &Error) -> u8 {
     match error.failure {
         Failure::Code(code) => code.exit(),
         Failure::Link => Code::Unavailable.exit(),
+        Failure::Certificate => Code::Unauthenticated.exit(),
         Failure::Postgres | Failure::PostgresRefused => POSTGRES,
         Failure::WalRemoved => Code::Gap.exit(),
         Failure::Config => CONFIG,
@@ -78,6 +79,7 @@ mod tests {
         }
         for failure in [
             Failure::Link,
+            Failure::Certificate,
             Failure::Postgres,
             Failure::PostgresRefused,
             Failure::WalRemoved,

@@ -130,7 +130,17 @@ impl Error {
             ErrorKind::StartAheadOfServer => {
                 Some("this server has less WAL than Klio: is it an old primary that came back?")
             }
-            _ => None,
+            ErrorKind::Connect => {
+                Some("is PostgreSQL running, and are host and port in postgres.dsn right?")
+            }
+            ErrorKind::Tls => Some("check sslmode, sslrootcert and PostgreSQL's certificate"),
+            ErrorKind::Protocol => Some("is this PostgreSQL itself, and not a pooler before it?"),
+            ErrorKind::Server if self.server().is_some_and(|s| s.sqlstate == "53300") => Some(
+                "raise max_wal_senders (it needs wal_level = replica) or max_connections, and \
+                 restart PostgreSQL",
+            ),
+            ErrorKind::Io | ErrorKind::Server => Some("look at PostgreSQL's log"),
+            ErrorKind::SlotMissing | ErrorKind::SlotExists | ErrorKind::TimelineMissing => None,
         }
     }
 }

@@ -73,6 +73,7 @@ pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
 pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server) -> Error {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>());
+    let mut failure = Failure::Link;
     let hint = match inner {
         // The latter from an authority that has the name of ours but another key.
         Some(Tls::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => format!(
@@ -95,12 +96,31 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
             | Alert::CertificateRequired
             | Alert::AccessDenied
             | Alert::DecryptError,
-        )) => format!(
-            "the server refuses the client certificate in {}: issue a new bundle",
-            settings.cert.display()
-        ),
+        )) => {
+            failure = Failure::Certificate;
+            let (path, dates) = (settings.cert.display(), out_of_date(&settings.cert));
+            format!(
+                "the server refuses the client certificate in {path}{dates}: issue a new bundle"
+            )
+        }
         Some(Tls::InvalidMessage(_)) => "is this the TLS port of klio-server?".into(),
         _ => "is this klio-server, and does it accept this client certificate?".into(),
     };
-    Error::new(Failure::Link, format!("TLS with {place}: {error}")).hint(hint)
+    Error::new(failure, format!("TLS with {place}: {error}")).hint(hint)
+}
+
+/// Where our clock alone explains the refusal: servers answer "expired" also before the first day.
+fn out_of_date(path: &Path) -> String {
+    let chain = certificates("server.cert", path).unwrap_or_default();
+    let Some((_, leaf)) =
+        chain.first().and_then(|leaf| x509_parser::parse_x509_certificate(leaf).ok())
+    else {
+        return String::new();
+    };
+    let (validity, now) = (leaf.validity(), x509_parser::time::ASN1Time::now());
+    match () {
+        () if validity.not_after < now => format!(", which ended {}", validity.not_after),
+        () if validity.not_before > now => format!(", which begins {}", validity.not_before),
+        () => String::new(),
+    }
 }

@@ -1,5 +1,8 @@
 //! Opens the socket and the TLS session below gRPC.
 //!
+//! A TLS 1.3 client has finished its handshake before the server has looked at its certificate: whether that
+//! is refused is known only with the server's first bytes, which [`Dialed::greeting`] tells of.
+//!
 //! TLS 1.3 only: both ends are ours. Nagle's algorithm is off, because a lone commit waits for a
 //! small message.
 
@@ -14,11 +17,12 @@ use std::{
     io,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    sync::oneshot,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -52,16 +56,36 @@ impl Target {
 }
 
 /// TCP with or without TLS.
-pub(super) enum Stream {
+enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// An open socket.
+pub(super) struct Dialed {
+    pub stream: TokioIo<Heard>,
+    /// `None` without TLS.
+    pub expiry: Option<Expiry>,
+    /// How the first reading went.
+    pub greeting: oneshot::Receiver<io::Result<()>>,
+}
+
+impl Dialed {
+    fn new(stream: Stream, expiry: Option<Expiry>) -> Self {
+        let (first, greeting) = oneshot::channel();
+        let stream = TokioIo::new(Heard { stream, first: Some(first) });
+        Self { stream, expiry, greeting }
+    }
+}
+
+/// A stream that tells how its first reading went.
+pub(super) struct Heard {
+    stream: Stream,
+    first: Option<oneshot::Sender<io::Result<()>>>,
+}
+
 /// Connects.
-pub(super) async fn dial(
-    target: &Target,
-    settings: &config::Server,
-) -> Result<(TokioIo<Stream>, Option<Expiry>), Error> {
+pub(super) async fn dial(target: &Target, settings: &config::Server) -> Result<Dialed, Error> {
     let place = &target.authority;
     let tcp = TcpStream::connect((target.host.as_str(), target.port)).await.map_err(|error| {
         Error::new(Failure::Link, format!("connect to {place}: {error}"))
@@ -71,7 +95,7 @@ pub(super) async fn dial(
         Error::new(Failure::Link, format!("set TCP_NODELAY on {place}: {error}"))
     })?;
     if settings.unsafe_plaintext {
-        return Ok((TokioIo::new(Stream::Plain(tcp)), None));
+        return Ok(Dialed::new(Stream::Plain(tcp), None));
     }
     let (config, client_expires) = certificate::client_config(settings)?;
     let name = ServerName::try_from(target.host.clone()).map_err(|_| {
@@ -98,12 +122,20 @@ pub(super) async fn dial(
         .and_then(|chain| chain.first())
         .and_then(|leaf| certificate::not_after(leaf));
     let expiry = Expiry { client: client_expires, server: server_expires };
-    Ok((TokioIo::new(Stream::Tls(Box::new(tls))), Some(expiry)))
+    Ok(Dialed::new(Stream::Tls(Box::new(tls)), Some(expiry)))
+}
+
+/// An error for a second reader; rustls's own words are kept, as [`certificate::explain`] looks at them.
+fn copy(error: &io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(tls) => io::Error::new(error.kind(), tls.clone()),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
 }
 
 macro_rules! each {
-    ($self:ident, $inner:ident => $call:expr) => {
-        match $self.get_mut() {
+    ($self:expr, $inner:ident => $call:expr) => {
+        match &mut $self.stream {
             Stream::Plain(inner) => {
                 let $inner = Pin::new(inner);
                 $call
@@ -116,42 +148,51 @@ macro_rules! each {
     };
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for Heard {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        each!(self, s => s.poll_read(cx, buf))
+        let (this, before) = (self.get_mut(), buf.filled().len());
+        let result = ready!(each!(this, s => s.poll_read(cx, buf)));
+        if let Some(first) = this.first.take() {
+            let _ = first.send(match &result {
+                Ok(()) if buf.filled().len() > before => Ok(()),
+                Ok(()) => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+                Err(error) => Err(copy(error)),
+            });
+        }
+        Poll::Ready(result)
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for Heard {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        each!(self, s => s.poll_write(cx, buf))
+        each!(self.get_mut(), s => s.poll_write(cx, buf))
     }
     fn poll_write_vectored(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        each!(self, s => s.poll_write_vectored(cx, bufs))
+        each!(self.get_mut(), s => s.poll_write_vectored(cx, bufs))
     }
     fn is_write_vectored(&self) -> bool {
-        match self {
+        match &self.stream {
             Stream::Plain(inner) => inner.is_write_vectored(),
             Stream::Tls(inner) => inner.is_write_vectored(),
         }
     }
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, s => s.poll_flush(cx))
+        each!(self.get_mut(), s => s.poll_flush(cx))
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, s => s.poll_shutdown(cx))
+        each!(self.get_mut(), s => s.poll_shutdown(cx))
     }
 }
 

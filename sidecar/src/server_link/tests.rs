@@ -98,7 +98,8 @@ async fn a_client_certificate_of_another_authority_is_refused() {
     other.bundle(folder.path(), &authority);
     let server = server(&authority, &["127.0.0.1"]).await;
     let error = ask(&link(&server, folder.path())).await.unwrap_err();
-    assert!(error.retryable(), "{error}");
+    assert!(error.retryable() && error.hint.contains("client.crt"), "{error}");
+    assert_eq!(error.failure, Failure::Certificate);
     assert_eq!(server.script().positions_asked, 0);
 }
 
