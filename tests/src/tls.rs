@@ -50,7 +50,8 @@ pub async fn greet(
         let name = ServerName::try_from("localhost").expect("a host name");
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
         let mut tls = connector.connect(name, tcp).await?;
-        tls.write_all(PREFACE).await?;
+        // A server that has refused already cannot be written to, but may still be heard.
+        let _ = tls.write_all(PREFACE).await;
         match tls.read(&mut [0; 9]).await? {
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
             _ => Ok(()),
