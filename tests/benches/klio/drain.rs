@@ -70,7 +70,7 @@ pub async fn receivewal(load: &Workload, more: &[&str]) -> Run {
     let status = running.wait_exit(DEADLINE).await;
     assert!(status.success(), "pg_receivewal: {status}:\n{}", running.log());
     let files = std::fs::read_dir(&dir).expect("read what was received").flatten();
-    let complete = files.filter(|f| !f.path().extension().is_some_and(|e| e == "partial")).count();
+    let complete = files.filter(|f| f.path().extension().is_none_or(|e| e != "partial")).count();
     assert!(complete as u64 >= load.segments(), "pg_receivewal: {complete} files");
     load.drop_slot(&slot).await;
     let (cpu, peaks) = (meter.cpu(), meter.peaks());
