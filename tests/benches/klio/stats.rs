@@ -10,6 +10,13 @@ impl Series {
         self.0.push(value);
     }
 
+    /// How many values.
+    pub fn len(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 values")]
+        let len = self.0.len() as f64;
+        len
+    }
+
     /// The value below which a share `p` (0 to 1) of all lies; `NaN` without values.
     pub fn quantile(&self, p: f64) -> f64 {
         let mut sorted = self.0.clone();

@@ -3,7 +3,13 @@
 //! One PostgreSQL for all rounds; the receivers keep their slots, and each is caught up and the only synchronous standby
 //! before the clock runs. Every page has had its full-page image, and no checkpoint comes, so that all runs write alike.
 
-use crate::{options::Options, stats::Series, table, workload::settle_disk};
+use crate::{
+    meter::{self, Meter},
+    options::Options,
+    stats::Series,
+    table,
+    workload::settle_disk,
+};
 use klio_tests::{postgres::Postgres, process::Running, scratch::Scratch, site::Site};
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
@@ -16,6 +22,9 @@ enum Way {
 
 const WAYS: [Way; 3] = [Way::Alone, Way::Receivewal, Way::Klio];
 const CLIENTS: [u32; 2] = [1, 16];
+
+/// Processes of which the CPU time is counted.
+const ROLES: [&str; 4] = ["walsender", "receiver", "server", "queue"];
 
 impl Way {
     fn name(self) -> &'static str {
@@ -37,11 +46,13 @@ impl Way {
 }
 
 /// One pgbench run.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Run {
     tps: f64,
     p50_ms: f64,
     p99_ms: f64,
+    /// CPU time by role, in microseconds a transaction.
+    cpu_us: BTreeMap<&'static str, f64>,
 }
 
 struct Stage {
@@ -62,7 +73,7 @@ pub async fn run(options: &Options) {
         for way in order.into_iter().filter(|w| options.with_klio() || *w != Way::Klio) {
             let receiver = stage.begin(way).await;
             for clients in CLIENTS {
-                let run = stage.pgbench(clients).await;
+                let run = stage.pgbench(clients, receiver.as_ref()).await;
                 eprintln!(
                     "sync_commit round {}: {}, {clients} clients: {run:.2?}",
                     round + 1,
@@ -138,8 +149,24 @@ impl Stage {
         self.pg.wait_true("SELECT count(*) = 0 FROM pg_stat_replication").await;
     }
 
-    async fn pgbench(&mut self, clients: u32) -> Run {
+    /// The processes between a commit and its confirmation.
+    async fn meter(&mut self, receiver: Option<&Running>) -> Meter {
+        let mut meter = Meter::default();
+        let Some(receiver) = receiver else { return meter };
+        meter.watch("receiver", receiver.pid());
+        let walsender = self.pg.value("SELECT pid FROM pg_stat_replication").await;
+        meter.watch("walsender", walsender.parse().expect("a process id"));
+        if let Some(site) = &mut self.site {
+            meter.watch("server", site.server().pid());
+            let queue = meter::child(site.server(), "nats-server");
+            queue.into_iter().for_each(|pid| meter.watch("queue", pid));
+        }
+        meter
+    }
+
+    async fn pgbench(&mut self, clients: u32, receiver: Option<&Running>) -> Run {
         self.runs += 1;
+        let mut meter = self.meter(receiver).await;
         let prefix = self.scratch.join("logs").join(format!("run{}", self.runs));
         let (clients, seconds) = (clients.to_string(), self.seconds.to_string());
         let prefix_text = prefix.display().to_string();
@@ -147,8 +174,16 @@ impl Stage {
         let args =
             ["-n", "-N", "-M", "prepared", "-c", &clients, "-T", &seconds, "--log", &prefix_option];
         let report = self.pg.pgbench(&args).await.stdout;
+        meter.sample();
         let latency = latencies(&prefix);
-        Run { tps: tps(&report), p50_ms: latency.median(), p99_ms: latency.quantile(0.99) }
+        let transactions = latency.len();
+        let cpu_us = meter.cpu().into_iter().map(|(role, s)| (role, s * 1e6 / transactions));
+        Run {
+            tps: tps(&report),
+            p50_ms: latency.median(),
+            p99_ms: latency.quantile(0.99),
+            cpu_us: cpu_us.collect(),
+        }
     }
 }
 
@@ -209,4 +244,23 @@ fn print(rounds: &BTreeMap<(Way, u32), Vec<Run>>, options: &Options) {
     );
     let head = ["clients", "standby", "TPS", "ratio", "p50, ms", "p99, ms", "p99 ratio"];
     table::print(&title, &head, &rows);
+    print_cost(rounds);
+}
+
+fn print_cost(rounds: &BTreeMap<(Way, u32), Vec<Run>>) {
+    let mut rows = Vec::new();
+    for ((way, clients), runs) in rounds.iter().filter(|((way, _), _)| *way != Way::Alone) {
+        // Klio's server runs on while the others are measured, and has nothing to do.
+        let roles = if *way == Way::Klio { &ROLES[..] } else { &ROLES[..2] };
+        let cpu = |role: &str| -> String {
+            let series: Series = runs.iter().filter_map(|r| r.cpu_us.get(role).copied()).collect();
+            series.show(0)
+        };
+        let mut row = vec![clients.to_string(), way.name().to_owned()];
+        row.extend(roles.iter().map(|role| cpu(role)));
+        row.resize(2 + ROLES.len(), "-".to_owned());
+        rows.push(row);
+    }
+    let head = ["clients", "standby", "walsender", "receiver or sidecar", "server", "queue"];
+    table::print("CPU time of a synchronous commit, in microseconds", &head, &rows);
 }
