@@ -278,6 +278,20 @@ fn report(served: Result<(), tonic::transport::Error>) {
 }
 
 impl Running {
+    /// Resolves when a task that the server cannot be without has ended by itself, with its name.
+    pub async fn broken(&mut self) -> &'static str {
+        let tasks = self.tasks.iter_mut().chain(&mut self.background);
+        let ends = tasks.map(|(name, handle)| {
+            Box::pin(async move {
+                if let Err(error) = handle.await {
+                    tracing::error!(task = *name, %error, "task ended");
+                }
+                *name
+            })
+        });
+        futures::future::select_all(ends).await.0
+    }
+
     /// Stops in order; returns within [`DRAIN_TIMEOUT`].
     pub async fn stop(mut self) {
         let deadline = tokio::time::Instant::now() + DRAIN_TIMEOUT;
@@ -288,6 +302,9 @@ impl Running {
         }
         self.back.cancel();
         for (name, mut handle) in self.background.into_iter().chain(self.tasks) {
+            if handle.is_finished() {
+                continue;
+            }
             if tokio::time::timeout_at(deadline, &mut handle).await.is_err() {
                 tracing::warn!(task = name, "did not end in time");
                 handle.abort();

@@ -65,7 +65,37 @@ impl Source {
         match (self.find_in_tier2(cluster, file).await, trouble) {
             // Tier 1 has it and cannot give it: that is no absence, whatever tier 2 says (P7).
             (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
+            (Err(absent), None) if Code::of(&absent) == Code::NotFound => {
+                Err(self.why_absent(cluster, file, absent).await)
+            }
             (answer, _) => answer,
+        }
+    }
+
+    /// An absence that would end a recovery by mistake is another error: WAL that was lost with more
+    /// behind it, or a cluster of which there is nothing at all (P7).
+    async fn why_absent(&self, cluster: &ClusterName, file: WalFile, absent: Status) -> Status {
+        let Some(pinned) = self.store.pinned(cluster) else {
+            let stored = match &self.tier2 {
+                Some(tier2) => tier2.list_wal(cluster).await.map(|files| files.len()),
+                None => Ok(0),
+            };
+            return match stored {
+                Ok(0) => Code::Invalid.status(format!("no WAL of a cluster {cluster} is here")),
+                Ok(_) => absent,
+                Err(_) => Code::Unavailable.status(format!("read {file}: tier 2 did not answer")),
+            };
+        };
+        let WalFile::Segment(name) = file else { return absent };
+        let Some(start) = name.start_lsn(pinned.segment_size) else { return absent };
+        let gaps = self.store.gaps(cluster);
+        match gaps.iter().find(|g| g.timeline == name.timeline() && g.from <= start && start < g.to)
+        {
+            Some(gap) => Code::Gap.status(format!(
+                "{file} was lost: PostgreSQL removed WAL from {} to {} before it was received",
+                gap.from, gap.to
+            )),
+            None => absent,
         }
     }
 

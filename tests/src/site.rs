@@ -23,7 +23,7 @@ use std::{
 };
 
 /// Two cores, parallel tests and debug builds: what takes a second alone may take many here.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A server with its folder.
 pub struct Site {

@@ -29,11 +29,8 @@ async fn follow(pg: Postgres, megabytes: u64) {
     site.start().await;
     let _stream = site.stream(&pg);
     let size = pg.segment_size().await;
-    eventually("the stream to begin", PATIENCE, || async {
-        site.status().await.is_some_and(|s| s["connected"] == true)
-    })
-    .await;
-    let first = site.lsn("flushed_lsn").await.expect("a position").segment_start(size);
+    let first = eventually("a position", PATIENCE, || site.lsn("flushed_lsn")).await;
+    let first = first.segment_start(size);
     pg.write_wal(megabytes << 20).await;
     let end = pg.switch_wal().await;
     pg.write_wal(1).await;

@@ -35,11 +35,13 @@ pub async fn run(args: &RunArgs, debug: bool) -> anyhow::Result<()> {
 async fn serve(config: Config, telemetry: &klio_telemetry::Telemetry) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let running = app::start(config, telemetry).await?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-    }
+    let mut running = app::start(config, telemetry).await?;
+    let outcome = tokio::select! {
+        _ = terminate.recv() => { tracing::info!("SIGTERM: stopping"); Ok(()) }
+        _ = interrupt.recv() => { tracing::info!("SIGINT: stopping"); Ok(()) }
+        // Half a server would look alive to its supervisor: end, so that it is started again.
+        name = running.broken() => Err(anyhow::anyhow!("task {name} ended by itself")),
+    };
     running.stop().await;
-    Ok(())
+    outcome
 }

@@ -18,6 +18,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+use tokio::sync::Notify;
 
 /// Problems listed for one cluster; a thousand say no more than ten.
 const PROBLEMS_SHOWN: usize = 10;
@@ -27,6 +28,7 @@ const PROBLEMS_SHOWN: usize = 10;
 pub struct Archives {
     files: Arc<dyn Tier1Files>,
     clusters: Arc<Mutex<BTreeMap<ClusterName, Arc<Cluster>>>>,
+    appeared: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -61,7 +63,7 @@ impl Archives {
     /// Over this tier 1. Reads one small file for each cluster, so that what earlier runs archived is
     /// known before anybody asks; blocking. What waits is known when a cluster is loaded.
     pub fn new(files: Arc<dyn Tier1Files>) -> Self {
-        let this = Self { files, clusters: Arc::default() };
+        let this = Self { files, clusters: Arc::default(), appeared: Arc::default() };
         for name in this.files.clusters().unwrap_or_default() {
             lock(&this.cluster(&name).state).archive = this.known(&name);
         }
@@ -82,6 +84,11 @@ impl Archives {
     pub fn listener(&self) -> Listener {
         let this = self.clone();
         Arc::new(move |job| this.sealed(job))
+    }
+
+    /// Resolves when a cluster seals its first file: its archive begins at once. Cancel-safe.
+    pub(super) async fn appeared(&self) {
+        self.appeared.notified().await;
     }
 
     /// What is known of a cluster now.
@@ -113,6 +120,9 @@ impl Archives {
     fn sealed(&self, job: &Job) {
         let cluster = self.cluster(&job.cluster);
         let mut state = lock(&cluster.state);
+        if state.archive.is_none() {
+            self.appeared.notify_one();
+        }
         if let Some(archive) = &mut state.archive {
             archive.hold([job.file]);
             // A comparison was quicker: the queue may drop this job as one it had, and nothing would

@@ -28,7 +28,7 @@ use klio_storage::{
     tier2::Tier2,
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -169,10 +169,22 @@ pub struct Parts {
 pub fn start(config: &ConsumerConfig, parts: Parts, cancel: CancellationToken) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let every = Duration::from_secs(config.reconcile_interval_seconds.into());
-    tasks.spawn(reconcile::run(parts.clone(), every, cancel.clone()));
+    tasks.spawn(keep_reconciling(parts.clone(), every, cancel.clone()));
     let slots = Arc::new(Semaphore::new(config.uploads));
     tasks.spawn(follow_clusters(parts, slots, config.uploads_per_cluster, cancel));
     tasks
+}
+
+/// Starts the reconciler again should it end by a bug: nothing else finds what was lost (P4).
+async fn keep_reconciling(parts: Parts, every: Duration, cancel: CancellationToken) {
+    while !cancel.is_cancelled() {
+        let mut task = JoinSet::new();
+        task.spawn(reconcile::run(parts.clone(), every, cancel.clone()));
+        if let Some(Err(error)) = task.join_next().await {
+            tracing::error!(%error, "the reconciler ended; it is started again");
+            tokio::time::sleep(CLUSTERS_INTERVAL).await;
+        }
+    }
 }
 
 /// One worker for each cluster, as clusters appear.
@@ -183,19 +195,31 @@ async fn follow_clusters(
     cancel: CancellationToken,
 ) {
     let mut workers = JoinSet::new();
+    let mut names = HashMap::new();
     let mut known = BTreeSet::new();
     let mut tick = tokio::time::interval(CLUSTERS_INTERVAL);
     loop {
         tokio::select! {
             () = cancel.cancelled() => break,
             _ = tick.tick() => {}
+            () = parts.archives.appeared() => {}
+            Some(ended) = workers.join_next_with_id() => {
+                // A worker ends only by `cancel` or by a bug; offloading must go on (P5).
+                let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+                if let Some(cluster) = names.remove(&id) {
+                    tracing::error!(%cluster, "the cluster's offload worker ended; it is started again");
+                    known.remove(&cluster);
+                }
+                continue;
+            }
         }
         for cluster in clusters(&parts).await {
             if known.insert(cluster.clone()) {
                 load(&parts, &cluster).await;
+                let name = cluster.clone();
                 let worker =
                     wal::Worker::new(parts.clone(), cluster, Arc::clone(&slots), per_cluster);
-                workers.spawn(worker.run(cancel.clone()));
+                names.insert(workers.spawn(worker.run(cancel.clone())).id(), name);
             }
         }
     }

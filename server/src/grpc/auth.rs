@@ -154,6 +154,7 @@ impl Auth {
             if entry.admin {
                 return Ok(Role::Admin);
             }
+            return Err(Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing")));
         }
         if unit == Some(ADMIN_UNIT) {
             return Ok(Role::Admin);
