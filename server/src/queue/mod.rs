@@ -34,6 +34,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -68,9 +69,21 @@ struct Shared {
     messages: AtomicU64,
     bytes: AtomicU64,
     problem: Mutex<Option<String>>,
+    /// Since when every publish has failed, and how many did.
+    failing: Mutex<Option<(Instant, u32)>>,
 }
 
 impl Shared {
+    /// Remembers whether publishes go through.
+    fn published(&self, well: bool) {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        *failing = match *failing {
+            _ if well => None,
+            Some((since, count)) => Some((since, count.saturating_add(1))),
+            None => Some((Instant::now(), 1)),
+        };
+    }
+
     fn set_problem(&self, problem: Option<String>) {
         *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
@@ -120,6 +133,7 @@ impl Queue {
             messages: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             problem: Mutex::new(Some("starting".into())),
+            failing: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
         let (state, config) = (Arc::clone(&shared), config.clone());

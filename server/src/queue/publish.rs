@@ -121,7 +121,11 @@ pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<()
         let sent = tokio::time::timeout(ANSWER_WITHIN, send(&jetstream, job)).await;
         sent.unwrap_or_else(|_| Err(fail(&"no answer in time")))
     };
-    send.instrument(span).await
+    let outcome = send.instrument(span).await;
+    // A queue that is full by its own limit works as it should.
+    let full = outcome.as_ref().is_err_and(|e| e.to_string().contains("maximum bytes exceeded"));
+    shared.published(outcome.is_ok() || full);
+    outcome
 }
 
 async fn send(jetstream: &jetstream::Context, job: &Job) -> Result<(), Error> {

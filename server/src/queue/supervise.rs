@@ -11,7 +11,7 @@ use super::{
 use async_nats::{Client, ConnectOptions, Event, jetstream};
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 use tokio::{sync::Notify, task::JoinSet, time::Instant};
@@ -23,6 +23,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const GOOD_RUN: Duration = Duration::from_secs(60);
 /// How often counts are refreshed and the stream's existence is looked at.
 const TEND_INTERVAL: Duration = Duration::from_secs(2);
+/// Publishes that failed without one that did not, over at least this time.
+const STUCK_FAILURES: u32 = 3;
+const STUCK_AFTER: Duration = Duration::from_secs(4);
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
 /// The embedded server, until cancelled.
@@ -167,6 +170,9 @@ async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<()
             () = lost.notified() => return Err(fail(&"the connection broke")),
             () = tokio::time::sleep(TEND_INTERVAL) => {}
         }
+        if shared.is_stuck() {
+            return Err(fail(&"it answers, and takes no job"));
+        }
         let jetstream = shared.jetstream().ok_or_else(|| fail(&"not connected"))?;
         match jetstream.get_stream(stream::STREAM).await {
             Ok(stream) => shared.count(stream.cached_info()),
@@ -192,6 +198,18 @@ impl Shared {
         self.wanted.all();
         tracing::info!(generation, "the queue is up");
         Ok(())
+    }
+
+    /// Connected, and yet every publish has failed for a while. After a full disk nats-server 2.15 keeps a
+    /// stream closed for writing until it is started again (found by filling one).
+    fn is_stuck(&self) -> bool {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        let stuck =
+            failing.is_some_and(|(since, n)| n >= STUCK_FAILURES && since.elapsed() > STUCK_AFTER);
+        if stuck {
+            *failing = None;
+        }
+        stuck
     }
 
     fn next_generation(&self) {
