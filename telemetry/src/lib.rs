@@ -102,7 +102,8 @@ pub struct Telemetry {
 }
 
 /// Starts everything the environment asks for and installs the process's tracing subscriber, which logs to
-/// stderr. Call it once, inside the multi-thread tokio runtime (OTLP over gRPC needs one).
+/// stderr. Call it once, inside a tokio runtime that is driven until [`Telemetry::shutdown`] has returned (OTLP over gRPC
+/// works on it; exports run on threads of their own, so one thread is enough).
 ///
 /// # Errors
 ///
