@@ -249,7 +249,7 @@ mod tests {
         let mut out = Vec::new();
         for n in 0..pages {
             let at = start + n * PAGE_BYTES;
-            let long = at % u64::from(SEGMENT) == 0;
+            let long = at.is_multiple_of(u64::from(SEGMENT));
             let mut page = vec![0xAB; PAGE_BYTES as usize];
             page[0..2].copy_from_slice(&0xD110u16.to_le_bytes());
             page[2..4].copy_from_slice(&(if long { 2u16 } else { 0 }).to_le_bytes());
