@@ -29,9 +29,10 @@ lint: tools
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) deny --log-level error check bans licenses sources
 
+# The whole workspace, so that dependencies are those of the build before.
 bench: tools
 	$(CARGO) build --release --workspace --bins
-	$(CARGO) bench -p klio-tests
+	$(CARGO) bench --workspace --bench klio
 
 demo: tools
 	@deploy/demo.sh $(DEMO_ARGS)
