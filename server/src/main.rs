@@ -28,10 +28,17 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         }
         Command::Run(args) => {
             let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(workers())
                 .enable_all()
                 .build()
                 .context("start the runtime")?;
             runtime.block_on(run::run(args, cli.debug))
         }
     }
+}
+
+/// Half the cores: the other half writes, syncs and compresses on blocking threads. On two cores a
+/// commit's way through one worker is shorter than through two (measured: docs/benchmarks.md).
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1))
 }
