@@ -9,8 +9,13 @@
 //! | `<cluster>/wal/<timeline>/<segment>.partial.zst` | last, unfinished segment of an ended timeline |
 //! | `<cluster>/wal/<timeline>.history` | history file of a timeline |
 //! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
+//! | `<cluster>/base/…`, `<cluster>/backups/…` | base backups: `layout/base.rs` |
 //!
 //! A name from outside becomes part of a path only through a type of this file, so `../` cannot.
+
+pub mod base;
+
+pub use base::{BackupName, BackupNameError, BaseFile, BaseKind};
 
 use klio_pg::{SegmentName, TimelineId};
 use std::{fmt, str::FromStr};

@@ -7,6 +7,8 @@ pub mod catalog;
 pub mod disk;
 pub mod error;
 pub mod layout;
+pub mod record;
+pub mod repository;
 pub mod testing;
 pub mod tier2;
 pub mod wal;

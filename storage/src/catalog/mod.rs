@@ -1,8 +1,16 @@
 //! What exists: facts derived from both tiers, kept so that they survive a restart.
 //!
-//! Pure where it decides; what it writes is a cache that both tiers can rebuild (P4).
+//! Pure where it decides; what it writes is a cache that both tiers can rebuild (P4), or a record that
+//! is never changed.
 
 pub mod archive;
 pub mod archive_file;
+pub mod backup;
+pub mod holdings;
 
 pub use archive::{Archive, Frontier, Totals};
+pub use backup::{
+    BackupRecord, BadPage, Damage, DrillOutcome, MaintenanceOutcome, PagesRecord, TablespaceRecord,
+    VerifyOutcome,
+};
+pub use holdings::{Holdings, KnownGap, Run, TimelineHoldings};

@@ -1,36 +1,13 @@
 //! The small JSON files of a cluster: `cluster.json` and `gaps.json`.
 //!
-//! | field | what |
-//! |---|---|
-//! | `format` | version of the file's format, 1 |
-//! | `crc32c` | checksum of `body` written without white space, eight hexadecimal digits |
-//! | `body` | the record |
+//! The shape is that of `crate::record`.
 //!
 //! Read by hand with any JSON tool. Replaced as a whole, durably, never written into.
 
 use super::types::{Gap, Pinned};
-use crate::{
-    Error, Kind, Op,
-    disk::{Disk, durable, read_small},
-};
+use crate::{Error, Kind, Op, disk::Disk, record};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{io, path::Path};
-
-const FORMAT: u32 = 1;
-/// Far more than a cluster's gaps ever take.
-const LIMIT_BYTES: u64 = 16 << 20;
-
-#[derive(Deserialize)]
-struct Version {
-    format: u32,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Stamped<T> {
-    format: u32,
-    crc32c: String,
-    body: T,
-}
+use std::path::Path;
 
 /// `cluster.json`. The identifier is text, as many JSON readers round large numbers.
 #[derive(Serialize, Deserialize)]
@@ -40,61 +17,33 @@ struct PinnedRecord {
     postgres_version: u32,
 }
 
-fn stamp<T: Serialize>(body: &T) -> Result<String, serde_json::Error> {
-    Ok(format!("{:08x}", crc32c::crc32c(&serde_json::to_vec(body)?)))
-}
+const HINT: &str =
+    "restore the file from tier 2 or a copy; nothing is written for this cluster until then";
 
 fn corrupt(path: &Path, detail: impl std::fmt::Display) -> Error {
-    Error::new(Kind::Corrupt, Op::Read, path.display(), detail).hint(
-        "restore the file from tier 2 or a copy; nothing is written for this cluster until then",
-    )
+    Error::new(Kind::Corrupt, Op::Read, path.display(), detail).hint(HINT)
 }
 
 fn load<T: Serialize + DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, Error> {
-    let bytes = match read_small(disk, path, LIMIT_BYTES) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(Op::Read, path, e)),
-    };
-    let version: Version = serde_json::from_slice(&bytes).map_err(|e| corrupt(path, e))?;
-    if version.format != FORMAT {
-        let found = version.format;
-        return Err(corrupt(path, format!("expected format version {FORMAT}, found {found}")));
-    }
-    let record: Stamped<T> = serde_json::from_slice(&bytes).map_err(|e| corrupt(path, e))?;
-    let expected = stamp(&record.body).map_err(|e| corrupt(path, e))?;
-    if record.crc32c != expected {
-        let found = record.crc32c;
-        return Err(corrupt(path, format!("expected checksum {expected}, found {found:?}")));
-    }
-    Ok(Some(record.body))
-}
-
-fn store<T: Serialize>(disk: &dyn Disk, path: &Path, body: &T) -> Result<(), Error> {
-    let failed = |e| Error::new(Kind::Invalid, Op::Write, path.display(), e);
-    let crc32c = stamp(body).map_err(failed)?;
-    let mut text =
-        serde_json::to_vec_pretty(&Stamped { format: FORMAT, crc32c, body }).map_err(failed)?;
-    text.push(b'\n');
-    durable::overwrite(disk, path, &text)
+    record::load(disk, path).map_err(|e| if e.kind == Kind::Corrupt { e.hint(HINT) } else { e })
 }
 
 /// Reads `cluster.json`; `None` when there is none.
 pub(super) fn load_pinned(disk: &dyn Disk, path: &Path) -> Result<Option<Pinned>, Error> {
-    let Some(record) = load::<PinnedRecord>(disk, path)? else { return Ok(None) };
-    let system_identifier = record.system_identifier.parse().map_err(|e| corrupt(path, e))?;
-    let segment_size = record.segment_size.try_into().map_err(|e| corrupt(path, e))?;
-    Ok(Some(Pinned { system_identifier, segment_size, postgres_version: record.postgres_version }))
+    let Some(body) = load::<PinnedRecord>(disk, path)? else { return Ok(None) };
+    let system_identifier = body.system_identifier.parse().map_err(|e| corrupt(path, e))?;
+    let segment_size = body.segment_size.try_into().map_err(|e| corrupt(path, e))?;
+    Ok(Some(Pinned { system_identifier, segment_size, postgres_version: body.postgres_version }))
 }
 
 /// Writes `cluster.json`.
 pub(super) fn store_pinned(disk: &dyn Disk, path: &Path, pinned: &Pinned) -> Result<(), Error> {
-    let record = PinnedRecord {
+    let body = PinnedRecord {
         system_identifier: pinned.system_identifier.to_string(),
         segment_size: pinned.segment_size.as_u32(),
         postgres_version: pinned.postgres_version,
     };
-    store(disk, path, &record)
+    record::store(disk, path, &body)
 }
 
 /// Reads `gaps.json`; empty when there is none.
@@ -104,13 +53,16 @@ pub(super) fn load_gaps(disk: &dyn Disk, path: &Path) -> Result<Vec<Gap>, Error>
 
 /// Writes `gaps.json`.
 pub(super) fn store_gaps(disk: &dyn Disk, path: &Path, gaps: &Vec<Gap>) -> Result<(), Error> {
-    store(disk, path, gaps)
+    record::store(disk, path, gaps)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::SimDisk;
+    use crate::{
+        disk::{SimDisk, durable, read_small},
+        record::LIMIT_BYTES,
+    };
     use klio_pg::{Lsn, SegmentSize, TimelineId};
 
     fn pinned() -> Pinned {
