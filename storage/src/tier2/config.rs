@@ -12,6 +12,7 @@ use url::Url;
 #[serde(deny_unknown_fields)]
 pub struct Tier2Config {
     /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///folder`.
+    #[serde(default)]
     pub url: String,
     /// Where the store is, for S3-compatible stores, emulators and proxies: `https://host:port`.
     /// `http://` is possible here and nowhere else.

@@ -62,12 +62,7 @@ impl Tier2 {
         let path = self.path(Op::Download, key)?;
         self.require_folder(Op::Download, key)?;
         match self.store.get(&path).await {
-            Ok(object) => Ok(Download {
-                size: object.meta.size,
-                place: self.place(key),
-                left: object.range.end - object.range.start,
-                chunks: object.into_stream(),
-            }),
+            Ok(object) => Ok(self.downloading(key, object)),
             Err(object_store::Error::NotFound { .. }) => Err(self.why_missing(key, &path).await),
             Err(error) => Err(classify(Op::Download, &self.place(key), error)),
         }
@@ -90,7 +85,16 @@ impl Tier2 {
         }
     }
 
-    async fn why_missing(&self, key: &str, path: &Path) -> Error {
+    pub(super) fn downloading(&self, key: &str, object: object_store::GetResult) -> Download {
+        Download {
+            size: object.meta.size,
+            place: self.place(key),
+            left: object.range.end - object.range.start,
+            chunks: object.into_stream(),
+        }
+    }
+
+    pub(super) async fn why_missing(&self, key: &str, path: &Path) -> Error {
         let fail = |kind, detail| Error::new(kind, Op::Download, self.place(key), detail);
         if let Err(error) = self.require_folder(Op::Download, key) {
             return error;

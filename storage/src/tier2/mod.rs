@@ -7,7 +7,8 @@
 //! U3  an object is whole or absent: a failed upload leaves nothing under the key;
 //! U4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
 //!
-//! Memory of all uploads together is bounded by `upload_memory`. Nothing is ever deleted here.
+//! Memory of all uploads together is bounded by `upload_memory`. What may replace or remove is in
+//! `objects.rs`, and nowhere else.
 //! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
 
 mod compare;
@@ -18,6 +19,7 @@ mod fetch;
 mod http;
 mod list;
 mod local;
+mod objects;
 mod open;
 mod transfer;
 
@@ -29,6 +31,7 @@ pub use digest::{Hasher, Sha256Sum, Sha256SumError};
 pub use fetch::Download;
 pub use list::StoredObject;
 pub use local::Source;
+pub use objects::ListedObject;
 pub use transfer::{Outcome, Uploaded};
 
 use crate::{Error, Kind, Op};
