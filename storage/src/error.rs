@@ -121,6 +121,13 @@ impl Error {
         self
     }
 
+    /// Names the place, where the one who failed did not know it.
+    #[must_use]
+    pub fn at(mut self, place: impl fmt::Display) -> Self {
+        self.place = place.to_string();
+        self
+    }
+
     /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {

@@ -4,6 +4,7 @@
 //! and no exporter: callers pass bytes in and get facts and errors out.
 
 pub mod catalog;
+pub mod crypt;
 pub mod disk;
 pub mod error;
 pub mod layout;
