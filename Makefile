@@ -1,7 +1,7 @@
 # What a person types. `.ci/run` calls `make lint` and `make test`, so that a green machine and a green CI mean the same.
 CARGO ?= cargo
 
-.PHONY: help tools build test lint bench demo docs clean
+.PHONY: help tools build test lint bench soak demo docs clean
 
 help:
 	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
@@ -9,6 +9,7 @@ help:
 	@echo 'make test    everything that can be tested on this machine'
 	@echo 'make lint    formatting, clippy, licences and sources of dependencies'
 	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
+	@echo 'make soak    restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random)'
 	@echo 'make demo    a narrated run of the whole on scratch directories'
 	@echo 'make docs    write the generated references below docs/'
 	@echo 'make clean   build output and installed tools of this tree'
@@ -29,10 +30,15 @@ lint: tools
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) deny --log-level error check bans licenses sources
 
-# The whole workspace, so that dependencies are those of the build before.
-bench: tools
+# The whole workspace, so that dependencies are those of the build before. Needs pgBackRest besides the usual tools.
+bench:
+	@deploy/tools/install.sh --bench
 	$(CARGO) build --release --workspace --bins
 	$(CARGO) bench --workspace --bench klio
+
+# Debug programs: their assertions look harder. KLIO_BIN_DIR names others.
+soak: build
+	$(CARGO) run --quiet -p klio-tests --bin klio-soak -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(SOAK_ARGS)
 
 demo: tools
 	@deploy/demo.sh $(DEMO_ARGS)

@@ -2,6 +2,7 @@
 # Brings in what building and testing Klio needs on Debian 12. Idempotent; silent and fast when nothing is missing.
 #   - Debian packages through apt-get, only those whose programs are missing (root, or sudo)
 #   - nats-server, promtool and PostgreSQL 16, 17, 18 into .tools/ (pinned, checksums verified); nothing is started
+#   - with --bench also pgBackRest, which the benchmarks compare with (its unit comes disabled, and nothing starts it)
 # What must stay true: no download is used before its checksum is verified; a half-done step is done again, never trusted;
 # no PostgreSQL cluster and no service is created or started on the machine.
 set -euo pipefail
@@ -48,7 +49,7 @@ apt_install() {
 
 postgres_15() {
     local program missing=""
-    for program in postgres initdb pg_ctl pgbench pg_waldump pg_receivewal pg_basebackup pg_amcheck; do
+    for program in postgres initdb pg_ctl pgbench pg_waldump pg_receivewal pg_basebackup pg_amcheck pg_checksums; do
         [ -x "$PG15_BIN/$program" ] || missing=1
     done
     [ -n "$missing" ] || return 0
@@ -70,6 +71,22 @@ debian_packages() {
     [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
     postgres_15
+}
+
+# docs/disaster.md restores with these; restic reads compressed repositories (format 2) from 0.14 on.
+check_disaster_tools() {
+    restic version 2>/dev/null | grep -Eq '^restic (0\.(1[4-9]|[2-9][0-9])|[1-9])' \
+        || die "expected restic 0.14 or newer, found: $(restic version 2>&1 | head -n 1)" "install Debian's package restic"
+    age --version >/dev/null 2>&1 || die "age does not run: $(command -v age)"
+    zstd --version >/dev/null 2>&1 || die "zstd does not run: $(command -v zstd)"
+}
+
+# Installed, not unpacked: PostgreSQL runs it as archive_command and restore_command, as another user. Debian's package
+# makes /var/{lib,log,spool}/pgbackrest and a disabled unit; the benchmarks use none of these.
+bench_peer() {
+    have pgbackrest || apt_install pgbackrest
+    pgbackrest version | grep -Eq '^pgBackRest 2\.(4[0-9]|[5-9][0-9])' \
+        || die "expected pgBackRest 2.40 or newer, found: $(pgbackrest version)"
 }
 
 # promtool is taken out of its package, not installed with it: the package would start and enable a Prometheus service.
@@ -178,10 +195,18 @@ rust() {
 }
 
 main() {
+    local bench=""
+    case "${1:-}" in
+        '') ;;
+        --bench) bench=1 ;;
+        *) die "unknown argument $1" "usage: deploy/tools/install.sh [--bench]" ;;
+    esac
     mkdir -p "$TOOLS/bin"
     [ -e "$TOOLS/pg" ] || mkdir -p "$TOOLS/pg"
     chmod a+rx "$TOOLS" "$TOOLS/bin"
     debian_packages
+    check_disaster_tools
+    [ -z "$bench" ] || bench_peer
     promtool
     nats_server
     local major
