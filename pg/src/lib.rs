@@ -3,15 +3,28 @@
 //! A leaf: pure functions over values and bytes. No I/O, no clock, no runtime, no other Klio crate.
 //! Everything here parses what a stranger sent, so every parser returns an error instead of panicking.
 
+mod backup_label;
+mod checksum;
+mod control;
 mod lsn;
 mod page;
+mod relation;
 mod replication;
 mod segment;
 mod size;
 mod timeline;
+mod wal_record;
+mod wal_xact;
 
+pub use backup_label::{
+    BackupLabel, BackupLabelError, TABLESPACE_MAP_FILE, TablespaceEntry, format_tablespace_map,
+    parse_tablespace_map,
+};
+pub use checksum::{PageHeader, page_checksum};
+pub use control::{ControlError, ControlFile};
 pub use lsn::{Lsn, ParseLsnError};
 pub use page::{PAGE_BYTES, PageChecker, PageError, PageExpectation};
+pub use relation::{Fork, RelationFile};
 pub use replication::{
     MessageError, PrimaryKeepalive, ReplicationMessage, StatusUpdate, XLogData, decode_message,
     encode_status, pg_micros_from_unix, unix_micros_from_pg,
@@ -19,3 +32,4 @@ pub use replication::{
 pub use segment::{ParseSegmentError, SegmentName, SegmentSize, SegmentSizeError};
 pub use size::ByteSize;
 pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};
+pub use wal_record::{Found, Landmark, RecordWalker};

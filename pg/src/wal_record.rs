@@ -1,0 +1,408 @@
+//! Walks the records of WAL and tells what a recovery target can name: commits and aborts with their time
+//! and transaction, and restore points.
+//!
+//! Sources: `src/include/access/xlogrecord.h`, `xlog_internal.h`, `xact.h`, `catalog/pg_control.h` of
+//! PostgreSQL 15 to 18. Little endian. A record:
+//!
+//! | bytes | field | |
+//! |---|---|---|
+//! | 0..4 | xl_tot_len | with this header; 0 where WAL ends |
+//! | 4..8 | xl_xid | |
+//! | 8..16 | xl_prev | start of the record before |
+//! | 16 | xl_info | upper half: which record of the resource manager |
+//! | 17 | xl_rmid | 0 XLOG, 1 XACT |
+//! | 20..24 | xl_crc | CRC-32C of what follows the header, then of bytes 0..20 |
+//! | 24.. | block headers, then their bytes, then main data | |
+//!
+//! Records begin at multiples of 8; page headers lie between their bytes. After XLOG_SWITCH the next one is
+//! in the next segment. Pushed bytes must continue each other; memory does not grow with a record's size.
+//! As in PostgreSQL, the first record that is not whole and right is the end of WAL.
+
+use crate::{
+    Lsn, PAGE_BYTES, SegmentSize,
+    replication::unix_micros_from_pg,
+    wal_xact::{self, Kept},
+};
+
+const SHORT_HEADER: usize = 24;
+const LONG_HEADER: usize = 40;
+const RECORD_HEADER: usize = 24;
+const CONTINUES: u16 = 0x0001;
+/// The record before was cut off by a crash and begins anew (XLP_FIRST_IS_OVERWRITE_CONTRECORD).
+const OVERWRITES: u16 = 0x0008;
+const RM_XLOG: u8 = 0;
+const RM_XACT: u8 = 1;
+const XLOG_SWITCH: u8 = 0x40;
+const XLOG_RESTORE_POINT: u8 = 0x70;
+/// XLogRecordMaxSize: PostgreSQL writes none that is larger.
+const RECORD_BYTES_MAX: u32 = 1020 << 20;
+
+/// How a transaction ended, or a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Landmark {
+    /// A transaction committed.
+    Commit {
+        /// Its top-level id; of a prepared one, the id it was prepared with, where the record is short
+        /// enough to tell.
+        xid: u32,
+        /// Microseconds since 1970, in PostgreSQL's clock.
+        unix_micros: i64,
+    },
+    /// A transaction was rolled back.
+    Abort {
+        /// As of a commit.
+        xid: u32,
+        /// As of a commit.
+        unix_micros: i64,
+    },
+    /// `pg_create_restore_point`.
+    RestorePoint {
+        /// Its name.
+        name: String,
+        /// Microseconds since 1970, in PostgreSQL's clock.
+        unix_micros: i64,
+    },
+}
+
+impl Landmark {
+    /// Microseconds since 1970, in PostgreSQL's clock.
+    pub const fn unix_micros(&self) -> i64 {
+        match self {
+            Landmark::Commit { unix_micros, .. }
+            | Landmark::Abort { unix_micros, .. }
+            | Landmark::RestorePoint { unix_micros, .. } => *unix_micros,
+        }
+    }
+
+    /// Whether a recovery to a time can stop here: before a commit or an abort, never at a restore point
+    /// (`recoveryStopsBefore` in `xlogrecovery.c`).
+    pub const fn stops_by_time(&self) -> bool {
+        matches!(self, Landmark::Commit { .. } | Landmark::Abort { .. })
+    }
+}
+
+/// Where a landmark is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// First byte of its record: what `recovery_target_lsn` is compared with.
+    pub lsn: Lsn,
+    /// One past its record.
+    pub end: Lsn,
+    /// What it is.
+    pub landmark: Landmark,
+}
+
+/// Where in a record, or between records, the next byte lies.
+#[derive(Debug)]
+enum State {
+    /// The end of a record whose beginning was not seen: bytes left.
+    Skip(u64),
+    /// Before a record, or some of its bytes are there.
+    Record(Box<Partial>),
+    /// After XLOG_SWITCH: the rest of the segment means nothing.
+    ToSegmentEnd,
+    /// No record from here on.
+    Ended(&'static str),
+}
+
+#[derive(Debug)]
+struct Partial {
+    start: Lsn,
+    header: [u8; RECORD_HEADER],
+    got: u64,
+    total: u64,
+    crc: u32,
+    kept: Kept,
+    keep: bool,
+}
+
+impl Partial {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            start: Lsn::ZERO,
+            header: [0; RECORD_HEADER],
+            got: 0,
+            total: 0,
+            crc: 0,
+            kept: Kept::default(),
+            keep: false,
+        })
+    }
+    fn prev(&self) -> Lsn {
+        Lsn::new(number(&self.header[8..16]))
+    }
+    fn info(&self) -> u8 {
+        self.header[16] & 0xF0
+    }
+    fn rmid(&self) -> u8 {
+        self.header[17]
+    }
+    /// PostgreSQL's ValidXLogRecordHeader.
+    fn check_header(&mut self, previous: Option<Lsn>) -> Result<(), &'static str> {
+        self.total = number(&self.header[0..4]);
+        let largest = u64::from(RECORD_BYTES_MAX);
+        if self.total < RECORD_HEADER as u64 || self.total > largest {
+            return Err(if self.total == 0 { "zeros" } else { "a record of an impossible length" });
+        }
+        if previous.is_some_and(|p| p != self.prev()) {
+            return Err("a record that does not follow the one before");
+        }
+        self.keep = match self.rmid() {
+            RM_XACT => true,
+            RM_XLOG => self.info() == XLOG_RESTORE_POINT,
+            _ => false,
+        };
+        Ok(())
+    }
+    fn crc_is_right(&self) -> bool {
+        let crc = crc32c::crc32c_append(self.crc, &self.header[..20]);
+        u64::from(crc) == number(&self.header[20..24])
+    }
+}
+
+/// Little endian.
+pub(crate) fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
+}
+
+/// Finds the landmarks in WAL that is pushed into it.
+#[derive(Debug)]
+pub struct RecordWalker {
+    size: SegmentSize,
+    major: u32,
+    position: Lsn,
+    header: [u8; LONG_HEADER],
+    header_len: usize,
+    state: State,
+    first_page: bool,
+    last: Option<Lsn>,
+    end: Option<Lsn>,
+}
+
+impl RecordWalker {
+    /// A walker whose first byte will be that of the page at `start`, which is best a segment's start.
+    /// A record that began before is passed over.
+    pub fn new(size: SegmentSize, postgres_major: u32, start: Lsn) -> Self {
+        let start = Lsn::new(start.as_u64() - start.as_u64() % PAGE_BYTES);
+        Self {
+            size,
+            major: postgres_major,
+            position: start,
+            header: [0; LONG_HEADER],
+            header_len: 0,
+            state: State::Record(Partial::new()),
+            first_page: true,
+            last: None,
+            end: None,
+        }
+    }
+
+    /// Where the next byte belongs.
+    pub const fn position(&self) -> Lsn {
+        self.position
+    }
+    /// Start of the last whole record.
+    pub const fn last_record(&self) -> Option<Lsn> {
+        self.last
+    }
+    /// One past the last whole record, as PostgreSQL rounds it.
+    pub const fn records_end(&self) -> Option<Lsn> {
+        self.end
+    }
+    /// Why no more records are looked for; `None` while they are.
+    pub const fn ended(&self) -> Option<&'static str> {
+        match self.state {
+            State::Ended(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// Looks at the next bytes, and gives what is found in the order of WAL.
+    pub fn push(&mut self, mut data: &[u8], found: &mut dyn FnMut(Found)) {
+        while !data.is_empty() && self.ended().is_none() {
+            let in_page = self.position.as_u64() % PAGE_BYTES;
+            let header = self.header_bytes();
+            let taken = if matches!(self.state, State::ToSegmentEnd) {
+                self.to_segment_end(data.len())
+            } else if in_page < header as u64 {
+                self.take_page_header(data, header)
+            } else {
+                let left = (PAGE_BYTES - in_page).min(data.len() as u64) as usize;
+                self.take(&data[..left], found)
+            };
+            self.position = self.position.advance(taken as u64);
+            data = &data[taken..];
+            if self.position.offset_in(self.size) == 0 && matches!(self.state, State::ToSegmentEnd)
+            {
+                self.state = State::Record(Partial::new());
+            }
+        }
+    }
+
+    fn header_bytes(&self) -> usize {
+        let page = self.position.as_u64() - self.position.as_u64() % PAGE_BYTES;
+        if Lsn::new(page).offset_in(self.size) == 0 { LONG_HEADER } else { SHORT_HEADER }
+    }
+
+    fn to_segment_end(&self, available: usize) -> usize {
+        let left = self.size.bytes() - self.position.offset_in(self.size);
+        available.min(usize::try_from(left).unwrap_or(usize::MAX))
+    }
+
+    fn take_page_header(&mut self, data: &[u8], whole: usize) -> usize {
+        if self.position.as_u64().is_multiple_of(PAGE_BYTES) {
+            self.header_len = 0;
+        }
+        let take = (whole - self.header_len).min(data.len());
+        self.header[self.header_len..self.header_len + take].copy_from_slice(&data[..take]);
+        self.header_len += take;
+        if self.header_len == whole
+            && let Err(why) = self.check_page()
+        {
+            self.state = State::Ended(why);
+        }
+        take
+    }
+
+    fn check_page(&mut self) -> Result<(), &'static str> {
+        let page = self.position.as_u64() - self.position.as_u64() % PAGE_BYTES;
+        if number(&self.header[0..2]) == 0 {
+            return Err("zeros");
+        }
+        if number(&self.header[8..16]) != page {
+            return Err("a page of another place");
+        }
+        let flags = number(&self.header[2..4]) as u16;
+        let remaining = number(&self.header[16..20]);
+        let continues = flags & CONTINUES != 0;
+        let first = std::mem::replace(&mut self.first_page, false);
+        match &mut self.state {
+            State::Record(partial) if partial.got > 0 => {
+                let left = match partial.got < RECORD_HEADER as u64 {
+                    // xl_tot_len never crosses a page.
+                    true => number(&partial.header[0..4]).saturating_sub(partial.got),
+                    false => partial.total - partial.got,
+                };
+                if flags & OVERWRITES != 0 {
+                    self.state = State::Record(Partial::new());
+                    self.last = None;
+                } else if !continues || remaining != left {
+                    return Err("a record that does not continue");
+                }
+            }
+            State::Record(_) if continues && first => self.state = State::Skip(remaining),
+            State::Record(_) if continues => return Err("a page in the middle of a record"),
+            State::Skip(left) if flags & OVERWRITES != 0 => {
+                *left = 0;
+                self.state = State::Record(Partial::new());
+            }
+            State::Skip(left) if !continues || remaining != *left => {
+                return Err("a record that does not continue");
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Bytes within a page, after its header.
+    fn take(&mut self, data: &[u8], found: &mut dyn FnMut(Found)) -> usize {
+        match &mut self.state {
+            State::Skip(left) => {
+                let take = (*left).min(data.len() as u64);
+                *left -= take;
+                if *left == 0 {
+                    self.state = State::Record(Partial::new());
+                }
+                take as usize
+            }
+            State::Record(partial) if partial.got == 0 => {
+                // Records begin at multiples of 8.
+                let pad = self.position.as_u64().wrapping_neg() % 8;
+                if pad > 0 {
+                    return (pad as usize).min(data.len());
+                }
+                partial.start = self.position;
+                self.take_record(data, found)
+            }
+            State::Record(_) => self.take_record(data, found),
+            State::ToSegmentEnd | State::Ended(_) => data.len(),
+        }
+    }
+
+    fn take_record(&mut self, data: &[u8], found: &mut dyn FnMut(Found)) -> usize {
+        let State::Record(partial) = &mut self.state else { return data.len() };
+        let got = partial.got as usize;
+        if got < RECORD_HEADER {
+            let take = (RECORD_HEADER - got).min(data.len());
+            partial.header[got..got + take].copy_from_slice(&data[..take]);
+            partial.got += take as u64;
+            if partial.got == RECORD_HEADER as u64
+                && let Err(why) = partial.check_header(self.last)
+            {
+                self.state = State::Ended(why);
+            } else if partial.got == partial.total {
+                self.finish(take, found);
+            }
+            return take;
+        }
+        let take = ((partial.total - partial.got).min(data.len() as u64)) as usize;
+        partial.crc = crc32c::crc32c_append(partial.crc, &data[..take]);
+        if partial.keep {
+            partial.kept.push(&data[..take]);
+        }
+        partial.got += take as u64;
+        if partial.got == partial.total {
+            self.finish(take, found);
+        }
+        take
+    }
+
+    fn finish(&mut self, taken: usize, found: &mut dyn FnMut(Found)) {
+        let next = State::Record(Partial::new());
+        let State::Record(partial) = std::mem::replace(&mut self.state, next) else { return };
+        if !partial.crc_is_right() {
+            self.state = State::Ended("a record whose checksum is wrong");
+            return;
+        }
+        let end = self.position.advance(taken as u64);
+        let end = Lsn::new(end.as_u64().next_multiple_of(8));
+        (self.last, self.end) = (Some(partial.start), Some(end));
+        if (partial.rmid(), partial.info()) == (RM_XLOG, XLOG_SWITCH) {
+            let whole = end.offset_in(self.size) == 0;
+            self.end = Some(if whole {
+                end
+            } else {
+                end.segment_start(self.size).advance(self.size.bytes())
+            });
+            if !whole {
+                self.state = State::ToSegmentEnd;
+            }
+        }
+        if let Some(landmark) = self.landmark(&partial) {
+            found(Found { lsn: partial.start, end, landmark });
+        }
+    }
+
+    fn landmark(&self, partial: &Partial) -> Option<Landmark> {
+        let main = partial.keep.then(|| partial.kept.main_data())??;
+        let time = i64::from_le_bytes(main.get(..8)?.try_into().ok()?);
+        let unix_micros = unix_micros_from_pg(time);
+        if partial.rmid() == RM_XLOG {
+            let name = main.get(8..)?;
+            let name = &name[..name.iter().position(|b| *b == 0).unwrap_or(name.len())];
+            let name = String::from_utf8_lossy(name).into_owned();
+            return Some(Landmark::RestorePoint { name, unix_micros });
+        }
+        let header_xid = number(&partial.header[4..8]) as u32;
+        let ending = wal_xact::ending(partial.header[16], main, self.major)?;
+        let xid = ending.prepared_xid.unwrap_or(header_xid);
+        Some(match ending.committed {
+            true => Landmark::Commit { xid, unix_micros },
+            false => Landmark::Abort { xid, unix_micros },
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "wal_record_tests.rs"]
+mod tests;
