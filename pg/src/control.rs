@@ -148,6 +148,18 @@ mod tests {
         bytes
     }
 
+    /// Of `initdb -k` of PostgreSQL 15.
+    #[test]
+    fn a_real_one_is_read() {
+        let control = ControlFile::parse(include_bytes!("../testdata/pg_control_15.bin")).unwrap();
+        assert_eq!((control.format, control.block_size), (1300, 8192));
+        assert_eq!((control.timeline.get(), control.segment_size.bytes()), (1, 16 << 20));
+        assert_eq!((control.relation_segment_blocks, control.checksums), (131_072, true));
+        assert_eq!(control.tablespace_folder(15), "PG_15_202209061");
+        let control = ControlFile::parse(include_bytes!("../testdata/pg_control_18.bin")).unwrap();
+        assert_eq!((control.format, control.block_size, control.checksums), (1800, 8192, true));
+    }
+
     #[test]
     fn both_layouts_are_read() {
         for crc_at in [288, 292] {
