@@ -11,7 +11,7 @@ pub use value::{Secret, parse_duration};
 
 use crate::error::{Error, Failure};
 use klio_pg::ByteSize;
-use klio_storage::layout::ClusterName;
+use klio_storage::{layout::ClusterName, tier2::Tier2Config};
 use serde::Deserialize;
 use std::{
     net::SocketAddr,
@@ -31,6 +31,10 @@ pub struct Config {
     pub postgres: Postgres,
     /// How `klio stream` behaves.
     pub stream: Stream,
+    /// Where a restore reads from, and how WAL is read ahead.
+    pub restore: Restore,
+    /// The bucket's options, as klio-server has them; used with `restore.from` only.
+    pub tier2: Option<Tier2Config>,
     /// HTTP for probes and metrics.
     pub admin: Admin,
     /// Logs, traces and metrics.
@@ -104,6 +108,24 @@ pub struct Stream {
     pub stop_timeout: Duration,
 }
 
+/// `[restore]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Restore {
+    /// The bucket to read from instead of the server: `s3://bucket/prefix` and so on; empty: the server.
+    pub from: String,
+    /// age identity file, for a bucket that is encrypted; empty: none.
+    pub identity: PathBuf,
+    /// Most WAL that is fetched before PostgreSQL asks for it; `0B`: none, and no agent.
+    #[serde(deserialize_with = "value::size")]
+    pub read_ahead: ByteSize,
+    /// Where WAL waits until it is asked for; empty: `.klio` beside `%p`. On the file system of `pg_wal`.
+    pub spool_dir: PathBuf,
+    /// The read-ahead agent ends when nothing was asked for this long.
+    #[serde(deserialize_with = "value::duration")]
+    pub agent_idle: Duration,
+}
+
 /// `[admin]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -164,6 +186,18 @@ impl Default for Stream {
     }
 }
 
+impl Default for Restore {
+    fn default() -> Self {
+        Self {
+            from: String::new(),
+            identity: PathBuf::new(),
+            read_ahead: ByteSize::mib(512),
+            spool_dir: PathBuf::new(),
+            agent_idle: Duration::from_secs(60),
+        }
+    }
+}
+
 impl Default for Telemetry {
     fn default() -> Self {
         Self {
@@ -187,6 +221,8 @@ pub struct Needs {
     pub cluster: bool,
     /// Connection string and slot.
     pub postgres: bool,
+    /// Something to restore from: the bucket of `restore.from`, else the server.
+    pub source: bool,
 }
 
 impl Config {
@@ -216,6 +252,18 @@ impl Config {
             let server = &mut config.server;
             for path in [&mut server.ca, &mut server.cert, &mut server.key] {
                 *path = folder.join(&path);
+            }
+            if let Some(tier2) = &mut config.tier2 {
+                [&mut tier2.ca_file, &mut tier2.service_account_file]
+                    .into_iter()
+                    .flatten()
+                    .for_each(|path| *path = folder.join(&path));
+            }
+            // A flag is relative to where it was typed, and this path can come from one.
+            if flags.iter().all(|(name, _)| *name != "restore.identity")
+                && !config.restore.identity.as_os_str().is_empty()
+            {
+                config.restore.identity = folder.join(&config.restore.identity);
             }
             config.file = Some(file);
         }
@@ -272,8 +320,11 @@ impl Config {
     /// One error that lists every problem.
     pub fn validate(&self, needs: Needs) -> Result<(), Error> {
         let mut problems = Vec::new();
-        if needs.server {
+        if needs.server || (needs.source && self.restore.from.is_empty()) {
             self.server.problems(&mut problems);
+        }
+        if needs.source && !self.restore.from.is_empty() {
+            problems.extend(crate::bucket::settings(self).err().into_iter().flatten());
         }
         if needs.cluster
             && let Err(error) = self.cluster()

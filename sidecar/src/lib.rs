@@ -3,6 +3,7 @@
 //! `streamer` moves WAL and decides nothing that `plan` has not decided; `cli` translates.
 
 pub mod admin;
+pub mod bucket;
 pub mod cli;
 pub mod config;
 pub mod conninfo;

@@ -151,6 +151,27 @@ pub struct WalFetchArgs {
     /// How long to try when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
+    #[command(flatten)]
+    pub source: SourceArgs,
+}
+
+/// Where a restore reads from.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SourceArgs {
+    /// Read the bucket itself instead of the server: s3://bucket/prefix, gs://, az:// or file:///
+    #[arg(long, value_name = "URL")]
+    pub from: Option<String>,
+    /// age identity file, where the bucket is encrypted
+    #[arg(long, value_name = "FILE")]
+    pub identity: Option<String>,
+}
+
+impl SourceArgs {
+    /// As settings.
+    pub fn flags(&self, into: &mut Flags) {
+        into.extend(self.from.clone().map(|v| ("restore.from", v)));
+        into.extend(self.identity.clone().map(|v| ("restore.identity", v)));
+    }
 }
 
 /// `klio slot`
@@ -206,6 +227,7 @@ impl Command {
             Command::Slot(SlotCommand::Show(args) | SlotCommand::Drop(args)) => {
                 postgres(&args.dsn, &args.slot);
             }
+            Command::WalFetch(args) => args.source.flags(into),
             _ => {}
         }
     }

@@ -90,15 +90,18 @@ fn print(text: &str) {
 const fn needs(command: &Command) -> Needs {
     match command {
         Command::Stream(_) | Command::Check(_) => {
-            Needs { server: true, cluster: true, postgres: true }
+            Needs { server: true, cluster: true, postgres: true, source: false }
         }
-        Command::Slot(_) => Needs { server: false, cluster: false, postgres: true },
-        Command::Status(args) => Needs { server: true, cluster: !args.all, postgres: false },
-        Command::List(_) | Command::WalFetch(_) => {
-            Needs { server: true, cluster: true, postgres: false }
+        Command::Slot(_) => Needs { server: false, cluster: false, postgres: true, source: false },
+        Command::Status(args) => {
+            Needs { server: true, cluster: !args.all, postgres: false, source: false }
+        }
+        Command::List(_) => Needs { server: true, cluster: true, postgres: false, source: false },
+        Command::WalFetch(_) => {
+            Needs { server: false, cluster: true, postgres: false, source: true }
         }
         Command::Reference { .. } | Command::Help { .. } => {
-            Needs { server: false, cluster: false, postgres: false }
+            Needs { server: false, cluster: false, postgres: false, source: false }
         }
     }
 }

@@ -13,7 +13,7 @@ on_gap = "stop"
 batch_size = "256KiB"
 "#;
 
-const ALL: Needs = Needs { server: true, cluster: true, postgres: true };
+const ALL: Needs = Needs { server: true, cluster: true, postgres: true, source: false };
 
 fn parse(text: &str) -> Result<Config, Vec<String>> {
     Config::from_layers(Some(text), &[], &[])
@@ -81,6 +81,7 @@ fn every_key_of_the_table_is_a_setting() {
             (_, default) if !default.is_empty() => default.to_owned(),
             ("telemetry.log_format", _) => "json".to_owned(),
             ("admin.listen", _) => "127.0.0.1:1".to_owned(),
+            ("tier2.path_style", _) => "true".to_owned(),
             _ => "pg-1".to_owned(),
         };
         let environment = vec![(key.variable(), value)];

@@ -1,0 +1,124 @@
+//! The bucket of `restore.from` (`--from`), opened without a server: for `restore`, `list`, `wal-fetch`.
+//!
+//! Options are those of the server's `[tier2]` section, so a shell or a file that was made for the server
+//! serves here too. Nothing is ever written. Neither credentials nor identity get into a message.
+
+use crate::{
+    config::Config,
+    error::{Error, Failure},
+};
+use klio_proto::Code;
+use klio_storage::{
+    Kind,
+    crypt::Keys,
+    tier2::{Tier2, Tier2Config},
+};
+
+/// How to reach the bucket of `restore.from`.
+///
+/// # Errors
+/// Every problem, one sentence each.
+pub fn settings(config: &Config) -> Result<Tier2Config, Vec<String>> {
+    let from = config.restore.from.as_str();
+    let known = config.tier2.clone().filter(|known| belongs(&known.url, from));
+    let mut settings = known.unwrap_or_else(|| Tier2Config::new(from));
+    settings.url = from.to_owned();
+    let problems: Vec<String> = settings
+        .validate()
+        .into_iter()
+        .map(|problem| problem.replace("tier2.url", "restore.from (--from)"))
+        .collect();
+    if problems.is_empty() { Ok(settings) } else { Err(problems) }
+}
+
+/// Whether options made for `known` may be used with `from`: credentials are not sent elsewhere.
+fn belongs(known: &str, from: &str) -> bool {
+    let parts = |text: &str| {
+        let url = url::Url::parse(text).ok()?;
+        Some((url.scheme().to_owned(), url.host_str().map(str::to_owned)))
+    };
+    known.is_empty() || parts(known) == parts(from)
+}
+
+/// The bucket, and what opens the encrypted files in it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Bucket {
+    /// The objects.
+    pub tier2: Tier2,
+    /// From `restore.identity`; `None` when none is set.
+    pub keys: Option<Keys>,
+}
+
+impl Bucket {
+    /// Opens it, without talking to it. `None` when `restore.from` is not set: then the server is the source.
+    ///
+    /// # Errors
+    /// Wrong settings, and files that cannot be read.
+    pub fn open(config: &Config) -> Result<Option<Self>, Error> {
+        let restore = &config.restore;
+        if restore.from.is_empty() {
+            return Ok(None);
+        }
+        let settings = settings(config)
+            .map_err(|problems| Error::new(Failure::Config, problems.join("; ")))?;
+        let tier2 = Tier2::open(&settings).map_err(|e| of_storage(&e).during("open the bucket"))?;
+        let keys = if restore.identity.as_os_str().is_empty() {
+            None
+        } else {
+            let keys = Keys::load(&restore.identity, &[]);
+            Some(keys.map_err(|e| of_storage(&e).during("read restore.identity"))?)
+        };
+        Ok(Some(Self { tier2, keys }))
+    }
+}
+
+/// A failure of the store as one of this program. `NotFound` stays definitive (P7).
+pub fn of_storage(error: &klio_storage::Error) -> Error {
+    let failure = match error.kind {
+        Kind::NotFound => Failure::Code(Code::NotFound),
+        Kind::Conflict => Failure::Code(Code::Invalid),
+        Kind::Invalid => Failure::Config,
+        Kind::Corrupt => Failure::Code(Code::Corrupt),
+        Kind::Denied => Failure::Code(Code::Forbidden),
+        Kind::Full | Kind::Poisoned | Kind::Io => Failure::Local,
+        Kind::Transient => Failure::Code(Code::Unavailable),
+    };
+    Error { hint: String::new(), ..Error::new(failure, error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        Config::from_layers(Some(text), &[], &[]).unwrap()
+    }
+
+    const SERVER_S: &str = "[tier2]\nurl = \"s3://b/p\"\nendpoint = \"http://127.0.0.1:9\"\n\
+        access_key_id = \"AK\"\nsecret_access_key = \"hush-hush\"\nupload_memory = 67108864\n";
+
+    #[test]
+    fn the_server_s_options_are_used_for_its_bucket_only() {
+        let same = config(&format!("[restore]\nfrom = \"s3://b/other\"\n{SERVER_S}"));
+        let found = settings(&same).unwrap();
+        assert_eq!(found.url, "s3://b/other");
+        assert_eq!(found.access_key_id.as_deref(), Some("AK"));
+        for other in ["s3://c/p", "file:///srv/copy"] {
+            let other = config(&format!("[restore]\nfrom = \"{other}\"\n{SERVER_S}"));
+            assert_eq!(settings(&other).unwrap().access_key_id, None);
+        }
+        assert!(!format!("{same:?}").contains("hush"));
+    }
+
+    #[test]
+    fn options_without_a_url_belong_to_any() {
+        let text = "[restore]\nfrom = \"s3://b\"\n[tier2]\nregion = \"eu\"\n";
+        assert_eq!(settings(&config(text)).unwrap().region.as_deref(), Some("eu"));
+    }
+
+    #[test]
+    fn what_is_no_bucket_is_refused_by_the_name_of_the_setting() {
+        let problems = settings(&config("[restore]\nfrom = \"bucket\"\n")).unwrap_err();
+        assert!(problems[0].contains("--from"), "{problems:?}");
+    }
+}
