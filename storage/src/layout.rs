@@ -15,7 +15,7 @@
 
 pub mod base;
 
-pub use base::{BackupName, BackupNameError, BaseFile, BaseKind};
+pub use base::{BackupName, BackupNameError, BaseFile, BaseKind, BaseObject};
 
 use klio_pg::{SegmentName, TimelineId};
 use std::{fmt, str::FromStr};

@@ -3,8 +3,10 @@
 //! The same from a server (both tiers and the open segment) and from a listing of the bucket alone.
 //! A run is contiguous: every byte between its ends can be given back.
 
-use klio_pg::{Lsn, TimelineId};
+use crate::{Error, Kind, Op, layout::WalFile};
+use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A cluster's WAL.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -55,4 +57,260 @@ pub struct KnownGap {
     pub to: Lsn,
     /// Why.
     pub reason: String,
+}
+
+/// A finished file in a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldFile {
+    /// Which.
+    pub file: WalFile,
+    /// One past the last byte of a partial segment, where that is known; one of which it is not counts
+    /// for nothing.
+    pub end: Option<Lsn>,
+}
+
+impl From<WalFile> for HeldFile {
+    fn from(file: WalFile) -> Self {
+        Self { file, end: None }
+    }
+}
+
+/// Durable WAL of a segment that is not sealed yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenWal {
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// Its first byte.
+    pub start: Lsn,
+    /// One past its last durable byte.
+    pub end: Lsn,
+}
+
+/// What holdings are made of. A bucket alone has no `tier1`, no `open` and nothing `caught_up`.
+#[derive(Debug, Clone, Default)]
+pub struct Parts {
+    /// Without it nothing can be said of any segment.
+    pub segment_size: Option<SegmentSize>,
+    /// As pinned.
+    pub system_identifier: Option<u64>,
+    /// Finished files on tier 1.
+    pub tier1: Vec<HeldFile>,
+    /// Finished files in tier 2.
+    pub tier2: Vec<HeldFile>,
+    /// Of tier 1.
+    pub open: Vec<OpenWal>,
+    /// The content of every history file of either tier.
+    pub histories: BTreeMap<TimelineId, String>,
+    /// On record.
+    pub gaps: Vec<KnownGap>,
+    /// The timeline that is being received, when all of it that PostgreSQL has is here.
+    pub caught_up: Option<TimelineId>,
+    /// Now.
+    pub as_of_unix: f64,
+}
+
+impl Holdings {
+    /// Merges listings into runs. Pure.
+    pub fn from_parts(parts: Parts) -> Self {
+        let mut timelines: BTreeMap<TimelineId, Vec<Run>> = BTreeMap::new();
+        for file in parts.tier1.iter().chain(&parts.tier2) {
+            let runs = timelines.entry(file.file.timeline()).or_default();
+            runs.extend(parts.segment_size.and_then(|size| run_of(*file, size)));
+        }
+        for open in parts.open.iter().filter(|open| open.start < open.end) {
+            let run = Run { start: open.start, end: open.end };
+            timelines.entry(open.timeline).or_default().push(run);
+        }
+        for timeline in parts.histories.keys() {
+            timelines.entry(*timeline).or_default();
+        }
+        let mut histories = parts.histories;
+        let line = |(timeline, runs)| TimelineHoldings {
+            timeline,
+            history: histories.remove(&timeline),
+            runs: merge(runs),
+            caught_up: parts.caught_up == Some(timeline),
+        };
+        Self {
+            segment_size: parts.segment_size.map_or(0, SegmentSize::as_u32),
+            system_identifier: parts
+                .system_identifier
+                .map_or_else(String::new, |id| id.to_string()),
+            timelines: timelines.into_iter().map(line).collect(),
+            gaps: parts.gaps,
+            as_of_unix: parts.as_of_unix,
+        }
+    }
+
+    /// A timeline's holdings.
+    pub fn timeline(&self, timeline: TimelineId) -> Option<&TimelineHoldings> {
+        self.timelines.iter().find(|line| line.timeline == timeline)
+    }
+
+    /// A timeline's ancestors; none for one without a history file.
+    ///
+    /// # Errors
+    /// `Corrupt` for a history that PostgreSQL would refuse.
+    pub fn history(&self, timeline: TimelineId) -> Result<TimelineHistory, Error> {
+        let Some(text) = self.timeline(timeline).and_then(|line| line.history.as_ref()) else {
+            return Ok(TimelineHistory::root(timeline));
+        };
+        TimelineHistory::parse(timeline, text.as_bytes())
+            .map_err(|e| Error::new(Kind::Corrupt, Op::Read, timeline.history_file_name(), e))
+    }
+
+    /// The first stretch of WAL that is missing between `start` and `stop` on the way to `timeline`, over
+    /// every timeline it passes; `None` when every byte is held.
+    ///
+    /// # Errors
+    /// As [`Holdings::history`].
+    pub fn first_missing(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        stop: Lsn,
+    ) -> Result<Option<(TimelineId, Run)>, Error> {
+        let history = self.history(timeline)?;
+        let mut at = start;
+        let ancestors = history.entries().iter().map(|entry| (entry.timeline, entry.end));
+        for (line, end) in ancestors.chain([(timeline, stop)]) {
+            let end = end.min(stop);
+            while at < end {
+                let runs = self.timeline(line).map_or(&[][..], |line| &line.runs);
+                let Some(run) = runs.iter().find(|run| run.start <= at && at < run.end) else {
+                    let next = runs.iter().map(|run| run.start).find(|start| *start > at);
+                    let end = next.map_or(end, |next| next.min(end));
+                    return Ok(Some((line, Run { start: at, end })));
+                };
+                at = run.end.min(end);
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn run_of(held: HeldFile, size: SegmentSize) -> Option<Run> {
+    match held.file {
+        WalFile::Segment(name) => {
+            let start = name.start_lsn(size)?;
+            Some(Run { start, end: start.advance(size.bytes()) })
+        }
+        WalFile::Partial(name) => {
+            let (start, end) = (name.start_lsn(size)?, held.end?);
+            (start < end).then_some(Run { start, end })
+        }
+        WalFile::History(_) => None,
+    }
+}
+
+/// Ascending, with those that touch or overlap made one.
+fn merge(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable_by_key(|run| (run.start, run.end));
+    let mut merged: Vec<Run> = Vec::new();
+    for run in runs {
+        match merged.last_mut() {
+            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+            _ => merged.push(run),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn file(text: &str) -> HeldFile {
+        text.parse::<WalFile>().unwrap().into()
+    }
+
+    fn segment(timeline: u32, number: u64) -> HeldFile {
+        file(&format!("{timeline:08X}00000000{number:08X}"))
+    }
+
+    fn lsn(segments: f64) -> Lsn {
+        Lsn::new((segments * SIZE as f64) as u64)
+    }
+
+    fn run(start: f64, end: f64) -> Run {
+        Run { start: lsn(start), end: lsn(end) }
+    }
+
+    fn parts() -> Parts {
+        Parts { segment_size: SegmentSize::new(SIZE as u32).ok(), ..Parts::default() }
+    }
+
+    #[test]
+    fn both_tiers_and_the_open_segment_are_one_run() {
+        let open = OpenWal { timeline: tli(1), start: lsn(4.0), end: lsn(4.25) };
+        let holdings = Holdings::from_parts(Parts {
+            tier1: vec![segment(1, 3), segment(1, 2)],
+            tier2: vec![segment(1, 1), segment(1, 2), segment(1, 7)],
+            open: vec![open],
+            caught_up: Some(tli(1)),
+            ..parts()
+        });
+        let line = holdings.timeline(tli(1)).unwrap();
+        assert_eq!(line.runs, [run(1.0, 4.25), run(7.0, 8.0)]);
+        assert!(line.caught_up);
+        let missing = |start, stop| holdings.first_missing(tli(1), lsn(start), lsn(stop)).unwrap();
+        assert_eq!(missing(1.5, 4.25), None);
+        assert_eq!(missing(1.5, 7.5), Some((tli(1), run(4.25, 7.0))));
+        assert_eq!(missing(0.5, 4.0), Some((tli(1), run(0.5, 1.0))));
+        assert_eq!(missing(7.5, 9.0), Some((tli(1), run(8.0, 9.0))));
+    }
+
+    #[test]
+    fn a_partial_counts_as_far_as_it_is_known() {
+        let known = HeldFile { end: Some(lsn(2.5)), ..file("000000010000000000000002.partial") };
+        let unknown = file("000000010000000000000009.partial");
+        let tier1 = vec![segment(1, 1), known, unknown];
+        let holdings = Holdings::from_parts(Parts { tier1, ..parts() });
+        assert_eq!(holdings.timelines[0].runs, [run(1.0, 2.5)]);
+    }
+
+    /// The way to a timeline leaves each ancestor where its history says, and needs no more of it.
+    #[test]
+    fn a_backup_may_cross_timelines() {
+        let mut histories = BTreeMap::new();
+        let history = format!("1\t{}\tx\n3\t{}\ty\n", lsn(2.5), lsn(4.5));
+        histories.insert(tli(5), history);
+        let ended = HeldFile { end: Some(lsn(2.5)), ..file("000000010000000000000002.partial") };
+        let files = vec![segment(1, 1), ended, segment(3, 2), segment(3, 3), segment(5, 4)];
+        let whole = Parts { tier2: files.clone(), histories: histories.clone(), ..parts() };
+        let holdings = Holdings::from_parts(whole);
+        let missing = |h: &Holdings| h.first_missing(tli(5), lsn(1.0), lsn(4.75)).unwrap();
+        // Timeline 3 lacks segment 4 up to its end at 4.5.
+        assert_eq!(missing(&holdings), Some((tli(3), run(4.0, 4.5))));
+        let mut more = files;
+        more.push(segment(3, 4));
+        let holdings = Holdings::from_parts(Parts { tier2: more, histories, ..parts() });
+        assert_eq!(missing(&holdings), None);
+    }
+
+    proptest! {
+        /// Runs ascend, do not touch, and hold exactly the segments that were given.
+        #[test]
+        fn runs_are_what_was_given(numbers in prop::collection::btree_set(0u64..60, 0..30), split: u64) {
+            let (one, two): (Vec<u64>, Vec<u64>) =
+                numbers.iter().partition(|n| (split >> (*n % 64)) & 1 == 0);
+            let files = |numbers: Vec<u64>| numbers.into_iter().rev().map(|n| segment(1, n)).collect();
+            let holdings =
+                Holdings::from_parts(Parts { tier1: files(one), tier2: files(two), ..parts() });
+            let runs = holdings.timelines.first().map(|l| l.runs.clone()).unwrap_or_default();
+            prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
+            let held: Vec<u64> = runs
+                .iter()
+                .flat_map(|r| (r.start.as_u64() / SIZE)..(r.end.as_u64() / SIZE))
+                .collect();
+            prop_assert_eq!(held, numbers.into_iter().collect::<Vec<_>>());
+        }
+    }
 }

@@ -7,6 +7,8 @@ pub mod archive;
 pub mod archive_file;
 pub mod backup;
 pub mod holdings;
+pub mod outcomes;
+pub mod retention;
 
 pub use archive::{Archive, Frontier, Totals};
 pub use backup::{
@@ -14,3 +16,4 @@ pub use backup::{
     VerifyOutcome,
 };
 pub use holdings::{Holdings, KnownGap, Run, TimelineHoldings};
+pub use retention::{Policies, Policy, RetentionPlan};

@@ -171,6 +171,62 @@ impl fmt::Display for BackupName {
     }
 }
 
+/// Anything of a cluster that tier 2 keeps besides WAL: one type for jobs, listings and keys.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BaseObject {
+    /// `cluster.json`: what was pinned at first contact. The PostgreSQL version in it may change.
+    Cluster,
+    /// `repository.json[.age]`; the wrapping may change, the secret inside does not.
+    Secret {
+        /// Age-wrapped.
+        encrypted: bool,
+    },
+    /// A file of the repository.
+    File(BaseFile),
+    /// The record of a backup. In tier 2 it says that all the backup needs is there.
+    Record(BackupName),
+}
+
+impl BaseObject {
+    /// The key below `<cluster>/`.
+    pub fn relative(&self) -> String {
+        match self {
+            BaseObject::Cluster => "cluster.json".to_owned(),
+            BaseObject::Secret { encrypted: true } => "repository.json.age".to_owned(),
+            BaseObject::Secret { encrypted: false } => "repository.json".to_owned(),
+            BaseObject::File(file) => format!("base/{}", file.relative()),
+            BaseObject::Record(name) => format!("backups/{name}.json"),
+        }
+    }
+
+    /// The key in both tiers.
+    pub fn key(&self, cluster: &ClusterName) -> String {
+        format!("{cluster}/{}", self.relative())
+    }
+
+    /// Reads a key below `<cluster>/`; `None` for anything else, WAL included.
+    pub fn parse_relative(text: &str) -> Option<Self> {
+        match text {
+            "cluster.json" => return Some(BaseObject::Cluster),
+            "repository.json" => return Some(BaseObject::Secret { encrypted: false }),
+            "repository.json.age" => return Some(BaseObject::Secret { encrypted: true }),
+            _ => {}
+        }
+        match text.split_once('/')? {
+            ("base", rest) => BaseFile::parse_relative(rest).map(BaseObject::File),
+            ("backups", rest) => BackupName::parse_record(rest).map(BaseObject::Record),
+            _ => None,
+        }
+    }
+}
+
+/// The key below `<cluster>/`, which says nothing about the cluster.
+impl fmt::Display for BaseObject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.relative())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,11 +249,39 @@ mod tests {
         }
     }
 
+    #[test]
+    fn objects_are_told_apart_and_nothing_else_is_one() {
+        for text in [
+            "cluster.json",
+            "repository.json",
+            "repository.json.age",
+            "base/config",
+            "backups/20261121T051800Z-2.json",
+            "backups/a.json.json",
+        ] {
+            let object = BaseObject::parse_relative(text).unwrap();
+            assert_eq!(object.relative(), text);
+        }
+        for bad in [
+            "",
+            "wal/00000002.history",
+            "backups/.json",
+            "backups/a/b.json",
+            "base/",
+            "base/x",
+            "gaps.json",
+        ] {
+            assert_eq!(BaseObject::parse_relative(bad), None, "{bad}");
+        }
+    }
+
     proptest! {
         #[test]
         fn every_key_parses_back(id: [u8; 32], which in 1usize..5) {
             let file = BaseFile { kind: BaseKind::ALL[which], id: Sha256Sum::new(id) };
             prop_assert_eq!(BaseFile::parse_relative(&file.relative()), Some(file));
+            let object = BaseObject::File(file);
+            prop_assert_eq!(BaseObject::parse_relative(&object.relative()), Some(object));
         }
     }
 }

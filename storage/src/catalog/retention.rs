@@ -1,0 +1,188 @@
+//! Decides what may go. Pure: the same catalogue, policy and time give the same plan.
+//!
+//! - In doubt it keeps (P6): one unreadable record, or a clock that is behind the newest record, empties
+//!   the plan and raises an alarm; a backup of an odd time stays and takes nobody's place.
+//! - A backup that is not proven in tier 2 stays in tier 1, and takes no place in tier 2's counts, so that
+//!   it pushes out none that is. What tier 1 keeps, tier 2 keeps too.
+//! - The newest backup without known damage always stays. A damaged one takes no place from a good one.
+//! - Time alone expires nothing: a recovery window ends at the newest backup, not now. When backups stop,
+//!   so does expiring.
+//! - WAL goes only below the start of every kept backup that can lead to its timeline, and never what is
+//!   newer than the newest backup. LSNs never fall along a path of timelines, so a kept backup needs
+//!   nothing below its start on any of them.
+//!
+//! The plan says what may go; P5 is proven by those who remove, at the moment they do.
+
+mod days;
+mod policy;
+mod rules;
+mod wal;
+
+#[cfg(test)]
+mod tests;
+
+pub use policy::{Policies, Policy, PolicyPatch};
+
+use super::BackupRecord;
+use crate::layout::BackupName;
+use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
+use serde::{Deserialize, Serialize};
+
+/// A backup as the catalogue knows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KnownBackup {
+    /// Its record.
+    pub record: BackupRecord,
+    /// Everything it needs is on tier 1.
+    pub tier1: bool,
+    /// Everything it needs was proven in tier 2.
+    pub tier2: bool,
+    /// A verification found damage in it that could not be repaired.
+    pub damaged: bool,
+}
+
+/// A timeline with WAL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownTimeline {
+    /// Which.
+    pub timeline: TimelineId,
+    /// Its ancestors; `None` when its history file is not held or not readable. Timeline 1 has none.
+    pub history: Option<TimelineHistory>,
+    /// One past the last byte held.
+    pub end: Lsn,
+}
+
+/// Everything a plan follows from, but the policy and the time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// In any order.
+    pub backups: Vec<KnownBackup>,
+    /// What could not be read, in words.
+    pub problems: Vec<String>,
+    /// In any order.
+    pub timelines: Vec<KnownTimeline>,
+    /// Of the WAL.
+    pub segment_size: SegmentSize,
+    /// There is a bucket. Without one tier 1 keeps what either policy asks for.
+    pub has_tier2: bool,
+}
+
+/// What may go, and why the rest stays.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RetentionPlan {
+    /// The time it was made for, Unix seconds.
+    pub as_of_unix: f64,
+    /// The policies it follows.
+    pub policies: Policies,
+    /// There is a bucket.
+    pub has_tier2: bool,
+    /// Why nothing may go at all; empty when all is well.
+    pub alarms: Vec<String>,
+    /// Every backup, oldest first.
+    pub backups: Vec<BackupPlan>,
+    /// Every timeline, ascending.
+    pub wal: Vec<WalPlan>,
+}
+
+/// What becomes of a backup.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BackupPlan {
+    /// Which.
+    pub name: BackupName,
+    /// When it was committed, Unix seconds.
+    pub committed_unix: f64,
+    /// Its own copy on tier 1.
+    pub tier1: Decision,
+    /// In tier 2; without a bucket the same as `tier1`. One that neither keeps is gone.
+    pub tier2: Decision,
+}
+
+/// What becomes of a backup in a tier.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// It is there now.
+    pub present: bool,
+    /// It stays, if it is there.
+    pub keep: bool,
+    /// Why.
+    pub reasons: Vec<String>,
+}
+
+/// What becomes of a timeline's WAL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalPlan {
+    /// Which.
+    pub timeline: TimelineId,
+    /// On tier 1: segments that end at or below this may go; `None`: nothing may.
+    pub tier1_below: Option<Lsn>,
+    /// Why.
+    pub tier1_reason: String,
+    /// In tier 2 (without a bucket: for good): segments that end at or below this may go.
+    pub tier2_below: Option<Lsn>,
+    /// Why.
+    pub tier2_reason: String,
+}
+
+impl RetentionPlan {
+    /// Names of the backups that no tier keeps any more.
+    pub fn expired(&self) -> Vec<BackupName> {
+        let gone = |b: &&BackupPlan| !b.tier1.keep && !b.tier2.keep;
+        self.backups.iter().filter(gone).map(|b| b.name.clone()).collect()
+    }
+
+    /// Names of the backups that tier 2 keeps and of which tier 1 need not have a copy.
+    pub fn evicted(&self) -> Vec<BackupName> {
+        let gone = |b: &&BackupPlan| !b.tier1.keep && b.tier2.keep;
+        self.backups.iter().filter(gone).map(|b| b.name.clone()).collect()
+    }
+
+    /// Nothing may go.
+    pub fn is_empty(&self) -> bool {
+        let wal = |w: &WalPlan| w.tier1_below.is_none() && w.tier2_below.is_none();
+        self.backups.iter().all(|b| b.tier1.keep && b.tier2.keep) && self.wal.iter().all(wal)
+    }
+}
+
+/// Makes the plan for a moment, in Unix seconds of the server's clock.
+pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan {
+    let mut backups: Vec<&KnownBackup> = facts.backups.iter().collect();
+    backups.sort_by(|a, b| rules::order(&a.record).total_cmp(&rules::order(&b.record)));
+    let alarms = alarms(facts, &backups, now_unix);
+    let mut decided = rules::decide(&backups, facts, policies);
+    if !alarms.is_empty() {
+        let why = "something is in doubt, so nothing goes";
+        for plan in &mut decided {
+            for decision in [&mut plan.tier1, &mut plan.tier2] {
+                if !decision.keep {
+                    *decision = Decision { keep: true, reasons: vec![why.into()], ..*decision };
+                }
+            }
+        }
+    }
+    let wal = match alarms.is_empty() {
+        true => wal::horizons(&backups, &decided, facts),
+        false => wal::nothing(facts, "something is in doubt, so nothing goes"),
+    };
+    let (policies, has_tier2) = (policies.clone(), facts.has_tier2);
+    RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, backups: decided, wal }
+}
+
+/// P6: what makes a plan impossible.
+fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
+    let unreadable = |problem: &String| {
+        format!("{problem}; hint: while it cannot be read, nothing is removed")
+    };
+    let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
+    let newest = backups.iter().map(|b| &b.record).filter(|r| rules::has_time(r)).next_back();
+    // A time that is no number is in doubt as well.
+    let behind = |r: &&BackupRecord| {
+        now_unix.partial_cmp(&r.committed_unix).is_none_or(std::cmp::Ordering::is_lt)
+    };
+    if let Some(newest) = newest.filter(behind) {
+        alarms.push(format!(
+            "the clock says {now_unix:.0}, and backup {} was committed at {:.0}; hint: set the server's clock right",
+            newest.name, newest.committed_unix
+        ));
+    }
+    alarms
+}

@@ -1,0 +1,242 @@
+//! Which backups the policies name.
+
+use super::{
+    BackupPlan, Decision, Facts, KnownBackup, Policies, Policy,
+    days::{Period, moment},
+};
+use crate::catalog::BackupRecord;
+use klio_pg::{TimelineHistory, TimelineId};
+use std::collections::BTreeSet;
+
+/// 2000-01-01: no PostgreSQL that Klio speaks to was backed up before.
+const FIRST_UNIX: f64 = 946_684_800.0;
+/// Year 10000: no clock says that.
+const LAST_UNIX: f64 = 253_402_300_800.0;
+const DAY_SECONDS: f64 = 86_400.0;
+
+/// A time that a policy can go by.
+pub(super) fn has_time(record: &BackupRecord) -> bool {
+    (FIRST_UNIX..LAST_UNIX).contains(&record.committed_unix)
+}
+
+/// Odd times first: they are nobody's newest.
+pub(super) fn order(record: &BackupRecord) -> f64 {
+    if has_time(record) { record.committed_unix } else { 0.0 }
+}
+
+/// Decides about each backup; `backups` are oldest first.
+pub(super) fn decide(
+    backups: &[&KnownBackup],
+    facts: &Facts,
+    policies: &Policies,
+) -> Vec<BackupPlan> {
+    let everything: Vec<usize> = (0..backups.len()).collect();
+    let timed = |only: &dyn Fn(&KnownBackup) -> bool| -> Vec<usize> {
+        let fits = |i: &usize| has_time(&backups[*i].record) && only(backups[*i]);
+        everything.iter().copied().filter(fits).collect()
+    };
+    let named = |policy: &Policy, only: &dyn Fn(&KnownBackup) -> bool| {
+        // Twice: a damaged backup must not push out a good one, and is not dropped for being damaged.
+        let good = timed(&|b| only(b) && !b.damaged);
+        let all = timed(only);
+        let mut reasons = name_all(policy, backups, &good, facts);
+        for (reasons, more) in reasons.iter_mut().zip(name_all(policy, backups, &all, facts)) {
+            let new: Vec<String> = more.into_iter().filter(|m| !reasons.contains(m)).collect();
+            reasons.extend(new);
+        }
+        reasons
+    };
+    let by1 = named(&policies.tier1, &|_| true);
+    let by2 = named(&policies.tier2, &|b| b.tier2 || !facts.has_tier2);
+    let newest_good = timed(&|b| !b.damaged).last().copied();
+    let newest_good2 = timed(&|b| !b.damaged && b.tier2).last().copied();
+    let always = |index: usize| {
+        let mut reasons = Vec::new();
+        if !has_time(&backups[index].record) {
+            reasons.push("its time cannot be right, so no rule applies".to_owned());
+        }
+        if backups[index].record.keep {
+            reasons.push("keep flag".to_owned());
+        }
+        match newest_good {
+            None => reasons.push("no backup is known to be good".to_owned()),
+            Some(newest) if newest == index => reasons.push("newest good backup".to_owned()),
+            Some(_) if newest_good2 == Some(index) => {
+                reasons.push("newest good backup in tier 2".to_owned());
+            }
+            Some(_) => {}
+        }
+        reasons
+    };
+    let plan = |index: usize| {
+        let (backup, by1, by2) = (backups[index], &by1[index], &by2[index]);
+        decide_one(backup, facts.has_tier2, by1, by2, always(index), policies)
+    };
+    everything.iter().map(|index| plan(*index)).collect()
+}
+
+fn decide_one(
+    backup: &KnownBackup,
+    has_tier2: bool,
+    by1: &[String],
+    by2: &[String],
+    always: Vec<String>,
+    policies: &Policies,
+) -> BackupPlan {
+    let why = |mut reasons: Vec<String>, otherwise: String| {
+        let keep = !reasons.is_empty();
+        if !keep {
+            reasons.push(otherwise);
+        }
+        (keep, reasons)
+    };
+    let asked = |by: &[String], tier: &str| -> Vec<String> {
+        by.iter().map(|reason| format!("{tier}: {reason}")).collect()
+    };
+    let (tier1, tier2) = if has_tier2 {
+        let mut one: Vec<String> = by1.to_vec();
+        if !backup.tier2 {
+            one.push("not proven in tier 2 yet".to_owned());
+        }
+        let mut two = always;
+        two.extend(by2.to_vec());
+        if two.is_empty() && !one.is_empty() {
+            two.extend(asked(&one, "tier 1"));
+        }
+        let evicted = "it is proven in tier 2 and no rule of tier 1 names it".to_owned();
+        (why(one, evicted), why(two, unnamed(&policies.tier2)))
+    } else {
+        let mut all = always;
+        all.extend(by2.to_vec());
+        all.extend(asked(by1, "tier 1"));
+        let both = why(all, unnamed(&policies.tier2));
+        (both.clone(), both)
+    };
+    let present2 = if has_tier2 { backup.tier2 } else { backup.tier1 };
+    BackupPlan {
+        name: backup.record.name.clone(),
+        committed_unix: backup.record.committed_unix,
+        tier1: Decision { present: backup.tier1, keep: tier1.0, reasons: tier1.1 },
+        tier2: Decision { present: present2, keep: tier2.0, reasons: tier2.1 },
+    }
+}
+
+fn unnamed(policy: &Policy) -> String {
+    let Policy { last, hourly, daily, weekly, monthly, yearly, recovery_window_days } = policy;
+    let counts = [
+        ("last", last),
+        ("hourly", hourly),
+        ("daily", daily),
+        ("weekly", weekly),
+        ("monthly", monthly),
+        ("yearly", yearly),
+        ("recovery window days", recovery_window_days),
+    ];
+    let set = counts.iter().filter(|(_, count)| **count > 0);
+    let words: Vec<String> = set.map(|(word, count)| format!("{word} {count}")).collect();
+    format!("no rule names it ({})", words.join(", "))
+}
+
+/// The reasons for which a policy names each backup, by its index; only `candidates` count.
+fn name_all(
+    policy: &Policy,
+    backups: &[&KnownBackup],
+    candidates: &[usize],
+    facts: &Facts,
+) -> Vec<Vec<String>> {
+    let mut reasons = vec![Vec::new(); backups.len()];
+    for index in candidates.iter().rev().take(policy.last as usize) {
+        reasons[*index].push(format!("last {}", policy.last));
+    }
+    let periods = [
+        (Period::Hour, policy.hourly),
+        (Period::Day, policy.daily),
+        (Period::Week, policy.weekly),
+        (Period::Month, policy.monthly),
+        (Period::Year, policy.yearly),
+    ];
+    for (period, count) in periods {
+        let mut seen = BTreeSet::new();
+        for index in candidates.iter().rev() {
+            if seen.len() >= count as usize {
+                break;
+            }
+            let Some(name) = period.of(backups[*index].record.committed_unix) else { continue };
+            if seen.insert(name.clone()) {
+                reasons[*index].push(format!("{} {name}", period.word()));
+            }
+        }
+    }
+    if policy.recovery_window_days > 0 {
+        name_window(policy.recovery_window_days, backups, candidates, facts, &mut reasons);
+    }
+    reasons
+}
+
+/// All of the window, and for each timeline that was alive in it the newest before it.
+fn name_window(
+    days: u32,
+    backups: &[&KnownBackup],
+    candidates: &[usize],
+    facts: &Facts,
+    reasons: &mut [Vec<String>],
+) {
+    let Some(newest) = candidates.last() else { return };
+    let begin = backups[*newest].record.committed_unix - f64::from(days) * DAY_SECONDS;
+    for index in candidates {
+        if backups[*index].record.committed_unix >= begin {
+            reasons[*index].push(format!("recovery window {days} d"));
+        }
+    }
+    let older: Vec<usize> = candidates
+        .iter()
+        .copied()
+        .filter(|i| backups[*i].record.committed_unix < begin)
+        .collect();
+    for (timeline, history) in alive(backups, &older, facts) {
+        let leads = |i: &&usize| leads_to(&backups[**i].record, timeline, history.as_ref());
+        let Some(index) = older.iter().rev().find(leads) else { continue };
+        let reason = format!("recovery window {days} d begins with it ({})", moment(begin));
+        if !reasons[*index].contains(&reason) {
+            reasons[*index].push(reason);
+        }
+    }
+}
+
+/// Timelines that may have had WAL in the window. One is over when a backup from before the window is
+/// of a newer one (P8: a new timeline wins over an old one, never the other way round).
+fn alive(
+    backups: &[&KnownBackup],
+    older: &[usize],
+    facts: &Facts,
+) -> Vec<(TimelineId, Option<TimelineHistory>)> {
+    let held = facts.timelines.iter().map(|t| t.timeline);
+    let backed_up = backups.iter().flat_map(|b| [b.record.start_timeline, b.record.stop_timeline]);
+    let all: BTreeSet<TimelineId> = held.chain(backed_up).collect();
+    let history = |timeline: TimelineId| history(facts, timeline);
+    let known = all.iter().all(|timeline| history(*timeline).is_some());
+    let over = older.iter().map(|i| backups[*i].record.start_timeline).max();
+    let is_over = |timeline: &TimelineId| known && over.is_some_and(|newer| newer > *timeline);
+    all.iter().filter(|t| !is_over(t)).map(|t| (*t, history(*t))).collect()
+}
+
+/// A timeline's ancestors, where they are known.
+pub(super) fn history(facts: &Facts, timeline: TimelineId) -> Option<TimelineHistory> {
+    let known = facts.timelines.iter().find(|t| t.timeline == timeline);
+    let stored = known.and_then(|t| t.history.clone());
+    stored.or_else(|| (timeline.get() == 1).then(|| TimelineHistory::root(timeline)))
+}
+
+/// Whether a recovery that begins with this backup can end on a timeline. `None`: not known, then only
+/// the timeline itself is sure.
+fn leads_to(
+    record: &BackupRecord,
+    timeline: TimelineId,
+    history: Option<&TimelineHistory>,
+) -> bool {
+    if record.stop_timeline == timeline {
+        return true;
+    }
+    let entries = history.map(TimelineHistory::entries).unwrap_or_default();
+    entries.iter().any(|e| e.timeline == record.stop_timeline && record.stop_lsn <= e.end)
+}

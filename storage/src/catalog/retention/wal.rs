@@ -1,0 +1,81 @@
+//! How far down WAL may go.
+
+use super::{BackupPlan, Facts, KnownBackup, KnownTimeline, WalPlan, rules};
+use crate::catalog::BackupRecord;
+use klio_pg::{Lsn, TimelineId};
+
+/// A horizon with its reason.
+type Horizon = (Option<Lsn>, String);
+
+/// For every timeline.
+pub(super) fn horizons(
+    backups: &[&KnownBackup],
+    decided: &[BackupPlan],
+    facts: &Facts,
+) -> Vec<WalPlan> {
+    let kept = |which: &dyn Fn(&BackupPlan) -> bool| -> Vec<&BackupRecord> {
+        let fits = backups.iter().zip(decided).filter(|(_, plan)| which(plan));
+        fits.map(|(backup, _)| &backup.record).collect()
+    };
+    let any = kept(&|plan| plan.tier1.keep || plan.tier2.keep);
+    let mut near = kept(&|plan| plan.tier1.keep);
+    // Tier 1 may keep no backup at all; what came after the newest one stays anyway.
+    let newest = any.iter().copied().max_by(|a, b| rules::order(a).total_cmp(&rules::order(b)));
+    near.extend(newest);
+    let plan = |line: &KnownTimeline| {
+        let (tier2_below, tier2_reason) = horizon(line, &any, facts);
+        let (tier1_below, tier1_reason) = match facts.has_tier2 {
+            true => horizon(line, &near, facts),
+            false => (tier2_below, tier2_reason.clone()),
+        };
+        let timeline = line.timeline;
+        WalPlan { timeline, tier1_below, tier1_reason, tier2_below, tier2_reason }
+    };
+    sorted(facts).into_iter().map(plan).collect()
+}
+
+/// For every timeline: all stays.
+pub(super) fn nothing(facts: &Facts, reason: &str) -> Vec<WalPlan> {
+    let keep = |line: &KnownTimeline| WalPlan {
+        timeline: line.timeline,
+        tier1_below: None,
+        tier1_reason: reason.to_owned(),
+        tier2_below: None,
+        tier2_reason: reason.to_owned(),
+    };
+    sorted(facts).into_iter().map(keep).collect()
+}
+
+fn sorted(facts: &Facts) -> Vec<&KnownTimeline> {
+    let mut lines: Vec<&KnownTimeline> = facts.timelines.iter().collect();
+    lines.sort_by_key(|line| line.timeline);
+    lines
+}
+
+fn horizon(line: &KnownTimeline, kept: &[&BackupRecord], facts: &Facts) -> Horizon {
+    let Some(newest) = kept.iter().map(|r| r.start_timeline.max(r.stop_timeline)).max() else {
+        return (None, "there is no backup: nothing goes".to_owned());
+    };
+    let needing = kept.iter().filter(|record| may_read(record, line.timeline, facts));
+    match needing.min_by_key(|record| record.start_lsn) {
+        Some(first) => {
+            let below = first.start_lsn.segment_start(facts.segment_size);
+            (Some(below), format!("backup {} needs it from {} on", first.name, first.start_lsn))
+        }
+        None if line.timeline < newest => {
+            let below = line.end.segment_start(facts.segment_size);
+            (Some(below), "it ended, and no kept backup leads to it".to_owned())
+        }
+        None => (None, "it is newer than every backup".to_owned()),
+    }
+}
+
+/// Whether a recovery from this backup may read WAL of the timeline. Where its history is not known, it may.
+fn may_read(record: &BackupRecord, timeline: TimelineId, facts: &Facts) -> bool {
+    if timeline <= record.start_timeline {
+        return timeline == record.start_timeline;
+    }
+    let Some(history) = rules::history(facts, timeline) else { return true };
+    let mut entries = history.entries().iter();
+    entries.any(|e| e.timeline == record.start_timeline && record.start_lsn <= e.end)
+}
