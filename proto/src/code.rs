@@ -63,6 +63,10 @@ codes! {
     Corrupt { name: "CORRUPT", grpc: DataLoss, retry: false, exit: 21, hint: "the file in the other tier may be good; keep both" }
     /// PostgreSQL no longer has WAL that the server does not hold either.
     Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "the gap is recorded; take a new base backup to be recoverable again" }
+    /// Another backup of this cluster is running.
+    Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended; klio status shows it" }
+    /// A backup that needs something which is not held; its record was not written.
+    Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if it stays so, look at the server's log" }
     /// Something that should not happen.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }

@@ -4,6 +4,7 @@
 //! validated twin. `code` is the one table of error codes for both ends.
 //! Knows no disk and opens no connection.
 
+pub mod base;
 pub mod code;
 pub mod wal;
 

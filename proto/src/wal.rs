@@ -22,7 +22,7 @@ pub struct System {
 }
 
 impl System {
-    fn read(identifier: u64, segment: u32, version: u32) -> Result<Self, Status> {
+    pub(crate) fn read(identifier: u64, segment: u32, version: u32) -> Result<Self, Status> {
         if identifier == 0 {
             return Err(invalid("system identifier", "a number other than 0", identifier));
         }

@@ -1,0 +1,308 @@
+//! Validated twins of the base-backup service's messages: the only place that validates them.
+//!
+//! Names and JSON documents are kept as text and bytes: what they mean is `storage`'s to say, which this
+//! crate does not know. What a twin accepts may still be refused by the server, which knows what it holds.
+
+use crate::{Code, v1, wal::System};
+use tonic::Status;
+
+/// Most bytes of one message of a file.
+pub const PIECE_BYTES_MAX: usize = 1 << 20;
+/// restic's pack sizes are 32 bits.
+pub const FILE_BYTES_MAX: u64 = (4 << 30) - 1;
+/// Far more than a record with a hundred tablespaces takes.
+pub const RECORD_BYTES_MAX: usize = 1 << 20;
+
+/// A kind of repository file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum FileKind {
+    Config,
+    Key,
+    Data,
+    Index,
+    Snapshot,
+}
+
+impl FileKind {
+    /// A kind from the wire.
+    ///
+    /// # Errors
+    /// `INVALID` for none and for one of a newer version.
+    pub fn read(number: i32) -> Result<Self, Status> {
+        match v1::FileKind::try_from(number) {
+            Ok(v1::FileKind::Config) => Ok(Self::Config),
+            Ok(v1::FileKind::Key) => Ok(Self::Key),
+            Ok(v1::FileKind::Data) => Ok(Self::Data),
+            Ok(v1::FileKind::Index) => Ok(Self::Index),
+            Ok(v1::FileKind::Snapshot) => Ok(Self::Snapshot),
+            Ok(v1::FileKind::Unspecified) | Err(_) => {
+                Err(invalid("file kind", "a kind of repository file", number))
+            }
+        }
+    }
+}
+
+impl From<FileKind> for v1::FileKind {
+    fn from(kind: FileKind) -> Self {
+        match kind {
+            FileKind::Config => Self::Config,
+            FileKind::Key => Self::Key,
+            FileKind::Data => Self::Data,
+            FileKind::Index => Self::Index,
+            FileKind::Snapshot => Self::Snapshot,
+        }
+    }
+}
+
+/// The name of a repository file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileName {
+    /// Which kind.
+    pub kind: FileKind,
+    /// 64 lower-case hexadecimal digits; empty for the config and for it alone.
+    pub id: String,
+}
+
+impl TryFrom<Option<v1::FileName>> for FileName {
+    type Error = Status;
+    fn try_from(raw: Option<v1::FileName>) -> Result<Self, Status> {
+        let raw = raw.ok_or_else(|| invalid("file name", "one", "none"))?;
+        let kind = FileKind::read(raw.kind)?;
+        let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        let good = match kind {
+            FileKind::Config => raw.id.is_empty(),
+            _ => raw.id.len() == 64 && raw.id.bytes().all(digit),
+        };
+        if !good {
+            let found: String = raw.id.chars().take(70).collect();
+            return Err(invalid("file id", "64 lower-case hexadecimal digits", found));
+        }
+        Ok(Self { kind, id: raw.id })
+    }
+}
+
+/// Asks for what opens a repository.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenRepositoryRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL; `None`: only open what is there, never make.
+    pub system: Option<System>,
+}
+
+impl TryFrom<v1::OpenRepositoryRequest> for OpenRepositoryRequest {
+    type Error = Status;
+    fn try_from(raw: v1::OpenRepositoryRequest) -> Result<Self, Status> {
+        let system = match raw.system_identifier {
+            0 => None,
+            identifier => Some(System::read(identifier, raw.segment_size, raw.postgres_version)?),
+        };
+        Ok(Self { cluster: raw.cluster, system })
+    }
+}
+
+/// The first message of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PutFile {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// Which file.
+    pub name: FileName,
+    /// Bytes of it, 1 or more.
+    pub size: u64,
+    /// The first of them.
+    pub data: bytes::Bytes,
+}
+
+impl TryFrom<v1::PutFileRequest> for PutFile {
+    type Error = Status;
+    fn try_from(raw: v1::PutFileRequest) -> Result<Self, Status> {
+        let name = FileName::try_from(raw.name)?;
+        if !(1..=FILE_BYTES_MAX).contains(&raw.size) {
+            return Err(invalid("file size", "1 to 4294967295 bytes", raw.size));
+        }
+        let data = piece(raw.data)?;
+        Ok(Self { cluster: raw.cluster, name, size: raw.size, data })
+    }
+}
+
+/// A piece of a file, as it comes after the first message.
+///
+/// # Errors
+/// `INVALID` for one that is too long.
+pub fn piece(data: bytes::Bytes) -> Result<bytes::Bytes, Status> {
+    if data.len() > PIECE_BYTES_MAX {
+        return Err(invalid("piece of a file", "at most 1048576 bytes", data.len()));
+    }
+    Ok(data)
+}
+
+/// Asks for a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GetFileRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// Which file.
+    pub name: FileName,
+    /// First byte.
+    pub offset: u64,
+    /// How many; `None`: up to the end.
+    pub length: Option<u64>,
+}
+
+impl TryFrom<v1::GetFileRequest> for GetFileRequest {
+    type Error = Status;
+    fn try_from(raw: v1::GetFileRequest) -> Result<Self, Status> {
+        let name = FileName::try_from(raw.name)?;
+        let length = (raw.length > 0).then_some(raw.length);
+        if raw.offset.checked_add(raw.length).is_none_or(|end| end > FILE_BYTES_MAX) {
+            let found = format!("{} bytes from {}", raw.length, raw.offset);
+            return Err(invalid("range", "one within 4 GiB", found));
+        }
+        Ok(Self { cluster: raw.cluster, name, offset: raw.offset, length })
+    }
+}
+
+/// Why a repository is reserved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Purpose {
+    /// A backup, under this name; `None`: the server makes one.
+    Backup(Option<String>),
+    /// A restore.
+    Restore,
+}
+
+/// Asks for a reservation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReserveRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// What for.
+    pub purpose: Purpose,
+}
+
+impl TryFrom<v1::ReserveRequest> for ReserveRequest {
+    type Error = Status;
+    fn try_from(raw: v1::ReserveRequest) -> Result<Self, Status> {
+        use v1::reserve_request::Purpose as Raw;
+        let name = Some(raw.backup_name).filter(|name| !name.is_empty());
+        let purpose = match (Raw::try_from(raw.purpose), name) {
+            (Ok(Raw::Backup), name) => Purpose::Backup(name),
+            (Ok(Raw::Restore), None) => Purpose::Restore,
+            (Ok(Raw::Restore), Some(name)) => {
+                return Err(invalid("backup name", "none with a restore", name));
+            }
+            _ => return Err(invalid("purpose", "a backup or a restore", raw.purpose)),
+        };
+        Ok(Self { cluster: raw.cluster, purpose })
+    }
+}
+
+/// A JSON document of bounded size.
+///
+/// # Errors
+/// `INVALID` for an empty or absurdly long one.
+pub fn document(what: &str, bytes: bytes::Bytes) -> Result<bytes::Bytes, Status> {
+    if !(1..=RECORD_BYTES_MAX).contains(&bytes.len()) {
+        return Err(invalid(what, "1 to 1048576 bytes", bytes.len()));
+    }
+    Ok(bytes)
+}
+
+/// A share in percent.
+///
+/// # Errors
+/// `INVALID` outside 0 to 100.
+pub fn percent(what: &str, value: f64) -> Result<f64, Status> {
+    if (0.0..=100.0).contains(&value) { Ok(value) } else { Err(invalid(what, "0 to 100", value)) }
+}
+
+fn invalid(what: &str, expected: &str, found: impl std::fmt::Display) -> Status {
+    Code::Invalid.status(format!("read {what}: expected {expected}, found {found}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(kind: v1::FileKind, id: &str) -> Option<v1::FileName> {
+        Some(v1::FileName { kind: kind.into(), id: id.into() })
+    }
+
+    #[test]
+    fn names_that_are_none_are_refused() {
+        let id = "ab".repeat(32);
+        assert!(FileName::try_from(name(v1::FileKind::Data, &id)).is_ok());
+        assert!(FileName::try_from(name(v1::FileKind::Config, "")).is_ok());
+        for bad in [
+            None,
+            name(v1::FileKind::Unspecified, &id),
+            name(v1::FileKind::Config, &id),
+            name(v1::FileKind::Data, ""),
+            name(v1::FileKind::Data, "../../../etc/passwd"),
+            name(v1::FileKind::Key, &id.to_uppercase()),
+            Some(v1::FileName { kind: 99, id }),
+        ] {
+            let status = FileName::try_from(bad).unwrap_err();
+            assert_eq!(Code::of(&status), Code::Invalid);
+        }
+    }
+
+    #[test]
+    fn absurd_sizes_and_ranges_are_refused() {
+        let put = |size| v1::PutFileRequest {
+            cluster: "pg".into(),
+            name: name(v1::FileKind::Data, &"ab".repeat(32)),
+            size,
+            data: bytes::Bytes::new(),
+        };
+        assert!(PutFile::try_from(put(1)).is_ok());
+        assert!(PutFile::try_from(put(0)).is_err());
+        assert!(PutFile::try_from(put(4 << 30)).is_err());
+        let long = v1::PutFileRequest { data: vec![0; PIECE_BYTES_MAX + 1].into(), ..put(5) };
+        assert!(PutFile::try_from(long).is_err());
+        let get = |offset, length| v1::GetFileRequest {
+            cluster: "pg".into(),
+            name: name(v1::FileKind::Config, ""),
+            offset,
+            length,
+        };
+        assert_eq!(GetFileRequest::try_from(get(7, 0)).unwrap().length, None);
+        assert!(GetFileRequest::try_from(get(u64::MAX, 2)).is_err());
+        assert!(GetFileRequest::try_from(get(0, 1 << 40)).is_err());
+    }
+
+    #[test]
+    fn a_reservation_says_what_for() {
+        let ask = |purpose: i32, name: &str| {
+            ReserveRequest::try_from(v1::ReserveRequest {
+                cluster: "pg".into(),
+                purpose,
+                backup_name: name.into(),
+            })
+            .map(|r| r.purpose)
+        };
+        assert_eq!(ask(1, "").unwrap(), Purpose::Backup(None));
+        assert_eq!(ask(1, "x").unwrap(), Purpose::Backup(Some("x".into())));
+        assert_eq!(ask(2, "").unwrap(), Purpose::Restore);
+        for (purpose, name) in [(0, ""), (2, "x"), (9, "")] {
+            assert!(ask(purpose, name).is_err(), "{purpose} {name}");
+        }
+    }
+
+    #[test]
+    fn a_repository_is_made_only_for_a_system() {
+        let ask = |system_identifier, segment_size| {
+            OpenRepositoryRequest::try_from(v1::OpenRepositoryRequest {
+                cluster: "pg".into(),
+                system_identifier,
+                segment_size,
+                postgres_version: 150_018,
+            })
+        };
+        assert_eq!(ask(0, 0).unwrap().system, None);
+        assert!(ask(7, 1 << 24).unwrap().system.is_some());
+        assert!(ask(7, 5).is_err());
+    }
+}
