@@ -1,5 +1,15 @@
 //! Where the files of a repository are kept.
 
+mod bucket;
+mod local;
+mod tiered;
+mod windowed;
+
+pub use bucket::BucketFiles;
+pub use local::LocalFiles;
+pub use tiered::Tiered;
+pub use windowed::Windowed;
+
 use crate::{
     Error,
     layout::{BaseFile, BaseKind},

@@ -9,10 +9,40 @@
 //!
 //! All calls block, and run on threads of their own: never on an async worker.
 
+mod assemble;
+mod backend;
+mod check;
+mod create;
+mod fault;
 pub mod files;
+mod index;
+mod maintain;
+mod reader;
+mod sealer;
+mod snapshot;
+mod source;
 
-pub use files::Files;
+pub use assemble::{SnapshotMeta, SnapshotSummary};
+pub use check::Problem;
+pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed};
+pub use maintain::PruneOutcome;
+pub use reader::{ChunkId, ChunkLocation, Entries, Entry, Reader, StoredKind};
+pub use snapshot::{Part, YOUNG};
+pub use source::{EntryKind, Open, Progress, Silent, Source, SourceEntry};
 
+use crate::{
+    Error, Kind, Op,
+    layout::{BaseFile, BaseKind},
+    tier2::{Sha256Sum, Sha256SumError},
+};
+use backend::{Backend, Snapshots, Trace};
+use bytes::Bytes;
+use klio_pg::ByteSize;
+use rustic_core::{
+    Credentials, OpenStatus, RepositoryBackends, RepositoryOptions, repofile::MasterKey,
+};
+use sealer::Sealer;
+use std::{fmt, str::FromStr, sync::Arc};
 use zeroize::Zeroizing;
 
 /// What opens a repository. Kept age-wrapped beside it, given to the cluster's sidecar over mutual TLS.
@@ -24,8 +54,146 @@ pub struct Secret {
     pub master_key: Zeroizing<String>,
 }
 
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
+}
+
+/// How a new repository stores. Fixed when it is created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Bytes of a chunk, a multiple of PostgreSQL's page. Smaller ones find more that is the same between two
+    /// backups, and cost more for each byte (dependencies.md has the measurements that chose 128 KiB).
+    pub chunk_size: ByteSize,
+    /// zstd level, 1 to 22; 0 stores uncompressed.
+    pub compression_level: i32,
+    /// Bytes of a pack. A backup holds a few of them in memory, and one is what a tier-2 job uploads.
+    pub pack_size: ByteSize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { chunk_size: ByteSize::kib(128), compression_level: 1, pack_size: ByteSize::mib(32) }
+    }
+}
+
+/// A snapshot's name: that of its file.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct SnapshotId(Sha256Sum);
+
+impl SnapshotId {
+    /// Of a file in `snapshots/`.
+    pub const fn new(sum: Sha256Sum) -> Self {
+        Self(sum)
+    }
+
+    /// Its file.
+    pub const fn file(self) -> BaseFile {
+        BaseFile { kind: BaseKind::Snapshot, id: self.0 }
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for SnapshotId {
+    type Err = Sha256SumError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+/// An open repository; cheap to clone. Holds no lock: the server sees to it that only one maintenance runs.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    files: Arc<dyn Files>,
+    key: Arc<Key>,
+}
+
+struct Key {
+    master: MasterKey,
+    sealer: Sealer,
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(..)")
+    }
+}
+
+/// A repository of rustic's, for one operation.
+type Opened = rustic_core::Repository<OpenStatus>;
+
+impl Repository {
+    /// Where it is, for messages.
+    pub fn place(&self) -> String {
+        self.files.place()
+    }
+
+    /// The same repository over other files, for example with a cache before them.
+    #[must_use]
+    pub fn with_files(&self, files: Arc<dyn Files>) -> Self {
+        Self { files, key: Arc::clone(&self.key) }
+    }
+
+    fn fail(&self, op: Op, error: Box<rustic_core::RusticError>) -> Error {
+        fault::classify(op, &self.place(), error)
+    }
+
+    fn backend(
+        &self,
+        snapshots: Snapshots,
+        progress: Option<Arc<dyn Progress>>,
+    ) -> (Backend, Arc<Trace>) {
+        let trace = Arc::new(Trace::default());
+        let files = Arc::clone(&self.files);
+        (Backend { files, snapshots, progress, trace: Arc::clone(&trace) }, trace)
+    }
+
+    /// Opens it for rustic.
+    fn rustic(&self, snapshots: Snapshots) -> Result<(Opened, Arc<Trace>), Error> {
+        let (backend, trace) = self.backend(snapshots, None);
+        let opened = self.open_rustic(backend, rustic_core::NoProgressBars)?;
+        Ok((opened, trace))
+    }
+
+    fn open_rustic(
+        &self,
+        backend: Backend,
+        bars: impl rustic_core::ProgressBars,
+    ) -> Result<Opened, Error> {
+        let backends = RepositoryBackends::new(Arc::new(backend), None);
+        let credentials = Credentials::Masterkey(self.key.master.clone());
+        rustic_core::Repository::new_with_progress(&options(), &backends, bars)
+            .and_then(|repository| repository.open(&credentials))
+            .map_err(|e| self.fail(Op::Open, e))
+    }
+}
+
+/// No cache: it would lie in a home directory, and what it saves is small beside our files.
+fn options() -> RepositoryOptions {
+    RepositoryOptions::default().no_cache(true)
+}
+
+/// Reads a whole file and checks it against its name (R2).
+fn read_checked(files: &dyn Files, file: BaseFile) -> Result<Bytes, Error> {
+    let bytes = files.read(file)?;
+    let found = Sha256Sum::of(&bytes);
+    if file.kind == BaseKind::Config || found == file.id {
+        return Ok(bytes);
+    }
+    let detail = format!("expected bytes with the SHA-256 of its name, found {found}");
+    Err(Error::new(
+        Kind::Corrupt,
+        Op::Read,
+        format!("{}/{}", files.place(), file.relative()),
+        detail,
+    ))
 }

@@ -21,6 +21,7 @@ mod list;
 mod local;
 mod objects;
 mod open;
+mod payload;
 mod transfer;
 
 #[cfg(test)]

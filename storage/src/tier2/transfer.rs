@@ -14,7 +14,7 @@ use crate::{Error, Kind, Op};
 use bytes::Bytes;
 use object_store::{
     MultipartUpload, ObjectMeta, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions,
-    path::Path,
+    PutPayload, path::Path,
 };
 use tokio::{io::AsyncReadExt, task::JoinSet};
 use tracing::Instrument;
@@ -47,7 +47,7 @@ pub struct Uploaded {
 }
 
 /// Why a write did not happen.
-enum Refused {
+pub(super) enum Refused {
     /// Something is there.
     Exists,
     /// The store cannot write conditionally.
@@ -88,7 +88,7 @@ impl Tier2 {
 
     /// The object's facts, or `None` on a 404. Good enough to decide to write, not to report an
     /// object missing (P7): that is `download`.
-    async fn find(&self, key: &str, path: &Path) -> Result<Option<ObjectMeta>, Error> {
+    pub(super) async fn find(&self, key: &str, path: &Path) -> Result<Option<ObjectMeta>, Error> {
         match self.store.head(path).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -131,10 +131,20 @@ impl Tier2 {
         bytes: &Bytes,
         mode: PutMode,
     ) -> Result<(), Refused> {
+        self.put_payload(key, path, bytes.clone().into(), mode).await
+    }
+
+    pub(super) async fn put_payload(
+        &self,
+        key: &str,
+        path: &Path,
+        payload: PutPayload,
+        mode: PutMode,
+    ) -> Result<(), Refused> {
         use object_store::Error as E;
         let options =
             PutOptions { mode, attributes: self.attributes.clone(), ..PutOptions::default() };
-        match self.store.put_opts(path, bytes.clone().into(), options).await {
+        match self.store.put_opts(path, payload, options).await {
             Ok(_) => Ok(()),
             Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
             Err(E::NotImplemented { .. }) => Err(Refused::Unconditional),

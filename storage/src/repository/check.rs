@@ -1,0 +1,259 @@
+//! Proves what is stored.
+//!
+//! Everything but packs is read and checked against its name; packs are compared in size with what their index demands; the
+//! trees of every snapshot are read, and every chunk is looked up. Of the packs, a share is read whole: its SHA-256 must be
+//! its name, and every piece in it must open. Goes on after a problem, so that one run names them all.
+
+use super::{
+    Progress, Repository, SnapshotId,
+    assemble::contents,
+    index::{BlobKind, Index, Place},
+    read_checked,
+    reader::{Reader, open_blob, tree_of},
+};
+use crate::{
+    Error, Kind,
+    layout::{BaseFile, BaseKind},
+    tier2::Sha256Sum,
+};
+use rand::seq::SliceRandom;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// Packs in memory at once.
+const READERS_MAX: usize = 4;
+
+/// Something that is not as it was stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The file that is damaged or missing, where one is to blame; another copy of it repairs it.
+    pub file: Option<BaseFile>,
+    /// For people.
+    pub detail: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
+impl Repository {
+    /// Checks the structure, and reads `read_percent` (0 to 100) of the bytes of packs, chosen at random.
+    ///
+    /// # Errors
+    /// Trouble that says nothing about what is stored, as an unreachable place. Everything else is a problem.
+    pub fn check(
+        &self,
+        read_percent: f64,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Vec<Problem>, Error> {
+        let mut check = Check { repository: self, problems: Vec::new() };
+        check.small_files()?;
+        let index = check.index()?;
+        check.packs(&index)?;
+        let index = Arc::new(index);
+        check.snapshots(&index)?;
+        check.read(&index, read_percent, progress)?;
+        Ok(check.problems)
+    }
+}
+
+struct Check<'a> {
+    repository: &'a Repository,
+    problems: Vec<Problem>,
+}
+
+/// Whether an error tells of what is stored, not of the way to it.
+fn is_finding(error: &Error) -> bool {
+    matches!(error.kind, Kind::Corrupt | Kind::NotFound | Kind::Invalid)
+}
+
+impl Check<'_> {
+    fn problem(&mut self, file: Option<BaseFile>, detail: impl fmt::Display) {
+        self.problems.push(Problem { file, detail: detail.to_string() });
+    }
+
+    /// Keeps a finding, passes other errors on.
+    fn note<T>(
+        &mut self,
+        file: Option<BaseFile>,
+        result: Result<T, Error>,
+    ) -> Result<Option<T>, Error> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if is_finding(&error) => {
+                self.problem(file, error);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The config and the keys.
+    fn small_files(&mut self) -> Result<(), Error> {
+        let repository = self.repository;
+        let config = self.note(
+            Some(BaseFile::CONFIG),
+            read_checked(repository.files.as_ref(), BaseFile::CONFIG),
+        )?;
+        if let Some(sealed) = config
+            && repository.key.sealer.open_file(&sealed).is_none()
+        {
+            let detail =
+                repository.damaged(BaseFile::CONFIG, "the repository's key does not open it");
+            self.problem(Some(BaseFile::CONFIG), detail);
+        }
+        let keys = repository.files.list(BaseKind::Key)?;
+        if keys.is_empty() {
+            self.problem(
+                None,
+                format!("{}: no key file, so stock restic cannot open it", repository.place()),
+            );
+        }
+        for (file, _) in keys {
+            let result = read_checked(repository.files.as_ref(), file);
+            self.note(Some(file), result)?;
+        }
+        Ok(())
+    }
+
+    fn index(&mut self) -> Result<Index, Error> {
+        let mut index = Index::default();
+        for (file, _) in self.repository.files.list(BaseKind::Index)? {
+            let result = self.repository.add_index_file(&mut index, file);
+            self.note(Some(file), result)?;
+        }
+        index.sort();
+        Ok(index)
+    }
+
+    /// Every pack of the index is there, with the size the index demands.
+    fn packs(&mut self, index: &Index) -> Result<(), Error> {
+        let there: BTreeMap<_, _> =
+            self.repository.files.list(BaseKind::Data)?.into_iter().collect();
+        let mut seen = BTreeSet::new();
+        // A pack that is named twice is wanted if one says so.
+        let mut packs: Vec<_> = index.packs.iter().collect();
+        packs.sort_by_key(|pack| (pack.id, pack.marked));
+        for pack in packs {
+            let file = pack.file();
+            if !seen.insert(file) {
+                continue;
+            }
+            match there.get(&file) {
+                // Marked packs may go at any time, and some are marked without what is in them.
+                _ if pack.marked => {}
+                None => self.problem(
+                    Some(file),
+                    self.repository.damaged(file, "the index names it, but it is not there"),
+                ),
+                Some(&size) if size != pack.size => {
+                    let detail = format!("expected {} bytes, found {size}", pack.size);
+                    self.problem(Some(file), self.repository.damaged(file, detail));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tree of every snapshot can be read, and every chunk is in the index.
+    fn snapshots(&mut self, index: &Arc<Index>) -> Result<(), Error> {
+        for (file, _) in self.repository.files.list(BaseKind::Snapshot)? {
+            let snapshot = self.repository.snapshot_file(SnapshotId::new(file.id));
+            let Some(snapshot) = self.note(Some(file), snapshot)? else { continue };
+            let reader =
+                Reader::new(self.repository.clone(), Arc::clone(index), tree_of(&snapshot)?);
+            let found = contents(&reader);
+            if let Err(error) = found {
+                if !is_finding(&error) {
+                    return Err(error);
+                }
+                self.problem(None, format!("snapshot {}: {error}", file.id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads packs whole.
+    fn read(
+        &mut self,
+        index: &Index,
+        percent: f64,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(), Error> {
+        let blobs = index.by_pack();
+        let mut packs: Vec<_> = blobs
+            .chunk_by(|a, b| a.2.pack == b.2.pack)
+            .filter(|pack| !index.pack(&pack[0].2).marked)
+            .collect();
+        packs.shuffle(&mut rand::rng());
+        let bytes = |pack: &&[(BlobKind, Sha256Sum, Place)]| index.pack(&pack[0].2).size;
+        let mut left =
+            packs.iter().map(bytes).sum::<u64>() as f64 * percent.clamp(0.0, 100.0) / 100.0;
+        packs.retain(|pack| {
+            let chosen = left > 0.0;
+            left -= bytes(pack) as f64;
+            chosen
+        });
+        self.read_all(index, &packs, progress)
+    }
+
+    fn read_all(
+        &mut self,
+        index: &Index,
+        packs: &[&[(BlobKind, Sha256Sum, Place)]],
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(), Error> {
+        let next = AtomicUsize::new(0);
+        let results = Mutex::new(Vec::new());
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX);
+        let repository = self.repository;
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some(pack) = packs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let file = index.pack(&pack[0].2).file();
+                        let result = read_pack(repository, file, pack);
+                        progress.bytes(index.pack(&pack[0].2).size);
+                        progress.file_done();
+                        if let Err(error) = result {
+                            results
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .push((file, error));
+                        }
+                    }
+                });
+            }
+        });
+        for (file, error) in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            self.note(Some(file), Err::<(), _>(error))?;
+        }
+        Ok(())
+    }
+}
+
+fn read_pack(
+    repository: &Repository,
+    file: BaseFile,
+    blobs: &[(BlobKind, Sha256Sum, Place)],
+) -> Result<(), Error> {
+    let bytes = read_checked(repository.files.as_ref(), file)?;
+    for (_, id, place) in blobs {
+        let (from, length) = (place.offset as usize, place.length as usize);
+        let sealed = bytes.get(from..from + length);
+        let sealed =
+            sealed.ok_or_else(|| repository.damaged(file, "shorter than its index says"))?;
+        open_blob(&repository.key.sealer, id, place, sealed)
+            .map_err(|detail| repository.damaged(file, format!("piece {id}: {detail}")))?;
+    }
+    Ok(())
+}

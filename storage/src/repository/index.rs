@@ -1,0 +1,205 @@
+//! Where every chunk and tree lies: the index files of the repository, as one sorted table.
+//!
+//! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (R4) they are
+//! as good as any, and a snapshot that was saved beside a maintenance may still need them.
+//!
+//! About 48 bytes of memory for each chunk.
+
+use super::{Repository, read_checked};
+use crate::{
+    Error, Kind, Op,
+    layout::{BaseFile, BaseKind},
+    tier2::Sha256Sum,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Maintenance replaces index files; whoever listed the old ones looks again.
+const TRIES: usize = 5;
+
+/// An index file, as restic documents it; `packs_to_delete` is rustic's.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct IndexJson {
+    pub(super) packs: Vec<PackJson>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) packs_to_delete: Vec<PackJson>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct PackJson {
+    pub(super) id: Sha256Sum,
+    pub(super) blobs: Vec<BlobJson>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct BlobJson {
+    id: Sha256Sum,
+    #[serde(rename = "type")]
+    blob: BlobKind,
+    offset: u32,
+    length: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    uncompressed_length: Option<u32>,
+}
+
+/// What a piece of a pack is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum BlobKind {
+    Data,
+    Tree,
+}
+
+/// Where a piece lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Position in `Index::packs`.
+    pub(super) pack: u32,
+    pub(super) offset: u32,
+    /// Encrypted bytes in the pack.
+    pub(super) length: u32,
+    /// Bytes before compression; 0 when it is not compressed.
+    pub(super) raw: u32,
+}
+
+impl Place {
+    /// Bytes of the piece itself.
+    pub(super) fn plain(&self) -> u64 {
+        match self.raw {
+            0 => u64::from(self.length).saturating_sub(32),
+            raw => u64::from(raw),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Pack {
+    pub(super) id: Sha256Sum,
+    /// The index file that names it.
+    pub(super) index: Sha256Sum,
+    /// Marked for removal.
+    pub(super) marked: bool,
+    /// Bytes of the file, as its header's form demands.
+    pub(super) size: u64,
+}
+
+impl Pack {
+    pub(super) fn file(&self) -> BaseFile {
+        BaseFile { kind: BaseKind::Data, id: self.id }
+    }
+}
+
+/// The table.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    pub(super) packs: Vec<Pack>,
+    /// Sorted by kind and id, unmarked before marked.
+    blobs: Vec<(BlobKind, Sha256Sum, Place)>,
+    /// What the index said of marked packs, to put them back.
+    marked: BTreeMap<u32, PackJson>,
+}
+
+/// restic's pack header: 37 bytes for a piece, 41 for a compressed one, then nonce, tag and length.
+fn pack_size(pack: &PackJson) -> u64 {
+    let entry = |blob: &BlobJson| if blob.uncompressed_length.is_some() { 41 } else { 37 };
+    pack.blobs.iter().map(|blob| u64::from(blob.length) + entry(blob)).sum::<u64>() + 36
+}
+
+impl Index {
+    pub(super) fn find(&self, kind: BlobKind, id: &Sha256Sum) -> Option<&Place> {
+        let at = self.blobs.partition_point(|(k, i, _)| (k, i) < (&kind, id));
+        self.blobs.get(at).filter(|(k, i, _)| (*k, i) == (kind, id)).map(|(_, _, place)| place)
+    }
+
+    pub(super) fn pack(&self, place: &Place) -> &Pack {
+        &self.packs[place.pack as usize]
+    }
+
+    /// Every piece, sorted by pack and offset.
+    pub(super) fn by_pack(&self) -> Vec<(BlobKind, Sha256Sum, Place)> {
+        let mut blobs = self.blobs.clone();
+        blobs.sort_unstable_by_key(|(_, _, place)| (place.pack, place.offset));
+        blobs
+    }
+
+    pub(super) fn marked_pack(&self, pack: u32) -> Option<&PackJson> {
+        self.marked.get(&pack)
+    }
+
+    fn add(&mut self, file: Sha256Sum, pack: PackJson, marked: bool) {
+        let number = self.packs.len() as u32;
+        for blob in &pack.blobs {
+            let raw = blob.uncompressed_length.unwrap_or(0);
+            let place = Place { pack: number, offset: blob.offset, length: blob.length, raw };
+            self.blobs.push((blob.blob, blob.id, place));
+        }
+        self.packs.push(Pack { id: pack.id, index: file, marked, size: pack_size(&pack) });
+        if marked {
+            self.marked.insert(number, pack);
+        }
+    }
+
+    pub(super) fn sort(&mut self) {
+        let packs = &self.packs;
+        self.blobs.sort_unstable_by_key(|(kind, id, place)| {
+            (*kind, *id, packs[place.pack as usize].marked, place.pack)
+        });
+    }
+}
+
+impl Repository {
+    /// Reads every index file.
+    pub(super) fn index(&self) -> Result<Index, Error> {
+        retried(|| {
+            let mut index = Index::default();
+            for (file, _) in self.files.list(BaseKind::Index)? {
+                self.add_index_file(&mut index, file)?;
+            }
+            index.sort();
+            Ok(index)
+        })
+    }
+
+    pub(super) fn add_index_file(&self, index: &mut Index, file: BaseFile) -> Result<(), Error> {
+        let json = self.read_json(file)?;
+        let content: IndexJson = serde_json::from_slice(&json)
+            .map_err(|_| self.damaged(file, "expected restic's JSON of an index"))?;
+        content.packs.into_iter().for_each(|pack| index.add(file.id, pack, false));
+        // Packs that no index named are marked without their content; nobody can look anything up in them.
+        let marked = content.packs_to_delete.into_iter();
+        marked.for_each(|pack| index.add(file.id, pack, true));
+        Ok(())
+    }
+
+    /// The JSON of an index or a snapshot, checked and decrypted.
+    pub(super) fn read_json(&self, file: BaseFile) -> Result<Vec<u8>, Error> {
+        let sealed = read_checked(self.files.as_ref(), file)?;
+        let json = self.key.sealer.open_file(&sealed);
+        json.ok_or_else(|| self.damaged(file, "the repository's key does not open it"))
+    }
+
+    pub(super) fn damaged(&self, file: BaseFile, detail: impl std::fmt::Display) -> Error {
+        Error::new(Kind::Corrupt, Op::Read, format!("{}/{}", self.place(), file.relative()), detail)
+    }
+
+    /// Encrypts an index file and stores it.
+    pub(super) fn write_index(&self, content: &IndexJson) -> Result<BaseFile, Error> {
+        let json = serde_json::to_vec(content)
+            .map_err(|e| Error::new(Kind::Invalid, Op::Write, "an index file", e))?;
+        let sealed = self.key.sealer.seal(&json)?;
+        let file = BaseFile { kind: BaseKind::Index, id: Sha256Sum::of(&sealed) };
+        self.files.write(file, &[sealed.into()])?;
+        Ok(file)
+    }
+}
+
+/// Again while a file that was listed is gone: maintenance wrote new index files before it removed the old ones.
+pub(super) fn retried<T>(mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    let mut tries = 1;
+    loop {
+        match work() {
+            Err(error) if error.kind == Kind::NotFound && tries < TRIES => tries += 1,
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Reads a snapshot: its entries, and its chunks in any order from any thread.
+//!
+//! What is handed out is what was archived: a chunk's bytes have the SHA-256 that names them, or it is an error
+//! (`Corrupt`). Keeps nothing but the index; how much is read at once is the business of the `Files` below (`Windowed`).
+
+use super::{
+    Repository, SnapshotId,
+    index::{BlobKind, Index, Place},
+    sealer::Sealer,
+};
+use crate::{
+    Error, Kind, Op,
+    layout::BaseFile,
+    tier2::{Sha256Sum, Sha256SumError},
+};
+use bytes::Bytes;
+use rustic_core::repofile::{Node, NodeType, SnapshotFile, Tree};
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    fmt,
+    path::PathBuf,
+    str::FromStr,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// A chunk's name: the SHA-256 of its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkId(Sha256Sum);
+
+impl ChunkId {
+    /// The chunk of this content.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(Sha256Sum::of(bytes))
+    }
+
+    /// The SHA-256 of its bytes.
+    pub const fn sum(&self) -> &Sha256Sum {
+        &self.0
+    }
+}
+
+impl fmt::Display for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for ChunkId {
+    type Err = Sha256SumError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+/// Where a chunk lies, encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ChunkLocation {
+    /// The pack.
+    pub pack: BaseFile,
+    /// Bytes from its beginning.
+    pub offset: u64,
+    /// Bytes in the pack.
+    pub length: u64,
+}
+
+/// What an entry of a snapshot is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoredKind {
+    /// A directory; what is in it follows.
+    Dir,
+    /// A regular file.
+    File {
+        /// Bytes.
+        size: u64,
+        /// Its chunks in order, each of the repository's chunk size but the last.
+        chunks: Vec<ChunkId>,
+    },
+    /// A symbolic link and where it points.
+    Symlink(PathBuf),
+}
+
+/// A directory, file or link of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Below the root of the snapshot, for example `data/base/1/1259`. Never leaves it.
+    pub path: PathBuf,
+    /// What it is.
+    pub kind: StoredKind,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// When its content last changed.
+    pub mtime: SystemTime,
+}
+
+/// An open snapshot; cheap to clone, and shared by as many threads as like.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    repository: Repository,
+    index: Arc<Index>,
+    root: Sha256Sum,
+}
+
+impl Repository {
+    /// Opens a snapshot.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such snapshot; `Corrupt` when a file is damaged.
+    pub fn reader(&self, snapshot: &SnapshotId) -> Result<Reader, Error> {
+        let root = tree_of(&self.snapshot_file(*snapshot)?)?;
+        Ok(Reader { repository: self.clone(), index: Arc::new(self.index()?), root })
+    }
+
+    pub(super) fn snapshot_file(&self, snapshot: SnapshotId) -> Result<SnapshotFile, Error> {
+        let json = self.read_json(snapshot.file())?;
+        serde_json::from_slice(&json)
+            .map_err(|_| self.damaged(snapshot.file(), "expected restic's JSON of a snapshot"))
+    }
+}
+
+pub(super) fn tree_of(snapshot: &SnapshotFile) -> Result<Sha256Sum, Error> {
+    sum(&snapshot.tree.to_hex())
+}
+
+/// rustic's ids give their bytes as text only.
+pub(super) fn sum(hex: &str) -> Result<Sha256Sum, Error> {
+    hex.parse().map_err(|e| Error::new(Kind::Corrupt, Op::Decode, "an id", e))
+}
+
+impl Reader {
+    pub(super) fn new(repository: Repository, index: Arc<Index>, root: Sha256Sum) -> Self {
+        Self { repository, index, root }
+    }
+
+    pub(super) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(super) fn chunk_place(&self, id: &ChunkId) -> Result<&Place, Error> {
+        self.place(BlobKind::Data, &id.0)
+    }
+
+    /// Every entry, a directory before what is in it. Reads trees as it goes; ends after an error.
+    ///
+    /// # Errors
+    /// As the root tree cannot be read.
+    pub fn entries(&self) -> Result<Entries, Error> {
+        let mut entries = Entries {
+            reader: self.clone(),
+            path: PathBuf::new(),
+            stack: Vec::new(),
+            packs: BTreeSet::new(),
+        };
+        entries.open(&self.root)?;
+        Ok(entries)
+    }
+
+    /// A chunk's bytes.
+    ///
+    /// # Errors
+    /// `Corrupt` when the repository does not have it, or has other bytes; else as the files fail.
+    pub fn chunk(&self, id: &ChunkId) -> Result<Bytes, Error> {
+        self.blob(BlobKind::Data, &id.0)
+    }
+
+    /// Where a chunk lies, for those who order or join their reads.
+    ///
+    /// # Errors
+    /// `Corrupt` when no index names it.
+    pub fn chunk_location(&self, id: &ChunkId) -> Result<ChunkLocation, Error> {
+        let place = self.place(BlobKind::Data, &id.0)?;
+        let pack = self.index.pack(place).file();
+        Ok(ChunkLocation { pack, offset: place.offset.into(), length: place.length.into() })
+    }
+
+    /// A chunk's bytes from what lies at its location, for those who read by themselves.
+    ///
+    /// # Errors
+    /// As `chunk`.
+    pub fn open_chunk(&self, id: &ChunkId, sealed: &[u8]) -> Result<Bytes, Error> {
+        let place = self.place(BlobKind::Data, &id.0)?;
+        self.open(&id.0, place, sealed)
+    }
+
+    pub(super) fn tree(&self, id: &Sha256Sum) -> Result<Tree, Error> {
+        let json = self.blob(BlobKind::Tree, id)?;
+        serde_json::from_slice(&json)
+            .map_err(|_| self.broken(id, "expected restic's JSON of a tree"))
+    }
+
+    fn place(&self, kind: BlobKind, id: &Sha256Sum) -> Result<&Place, Error> {
+        self.index.find(kind, id).ok_or_else(|| self.broken(id, "no index names this piece"))
+    }
+
+    fn blob(&self, kind: BlobKind, id: &Sha256Sum) -> Result<Bytes, Error> {
+        let place = self.place(kind, id)?;
+        let pack = self.index.pack(place).file();
+        let (offset, length) = (place.offset.into(), place.length.into());
+        let sealed = self.repository.files.read_range(pack, offset, length)?;
+        self.open(id, place, &sealed)
+    }
+
+    fn open(&self, id: &Sha256Sum, place: &Place, sealed: &[u8]) -> Result<Bytes, Error> {
+        open_blob(&self.repository.key.sealer, id, place, sealed).map_err(|detail| {
+            let file = self.index.pack(place).file();
+            let detail = format!("piece {id} at offset {}: {detail}", place.offset);
+            self.repository.damaged(file, detail)
+        })
+    }
+
+    fn broken(&self, id: &Sha256Sum, detail: &str) -> Error {
+        let place = format!("{}, piece {id}", self.repository.place());
+        Error::new(Kind::Corrupt, Op::Read, place, detail)
+    }
+}
+
+thread_local! {
+    /// Its memory is worth keeping: there are many chunks, and each is small.
+    static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> =
+        RefCell::new(zstd::bulk::Decompressor::default());
+}
+
+/// Decrypts, decompresses and checks one piece; says what is wrong with it.
+pub(super) fn open_blob(
+    sealer: &Sealer,
+    id: &Sha256Sum,
+    place: &Place,
+    sealed: &[u8],
+) -> Result<Bytes, &'static str> {
+    let packed = sealer.open(sealed).ok_or("damaged: its authentication fails")?;
+    let plain = match place.raw {
+        0 => packed,
+        raw => ZSTD
+            .with_borrow_mut(|zstd| zstd.decompress(&packed, raw as usize))
+            .map_err(|_| "damaged: it does not decompress")?,
+    };
+    if plain.len() as u64 != place.plain() {
+        return Err("its length is not the one in the index");
+    }
+    if Sha256Sum::of(&plain) != *id {
+        return Err("its bytes do not have the SHA-256 that names it");
+    }
+    Ok(plain.into())
+}
+
+/// The entries of a snapshot.
+#[derive(Debug)]
+pub struct Entries {
+    reader: Reader,
+    /// Of the innermost open directory.
+    path: PathBuf,
+    stack: Vec<std::vec::IntoIter<Node>>,
+    /// Where the trees lie that were read so far.
+    packs: BTreeSet<u32>,
+}
+
+impl Iterator for Entries {
+    type Item = Result<Entry, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.stack.last_mut()?.next() {
+                Some(node) => {
+                    let result = self.enter(node);
+                    if result.is_err() {
+                        self.stack.clear();
+                    }
+                    return Some(result);
+                }
+                None => {
+                    self.stack.pop();
+                    self.path.pop();
+                }
+            }
+        }
+    }
+}
+
+impl Entries {
+    /// Positions in `Index::packs` of the trees that were read so far.
+    pub(super) fn tree_packs(&self) -> impl Iterator<Item = u32> {
+        self.packs.iter().copied()
+    }
+
+    fn open(&mut self, tree: &Sha256Sum) -> Result<(), Error> {
+        self.packs.insert(self.reader.place(BlobKind::Tree, tree)?.pack);
+        self.stack.push(self.reader.tree(tree)?.nodes.into_iter());
+        Ok(())
+    }
+
+    fn enter(&mut self, node: Node) -> Result<Entry, Error> {
+        let name = node.name().into_owned();
+        let bytes = name.as_encoded_bytes();
+        if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
+            let detail = format!("{name:?} in {:?} is not a file's name", self.path);
+            return Err(Error::new(
+                Kind::Corrupt,
+                Op::Read,
+                self.reader.repository.place(),
+                detail,
+            ));
+        }
+        let path = self.path.join(&name);
+        let kind = self.kind(&node)?;
+        if kind == StoredKind::Dir {
+            let id = node.subtree.ok_or_else(|| {
+                self.reader.broken(&self.reader.root, "a directory without a tree")
+            })?;
+            self.open(&sum(&id.to_hex())?)?;
+            self.path.push(&name);
+        }
+        let mtime = node.meta.mtime.map_or(UNIX_EPOCH, SystemTime::from);
+        let (mode, uid, gid) = (node.meta.mode, node.meta.uid, node.meta.gid);
+        let mode = mode.unwrap_or(0o700) & 0o7777;
+        Ok(Entry { path, kind, mode, uid: uid.unwrap_or(0), gid: gid.unwrap_or(0), mtime })
+    }
+
+    fn kind(&self, node: &Node) -> Result<StoredKind, Error> {
+        match &node.node_type {
+            NodeType::Dir => Ok(StoredKind::Dir),
+            NodeType::Symlink { .. } => {
+                Ok(StoredKind::Symlink(node.node_type.to_link().to_owned()))
+            }
+            NodeType::File => {
+                let ids = node.content.iter().flatten();
+                let chunks =
+                    ids.map(|id| Ok(ChunkId(sum(&id.to_hex())?))).collect::<Result<_, _>>()?;
+                Ok(StoredKind::File { size: node.meta.size, chunks })
+            }
+            other => {
+                let detail = format!(
+                    "{:?} in {:?} is a {other}, which klio never stores",
+                    node.name, self.path
+                );
+                Err(Error::new(Kind::Corrupt, Op::Read, self.reader.repository.place(), detail))
+            }
+        }
+    }
+}

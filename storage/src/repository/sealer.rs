@@ -1,0 +1,85 @@
+//! restic's encryption of one piece: AES-256-CTR with Poly1305-AES.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..16 | nonce, random |
+//! | 16..n-16 | ciphertext |
+//! | n-16..n | Poly1305-AES of the ciphertext |
+//!
+//! As <https://restic.readthedocs.io/en/stable/100_references.html#keys-encryption-and-mac> says. rustic does the same inside,
+//! but gives no access to it, and its readers cannot see packs that are marked for removal (R4).
+
+use super::Secret;
+use crate::{Error, Kind, Op};
+use aes256ctr_poly1305aes::{Aes256CtrPoly1305Aes, Key, Nonce, aead::Aead};
+use rand::RngCore;
+use rustic_core::repofile::MasterKey;
+use std::io::Read;
+use zeroize::Zeroizing;
+
+const NONCE_BYTES: usize = 16;
+/// Before the zstd stream of a compressed index or snapshot.
+const COMPRESSED: u8 = 2;
+
+/// Opens and makes encrypted pieces.
+#[derive(Clone)]
+pub(super) struct Sealer(Aes256CtrPoly1305Aes);
+
+impl std::fmt::Debug for Sealer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sealer(..)")
+    }
+}
+
+/// Reads the master key of a secret.
+pub(super) fn master_key(secret: &Secret) -> Result<MasterKey, Error> {
+    let bad =
+        |detail: &str| Error::new(Kind::Invalid, Op::Decode, "a repository's master key", detail);
+    // serde's text would quote the key.
+    let key: MasterKey = serde_json::from_str(&secret.master_key)
+        .map_err(|_| bad("expected restic's JSON of a key"))?;
+    if key.encrypt.len() != 32 || key.mac.k.len() != 16 || key.mac.r.len() != 16 {
+        return Err(bad("expected 32, 16 and 16 bytes"));
+    }
+    Ok(key)
+}
+
+impl Sealer {
+    pub(super) fn new(key: &MasterKey) -> Self {
+        let mut bytes = Zeroizing::new([0; 64]);
+        bytes[..32].copy_from_slice(&key.encrypt);
+        bytes[32..48].copy_from_slice(&key.mac.k);
+        bytes[48..].copy_from_slice(&key.mac.r);
+        Self(Aes256CtrPoly1305Aes::new(Key::from_slice(bytes.as_slice())))
+    }
+
+    /// `None` when it was not made with this key, or was damaged.
+    pub(super) fn open(&self, sealed: &[u8]) -> Option<Vec<u8>> {
+        let (nonce, rest) = sealed.split_at_checked(NONCE_BYTES)?;
+        self.0.decrypt(Nonce::from_slice(nonce), rest).ok()
+    }
+
+    /// Encrypts.
+    pub(super) fn seal(&self, plain: &[u8]) -> Result<Vec<u8>, Error> {
+        let mut sealed = vec![0; NONCE_BYTES];
+        rand::rng().fill_bytes(&mut sealed);
+        let text = self.0.encrypt(Nonce::from_slice(&sealed), plain);
+        let text = text.map_err(|e| Error::new(Kind::Io, Op::Write, "a repository file", e))?;
+        sealed.extend_from_slice(&text);
+        Ok(sealed)
+    }
+
+    /// The JSON of an index or a snapshot.
+    pub(super) fn open_file(&self, sealed: &[u8]) -> Option<Vec<u8>> {
+        let plain = self.open(sealed)?;
+        match plain.first() {
+            Some(b'{' | b'[') => Some(plain),
+            Some(&COMPRESSED) => {
+                let mut json = Vec::new();
+                zstd::Decoder::new(&plain[1..]).ok()?.read_to_end(&mut json).ok()?;
+                Some(json)
+            }
+            _ => None,
+        }
+    }
+}
