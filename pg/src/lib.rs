@@ -11,6 +11,7 @@ mod page;
 mod relation;
 mod replication;
 mod segment;
+mod segment_header;
 mod size;
 mod timeline;
 mod wal_record;
@@ -30,6 +31,7 @@ pub use replication::{
     encode_status, pg_micros_from_unix, unix_micros_from_pg,
 };
 pub use segment::{ParseSegmentError, SegmentName, SegmentSize, SegmentSizeError};
+pub use segment_header::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentHeaderError};
 pub use size::ByteSize;
 pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};
 pub use wal_record::{Found, Landmark, RecordWalker};
