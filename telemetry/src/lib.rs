@@ -18,6 +18,7 @@ mod prometheus;
 pub mod propagate;
 pub mod redact;
 mod resource;
+pub mod rpc;
 mod runtime;
 #[cfg(test)]
 mod tests;
