@@ -10,6 +10,10 @@ pub mod wal;
 
 pub use code::Code;
 
+/// Every service of the contract, for metrics: a name that is not here makes no series.
+pub const SERVICES: [&str; 4] =
+    ["klio.v1.Wal", "klio.v1.Catalog", "klio.v1.Base", "grpc.health.v1.Health"];
+
 /// The generated messages and services of `klio.v1`.
 #[allow(missing_docs, clippy::all, clippy::disallowed_methods)]
 pub mod v1 {

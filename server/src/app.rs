@@ -25,7 +25,10 @@ use klio_storage::{
     tier2::Tier2,
     wal::{WalOptions, WalStore},
 };
-use klio_telemetry::Telemetry;
+use klio_telemetry::{
+    Telemetry,
+    rpc::{RpcLayer, RpcMeter, Side},
+};
 use std::{
     future::Future,
     sync::{Arc, Mutex},
@@ -42,6 +45,7 @@ use tokio_stream::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::Router};
+use tower::layer::util::{Identity, Stack};
 
 /// All of the way out, but telemetry's flush.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -158,7 +162,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         tasks: sessions.clone(),
     };
     let catalog = CatalogService { auth, board: board.clone(), tier2 };
-    let router = router(wal, catalog).await?;
+    let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
+    let router = router(rpc, wal, catalog).await?;
     let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);
 
     let readiness: admin::Readiness = Arc::new(move || {
@@ -221,7 +226,14 @@ async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow
     Ok(())
 }
 
-async fn router(wal: WalService, catalog: CatalogService) -> anyhow::Result<Router> {
+/// Every service behind the one layer that measures calls.
+type Services = Router<Stack<RpcLayer, Identity>>;
+
+async fn router(
+    rpc: RpcMeter,
+    wal: WalService,
+    catalog: CatalogService,
+) -> anyhow::Result<Services> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<WalServer<WalService>>().await;
     health.set_serving::<CatalogServer<CatalogService>>().await;
@@ -236,6 +248,7 @@ async fn router(wal: WalService, catalog: CatalogService) -> anyhow::Result<Rout
         .initial_stream_window_size(2 << 20)
         .initial_connection_window_size(4 << 20)
         .max_frame_size(256 << 10)
+        .layer(rpc.layer())
         .add_service(WalServer::new(wal).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(CatalogServer::new(catalog).max_decoding_message_size(64 << 10))
         .add_service(health_service)
@@ -243,7 +256,7 @@ async fn router(wal: WalService, catalog: CatalogService) -> anyhow::Result<Rout
 }
 
 fn serve(
-    router: Router,
+    router: Services,
     listener: TcpListener,
     certificates: Option<watch::Sender<Arc<Loaded>>>,
     files: Option<tls::TlsFiles>,
