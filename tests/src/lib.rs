@@ -23,6 +23,7 @@ pub mod scratch;
 pub mod site;
 pub mod tls;
 pub mod wait;
+pub mod workload;
 
 /// Makes ring the process's crypto provider; the first line of every test that uses TLS or an object store.
 ///

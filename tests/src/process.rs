@@ -98,8 +98,13 @@ impl Running {
         self.reap();
     }
 
-    /// SIGKILL to the program and all its descendants.
+    /// SIGKILL to the program and all its descendants, as a power cut: none of them notices the death of another first.
+    /// (Backends of PostgreSQL that see their postmaster die still abort their transactions, and unlink files without WAL.)
     pub fn kill9_tree(&mut self) {
+        self.pause();
+        for descendant in tree::descendants(self.pid()) {
+            descendant.kill9();
+        }
         self.kill9();
         if let Some(group) = self.os_pid() {
             let _ = kill_process_group(group, Signal::KILL);
