@@ -14,7 +14,7 @@ use crate::{
     Error, Kind, Op,
     layout::{BaseFile, BaseKind},
 };
-use rustic_core::{PruneOptions, jiff::Span};
+use rustic_core::{PruneOptions, PruneStats, jiff::Span};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// What a prune did.
@@ -34,6 +34,13 @@ pub struct PruneOutcome {
     pub bytes_used: u64,
     /// Bytes that will go, marked or waiting to be repacked.
     pub bytes_unused: u64,
+}
+
+/// rustic's own sum of unused packs has the young ones in it that it keeps.
+fn packs_to_mark(stats: &PruneStats) -> u64 {
+    // The type of what to do with a pack is not exported; its name is.
+    let marked = stats.debug.0.iter().filter(|(key, _)| format!("{:?}", key.todo) == "MarkDelete");
+    marked.map(|(_, packs)| packs.packs).sum()
 }
 
 impl Repository {
@@ -65,7 +72,7 @@ impl Repository {
         let plan = opened.prune_plan(&options).map_err(|e| self.fail(Op::Read, e))?;
         let (stats, size) = (&plan.stats, plan.stats.size_sum());
         let outcome = PruneOutcome {
-            packs_marked: stats.packs.unused,
+            packs_marked: packs_to_mark(stats),
             packs_repacked: stats.packs.repack,
             packs_recovered: stats.packs_to_delete.recover,
             packs_removed: stats.packs_to_delete.remove,

@@ -21,6 +21,8 @@ mod reader;
 mod sealer;
 mod snapshot;
 mod source;
+#[cfg(test)]
+mod tests;
 
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;

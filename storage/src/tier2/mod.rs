@@ -25,7 +25,7 @@ mod payload;
 mod transfer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use config::{Encryption, Secret, Tier2Config};
 pub use digest::{Hasher, Sha256Sum, Sha256SumError};

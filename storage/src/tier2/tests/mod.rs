@@ -3,7 +3,7 @@
 
 mod faults;
 mod promises;
-pub(super) mod s3;
+pub(crate) mod s3;
 mod tls;
 
 use super::{Secret, Source, Tier2, Tier2Config};
@@ -11,7 +11,7 @@ use s3::{BUCKET, S3};
 use std::path::{Path, PathBuf};
 
 /// A store with timeouts short enough for a test.
-pub(super) fn config(s3: &S3) -> Tier2Config {
+pub(crate) fn config(s3: &S3) -> Tier2Config {
     let mut config = Tier2Config::new(format!("s3://{BUCKET}/prefix"));
     let (id, secret) = s3.credentials();
     config.endpoint = Some(s3.endpoint.clone());
@@ -22,7 +22,7 @@ pub(super) fn config(s3: &S3) -> Tier2Config {
     config
 }
 
-pub(super) fn open(s3: &S3) -> Tier2 {
+pub(crate) fn open(s3: &S3) -> Tier2 {
     Tier2::open(&config(s3)).unwrap()
 }
 

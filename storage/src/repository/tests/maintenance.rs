@@ -1,0 +1,141 @@
+//! R4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
+
+use super::*;
+use crate::{layout::BaseKind, repository::Progress};
+
+const DAY: Duration = Duration::from_secs(86_400);
+const NOW: Duration = Duration::ZERO;
+
+fn tree(seed: u64) -> Fake {
+    Fake::new()
+        .file("data/common", &noise(1, 2 << 20))
+        .file("data/own", &noise(seed, 2 << 20))
+        .file("data/small", &noise(seed + 1000, 9000))
+}
+
+fn packs(home: &Home) -> usize {
+    home.files.list(BaseKind::Data).unwrap().len()
+}
+
+fn sound(home: &Home) {
+    let silent: Arc<dyn Progress> = Arc::new(Silent);
+    assert_eq!(home.repository.check(100.0, &silent).unwrap(), []);
+}
+
+#[test]
+fn packs_are_marked_first_and_go_only_after_they_were_marked_long_enough() {
+    let home = home();
+    let (_, old) = back_up(&home.repository, &tree(10), None, "old");
+    let (_, new) = back_up(&home.repository, &tree(20), None, "new");
+    home.repository.forget(&[old.id]).unwrap();
+    let before = packs(&home);
+
+    let young = home.repository.prune(DAY).unwrap();
+    assert_eq!(
+        (young.packs_marked, young.packs_removed),
+        (0, 0),
+        "packs of a running backup are young"
+    );
+    let marked = home.repository.prune(NOW).unwrap();
+    assert!(marked.packs_marked + marked.packs_repacked > 0, "{marked:?}");
+    assert_eq!(marked.packs_removed, 0);
+    assert!(packs(&home) >= before, "the first step removes nothing");
+    sound(&home);
+
+    let waiting = home.repository.prune(DAY).unwrap();
+    assert_eq!(waiting.packs_removed, 0);
+    assert!(packs(&home) >= before, "they have not been marked for a day");
+
+    let removed = home.repository.prune(NOW).unwrap();
+    assert!(removed.packs_removed > 0, "{removed:?}");
+    assert!(packs(&home) < before);
+    sound(&home);
+    assert!(restored(&home.repository, &new).unwrap() == tree(20).expected());
+}
+
+#[test]
+fn a_restore_that_loaded_the_index_before_a_prune_finds_every_chunk_after_it() {
+    let home = home();
+    let (_, old) = back_up(&home.repository, &tree(10), None, "old");
+    let (_, new) = back_up(&home.repository, &tree(20), None, "new");
+    let readers = [&old, &new].map(|s| home.repository.reader(&s.id).unwrap());
+    home.repository.forget(&[old.id]).unwrap();
+    home.repository.prune(NOW).unwrap();
+    for reader in &readers {
+        for entry in reader.entries().unwrap() {
+            if let StoredKind::File { chunks, .. } = entry.unwrap().kind {
+                chunks.iter().for_each(|chunk| drop(reader.chunk(chunk).unwrap()));
+            }
+        }
+    }
+}
+
+/// The chunks that the second backup found in the index are marked before it saves its snapshot.
+#[test]
+fn a_backup_that_runs_beside_a_prune_is_whole_and_its_packs_are_put_back() {
+    let home = home();
+    let (_, old) = back_up(&home.repository, &tree(10), None, "old");
+    home.repository.forget(&[old.id]).unwrap();
+    let part = home.repository.snapshot(&tree(10), None, Arc::new(Silent)).unwrap();
+    assert_eq!(part.added_bytes, 0, "it relies on the packs of a forgotten backup");
+    let outcome = home.repository.prune(NOW).unwrap();
+    assert!(outcome.packs_marked > 0);
+    let again = home.repository.assemble(&[part], &meta("again")).unwrap();
+    sound(&home);
+    // Not even when maintenance goes on at once.
+    home.repository.prune(NOW).unwrap();
+    home.repository.prune(NOW).unwrap();
+    sound(&home);
+    assert!(restored(&home.repository, &again).unwrap() == tree(10).expected());
+}
+
+/// As above, but the snapshot was saved while the prune was deciding: the next prune puts the packs back, and until then
+/// our readers find them.
+#[test]
+fn packs_marked_although_a_snapshot_needs_them_are_read_and_recovered() {
+    let home = home();
+    let (_, kept) = back_up(&home.repository, &tree(10), None, "kept");
+    let snapshot = home.files.read(kept.id.file()).unwrap();
+    home.repository.forget(&[kept.id]).unwrap();
+    home.repository.prune(NOW).unwrap();
+    home.files.write(kept.id.file(), &[snapshot]).unwrap();
+    assert!(restored(&home.repository, &kept).unwrap() == tree(10).expected());
+    let outcome = home.repository.prune(NOW).unwrap();
+    assert!(outcome.packs_recovered > 0, "{outcome:?}");
+    sound(&home);
+}
+
+#[test]
+fn an_unreadable_snapshot_stops_maintenance() {
+    let home = home();
+    let (_, one) = back_up(&home.repository, &tree(10), None, "one");
+    back_up(&home.repository, &tree(20), None, "two");
+    let path = home.files.path(one.id.file());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[40] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let before = packs(&home);
+    assert!(home.repository.prune(NOW).is_err());
+    assert!(home.repository.prune(NOW).is_err());
+    assert_eq!(packs(&home), before);
+}
+
+#[test]
+fn what_a_snapshot_needs_is_enough_to_restore_it_elsewhere() {
+    let home = home();
+    let (_, old) = back_up(&home.repository, &tree(10), None, "old");
+    let (_, new) = back_up(&home.repository, &tree(20), None, "new");
+    for (summary, seed) in [(&old, 10), (&new, 20)] {
+        let needed = home.repository.packs_of(&[summary.id]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let copy = Arc::new(LocalFiles::new(Arc::new(RealDisk), folder.path().join("base")));
+        for file in needed {
+            copy.write(file, &[home.files.read(file).unwrap()]).unwrap();
+        }
+        let repository = Repository::open(copy, &home.secret).unwrap();
+        assert!(restored(&repository, summary).unwrap() == tree(seed).expected());
+        assert_eq!(repository.snapshots().unwrap(), std::slice::from_ref(summary));
+    }
+    let both = home.repository.packs_of(&[old.id, new.id]).unwrap();
+    assert!(both.len() > home.repository.packs_of(&[new.id]).unwrap().len());
+}
