@@ -35,6 +35,8 @@ pub struct Config {
     pub restore: Restore,
     /// The bucket's options, as klio-server has them; used with `restore.from` only.
     pub tier2: Option<Tier2Config>,
+    /// How base backups are taken, and when.
+    pub backup: Backup,
     /// HTTP for probes and metrics.
     pub admin: Admin,
     /// Logs, traces and metrics.
@@ -73,6 +75,8 @@ pub struct Postgres {
     pub slot: String,
     /// Create the slot when it is missing.
     pub create_slot: bool,
+    /// Where the data directory is; empty: PostgreSQL is asked.
+    pub data_directory: PathBuf,
 }
 
 /// What to do when PostgreSQL has removed WAL that the server does not hold.
@@ -126,6 +130,59 @@ pub struct Restore {
     pub agent_idle: Duration,
 }
 
+/// How PostgreSQL writes the checkpoint that a backup begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Checkpoint {
+    /// Fast for a backup that somebody waits for, spread for a scheduled one.
+    Auto,
+    /// At once.
+    Fast,
+    /// Over checkpoint_completion_target of checkpoint_timeout, as any other.
+    Spread,
+}
+
+/// What a page with a wrong checksum does to the backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadPages {
+    /// It is taken, the pages are in its record, and `klio backup` ends with 3.
+    Record,
+    /// It fails.
+    Fail,
+}
+
+/// `[backup]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Backup {
+    /// When `klio stream` takes backups: five cron fields and a time zone; empty: never.
+    pub schedule: String,
+    /// A backup begins up to this much later than scheduled, by chance.
+    #[serde(deserialize_with = "value::duration")]
+    pub jitter: Duration,
+    /// First pause after a scheduled backup failed.
+    #[serde(deserialize_with = "value::duration")]
+    pub retry_min: Duration,
+    /// Longest pause.
+    #[serde(deserialize_with = "value::duration")]
+    pub retry_max: Duration,
+    /// The checkpoint it begins with.
+    pub checkpoint: Checkpoint,
+    /// Pages with wrong checksums.
+    pub on_bad_pages: OnBadPages,
+    /// How long WAL that the backup needs may make no progress to the server.
+    #[serde(deserialize_with = "value::duration")]
+    pub wal_timeout: Duration,
+    /// Verify the backup on the server when it is committed.
+    pub verify: bool,
+    /// Share of its data that the server then reads back, 0 to 100.
+    #[serde(deserialize_with = "value::percent")]
+    pub verify_read_percent: f64,
+    /// Apply the retention policy on the server afterwards.
+    pub maintenance: bool,
+}
+
 /// `[admin]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -169,7 +226,12 @@ impl Default for Server {
 
 impl Default for Postgres {
     fn default() -> Self {
-        Self { dsn: Secret::default(), slot: "klio".into(), create_slot: true }
+        Self {
+            dsn: Secret::default(),
+            slot: "klio".into(),
+            create_slot: true,
+            data_directory: PathBuf::new(),
+        }
     }
 }
 
@@ -194,6 +256,24 @@ impl Default for Restore {
             read_ahead: ByteSize::mib(512),
             spool_dir: PathBuf::new(),
             agent_idle: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Default for Backup {
+    fn default() -> Self {
+        Self {
+            schedule: String::new(),
+            jitter: Duration::ZERO,
+            retry_min: Duration::from_secs(60),
+            retry_max: Duration::from_secs(3600),
+            checkpoint: Checkpoint::Auto,
+            on_bad_pages: OnBadPages::Record,
+            wal_timeout: Duration::from_secs(60),
+            verify: true,
+            // Structure, names and sizes of everything, and a sample of the bytes.
+            verify_read_percent: 1.0,
+            maintenance: true,
         }
     }
 }
@@ -334,6 +414,7 @@ impl Config {
         if needs.postgres {
             self.postgres.problems(&mut problems);
             self.stream.problems(&mut problems);
+            self.backup.problems(&mut problems);
         }
         if let Err(error) = self.admin_listen() {
             problems.push(error.message);
@@ -391,6 +472,22 @@ impl Stream {
         if self.retry_min.is_zero() || self.retry_max < self.retry_min {
             problems.push(format!(
                 "stream.retry_max: expected at least retry_min ({:?}, more than 0), found {:?}",
+                self.retry_min, self.retry_max
+            ));
+        }
+    }
+}
+
+impl Backup {
+    fn problems(&self, problems: &mut Vec<String>) {
+        if !self.schedule.is_empty()
+            && let Err(problem) = crate::backup::Schedule::parse(&self.schedule)
+        {
+            problems.push(format!("backup.schedule: {problem}"));
+        }
+        if self.retry_min.is_zero() || self.retry_max < self.retry_min {
+            problems.push(format!(
+                "backup.retry_max: expected at least retry_min ({:?}, more than 0), found {:?}",
                 self.retry_min, self.retry_max
             ));
         }

@@ -27,6 +27,8 @@ pub enum Failure {
     Config,
     /// A local file cannot be read or written.
     Local,
+    /// A signal, or the end of the daemon.
+    Stopped,
 }
 
 impl Failure {
@@ -39,7 +41,7 @@ impl Failure {
             | Failure::Postgres
             | Failure::WalRemoved
             | Failure::Local => true,
-            Failure::PostgresRefused | Failure::Config => false,
+            Failure::PostgresRefused | Failure::Config | Failure::Stopped => false,
         }
     }
 
@@ -54,6 +56,7 @@ impl Failure {
             Failure::WalRemoved => "WAL_REMOVED",
             Failure::Config => "CONFIG",
             Failure::Local => "LOCAL",
+            Failure::Stopped => "STOPPED",
         }
     }
 }

@@ -3,6 +3,7 @@
 //! `streamer` moves WAL and decides nothing that `plan` has not decided; `cli` translates.
 
 pub mod admin;
+pub mod backup;
 pub mod bucket;
 pub mod cli;
 pub mod config;
@@ -13,3 +14,4 @@ mod fake_server;
 pub mod replication;
 pub mod server_link;
 pub mod streamer;
+pub mod wal_source;

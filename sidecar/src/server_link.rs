@@ -4,18 +4,26 @@
 //! here, not by tonic, so that a failure can say at which step it happened and what to do. A
 //! [`Connection`] never reconnects by itself: whoever holds it asks the server again where to go on.
 
+mod base;
 mod certificate;
 mod dial;
+mod files;
 #[cfg(test)]
 mod tests;
 
+pub use base::BaseLink;
 pub use certificate::Expiry;
+pub use files::GrpcFiles;
 
 use crate::{
     config,
     error::{Error, Failure},
 };
-use klio_proto::v1::{catalog_client::CatalogClient, wal_client::WalClient};
+use klio_proto::v1::{
+    base_client::BaseClient, catalog_client::CatalogClient, wal_client::WalClient,
+};
+use klio_telemetry::rpc::{Metered, RpcMeter, Side};
+use opentelemetry::metrics::Meter;
 use std::{sync::Arc, time::Duration};
 use tonic::{
     Request, Status,
@@ -32,20 +40,23 @@ const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// A dead network is noticed within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// A channel whose calls carry the trace context.
-pub type Traced = InterceptedService<Channel, Propagate>;
+/// A channel whose calls carry the trace context and are measured.
+pub type Traced = InterceptedService<Metered<Channel>, Propagate>;
 
 /// Where the server is and how to prove who we are. Cheap to clone; opens nothing by itself.
 #[derive(Debug, Clone)]
 pub struct ServerLink {
     settings: Arc<config::Server>,
     target: dial::Target,
+    /// `None`: calls are not measured.
+    rpc: Option<RpcMeter>,
 }
 
 /// An open connection.
 #[derive(Debug, Clone)]
 pub struct Connection {
     channel: Channel,
+    rpc: Option<RpcMeter>,
     /// When the certificates of both ends expire; `None` without TLS.
     pub expiry: Option<Expiry>,
 }
@@ -57,7 +68,13 @@ impl ServerLink {
     /// An address that is none.
     pub fn new(settings: &config::Server) -> Result<Self, Error> {
         let target = dial::Target::parse(&settings.address)?;
-        Ok(Self { settings: Arc::new(settings.clone()), target })
+        Ok(Self { settings: Arc::new(settings.clone()), target, rpc: None })
+    }
+
+    /// The same, with its calls measured.
+    pub fn metered(self, meter: &Meter) -> Self {
+        let rpc = RpcMeter::new(meter, Side::Client, &klio_proto::SERVICES);
+        Self { rpc: Some(rpc), ..self }
     }
 
     /// The address as configured.
@@ -102,7 +119,7 @@ impl ServerLink {
             Ok(Ok(())) | Err(_) => {}
         }
         let channel = opened.map_err(|error| self.failed("open HTTP/2", &error))?;
-        Ok(Connection { channel, expiry })
+        Ok(Connection { channel, rpc: self.rpc.clone(), expiry })
     }
 
     fn endpoint(&self) -> Result<Endpoint, Error> {
@@ -136,16 +153,27 @@ impl ServerLink {
 }
 
 impl Connection {
+    fn measured(&self) -> Metered<Channel> {
+        Metered::new(self.channel.clone(), self.rpc.clone())
+    }
+
     /// The WAL service.
     pub fn wal(&self) -> WalClient<Traced> {
-        WalClient::with_interceptor(self.channel.clone(), Propagate)
+        WalClient::with_interceptor(self.measured(), Propagate)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// The base-backup service.
+    pub fn base(&self) -> BaseClient<Traced> {
+        BaseClient::with_interceptor(self.measured(), Propagate)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// The catalogue service.
     pub fn catalog(&self) -> CatalogClient<Traced> {
-        CatalogClient::with_interceptor(self.channel.clone(), Propagate)
+        CatalogClient::with_interceptor(self.measured(), Propagate)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 }

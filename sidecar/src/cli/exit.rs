@@ -17,6 +17,12 @@ pub const CONFIG: u8 = 4;
 pub const POSTGRES: u8 = 5;
 /// A local file cannot be read or written.
 pub const LOCAL: u8 = 6;
+/// `backup` took the backup, and verifying it failed or found damage.
+pub const UNVERIFIED: u8 = 7;
+/// `backup` took the backup, and maintenance after it failed.
+pub const UNMAINTAINED: u8 = 8;
+/// Ended by a signal before it was done.
+pub const STOPPED: u8 = 9;
 /// Wrong usage, and every failure of `wal-fetch` but a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
 
@@ -30,6 +36,7 @@ pub const fn of(error: &Error) -> u8 {
         Failure::WalRemoved => Code::Gap.exit(),
         Failure::Config => CONFIG,
         Failure::Local => LOCAL,
+        Failure::Stopped => STOPPED,
     }
 }
 
@@ -50,10 +57,16 @@ pub fn table() -> String {
 pub(super) fn rows() -> Vec<(u8, String)> {
     let own = [
         (OK, "done"),
-        (PROBLEM, "check or status found a problem, and said which"),
+        (
+            PROBLEM,
+            "check or status found a problem, and said which; backup: taken, with pages whose checksums are wrong",
+        ),
         (CONFIG, "a setting is wrong or missing"),
         (POSTGRES, "PostgreSQL cannot be reached, or refuses"),
         (LOCAL, "a local file cannot be read or written"),
+        (UNVERIFIED, "backup: taken, and verifying it failed or found damage"),
+        (UNMAINTAINED, "backup: taken, and maintenance after it failed"),
+        (STOPPED, "ended by a signal before it was done"),
         (STOP_RECOVERY, "wrong usage; wal-fetch: any failure but NOT_FOUND (stops PostgreSQL, P7)"),
     ];
     let mut rows: Vec<(u8, String)> =
@@ -85,6 +98,7 @@ mod tests {
             Failure::WalRemoved,
             Failure::Config,
             Failure::Local,
+            Failure::Stopped,
         ] {
             assert!(of_wal_fetch(&Error::new(failure, "x")) > 125, "{failure:?}");
         }
@@ -92,7 +106,9 @@ mod tests {
 
     #[test]
     fn own_statuses_do_not_collide_with_codes() {
-        for own in [PROBLEM, CONFIG, POSTGRES, LOCAL, STOP_RECOVERY] {
+        for own in
+            [PROBLEM, CONFIG, POSTGRES, LOCAL, UNVERIFIED, UNMAINTAINED, STOPPED, STOP_RECOVERY]
+        {
             assert!(Code::ALL.iter().all(|code| code.exit() != own), "{own}");
         }
     }

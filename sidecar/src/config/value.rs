@@ -16,6 +16,23 @@ pub(super) fn size<'de, D: Deserializer<'de>>(d: D) -> Result<ByteSize, D::Error
     parse_size(&String::deserialize(d)?).map_err(D::Error::custom)
 }
 
+/// Reads a share of 0 to 100, as a number or as text.
+pub(super) fn percent<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        Number(f64),
+        Text(String),
+    }
+    let (number, found) = match Form::deserialize(d)? {
+        Form::Number(number) => (Some(number), number.to_string()),
+        Form::Text(text) => (text.trim().trim_end_matches('%').parse().ok(), text),
+    };
+    number.filter(|n| (0.0..=100.0).contains(n)).ok_or_else(|| {
+        D::Error::custom(format!("expected a number from 0 to 100, found {found:?}"))
+    })
+}
+
 /// For flags and files alike.
 ///
 /// # Errors

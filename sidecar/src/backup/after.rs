@@ -1,0 +1,119 @@
+//! What follows a committed backup, on the server: its verification, and maintenance.
+//!
+//! Neither can unmake the backup: their failures are told apart from its own.
+
+use super::progress::Progress;
+use crate::{
+    error::{Error, Failure},
+    server_link::BaseLink,
+};
+use klio_proto::{
+    Code,
+    v1::{MaintainRequest, VerifyRequest, maintain_response, verify_response},
+};
+use klio_storage::{
+    catalog::{MaintenanceOutcome, VerifyOutcome},
+    layout::{BackupName, ClusterName},
+};
+use serde::de::DeserializeOwned;
+
+/// How a step after the backup went.
+#[derive(Debug, Clone, PartialEq)]
+pub enum After<T> {
+    /// Switched off.
+    Off,
+    /// It ran to its end.
+    Ran(T),
+    /// It did not.
+    Failed(Error),
+}
+
+impl<T> After<T> {
+    /// Switched off.
+    pub const fn is_off(&self) -> bool {
+        matches!(self, After::Off)
+    }
+
+    fn of(result: Result<T, Error>) -> Self {
+        match result {
+            Ok(outcome) => After::Ran(outcome),
+            Err(error) => After::Failed(error),
+        }
+    }
+}
+
+impl After<VerifyOutcome> {
+    /// It did not run to its end, or found damage.
+    pub fn failed(&self) -> bool {
+        match self {
+            After::Off => false,
+            After::Ran(outcome) => !outcome.ok,
+            After::Failed(_) => true,
+        }
+    }
+}
+
+impl After<MaintenanceOutcome> {
+    /// It did not run to its end.
+    pub const fn failed(&self) -> bool {
+        matches!(self, After::Failed(_))
+    }
+}
+
+/// Has the server verify one backup.
+pub(super) async fn verify(
+    base: &BaseLink,
+    cluster: &ClusterName,
+    name: &BackupName,
+    read_percent: f64,
+    progress: &Progress,
+) -> After<VerifyOutcome> {
+    progress.enter("verifying");
+    let doing = "verify the backup";
+    let request = VerifyRequest {
+        cluster: cluster.to_string(),
+        backup_name: name.to_string(),
+        read_percent,
+        wal: false,
+    };
+    let work = async {
+        let failed = |status: tonic::Status| Error::from_status(doing, &status);
+        let mut client = base.connection().await?.base();
+        let mut answers = client.verify(request).await.map_err(failed)?.into_inner();
+        while let Some(answer) = answers.message().await.map_err(failed)? {
+            if let Some(verify_response::Kind::Outcome(bytes)) = answer.kind {
+                return read(doing, &bytes);
+            }
+        }
+        Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
+    };
+    After::of(work.await)
+}
+
+/// Has the server apply its retention policy.
+pub(super) async fn maintain(
+    base: &BaseLink,
+    cluster: &ClusterName,
+    progress: &Progress,
+) -> After<MaintenanceOutcome> {
+    progress.enter("maintenance");
+    let doing = "maintain the repository";
+    let request = MaintainRequest { cluster: cluster.to_string() };
+    let work = async {
+        let failed = |status: tonic::Status| Error::from_status(doing, &status);
+        let mut client = base.connection().await?.base();
+        let mut answers = client.maintain(request).await.map_err(failed)?.into_inner();
+        while let Some(answer) = answers.message().await.map_err(failed)? {
+            if let Some(maintain_response::Kind::Outcome(bytes)) = answer.kind {
+                return read(doing, &bytes);
+            }
+        }
+        Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
+    };
+    After::of(work.await)
+}
+
+fn read<T: DeserializeOwned>(doing: &str, bytes: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes)
+        .map_err(|e| Error::new(Failure::Code(Code::Invalid), format!("{doing}: {e}")))
+}

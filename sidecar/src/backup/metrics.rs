@@ -1,0 +1,197 @@
+//! Instruments of the backup's life cycle (telemetry.md, "Backup life cycle").
+//!
+//! Gauges are observable over [`State`]; what the server knows of earlier backups is put in at start, so
+//! that they are true after a restart. Observation only (P9).
+
+use super::Done;
+use crate::error::Error;
+use klio_storage::catalog::BackupRecord;
+use opentelemetry::{
+    KeyValue,
+    metrics::{Counter, Meter},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+};
+
+/// Name, type, unit and meaning of every instrument; docs/metrics.md is made of it.
+pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
+    ("klio.backup.running", "gauge", "", "1 while a backup runs, else 0"),
+    ("klio.backup.latest_start_time", "gauge", "s", "Unix time when the newest backup began"),
+    ("klio.backup.latest_completion_time", "gauge", "s", "Unix time of the newest success"),
+    ("klio.backup.latest_failure_time", "gauge", "s", "Unix time of the newest failure"),
+    ("klio.backup.latest_duration_seconds", "gauge", "s", "duration of the newest success"),
+    ("klio.backup.latest_size", "gauge", "By", "size of the newest success, before deduplication"),
+    ("klio.backup.latest_stored_size", "gauge", "By", "bytes that it added to the repository"),
+    ("klio.backup.latest_bad_pages", "gauge", "", "pages of it with wrong checksums"),
+    ("klio.backup.next_time", "gauge", "s", "Unix time when the next scheduled backup is due"),
+    ("klio.backup.successes", "counter", "", "backups taken"),
+    ("klio.backup.failures", "counter", "", "backups that failed, by error.type"),
+    ("klio.backup.verifications", "counter", "", "verifications after a backup"),
+    ("klio.backup.verification_failures", "counter", "", "of these, failed or found damage"),
+    ("klio.backup.maintenance_failures", "counter", "", "maintenance after a backup that failed"),
+];
+
+/// What the gauges show. Times are f64 bits, 0: not known.
+#[derive(Debug, Default)]
+pub struct State {
+    running: AtomicBool,
+    start: AtomicU64,
+    completion: AtomicU64,
+    failure: AtomicU64,
+    duration: AtomicU64,
+    size: AtomicU64,
+    stored: AtomicU64,
+    bad_pages: AtomicU64,
+    next: AtomicU64,
+}
+
+type Read = fn(&State) -> Option<f64>;
+
+const GAUGES: &[(&str, Read)] = &[
+    ("klio.backup.running", |s| Some(f64::from(u8::from(s.running.load(Relaxed))))),
+    ("klio.backup.latest_start_time", |s| known(&s.start)),
+    ("klio.backup.latest_completion_time", |s| known(&s.completion)),
+    ("klio.backup.latest_failure_time", |s| known(&s.failure)),
+    ("klio.backup.latest_duration_seconds", |s| known(&s.duration)),
+    ("klio.backup.latest_size", |s| known(&s.size)),
+    ("klio.backup.latest_stored_size", |s| known(&s.completion).and(Some(value(&s.stored)))),
+    ("klio.backup.latest_bad_pages", |s| known(&s.completion).and(Some(value(&s.bad_pages)))),
+    ("klio.backup.next_time", |s| known(&s.next)),
+];
+
+fn value(bits: &AtomicU64) -> f64 {
+    f64::from_bits(bits.load(Relaxed))
+}
+
+fn known(bits: &AtomicU64) -> Option<f64> {
+    Some(value(bits)).filter(|v| *v > 0.0)
+}
+
+fn set(bits: &AtomicU64, value: f64) {
+    bits.store(value.to_bits(), Relaxed);
+}
+
+fn describe(name: &str) -> (&'static str, &'static str, &'static str, &'static str) {
+    CATALOGUE.iter().find(|row| row.0 == name).copied().unwrap_or_default()
+}
+
+/// The instruments.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    state: Arc<State>,
+    attributes: [KeyValue; 1],
+    successes: Counter<u64>,
+    failures: Counter<u64>,
+    verifications: Counter<u64>,
+    verification_failures: Counter<u64>,
+    maintenance_failures: Counter<u64>,
+}
+
+impl Metrics {
+    /// Builds them all.
+    pub fn new(meter: &Meter, cluster: &str) -> Self {
+        let state = Arc::new(State::default());
+        let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
+        for (name, read) in GAUGES {
+            let (_, _, unit, meaning) = describe(name);
+            let (state, attributes) = (Arc::clone(&state), attributes.clone());
+            let _ = meter
+                .f64_observable_gauge(*name)
+                .with_unit(unit)
+                .with_description(meaning)
+                .with_callback(move |observer| {
+                    if let Some(value) = read(&state) {
+                        observer.observe(value, &attributes);
+                    }
+                })
+                .build();
+        }
+        let counter = |name: &'static str| {
+            let (_, _, unit, meaning) = describe(name);
+            meter.u64_counter(name).with_unit(unit).with_description(meaning).build()
+        };
+        Self {
+            state,
+            attributes,
+            successes: counter("klio.backup.successes"),
+            failures: counter("klio.backup.failures"),
+            verifications: counter("klio.backup.verifications"),
+            verification_failures: counter("klio.backup.verification_failures"),
+            maintenance_failures: counter("klio.backup.maintenance_failures"),
+        }
+    }
+
+    /// The newest backup that the server has.
+    pub fn known(&self, record: &BackupRecord) {
+        let state = &self.state;
+        if record.begun_unix > value(&state.start) {
+            set(&state.start, record.begun_unix);
+        }
+        set(&state.completion, record.committed_unix);
+        set(&state.duration, record.duration_seconds);
+        set(&state.size, record.size_bytes as f64);
+        set(&state.stored, record.stored_bytes as f64);
+        set(&state.bad_pages, record.pages.bad as f64);
+    }
+
+    /// When the next one is due; `None`: never.
+    pub fn next(&self, unix: Option<f64>) {
+        set(&self.state.next, unix.unwrap_or(0.0));
+    }
+
+    pub(super) fn begins(&self, now_unix: f64) {
+        set(&self.state.start, now_unix);
+        self.state.running.store(true, Relaxed);
+    }
+
+    pub(super) fn ends(&self, now_unix: f64, result: &Result<Done, Error>) {
+        self.state.running.store(false, Relaxed);
+        match result {
+            Ok(done) => {
+                self.known(&done.record);
+                set(&self.state.completion, now_unix);
+                self.successes.add(1, &self.attributes);
+                if !done.verified.is_off() {
+                    self.verifications.add(1, &self.attributes);
+                }
+                if done.verified.failed() {
+                    self.verification_failures.add(1, &self.attributes);
+                }
+                if done.maintained.failed() {
+                    self.maintenance_failures.add(1, &self.attributes);
+                }
+            }
+            Err(error) => {
+                set(&self.state.failure, now_unix);
+                let cause = KeyValue::new("error.type", error.failure.name());
+                self.failures.add(1, &[self.attributes[0].clone(), cause]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_gauge_is_described() {
+        for (name, _) in GAUGES {
+            assert_eq!(describe(name).1, "gauge", "{name}");
+        }
+        let gauges = CATALOGUE.iter().filter(|row| row.1 == "gauge").count();
+        assert_eq!(gauges, GAUGES.len());
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_shown() {
+        let state = State::default();
+        let shown: Vec<_> = GAUGES.iter().filter(|(_, read)| read(&state).is_some()).collect();
+        assert_eq!(shown.len(), 1, "{shown:?}");
+        set(&state.completion, 5.0);
+        let zero = GAUGES.iter().find(|(name, _)| *name == "klio.backup.latest_bad_pages").unwrap();
+        assert_eq!(zero.1(&state), Some(0.0));
+    }
+}

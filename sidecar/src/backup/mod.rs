@@ -1,0 +1,193 @@
+//! Base backups of the PostgreSQL beside us: [`Backup::run`] reads as the list of its phases.
+//!
+//! B1  PostgreSQL is in backup mode for as long as one SQL session lives, and no longer, however we end;
+//! B2  the record is committed last, by the server: until then there is no backup, and nothing to clean up.
+//!     What was sent is in the repository, and the next backup uses it;
+//! B3  pg_control is read after everything else, backup_label comes from pg_backup_stop;
+//! B4  committed is restorable: all WAL from start to stop is durable on the server;
+//! B5  a failure of what follows (verification, maintenance) never unmakes a backup.
+
+mod after;
+mod copy;
+mod exclude;
+mod metrics;
+mod pages;
+mod place;
+mod progress;
+mod reservation;
+mod schedule;
+mod session;
+mod take;
+mod wal;
+mod walk;
+
+pub use after::After;
+pub use metrics::{CATALOGUE, Metrics};
+pub use progress::{Progress, Seen};
+pub use schedule::{Planner, Schedule};
+
+use crate::{
+    config::{self, Checkpoint},
+    conninfo::ConnInfo,
+    error::Error,
+    server_link::{BaseLink, ServerLink},
+};
+use klio_storage::{
+    catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome},
+    layout::{BackupName, ClusterName},
+};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span, field::Empty};
+
+/// What a backup of this cluster needs.
+#[derive(Debug)]
+pub struct Backup {
+    /// The cluster's name on the server.
+    pub cluster: ClusterName,
+    /// Where PostgreSQL is.
+    pub info: Arc<ConnInfo>,
+    /// Where the server is.
+    pub link: ServerLink,
+    /// `[backup]`
+    pub settings: config::Backup,
+    /// `postgres.data_directory`; empty: PostgreSQL is asked.
+    pub data_directory: PathBuf,
+    /// Instruments.
+    pub metrics: Metrics,
+    /// For whoever watches.
+    pub progress: Arc<Progress>,
+    /// Ends it.
+    pub stop: CancellationToken,
+}
+
+/// What a user can say about one backup.
+#[derive(Debug, Clone, Default)]
+pub struct Order {
+    /// Its name; the server makes one.
+    pub name: Option<BackupName>,
+    /// In words.
+    pub label: Option<String>,
+    /// Never expires by policy.
+    pub keep: bool,
+    /// Somebody waits for it, so `backup.checkpoint = "auto"` means fast.
+    pub typed: bool,
+    /// Read every file, also those that look unchanged.
+    pub full_read: bool,
+}
+
+/// A backup that exists.
+#[derive(Debug, Clone)]
+pub struct Done {
+    /// As committed.
+    pub record: BackupRecord,
+    /// Of the server.
+    pub verified: After<VerifyOutcome>,
+    /// Of the server.
+    pub maintained: After<MaintenanceOutcome>,
+}
+
+impl Backup {
+    /// Takes a backup, has it verified, and has the server tidy up.
+    ///
+    /// # Errors
+    /// No backup was taken. What fails after it was is in [`Done`] (B5).
+    pub async fn run(&self, order: &Order) -> Result<Done, Error> {
+        let span = tracing::info_span!(
+            "backup",
+            cluster = %self.cluster,
+            backup.name = Empty,
+            otel.status_code = Empty,
+            error.r#type = Empty,
+        );
+        self.metrics.begins(now_unix());
+        let result = self.phases(order, &span).instrument(span.clone()).await;
+        if let Err(error) = &result {
+            mark(&span, error);
+        }
+        self.metrics.ends(now_unix(), &result);
+        result
+    }
+
+    async fn phases(&self, order: &Order, backup: &Span) -> Result<Done, Error> {
+        let span = step!("backup_run");
+        let record = take::take(self, order, backup).instrument(span.clone()).await;
+        let record = record.inspect_err(|error| mark(&span, error))?;
+        drop(span);
+        let (cluster, progress) = (&self.cluster, &*self.progress);
+        let base = BaseLink::new(self.link.clone(), self.stop.child_token());
+        let verified = if self.settings.verify {
+            let (span, percent) = (step!("backup_verify"), self.settings.verify_read_percent);
+            let verify = after::verify(&base, cluster, &record.name, percent, progress);
+            let verified = self.unless_stopped(verify).instrument(span.clone()).await;
+            finish(&span, &verified, verified.failed());
+            verified
+        } else {
+            After::Off
+        };
+        let maintained = if self.settings.maintenance {
+            let span = step!("backup_maintenance");
+            let maintain = after::maintain(&base, cluster, progress);
+            let maintained = self.unless_stopped(maintain).instrument(span.clone()).await;
+            finish(&span, &maintained, maintained.failed());
+            maintained
+        } else {
+            After::Off
+        };
+        progress.enter("done");
+        Ok(Done { record, verified, maintained })
+    }
+
+    async fn unless_stopped<T>(&self, work: impl Future<Output = After<T>>) -> After<T> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => After::Failed(copy::stopped()),
+            after = work => after,
+        }
+    }
+
+    fn fast(&self, order: &Order) -> bool {
+        match self.settings.checkpoint {
+            Checkpoint::Fast => true,
+            Checkpoint::Spread => false,
+            Checkpoint::Auto => order.typed,
+        }
+    }
+}
+
+/// A phase's span; `tracing` wants its name at compile time.
+macro_rules! step {
+    ($name:literal) => {
+        tracing::info_span!($name, otel.status_code = Empty, error.r#type = Empty)
+    };
+}
+use step;
+
+fn mark(span: &Span, error: &Error) {
+    span.record("otel.status_code", "ERROR");
+    span.record("error.type", error.failure.name());
+    span.in_scope(|| {
+        tracing::error!(error.type = error.failure.name(), hint = error.hint, "{}", error.message)
+    });
+}
+
+/// The end of a step that cannot unmake the backup.
+fn finish<T>(span: &Span, after: &After<T>, failed: bool) {
+    match after {
+        After::Failed(error) => mark(span, error),
+        After::Ran(_) if failed => {
+            span.record("otel.status_code", "ERROR");
+            span.record("error.type", klio_proto::Code::Corrupt.name());
+        }
+        After::Ran(_) | After::Off => {}
+    }
+}
+
+/// Seconds since the epoch, by our clock.
+fn now_unix() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}

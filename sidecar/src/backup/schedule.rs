@@ -1,0 +1,218 @@
+//! When a scheduled backup is due. Pure: time comes in as an argument.
+//!
+//! Five cron fields and a time zone, UTC when there is none: `0 2 * * * Europe/Berlin`. The newest
+//! backup's beginning is what counts: runs that were missed while nobody was there are made up for by
+//! one, a cluster without any backup gets one at once, and a failure is tried again with growing
+//! pauses. Times that the clocks show twice count once; times that they leave out fall to the first
+//! moment after.
+
+use crate::streamer::Backoff;
+use cronexpr::{Crontab, FallbackTimezoneOption, ParseOptions};
+use jiff::Timestamp;
+use rand::Rng;
+use std::time::Duration;
+
+/// A schedule.
+#[derive(Debug, Clone)]
+pub struct Schedule {
+    crontab: Crontab,
+}
+
+impl Schedule {
+    /// Reads the setting.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut options = ParseOptions::default();
+        options.fallback_timezone_option = FallbackTimezoneOption::UTC;
+        let crontab = cronexpr::parse_crontab_with(text, options).map_err(|error| {
+            // The crate draws an arrow below the text, over several lines.
+            let why = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+            format!(
+                "expected five cron fields and a time zone, such as 0 2 * * * Europe/Berlin, found {text:?}: {why}"
+            )
+        })?;
+        Ok(Self { crontab })
+    }
+
+    /// The first time after `after`; `None` when there is none within four years.
+    pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
+        let mut next = self.crontab.find_next(after).ok()?;
+        // The hour that is shown twice in autumn: its second showing is not another day.
+        let shown_before = |at: &jiff::Zoned| {
+            let zone = at.time_zone();
+            let first = zone.to_ambiguous_zoned(at.datetime()).earlier().ok();
+            first.is_some_and(|first| first.timestamp() < at.timestamp())
+        };
+        while shown_before(&next) {
+            next = self.crontab.find_next(next.timestamp()).ok()?;
+        }
+        Some(next.timestamp())
+    }
+}
+
+/// What the task in `klio stream` does next.
+#[derive(Debug)]
+pub struct Planner {
+    schedule: Schedule,
+    jitter: Duration,
+    backoff: Backoff,
+    /// When the newest backup began.
+    newest: Option<Timestamp>,
+    /// After a failure.
+    retry: Option<Timestamp>,
+    /// Of the run being waited for: drawn once, or it would be another one at each look.
+    delay: Duration,
+}
+
+impl Planner {
+    /// `newest` is when the newest backup began, if there is any.
+    pub fn new(
+        schedule: Schedule,
+        jitter: Duration,
+        backoff: Backoff,
+        newest: Option<Timestamp>,
+        rng: &mut impl Rng,
+    ) -> Self {
+        let delay = draw(jitter, rng);
+        Self { schedule, jitter, backoff, newest, retry: None, delay }
+    }
+
+    /// When the next backup is due, which may be in the past; `None`: never.
+    pub fn due(&self, now: Timestamp) -> Option<Timestamp> {
+        if let Some(retry) = self.retry {
+            return Some(retry);
+        }
+        let Some(newest) = self.newest else { return Some(now) };
+        // A newest backup of the future is another machine's clock: what it says cannot be waited for.
+        self.schedule.next(newest.min(now))?.checked_add(self.delay).ok()
+    }
+
+    /// How long to wait, at most `most`: clocks are set, and machines sleep.
+    pub fn pause(&self, now: Timestamp, most: Duration) -> Duration {
+        let due = self.due(now).map(|due| Duration::try_from(due.duration_since(now)));
+        match due {
+            None => most,
+            Some(pause) => pause.unwrap_or(Duration::ZERO).min(most),
+        }
+    }
+
+    /// A backup that began at `begun` exists.
+    pub fn succeeded(&mut self, begun: Timestamp, rng: &mut impl Rng) {
+        self.newest = Some(begun);
+        self.retry = None;
+        self.backoff.reset();
+        self.delay = draw(self.jitter, rng);
+    }
+
+    /// It did not work out; gives the pause until the next attempt.
+    pub fn failed(&mut self, now: Timestamp, rng: &mut impl Rng) -> Duration {
+        let pause = self.backoff.pause(rng);
+        self.retry = now.checked_add(pause).ok();
+        pause
+    }
+}
+
+fn draw(jitter: Duration, rng: &mut impl Rng) -> Duration {
+    jitter.mul_f64(rng.random_range(0.0..=1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{SeedableRng, rngs::StdRng};
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn next(schedule: &str, after: &str) -> String {
+        Schedule::parse(schedule).unwrap().next(at(after)).unwrap().to_string()
+    }
+
+    fn planner(newest: Option<&str>) -> Planner {
+        let backoff = Backoff::new(Duration::from_secs(60), Duration::from_secs(3600));
+        let schedule = Schedule::parse("0 2 * * * Europe/Berlin").unwrap();
+        let rng = &mut StdRng::seed_from_u64(1);
+        Planner::new(schedule, Duration::ZERO, backoff, newest.map(at), rng)
+    }
+
+    #[test]
+    fn a_day_has_one_backup_whatever_the_clocks_do() {
+        let daily = "30 2 * * * Europe/Berlin";
+        assert_eq!(next(daily, "2026-11-20T12:00:00Z"), "2026-11-21T01:30:00Z");
+        // 2027-03-28: clocks go from 2:00 to 3:00, and 2:30 does not exist.
+        assert_eq!(next(daily, "2027-03-27T02:00:00Z"), "2027-03-28T01:30:00Z");
+        assert_eq!(next(daily, "2027-03-28T01:30:00Z"), "2027-03-29T00:30:00Z");
+        // 2027-10-31: 2:30 is shown at 0:30 and again at 1:30 UTC.
+        assert_eq!(next(daily, "2027-10-30T12:00:00Z"), "2027-10-31T00:30:00Z");
+        assert_eq!(next(daily, "2027-10-31T00:30:00Z"), "2027-11-01T01:30:00Z");
+    }
+
+    #[test]
+    fn without_a_zone_it_is_utc() {
+        assert_eq!(next("0 2 * * *", "2026-11-20T12:00:00Z"), "2026-11-21T02:00:00Z");
+    }
+
+    #[test]
+    fn what_is_no_schedule_is_refused_with_an_example() {
+        for bad in ["daily", "* * *", "61 * * * *", "0 2 * * * Mars/Olympus", "0 0 0 2 * * *"] {
+            let problem = Schedule::parse(bad).unwrap_err();
+            assert!(problem.contains("0 2 * * * Europe/Berlin"), "{problem}");
+            assert!(!problem.contains('\n'), "{problem}");
+        }
+    }
+
+    #[test]
+    fn runs_that_were_missed_are_made_up_for_once() {
+        let mut planner = planner(Some("2026-11-10T01:00:05Z"));
+        let now = at("2026-11-20T12:00:00Z");
+        assert!(planner.due(now).unwrap() < now);
+        assert_eq!(planner.pause(now, Duration::from_secs(30)), Duration::ZERO);
+        planner.succeeded(now, &mut StdRng::seed_from_u64(1));
+        assert_eq!(planner.due(now), Some(at("2026-11-21T01:00:00Z")));
+        assert_eq!(planner.pause(now, Duration::from_secs(30)), Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_cluster_without_a_backup_gets_one_at_once() {
+        let now = at("2026-11-20T12:00:00Z");
+        assert_eq!(planner(None).due(now), Some(now));
+    }
+
+    #[test]
+    fn a_newest_backup_of_the_future_holds_nothing_up() {
+        let now = at("2026-11-20T12:00:00Z");
+        assert_eq!(
+            planner(Some("2036-01-01T00:00:00Z")).due(now),
+            Some(at("2026-11-21T01:00:00Z"))
+        );
+    }
+
+    #[test]
+    fn a_failure_is_tried_again_with_growing_pauses_and_success_ends_that() {
+        let (mut planner, mut rng) = (planner(None), StdRng::seed_from_u64(7));
+        let now = at("2026-11-20T12:00:00Z");
+        let pauses: Vec<Duration> = (0..9).map(|_| planner.failed(now, &mut rng)).collect();
+        assert!(pauses[0] <= Duration::from_secs(60), "{pauses:?}");
+        assert!(pauses[8] >= Duration::from_secs(1800), "{pauses:?}");
+        assert_eq!(planner.due(now), now.checked_add(pauses[8]).ok());
+        planner.succeeded(now, &mut rng);
+        assert_eq!(planner.due(now), Some(at("2026-11-21T01:00:00Z")));
+        assert!(planner.failed(now, &mut rng) <= Duration::from_secs(60));
+    }
+
+    #[test]
+    fn jitter_is_drawn_once_for_a_run_and_stays_within_its_bound() {
+        let backoff = Backoff::new(Duration::from_secs(60), Duration::from_secs(3600));
+        let schedule = Schedule::parse("0 2 * * *").unwrap();
+        let jitter = Duration::from_secs(600);
+        let rng = &mut StdRng::seed_from_u64(3);
+        let newest = Some(at("2026-11-20T12:00:00Z"));
+        let planner = Planner::new(schedule, jitter, backoff, newest, rng);
+        let due = planner.due(at("2026-11-20T13:00:00Z")).unwrap();
+        assert_eq!(planner.due(at("2026-11-20T14:00:00Z")), Some(due));
+        assert!(due > at("2026-11-21T02:00:00Z") && due <= at("2026-11-21T02:10:00Z"), "{due}");
+    }
+}

@@ -1,0 +1,130 @@
+//! Calls to the service `Base` that are tried again.
+//!
+//! What can pass by itself is tried again with growing pauses, over a new connection where the old one may be
+//! lost, until patience ends. Only for calls that may be repeated: all of `Base` but its long answers.
+
+use super::{Connection, ServerLink, Traced};
+use crate::{
+    error::{Error, Failure},
+    streamer::Backoff,
+};
+use klio_proto::{Code, v1::base_client::BaseClient};
+use rand::{SeedableRng, rngs::StdRng};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// How long one call is tried: a server that restarts is back by then, and a backup of hours goes on.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A server that says nothing for this long is taken for dead: a pack and its fsync on a slow disk.
+const CALL_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// One server, one connection at a time.
+#[derive(Debug)]
+pub struct BaseLink {
+    link: ServerLink,
+    stop: CancellationToken,
+    patience: Duration,
+    /// `None` until the first use and after each failure.
+    connection: Mutex<Option<Connection>>,
+}
+
+impl BaseLink {
+    /// Opens nothing yet; `stop` ends every call at once.
+    pub fn new(link: ServerLink, stop: CancellationToken) -> Self {
+        Self { link, stop, patience: PATIENCE, connection: Mutex::default() }
+    }
+
+    /// The same with another patience.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// The server's address, as configured.
+    pub fn address(&self) -> &str {
+        self.link.address()
+    }
+
+    /// Runs one call until it works, is refused for good, or patience ends.
+    ///
+    /// # Errors
+    /// The last one; what was being done is in front of its text.
+    pub async fn call<T, F>(&self, doing: &str, call: F) -> Result<T, Error>
+    where
+        F: AsyncFn(BaseClient<Traced>) -> Result<T, Status>,
+    {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(stopped(doing)),
+            result = self.persist(doing, &call) => result,
+        }
+    }
+
+    async fn persist<T, F>(&self, doing: &str, call: &F) -> Result<T, Error>
+    where
+        F: AsyncFn(BaseClient<Traced>) -> Result<T, Status>,
+    {
+        let deadline = Instant::now() + self.patience;
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut rng = StdRng::from_os_rng();
+        loop {
+            let error = match self.once(doing, call).await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            let pause = backoff.pause(&mut rng);
+            if !error.retryable() || Instant::now() + pause >= deadline {
+                return Err(error);
+            }
+            tracing::warn!(hint = error.hint, "{}; trying again", error.message);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn once<T, F>(&self, doing: &str, call: &F) -> Result<T, Error>
+    where
+        F: AsyncFn(BaseClient<Traced>) -> Result<T, Status>,
+    {
+        let client = self.connection().await.map_err(|error| error.during(doing))?.base();
+        let result = match tokio::time::timeout(CALL_TIMEOUT, call(client)).await {
+            Ok(result) => result,
+            Err(_) => Err(Code::Unavailable.status(format!("no answer within {CALL_TIMEOUT:?}"))),
+        };
+        result.map_err(|status| {
+            let error = Error::from_status(doing, &status);
+            if error.retryable() {
+                // Whatever it was, a fresh connection is none the worse.
+                *self.slot() = None;
+            }
+            error
+        })
+    }
+
+    /// The connection, opened if need be. One attempt.
+    ///
+    /// # Errors
+    /// As [`ServerLink::connect`].
+    pub async fn connection(&self) -> Result<Connection, Error> {
+        if let Some(open) = self.slot().clone() {
+            return Ok(open);
+        }
+        let opened = self.link.connect().await?;
+        *self.slot() = Some(opened.clone());
+        Ok(opened)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What every call ends with after a stop.
+fn stopped(doing: &str) -> Error {
+    Error::new(Failure::Code(Code::Unavailable), format!("{doing}: stopped"))
+}

@@ -1,0 +1,249 @@
+//! A repository's files on the server: `storage`'s [`Files`] over the service `Base`.
+//!
+//! Every call blocks its thread and runs on the runtime it was given, so none may come from that runtime's
+//! own threads. What can pass by itself is tried again ([`BaseLink`]); `write` may be, because a file's name
+//! is its content (R2).
+//! Memory: the file that the caller holds, and two messages on the way.
+//! Once stopped, every call ends at once: an engine that works through a queue of files ends with it.
+
+use super::{BaseLink, ServerLink, Traced};
+use crate::error::{Error, Failure};
+use bytes::{Bytes, BytesMut};
+use klio_proto::{
+    Code,
+    base::PIECE_BYTES_MAX,
+    v1::{self, base_client::BaseClient},
+};
+use klio_storage::{
+    Error as StorageError, Kind, Op,
+    layout::{BaseFile, BaseKind, ClusterName},
+    repository::Files,
+    tier2::Sha256Sum,
+};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{Instrument, Span};
+
+/// One cluster's repository files behind gRPC. Cheap to clone.
+#[derive(Clone)]
+pub struct GrpcFiles {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    base: BaseLink,
+    cluster: ClusterName,
+    runtime: Handle,
+    /// The engine's threads know no span, and the trace is to reach the server.
+    span: Span,
+    /// Why the last call failed for good, in words for a person.
+    failure: Mutex<Option<Error>>,
+}
+
+impl fmt::Debug for GrpcFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GrpcFiles({})", self.place())
+    }
+}
+
+impl GrpcFiles {
+    /// Opens nothing yet; every call belongs to the span it is made in. `runtime` must be driven by another thread than the callers' for as long as this
+    /// is used; `stop` ends all calls.
+    pub fn new(
+        link: ServerLink,
+        cluster: ClusterName,
+        runtime: Handle,
+        stop: CancellationToken,
+    ) -> Self {
+        let base = BaseLink::new(link, stop);
+        let (span, failure) = (Span::current(), Mutex::default());
+        Self { shared: Arc::new(Shared { base, cluster, runtime, span, failure }) }
+    }
+
+    /// Why the last call failed for good: with the code and the hint that a storage error does not hold.
+    pub fn failure(&self) -> Option<Error> {
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn call<T, F>(&self, op: Op, file: Option<BaseFile>, call: F) -> Result<T, StorageError>
+    where
+        F: AsyncFn(BaseClient<Traced>) -> Result<T, Status>,
+    {
+        let shared = &self.shared;
+        let place = match file {
+            Some(file) => format!("{}/{}", self.place(), file.relative()),
+            None => self.place(),
+        };
+        let doing = format!("{op} {place}");
+        let work = shared.base.call(&doing, call).instrument(shared.span.clone());
+        shared.runtime.block_on(work).map_err(|error| {
+            let stored = StorageError::new(kind(error.failure), op, &place, &error.message);
+            *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            stored
+        })
+    }
+}
+
+/// What a storage caller does about it.
+const fn kind(failure: Failure) -> Kind {
+    match failure {
+        Failure::Code(Code::NotFound) => Kind::NotFound,
+        Failure::Code(Code::Corrupt) => Kind::Corrupt,
+        Failure::Code(Code::Forbidden | Code::Unauthenticated) | Failure::Certificate => {
+            Kind::Denied
+        }
+        Failure::Code(Code::DiskFull) => Kind::Full,
+        Failure::Code(Code::Invalid) | Failure::Config => Kind::Invalid,
+        Failure::Code(Code::WriterConflict) => Kind::Conflict,
+        _ => Kind::Transient,
+    }
+}
+
+const fn wire_kind(kind: BaseKind) -> v1::FileKind {
+    match kind {
+        BaseKind::Config => v1::FileKind::Config,
+        BaseKind::Key => v1::FileKind::Key,
+        BaseKind::Data => v1::FileKind::Data,
+        BaseKind::Index => v1::FileKind::Index,
+        BaseKind::Snapshot => v1::FileKind::Snapshot,
+    }
+}
+
+fn wire_name(file: BaseFile) -> v1::FileName {
+    let id = if file.kind == BaseKind::Config { String::new() } else { file.id.to_string() };
+    v1::FileName { kind: wire_kind(file.kind).into(), id }
+}
+
+/// The messages of one file: its name first, then its bytes, without copying them.
+fn messages(cluster: String, file: BaseFile, parts: &[Bytes]) -> Vec<v1::PutFileRequest> {
+    let size = parts.iter().map(|p| p.len() as u64).sum();
+    let first =
+        v1::PutFileRequest { cluster, name: Some(wire_name(file)), size, data: Vec::new().into() };
+    let pieces = parts.iter().flat_map(|part| {
+        (0..part.len())
+            .step_by(PIECE_BYTES_MAX)
+            .map(|from| part.slice(from..part.len().min(from + PIECE_BYTES_MAX)))
+    });
+    let rest = pieces.map(|data| v1::PutFileRequest { data, ..Default::default() });
+    [first].into_iter().chain(rest).collect()
+}
+
+impl Files for GrpcFiles {
+    fn place(&self) -> String {
+        format!("{} of cluster {}", self.shared.base.address(), self.shared.cluster)
+    }
+
+    fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, StorageError> {
+        let cluster = self.shared.cluster.to_string();
+        self.call(Op::List, None, async |mut client| {
+            let cluster = cluster.clone();
+            let request = v1::ListFilesRequest { cluster, kind: wire_kind(kind).into() };
+            let mut answer = client.list_files(request).await?.into_inner();
+            let mut files = Vec::new();
+            while let Some(message) = answer.message().await? {
+                for listed in message.files {
+                    files.push((listed_file(kind, &listed.id)?, listed.size));
+                }
+            }
+            Ok(files)
+        })
+    }
+
+    fn read(&self, file: BaseFile) -> Result<Bytes, StorageError> {
+        self.call(Op::Read, Some(file), async |client| self.get(client, file, 0, 0).await)
+    }
+
+    fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, StorageError> {
+        if length == 0 {
+            return Ok(Bytes::new());
+        }
+        self.call(Op::Read, Some(file), async |client| {
+            let bytes = self.get(client, file, offset, length).await?;
+            let found = bytes.len() as u64;
+            if found == length {
+                return Ok(bytes);
+            }
+            let message = format!("expected {length} bytes from {offset} on, found {found}");
+            Err(Code::Corrupt.status(message))
+        })
+    }
+
+    fn write(&self, file: BaseFile, parts: &[Bytes]) -> Result<(), StorageError> {
+        let messages = messages(self.shared.cluster.to_string(), file, parts);
+        self.call(Op::Write, Some(file), async |mut client| {
+            client.put_file(tokio_stream::iter(messages.clone())).await.map(drop)
+        })
+    }
+
+    fn remove(&self, file: BaseFile) -> Result<(), StorageError> {
+        let place = format!("{}/{}", self.place(), file.relative());
+        let detail = "expected the server, which alone removes; found a sidecar";
+        Err(StorageError::new(Kind::Denied, Op::Remove, place, detail))
+    }
+}
+
+impl GrpcFiles {
+    async fn get(
+        &self,
+        mut client: BaseClient<Traced>,
+        file: BaseFile,
+        offset: u64,
+        length: u64,
+    ) -> Result<Bytes, Status> {
+        let cluster = self.shared.cluster.to_string();
+        let request = v1::GetFileRequest { cluster, name: Some(wire_name(file)), offset, length };
+        let mut answer = client.get_file(request).await?.into_inner();
+        let mut all = BytesMut::new();
+        while let Some(message) = answer.message().await? {
+            let data = message.data;
+            if all.is_empty() {
+                // A server that sends without end is no server of ours; a pack is 32 MiB or little more.
+                all.reserve(usize::try_from(length).unwrap_or(0).min(64 << 20).max(data.len()));
+            }
+            all.extend_from_slice(&data);
+        }
+        Ok(all.freeze())
+    }
+}
+
+fn listed_file(kind: BaseKind, id: &str) -> Result<BaseFile, Status> {
+    if kind == BaseKind::Config {
+        return Ok(BaseFile::CONFIG);
+    }
+    let id: Sha256Sum = id.parse().map_err(|error| Code::Invalid.status(error))?;
+    Ok(BaseFile { kind, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(bytes: &[u8]) -> BaseFile {
+        BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(bytes) }
+    }
+
+    #[test]
+    fn a_file_is_cut_into_messages_without_losing_or_copying_a_byte() {
+        let parts =
+            [Bytes::from(vec![1; PIECE_BYTES_MAX * 2 + 7]), Bytes::from(vec![2; 3]), Bytes::new()];
+        let messages = messages("c".into(), file(b"x"), &parts);
+        assert_eq!(messages[0].size as usize, PIECE_BYTES_MAX * 2 + 10);
+        assert_eq!((messages[0].cluster.as_str(), messages[0].data.len()), ("c", 0));
+        let sizes: Vec<usize> = messages.iter().skip(1).map(|m| m.data.len()).collect();
+        assert_eq!(sizes, [PIECE_BYTES_MAX, PIECE_BYTES_MAX, 7, 3]);
+        assert!(messages.iter().skip(1).all(|m| m.cluster.is_empty() && m.name.is_none()));
+        assert_eq!(messages[1].data.as_ptr(), parts[0].as_ptr());
+    }
+
+    #[test]
+    fn the_config_has_no_name() {
+        assert_eq!(wire_name(BaseFile::CONFIG).id, "");
+        assert_eq!(listed_file(BaseKind::Config, "").unwrap(), BaseFile::CONFIG);
+        assert!(listed_file(BaseKind::Data, "../x").is_err());
+    }
+}
