@@ -11,6 +11,7 @@ mod archives;
 mod files;
 mod reconcile;
 mod wal;
+mod worker;
 
 #[cfg(test)]
 mod directory;
@@ -217,8 +218,8 @@ async fn follow_clusters(
             if known.insert(cluster.clone()) {
                 load(&parts, &cluster).await;
                 let name = cluster.clone();
-                let worker =
-                    wal::Worker::new(parts.clone(), cluster, Arc::clone(&slots), per_cluster);
+                let work = wal::WalWork::new(parts.clone(), cluster, Arc::clone(&slots));
+                let worker = worker::Worker::new(Arc::new(work), per_cluster);
                 names.insert(workers.spawn(worker.run(cancel.clone())).id(), name);
             }
         }

@@ -9,12 +9,15 @@
 //! | `size` | bytes of the tier-1 file |
 //! | `sha256` | of the tier-1 file, where known |
 //!
+//! Of kind `base` instead of `file`: `object`, its key below `<cluster>/`, such as `base/data/ab/ab…` or
+//! `backups/<name>.json`; on the subject `klio.jobs.base.<cluster>.<object, / as ., . as =>`.
+//!
 //! JSON, on the subject `klio.jobs.wal.<cluster>.<timeline>.<file, dots as dashes>`: one subject a file,
 //! so that a job which is queued already is not queued again. Every field is only a hint (P4): the
 //! consumer looks at the file. A job of an unknown version is left in the queue for a newer server.
 
 use klio_storage::{
-    layout::{ClusterName, WalFile},
+    layout::{BaseObject, ClusterName, WalFile},
     tier2::Sha256Sum,
 };
 use serde_json::Value;
@@ -35,6 +38,80 @@ pub struct Job {
     pub size: u64,
     /// Its sum, where known.
     pub sha256: Option<Sha256Sum>,
+}
+
+/// An object of base backups to offload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BaseJob {
+    /// Whose.
+    pub cluster: ClusterName,
+    /// Which.
+    pub object: BaseObject,
+    /// Bytes of the tier-1 file.
+    pub size: u64,
+}
+
+/// A job of any kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Task {
+    /// A WAL file.
+    Wal(Job),
+    /// An object of base backups.
+    Base(BaseJob),
+}
+
+impl From<Job> for Task {
+    fn from(job: Job) -> Self {
+        Task::Wal(job)
+    }
+}
+
+impl From<BaseJob> for Task {
+    fn from(job: BaseJob) -> Self {
+        Task::Base(job)
+    }
+}
+
+impl Task {
+    /// Whose.
+    pub const fn cluster(&self) -> &ClusterName {
+        match self {
+            Task::Wal(job) => &job.cluster,
+            Task::Base(job) => &job.cluster,
+        }
+    }
+
+    /// What it is about, for spans and logs.
+    pub fn what(&self) -> String {
+        match self {
+            Task::Wal(job) => job.file.to_string(),
+            Task::Base(job) => job.object.to_string(),
+        }
+    }
+
+    /// The message's payload.
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Task::Wal(job) => job.encode(),
+            Task::Base(job) => job.encode(),
+        }
+    }
+
+    /// Where it is published.
+    pub fn subject(&self) -> String {
+        match self {
+            Task::Wal(job) => job.subject(),
+            Task::Base(job) => job.subject(),
+        }
+    }
+
+    /// Idempotency key.
+    pub fn id(&self) -> String {
+        match self {
+            Task::Wal(job) => job.id(),
+            Task::Base(job) => job.id(),
+        }
+    }
 }
 
 /// Not a job of ours.
@@ -78,20 +155,10 @@ impl Job {
     /// # Errors
     /// `Version` before anything else is looked at.
     pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
-        let bad = |problem: &dyn std::fmt::Display| JobError::Malformed(problem.to_string());
-        let value: Value = serde_json::from_slice(payload).map_err(|e| bad(&e))?;
-        match value.get("v").and_then(Value::as_u64) {
-            Some(VERSION) => {}
-            Some(other) => return Err(JobError::Version(other)),
-            None => return Err(bad(&"expected a version in \"v\", found none")),
-        }
-        let wire: Wire = serde_json::from_value(value).map_err(|e| bad(&e))?;
-        if wire.kind != "wal" {
-            return Err(bad(&format_args!("expected kind wal, found {:?}", wire.kind)));
-        }
+        let wire: Wire = read(payload, "wal")?;
         Ok(Self {
-            cluster: wire.cluster.parse().map_err(|e| bad(&e))?,
-            file: wire.file.parse().map_err(|e| bad(&e))?,
+            cluster: wire.cluster.parse().map_err(|e| malformed(&e))?,
+            file: wire.file.parse().map_err(|e| malformed(&e))?,
             size: wire.size,
             sha256: wire.sha256,
         })
@@ -107,6 +174,77 @@ impl Job {
     pub fn id(&self) -> String {
         format!("wal/{}/{}", self.cluster, self.file)
     }
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct BaseWire {
+    v: u64,
+    kind: String,
+    cluster: String,
+    object: String,
+    size: u64,
+}
+
+impl BaseJob {
+    /// The message's payload.
+    pub fn encode(&self) -> Vec<u8> {
+        let wire = BaseWire {
+            v: VERSION,
+            kind: "base".into(),
+            cluster: self.cluster.to_string(),
+            object: self.object.relative(),
+            size: self.size,
+        };
+        serde_json::to_vec(&wire).expect("a struct of strings and numbers is always JSON")
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// `Version` before anything else is looked at.
+    pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
+        let wire: BaseWire = read(payload, "base")?;
+        let object = BaseObject::parse_relative(&wire.object).ok_or_else(|| {
+            malformed(&format_args!("expected an object, found {:?}", wire.object))
+        })?;
+        let cluster = wire.cluster.parse().map_err(|e| malformed(&e))?;
+        Ok(Self { cluster, object, size: wire.size })
+    }
+
+    /// Where it is published. Names of backups may have dots, which would be parts of the subject.
+    pub fn subject(&self) -> String {
+        let object = self.object.relative().replace('.', "=").replace('/', ".");
+        format!("klio.jobs.base.{}.{object}", self.cluster)
+    }
+
+    /// Idempotency key.
+    pub fn id(&self) -> String {
+        format!("base/{}/{}", self.cluster, self.object)
+    }
+}
+
+fn malformed(problem: &dyn std::fmt::Display) -> JobError {
+    JobError::Malformed(problem.to_string())
+}
+
+/// Reads a payload of a kind; its version before anything else.
+fn read<T: serde::de::DeserializeOwned>(payload: &[u8], kind: &str) -> Result<T, JobError> {
+    let value: Value = serde_json::from_slice(payload).map_err(|e| malformed(&e))?;
+    match value.get("v").and_then(Value::as_u64) {
+        Some(VERSION) => {}
+        Some(other) => return Err(JobError::Version(other)),
+        None => return Err(malformed(&"expected a version in \"v\", found none")),
+    }
+    let found = value.get("kind").and_then(Value::as_str).unwrap_or_default();
+    if found != kind {
+        return Err(malformed(&format_args!("expected kind {kind}, found {found:?}")));
+    }
+    serde_json::from_value(value).map_err(|e| malformed(&e))
+}
+
+/// The subjects of one cluster's base backups.
+pub fn base_subjects_of(cluster: &ClusterName) -> String {
+    format!("klio.jobs.base.{cluster}.>")
 }
 
 /// The subjects of one cluster.
@@ -146,6 +284,37 @@ mod tests {
         }
         let path = text.replace("pg-1", "../x");
         assert!(matches!(Job::decode(path.as_bytes()), Err(JobError::Malformed(_))));
+    }
+
+    #[test]
+    fn jobs_of_base_backups_round_trip_on_subjects_of_their_own() {
+        let id = "ab".repeat(32);
+        let mut subjects = std::collections::BTreeSet::new();
+        for object in [
+            "cluster.json".to_owned(),
+            "repository.json".into(),
+            "repository.json.age".into(),
+            "base/config".into(),
+            format!("base/keys/{id}"),
+            format!("base/data/ab/{id}"),
+            format!("base/snapshots/{id}"),
+            "backups/a.b.json".into(),
+            "backups/a-b.json".into(),
+            "backups/a.json".into(),
+        ] {
+            let object = BaseObject::parse_relative(&object).unwrap();
+            let job = BaseJob { cluster: "pg-1".parse().unwrap(), object, size: 9 };
+            assert_eq!(BaseJob::decode(&job.encode()), Ok(job.clone()));
+            assert!(job.subject().starts_with("klio.jobs.base.pg-1."));
+            assert!(!job.subject().contains(".."), "{}", job.subject());
+            assert!(subjects.insert(job.subject()), "{}", job.subject());
+        }
+        let text = r#"{"v":1,"kind":"base","cluster":"pg","object":"../x","size":1}"#;
+        assert!(matches!(BaseJob::decode(text.as_bytes()), Err(JobError::Malformed(_))));
+        let wal = job("00000002.history").encode();
+        assert!(matches!(BaseJob::decode(&wal), Err(JobError::Malformed(_))));
+        let newer = text.replace("\"v\":1", "\"v\":2");
+        assert_eq!(BaseJob::decode(newer.as_bytes()), Err(JobError::Version(2)));
     }
 
     proptest! {

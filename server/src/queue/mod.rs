@@ -21,7 +21,7 @@ pub(crate) mod tests;
 
 pub use config::QueueConfig;
 pub use error::Error;
-pub use job::{Job, JobError};
+pub use job::{BaseJob, Job, JobError, Task};
 pub use publish::{Listener, Publisher};
 pub use stream::STREAM;
 pub use wanted::Wanted;
@@ -151,8 +151,9 @@ impl Queue {
 
     /// Queues a job, some time soon. Takes the current span's trace context along. Never waits, never
     /// fails: what is lost on the way is marked in `wanted`.
-    pub fn publish(&self, job: Job) {
-        let cluster = job.cluster.clone();
+    pub fn publish(&self, job: impl Into<Task>) {
+        let job = job.into();
+        let cluster = job.cluster().clone();
         if self.inbox.try_send(Waiting::new(job)).is_err() {
             self.shared.wanted.cluster(&cluster);
         }
@@ -162,8 +163,8 @@ impl Queue {
     ///
     /// # Errors
     /// The queue is down, full or slow. A job that is queued already is no error.
-    pub async fn publish_and_wait(&self, job: Job) -> Result<(), Error> {
-        publish::publish_now(&self.shared, &Waiting::new(job)).await
+    pub async fn publish_and_wait(&self, job: impl Into<Task>) -> Result<(), Error> {
+        publish::publish_now(&self.shared, &Waiting::new(job.into())).await
     }
 
     /// Marks a cluster for reconciliation.

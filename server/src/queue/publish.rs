@@ -3,7 +3,11 @@
 //! `publish` hands the job to a bounded channel and returns. What does not fit, or fails on the way,
 //! is forgotten, and its cluster is marked for reconciliation: the disk still has the file.
 
-use super::{Error, Queue, Shared, job::Job, stream::already_queued};
+use super::{
+    Error, Queue, Shared,
+    job::{Job, Task},
+    stream::already_queued,
+};
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID, jetstream};
 use klio_storage::{
     layout::{ClusterName, WalFile},
@@ -22,13 +26,13 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// A job with the trace it belongs to.
 pub(super) struct Waiting {
-    job: Job,
+    job: Task,
     headers: Vec<(String, String)>,
 }
 
 impl Waiting {
     /// Takes the current span's trace context along.
-    pub(super) fn new(job: Job) -> Self {
+    pub(super) fn new(job: Task) -> Self {
         let mut headers = Vec::new();
         klio_telemetry::propagate::inject(&mut |key, value| headers.push((key.to_owned(), value)));
         Self { job, headers }
@@ -89,8 +93,8 @@ pub(super) async fn run(
         let shared = Arc::clone(&shared);
         flying.spawn(async move {
             if let Err(error) = publish_now(&shared, &waiting).await {
-                tracing::debug!(%error, cluster = %waiting.job.cluster, "a job could not be queued");
-                shared.wanted.cluster(&waiting.job.cluster);
+                tracing::debug!(%error, cluster = %waiting.job.cluster(), "a job could not be queued");
+                shared.wanted.cluster(waiting.job.cluster());
             }
         });
     }
@@ -106,13 +110,7 @@ pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<()
         connection.as_ref().map(|c| c.jetstream.clone()).ok_or_else(|| fail(&"not connected"))?
     };
     let job = &waiting.job;
-    let span = tracing::info_span!(
-        "wal.publish",
-        otel.kind = "producer",
-        messaging.system = "nats",
-        cluster = %job.cluster,
-        file = %job.file,
-    );
+    let span = span_of(job);
     klio_telemetry::propagate::adopt(&span, &|key| {
         let found = waiting.headers.iter().find(|(name, _)| name == key);
         found.map(|(_, value)| value.clone())
@@ -128,7 +126,26 @@ pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<()
     outcome
 }
 
-async fn send(jetstream: &jetstream::Context, job: &Job) -> Result<(), Error> {
+fn span_of(job: &Task) -> tracing::Span {
+    match job {
+        Task::Wal(job) => tracing::info_span!(
+            "wal.publish",
+            otel.kind = "producer",
+            messaging.system = "nats",
+            cluster = %job.cluster,
+            file = %job.file,
+        ),
+        Task::Base(job) => tracing::info_span!(
+            "base.publish",
+            otel.kind = "producer",
+            messaging.system = "nats",
+            cluster = %job.cluster,
+            object = %job.object,
+        ),
+    }
+}
+
+async fn send(jetstream: &jetstream::Context, job: &Task) -> Result<(), Error> {
     let fail = Error::nats("publish a job");
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, job.id().as_str());

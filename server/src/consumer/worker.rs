@@ -1,0 +1,222 @@
+//! One cluster's jobs of one kind: pulled from its own durable consumer, done, acknowledged.
+//!
+//! W1  acknowledged only after the work is proven and recorded.
+//! W2  redelivered without end; the pause doubles up to five minutes, with jitter.
+//! W3  a long upload, or a wait for a slot, tells the queue that it goes on.
+
+use crate::queue::{Connection, Queue, STREAM};
+use async_nats::jetstream::{
+    AckKind, Message,
+    consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
+};
+use futures::{StreamExt, future::BoxFuture};
+use klio_storage::layout::ClusterName;
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    sync::{Mutex, Semaphore},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Without a word for this long, a job goes to somebody else.
+const ACK_WAIT: Duration = Duration::from_secs(30);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// Jobs out at once, delayed ones included: so many files of one cluster may fail without stopping
+/// the others of that cluster.
+const OUT_MAX: i64 = 10_000;
+/// How long one question for jobs stays open.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+pub(super) const RETRY_MIN: Duration = Duration::from_secs(1);
+pub(super) const RETRY_MAX: Duration = Duration::from_secs(300);
+/// Between two tries to follow a queue that answers with errors.
+const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// The work of a kind of jobs of one cluster.
+pub(super) trait Process: Send + Sync + 'static {
+    /// Whose.
+    fn cluster(&self) -> &ClusterName;
+    /// Where jobs come from.
+    fn queue(&self) -> &Queue;
+    /// Name of the durable consumer, what it is for, and its subjects.
+    fn consumer(&self) -> (String, &'static str, String);
+    /// Does a job, delivered for the `delivered`-th time, and says what becomes of it.
+    fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind>;
+}
+
+/// The worker of a cluster.
+pub(super) struct Worker {
+    shared: Arc<dyn Process>,
+    own_slots: Arc<Semaphore>,
+    own_slots_max: usize,
+}
+
+impl Worker {
+    pub(super) fn new(shared: Arc<dyn Process>, own_slots_max: usize) -> Self {
+        Self { shared, own_slots: Arc::new(Semaphore::new(own_slots_max)), own_slots_max }
+    }
+
+    /// Until cancelled. Uploads outlive a reconnect; only their acknowledgement may get lost.
+    pub(super) async fn run(self, cancel: CancellationToken) {
+        let mut uploads = JoinSet::new();
+        let mut connections = self.shared.queue().connection();
+        loop {
+            let connection = tokio::select! {
+                () = cancel.cancelled() => break,
+                up = connections.wait_for(Option::is_some) => match up {
+                    Ok(connection) => connection.clone(),
+                    Err(_) => break,
+                },
+            };
+            let Some(connection) = connection else { continue };
+            let generation = connection.generation;
+            let ended = tokio::select! {
+                () = cancel.cancelled() => break,
+                ended = self.follow(&connection, &mut uploads) => ended,
+                _ = connections.wait_for(|c| c.as_ref().is_none_or(|c| c.generation != generation)) => {
+                    continue;
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(cluster = %self.shared.cluster(), %error, "jobs cannot be pulled");
+                tokio::select! {
+                    () = cancel.cancelled() => break,
+                    () = tokio::time::sleep(FOLLOW_PAUSE) => {}
+                }
+            }
+        }
+        uploads.shutdown().await;
+    }
+
+    /// Pulls and starts jobs until something breaks.
+    async fn follow(
+        &self,
+        connection: &Connection,
+        uploads: &mut JoinSet<()>,
+    ) -> Result<(), async_nats::Error> {
+        let consumer: PullConsumer = connection
+            .jetstream
+            .create_consumer_on_stream(consumer_config(self.shared.as_ref()), STREAM)
+            .await?;
+        loop {
+            while uploads.try_join_next().is_some() {}
+            let first = Arc::clone(&self.own_slots).acquire_owned().await?;
+            let mut free = vec![first];
+            while free.len() < self.own_slots_max
+                && let Ok(more) = Arc::clone(&self.own_slots).try_acquire_owned()
+            {
+                free.push(more);
+            }
+            let batch = consumer.batch().max_messages(free.len()).expires(PULL_EXPIRES);
+            let mut messages = batch.messages().await?;
+            let mut any = false;
+            while let Some(message) = messages.next().await {
+                any = true;
+                let Some(slot) = free.pop() else { break };
+                let (shared, message) = (Arc::clone(&self.shared), message?);
+                uploads.spawn(async move {
+                    handle(shared.as_ref(), message).await;
+                    drop(slot);
+                });
+            }
+            if !any {
+                // Somebody may have removed it: then nothing would ever come.
+                consumer.get_info().await?;
+            }
+        }
+    }
+}
+
+fn consumer_config(work: &dyn Process) -> pull::Config {
+    let (name, description, subjects) = work.consumer();
+    pull::Config {
+        durable_name: Some(name),
+        description: Some(description.into()),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_deliver: -1,
+        max_ack_pending: OUT_MAX,
+        filter_subject: subjects,
+        ..pull::Config::default()
+    }
+}
+
+async fn handle(work: &dyn Process, message: Message) {
+    let delivered = message.info().map_or(1, |info| info.delivered.max(1));
+    let mut processing = work.process(&message, delivered);
+    let answer = loop {
+        tokio::select! {
+            answer = &mut processing => break answer,
+            () = tokio::time::sleep(PROGRESS_INTERVAL) => {
+                let _ = message.ack_with(AckKind::Progress).await;
+            }
+        }
+    };
+    drop(processing);
+    // Lost: the job comes again, and finds its work done.
+    if let Err(error) = message.ack_with(answer).await {
+        tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
+    }
+}
+
+/// A cluster's turns at the slots that all clusters share.
+pub(super) struct Turns {
+    /// Of all clusters; fair, first come first served.
+    slots: Arc<Semaphore>,
+    /// The last attempt failed.
+    failing: AtomicBool,
+    /// While failing, one at a time: three hanging uploads must not take the slots of others.
+    one_at_a_time: Mutex<()>,
+}
+
+impl Turns {
+    pub(super) fn new(slots: Arc<Semaphore>) -> Self {
+        Self { slots, failing: AtomicBool::new(false), one_at_a_time: Mutex::new(()) }
+    }
+
+    /// Does `work` when it is its turn; `None` when the slots are closed.
+    pub(super) async fn take<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let _alone = match self.failing.load(Ordering::Relaxed) {
+            true => Some(self.one_at_a_time.lock().await),
+            false => None,
+        };
+        let _slot = self.slots.acquire().await.ok()?;
+        Some(work.await)
+    }
+
+    /// Says how the last attempt went.
+    pub(super) fn failed(&self, failed: bool) {
+        self.failing.store(failed, Ordering::Relaxed);
+    }
+}
+
+/// W2: about 1, 2, 4 … 300 seconds, of which a random half to whole.
+pub(super) fn pause(delivered: i64) -> Duration {
+    let doublings = (delivered.max(1) - 1).min(16) as u32;
+    let whole = RETRY_MIN.saturating_mul(1 << doublings).min(RETRY_MAX);
+    whole.mul_f64(rand::random_range(0.5..=1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_with_jitter_and_end_at_five_minutes() {
+        for (delivered, most) in
+            [(1, 1.0), (2, 2.0), (5, 16.0), (9, 256.0), (10, 300.0), (i64::MAX, 300.0)]
+        {
+            for _ in 0..50 {
+                let seconds = pause(delivered).as_secs_f64();
+                assert!(seconds <= most && seconds >= most / 2.0, "{delivered}: {seconds}");
+            }
+        }
+    }
+}
