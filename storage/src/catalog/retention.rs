@@ -169,9 +169,8 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
 
 /// P6: what makes a plan impossible.
 fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
-    let unreadable = |problem: &String| {
-        format!("{problem}; hint: while it cannot be read, nothing is removed")
-    };
+    let unreadable =
+        |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
     let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
     let newest = backups.iter().map(|b| &b.record).filter(|r| rules::has_time(r)).next_back();
     // A time that is no number is in doubt as well.

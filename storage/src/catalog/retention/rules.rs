@@ -188,11 +188,8 @@ fn name_window(
             reasons[*index].push(format!("recovery window {days} d"));
         }
     }
-    let older: Vec<usize> = candidates
-        .iter()
-        .copied()
-        .filter(|i| backups[*i].record.committed_unix < begin)
-        .collect();
+    let older: Vec<usize> =
+        candidates.iter().copied().filter(|i| backups[*i].record.committed_unix < begin).collect();
     for (timeline, history) in alive(backups, &older, facts) {
         let leads = |i: &&usize| leads_to(&backups[**i].record, timeline, history.as_ref());
         let Some(index) = older.iter().rev().find(leads) else { continue };

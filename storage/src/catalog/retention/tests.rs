@@ -263,8 +263,11 @@ fn any_timelines() -> impl Strategy<Value = Vec<KnownTimeline>> {
                 true => format!("{two}2\t{}\tx\n", fork(fork3)),
                 false => format!("1\t{}\tx\n", fork(fork3)),
             };
-            let mut lines =
-                vec![line(1, "", 50 * SEGMENT), line(2, &two, 60 * SEGMENT), line(3, &three, 70 * SEGMENT)];
+            let mut lines = vec![
+                line(1, "", 50 * SEGMENT),
+                line(2, &two, 60 * SEGMENT),
+                line(3, &three, 70 * SEGMENT),
+            ];
             for (index, known) in known.into_iter().enumerate() {
                 if !known {
                     lines[index + 1].history = None;
@@ -330,7 +333,8 @@ fn first_needed(backup: &BackupRecord, line: &KnownTimeline) -> Option<Lsn> {
     if line.timeline == backup.start_timeline {
         return Some(start);
     }
-    let left = line.history.as_ref()?.entries().iter().find(|e| e.timeline == backup.start_timeline)?;
+    let left =
+        line.history.as_ref()?.entries().iter().find(|e| e.timeline == backup.start_timeline)?;
     (start < left.end).then_some(start)
 }
 
@@ -399,8 +403,10 @@ proptest! {
             prop_assert!(!few.tier2.keep || many.tier2.keep);
         }
         for (few, many) in few.wal.iter().zip(&many.wal) {
-            prop_assert!(many.tier1_below <= few.tier1_below);
-            prop_assert!(many.tier2_below <= few.tier2_below);
+            // A timeline to which nothing led may get its first backup by keeping more; then, and only
+            // then, there is a horizon where there was none.
+            prop_assert!(few.tier1_below.is_none() || many.tier1_below <= few.tier1_below);
+            prop_assert!(few.tier2_below.is_none() || many.tier2_below <= few.tier2_below);
         }
     }
 
@@ -416,7 +422,8 @@ proptest! {
         }
         let second = plan(&after, &policies, NOW);
         prop_assert!(second.expired().is_empty());
-        prop_assert_eq!(names(second.evicted()), evicted);
+        // Fewer at most: with a backup of a newer timeline gone, an older one may no longer be over.
+        prop_assert!(names(second.evicted()).is_subset(&evicted));
     }
 
     #[test]

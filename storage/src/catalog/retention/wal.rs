@@ -19,15 +19,17 @@ pub(super) fn horizons(
     };
     let any = kept(&|plan| plan.tier1.keep || plan.tier2.keep);
     let mut near = kept(&|plan| plan.tier1.keep);
-    // Tier 1 may keep no backup at all; what came after the newest one stays anyway.
-    let newest = any.iter().copied().max_by(|a, b| rules::order(a).total_cmp(&rules::order(b)));
-    near.extend(newest);
+    // Tier 1 may keep no backup at all; what came after the newest good one stays anyway.
+    let good = backups.iter().filter(|b| !b.damaged && rules::has_time(&b.record));
+    near.extend(good.last().or(backups.last()).map(|b| &b.record));
+    // Of all backups, not only of those that stay: otherwise keeping one more could let WAL go.
+    let last = backups.iter().map(|b| b.record.start_timeline).max();
     let plan = |line: &KnownTimeline| {
-        let (tier2_below, tier2_reason) = horizon(line, &any, facts);
-        let (tier1_below, tier1_reason) = match facts.has_tier2 {
-            true => horizon(line, &near, facts),
-            false => (tier2_below, tier2_reason.clone()),
-        };
+        let (tier2_below, tier2_reason) = horizon(line, &any, last, facts);
+        // What may go for good may go here too.
+        let both = (tier2_below, tier2_reason.clone());
+        let own = facts.has_tier2.then(|| horizon(line, &near, last, facts));
+        let (tier1_below, tier1_reason) = own.filter(|own| own.0 >= both.0).unwrap_or(both);
         let timeline = line.timeline;
         WalPlan { timeline, tier1_below, tier1_reason, tier2_below, tier2_reason }
     };
@@ -52,8 +54,13 @@ fn sorted(facts: &Facts) -> Vec<&KnownTimeline> {
     lines
 }
 
-fn horizon(line: &KnownTimeline, kept: &[&BackupRecord], facts: &Facts) -> Horizon {
-    let Some(newest) = kept.iter().map(|r| r.start_timeline.max(r.stop_timeline)).max() else {
+fn horizon(
+    line: &KnownTimeline,
+    kept: &[&BackupRecord],
+    last: Option<TimelineId>,
+    facts: &Facts,
+) -> Horizon {
+    let Some(last) = last.filter(|_| !kept.is_empty()) else {
         return (None, "there is no backup: nothing goes".to_owned());
     };
     let needing = kept.iter().filter(|record| may_read(record, line.timeline, facts));
@@ -62,7 +69,7 @@ fn horizon(line: &KnownTimeline, kept: &[&BackupRecord], facts: &Facts) -> Horiz
             let below = first.start_lsn.segment_start(facts.segment_size);
             (Some(below), format!("backup {} needs it from {} on", first.name, first.start_lsn))
         }
-        None if line.timeline < newest => {
+        None if line.timeline < last => {
             let below = line.end.segment_start(facts.segment_size);
             (Some(below), "it ended, and no kept backup leads to it".to_owned())
         }
