@@ -523,10 +523,11 @@ mod tests {
         }
         fn put(&self, file: &str) {
             let path = self.0.path().join(file);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            if !file.ends_with('/') {
-                fs::write(path, file).unwrap();
+            if file.ends_with('/') {
+                return fs::create_dir_all(path).unwrap();
             }
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, file).unwrap();
         }
         fn tree(&self, tablespaces: &[(u32, PathBuf)]) -> Tree {
             let tablespace = |(oid, location): &(u32, PathBuf)| Tablespace {

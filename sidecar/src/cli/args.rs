@@ -52,6 +52,8 @@ pub enum LogFormat {
 pub enum Command {
     /// Stream WAL from PostgreSQL to the server until stopped
     Stream(StreamArgs),
+    /// Take a base backup of the PostgreSQL on this machine
+    Backup(BackupArgs),
     /// Tell, item by item, whether PostgreSQL, the server and the clocks are fit
     Check(CheckArgs),
     /// Show how far each cluster is received and archived; ends with 3 when something is wrong
@@ -103,6 +105,35 @@ pub struct StreamArgs {
     /// Address:port for /livez, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS")]
     pub admin: Option<String>,
+}
+
+/// `klio backup`
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// The backup's name [default: made of the server's clock]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// A word about it, for listings
+    #[arg(long, value_name = "TEXT")]
+    pub label: Option<String>,
+    /// Keep it whatever the retention policy says
+    #[arg(long)]
+    pub keep: bool,
+    /// How PostgreSQL writes the checkpoint it begins with: fast is at once
+    #[arg(long, value_name = "HOW", value_parser = ["fast", "spread"])]
+    pub checkpoint: Option<String>,
+    /// Read every file, also those that have not changed since the newest backup
+    #[arg(long)]
+    pub full_read: bool,
+    /// libpq connection string
+    #[arg(long, value_name = "DSN")]
+    pub dsn: Option<String>,
+    /// The result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Nothing but errors
+    #[arg(long, short)]
+    pub quiet: bool,
 }
 
 /// `klio check`
@@ -202,6 +233,7 @@ impl Command {
     pub const fn name(&self) -> &'static str {
         match self {
             Command::Stream(_) => "stream",
+            Command::Backup(_) => "backup",
             Command::Check(_) => "check",
             Command::Status(_) => "status",
             Command::List(_) => "list",
@@ -222,6 +254,10 @@ impl Command {
                 postgres(&args.dsn, &args.slot);
                 into.extend(args.on_gap.clone().map(|v| ("stream.on_gap", v)));
                 into.extend(args.admin.clone().map(|v| ("admin.listen", v)));
+            }
+            Command::Backup(args) => {
+                postgres(&args.dsn, &None);
+                into.extend(args.checkpoint.clone().map(|v| ("backup.checkpoint", v)));
             }
             Command::Check(args) => postgres(&args.dsn, &args.slot),
             Command::Slot(SlotCommand::Show(args) | SlotCommand::Drop(args)) => {

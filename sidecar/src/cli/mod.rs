@@ -4,6 +4,7 @@
 //! below 126, not even a panic or wrong usage.
 
 mod args;
+mod backup;
 mod check;
 mod check_postgres;
 mod check_server;
@@ -89,7 +90,7 @@ fn print(text: &str) {
 
 const fn needs(command: &Command) -> Needs {
     match command {
-        Command::Stream(_) | Command::Check(_) => {
+        Command::Stream(_) | Command::Backup(_) | Command::Check(_) => {
             Needs { server: true, cluster: true, postgres: true, source: false }
         }
         Command::Slot(_) => Needs { server: false, cluster: false, postgres: true, source: false },
@@ -134,6 +135,7 @@ async fn verb(
 ) -> Result<u8, Error> {
     match command {
         Command::Stream(_) => stream::run(config, telemetry).await,
+        Command::Backup(args) => backup::run(config, args, telemetry).await,
         Command::Check(args) => check::run(config, args.json).await,
         Command::Status(args) => status::run(config, args).await,
         Command::List(ListCommand::Wal { json }) => list::wal(config, *json).await,

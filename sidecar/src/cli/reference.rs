@@ -3,7 +3,7 @@
 //! `make docs` writes them; a test compares. The tables are the code's own.
 
 use super::{args::Table, exit, print};
-use crate::{config::keys::KEYS, streamer::CATALOGUE};
+use crate::{backup, config::keys::KEYS, streamer};
 
 /// Prints a table as Markdown.
 pub(super) fn run(table: Table) -> u8 {
@@ -14,7 +14,8 @@ pub(super) fn run(table: Table) -> u8 {
 fn text(table: Table) -> String {
     match table {
         Table::Metrics => {
-            let rows = CATALOGUE.iter().map(|(name, kind, unit, meaning)| {
+            let all = streamer::CATALOGUE.iter().chain(backup::CATALOGUE);
+            let rows = all.map(|(name, kind, unit, meaning)| {
                 format!("| {name} | {kind} | {unit} | {meaning} |\n")
             });
             with_header("| name | type | unit | meaning |\n|---|---|---|---|\n", rows)

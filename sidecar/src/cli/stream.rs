@@ -26,14 +26,13 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
     let cluster = config.cluster()?;
     let info = Arc::new(conninfo(config)?);
     let slot = slot::name(config)?;
-    let link = ServerLink::new(&config.server)?;
+    let link = ServerLink::new(&config.server)?.metered(&telemetry.meter());
     let metrics = Metrics::new(&telemetry.meter(), cluster.as_str());
     let state = Arc::clone(&metrics.state);
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     serve_admin(config, telemetry, &state, &stop, &mut tasks).await?;
-    let signals = (handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?);
-    tasks.spawn(stop_on(signals, stop.clone()));
+    tasks.spawn(stop_on(signals()?, stop.clone()));
     tasks.spawn(watch_slot(Arc::clone(&info), slot.clone(), state, stop.clone()));
     tracing::info!(
         cluster = %cluster,
@@ -77,14 +76,26 @@ async fn serve_admin(
     Ok(())
 }
 
+/// SIGTERM and SIGINT.
+pub(super) fn signals() -> Result<(Signal, Signal), Error> {
+    Ok((handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?))
+}
+
+/// Waits for either.
+pub(super) async fn signalled(signals: &mut (Signal, Signal)) {
+    tokio::select! {
+        _ = signals.0.recv() => {}
+        _ = signals.1.recv() => {}
+    }
+}
+
 fn handler(kind: SignalKind) -> Result<Signal, Error> {
     signal(kind).map_err(|error| Error::new(Failure::Local, format!("catch signals: {error}")))
 }
 
 async fn stop_on(mut signals: (Signal, Signal), stop: CancellationToken) {
     tokio::select! {
-        _ = signals.0.recv() => {}
-        _ = signals.1.recv() => {}
+        () = signalled(&mut signals) => {}
         () = stop.cancelled() => return,
     }
     tracing::info!("stopping: waiting for the last acknowledgement");

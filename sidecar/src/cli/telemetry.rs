@@ -56,6 +56,7 @@ pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
     }
     let span = match command {
         "stream" => span!("cli.stream"),
+        "backup" => span!("cli.backup"),
         "check" => span!("cli.check"),
         "status" => span!("cli.status"),
         "list" => span!("cli.list"),
