@@ -188,12 +188,16 @@ async fn names_that_leave_the_folder_are_refused_on_every_call() {
         "cluster.json",
         "0000000100000000000000010",
     ] {
-        let request = v1::FetchRequest { cluster: "main".into(), name: name.into() };
+        let request =
+            v1::FetchRequest { cluster: "main".into(), name: name.into(), ..Default::default() };
         let status = WalClient::new(channel.clone()).fetch(request).await.expect_err("refused");
         expect(&status, Code::Invalid, &[]);
     }
-    let request =
-        v1::FetchRequest { cluster: "../main".into(), name: "000000010000000000000001".into() };
+    let request = v1::FetchRequest {
+        cluster: "../main".into(),
+        name: "000000010000000000000001".into(),
+        ..Default::default()
+    };
     let status = WalClient::new(channel.clone()).fetch(request).await.expect_err("refused");
     expect(&status, Code::Invalid, &["../main"]);
     let request = v1::ListWalRequest { cluster: "other".into() };

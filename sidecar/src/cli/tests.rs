@@ -1,7 +1,10 @@
 //! Exit statuses of whole commands, run in this process against a server in memory.
 
 use super::*;
-use crate::fake_server::FakeServer;
+use crate::{
+    fake_server::FakeServer,
+    wal_source::testing::{FakeSource, compress},
+};
 use klio_proto::{
     Code,
     v1::{FetchHeader, FetchKind, FetchResponse},
@@ -32,8 +35,8 @@ async fn fetch(config: &str, name: &str, path: &Path) -> u8 {
 }
 
 fn segment() -> (Vec<u8>, Vec<FetchResponse>) {
-    let plain: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
-    let stored = zstd::encode_all(&plain[..], 1).unwrap();
+    let plain = FakeSource::new(0..1).plain(SEGMENT.parse().unwrap());
+    let stored = compress(&plain);
     let header = FetchHeader {
         kind: FetchKind::SegmentZstd.into(),
         plain_size: 1 << 20,

@@ -21,6 +21,7 @@ mod list;
 mod local;
 mod objects;
 mod open;
+mod segments;
 mod payload;
 mod transfer;
 
@@ -33,6 +34,7 @@ pub use fetch::Download;
 pub use list::StoredObject;
 pub use local::Source;
 pub use objects::ListedObject;
+pub use segments::WalAt;
 pub use transfer::{Outcome, Uploaded};
 
 use crate::{Error, Kind, Op};

@@ -1,0 +1,161 @@
+//! One file from a source into a target: one attempt, or attempts until a deadline.
+//!
+//! P7: only a source's own `NotFound` is one. A damaged copy is asked for once more from the other tier or in the
+//! other form, and is an error for good after that.
+
+use super::{
+    Answer, WalSource,
+    place::{self, Filling, Target},
+};
+use crate::{
+    error::{Error, Failure},
+    streamer::Backoff,
+};
+use bytes::Bytes;
+use futures::StreamExt;
+use klio_pg::{ControlFile, SegmentSize};
+use klio_proto::Code;
+use klio_storage::layout::WalFile;
+use rand::{SeedableRng, rngs::StdRng};
+use std::{path::Path, sync::Arc, time::Duration};
+use tokio::{sync::mpsc, time::Instant};
+
+/// Pieces between the connection and the disk; a source gives up to 1 MiB each.
+const PIECES_IN_FLIGHT: usize = 4;
+
+/// What WAL must agree with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// Of the data directory that it is for; `None` where that is not known.
+    pub system_identifier: Option<u64>,
+}
+
+impl Expected {
+    /// What the data directory's pg_control says; nothing when it cannot be read.
+    pub fn of_data_dir(folder: &Path) -> Self {
+        let bytes = std::fs::read(folder.join("global/pg_control")).unwrap_or_default();
+        let control = ControlFile::parse(&bytes).ok();
+        Self { system_identifier: control.map(|control| control.system_identifier) }
+    }
+}
+
+/// A file that came, whole and checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Received {
+    /// Bytes of the file.
+    pub size: u64,
+    /// Nothing of it will ever change.
+    pub is_final: bool,
+    /// What it says of its cluster's segments.
+    pub segment: Option<SegmentSize>,
+}
+
+/// Fetches one file.
+#[derive(Clone)]
+pub struct Fetch {
+    /// From where.
+    pub source: Arc<dyn WalSource>,
+    /// Which.
+    pub file: WalFile,
+    /// What it has to agree with.
+    pub expected: Expected,
+}
+
+impl Fetch {
+    /// One attempt, or two when the first copy is damaged. `None` when `final_only` and it may still change.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive.
+    pub async fn once(
+        &self,
+        target: &Arc<Target>,
+        final_only: bool,
+    ) -> Result<Option<Received>, Error> {
+        let doing = |error: Error| error.during(format!("fetch {}", self.file));
+        match self.attempt(target, final_only, false).await.map_err(doing) {
+            Err(error) if error.failure == Failure::Code(Code::Corrupt) => {
+                tracing::warn!("{}; asking for the other copy", error.message);
+                // Where there is no other copy, the damage is the answer.
+                self.attempt(target, final_only, true).await.map_err(|_| error)
+            }
+            answer => answer,
+        }
+    }
+
+    /// Tries until it works, is refused for good, or the time is up.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive.
+    pub async fn until(&self, target: &Arc<Target>, deadline: Instant) -> Result<Received, Error> {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut rng = StdRng::from_os_rng();
+        loop {
+            let error = match tokio::time::timeout_at(deadline, self.once(target, false)).await {
+                Ok(Ok(Some(received))) => return Ok(received),
+                Ok(Err(error)) => error,
+                Ok(Ok(None)) | Err(_) => {
+                    let message = format!("fetch {}: not done within --timeout", self.file);
+                    return Err(Error::new(Failure::Code(Code::Unavailable), message));
+                }
+            };
+            let pause = backoff.pause(&mut rng);
+            if !worth_retrying(&error) || Instant::now() + pause >= deadline {
+                return Err(error);
+            }
+            tracing::warn!(hint = error.hint, "{}; trying again", error.message);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn attempt(
+        &self,
+        target: &Arc<Target>,
+        final_only: bool,
+        other_copy: bool,
+    ) -> Result<Option<Received>, Error> {
+        let Answer { shape, keys, pieces } = self.source.ask(self.file, other_copy).await?;
+        if final_only && !shape.is_final() {
+            return Ok(None);
+        }
+        let filling = Filling { file: self.file, shape, keys, expected: self.expected };
+        let (sender, queue) = mpsc::channel::<Bytes>(PIECES_IN_FLIGHT);
+        let target = Arc::clone(target);
+        let writer = tokio::task::spawn_blocking(move || place::fill(&target, &filling, queue));
+        let broken = pass_on(pieces, sender).await;
+        let written = writer
+            .await
+            .unwrap_or_else(|error| Err(Error::new(Failure::Local, format!("write: {error}"))));
+        match broken {
+            Some(error) => Err(error),
+            None => written.map(Some),
+        }
+    }
+}
+
+/// Passes all pieces on; what broke the source off.
+async fn pass_on(
+    mut pieces: futures::stream::BoxStream<'static, Result<Bytes, Error>>,
+    sender: mpsc::Sender<Bytes>,
+) -> Option<Error> {
+    while let Some(piece) = pieces.next().await {
+        match piece {
+            // An empty piece would be the end marker.
+            Ok(data) if data.is_empty() => {}
+            // A writer that gave up says why itself.
+            Ok(data) => {
+                if sender.send(data).await.is_err() {
+                    return None;
+                }
+            }
+            Err(error) => return Some(error),
+        }
+    }
+    // An empty piece means that all has come; a queue that just ends does not.
+    let _ = sender.send(Bytes::new()).await;
+    None
+}
+
+/// All but a definitive answer. `Local` is not: the disk of the data directory is the caller's to mend.
+fn worth_retrying(error: &Error) -> bool {
+    error.failure != Failure::Local && error.failure.retryable()
+}

@@ -1,0 +1,61 @@
+//! Where a restore gets its WAL from: a server, or the bucket itself.
+//!
+//! P7: `NotFound` from [`WalSource::ask`] is definitive and fresh: nothing here remembers an absence. Whatever
+//! breaks after an answer began is another error, and so is a file whose plain bytes are not what the name says.
+
+mod bucket;
+mod fetch;
+mod place;
+mod server;
+mod shape;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use fetch::{Expected, Fetch, Received};
+pub use place::Target;
+pub use shape::Shape;
+
+use crate::{bucket::Bucket, config::Config, error::Error, server_link::ServerLink};
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use klio_storage::{crypt::Keys, layout::WalFile};
+use std::sync::Arc;
+
+/// Gives WAL files.
+#[tonic::async_trait]
+pub trait WalSource: Send + Sync {
+    /// Finds a file and begins to read it. `other_copy` after a copy turned out damaged: read the second one,
+    /// where there are two.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive (P7).
+    async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error>;
+}
+
+/// A file that is being read.
+pub struct Answer {
+    /// What the bytes will be.
+    pub shape: Shape,
+    /// To decrypt them with; `None` when they come as they are.
+    pub keys: Option<Keys>,
+    /// The bytes; the end of the stream is the end of the file.
+    pub pieces: BoxStream<'static, Result<Bytes, Error>>,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// The source that the configuration names.
+///
+/// # Errors
+/// Wrong settings, and files that cannot be read.
+pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
+    let cluster = config.cluster()?;
+    Ok(match Bucket::open(config)? {
+        Some(bucket) => Arc::new(bucket::FromBucket::new(bucket, cluster)),
+        None => Arc::new(server::FromServer::new(ServerLink::new(&config.server)?, &cluster)),
+    })
+}

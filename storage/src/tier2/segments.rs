@@ -1,0 +1,104 @@
+//! What tier 2 holds at a segment and behind it: how a restore tells the end of the archive from a hole (P7).
+
+use super::{Tier2, fault::classify};
+use crate::{
+    Error, Op,
+    layout::{ClusterName, Form, WalFile},
+};
+use futures::TryStreamExt;
+use klio_pg::SegmentName;
+use object_store::path::Path;
+
+/// What lies under a segment's name, and whether anything of its timeline lies behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WalAt {
+    /// The segment itself and its partial one, in each form they are there in.
+    pub held: Vec<(WalFile, Form)>,
+    /// A later segment of the same timeline is there.
+    pub later: bool,
+}
+
+impl Tier2 {
+    /// Looks at a segment's place with one listing. Nothing held is definitive.
+    ///
+    /// # Errors
+    /// As the store fails; a missing bucket is an error, an empty one is not.
+    pub async fn wal_at(&self, cluster: &ClusterName, name: SegmentName) -> Result<WalAt, Error> {
+        let base = format!("{cluster}/wal");
+        let folder = format!("{base}/{}", name.timeline());
+        self.require_folder(Op::List, &folder)?;
+        let offset = Path::from(format!("{folder}/{name}"));
+        let fail = |error| classify(Op::List, &self.place(&folder), error);
+        let place = Path::from(folder.as_str());
+        let mut listing = self.store.list_with_offset(Some(&place), &offset);
+        let mut found = WalAt::default();
+        while let Some(meta) = listing.try_next().await.map_err(fail)? {
+            let relative = meta.location.as_ref().strip_prefix(&base);
+            let relative = relative.and_then(|rest| rest.strip_prefix('/'));
+            match relative.and_then(WalFile::parse_stored) {
+                Some((file @ (WalFile::Segment(held) | WalFile::Partial(held)), form)) => {
+                    if held == name {
+                        found.held.push((file, form));
+                    } else if held > name {
+                        found.later = true;
+                        // Only a folder is listed in no order.
+                        if self.folder.is_none() {
+                            break;
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether there is any WAL of this cluster.
+    ///
+    /// # Errors
+    /// As the store fails.
+    pub async fn has_wal(&self, cluster: &ClusterName) -> Result<bool, Error> {
+        let prefix = format!("{cluster}/wal");
+        self.require_folder(Op::List, &prefix)?;
+        let place = Path::from(prefix.as_str());
+        let first = self.store.list(Some(&place)).try_next().await;
+        first
+            .map(|first| first.is_some())
+            .map_err(|error| classify(Op::List, &self.place(&prefix), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Tier2Config, *};
+
+    #[tokio::test]
+    async fn a_hole_differs_from_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let timeline = folder.path().join("pg/wal/00000001");
+        std::fs::create_dir_all(&timeline).unwrap();
+        for name in ["000000010000000000000001.zst", "000000010000000000000003.zst.age"] {
+            std::fs::write(timeline.join(name), "x").unwrap();
+        }
+        std::fs::write(timeline.join("000000010000000000000004.partial.zst"), "x").unwrap();
+        let url = format!("file://{}", folder.path().display());
+        let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let at = async |number: u32| {
+            let name: SegmentName = format!("0000000100000000{number:08X}").parse().unwrap();
+            let at = tier2.wal_at(&cluster, name).await.unwrap();
+            let held: Vec<String> = at.held.iter().map(|(f, form)| f.relative_in(*form)).collect();
+            (held.join(" "), at.later)
+        };
+        assert_eq!(at(1).await, ("00000001/000000010000000000000001.zst".into(), true));
+        assert_eq!(at(2).await, (String::new(), true));
+        assert_eq!(at(3).await, ("00000001/000000010000000000000003.zst.age".into(), true));
+        let partial = "00000001/000000010000000000000004.partial.zst";
+        assert_eq!(at(4).await, (partial.into(), false));
+        assert_eq!(at(5).await, (String::new(), false));
+        assert!(tier2.has_wal(&cluster).await.unwrap());
+        assert!(!tier2.has_wal(&"other".parse().unwrap()).await.unwrap());
+        std::fs::remove_dir_all(folder.path()).unwrap();
+        assert!(tier2.wal_at(&cluster, "000000010000000000000005".parse().unwrap()).await.is_err());
+    }
+}
