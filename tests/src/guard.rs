@@ -14,11 +14,12 @@ use std::{
 };
 
 const SCRIPT: &str = r#"
-groups=" " dirs=""
+groups=" " dirs="" kept=" "
 while read -r verb rest; do
     case "$verb" in
         add) groups="$groups$rest " ;;
         del) groups="${groups%% "$rest" *} ${groups#* "$rest" }" ;;
+        keep) kept="$kept$rest " ;;
         dir) dirs="$dirs$rest
 " ;;
     esac
@@ -27,7 +28,9 @@ for group in $groups; do kill -9 "-$group"; done
 # Twice, because what was just killed may have written once more.
 for pause in 0 1; do
     sleep $pause
-    printf '%s' "$dirs" | while read -r dir; do rm -rf -- "$dir"; done
+    printf '%s' "$dirs" | while read -r dir; do
+        case "$kept" in *" $dir "*) ;; *) rm -rf -- "$dir" ;; esac
+    done
 done
 "#;
 
@@ -73,4 +76,9 @@ pub fn release(group: u32) {
 /// Has a scratch directory deleted when this program ends, if it is still there then.
 pub fn delete_in_the_end(dir: &Path) {
     tell("dir", dir.display());
+}
+
+/// Has a scratch directory kept after all: what failed in it is to be looked at.
+pub fn keep(dir: &Path) {
+    tell("keep", dir.display());
 }

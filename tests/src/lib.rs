@@ -18,6 +18,7 @@ pub mod postgres;
 pub mod process;
 pub mod programs;
 pub mod promtool;
+pub mod proof;
 pub mod s3;
 pub mod scratch;
 pub mod site;

@@ -64,6 +64,29 @@ impl Postgres {
         Self { major, port: ports::free(), running: None, scratch }
     }
 
+    /// A place for a data directory that comes from elsewhere, such as a restore: [`Postgres::data_dir`] does not exist yet.
+    #[must_use]
+    pub fn empty(major: u32) -> Self {
+        Self::place(major)
+    }
+
+    /// Makes the settings of a data directory that came from elsewhere fit this place; then it can be started.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn adopt(&self) {
+        let conf = self.data_dir().join("postgresql.conf");
+        builder::append(&conf, &builder::place_settings(self));
+    }
+
+    /// Where the last recovery ended: the beginning of the last record it replayed; `None` when it replayed none.
+    #[must_use]
+    pub fn redo_done(&self) -> Option<klio_pg::Lsn> {
+        let log = self.log();
+        let (_, rest) = log.rsplit_once("redo done at ")?;
+        rest.split_whitespace().next()?.parse().ok()
+    }
+
     /// Major version.
     #[must_use]
     pub fn major(&self) -> u32 {

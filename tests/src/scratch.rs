@@ -7,7 +7,15 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
+
+static KEEP_FAILED: AtomicBool = AtomicBool::new(false);
+
+/// From now on the directories of a test that panics are kept, and named on standard error.
+pub fn keep_failed() {
+    KEEP_FAILED.store(true, Ordering::Relaxed);
+}
 
 /// A scratch directory.
 #[derive(Debug)]
@@ -43,5 +51,15 @@ impl Scratch {
     #[must_use]
     pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         self.dir.path().join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if std::thread::panicking() && KEEP_FAILED.load(Ordering::Relaxed) {
+            self.dir.disable_cleanup(true);
+            guard::keep(self.path());
+            eprintln!("kept {}", self.path().display());
+        }
     }
 }

@@ -133,6 +133,17 @@ impl Site {
         self.dir().join(format!("clients/klio@{}/klio.toml", self.cluster))
     }
 
+    /// The age identity that `init` made; `None` where encryption at rest is off.
+    #[must_use]
+    pub fn identity(&self) -> Option<PathBuf> {
+        if self.variables.iter().any(|(n, v)| n == "KLIO_ENCRYPTION__OFF" && v == "true") {
+            return None;
+        }
+        let config = std::fs::read_to_string(self.dir().join("klio-server.toml")).ok()?;
+        let line = config.lines().find_map(|line| line.strip_prefix("identity_file = "))?;
+        Some(self.dir().join(line.trim().trim_matches('"')))
+    }
+
     /// Runs `klio-server` with these arguments to its end.
     pub async fn klio_server(&self, args: &[&str]) -> programs::Outcome {
         let mut command = programs::command(&programs::klio_server());

@@ -41,6 +41,20 @@ impl Postgres {
         Running::spawn("pgbench", command, &self.scratch.join("pgbench.log"))
     }
 
+    /// Checks every table and index of the database `postgres` with `pg_amcheck` (which needs the extension amcheck there).
+    pub async fn amcheck(&self) -> Outcome {
+        let mut command = self.client("pg_amcheck");
+        command.args(["--heapallindexed", "--jobs=2", "--database=postgres"]);
+        programs::run(command).await
+    }
+
+    /// Checks every page's checksum with `pg_checksums`; it must not run.
+    pub async fn checksums(&self) -> Outcome {
+        let mut command = install::command(&install::client("pg_checksums"));
+        command.arg("--check").arg("-D").arg(self.data_dir());
+        programs::run(command).await
+    }
+
     /// Starts `pg_receivewal` into `dir`, which is given to the user who runs PostgreSQL.
     ///
     /// # Panics

@@ -1,0 +1,175 @@
+//! Backups at random moments, and what may happen meanwhile.
+//!
+//! A backup that nothing disturbs must succeed; one that is disturbed may end with an error, and must not hang.
+
+use super::{Plan, Report, rig::Rig};
+use crate::{
+    process::{Running, descendants},
+    s3::{Fault, Rule},
+    site::PATIENCE,
+    workload::Workload,
+};
+use klio_pg::Lsn;
+use rand::{Rng, rngs::StdRng};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+/// How long a disturbance lasts.
+const WHILE: Duration = Duration::from_millis(700);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Event {
+    Backup,
+    BrokenBackup,
+    Sidecar,
+    Server,
+    Queue,
+    Postgres,
+    ServerInBackup,
+    PostgresInBackup,
+    Bucket,
+    Hang,
+    Quiet,
+}
+
+fn choose(rng: &mut StdRng, plan: &Plan) -> Event {
+    if !plan.chaos {
+        return if rng.random_bool(0.5) { Event::Backup } else { Event::Quiet };
+    }
+    match rng.random_range(0..100) {
+        0..20 => Event::Backup,
+        20..35 => Event::BrokenBackup,
+        35..45 => Event::Sidecar,
+        45..53 => Event::Server,
+        53..57 => Event::Queue,
+        57..65 => Event::Postgres,
+        65..75 => Event::ServerInBackup,
+        75..82 => Event::PostgresInBackup,
+        82..90 => Event::Bucket,
+        90..95 => Event::Hang,
+        _ => Event::Quiet,
+    }
+}
+
+/// Runs until the time is over and a backup is finished; returns a position behind the first finished one.
+pub(super) async fn run(
+    rig: &mut Rig,
+    load: &mut Workload,
+    rng: &mut StdRng,
+    plan: &Plan,
+    report: &mut Report,
+) -> Lsn {
+    let begun = Instant::now();
+    let mut first = None;
+    // Sometimes the only backup is taken late.
+    tokio::time::sleep(Duration::from_millis(rng.random_range(0..1500))).await;
+    while begun.elapsed() < plan.load || first.is_none() {
+        let event = if begun.elapsed() > plan.load * 4 { Event::Backup } else { choose(rng, plan) };
+        if event != Event::Quiet && event != Event::Backup {
+            report.faults.push(format!("{event:?}"));
+        }
+        let done = happen(event, rig, rng).await;
+        match done {
+            Some(true) => {
+                report.backups.0 += 1;
+                let position = rig.pg.insert_lsn().await;
+                first.get_or_insert(position);
+            }
+            Some(false) => report.backups.1 += 1,
+            None => tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await,
+        }
+    }
+    // The restore targets behind the backup need some commits.
+    let enough = load.count() + 150;
+    crate::wait::eventually_now("commits behind the backup", PATIENCE, || load.count() > enough)
+        .await;
+    first.expect("a backup was finished")
+}
+
+fn backup(rig: &Rig) -> Running {
+    let command = rig.site.klio_command(Some(&rig.pg), &["backup"]);
+    Running::spawn("klio backup", command, &rig.site.scratch("backup.log"))
+}
+
+async fn end(mut backup: Running) -> bool {
+    backup.wait_exit(PATIENCE).await.success()
+}
+
+/// `Some` says whether a backup succeeded.
+async fn happen(event: Event, rig: &mut Rig, rng: &mut StdRng) -> Option<bool> {
+    let moment = Duration::from_millis(rng.random_range(0..1500));
+    match event {
+        Event::Quiet => None,
+        Event::Backup => {
+            let mut backup = backup(rig);
+            let status = backup.wait_exit(PATIENCE).await;
+            assert!(
+                status.success(),
+                "an undisturbed klio backup ended with {status}:\n{}",
+                backup.log()
+            );
+            Some(true)
+        }
+        Event::BrokenBackup => {
+            let mut backup = backup(rig);
+            tokio::time::sleep(moment).await;
+            let done = backup.exit().is_some_and(|status| status.success());
+            backup.kill9_tree();
+            Some(done)
+        }
+        Event::Sidecar => {
+            rig.stream = None;
+            tokio::time::sleep(moment / 3).await;
+            rig.stream = Some(rig.site.stream(&rig.pg));
+            None
+        }
+        Event::Server => {
+            rig.site.kill9();
+            tokio::time::sleep(moment / 3).await;
+            rig.site.start().await;
+            None
+        }
+        Event::Queue => {
+            let server = rig.site.server().pid();
+            let queue = descendants(server).into_iter().find(|process| {
+                fs::read_to_string(format!("/proc/{}/comm", process.pid()))
+                    .is_ok_and(|name| name.trim() == "nats-server")
+            });
+            queue.inspect(|queue| queue.kill9());
+            None
+        }
+        Event::Postgres => {
+            rig.pg.kill9();
+            rig.pg.start().await;
+            None
+        }
+        Event::ServerInBackup => {
+            let backup = backup(rig);
+            tokio::time::sleep(moment).await;
+            rig.site.kill9();
+            rig.site.start().await;
+            Some(end(backup).await)
+        }
+        Event::PostgresInBackup => {
+            let backup = backup(rig);
+            tokio::time::sleep(moment).await;
+            rig.pg.kill9();
+            rig.pg.start().await;
+            Some(end(backup).await)
+        }
+        Event::Bucket => {
+            rig.s3.faults().inject(Rule::always(Fault::SlowDown));
+            tokio::time::sleep(WHILE).await;
+            rig.s3.faults().heal();
+            None
+        }
+        Event::Hang => {
+            rig.site.server().pause();
+            tokio::time::sleep(WHILE).await;
+            rig.site.server().resume();
+            None
+        }
+    }
+}

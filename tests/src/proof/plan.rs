@@ -1,0 +1,79 @@
+//! How much a round does, and which targets there are.
+
+use crate::workload::{Kind, Record, Target};
+use klio_pg::Lsn;
+use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
+use std::time::Duration;
+
+/// How much a round does.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// How long the workload runs at least.
+    pub load: Duration,
+    /// Kill and disturb programs meanwhile.
+    pub chaos: bool,
+    /// Restores of each generation.
+    pub restores: usize,
+    /// How often a restored cluster may go on and be restored again.
+    pub generations: u32,
+}
+
+impl Plan {
+    /// A round of `make soak`.
+    #[must_use]
+    pub fn soak() -> Self {
+        Self { load: Duration::from_secs(6), chaos: true, restores: 4, generations: 2 }
+    }
+
+    /// A round of `make test`.
+    #[must_use]
+    pub fn test() -> Self {
+        Self { load: Duration::from_secs(3), chaos: true, restores: 2, generations: 1 }
+    }
+}
+
+/// What a check of a restored cluster found.
+pub type Finding = String;
+
+/// Targets of every kind among `records[from..to]`; an end of a transaction that is later must follow within `to`.
+pub fn candidates(records: &[Record], from: usize, to: usize, rng: &mut StdRng) -> Vec<Target> {
+    let Some(inner) = records.get(from..to).filter(|inner| inner.len() > 30) else {
+        return Vec::new();
+    };
+    let mut targets = Vec::new();
+    let ends: Vec<(u32, &str, Lsn)> = inner
+        .iter()
+        .filter_map(|record| match &record.kind {
+            Kind::End { xid, committed: true, time } if *xid > 0 => {
+                Some((*xid, time.as_str(), record.start))
+            }
+            _ => None,
+        })
+        .collect();
+    let latest = ends.iter().map(|(_, time, _)| *time).max().unwrap_or_default();
+    let early: Vec<_> = ends.iter().filter(|(_, time, _)| *time < latest).collect();
+    if let Some((_, time, _)) = early.choose(rng) {
+        // To the microsecond of a commit, or to the millisecond before it.
+        let digits = if rng.random_bool(0.7) { 26 } else { 23 };
+        let time = format!("{:0<26}", &time[..digits]);
+        let earliest = ends.iter().map(|(_, time, _)| *time).min().unwrap_or_default();
+        targets.push(Target::Time(if time.as_str() < earliest {
+            earliest.to_owned()
+        } else {
+            time
+        }));
+    }
+    if let Some((xid, _, start)) = ends.choose(rng) {
+        targets.push(Target::Xid(*xid));
+        targets.push(Target::Lsn(if rng.random_bool(0.5) { *start } else { start.advance(1) }));
+    }
+    let points: Vec<&String> = inner
+        .iter()
+        .filter_map(|record| match &record.kind {
+            Kind::RestorePoint(name) => Some(name),
+            _ => None,
+        })
+        .collect();
+    targets.extend(points.choose(rng).map(|name| Target::Name((*name).clone())));
+    targets
+}

@@ -1,0 +1,202 @@
+//! A restore by `klio restore`, recovery by PostgreSQL through `klio wal-fetch`, and all checks of the result.
+
+use crate::{
+    postgres::{Postgres, Stop, install},
+    programs,
+    s3::S3,
+    scratch::Scratch,
+    site::Site,
+    wait::eventually,
+    workload::{self, Model, Oracle, Target, differences},
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Recovery of these small clusters takes seconds, on a busy machine more.
+const RECOVERY: Duration = Duration::from_secs(120);
+
+/// Where a restore reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// klio-server.
+    Server,
+    /// The bucket alone, with the key.
+    Bucket,
+}
+
+/// What a user has at hand who restores: a configuration and, for the bucket, the key. PostgreSQL's user can read all of it.
+#[derive(Debug)]
+pub struct Restorer {
+    config: PathBuf,
+    extra: Vec<String>,
+}
+
+/// A restored cluster.
+#[derive(Debug)]
+pub struct Restored {
+    /// Recovered and promoted.
+    pub pg: Postgres,
+    checksums: bool,
+    model: Option<Model>,
+}
+
+fn write(path: &Path, text: &str) {
+    fs::write(path, text).expect("write a file of the restorer");
+    install::give(path);
+}
+
+impl Restorer {
+    /// Lays everything out below `scratch`.
+    ///
+    /// # Panics
+    /// When the site has no bundle.
+    #[must_use]
+    pub fn new(site: &Site, s3: &S3, source: Source, scratch: &Scratch) -> Self {
+        let dir = scratch.join("hands");
+        fs::create_dir_all(&dir).expect("make a folder");
+        install::give(&dir);
+        let config = dir.join("klio.toml");
+        match source {
+            Source::Server => {
+                let bundle = site.bundle();
+                let folder = bundle.parent().expect("a file lies in a folder");
+                for entry in fs::read_dir(folder).expect("read the bundle").flatten() {
+                    let copy = dir.join(entry.file_name());
+                    fs::copy(entry.path(), &copy).expect("copy the bundle");
+                    install::give(&copy);
+                }
+                Self { config, extra: Vec::new() }
+            }
+            Source::Bucket => {
+                let settings = s3.settings();
+                write(
+                    &config,
+                    &format!(
+                        "cluster = \"main\"\n[tier2]\nurl = \"s3://{}/klio\"\nendpoint = \"{}\"\nregion = \"{}\"\n\
+                         access_key_id = \"{}\"\nsecret_access_key = \"{}\"\n",
+                        settings.bucket,
+                        s3.endpoint(),
+                        crate::s3::REGION,
+                        settings.access_key,
+                        settings.secret_key
+                    ),
+                );
+                let mut extra = vec!["--from".to_owned(), format!("s3://{}/klio", settings.bucket)];
+                if let Some(identity) = site.identity() {
+                    let copy = dir.join("identity.txt");
+                    fs::copy(identity, &copy).expect("copy the identity");
+                    install::give(&copy);
+                    extra.extend(["--identity".to_owned(), copy.display().to_string()]);
+                }
+                Self { config, extra }
+            }
+        }
+    }
+
+    /// A `klio` command of PostgreSQL's user.
+    #[must_use]
+    pub fn command(&self, args: &[String]) -> std::process::Command {
+        let mut command = install::command(&programs::klio());
+        command.args(args).args(&self.extra).arg("-c").arg(&self.config);
+        command
+    }
+
+    /// Restores (onto `delta`, if given), recovers and promotes.
+    ///
+    /// # Panics
+    /// When any step fails.
+    pub async fn restore(
+        &self,
+        target: &Target,
+        delta: Option<Restored>,
+        places: &Path,
+        elsewhere: Option<&Path>,
+        checksums: bool,
+    ) -> Restored {
+        let mut args = vec!["restore".to_owned()];
+        let mut pg = match delta {
+            Some(mut old) => {
+                old.pg.stop(Stop::Fast).await;
+                args.push("--delta".to_owned());
+                old.pg
+            }
+            None => Postgres::empty(install::DEBIAN_MAJOR),
+        };
+        args.extend(["--to".to_owned(), pg.data_dir().display().to_string()]);
+        args.extend(["--target-action".to_owned(), "promote".to_owned()]);
+        args.extend(target.args());
+        if let Some(elsewhere) = elsewhere {
+            let _ = fs::remove_dir_all(elsewhere);
+            fs::create_dir_all(elsewhere).expect("make another place for a tablespace");
+            install::give(elsewhere);
+            let map = format!("{}={}", places.join("ts0").display(), elsewhere.display());
+            args.extend(["--tablespace-map".to_owned(), map]);
+        }
+        let outcome = programs::run(self.command(&args)).await;
+        assert_eq!(outcome.code, Some(0), "klio {args:?}\n{}{}", outcome.stdout, outcome.stderr);
+        pg.adopt();
+        pg.start().await;
+        promoted(&mut pg).await;
+        Restored { pg, checksums, model: None }
+    }
+}
+
+/// Waits until recovery has ended.
+async fn promoted(pg: &mut Postgres) {
+    let conninfo = pg.conninfo();
+    let log = pg.log();
+    eventually("recovery to end", RECOVERY, || {
+        let running = pg.running().is_some_and(crate::process::Running::is_running);
+        assert!(running, "PostgreSQL ended in recovery:\n{log}");
+        let conninfo = conninfo.clone();
+        async move {
+            let session = crate::postgres::Session::connect(&conninfo).await.ok()?;
+            let rows = session.rows("select pg_is_in_recovery()").await.ok()?;
+            (rows[0][0] == "f").then_some(())
+        }
+    })
+    .await;
+}
+
+/// Compares with the oracle and runs PostgreSQL's own checks.
+///
+/// # Panics
+/// On any difference.
+pub async fn verify(restored: &mut Restored, oracle: &Oracle, target: &Target, what: &str) {
+    let pg = &restored.pg;
+    let redone = pg.redo_done().unwrap_or_else(|| panic!("{what}: no redo in\n{}", pg.log()));
+    let expected = oracle.expect_at(target, redone);
+    let expected = expected.unwrap_or_else(|problem| panic!("{what}: {problem}"));
+    let found = workload::read(pg).await.unwrap_or_else(|problem| panic!("{what}: {problem}"));
+    let differences = differences(&expected, &found);
+    assert!(differences.is_empty(), "{what}, recovered to {redone}: {differences:#?}");
+    let check = pg.amcheck().await;
+    assert_eq!(check.code, Some(0), "{what}: pg_amcheck: {}{}", check.stdout, check.stderr);
+    restored.model = Some(expected);
+}
+
+impl Restored {
+    /// Stops it and checks every page, if the cluster has checksums.
+    ///
+    /// # Panics
+    /// When a page is bad.
+    pub async fn stop(&mut self) {
+        self.pg.stop(Stop::Fast).await;
+        if self.checksums {
+            let check = self.pg.checksums().await;
+            assert_eq!(check.code, Some(0), "pg_checksums: {}{}", check.stdout, check.stderr);
+        }
+    }
+
+    /// Gives the server away, with what it holds.
+    ///
+    /// # Panics
+    /// When it was not verified.
+    #[must_use]
+    pub fn into_primary(self) -> (Postgres, Model) {
+        (self.pg, self.model.expect("it was verified"))
+    }
+}

@@ -1,0 +1,175 @@
+//! The machines of a round: a primary, its sidecar, the server, the bucket.
+
+use super::{
+    Plan,
+    restore::{Restored, Restorer, Source},
+};
+use crate::{
+    postgres::{Postgres, Stop, install},
+    process::Running,
+    s3::S3,
+    scratch::Scratch,
+    site::{PATIENCE, Site},
+    wait::eventually,
+    workload::{self, Model, Oracle, Target, Workload},
+};
+use klio_pg::Lsn;
+use rand::{Rng, rngs::StdRng};
+use std::path::PathBuf;
+
+/// How far restores can reach.
+#[derive(Debug, Clone, Copy)]
+pub struct Reach {
+    /// Durable on the server.
+    pub flushed: Lsn,
+    /// In the bucket.
+    pub archived: Lsn,
+}
+
+/// The machines of a round.
+pub struct Rig {
+    /// Server.
+    pub site: Site,
+    /// Bucket.
+    pub s3: S3,
+    /// Primary.
+    pub pg: Postgres,
+    /// `klio stream`, while it runs.
+    pub stream: Option<Running>,
+    scratch: Scratch,
+    synchronous: bool,
+    checksums: bool,
+    segment_mib: u32,
+    plain: bool,
+}
+
+impl Rig {
+    /// Everything started but the sidecar.
+    pub async fn new(rng: &mut StdRng, _plan: &Plan, _seed: u64) -> Self {
+        let s3 = S3::new();
+        let mut site = Site::new().await.tier2(&s3);
+        // Encrypted is what users have; the other way must work too.
+        let plain = rng.random_bool(0.2);
+        if plain {
+            site.set("KLIO_ENCRYPTION__OFF", "true");
+        }
+        site.start().await;
+        let checksums = rng.random_bool(0.7);
+        let segment_mib = if rng.random_bool(0.5) { 1 } else { 16 };
+        let mut pg = Postgres::builder()
+            .segment_mib(segment_mib)
+            .set("max_prepared_transactions", "20")
+            .set("wal_keep_size", "16GB")
+            .set("max_wal_size", if rng.random_bool(0.5) { "64MB" } else { "1GB" })
+            .set("log_checkpoints", "on");
+        if checksums {
+            pg = pg.initdb("--data-checksums");
+        }
+        let pg = pg.start().await;
+        let scratch = Scratch::new("proof");
+        let synchronous = rng.random_bool(0.5);
+        Self { site, s3, pg, stream: None, scratch, synchronous, checksums, segment_mib, plain }
+    }
+
+    /// In words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!(
+            "{}{}, {} MiB segments{}",
+            if self.synchronous { "synchronous" } else { "asynchronous" },
+            if self.checksums { ", checksums" } else { "" },
+            self.segment_mib,
+            if self.plain { ", unencrypted" } else { "" }
+        )
+    }
+
+    /// Where tablespaces lie.
+    #[must_use]
+    pub fn places(&self) -> PathBuf {
+        self.scratch.join("places")
+    }
+
+    /// The sidecar, and what the workload needs in the database.
+    pub async fn setup(&mut self) -> Model {
+        install::give(self.scratch.path());
+        let model = workload::setup(&self.pg, &self.places()).await;
+        self.connect().await;
+        model
+    }
+
+    /// Starts `klio stream` and, if so decided, makes commits wait for it.
+    async fn connect(&mut self) {
+        self.stream = Some(self.site.stream(&self.pg));
+        self.pg.wait_true("select count(*) = 1 from pg_stat_replication").await;
+        if self.synchronous {
+            self.pg.set("synchronous_standby_names", "klio").await;
+            self.pg
+                .wait_true("select count(*) = 1 from pg_stat_replication where sync_state = 'sync'")
+                .await;
+        }
+    }
+
+    /// Begins a workload.
+    pub async fn load(&self, base: Model, seed: u64, generation: u32) -> Workload {
+        Workload::start(&self.pg, base, &self.places(), seed, generation, self.synchronous).await
+    }
+
+    /// Ends it, either in order or with the primary's death, and with the sidecar gone.
+    pub async fn end(&mut self, mut load: Workload, lost: bool) -> Oracle {
+        if lost {
+            self.pg.kill9();
+            load.stop().await;
+        } else {
+            load.stop().await;
+            let end = self.pg.flush_lsn().await;
+            self.site.wait_flushed(end).await;
+            let segment = self.pg.segment_size().await;
+            let switched = self.pg.switch_wal().await.segment_start(segment);
+            self.pg.write_wal(1).await;
+            self.site.wait_archived(switched).await;
+            self.pg.stop(Stop::Fast).await;
+        }
+        self.stream = None;
+        let mut oracle = load.finish(&self.pg).await;
+        if !lost {
+            oracle.transactions.values_mut().for_each(|t| t.acknowledged = true);
+        }
+        oracle
+    }
+
+    /// How far can be restored to, asked while the server is there.
+    pub async fn reach(&self) -> Reach {
+        let ask = async || {
+            let status = self.site.status().await?;
+            let lsn = |field: &str| status[field].as_str()?.parse().ok();
+            Some(Reach { flushed: lsn("flushed_lsn")?, archived: lsn("archived_lsn")? })
+        };
+        eventually("klio status", PATIENCE, ask).await
+    }
+
+    /// Restores and starts; the primary must not run, because tablespaces go where they were.
+    pub async fn restore(
+        &mut self,
+        target: &Target,
+        source: Source,
+        delta: Option<Restored>,
+        rng: &mut StdRng,
+    ) -> Restored {
+        assert!(self.pg.running().is_none(), "the primary still runs");
+        let places = self.places();
+        if delta.is_none() {
+            workload::make_places(&places);
+        }
+        let restorer = Restorer::new(&self.site, &self.s3, source, &self.scratch);
+        let elsewhere = rng.random_bool(0.3).then(|| self.scratch.join("elsewhere"));
+        restorer.restore(target, delta, &places, elsewhere.as_deref(), self.checksums).await
+    }
+
+    /// A restored cluster becomes the primary.
+    pub async fn go_on(&mut self, restored: Restored) -> Model {
+        let (pg, model) = restored.into_primary();
+        self.pg = pg;
+        self.connect().await;
+        model
+    }
+}
