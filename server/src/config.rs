@@ -4,9 +4,15 @@
 //! where it is valid TOML (numbers, booleans, lists) and as text elsewhere. Unknown names are refused.
 //! [`Config::validate`] gives every problem at once, before a port is opened or a file written.
 
-use crate::{consumer::ConsumerConfig, grpc::auth::MapEntry, queue::QueueConfig, tls::TlsFiles};
+use crate::{
+    consumer::ConsumerConfig,
+    encryption::{self, EncryptionConfig},
+    grpc::auth::MapEntry,
+    queue::QueueConfig,
+    tls::TlsFiles,
+};
 use klio_pg::ByteSize;
-use klio_storage::tier2::Tier2Config;
+use klio_storage::{crypt::AtRest, tier2::Tier2Config};
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
@@ -41,6 +47,9 @@ pub struct Config {
     /// Certificates of foreign authorities.
     #[serde(default)]
     pub auth: AuthConfig,
+    /// Encryption at rest; on unless said otherwise.
+    #[serde(default)]
+    pub encryption: EncryptionConfig,
     /// Receiving and sealing.
     #[serde(default)]
     pub wal: WalConfig,
@@ -129,6 +138,13 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("tls.key", "", "its private key, PEM"),
     ("tls.client_ca", "", "authorities of client certificates, PEM"),
     ("auth.map", "[]", "list of { common_name, cluster } or { common_name, admin = true }"),
+    ("encryption.identity_file", "", "age identity that opens everything; required unless off"),
+    ("encryption.recipients", "[]", "more age recipients, such as an offline recovery key"),
+    (
+        "encryption.off",
+        "false",
+        "true stores WAL and repository keys unencrypted; identity_file still opens older files",
+    ),
     ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
     ("wal.seal_workers", "2", "segments sealed at once"),
     ("queue.url", "", "an existing NATS instead of the embedded one"),
@@ -186,6 +202,13 @@ pub struct ConfigError {
     problems: Vec<String>,
 }
 
+impl ConfigError {
+    /// Whether no key for encryption at rest was given: a problem with an exit status of its own.
+    pub fn is_about_keys(&self) -> bool {
+        self.problems.iter().any(|problem| problem.starts_with(encryption::SECTION))
+    }
+}
+
 impl Config {
     /// Reads a file and the process environment.
     ///
@@ -221,6 +244,14 @@ impl Config {
         Value::Table(table).try_into().map_err(|e: toml::de::Error| e.message().to_owned())
     }
 
+    /// The keys for encryption at rest, read from the identity file.
+    ///
+    /// # Errors
+    /// The identity file is missing or is none, or a recipient is none.
+    pub fn at_rest(&self) -> Result<AtRest, klio_storage::Error> {
+        self.encryption.at_rest()
+    }
+
     /// Relative paths are relative to the file, not to wherever the program was started.
     fn resolve(&mut self, base: &Path) {
         let fix = |path: &mut PathBuf| {
@@ -233,6 +264,9 @@ impl Config {
             fix(&mut tls.cert);
             fix(&mut tls.key);
             fix(&mut tls.client_ca);
+        }
+        if let Some(identity) = &mut self.encryption.identity_file {
+            fix(identity);
         }
         let QueueConfig { executable, ca_file, credentials_file, .. } = &mut self.queue;
         [executable, ca_file, credentials_file].into_iter().flatten().for_each(fix);
@@ -259,6 +293,7 @@ impl Config {
         if self.data_dir.as_os_str().is_empty() {
             problems.push("data_dir: expected a folder, found nothing".into());
         }
+        problems.extend(self.encryption.validate());
         let window = self.wal.window_bytes.bytes();
         if !(1 << 20..=1 << 30).contains(&window) {
             problems.push(format!("wal.window_bytes: expected 1 MiB to 1 GiB, found {window}"));
@@ -353,8 +388,15 @@ mod tests {
     fn every_problem_is_reported_at_once() {
         let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[telemetry]\nlog_format = \"xml\"\n[[auth.map]]\ncommon_name = \"x\"\n";
         let problems = Config::parse(text, &[]).unwrap().validate();
-        for name in ["[tls]", "data_dir", "window_bytes", "seal_workers", "log_format", "auth.map"]
-        {
+        for name in [
+            "[tls]",
+            "[encryption]",
+            "data_dir",
+            "window_bytes",
+            "seal_workers",
+            "log_format",
+            "auth.map",
+        ] {
             assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");
         }
     }

@@ -7,6 +7,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod consumer;
+pub mod encryption;
 pub mod errors;
 pub mod fetch;
 pub mod grpc;

@@ -149,7 +149,7 @@ async fn seal_one(context: &Context, cluster: ClusterName, file: WalFile) {
     match sealed.await {
         Ok(Ok(sealed)) => {
             after_seal(context, &cluster, &sealed);
-            let Sealed { file, size, sha256 } = sealed;
+            let Sealed { file, size, sha256, .. } = sealed;
             context.queue.publish_sealed(&cluster, file, size, Some(Sha256Sum::new(sha256)));
         }
         Ok(Err(error)) => {

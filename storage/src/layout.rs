@@ -5,10 +5,11 @@
 //! | key | what |
 //! |---|---|
 //! | `<cluster>/cluster.json` | what was pinned at first contact |
-//! | `<cluster>/wal/<timeline>/<segment>.zst` | sealed segment |
-//! | `<cluster>/wal/<timeline>/<segment>.partial.zst` | last, unfinished segment of an ended timeline |
-//! | `<cluster>/wal/<timeline>.history` | history file of a timeline |
+//! | `<cluster>/wal/<timeline>/<segment>.zst[.age]` | sealed segment |
+//! | `<cluster>/wal/<timeline>/<segment>.partial.zst[.age]` | last, unfinished segment of an ended timeline |
+//! | `<cluster>/wal/<timeline>.history[.age]` | history file of a timeline |
 //! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
+//! | `<cluster>/open.key.age` | tier 1 only: the key of the segments being received, wrapped |
 //! | `<cluster>/base/…`, `<cluster>/backups/…` | base backups: `layout/base.rs` |
 //!
 //! A name from outside becomes part of a path only through a type of this file, so `../` cannot.
@@ -78,6 +79,39 @@ impl fmt::Display for ClusterName {
     }
 }
 
+/// How a file lies in a tier. Both forms may be there, of earlier and later settings; their plain content is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Form {
+    /// As it is.
+    Plain,
+    /// In a standard age file (`crypt`).
+    Age,
+}
+
+impl Form {
+    /// Both, the encrypted one first.
+    pub const BOTH: [Form; 2] = [Form::Age, Form::Plain];
+
+    /// The end of the name.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Form::Plain => "",
+            Form::Age => ".age",
+        }
+    }
+
+    /// The other one.
+    pub const fn other(self) -> Self {
+        match self {
+            Form::Plain => Form::Age,
+            Form::Age => Form::Plain,
+        }
+    }
+}
+
+/// The key of the journals of a cluster, age-wrapped; in tier 1 only.
+pub const OPEN_KEY: &str = "open.key.age";
+
 /// A finished WAL file of a cluster, as it lies in both tiers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WalFile {
@@ -98,7 +132,7 @@ impl WalFile {
         }
     }
 
-    /// The key below `<cluster>/wal/`.
+    /// The key below `<cluster>/wal/` of its plain form.
     pub fn relative(self) -> String {
         match self {
             WalFile::Segment(name) => format!("{}/{name}.zst", name.timeline()),
@@ -107,12 +141,31 @@ impl WalFile {
         }
     }
 
-    /// The key in both tiers.
-    pub fn key(self, cluster: &ClusterName) -> String {
-        format!("{cluster}/wal/{}", self.relative())
+    /// The key below `<cluster>/wal/` of a form.
+    pub fn relative_in(self, form: Form) -> String {
+        format!("{}{}", self.relative(), form.suffix())
     }
 
-    /// Reads a key below `<cluster>/wal/`; `None` for anything that is not a finished WAL file.
+    /// The key in both tiers of its plain form.
+    pub fn key(self, cluster: &ClusterName) -> String {
+        self.key_in(cluster, Form::Plain)
+    }
+
+    /// The key in both tiers of a form.
+    pub fn key_in(self, cluster: &ClusterName, form: Form) -> String {
+        format!("{cluster}/wal/{}", self.relative_in(form))
+    }
+
+    /// Reads a key below `<cluster>/wal/` in either form; `None` for anything that is not a finished WAL file.
+    pub fn parse_stored(text: &str) -> Option<(Self, Form)> {
+        let (plain, form) = match text.strip_suffix(Form::Age.suffix()) {
+            Some(plain) => (plain, Form::Age),
+            None => (text, Form::Plain),
+        };
+        Some((Self::parse_relative(plain)?, form))
+    }
+
+    /// Reads a key below `<cluster>/wal/` in its plain form; `None` for anything else.
     pub fn parse_relative(text: &str) -> Option<Self> {
         if let Some((folder, file)) = text.split_once('/') {
             let timeline: TimelineId = folder.parse().ok()?;
@@ -176,6 +229,8 @@ mod tests {
         assert_eq!(partial.relative(), "00000002/0000000200000000000000A1.partial.zst");
         let history: WalFile = "00000002.history".parse().unwrap();
         assert_eq!(history.key(&cluster), "pg-1/wal/00000002.history");
+        assert_eq!(history.key_in(&cluster, Form::Age), "pg-1/wal/00000002.history.age");
+        assert_eq!(WalFile::parse_stored("00000002.history.age.age"), None);
     }
 
     #[test]
@@ -203,6 +258,9 @@ mod tests {
                 _ => WalFile::History(name.timeline()),
             };
             prop_assert_eq!(WalFile::parse_relative(&file.relative()), Some(file));
+            for form in Form::BOTH {
+                prop_assert_eq!(WalFile::parse_stored(&file.relative_in(form)), Some((file, form)));
+            }
             prop_assert_eq!(file.to_string().parse(), Ok(file));
         }
     }

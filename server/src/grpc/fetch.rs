@@ -9,11 +9,11 @@ use klio_proto::{
 };
 use klio_storage::{
     Error, Kind, Op,
+    crypt::{Keys, payload_error},
     layout::WalFile,
-    wal::{Found, OpenSegment},
+    wal::{Found, OpenSegment, open_stored},
 };
 use std::{
-    fs::File,
     io::Read,
     path::{Path, PathBuf},
     pin::Pin,
@@ -88,7 +88,7 @@ async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
         return;
     }
     let mut reader = match found {
-        Found::Stored { path, .. } => Reader::Stored { path, file: None },
+        Found::Stored { path, keys, .. } => Reader::Stored { path, keys, file: None },
         // The durable bytes of a segment that is still being received.
         Found::Open(open) => Reader::Open(Box::new(open)),
     };
@@ -123,7 +123,7 @@ fn broken(error: &Error) -> Status {
 
 /// What is left to send of a file.
 enum Reader {
-    Stored { path: PathBuf, file: Option<File> },
+    Stored { path: PathBuf, keys: Option<Keys>, file: Option<Box<dyn Read + Send>> },
     Open(Box<OpenSegment>),
 }
 
@@ -133,13 +133,13 @@ impl Reader {
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         let limit = PIECE_BYTES as u64;
         match self {
-            Reader::Stored { path, file } => {
-                let fail = |error| Error::io(Op::Read, path, error);
+            Reader::Stored { path, keys, file } => {
                 let file = match file {
                     Some(file) => file,
-                    None => file.insert(File::open(&*path).map_err(fail)?),
+                    None => file.insert(open_stored(path, keys.as_ref())?),
                 };
-                file.take(limit).read_to_end(&mut piece).map_err(fail)?;
+                let read = file.take(limit).read_to_end(&mut piece);
+                read.map_err(|error| payload_error(path.display(), &error))?;
             }
             Reader::Open(open) => {
                 open.take(limit).read_to_end(&mut piece).map_err(|error| {
@@ -159,7 +159,7 @@ mod tests {
     fn stored(path: PathBuf) -> Located {
         let file = "000000010000000000000001".parse().unwrap();
         let encoding = klio_storage::wal::Encoding::Zstd;
-        let found = Found::Stored { file, path, size: 0, plain_size: 1 << 20, encoding };
+        let found = Found::Stored { file, path, size: 0, plain_size: 1 << 20, encoding, keys: None };
         Located::Tier1 { found, segment_size: 1 << 20 }
     }
 

@@ -1,10 +1,11 @@
 //! One cluster's WAL as it is known in memory. Small: nothing here grows with the number of sealed segments.
 //!
 //! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, `prepare`, a journal's `work`,
-//! `state`. `state` is held for moments only, never across a write or a sync.
+//! `making_key`, `state`. `state` is held for moments only, never across a write or a sync.
 
 use super::{
     admit::Held,
+    cipher::{DataKey, JournalKeys},
     frame::JournalHeader,
     journal::{self, Journal},
     scratch::ScratchPool,
@@ -14,7 +15,7 @@ use super::{
 use crate::{
     Error, Kind, Op,
     disk::{Disk, DiskLock, durable},
-    layout::{ClusterName, WalFile},
+    layout::{self, ClusterName, WalFile},
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use std::{
@@ -144,6 +145,10 @@ pub(super) struct State {
     /// Reading the cluster's folder failed; tried again before the next use.
     pub(super) broken: Option<(Kind, String)>,
     pub(super) pinned: Option<Pinned>,
+    /// What the journals are read and written with.
+    pub(super) keys: JournalKeys,
+    /// The data key was written by this process: it is durable, not only seen.
+    pub(super) key_proven: bool,
     /// The small files were written by this process, or written again: they are durable, not only seen.
     pub(super) records_proven: bool,
     pub(super) lines: BTreeMap<TimelineId, Line>,
@@ -250,6 +255,8 @@ pub(super) struct Cluster {
     pub(super) op: Mutex<()>,
     /// One new journal at a time.
     prepare: Mutex<()>,
+    /// One new data key at a time.
+    making_key: Mutex<()>,
     pub(super) state: Mutex<State>,
 }
 
@@ -260,6 +267,7 @@ impl Cluster {
             shared,
             op: Mutex::new(()),
             prepare: Mutex::new(()),
+            making_key: Mutex::new(()),
             state: Mutex::new(State::default()),
         }
     }
@@ -273,14 +281,51 @@ impl Cluster {
     pub(super) fn wal_folder(&self) -> PathBuf {
         self.folder().join("wal")
     }
-    pub(super) fn path_of(&self, file: WalFile) -> PathBuf {
-        self.wal_folder().join(file.relative())
-    }
     pub(super) fn open_path(&self, segment: SegmentName) -> PathBuf {
         self.wal_folder().join(segment.timeline().to_string()).join(format!("{segment}.open"))
     }
     pub(super) fn spare_folder(&self) -> PathBuf {
         self.wal_folder().join("spare")
+    }
+
+    /// What opens its journals.
+    pub(super) fn keys(&self) -> JournalKeys {
+        lock(&self.state).keys.clone()
+    }
+
+    /// As the disk has them.
+    pub(super) fn load_keys(&self) -> Result<JournalKeys, Error> {
+        let at_rest = &self.shared.options.at_rest;
+        let path = self.folder().join(layout::OPEN_KEY);
+        let data = match at_rest.reading() {
+            Some(keys) => DataKey::load(self.disk(), &path, keys)?.map(Arc::new),
+            None => None,
+        };
+        Ok(JournalKeys { data, writing: at_rest.is_on() })
+    }
+
+    /// The same to write with. The first time it makes the data key, or makes sure of the one that is there: every journal
+    /// from then on needs it.
+    pub(super) fn writing_keys(&self) -> Result<JournalKeys, Error> {
+        let at_rest = &self.shared.options.at_rest;
+        let Some(keys) = at_rest.writing() else { return Ok(self.keys()) };
+        let _one = lock(&self.making_key);
+        if lock(&self.state).key_proven {
+            return Ok(self.keys());
+        }
+        let path = self.folder().join(layout::OPEN_KEY);
+        let key = match DataKey::load(self.disk(), &path, keys)? {
+            Some(key) => {
+                // Seen is not durable: the program may have died before the folder was synced.
+                key.store(self.disk(), &path, keys)?;
+                key
+            }
+            None => DataKey::create(self.disk(), &path, keys)?,
+        };
+        let mut state = lock(&self.state);
+        state.keys = JournalKeys { data: Some(Arc::new(key)), writing: true };
+        state.key_proven = true;
+        Ok(state.keys.clone())
     }
 
     /// Remembers or forgets what is wrong with a place.
@@ -307,16 +352,19 @@ impl Cluster {
         preallocate: u64,
     ) -> Result<Journal, Error> {
         let pinned = self.pinned()?;
-        let header = JournalHeader {
+        let keys = self.writing_keys()?;
+        let mut header = JournalHeader {
             system_identifier: pinned.system_identifier,
             timeline,
             segment_size: pinned.segment_size,
             start,
-            id: (self.shared.options.next_id)(),
+            id: 0,
+            key: None,
         };
+        let cipher = keys.begin(&mut header, &*self.shared.options.next_id)?;
         let path = self.open_path(header.segment());
         let spare = lock(&self.state).spares.pop();
-        journal::create(self.disk(), &path, header, spare.as_deref(), preallocate)
+        journal::create(self.disk(), &path, header, cipher, spare.as_deref(), preallocate)
     }
 
     /// Takes away a journal that was prepared for another place.

@@ -1,12 +1,9 @@
-//! Decodes a sealed file: zstd frames, one after the other, piece by piece, with bounded memory.
+//! Decodes a sealed file, decrypted before where it is encrypted: zstd frames, one after the other, piece by piece, with bounded memory.
 //!
 //! A cut, a change (content checksums) and more bytes than expected are errors, never a short result (P7).
 
-use crate::{
-    Error, Kind, Op,
-    disk::{Disk, read_full},
-};
-use std::{fmt, io, path::Path};
+use crate::{Error, Kind, Op, crypt::payload_error};
+use std::{fmt, io};
 use zstd::zstd_safe::{DCtx, InBuffer, OutBuffer, get_error_name};
 
 const PIECE_BYTES: usize = 128 << 10;
@@ -108,25 +105,8 @@ pub fn decode_reader(
             Ok(0) => return decoder.finish(),
             Ok(count) => decoder.push(&piece[..count], sink)?,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(Error::io(Op::Decode, Path::new("sealed WAL file"), e)),
+            Err(e) => return Err(payload_error("sealed WAL file", &e)),
         }
-    }
-}
-
-/// How many plain bytes a sealed file on disk has: decodes it all, and so verifies it.
-pub(super) fn plain_size(disk: &dyn Disk, path: &Path, limit: u64) -> Result<u64, Error> {
-    let failed = |e| Error::io(Op::Read, path, e);
-    let file = disk.open(path, false).map_err(failed)?;
-    let mut decoder = SealedDecoder::new(limit)?;
-    let mut piece = vec![0; PIECE_BYTES];
-    let mut at = 0;
-    loop {
-        let count = read_full(file.as_ref(), &mut piece, at).map_err(failed)?;
-        if count == 0 {
-            return decoder.finish();
-        }
-        decoder.push(&piece[..count], &mut |_| Ok(()))?;
-        at += count as u64;
     }
 }
 

@@ -12,14 +12,16 @@
 //! |---|---|
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
 //! | `gaps.json` | WAL that will never be here (`record.rs`) |
-//! | `wal/<timeline>.history` | as PostgreSQL wrote it |
+//! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
+//! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
-//! | `wal/<timeline>/<segment>.zst` | sealed: standard zstd, exactly the segment |
-//! | `wal/<timeline>/<segment>.partial.zst` | the same of a segment that ended early |
+//! | `wal/<timeline>/<segment>.zst[.age]` | sealed: standard zstd, exactly the segment (`seal.rs`) |
+//! | `wal/<timeline>/<segment>.partial.zst[.age]` | the same of a segment that ended early |
 //! | `wal/spare/` | files to recycle; emptied at start |
 //! | `*.tmp` | unfinished; removed at start |
 
 mod admit;
+mod cipher;
 mod cluster;
 pub mod decode;
 mod frame;
@@ -29,6 +31,7 @@ mod record;
 mod recover;
 mod scratch;
 mod seal;
+mod stored;
 mod types;
 mod writer;
 
@@ -39,14 +42,15 @@ pub use decode::SealedDecoder;
 pub use reader::OpenSegment;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
-    Sealed, StoredFile, WalOptions,
+    Sealed, StoredFile, WalOptions, open_stored,
 };
 pub use writer::{FlushedLsn, Flusher, Preparation, Writer};
 
 use crate::{
     Error, Kind, Op,
-    disk::{Disk, durable, read_full, read_small},
-    layout::{ClusterName, WalFile},
+    crypt::payload_error,
+    disk::{Disk, durable},
+    layout::{ClusterName, Form, WalFile},
 };
 use cluster::{Cluster, Shared, Unsealed, lock};
 use journal::{Frames, Journal};
@@ -54,10 +58,11 @@ use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use scratch::ScratchPool;
 use std::{
     collections::BTreeMap,
-    io,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
+use stored::{DiskReader, StoredAt};
 
 /// The oldest PostgreSQL that Klio speaks to.
 const OLDEST_POSTGRES: u32 = 150_000;
@@ -234,8 +239,14 @@ impl WalStore {
         let _one = lock(&cluster.op);
         cluster.ensure_loaded()?;
         cluster.pinned()?;
-        match read_small(self.disk(), &path, recover::HISTORY_LIMIT_BYTES) {
-            Ok(there) if there == content => {
+        let there = match cluster.stored(WalFile::History(timeline))? {
+            Some(StoredAt { path, form, .. }) => {
+                Some(cluster.read_plain(&path, form, recover::HISTORY_LIMIT_BYTES)?)
+            }
+            None => None,
+        };
+        match there {
+            Some(there) if there == content => {
                 // Seen is not durable: an earlier call may have failed at the last step.
                 if lock(&cluster.state).records_proven {
                     let known = lock(&cluster.state)
@@ -247,16 +258,17 @@ impl WalStore {
                     }
                 }
             }
-            Ok(_) => {
+            Some(_) => {
                 let detail = "expected the content that is stored, found another";
                 return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail)
                     .hint("two servers were promoted to the same timeline"));
             }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::io(Op::Read, &path, e)),
+            None => {}
         }
         durable::create_dir(self.disk(), &cluster.wal_folder())?;
-        durable::overwrite(self.disk(), &path, content)?;
+        cluster.write_stored(WalFile::History(timeline), |sink, tmp| {
+            sink.write_all(content).map_err(|e| Error::io(Op::Write, tmp, e))
+        })?;
         lock(&cluster.state).lines.entry(timeline).or_default().history = Some(history);
         Ok(())
     }
@@ -358,7 +370,10 @@ impl WalStore {
                 }
             }
         }
-        found.sort_by_key(|stored| stored.file);
+        // In both forms for a moment: the one that the settings ask for counts.
+        let form = cluster.form();
+        found.sort_by_key(|stored| (stored.file, stored.form != form));
+        found.dedup_by_key(|stored| stored.file);
         Ok(found)
     }
 
@@ -375,12 +390,12 @@ impl WalStore {
         relative: &str,
         found: &mut Vec<StoredFile>,
     ) -> Result<(), Error> {
-        let Some(file) = WalFile::parse_relative(relative) else { return Ok(()) };
-        let path = cluster.path_of(file);
+        let Some((file, form)) = WalFile::parse_stored(relative) else { return Ok(()) };
+        let path = cluster.path_in(file, form);
         match self.disk().stat(&path) {
             Ok(stat) => {
                 let (size, modified_unix) = (stat.size, stat.modified_unix);
-                found.push(StoredFile { file, size, modified_unix });
+                found.push(StoredFile { file, form, size, modified_unix });
                 Ok(())
             }
             // Expired between the two calls.
@@ -441,7 +456,7 @@ impl WalStore {
             (entry.filter(|j| !j.is_empty()), state.pinned.map(|p| p.segment_size.bytes()))
         };
         if let Some(entry) = entry {
-            match OpenSegment::open(self.disk(), entry) {
+            match OpenSegment::open(self.disk(), entry, &cluster.keys()) {
                 Ok(open) => return Ok(Some(Found::Open(open))),
                 Err(e) if e.kind == Kind::NotFound => {}
                 Err(e) => return Err(e),
@@ -452,20 +467,25 @@ impl WalStore {
             _ => &[file],
         };
         for candidate in candidates {
-            let path = cluster.path_of(*candidate);
-            let stat = match self.disk().stat(&path) {
-                Ok(stat) => stat,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(Error::io(Op::Read, &path, e)),
+            let Some(stored) = cluster.stored(*candidate)? else { continue };
+            let keys = match stored.form {
+                Form::Plain => None,
+                Form::Age => {
+                    Some(cluster.shared.options.at_rest.need(stored.path.display())?.clone())
+                }
             };
             let limit = size.unwrap_or(1 << 30);
             let (plain_size, encoding) = match candidate {
-                WalFile::History(_) => (stat.size, Encoding::Plain),
+                WalFile::History(_) => {
+                    let limit = recover::HISTORY_LIMIT_BYTES;
+                    let content = cluster.read_plain(&stored.path, stored.form, limit)?;
+                    (content.len() as u64, Encoding::Plain)
+                }
                 WalFile::Segment(_) if size.is_some() => (limit, Encoding::Zstd),
-                _ => (decode::plain_size(self.disk(), &path, limit)?, Encoding::Zstd),
+                _ => (cluster.plain_size_of(&stored, limit)?, Encoding::Zstd),
             };
-            let (file, size) = (*candidate, stat.size);
-            return Ok(Some(Found::Stored { file, path, size, plain_size, encoding }));
+            let (file, path, size) = (*candidate, stored.path, stored.stat.size);
+            return Ok(Some(Found::Stored { file, path, size, plain_size, encoding, keys }));
         }
         Ok(None)
     }
@@ -482,20 +502,25 @@ impl WalStore {
                     plain.extend_from_slice(chunk);
                 }
             }
-            Found::Stored { path, size, plain_size, encoding, .. } => {
+            Found::Stored { path, plain_size, encoding, keys, .. } => {
                 let failed = |e| Error::io(Op::Read, &path, e);
                 let file = self.disk().open(&path, false).map_err(failed)?;
-                let mut stored = vec![0; size as usize];
-                let got = read_full(file.as_ref(), &mut stored, 0).map_err(failed)?;
-                stored.truncate(got);
+                let reader = DiskReader { file, at: 0 };
+                let mut reader: Box<dyn io::Read> = match &keys {
+                    None => Box::new(reader),
+                    Some(keys) => Box::new(keys.decrypt(reader).map_err(|e| e.at(path.display()))?),
+                };
                 if encoding == Encoding::Plain {
-                    return Ok(stored);
+                    let read = reader.read_to_end(&mut plain);
+                    read.map_err(|e| payload_error(path.display(), &e))?;
+                    return Ok(plain);
                 }
                 let mut put = |piece: &[u8]| {
                     plain.extend_from_slice(piece);
                     Ok(())
                 };
-                let count = decode::decode_reader(&mut stored.as_slice(), plain_size, &mut put)?;
+                let count = decode::decode_reader(&mut reader, plain_size, &mut put)
+                    .map_err(|e| e.at(path.display()))?;
                 if count != plain_size {
                     let detail = format!("expected {plain_size} bytes, found {count}");
                     return Err(Error::new(Kind::Corrupt, Op::Decode, path.display(), detail));
@@ -587,12 +612,13 @@ impl Cluster {
         let path = &entry.path;
         let file = self.disk().open(path, true).map_err(|e| Error::io(Op::Open, path, e))?;
         let allocated = file.size().map_err(|e| Error::io(Op::Open, path, e))?;
-        let mut frames = Frames::of(file.clone(), path)?;
+        let keys = self.keys();
+        let mut frames = Frames::of(file.clone(), path, &keys)?;
         frames.skip_to(start)?;
         if frames.position() != start {
             return Err(frames.lost(start));
         }
-        let (header, offset) = (*frames.header(), frames.offset());
-        Ok(Journal { file, path: path.clone(), header, offset, allocated })
+        let (header, cipher, offset) = (*frames.header(), frames.cipher(), frames.offset());
+        Ok(Journal { file, path: path.clone(), header, cipher, offset, allocated })
     }
 }

@@ -4,6 +4,7 @@
 //! append meanwhile, and the segment may be sealed meanwhile: the bytes stay the same.
 
 use super::{
+    cipher::JournalKeys,
     cluster::Unsealed,
     frame::Codec,
     journal::{Frame, Frames},
@@ -54,9 +55,13 @@ pub(super) fn decode_frame<'a>(
 }
 
 impl OpenSegment {
-    pub(super) fn open(disk: &dyn Disk, entry: Arc<Unsealed>) -> Result<Self, Error> {
+    pub(super) fn open(
+        disk: &dyn Disk,
+        entry: Arc<Unsealed>,
+        keys: &JournalKeys,
+    ) -> Result<Self, Error> {
         let end = entry.durable();
-        let frames = Frames::open(disk, &entry.path)?;
+        let frames = Frames::open(disk, &entry.path, keys)?;
         let context = DCtx::try_create().ok_or_else(|| {
             Error::new(Kind::Transient, Op::Decode, entry.path.display(), "no memory for zstd")
         })?;

@@ -15,6 +15,7 @@ use super::{
     decode,
     journal::{self, Frames},
     record,
+    stored::StoredAt,
     types::Pinned,
 };
 use crate::{
@@ -85,10 +86,10 @@ impl Cluster {
             record::store_gaps(disk, &self.folder().join("gaps.json"), &gaps)?;
         }
         for timeline in timelines {
-            let path = self.path_of(WalFile::History(timeline));
-            let content = read_small(disk, &path, HISTORY_LIMIT_BYTES)
-                .map_err(|e| Error::io(Op::Read, &path, e))?;
-            durable::overwrite(disk, &path, &content)?;
+            let Some(stored) = self.stored(WalFile::History(timeline))? else { continue };
+            let content = read_small(disk, &stored.path, 2 * HISTORY_LIMIT_BYTES)
+                .map_err(|e| Error::io(Op::Read, &stored.path, e))?;
+            durable::overwrite(disk, &stored.path, &content)?;
         }
         lock(&self.state).records_proven = true;
         Ok(())
@@ -104,8 +105,8 @@ impl Cluster {
         }
         // Sealed meanwhile: then it is durable, and its file is somebody else's now.
         if lock(&self.state).holds(entry) {
-            let id = (self.shared.options.next_id)();
-            journal::copy_up_to(self.disk(), &entry.path, entry.durable(), id)?;
+            let (keys, next_id) = (self.writing_keys()?, &*self.shared.options.next_id);
+            journal::copy_up_to(self.disk(), &entry.path, entry.durable(), &keys, next_id)?;
         }
         entry.set_proven(true);
         Ok(())
@@ -119,6 +120,8 @@ impl Cluster {
         durable::sync_dir(disk, &folder)?;
         state.pinned = record::load_pinned(disk, &folder.join("cluster.json"))?;
         lock(&self.state).pinned = state.pinned;
+        state.keys = self.load_keys()?;
+        lock(&self.state).keys = state.keys.clone();
         state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
         let entries = list(self, &self.wal_folder())?;
         let Some(pinned) = state.pinned else {
@@ -144,12 +147,11 @@ impl Cluster {
             let Ok(timeline) = entry.name.parse::<TimelineId>() else { return Ok(()) };
             return self.scan_line(timeline, pinned, state);
         }
-        let Some(WalFile::History(timeline)) = WalFile::parse_relative(&entry.name) else {
+        let Some((WalFile::History(timeline), form)) = WalFile::parse_stored(&entry.name) else {
             return Ok(());
         };
-        let path = self.path_of(WalFile::History(timeline));
-        let content = read_small(self.disk(), &path, HISTORY_LIMIT_BYTES)
-            .map_err(|e| Error::io(Op::Read, &path, e))?;
+        let path = self.path_in(WalFile::History(timeline), form);
+        let content = self.read_plain(&path, form, HISTORY_LIMIT_BYTES)?;
         let history = TimelineHistory::parse(timeline, &content)
             .map_err(|e| Error::new(Kind::Corrupt, Op::Read, path.display(), e))?;
         state.lines.entry(timeline).or_default().history = Some(history);
@@ -175,9 +177,9 @@ impl Cluster {
             if let Some(start) = stem.and_then(place) {
                 open.insert(start);
             }
-            match WalFile::parse_relative(&format!("{timeline}/{}", entry.name)) {
-                Some(WalFile::Segment(name)) => sealed.extend(place(name)),
-                Some(WalFile::Partial(name)) => partial.extend(place(name)),
+            match WalFile::parse_stored(&format!("{timeline}/{}", entry.name)) {
+                Some((WalFile::Segment(name), _)) => sealed.extend(place(name)),
+                Some((WalFile::Partial(name), _)) => partial.extend(place(name)),
                 _ => {}
             }
         }
@@ -216,8 +218,17 @@ impl Cluster {
 
     fn plain_size(&self, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Result<u64, Error> {
         let name = SegmentName::containing(timeline, start, pinned.segment_size);
-        let path = self.path_of(WalFile::Partial(name));
-        decode::plain_size(self.disk(), &path, pinned.segment_size.bytes())
+        match self.stored(WalFile::Partial(name))? {
+            Some(stored) => self.plain_size_of(&stored, pinned.segment_size.bytes()),
+            None => Ok(0),
+        }
+    }
+
+    /// How many plain bytes a sealed file has: decodes it all, and so verifies it.
+    pub(super) fn plain_size_of(&self, stored: &StoredAt, limit: u64) -> Result<u64, Error> {
+        let mut reader = self.open_plain(&stored.path, stored.form)?;
+        decode::decode_reader(&mut reader, limit, &mut |_| Ok(()))
+            .map_err(|e| e.at(stored.path.display()))
     }
 
     /// `redundant`: how many bytes a sealed file beside it has. True when no frame of it is whole.
@@ -231,7 +242,7 @@ impl Cluster {
     ) -> Result<bool, Error> {
         let name = SegmentName::containing(timeline, start, pinned.segment_size);
         let path = self.open_path(name);
-        let frames = Frames::open(self.disk(), &path).and_then(|mut frames| {
+        let frames = Frames::open(self.disk(), &path, &self.keys()).and_then(|mut frames| {
             frames.skip_to(frames.header().end())?;
             let header = frames.header();
             let good = header.segment() == name

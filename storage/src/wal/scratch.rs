@@ -3,7 +3,10 @@
 //! A writer holds one only while it appends, so that a thousand idle clusters own none; a busy one finds it
 //! ready and allocates nothing. A piece that does not get smaller is kept as it is.
 
-use super::frame::{Codec, FRAME_HEADER, FRAME_RAW_MAX, FrameHeader};
+use super::{
+    cipher::{self, Cipher},
+    frame::{Codec, FRAME_RAW_MAX, FrameHeader, JournalHeader},
+};
 use klio_pg::Lsn;
 use std::sync::{Mutex, PoisonError};
 use zstd::zstd_safe::{CCtx, CParameter};
@@ -48,26 +51,38 @@ impl Scratch {
         context.compress2(&mut out[at..at + limit], raw).ok()
     }
 
-    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL.
-    pub(crate) fn frame(&mut self, journal: u64, start: Lsn, raw: &[u8]) -> &[u8] {
+    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL, to be written at `offset`. Encrypted where it lies.
+    pub(super) fn frame(
+        &mut self,
+        journal: &JournalHeader,
+        cipher: Option<&Cipher>,
+        offset: u64,
+        start: Lsn,
+        raw: &[u8],
+    ) -> &[u8] {
         debug_assert!(!raw.is_empty() && raw.len() <= FRAME_RAW_MAX);
-        self.room(FRAME_HEADER + raw.len());
-        let small = if raw.len() < COMPRESS_FROM {
-            None
-        } else {
-            self.compress(raw, FRAME_HEADER, raw.len() - 1)
-        };
+        let room = journal.frame_header();
+        self.room(room + raw.len());
+        let small =
+            if raw.len() < COMPRESS_FROM { None } else { self.compress(raw, room, raw.len() - 1) };
         let (codec, len) = match small {
             Some(len) => (Codec::Zstd, len),
             None => {
-                self.out[FRAME_HEADER..FRAME_HEADER + raw.len()].copy_from_slice(raw);
+                self.out[room..room + raw.len()].copy_from_slice(raw);
                 (Codec::Raw, raw.len())
             }
         };
-        let stored = &self.out[FRAME_HEADER..FRAME_HEADER + len];
-        let header = FrameHeader::encode(codec, journal, start, raw.len() as u32, stored);
-        self.out[..FRAME_HEADER].copy_from_slice(&header);
-        &self.out[..FRAME_HEADER + len]
+        let header = FrameHeader {
+            encrypted: cipher.is_some(),
+            codec,
+            journal: journal.id,
+            start,
+            raw_len: raw.len() as u32,
+            stored_len: len as u32,
+        };
+        let frame = &mut self.out[..room + len];
+        cipher::finish(&header, frame, offset, cipher);
+        frame
     }
 
     /// One zstd frame of at most [`FRAME_RAW_MAX`] bytes, whether it gets smaller or not. `None` only when there
@@ -113,11 +128,12 @@ impl std::fmt::Debug for ScratchPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::frame;
 
     fn read(bytes: &[u8]) -> (FrameHeader, Vec<u8>) {
         let header = FrameHeader::decode(bytes).unwrap();
-        let stored = &bytes[FRAME_HEADER..];
-        assert!(header.is_intact(bytes, stored));
+        let stored = &bytes[header.header_bytes()..];
+        assert!(frame::is_intact(bytes));
         let raw = match header.codec {
             Codec::Raw => stored.to_vec(),
             Codec::Zstd => zstd::bulk::decompress(stored, FRAME_RAW_MAX).unwrap(),
@@ -128,6 +144,14 @@ mod tests {
     #[test]
     fn large_batches_are_compressed_and_small_or_random_ones_are_not() {
         let pool = ScratchPool::new(1);
+        let journal = JournalHeader {
+            system_identifier: 1,
+            timeline: klio_pg::TimelineId::new(1).unwrap(),
+            segment_size: klio_pg::SegmentSize::new(1 << 20).unwrap(),
+            start: Lsn::new(0),
+            id: 9,
+            key: None,
+        };
         let noise: Vec<u8> = (0..40_000u64)
             .map(|n| {
                 (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (n * n) << 7).wrapping_mul(n | 1) as u8
@@ -143,7 +167,7 @@ mod tests {
             (noise[..noise.len().min(30_000)].to_vec(), Codec::Raw),
         ] {
             pool.with(|scratch| {
-                let (header, back) = read(scratch.frame(9, Lsn::new(4), &raw));
+                let (header, back) = read(scratch.frame(&journal, None, 4096, Lsn::new(4), &raw));
                 assert_eq!((header.codec, header.journal, header.start), (codec, 9, Lsn::new(4)));
                 assert_eq!(back, raw);
             });

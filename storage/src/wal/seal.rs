@@ -1,9 +1,11 @@
-//! Turns a finished journal into a sealed file: one standard zstd file with exactly the segment's bytes.
+//! Turns a finished journal into a sealed file: one standard zstd file with exactly the segment's bytes, in a standard age
+//! file where encryption is on.
 //!
 //! - The journal goes only after the sealed file, its name included, is durable. A crash anywhere leaves one of them.
 //! - Compressed frames are copied as they are; runs of small raw ones are joined, up to 1 MiB, and compressed.
-//! - Every frame's checksum and length is checked, and the sum must be the segment.
-//! - The same journal gives the same bytes, so sealing again after a crash changes nothing (I2).
+//! - Every frame's checksum or tag and length is checked, and the sum must be the segment.
+//! - The same journal gives the same plain bytes, so sealing again after a crash changes nothing (I2). Encrypted twice they
+//!   are other bytes, as every age file has a key of its own: whoever compares, compares what is inside.
 //!
 //! Memory: three buffers of at most about 1 MiB, whatever the segment size.
 
@@ -12,50 +14,12 @@ use super::{
     frame::{Codec, FRAME_RAW_MAX},
     journal::Frames,
     scratch::Scratch,
+    stored::Sink,
     types::Sealed,
 };
-use crate::{
-    Error, Kind, Op,
-    disk::{Disk, FileHandle, durable, read_full},
-    layout::WalFile,
-};
+use crate::{Error, Kind, Op, layout::WalFile};
 use klio_pg::SegmentName;
-use sha2::{Digest, Sha256};
-use std::{path::Path, sync::Arc};
-
-const WRITE_BYTES: usize = 256 << 10;
-
-/// A file being written from its beginning to its end, hashed on the way.
-struct Output<'a> {
-    file: FileHandle,
-    path: &'a Path,
-    buffer: Vec<u8>,
-    written: u64,
-    hash: Sha256,
-}
-
-impl Output<'_> {
-    fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.hash.update(bytes);
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() >= WRITE_BYTES { self.drain() } else { Ok(()) }
-    }
-
-    fn drain(&mut self) -> Result<(), Error> {
-        self.file
-            .write_all_at(&self.buffer, self.written)
-            .map_err(|e| Error::io(Op::Write, self.path, e))?;
-        self.written += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<(u64, [u8; 32]), Error> {
-        self.drain()?;
-        self.file.sync_all().map_err(|e| Error::io(Op::Sync, self.path, e))?;
-        Ok((self.written, self.hash.finalize().into()))
-    }
-}
+use std::{io::Write, path::Path, sync::Arc};
 
 impl Cluster {
     /// Seals a finished journal, or says again what was sealed.
@@ -83,8 +47,10 @@ impl Cluster {
             return self.sealed_before(file);
         }
         self.check_finished(file, &entry)?;
-        let path = self.path_of(file);
-        let (size, sha256) = self.write_sealed(&path, &entry)?;
+        let frames = Frames::open(self.disk(), &entry.path, &self.keys())?;
+        let (size, sha256) = self.write_stored(file, |sink, tmp| {
+            self.shared.pool.with(|scratch| encode(frames, &entry, scratch, sink, tmp))
+        })?;
         {
             let mut state = lock(&self.state);
             let line = state.lines.entry(segment.timeline()).or_default();
@@ -94,7 +60,7 @@ impl Cluster {
         drop(one);
         // Out of the map nobody new finds it; who has it now keeps the file as it is.
         self.recycle(&entry.path, Arc::strong_count(&entry) == 1);
-        Ok(Sealed { file, size, sha256 })
+        Ok(Sealed { file, form: self.form(), size, sha256 })
     }
 
     fn check_finished(&self, file: WalFile, entry: &Unsealed) -> Result<(), Error> {
@@ -112,89 +78,71 @@ impl Cluster {
         Err(Error::new(Kind::Invalid, Op::Seal, file, detail))
     }
 
-    fn write_sealed(&self, path: &Path, entry: &Unsealed) -> Result<(u64, [u8; 32]), Error> {
-        let disk = self.disk();
-        let tmp = durable::tmp_path(path);
-        durable::remove_if_there(disk, &tmp)?;
-        let file = disk.create_new(&tmp).map_err(|e| Error::io(Op::Create, &tmp, e))?;
-        let write = || {
-            let output = Output {
-                file,
-                path: &tmp,
-                buffer: Vec::with_capacity(WRITE_BYTES),
-                written: 0,
-                hash: Sha256::new(),
-            };
-            let done = self.shared.pool.with(|scratch| encode(disk, entry, scratch, output))?;
-            durable::rename(disk, &tmp, path)?;
-            Ok(done)
-        };
-        write().inspect_err(|_: &Error| {
-            // The first error is the one to report; start removes what is left.
-            let _ = disk.remove(&tmp);
-        })
-    }
-
     /// Size and checksum of a file that is sealed already.
     fn sealed_before(&self, file: WalFile) -> Result<Sealed, Error> {
-        let path = self.path_of(file);
-        let stored = self.disk().open(&path, false).map_err(|e| Error::io(Op::Seal, &path, e))?;
-        let (mut hash, mut size) = (Sha256::new(), 0);
-        let mut piece = vec![0; WRITE_BYTES];
-        loop {
-            let count = read_full(stored.as_ref(), &mut piece, size)
-                .map_err(|e| Error::io(Op::Read, &path, e))?;
-            if count == 0 {
-                return Ok(Sealed { file, size, sha256: hash.finalize().into() });
-            }
-            hash.update(&piece[..count]);
-            size += count as u64;
-        }
+        let stored = self.stored(file)?.ok_or_else(|| {
+            let detail = "expected a journal or a sealed file, found none";
+            Error::new(Kind::NotFound, Op::Seal, self.path_of(file).display(), detail)
+        })?;
+        let (size, sha256) = self.sum_stored(&stored)?;
+        Ok(Sealed { file, form: stored.form, size, sha256 })
     }
 }
 
-fn join(run: &mut Vec<u8>, scratch: &mut Scratch, output: &mut Output<'_>) -> Result<(), Error> {
+/// The sealed file being written.
+struct Target<'a> {
+    sink: &'a mut Sink,
+    path: &'a Path,
+}
+
+impl Target<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.sink.write_all(bytes).map_err(|e| Error::io(Op::Write, self.path, e))
+    }
+}
+
+fn join(run: &mut Vec<u8>, scratch: &mut Scratch, target: &mut Target<'_>) -> Result<(), Error> {
     if run.is_empty() {
         return Ok(());
     }
     let no_memory =
-        || Error::new(Kind::Transient, Op::Seal, output.path.display(), "no memory for zstd");
+        || Error::new(Kind::Transient, Op::Seal, target.path.display(), "no memory for zstd");
     let frame = scratch.zstd(run).ok_or_else(no_memory)?;
-    output.put(frame)?;
+    target.put(frame)?;
     run.clear();
     Ok(())
 }
 
 fn encode(
-    disk: &dyn Disk,
+    mut frames: Frames,
     entry: &Unsealed,
     scratch: &mut Scratch,
-    mut output: Output<'_>,
-) -> Result<(u64, [u8; 32]), Error> {
+    sink: &mut Sink,
+    path: &Path,
+) -> Result<(), Error> {
+    let mut target = Target { sink, path };
     let end = entry.durable();
-    let mut frames = Frames::open(disk, &entry.path)?;
     let mut run = Vec::new();
     while frames.position() < end {
         let Some(frame) = frames.next()? else { break };
         match frame.header.codec {
             Codec::Raw => {
                 if run.len() + frame.stored.len() > FRAME_RAW_MAX {
-                    join(&mut run, scratch, &mut output)?;
+                    join(&mut run, scratch, &mut target)?;
                 }
                 run.extend_from_slice(frame.stored);
             }
             Codec::Zstd => {
-                join(&mut run, scratch, &mut output)?;
+                join(&mut run, scratch, &mut target)?;
                 check_length(frame.stored, frame.header.raw_len, &entry.path)?;
-                output.put(frame.stored)?;
+                target.put(frame.stored)?;
             }
         }
     }
     if frames.position() != end {
         return Err(frames.lost(end));
     }
-    join(&mut run, scratch, &mut output)?;
-    output.finish()
+    join(&mut run, scratch, &mut target)
 }
 
 fn check_length(stored: &[u8], expected: u32, path: &Path) -> Result<(), Error> {

@@ -1,10 +1,20 @@
 //! What callers of the WAL store pass in and get back.
 
 use super::reader::OpenSegment;
-use crate::{Error, layout::WalFile};
+use crate::{
+    Error, Op,
+    crypt::{AtRest, Keys},
+    layout::{Form, WalFile},
+};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use serde::{Deserialize, Serialize};
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// What identifies a cluster's WAL, fixed at first contact (P8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +163,8 @@ pub enum OpenError {
 pub struct StoredFile {
     /// What it is.
     pub file: WalFile,
+    /// How it lies there.
+    pub form: Form,
     /// Bytes on disk.
     pub size: u64,
     /// When it was written, in seconds since 1970.
@@ -164,6 +176,8 @@ pub struct StoredFile {
 pub struct Sealed {
     /// What it is.
     pub file: WalFile,
+    /// How it lies there.
+    pub form: Form,
     /// Bytes on disk.
     pub size: u64,
     /// SHA-256 of the file as it is on disk.
@@ -192,11 +206,26 @@ pub enum Found {
         size: u64,
         /// Bytes after decoding.
         plain_size: u64,
-        /// How to decode it.
+        /// How to decode it, when it is decrypted.
         encoding: Encoding,
+        /// What decrypts it, where it is encrypted.
+        keys: Option<Keys>,
     },
     /// A segment that is not sealed: its durable bytes so far.
     Open(OpenSegment),
+}
+
+/// Opens a finished file of the real disk: gives what it holds, decrypted where there are keys. Errors while reading go
+/// through [`crate::crypt::payload_error`].
+///
+/// # Errors
+/// Of the disk; `Denied` or `Corrupt` of an encrypted one.
+pub fn open_stored(path: &Path, keys: Option<&Keys>) -> Result<Box<dyn Read + Send>, Error> {
+    let file = File::open(path).map_err(|e| Error::io(Op::Read, path, e))?;
+    match keys {
+        None => Ok(Box::new(file)),
+        Some(keys) => Ok(Box::new(keys.decrypt(file).map_err(|e| e.at(path.display()))?)),
+    }
 }
 
 /// Settings of a store; `default()` is right for real disks.
@@ -210,21 +239,30 @@ pub struct WalOptions {
     pub contexts: usize,
     /// Random numbers for journal ids.
     pub next_id: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Whether and with what everything is encrypted.
+    pub at_rest: AtRest,
 }
 
 impl Default for WalOptions {
     fn default() -> Self {
-        Self { preallocate: 1 << 20, spares: 2, contexts: 4, next_id: Arc::new(rand::random) }
+        Self {
+            preallocate: 1 << 20,
+            spares: 2,
+            contexts: 4,
+            next_id: Arc::new(rand::random),
+            at_rest: AtRest::Off,
+        }
     }
 }
 
 impl fmt::Debug for WalOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { preallocate, spares, contexts, next_id: _ } = self;
+        let Self { preallocate, spares, contexts, next_id: _, at_rest } = self;
         f.debug_struct("WalOptions")
             .field("preallocate", preallocate)
             .field("spares", spares)
             .field("contexts", contexts)
+            .field("at_rest", at_rest)
             .finish_non_exhaustive()
     }
 }

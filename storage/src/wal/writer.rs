@@ -20,7 +20,6 @@ use crate::{Error, Kind, Op, disk::FileHandle, layout::WalFile};
 use klio_pg::{Lsn, PAGE_BYTES, PageChecker, PageExpectation, TimelineHistory, TimelineId};
 use std::{
     fmt, io,
-    path::Path,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -368,7 +367,8 @@ impl Writer {
         let ahead = cluster.shared.options.preallocate;
         cluster.shared.pool.with(|scratch| {
             for raw in part.chunks(FRAME_RAW_MAX) {
-                let frame = scratch.frame(core.journal.header.id, core.written, raw);
+                let Journal { header, cipher, offset, .. } = &core.journal;
+                let frame = scratch.frame(header, cipher.as_deref(), *offset, core.written, raw);
                 core.reserve(frame.len() as u64, ahead)?;
                 if let Err(e) = core.journal.file.write_all_at(frame, core.journal.offset) {
                     return Err(core.poison(Op::Write, e));
@@ -461,7 +461,9 @@ impl Writer {
             let core = live(&self.slot, &mut guard, Op::Append)?;
             (core.journal.file.clone(), core.journal.path.clone())
         };
-        let head = read_back(file, &path, page, self.written)?;
+        let keys = self.cluster.keys();
+        let frames = Frames::of(file, &path, &keys)?;
+        let head = read_back(frames, page, self.written)?;
         let mut checker = PageChecker::new(self.expect.clone(), page);
         checker
             .check(&head)
@@ -471,8 +473,7 @@ impl Writer {
 }
 
 /// The bytes from `from` to `to` of a journal.
-fn read_back(file: FileHandle, path: &Path, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
-    let mut frames = Frames::of(file, path)?;
+fn read_back(mut frames: Frames, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
     let mut context = DCtx::create();
     let (mut found, mut buffer) = (Vec::new(), Vec::new());
     while frames.position() < to {

@@ -8,11 +8,15 @@ mod refusal;
 mod timeline;
 
 use super::*;
+use crate::crypt::{AtRest, Keys};
 use crate::{
     disk::{Restart, SimDisk},
     testing::SimulatedWal,
 };
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    OnceLock,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Segment size of the made-up cluster.
 pub(super) const MIB: u64 = 1 << 20;
@@ -22,6 +26,14 @@ pub(super) struct Rig {
     pub(super) disk: SimDisk,
     pub(super) wal: SimulatedWal,
     pub(super) name: ClusterName,
+    /// Settings of the next opening of the store.
+    pub(super) at_rest: AtRest,
+}
+
+/// The same keys for all tests: X25519 is not what they test.
+pub(super) fn keys() -> Keys {
+    static KEYS: OnceLock<Keys> = OnceLock::new();
+    KEYS.get_or_init(|| Keys::from_text(&Keys::generate().0, &[]).unwrap()).clone()
 }
 
 pub(super) fn tli(n: u32) -> TimelineId {
@@ -54,7 +66,12 @@ pub(super) fn root_history() -> TimelineHistory {
 impl Rig {
     pub(super) fn new(seed: u64) -> Self {
         let name = "pg".parse().unwrap();
-        Self { disk: SimDisk::new(seed), wal: SimulatedWal::small(77), name }
+        let at_rest = AtRest::Off;
+        Self { disk: SimDisk::new(seed), wal: SimulatedWal::small(77), name, at_rest }
+    }
+
+    pub(super) fn encrypted(seed: u64) -> Self {
+        Self { at_rest: AtRest::On(keys()), ..Self::new(seed) }
     }
 
     /// Opens the store; pins where the disk lets it.
@@ -65,7 +82,8 @@ impl Rig {
     }
 
     pub(super) fn try_open(&self) -> Result<WalStore, Error> {
-        WalStore::open(Arc::new(self.disk.clone()), "/tier1".into(), options())
+        let options = WalOptions { at_rest: self.at_rest.clone(), ..options() };
+        WalStore::open(Arc::new(self.disk.clone()), "/tier1".into(), options)
     }
 
     pub(super) fn request(timeline: u32, start: u64) -> OpenRequest {

@@ -1,0 +1,288 @@
+//! The keys of journals: one random data key a cluster, and from it one key a journal.
+//!
+//! | file | content |
+//! |---|---|
+//! | `<cluster>/open.key.age` | age: the line `klio-open-key 1 <64 hexadecimal digits>` |
+//!
+//! - A journal's key is HKDF-SHA-256 of the data key: salt = bytes 64..80 of its header, info = `klio journal 2` and bytes
+//!   0..48 of its header. Every new journal has a new random salt and id, so its key was never used before; a header
+//!   that was changed, or belongs to another cluster, gives another key, which opens nothing.
+//! - AES-256-GCM; the nonce is the frame's offset in the file as 8 bytes, little endian, then 4 zeros; all ones for the
+//!   header's tag. A journal is only ever written forward: what a crash left behind the last acknowledged frame is cut
+//!   off by copying into a new journal (`recover.rs`), so no offset is written twice under one key.
+//! - The data key is wrapped by age for the identity and every recipient, and never leaves tier 1: it opens nothing that
+//!   tier 2 holds. Changing the identity wraps it again; journals stay as they are.
+
+use super::frame::{
+    self, FRAME_FIELDS, FRAME_HEADER_MAX, FrameHeader, JournalHeader, KeyInfo, SIGNED_BYTES, TAG,
+};
+use crate::{
+    Error, Kind, Op,
+    crypt::Keys,
+    disk::{Disk, durable, read_small},
+};
+use ring::{
+    aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, Tag, UnboundKey},
+    error::Unspecified,
+    hkdf,
+    rand::{SecureRandom, SystemRandom},
+};
+use std::{fmt, io, path::Path, sync::Arc};
+use zeroize::Zeroizing;
+
+const FORMAT: &str = "klio-open-key 1 ";
+const LIMIT_BYTES: u64 = 64 << 10;
+const HEADER_NONCE: [u8; 12] = [0xFF; 12];
+const INFO: &[u8] = b"klio journal 2";
+/// The part of a header that says what the journal is of.
+const BOUND_BYTES: usize = 48;
+
+/// The key of a cluster's journals.
+pub(super) struct DataKey {
+    bytes: Zeroizing<[u8; 32]>,
+    id: [u8; 8],
+}
+
+impl fmt::Debug for DataKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DataKey(..)")
+    }
+}
+
+fn expand<const N: usize>(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Zeroizing<[u8; N]> {
+    struct Len(usize);
+    impl hkdf::KeyType for Len {
+        fn len(&self) -> usize {
+            self.0
+        }
+    }
+    let mut out = Zeroizing::new([0; N]);
+    hkdf::Salt::new(hkdf::HKDF_SHA256, salt)
+        .extract(secret)
+        .expand(info, Len(N))
+        .and_then(|okm| okm.fill(&mut out[..]))
+        .expect("32 bytes are far below the limit of HKDF");
+    out
+}
+
+impl DataKey {
+    fn new(bytes: Zeroizing<[u8; 32]>) -> Self {
+        let id = *expand(&bytes[..], b"", &[b"klio key id"]);
+        Self { bytes, id }
+    }
+
+    /// A random one.
+    pub(super) fn generate() -> Result<Self, Error> {
+        let mut bytes = Zeroizing::new([0; 32]);
+        SystemRandom::new().fill(&mut bytes[..]).map_err(|_| {
+            Error::new(Kind::Io, Op::Create, "data key", "the system gives no random numbers")
+        })?;
+        Ok(Self::new(bytes))
+    }
+
+    fn parse(text: &[u8]) -> Option<Self> {
+        let digits = std::str::from_utf8(text).ok()?.trim_end().strip_prefix(FORMAT)?;
+        if digits.len() != 64 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut bytes = Zeroizing::new([0; 32]);
+        for (n, byte) in bytes.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&digits[2 * n..2 * n + 2], 16).ok()?;
+        }
+        Some(Self::new(bytes))
+    }
+
+    fn text(&self) -> Zeroizing<String> {
+        let mut text = Zeroizing::new(String::with_capacity(FORMAT.len() + 65));
+        text.push_str(FORMAT);
+        for byte in self.bytes.iter() {
+            for digit in [byte >> 4, byte & 15] {
+                text.push(char::from_digit(digit.into(), 16).unwrap_or('0'));
+            }
+        }
+        text.push('\n');
+        text
+    }
+
+    /// The stored key; `None` when there is none.
+    ///
+    /// # Errors
+    /// `Denied` when the identity is not the one it is wrapped for, `Corrupt`, or as the disk fails.
+    pub(super) fn load(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<Option<Self>, Error> {
+        let wrapped = match read_small(disk, path, LIMIT_BYTES) {
+            Ok(wrapped) => wrapped,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(Op::Read, path, e)),
+        };
+        let text = keys.unwrap(&wrapped).map_err(|e| e.at(path.display()))?;
+        Self::parse(&text).map(Some).ok_or_else(|| {
+            let detail = "expected an open key of version 1, found something else";
+            Error::new(Kind::Corrupt, Op::Open, path.display(), detail)
+        })
+    }
+
+    /// Makes one, durably.
+    pub(super) fn create(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<Self, Error> {
+        let key = Self::generate()?;
+        key.store(disk, path, keys)?;
+        Ok(key)
+    }
+
+    /// Writes it, durably, for the recipients there are now.
+    pub(super) fn store(&self, disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<(), Error> {
+        durable::overwrite(disk, path, &keys.wrap(self.text().as_bytes())?)
+    }
+
+    /// What the header of a new journal says.
+    pub(super) fn info(&self, random: [u64; 2]) -> KeyInfo {
+        let mut salt = [0; 16];
+        salt[..8].copy_from_slice(&random[0].to_le_bytes());
+        salt[8..].copy_from_slice(&random[1].to_le_bytes());
+        KeyInfo { key_id: self.id, salt }
+    }
+
+    /// The key of a journal, whatever its header's tag.
+    pub(super) fn cipher(&self, header: &JournalHeader) -> Option<Cipher> {
+        let info = header.key.filter(|info| info.key_id == self.id)?;
+        let block = header.encode();
+        let key = expand::<32>(&self.bytes[..], &info.salt, &[INFO, &block[..BOUND_BYTES]]);
+        let key = UnboundKey::new(&AES_256_GCM, &key[..]).expect("32 bytes are a key");
+        Some(Cipher(LessSafeKey::new(key)))
+    }
+}
+
+/// Wraps a stored data key again, for other recipients.
+pub(super) fn rewrap(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<bool, Error> {
+    let Some(key) = DataKey::load(disk, path, keys)? else { return Ok(false) };
+    key.store(disk, path, keys)?;
+    Ok(true)
+}
+
+/// What a cluster's journals are read and written with. A clone is cheap.
+#[derive(Debug, Clone, Default)]
+pub(super) struct JournalKeys {
+    /// Opens encrypted journals; makes them where `writing`.
+    pub(super) data: Option<Arc<DataKey>>,
+    /// New journals are encrypted.
+    pub(super) writing: bool,
+}
+
+impl JournalKeys {
+    /// Makes a new journal's header say how it is written.
+    ///
+    /// # Errors
+    /// `Invalid` where it is to be encrypted and there is no key.
+    pub(super) fn begin(
+        &self,
+        header: &mut JournalHeader,
+        next_id: &dyn Fn() -> u64,
+    ) -> Result<Option<Arc<Cipher>>, Error> {
+        header.id = next_id();
+        header.key = None;
+        if !self.writing {
+            return Ok(None);
+        }
+        let key = self.data.as_ref().ok_or_else(|| {
+            let detail = "expected a key for its journal, found none";
+            Error::new(Kind::Invalid, Op::Create, header.segment(), detail)
+        })?;
+        header.key = Some(key.info([next_id(), next_id()]));
+        Ok(key.cipher(header).map(Arc::new))
+    }
+
+    /// What opens a journal; `None` for a plain one.
+    ///
+    /// # Errors
+    /// `Denied` when its key is not here, `Corrupt` when its header is not as it was written.
+    pub(super) fn cipher(
+        &self,
+        header: &JournalHeader,
+        block: &[u8],
+        path: &Path,
+    ) -> Result<Option<Arc<Cipher>>, Error> {
+        let Some(info) = header.key else { return Ok(None) };
+        let Some(cipher) = self.data.as_ref().and_then(|key| key.cipher(header)) else {
+            let expected = hex(&info.key_id);
+            let found = self.data.as_ref().map_or("none".into(), |key| hex(&key.id));
+            let detail = format!("expected the open key {expected}, found {found}");
+            return Err(Error::new(Kind::Denied, Op::Open, path.display(), detail).hint(
+                "encryption.identity_file and open.key.age of the cluster open its journals",
+            ));
+        };
+        if cipher.is_signed(block) {
+            return Ok(Some(Arc::new(cipher)));
+        }
+        let detail = "expected a journal header as it was signed, found another";
+        Err(Error::new(Kind::Corrupt, Op::Open, path.display(), detail))
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Ends a frame that will be written at `offset`: its stored bytes are in place behind the room for its header.
+pub(super) fn finish(header: &FrameHeader, frame: &mut [u8], offset: u64, cipher: Option<&Cipher>) {
+    match cipher {
+        Some(cipher) => {
+            frame[..FRAME_FIELDS].copy_from_slice(&header.fields());
+            cipher.seal(offset, frame);
+        }
+        None => frame::finish_plain(header, frame),
+    }
+}
+
+/// Encrypts and decrypts the frames of one journal.
+pub(super) struct Cipher(LessSafeKey);
+
+impl fmt::Debug for Cipher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Cipher(..)")
+    }
+}
+
+fn nonce(offset: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[..8].copy_from_slice(&offset.to_le_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+impl Cipher {
+    /// Puts the tag of a journal's header into its block.
+    pub(super) fn sign(&self, block: &mut [u8]) {
+        let tag = self.header_tag(&block[..SIGNED_BYTES]);
+        block[SIGNED_BYTES..SIGNED_BYTES + TAG].copy_from_slice(&tag);
+    }
+
+    fn header_tag(&self, signed: &[u8]) -> [u8; TAG] {
+        let nonce = Nonce::assume_unique_for_key(HEADER_NONCE);
+        let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(signed), &mut []);
+        let tag = tag.expect("a header is far below the limit of GCM");
+        std::array::from_fn(|n| tag.as_ref()[n])
+    }
+
+    /// Whether a journal's first block is as it was written.
+    pub(super) fn is_signed(&self, block: &[u8]) -> bool {
+        let nonce = Nonce::assume_unique_for_key(HEADER_NONCE);
+        let Some(tag) = block.get(SIGNED_BYTES..SIGNED_BYTES + TAG) else { return false };
+        let mut tag: [u8; TAG] = std::array::from_fn(|n| tag[n]);
+        self.0.open_in_place(nonce, Aad::from(&block[..SIGNED_BYTES]), &mut tag).is_ok()
+    }
+
+    /// Encrypts a frame where it lies: its fields are written, its stored bytes are behind the place of the tag.
+    pub(super) fn seal(&self, offset: u64, frame: &mut [u8]) {
+        let (header, stored) = frame.split_at_mut(FRAME_HEADER_MAX);
+        let (fields, tag) = header.split_at_mut(FRAME_FIELDS);
+        let made = self.0.seal_in_place_separate_tag(nonce(offset), Aad::from(&*fields), stored);
+        tag.copy_from_slice(made.expect("1 MiB is far below the limit of GCM").as_ref());
+    }
+
+    /// Decrypts a frame where it lies; on failure its stored bytes are lost.
+    pub(super) fn open(&self, offset: u64, frame: &mut [u8]) -> Result<(), Unspecified> {
+        let (header, stored) = frame.split_at_mut_checked(FRAME_HEADER_MAX).ok_or(Unspecified)?;
+        let (fields, tag) = header.split_at(FRAME_FIELDS);
+        let tag: Tag = (&*tag).try_into()?;
+        self.0.open_in_place_separate_tag(nonce(offset), Aad::from(fields), tag, stored, 0..)?;
+        Ok(())
+    }
+}
