@@ -19,6 +19,7 @@ mod index;
 mod maintain;
 mod reader;
 mod sealer;
+pub mod secret;
 mod snapshot;
 mod source;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use check::Problem;
 pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed};
 pub use maintain::PruneOutcome;
 pub use reader::{ChunkId, ChunkLocation, Entries, Entry, Reader, StoredKind};
+pub use secret::{SECRET_LIMIT_BYTES, decode_secret, encode_secret, secret_objects};
 pub use snapshot::{Part, YOUNG};
 pub use source::{EntryKind, Open, Progress, Silent, Source, SourceEntry};
 

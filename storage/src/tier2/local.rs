@@ -97,6 +97,11 @@ fn check(source: &Source, keep: bool) -> Result<(u64, Sha256Sum, Option<Bytes>),
     if size == 0 {
         return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), "found 0 bytes"));
     }
+    // What no decoder can check, and of which the sum is known: a repository file, named by it.
+    if let Some(expected) = source.sha256.filter(|expected| !source.zstd && *expected != sha256) {
+        let detail = format!("expected the SHA-256 {expected}, found {sha256}");
+        return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), detail));
+    }
     // A sum that differs is not damage yet: sealing again after a crash may compress differently.
     if source.zstd && source.sha256 != Some(sha256) {
         plaintext_sum(&source.path, source.plaintext_bytes)?;

@@ -47,6 +47,16 @@ impl LocalFiles {
         self.root.join(file.relative())
     }
 
+    /// Where a file lies, in a folder that is there durably: for whoever writes it piece by piece.
+    ///
+    /// # Errors
+    /// As the disk reports.
+    pub fn place_for(&self, file: BaseFile) -> Result<PathBuf, Error> {
+        let path = self.path(file);
+        self.require_folder(path.parent().unwrap_or(&self.root))?;
+        Ok(path)
+    }
+
     /// Removes what crashes left of unfinished files. Only while nobody writes.
     ///
     /// # Errors
