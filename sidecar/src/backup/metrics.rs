@@ -4,7 +4,8 @@
 //! that they are true after a restart. Observation only (P9).
 
 use super::Done;
-use crate::error::Error;
+use crate::error::{Error, Failure};
+use klio_proto::Code;
 use klio_storage::catalog::BackupRecord;
 use opentelemetry::{
     KeyValue,
@@ -163,6 +164,8 @@ impl Metrics {
                     self.maintenance_failures.add(1, &self.attributes);
                 }
             }
+            // Refused before it began: the other one counts.
+            Err(error) if error.failure == Failure::Code(Code::Busy) => {}
             Err(error) => {
                 set(&self.state.failure, now_unix);
                 let cause = KeyValue::new("error.type", error.failure.name());

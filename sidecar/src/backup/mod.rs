@@ -9,6 +9,7 @@
 
 mod after;
 mod copy;
+mod daemon;
 mod exclude;
 mod metrics;
 mod pages;
@@ -22,6 +23,7 @@ mod wal;
 mod walk;
 
 pub use after::After;
+pub use daemon::Daemon;
 pub use metrics::{CATALOGUE, Metrics};
 pub use progress::{Progress, Seen};
 pub use schedule::{Planner, Schedule};

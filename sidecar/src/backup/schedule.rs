@@ -3,19 +3,20 @@
 //! Five cron fields and a time zone, UTC when there is none: `0 2 * * * Europe/Berlin`. The newest
 //! backup's beginning is what counts: runs that were missed while nobody was there are made up for by
 //! one, a cluster without any backup gets one at once, and a failure is tried again with growing
-//! pauses. Times that the clocks show twice count once; times that they leave out fall to the first
-//! moment after.
+//! pauses. A time that clocks show twice counts once, and one that they leave out counts, too.
 
 use crate::streamer::Backoff;
-use cronexpr::{Crontab, FallbackTimezoneOption, ParseOptions};
-use jiff::Timestamp;
+use cronexpr::Crontab;
+use jiff::{Timestamp, tz::TimeZone};
 use rand::Rng;
 use std::time::Duration;
 
 /// A schedule.
 #[derive(Debug, Clone)]
 pub struct Schedule {
-    crontab: Crontab,
+    /// Over what clocks show, as if that were UTC: time zones are ours.
+    fields: Crontab,
+    zone: TimeZone,
 }
 
 impl Schedule {
@@ -24,31 +25,39 @@ impl Schedule {
     /// # Errors
     /// What is wrong with it, in words.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut options = ParseOptions::default();
-        options.fallback_timezone_option = FallbackTimezoneOption::UTC;
-        let crontab = cronexpr::parse_crontab_with(text, options).map_err(|error| {
-            // The crate draws an arrow below the text, over several lines.
-            let why = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let wrong = |why: &str| {
             format!(
                 "expected five cron fields and a time zone, such as 0 2 * * * Europe/Berlin, found {text:?}: {why}"
             )
-        })?;
-        Ok(Self { crontab })
+        };
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let (fields, zone) = match words.as_slice() {
+            [_, _, _, _, _] => (words.as_slice(), "UTC"),
+            [fields @ .., zone] if fields.len() == 5 => (fields, *zone),
+            _ => return Err(wrong(&format!("{} words", words.len()))),
+        };
+        let zone = TimeZone::get(zone).map_err(|_| wrong("no such time zone"))?;
+        let fields =
+            cronexpr::parse_crontab(&format!("{} UTC", fields.join(" "))).map_err(|e| {
+                // The crate draws an arrow below the text, over several lines.
+                wrong(&e.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+            })?;
+        Ok(Self { fields, zone })
     }
 
     /// The first time after `after`; `None` when there is none within four years.
     pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
-        let mut next = self.crontab.find_next(after).ok()?;
-        // The hour that is shown twice in autumn: its second showing is not another day.
-        let shown_before = |at: &jiff::Zoned| {
-            let zone = at.time_zone();
-            let first = zone.to_ambiguous_zoned(at.datetime()).earlier().ok();
-            first.is_some_and(|first| first.timestamp() < at.timestamp())
-        };
-        while shown_before(&next) {
-            next = self.crontab.find_next(next.timestamp()).ok()?;
+        let mut shown = self.zone.to_datetime(after);
+        loop {
+            let from = shown.to_zoned(TimeZone::UTC).ok()?.timestamp();
+            shown = self.fields.find_next(from).ok()?.datetime();
+            // A time that is shown twice is its first showing; one that is left out comes as much after the
+            // clocks went forward as it would have come after they would have: jiff's "compatible".
+            let next = self.zone.to_ambiguous_zoned(shown).compatible().ok()?.timestamp();
+            if next > after {
+                return Some(next);
+            }
         }
-        Some(next.timestamp())
     }
 }
 
@@ -106,6 +115,13 @@ impl Planner {
         self.delay = draw(self.jitter, rng);
     }
 
+    /// The newest backup, whoever took it. An older one than is known changes nothing.
+    pub fn saw(&mut self, begun: Option<Timestamp>, rng: &mut impl Rng) {
+        if let Some(begun) = begun.filter(|begun| Some(*begun) > self.newest) {
+            self.succeeded(begun, rng);
+        }
+    }
+
     /// It did not work out; gives the pause until the next attempt.
     pub fn failed(&mut self, now: Timestamp, rng: &mut impl Rng) -> Duration {
         let pause = self.backoff.pause(rng);
@@ -145,9 +161,13 @@ mod tests {
         // 2027-03-28: clocks go from 2:00 to 3:00, and 2:30 does not exist.
         assert_eq!(next(daily, "2027-03-27T02:00:00Z"), "2027-03-28T01:30:00Z");
         assert_eq!(next(daily, "2027-03-28T01:30:00Z"), "2027-03-29T00:30:00Z");
+        assert_eq!(next(daily, "2027-03-28T00:59:00Z"), "2027-03-28T01:30:00Z");
         // 2027-10-31: 2:30 is shown at 0:30 and again at 1:30 UTC.
         assert_eq!(next(daily, "2027-10-30T12:00:00Z"), "2027-10-31T00:30:00Z");
         assert_eq!(next(daily, "2027-10-31T00:30:00Z"), "2027-11-01T01:30:00Z");
+        assert_eq!(next(daily, "2027-10-31T01:10:00Z"), "2027-11-01T01:30:00Z");
+        let often = "*/30 * * * * Europe/Berlin";
+        assert_eq!(next(often, "2027-03-28T00:30:00Z"), "2027-03-28T01:00:00Z");
     }
 
     #[test]
@@ -201,6 +221,19 @@ mod tests {
         planner.succeeded(now, &mut rng);
         assert_eq!(planner.due(now), Some(at("2026-11-21T01:00:00Z")));
         assert!(planner.failed(now, &mut rng) <= Duration::from_secs(60));
+    }
+
+    #[test]
+    fn a_backup_that_somebody_else_took_counts() {
+        let (mut planner, mut rng) =
+            (planner(Some("2026-11-19T01:00:05Z")), StdRng::seed_from_u64(7));
+        let now = at("2026-11-20T12:00:00Z");
+        planner.failed(now, &mut rng);
+        planner.saw(Some(at("2026-11-01T00:00:00Z")), &mut rng);
+        planner.saw(None, &mut rng);
+        assert!(planner.due(now).unwrap() < at("2026-11-20T13:00:00Z"));
+        planner.saw(Some(at("2026-11-20T11:00:00Z")), &mut rng);
+        assert_eq!(planner.due(now), Some(at("2026-11-21T01:00:00Z")));
     }
 
     #[test]

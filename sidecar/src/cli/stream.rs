@@ -3,6 +3,7 @@
 use super::{conninfo, exit, slot};
 use crate::{
     admin,
+    backup::{self, Daemon},
     config::Config,
     conninfo::ConnInfo,
     error::{Error, Failure},
@@ -41,6 +42,8 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
         version = env!("CARGO_PKG_VERSION"),
         "klio stream begins"
     );
+    let backups = backup::Metrics::new(&telemetry.meter(), cluster.as_str());
+    let backups = Daemon::start(super::backup::backup(config, backups, &stop)?)?;
     let postgres = Postgres::new(info, slot, config.postgres.create_slot);
     let options = Options::new(cluster, &config.stream);
     let result = Streamer::new(postgres, link, options, metrics).run(stop.clone()).await;
@@ -48,6 +51,10 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
     let ended = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(Duration::from_secs(2), ended).await.is_err() {
         tasks.abort_all();
+    }
+    // PostgreSQL leaves backup mode with the session, whatever becomes of the thread.
+    if tokio::time::timeout(config.stream.stop_timeout, backups.ended()).await.is_err() {
+        tracing::warn!("the backup that was running did not end in time");
     }
     result.map(|()| exit::OK)
 }

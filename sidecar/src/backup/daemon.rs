@@ -1,0 +1,221 @@
+//! Scheduled backups inside `klio stream`, on a thread and a runtime of their own.
+//!
+//! Streaming runs on one thread and commits wait for it, so nothing of a backup happens there: connections,
+//! encryption and files are this thread's and its children's, which all run at a lower priority. One backup at
+//! a time. What the server says is the newest backup decides, so two sidecars with the same schedule (a
+//! primary's and a standby's) take one backup, not two.
+//! Without a schedule it only keeps the gauges true.
+
+use super::{Backup, Order, Planner, Progress, Schedule, take};
+use crate::{
+    error::{Error, Failure},
+    server_link::BaseLink,
+    streamer::Backoff,
+};
+use jiff::Timestamp;
+use klio_proto::Code;
+use klio_storage::catalog::BackupRecord;
+use rand::{SeedableRng, rngs::StdRng};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Clocks are set and machines sleep: the schedule is looked at this often at least.
+const LOOK: Duration = Duration::from_secs(30);
+/// How often the server is asked for backups that others took.
+const REFRESH: Duration = Duration::from_secs(300);
+/// Below the priority of streaming and of PostgreSQL: nice values run from -20 to 19.
+const NICE: i32 = 10;
+
+/// The running thread.
+#[derive(Debug)]
+pub struct Daemon {
+    ended: oneshot::Receiver<()>,
+}
+
+impl Daemon {
+    /// Starts it. It ends with `backup.stop`.
+    ///
+    /// # Errors
+    /// A schedule that is none, or no thread to be had.
+    pub fn start(backup: Backup) -> Result<Self, Error> {
+        let schedule = match backup.settings.schedule.as_str() {
+            "" => None,
+            text => Some(Schedule::parse(text).map_err(|problem| {
+                Error::new(Failure::Config, format!("backup.schedule: {problem}"))
+            })?),
+        };
+        let (end, ended) = oneshot::channel();
+        let run = move || {
+            // A lower priority is a courtesy: without it, the work is the same.
+            let _ = rustix::process::nice(NICE);
+            let built = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            match built {
+                Ok(runtime) => runtime.block_on(Loop::new(backup, Timestamp::now).run(schedule)),
+                Err(error) => tracing::error!(%error, "no runtime for scheduled backups"),
+            }
+            let _ = end.send(());
+        };
+        std::thread::Builder::new()
+            .name("klio-backup".into())
+            .spawn(run)
+            .map_err(|e| Error::new(Failure::Local, format!("start backup thread: {e}")))?;
+        Ok(Self { ended })
+    }
+
+    /// Waits for its end, after `backup.stop`.
+    pub async fn ended(self) {
+        let _ = self.ended.await;
+    }
+}
+
+struct Loop<C> {
+    backup: Backup,
+    base: BaseLink,
+    clock: C,
+    rng: StdRng,
+}
+
+impl<C: Fn() -> Timestamp> Loop<C> {
+    fn new(backup: Backup, clock: C) -> Self {
+        let base = BaseLink::new(backup.link.clone(), backup.stop.child_token());
+        Self { backup, base, clock, rng: StdRng::from_os_rng() }
+    }
+
+    async fn run(mut self, schedule: Option<Schedule>) {
+        let Some(newest) = self.first().await else { return };
+        let Some(schedule) = schedule else { return self.watch().await };
+        let settings = &self.backup.settings;
+        let backoff = Backoff::new(settings.retry_min, settings.retry_max);
+        let newest = newest.as_ref().and_then(begun);
+        let mut planner = Planner::new(schedule, settings.jitter, backoff, newest, &mut self.rng);
+        let mut refreshed = (self.clock)();
+        loop {
+            let now = (self.clock)();
+            let due = planner.due(now);
+            self.backup.metrics.next(due.map(|due| due.as_millisecond() as f64 / 1e3));
+            if due.is_some_and(|due| due <= now) {
+                if !self.attempt(&mut planner).await {
+                    return;
+                }
+                refreshed = (self.clock)();
+                continue;
+            }
+            if !self.sleep(planner.pause(now, LOOK)).await {
+                return;
+            }
+            let age = Duration::try_from((self.clock)().duration_since(refreshed));
+            if age.is_ok_and(|age| age < REFRESH) {
+                continue;
+            }
+            refreshed = (self.clock)();
+            self.refresh(&mut planner).await;
+        }
+    }
+
+    /// What there is at start; `None` when we are to end before anybody told.
+    async fn first(&mut self) -> Option<Option<BackupRecord>> {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        loop {
+            match self.newest().await {
+                Ok(newest) => return Some(newest),
+                Err(error) if self.backup.stop.is_cancelled() => {
+                    tracing::debug!("{}", error.message);
+                    return None;
+                }
+                Err(error) => tracing::warn!(
+                    hint = error.hint,
+                    "cannot learn which backups there are: {}",
+                    error.message
+                ),
+            }
+            let pause = backoff.pause(&mut self.rng);
+            if !self.sleep(pause).await {
+                return None;
+            }
+        }
+    }
+
+    /// Keeps the gauges true.
+    async fn watch(&mut self) {
+        while self.sleep(REFRESH).await {
+            if let Err(error) = self.newest().await {
+                tracing::debug!("{}", error.message);
+            }
+        }
+    }
+
+    async fn newest(&self) -> Result<Option<BackupRecord>, Error> {
+        let newest = take::newest(&self.backup, &self.base).await?;
+        if let Some(record) = &newest {
+            self.backup.metrics.known(record);
+        }
+        Ok(newest)
+    }
+
+    /// A backup that somebody else took counts as well.
+    async fn refresh(&mut self, planner: &mut Planner) {
+        match self.newest().await {
+            Ok(newest) => planner.saw(newest.as_ref().and_then(begun), &mut self.rng),
+            Err(error) => tracing::debug!("{}", error.message),
+        }
+    }
+
+    /// Takes the backup that is due, unless somebody did; `false` when we are to end.
+    async fn attempt(&mut self, planner: &mut Planner) -> bool {
+        self.refresh(planner).await;
+        let begun = (self.clock)();
+        if planner.due(begun).is_none_or(|due| due > begun) {
+            return true;
+        }
+        self.backup.progress = Progress::new();
+        let result = self.backup.run(&Order::default()).await;
+        if self.backup.stop.is_cancelled() {
+            return false;
+        }
+        match result {
+            Ok(done) => {
+                planner.succeeded(begun, &mut self.rng);
+                let record = &done.record;
+                tracing::info!(
+                    backup = %record.name,
+                    seconds = record.duration_seconds,
+                    size_bytes = record.size_bytes,
+                    stored_bytes = record.stored_bytes,
+                    "scheduled backup taken"
+                );
+                if record.pages.bad > 0 {
+                    tracing::error!(backup = %record.name, pages = record.pages.bad, "the backup has pages with wrong checksums");
+                }
+            }
+            Err(error) => {
+                let pause = planner.failed((self.clock)(), &mut self.rng);
+                let pause = pause.as_secs_f64().round();
+                if error.failure == Failure::Code(Code::Busy) {
+                    tracing::info!(pause, "another backup of the cluster runs; looking again");
+                } else {
+                    tracing::error!(
+                        error.type = error.failure.name(),
+                        hint = error.hint,
+                        pause,
+                        "scheduled backup failed, trying again after the pause: {}",
+                        error.message
+                    );
+                }
+            }
+        }
+        true
+    }
+
+    /// `false` when we are to end.
+    async fn sleep(&self, pause: Duration) -> bool {
+        tokio::select! {
+            biased;
+            () = self.backup.stop.cancelled() => false,
+            () = tokio::time::sleep(pause) => true,
+        }
+    }
+}
+
+fn begun(record: &BackupRecord) -> Option<Timestamp> {
+    Timestamp::from_millisecond((record.begun_unix * 1e3) as i64).ok()
+}
