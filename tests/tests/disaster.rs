@@ -1,0 +1,231 @@
+//! docs/disaster.md does what it says: its commands are taken out of the page and run as they stand, with stock restic, age, zstd, curl
+//! and PostgreSQL; only the values of its settings are replaced. No program of Klio runs meanwhile.
+
+use klio_tests::{
+    env, install_crypto,
+    postgres::{Postgres, Stop, install},
+    programs,
+    s3::{REGION, S3},
+    scratch::Scratch,
+    site::{PATIENCE, Site},
+    wait::{eventually, eventually_now},
+    workload::{self, Oracle, Target, Workload, differences},
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The shell commands of the page for one way (`bucket` or `files`), with the settings replaced.
+fn commands(way: &str, settings: &[(&str, String)]) -> String {
+    let page = fs::read_to_string(env::repository().join("docs/disaster.md")).expect("the page");
+    let mut script = String::new();
+    let mut missing: Vec<&str> = settings.iter().map(|(name, _)| *name).collect();
+    for block in page.split("<!-- run: ").skip(1) {
+        let (tags, rest) = block.split_once(" -->").expect("the end of a comment");
+        let words: Vec<&str> = tags.split_whitespace().collect();
+        let code = rest.trim_start().strip_prefix("```sh\n").expect("a block of shell commands");
+        let code = code.split_once("```").expect("the end of the block").0;
+        let ways = ["bucket", "files"];
+        if words.iter().any(|word| ways.contains(word)) && !words.contains(&way) {
+            continue;
+        }
+        if words.contains(&"settings") {
+            code.lines().for_each(|line| script += &setting(line, settings, &mut missing));
+        } else {
+            script += code;
+        }
+    }
+    assert!(missing.is_empty(), "the page has no settings {missing:?}");
+    script
+}
+
+/// `export NAME=value # comment`, with another value if there is one.
+fn setting(line: &str, settings: &[(&str, String)], missing: &mut Vec<&str>) -> String {
+    let name = line.strip_prefix("export ").and_then(|rest| rest.split('=').next());
+    let Some((name, value)) = settings.iter().find(|(n, _)| Some(*n) == name) else {
+        return format!("{line}\n");
+    };
+    missing.retain(|other| other != name);
+    format!("export {name}=\"{value}\"\n")
+}
+
+/// PostgreSQL as the page starts it: a daemon, stopped in any case.
+struct Daemon(PathBuf);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let mut stop = install::command(&install::client("pg_ctl"));
+        stop.arg("-D").arg(&self.0).args(["-m", "immediate", "stop"]);
+        let _ = stop.output();
+    }
+}
+
+struct Lost {
+    s3: S3,
+    site: Site,
+    pg: Postgres,
+    places: PathBuf,
+    scratch: Scratch,
+    oracle: Oracle,
+}
+
+/// A cluster with a workload, a backup in the middle and everything archived; then its primary and its server are stopped.
+async fn lose(plain: bool) -> Lost {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    if plain {
+        site.set("KLIO_ENCRYPTION__OFF", "true");
+    }
+    site.start().await;
+    let mut pg = Postgres::builder()
+        .segment_mib(1)
+        .set("max_prepared_transactions", "20")
+        .set("wal_keep_size", "8GB")
+        .start()
+        .await;
+    let scratch = Scratch::new("disaster");
+    install::give(scratch.path());
+    let places = scratch.join("places");
+    let base = workload::setup(&pg, &places).await;
+    let stream = site.stream(&pg);
+    let mut load = Workload::start(&pg, base, &places, 11, 0, false).await;
+    let more = async |count: usize| {
+        let enough = load.count() + count;
+        eventually_now("transactions", PATIENCE, || load.count() > enough).await;
+    };
+    more(200).await;
+    let backup = site.klio(Some(&pg), &["backup"]).await;
+    assert_eq!(backup.code, Some(0), "{}{}", backup.stdout, backup.stderr);
+    more(300).await;
+    load.stop().await;
+    let segment = pg.segment_size().await;
+    let switched = pg.switch_wal().await.segment_start(segment);
+    pg.write_wal(1).await;
+    site.wait_archived(switched).await;
+    archived(&s3).await;
+    pg.stop(Stop::Fast).await;
+    drop(stream);
+    site.stop().await;
+    let mut oracle = load.finish(&pg).await;
+    // What came before the switch is archived, and the restore must have it.
+    let records = &oracle.records;
+    let kept: Vec<u32> = records
+        .iter()
+        .filter(|record| record.start < switched)
+        .filter_map(|record| match record.kind {
+            workload::Kind::End { xid, .. } => Some(xid),
+            _ => None,
+        })
+        .collect();
+    for xid in kept {
+        oracle.transactions.entry(xid).and_modify(|t| t.acknowledged = true);
+    }
+    Lost { s3, site, pg, places, scratch, oracle }
+}
+
+/// Waits until the record of the backup is in the bucket, which is the last thing to get there.
+async fn archived(s3: &S3) {
+    eventually("the backup in the bucket", PATIENCE, || async {
+        s3.keys("klio/main/backups").iter().any(|key| key.ends_with(".json"))
+    })
+    .await;
+}
+
+fn give_all(path: &Path) {
+    install::give(path);
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            give_all(&entry.path());
+        } else {
+            install::give(&entry.path());
+        }
+    }
+}
+
+impl Lost {
+    fn settings(&self) -> Vec<(&'static str, String)> {
+        let text = |path: PathBuf| path.display().to_string();
+        let identity = self.scratch.join("identity.txt");
+        if let Some(kept) = self.site.identity() {
+            fs::copy(kept, &identity).expect("copy the identity");
+            install::give(&identity);
+        }
+        vec![
+            ("CLUSTER", "main".to_owned()),
+            ("IDENTITY", text(identity)),
+            ("PGBIN", text(install::bin_dir(install::DEBIAN_MAJOR))),
+            ("PGDATA", text(self.data())),
+            ("WORK", text(self.scratch.join("work"))),
+        ]
+    }
+
+    fn data(&self) -> PathBuf {
+        self.scratch.join("restored")
+    }
+
+    /// Runs the page, and compares what comes back with what was there.
+    async fn restore(self, way: &str, more: Vec<(&'static str, String)>) {
+        workload::make_places(&self.places);
+        let mut settings = self.settings();
+        settings.extend(more);
+        let script = commands(way, &settings);
+        let file = self.scratch.join("script");
+        fs::write(&file, &script).expect("write the script");
+        let mut command: Command = install::command("/bin/bash".as_ref());
+        command.args(["-euo", "pipefail"]).arg(&file).env("HOME", self.scratch.path());
+        let daemon = Daemon(self.data());
+        let outcome = programs::run(command).await;
+        let log = fs::read_to_string(self.scratch.join("work/postgres.log")).unwrap_or_default();
+        assert_eq!(outcome.code, Some(0), "{}\n{}\n{log}", outcome.stdout, outcome.stderr);
+        self.pg.wait_true("select not pg_is_in_recovery()").await;
+        let log = fs::read_to_string(self.scratch.join("work/postgres.log")).expect("its log");
+        let redone = log.rsplit_once("redo done at ").expect("it recovered").1;
+        let redone = redone.split(' ').next().and_then(|text| text.parse().ok()).expect("an LSN");
+        let expected = self.oracle.expect_at(&Target::Latest, redone).expect("all of the archive");
+        let found = workload::read(&self.pg).await.expect("readable");
+        let differences = differences(&expected, &found);
+        assert!(differences.is_empty(), "{differences:#?}");
+        let check = self.pg.amcheck().await;
+        assert_eq!(check.code, Some(0), "pg_amcheck: {}{}", check.stdout, check.stderr);
+        drop(daemon);
+    }
+}
+
+async fn from_bucket(plain: bool) {
+    let lost = lose(plain).await;
+    // The server's disk is gone, all but the identity, which the user keeps elsewhere.
+    fs::remove_dir_all(lost.site.dir().join("data")).expect("lose the server's disk");
+    let s3 = lost.s3.settings();
+    let more = vec![
+        ("S3", lost.s3.endpoint()),
+        ("FOLDER", format!("{}/klio", s3.bucket)),
+        ("AWS_DEFAULT_REGION", REGION.to_owned()),
+        ("AWS_ACCESS_KEY_ID", s3.access_key.clone()),
+        ("AWS_SECRET_ACCESS_KEY", s3.secret_key.clone()),
+    ];
+    lost.restore("bucket", more).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_restores_from_the_bucket_alone() {
+    from_bucket(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_restores_from_an_unencrypted_bucket() {
+    from_bucket(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_restores_from_the_files_of_a_server() {
+    let lost = lose(false).await;
+    lost.s3.faults().inject(klio_tests::s3::Rule::always(klio_tests::s3::Fault::Reset));
+    let tier1 = lost.scratch.join("tier1");
+    fs::rename(lost.site.tier1(), &tier1).expect("take the disk out");
+    give_all(&tier1);
+    let more = vec![("TIER1", tier1.display().to_string())];
+    lost.restore("files", more).await;
+}
