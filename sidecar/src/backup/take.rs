@@ -357,8 +357,16 @@ async fn open_repository(
         Error::new(Failure::Code(Code::Invalid), message)
     })?;
     let shared = files.clone();
-    let opened =
-        tokio::task::spawn_blocking(move || Repository::open(Arc::new(shared), &secret)).await;
+    let open = move || {
+        let repository = Repository::open(Arc::new(shared), &secret)?;
+        let (packs, bytes) = repository.adopt()?;
+        if packs > 0 {
+            tracing::info!(packs, bytes, "what an unfinished backup sent is used");
+        }
+        Ok(repository)
+    };
+    let span = Span::current();
+    let opened = tokio::task::spawn_blocking(move || span.in_scope(open)).await;
     match opened {
         Ok(Ok(repository)) => Ok(repository),
         Ok(Err(error)) => Err(copy::engine(&error, files).during(DOING)),

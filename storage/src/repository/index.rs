@@ -33,13 +33,13 @@ pub(super) struct PackJson {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct BlobJson {
-    id: Sha256Sum,
+    pub(super) id: Sha256Sum,
     #[serde(rename = "type")]
-    blob: BlobKind,
-    offset: u32,
-    length: u32,
+    pub(super) blob: BlobKind,
+    pub(super) offset: u32,
+    pub(super) length: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    uncompressed_length: Option<u32>,
+    pub(super) uncompressed_length: Option<u32>,
 }
 
 /// What a piece of a pack is.

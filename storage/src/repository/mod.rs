@@ -9,6 +9,7 @@
 //!
 //! All calls block, and run on threads of their own: never on an async worker.
 
+mod adopt;
 mod assemble;
 mod backend;
 mod check;

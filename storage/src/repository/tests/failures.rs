@@ -1,6 +1,7 @@
 //! R3: what cannot be read fails the backup, and leaves nothing a reader would take for one.
 
 use super::*;
+use crate::repository::Progress;
 use crate::{Kind, Op, layout::BaseFile, layout::BaseKind};
 use bytes::Bytes;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -147,6 +148,55 @@ fn a_write_that_fails_ends_the_backup_early_with_its_own_kind_and_the_next_run_u
     let (part, summary) = back_up(&home.repository, &source, None, "one");
     assert_eq!(part.files, 64);
     assert!(restored(&home.repository, &summary).unwrap() == source.expected());
+}
+
+/// Keeps every pack and no index file, as a killed backup does.
+#[derive(Debug)]
+struct KilledBeforeIndex(Arc<LocalFiles>);
+
+impl Files for KilledBeforeIndex {
+    fn place(&self) -> String {
+        self.0.place()
+    }
+    fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
+        self.0.list(kind)
+    }
+    fn read(&self, file: BaseFile) -> Result<Bytes, Error> {
+        self.0.read(file)
+    }
+    fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
+        self.0.read_range(file, offset, length)
+    }
+    fn write(&self, file: BaseFile, parts: &[Bytes]) -> Result<(), Error> {
+        if file.kind == BaseKind::Index {
+            return Err(Error::new(Kind::Transient, Op::Write, file.relative(), "killed"));
+        }
+        self.0.write(file, parts)
+    }
+    fn remove(&self, file: BaseFile) -> Result<(), Error> {
+        self.0.remove(file)
+    }
+}
+
+#[test]
+fn what_a_killed_backup_sent_is_adopted_and_not_sent_again() {
+    let home = home();
+    let mut source = Fake::new();
+    for n in 0..40 {
+        source = source.file(&format!("data/{n:03}"), &noise(n, 1 << 20));
+    }
+    let killed = home.repository.with_files(Arc::new(KilledBeforeIndex(Arc::clone(&home.files))));
+    killed.snapshot(&source, None, Arc::new(Silent)).unwrap_err();
+    assert!(home.files.list(BaseKind::Index).unwrap().is_empty());
+    let (packs, bytes) = home.repository.adopt().unwrap();
+    assert!(packs >= 1 && bytes >= 30 << 20, "{packs} packs with {bytes} bytes");
+    assert_eq!(home.repository.adopt().unwrap(), (0, 0), "once is enough");
+    let (part, summary) = back_up(&home.repository, &source, None, "one");
+    assert_eq!(part.files_unchanged, 0);
+    assert!(part.stored_bytes < 12 << 20, "{} bytes were sent again", part.stored_bytes);
+    assert!(restored(&home.repository, &summary).unwrap() == source.expected());
+    let silent: Arc<dyn Progress> = Arc::new(Silent);
+    assert_eq!(home.repository.check(100.0, &silent).unwrap(), []);
 }
 
 #[test]

@@ -1,0 +1,149 @@
+//! Names packs that no index file names: what a backup sent before it was killed.
+//!
+//! An engine that ends half way has written packs whose index file was to come later. Every pack ends with an encrypted
+//! list of what is in it
+//! (<https://restic.readthedocs.io/en/stable/100_references.html#pack-format>), from which the index is made here:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | .. | pieces |
+//! | n-4-h..n-4 | the list, encrypted: for each piece its type (0 data, 1 tree; 2 and 3 the same, compressed), encrypted length, length before compression where it is, SHA-256 |
+//! | n-4..n | h, little-endian |
+//!
+//! To be called when no other backup of the repository runs: its packs would be named twice, which is harmless, and
+//! the work for nothing. A pack whose list does not open is left to `check`.
+
+use super::{
+    Repository,
+    index::{BlobJson, BlobKind, IndexJson, PackJson},
+};
+use crate::{
+    Error,
+    layout::{BaseFile, BaseKind},
+    tier2::Sha256Sum,
+};
+use std::collections::BTreeSet;
+
+/// Read at first: the list of a pack with 1500 pieces.
+const TAIL_BYTES: u64 = 64 << 10;
+/// Nonce and tag.
+const SEAL_BYTES: usize = 32;
+/// Pieces in one index file, as rustic does it.
+const PIECES: usize = 50_000;
+
+impl Repository {
+    /// Names every pack that no index file names; gives how many and their bytes.
+    ///
+    /// # Errors
+    /// As files cannot be listed, read or written.
+    pub fn adopt(&self) -> Result<(u64, u64), Error> {
+        let index = self.index()?;
+        let named: BTreeSet<Sha256Sum> = index.packs.iter().map(|pack| pack.id).collect();
+        drop(index);
+        let mut content = IndexJson::default();
+        let (mut packs, mut bytes, mut pieces) = (0, 0, 0);
+        for (file, size) in self.files.list(BaseKind::Data)? {
+            if named.contains(&file.id) {
+                continue;
+            }
+            let Some(blobs) = self.pieces_of(file, size)? else {
+                tracing::warn!(pack = %file.id, "a pack that no index names, and whose own list does not open");
+                continue;
+            };
+            (packs, bytes, pieces) = (packs + 1, bytes + size, pieces + blobs.len());
+            content.packs.push(PackJson { id: file.id, blobs });
+            if pieces >= PIECES {
+                self.write_index(&std::mem::take(&mut content))?;
+                pieces = 0;
+            }
+        }
+        if !content.packs.is_empty() {
+            self.write_index(&content)?;
+        }
+        Ok((packs, bytes))
+    }
+
+    /// What is in a pack, by its own list.
+    fn pieces_of(&self, file: BaseFile, size: u64) -> Result<Option<Vec<BlobJson>>, Error> {
+        let read = |bytes: u64| self.files.read_range(file, size - bytes, bytes);
+        let mut tail = read(size.min(TAIL_BYTES))?;
+        let Some(length) = tail.last_chunk().map(|b| u64::from(u32::from_le_bytes(*b))) else {
+            return Ok(None);
+        };
+        let Some(whole) = length.checked_add(4).filter(|whole| *whole <= size) else {
+            return Ok(None);
+        };
+        if whole > tail.len() as u64 {
+            tail = read(whole)?;
+        }
+        let from = tail.len() - whole as usize;
+        let list = self.key.sealer.open(&tail[from..tail.len() - 4]);
+        Ok(list.and_then(|list| parse(&list, size - whole)))
+    }
+}
+
+/// The list of a pack whose pieces take `end` bytes.
+fn parse(mut list: &[u8], end: u64) -> Option<Vec<BlobJson>> {
+    let mut blobs = Vec::new();
+    let mut offset = 0_u32;
+    while let Some((&kind, rest)) = list.split_first() {
+        let (length, rest) = number(rest)?;
+        let (uncompressed_length, rest) = match kind {
+            2 | 3 => {
+                let (raw, rest) = number(rest)?;
+                (Some(raw), rest)
+            }
+            0 | 1 => (None, rest),
+            _ => return None,
+        };
+        let (id, rest) = rest.split_first_chunk::<32>()?;
+        let blob = if kind % 2 == 0 { BlobKind::Data } else { BlobKind::Tree };
+        if (length as usize) < SEAL_BYTES {
+            return None;
+        }
+        let id = Sha256Sum::new(*id);
+        blobs.push(BlobJson { id, blob, offset, length, uncompressed_length });
+        offset = offset.checked_add(length)?;
+        list = rest;
+    }
+    (u64::from(offset) == end && !blobs.is_empty()).then_some(blobs)
+}
+
+fn number(bytes: &[u8]) -> Option<(u32, &[u8])> {
+    let (number, rest) = bytes.split_first_chunk::<4>()?;
+    Some((u32::from_le_bytes(*number), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_list_that_does_not_fit_its_pack_is_none() {
+        let entry = |kind: u8, length: u32| {
+            let mut entry = vec![kind];
+            entry.extend(length.to_le_bytes());
+            if kind > 1 {
+                entry.extend(7_u32.to_le_bytes());
+            }
+            entry.extend([5; 32]);
+            entry
+        };
+        let list = [entry(0, 100), entry(3, 50)].concat();
+        let blobs = parse(&list, 150).unwrap();
+        assert_eq!((blobs.len(), blobs[1].offset), (2, 100));
+        assert!(parse(&list, 151).is_none());
+        assert!(parse(&list[..list.len() - 1], 150).is_none());
+        assert!(parse(&entry(9, 100), 100).is_none());
+        assert!(parse(&entry(0, 31), 31).is_none());
+        assert!(parse(&[], 0).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(list: Vec<u8>, end: u64) {
+            let _ = parse(&list, end);
+        }
+    }
+}
