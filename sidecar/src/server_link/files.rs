@@ -220,30 +220,4 @@ fn listed_file(kind: BaseKind, id: &str) -> Result<BaseFile, Status> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn file(bytes: &[u8]) -> BaseFile {
-        BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(bytes) }
-    }
-
-    #[test]
-    fn a_file_is_cut_into_messages_without_losing_or_copying_a_byte() {
-        let parts =
-            [Bytes::from(vec![1; PIECE_BYTES_MAX * 2 + 7]), Bytes::from(vec![2; 3]), Bytes::new()];
-        let messages = messages("c".into(), file(b"x"), &parts);
-        assert_eq!(messages[0].size as usize, PIECE_BYTES_MAX * 2 + 10);
-        assert_eq!((messages[0].cluster.as_str(), messages[0].data.len()), ("c", 0));
-        let sizes: Vec<usize> = messages.iter().skip(1).map(|m| m.data.len()).collect();
-        assert_eq!(sizes, [PIECE_BYTES_MAX, PIECE_BYTES_MAX, 7, 3]);
-        assert!(messages.iter().skip(1).all(|m| m.cluster.is_empty() && m.name.is_none()));
-        assert_eq!(messages[1].data.as_ptr(), parts[0].as_ptr());
-    }
-
-    #[test]
-    fn the_config_has_no_name() {
-        assert_eq!(wire_name(BaseFile::CONFIG).id, "");
-        assert_eq!(listed_file(BaseKind::Config, "").unwrap(), BaseFile::CONFIG);
-        assert!(listed_file(BaseKind::Data, "../x").is_err());
-    }
-}
+mod tests;
