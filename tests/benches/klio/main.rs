@@ -1,14 +1,21 @@
-//! The benchmarks of docs/benchmarks.md: Klio's release programs against `pg_receivewal` on the same machine, interleaved.
+//! The benchmarks of docs/benchmarks.md: Klio's release programs against `pg_receivewal` and pgBackRest on the same machine, interleaved.
 //!
-//! `cargo bench -p klio-tests [-- PART... --quick]` with PART one of `catch_up`, `sync_commit`, `wal_fetch`, `memory`.
+//! `cargo bench -p klio-tests [-- PART... --quick]` with PART one of `catch_up`, `sync_commit`, `wal_fetch`, `memory`, `backup`,
+//! `restore`, `files`.
 //! Nothing here asserts on time: it measures and prints, a person judges. What it does assert is that every measured run
 //! did its whole job. Tables go to standard output as Markdown, progress to standard error.
 
+mod backup;
 mod catch_up;
+mod dataset;
 mod drain;
+mod files;
 mod idle;
+mod measured;
 mod meter;
 mod options;
+mod peer;
+mod restore;
 mod stats;
 mod sync_commit;
 mod table;
@@ -49,5 +56,11 @@ async fn run(options: &Options) {
     }
     if options.wants(Part::Memory) && options.with_klio() {
         idle::run(options).await;
+    }
+    if options.with_klio() && (options.wants(Part::Backup) || options.wants(Part::Restore)) {
+        backup::run(options).await;
+    }
+    if options.wants(Part::Files) && options.with_klio() {
+        files::run(options).await;
     }
 }

@@ -1,7 +1,7 @@
 //! What may be asked for on the command line, and how much of everything is run.
 
 /// Printed after a wrong command line.
-pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [--quick] [--rounds N] [--peer]\n\
+pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [backup] [restore] [files] [--quick] [--rounds N] [--peer]\n\
                          --peer: pg_receivewal only, what this machine does; KLIO_BENCH_QUICK=1 is --quick; KLIO_BIN_DIR names other release programs";
 
 /// A part that can be run alone.
@@ -15,13 +15,22 @@ pub enum Part {
     WalFetch,
     /// Many idle streams.
     Memory,
+    /// Base backups against pgBackRest.
+    Backup,
+    /// Restores of these.
+    Restore,
+    /// Memory of backup and restore with many files.
+    Files,
 }
 
-const PARTS: [(&str, Part); 4] = [
+const PARTS: [(&str, Part); 7] = [
     ("catch_up", Part::CatchUp),
     ("sync_commit", Part::SyncCommit),
     ("wal_fetch", Part::WalFetch),
     ("memory", Part::Memory),
+    ("backup", Part::Backup),
+    ("restore", Part::Restore),
+    ("files", Part::Files),
 ];
 
 /// The command line.
@@ -81,6 +90,16 @@ impl Options {
     /// `pgbench -s` for the WAL to drain: 170 makes 2.2 GB.
     pub fn scale(&self) -> u32 {
         if self.quick { 10 } else { 170 }
+    }
+
+    /// `pgbench -s` of the cluster that is backed up: 120 and the text table make 3.2 GB.
+    pub fn base_scale(&self) -> u32 {
+        if self.quick { 4 } else { 120 }
+    }
+
+    /// Tables of the clusters with few and with many files.
+    pub fn tables(&self) -> [u32; 2] {
+        if self.quick { [50, 500] } else { [1000, 10_000] }
     }
 
     /// Seconds of one pgbench run.

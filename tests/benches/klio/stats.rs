@@ -10,6 +10,11 @@ impl Series {
         self.0.push(value);
     }
 
+    /// The value of the newest round.
+    pub fn last(&self) -> Option<f64> {
+        self.0.last().copied()
+    }
+
     /// How many values.
     pub fn len(&self) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 values")]

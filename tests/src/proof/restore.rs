@@ -60,16 +60,7 @@ impl Restorer {
         install::give(&dir);
         let config = dir.join("klio.toml");
         match source {
-            Source::Server => {
-                let bundle = site.bundle();
-                let folder = bundle.parent().expect("a file lies in a folder");
-                for entry in fs::read_dir(folder).expect("read the bundle").flatten() {
-                    let copy = dir.join(entry.file_name());
-                    fs::copy(entry.path(), &copy).expect("copy the bundle");
-                    install::give(&copy);
-                }
-                Self { config, extra: Vec::new() }
-            }
+            Source::Server => Self::of_server(site, scratch),
             Source::Bucket => {
                 let settings = s3.settings();
                 write(
@@ -94,6 +85,25 @@ impl Restorer {
                 Self { config, extra }
             }
         }
+    }
+
+    /// The same for a server without a bucket.
+    ///
+    /// # Panics
+    /// When the site has no bundle.
+    #[must_use]
+    pub fn of_server(site: &Site, scratch: &Scratch) -> Self {
+        let dir = scratch.join("hands");
+        fs::create_dir_all(&dir).expect("make a folder");
+        install::give(&dir);
+        let bundle = site.bundle();
+        let folder = bundle.parent().expect("a file lies in a folder");
+        for entry in fs::read_dir(folder).expect("read the bundle").flatten() {
+            let copy = dir.join(entry.file_name());
+            fs::copy(entry.path(), &copy).expect("copy the bundle");
+            install::give(&copy);
+        }
+        Self { config: dir.join("klio.toml"), extra: Vec::new() }
     }
 
     /// A `klio` command of PostgreSQL's user.
