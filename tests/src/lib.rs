@@ -19,6 +19,7 @@ pub mod process;
 pub mod programs;
 pub mod promtool;
 pub mod proof;
+pub mod proxy;
 pub mod s3;
 pub mod scratch;
 pub mod site;

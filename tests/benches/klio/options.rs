@@ -1,7 +1,7 @@
 //! What may be asked for on the command line, and how much of everything is run.
 
 /// Printed after a wrong command line.
-pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [backup] [restore] [files] [--quick] [--rounds N] [--peer]\n\
+pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [backup] [restore] [files] [--quick] [--rounds N] [--tables N] [--peer]\n\
                          --peer: pg_receivewal only, what this machine does; KLIO_BENCH_QUICK=1 is --quick; KLIO_BIN_DIR names other release programs";
 
 /// A part that can be run alone.
@@ -39,6 +39,7 @@ pub struct Options {
     parts: Vec<Part>,
     quick: bool,
     rounds: Option<usize>,
+    tables: Option<u32>,
     peer: bool,
 }
 
@@ -49,6 +50,7 @@ impl Options {
             parts: Vec::new(),
             quick: std::env::var_os("KLIO_BENCH_QUICK").is_some_and(|v| v == "1"),
             rounds: None,
+            tables: None,
             peer: false,
         };
         let mut args = args;
@@ -58,6 +60,11 @@ impl Options {
                 "--bench" => {}
                 "--peer" => options.peer = true,
                 "--quick" => options.quick = true,
+                "--tables" => {
+                    let value = args.next().and_then(|v| v.parse().ok()).filter(|n| *n >= 10);
+                    options.tables =
+                        Some(value.ok_or("option --tables: expected a number from 10")?);
+                }
                 "--rounds" => {
                     let value = args.next().and_then(|v| v.parse().ok()).filter(|n| *n > 0);
                     options.rounds =
@@ -99,7 +106,8 @@ impl Options {
 
     /// Tables of the clusters with few and with many files.
     pub fn tables(&self) -> [u32; 2] {
-        if self.quick { [50, 500] } else { [1000, 10_000] }
+        let most = self.tables.unwrap_or(if self.quick { 500 } else { 10_000 });
+        [most / 10, most]
     }
 
     /// Seconds of one pgbench run.

@@ -1,0 +1,271 @@
+//! Base backups when things break: processes killed and connections cut at random in backup, verification, maintenance and restore;
+//! a timeline that ends under a backup; files that shrink, vanish and appear; very many files.
+//!
+//! After each, everything goes on without a hand: the next backup works, and what is restored is what was there.
+
+use klio_tests::{
+    install_crypto,
+    postgres::{Postgres, Stop, install},
+    process::Running,
+    programs,
+    proof::Restorer,
+    proxy::Proxy,
+    scratch::Scratch,
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::{fs, path::Path, time::Duration};
+
+struct Rig {
+    site: Site,
+    pg: Postgres,
+    _stream: Running,
+    scratch: Scratch,
+}
+
+/// A server and a streaming PostgreSQL.
+async fn rig(builder: klio_tests::postgres::Builder) -> Rig {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let pg = builder.start().await;
+    let stream = site.stream(&pg);
+    pg.wait_true("select count(*) = 1 from pg_stat_replication where state = 'streaming'").await;
+    let scratch = Scratch::new("base-faults");
+    install::give(scratch.path());
+    Rig { site, pg, _stream: stream, scratch }
+}
+
+impl Rig {
+    fn start_backup(&self, args: &[&str]) -> Running {
+        self.start_backup_of(&self.pg, args)
+    }
+
+    fn start_backup_of(&self, pg: &Postgres, args: &[&str]) -> Running {
+        let mut all = vec!["backup"];
+        all.extend(args);
+        let command = self.site.klio_command(Some(pg), &all);
+        Running::spawn("klio backup", command, &self.scratch.join("backup.log"))
+    }
+
+    async fn backup(&self) {
+        let outcome = self.site.klio(Some(&self.pg), &["backup"]).await;
+        assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    }
+
+    fn restorer(&self) -> Restorer {
+        Restorer::of_server(&self.site, &self.scratch)
+    }
+
+    /// Restores everything there is and starts it.
+    async fn restored(&self) -> Postgres {
+        let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
+        let outcome = programs::run(self.restore_command(&pg, &[])).await;
+        assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+        recover(&mut pg).await;
+        pg
+    }
+
+    fn restore_command(&self, pg: &Postgres, more: &[&str]) -> std::process::Command {
+        let to = pg.data_dir().display().to_string();
+        let mut args = vec!["restore", "--latest", "--target-action", "promote", "--to", &to];
+        args.extend(more);
+        let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+        self.restorer().command(&args)
+    }
+}
+
+async fn recover(pg: &mut Postgres) {
+    pg.adopt();
+    pg.start().await;
+    pg.wait_true("select not pg_is_in_recovery()").await;
+}
+
+/// A backup is in its copy when PostgreSQL has answered `pg_backup_start`.
+async fn copying(backup: &mut Running, begun: usize) {
+    let offset = u64::try_from(begun).expect("a log of some lines");
+    backup.wait_log_after(offset, "backup begins", PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_and_cuts_in_loops_leave_a_repository_that_works() {
+    let rig = &mut rig(Postgres::builder()).await;
+    let mut rng = StdRng::seed_from_u64(5);
+    rig.pg
+        .execute("create table t as select g, md5(g::text) from generate_series(1, 200000) g")
+        .await;
+    rig.backup().await;
+    let proxy = Proxy::new(rig.site.port());
+    let address = format!("https://localhost:{}", proxy.port());
+    for round in 0..8 {
+        rig.pg.execute("update t set md5 = md5(md5) where g % 7 = 0").await;
+        let verb = ["backup", "verify", "restore", "backup"][round % 4];
+        let target = rig.scratch.join(format!("broken{round}"));
+        let mut command = match verb {
+            "restore" => {
+                let args = ["restore", "--latest", "--to", &target.display().to_string()];
+                rig.restorer().command(&args.map(str::to_owned))
+            }
+            verb => rig.site.klio_command(Some(&rig.pg), &[verb]),
+        };
+        command.args(["--server", &address]);
+        let mut running = Running::spawn(verb, command, &rig.scratch.join("broken.log"));
+        tokio::time::sleep(Duration::from_millis(rng.random_range(50..1500))).await;
+        match rng.random_range(0..3) {
+            0 => running.kill9_tree(),
+            1 => proxy.outage(Duration::from_millis(300)).await,
+            _ => {
+                rig.site.kill9();
+                rig.site.start().await;
+            }
+        }
+        // However it ends, it ends.
+        running.wait_exit(PATIENCE).await;
+    }
+    rig.backup().await;
+    let verified = rig.site.klio(None, &["verify", "--read-data", "all"]).await;
+    assert_eq!(verified.code, Some(0), "{}{}", verified.stdout, verified.stderr);
+    let sum = "select sum(hashtext(md5)::bigint) from t";
+    let expected = rig.pg.value(sum).await;
+    rig.pg.write_wal(1).await;
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value(sum).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_was_killed_does_not_start_and_is_finished_by_the_next() {
+    let rig = &mut rig(Postgres::builder()).await;
+    rig.pg
+        .execute("create table t as select g, md5(g::text) from generate_series(1, 400000) g")
+        .await;
+    rig.backup().await;
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
+    let command = rig.restore_command(&pg, &[]);
+    let mut restore = Running::spawn("klio restore", command, &rig.scratch.join("restore.log"));
+    let written = |pg: &Postgres| size(&pg.data_dir()) > 1 << 20;
+    eventually("the first files", PATIENCE, || async { written(&pg) }).await;
+    restore.kill9_tree();
+    let finished = restore.exit().is_some_and(|status| status.success());
+    assert!(!finished, "it was killed after it had ended: the test needs more data");
+    let control = pg.data_dir().join("global/pg_control");
+    assert!(!control.exists(), "half a restore must not look like a cluster");
+    // Another restore does not overwrite by mistake; the same with --delta finishes it.
+    let refused = programs::run(rig.restore_command(&pg, &[])).await;
+    assert!(refused.code != Some(0) && refused.stderr.contains("not empty"), "{}", refused.stderr);
+    let outcome = programs::run(rig.restore_command(&pg, &["--delta"])).await;
+    assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    recover(&mut pg).await;
+    assert_eq!(pg.value("select count(*) from t").await, "400000");
+}
+
+fn size(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(meta) if meta.is_dir() => size(&entry.path()),
+            Ok(meta) => meta.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
+    let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
+    rig.pg.execute("create table t as select generate_series(1, 100000) g").await;
+    let standby = rig.pg.standby().await;
+    let end = rig.pg.write_wal(1).await;
+    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    let mut backup = rig.start_backup_of(&standby, &[]);
+    copying(&mut backup, 0).await;
+    backup.pause();
+    rig.pg.stop(Stop::Immediate).await;
+    standby.promote().await;
+    backup.resume();
+    let status = backup.wait_exit(PATIENCE).await;
+    assert!(!status.success(), "half of it is of a standby:\n{}", backup.log());
+    assert!(backup.log().contains("promoted"), "the reason is named:\n{}", backup.log());
+    // The new primary is streamed from and backed up, and the backup of its timeline is restored.
+    let _stream = rig.site.stream(&standby);
+    standby.execute("create table after as select generate_series(1, 5) g").await;
+    let outcome = rig.site.klio(Some(&standby), &["backup"]).await;
+    assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    standby.write_wal(1).await;
+    rig.site.wait_flushed(standby.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value("select count(*) from after").await, "5");
+    assert_eq!(restored.timeline().await.get(), 3);
+}
+
+/// A relation of three segments (files of 1 GB, mostly holes) is truncated and vacuumed while it is read.
+#[tokio::test(flavor = "multi_thread")]
+async fn relations_of_many_segments_may_shrink_under_a_backup() {
+    let rig = &mut rig(Postgres::builder().set("max_wal_size", "4GB")).await;
+    for table in ["shrinks", "vanishes"] {
+        rig.pg
+            .execute(&format!("create table {table} (g int) with (autovacuum_enabled = off)"))
+            .await;
+        rig.pg.execute(&format!("insert into {table} select generate_series(1, 1000)")).await;
+        let sql = format!("select pg_relation_filepath('{table}')");
+        let path = rig.pg.data_dir().join(rig.pg.value(&sql).await);
+        rig.pg.stop(Stop::Fast).await;
+        // Pages of zeros are valid, empty pages; PostgreSQL itself leaves them behind after a crash.
+        grow(&path, 1 << 30);
+        for segment in ["1", "2"] {
+            grow(&path.with_extension(segment), if segment == "1" { 1 << 30 } else { 1 << 20 });
+        }
+        rig.pg.start().await;
+    }
+    let mut backup = rig.start_backup(&[]);
+    copying(&mut backup, 0).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    backup.pause();
+    rig.pg.execute("vacuum shrinks").await;
+    rig.pg.execute("drop table vanishes").await;
+    rig.pg.execute("create table appears as select generate_series(1, 77) g").await;
+    rig.pg.execute("checkpoint").await;
+    backup.resume();
+    let status = backup.wait_exit(PATIENCE).await;
+    assert!(status.success(), "{}", backup.log());
+    rig.pg.write_wal(1).await;
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value("select count(*) from shrinks").await, "1000");
+    assert_eq!(restored.value("select count(*) from appears").await, "77");
+    assert_eq!(restored.value("select to_regclass('vanishes') is null").await, "t");
+    let pages = restored.value("select pg_relation_size('shrinks') / 8192").await;
+    assert_eq!(pages, rig.pg.value("select pg_relation_size('shrinks') / 8192").await);
+}
+
+fn grow(path: &Path, size: u64) {
+    let file = fs::OpenOptions::new().create(true).append(true).open(path).expect("open a segment");
+    file.set_len(size).expect("grow a segment");
+    install::give(path);
+}
+
+/// 100,000 are in `cargo bench -p klio-tests -- files --tables 100000`: PostgreSQL needs minutes to make them.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_small_tables_are_backed_up_and_restored() {
+    let rig = &mut rig(Postgres::builder().set("max_locks_per_transaction", "2000")).await;
+    for first in (0..10_000).step_by(2000) {
+        rig.pg
+            .execute(&format!(
+                "do $$ begin for n in {first}..{} loop \
+                   execute format('create table t%s as select %s as n', n, n); end loop; end $$",
+                first + 1999
+            ))
+            .await;
+    }
+    rig.backup().await;
+    rig.pg.write_wal(1).await;
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(
+        restored.value("select count(*) from pg_class where relname ~ '^t[0-9]+$'").await,
+        "10000"
+    );
+    assert_eq!(restored.value("select (select n from t0) + (select n from t9999)").await, "9999");
+}
