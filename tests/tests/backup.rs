@@ -12,7 +12,9 @@ use klio_storage::{
 use klio_tests::{
     client,
     http::Metrics,
-    install_crypto, ports,
+    install_crypto,
+    otlp::Collector,
+    ports,
     postgres::{Postgres, Stop, install},
     process::Running,
     programs::{self, Outcome},
@@ -631,4 +633,46 @@ async fn a_standby_s_backup_reaches_tier_2() {
     .await;
     let key = format!("klio/main/base/snapshots/{}", taken.snapshot);
     assert!(s3.bucket_dir().join(key).is_file());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_trace_holds_a_backup_s_phases_and_the_server_s_part_in_them() {
+    let collector = Collector::new().await;
+    install_crypto();
+    let pg = Postgres::new().await;
+    let mut site = Site::new().await;
+    let variables = [
+        ("OTEL_TRACES_EXPORTER", "otlp".to_owned()),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned()),
+    ];
+    variables.iter().for_each(|(name, value)| site.set(name, value));
+    site.start().await;
+    let _stream = site.stream(&pg);
+    let mut command = site.klio_command(Some(&pg), &["backup", "--name", "traced"]);
+    command.envs(variables);
+    let outcome = programs::run(command).await;
+    assert!(matches!(outcome.code, Some(0 | 7 | 8)), "{outcome:?}");
+    eventually_now("the spans of a backup", PATIENCE, || {
+        let spans = collector.spans();
+        let Some(backup) = spans.iter().find(|s| s.name == "backup") else {
+            return Err("no backup".to_owned());
+        };
+        if backup.attributes.get("backup.name").map(String::as_str) != Some("traced") {
+            return Err(format!("{:?}", backup.attributes));
+        }
+        for name in ["backup_run", "backup_verify", "backup_maintenance"] {
+            if !spans.iter().any(|s| s.name == name && s.parent == backup.id) {
+                return Err(format!("no {name} below backup"));
+            }
+        }
+        let server =
+            |s: &&klio_tests::otlp::Span| s.service == "klio-server" && s.trace == backup.trace;
+        if spans.iter().find(server).is_none() {
+            Err("nothing of the server".into())
+        } else {
+            Ok(())
+        }
+    })
+    .await;
 }
