@@ -7,19 +7,23 @@
 
 use crate::{
     admin::{self, bind},
+    base::{self, BaseStore},
     config::Config,
     consumer::{self, Archives, Tier1Files},
     fetch::Source,
-    grpc::{CatalogService, WalService, auth::Auth},
+    grpc::{BaseService, CatalogService, WalService, auth::Auth},
     metrics::{self, Metrics},
     queue::{Publisher, Queue, Started},
     receive::{Receiver, ReceiverOptions, Registry},
     seal,
-    status::StatusBoard,
+    status::{StatusBoard, now_unix},
     tls::{self, Loaded},
 };
 use anyhow::Context;
-use klio_proto::v1::{FILE_DESCRIPTOR_SET, catalog_server::CatalogServer, wal_server::WalServer};
+use klio_proto::v1::{
+    FILE_DESCRIPTOR_SET, base_server::BaseServer, catalog_server::CatalogServer,
+    wal_server::WalServer,
+};
 use klio_storage::{
     disk::RealDisk,
     tier2::Tier2,
@@ -103,6 +107,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         Queue::start(&config.queue, &queue_folder, last.clone())
             .await
             .context("start the queue")?;
+    let registry = Arc::new(Registry::default());
+    let base = open_base(&config, &store, &tier2, &queue, &registry).await?;
     let files: Arc<dyn Tier1Files> = Arc::new(store.clone());
     let mut consumer_tasks = JoinSet::new();
     let archives = tier2.clone().map(|tier2| {
@@ -112,6 +118,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
             tier2,
             files,
             archives: archives.clone(),
+            base: Some(base.clone()),
             observer: metrics.clone(),
         };
         consumer_tasks = consumer::start(&config.consumer, parts, back.clone());
@@ -129,7 +136,6 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
 
     let auth =
         Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
-    let registry = Arc::new(Registry::default());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
     let board = Arc::new(StatusBoard {
@@ -137,12 +143,13 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         registry: registry.clone(),
         metrics: metrics.clone(),
         archives,
+        base: Some(base.clone()),
         queue: queue.clone(),
         certificate_expiry: Box::new(move || expiry.as_ref().map(|e| e.borrow().expires_unix)),
         cache: Mutex::default(),
     });
     let gauges = board.clone();
-    metrics::observe(&telemetry.meter(), move || gauges.gauges());
+    metrics::observe(&telemetry.meter(), move || gauges.gauge_table());
 
     let receiver = Receiver {
         store: store.clone(),
@@ -161,9 +168,11 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         queue: publisher,
         tasks: sessions.clone(),
     };
+    let base =
+        BaseService { auth: auth.clone(), base, tasks: sessions.clone(), shutdown: front.clone() };
     let catalog = CatalogService { auth, board: board.clone(), tier2 };
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
-    let router = router(rpc, wal, catalog).await?;
+    let router = router(rpc, wal, catalog, base).await?;
     let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);
 
     let readiness: admin::Readiness = Arc::new(move || {
@@ -211,6 +220,26 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
     Ok(store)
 }
 
+async fn open_base(
+    config: &Config,
+    store: &WalStore,
+    tier2: &Option<Tier2>,
+    queue: &Queue,
+    registry: &Arc<Registry>,
+) -> anyhow::Result<BaseStore> {
+    let parts = base::Parts {
+        store: store.clone(),
+        disk: Arc::new(RealDisk),
+        tier2: tier2.clone(),
+        at_rest: config.at_rest().context("read the keys for encryption at rest")?,
+        settings: config.base.settings(),
+        queue: queue.clone(),
+        registry: registry.clone(),
+        clock: Arc::new(now_unix),
+    };
+    Ok(tokio::task::spawn_blocking(move || BaseStore::open(parts)).await?)
+}
+
 /// After a restart the gauges show the true last times, read from the store.
 async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow::Result<()> {
     let (store, metrics) = (store.clone(), metrics.clone());
@@ -233,10 +262,12 @@ async fn router(
     rpc: RpcMeter,
     wal: WalService,
     catalog: CatalogService,
+    base: BaseService,
 ) -> anyhow::Result<Services> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<WalServer<WalService>>().await;
     health.set_serving::<CatalogServer<CatalogService>>().await;
+    health.set_serving::<BaseServer<BaseService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .build_v1()
@@ -251,6 +282,7 @@ async fn router(
         .layer(rpc.layer())
         .add_service(WalServer::new(wal).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(CatalogServer::new(catalog).max_decoding_message_size(64 << 10))
+        .add_service(BaseServer::new(base).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(health_service)
         .add_service(reflection))
 }

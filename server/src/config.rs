@@ -5,6 +5,7 @@
 //! [`Config::validate`] gives every problem at once, before a port is opened or a file written.
 
 use crate::{
+    base::BaseConfig,
     consumer::ConsumerConfig,
     encryption::{self, EncryptionConfig},
     grpc::auth::MapEntry,
@@ -53,6 +54,9 @@ pub struct Config {
     /// Receiving and sealing.
     #[serde(default)]
     pub wal: WalConfig,
+    /// Repositories of base backups.
+    #[serde(default)]
+    pub base: BaseConfig,
     /// The job queue.
     #[serde(default)]
     pub queue: QueueConfig,
@@ -147,6 +151,9 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ),
     ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
     ("wal.seal_workers", "2", "segments sealed at once"),
+    ("base.chunk_size", "131072", "bytes of a chunk; fixed when a repository is made"),
+    ("base.compression_level", "1", "zstd level of base backups, 0 to 22; 0 stores uncompressed"),
+    ("base.pack_size", "33554432", "bytes of a pack of chunks; fixed when a repository is made"),
     ("queue.url", "", "an existing NATS instead of the embedded one"),
     (
         "queue.executable",
@@ -302,6 +309,7 @@ impl Config {
             let found = self.wal.seal_workers;
             problems.push(format!("wal.seal_workers: expected 1 to 64, found {found}"));
         }
+        problems.extend(self.base.validate());
         for entry in &self.auth.map {
             if entry.cluster.is_some() == entry.admin {
                 let name = &entry.common_name;

@@ -12,7 +12,7 @@ use opentelemetry::{
 };
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -53,6 +53,26 @@ pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
         "Unix time of the newest WAL file written to tier 2",
     ),
     ("klio.consumer.offloads", "counter", "", "attempts to move a file to tier 2, by outcome"),
+    ("klio.base.snapshots", "gauge", "", "snapshots kept"),
+    (
+        "klio.base.latest_snapshot_size",
+        "gauge",
+        "By",
+        "size of the newest, before compression and deduplication",
+    ),
+    ("klio.base.latest_snapshot_files", "gauge", "", "files in it"),
+    ("klio.base.latest_snapshot_dirs", "gauge", "", "directories in it"),
+    ("klio.base.latest_snapshot_age", "gauge", "s", "its age now"),
+    ("klio.base.oldest_snapshot_age", "gauge", "s", "age of the oldest"),
+    ("klio.base.unarchived_files", "gauge", "", "objects of base backups not in tier 2"),
+    (
+        "klio.base.archive_lag_time",
+        "gauge",
+        "s",
+        "age of the oldest object of base backups not in tier 2",
+    ),
+    ("klio.base.offloads", "counter", "", "attempts to move an object to tier 2, by outcome"),
+    ("klio.base.archived_size", "counter", "By", "bytes written to tier 2 for base backups"),
     ("klio.queue.messages", "gauge", "", "messages stored in the JetStream queue"),
     ("klio.queue.bytes", "gauge", "By", "bytes stored in the JetStream queue"),
     ("klio.queue.connected", "gauge", "", "1 while the queue can be used, else 0"),
@@ -74,6 +94,8 @@ pub struct Metrics {
     archived_size: Counter<u64>,
     archived: Counter<u64>,
     offloads: Counter<u64>,
+    base_offloads: Counter<u64>,
+    base_archived_size: Counter<u64>,
     latest_written: Mutex<BTreeMap<ClusterName, f64>>,
 }
 
@@ -104,6 +126,8 @@ impl Metrics {
             archived_size: counter("klio.consumer.written_size", "By"),
             archived: counter("klio.consumer.written", ""),
             offloads: counter("klio.consumer.offloads", ""),
+            base_offloads: counter("klio.base.offloads", ""),
+            base_archived_size: counter("klio.base.archived_size", "By"),
             flush_duration: meter
                 .f64_histogram("klio.wal.flush_duration")
                 .with_unit("s")
@@ -160,6 +184,14 @@ impl Observer for Metrics {
         }
         self.offloads.add(1, &[name, KeyValue::new("outcome", attempt.as_str())]);
     }
+
+    fn attempted_base(&self, cluster: &ClusterName, attempt: Attempt, bytes: u64) {
+        let [name] = of(cluster);
+        if bytes > 0 {
+            self.base_archived_size.add(bytes, std::slice::from_ref(&name));
+        }
+        self.base_offloads.add(1, &[name, KeyValue::new("outcome", attempt.as_str())]);
+    }
 }
 
 /// One observed value, for the gauges.
@@ -172,8 +204,21 @@ pub struct Gauge {
     pub value: f64,
 }
 
-/// Registers every gauge of the catalogue; `read` gives all values when somebody looks.
-pub fn observe(meter: &Meter, read: impl Fn() -> Vec<Gauge> + Clone + Send + Sync + 'static) {
+/// Values by instrument.
+pub type GaugeTable = Arc<BTreeMap<&'static str, Vec<Gauge>>>;
+
+/// Sorts a reading by instrument.
+pub fn table(gauges: Vec<Gauge>) -> GaugeTable {
+    let mut table: BTreeMap<&'static str, Vec<Gauge>> = BTreeMap::new();
+    for gauge in gauges {
+        table.entry(gauge.name).or_default().push(gauge);
+    }
+    Arc::new(table)
+}
+
+/// Registers every gauge of the catalogue; `read` gives all values when somebody looks, once for each
+/// instrument: it should remember them for a moment.
+pub fn observe(meter: &Meter, read: impl Fn() -> GaugeTable + Clone + Send + Sync + 'static) {
     for (name, kind, unit, meaning) in CATALOGUE {
         if *kind != "gauge" {
             continue;
@@ -184,7 +229,7 @@ pub fn observe(meter: &Meter, read: impl Fn() -> Vec<Gauge> + Clone + Send + Syn
             .with_unit(*unit)
             .with_description(*meaning)
             .with_callback(move |observer| {
-                for gauge in read().into_iter().filter(|g| g.name == *name) {
+                for gauge in read().get(name).into_iter().flatten() {
                     let attributes: Vec<_> = gauge.cluster.iter().flat_map(of).collect();
                     observer.observe(gauge.value, &attributes);
                 }

@@ -4,8 +4,9 @@
 //! the archive (tier 2), the queue's cached numbers.
 
 use crate::{
+    base::BaseStore,
     consumer::{ArchiveState, Archives},
-    metrics::{Gauge, Metrics},
+    metrics::{self, Gauge, GaugeTable, Metrics},
     queue::Queue,
     receive::{Progress, Registry},
 };
@@ -21,7 +22,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// Reading a thousand clusters for each of twenty gauges would be a thousand times twenty reads.
+/// Reading a thousand clusters for each of thirty gauges would be thirty thousand reads.
 const CACHE_AGE: Duration = Duration::from_millis(500);
 
 /// Everything about one cluster.
@@ -97,12 +98,14 @@ pub struct StatusBoard {
     pub metrics: Arc<Metrics>,
     /// Tier 2; `None` when not configured.
     pub archives: Option<Archives>,
+    /// Base backups.
+    pub base: Option<BaseStore>,
     /// The queue.
     pub queue: Queue,
     /// When the server's certificate ends, Unix seconds; `None` with plaintext.
     pub certificate_expiry: Box<dyn Fn() -> Option<i64> + Send + Sync>,
-    /// The last reading.
-    pub cache: Mutex<Option<(Instant, Arc<Vec<ClusterView>>)>>,
+    /// The last reading of all gauges.
+    pub cache: Mutex<Option<(Instant, GaugeTable)>>,
 }
 
 impl StatusBoard {
@@ -134,23 +137,24 @@ impl StatusBoard {
         }
     }
 
-    fn cached(&self) -> Arc<Vec<ClusterView>> {
+    /// All gauges, at most [`CACHE_AGE`] old: one reading for all instruments of a scrape.
+    pub fn gauge_table(&self) -> GaugeTable {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         match &*cache {
-            Some((at, views)) if at.elapsed() < CACHE_AGE => views.clone(),
+            Some((at, table)) if at.elapsed() < CACHE_AGE => table.clone(),
             _ => {
-                let views = Arc::new(self.clusters());
-                *cache = Some((Instant::now(), views.clone()));
-                views
+                let table = metrics::table(self.gauges());
+                *cache = Some((Instant::now(), table.clone()));
+                table
             }
         }
     }
 
     /// All gauges of the catalogue.
-    pub fn gauges(&self) -> Vec<Gauge> {
+    fn gauges(&self) -> Vec<Gauge> {
         let (now, now_unix) = (Instant::now(), now_unix());
-        let mut gauges = Vec::new();
-        for view in self.cached().iter() {
+        let mut gauges = self.base.as_ref().map(BaseStore::gauges).unwrap_or_default();
+        for view in &self.clusters() {
             let mut put = |name, value| {
                 gauges.push(Gauge { name, cluster: Some(view.name.clone()), value });
             };

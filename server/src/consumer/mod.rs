@@ -8,6 +8,7 @@
 //! Does not delete anything; that is `retention`.
 
 mod archives;
+mod base;
 mod files;
 mod reconcile;
 mod wal;
@@ -20,8 +21,9 @@ mod tests;
 
 pub use archives::Archives;
 pub use files::{StoredFile, Tier1Files};
+use worker::Worker;
 
-use crate::queue::Queue;
+use crate::{base::BaseStore, queue::Queue};
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
     catalog::{Frontier, Totals},
@@ -113,6 +115,8 @@ pub enum Attempt {
     Missing,
     /// The tier-1 file is damaged.
     Corrupt,
+    /// What it needs is not in tier 2 yet.
+    Waiting,
     /// Other content is in tier 2.
     Conflict,
     /// Credentials.
@@ -131,6 +135,7 @@ impl Attempt {
             Attempt::AlreadyThere => "already_there",
             Attempt::Missing => "missing",
             Attempt::Corrupt => "corrupt",
+            Attempt::Waiting => "waiting",
             Attempt::Conflict => "conflict",
             Attempt::Denied => "denied",
             Attempt::Invalid => "invalid",
@@ -143,6 +148,9 @@ impl Attempt {
 pub trait Observer: Send + Sync + 'static {
     /// An attempt ended. `bytes` were written to tier 2: 0 unless `Stored`.
     fn attempted(&self, cluster: &ClusterName, attempt: Attempt, bytes: u64);
+
+    /// The same for an object of base backups.
+    fn attempted_base(&self, _cluster: &ClusterName, _attempt: Attempt, _bytes: u64) {}
 }
 
 /// Counts nothing.
@@ -161,6 +169,8 @@ pub struct Parts {
     pub files: Arc<dyn Tier1Files>,
     /// The state it moves.
     pub archives: Archives,
+    /// Base backups, where they are served.
+    pub base: Option<BaseStore>,
     /// Counts.
     pub observer: Arc<dyn Observer>,
 }
@@ -172,7 +182,10 @@ pub fn start(config: &ConsumerConfig, parts: Parts, cancel: CancellationToken) -
     let every = Duration::from_secs(config.reconcile_interval_seconds.into());
     tasks.spawn(keep_reconciling(parts.clone(), every, cancel.clone()));
     let slots = Arc::new(Semaphore::new(config.uploads));
-    tasks.spawn(follow_clusters(parts, slots, config.uploads_per_cluster, cancel));
+    // Of their own: a base backup of many packs must not keep WAL from the bucket.
+    let base_slots = Arc::new(Semaphore::new(config.uploads));
+    let slots = Slots { wal: slots, base: base_slots, per_cluster: config.uploads_per_cluster };
+    tasks.spawn(follow_clusters(parts, slots, cancel));
     tasks
 }
 
@@ -188,13 +201,33 @@ async fn keep_reconciling(parts: Parts, every: Duration, cancel: CancellationTok
     }
 }
 
-/// One worker for each cluster, as clusters appear.
-async fn follow_clusters(
-    parts: Parts,
-    slots: Arc<Semaphore>,
+/// Uploads at once.
+struct Slots {
+    wal: Arc<Semaphore>,
+    base: Arc<Semaphore>,
     per_cluster: usize,
-    cancel: CancellationToken,
-) {
+}
+
+/// The kinds of workers of a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    Wal,
+    Base,
+}
+
+impl Slots {
+    fn worker(&self, parts: &Parts, cluster: &ClusterName, work: Work) -> Option<Worker> {
+        let (parts, cluster) = (parts.clone(), cluster.clone());
+        let process: Arc<dyn worker::Process> = match work {
+            Work::Wal => Arc::new(wal::WalWork::new(parts, cluster, Arc::clone(&self.wal))),
+            Work::Base => Arc::new(base::BaseWork::new(parts, cluster, Arc::clone(&self.base))?),
+        };
+        Some(Worker::new(process, self.per_cluster))
+    }
+}
+
+/// One worker of each kind for each cluster, as clusters appear.
+async fn follow_clusters(parts: Parts, slots: Slots, cancel: CancellationToken) {
     let mut workers = JoinSet::new();
     let mut names = HashMap::new();
     let mut known = BTreeSet::new();
@@ -207,20 +240,24 @@ async fn follow_clusters(
             Some(ended) = workers.join_next_with_id() => {
                 // A worker ends only by `cancel` or by a bug; offloading must go on (P5).
                 let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
-                if let Some(cluster) = names.remove(&id) {
-                    tracing::error!(%cluster, "the cluster's offload worker ended; it is started again");
-                    known.remove(&cluster);
+                if let Some((cluster, work)) = names.remove(&id) {
+                    tracing::error!(%cluster, ?work, "an offload worker ended; it is started again");
+                    known.remove(&(cluster, work));
                 }
                 continue;
             }
         }
         for cluster in clusters(&parts).await {
-            if known.insert(cluster.clone()) {
-                load(&parts, &cluster).await;
-                let name = cluster.clone();
-                let work = wal::WalWork::new(parts.clone(), cluster, Arc::clone(&slots));
-                let worker = worker::Worker::new(Arc::new(work), per_cluster);
-                names.insert(workers.spawn(worker.run(cancel.clone())).id(), name);
+            for work in [Work::Wal, Work::Base] {
+                if !known.insert((cluster.clone(), work)) {
+                    continue;
+                }
+                if work == Work::Wal {
+                    load(&parts, &cluster).await;
+                }
+                let Some(worker) = slots.worker(&parts, &cluster, work) else { continue };
+                let id = workers.spawn(worker.run(cancel.clone())).id();
+                names.insert(id, (cluster.clone(), work));
             }
         }
     }

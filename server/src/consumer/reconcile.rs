@@ -4,7 +4,7 @@
 //! backfills when tier 2 is added later, and what heals a lost queue. Queuing twice is harmless.
 
 use super::{Parts, clusters};
-use crate::queue::{Job, Wanted};
+use crate::queue::{Job, Task, Wanted};
 use futures::{StreamExt, stream};
 use klio_storage::{Error, Kind, Op, layout::ClusterName};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
@@ -60,7 +60,10 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
 /// Gives back the clusters that failed.
 async fn reconcile_all(parts: &Parts, which: Vec<ClusterName>) -> Vec<ClusterName> {
     let each = stream::iter(which).map(|cluster| async move {
-        match reconcile(parts, &cluster).await {
+        // One kind's trouble is not the other's.
+        let (wal, base) =
+            (reconcile(parts, &cluster).await, super::base::reconcile(parts, &cluster).await);
+        match wal.and(base) {
             Ok(()) => None,
             Err(error) => {
                 tracing::warn!(%cluster, %error, "the tiers cannot be compared; tried again later");
@@ -92,7 +95,15 @@ async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
         size: file.size,
         sha256: None,
     });
-    // In order, so that the frontier moves from the first one on.
+    publish(parts, cluster, jobs).await
+}
+
+/// Queues jobs in order, so that a frontier moves from the first one on.
+pub(super) async fn publish(
+    parts: &Parts,
+    cluster: &ClusterName,
+    jobs: impl Iterator<Item = impl Into<Task>>,
+) -> Result<(), Error> {
     let published = stream::iter(jobs)
         .map(|job| parts.queue.publish_and_wait(job))
         .buffered(JOBS_AT_ONCE)

@@ -131,6 +131,7 @@ impl Test {
             tier2: tier2(s3),
             files,
             archives: archives.clone(),
+            base: None,
             observer: counts.clone(),
         };
         let config = ConsumerConfig { reconcile_interval_seconds: 5, ..ConsumerConfig::default() };

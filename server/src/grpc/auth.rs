@@ -3,7 +3,7 @@
 //! | subject | may |
 //! |---|---|
 //! | common name `NAME@CLUSTER` | everything on that cluster |
-//! | organisational unit `klio-admin` | read everything, write nothing |
+//! | organisational unit `klio-admin` | read everything, ask for verification and maintenance, write nothing |
 //! | a `[[auth.map]]` entry for the common name | what the entry says: for foreign authorities |
 //!
 //! Anything else is refused. The chain is verified again on each call, against the authorities of now.
@@ -50,8 +50,10 @@ pub struct MapEntry {
 pub enum Access {
     /// Looks only.
     Read,
-    /// Adds WAL.
+    /// Adds WAL and backups.
     Write,
+    /// Asks the server for work of its own that it decides on itself: verify, maintain, keep a result.
+    Operate,
 }
 
 /// Who is calling.
@@ -175,7 +177,7 @@ pub fn permit(identity: &Identity, cluster: &str, access: Access) -> Result<Clus
         cluster.parse().map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
     let good = match &identity.role {
         None => true,
-        Some(Role::Admin) => access == Access::Read,
+        Some(Role::Admin) => matches!(access, Access::Read | Access::Operate),
         Some(Role::Cluster(own)) => *own == cluster,
     };
     if good {
@@ -219,7 +221,7 @@ mod tests {
     fn one_clusters_certificate_cannot_touch_another() {
         let own = identity(Some(Role::Cluster("pg-1".parse().unwrap())));
         assert!(permit(&own, "pg-1", Access::Write).is_ok());
-        for access in [Access::Read, Access::Write] {
+        for access in [Access::Read, Access::Write, Access::Operate] {
             let status = permit(&own, "pg-2", access).unwrap_err();
             assert_eq!(Code::of(&status), Code::Forbidden);
             assert!(status.message().contains("pg-1") && status.message().contains("pg-2"));
@@ -230,6 +232,7 @@ mod tests {
     fn an_administrator_reads_everything_and_writes_nothing() {
         let admin = identity(Some(Role::Admin));
         assert!(permit(&admin, "pg-1", Access::Read).is_ok());
+        assert!(permit(&admin, "pg-1", Access::Operate).is_ok());
         assert!(permit(&admin, "pg-1", Access::Write).is_err());
     }
 

@@ -1,9 +1,11 @@
 //! The gRPC services: translate, call, translate back. No decisions here.
 
 pub mod auth;
+mod base;
 mod catalog;
 mod fetch;
 mod wal;
 
+pub use base::BaseService;
 pub use catalog::CatalogService;
 pub use wal::WalService;

@@ -204,6 +204,11 @@ impl BaseObject {
         format!("{cluster}/{}", self.relative())
     }
 
+    /// Whether its content never changes: what is there under its key is all there will ever be.
+    pub const fn is_fixed(&self) -> bool {
+        matches!(self, BaseObject::File(_) | BaseObject::Record(_))
+    }
+
     /// Reads a key below `<cluster>/`; `None` for anything else, WAL included.
     pub fn parse_relative(text: &str) -> Option<Self> {
         match text {

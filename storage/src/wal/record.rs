@@ -28,12 +28,27 @@ fn load<T: Serialize + DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result
     record::load(disk, path).map_err(|e| if e.kind == Kind::Corrupt { e.hint(HINT) } else { e })
 }
 
+impl PinnedRecord {
+    fn pinned(self, path: &Path) -> Result<Pinned, Error> {
+        let system_identifier = self.system_identifier.parse().map_err(|e| corrupt(path, e))?;
+        let segment_size = self.segment_size.try_into().map_err(|e| corrupt(path, e))?;
+        Ok(Pinned { system_identifier, segment_size, postgres_version: self.postgres_version })
+    }
+}
+
+impl Pinned {
+    /// Reads the bytes of a `cluster.json` of either tier. `place` is for the error.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn decode(bytes: &[u8], place: &str) -> Result<Self, Error> {
+        record::decode::<PinnedRecord>(bytes, place)?.pinned(Path::new(place))
+    }
+}
+
 /// Reads `cluster.json`; `None` when there is none.
 pub(super) fn load_pinned(disk: &dyn Disk, path: &Path) -> Result<Option<Pinned>, Error> {
-    let Some(body) = load::<PinnedRecord>(disk, path)? else { return Ok(None) };
-    let system_identifier = body.system_identifier.parse().map_err(|e| corrupt(path, e))?;
-    let segment_size = body.segment_size.try_into().map_err(|e| corrupt(path, e))?;
-    Ok(Some(Pinned { system_identifier, segment_size, postgres_version: body.postgres_version }))
+    load::<PinnedRecord>(disk, path)?.map(|body| body.pinned(path)).transpose()
 }
 
 /// Writes `cluster.json`.

@@ -1,0 +1,263 @@
+//! What of base backups tier 2 is known to hold, for each cluster, in memory.
+//!
+//! A1  an object is here only after it was proven: uploaded by us, or listed with the size of tier 1's;
+//! A2  what is proven while a comparison lists the bucket is not lost by its result;
+//! A3  nothing is said of a cluster before its bucket was listed once in this run: `None`, never "empty".
+//!
+//! A listing rebuilds all of it (P4). Whoever removes an object from tier 2 says so ([`BaseArchives::removed`]).
+
+use super::lock;
+use klio_storage::layout::{BackupName, BaseObject, ClusterName};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+use tokio::sync::OwnedMutexGuard;
+
+/// Problems listed for one cluster; a thousand say no more than ten.
+const PROBLEMS_SHOWN: usize = 10;
+
+/// A cheap handle on the state of all clusters.
+#[derive(Clone, Default)]
+pub struct BaseArchives(Arc<Mutex<BTreeMap<ClusterName, State>>>);
+
+#[derive(Default)]
+struct State {
+    /// Proven objects and their sizes; `None` before the first listing.
+    proven: Option<BTreeMap<BaseObject, u64>>,
+    /// Proven since the running comparison began, or before the first one.
+    since: BTreeMap<BaseObject, u64>,
+    /// Removed since the running comparison began.
+    gone: BTreeSet<BaseObject>,
+    /// On tier 1 and not proven, and since when, Unix seconds.
+    pending: BTreeMap<BaseObject, f64>,
+    /// What is wrong, by object; the empty name is the cluster as a whole.
+    problems: BTreeMap<String, String>,
+    /// Held by who compares: two comparisons at once would each forget what the other one's time brought.
+    comparing: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A cluster's state.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct BaseArchiveState {
+    /// Objects on tier 1 that tier 2 does not have, as far as is known.
+    pub unarchived_files: u64,
+    /// Since when the oldest of them waits, Unix seconds.
+    pub oldest_unarchived_unix: Option<f64>,
+    /// What keeps objects from tier 2, in words.
+    pub problems: Vec<String>,
+}
+
+impl BaseArchives {
+    fn with<T>(&self, cluster: &ClusterName, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut clusters = lock(&self.0);
+        if let Some(state) = clusters.get_mut(cluster) {
+            return change(state);
+        }
+        change(clusters.entry(cluster.clone()).or_default())
+    }
+
+    /// An object is on tier 1 and may not be in tier 2.
+    pub fn announce(&self, cluster: &ClusterName, object: BaseObject, now_unix: f64) {
+        self.with(cluster, |state| {
+            if state.size(&object).is_none() || !object.is_fixed() {
+                state.pending.entry(object).or_insert(now_unix);
+            }
+        });
+    }
+
+    /// An object was proven.
+    pub fn proven(&self, cluster: &ClusterName, object: BaseObject, size: u64) {
+        self.with(cluster, |state| {
+            state.pending.remove(&object);
+            state.problems.remove(&object.to_string());
+            state.problems.remove("");
+            state.gone.remove(&object);
+            state.since.insert(object.clone(), size);
+            if let Some(proven) = &mut state.proven {
+                proven.insert(object, size);
+            }
+        });
+    }
+
+    /// An object was removed from tier 2.
+    pub fn removed(&self, cluster: &ClusterName, object: &BaseObject) {
+        self.with(cluster, |state| {
+            state.pending.remove(object);
+            state.problems.remove(&object.to_string());
+            state.since.remove(object);
+            state.gone.insert(object.clone());
+            if let Some(proven) = &mut state.proven {
+                proven.remove(object);
+            }
+        });
+    }
+
+    /// An object is not on tier 1 any more, so nothing waits.
+    pub fn moot(&self, cluster: &ClusterName, object: &BaseObject) {
+        self.with(cluster, |state| {
+            state.pending.remove(object);
+            state.problems.remove(&object.to_string());
+        });
+    }
+
+    /// The proven size of an object; `None` when it is not known to be there.
+    pub fn size(&self, cluster: &ClusterName, object: &BaseObject) -> Option<u64> {
+        lock(&self.0).get(cluster)?.size(object)
+    }
+
+    /// All proven objects; `None` before the first listing (A3).
+    pub fn objects(&self, cluster: &ClusterName) -> Option<BTreeMap<BaseObject, u64>> {
+        lock(&self.0).get(cluster)?.proven.clone()
+    }
+
+    /// Whether the bucket was listed in this run.
+    pub fn is_listed(&self, cluster: &ClusterName) -> bool {
+        lock(&self.0).get(cluster).is_some_and(|state| state.proven.is_some())
+    }
+
+    /// The backups whose records are proven; `None` before the first listing.
+    pub fn records(&self, cluster: &ClusterName) -> Option<BTreeSet<BackupName>> {
+        let clusters = lock(&self.0);
+        let proven = clusters.get(cluster)?.proven.as_ref()?;
+        let name = |object: &BaseObject| match object {
+            BaseObject::Record(name) => Some(name.clone()),
+            _ => None,
+        };
+        Some(proven.keys().filter_map(name).collect())
+    }
+
+    /// Before the bucket is listed (A2); waits for its turn. Keep the guard until [`Self::compared`].
+    pub async fn begin_comparing(&self, cluster: &ClusterName) -> OwnedMutexGuard<()> {
+        let turn = self.with(cluster, |state| state.comparing.clone()).lock_owned().await;
+        self.with(cluster, |state| {
+            state.since.clear();
+            state.gone.clear();
+        });
+        turn
+    }
+
+    /// The result of a comparison. Says what is missing in tier 2: objects of tier 1 that are not there,
+    /// or there in another size, in the order in which they should go.
+    pub fn compared(
+        &self,
+        cluster: &ClusterName,
+        held: &[(BaseObject, u64)],
+        stored: &[(BaseObject, u64)],
+        now_unix: f64,
+    ) -> Vec<(BaseObject, u64)> {
+        let local: BTreeMap<&BaseObject, u64> = held.iter().map(|(o, size)| (o, *size)).collect();
+        self.with(cluster, |state| {
+            let mut proven: BTreeMap<BaseObject, u64> = stored
+                .iter()
+                .filter(|(object, size)| {
+                    let other = local.get(object).is_some_and(|held| held != size);
+                    !(state.gone.contains(object) || other && object.is_fixed())
+                })
+                .cloned()
+                .collect();
+            proven.extend(std::mem::take(&mut state.since));
+            let missing: Vec<(BaseObject, u64)> =
+                held.iter().filter(|(object, _)| !proven.contains_key(object)).cloned().collect();
+            state.pending.retain(|object, _| {
+                let settled = proven.contains_key(object) && object.is_fixed();
+                local.contains_key(object) && !settled
+            });
+            for (object, _) in &missing {
+                state.pending.entry(object.clone()).or_insert(now_unix);
+            }
+            let pending = &state.pending;
+            state.problems.retain(|name, _| {
+                name.is_empty() || pending.keys().any(|object| object.to_string() == *name)
+            });
+            state.proven = Some(proven);
+            missing
+        })
+    }
+
+    /// Says what is wrong with an object, or with the cluster as a whole.
+    pub fn problem(&self, cluster: &ClusterName, object: Option<&BaseObject>, text: String) {
+        let name = object.map(ToString::to_string).unwrap_or_default();
+        self.with(cluster, |state| state.problems.insert(name, text));
+    }
+
+    /// The cluster as a whole is well again.
+    pub fn no_problem(&self, cluster: &ClusterName) {
+        self.with(cluster, |state| state.problems.remove(""));
+    }
+
+    /// How a cluster is.
+    pub fn state(&self, cluster: &ClusterName) -> BaseArchiveState {
+        let clusters = lock(&self.0);
+        let Some(state) = clusters.get(cluster) else { return BaseArchiveState::default() };
+        let mut problems: Vec<String> =
+            state.problems.values().take(PROBLEMS_SHOWN).cloned().collect();
+        if state.problems.len() > PROBLEMS_SHOWN {
+            problems.push(format!("and {} more", state.problems.len() - PROBLEMS_SHOWN));
+        }
+        let oldest = state.pending.values().copied().min_by(f64::total_cmp);
+        BaseArchiveState {
+            unarchived_files: state.pending.len() as u64,
+            oldest_unarchived_unix: oldest,
+            problems,
+        }
+    }
+}
+
+impl State {
+    fn size(&self, object: &BaseObject) -> Option<u64> {
+        let known = self.proven.as_ref().and_then(|proven| proven.get(object));
+        known.or_else(|| self.since.get(object)).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(text: &str) -> BaseObject {
+        BaseObject::parse_relative(text).unwrap()
+    }
+
+    fn cluster() -> ClusterName {
+        "pg".parse().unwrap()
+    }
+
+    #[test]
+    fn nothing_is_known_before_the_bucket_was_listed() {
+        let archives = BaseArchives::default();
+        archives.proven(&cluster(), object("base/config"), 7);
+        assert_eq!(archives.objects(&cluster()), None);
+        assert_eq!(archives.records(&cluster()), None);
+        assert_eq!(archives.size(&cluster(), &object("base/config")), Some(7));
+        archives.compared(&cluster(), &[], &[(object("backups/a.json"), 3)], 1.0);
+        assert!(archives.records(&cluster()).unwrap().contains(&"a".parse().unwrap()));
+    }
+
+    #[tokio::test]
+    async fn what_is_proven_or_removed_while_listing_survives_the_listing() {
+        let archives = BaseArchives::default();
+        let (config, old, new) =
+            (object("base/config"), object("backups/old.json"), object("backups/new.json"));
+        let _turn = archives.begin_comparing(&cluster()).await;
+        archives.proven(&cluster(), new.clone(), 5);
+        archives.removed(&cluster(), &old);
+        let held = [(config.clone(), 3), (new.clone(), 5)];
+        let missing = archives.compared(&cluster(), &held, &[(old.clone(), 4)], 9.0);
+        assert_eq!(missing, [(config.clone(), 3)]);
+        assert_eq!(archives.size(&cluster(), &new), Some(5));
+        assert_eq!(archives.size(&cluster(), &old), None);
+        assert_eq!(archives.state(&cluster()).unarchived_files, 1);
+        assert_eq!(archives.state(&cluster()).oldest_unarchived_unix, Some(9.0));
+    }
+
+    /// An object of another size is not proven to be ours.
+    #[test]
+    fn an_object_of_another_size_is_missing() {
+        let archives = BaseArchives::default();
+        let config = object("base/config");
+        let missing =
+            archives.compared(&cluster(), &[(config.clone(), 3)], &[(config.clone(), 4)], 1.0);
+        assert_eq!(missing, [(config, 3)]);
+    }
+}

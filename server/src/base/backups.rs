@@ -1,0 +1,262 @@
+//! Lists a cluster's backups over both tiers.
+//!
+//! A record that cannot be read is a problem in words, never a backup less in silence (P6). With tier 1
+//! empty the list comes from tier 2 (S4). A backup is in tier 2 when its record is: the consumer puts that
+//! there last (S3).
+
+use super::{BaseStore, lock, run, tier2_status};
+use klio_proto::Code;
+use klio_storage::{
+    Error, Op,
+    catalog::{BackupRecord, DrillOutcome, VerifyOutcome, outcomes},
+    layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
+    record,
+    repository::{Files, SnapshotId},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{Arc, Mutex},
+};
+use tonic::Status;
+
+/// Records that only tier 2 has, as they were read; they never change.
+pub(super) type RecordCache = Mutex<BTreeMap<(ClusterName, BackupName), (u64, BackupRecord)>>;
+
+/// A backup and what is known of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ListedBackup {
+    /// Its record.
+    pub record: BackupRecord,
+    /// Everything it needs is on tier 1.
+    pub tier1: bool,
+    /// Everything it needs was proven in tier 2.
+    pub tier2: bool,
+    /// The newest verification.
+    pub verified: Option<VerifyOutcome>,
+    /// The newest drill.
+    pub drilled: Option<DrillOutcome>,
+}
+
+/// A cluster's backups.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Backups {
+    /// Oldest first.
+    pub backups: Vec<ListedBackup>,
+    /// What cannot be read, in words: while there is any, nothing may be removed (P6).
+    pub problems: Vec<String>,
+}
+
+/// What tier 1 says.
+#[derive(Default)]
+struct OnDisk {
+    records: BTreeMap<BackupName, BackupRecord>,
+    unreadable: BTreeMap<BackupName, String>,
+    /// Repository files.
+    files: BTreeSet<BaseFile>,
+}
+
+impl BaseStore {
+    /// All backups of a cluster.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when tier 1 has nothing of the cluster and tier 2 does not answer (P7).
+    pub async fn backups(&self, cluster: &ClusterName) -> Result<Backups, Status> {
+        let (this, name) = (self.clone(), cluster.clone());
+        let mut disk = run(move || this.read_disk(&name)).await?;
+        let mut listed = Backups::default();
+        let objects = match self.list_tier2(cluster).await {
+            Ok(objects) => objects,
+            Err(error) if disk.records.is_empty() => {
+                return Err(tier2_status("list backups", cluster, &error));
+            }
+            Err(error) => {
+                tracing::warn!(%cluster, %error, "list backups: tier 2 could not be asked");
+                listed.problems.push("tier 2 did not answer: what it holds is not known".into());
+                BTreeMap::new()
+            }
+        };
+        let mut in_tier2 = BTreeMap::new();
+        for (object, size) in &objects {
+            if let BaseObject::Record(name) = object {
+                in_tier2.insert(name.clone(), *size);
+            }
+        }
+        let mut elsewhere = BTreeMap::new();
+        for (name, size) in &in_tier2 {
+            if disk.records.contains_key(name) {
+                continue;
+            }
+            match self.record_in_tier2(cluster, name, *size).await {
+                Ok(record) => drop(elsewhere.insert(name.clone(), record)),
+                Err(error) => listed.problems.push(format!("backup {name} in tier 2: {error}")),
+            }
+        }
+        for (name, error) in &disk.unreadable {
+            listed.problems.push(format!("backup {name} on tier 1: {error}"));
+        }
+        let on_tier1 = self.complete_on_disk(cluster, &disk, &objects).await;
+        let (this, cluster) = (self.clone(), cluster.clone());
+        run(move || {
+            let records =
+                std::mem::take(&mut disk.records).into_values().chain(elsewhere.into_values());
+            for record in records {
+                let (tier1, tier2) =
+                    (on_tier1.contains(&record.name), in_tier2.contains_key(&record.name));
+                listed.backups.push(this.listed(&cluster, record, tier1, tier2));
+            }
+            let key = |b: &ListedBackup| (b.record.stopped_postgres_unix, b.record.committed_unix);
+            listed.backups.sort_by(|a, b| {
+                let (a, b) = (key(a), key(b));
+                a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+            });
+            this.remember_all(&cluster, listed.backups.iter().map(|b| &b.record));
+            Ok(listed)
+        })
+        .await
+    }
+
+    /// Adds what was learnt since. Blocking.
+    fn listed(
+        &self,
+        cluster: &ClusterName,
+        record: BackupRecord,
+        tier1: bool,
+        tier2: bool,
+    ) -> ListedBackup {
+        let (disk, root, name) = (self.disk().as_ref(), self.root(), &record.name);
+        let tell = |error: Error| tracing::warn!(%cluster, backup = %name, %error, "an outcome cannot be read");
+        let verified = outcomes::load_verified(disk, root, cluster, name).unwrap_or_else(|e| {
+            tell(e);
+            None
+        });
+        let drilled = outcomes::load_drilled(disk, root, cluster, name).unwrap_or_else(|e| {
+            tell(e);
+            None
+        });
+        ListedBackup { tier1, tier2, verified, drilled, record }
+    }
+
+    /// The backups that tier 1 can give back alone. Where tier 2 has nothing more than tier 1 that is every
+    /// one with a record; else the snapshots are asked, which costs reading their trees.
+    async fn complete_on_disk(
+        &self,
+        cluster: &ClusterName,
+        disk: &OnDisk,
+        objects: &BTreeMap<BaseObject, u64>,
+    ) -> BTreeSet<BackupName> {
+        let only_in_tier2 = objects
+            .keys()
+            .any(|object| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !disk.files.contains(file)));
+        let mut complete = BTreeSet::new();
+        for record in disk.records.values() {
+            let Ok(id) = record.snapshot.parse::<SnapshotId>() else { continue };
+            if !disk.files.contains(&id.file()) {
+                continue;
+            }
+            let whole = !only_in_tier2
+                || self
+                    .needs(cluster, id)
+                    .await
+                    .is_ok_and(|needed| needed.iter().all(|file| disk.files.contains(file)));
+            if whole {
+                complete.insert(record.name.clone());
+            }
+        }
+        complete
+    }
+
+    fn read_disk(&self, cluster: &ClusterName) -> Result<OnDisk, Error> {
+        let mut disk = OnDisk::default();
+        for (name, _) in self.records_on_disk(cluster)? {
+            match self.record_on_disk(cluster, &name) {
+                Ok(Some(record)) => drop(disk.records.insert(name, record)),
+                Ok(None) => {}
+                Err(error) => drop(disk.unreadable.insert(name, error.to_string())),
+            }
+        }
+        let files = self.cluster(cluster).files.clone();
+        for kind in BaseKind::ALL {
+            disk.files.extend(files.list(kind)?.into_iter().map(|(file, _)| file));
+        }
+        Ok(disk)
+    }
+
+    /// Names and sizes of tier 1's records. Blocking.
+    pub(crate) fn records_on_disk(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Vec<(BackupName, u64)>, Error> {
+        let folder = self.root().join(cluster.as_str()).join("backups");
+        let entries = match self.disk().list(&folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Error::io(Op::List, &folder, e)),
+        };
+        let mut found = Vec::new();
+        for name in entries.iter().filter_map(|entry| BackupName::parse_record(&entry.name)) {
+            let path = self.path(cluster, &BaseObject::Record(name.clone()));
+            match self.disk().stat(&path) {
+                Ok(stat) => found.push((name, stat.size)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io(Op::List, &path, e)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// A record of tier 1. Blocking.
+    ///
+    /// # Errors
+    /// `Corrupt` when it cannot be read.
+    pub fn record_on_disk(
+        &self,
+        cluster: &ClusterName,
+        name: &BackupName,
+    ) -> Result<Option<BackupRecord>, Error> {
+        let path = self.path(cluster, &BaseObject::Record(name.clone()));
+        record::load(self.disk().as_ref(), &path)
+    }
+
+    /// A record of tier 2.
+    ///
+    /// # Errors
+    /// `Corrupt`, or as the bucket fails.
+    pub async fn record_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        name: &BackupName,
+        size: u64,
+    ) -> Result<BackupRecord, Error> {
+        let id = (cluster.clone(), name.clone());
+        if let Some((known, record)) = lock(&self.0.records).get(&id)
+            && *known == size
+        {
+            return Ok(record.clone());
+        }
+        let key = name.record_key(cluster);
+        let missing =
+            || Error::new(klio_storage::Kind::NotFound, Op::Download, &key, "no such object");
+        let tier2 = self.tier2().ok_or_else(missing)?;
+        let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?.ok_or_else(missing)?;
+        let read: BackupRecord = record::decode(&bytes, &key)?;
+        lock(&self.0.records).insert(id, (size, read.clone()));
+        Ok(read)
+    }
+
+    /// One backup of either tier.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub async fn backup(
+        &self,
+        cluster: &ClusterName,
+        name: &BackupName,
+    ) -> Result<Arc<BackupRecord>, Status> {
+        let all = self.backups(cluster).await?;
+        let found = all.backups.into_iter().find(|backup| backup.record.name == *name);
+        found
+            .map(|backup| Arc::new(backup.record))
+            .ok_or_else(|| Code::NotFound.status(format!("cluster {cluster} has no backup {name}")))
+    }
+}

@@ -1,0 +1,217 @@
+//! Makes a finished backup exist.
+//!
+//! S3: the record is written when, and only when, the snapshot and everything it needs is in the repository
+//! with the sizes that its index demands, and all WAL from the backup's start to its stop is durable and
+//! contiguous, over every timeline on the way. Written atomically and last: a crash leaves the whole record
+//! or none. The same record again is the same answer.
+
+use super::{BaseStore, reserve::Caller, run};
+use klio_pg::SegmentSize;
+use klio_proto::Code;
+use klio_storage::{
+    Error,
+    catalog::BackupRecord,
+    disk::durable,
+    layout::{BaseFile, BaseKind, BaseObject, ClusterName},
+    record,
+    repository::{Files, SnapshotId},
+};
+use std::collections::BTreeSet;
+use tonic::Status;
+
+/// Missing files that are named in a refusal.
+const NAMED_MAX: usize = 3;
+
+impl BaseStore {
+    /// Checks a record and writes it.
+    ///
+    /// # Errors
+    /// `INVALID` for one that cannot be right, `INCOMPLETE` when something it needs is not held, `BUSY` when
+    /// the name is somebody else's.
+    pub async fn commit(
+        &self,
+        cluster: &ClusterName,
+        document: &[u8],
+        caller: &Caller,
+    ) -> Result<(), Status> {
+        let record: BackupRecord = serde_json::from_slice(document)
+            .map_err(|e| Code::Invalid.status(format!("commit a backup of {cluster}: {e}")))?;
+        self.reservations().may_commit(cluster, &record.name, caller)?;
+        let part = self.cluster(cluster);
+        let _one = part.committing.lock().await;
+        if self.is_committed(cluster, &record).await? {
+            return Ok(());
+        }
+        let snapshot = self.check_fields(cluster, &record)?;
+        self.check_wal(cluster, &record).await?;
+        self.check_snapshot(cluster, &record, snapshot).await?;
+        let record = BackupRecord { committed_unix: self.now_unix(), ..record };
+        self.write_record(cluster, record).await
+    }
+
+    /// Whether this very record is there.
+    async fn is_committed(
+        &self,
+        cluster: &ClusterName,
+        record: &BackupRecord,
+    ) -> Result<bool, Status> {
+        let (this, name, wanted) = (self.clone(), cluster.clone(), record.name.clone());
+        let there = run(move || this.record_on_disk(&name, &wanted)).await?;
+        let same = there.map(|there| {
+            let committed_unix = record.committed_unix;
+            BackupRecord { committed_unix, ..there } == *record
+        });
+        let in_tier2 =
+            || self.archives().records(cluster).is_some_and(|r| r.contains(&record.name));
+        match same {
+            Some(true) => Ok(true),
+            None if !in_tier2() => Ok(false),
+            _ => Err(refuse(Code::Invalid, cluster, record, "another backup has that name")),
+        }
+    }
+
+    fn check_fields(
+        &self,
+        cluster: &ClusterName,
+        record: &BackupRecord,
+    ) -> Result<SnapshotId, Status> {
+        let bad = |detail: String| Err(refuse(Code::Invalid, cluster, record, detail));
+        let Some(pinned) = self.wal().pinned(cluster) else {
+            return bad("expected a cluster that was identified first, found none".into());
+        };
+        if record.system_identifier != pinned.system_identifier.to_string() {
+            let (expected, found) = (pinned.system_identifier, &record.system_identifier);
+            let detail = format!("expected system identifier {expected}, found {found}");
+            return Err(refuse(Code::WrongSystem, cluster, record, detail));
+        }
+        if SegmentSize::new(record.segment_size) != Ok(pinned.segment_size) {
+            let (expected, found) = (pinned.segment_size.bytes(), record.segment_size);
+            return bad(format!("expected a WAL segment size of {expected}, found {found}"));
+        }
+        if record.stop_lsn <= record.start_lsn || record.stop_timeline < record.start_timeline {
+            return bad(format!(
+                "expected a stop after the start at {} on timeline {:?}, found {} on {:?}",
+                record.start_lsn, record.start_timeline, record.stop_lsn, record.stop_timeline
+            ));
+        }
+        let times = [record.started_postgres_unix, record.stopped_postgres_unix, record.begun_unix];
+        if times.iter().any(|time| !time.is_finite() || *time <= 0.0)
+            || record.stopped_postgres_unix < record.started_postgres_unix
+        {
+            return bad(format!("expected times in order, found {times:?}"));
+        }
+        record.snapshot.parse().or_else(|e| bad(format!("snapshot: {e}")))
+    }
+
+    async fn check_wal(&self, cluster: &ClusterName, record: &BackupRecord) -> Result<(), Status> {
+        let (timeline, start, stop) = (record.stop_timeline, record.start_lsn, record.stop_lsn);
+        let mut missing = None;
+        // Tier 1 alone is enough as a rule; then what was known of tier 2; then the bucket is asked.
+        for tier2 in [
+            super::holdings::Tier2Use::Not,
+            super::holdings::Tier2Use::Cached,
+            super::holdings::Tier2Use::Fresh,
+        ] {
+            let holdings = self.holdings_with(cluster, tier2).await?;
+            let history = holdings.history(timeline).map_err(|e| crate::errors::status(&e))?;
+            if record.start_timeline != timeline && history.end_of(record.start_timeline).is_none()
+            {
+                missing = Some(format!(
+                    "timeline {:?} is not known to come from {:?}: its history is not held",
+                    timeline, record.start_timeline
+                ));
+                continue;
+            }
+            match holdings.first_missing(timeline, start, stop) {
+                Ok(None) => return Ok(()),
+                Ok(Some((line, run))) => {
+                    missing = Some(format!(
+                        "WAL of timeline {line:?} from {} to {} is not held",
+                        run.start, run.end
+                    ));
+                }
+                Err(error) => return Err(crate::errors::status(&error)),
+            }
+        }
+        Err(refuse(Code::Incomplete, cluster, record, missing.unwrap_or_default()))
+    }
+
+    /// Everything the snapshot needs is in the repository.
+    async fn check_snapshot(
+        &self,
+        cluster: &ClusterName,
+        record: &BackupRecord,
+        snapshot: SnapshotId,
+    ) -> Result<(), Status> {
+        let incomplete = |detail: String| refuse(Code::Incomplete, cluster, record, detail);
+        let needed = self.needs(cluster, snapshot).await.map_err(|error| match Code::of(&error) {
+            Code::NotFound | Code::Corrupt => {
+                tracing::warn!(%cluster, backup = %record.name, %error, "a backup is not complete");
+                incomplete(format!("the snapshot cannot be read: {}", error.message()))
+            }
+            _ => error,
+        })?;
+        let mut missing = Vec::new();
+        for kind in BaseKind::ALL {
+            let wanted: BTreeSet<BaseFile> =
+                needed.iter().filter(|file| file.kind == kind).copied().collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let held = self.list_files(cluster, kind).await?;
+            missing.extend(
+                wanted.into_iter().filter(|file| held.get(file).is_none_or(|size| *size == 0)),
+            );
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let named: Vec<String> =
+            missing.iter().take(NAMED_MAX).map(|file| file.relative()).collect();
+        Err(incomplete(format!("{} files are missing: {}", missing.len(), named.join(", "))))
+    }
+
+    async fn write_record(&self, cluster: &ClusterName, body: BackupRecord) -> Result<(), Status> {
+        let (this, name) = (self.clone(), cluster.clone());
+        run(move || {
+            let object = BaseObject::Record(body.name.clone());
+            let path = this.path(&name, &object);
+            if let Some(folder) = path.parent() {
+                durable::create_dir(this.disk().as_ref(), folder)?;
+            }
+            let bytes = record::encode(&body, path.display())?;
+            durable::overwrite(this.disk().as_ref(), &path, &bytes)?;
+            tracing::info!(cluster = %name, backup = %body.name, start = %body.start_lsn, stop = %body.stop_lsn, bytes = body.size_bytes, stored = body.stored_bytes, "a backup is complete");
+            this.announce(&name, object, bytes.len() as u64);
+            this.remember_record(&name, &body);
+            Ok::<_, Error>(())
+        })
+        .await
+    }
+
+    /// The files that a snapshot needs, read from the repository.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` when one of them is gone, `CORRUPT`.
+    pub async fn needs(
+        &self,
+        cluster: &ClusterName,
+        snapshot: SnapshotId,
+    ) -> Result<BTreeSet<BaseFile>, Status> {
+        let repository = self.repository(cluster).await?;
+        run(move || {
+            let files = repository.packs_of(&[snapshot])?;
+            Ok(files)
+        })
+        .await
+    }
+}
+
+fn refuse(
+    code: Code,
+    cluster: &ClusterName,
+    record: &BackupRecord,
+    detail: impl std::fmt::Display,
+) -> Status {
+    code.status(format!("commit backup {} of {cluster}: {detail}", record.name))
+}

@@ -1,0 +1,96 @@
+//! The numbers of telemetry.md's table "Base backups (server)", kept so that a scrape reads no disk.
+//!
+//! Known from tier 1's records at start, from every listing, and from each commit. Ages are measured from
+//! the commit, in the server's own clock.
+
+use super::{BaseStore, lock};
+use crate::metrics::Gauge;
+use klio_storage::{
+    catalog::BackupRecord,
+    layout::{BackupName, ClusterName},
+};
+use std::{collections::BTreeMap, sync::Mutex};
+
+/// Per cluster, by name.
+pub(super) type Summaries = Mutex<BTreeMap<ClusterName, BTreeMap<BackupName, Summary>>>;
+
+/// What the gauges need of a record.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Summary {
+    committed_unix: f64,
+    size_bytes: u64,
+    files: u64,
+    directories: u64,
+}
+
+impl From<&BackupRecord> for Summary {
+    fn from(record: &BackupRecord) -> Self {
+        Self {
+            committed_unix: record.committed_unix,
+            size_bytes: record.size_bytes,
+            files: record.files,
+            directories: record.directories,
+        }
+    }
+}
+
+impl BaseStore {
+    /// Reads tier 1's records; those that cannot be read are left out here and listed elsewhere. Blocking.
+    pub(super) fn remember(&self, cluster: &ClusterName) {
+        for (name, _) in self.records_on_disk(cluster).unwrap_or_default() {
+            if let Ok(Some(record)) = self.record_on_disk(cluster, &name) {
+                self.remember_record(cluster, &record);
+            }
+        }
+    }
+
+    pub(super) fn remember_record(&self, cluster: &ClusterName, record: &BackupRecord) {
+        let mut all = lock(&self.0.gauges);
+        all.entry(cluster.clone()).or_default().insert(record.name.clone(), record.into());
+    }
+
+    /// These are all there are.
+    pub(super) fn remember_all<'a>(
+        &self,
+        cluster: &ClusterName,
+        records: impl Iterator<Item = &'a BackupRecord>,
+    ) {
+        let summaries: BTreeMap<_, _> =
+            records.map(|record| (record.name.clone(), Summary::from(record))).collect();
+        let mut all = lock(&self.0.gauges);
+        if summaries.is_empty() && !all.contains_key(cluster) {
+            return;
+        }
+        all.insert(cluster.clone(), summaries);
+    }
+
+    /// All gauges of base backups.
+    pub fn gauges(&self) -> Vec<Gauge> {
+        let now = self.now_unix();
+        let mut gauges = Vec::new();
+        for (cluster, backups) in lock(&self.0.gauges).iter() {
+            let mut put = |name, value| {
+                gauges.push(Gauge { name, cluster: Some(cluster.clone()), value });
+            };
+            put("klio.base.snapshots", backups.len() as f64);
+            let by_age = |a: &&Summary, b: &&Summary| a.committed_unix.total_cmp(&b.committed_unix);
+            if let (Some(newest), Some(oldest)) =
+                (backups.values().max_by(by_age), backups.values().min_by(by_age))
+            {
+                put("klio.base.latest_snapshot_size", newest.size_bytes as f64);
+                put("klio.base.latest_snapshot_files", newest.files as f64);
+                put("klio.base.latest_snapshot_dirs", newest.directories as f64);
+                put("klio.base.latest_snapshot_age", (now - newest.committed_unix).max(0.0));
+                put("klio.base.oldest_snapshot_age", (now - oldest.committed_unix).max(0.0));
+            }
+            let archive = self.archives().state(cluster);
+            if self.tier2().is_some() {
+                let lag =
+                    archive.oldest_unarchived_unix.map_or(0.0, |since| (now - since).max(0.0));
+                put("klio.base.unarchived_files", archive.unarchived_files as f64);
+                put("klio.base.archive_lag_time", lag);
+            }
+        }
+        gauges
+    }
+}

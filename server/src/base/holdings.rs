@@ -1,0 +1,230 @@
+//! What WAL is held of a cluster, over both tiers and the open segment.
+//!
+//! Histories never change, so they are read once. Tier 2's listing is kept for a while: it only grows by
+//! what tier 1 has too. Who takes WAL from tier 1 says so ([`BaseStore::forget_wal_listing`]), and who finds
+//! something missing asks again.
+
+use super::{BaseStore, lock, run, tier2_status};
+use crate::errors;
+use klio_pg::{Lsn, TimelineId};
+use klio_storage::{
+    Error, Kind, Op,
+    catalog::{
+        Holdings, KnownGap,
+        holdings::{HeldFile, OpenWal, Parts},
+    },
+    layout::{ClusterName, Form, WalFile},
+    wal::{Found, WalStore},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tonic::Status;
+
+/// A client that waits for WAL asks every second; a bucket with a million segments is not listed for that.
+const LISTING_AGE: Duration = Duration::from_secs(60);
+/// PostgreSQL's own take a line for each ancestor.
+const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
+
+/// What was read and does not change, or not soon.
+#[derive(Default)]
+pub(super) struct HistoryCache {
+    histories: Mutex<BTreeMap<(ClusterName, TimelineId), String>>,
+    listings: Mutex<BTreeMap<ClusterName, (Instant, Arc<Vec<HeldFile>>)>>,
+}
+
+/// How far tier 2 is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tier2Use {
+    Not,
+    Cached,
+    Fresh,
+}
+
+impl BaseStore {
+    /// What is held of a cluster.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when tier 2 does not answer.
+    pub async fn holdings(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
+        self.holdings_with(cluster, Tier2Use::Cached).await
+    }
+
+    /// WAL was removed from tier 1: what is known of tier 2 may be too old.
+    pub fn forget_wal_listing(&self, cluster: &ClusterName) {
+        lock(&self.0.histories.listings).remove(cluster);
+    }
+
+    pub(super) async fn holdings_with(
+        &self,
+        cluster: &ClusterName,
+        tier2: Tier2Use,
+    ) -> Result<Holdings, Status> {
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let mut parts = run(move || tier1_parts(&store, &name)).await?;
+        if tier2 != Tier2Use::Not {
+            parts.tier2 = self.wal_in_tier2(cluster, tier2).await?.to_vec();
+            if parts.segment_size.is_none()
+                && let Some(pinned) = self.pinned_in_tier2(cluster).await?
+            {
+                parts.segment_size = Some(pinned.segment_size);
+                parts.system_identifier = Some(pinned.system_identifier);
+            }
+        }
+        let histories: BTreeSet<TimelineId> = parts
+            .tier1
+            .iter()
+            .chain(&parts.tier2)
+            .filter_map(|held| match held.file {
+                WalFile::History(timeline) => Some(timeline),
+                _ => None,
+            })
+            .collect();
+        for timeline in histories {
+            let text = self.history_text(cluster, timeline).await?;
+            parts.histories.insert(timeline, text);
+        }
+        parts.caught_up = self.caught_up(cluster);
+        parts.as_of_unix = self.now_unix();
+        Ok(Holdings::from_parts(parts))
+    }
+
+    /// The timeline that is streamed, when all of it that PostgreSQL has is here.
+    fn caught_up(&self, cluster: &ClusterName) -> Option<TimelineId> {
+        let state = self.0.parts.registry.cluster(cluster);
+        let progress = state.progress();
+        let all = progress.wal_end > Lsn::ZERO && progress.flushed >= progress.wal_end;
+        progress.timeline.filter(|_| all && state.connected())
+    }
+
+    async fn wal_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        how: Tier2Use,
+    ) -> Result<Arc<Vec<HeldFile>>, Status> {
+        let Some(tier2) = self.tier2() else { return Ok(Arc::default()) };
+        if how == Tier2Use::Cached
+            && let Some((at, known)) = lock(&self.0.histories.listings).get(cluster)
+            && at.elapsed() < LISTING_AGE
+        {
+            return Ok(known.clone());
+        }
+        let at = Instant::now();
+        let listed = tier2.list_wal(cluster).await;
+        let listed = listed.map_err(|e| tier2_status("list WAL", cluster, &e))?;
+        let files: Vec<HeldFile> = listed.into_iter().map(|object| object.file.into()).collect();
+        let files = Arc::new(files);
+        lock(&self.0.histories.listings).insert(cluster.clone(), (at, files.clone()));
+        Ok(files)
+    }
+
+    /// A history file's content, from either tier.
+    async fn history_text(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<String, Status> {
+        let id = (cluster.clone(), timeline);
+        if let Some(known) = lock(&self.0.histories.histories).get(&id) {
+            return Ok(known.clone());
+        }
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let local = run(move || match store.read(&name, WalFile::History(timeline)) {
+            Ok(found) => store.plain_bytes(found).map(Some),
+            Err(error) if error.kind == Kind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        })
+        .await;
+        let bytes = match local {
+            Ok(Some(bytes)) => bytes,
+            // Absent, or not readable: the other tier may have it.
+            Ok(None) | Err(_) => self.history_in_tier2(cluster, timeline).await?,
+        };
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        lock(&self.0.histories.histories).insert(id, text.clone());
+        Ok(text)
+    }
+
+    async fn history_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Vec<u8>, Status> {
+        let file = WalFile::History(timeline);
+        let failed = |e: Error| tier2_status("read a history", cluster, &e);
+        for form in Form::BOTH {
+            let Some(tier2) = self.tier2() else { break };
+            let key = file.key_in(cluster, form);
+            let Some(bytes) = tier2.read_small(&key, HISTORY_LIMIT_BYTES).await.map_err(failed)?
+            else {
+                continue;
+            };
+            return match form {
+                Form::Plain => Ok(bytes.to_vec()),
+                Form::Age => {
+                    let plain = self.at_rest().need(&key).and_then(|keys| keys.unwrap(&bytes));
+                    plain.map(|p| p.to_vec()).map_err(|e| errors::status(&e))
+                }
+            };
+        }
+        Err(errors::status(&Error::new(
+            Kind::Corrupt,
+            Op::Read,
+            file.key(cluster),
+            "expected a history file that was listed, found none in either tier",
+        )))
+    }
+}
+
+/// What tier 1 says. Blocking.
+fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> {
+    let pinned = store.pinned(cluster);
+    let listed = match store.list(cluster) {
+        Ok(listed) => listed,
+        Err(error) if error.kind == Kind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let mut tier1 = Vec::with_capacity(listed.len());
+    for stored in listed {
+        let end = match stored.file {
+            WalFile::Partial(name) => pinned
+                .and_then(|p| name.start_lsn(p.segment_size))
+                .and_then(|start| Some(start.advance(partial_bytes(store, cluster, stored.file)?))),
+            _ => None,
+        };
+        tier1.push(HeldFile { file: stored.file, end });
+    }
+    let gaps = store.gaps(cluster);
+    let open = store.positions(cluster).into_iter().flat_map(|p| {
+        // A recorded gap may be where the next byte is expected: nobody holds it.
+        let ends = gaps.iter().filter(move |g| g.timeline == p.timeline && g.to == p.flushed);
+        let end = ends.map(|g| g.from).min().unwrap_or(p.flushed);
+        (p.sealed < end).then_some(OpenWal { timeline: p.timeline, start: p.sealed, end })
+    });
+    let open = open.collect();
+    let known = |g: klio_storage::wal::Gap| KnownGap {
+        timeline: g.timeline,
+        from: g.from,
+        to: g.to,
+        reason: g.reason,
+    };
+    Ok(Parts {
+        segment_size: pinned.map(|p| p.segment_size),
+        system_identifier: pinned.map(|p| p.system_identifier),
+        tier1,
+        open,
+        gaps: gaps.iter().cloned().map(known).collect(),
+        ..Parts::default()
+    })
+}
+
+/// Bytes inside a partial segment; `None` when it cannot be read, which then counts for nothing.
+fn partial_bytes(store: &WalStore, cluster: &ClusterName, file: WalFile) -> Option<u64> {
+    match store.read(cluster, file) {
+        Ok(Found::Stored { plain_size, .. }) => Some(plain_size),
+        Ok(Found::Open(open)) => Some(open.plain_size()),
+        Err(_) => None,
+    }
+}

@@ -1,0 +1,141 @@
+//! Lists repository files over both tiers.
+//!
+//! This process is the only one that writes to the bucket, so what it knows of it after one listing stays
+//! true: a running backup does not wait for the bucket. While it was never listed and does not answer, tier 1
+//! alone is the answer where it has a repository: what only tier 2 has is then stored once more, which costs
+//! space and nothing else (P4). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7).
+
+use super::{BaseStore, run, tier2_status};
+use klio_storage::{
+    Error, Kind, Op,
+    layout::{BaseFile, BaseKind, BaseObject, ClusterName, base::repository_prefix},
+    repository::Files,
+};
+use std::collections::BTreeMap;
+use tonic::Status;
+
+impl BaseStore {
+    /// Every file of a kind with its size.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when only tier 2 could say.
+    pub async fn list_files(
+        &self,
+        cluster: &ClusterName,
+        kind: BaseKind,
+    ) -> Result<BTreeMap<BaseFile, u64>, Status> {
+        let files = self.cluster(cluster).files.clone();
+        let (local, has_repository) = run(move || {
+            let local = files.list(kind)?;
+            Ok((local, !files.list(BaseKind::Config)?.is_empty()))
+        })
+        .await?;
+        let mut all = match self.list_tier2(cluster).await {
+            Ok(objects) => objects
+                .into_iter()
+                .filter_map(|(object, size)| match object {
+                    BaseObject::File(file) if file.kind == kind => Some((file, size)),
+                    _ => None,
+                })
+                .collect(),
+            Err(error) if has_repository => {
+                tracing::warn!(%cluster, %error, "tier 2 cannot be listed; tier 1 alone is used");
+                BTreeMap::new()
+            }
+            Err(error) => return Err(tier2_status("list repository files", cluster, &error)),
+        };
+        // Tier 1 says what a file's size is where both have it.
+        all.extend(local);
+        Ok(all)
+    }
+
+    /// All that tier 2 holds of a cluster besides WAL, as known; listed where it is not. Empty without
+    /// tier 2.
+    ///
+    /// # Errors
+    /// As the bucket fails.
+    pub async fn list_tier2(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<BTreeMap<BaseObject, u64>, Error> {
+        if self.tier2().is_none() {
+            return Ok(BTreeMap::new());
+        }
+        if let Some(known) = self.archives().objects(cluster) {
+            return Ok(known);
+        }
+        let _turn = self.archives().begin_comparing(cluster).await;
+        if let Some(known) = self.archives().objects(cluster) {
+            return Ok(known);
+        }
+        let stored = self.objects_of_tier2(cluster).await?;
+        let held = self.objects_of_tier1(cluster).await?;
+        self.archives().compared(cluster, &held, &stored, self.now_unix());
+        Ok(self.archives().objects(cluster).unwrap_or_default())
+    }
+
+    /// Lists the bucket.
+    pub(crate) async fn objects_of_tier2(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Vec<(BaseObject, u64)>, Error> {
+        let Some(tier2) = self.tier2() else { return Ok(Vec::new()) };
+        let folder = format!("{cluster}/");
+        let mut found = Vec::new();
+        for prefix in [repository_prefix(cluster), format!("{cluster}/backups")] {
+            let listed = tier2.list_prefix(&prefix).await?;
+            found.extend(listed.into_iter().filter_map(|object| {
+                let relative = object.key.strip_prefix(&folder)?;
+                Some((BaseObject::parse_relative(relative)?, object.size))
+            }));
+        }
+        for object in [
+            BaseObject::Cluster,
+            BaseObject::Secret { encrypted: true },
+            BaseObject::Secret { encrypted: false },
+        ] {
+            if let Some(size) = tier2.size_of(&object.key(cluster)).await? {
+                found.push((object, size));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Lists tier 1, in the order in which tier 2 should get it: what opens the repository first, records
+    /// last.
+    pub(crate) async fn objects_of_tier1(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Vec<(BaseObject, u64)>, Error> {
+        let (this, cluster) = (self.clone(), cluster.clone());
+        let listed = tokio::task::spawn_blocking(move || this.objects_on_disk(&cluster)).await;
+        listed.map_err(|error| Error::new(Kind::Io, Op::List, "tier 1", error))?
+    }
+
+    fn objects_on_disk(&self, cluster: &ClusterName) -> Result<Vec<(BaseObject, u64)>, Error> {
+        let mut found = Vec::new();
+        for object in [
+            BaseObject::Cluster,
+            BaseObject::Secret { encrypted: true },
+            BaseObject::Secret { encrypted: false },
+        ] {
+            let path = self.path(cluster, &object);
+            match self.disk().stat(&path) {
+                Ok(stat) => found.push((object, stat.size)),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io(Op::List, &path, e)),
+            }
+        }
+        let part = self.cluster(cluster);
+        for kind in
+            [BaseKind::Config, BaseKind::Key, BaseKind::Data, BaseKind::Index, BaseKind::Snapshot]
+        {
+            let files = part.files.list(kind)?.into_iter();
+            found.extend(files.map(|(file, size)| (BaseObject::File(file), size)));
+        }
+        for (name, size) in self.records_on_disk(cluster)? {
+            found.push((BaseObject::Record(name), size));
+        }
+        Ok(found)
+    }
+}

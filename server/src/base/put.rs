@@ -1,0 +1,256 @@
+//! Receives one repository file: pieces to a temporary file, fsync, rename, fsync of the folder, answer.
+//!
+//! R1: the file is whole or absent, and durable when the answer goes out. R2: its bytes have the SHA-256 of
+//! its name, or nothing of it stays. S2: config and keys are the server's own; a file that is there stays
+//! what it is (one whose size is wrong is damaged, and bytes that have the name's sum replace it).
+//! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is taken for each
+//! piece: a client that does not send holds none (P8).
+
+use super::{BaseStore, run};
+use crate::errors;
+use bytes::Bytes;
+use klio_proto::Code;
+use klio_storage::{
+    Error, Op,
+    disk::{Disk, FileHandle, durable},
+    layout::{BaseFile, BaseKind, BaseObject, ClusterName},
+    tier2::{Hasher, Sha256Sum},
+};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::Status;
+
+/// Written and hashed at once.
+const PIECE_BYTES: usize = 1 << 20;
+/// Distinguishes temporary names of this process from each other; the letter does from `LocalFiles`'.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// A file that is being received. Dropping it leaves nothing.
+pub struct Incoming {
+    base: BaseStore,
+    cluster: ClusterName,
+    file: BaseFile,
+    size: u64,
+    received: u64,
+    waiting: Vec<Bytes>,
+    waiting_bytes: usize,
+    /// `None` while a thread has it.
+    writing: Option<Writing>,
+    _turn: OwnedSemaphorePermit,
+}
+
+/// What the writing threads hand on to each other.
+struct Writing {
+    hasher: Hasher,
+    /// `None` when the file is there already: then it is only hashed.
+    to: Option<Temporary>,
+}
+
+/// A temporary file; dropping it removes it.
+struct Temporary {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    /// What it becomes.
+    target: PathBuf,
+    handle: FileHandle,
+    renamed: bool,
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if !self.renamed {
+            // What is left is removed at the next start.
+            let _ = self.disk.remove(&self.path);
+        }
+    }
+}
+
+fn refuse(
+    code: Code,
+    cluster: &ClusterName,
+    file: BaseFile,
+    detail: impl std::fmt::Display,
+) -> Status {
+    code.status(format!("store {} of {cluster}: {detail}", file.relative()))
+}
+
+impl BaseStore {
+    /// Begins to receive a file of `size` bytes; waits for its turn.
+    ///
+    /// # Errors
+    /// `FORBIDDEN` for what only the server writes, `INVALID` before the repository is opened, `DISK_FULL`.
+    pub async fn begin_put(
+        &self,
+        cluster: &ClusterName,
+        file: BaseFile,
+        size: u64,
+    ) -> Result<Incoming, Status> {
+        if matches!(file.kind, BaseKind::Config | BaseKind::Key) {
+            let detail = "only the server writes a repository's config and keys";
+            return Err(refuse(Code::Forbidden, cluster, file, detail));
+        }
+        let part = self.cluster(cluster);
+        let turn = part.puts.clone().acquire_owned().await;
+        let turn = turn.map_err(|e| Code::Internal.status(e))?;
+        let (disk, files) = (self.disk().clone(), part.files.clone());
+        let name = cluster.clone();
+        let writing = tokio::task::spawn_blocking(move || {
+            let config = files.path(BaseFile::CONFIG);
+            match disk.stat(&config) {
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    let detail = "expected a repository that was opened first, found none";
+                    return Err(refuse(Code::Invalid, &name, file, detail));
+                }
+                Err(e) => return Err(errors::status(&Error::io(Op::Read, &config, e))),
+            }
+            let begun = Temporary::create(disk, &files, file, size);
+            begun
+                .map(|to| Writing { hasher: Hasher::default(), to })
+                .map_err(|e| errors::status(&e))
+        });
+        let writing = writing.await.map_err(|e| Code::Internal.status(format!("store: {e}")))??;
+        Ok(Incoming {
+            base: self.clone(),
+            cluster: cluster.clone(),
+            file,
+            size,
+            received: 0,
+            waiting: Vec::new(),
+            waiting_bytes: 0,
+            writing: Some(writing),
+            _turn: turn,
+        })
+    }
+}
+
+impl Temporary {
+    /// `None` when a file of this name and size is there.
+    fn create(
+        disk: Arc<dyn Disk>,
+        files: &klio_storage::repository::LocalFiles,
+        file: BaseFile,
+        size: u64,
+    ) -> Result<Option<Self>, Error> {
+        let target = files.place_for(file)?;
+        match disk.stat(&target) {
+            Ok(stat) if stat.size == size => {
+                // Its name may have been made by a process that crashed before it was durable.
+                durable::sync_dir(disk.as_ref(), target.parent().unwrap_or(Path::new("/")))?;
+                return Ok(None);
+            }
+            Ok(stat) => {
+                tracing::warn!(path = %target.display(), expected = size, found = stat.size, "a damaged file is received again");
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(Op::Read, &target, e)),
+        }
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let unique = format!("{}.{}.p{number}", target.display(), std::process::id());
+        let path = durable::tmp_path(Path::new(&unique));
+        durable::remove_if_there(disk.as_ref(), &path)?;
+        let handle = disk.create_new(&path).map_err(|e| Error::io(Op::Create, &path, e))?;
+        Ok(Some(Self { disk, path, target, handle, renamed: false }))
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        self.handle.sync_all().map_err(|e| Error::io(Op::Sync, &self.path, e))?;
+        // After a failed rename the old name is removed, whether it is still there or not.
+        durable::rename(self.disk.as_ref(), &self.path, &self.target)?;
+        self.renamed = true;
+        Ok(())
+    }
+}
+
+impl Writing {
+    fn write(&mut self, pieces: &[Bytes]) -> Result<(), Error> {
+        for piece in pieces {
+            if let Some(to) = &self.to {
+                let write = to.handle.write_all_at(piece, self.hasher.bytes());
+                write.map_err(|e| Error::io(Op::Write, &to.path, e))?;
+            }
+            self.hasher.update(piece);
+        }
+        Ok(())
+    }
+
+    /// The sum, and whether the file was there already.
+    fn finish(self, expected: Sha256Sum) -> Result<(Sha256Sum, bool), Error> {
+        let found = self.hasher.finish();
+        let existed = self.to.is_none();
+        if found == expected
+            && let Some(to) = self.to
+        {
+            to.finish()?;
+        }
+        Ok((found, existed))
+    }
+}
+
+impl Incoming {
+    /// Takes the next bytes.
+    ///
+    /// # Errors
+    /// `INVALID` beyond the size that was announced; `DISK_FULL` or `STORAGE_FAILED`.
+    pub async fn add(&mut self, data: Bytes) -> Result<(), Status> {
+        self.received += data.len() as u64;
+        if self.received > self.size {
+            let detail = format!("expected {} bytes, found more", self.size);
+            return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
+        }
+        self.waiting_bytes += data.len();
+        self.waiting.push(data);
+        if self.waiting_bytes < PIECE_BYTES {
+            return Ok(());
+        }
+        self.write().await
+    }
+
+    async fn write(&mut self) -> Result<(), Status> {
+        self.waiting_bytes = 0;
+        let pieces = std::mem::take(&mut self.waiting);
+        let mut writing = self.take()?;
+        let (writing, written) = tokio::task::spawn_blocking(move || {
+            let written = writing.write(&pieces);
+            (writing, written)
+        })
+        .await
+        .map_err(|e| Code::Internal.status(format!("store: {e}")))?;
+        self.writing = Some(writing);
+        written.map_err(|e| errors::status(&e))
+    }
+
+    fn take(&mut self) -> Result<Writing, Status> {
+        self.writing.take().ok_or_else(|| Code::Internal.status("store: an earlier piece was lost"))
+    }
+
+    /// Makes it a file of the repository, durably, and queues it. True when it was there already.
+    ///
+    /// # Errors
+    /// `INVALID` when it is not what was announced: too short, or not the bytes of its name.
+    pub async fn finish(mut self) -> Result<bool, Status> {
+        if self.received != self.size {
+            let detail = format!("expected {} bytes, found {}", self.size, self.received);
+            return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
+        }
+        self.write().await?;
+        let (writing, expected) = (self.take()?, self.file.id);
+        let (found, existed) = run(move || writing.finish(expected)).await?;
+        if found != expected {
+            let detail = format!("expected bytes with the SHA-256 of the name, found {found}");
+            return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
+        }
+        let object = BaseObject::File(self.file);
+        if !existed || self.base.archives().size(&self.cluster, &object) != Some(self.size) {
+            self.base.announce(&self.cluster, object, self.size);
+        }
+        Ok(existed)
+    }
+}

@@ -1,0 +1,216 @@
+//! Makes and opens a cluster's repository.
+//!
+//! S1, in this order: the PostgreSQL is pinned (P8); both tiers are asked for a secret; only when both have
+//! none, and no config without one, a new secret is written durably; then the repository is made with it. A
+//! crash between any two steps is finished by the next call. When tier 1 lost it and tier 2 does not answer,
+//! nothing is made: a second repository would hide the first one (P10).
+
+use super::{BaseStore, run, tier2_status};
+use crate::{
+    errors,
+    receive::open::{check_system, pinned},
+};
+use klio_proto::{Code, wal::System};
+use klio_storage::{
+    Error, Kind, Op,
+    disk::{durable, read_small},
+    layout::{BaseFile, BaseKind, BaseObject, ClusterName},
+    record,
+    repository::{
+        Files, Repository, SECRET_LIMIT_BYTES, Secret, decode_secret, encode_secret, secret_objects,
+    },
+    tier2::Tier2,
+    wal::Pinned,
+};
+use std::{io, sync::Arc};
+use tonic::Status;
+
+impl BaseStore {
+    /// Gives what opens a cluster's repository; makes the repository for a `system` that has none.
+    ///
+    /// # Errors
+    /// `WRONG_SYSTEM`; `NOT_FOUND` without a repository and a system; `UNAVAILABLE` when tier 2 has to be
+    /// asked and does not answer.
+    pub async fn open_repository(
+        &self,
+        cluster: &ClusterName,
+        system: Option<System>,
+    ) -> Result<Secret, Status> {
+        let Some(system) = system else {
+            return self.secret(cluster).await?.map(|(secret, _)| secret).ok_or_else(|| {
+                Code::NotFound.status(format!("cluster {cluster} has no repository"))
+            });
+        };
+        self.pin(cluster, system).await?;
+        let part = self.cluster(cluster);
+        let _one = part.opening.lock().await;
+        let secret = match self.secret(cluster).await? {
+            Some((secret, Held::Tier1)) => secret,
+            Some((secret, Held::Tier2)) => {
+                tracing::warn!(%cluster, "tier 1 lost the repository's secret; taken from tier 2");
+                self.keep(cluster, secret).await?
+            }
+            None => {
+                self.refuse_orphan(cluster).await?;
+                self.keep(cluster, Secret::generate()).await?
+            }
+        };
+        self.make(cluster, &secret).await?;
+        Ok(secret)
+    }
+
+    /// The repository for the server's own work, over both tiers. Blocks while it opens.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` when the cluster has none.
+    pub async fn repository(&self, cluster: &ClusterName) -> Result<Repository, Status> {
+        let secret = self.open_repository(cluster, None).await?;
+        let files: Arc<dyn Files> = Arc::new(self.files(cluster));
+        run(move || Repository::open(files, &secret)).await
+    }
+
+    /// P8, over both tiers: a tier 1 that was lost does not make a stranger welcome.
+    async fn pin(&self, cluster: &ClusterName, system: System) -> Result<(), Status> {
+        check_system(self.wal(), cluster, system)?;
+        if self.wal().pinned(cluster).is_none()
+            && let Some(before) = self.pinned_in_tier2(cluster).await?
+            && before.system_identifier != system.system_identifier
+        {
+            return Err(Code::WrongSystem.status(format!(
+                "open cluster {cluster}: expected system identifier {} as in tier 2, found {}",
+                before.system_identifier, system.system_identifier
+            )));
+        }
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        run(move || store.pin(&name, pinned(system))).await?;
+        let object = BaseObject::Cluster;
+        if self.archives().size(cluster, &object).is_none() {
+            self.announce(cluster, object, 0);
+        }
+        Ok(())
+    }
+
+    /// What tier 2's `cluster.json` says.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE`, `CORRUPT`.
+    pub async fn pinned_in_tier2(&self, cluster: &ClusterName) -> Result<Option<Pinned>, Status> {
+        let Some(tier2) = self.tier2() else { return Ok(None) };
+        let key = BaseObject::Cluster.key(cluster);
+        let read = tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let Some(bytes) = read.map_err(|e| tier2_status("open", cluster, &e))? else {
+            return Ok(None);
+        };
+        Pinned::decode(&bytes, &key).map(Some).map_err(|e| errors::status(&e))
+    }
+
+    /// The secret and where it was found: tier 1, else tier 2.
+    async fn secret(&self, cluster: &ClusterName) -> Result<Option<(Secret, Held)>, Status> {
+        let (this, name) = (self.clone(), cluster.clone());
+        if let Some(secret) = run(move || this.secret_on_disk(&name)).await? {
+            return Ok(Some((secret, Held::Tier1)));
+        }
+        let Some(tier2) = self.tier2() else { return Ok(None) };
+        let found = self.secret_in_tier2(tier2, cluster).await;
+        let found = found.map_err(|error| match error.kind {
+            Kind::Corrupt | Kind::Denied if error.op != Op::Download => errors::status(&error),
+            _ => tier2_status("open the repository", cluster, &error),
+        })?;
+        Ok(found.map(|secret| (secret, Held::Tier2)))
+    }
+
+    /// Tier 1's secret. Blocking.
+    fn secret_on_disk(&self, cluster: &ClusterName) -> Result<Option<Secret>, Error> {
+        for object in secret_objects(self.at_rest()) {
+            let path = self.path(cluster, &object);
+            let bytes = match read_small(self.disk().as_ref(), &path, SECRET_LIMIT_BYTES) {
+                Ok(bytes) => bytes,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(Error::io(Op::Read, &path, e)),
+            };
+            let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
+            return decode_secret(&bytes, encrypted, self.at_rest(), path.display()).map(Some);
+        }
+        Ok(None)
+    }
+
+    async fn secret_in_tier2(
+        &self,
+        tier2: &Tier2,
+        cluster: &ClusterName,
+    ) -> Result<Option<Secret>, Error> {
+        for object in secret_objects(self.at_rest()) {
+            let key = object.key(cluster);
+            let Some(bytes) = tier2.read_small(&key, SECRET_LIMIT_BYTES).await? else { continue };
+            let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
+            return decode_secret(&bytes, encrypted, self.at_rest(), key).map(Some);
+        }
+        Ok(None)
+    }
+
+    /// A repository without its secret is a loss for a person to look at, not a reason for a new one.
+    async fn refuse_orphan(&self, cluster: &ClusterName) -> Result<(), Status> {
+        let local = self.cluster(cluster).files.clone();
+        let on_disk = run(move || Ok(!local.list(BaseKind::Config)?.is_empty())).await?;
+        let in_bucket = match self.tier2() {
+            Some(tier2) => {
+                let size = tier2.size_of(&BaseFile::CONFIG.key(cluster)).await;
+                size.map_err(|e| tier2_status("open the repository", cluster, &e))?.is_some()
+            }
+            None => false,
+        };
+        if !on_disk && !in_bucket {
+            return Ok(());
+        }
+        let tier = if on_disk { "tier 1" } else { "tier 2" };
+        tracing::error!(%cluster, tier, "a repository has lost its secret: put repository.json[.age] back");
+        Err(Code::Corrupt
+            .status(format!("the repository of {cluster} in {tier} has lost its secret")))
+    }
+
+    /// Writes a secret to tier 1, durably.
+    async fn keep(&self, cluster: &ClusterName, secret: Secret) -> Result<Secret, Status> {
+        let (this, name) = (self.clone(), cluster.clone());
+        run(move || {
+            let key = BaseObject::Secret { encrypted: this.at_rest().is_on() }.key(&name);
+            let (object, bytes) = encode_secret(&secret, this.at_rest(), key)?;
+            let path = this.path(&name, &object);
+            durable::overwrite(this.disk().as_ref(), &path, &bytes)?;
+            this.announce(&name, object, bytes.len() as u64);
+            Ok(secret)
+        })
+        .await
+    }
+
+    /// Makes the repository on tier 1 where it is not there, from tier 2's where that has one.
+    async fn make(&self, cluster: &ClusterName, secret: &Secret) -> Result<(), Status> {
+        let files = self.files(cluster);
+        let local = files.local().clone();
+        if run(move || {
+            Ok(!local.list(BaseKind::Config)?.is_empty() && !local.list(BaseKind::Key)?.is_empty())
+        })
+        .await?
+        {
+            return Ok(());
+        }
+        let (secret, settings, name) = (secret.clone(), self.0.parts.settings, cluster.clone());
+        run(move || {
+            // What tier 2 has is what it was made with.
+            for kind in [BaseKind::Config, BaseKind::Key] {
+                for (file, _) in files.list(kind)? {
+                    files.write(file, &[files.read(file)?])?;
+                }
+            }
+            Repository::create(Arc::new(files), &secret, &settings)?;
+            tracing::info!(cluster = %name, "the repository is ready");
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Where something was found.
+enum Held {
+    Tier1,
+    Tier2,
+}

@@ -1,0 +1,248 @@
+//! Who works on a cluster's repository: one backup at a time, any number of restores.
+//!
+//! A reservation lives as long as its [`Lease`], which lives as long as the client's stream: no clock and no
+//! file can leave one behind. Maintenance asks [`Reservations::running`] before it takes anything away.
+
+use super::{BaseStore, lock, tier2_status};
+use klio_proto::Code;
+use klio_storage::layout::{BackupName, ClusterName};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::{Arc, Mutex},
+};
+use time::{OffsetDateTime, format_description::FormatItem, macros::format_description};
+use tonic::Status;
+
+/// Sorts by time as text, and is a name in every file system and URL.
+const NAME: &[FormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
+
+/// Who asks: the certificate's name and the address it comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// The certificate's common name.
+    pub name: String,
+    /// Of the connection; not its port, as a client may have several.
+    pub address: Option<IpAddr>,
+}
+
+impl std::fmt::Display for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.address {
+            Some(address) => write!(f, "{} from {address}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
+}
+
+/// What runs on a cluster now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Running {
+    /// The backup.
+    pub backup: Option<BackupName>,
+    /// Restores.
+    pub restores: usize,
+}
+
+#[derive(Default)]
+struct Work {
+    backup: Option<(BackupName, Caller)>,
+    restores: usize,
+}
+
+/// All reservations. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Reservations(Arc<Mutex<BTreeMap<ClusterName, Work>>>);
+
+/// A reservation; dropping it ends it.
+#[derive(Debug)]
+pub struct Lease {
+    reservations: Reservations,
+    cluster: ClusterName,
+    backup: Option<BackupName>,
+}
+
+impl std::fmt::Debug for Reservations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reservations")
+    }
+}
+
+impl Lease {
+    /// The backup's name; `None` for a restore.
+    pub const fn backup(&self) -> Option<&BackupName> {
+        self.backup.as_ref()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut clusters = lock(&self.reservations.0);
+        let Some(work) = clusters.get_mut(&self.cluster) else { return };
+        match self.backup {
+            Some(_) => work.backup = None,
+            None => work.restores = work.restores.saturating_sub(1),
+        }
+        if work.backup.is_none() && work.restores == 0 {
+            clusters.remove(&self.cluster);
+        }
+    }
+}
+
+impl Reservations {
+    /// What runs on a cluster now.
+    pub fn running(&self, cluster: &ClusterName) -> Running {
+        let clusters = lock(&self.0);
+        clusters.get(cluster).map_or_else(Running::default, |work| Running {
+            backup: work.backup.as_ref().map(|(name, _)| name.clone()),
+            restores: work.restores,
+        })
+    }
+
+    /// Reserves for a restore.
+    pub fn restore(&self, cluster: &ClusterName) -> Lease {
+        lock(&self.0).entry(cluster.clone()).or_default().restores += 1;
+        Lease { reservations: self.clone(), cluster: cluster.clone(), backup: None }
+    }
+
+    /// Reserves `name` for a backup.
+    ///
+    /// # Errors
+    /// `BUSY` while another backup of the cluster runs.
+    pub fn backup(
+        &self,
+        cluster: &ClusterName,
+        name: BackupName,
+        caller: Caller,
+    ) -> Result<Lease, Status> {
+        let mut clusters = lock(&self.0);
+        let work = clusters.entry(cluster.clone()).or_default();
+        if let Some((running, who)) = &work.backup {
+            return Err(Code::Busy.status(format!(
+                "reserve a backup of {cluster}: {who} is taking backup {running}"
+            )));
+        }
+        work.backup = Some((name.clone(), caller));
+        Ok(Lease { reservations: self.clone(), cluster: cluster.clone(), backup: Some(name) })
+    }
+
+    /// Whether `caller` may commit a backup of that name: it has reserved it, or nobody has.
+    ///
+    /// # Errors
+    /// `BUSY` when somebody else has.
+    pub fn may_commit(
+        &self,
+        cluster: &ClusterName,
+        name: &BackupName,
+        caller: &Caller,
+    ) -> Result<(), Status> {
+        match lock(&self.0).get(cluster).and_then(|work| work.backup.as_ref()) {
+            Some((reserved, who)) if reserved == name && who != caller => Err(Code::Busy.status(
+                format!("commit backup {name} of {cluster}: {who} has reserved that name"),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl BaseStore {
+    /// Reserves for a backup, under `wanted` or a name made from the clock.
+    ///
+    /// # Errors
+    /// `BUSY`; `INVALID` for a name that is taken.
+    pub async fn reserve_backup(
+        &self,
+        cluster: &ClusterName,
+        wanted: Option<&str>,
+        caller: Caller,
+    ) -> Result<Lease, Status> {
+        let taken = self.names(cluster).await?;
+        let name = match wanted {
+            Some(text) => {
+                let name: BackupName =
+                    text.parse().map_err(|e| Code::Invalid.status(format!("reserve: {e}")))?;
+                if taken.contains(&name) {
+                    return Err(Code::Invalid.status(format!(
+                        "reserve: cluster {cluster} has a backup {name} already"
+                    )));
+                }
+                name
+            }
+            None => free_name(self.now_unix(), &taken)
+                .ok_or_else(|| Code::Internal.status("reserve: the clock gives no name"))?,
+        };
+        self.reservations().backup(cluster, name, caller)
+    }
+
+    /// Names that are taken in either tier. While the bucket was never listed and does not answer, tier 1's:
+    /// a backup does not wait for the bucket (P4), and a record there is never overwritten.
+    async fn names(&self, cluster: &ClusterName) -> Result<BTreeSet<BackupName>, Status> {
+        let (this, name) = (self.clone(), cluster.clone());
+        let held = super::run(move || this.records_on_disk(&name)).await?;
+        let mut names: BTreeSet<BackupName> = held.into_iter().map(|(name, _)| name).collect();
+        match self.list_tier2(cluster).await {
+            Ok(_) => names.extend(self.archives().records(cluster).unwrap_or_default()),
+            Err(error) => drop(tier2_status("list backups", cluster, &error)),
+        }
+        Ok(names)
+    }
+}
+
+/// The first name for this second that is not taken.
+fn free_name(now_unix: f64, taken: &BTreeSet<BackupName>) -> Option<BackupName> {
+    let now = OffsetDateTime::from_unix_timestamp(now_unix as i64).ok()?;
+    let base = now.format(NAME).ok()?;
+    let numbered = (2..=taken.len() + 2).map(|number| format!("{base}-{number}"));
+    let names = std::iter::once(base.clone()).chain(numbered).filter_map(|name| name.parse().ok());
+    names.into_iter().find(|name| !taken.contains(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(name: &str) -> Caller {
+        Caller { name: name.into(), address: None }
+    }
+
+    fn cluster() -> ClusterName {
+        "pg".parse().unwrap()
+    }
+
+    #[test]
+    fn names_come_from_the_clock_and_are_unique() {
+        let mut taken = BTreeSet::new();
+        let now = 1_795_238_280.9;
+        for expected in ["20261121T051800Z", "20261121T051800Z-2", "20261121T051800Z-3"] {
+            let name = free_name(now, &taken).unwrap();
+            assert_eq!(name.as_str(), expected);
+            taken.insert(name);
+        }
+        assert_eq!(free_name(f64::MAX, &taken), None);
+    }
+
+    #[test]
+    fn one_backup_at_a_time_and_any_number_of_restores() {
+        let all = Reservations::default();
+        let first = all.backup(&cluster(), "a".parse().unwrap(), caller("x")).unwrap();
+        let refused = all.backup(&cluster(), "b".parse().unwrap(), caller("y")).unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Busy);
+        assert!(refused.message().contains("x is taking backup a"), "{refused}");
+        assert!(all.backup(&"other".parse().unwrap(), "b".parse().unwrap(), caller("y")).is_ok());
+        let restores = [all.restore(&cluster()), all.restore(&cluster())];
+        assert_eq!(all.running(&cluster()), Running { backup: "a".parse().ok(), restores: 2 });
+        drop((first, restores));
+        assert_eq!(all.running(&cluster()), Running::default());
+        assert!(all.backup(&cluster(), "b".parse().unwrap(), caller("y")).is_ok());
+    }
+
+    #[test]
+    fn a_name_that_somebody_else_reserved_is_not_committed() {
+        let all = Reservations::default();
+        let name = "a".parse().unwrap();
+        let _lease = all.backup(&cluster(), "a".parse().unwrap(), caller("x")).unwrap();
+        assert!(all.may_commit(&cluster(), &name, &caller("x")).is_ok());
+        assert!(all.may_commit(&cluster(), &name, &caller("y")).is_err());
+        assert!(all.may_commit(&cluster(), &"free".parse().unwrap(), &caller("y")).is_ok());
+    }
+}

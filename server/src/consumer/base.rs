@@ -1,0 +1,370 @@
+//! One cluster's base backups: the objects of its jobs are uploaded, proven, acknowledged.
+//!
+//! B1  a record goes to tier 2 only when everything its backup needs is proven there: packs, index files,
+//!     snapshot, config, keys, secret, `cluster.json`. In the bucket a record therefore says that its backup
+//!     can be restored from the bucket alone;
+//! B2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
+//! B3  what maintenance removed from tier 1 before its turn came is no longer work to do.
+
+use super::{
+    Attempt, Parts,
+    reconcile::publish,
+    wal::{attempt_of, is_of_the_store},
+    worker::{Process, RETRY_MAX, Turns, pause},
+};
+use crate::{
+    base::BaseStore,
+    queue::{BaseJob, JobError, Queue, job::base_subjects_of},
+};
+use async_nats::jetstream::{AckKind, Message};
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
+use klio_proto::Code;
+use klio_storage::{
+    Error, Kind, Op,
+    disk::read_small,
+    layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
+    record,
+    repository::{decode_secret, secret_objects},
+    tier2::{Outcome, Source},
+    wal::Pinned,
+};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use tokio::sync::Semaphore;
+use tracing::Instrument;
+
+/// A record that waits for its packs looks again soon: they are on their way.
+const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// The work of a cluster.
+pub(super) struct BaseWork {
+    parts: Parts,
+    base: BaseStore,
+    cluster: ClusterName,
+    turns: Turns,
+}
+
+/// How a job ended.
+enum Done {
+    /// The object is proven, with its size; this many bytes were written.
+    Proven { size: u64, written: u64, attempt: Attempt },
+    /// There is nothing to do any more (B3).
+    Moot,
+    /// Something else must be there first (B1).
+    Waiting(String),
+}
+
+impl Process for BaseWork {
+    fn cluster(&self) -> &ClusterName {
+        &self.cluster
+    }
+
+    fn queue(&self) -> &Queue {
+        &self.parts.queue
+    }
+
+    fn consumer(&self) -> (String, &'static str, String) {
+        let what = "base backups of one cluster on their way to tier 2";
+        (format!("base-{}", self.cluster), what, base_subjects_of(&self.cluster))
+    }
+
+    fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind> {
+        self.process_job(message, delivered).boxed()
+    }
+}
+
+impl BaseWork {
+    /// `None` where no base backups are served.
+    pub(super) fn new(parts: Parts, cluster: ClusterName, slots: Arc<Semaphore>) -> Option<Self> {
+        let base = parts.base.clone()?;
+        Some(Self { parts, base, cluster, turns: Turns::new(slots) })
+    }
+
+    async fn process_job(&self, message: &Message, delivered: i64) -> AckKind {
+        let job = match BaseJob::decode(&message.payload) {
+            Ok(job) if job.cluster == self.cluster => job,
+            Ok(job) => return self.refuse(&format!("a job of {} came here", job.cluster)),
+            Err(error @ JobError::Version(_)) => return self.refuse(&error.to_string()),
+            Err(error) => {
+                // Nothing can ever read it, and the object it meant is found by comparing.
+                tracing::error!(cluster = %self.cluster, %error, "a job that is none is dropped");
+                return AckKind::Term;
+            }
+        };
+        let span = tracing::info_span!(
+            "offload",
+            otel.kind = "consumer",
+            otel.status_code = tracing::field::Empty,
+            error.type = tracing::field::Empty,
+            messaging.system = "nats",
+            cluster = %job.cluster,
+            object = %job.object,
+            bytes = job.size,
+            delivered,
+            outcome = tracing::field::Empty,
+        );
+        klio_telemetry::propagate::adopt(&span, &|key| {
+            message.headers.as_ref()?.get(key).map(|value| value.as_str().to_owned())
+        });
+        self.offload(&job, delivered).instrument(span).await
+    }
+
+    /// Left in the queue for a server that understands it.
+    fn refuse(&self, problem: &str) -> AckKind {
+        tracing::warn!(cluster = %self.cluster, problem, "a job is left in the queue");
+        self.base.archives().problem(&self.cluster, None, problem.to_owned());
+        AckKind::Nak(Some(RETRY_MAX))
+    }
+
+    async fn offload(&self, job: &BaseJob, delivered: i64) -> AckKind {
+        let Some(result) = self.turns.take(self.work(&job.object)).await else {
+            return AckKind::Nak(None);
+        };
+        let (archives, observer) = (self.base.archives(), &self.parts.observer);
+        let span = tracing::Span::current();
+        let failed = result.as_ref().err().map(attempt_of).is_some_and(is_of_the_store);
+        self.turns.failed(failed);
+        match result {
+            Ok(Done::Proven { size, written, attempt }) => {
+                archives.proven(&self.cluster, job.object.clone(), size);
+                observer.attempted_base(&self.cluster, attempt, written);
+                span.record("outcome", attempt.as_str());
+                if let BaseObject::Record(name) = &job.object {
+                    tracing::info!(cluster = %self.cluster, backup = %name, "a backup is in tier 2");
+                }
+                AckKind::Ack
+            }
+            Ok(Done::Moot) => {
+                tracing::debug!(cluster = %self.cluster, object = %job.object, "removed before its turn");
+                archives.moot(&self.cluster, &job.object);
+                span.record("outcome", "moot");
+                AckKind::Ack
+            }
+            Ok(Done::Waiting(reason)) => {
+                tracing::debug!(cluster = %self.cluster, object = %job.object, reason, "waits");
+                observer.attempted_base(&self.cluster, Attempt::Waiting, 0);
+                span.record("outcome", Attempt::Waiting.as_str());
+                AckKind::Nak(Some(pause(delivered).min(WAIT_MAX)))
+            }
+            Err(error) => self.failed(job, delivered, &error, &span),
+        }
+    }
+
+    fn failed(
+        &self,
+        job: &BaseJob,
+        delivered: i64,
+        error: &Error,
+        span: &tracing::Span,
+    ) -> AckKind {
+        let attempt = attempt_of(error);
+        self.parts.observer.attempted_base(&self.cluster, attempt, 0);
+        span.record("outcome", attempt.as_str());
+        span.record("otel.status_code", "ERROR");
+        span.record("error.type", attempt.as_str());
+        let pause = pause(delivered);
+        tracing::warn!(
+            cluster = %self.cluster, object = %job.object, %error, attempt = delivered,
+            pause_seconds = pause.as_secs_f64(), "offload failed; tried again"
+        );
+        let text = format!("offload {}: {error}", job.object);
+        self.base.archives().problem(&self.cluster, Some(&job.object), text);
+        AckKind::Nak(Some(pause))
+    }
+
+    async fn work(&self, object: &BaseObject) -> Result<Done, Error> {
+        match object {
+            BaseObject::File(file) => {
+                let sha256 = (file.kind != BaseKind::Config).then_some(file.id);
+                self.upload(object, sha256).await
+            }
+            BaseObject::Record(name) => match self.missing_for(name).await? {
+                None => Ok(Done::Moot),
+                Some(missing) if missing.is_empty() => self.upload(object, None).await,
+                Some(missing) => self.wait_for(missing).await,
+            },
+            BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
+        }
+    }
+
+    async fn upload(
+        &self,
+        object: &BaseObject,
+        sha256: Option<klio_storage::tier2::Sha256Sum>,
+    ) -> Result<Done, Error> {
+        let key = object.key(&self.cluster);
+        let path = self.base.path(&self.cluster, object);
+        let source = Source { path, sha256, zstd: false, plaintext_bytes: None };
+        match self.parts.tier2.upload(&source, &key).await {
+            Ok(uploaded) => {
+                let (attempt, written) = match uploaded.outcome {
+                    Outcome::Stored => (Attempt::Stored, uploaded.size),
+                    Outcome::AlreadyThere => (Attempt::AlreadyThere, 0),
+                };
+                Ok(Done::Proven { size: uploaded.size, written, attempt })
+            }
+            // B3; and what is in tier 2 alone has been proven by whoever took it from tier 1.
+            Err(error) if error.kind == Kind::NotFound => Ok(Done::Moot),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a record's backup needs and tier 2 is not known to have; `None` when the record is gone.
+    async fn missing_for(&self, name: &BackupName) -> Result<Option<Vec<BaseObject>>, Error> {
+        let base = &self.base;
+        let (disk, cluster, wanted) = (base.clone(), self.cluster.clone(), name.clone());
+        let read =
+            tokio::task::spawn_blocking(move || disk.record_on_disk(&cluster, &wanted)).await;
+        let read = read.map_err(|e| Error::new(Kind::Io, Op::Read, name, e))??;
+        let Some(record) = read else { return Ok(None) };
+        let snapshot =
+            record.snapshot.parse().map_err(|e| Error::new(Kind::Corrupt, Op::Read, name, e))?;
+        let needed = base.needs(&self.cluster, snapshot).await.map_err(|status| {
+            let kind = match Code::of(&status) {
+                Code::Corrupt | Code::NotFound => Kind::Corrupt,
+                _ => Kind::Transient,
+            };
+            Error::new(
+                kind,
+                Op::Read,
+                format!("the repository for backup {name}"),
+                status.message(),
+            )
+        })?;
+        let known = base.list_tier2(&self.cluster).await?;
+        let held = base.objects_of_tier1(&self.cluster).await?;
+        let sizes: BTreeMap<_, _> = held.into_iter().collect();
+        // Both forms may be there, of earlier and later settings: the one that tier 1 reads first.
+        let [secret, other] = secret_objects(base.at_rest());
+        let secret = if sizes.contains_key(&secret) { secret } else { other };
+        let fixed = needed.into_iter().map(BaseObject::File);
+        let all = fixed.chain([BaseObject::Cluster, secret]);
+        let missing: Vec<_> = all.filter(|object| !is_proven(object, &known, &sizes)).collect();
+        match missing.iter().find(|object| !sizes.contains_key(object)) {
+            None => Ok(Some(missing)),
+            Some(lost) => {
+                let detail = format!("expected {lost} in a tier, found it in neither");
+                Err(Error::new(Kind::Corrupt, Op::Upload, format!("the record of {name}"), detail))
+            }
+        }
+    }
+
+    /// Queues what a record waits for: its jobs may be lost. One that is queued stays queued once.
+    async fn wait_for(&self, missing: Vec<BaseObject>) -> Result<Done, Error> {
+        let reason = match missing.as_slice() {
+            [one] => format!("{one} is not in tier 2"),
+            many => format!("{} objects are not in tier 2", many.len()),
+        };
+        for object in missing {
+            self.base.announce(&self.cluster, object, 0);
+        }
+        Ok(Done::Waiting(reason))
+    }
+
+    /// One of the few objects whose content may change: tier 1's is the current one.
+    async fn keep_current(&self, object: &BaseObject) -> Result<Done, Error> {
+        let path = self.base.path(&self.cluster, object);
+        let (disk, at) = (self.base.disk().clone(), path.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            match read_small(disk.as_ref(), &at, record::LIMIT_BYTES) {
+                Ok(bytes) => Ok(Some(Bytes::from(bytes))),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(Error::io(Op::Read, &at, e)),
+            }
+        });
+        let ours = read.await.map_err(|e| Error::new(Kind::Io, Op::Read, path.display(), e))??;
+        let Some(ours) = ours else { return Ok(Done::Moot) };
+        let key = object.key(&self.cluster);
+        let size = ours.len() as u64;
+        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
+        match theirs {
+            Some(theirs) if theirs == ours => {
+                return Ok(Done::Proven { size, written: 0, attempt: Attempt::AlreadyThere });
+            }
+            Some(theirs) if !self.may_replace(object, &ours, &theirs)? => {
+                let detail = "the object in tier 2 is of another cluster or repository";
+                return Err(Error::new(Kind::Conflict, Op::Upload, key, detail).hint(
+                    "two clusters may share this prefix; compare both files, nothing was changed",
+                ));
+            }
+            Some(_) => {
+                self.parts.tier2.replace(&key, ours.clone()).await?;
+                let back = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
+                if back.as_ref() != Some(&ours) {
+                    let detail = "expected what was just written, found something else";
+                    return Err(Error::new(Kind::Transient, Op::Upload, key, detail));
+                }
+            }
+            None => return self.upload(object, None).await,
+        }
+        Ok(Done::Proven { size, written: size, attempt: Attempt::Stored })
+    }
+
+    /// Whether tier 1's content is a later form of what tier 2 has: another wrapping of the same secret,
+    /// another version of the same PostgreSQL.
+    fn may_replace(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
+        let place = object.relative();
+        match object {
+            BaseObject::Cluster => {
+                let (ours, theirs) =
+                    (Pinned::decode(ours, &place)?, Pinned::decode(theirs, &place)?);
+                Ok(ours.system_identifier == theirs.system_identifier)
+            }
+            BaseObject::Secret { encrypted } => {
+                let at_rest = self.base.at_rest();
+                let ours = decode_secret(ours, *encrypted, at_rest, &place)?;
+                let theirs = decode_secret(theirs, *encrypted, at_rest, &place)?;
+                Ok(ours.master_key == theirs.master_key)
+            }
+            BaseObject::File(_) | BaseObject::Record(_) => Ok(false),
+        }
+    }
+}
+
+/// B1: in tier 2, and with tier 1's size where tier 1 has it.
+fn is_proven(
+    object: &BaseObject,
+    known: &BTreeMap<BaseObject, u64>,
+    sizes: &BTreeMap<BaseObject, u64>,
+) -> bool {
+    let Some(size) = known.get(object) else { return false };
+    !object.is_fixed() || sizes.get(object).is_none_or(|held| held == size)
+}
+
+/// Compares both tiers and queues what tier 2 does not have.
+pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
+    let Some(base) = &parts.base else { return Ok(()) };
+    let archives = base.archives();
+    let missing = {
+        let _turn = archives.begin_comparing(cluster).await;
+        let held = base.objects_of_tier1(cluster).await?;
+        let stored = base.objects_of_tier2(cluster).await?;
+        let mut missing = archives.compared(cluster, &held, &stored, base.now_unix());
+        // Their size says nothing about their content: looked at again each time, and only then written.
+        let again = held.into_iter().filter(|(object, _)| !object.is_fixed());
+        let again: Vec<_> =
+            again.filter(|(object, _)| !missing.iter().any(|(m, _)| m == object)).collect();
+        missing.extend(again);
+        missing.sort_by_key(|(object, _)| rank(object));
+        missing
+    };
+    archives.no_problem(cluster);
+    if let Err(error) = base.backups(cluster).await {
+        tracing::debug!(%cluster, %error, "backups cannot be listed");
+    }
+    let job = |(object, size)| BaseJob { cluster: cluster.clone(), object, size };
+    publish(parts, cluster, missing.into_iter().map(job)).await
+}
+
+/// What opens the repository first, records last.
+const fn rank(object: &BaseObject) -> u8 {
+    match object {
+        BaseObject::Cluster => 0,
+        BaseObject::Secret { .. } => 1,
+        BaseObject::File(BaseFile { kind: BaseKind::Config | BaseKind::Key, .. }) => 2,
+        BaseObject::File(BaseFile { kind: BaseKind::Data, .. }) => 3,
+        BaseObject::File(BaseFile { kind: BaseKind::Index, .. }) => 4,
+        BaseObject::File(_) => 5,
+        BaseObject::Record(_) => 6,
+    }
+}

@@ -1,0 +1,293 @@
+//! The base-backup service: translates, calls, translates back.
+
+use super::auth::{Access, Auth, permit};
+use crate::base::{BaseStore, Caller, Lease, ListedBackup};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use klio_proto::{
+    Code,
+    base::{
+        FileKind, FileName, GetFileRequest, OpenRepositoryRequest, Purpose, PutFile,
+        ReserveRequest, document, percent, piece,
+    },
+    v1::{self, base_server::Base},
+};
+use klio_storage::layout::{BaseFile, BaseKind};
+use serde::Serialize;
+use std::{pin::Pin, time::Duration};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming};
+
+/// A client that says nothing is let go after this.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Shows a client that its reservation is alive; a broken connection is found by TCP and HTTP/2 themselves.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Names of one message of a list: far below the limit of a message.
+const LISTED_MAX: usize = 5_000;
+
+/// The service.
+#[derive(Clone)]
+pub struct BaseService {
+    /// Who may do what.
+    pub auth: Auth,
+    /// Does it.
+    pub base: BaseStore,
+    /// Owns what sends bytes.
+    pub tasks: TaskTracker,
+    /// Ends reservations.
+    pub shutdown: CancellationToken,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+const fn kind_of(kind: FileKind) -> BaseKind {
+    match kind {
+        FileKind::Config => BaseKind::Config,
+        FileKind::Key => BaseKind::Key,
+        FileKind::Data => BaseKind::Data,
+        FileKind::Index => BaseKind::Index,
+        FileKind::Snapshot => BaseKind::Snapshot,
+    }
+}
+
+fn file_of(name: &FileName) -> Result<BaseFile, Status> {
+    if name.kind == FileKind::Config {
+        return Ok(BaseFile::CONFIG);
+    }
+    let id = name.id.parse().map_err(|e| Code::Invalid.status(format!("read file name: {e}")))?;
+    Ok(BaseFile { kind: kind_of(name.kind), id })
+}
+
+/// JSON for the wire; of types that JSON can hold.
+fn json<T: Serialize>(what: &str, value: &T) -> Result<Bytes, Status> {
+    let text = serde_json::to_vec(value);
+    text.map(Bytes::from).map_err(|e| Code::Internal.status(format!("write {what}: {e}")))
+}
+
+fn entry(backup: &ListedBackup) -> Result<v1::BackupEntry, Status> {
+    let optional =
+        |value: Option<Result<Bytes, Status>>| value.transpose().map(Option::unwrap_or_default);
+    Ok(v1::BackupEntry {
+        record: json("a record", &backup.record)?,
+        tier1: backup.tier1,
+        tier2: backup.tier2,
+        verified: optional(backup.verified.as_ref().map(|v| json("an outcome", v)))?,
+        drilled: optional(backup.drilled.as_ref().map(|d| json("an outcome", d)))?,
+    })
+}
+
+impl BaseService {
+    /// The next message, from a client that has not fallen silent, to a server that is not stopping.
+    async fn next<T>(&self, inbound: &mut Streaming<T>) -> Result<Option<T>, Status> {
+        tokio::select! {
+            message = inbound.message() => message,
+            () = self.shutdown.cancelled() => {
+                Err(Code::Unavailable.status("store a file: the server is stopping"))
+            }
+            () = tokio::time::sleep(SILENCE_MAX) => {
+                let seconds = SILENCE_MAX.as_secs();
+                let expected = format!("store a file: expected a message within {seconds} s");
+                Err(Code::Unavailable.status(expected))
+            }
+        }
+    }
+}
+
+fn caller<T>(request: &Request<T>, name: String) -> Caller {
+    Caller { name, address: request.remote_addr().map(|address| address.ip()) }
+}
+
+#[tonic::async_trait]
+impl Base for BaseService {
+    type GetFileStream = Answers<v1::GetFileResponse>;
+    type ListFilesStream = Answers<v1::ListFilesResponse>;
+    type ReserveStream = Answers<v1::ReserveResponse>;
+    type VerifyStream = Answers<v1::VerifyResponse>;
+    type MaintainStream = Answers<v1::MaintainResponse>;
+
+    async fn open_repository(
+        &self,
+        request: Request<v1::OpenRepositoryRequest>,
+    ) -> Result<Response<v1::OpenRepositoryResponse>, Status> {
+        let access = match request.get_ref().system_identifier {
+            0 => Access::Read,
+            _ => Access::Write,
+        };
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
+        let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
+        let secret = self.base.open_repository(&cluster, asked.system).await?;
+        Ok(Response::new(v1::OpenRepositoryResponse {
+            secret: json("a secret", &secret)?,
+            compression_level: self.base.compression_level(),
+        }))
+    }
+
+    async fn put_file(
+        &self,
+        request: Request<Streaming<v1::PutFileRequest>>,
+    ) -> Result<Response<v1::PutFileResponse>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let mut inbound = request.into_inner();
+        let first = self.next(&mut inbound).await?;
+        let first =
+            first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
+        let cluster = permit(&identity, &first.cluster, Access::Write)?;
+        let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
+        let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
+        incoming.add(data).await?;
+        while let Some(message) = self.next(&mut inbound).await? {
+            incoming.add(piece(message.data)?).await?;
+        }
+        let existed = incoming.finish().await?;
+        Ok(Response::new(v1::PutFileResponse { existed }))
+    }
+
+    async fn get_file(
+        &self,
+        request: Request<v1::GetFileRequest>,
+    ) -> Result<Response<Self::GetFileStream>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let asked = GetFileRequest::try_from(request.into_inner())?;
+        let file = file_of(&asked.name)?;
+        let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
+        let pieces = found.stream(&self.tasks);
+        let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn list_files(
+        &self,
+        request: Request<v1::ListFilesRequest>,
+    ) -> Result<Response<Self::ListFilesStream>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let kind = kind_of(FileKind::read(request.get_ref().kind)?);
+        let files = self.base.list_files(&cluster, kind).await?;
+        let listed = files.into_iter().map(move |(file, size)| {
+            let id = match kind {
+                BaseKind::Config => String::new(),
+                _ => file.id.to_string(),
+            };
+            v1::ListedFile { id, size }
+        });
+        let answers = stream::iter(listed)
+            .chunks(LISTED_MAX)
+            .map(|files| Ok(v1::ListFilesResponse { files }));
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn reserve(
+        &self,
+        request: Request<v1::ReserveRequest>,
+    ) -> Result<Response<Self::ReserveStream>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let access = match request.get_ref().purpose() {
+            v1::reserve_request::Purpose::Restore => Access::Read,
+            _ => Access::Write,
+        };
+        let cluster = permit(&identity, &request.get_ref().cluster, access)?;
+        let caller = caller(&request, identity.name.clone());
+        let asked = ReserveRequest::try_from(request.into_inner())?;
+        let lease = match asked.purpose {
+            Purpose::Backup(name) => {
+                self.base.reserve_backup(&cluster, name.as_deref(), caller).await?
+            }
+            Purpose::Restore => self.base.reservations().restore(&cluster),
+        };
+        let auth = self.auth.clone();
+        let check = move || auth.recheck(&identity);
+        Ok(Response::new(heartbeats(lease, self.shutdown.clone(), check).boxed()))
+    }
+
+    async fn commit_backup(
+        &self,
+        request: Request<v1::CommitBackupRequest>,
+    ) -> Result<Response<v1::CommitBackupResponse>, Status> {
+        let (identity, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+        let caller = caller(&request, identity.name);
+        let record = document("record", request.into_inner().record)?;
+        self.base.commit(&cluster, &record, &caller).await?;
+        Ok(Response::new(v1::CommitBackupResponse {}))
+    }
+
+    async fn list_backups(
+        &self,
+        request: Request<v1::ListBackupsRequest>,
+    ) -> Result<Response<v1::ListBackupsResponse>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let found = self.base.backups(&cluster).await?;
+        let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
+        Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
+    }
+
+    async fn holdings(
+        &self,
+        request: Request<v1::HoldingsRequest>,
+    ) -> Result<Response<v1::HoldingsResponse>, Status> {
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let holdings = self.base.holdings(&cluster).await?;
+        Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
+    }
+
+    async fn verify(
+        &self,
+        request: Request<v1::VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let (_, _cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+        percent("read_percent", request.get_ref().read_percent)?;
+        Err(not_built("verify"))
+    }
+
+    async fn maintain(
+        &self,
+        request: Request<v1::MaintainRequest>,
+    ) -> Result<Response<Self::MaintainStream>, Status> {
+        self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+        Err(not_built("maintain"))
+    }
+
+    async fn plan_retention(
+        &self,
+        request: Request<v1::PlanRetentionRequest>,
+    ) -> Result<Response<v1::PlanRetentionResponse>, Status> {
+        self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        Err(not_built("plan retention"))
+    }
+
+    async fn record_drill(
+        &self,
+        request: Request<v1::RecordDrillRequest>,
+    ) -> Result<Response<v1::RecordDrillResponse>, Status> {
+        self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+        Err(not_built("record a drill"))
+    }
+}
+
+fn not_built(what: &str) -> Status {
+    Code::Invalid.status(format!("{what}: this server does not do that yet"))
+}
+
+/// The name at once, then a sign of life every few seconds; the lease lives as long as the stream.
+fn heartbeats(
+    lease: Lease,
+    shutdown: CancellationToken,
+    check: impl Fn() -> Result<(), Status> + Send + 'static,
+) -> impl Stream<Item = Result<v1::ReserveResponse, Status>> + Send {
+    let ticks = tokio::time::interval(HEARTBEAT);
+    stream::unfold(Some((lease, ticks, shutdown, check)), |state| async {
+        let (lease, mut ticks, shutdown, check) = state?;
+        tokio::select! {
+            () = shutdown.cancelled() => {
+                return Some((Err(Code::Unavailable.status("the server is stopping")), None));
+            }
+            _ = ticks.tick() => {}
+        }
+        if let Err(expired) = check() {
+            return Some((Err(expired), None));
+        }
+        let backup_name = lease.backup().map(ToString::to_string).unwrap_or_default();
+        let alive = v1::ReserveResponse { backup_name };
+        Some((Ok(alive), Some((lease, ticks, shutdown, check))))
+    })
+}
