@@ -7,6 +7,7 @@ use super::{
     admit::Held,
     cipher::{DataKey, JournalKeys},
     frame::JournalHeader,
+    horizon::Horizons,
     journal::{self, Journal},
     scratch::ScratchPool,
     types::{Gap, Pinned, Position, WalOptions},
@@ -153,6 +154,8 @@ pub(super) struct State {
     pub(super) records_proven: bool,
     pub(super) lines: BTreeMap<TimelineId, Line>,
     pub(super) gaps: Vec<Gap>,
+    /// What was removed on purpose.
+    pub(super) horizons: Horizons,
     pub(super) spares: Vec<PathBuf>,
     pub(super) spares_made: u64,
     pub(super) prepared: Option<Prepared>,
@@ -188,7 +191,9 @@ impl State {
     pub(super) fn positions(&self) -> Vec<Position> {
         let position = |(timeline, line): (&TimelineId, &Line)| {
             let flushed = self.resume_at(*timeline)?;
-            let start = line.start()?;
+            // What only tier 2 has still counts: the beginning does not jump when tier 1 lets it go.
+            let kept = self.horizons.get(timeline).map(|horizon| horizon.held_from);
+            let start = kept.into_iter().chain([line.start()?]).min()?;
             let unsealed = line.held_journals().next().map(|journal| journal.start);
             let sealed = unsealed.unwrap_or(flushed);
             let has_history = line.history.is_some();
@@ -226,7 +231,7 @@ impl State {
         let within = line.start().is_some_and(|first| first <= start)
             && line.end().is_some_and(|end| start < end);
         let in_gap = |g: &Gap| g.timeline == timeline && g.from <= start && start < g.to;
-        within && !self.gaps.iter().any(in_gap)
+        within && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
     }
 
     /// What is ready to be sealed.

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
 //! | `gaps.json` | WAL that will never be here (`record.rs`) |
+//! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
 //! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
@@ -25,6 +26,7 @@ mod cipher;
 mod cluster;
 pub mod decode;
 mod frame;
+mod horizon;
 mod journal;
 mod reader;
 mod record;
@@ -39,6 +41,7 @@ mod writer;
 mod tests;
 
 pub use decode::SealedDecoder;
+pub use horizon::{Horizon, Removed};
 pub use reader::OpenSegment;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
@@ -574,7 +577,9 @@ impl Cluster {
     ) -> Result<(Journal, Arc<Unsealed>), Error> {
         let segment = SegmentName::containing(timeline, start, pinned.segment_size);
         self.remove_unused(segment, pinned)?;
-        if let Some(entry) = lock(&self.state).journal(segment) {
+        // Not in the condition: the state would stay locked while the journal is opened again.
+        let open = lock(&self.state).journal(segment);
+        if let Some(entry) = open {
             return Ok((self.reopen(&entry, start)?, entry));
         }
         if start.offset_in(pinned.segment_size) != 0 {

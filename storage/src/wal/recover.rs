@@ -12,7 +12,7 @@
 
 use super::{
     cluster::{Cluster, Line, State, Unsealed, lock},
-    decode,
+    decode, horizon,
     journal::{self, Frames},
     record,
     stored::StoredAt,
@@ -123,6 +123,11 @@ impl Cluster {
         state.keys = self.load_keys()?;
         lock(&self.state).keys = state.keys.clone();
         state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
+        match horizon::load(disk, self) {
+            Ok(horizons) => state.horizons = horizons,
+            // Receiving needs none of it; retention removes nothing while there is a problem (P6).
+            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
+        }
         let entries = list(self, &self.wal_folder())?;
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";
