@@ -49,7 +49,7 @@ impl Settings {
             |detail: String| Err(Error::new(Kind::Invalid, Op::Configure, "a repository", detail));
         let (chunk, pack, level) =
             (self.chunk_size.bytes(), self.pack_size.bytes(), self.compression_level);
-        if chunk % u64::from(PAGE_BYTES) != 0 || !(8 << 10..=8 << 20).contains(&chunk) {
+        if chunk % PAGE_BYTES != 0 || !(8 << 10..=8 << 20).contains(&chunk) {
             return bad(format!(
                 "chunk_size: expected 8 KiB to 8 MiB in whole pages, found {chunk} bytes"
             ));

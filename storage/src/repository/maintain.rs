@@ -69,6 +69,8 @@ impl Repository {
         options.keep_delete = keep;
         options.keep_pack = keep;
         options.instant_delete = false;
+        // Listed before the plan lists them: a snapshot too many here costs a look, one too few would cost data.
+        let known = self.files.list(BaseKind::Snapshot)?;
         let plan = opened.prune_plan(&options).map_err(|e| self.fail(Op::Read, e))?;
         let (stats, size) = (&plan.stats, plan.stats.size_sum());
         let outcome = PruneOutcome {
@@ -81,7 +83,24 @@ impl Repository {
             bytes_unused: size.unused,
         };
         opened.prune(&options, plan).map_err(|e| self.fail(Op::Remove, e))?;
+        self.keep_newcomers(&known)?;
         Ok(outcome)
+    }
+
+    /// Puts back what was marked although a snapshot needs it that was saved meanwhile.
+    fn keep_newcomers(&self, known: &[(BaseFile, u64)]) -> Result<(), Error> {
+        let mut now = self.files.list(BaseKind::Snapshot)?;
+        now.retain(|snapshot| !known.contains(snapshot));
+        if now.is_empty() {
+            return Ok(());
+        }
+        let index = Arc::new(self.index()?);
+        for (file, _) in now {
+            let root = tree_of(&self.snapshot_file(SnapshotId::new(file.id))?)?;
+            let reader = Reader::new(self.clone(), Arc::clone(&index), root);
+            self.put_back(&index, &contents(&reader)?.packs)?;
+        }
+        Ok(())
     }
 
     /// The files that these snapshots need, so that whoever has them can restore each: packs, index files, the snapshots, the

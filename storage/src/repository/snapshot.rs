@@ -9,7 +9,7 @@
 //! writes a page twice within a tick, and the WAL of the second write may be older than the next backup's start.
 
 use super::{
-    EntryKind, Open, Progress, Repository, SnapshotId, Source, SourceEntry,
+    EntryKind, Open, Progress, Repository, SnapshotId, Source, SourceEntries, SourceEntry,
     backend::{Snapshots, Trace},
     index::retried,
     reader::sum,
@@ -182,7 +182,7 @@ fn part(archived: &SnapshotFile, parent: Option<SnapshotId>, run: &Run) -> Resul
 
 /// The source, for rustic.
 struct Listing {
-    entries: Mutex<Option<Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send>>>,
+    entries: Mutex<Option<SourceEntries>>,
     began: SystemTime,
     run: Arc<Run>,
 }
@@ -218,7 +218,7 @@ fn no_ctime(now: SystemTime) -> Timestamp {
 
 /// Checks the listing as it goes.
 struct Walk {
-    entries: Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send>,
+    entries: SourceEntries,
     young_after: SystemTime,
     no_ctime: Timestamp,
     previous: Option<PathBuf>,

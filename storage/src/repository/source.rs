@@ -13,8 +13,11 @@ pub trait Source: Send + Sync {
 
     /// Every directory, file and link, in the order of `Path`'s comparison: a directory before what is in it,
     /// names by their bytes. Asked for once per snapshot. The iterator ends when something is wrong with it.
-    fn entries(&self) -> Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send>;
+    fn entries(&self) -> SourceEntries;
 }
+
+/// A listing as it goes.
+pub type SourceEntries = Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send>;
 
 /// Opens a file; called at most once, on another thread. `NotFound` means that the file vanished since it was
 /// listed: it is left out and counted. Every other error fails the snapshot (R3).
