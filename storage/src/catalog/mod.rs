@@ -8,6 +8,7 @@ pub mod archive_file;
 pub mod backup;
 pub mod holdings;
 pub mod outcomes;
+pub mod recovery;
 pub mod retention;
 
 pub use archive::{Archive, Frontier, Totals};
@@ -16,4 +17,7 @@ pub use backup::{
     VerifyOutcome,
 };
 pub use holdings::{Holdings, KnownGap, Run, TimelineHoldings};
+pub use recovery::{
+    Hole, Line, Path, Plan, Reach, Refusal, Stop, Survey, Target, TimelineChoice, Window,
+};
 pub use retention::{Policies, Policy, RetentionPlan};

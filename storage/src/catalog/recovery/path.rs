@@ -1,0 +1,232 @@
+//! The way to a timeline: which stretch of WAL counts on which timeline, and what of it is held.
+//!
+//! A timeline's first segment repeats its parent's bytes up to the switch point, and PostgreSQL prefers the
+//! file of the newer timeline (`XLogFileReadAnyTLI`). So the parent's last bytes may be held in the
+//! child's segment alone.
+
+use crate::{
+    Error,
+    catalog::{Holdings, Run},
+};
+use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+
+/// WAL that is not there.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Hole {
+    /// The timeline of its first byte.
+    pub timeline: TimelineId,
+    /// First byte missing.
+    pub from: Lsn,
+    /// First byte held again, or known to have existed.
+    pub to: Lsn,
+    /// Why it is missing, as far as is known.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Hole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { timeline, from, to, reason } = self;
+        write!(f, "WAL of timeline {} from {from} to {to} is missing ({reason})", timeline.get())
+    }
+}
+
+/// Why WAL cannot be replayed any further.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Stop {
+    /// It is the end of what is held, and nothing is known to come after it.
+    End {
+        /// PostgreSQL had nothing after it either when this was made: the state at any moment up to then.
+        idle_until_unix: Option<f64>,
+    },
+    /// More is held behind it, or is known to have existed.
+    Hole(Hole),
+}
+
+/// How far WAL can be replayed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reach {
+    /// One past the last byte.
+    pub end: Lsn,
+    /// The timeline of that byte.
+    pub timeline: TimelineId,
+    /// Why no further.
+    pub stop: Stop,
+}
+
+/// A timeline on the way, from where it left its parent to where it was left.
+#[derive(Debug, Clone, PartialEq)]
+struct Line {
+    timeline: TimelineId,
+    begin: Lsn,
+    end: Option<Lsn>,
+    runs: Vec<Run>,
+    gaps: Vec<(Run, String)>,
+}
+
+impl Line {
+    fn holds_to(&self, at: Lsn, size: SegmentSize) -> Option<Lsn> {
+        if at < self.begin.segment_start(size) {
+            return None;
+        }
+        let run = self.runs.iter().find(|run| run.start <= at && at < run.end)?;
+        Some(self.end.map_or(run.end, |end| run.end.min(end))).filter(|end| *end > at)
+    }
+
+    /// The first byte after `at` that is held or known to have existed.
+    fn next(&self, at: Lsn) -> Option<Lsn> {
+        let counts = |lsn: &Lsn| *lsn > at && self.end.is_none_or(|end| *lsn < end);
+        let runs = self.runs.iter().filter(|run| run.end > self.begin).map(|run| run.start);
+        runs.filter(counts).min()
+    }
+}
+
+/// The way to a timeline through its ancestors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Path {
+    timeline: TimelineId,
+    size: SegmentSize,
+    lines: Vec<Line>,
+    idle_until_unix: Option<f64>,
+    /// Its history file is held, or it is timeline 1, which has none.
+    pub has_history: bool,
+}
+
+impl Path {
+    /// From what is held.
+    ///
+    /// # Errors
+    /// `Corrupt` for a history file that PostgreSQL would refuse.
+    pub fn new(
+        holdings: &Holdings,
+        timeline: TimelineId,
+        size: SegmentSize,
+    ) -> Result<Self, Error> {
+        let history = holdings.history(timeline)?;
+        let ancestors = history.entries().iter().map(|e| (e.timeline, Some(e.end)));
+        let mut begin = Lsn::ZERO;
+        let mut lines = Vec::new();
+        for (line, end) in ancestors.chain([(timeline, None)]) {
+            let held = holdings.timeline(line);
+            let gaps = holdings.gaps.iter().filter(|gap| gap.timeline == line);
+            lines.push(Line {
+                timeline: line,
+                begin,
+                end,
+                runs: held.map(|held| held.runs.clone()).unwrap_or_default(),
+                gaps: gaps.map(|g| (Run { start: g.from, end: g.to }, g.reason.clone())).collect(),
+            });
+            begin = end.unwrap_or(begin);
+        }
+        let own = holdings.timeline(timeline);
+        let idle_until_unix = own.is_some_and(|own| own.caught_up).then_some(holdings.as_of_unix);
+        let has_history = timeline.get() == 1 || own.is_some_and(|own| own.history.is_some());
+        Ok(Self { timeline, size, lines, idle_until_unix, has_history })
+    }
+
+    /// The timeline it leads to.
+    pub const fn timeline(&self) -> TimelineId {
+        self.timeline
+    }
+    /// Bytes of a segment.
+    pub const fn segment_size(&self) -> SegmentSize {
+        self.size
+    }
+    /// Where this timeline left its parent; `None` without one.
+    pub fn switch_point(&self) -> Option<Lsn> {
+        self.lines.last().filter(|_| self.lines.len() > 1).map(|line| line.begin)
+    }
+    /// The timelines it passes, oldest first.
+    pub fn timelines(&self) -> impl Iterator<Item = TimelineId> {
+        self.lines.iter().map(|line| line.timeline)
+    }
+
+    /// Whether the byte before `lsn` counts on `timeline` on this way.
+    pub fn passes(&self, timeline: TimelineId, lsn: Lsn) -> bool {
+        let line = self.lines.iter().find(|line| line.timeline == timeline);
+        line.is_some_and(|l| lsn >= l.begin && l.end.is_none_or(|end| lsn <= end))
+    }
+
+    fn line_at(&self, at: Lsn) -> usize {
+        let found = self.lines.iter().position(|l| l.end.is_none_or(|end| at < end));
+        found.unwrap_or(self.lines.len() - 1)
+    }
+
+    /// How far WAL can be replayed from `from` on.
+    pub fn reach(&self, from: Lsn) -> Reach {
+        let mut at = from;
+        loop {
+            let lines = &self.lines[self.line_at(at)..];
+            match lines.iter().filter_map(|line| line.holds_to(at, self.size)).max() {
+                Some(end) => at = end,
+                None => break,
+            }
+        }
+        // A byte belongs to the timeline it is before the end of.
+        let timeline = self.lines[self.line_at(Lsn::new(at.as_u64().saturating_sub(1)))].timeline;
+        Reach { end: at, timeline, stop: self.stop_at(at) }
+    }
+
+    fn stop_at(&self, at: Lsn) -> Stop {
+        let index = self.line_at(at);
+        let here = &self.lines[index];
+        let later = &self.lines[index..];
+        let held = later.iter().filter_map(|line| line.next(at)).min();
+        let gap = later.iter().flat_map(|line| &line.gaps).find(|(gap, _)| gap.end > at);
+        // PostgreSQL was promoted at the end of this line, so it had WAL up to there.
+        let promoted = here.end.filter(|end| *end > at);
+        let known = gap.map(|(gap, _)| gap.end).into_iter().chain(promoted).max();
+        match held.or(known) {
+            None => Stop::End { idle_until_unix: self.idle_until_unix },
+            Some(to) => {
+                let overlaps = gap.filter(|(gap, _)| gap.start < to);
+                let reason = overlaps.map_or_else(
+                    || "never received, or lost".to_owned(),
+                    |(_, reason)| reason.clone(),
+                );
+                Stop::Hole(Hole { timeline: here.timeline, from: at, to, reason })
+            }
+        }
+    }
+
+    /// Every hole behind the first byte held, in order.
+    pub fn holes(&self, from: Lsn) -> Vec<Hole> {
+        let mut holes = Vec::new();
+        let mut at = from;
+        while let Stop::Hole(hole) = self.reach(at).stop {
+            if hole.to <= at && !holes.is_empty() {
+                break;
+            }
+            at = hole.to;
+            holes.push(hole);
+        }
+        holes
+    }
+
+    /// The first byte held on any timeline of the way.
+    pub fn first_held(&self) -> Option<Lsn> {
+        let counts = |line: &Line| {
+            let (begin, end) = (line.begin.segment_start(self.size), line.end);
+            let runs = line.runs.iter().filter(move |run| run.end > begin);
+            runs.map(move |run| run.start.max(begin))
+                .filter(move |start| end.is_none_or(|end| *start < end))
+                .min()
+        };
+        self.lines.iter().filter_map(counts).min()
+    }
+
+    /// One past the last byte held of the timeline itself.
+    pub fn own_end(&self) -> Option<Lsn> {
+        self.lines.last()?.runs.last().map(|run| run.end)
+    }
+
+    /// The names a segment can have on this way, the one PostgreSQL prefers first: that of the newest
+    /// timeline that is there at its end.
+    pub fn names(&self, at: Lsn) -> Vec<SegmentName> {
+        let start = at.segment_start(self.size);
+        let mut lines: Vec<&Line> =
+            self.lines.iter().filter(|l| l.begin.segment_start(self.size) <= start).collect();
+        lines.retain(|line| line.end.is_none_or(|end| start < end));
+        let name = |line: &&Line| SegmentName::containing(line.timeline, start, self.size);
+        lines.iter().rev().map(name).collect()
+    }
+}

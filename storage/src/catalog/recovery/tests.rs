@@ -1,0 +1,368 @@
+use super::*;
+use crate::catalog::{KnownGap, PagesRecord, TimelineHoldings};
+use proptest::prelude::*;
+
+const MIB: u64 = 1 << 20;
+
+fn size() -> SegmentSize {
+    SegmentSize::new(1 << 20).unwrap()
+}
+
+fn tli(n: u32) -> TimelineId {
+    TimelineId::new(n).unwrap()
+}
+
+/// Positions in segments: 5.5 is in the middle of segment 5.
+fn lsn(segments: f64) -> Lsn {
+    Lsn::new((segments * MIB as f64) as u64)
+}
+
+fn runs(of: &[(f64, f64)]) -> Vec<Run> {
+    of.iter().map(|(start, end)| Run { start: lsn(*start), end: lsn(*end) }).collect()
+}
+
+fn held(timeline: u32, history: Option<&str>, of: &[(f64, f64)]) -> TimelineHoldings {
+    TimelineHoldings {
+        timeline: tli(timeline),
+        history: history.map(str::to_owned),
+        runs: runs(of),
+        caught_up: false,
+    }
+}
+
+fn history(of: &[(u32, f64)]) -> String {
+    of.iter().map(|(t, at)| format!("{t}\t{}\tno recovery target specified\n", lsn(*at))).collect()
+}
+
+fn holdings(timelines: Vec<TimelineHoldings>) -> Holdings {
+    Holdings { segment_size: MIB as u32, timelines, as_of_unix: 1e6, ..Holdings::default() }
+}
+
+/// A backup whose time is 1000 s for each segment.
+fn backup(name: &str, timeline: u32, start: f64, stop: f64) -> BackupRecord {
+    BackupRecord {
+        name: name.parse().unwrap(),
+        system_identifier: "7".into(),
+        postgres_version: 150_000,
+        segment_size: MIB as u32,
+        start_timeline: tli(timeline),
+        start_lsn: lsn(start),
+        stop_timeline: tli(timeline),
+        stop_lsn: lsn(stop),
+        started_postgres_unix: start * 1000.0,
+        stopped_postgres_unix: stop * 1000.0,
+        begun_unix: 0.0,
+        committed_unix: 0.0,
+        duration_seconds: 0.0,
+        from_standby: false,
+        snapshot: "00".repeat(32),
+        backup_label: String::new(),
+        tablespace_map: String::new(),
+        tablespaces: Vec::new(),
+        size_bytes: 0,
+        files: 0,
+        directories: 0,
+        added_bytes: 0,
+        stored_bytes: 0,
+        pages: PagesRecord::default(),
+        label: None,
+        keep: false,
+        klio_version: String::new(),
+    }
+}
+
+fn time(segments: f64) -> Target {
+    Target::Time { unix_micros: (segments * 1e9) as i64 }
+}
+
+fn chosen(survey: &Survey, target: &Target) -> Result<(String, u32), String> {
+    survey
+        .plan(target, TimelineChoice::Latest, None)
+        .map(|plan| (plan.backup.name.to_string(), plan.path.timeline().get()))
+        .map_err(|refusal| refusal.to_string())
+}
+
+#[test]
+fn the_newest_backup_that_ended_before_the_target_is_chosen() {
+    let held = holdings(vec![held(1, None, &[(1.0, 20.0)])]);
+    let all = vec![backup("b", 1, 10.0, 11.0), backup("a", 1, 2.0, 3.0)];
+    let survey = Survey::new(&held, all);
+    let expect = |name: &str| Ok((name.to_owned(), 1));
+    assert_eq!(chosen(&survey, &Target::Latest), expect("b"));
+    assert_eq!(chosen(&survey, &Target::Immediate), expect("b"));
+    assert_eq!(chosen(&survey, &time(11.0)), expect("b"));
+    assert_eq!(chosen(&survey, &time(10.999)), expect("a"));
+    assert_eq!(chosen(&survey, &Target::Lsn(lsn(10.5))), expect("a"));
+    assert_eq!(chosen(&survey, &Target::Lsn(lsn(20.0))), expect("b"));
+    let early = chosen(&survey, &time(2.5)).unwrap_err();
+    assert!(early.contains("before the end of backup a"), "{early}");
+    assert!(early.contains("from 1970-01-01T00:50:00Z (0/300000) to 0/1400000"), "{early}");
+    let late = chosen(&survey, &Target::Lsn(lsn(20.5))).unwrap_err();
+    assert!(late.contains("0/1480000 is after the last WAL held"), "{late}");
+}
+
+/// P7, V2.
+#[test]
+fn latest_is_refused_in_front_of_a_hole_and_the_refusal_names_it() {
+    let mut held = holdings(vec![held(1, None, &[(1.0, 5.0), (7.0, 9.0)])]);
+    held.gaps.push(KnownGap {
+        timeline: tli(1),
+        from: lsn(5.0),
+        to: lsn(7.0),
+        reason: "PostgreSQL had removed it".into(),
+    });
+    let survey = Survey::new(&held, vec![backup("a", 1, 2.0, 3.0)]);
+    for target in [Target::Latest, Target::Lsn(lsn(8.0))] {
+        let refusal = survey.plan(&target, TimelineChoice::Latest, None).unwrap_err();
+        let hole = refusal.hole.clone().unwrap();
+        assert_eq!((hole.from, hole.to), (lsn(5.0), lsn(7.0)));
+        assert_eq!(hole.reason, "PostgreSQL had removed it");
+        assert!(refusal.to_string().contains("to 0/500000, with backup a"), "{refusal}");
+    }
+    let plan = survey.plan(&Target::Lsn(lsn(4.5)), TimelineChoice::Latest, None).unwrap();
+    assert_eq!(plan.reach.end, lsn(5.0));
+    assert!(plan.notes[0].contains("nothing after 0/500000"), "{:?}", plan.notes);
+    let line = &survey.lines()[0];
+    assert_eq!((line.windows.len(), line.holes.len()), (1, 1));
+    assert_eq!(line.unserved, runs(&[(7.0, 9.0)]));
+    // A backup behind the hole makes the end reachable again.
+    let survey = Survey::new(&held, vec![backup("a", 1, 2.0, 3.0), backup("b", 1, 7.0, 7.5)]);
+    assert_eq!(chosen(&survey, &Target::Latest), Ok(("b".into(), 1)));
+    assert!(survey.lines()[0].unserved.is_empty());
+}
+
+/// V2: a gap on record counts even while nothing behind it has come.
+#[test]
+fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
+    let mut held = holdings(vec![held(1, None, &[(1.0, 5.25)])]);
+    let gap = (tli(1), lsn(5.25), lsn(7.0));
+    held.gaps.push(KnownGap { timeline: gap.0, from: gap.1, to: gap.2, reason: "x".into() });
+    let survey = Survey::new(&held, vec![backup("a", 1, 2.0, 3.0)]);
+    assert!(survey.plan(&Target::Latest, TimelineChoice::Latest, None).is_err());
+}
+
+/// V2: the hole inside a partial segment: timeline 2 left at 5.5, but 1 is held to 5.25 only.
+#[test]
+fn a_partial_segment_that_ends_before_the_switch_is_a_hole() {
+    let two = history(&[(1, 5.5)]);
+    let all = vec![backup("a", 1, 2.0, 3.0)];
+    let with = |one: f64, two_runs: &[(f64, f64)]| {
+        Survey::new(
+            &holdings(vec![held(1, None, &[(1.0, one)]), held(2, Some(&two), two_runs)]),
+            all.clone(),
+        )
+    };
+    assert!(chosen(&with(5.25, &[(6.0, 8.0)]), &Target::Latest).is_err());
+    assert!(chosen(&with(5.25, &[]), &Target::Latest).is_err());
+    assert!(chosen(&with(5.25, &[(5.5, 8.0)]), &Target::Latest).is_err());
+    // The child's first segment repeats the parent's bytes.
+    let whole = with(5.25, &[(5.0, 8.0)]);
+    assert_eq!(chosen(&whole, &Target::Latest), Ok(("a".into(), 2)));
+    let plan = whole.plan(&Target::Latest, TimelineChoice::Latest, None).unwrap();
+    assert_eq!((plan.reach.end, plan.reach.timeline), (lsn(8.0), tli(2)));
+    let names: Vec<String> = plan.path.names(lsn(5.3)).iter().map(ToString::to_string).collect();
+    assert_eq!(names, ["000000020000000000000005", "000000010000000000000005"]);
+    assert_eq!(plan.path.names(lsn(4.0)).len(), 1);
+    assert_eq!(plan.path.names(lsn(6.0)).len(), 1);
+    // But not more than the first one.
+    assert!(chosen(&with(4.5, &[(5.0, 8.0)]), &Target::Latest).is_err());
+    // Timeline 1 alone is still reachable up to what is held of it.
+    let plan = with(5.25, &[]).plan(&Target::Latest, TimelineChoice::Current, None);
+    assert_eq!(plan.unwrap().reach.end, lsn(5.25));
+}
+
+#[test]
+fn a_backup_that_the_timeline_has_left_behind_is_passed_over() {
+    let two = history(&[(1, 5.5)]);
+    let held = holdings(vec![held(1, None, &[(1.0, 12.0)]), held(2, Some(&two), &[(5.0, 9.0)])]);
+    let all = vec![backup("old", 1, 2.0, 3.0), backup("dead", 1, 7.0, 8.0)];
+    let survey = Survey::new(&held, all);
+    assert_eq!(chosen(&survey, &Target::Latest), Ok(("old".into(), 2)));
+    let plan = survey.plan(&time(9.0), TimelineChoice::Latest, None).unwrap();
+    assert_eq!(plan.backup.name.as_str(), "old");
+    assert!(plan.notes.iter().any(|n| n.contains("timeline 1 after it was left")), "{plan:?}");
+    let one = TimelineChoice::Number(tli(1));
+    let plan = survey.plan(&Target::Latest, one, None).unwrap();
+    assert_eq!((plan.backup.name.as_str(), plan.reach.end), ("dead", lsn(12.0)));
+    // A backup of choice goes where it leads.
+    let dead: BackupName = "dead".parse().unwrap();
+    let plan = survey.plan(&Target::Latest, TimelineChoice::Latest, Some(&dead)).unwrap();
+    assert_eq!(plan.path.timeline(), tli(1));
+    let two = TimelineChoice::Number(tli(2));
+    let refusal = survey.plan(&Target::Latest, two, Some(&dead)).unwrap_err();
+    assert!(refusal.problem.contains("does not lead through"), "{refusal}");
+}
+
+#[test]
+fn a_backup_whose_own_wal_has_a_hole_is_never_chosen() {
+    let held = holdings(vec![held(1, None, &[(1.0, 6.0), (7.0, 9.0)])]);
+    let all = vec![backup("good", 1, 2.0, 3.0), backup("bad", 1, 5.0, 7.5)];
+    let survey = Survey::new(&held, all);
+    assert_eq!(chosen(&survey, &Target::Immediate), Ok(("good".into(), 1)));
+    let bad: BackupName = "bad".parse().unwrap();
+    let refusal = survey.plan(&Target::Immediate, TimelineChoice::Latest, Some(&bad)).unwrap_err();
+    assert_eq!(refusal.hole.unwrap().from, lsn(6.0));
+    assert_eq!(survey.broken(&survey.backups()[1]).unwrap().to, lsn(7.0));
+}
+
+#[test]
+fn nothing_at_all_is_refused_in_words() {
+    let survey = Survey::new(&Holdings::default(), Vec::new());
+    assert_eq!(
+        chosen(&survey, &Target::Latest).unwrap_err(),
+        "there is no base backup; nothing can be recovered"
+    );
+    let survey = Survey::new(&Holdings::default(), vec![backup("a", 1, 2.0, 3.0)]);
+    let refusal = chosen(&survey, &Target::Latest).unwrap_err();
+    assert!(refusal.contains("nothing is held of timeline 1"), "{refusal}");
+}
+
+#[test]
+fn an_idle_database_is_recoverable_until_it_was_seen_idle() {
+    let mut line = held(1, None, &[(1.0, 5.0)]);
+    line.caught_up = true;
+    let survey = Survey::new(&holdings(vec![line]), vec![backup("a", 1, 2.0, 3.0)]);
+    let plan = survey.plan(&time(900.0), TimelineChoice::Latest, None).unwrap();
+    assert_eq!(plan.reach.stop, Stop::End { idle_until_unix: Some(1e6) });
+}
+
+/// A random tree of timelines with random holes.
+fn site() -> impl Strategy<Value = (Holdings, Vec<BackupRecord>)> {
+    let lost = prop::collection::vec(any::<prop::sample::Index>(), 0..4);
+    let lines =
+        prop::collection::vec((any::<prop::sample::Index>(), 1u32..80, lost, any::<bool>()), 1..5);
+    let backups = prop::collection::vec((any::<prop::sample::Index>(), 0u32..80, 1u32..10), 0..6);
+    (lines, backups).prop_map(|(lines, backups)| {
+        let mut known: Vec<(Vec<(u32, f64)>, f64)> = Vec::new();
+        let mut timelines = Vec::new();
+        for (n, (parent, length, lost, copy)) in lines.into_iter().enumerate() {
+            let (mut way, from) = (Vec::new(), 1.0);
+            let mut begin = from;
+            if n > 0 {
+                let parent = parent.index(n);
+                let (before, end) = known[parent].clone();
+                let start = before.last().map_or(1.0, |(_, at)| *at);
+                begin = start + (end - start) * 0.5;
+                way = before;
+                way.push((parent as u32 + 1, begin));
+            }
+            let end = begin + f64::from(length) / 8.0;
+            let start = if copy { begin.floor() } else { begin };
+            let mut pieces = vec![(start.max(1.0), end)];
+            for at in lost {
+                let (a, b) = pieces.pop().unwrap();
+                let cut = a + (b - a) * (at.index(8) as f64 / 8.0);
+                if cut > a && cut + 0.125 < b {
+                    pieces.extend([(a, cut), (cut + 0.125, b)]);
+                } else {
+                    pieces.push((a, b));
+                }
+            }
+            let text = (n > 0).then(|| history(&way));
+            timelines.push(held(n as u32 + 1, text.as_deref(), &pieces));
+            known.push((way, end));
+        }
+        let all = backups.into_iter().enumerate().map(|(n, (line, at, length))| {
+            let line = line.index(known.len());
+            let start = known[line].0.last().map_or(1.0, |(_, at)| *at) + f64::from(at) / 8.0;
+            backup(&format!("b{n}"), line as u32 + 1, start, start + f64::from(length) / 8.0)
+        });
+        let all = all.collect();
+        (holdings(timelines), all)
+    })
+}
+
+/// Whether the byte at `at` can be replayed on the way to `timeline`: the definition, byte by byte.
+fn is_held(holdings: &Holdings, timeline: TimelineId, at: Lsn) -> bool {
+    let history = holdings.history(timeline).unwrap();
+    let mut begin = Lsn::ZERO;
+    let ends = history.entries().iter().map(|e| (e.timeline, e.end));
+    for (line, end) in ends.chain([(timeline, Lsn::new(u64::MAX))]) {
+        let counts = at >= begin.segment_start(size()) && at < end;
+        let runs = holdings.timeline(line).map_or(&[][..], |l| &l.runs);
+        if counts && runs.iter().any(|run| run.start <= at && at < run.end) {
+            return true;
+        }
+        begin = end;
+    }
+    false
+}
+
+fn steps(from: Lsn, to: Lsn) -> impl Iterator<Item = Lsn> {
+    (from.as_u64()..to.as_u64()).step_by((MIB / 16) as usize).map(Lsn::new)
+}
+
+proptest! {
+    /// V1 and V2, for every target and choice.
+    #[test]
+    fn every_plan_is_whole((held, all) in site(), at in 0u32..200, which in 0u8..4, choice in 0u32..6) {
+        let survey = Survey::new(&held, all.clone());
+        let target = match which {
+            0 => Target::Latest,
+            1 => Target::Immediate,
+            2 => Target::Lsn(lsn(f64::from(at) / 8.0)),
+            _ => time(f64::from(at) / 8.0),
+        };
+        let choice = match choice {
+            0 => TimelineChoice::Latest,
+            1 => TimelineChoice::Current,
+            n => TimelineChoice::Number(tli(n - 1)),
+        };
+        let result = survey.plans(&target, choice, None);
+        for plan in result.iter().flatten() {
+            let (record, timeline) = (&plan.backup, plan.path.timeline());
+            prop_assert!(plan.reach.end >= record.stop_lsn);
+            for byte in steps(record.start_lsn, plan.reach.end) {
+                prop_assert!(is_held(&held, timeline, byte), "{byte} of {timeline:?}");
+            }
+            prop_assert!(!is_held(&held, timeline, plan.reach.end));
+            let history = held.history(timeline).unwrap();
+            let left = history.end_of(record.stop_timeline);
+            prop_assert!(timeline == record.stop_timeline || left >= Some(record.stop_lsn));
+            match &target {
+                Target::Latest => prop_assert!(
+                    steps(plan.reach.end, lsn(60.0)).all(|b| !is_held(&held, timeline, b))
+                ),
+                Target::Lsn(lsn) => prop_assert!(record.stop_lsn <= *lsn && *lsn <= plan.reach.end),
+                Target::Time { unix_micros } => {
+                    prop_assert!(record.stopped_postgres_unix * 1e6 <= *unix_micros as f64);
+                }
+                _ => {}
+            }
+        }
+        // Newest first, and none is left out that would have done.
+        if let Ok(plans) = &result {
+            let newer = |p: &[_]| { let (a, b): (&Plan, &Plan) = (&p[0], &p[1]); a.backup.stopped_postgres_unix >= b.backup.stopped_postgres_unix };
+            prop_assert!(plans.windows(2).all(newer));
+            if let (TimelineChoice::Number(n), Target::Lsn(at)) = (choice, &target) {
+                let fit = |b: &&BackupRecord| {
+                    let history = held.history(n).unwrap();
+                    let on_way = b.stop_timeline == n || history.end_of(b.stop_timeline) >= Some(b.stop_lsn);
+                    on_way && b.stop_lsn <= *at
+                        && steps(b.start_lsn, *at).all(|byte| is_held(&held, n, byte))
+                };
+                prop_assert!(all.iter().filter(fit).count() <= plans.len());
+            }
+        } else if let Err(refusal) = result {
+            prop_assert!(!refusal.to_string().is_empty());
+        }
+    }
+
+    /// What a listing calls recoverable is, to its last byte, and holes are where nothing is held.
+    #[test]
+    fn windows_and_holes_are_true((held, all) in site()) {
+        let survey = Survey::new(&held, all);
+        for line in survey.lines() {
+            for window in &line.windows {
+                let first = survey.backups().iter().find(|b| b.name == window.backups[0]).unwrap();
+                for byte in steps(first.start_lsn, window.reach.end) {
+                    prop_assert!(is_held(&held, line.timeline, byte));
+                }
+            }
+            for hole in &line.holes {
+                prop_assert!(hole.from < hole.to);
+                prop_assert!(steps(hole.from, hole.to).all(|b| !is_held(&held, line.timeline, b)));
+            }
+        }
+    }
+}
