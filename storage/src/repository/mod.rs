@@ -25,6 +25,7 @@ mod snapshot;
 mod source;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;

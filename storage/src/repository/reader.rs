@@ -7,6 +7,7 @@ use super::{
     Repository, SnapshotId,
     index::{BlobKind, Index, Place},
     sealer::Sealer,
+    tree::{self, TreeNode},
 };
 use crate::{
     Error, Kind, Op,
@@ -14,20 +15,15 @@ use crate::{
     tier2::{Sha256Sum, Sha256SumError},
 };
 use bytes::Bytes;
-use rustic_core::repofile::{Node, NodeType, SnapshotFile, Tree};
+use rustic_core::repofile::SnapshotFile;
 use std::{
-    cell::RefCell,
-    collections::BTreeSet,
-    fmt,
-    path::PathBuf,
-    str::FromStr,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    cell::RefCell, collections::BTreeSet, fmt, path::PathBuf, str::FromStr, sync::Arc,
+    time::SystemTime,
 };
 
 /// A chunk's name: the SHA-256 of its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ChunkId(Sha256Sum);
+pub struct ChunkId(pub(super) Sha256Sum);
 
 impl ChunkId {
     /// The chunk of this content.
@@ -187,10 +183,9 @@ impl Reader {
         self.open(&id.0, place, sealed)
     }
 
-    pub(super) fn tree(&self, id: &Sha256Sum) -> Result<Tree, Error> {
+    fn tree(&self, id: &Sha256Sum) -> Result<Vec<TreeNode>, Error> {
         let json = self.blob(BlobKind::Tree, id)?;
-        serde_json::from_slice(&json)
-            .map_err(|_| self.broken(id, "expected restic's JSON of a tree"))
+        tree::parse(&json).map_err(|detail| self.broken(id, &detail))
     }
 
     fn place(&self, kind: BlobKind, id: &Sha256Sum) -> Result<&Place, Error> {
@@ -254,7 +249,7 @@ pub struct Entries {
     reader: Reader,
     /// Of the innermost open directory.
     path: PathBuf,
-    stack: Vec<std::vec::IntoIter<Node>>,
+    stack: Vec<std::vec::IntoIter<TreeNode>>,
     /// Where the trees lie that were read so far.
     packs: BTreeSet<u32>,
 }
@@ -289,56 +284,17 @@ impl Entries {
 
     fn open(&mut self, tree: &Sha256Sum) -> Result<(), Error> {
         self.packs.insert(self.reader.place(BlobKind::Tree, tree)?.pack);
-        self.stack.push(self.reader.tree(tree)?.nodes.into_iter());
+        self.stack.push(self.reader.tree(tree)?.into_iter());
         Ok(())
     }
 
-    fn enter(&mut self, node: Node) -> Result<Entry, Error> {
-        let name = node.name().into_owned();
-        let bytes = name.as_encoded_bytes();
-        if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
-            let detail = format!("{name:?} in {:?} is not a file's name", self.path);
-            return Err(Error::new(
-                Kind::Corrupt,
-                Op::Read,
-                self.reader.repository.place(),
-                detail,
-            ));
+    fn enter(&mut self, node: TreeNode) -> Result<Entry, Error> {
+        let path = self.path.join(&node.name);
+        if let Some(tree) = &node.tree {
+            self.open(tree)?;
+            self.path.push(&node.name);
         }
-        let path = self.path.join(&name);
-        let kind = self.kind(&node)?;
-        if kind == StoredKind::Dir {
-            let id = node.subtree.ok_or_else(|| {
-                self.reader.broken(&self.reader.root, "a directory without a tree")
-            })?;
-            self.open(&sum(&id.to_hex())?)?;
-            self.path.push(&name);
-        }
-        let mtime = node.meta.mtime.map_or(UNIX_EPOCH, SystemTime::from);
-        let (mode, uid, gid) = (node.meta.mode, node.meta.uid, node.meta.gid);
-        let mode = mode.unwrap_or(0o700) & 0o7777;
-        Ok(Entry { path, kind, mode, uid: uid.unwrap_or(0), gid: gid.unwrap_or(0), mtime })
-    }
-
-    fn kind(&self, node: &Node) -> Result<StoredKind, Error> {
-        match &node.node_type {
-            NodeType::Dir => Ok(StoredKind::Dir),
-            NodeType::Symlink { .. } => {
-                Ok(StoredKind::Symlink(node.node_type.to_link().to_owned()))
-            }
-            NodeType::File => {
-                let ids = node.content.iter().flatten();
-                let chunks =
-                    ids.map(|id| Ok(ChunkId(sum(&id.to_hex())?))).collect::<Result<_, _>>()?;
-                Ok(StoredKind::File { size: node.meta.size, chunks })
-            }
-            other => {
-                let detail = format!(
-                    "{:?} in {:?} is a {other}, which klio never stores",
-                    node.name, self.path
-                );
-                Err(Error::new(Kind::Corrupt, Op::Read, self.reader.repository.place(), detail))
-            }
-        }
+        let TreeNode { kind, mode, uid, gid, mtime, .. } = node;
+        Ok(Entry { path, kind, mode, uid, gid, mtime })
     }
 }

@@ -1,7 +1,12 @@
 //! R4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
 
 use super::*;
-use crate::{layout::BaseKind, repository::Progress};
+use crate::{
+    layout::{BaseFile, BaseKind},
+    repository::Progress,
+    tier2::Sha256Sum,
+};
+use bytes::Bytes;
 
 const DAY: Duration = Duration::from_secs(86_400);
 const NOW: Duration = Duration::ZERO;
@@ -138,4 +143,89 @@ fn what_a_snapshot_needs_is_enough_to_restore_it_elsewhere() {
     }
     let both = home.repository.packs_of(&[old.id, new.id]).unwrap();
     assert!(both.len() > home.repository.packs_of(&[new.id]).unwrap().len());
+}
+
+/// Does something once, when the first index file is written or listed.
+struct Meanwhile {
+    inner: Arc<LocalFiles>,
+    on_write: Mutex<Option<Box<dyn FnOnce(&LocalFiles) + Send>>>,
+    /// Listed once, although it is gone.
+    gone: Mutex<Option<BaseFile>>,
+}
+
+impl std::fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Meanwhile")
+    }
+}
+
+impl Files for Meanwhile {
+    fn place(&self) -> String {
+        self.inner.place()
+    }
+    fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
+        let mut listed = self.inner.list(kind)?;
+        if kind == BaseKind::Index {
+            listed.extend(self.gone.lock().unwrap().take().map(|file| (file, 100)));
+        }
+        Ok(listed)
+    }
+    fn read(&self, file: BaseFile) -> Result<Bytes, Error> {
+        self.inner.read(file)
+    }
+    fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
+        self.inner.read_range(file, offset, length)
+    }
+    fn write(&self, file: BaseFile, parts: &[Bytes]) -> Result<(), Error> {
+        if file.kind == BaseKind::Index
+            && let Some(action) = self.on_write.lock().unwrap().take()
+        {
+            action(&self.inner);
+        }
+        self.inner.write(file, parts)
+    }
+    fn remove(&self, file: BaseFile) -> Result<(), Error> {
+        self.inner.remove(file)
+    }
+}
+
+#[test]
+fn a_snapshot_saved_while_a_prune_writes_its_marks_keeps_its_packs() {
+    let home = home();
+    let (_, one) = back_up(&home.repository, &tree(10), None, "one");
+    let snapshot = home.files.read(one.id.file()).unwrap();
+    home.repository.forget(&[one.id]).unwrap();
+    let id = one.id.file();
+    let save = move |files: &LocalFiles| files.write(id, &[snapshot]).unwrap();
+    let files = Meanwhile {
+        inner: Arc::clone(&home.files),
+        on_write: Mutex::new(Some(Box::new(save))),
+        gone: Mutex::default(),
+    };
+    let outcome = home.repository.with_files(Arc::new(files)).prune(NOW).unwrap();
+    assert!(outcome.packs_marked > 0, "{outcome:?}");
+    // As stock restic sees it: no pack that is needed is only in the list of those to go.
+    let index = home.repository.index().unwrap();
+    let reader = home.repository.reader(&one.id).unwrap();
+    let needed = super::super::assemble::contents(&reader).unwrap().packs;
+    assert!(needed.iter().all(|&pack| !index.packs[pack as usize].marked));
+    home.repository.prune(NOW).unwrap();
+    assert!(restored(&home.repository, &one).unwrap() == tree(10).expected());
+}
+
+/// A prune writes new index files and removes the old ones while others are reading them.
+#[test]
+fn an_index_file_that_goes_between_listing_and_reading_is_no_error() {
+    let home = home();
+    let (_, one) = back_up(&home.repository, &tree(10), None, "one");
+    let repository = || {
+        let id = Sha256Sum::of(b"gone");
+        let gone = Mutex::new(Some(BaseFile { kind: BaseKind::Index, id }));
+        let (inner, on_write) = (Arc::clone(&home.files), Mutex::default());
+        home.repository.with_files(Arc::new(Meanwhile { inner, on_write, gone }))
+    };
+    assert!(restored(&repository(), &one).unwrap() == tree(10).expected());
+    let part = repository().snapshot(&tree(10), None, Arc::new(Silent)).unwrap();
+    assert_eq!(part.added_bytes, 0);
+    repository().assemble(&[part], &meta("two")).unwrap();
 }
