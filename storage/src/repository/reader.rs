@@ -174,6 +174,14 @@ impl Reader {
         Ok(ChunkLocation { pack, offset: place.offset.into(), length: place.length.into() })
     }
 
+    /// Bytes of a chunk, plain.
+    ///
+    /// # Errors
+    /// `Corrupt` when no index names it.
+    pub fn chunk_length(&self, id: &ChunkId) -> Result<u64, Error> {
+        Ok(self.chunk_place(id)?.plain())
+    }
+
     /// A chunk's bytes from what lies at its location, for those who read by themselves.
     ///
     /// # Errors

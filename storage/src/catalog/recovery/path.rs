@@ -220,12 +220,14 @@ impl Path {
     }
 
     /// The names a segment can have on this way, the one PostgreSQL prefers first: that of the newest
-    /// timeline that is there at its end.
+    /// timeline that holds some of it.
     pub fn names(&self, at: Lsn) -> Vec<SegmentName> {
         let start = at.segment_start(self.size);
         let mut lines: Vec<&Line> =
             self.lines.iter().filter(|l| l.begin.segment_start(self.size) <= start).collect();
         lines.retain(|line| line.end.is_none_or(|end| start < end));
+        let stop = start.advance(self.size.bytes());
+        lines.retain(|line| line.runs.iter().any(|run| run.start < stop && run.end > start));
         let name = |line: &&Line| SegmentName::containing(line.timeline, start, self.size);
         lines.iter().rev().map(name).collect()
     }
