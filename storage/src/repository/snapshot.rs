@@ -105,12 +105,11 @@ impl Repository {
         progress: Arc<dyn Progress>,
     ) -> Result<Part, Error> {
         let (repository, trace) = self.indexed_for(&progress)?;
+        // Asked for before the entries: a source may look at files when it is asked for them.
+        let began = source.listing_began();
         let run = Arc::new(Run::new(Arc::clone(&trace), progress));
-        let listing = Listing {
-            entries: Mutex::new(Some(source.entries())),
-            began: source.listing_began(),
-            run: Arc::clone(&run),
-        };
+        let listing =
+            Listing { entries: Mutex::new(Some(source.entries())), began, run: Arc::clone(&run) };
         let options = BackupOptions::default().no_scan(true).parent_opts(parents(parent));
         let result =
             repository.archive(&options, &listing, SnapshotFile::default(), &[PathBuf::from("/")]);
@@ -201,7 +200,7 @@ impl ReadSource for Listing {
             entries: entries.unwrap_or_else(|| Box::new(std::iter::empty())),
             // Later than this is young. The future is, too.
             young_after: self.began.checked_sub(YOUNG).unwrap_or(UNIX_EPOCH),
-            no_ctime: no_ctime(self.began),
+            no_ctime: no_ctime(),
             previous: None,
             directory: PathBuf::new(),
             run: Arc::clone(&self.run),
@@ -209,11 +208,11 @@ impl ReadSource for Listing {
     }
 }
 
-/// A ctime that no file has, and no other backup uses: as long before 1970 as `now` is after it.
-fn no_ctime(now: SystemTime) -> Timestamp {
-    let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mirrored = UNIX_EPOCH.checked_sub(since).unwrap_or(UNIX_EPOCH);
-    Timestamp::try_from(mirrored).unwrap_or(Timestamp::MIN)
+/// A ctime that no file has, and no other backup uses: some nanosecond of the 73 years before 1970.
+fn no_ctime() -> Timestamp {
+    let before = Duration::from_nanos(1 + (rand::random::<u64>() >> 3));
+    let time = UNIX_EPOCH.checked_sub(before).and_then(|time| Timestamp::try_from(time).ok());
+    time.unwrap_or(Timestamp::MIN)
 }
 
 /// Checks the listing as it goes.

@@ -145,10 +145,12 @@ fn what_a_snapshot_needs_is_enough_to_restore_it_elsewhere() {
     assert!(both.len() > home.repository.packs_of(&[new.id]).unwrap().len());
 }
 
+type Action = Box<dyn FnOnce(&LocalFiles) + Send>;
+
 /// Does something once, when the first index file is written or listed.
 struct Meanwhile {
     inner: Arc<LocalFiles>,
-    on_write: Mutex<Option<Box<dyn FnOnce(&LocalFiles) + Send>>>,
+    on_write: Mutex<Option<Action>>,
     /// Listed once, although it is gone.
     gone: Mutex<Option<BaseFile>>,
 }

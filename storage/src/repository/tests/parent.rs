@@ -89,6 +89,19 @@ fn a_file_from_the_future_is_read_in_every_backup() {
     assert_eq!(next.opened().len(), 1);
 }
 
+/// Two backups in the same moment, as far as their clock knows.
+#[test]
+fn a_young_file_is_read_again_also_when_the_clock_stands_still() {
+    let home = home();
+    let tree = Fake::new().changed("data/a", Content::File(noise(1, 20_000)), began());
+    let (_, first) = back_up(&home.repository, &tree, None, "one");
+    tree.opened();
+    let tree = tree.changed("data/a", Content::File(noise(2, 20_000)), began());
+    let (_, second) = back_up(&home.repository, &tree, Some(&first), "two");
+    assert_eq!(tree.opened().len(), 1);
+    assert!(restored(&home.repository, &second).unwrap() == tree.expected());
+}
+
 #[test]
 fn a_parent_that_is_gone_is_no_parent() {
     let home = home();
