@@ -45,7 +45,7 @@ impl Setup {
     async fn new(major: u32) -> Self {
         install_crypto();
         let pg = Postgres::builder().major(major).initdb("-k").start().await;
-        let mut site = Site::new().await;
+        let mut site = new_site().await;
         site.start().await;
         let stream = site.stream(&pg);
         Self { site, pg, stream }
@@ -117,6 +117,12 @@ impl Setup {
             "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = 'klio backup'";
         self.pg.wait_true(sql).await;
     }
+}
+
+async fn new_site() -> Site {
+    let mut site = Site::new().await;
+    site.set("KLIO_ENCRYPTION__OFF", "true");
+    site
 }
 
 async fn backup(site: &Site, pg: &Postgres, args: &[&str]) -> Outcome {
@@ -329,8 +335,11 @@ async fn taken_under_load_restores(major: u32) {
     let checked = copy.amcheck().await;
     assert_eq!(checked.code, Some(0), "{}{}", checked.stdout, checked.stderr);
     copy.stop(Stop::Fast).await;
-    let checked = copy.checksums().await;
-    assert_eq!(checked.code, Some(0), "{}{}", checked.stdout, checked.stderr);
+    // Debian's pg_checksums reads its own version only.
+    if major == install::DEBIAN_MAJOR {
+        let checked = copy.checksums().await;
+        assert_eq!(checked.code, Some(0), "{}{}", checked.stdout, checked.stderr);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -617,7 +626,7 @@ async fn a_standby_s_backup_reaches_tier_2() {
     install_crypto();
     let s3 = S3::new();
     let pg = Postgres::builder().initdb("-k").start().await;
-    let mut site = Site::new().await.tier2(&s3);
+    let mut site = new_site().await.tier2(&s3);
     site.start().await;
     let _stream = site.stream(&pg);
     let standby = pg.standby().await;
@@ -640,7 +649,7 @@ async fn one_trace_holds_a_backup_s_phases_and_the_server_s_part_in_them() {
     let collector = Collector::new().await;
     install_crypto();
     let pg = Postgres::new().await;
-    let mut site = Site::new().await;
+    let mut site = new_site().await;
     let variables = [
         ("OTEL_TRACES_EXPORTER", "otlp".to_owned()),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint()),
