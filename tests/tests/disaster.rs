@@ -2,7 +2,8 @@
 //! and PostgreSQL; only the values of its settings are replaced. No program of Klio runs meanwhile.
 
 use klio_tests::{
-    env, install_crypto,
+    disaster::commands,
+    install_crypto,
     postgres::{Postgres, Stop, install},
     programs,
     s3::{REGION, S3},
@@ -16,40 +17,6 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
-
-/// The shell commands of the page for one way (`bucket` or `files`), with the settings replaced.
-fn commands(way: &str, settings: &[(&str, String)]) -> String {
-    let page = fs::read_to_string(env::repository().join("docs/disaster.md")).expect("the page");
-    let mut script = String::new();
-    let mut missing: Vec<&str> = settings.iter().map(|(name, _)| *name).collect();
-    for block in page.split("<!-- run: ").skip(1) {
-        let (tags, rest) = block.split_once(" -->").expect("the end of a comment");
-        let words: Vec<&str> = tags.split_whitespace().collect();
-        let code = rest.trim_start().strip_prefix("```sh\n").expect("a block of shell commands");
-        let code = code.split_once("```").expect("the end of the block").0;
-        let ways = ["bucket", "files"];
-        if words.iter().any(|word| ways.contains(word)) && !words.contains(&way) {
-            continue;
-        }
-        if words.contains(&"settings") {
-            code.lines().for_each(|line| script += &setting(line, settings, &mut missing));
-        } else {
-            script += code;
-        }
-    }
-    assert!(missing.is_empty(), "the page has no settings {missing:?}");
-    script
-}
-
-/// `export NAME=value # comment`, with another value if there is one.
-fn setting(line: &str, settings: &[(&str, String)], missing: &mut Vec<&str>) -> String {
-    let name = line.strip_prefix("export ").and_then(|rest| rest.split('=').next());
-    let Some((name, value)) = settings.iter().find(|(n, _)| Some(*n) == name) else {
-        return format!("{line}\n");
-    };
-    missing.retain(|other| other != name);
-    format!("export {name}=\"{value}\"\n")
-}
 
 /// PostgreSQL as the page starts it: a daemon, stopped in any case.
 struct Daemon(PathBuf);
@@ -171,7 +138,7 @@ impl Lost {
         workload::make_places(&self.places);
         let mut settings = self.settings();
         settings.extend(more);
-        let script = commands(way, &settings);
+        let script = commands(&[way, "start"], &settings);
         let file = self.scratch.join("script");
         fs::write(&file, &script).expect("write the script");
         let mut command: Command = install::command("/bin/bash".as_ref());

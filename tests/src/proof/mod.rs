@@ -8,6 +8,7 @@ mod chaos;
 mod plan;
 mod restore;
 mod rig;
+mod stock;
 
 pub use plan::{Finding, Plan};
 pub use restore::{Restorer, Source, verify};
@@ -97,19 +98,22 @@ async fn restores(
     let reach = rig.reach().await;
     let mut previous: Option<restore::Restored> = None;
     for number in 0..plan.restores {
-        let source = if number + 1 < plan.restores && rng.random_bool(0.5) {
-            Source::Bucket
-        } else {
-            Source::Server
+        let source = match rng.random_range(0..100) {
+            // The last one may go on, so it comes from where a primary would.
+            _ if number + 1 == plan.restores => Source::Server,
+            0..45 => Source::Bucket,
+            45..60 => Source::Stock,
+            _ => Source::Server,
         };
         let end = if source == Source::Bucket { reach.archived } else { reach.flushed };
         let targets = targets(oracle, first, end, source == Source::Server, rng);
-        let Some(target) = targets.choose(rng).cloned() else { continue };
-        let delta = previous.take().filter(|_| rng.random_bool(0.4));
+        let Some((target, position)) = targets.choose(rng).cloned() else { continue };
+        let delta = source != Source::Stock && rng.random_bool(0.4);
+        let delta = if delta { previous.take() } else { None };
         let what = format!("{target:?} {source:?}{}", if delta.is_some() { " delta" } else { "" });
         let what = what.replace("Target::", "");
         eprintln!("  restore {what}");
-        let mut restored = rig.restore(&target, source, delta, rng).await;
+        let mut restored = rig.restore(&target, position, source, delta, rng).await;
         verify(&mut restored, oracle, &target, &what).await;
         report.restores.push(what);
         if let Some(mut old) = previous.replace(restored) {
@@ -120,16 +124,22 @@ async fn restores(
 }
 
 /// Targets that can be reached, one of each kind: behind `first`, with everything they need before `end`.
-fn targets(oracle: &Oracle, first: Lsn, end: Lsn, latest: bool, rng: &mut StdRng) -> Vec<Target> {
+fn targets(
+    oracle: &Oracle,
+    first: Lsn,
+    end: Lsn,
+    latest: bool,
+    rng: &mut StdRng,
+) -> Vec<(Target, Lsn)> {
     let records = &oracle.records;
     // A record is whole where the next one begins; a few are left out at both ends, because a commit's time is taken a
     // moment before its place in WAL is.
     let from = records.partition_point(|record| record.start <= first) + 20;
     let to = records.partition_point(|record| record.start < end).saturating_sub(2);
     let mut targets = plan::candidates(records, from, to, rng);
-    targets.push(Target::Immediate);
+    targets.push((Target::Immediate, end));
     if latest {
-        targets.push(Target::Latest);
+        targets.push((Target::Latest, end));
     }
     targets
 }

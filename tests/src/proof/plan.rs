@@ -35,8 +35,13 @@ impl Plan {
 /// What a check of a restored cluster found.
 pub type Finding = String;
 
-/// Targets of every kind among `records[from..to]`; an end of a transaction that is later must follow within `to`.
-pub fn candidates(records: &[Record], from: usize, to: usize, rng: &mut StdRng) -> Vec<Target> {
+/// Targets of every kind among `records[from..to]`, with their position or an earlier one; an end of a transaction that is later must follow within `to`.
+pub fn candidates(
+    records: &[Record],
+    from: usize,
+    to: usize,
+    rng: &mut StdRng,
+) -> Vec<(Target, Lsn)> {
     let Some(inner) = records.get(from..to).filter(|inner| inner.len() > 30) else {
         return Vec::new();
     };
@@ -52,28 +57,26 @@ pub fn candidates(records: &[Record], from: usize, to: usize, rng: &mut StdRng) 
         .collect();
     let latest = ends.iter().map(|(_, time, _)| *time).max().unwrap_or_default();
     let early: Vec<_> = ends.iter().filter(|(_, time, _)| *time < latest).collect();
-    if let Some((_, time, _)) = early.choose(rng) {
+    if let Some((_, time, start)) = early.choose(rng) {
         // To the microsecond of a commit, or to the millisecond before it.
         let digits = if rng.random_bool(0.7) { 26 } else { 23 };
         let time = format!("{:0<26}", &time[..digits]);
         let earliest = ends.iter().map(|(_, time, _)| *time).min().unwrap_or_default();
-        targets.push(Target::Time(if time.as_str() < earliest {
-            earliest.to_owned()
-        } else {
-            time
-        }));
+        let time = if time.as_str() < earliest { earliest.to_owned() } else { time };
+        targets.push((Target::Time(time), *start));
     }
     if let Some((xid, _, start)) = ends.choose(rng) {
-        targets.push(Target::Xid(*xid));
-        targets.push(Target::Lsn(if rng.random_bool(0.5) { *start } else { start.advance(1) }));
+        targets.push((Target::Xid(*xid), *start));
+        let lsn = if rng.random_bool(0.5) { *start } else { start.advance(1) };
+        targets.push((Target::Lsn(lsn), *start));
     }
-    let points: Vec<&String> = inner
+    let points: Vec<(&String, Lsn)> = inner
         .iter()
         .filter_map(|record| match &record.kind {
-            Kind::RestorePoint(name) => Some(name),
+            Kind::RestorePoint(name) => Some((name, record.start)),
             _ => None,
         })
         .collect();
-    targets.extend(points.choose(rng).map(|name| Target::Name((*name).clone())));
+    targets.extend(points.choose(rng).map(|(name, start)| (Target::Name((*name).clone()), *start)));
     targets
 }

@@ -25,6 +25,8 @@ pub enum Source {
     Server,
     /// The bucket alone, with the key.
     Bucket,
+    /// The files of tier 1, with stock restic, age and zstd as docs/disaster.md says.
+    Stock,
 }
 
 /// What a user has at hand who restores: a configuration and, for the bucket, the key. PostgreSQL's user can read all of it.
@@ -60,7 +62,7 @@ impl Restorer {
         install::give(&dir);
         let config = dir.join("klio.toml");
         match source {
-            Source::Server => Self::of_server(site, scratch),
+            Source::Server | Source::Stock => Self::of_server(site, scratch),
             Source::Bucket => {
                 let settings = s3.settings();
                 write(
@@ -127,7 +129,7 @@ impl Restorer {
         checksums: bool,
     ) -> Restored {
         let mut args = vec!["restore".to_owned()];
-        let mut pg = match delta {
+        let pg = match delta {
             Some(mut old) => {
                 old.pg.stop(Stop::Fast).await;
                 args.push("--delta".to_owned());
@@ -147,10 +149,7 @@ impl Restorer {
         }
         let outcome = programs::run(self.command(&args)).await;
         assert_eq!(outcome.code, Some(0), "klio {args:?}\n{}{}", outcome.stdout, outcome.stderr);
-        pg.adopt();
-        pg.start().await;
-        promoted(&mut pg).await;
-        Restored { pg, checksums, model: None }
+        Restored::recover(pg, checksums).await
     }
 }
 
@@ -189,6 +188,17 @@ pub async fn verify(restored: &mut Restored, oracle: &Oracle, target: &Target, w
 }
 
 impl Restored {
+    /// Starts what was restored and waits until it is promoted.
+    ///
+    /// # Panics
+    /// When PostgreSQL ends instead.
+    pub async fn recover(mut pg: Postgres, checksums: bool) -> Self {
+        pg.adopt();
+        pg.start().await;
+        promoted(&mut pg).await;
+        Self { pg, checksums, model: None }
+    }
+
     /// Stops it and checks every page, if the cluster has checksums.
     ///
     /// # Panics

@@ -151,6 +151,7 @@ impl Rig {
     pub async fn restore(
         &mut self,
         target: &Target,
+        position: Lsn,
         source: Source,
         delta: Option<Restored>,
         rng: &mut StdRng,
@@ -159,6 +160,10 @@ impl Rig {
         let places = self.places();
         if delta.is_none() {
             workload::make_places(&places);
+        }
+        if source == Source::Stock {
+            let pg = super::stock::restore(&self.site, target, position, &self.scratch).await;
+            return Restored::recover(pg, self.checksums).await;
         }
         let restorer = Restorer::new(&self.site, &self.s3, source, &self.scratch);
         let elsewhere = rng.random_bool(0.3).then(|| self.scratch.join("elsewhere"));
