@@ -6,6 +6,7 @@
 
 pub mod bundle;
 pub mod client;
+pub mod disaster;
 pub mod env;
 pub mod guard;
 pub mod http;
