@@ -11,9 +11,10 @@ use std::{
 fn find(name: &str) -> PathBuf {
     let dir = env::bin_dir().unwrap_or_else(|| {
         let test = std::env::current_exe().expect("the path of the running test program");
-        // target/debug/deps/test-1a2b -> target/debug
-        let deps = test.parent().expect("a program lies in a directory");
-        deps.parent().expect("deps lies in a directory").to_owned()
+        // target/debug/deps/test-1a2b -> target/debug; target/debug/klio-soak is there already.
+        let dir = test.parent().expect("a program lies in a directory");
+        let deps = dir.file_name().is_some_and(|name| name == "deps");
+        dir.parent().filter(|_| deps).unwrap_or(dir).to_owned()
     });
     let program = dir.join(name);
     assert!(
