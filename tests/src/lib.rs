@@ -4,6 +4,7 @@
 //! (through [`guard`]) when the test program itself is killed. Tests run in parallel, so nothing here is global except ports.
 //! The harness is test code: a thing that goes wrong panics with the log of the program that failed.
 
+pub mod base_client;
 pub mod bundle;
 pub mod client;
 pub mod disaster;

@@ -1,0 +1,371 @@
+//! The base-backup service on the wire: what it promises to honest clients, and what it refuses others.
+
+use klio_pg::Lsn;
+use klio_proto::{
+    Code,
+    v1::{self, FileKind, reserve_request::Purpose},
+};
+use klio_storage::{
+    layout::{BaseFile, BaseKind},
+    tier2::Sha256Sum,
+};
+use klio_tests::{
+    base_client::{Base, make, name_of, open_request, pack, segment_size},
+    client::{self, SYSTEM},
+    install_crypto,
+    s3::{Fault, Rule, S3},
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
+use std::{path::PathBuf, time::Duration};
+use tonic::{Status, transport::Channel};
+
+const START: Lsn = Lsn::new(0x0100_0000);
+
+async fn connect(site: &Site) -> (Base, Channel) {
+    let channel = client::connect(site, &site.bundle()).await.expect("connect");
+    (Base::new(&channel, "main"), channel)
+}
+
+async fn started(s3: Option<&S3>) -> (Site, Base, Channel) {
+    install_crypto();
+    let mut site = Site::new().await;
+    if let Some(s3) = s3 {
+        site.set_tier2(s3);
+    }
+    if !std::fs::read_to_string(site.dir().join("klio-server.toml"))
+        .unwrap_or_default()
+        .contains("identity_file")
+    {
+        let path = site.scratch("identity");
+        std::fs::write(&path, klio_storage::crypt::Keys::generate().0.as_bytes()).expect("x");
+        site.set("KLIO_ENCRYPTION__IDENTITY_FILE", &path.display().to_string());
+    }
+    site.start().await;
+    let (base, channel) = connect(&site).await;
+    (site, base, channel)
+}
+
+#[track_caller]
+fn expect<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, words: &[&str]) {
+    let status = result.expect_err("refused");
+    assert_eq!(Code::of(&status), code, "{status:?}");
+    for word in words {
+        assert!(status.message().contains(word), "{word:?} is missing in {:?}", status.message());
+    }
+}
+
+/// Every file below the cluster's `base` folder.
+fn files(site: &Site) -> Vec<PathBuf> {
+    fn walk(folder: &std::path::Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.path() {
+                path if path.is_dir() => walk(&path, found),
+                path => found.push(path),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&site.tier1().join("main/base"), &mut found);
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_are_put_once_listed_and_given_back_in_ranges() {
+    let (_site, base, _) = started(None).await;
+    let secret = base.open().await.expect("a repository");
+    let again = base.open().await.expect("the same");
+    assert_eq!(secret.password, again.password);
+    let bytes: Vec<u8> = (0..5_000_000_u32).map(|n| (n * 7 / 5) as u8).collect();
+    let file = pack(&bytes);
+    assert!(!base.put(file, &bytes).await.expect("stored"));
+    assert!(base.put(file, &bytes).await.expect("there already"));
+    assert_eq!(
+        base.list(FileKind::Data).await.expect("a list"),
+        [(file.id.to_string(), 5_000_000)]
+    );
+    assert_eq!(base.list(FileKind::Config).await.expect("a list").len(), 1);
+    assert_eq!(base.get(file, 0, 0).await.expect("all"), bytes);
+    assert_eq!(base.get(file, 4_999_990, 0).await.expect("the end"), bytes[4_999_990..]);
+    assert_eq!(
+        base.get(file, 1_000_001, 2_000_003).await.expect("a range"),
+        bytes[1_000_001..3_000_004]
+    );
+    expect(base.get(file, 4_999_999, 2).await, Code::Corrupt, &[]);
+    expect(base.get(pack(b"never"), 0, 0).await, Code::NotFound, &[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lies_about_a_file_leave_nothing() {
+    let (site, base, _) = started(None).await;
+    expect(base.put(pack(b"early"), b"early").await, Code::Invalid, &["opened first"]);
+    expect(base.open_as(0).await, Code::NotFound, &["no repository"]);
+    base.open().await.expect("a repository");
+    let before = files(&site);
+    let good = pack(b"the right bytes");
+    expect(base.put(good, b"other bytes----").await, Code::Invalid, &["SHA-256"]);
+    expect(base.put_as(good, 99, b"the right bytes").await, Code::Invalid, &["99", "15"]);
+    expect(base.put_as(good, 7, b"the right bytes").await, Code::Invalid, &["7 bytes"]);
+    expect(base.put_as(good, 0, b"").await, Code::Invalid, &["file size"]);
+    expect(base.put_as(good, 5 << 30, b"x").await, Code::Invalid, &["file size"]);
+    // P8: config and keys are the server's own.
+    expect(base.put(BaseFile::CONFIG, b"{}").await, Code::Forbidden, &["config"]);
+    let key = BaseFile { kind: BaseKind::Key, id: Sha256Sum::of(b"mine") };
+    expect(base.put(key, b"mine").await, Code::Forbidden, &["keys"]);
+    assert_eq!(files(&site), before);
+    // And nothing can put other bytes over what is there.
+    base.put(good, b"the right bytes").await.expect("stored");
+    expect(base.put(good, b"other bytes----").await, Code::Invalid, &["SHA-256"]);
+    assert_eq!(base.get(good, 0, 0).await.expect("still"), b"the right bytes");
+    // A stranger's PostgreSQL.
+    expect(base.open_as(SYSTEM + 1).await, Code::WrongSystem, &["7000000000000000002"]);
+}
+
+/// P8, on every method.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_clusters_certificate_is_refused_on_every_method() {
+    let (_site, own, channel) = started(None).await;
+    own.open().await.expect("a repository");
+    let other = Base::new(&channel, "other");
+    let name = || Some(name_of(BaseFile::CONFIG));
+    let cluster = || "other".to_owned();
+    let mut client = other.client.clone();
+    expect(other.open().await.map(drop), Code::Forbidden, &["other"]);
+    expect(other.open_as(0).await.map(drop), Code::Forbidden, &["other"]);
+    expect(other.put(pack(b"x"), b"x").await, Code::Forbidden, &["other"]);
+    expect(other.get(BaseFile::CONFIG, 0, 0).await, Code::Forbidden, &["other"]);
+    let get = v1::GetFileRequest { cluster: "../main".into(), name: name(), offset: 0, length: 0 };
+    expect(client.get_file(get).await.map(drop), Code::Invalid, &["../main"]);
+    expect(other.list(FileKind::Data).await, Code::Forbidden, &["other"]);
+    for purpose in [Purpose::Backup, Purpose::Restore] {
+        expect(other.reserve(purpose, "").await.map(drop), Code::Forbidden, &["other"]);
+    }
+    let record = v1::CommitBackupRequest { cluster: cluster(), record: "{}".into() };
+    expect(client.commit_backup(record).await.map(drop), Code::Forbidden, &["other"]);
+    expect(other.backups().await.map(drop), Code::Forbidden, &["other"]);
+    expect(other.holdings().await.map(drop), Code::Forbidden, &["other"]);
+    let verify = v1::VerifyRequest { cluster: cluster(), ..v1::VerifyRequest::default() };
+    expect(client.verify(verify).await.map(drop), Code::Forbidden, &["other"]);
+    let maintain = v1::MaintainRequest { cluster: cluster() };
+    expect(client.maintain(maintain).await.map(drop), Code::Forbidden, &["other"]);
+    let plan = v1::PlanRetentionRequest { cluster: cluster() };
+    expect(client.plan_retention(plan).await.map(drop), Code::Forbidden, &["other"]);
+    let drill = v1::RecordDrillRequest { cluster: cluster(), outcome: "{}".into() };
+    expect(client.record_drill(drill).await.map(drop), Code::Forbidden, &["other"]);
+    let request = open_request("../main", SYSTEM);
+    expect(client.open_repository(request).await.map(drop), Code::Invalid, &["../main"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_backup_at_a_time_and_its_name_ends_with_its_connection() {
+    let (site, base, _) = started(None).await;
+    base.open().await.expect("a repository");
+    let (name, stream) = base.reserve(Purpose::Backup, "").await.expect("reserved");
+    assert!(name.len() == 16 && name.ends_with('Z'), "{name}");
+    let (second, _) = connect(&site).await;
+    expect(second.reserve(Purpose::Backup, "").await.map(drop), Code::Busy, &[&name]);
+    let (restore, _lease) = second.reserve(Purpose::Restore, "").await.expect("restores are free");
+    assert_eq!(restore, "");
+    expect(second.reserve(Purpose::Backup, "../x").await.map(drop), Code::Invalid, &["../x"]);
+    drop(stream);
+    eventually("the reservation to end", PATIENCE, || async {
+        second.reserve(Purpose::Backup, "mine").await.map(drop)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_exists_only_when_everything_it_needs_is_held() {
+    let (mut site, base, channel) = started(None).await;
+    let (start, stop) = (START.advance(8192), START.advance(20_000));
+    let made = make(&base, &site.scratch("made"), "first", start, stop).await;
+    let lost = made.of(BaseKind::Data)[0].0;
+    made.put(&base, Some(lost)).await;
+    let holdings = base.holdings().await.expect("holdings");
+    assert_eq!(holdings.timelines, []);
+    expect(base.commit(&made.record).await, Code::Incomplete, &["0/1002000", "0/1004E20"]);
+    let stream = base.stream_wal(&channel, START, 16384).await;
+    expect(base.commit(&made.record).await, Code::Incomplete, &["0/1004000", "0/1004E20"]);
+    drop(stream);
+    let _stream = base.stream_wal(&channel, START.advance(16384), 16384).await;
+    expect(base.commit(&made.record).await, Code::Incomplete, &["first"]);
+    assert_eq!(base.backups().await.expect("a list").backups, []);
+    let bytes = &made.of(BaseKind::Data)[0].1;
+    base.put(lost, bytes).await.expect("stored");
+    let mut wrong = made.record.clone();
+    wrong.system_identifier = "5".into();
+    expect(base.commit(&wrong).await, Code::WrongSystem, &[]);
+    wrong = made.record.clone();
+    wrong.stop_lsn = wrong.start_lsn;
+    expect(base.commit(&wrong).await, Code::Invalid, &["stop after the start"]);
+    wrong = made.record.clone();
+    wrong.snapshot = "ab".repeat(32);
+    expect(base.commit(&wrong).await, Code::Incomplete, &["snapshot"]);
+    base.commit(&made.record).await.expect("committed");
+    base.commit(&made.record).await.expect("idempotent");
+    wrong = made.record.clone();
+    wrong.size_bytes += 1;
+    expect(base.commit(&wrong).await, Code::Invalid, &["another backup has that name"]);
+    expect(base.reserve(Purpose::Backup, "first").await.map(drop), Code::Invalid, &["first"]);
+    for _ in 0..2 {
+        let (entry, record) = base.entry("first").await;
+        assert!(entry.tier1 && !entry.tier2);
+        assert!(record.committed_unix > 1_700_000_000.0);
+        assert_eq!(base.backups().await.expect("a list").problems, [] as [String; 0]);
+        let metrics = site.metrics_page().await;
+        assert!(metrics.contains("klio_base_snapshots{cluster_name=\"main\""), "{metrics}");
+        assert!(metrics.contains("klio_base_latest_snapshot_size_bytes"), "{metrics}");
+        // True after a restart, too.
+        site.stop().await;
+        site.start().await;
+        let (again, _) = connect(&site).await;
+        assert_eq!(again.entry("first").await.1.snapshot, made.record.snapshot);
+    }
+    std::fs::write(site.tier1().join("main/backups/torn.json"), "{").expect("written");
+    let (base, _) = connect(&site).await;
+    let listed = base.backups().await.expect("a list");
+    assert_eq!(listed.backups.len(), 1);
+    assert!(listed.problems[0].contains("torn"), "{:?}", listed.problems);
+}
+
+/// R1: whatever the moment, a file is whole or absent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_leaves_only_whole_files() {
+    let (mut site, base, _) = started(None).await;
+    base.open().await.expect("a repository");
+    let mut promised = Vec::new();
+    for round in 0..6_u64 {
+        let (base, _) = connect(&site).await;
+        let mut putting = tokio::task::JoinSet::new();
+        for number in 0..4_u64 {
+            let base = base.clone();
+            putting.spawn(async move {
+                let mut kept = Vec::new();
+                for n in 0_u64.. {
+                    let seed = (round << 32 | number << 16 | n).to_le_bytes();
+                    let bytes = Sha256Sum::of(&seed).bytes().repeat(40_000);
+                    let file = pack(&bytes);
+                    match base.put(file, &bytes).await {
+                        Ok(_) => kept.push(file),
+                        Err(_) => break,
+                    }
+                }
+                kept
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(150 + 130 * round)).await;
+        site.kill9();
+        while let Some(kept) = putting.join_next().await {
+            promised.extend(kept.expect("no panic"));
+        }
+        site.start().await;
+        let (base, _) = connect(&site).await;
+        let listed = base.list(FileKind::Data).await.expect("a list");
+        for file in &promised {
+            assert!(listed.iter().any(|(id, _)| *id == file.id.to_string()), "round {round}");
+        }
+        for path in files(&site) {
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            if name == "config" {
+                continue;
+            }
+            let sum = Sha256Sum::of(&std::fs::read(&path).expect("readable")).to_string();
+            assert_eq!(sum, name, "round {round}: {}", path.display());
+        }
+    }
+    assert!(!promised.is_empty(), "no file was ever stored");
+}
+
+/// B1: in the bucket, a record says that all of its backup is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_archived_only_after_all_it_needs_and_survives_the_loss_of_tier_1() {
+    let s3 = S3::new();
+    let (mut site, base, channel) = started(Some(&s3)).await;
+    let (start, stop) = (START.advance(8192), START.advance(20_000));
+    let secret = base.open().await.expect("a repository");
+    let made = make(&base, &site.scratch("made"), "first", start, stop).await;
+    let stream = base.stream_wal(&channel, START, 3 << 20).await;
+    // The bucket takes no packs: the record must wait.
+    s3.faults().inject(Rule::always(Fault::SlowDown).path("base/data/"));
+    made.put(&base, None).await;
+    base.commit(&made.record).await.expect("committed although the bucket fails");
+    eventually("the index to be in the bucket", PATIENCE, || async {
+        let keys = s3.keys("klio/main/base/index");
+        if keys.is_empty() { Err(s3.keys("")) } else { Ok(()) }
+    })
+    .await;
+    let (entry, _) = base.entry("first").await;
+    assert!(entry.tier1 && !entry.tier2);
+    assert_eq!(s3.keys("klio/main/backups"), [] as [String; 0]);
+    s3.faults().heal();
+    let archived = |base: Base| async move {
+        match base.entry("first").await.0 {
+            entry if entry.tier2 => Ok(()),
+            entry => Err(entry),
+        }
+    };
+    eventually("the backup to be in tier 2", PATIENCE, || archived(base.clone())).await;
+    for (file, bytes) in &made.files {
+        let object = s3.bucket_dir().join("klio").join(format!("main/base/{}", file.relative()));
+        assert_eq!(std::fs::read(object).expect("an object"), *bytes);
+    }
+    let keys = s3.keys("klio/main");
+    for needed in
+        ["cluster.json", "repository.json.age", "base/config", "base/keys/", "backups/first.json"]
+    {
+        assert!(keys.iter().any(|key| key.contains(needed)), "{needed} in {keys:?}");
+    }
+    drop(stream);
+    site.wait_archived(START.advance(3 << 20)).await;
+
+    // The queue and what it knew is lost, and so are objects: both are found by comparing.
+    site.stop().await;
+    std::fs::remove_dir_all(site.dir().join("data/queue")).expect("the queue");
+    let pack = made.of(BaseKind::Data)[0].0;
+    let object = s3.bucket_dir().join(format!("klio/main/base/{}", pack.relative()));
+    std::fs::remove_file(&object).expect("an object");
+    std::fs::remove_file(s3.bucket_dir().join("klio/main/repository.json.age"))
+        .expect("the secret");
+    site.start().await;
+    eventually("what was lost to be queued again", PATIENCE, || async {
+        let secret = s3.bucket_dir().join("klio/main/repository.json.age");
+        if object.exists() && secret.exists() { Ok(()) } else { Err(s3.keys("klio/main/base")) }
+    })
+    .await;
+
+    // Tier 1 is lost: lists, files and the secret come from tier 2.
+    site.stop().await;
+    std::fs::remove_dir_all(site.tier1()).expect("tier 1");
+    site.start().await;
+    let (base, _) = connect(&site).await;
+    let (entry, record) = base.entry("first").await;
+    assert!(entry.tier2 && !entry.tier1);
+    assert_eq!(record.snapshot, made.record.snapshot);
+    assert_eq!(base.open_as(0).await.expect("the secret").password, secret.password);
+    for (file, bytes) in &made.files {
+        assert_eq!(base.get(*file, 0, 0).await.expect("from tier 2"), *bytes);
+        assert_eq!(base.get(*file, 3, 20).await.expect("a range"), bytes[3..23]);
+    }
+    let holdings = base.holdings().await.expect("holdings");
+    assert_eq!(holdings.segment_size, segment_size().as_u32());
+    assert_eq!(holdings.system_identifier, SYSTEM.to_string());
+    assert_eq!(holdings.timelines[0].runs[0].start, START);
+    assert_eq!(holdings.timelines[0].runs[0].end, START.advance(3 << 20));
+    expect(base.open_as(SYSTEM + 1).await, Code::WrongSystem, &["tier 2"]);
+    // P10: a writer gets the old repository, not a second one.
+    assert_eq!(base.open().await.expect("the same").password, secret.password);
+    assert_eq!(base.list(FileKind::Config).await.expect("a list").len(), 1);
+    assert_eq!(base.list(FileKind::Key).await.expect("a list").len(), 1);
+}
+
+/// P10: without an answer from tier 2 nobody knows whether there is a repository.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_second_repository_is_made_while_the_bucket_is_down() {
+    let s3 = S3::new();
+    let (site, base, _) = started(Some(&s3)).await;
+    s3.faults().inject(Rule::always(Fault::SlowDown));
+    expect(base.open().await.map(drop), Code::Unavailable, &["tier 2"]);
+    assert!(!site.tier1().join("main/base/config").exists());
+    s3.faults().heal();
+    base.open().await.expect("a repository");
+}
