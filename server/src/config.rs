@@ -27,7 +27,8 @@ const NOT_SETTINGS: [&str; 4] =
     ["KLIO_CONFIG", "KLIO_OTEL_STRICT", "KLIO_LOG_FORMAT", "KLIO_BIN_DIR"];
 
 /// First words of the sidecar's variables: one shell may hold the settings of both programs.
-const SIDECAR_SECTIONS: [&str; 4] = ["cluster", "server", "postgres", "stream"];
+const SIDECAR_SECTIONS: [&str; 7] =
+    ["cluster", "server", "postgres", "stream", "backup", "restore", "drill"];
 
 /// Everything a server is told.
 #[derive(Debug, Clone, serde::Deserialize)]

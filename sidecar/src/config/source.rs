@@ -45,7 +45,7 @@ pub(super) fn merge(
 
 /// One shell may hold the settings of both programs.
 fn of_the_server(name: &str) -> bool {
-    const SECTIONS: [&str; 7] = [
+    const SECTIONS: [&str; 11] = [
         "KLIO_TLS__",
         "KLIO_AUTH__",
         "KLIO_WAL__",
@@ -53,6 +53,10 @@ fn of_the_server(name: &str) -> bool {
         "KLIO_TIER2__",
         "KLIO_CONSUMER__",
         "KLIO_DATA_",
+        "KLIO_ENCRYPTION__",
+        "KLIO_RETENTION__",
+        "KLIO_MAINTENANCE__",
+        "KLIO_VERIFY__",
     ];
     SECTIONS.iter().any(|section| name.starts_with(section))
 }
@@ -113,7 +117,7 @@ mod tests {
     fn a_misspelt_variable_is_refused_and_a_stranger_s_is_not() {
         let problems = merge(None, &env(&[("KLIO_POSTGRES__SOLT", "x")]), &[]).unwrap_err();
         assert!(problems[0].contains("KLIO_POSTGRES__SOLT"), "{problems:?}");
-        let strangers = [("KLIO_CONFIG", "x"), ("KLIO_DEMO", "1"), ("KLIO_TIER2__URL", "s3://b")];
+        let strangers = [("KLIO_CONFIG", "x"), ("KLIO_DEMO", "1"), ("KLIO_RETENTION__LAST", "3")];
         assert!(merge(None, &env(&strangers), &[]).is_ok());
     }
 
