@@ -6,7 +6,7 @@
 //! primary's and a standby's) take one backup, not two.
 //! Without a schedule it only keeps the gauges true.
 
-use super::{Backup, Order, Planner, Progress, Schedule, take};
+use super::{After, Backup, Order, Planner, Progress, Schedule, take};
 use crate::{
     error::{Error, Failure},
     server_link::BaseLink,
@@ -168,6 +168,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
             return true;
         }
         self.backup.progress = Progress::new();
+        tracing::info!("scheduled backup begins");
         let result = self.backup.run(&Order::default()).await;
         if self.backup.stop.is_cancelled() {
             return false;
@@ -183,6 +184,8 @@ impl<C: Fn() -> Timestamp> Loop<C> {
                     stored_bytes = record.stored_bytes,
                     "scheduled backup taken"
                 );
+                report("verification", done.verified.failed(), after_error(&done.verified));
+                report("maintenance", done.maintained.failed(), after_error(&done.maintained));
                 if record.pages.bad > 0 {
                     tracing::error!(backup = %record.name, pages = record.pages.bad, "the backup has pages with wrong checksums");
                 }
@@ -213,6 +216,27 @@ impl<C: Fn() -> Timestamp> Loop<C> {
             () = self.backup.stop.cancelled() => false,
             () = tokio::time::sleep(pause) => true,
         }
+    }
+}
+
+/// B5: what failed after a backup that was taken.
+fn report(what: &str, failed: bool, error: Option<&Error>) {
+    match error {
+        Some(error) => tracing::error!(
+            error.type = error.failure.name(),
+            hint = error.hint,
+            "the backup was taken, and its {what} failed: {}",
+            error.message
+        ),
+        None if failed => tracing::error!("the backup was taken, and its {what} found damage"),
+        None => {}
+    }
+}
+
+const fn after_error<T>(after: &After<T>) -> Option<&Error> {
+    match after {
+        After::Failed(error) => Some(error),
+        After::Off | After::Ran(_) => None,
     }
 }
 

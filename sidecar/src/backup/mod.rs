@@ -38,6 +38,7 @@ use klio_storage::{
     catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome},
     layout::{BackupName, ClusterName},
 };
+use opentelemetry::KeyValue;
 use std::{
     path::PathBuf,
     sync::Arc,
@@ -45,6 +46,7 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// What a backup of this cluster needs.
 #[derive(Debug)]
@@ -169,12 +171,17 @@ macro_rules! step {
 }
 use step;
 
+/// Records an error on its span, without a log line: who ends the error says it.
 fn mark(span: &Span, error: &Error) {
     span.record("otel.status_code", "ERROR");
     span.record("error.type", error.failure.name());
-    span.in_scope(|| {
-        tracing::error!(error.type = error.failure.name(), hint = error.hint, "{}", error.message)
-    });
+    span.add_event(
+        "exception",
+        vec![
+            KeyValue::new("exception.type", error.failure.name()),
+            KeyValue::new("exception.message", error.message.clone()),
+        ],
+    );
 }
 
 /// The end of a step that cannot unmake the backup.

@@ -71,7 +71,7 @@ pub(super) async fn take(
         let base = BaseLink::new(link.clone(), engine.clone());
         let reservation = Reservation::take(link, &backup.cluster, order.name.as_ref()).await?;
         span.record("backup.name", reservation.name.as_str());
-        tracing::info!(backup = %reservation.name, cluster = %backup.cluster, "backup begins");
+        tracing::debug!(backup = %reservation.name, cluster = %backup.cluster, "backup begins");
         let files =
             GrpcFiles::new(link.clone(), backup.cluster.clone(), Handle::current(), engine.clone());
         let repository = open_repository(backup, &facts, &base, &files).await?;
@@ -327,7 +327,7 @@ impl Run<'_> {
             .base
             .call(DOING, async |mut client| client.commit_backup(request.clone()).await.map(drop));
         ends.unless(send).await?;
-        tracing::info!(backup = %record.name, snapshot = record.snapshot, "backup committed");
+        tracing::debug!(backup = %record.name, snapshot = record.snapshot, "backup committed");
         Ok(BackupRecord { committed_unix: now_unix(), ..record })
     }
 }

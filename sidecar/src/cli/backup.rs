@@ -36,23 +36,7 @@ pub(super) async fn run(
     let backup =
         backup(config, Metrics::new(&telemetry.meter(), config.cluster()?.as_str()), &stop)?;
     let order = order(args)?;
-    let mut signals = stream::signals()?;
-    let shown = show(&backup.progress, args.quiet);
-    tokio::pin!(shown);
-    let work = backup.run(&order);
-    tokio::pin!(work);
-    let result = loop {
-        tokio::select! {
-            biased;
-            result = &mut work => break result,
-            () = stream::signalled(&mut signals), if !stop.is_cancelled() => {
-                say("stopping: PostgreSQL leaves backup mode, and what was sent stays for the next backup");
-                stop.cancel();
-            }
-            () = &mut shown => {}
-        }
-    };
-    let done = result?;
+    let done = watched(&backup, &order, &stop, args.quiet).await?;
     if args.json {
         print(&format!("{:#}\n", to_json(&done)));
     } else if !args.quiet {
@@ -60,6 +44,31 @@ pub(super) async fn run(
     }
     complain(&done);
     Ok(status(&done))
+}
+
+/// Takes it, shows it, and stops it on a signal. Nothing is shown any more when this returns.
+async fn watched(
+    backup: &Backup,
+    order: &Order,
+    stop: &CancellationToken,
+    quiet: bool,
+) -> Result<Done, Error> {
+    let mut signals = stream::signals()?;
+    let shown = show(&backup.progress, quiet);
+    tokio::pin!(shown);
+    let work = backup.run(order);
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut work => return result,
+            () = stream::signalled(&mut signals), if !stop.is_cancelled() => {
+                say("stopping: PostgreSQL leaves backup mode, and what was sent stays for the next backup");
+                stop.cancel();
+            }
+            () = &mut shown => {}
+        }
+    }
 }
 
 /// What a backup needs, from the configuration.
@@ -243,8 +252,8 @@ fn pages(record: &BackupRecord) -> String {
     let pages = &record.pages;
     match (pages.enabled, pages.bad) {
         (false, _) => "not checked: the cluster has no data checksums".into(),
-        (true, 0) => format!("{} read and checked, none bad", pages.checked),
-        (true, bad) => format!("{} read and checked, {bad} BAD", pages.checked),
+        (true, 0) => format!("{} checked in the files that were read, none bad", pages.checked),
+        (true, bad) => format!("{} checked in the files that were read, {bad} BAD", pages.checked),
     }
 }
 
