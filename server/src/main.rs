@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Parser;
-use klio_server::cli::{Cli, Command, client, init, reference, run};
+use klio_server::cli::{Cli, Command, client, init, keygen, reference, run};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Init(args) => init::run(args),
+        Command::Keygen(args) => keygen::run(args),
         Command::Client(args) => client::run(args),
         Command::Reference(args) => {
             reference::run(args);

@@ -1,8 +1,9 @@
 //! `klio-server init DIR`: everything a first start needs, in one folder. Overwrites nothing.
 
+use super::keygen;
 use crate::pki::{self, CA_CERT, CA_KEY, Subject};
 use anyhow::{Context, bail};
-use klio_storage::layout::ClusterName;
+use klio_storage::{crypt::Keys, layout::ClusterName};
 use std::{
     fs,
     os::unix::fs::DirBuilderExt,
@@ -11,6 +12,8 @@ use std::{
 
 /// The configuration's name in the folder.
 pub const CONFIG_FILE: &str = "klio-server.toml";
+/// The age identity's name in the folder.
+pub const IDENTITY_FILE: &str = "identity.key";
 
 /// Arguments of `init`.
 #[derive(Debug, clap::Args)]
@@ -32,13 +35,19 @@ pub struct Args {
     /// The cluster of the first client bundle.
     #[arg(long, default_value = "main")]
     pub cluster: String,
+    /// Store WAL and the keys of base backups unencrypted: no identity is made.
+    #[arg(long)]
+    pub unencrypted: bool,
+    /// Further age recipients, such as the public key of an offline recovery identity.
+    #[arg(long = "recipient", conflicts_with = "unencrypted")]
+    pub recipients: Vec<String>,
 }
 
 /// Writes the folder.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let cluster: ClusterName = args.cluster.parse()?;
     let Some(host) = args.hosts.first() else { bail!("--host: expected at least one name") };
-    for name in [CONFIG_FILE, CA_CERT, CA_KEY, "server.crt", "server.key"] {
+    for name in [CONFIG_FILE, IDENTITY_FILE, CA_CERT, CA_KEY, "server.crt", "server.key"] {
         let path = args.dir.join(name);
         if path.exists() {
             bail!(
@@ -47,6 +56,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             );
         }
     }
+    let (identity, recipient) = keygen::generate();
+    Keys::of(&identity, &args.recipients, "--recipient")?;
     private_dir(&args.dir)?;
     let authority = pki::new_authority()?;
     let server = pki::issue_server(&authority, &args.hosts)?;
@@ -56,6 +67,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     write(CA_KEY, &authority.key, true)?;
     write("server.crt", &server.cert, false)?;
     write("server.key", &server.key, true)?;
+    if !args.unencrypted {
+        write(IDENTITY_FILE, identity.expose(), true)?;
+    }
     let address = address(host, args.listen.port());
     write(CONFIG_FILE, &config_text(args, &address), false)?;
     let subject = Subject::Client(format!("klio@{cluster}"));
@@ -67,6 +81,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     );
     println!("wrote {dir}/server.crt, server.key  for {}", args.hosts.join(", "));
     println!("wrote {}/  the client bundle of cluster {cluster}", bundle.display());
+    if args.unencrypted {
+        println!("encryption at rest is OFF");
+    } else {
+        println!("wrote {dir}/{IDENTITY_FILE}   the key of all backups, for {recipient}");
+        println!();
+        println!("KEEP A COPY OF {dir}/{IDENTITY_FILE} IN ANOTHER PLACE, and keep it secret:");
+        println!("whoever has it can read every backup, and without it nobody can.");
+    }
     println!();
     println!("next: klio-server run -c {dir}/{CONFIG_FILE}");
     println!("then, beside PostgreSQL, with the bundle copied there:");
@@ -147,6 +169,7 @@ on_gap = "record"
 fn config_text(args: &Args, address: &str) -> String {
     let data = args.data_dir.as_ref().map_or_else(|| "data".into(), |d| d.display().to_string());
     let (listen, admin) = (args.listen, args.admin_listen);
+    let encryption = encryption_text(args);
     format!(
         r#"# Configuration of klio-server. Paths are relative to this file.
 # Every setting can also be given as a variable: KLIO_TIER2__URL for url in [tier2].
@@ -168,6 +191,7 @@ client_ca = "ca.crt"      # whose client certificates are accepted
 # common_name = "db1.example.com"
 # cluster = "main"
 
+{encryption}
 [admin]
 listen = "{admin}"        # /livez, /readyz, /metrics
 
@@ -193,10 +217,30 @@ seal_workers = 2
     )
 }
 
+fn encryption_text(args: &Args) -> String {
+    if args.unencrypted {
+        return "[encryption]\noff = true                # WAL and the keys of base backups are stored plain\n"
+            .into();
+    }
+    let extra = if args.recipients.is_empty() {
+        "# recipients = [\"age1...\"]  # more public keys, such as that of an offline recovery identity".into()
+    } else {
+        format!("recipients = {:?}", args.recipients)
+    };
+    format!(
+        r#"# Encryption at rest: this age identity opens everything. Keep a copy of it in another place.
+[encryption]
+identity_file = "{IDENTITY_FILE}"
+{extra}
+"#
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::Parser;
+    use std::os::unix::fs::PermissionsExt;
 
     #[derive(Parser)]
     struct Wrap {
@@ -212,10 +256,42 @@ mod tests {
         let args = Wrap::parse_from(["x", target.to_str().unwrap(), "--cluster", "pg-1"]).args;
         run(&args).unwrap();
         let config = crate::config::Config::load(&target.join(CONFIG_FILE)).unwrap();
+        assert!(config.at_rest().unwrap().is_on());
+        let identity = fs::metadata(target.join(IDENTITY_FILE)).unwrap();
+        assert_eq!(identity.permissions().mode() & 0o777, 0o600);
         assert!(config.tls.unwrap().load().is_ok());
         assert_eq!(config.data_dir, target.join("data"));
         assert!(target.join("clients/klio@pg-1/klio.toml").exists());
         assert!(run(&args).unwrap_err().to_string().contains("exists already"));
+    }
+
+    #[test]
+    fn without_encryption_the_configuration_says_so() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("k");
+        let args = Wrap::parse_from(["x", target.to_str().unwrap(), "--unencrypted"]).args;
+        run(&args).unwrap();
+        let config = crate::config::Config::load(&target.join(CONFIG_FILE)).unwrap();
+        assert!(config.encryption.off && config.encryption.identity_file.is_none());
+        assert!(!target.join(IDENTITY_FILE).exists());
+    }
+
+    #[test]
+    fn further_recipients_are_kept_and_a_wrong_one_writes_nothing() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("k");
+        let parse = |recipient: &str| {
+            Wrap::parse_from(["x", target.to_str().unwrap(), "--recipient", recipient]).args
+        };
+        assert!(run(&parse("age1nonsense")).is_err());
+        assert!(!target.exists());
+        let offline = Keys::generate().1;
+        run(&parse(&offline)).unwrap();
+        let config = crate::config::Config::load(&target.join(CONFIG_FILE)).unwrap();
+        let keys = config.at_rest().unwrap();
+        assert_eq!(keys.writing().unwrap().recipients()[1], offline);
     }
 
     #[test]

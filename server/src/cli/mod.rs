@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod init;
+pub mod keygen;
 pub mod reference;
 pub mod run;
 
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 #[command(
     name = "klio-server",
     version,
-    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage."
+    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 no key or a wrong one for encryption at rest."
 )]
 pub struct Cli {
     /// Also log debug lines, with trace ids.
@@ -30,6 +31,8 @@ pub enum Command {
     /// Write a commented configuration, a local certificate authority, the server's certificate and a
     /// first client bundle.
     Init(init::Args),
+    /// Make an age identity for encryption at rest, and print its public recipient.
+    Keygen(keygen::Args),
     /// Run the server in the foreground until SIGTERM or SIGINT.
     Run(RunArgs),
     /// Issue a client bundle: certificate, key and configuration for one `klio`.
