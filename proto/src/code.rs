@@ -64,7 +64,7 @@ codes! {
     /// PostgreSQL no longer has WAL that the server does not hold either.
     Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "the gap is recorded; take a new base backup to be recoverable again" }
     /// Another backup of this cluster is running.
-    Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended; klio status shows it" }
+    Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended, or its connection is gone" }
     /// A backup that needs something which is not held; its record was not written.
     Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if it stays so, look at the server's log" }
     /// Something that should not happen.

@@ -11,6 +11,7 @@ use klio_storage::layout::{BackupName, BaseObject, ClusterName};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 use tokio::sync::OwnedMutexGuard;
 
@@ -33,6 +34,8 @@ struct State {
     pending: BTreeMap<BaseObject, f64>,
     /// What is wrong, by object; the empty name is the cluster as a whole.
     problems: BTreeMap<String, String>,
+    /// When and why the bucket could not be listed.
+    failed: Option<(Instant, String)>,
     /// Held by who compares: two comparisons at once would each forget what the other one's time brought.
     comparing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -171,8 +174,21 @@ impl BaseArchives {
                 name.is_empty() || pending.keys().any(|object| object.to_string() == *name)
             });
             state.proven = Some(proven);
+            state.failed = None;
             missing
         })
+    }
+
+    /// The bucket could not be listed.
+    pub fn failed(&self, cluster: &ClusterName, problem: String) {
+        self.with(cluster, |state| state.failed = Some((Instant::now(), problem)));
+    }
+
+    /// Why the bucket could not be listed, when that is younger than `age`.
+    pub fn failed_lately(&self, cluster: &ClusterName, age: Duration) -> Option<String> {
+        let clusters = lock(&self.0);
+        let (at, problem) = clusters.get(cluster)?.failed.as_ref()?;
+        (at.elapsed() < age).then(|| problem.clone())
     }
 
     /// Says what is wrong with an object, or with the cluster as a whole.

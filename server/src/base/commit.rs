@@ -1,7 +1,7 @@
 //! Makes a finished backup exist.
 //!
 //! S3: the record is written when, and only when, the snapshot and everything it needs is in the repository
-//! with the sizes that its index demands, and all WAL from the backup's start to its stop is durable and
+//! (whole: a file is there with the bytes of its name or not at all, R1 and R2), and all WAL from the backup's start to its stop is durable and
 //! contiguous, over every timeline on the way. Written atomically and last: a crash leaves the whole record
 //! or none. The same record again is the same answer.
 
@@ -14,7 +14,7 @@ use klio_storage::{
     disk::durable,
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     record,
-    repository::{Files, SnapshotId},
+    repository::SnapshotId,
 };
 use std::collections::BTreeSet;
 use tonic::Status;

@@ -11,8 +11,11 @@ use klio_storage::{
     layout::{BaseFile, BaseKind, BaseObject, ClusterName, base::repository_prefix},
     repository::Files,
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 use tonic::Status;
+
+/// A bucket that could not be listed is not asked again by clients for this long.
+const FAILED_AGE: Duration = Duration::from_secs(15);
 
 impl BaseStore {
     /// Every file of a kind with its size.
@@ -68,7 +71,13 @@ impl BaseStore {
         if let Some(known) = self.archives().objects(cluster) {
             return Ok(known);
         }
-        let stored = self.objects_of_tier2(cluster).await?;
+        // A bucket that is down costs one client one wait, not every call of a backup (P4).
+        if let Some(problem) = self.archives().failed_lately(cluster, FAILED_AGE) {
+            return Err(Error::new(Kind::Transient, Op::List, format!("{cluster} in tier 2"), problem));
+        }
+        let stored = self.objects_of_tier2(cluster).await.inspect_err(|error| {
+            self.archives().failed(cluster, error.to_string());
+        })?;
         let held = self.objects_of_tier1(cluster).await?;
         self.archives().compared(cluster, &held, &stored, self.now_unix());
         Ok(self.archives().objects(cluster).unwrap_or_default())
