@@ -10,8 +10,10 @@ use crate::{
     base::{self, BaseStore},
     config::Config,
     consumer::{self, Archives, Tier1Files},
+    encryption::KeyProblem,
     fetch::Source,
     grpc::{BaseService, CatalogService, WalService, auth::Auth},
+    maintenance::{self, Maintenance, MaintenanceMetrics},
     metrics::{self, Metrics},
     queue::{Publisher, Queue, Started},
     receive::{Receiver, ReceiverOptions, Registry},
@@ -27,7 +29,7 @@ use klio_proto::v1::{
 use klio_storage::{
     disk::RealDisk,
     tier2::Tier2,
-    wal::{WalOptions, WalStore},
+    wal::{WalOptions, WalStore, check_keys},
 };
 use klio_telemetry::{
     Telemetry,
@@ -138,12 +140,15 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
+    let maintenance_metrics = Arc::new(MaintenanceMetrics::new(&telemetry.meter()));
+    let maintenance = open_maintenance(&config, &base, &archives, &maintenance_metrics).await?;
     let board = Arc::new(StatusBoard {
         store: store.clone(),
         registry: registry.clone(),
         metrics: metrics.clone(),
         archives,
         base: Some(base.clone()),
+        maintenance: Some(maintenance_metrics),
         queue: queue.clone(),
         certificate_expiry: Box::new(move || expiry.as_ref().map(|e| e.borrow().expires_unix)),
         cache: Mutex::default(),
@@ -168,8 +173,13 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         queue: publisher,
         tasks: sessions.clone(),
     };
-    let base =
-        BaseService { auth: auth.clone(), base, tasks: sessions.clone(), shutdown: front.clone() };
+    let base = BaseService {
+        auth: auth.clone(),
+        base,
+        maintenance: maintenance.clone(),
+        tasks: sessions.clone(),
+        shutdown: front.clone(),
+    };
     let catalog = CatalogService { auth, board: board.clone(), tier2 };
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
     let router = router(rpc, wal, catalog, base).await?;
@@ -191,7 +201,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         let router = admin::metrics_router(page);
         tasks.push(("metrics", spawn(admin::serve(listener, router, back.clone()))));
     }
-    let background = vec![("seal", sealing)];
+    let maintaining = spawn(maintenance.run(front.clone()));
+    let background = vec![("seal", sealing), ("maintenance", maintaining)];
     Ok(Running { front, back, last, sessions, tasks, background, consumer_tasks, queue_tasks })
 }
 
@@ -203,10 +214,17 @@ pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHand
 
 async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
     let root = config.data_dir.join("tier1");
+    let at_rest = config.at_rest().map_err(KeyProblem::from)?;
+    if !at_rest.is_on() {
+        tracing::warn!("encryption at rest is OFF: [encryption] off = true");
+    }
     let store = tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&root)
             .with_context(|| format!("create folder {}", root.display()))?;
-        WalStore::open(Arc::new(RealDisk), root, WalOptions::default()).context("open tier 1")
+        // Before anything is touched.
+        check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
+        let options = WalOptions { at_rest, ..WalOptions::default() };
+        WalStore::open(Arc::new(RealDisk), root, options).context("open tier 1")
     });
     let store = store.await??;
     for cluster in store.clusters() {
@@ -238,6 +256,24 @@ async fn open_base(
         clock: Arc::new(now_unix),
     };
     Ok(tokio::task::spawn_blocking(move || BaseStore::open(parts)).await?)
+}
+
+async fn open_maintenance(
+    config: &Config,
+    base: &BaseStore,
+    archives: &Option<Archives>,
+    metrics: &Arc<MaintenanceMetrics>,
+) -> anyhow::Result<Maintenance> {
+    let parts = maintenance::Parts {
+        base: base.clone(),
+        archives: archives.clone(),
+        settings: config.maintenance_settings(),
+        data_dir: config.data_dir.clone(),
+        config_path: config.file.clone(),
+        program: std::env::current_exe().context("find klio-server's own program")?,
+        metrics: metrics.clone(),
+    };
+    Ok(tokio::task::spawn_blocking(move || Maintenance::new(parts)).await?)
 }
 
 /// After a restart the gauges show the true last times, read from the store.

@@ -9,6 +9,7 @@ use crate::{
     consumer::ConsumerConfig,
     encryption::{self, EncryptionConfig},
     grpc::auth::MapEntry,
+    maintenance::{self, MaintenanceConfig, RetentionConfig, VerifyConfig},
     queue::QueueConfig,
     tls::TlsFiles,
 };
@@ -36,6 +37,9 @@ const SIDECAR_SECTIONS: [&str; 7] =
 pub struct Config {
     /// Tier 1 and the queue live below this folder.
     pub data_dir: PathBuf,
+    /// The file it was read from; empty when it was not.
+    #[serde(skip)]
+    pub file: PathBuf,
     /// Where sidecars connect.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
@@ -58,6 +62,15 @@ pub struct Config {
     /// Repositories of base backups.
     #[serde(default)]
     pub base: BaseConfig,
+    /// What is kept.
+    #[serde(default)]
+    pub retention: RetentionConfig,
+    /// When what is not kept goes.
+    #[serde(default)]
+    pub maintenance: MaintenanceConfig,
+    /// What is read back.
+    #[serde(default)]
+    pub verify: VerifyConfig,
     /// The job queue.
     #[serde(default)]
     pub queue: QueueConfig,
@@ -155,6 +168,32 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("base.chunk_size", "131072", "bytes of a chunk; fixed when a repository is made"),
     ("base.compression_level", "1", "zstd level of base backups, 0 to 22; 0 stores uncompressed"),
     ("base.pack_size", "16777216", "bytes of a pack of chunks; fixed when a repository is made"),
+    (
+        "retention.tier2.last",
+        "2",
+        "backups that exist: the newest so many; also hourly, daily, weekly, monthly, yearly: the newest of so many periods (UTC)",
+    ),
+    (
+        "retention.tier2.recovery_window_days",
+        "30",
+        "any moment of so many days before the newest backup can be recovered to",
+    ),
+    ("retention.tier1.last", "1", "of these this server keeps copies; the same rules as for tier2"),
+    (
+        "retention.clusters",
+        "",
+        "[retention.clusters.NAME] with tier1 and tier2: overrides for a cluster",
+    ),
+    ("maintenance.enabled", "true", "apply retention after backups and from time to time"),
+    ("maintenance.interval_seconds", "86400", "between two runs for a cluster"),
+    (
+        "maintenance.keep_marked_seconds",
+        "82800",
+        "how long a pack stays after it was found to be needed by nobody",
+    ),
+    ("maintenance.wait_for_backup_seconds", "600", "for a running backup, before doing without"),
+    ("verify.after_backup", "true", "read back what a backup brought to tier 2"),
+    ("verify.read_percent", "10", "share of its packs that is read then; the rest of it always is"),
     ("queue.url", "", "an existing NATS instead of the embedded one"),
     (
         "queue.executable",
@@ -234,6 +273,7 @@ impl Config {
             .collect();
         let mut config = Self::parse(&text, &environment).map_err(fail)?;
         config.resolve(path.parent().unwrap_or(Path::new(".")));
+        config.file = std::path::absolute(path).map_err(|e| fail(e.to_string()))?;
         let problems = config.validate();
         if problems.is_empty() {
             return Ok(config);
@@ -311,6 +351,9 @@ impl Config {
             problems.push(format!("wal.seal_workers: expected 1 to 64, found {found}"));
         }
         problems.extend(self.base.validate());
+        problems.extend(self.retention.validate());
+        problems.extend(self.maintenance.validate());
+        problems.extend(self.verify.validate());
         for entry in &self.auth.map {
             if entry.cluster.is_some() == entry.admin {
                 let name = &entry.common_name;
@@ -327,6 +370,17 @@ impl Config {
             problems.push("telemetry.log_format: expected text or json".into());
         }
         problems
+    }
+}
+
+impl Config {
+    /// What maintenance is told.
+    pub fn maintenance_settings(&self) -> maintenance::Settings {
+        maintenance::Settings {
+            retention: self.retention.clone(),
+            maintenance: self.maintenance.clone(),
+            verify: self.verify.clone(),
+        }
     }
 }
 

@@ -6,10 +6,11 @@
 use crate::errors;
 use klio_proto::Code;
 use klio_storage::{
-    Kind,
-    layout::{ClusterName, WalFile},
+    Error, Kind, Op,
+    crypt::{AtRest, Keys},
+    layout::{ClusterName, Form, WalFile},
     tier2::{Download, Tier2},
-    wal::{Found, WalStore},
+    wal::{Found, Removed, WalStore},
 };
 use tonic::Status;
 
@@ -28,6 +29,8 @@ pub enum Located {
         file: WalFile,
         /// Its bytes.
         download: Download,
+        /// What decrypts them, where they are encrypted.
+        keys: Option<Keys>,
         /// wal_segment_size in bytes; 0 when the cluster is not pinned here.
         segment_size: u32,
     },
@@ -88,6 +91,18 @@ impl Source {
         };
         let WalFile::Segment(name) = file else { return absent };
         let Some(start) = name.start_lsn(pinned.segment_size) else { return absent };
+        match self.store.removed(cluster, file) {
+            Some(Removed::Expired) => {
+                return Code::Gap
+                    .status(format!("{file} was removed: no backup that is kept needs it"));
+            }
+            // It was proven there before tier 1 let it go: gone is lost, not absent.
+            Some(Removed::Tier2Only) => {
+                return Code::Corrupt
+                    .status(format!("{file} was in tier 2, and is not there any more"));
+            }
+            None => {}
+        }
         let gaps = self.store.gaps(cluster);
         match gaps.iter().find(|g| g.timeline == name.timeline() && g.from <= start && start < g.to)
         {
@@ -112,9 +127,22 @@ impl Source {
             WalFile::Segment(name) => Some(WalFile::Partial(name)),
             _ => None,
         };
-        for file in [Some(file), partial].into_iter().flatten() {
-            match tier2.download(&file.key(cluster)).await {
-                Ok(download) => return Ok(Located::Tier2 { file, download, segment_size }),
+        let at_rest = self.store.at_rest();
+        let ours = if at_rest.is_on() { Form::Age } else { Form::Plain };
+        let files = [Some(file), partial].into_iter().flatten();
+        for (file, form) in files.flat_map(|f| [(f, ours), (f, ours.other())]) {
+            let key = file.key_in(cluster, form);
+            let keys = match form {
+                Form::Plain => None,
+                Form::Age => at_rest.reading().cloned(),
+            };
+            match tier2.download(&key).await {
+                Ok(_) if form == Form::Age && keys.is_none() => {
+                    return Err(errors::status(&no_keys(at_rest, &key)));
+                }
+                Ok(download) => {
+                    return Ok(Located::Tier2 { file, download, keys, segment_size });
+                }
                 Err(error) if error.kind == Kind::NotFound => {}
                 Err(error) => {
                     tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
@@ -126,6 +154,11 @@ impl Source {
         }
         Err(missing())
     }
+}
+
+fn no_keys(at_rest: &AtRest, key: &str) -> Error {
+    let fallback = || Error::new(Kind::Denied, Op::Read, key, "no key for it");
+    at_rest.need(key).err().unwrap_or_else(fallback)
 }
 
 #[cfg(test)]

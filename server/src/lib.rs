@@ -12,6 +12,7 @@ pub mod encryption;
 pub mod errors;
 pub mod fetch;
 pub mod grpc;
+pub mod maintenance;
 pub mod metrics;
 pub mod pki;
 pub mod queue;

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use clap::Parser;
 use klio_server::cli::{Cli, Command, client, init, keygen, reference, run};
+use klio_server::{config::ConfigError, encryption::KeyProblem};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -13,9 +14,17 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("klio-server: {error:#}");
-            ExitCode::FAILURE
+            if is_about_keys(&error) { ExitCode::from(NO_KEY) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// Exit status when the keys for encryption at rest are missing or wrong.
+const NO_KEY: u8 = 3;
+
+fn is_about_keys(error: &anyhow::Error) -> bool {
+    let config = error.downcast_ref::<ConfigError>();
+    error.downcast_ref::<KeyProblem>().is_some() || config.is_some_and(ConfigError::is_about_keys)
 }
 
 fn dispatch(cli: &Cli) -> anyhow::Result<()> {
@@ -27,6 +36,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
             reference::run(args);
             Ok(())
         }
+        Command::Repository(args) => klio_server::maintenance::worker::run(&args.config),
         Command::Run(args) => {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(workers())

@@ -6,6 +6,7 @@
 use crate::{
     base::BaseStore,
     consumer::{ArchiveState, Archives},
+    maintenance::MaintenanceMetrics,
     metrics::{self, Gauge, GaugeTable, Metrics},
     queue::Queue,
     receive::{Progress, Registry},
@@ -98,6 +99,8 @@ pub struct StatusBoard {
     pub metrics: Arc<Metrics>,
     /// Tier 2; `None` when not configured.
     pub archives: Option<Archives>,
+    /// Verification, drills, maintenance.
+    pub maintenance: Option<Arc<MaintenanceMetrics>>,
     /// Base backups.
     pub base: Option<BaseStore>,
     /// The queue.
@@ -154,6 +157,7 @@ impl StatusBoard {
     fn gauges(&self) -> Vec<Gauge> {
         let (now, now_unix) = (Instant::now(), now_unix());
         let mut gauges = self.base.as_ref().map(BaseStore::gauges).unwrap_or_default();
+        gauges.extend(self.maintenance.iter().flat_map(|m| m.gauges(now_unix)));
         for view in &self.clusters() {
             let mut put = |name, value| {
                 gauges.push(Gauge { name, cluster: Some(view.name.clone()), value });

@@ -37,6 +37,9 @@ pub enum Command {
     Run(RunArgs),
     /// Issue a client bundle: certificate, key and configuration for one `klio`.
     Client(client::Args),
+    /// Work on a repository, for the server: a job on standard input.
+    #[command(hide = true)]
+    Repository(RunArgs),
     /// Print a generated table of the documentation.
     #[command(hide = true)]
     Reference(reference::Args),

@@ -5,7 +5,8 @@ use super::{StoredFile, Tier1Files};
 use klio_pg::SegmentSize;
 use klio_storage::{
     Error, Op,
-    layout::{ClusterName, WalFile},
+    crypt::AtRest,
+    layout::{ClusterName, Form, WalFile},
     wal::{Gap, Position},
 };
 use std::{
@@ -68,8 +69,12 @@ impl Tier1Files for Directory {
         Ok(found)
     }
 
-    fn path(&self, cluster: &ClusterName, file: WalFile) -> PathBuf {
-        self.root.join(file.key(cluster))
+    fn path(&self, cluster: &ClusterName, file: WalFile, form: Form) -> PathBuf {
+        self.root.join(file.key_in(cluster, form))
+    }
+
+    fn at_rest(&self) -> AtRest {
+        AtRest::Off
     }
 
     fn archive_path(&self, cluster: &ClusterName) -> PathBuf {
@@ -86,6 +91,10 @@ impl Tier1Files for Directory {
 
     fn positions(&self, _: &ClusterName) -> Vec<Position> {
         self.known.lock().unwrap().positions.clone()
+    }
+
+    fn expired(&self, _: &ClusterName, _: WalFile) -> bool {
+        false
     }
 }
 
@@ -108,7 +117,7 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 }
 
 fn stored(relative: &str, path: &Path) -> Result<Option<StoredFile>, Error> {
-    let Some(file) = WalFile::parse_relative(relative) else { return Ok(None) };
+    let Some((file, _)) = WalFile::parse_stored(relative) else { return Ok(None) };
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None), // just removed

@@ -3,8 +3,9 @@
 use klio_pg::SegmentSize;
 use klio_storage::{
     Error,
-    layout::{ClusterName, WalFile},
-    wal::{Gap, Position, WalStore},
+    crypt::AtRest,
+    layout::{ClusterName, Form, WalFile},
+    wal::{Gap, Position, Removed, WalStore},
 };
 use std::path::PathBuf;
 
@@ -31,8 +32,10 @@ pub trait Tier1Files: Send + Sync + 'static {
     /// # Errors
     /// As the disk fails.
     fn list(&self, cluster: &ClusterName) -> Result<Vec<StoredFile>, Error>;
-    /// Where a finished file lies.
-    fn path(&self, cluster: &ClusterName, file: WalFile) -> PathBuf;
+    /// Where a finished file lies in a form, if it does.
+    fn path(&self, cluster: &ClusterName, file: WalFile, form: Form) -> PathBuf;
+    /// How finished files are encrypted.
+    fn at_rest(&self) -> AtRest;
     /// Where the archive's state of a cluster is kept.
     fn archive_path(&self, cluster: &ClusterName) -> PathBuf;
     /// The cluster's segment size; `None` while nothing is pinned.
@@ -41,6 +44,8 @@ pub trait Tier1Files: Send + Sync + 'static {
     fn gaps(&self, cluster: &ClusterName) -> Vec<Gap>;
     /// How far each timeline with WAL is, sealed or not. From memory: never waits for a disk.
     fn positions(&self, cluster: &ClusterName) -> Vec<Position>;
+    /// Retention let it go for good, from both tiers. From memory: never waits for a disk.
+    fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool;
 }
 
 /// The store itself: knows what is pinned, and lists what it has finished.
@@ -60,8 +65,12 @@ impl Tier1Files for WalStore {
         Ok(files.collect())
     }
 
-    fn path(&self, cluster: &ClusterName, file: WalFile) -> PathBuf {
-        self.root().join(file.key(cluster))
+    fn path(&self, cluster: &ClusterName, file: WalFile, form: Form) -> PathBuf {
+        self.root().join(file.key_in(cluster, form))
+    }
+
+    fn at_rest(&self) -> AtRest {
+        WalStore::at_rest(self).clone()
     }
 
     fn archive_path(&self, cluster: &ClusterName) -> PathBuf {
@@ -78,5 +87,9 @@ impl Tier1Files for WalStore {
 
     fn positions(&self, cluster: &ClusterName) -> Vec<Position> {
         WalStore::positions(self, cluster)
+    }
+
+    fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool {
+        self.removed(cluster, file) == Some(Removed::Expired)
     }
 }

@@ -77,12 +77,15 @@ async fn reconcile_all(parts: &Parts, which: Vec<ClusterName>) -> Vec<ClusterNam
 
 async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
     parts.archives.begin_comparing(cluster);
-    let held = {
+    let mut held = {
         let (files, cluster) = (Arc::clone(&parts.files), cluster.clone());
         let listed = tokio::task::spawn_blocking(move || files.list(&cluster)).await;
         listed.map_err(|error| Error::new(Kind::Io, Op::List, "tier 1", error))??
     };
-    let stored = parts.tier2.list_wal(cluster).await?;
+    let mut stored = parts.tier2.list_wal(cluster).await?;
+    // Listed before, and let go since: nothing of it is missing, and no frontier begins with it.
+    held.retain(|f| !parts.files.expired(cluster, f.file));
+    stored.retain(|o| !parts.files.expired(cluster, o.file));
     let compared = parts.archives.compared(cluster, &held, &stored).await?;
     parts.archives.no_problem(cluster);
     if compared.missing.is_empty() {

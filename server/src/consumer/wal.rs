@@ -9,8 +9,8 @@ use async_nats::jetstream::{AckKind, Message};
 use futures::{FutureExt, future::BoxFuture};
 use klio_storage::{
     Error, Kind,
-    layout::{ClusterName, WalFile},
-    tier2::{Outcome, Sha256Sum, Source, Uploaded},
+    layout::{ClusterName, Form, WalFile},
+    tier2::{Outcome, Sha256Sum, Source, Uploaded, Wrapping},
 };
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -99,6 +99,10 @@ impl WalWork {
         let span = tracing::Span::current();
         span.record("outcome", attempt.as_str());
         let Err(error) = result else { return AckKind::Ack };
+        if attempt == Attempt::Missing && self.parts.files.expired(&self.cluster, job.file) {
+            tracing::debug!(cluster = %self.cluster, file = %job.file, "let go before its turn");
+            return AckKind::Ack;
+        }
         self.parts.observer.attempted(&self.cluster, attempt, 0);
         span.record("otel.status_code", "ERROR");
         span.record("error.type", attempt.as_str());
@@ -113,40 +117,61 @@ impl WalWork {
     }
 
     async fn upload(&self, job: &Job) -> Result<Uploaded, Error> {
-        let key = job.file.key(&self.cluster);
-        let source = self.source(job);
+        let (form, _) = self.local(job.file).await;
+        let key = job.file.key_in(&self.cluster, form);
+        let source = self.source(job, form);
         match self.parts.tier2.upload(&source, &key).await {
             // Not on tier 1 any more: done if tier 2 has it.
             Err(error) if error.kind == Kind::NotFound => {
-                match self.parts.tier2.size_of(&key).await? {
-                    Some(size) => Ok(Uploaded {
-                        size,
-                        sha256: job.sha256.unwrap_or(Sha256Sum::new([0; 32])),
-                        outcome: Outcome::AlreadyThere,
-                    }),
-                    None => Err(error.hint("the file is in neither tier: restore it to tier 1")),
+                for form in Form::BOTH {
+                    let key = job.file.key_in(&self.cluster, form);
+                    if let Some(size) = self.parts.tier2.size_of(&key).await? {
+                        return Ok(Uploaded {
+                            size,
+                            sha256: job.sha256.unwrap_or(Sha256Sum::new([0; 32])),
+                            outcome: Outcome::AlreadyThere,
+                        });
+                    }
                 }
+                Err(error.hint("the file is in neither tier: restore it to tier 1"))
             }
             result => result,
         }
     }
 
-    fn source(&self, job: &Job) -> Source {
+    /// The form in which tier 1 has a file, and its size; the form of new ones where it has none.
+    async fn local(&self, file: WalFile) -> (Form, Option<u64>) {
+        let files = &self.parts.files;
+        let ours = if files.at_rest().is_on() { Form::Age } else { Form::Plain };
+        for form in [ours, ours.other()] {
+            let path = files.path(&self.cluster, file, form);
+            if let Ok(metadata) = tokio::fs::metadata(path).await {
+                return (form, Some(metadata.len()));
+            }
+        }
+        (ours, None)
+    }
+
+    fn source(&self, job: &Job, form: Form) -> Source {
         let files = &self.parts.files;
         let segment = matches!(job.file, WalFile::Segment(_));
         let size = segment.then(|| files.segment_size(&self.cluster)).flatten();
         Source {
-            path: files.path(&self.cluster, job.file),
+            path: files.path(&self.cluster, job.file, form),
             sha256: job.sha256,
             zstd: !matches!(job.file, WalFile::History(_)),
             plaintext_bytes: size.map(|size| size.bytes()),
+            wrapping: Wrapping {
+                age: form == Form::Age,
+                other_key: Some(job.file.key_in(&self.cluster, form.other())),
+                at_rest: files.at_rest(),
+            },
         }
     }
 
     /// R1 before W1.
     async fn record(&self, job: &Job, uploaded: Uploaded) -> Result<Attempt, Error> {
-        let path = self.parts.files.path(&self.cluster, job.file);
-        let local_size = tokio::fs::metadata(&path).await.ok().map(|m| m.len());
+        let (_, local_size) = self.local(job.file).await;
         let archives = &self.parts.archives;
         archives.record(&self.cluster, job.file, local_size, uploaded).await?;
         let (attempt, bytes) = match uploaded.outcome {

@@ -1,7 +1,10 @@
 //! The base-backup service: translates, calls, translates back.
 
 use super::auth::{Access, Auth, permit};
-use crate::base::{BaseStore, Caller, Lease, ListedBackup};
+use crate::{
+    base::{BaseStore, Caller, Lease, ListedBackup},
+    maintenance::{Maintenance, Request as VerifyRequest, Step},
+};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use klio_proto::{
@@ -14,14 +17,19 @@ use klio_proto::{
 };
 use klio_storage::layout::{BaseFile, BaseKind};
 use serde::Serialize;
-use std::{pin::Pin, time::Duration};
+use std::{future::Future, pin::Pin, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 /// A client that says nothing is let go after this.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Shows a client that its reservation is alive; a broken connection is found by TCP and HTTP/2 themselves.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Steps on their way to a caller.
+const STEPS_MAX: usize = 16;
 /// Names of one message of a list: far below the limit of a message.
 const LISTED_MAX: usize = 5_000;
 
@@ -32,6 +40,8 @@ pub struct BaseService {
     pub auth: Auth,
     /// Does it.
     pub base: BaseStore,
+    /// Removes and proves.
+    pub maintenance: Maintenance,
     /// Owns what sends bytes.
     pub tasks: TaskTracker,
     /// Ends reservations.
@@ -93,6 +103,15 @@ impl BaseService {
     }
 }
 
+/// A call's span, below the caller's where it sent one.
+fn span_of<T>(name: &'static str, request: &Request<T>) -> tracing::Span {
+    let span = tracing::info_span!("base", otel.name = name, otel.kind = "server");
+    klio_telemetry::propagate::adopt(&span, &|key| {
+        request.metadata().get(key).and_then(|value| value.to_str().ok()).map(str::to_owned)
+    });
+    span
+}
+
 fn caller<T>(request: &Request<T>, name: String) -> Caller {
     Caller { name, address: request.remote_addr().map(|address| address.ip()) }
 }
@@ -109,163 +128,281 @@ impl Base for BaseService {
         &self,
         request: Request<v1::OpenRepositoryRequest>,
     ) -> Result<Response<v1::OpenRepositoryResponse>, Status> {
-        let access = match request.get_ref().system_identifier {
-            0 => Access::Read,
-            _ => Access::Write,
-        };
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
-        let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
-        let secret = self.base.open_repository(&cluster, asked.system).await?;
-        Ok(Response::new(v1::OpenRepositoryResponse {
-            secret: json("a secret", &secret)?,
-            compression_level: self.base.compression_level(),
-        }))
+        let span = span_of("base.open_repository", &request);
+        async move {
+            let access = match request.get_ref().system_identifier {
+                0 => Access::Read,
+                _ => Access::Write,
+            };
+            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
+            let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
+            let secret = self.base.open_repository(&cluster, asked.system).await?;
+            Ok(Response::new(v1::OpenRepositoryResponse {
+                secret: json("a secret", &secret)?,
+                compression_level: self.base.compression_level(),
+            }))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn put_file(
         &self,
         request: Request<Streaming<v1::PutFileRequest>>,
     ) -> Result<Response<v1::PutFileResponse>, Status> {
-        let identity = self.auth.identify(&request)?;
-        let mut inbound = request.into_inner();
-        let first = self.next(&mut inbound).await?;
-        let first =
-            first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
-        let cluster = permit(&identity, &first.cluster, Access::Write)?;
-        let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
-        let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
-        incoming.add(data).await?;
-        while let Some(message) = self.next(&mut inbound).await? {
-            incoming.add(piece(message.data)?).await?;
+        let span = span_of("base.put_file", &request);
+        async move {
+            let identity = self.auth.identify(&request)?;
+            let mut inbound = request.into_inner();
+            let first = self.next(&mut inbound).await?;
+            let first =
+                first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
+            let cluster = permit(&identity, &first.cluster, Access::Write)?;
+            let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
+            let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
+            incoming.add(data).await?;
+            while let Some(message) = self.next(&mut inbound).await? {
+                incoming.add(piece(message.data)?).await?;
+            }
+            let existed = incoming.finish().await?;
+            Ok(Response::new(v1::PutFileResponse { existed }))
         }
-        let existed = incoming.finish().await?;
-        Ok(Response::new(v1::PutFileResponse { existed }))
+        .instrument(span)
+        .await
     }
 
     async fn get_file(
         &self,
         request: Request<v1::GetFileRequest>,
     ) -> Result<Response<Self::GetFileStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-        let asked = GetFileRequest::try_from(request.into_inner())?;
-        let file = file_of(&asked.name)?;
-        let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
-        let pieces = found.stream(&self.tasks);
-        let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
-        Ok(Response::new(answers.boxed()))
+        let span = span_of("base.get_file", &request);
+        async move {
+            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let asked = GetFileRequest::try_from(request.into_inner())?;
+            let file = file_of(&asked.name)?;
+            let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
+            let pieces = found.stream(&self.tasks);
+            let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
+            Ok(Response::new(answers.boxed()))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn list_files(
         &self,
         request: Request<v1::ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-        let kind = kind_of(FileKind::read(request.get_ref().kind)?);
-        let files = self.base.list_files(&cluster, kind).await?;
-        let listed = files.into_iter().map(move |(file, size)| {
-            let id = match kind {
-                BaseKind::Config => String::new(),
-                _ => file.id.to_string(),
-            };
-            v1::ListedFile { id, size }
-        });
-        let answers = stream::iter(listed)
-            .chunks(LISTED_MAX)
-            .map(|files| Ok(v1::ListFilesResponse { files }));
-        Ok(Response::new(answers.boxed()))
+        let span = span_of("base.list_files", &request);
+        async move {
+            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let kind = kind_of(FileKind::read(request.get_ref().kind)?);
+            let files = self.base.list_files(&cluster, kind).await?;
+            let listed = files.into_iter().map(move |(file, size)| {
+                let id = match kind {
+                    BaseKind::Config => String::new(),
+                    _ => file.id.to_string(),
+                };
+                v1::ListedFile { id, size }
+            });
+            let answers = stream::iter(listed)
+                .chunks(LISTED_MAX)
+                .map(|files| Ok(v1::ListFilesResponse { files }));
+            Ok(Response::new(answers.boxed()))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn reserve(
         &self,
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<Self::ReserveStream>, Status> {
-        let identity = self.auth.identify(&request)?;
-        let access = match request.get_ref().purpose() {
-            v1::reserve_request::Purpose::Restore => Access::Read,
-            _ => Access::Write,
-        };
-        let cluster = permit(&identity, &request.get_ref().cluster, access)?;
-        let caller = caller(&request, identity.name.clone());
-        let asked = ReserveRequest::try_from(request.into_inner())?;
-        let lease = match asked.purpose {
-            Purpose::Backup(name) => {
-                self.base.reserve_backup(&cluster, name.as_deref(), caller).await?
-            }
-            Purpose::Restore => self.base.reservations().restore(&cluster),
-        };
-        let auth = self.auth.clone();
-        let check = move || auth.recheck(&identity);
-        Ok(Response::new(heartbeats(lease, self.shutdown.clone(), check).boxed()))
+        let span = span_of("base.reserve", &request);
+        async move {
+            let identity = self.auth.identify(&request)?;
+            let access = match request.get_ref().purpose() {
+                v1::reserve_request::Purpose::Restore => Access::Read,
+                _ => Access::Write,
+            };
+            let cluster = permit(&identity, &request.get_ref().cluster, access)?;
+            let caller = caller(&request, identity.name.clone());
+            let asked = ReserveRequest::try_from(request.into_inner())?;
+            let lease = match asked.purpose {
+                Purpose::Backup(name) => {
+                    self.base.reserve_backup(&cluster, name.as_deref(), caller).await?
+                }
+                Purpose::Restore => self.base.reservations().restore(&cluster),
+            };
+            let auth = self.auth.clone();
+            let check = move || auth.recheck(&identity);
+            Ok(Response::new(heartbeats(lease, self.shutdown.clone(), check).boxed()))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn commit_backup(
         &self,
         request: Request<v1::CommitBackupRequest>,
     ) -> Result<Response<v1::CommitBackupResponse>, Status> {
-        let (identity, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
-        let caller = caller(&request, identity.name);
-        let record = document("record", request.into_inner().record)?;
-        self.base.commit(&cluster, &record, &caller).await?;
-        Ok(Response::new(v1::CommitBackupResponse {}))
+        let span = span_of("base.commit_backup", &request);
+        async move {
+            let (identity, cluster) =
+                self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+            let caller = caller(&request, identity.name);
+            let record = document("record", request.into_inner().record)?;
+            self.base.commit(&cluster, &record, &caller).await?;
+            Ok(Response::new(v1::CommitBackupResponse {}))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn list_backups(
         &self,
         request: Request<v1::ListBackupsRequest>,
     ) -> Result<Response<v1::ListBackupsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-        let found = self.base.backups(&cluster).await?;
-        let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
-        Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
+        let span = span_of("base.list_backups", &request);
+        async move {
+            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let found = self.base.backups(&cluster).await?;
+            let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
+            Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn holdings(
         &self,
         request: Request<v1::HoldingsRequest>,
     ) -> Result<Response<v1::HoldingsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-        let holdings = self.base.holdings(&cluster).await?;
-        Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
+        let span = span_of("base.holdings", &request);
+        async move {
+            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let holdings = self.base.holdings(&cluster).await?;
+            Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
+        }
+        .instrument(span)
+        .await
     }
 
     async fn verify(
         &self,
         request: Request<v1::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
-        let (_, _cluster) =
+        let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
-        percent("read_percent", request.get_ref().read_percent)?;
-        Err(not_built("verify"))
+        let asked = request.into_inner();
+        let read_percent = percent("read_percent", asked.read_percent)?;
+        let backup = match asked.backup_name.as_str() {
+            "" => None,
+            name => {
+                let name = name.parse();
+                Some(name.map_err(|e| Code::Invalid.status(format!("read request: {e}")))?)
+            }
+        };
+        let wanted = VerifyRequest { backup, read_percent, wal: asked.wal };
+        let maintenance = self.maintenance.clone();
+        let answers = self.follow(
+            move |steps| async move {
+                let outcome = maintenance.verify(&cluster, &wanted, &teller(steps)).await?;
+                json("an outcome", &outcome)
+            },
+            |found| v1::VerifyResponse {
+                kind: Some(match found {
+                    Found::Step(step) => v1::verify_response::Kind::Progress(progress(step)),
+                    Found::Outcome(outcome) => v1::verify_response::Kind::Outcome(outcome),
+                }),
+            },
+        );
+        Ok(Response::new(answers))
     }
 
     async fn maintain(
         &self,
         request: Request<v1::MaintainRequest>,
     ) -> Result<Response<Self::MaintainStream>, Status> {
-        self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
-        Err(not_built("maintain"))
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+        let maintenance = self.maintenance.clone();
+        let answers = self.follow(
+            move |steps| async move {
+                let outcome = maintenance.apply(&cluster, &teller(steps)).await?;
+                json("an outcome", &outcome)
+            },
+            |found| v1::MaintainResponse {
+                kind: Some(match found {
+                    Found::Step(step) => v1::maintain_response::Kind::Progress(progress(step)),
+                    Found::Outcome(outcome) => v1::maintain_response::Kind::Outcome(outcome),
+                }),
+            },
+        );
+        Ok(Response::new(answers))
     }
 
     async fn plan_retention(
         &self,
         request: Request<v1::PlanRetentionRequest>,
     ) -> Result<Response<v1::PlanRetentionResponse>, Status> {
-        self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-        Err(not_built("plan retention"))
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let plan = self.maintenance.plan(&cluster).await?;
+        Ok(Response::new(v1::PlanRetentionResponse { plan: json("a plan", &plan)? }))
     }
 
     async fn record_drill(
         &self,
         request: Request<v1::RecordDrillRequest>,
     ) -> Result<Response<v1::RecordDrillResponse>, Status> {
-        self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
-        Err(not_built("record a drill"))
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+        let outcome = document("outcome", request.into_inner().outcome)?;
+        self.maintenance.record_drill(&cluster, &outcome).await?;
+        Ok(Response::new(v1::RecordDrillResponse {}))
     }
 }
 
-fn not_built(what: &str) -> Status {
-    Code::Invalid.status(format!("{what}: this server does not do that yet"))
+/// What long work tells.
+enum Found {
+    Step(Step),
+    Outcome(Bytes),
+}
+
+fn progress(step: Step) -> v1::Progress {
+    let Step { phase, done_bytes, total_bytes, done_files, total_files } = step;
+    v1::Progress { phase, done_bytes, total_bytes, done_files, total_files }
+}
+
+/// A step that nobody has time for is left out: another follows.
+fn teller(steps: mpsc::Sender<Step>) -> impl Fn(Step) + Send + Sync {
+    move |step| drop(steps.try_send(step))
+}
+
+impl BaseService {
+    /// Work that goes on for as long as the caller listens and the server runs: its steps, then its result.
+    fn follow<T, W>(
+        &self,
+        work: impl FnOnce(mpsc::Sender<Step>) -> W,
+        answer: impl Fn(Found) -> T + Send + 'static,
+    ) -> Answers<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<Bytes, Status>> + Send + 'static,
+    {
+        let (sender, steps) = mpsc::channel(STEPS_MAX);
+        let (work, shutdown) = (work(sender), self.shutdown.clone());
+        let done = async move {
+            tokio::select! {
+                done = work => done.map(Found::Outcome),
+                () = shutdown.cancelled() => Err(Code::Unavailable.status("the server is stopping")),
+            }
+        };
+        // The sender goes with the work, so the steps end when it does.
+        let steps = ReceiverStream::new(steps).map(|step| Ok(Found::Step(step)));
+        let all = stream::select(steps, stream::once(done));
+        all.map(move |found| found.map(&answer)).boxed()
+    }
 }
 
 /// The name at once, then a sign of life every few seconds; the lease lives as long as the stream.

@@ -1,0 +1,187 @@
+//! Applies a retention plan, one cluster at a time.
+//!
+//! Records go first, from both tiers and durably, so that a backup without a record is the only half state
+//! there is; then snapshots, packs and tier 1's copies in a child process; then WAL. Any step may be the
+//! last one: what is left over is found by the next run, and everything that has a record can be restored.
+
+use super::{Inner, child::Tell, protocol::{PruneJob, Step}};
+use crate::errors;
+use klio_proto::Code;
+use klio_storage::{
+    Error,
+    catalog::{BackupRecord, MaintenanceOutcome, RetentionPlan, outcomes},
+    disk::durable,
+    layout::{BackupName, BaseObject, ClusterName},
+    record,
+    repository::SnapshotId,
+};
+use std::{collections::BTreeSet, time::Duration};
+use tonic::Status;
+
+/// A snapshot without a record that is younger may be of a backup that is just being committed.
+const ORPHAN_SECONDS: f64 = 86_400.0;
+/// How often a running backup is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+impl Inner {
+    /// Plans and applies. Serialised over all clusters.
+    pub(super) async fn apply(
+        &self,
+        cluster: &ClusterName,
+        tell: Tell<'_>,
+    ) -> Result<MaintenanceOutcome, Status> {
+        tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
+        let _turn = self.turn.lock().await;
+        let began = tokio::time::Instant::now();
+        let mut outcome = MaintenanceOutcome::default();
+        let result = match self.wait_for_backup(cluster, tell).await {
+            None => self.apply_plan(cluster, &mut outcome, tell).await,
+            Some(running) => {
+                let text = format!("backup {running} is running; nothing was removed beside it");
+                outcome.held_back.push(text);
+                Ok(())
+            }
+        };
+        outcome.finished_unix = self.base.now_unix();
+        outcome.duration_seconds = began.elapsed().as_secs_f64();
+        self.metrics.maintained(cluster, result.is_ok(), &outcome);
+        result?;
+        self.keep_run(cluster, &outcome).await;
+        for reason in &outcome.held_back {
+            tracing::warn!(%cluster, reason, "maintenance held back");
+        }
+        tracing::info!(
+            %cluster, expired = outcome.expired.len(), evicted = outcome.evicted.len(),
+            wal_tier1 = outcome.wal_removed_tier1, wal_tier2 = outcome.wal_removed_tier2,
+            freed_tier1_bytes = outcome.freed_tier1_bytes, freed_tier2_bytes = outcome.freed_tier2_bytes,
+            "maintenance done"
+        );
+        Ok(outcome)
+    }
+
+    async fn keep_run(&self, cluster: &ClusterName, outcome: &MaintenanceOutcome) {
+        let (base, path) = (self.base.clone(), super::last_run_path(&self.base, cluster));
+        let outcome = outcome.clone();
+        let kept = tokio::task::spawn_blocking(move || {
+            record::store(base.disk().as_ref(), &path, &outcome)
+        });
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(%cluster, %error, "the result of maintenance is not kept");
+        }
+    }
+
+    /// The backup that still runs when patience is over.
+    async fn wait_for_backup(&self, cluster: &ClusterName, tell: Tell<'_>) -> Option<BackupName> {
+        let until = tokio::time::Instant::now() + self.settings.maintenance.wait_for_backup();
+        loop {
+            let running = self.base.reservations().running(cluster).backup?;
+            if tokio::time::Instant::now() >= until {
+                return Some(running);
+            }
+            tell(Step { phase: format!("wait for backup {running}"), ..Step::default() });
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn apply_plan(
+        &self,
+        cluster: &ClusterName,
+        outcome: &mut MaintenanceOutcome,
+        tell: Tell<'_>,
+    ) -> Result<(), Status> {
+        tell(Step { phase: "plan".into(), ..Step::default() });
+        let plan = self.plan(cluster).await?;
+        self.metrics.alarmed(cluster, !plan.alarms.is_empty());
+        if !plan.alarms.is_empty() {
+            for alarm in &plan.alarms {
+                tracing::error!(%cluster, alarm, "nothing is removed");
+            }
+            outcome.held_back.clone_from(&plan.alarms);
+            return Ok(());
+        }
+        let records = self.base.backups(cluster).await?.backups;
+        let records: Vec<BackupRecord> = records.into_iter().map(|b| b.record).collect();
+        let expired: BTreeSet<BackupName> = plan.expired().into_iter().collect();
+        for name in &expired {
+            tell(Step { phase: format!("expire backup {name}"), ..Step::default() });
+            self.remove_record(cluster, name).await?;
+            outcome.expired.push(name.clone());
+        }
+        let job = self.prune_job(cluster, &plan, &records, &expired);
+        let near = job.near.is_some();
+        let pruned = self.prune(cluster, job, tell).await?;
+        if near {
+            let there = |b: &&klio_storage::catalog::retention::BackupPlan| {
+                b.tier1.present && !b.tier1.keep && b.tier2.keep
+            };
+            outcome.evicted.extend(plan.backups.iter().filter(there).map(|b| b.name.clone()));
+        }
+        outcome.packs_marked = pruned.packs_marked;
+        outcome.packs_removed = pruned.packs_removed;
+        outcome.freed_tier1_bytes += pruned.freed_tier1_bytes;
+        outcome.freed_tier2_bytes += pruned.freed_tier2_bytes;
+        outcome.held_back.extend(pruned.held_back);
+        tell(Step { phase: "expire WAL".into(), ..Step::default() });
+        self.expire_wal(cluster, &plan, outcome).await?;
+        // What the gauges and listings remember follows what is there.
+        self.base.backups(cluster).await.map(drop)
+    }
+
+    fn prune_job(
+        &self,
+        cluster: &ClusterName,
+        plan: &RetentionPlan,
+        records: &[BackupRecord],
+        expired: &BTreeSet<BackupName>,
+    ) -> PruneJob {
+        let snapshot = |record: &BackupRecord| -> Option<SnapshotId> {
+            record.snapshot.parse().inspect_err(|error| {
+                tracing::error!(%cluster, backup = %record.name, %error, "a record without a snapshot");
+            }).ok()
+        };
+        let recorded: Vec<SnapshotId> = records
+            .iter()
+            .filter(|record| !expired.contains(&record.name))
+            .filter_map(&snapshot)
+            .collect();
+        let gone = records.iter().filter(|record| expired.contains(&record.name));
+        // Two records of one snapshot: as long as one stays, the snapshot stays.
+        let forget = gone.filter_map(&snapshot).filter(|id| !recorded.contains(id)).collect();
+        let keeps = |record: &&BackupRecord| {
+            plan.backups.iter().any(|b| b.name == record.name && b.tier1.keep)
+        };
+        let near = records.iter().filter(keeps).filter_map(&snapshot).collect();
+        let evicts = plan.has_tier2 && !plan.evicted().is_empty();
+        PruneJob {
+            forget,
+            recorded,
+            orphans_before_unix: self.base.now_unix() - ORPHAN_SECONDS,
+            prune: true,
+            keep_marked_seconds: self.settings.maintenance.keep_marked_seconds,
+            near: evicts.then_some(near),
+        }
+    }
+
+    /// Makes a backup cease to exist: tier 2 first, where credentials that may only read say no before
+    /// anything is gone; durably, so that it does not come back without its snapshot.
+    async fn remove_record(&self, cluster: &ClusterName, name: &BackupName) -> Result<(), Status> {
+        let object = BaseObject::Record(name.clone());
+        if let Some(tier2) = self.base.tier2() {
+            let removed = tier2.remove(&object.key(cluster)).await;
+            removed.map_err(|e| Code::StorageFailed.status(format!("expire backup {name}: {e}")))?;
+            self.base.archives().removed(cluster, &object);
+        }
+        let (base, cluster, name) = (self.base.clone(), cluster.clone(), name.clone());
+        let removed = tokio::task::spawn_blocking(move || -> Result<(), Error> {
+            let disk = base.disk().as_ref();
+            let path = base.path(&cluster, &object);
+            durable::remove_if_there(disk, &path)?;
+            if let Some(folder) = path.parent().filter(|folder| disk.list(folder).is_ok()) {
+                durable::sync_dir(disk, folder)?;
+            }
+            outcomes::remove(disk, base.root(), &cluster, &name)
+        });
+        let removed = removed.await.map_err(|e| Code::Internal.status(format!("expire: {e}")))?;
+        removed.map_err(|e| errors::status(&e))
+    }
+}

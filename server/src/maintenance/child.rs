@@ -1,0 +1,111 @@
+//! Starts the child for work on a repository, and follows it.
+//!
+//! The child ends with its [`Child`]: the pipe to it closes and it is killed. A child that ends without a
+//! result is an error, never a result.
+
+use super::{
+    Inner,
+    protocol::{Job, Line, PruneJob, PruneResult, Step, VerifyJob, VerifyResult, Work},
+};
+use klio_proto::Code;
+use klio_storage::layout::{BaseObject, ClusterName};
+use std::process::Stdio;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    process::Command,
+};
+use tonic::Status;
+
+/// Told how far the work is; never waits.
+pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);
+
+impl Inner {
+    /// Removes what no backup needs.
+    pub(super) async fn prune(
+        &self,
+        cluster: &ClusterName,
+        job: PruneJob,
+        tell: Tell<'_>,
+    ) -> Result<PruneResult, Status> {
+        match self.child(cluster, Work::Prune(job), tell).await? {
+            Line::Pruned(result) => Ok(result),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Reads what is stored.
+    pub(super) async fn read_back(
+        &self,
+        cluster: &ClusterName,
+        job: VerifyJob,
+        tell: Tell<'_>,
+    ) -> Result<VerifyResult, Status> {
+        match self.child(cluster, Work::Verify(job), tell).await? {
+            Line::Verified(result) => Ok(result),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn child(
+        &self,
+        cluster: &ClusterName,
+        work: Work,
+        tell: Tell<'_>,
+    ) -> Result<Line, Status> {
+        let failed = |what: &str, e: std::io::Error| Code::Internal.status(format!("{what}: {e}"));
+        let job = Job {
+            cluster: cluster.clone(),
+            data_dir: self.data_dir.clone(),
+            tier2_url: self.base.tier2().map(|tier2| tier2.url().to_owned()),
+            work,
+        };
+        let mut line = serde_json::to_vec(&job)
+            .map_err(|e| Code::Internal.status(format!("write the job: {e}")))?;
+        line.push(b'\n');
+        let mut child = Command::new(&self.program)
+            .arg("repository")
+            .arg("--config")
+            .arg(&self.config_path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| failed("start the child process", e))?;
+        let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Code::Internal.status("start the child process: it has no pipes"));
+        };
+        input.write_all(&line).await.map_err(|e| failed("give the job to the child", e))?;
+        input.flush().await.map_err(|e| failed("give the job to the child", e))?;
+        let mut lines = BufReader::new(output).lines();
+        while let Some(text) = lines.next_line().await.map_err(|e| failed("read the child", e))? {
+            let line: Line = serde_json::from_str(&text)
+                .map_err(|e| Code::Internal.status(format!("read the child: {e}")))?;
+            match line {
+                Line::Progress(step) => tell(step),
+                Line::Written { object, size } => {
+                    if let Some(object) = BaseObject::parse_relative(&object) {
+                        self.base.archives().proven(cluster, object, size);
+                    }
+                }
+                Line::Removed { object } => {
+                    if let Some(object) = BaseObject::parse_relative(&object) {
+                        self.base.archives().removed(cluster, &object);
+                    }
+                }
+                Line::Failed { error } => return Err(Code::Internal.status(error)),
+                done @ (Line::Pruned(_) | Line::Verified(_)) => {
+                    drop(input);
+                    let _ = child.wait().await;
+                    return Ok(done);
+                }
+            }
+        }
+        let status = child.wait().await.map_err(|e| failed("wait for the child", e))?;
+        Err(Code::Internal.status(format!("the child process ended without a result: {status}")))
+    }
+}
+
+fn unexpected(line: &Line) -> Status {
+    tracing::error!(?line, "an answer of another kind");
+    Code::Internal.status("the child process gave an answer of another kind")
+}

@@ -1,0 +1,186 @@
+//! `[retention]`, `[maintenance]` and `[verify]`.
+
+use klio_storage::{
+    catalog::retention::{Policies, PolicyPatch},
+    layout::ClusterName,
+};
+use std::{collections::BTreeMap, time::Duration};
+
+/// Longest time that any setting here may ask for, in seconds: a year.
+const SECONDS_MAX: u64 = 366 * 86_400;
+
+/// `[retention]`: what is kept. A section replaces what it names; the rest stays as the default is, and
+/// as `[retention]` says for `[retention.clusters.NAME]`.
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionConfig {
+    /// Copies on this server's disk.
+    pub tier1: PolicyPatch,
+    /// What exists at all.
+    pub tier2: PolicyPatch,
+    /// For single clusters.
+    pub clusters: BTreeMap<ClusterName, ClusterRetention>,
+}
+
+/// `[retention.clusters.NAME]`
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterRetention {
+    /// As in `[retention]`.
+    pub tier1: PolicyPatch,
+    /// As in `[retention]`.
+    pub tier2: PolicyPatch,
+}
+
+impl RetentionConfig {
+    /// The policies of a cluster.
+    pub fn of(&self, cluster: &ClusterName) -> Policies {
+        let default = Policies::default();
+        let all = Policies {
+            tier1: default.tier1.with(&self.tier1),
+            tier2: default.tier2.with(&self.tier2),
+        };
+        match self.clusters.get(cluster) {
+            Some(own) => {
+                Policies { tier1: all.tier1.with(&own.tier1), tier2: all.tier2.with(&own.tier2) }
+            }
+            None => all,
+        }
+    }
+
+    /// Every problem.
+    pub fn validate(&self) -> Vec<String> {
+        let mut names: Vec<(String, Policies)> = Vec::new();
+        if let Ok(any) = "any".parse::<ClusterName>()
+            && !self.clusters.contains_key(&any)
+        {
+            names.push(("[retention]".into(), self.of(&any)));
+        }
+        for name in self.clusters.keys() {
+            names.push((format!("[retention.clusters.{name}]"), self.of(name)));
+        }
+        let bad = names.into_iter().filter(|(_, policies)| !policies.tier2.names_something());
+        bad.map(|(section, _)| {
+            format!("{section} tier2: expected at least one rule that keeps a backup, found none")
+        })
+        .collect()
+    }
+}
+
+/// `[maintenance]`
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MaintenanceConfig {
+    /// Apply retention by itself: after backups and from time to time.
+    pub enabled: bool,
+    /// Seconds between two runs for a cluster.
+    pub interval_seconds: u64,
+    /// Seconds that a pack stays after it was marked as needed by nobody.
+    pub keep_marked_seconds: u64,
+    /// Seconds to wait for a running backup before doing without.
+    pub wait_for_backup_seconds: u64,
+}
+
+impl Default for MaintenanceConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            interval_seconds: 86_400,
+            // As long as a backup or a restore may take, and a little less than a day.
+            keep_marked_seconds: 23 * 3600,
+            wait_for_backup_seconds: 600,
+        }
+    }
+}
+
+impl MaintenanceConfig {
+    /// Every problem.
+    pub fn validate(&self) -> Vec<String> {
+        let all = [
+            ("interval_seconds", self.interval_seconds, 1),
+            ("keep_marked_seconds", self.keep_marked_seconds, 0),
+            ("wait_for_backup_seconds", self.wait_for_backup_seconds, 0),
+        ];
+        let bad = all.iter().filter(|(_, value, least)| !(*least..=SECONDS_MAX).contains(value));
+        bad.map(|(name, value, least)| {
+            format!("maintenance.{name}: expected {least} to {SECONDS_MAX}, found {value}")
+        })
+        .collect()
+    }
+
+    /// Between two runs.
+    pub const fn interval(&self) -> Duration {
+        Duration::from_secs(self.interval_seconds)
+    }
+
+    /// For a running backup.
+    pub const fn wait_for_backup(&self) -> Duration {
+        Duration::from_secs(self.wait_for_backup_seconds)
+    }
+}
+
+/// `[verify]`
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyConfig {
+    /// Read back what reached tier 2 after each backup.
+    pub after_backup: bool,
+    /// Share of its packs that is read then, 0 to 100; everything else of it is always read.
+    pub read_percent: f64,
+}
+
+impl Default for VerifyConfig {
+    fn default() -> Self {
+        Self { after_backup: true, read_percent: 10.0 }
+    }
+}
+
+impl VerifyConfig {
+    /// Every problem.
+    pub fn validate(&self) -> Vec<String> {
+        match (0.0..=100.0).contains(&self.read_percent) {
+            true => Vec::new(),
+            false => vec![format!("verify.read_percent: expected 0 to 100, found {}", self.read_percent)],
+        }
+    }
+}
+
+/// All three.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// What is kept.
+    pub retention: RetentionConfig,
+    /// When it is applied.
+    pub maintenance: MaintenanceConfig,
+    /// What is read back.
+    pub verify: VerifyConfig,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> RetentionConfig {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn a_cluster_overrides_what_it_names_and_nothing_else() {
+        let config = read("tier2.daily = 7\nclusters.big.tier2.recovery_window_days = 3\n");
+        assert!(config.validate().is_empty());
+        let (all, big) = (config.of(&"other".parse().unwrap()), config.of(&"big".parse().unwrap()));
+        assert_eq!((all.tier2.daily, all.tier2.last, all.tier2.recovery_window_days), (7, 2, 30));
+        assert_eq!((big.tier2.daily, big.tier2.last, big.tier2.recovery_window_days), (7, 2, 3));
+        assert_eq!(big.tier1, Policies::default().tier1);
+    }
+
+    #[test]
+    fn a_policy_that_keeps_nothing_is_refused() {
+        let nothing = "tier2 = { last = 0, recovery_window_days = 0 }";
+        let problems = read(nothing).validate();
+        assert!(problems[0].contains("[retention] tier2"), "{problems:?}");
+        let own = read(&format!("clusters.pg.{nothing}")).validate();
+        assert!(own.len() == 1 && own[0].contains("[retention.clusters.pg]"), "{own:?}");
+        assert!(toml::from_str::<RetentionConfig>("tier2.dayly = 1").is_err());
+    }
+}

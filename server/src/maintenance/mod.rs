@@ -1,0 +1,155 @@
+//! Takes away what retention lets go, and proves what stays. The only part of Klio that removes (P8).
+//!
+//! M1  one cluster at a time, and not beside a running backup of it;
+//! M2  a plan is made from what both tiers say now; what is in doubt empties it (P6);
+//! M3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it back (P5);
+//! M4  any step may be the last one before a crash: every backup that has a record can be restored;
+//! M5  work on a repository is done by a child process (`worker`), which ends with the server.
+
+mod apply;
+mod child;
+mod config;
+mod facts;
+pub mod metrics;
+mod protocol;
+mod schedule;
+mod verify;
+mod wal;
+pub mod worker;
+
+pub use config::{ClusterRetention, MaintenanceConfig, RetentionConfig, Settings, VerifyConfig};
+pub use metrics::MaintenanceMetrics;
+pub use protocol::Step;
+pub use verify::Request;
+
+use crate::{base::BaseStore, consumer::Archives, errors};
+use klio_proto::Code;
+use klio_storage::{
+    catalog::{DrillOutcome, MaintenanceOutcome, RetentionPlan, VerifyOutcome, outcomes},
+    layout::ClusterName,
+    record,
+};
+use std::{path::PathBuf, sync::Arc};
+use tonic::Status;
+
+/// What it works with.
+pub struct Parts {
+    /// Backups and both tiers.
+    pub base: BaseStore,
+    /// How far WAL is archived; `None` without a bucket.
+    pub archives: Option<Archives>,
+    /// What is kept, and when that is looked at.
+    pub settings: Settings,
+    /// Tier 1 and the queue live below it.
+    pub data_dir: PathBuf,
+    /// The configuration file, for the child.
+    pub config_path: PathBuf,
+    /// klio-server itself.
+    pub program: PathBuf,
+    /// Counts.
+    pub metrics: Arc<MaintenanceMetrics>,
+}
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Maintenance(Arc<Inner>);
+
+struct Inner {
+    base: BaseStore,
+    archives: Option<Archives>,
+    settings: Settings,
+    data_dir: PathBuf,
+    config_path: PathBuf,
+    program: PathBuf,
+    metrics: Arc<MaintenanceMetrics>,
+    /// M1.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// Where the result of the last maintenance of a cluster is kept: `<cluster>/maintenance.json`, in the shape of
+/// `record`. Losing it loses knowledge only.
+fn last_run_path(base: &BaseStore, cluster: &ClusterName) -> PathBuf {
+    base.root().join(cluster.as_str()).join("maintenance.json")
+}
+
+fn last_run(base: &BaseStore, cluster: &ClusterName) -> Option<MaintenanceOutcome> {
+    let read = record::load(base.disk().as_ref(), &last_run_path(base, cluster));
+    read.unwrap_or_else(|error| {
+        tracing::warn!(%cluster, %error, "the last maintenance is not known");
+        None
+    })
+}
+
+impl Maintenance {
+    /// Reads the last results of earlier runs, so that gauges show their true ages; blocking.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { base, archives, settings, data_dir, config_path, program, metrics } = parts;
+        for cluster in base.wal().clusters() {
+            if let Some(outcome) = last_run(&base, &cluster) {
+                metrics.seen_maintained(&cluster, outcome.finished_unix);
+            }
+            for (name, _) in base.records_on_disk(&cluster).unwrap_or_default() {
+                let (disk, root) = (base.disk().as_ref(), base.root());
+                if let Ok(Some(outcome)) = outcomes::load_verified(disk, root, &cluster, &name) {
+                    metrics.seen_verified(&cluster, &outcome);
+                }
+                if let Ok(Some(outcome)) = outcomes::load_drilled(disk, root, &cluster, &name) {
+                    metrics.drilled(&cluster, &outcome);
+                }
+            }
+        }
+        let turn = tokio::sync::Mutex::new(());
+        Self(Arc::new(Inner { base, archives, settings, data_dir, config_path, program, metrics, turn }))
+    }
+
+    /// What maintenance would do now.
+    ///
+    /// # Errors
+    /// When a tier cannot be asked.
+    pub async fn plan(&self, cluster: &ClusterName) -> Result<RetentionPlan, Status> {
+        self.0.plan(cluster).await
+    }
+
+    /// Applies the plan. Dropping the future stops it; the next run goes on.
+    ///
+    /// # Errors
+    /// The first thing that did not work; what was done until then is done.
+    pub async fn apply(
+        &self,
+        cluster: &ClusterName,
+        tell: &(dyn Fn(Step) + Send + Sync),
+    ) -> Result<MaintenanceOutcome, Status> {
+        self.0.apply(cluster, tell).await
+    }
+
+    /// Proves what is stored. Dropping the future stops it.
+    ///
+    /// # Errors
+    /// When it could not be read for reasons that say nothing about it.
+    pub async fn verify(
+        &self,
+        cluster: &ClusterName,
+        request: &Request,
+        tell: &(dyn Fn(Step) + Send + Sync),
+    ) -> Result<VerifyOutcome, Status> {
+        self.0.verify(cluster, request, tell).await
+    }
+
+    /// Keeps the result of a drill.
+    ///
+    /// # Errors
+    /// `INVALID` for one that cannot be read, `NOT_FOUND` for a backup that is not there.
+    pub async fn record_drill(&self, cluster: &ClusterName, document: &[u8]) -> Result<(), Status> {
+        let outcome: DrillOutcome = serde_json::from_slice(document)
+            .map_err(|e| Code::Invalid.status(format!("record a drill of {cluster}: {e}")))?;
+        self.0.base.backup(cluster, &outcome.backup).await?;
+        let (base, name, kept) = (self.0.base.clone(), cluster.clone(), outcome.clone());
+        let stored = tokio::task::spawn_blocking(move || {
+            outcomes::store_drilled(base.disk().as_ref(), base.root(), &name, &kept)
+        });
+        let stored = stored.await.map_err(|e| Code::Internal.status(format!("keep a drill: {e}")))?;
+        stored.map_err(|e| errors::status(&e))?;
+        self.0.metrics.drilled(cluster, &outcome);
+        Ok(())
+    }
+}

@@ -1,0 +1,205 @@
+//! Lets WAL go that no kept backup needs.
+//!
+//! For each timeline, oldest first: the horizon is put on record; then each file of tier 1 is proven in
+//! tier 2 by reading it back, and goes (P5); then what may go for good goes from tier 2. Only below the
+//! contiguous archived frontier, never the last file of a timeline, histories never. It stops at the first
+//! object that tier 2 does not let go, so that no hole comes to be behind one that is left.
+
+use super::Inner;
+use crate::errors;
+use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
+use klio_proto::Code;
+use klio_storage::{
+    Error,
+    catalog::{MaintenanceOutcome, RetentionPlan, retention::WalPlan},
+    layout::{ClusterName, Form, WalFile},
+    tier2::{Source, Tier2, Wrapping},
+    wal::{Horizon, StoredFile, WalStore},
+};
+use tonic::Status;
+
+/// Files named in an outcome; the rest are a number.
+const NAMED_MAX: usize = 10;
+
+impl Inner {
+    pub(super) async fn expire_wal(
+        &self,
+        cluster: &ClusterName,
+        plan: &RetentionPlan,
+        outcome: &mut MaintenanceOutcome,
+    ) -> Result<(), Status> {
+        let Some(size) = self.base.wal().pinned(cluster).map(|p| p.segment_size) else {
+            return Ok(());
+        };
+        for line in &plan.wal {
+            self.expire_line(cluster, size, line, outcome).await?;
+        }
+        self.base.forget_wal_listing(cluster);
+        Ok(())
+    }
+
+    async fn expire_line(
+        &self,
+        cluster: &ClusterName,
+        size: SegmentSize,
+        line: &WalPlan,
+        outcome: &mut MaintenanceOutcome,
+    ) -> Result<(), Status> {
+        let Some(below) = line.tier1_below else { return Ok(()) };
+        let Some(tier2) = self.base.tier2() else {
+            let Some(gone) = line.tier2_below else { return Ok(()) };
+            self.raise(cluster, line.timeline, gone, gone).await?;
+            for file in self.removable(cluster, line.timeline).await? {
+                self.remove(cluster, file.file, outcome).await?;
+            }
+            return Ok(());
+        };
+        let frontier = self.frontier(cluster, line.timeline);
+        let Some(archived) = frontier else { return Ok(()) };
+        // P5: only below what is archived without a hole.
+        let near = below.min(archived);
+        let Some(horizon) = self.raise(cluster, line.timeline, near, Lsn::ZERO).await? else {
+            return Ok(());
+        };
+        let mut kept = 0;
+        for file in self.removable(cluster, line.timeline).await? {
+            if let Err(error) = self.prove(tier2, cluster, &file).await {
+                kept += 1;
+                if kept <= NAMED_MAX {
+                    let text = format!("{} stays on tier 1, not proven in tier 2: {error}", file.file);
+                    outcome.held_back.push(text);
+                }
+                continue;
+            }
+            self.remove(cluster, file.file, outcome).await?;
+        }
+        if kept > NAMED_MAX {
+            outcome.held_back.push(format!("and {} more WAL files", kept - NAMED_MAX));
+        }
+        let gone = line.tier2_below.map_or(Lsn::ZERO, |below| below.min(horizon.local_from));
+        if kept > 0 || gone == Lsn::ZERO {
+            return Ok(());
+        }
+        let Some(horizon) = self.raise(cluster, line.timeline, Lsn::ZERO, gone).await? else {
+            return Ok(());
+        };
+        if let Err(error) = expire_far(tier2, cluster, size, &horizon, outcome).await {
+            tracing::error!(%cluster, %error, "WAL that nobody needs stays in tier 2");
+            outcome.held_back.push(format!("remove WAL from tier 2: {error}"));
+        }
+        Ok(())
+    }
+
+    /// How far a timeline is archived without a hole.
+    fn frontier(&self, cluster: &ClusterName, timeline: TimelineId) -> Option<Lsn> {
+        let state = self.archives.as_ref()?.state(cluster);
+        state.frontiers.iter().find(|f| f.timeline == timeline).map(|f| f.archived)
+    }
+
+    /// P5, at this moment: the object is read back and holds what the file holds.
+    async fn prove(
+        &self,
+        tier2: &Tier2,
+        cluster: &ClusterName,
+        file: &StoredFile,
+    ) -> Result<(), Error> {
+        let key = file.file.key_in(cluster, file.form);
+        let source = Source {
+            path: self.base.root().join(&key),
+            sha256: None,
+            zstd: !matches!(file.file, WalFile::History(_)),
+            plaintext_bytes: None,
+            wrapping: Wrapping {
+                age: file.form == Form::Age,
+                other_key: Some(file.file.key_in(cluster, file.form.other())),
+                at_rest: self.base.at_rest().clone(),
+            },
+        };
+        tier2.upload(&source, &key).await.map(drop)
+    }
+
+    /// Only where there is something to let go: a horizon is written durably. `None`: nothing is held.
+    async fn raise(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        local: Lsn,
+        held: Lsn,
+    ) -> Result<Option<Horizon>, Status> {
+        let store = self.base.wal();
+        let known = store.horizons(cluster).into_iter().find(|h| h.timeline == timeline);
+        if let Some(known) = known.filter(|h| local <= h.local_from && held <= h.held_from) {
+            return Ok(Some(known));
+        }
+        let position = store.positions(cluster).into_iter().find(|p| p.timeline == timeline);
+        if position.is_none_or(|p| known.is_none() && local.max(held) <= p.start) {
+            return Ok(None);
+        }
+        self.blocking(cluster, move |store, name| store.raise_horizon(name, timeline, local, held))
+            .await
+            .map(Some)
+    }
+
+    async fn removable(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Vec<StoredFile>, Status> {
+        self.blocking(cluster, move |store, name| store.removable(name, timeline)).await
+    }
+
+    async fn remove(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+        outcome: &mut MaintenanceOutcome,
+    ) -> Result<(), Status> {
+        let bytes = self.blocking(cluster, move |store, name| store.remove(name, file)).await?;
+        outcome.wal_removed_tier1 += 1;
+        outcome.freed_tier1_bytes += bytes;
+        Ok(())
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        cluster: &ClusterName,
+        work: impl FnOnce(&WalStore, &ClusterName) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Status> {
+        let (store, name) = (self.base.wal().clone(), cluster.clone());
+        let done = tokio::task::spawn_blocking(move || work(&store, &name)).await;
+        let done = done.map_err(|e| Code::Internal.status(format!("work on tier 1: {e}")))?;
+        done.map_err(|e| errors::status(&e))
+    }
+}
+
+/// Takes from tier 2 what lies below the horizon, oldest first, but the timeline's last object.
+async fn expire_far(
+    tier2: &Tier2,
+    cluster: &ClusterName,
+    size: SegmentSize,
+    horizon: &Horizon,
+    outcome: &mut MaintenanceOutcome,
+) -> Result<(), Error> {
+    let prefix = format!("{cluster}/wal");
+    let mut objects: Vec<(SegmentName, String, u64)> = Vec::new();
+    for object in tier2.list_prefix(&format!("{prefix}/{}", horizon.timeline)).await? {
+        let relative = object.key.strip_prefix(&prefix).map(|r| r.trim_start_matches('/'));
+        if let Some((WalFile::Segment(name) | WalFile::Partial(name), _)) =
+            relative.and_then(WalFile::parse_stored)
+        {
+            objects.push((name, object.key, object.size));
+        }
+    }
+    objects.sort();
+    let last = objects.last().map(|(name, ..)| *name);
+    for (name, key, bytes) in objects {
+        let end = name.start_lsn(size).map(|start| start.advance(size.bytes()));
+        if Some(name) == last || end.is_none_or(|end| end > horizon.held_from) {
+            continue;
+        }
+        tier2.remove(&key).await?;
+        outcome.wal_removed_tier2 += 1;
+        outcome.freed_tier2_bytes += bytes;
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! The child process: `klio-server repository`, with a job on standard input. Hidden: for the server.
+//!
+//! Its own process, so that the memory of a large index, and a panic in it, stay here. It works below
+//! others (nice 10), and ends with the server: the end of standard input ends it at once, in the middle
+//! of whatever it does, which every step of it allows.
+
+mod files;
+mod prune;
+mod verify;
+mod verify_wal;
+
+use super::protocol::{Job, Line, Step, Work};
+use crate::config::Config;
+use anyhow::{Context, bail};
+use klio_storage::{
+    crypt::AtRest,
+    disk::{Disk, RealDisk, read_small},
+    layout::{BaseObject, ClusterName},
+    repository::{BucketFiles, LocalFiles, SECRET_LIMIT_BYTES, Secret, decode_secret, secret_objects},
+    tier2::Tier2,
+};
+use std::{
+    io::{self, BufRead, Read, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::runtime::Handle;
+
+/// A broken pipe means that the server is gone.
+const EXIT_ORPHAN: i32 = 3;
+
+/// Writes lines to the server.
+#[derive(Debug, Clone, Copy)]
+struct Output;
+
+impl Output {
+    #[expect(clippy::unused_self, reason = "who has it may write")]
+    fn say(self, line: &Line) {
+        let Ok(mut text) = serde_json::to_vec(line) else { return };
+        text.push(b'\n');
+        let mut out = io::stdout().lock();
+        if out.write_all(&text).and_then(|()| out.flush()).is_err() {
+            std::process::exit(EXIT_ORPHAN);
+        }
+    }
+
+    fn progress(self, step: Step) {
+        self.say(&Line::Progress(step));
+    }
+}
+
+/// What the work is done with.
+struct Ground {
+    cluster: ClusterName,
+    disk: Arc<dyn Disk>,
+    /// Tier 1's folder.
+    root: PathBuf,
+    local: Arc<LocalFiles>,
+    bucket: Option<Arc<BucketFiles>>,
+    tier2: Option<Tier2>,
+    at_rest: AtRest,
+    runtime: Handle,
+    out: Output,
+}
+
+/// Runs a job to its end. The result goes to standard output, also a failure.
+///
+/// # Errors
+/// Only of what comes before a job is understood.
+pub fn run(config: &Path) -> anyhow::Result<()> {
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line).context("read the job")?;
+    let job: Job = serde_json::from_str(&line).context("read the job")?;
+    std::thread::Builder::new()
+        .name("parent".into())
+        .spawn(|| {
+            // Nothing more comes; the end of it does, when the server stops, dies or lets go.
+            let _ = io::stdin().lock().read_to_end(&mut Vec::new());
+            std::process::exit(EXIT_ORPHAN);
+        })
+        .context("watch the server")?;
+    // Others first; a system that does not allow it is no reason not to work.
+    let _ = rustix::process::nice(10);
+    let out = Output;
+    match work(config, job, out) {
+        Ok(line) => out.say(&line),
+        Err(error) => out.say(&Line::Failed { error: format!("{error:#}") }),
+    }
+    Ok(())
+}
+
+fn work(path: &Path, job: Job, out: Output) -> anyhow::Result<Line> {
+    let config = Config::load(path)?;
+    let url = config.tier2.as_ref().map(|tier2| tier2.url.to_string());
+    if config.data_dir != job.data_dir || url != job.tier2_url {
+        bail!(
+            "read configuration {}: data_dir or tier2.url is not what the server runs with; hint: restart klio-server",
+            path.display()
+        );
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let root = config.data_dir.join("tier1");
+    let base = root.join(job.cluster.as_str()).join("base");
+    let handle = runtime.handle().clone();
+    let bucket = tier2.clone().map(|t| {
+        Arc::new(BucketFiles::new(t, job.cluster.clone(), handle.clone()))
+    });
+    let ground = Ground {
+        local: Arc::new(LocalFiles::new(disk.clone(), base)),
+        at_rest: config.encryption.at_rest().context("read the encryption keys")?,
+        cluster: job.cluster,
+        runtime: handle,
+        disk,
+        root,
+        bucket,
+        tier2,
+        out,
+    };
+    Ok(match job.work {
+        Work::Prune(job) => Line::Pruned(prune::run(&ground, &job)?),
+        Work::Verify(job) => Line::Verified(verify::run(&ground, &job)?),
+    })
+}
+
+impl Ground {
+    /// Where an object lies on tier 1.
+    fn path(&self, object: &BaseObject) -> PathBuf {
+        self.root.join(object.key(&self.cluster))
+    }
+
+    /// What opens the repository, of tier 1, else of tier 2; `None` when there is no repository.
+    fn secret(&self) -> Result<Option<Secret>, klio_storage::Error> {
+        for object in secret_objects(&self.at_rest) {
+            let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
+            let path = self.path(&object);
+            // A damaged one is for verify to find; the other tier's copy may open what is there.
+            if let Ok(bytes) = read_small(self.disk.as_ref(), &path, SECRET_LIMIT_BYTES)
+                && let Ok(secret) = decode_secret(&bytes, encrypted, &self.at_rest, path.display())
+            {
+                return Ok(Some(secret));
+            }
+        }
+        let Some(tier2) = &self.tier2 else { return Ok(None) };
+        for object in secret_objects(&self.at_rest) {
+            let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
+            let key = object.key(&self.cluster);
+            let read = self.runtime.block_on(tier2.read_small(&key, SECRET_LIMIT_BYTES))?;
+            if let Some(bytes) = read {
+                return decode_secret(&bytes, encrypted, &self.at_rest, key).map(Some);
+            }
+        }
+        Ok(None)
+    }
+}

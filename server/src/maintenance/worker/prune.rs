@@ -1,0 +1,113 @@
+//! Takes out of a repository what no backup needs, and out of tier 1 what it need not keep.
+//!
+//! In this order: snapshots without a record, packs and indexes in two phases (R4), then tier 1's copies.
+//! P5: a pack leaves tier 1 only after the one in tier 2 was read back and has the SHA-256 of its name.
+
+use super::{Ground, files::Both};
+use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
+use anyhow::{Context, bail};
+use klio_storage::{
+    layout::{BaseFile, BaseKind, BaseObject},
+    repository::{Files, Repository, SnapshotId},
+    tier2::{Source, Wrapping},
+};
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, UNIX_EPOCH},
+};
+
+pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult> {
+    let mut result = PruneResult::default();
+    let Some(secret) = ground.secret().context("read the repository's secret")? else {
+        return Ok(result);
+    };
+    let files = Arc::new(Both::new(ground));
+    let repository = Repository::open(files.clone(), &secret).context("open the repository")?;
+    phase(ground, "look for snapshots without a backup");
+    let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
+    forget.extend(orphans(&repository, job)?);
+    if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
+        bail!("forget snapshot {needed}: expected one without a record, found one that a backup has");
+    }
+    let forget: Vec<SnapshotId> = forget.into_iter().collect();
+    repository.forget(&forget).context("forget snapshots")?;
+    if job.prune {
+        phase(ground, "look for packs that no backup needs");
+        let keep = Duration::from_secs(job.keep_marked_seconds);
+        let pruned = repository.prune(keep).context("prune the repository")?;
+        result.packs_marked = pruned.packs_marked + pruned.packs_repacked;
+        result.packs_removed = pruned.packs_removed;
+    }
+    let freed = files.freed();
+    result.freed_tier1_bytes += freed.tier1;
+    result.freed_tier2_bytes += freed.tier2;
+    if let Some(near) = &job.near {
+        evict(ground, &repository, near, &mut result)?;
+    }
+    Ok(result)
+}
+
+fn phase(ground: &Ground, text: &str) {
+    ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
+}
+
+/// What backups left that never came to be. A young one may be of a backup that is about to be committed.
+fn orphans(repository: &Repository, job: &PruneJob) -> anyhow::Result<Vec<SnapshotId>> {
+    let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
+    let all = repository.snapshots().context("list snapshots")?;
+    let old = all.into_iter().filter(|snapshot| {
+        let began = snapshot.began.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        !recorded.contains(&snapshot.id) && began < job.orphans_before_unix
+    });
+    Ok(old.map(|snapshot| snapshot.id).collect())
+}
+
+fn evict(
+    ground: &Ground,
+    repository: &Repository,
+    near: &[SnapshotId],
+    result: &mut PruneResult,
+) -> anyhow::Result<()> {
+    let Some(tier2) = &ground.tier2 else { return Ok(()) };
+    let needed = repository.packs_of(near).context("find what tier 1 keeps")?;
+    let held = ground.local.list(BaseKind::Data).context("list tier 1")?;
+    let going: Vec<(BaseFile, u64)> =
+        held.into_iter().filter(|(file, _)| !needed.contains(file)).collect();
+    let total_bytes = going.iter().map(|(_, size)| size).sum();
+    let mut done_bytes = 0;
+    for (number, (file, size)) in going.iter().enumerate() {
+        ground.out.progress(Step {
+            phase: "prove packs in tier 2 and let tier 1's copies go".into(),
+            done_bytes,
+            total_bytes,
+            done_files: number as u64,
+            total_files: going.len() as u64,
+        });
+        done_bytes += size;
+        let object = BaseObject::File(*file);
+        let source = Source {
+            path: ground.local.path(*file),
+            sha256: Some(file.id),
+            zstd: false,
+            plaintext_bytes: None,
+            wrapping: Wrapping::default(),
+        };
+        // Reads back what is there and compares it, or puts it there: P5, at this moment.
+        let proven = ground.runtime.block_on(tier2.upload(&source, &object.key(&ground.cluster)));
+        match proven {
+            Ok(uploaded) if uploaded.size == *size && uploaded.sha256 == file.id => {
+                ground.local.remove(*file).context("remove from tier 1")?;
+                result.packs_evicted += 1;
+                result.freed_tier1_bytes += size;
+            }
+            Ok(_) => result.held_back.push(format!("{object}: tier 2 holds another one")),
+            Err(error) => result.held_back.push(format!("{object} stays on tier 1: {error}")),
+        }
+        if result.held_back.len() > 20 {
+            result.held_back.push("and more; tier 1 keeps the rest for now".into());
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! Reads WAL back in both tiers: it must decrypt, decode to its size, and begin with the header of the
+//! segment that its name says, of this PostgreSQL.
+//!
+//! From start to stop of each backup all of it; behind that, a share where it was asked for. That nothing
+//! is missing in between is the server's to say, which knows the open segment, too.
+
+use super::verify::Checker;
+use crate::maintenance::protocol::{Archived, VerifyJob};
+use klio_pg::{
+    SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory,
+};
+use klio_storage::{
+    Error, Op,
+    crypt::{AtRest, payload_error},
+    layout::{BackupName, Form, WalFile},
+    wal::decode,
+};
+use rand::Rng;
+use std::{
+    collections::BTreeMap,
+    io::{self, Read},
+};
+
+/// PostgreSQL's own take a line for each ancestor.
+const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
+
+/// In which tiers a file is.
+type Held = BTreeMap<(WalFile, Form), ([bool; 2], u64)>;
+
+pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Error> {
+    let Ok(size) = SegmentSize::new(job.segment_size) else { return Ok(()) };
+    checker.phase("list WAL");
+    let held = held(checker)?;
+    let mut chosen = Vec::new();
+    let there = |file, form| held.get(&(file, form)).is_some_and(|(tiers, _)| tiers[1]);
+    for (&(file, form), &(tiers, bytes)) in &held {
+        let Some(owners) = wanted(file, size, job) else { continue };
+        let must = owed(file, size, &job.archived) && !there(file, form.other());
+        chosen.push((file, form, [false, tiers[1] || must], bytes, owners));
+    }
+    checker.phase("read WAL");
+    checker.step.total_bytes = chosen.iter().map(|c| c.3).sum();
+    checker.step.total_files = chosen.len() as u64;
+    let at_rest = checker.ground.at_rest.clone();
+    for (file, form, expected, bytes, owners) in chosen {
+        let key = file.key_in(&checker.ground.cluster, form);
+        let judge = |stored: &[u8]| judge(file, form, stored, size, job, &at_rest);
+        checker.prove(&key, expected, &|| owners.clone(), &judge)?;
+        checker.done(bytes);
+    }
+    Ok(())
+}
+
+/// Both tiers' listings.
+fn held(checker: &Checker<'_>) -> Result<Held, Error> {
+    let ground = checker.ground;
+    let mut held = Held::new();
+    let folder = ground.root.join(ground.cluster.as_str()).join("wal");
+    let mut add = |relative: &str, tier: usize, size: u64| {
+        if let Some(stored) = WalFile::parse_stored(relative) {
+            let entry = held.entry(stored).or_default();
+            entry.0[tier] = true;
+            entry.1 = entry.1.max(size);
+        }
+    };
+    let list = |folder: &std::path::Path| match ground.disk.list(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(|e| Error::io(Op::List, folder, e)),
+    };
+    let size = |path: &std::path::Path| ground.disk.stat(path).map_or(0, |stat| stat.size);
+    for entry in list(&folder)? {
+        if !entry.is_dir {
+            add(&entry.name, 0, size(&folder.join(&entry.name)));
+            continue;
+        }
+        let below = folder.join(&entry.name);
+        for file in list(&below)? {
+            add(&format!("{}/{}", entry.name, file.name), 0, size(&below.join(&file.name)));
+        }
+    }
+    if let Some(tier2) = &ground.tier2 {
+        let prefix = format!("{}/wal", ground.cluster);
+        for object in ground.runtime.block_on(tier2.list_prefix(&prefix))? {
+            if let Some(relative) = object.key.strip_prefix(&prefix) {
+                add(relative.trim_start_matches('/'), 1, object.size);
+            }
+        }
+    }
+    Ok(held)
+}
+
+const fn segment_of(file: WalFile) -> Option<SegmentName> {
+    match file {
+        WalFile::Segment(name) | WalFile::Partial(name) => Some(name),
+        WalFile::History(_) => None,
+    }
+}
+
+/// The backups that need a file; `None` when it is not to be read.
+fn wanted(file: WalFile, size: SegmentSize, job: &VerifyJob) -> Option<Vec<BackupName>> {
+    let mut owners = Vec::new();
+    let mut sure = false;
+    for backup in &job.backups {
+        let record = &backup.record;
+        let Some(start) = segment_of(file).and_then(|name| name.start_lsn(size)) else {
+            // A history: small, and every way to a later timeline needs it.
+            owners.push(record.name.clone());
+            sure = true;
+            continue;
+        };
+        let end = start.advance(size.bytes());
+        if file.timeline() >= record.start_timeline && end > record.start_lsn {
+            owners.push(record.name.clone());
+            sure |= file.timeline() <= record.stop_timeline && start < record.stop_lsn;
+        }
+    }
+    if owners.is_empty() {
+        return None;
+    }
+    let share = || rand::rng().random_range(0.0..100.0) < job.read_percent;
+    (sure || job.wal && share()).then_some(owners)
+}
+
+/// Whether tier 2 must have it.
+fn owed(file: WalFile, size: SegmentSize, archived: &[Archived]) -> bool {
+    let WalFile::Segment(name) = file else { return false };
+    let Some(start) = name.start_lsn(size) else { return false };
+    let inside = |a: &Archived| a.timeline == name.timeline() && a.from <= start && start < a.to;
+    archived.iter().any(inside)
+}
+
+fn judge(
+    file: WalFile,
+    form: Form,
+    stored: &[u8],
+    size: SegmentSize,
+    job: &VerifyJob,
+    at_rest: &AtRest,
+) -> Result<(), String> {
+    let mut plain: Box<dyn Read + '_> = match form {
+        Form::Plain => Box::new(stored),
+        Form::Age => {
+            let keys = at_rest.need(file).map_err(|e| e.detail)?;
+            Box::new(keys.decrypt(stored).map_err(|e| e.detail)?)
+        }
+    };
+    let Some(name) = segment_of(file) else {
+        let mut text = Vec::new();
+        let read = plain.take(HISTORY_LIMIT_BYTES).read_to_end(&mut text);
+        read.map_err(|e| payload_error(file, &e).detail)?;
+        return TimelineHistory::parse(file.timeline(), &text).map(drop).map_err(|e| e.to_string());
+    };
+    let mut header = Vec::with_capacity(SEGMENT_HEADER_BYTES);
+    let mut keep = |piece: &[u8]| {
+        let missing = SEGMENT_HEADER_BYTES.saturating_sub(header.len()).min(piece.len());
+        header.extend_from_slice(&piece[..missing]);
+        Ok(())
+    };
+    let found = decode::decode_reader(&mut plain, size.bytes(), &mut keep).map_err(|e| e.detail)?;
+    let whole = matches!(file, WalFile::Segment(_));
+    if whole && found != size.bytes() {
+        return Err(format!("expected {} bytes of WAL, found {found}", size.bytes()));
+    }
+    let header: [u8; SEGMENT_HEADER_BYTES] =
+        header.try_into().map_err(|_| format!("expected a page header, found {found} bytes"))?;
+    let header = SegmentHeader::parse(&header).map_err(|e| e.to_string())?;
+    header.belongs_to(name).map_err(|e| e.to_string())?;
+    if header.system_identifier != job.system_identifier {
+        let expected = job.system_identifier;
+        return Err(format!("expected system identifier {expected}, found {}", header.system_identifier));
+    }
+    Ok(())
+}
