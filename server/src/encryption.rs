@@ -21,6 +21,11 @@ pub struct EncryptionConfig {
     pub off: bool,
 }
 
+/// No key, or not the right one: a start that ends with an exit status of its own, having touched nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("encryption at rest: {0}")]
+pub struct KeyProblem(#[from] klio_storage::Error);
+
 impl EncryptionConfig {
     /// What can be seen without reading the identity.
     pub fn validate(&self) -> Vec<String> {

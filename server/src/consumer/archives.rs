@@ -308,8 +308,6 @@ impl State {
         stored: &[StoredObject],
         since: &BTreeSet<WalFile>,
     ) -> Vec<StoredFile> {
-        let objects: BTreeMap<WalFile, &StoredObject> =
-            stored.iter().map(|object| (object.file, object)).collect();
         let local: BTreeMap<WalFile, u64> = held.iter().map(|f| (f.file, f.size)).collect();
         let accepts = |file, size| {
             // Of another size: not proven to be ours. The upload compares the contents.
@@ -319,6 +317,14 @@ impl State {
                 None => local == size,
             }
         };
+        // Of a file in both forms the one that is proven counts.
+        let mut objects: BTreeMap<WalFile, &StoredObject> = BTreeMap::new();
+        for object in stored {
+            let there = objects.entry(object.file).or_insert(object);
+            if !accepts(there.file, there.size) {
+                *there = object;
+            }
+        }
         let proven: BTreeSet<WalFile> = objects
             .values()
             .filter(|object| accepts(object.file, object.size))

@@ -26,7 +26,7 @@ use klio_storage::{
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
     record,
     repository::{decode_secret, secret_objects},
-    tier2::{Outcome, Source},
+    tier2::{Outcome, Source, Wrapping},
     wal::Pinned,
 };
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
@@ -194,7 +194,13 @@ impl BaseWork {
     ) -> Result<Done, Error> {
         let key = object.key(&self.cluster);
         let path = self.base.path(&self.cluster, object);
-        let source = Source { path, sha256, zstd: false, plaintext_bytes: None };
+        let source = Source {
+            path,
+            sha256,
+            zstd: false,
+            plaintext_bytes: None,
+            wrapping: Wrapping::default(),
+        };
         match self.parts.tier2.upload(&source, &key).await {
             Ok(uploaded) => {
                 let (attempt, written) = match uploaded.outcome {
@@ -237,7 +243,7 @@ impl BaseWork {
         // Both forms may be there, of earlier and later settings: the one that tier 1 reads first.
         let [secret, other] = secret_objects(base.at_rest());
         let secret = if sizes.contains_key(&secret) { secret } else { other };
-        let fixed = needed.into_iter().map(BaseObject::File);
+        let fixed = needed.iter().copied().map(BaseObject::File);
         let all = fixed.chain([BaseObject::Cluster, secret]);
         let missing: Vec<_> = all.filter(|object| !is_proven(object, &known, &sizes)).collect();
         match missing.iter().find(|object| !sizes.contains_key(object)) {

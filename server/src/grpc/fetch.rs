@@ -11,6 +11,7 @@ use klio_storage::{
     Error, Kind, Op,
     crypt::{Keys, payload_error},
     layout::WalFile,
+    tier2::Download,
     wal::{Found, OpenSegment, open_stored},
 };
 use std::{
@@ -37,24 +38,8 @@ pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
         Located::Tier1 { found, segment_size } => {
             tasks.spawn(from_disk(found, segment_size, pieces));
         }
-        Located::Tier2 { file, download, segment_size } => {
-            tasks.spawn(async move {
-                let header = header_of(file, segment_size);
-                let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
-                if pieces.send(Ok(first)).await.is_err() {
-                    return;
-                }
-                let mut download = download;
-                while let Some(piece) = download.next().await {
-                    let piece = piece
-                        .map(|data| v1::FetchResponse { header: None, data })
-                        .map_err(|error| broken(&error));
-                    let failed = piece.is_err();
-                    if pieces.send(piece).await.is_err() || failed {
-                        return;
-                    }
-                }
-            });
+        Located::Tier2 { file, download, keys, segment_size } => {
+            tasks.spawn(from_bucket(file, download, keys, segment_size, pieces));
         }
     }
     ReceiverStream::new(outbound).boxed()
@@ -74,6 +59,37 @@ fn header_of(file: WalFile, segment_size: u32) -> v1::FetchHeader {
         _ => 0,
     };
     v1::FetchHeader { kind: kind_of(file).into(), plain_size, segment_size, tier: "tier2".into() }
+}
+
+async fn from_bucket(
+    file: WalFile,
+    download: Download,
+    keys: Option<Keys>,
+    segment_size: u32,
+    pieces: Pieces,
+) {
+    let header = header_of(file, segment_size);
+    let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
+    if pieces.send(Ok(first)).await.is_err() {
+        return;
+    }
+    let plain = match keys {
+        None => Ok(download.boxed()),
+        Some(keys) => keys.decrypt_stream(download, file.to_string()).await.map(StreamExt::boxed),
+    };
+    let mut plain = match plain {
+        Ok(plain) => plain,
+        Err(error) => return drop(pieces.send(Err(broken(&error))).await),
+    };
+    while let Some(piece) = plain.next().await {
+        let piece = piece
+            .map(|data| v1::FetchResponse { header: None, data })
+            .map_err(|error| broken(&error));
+        let failed = piece.is_err();
+        if pieces.send(piece).await.is_err() || failed {
+            return;
+        }
+    }
 }
 
 async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
@@ -159,7 +175,8 @@ mod tests {
     fn stored(path: PathBuf) -> Located {
         let file = "000000010000000000000001".parse().unwrap();
         let encoding = klio_storage::wal::Encoding::Zstd;
-        let found = Found::Stored { file, path, size: 0, plain_size: 1 << 20, encoding, keys: None };
+        let found =
+            Found::Stored { file, path, size: 0, plain_size: 1 << 20, encoding, keys: None };
         Located::Tier1 { found, segment_size: 1 << 20 }
     }
 

@@ -149,15 +149,19 @@ impl Keys {
         let recipients = header::recipients_of(&head);
         // Without a buffer of its own the second part ends a header that is longer than any of ours.
         let whole = io::Cursor::new(head).chain(BufReader::with_capacity(0, from));
-        let identities = self.0.identities.iter().map(|(identity, _)| identity as &dyn Identity);
+        let identities = self.identities().map(|identity| identity as &dyn Identity);
         Decryptor::new_buffered(whole)
             .and_then(|decryptor| decryptor.decrypt(identities))
             .map(Decrypted)
             .map_err(|e| self.header_error(e, recipients.as_deref()))
     }
 
+    pub(super) fn identities(&self) -> impl Iterator<Item = &x25519::Identity> {
+        self.0.identities.iter().map(|(identity, _)| identity)
+    }
+
     /// Why a header does not open.
-    fn header_error(&self, cause: DecryptError, recipients: Option<&[String]>) -> Error {
+    pub(super) fn header_error(&self, cause: DecryptError, recipients: Option<&[String]>) -> Error {
         let place = "age file";
         let own = self.own();
         let for_us = recipients.is_some_and(|all| all.iter().any(|name| own.contains(name)));

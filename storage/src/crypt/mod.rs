@@ -10,6 +10,7 @@
 
 mod header;
 mod identity;
+mod incoming;
 mod keys;
 mod stream;
 

@@ -1,10 +1,11 @@
 //! Is the object that is already there the one we would have written?
 //!
-//! Same bytes, or other bytes around the same plaintext (a segment sealed twice), count as done.
+//! Same bytes, or other bytes around the same plaintext (a segment sealed twice, or of the time before it was encrypted),
+//! count as done. Every age file has a key of its own, so of encrypted files only the plaintext can be compared.
 //! Anything else is a conflict and is left alone (U4).
 
 use super::{
-    Sha256Sum, Tier2,
+    Sha256Sum, Source, Tier2,
     digest::Hasher,
     fault::classify,
     local::{Local, blocking, decode, plaintext_sum},
@@ -18,13 +19,14 @@ use std::io::{self, Read};
 use tokio::sync::mpsc;
 
 impl Tier2 {
-    /// Decides by content what an object found under our key means.
+    /// Decides by content what an object found under our key means; `age`: it is encrypted.
     pub(super) async fn compare(
         &self,
         key: &str,
         path: &Path,
         found: &ObjectMeta,
         local: &Local,
+        age: bool,
     ) -> Result<Uploaded, Error> {
         let same =
             Uploaded { size: found.size, sha256: local.sha256, outcome: Outcome::AlreadyThere };
@@ -35,15 +37,18 @@ impl Tier2 {
             Error::new(Kind::Conflict, Op::Upload, self.place(key), detail)
                 .hint("two clusters may share this prefix; compare both files, nothing was changed")
         };
-        if !local.zstd {
+        if !local.source.zstd && !local.source.wrapping.age && !age {
             return Err(conflict("an object with other content is already there".into()));
         }
-        let file = local.path.clone();
-        let ours = blocking(move || plaintext_sum(&file, None)).await?;
-        match self.object_plaintext_sum(key, path).await? {
+        let source = local.source.clone();
+        let ours = blocking(move || plaintext_sum(&source, None)).await?;
+        match self.object_plaintext_sum(key, path, &local.source, age).await {
             Ok(theirs) if theirs == ours => Ok(same),
             Ok(_) => Err(conflict("an object with other plaintext is already there".into())),
-            Err(error) => Err(conflict(format!("an object that is no zstd is there: {error}"))),
+            Err(error) if error.kind == Kind::Corrupt => {
+                Err(conflict(format!("an object that cannot be decoded is there: {error}")))
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -65,12 +70,14 @@ impl Tier2 {
         Ok(self.store.get(path).await.map_err(fail)?.into_stream())
     }
 
-    /// Outer error: the store. Inner error: what is stored is not zstd.
+    /// `Corrupt`: what is stored does not decode. Others: the store, or no key for it.
     async fn object_plaintext_sum(
         &self,
         key: &str,
         path: &Path,
-    ) -> Result<Result<Sha256Sum, io::Error>, Error> {
+        source: &Source,
+        age: bool,
+    ) -> Result<Sha256Sum, Error> {
         let mut chunks = self.object_stream(key, path).await?;
         // Two chunks in flight: decoding waits for the network, never the other way round.
         let (sender, receiver) = mpsc::channel(2);
@@ -82,7 +89,10 @@ impl Tier2 {
             }
             Ok::<_, object_store::Error>(())
         };
-        let decoded = blocking(move || Ok(decode(ChunkReader::new(receiver)).map(Hasher::finish)));
+        let (source, place) = (source.clone(), self.place(key));
+        let decoded = blocking(move || {
+            decode(ChunkReader::new(receiver), &source, age, &place).map(Hasher::finish)
+        });
         let (fed, decoded) = tokio::join!(feed, decoded);
         fed.map_err(|error| classify(Op::Download, &self.place(key), error))?;
         decoded

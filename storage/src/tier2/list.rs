@@ -3,7 +3,7 @@
 use super::{Tier2, fault::classify};
 use crate::{
     Error, Op,
-    layout::{ClusterName, WalFile},
+    layout::{ClusterName, Form, WalFile},
 };
 use futures::TryStreamExt;
 use object_store::path::Path;
@@ -13,6 +13,8 @@ use object_store::path::Path;
 pub struct StoredObject {
     /// Which file.
     pub file: WalFile,
+    /// How it lies there. A file may be listed in both forms.
+    pub form: Form,
     /// Bytes of the object.
     pub size: u64,
     /// Unix time in seconds at which the store says it was written.
@@ -34,9 +36,9 @@ impl Tier2 {
         while let Some(meta) = objects.try_next().await.map_err(fail)? {
             let relative = meta.location.as_ref().strip_prefix(&prefix);
             let relative = relative.and_then(|r| r.strip_prefix('/'));
-            if let Some(file) = relative.and_then(WalFile::parse_relative) {
+            if let Some((file, form)) = relative.and_then(WalFile::parse_stored) {
                 let modified_unix = u64::try_from(meta.last_modified.timestamp()).unwrap_or(0);
-                found.push(StoredObject { file, size: meta.size, modified_unix });
+                found.push(StoredObject { file, form, size: meta.size, modified_unix });
             }
         }
         Ok(found)

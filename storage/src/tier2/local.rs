@@ -3,12 +3,12 @@
 //! A damaged tier-1 file never becomes an object: its sum is the job's, or it decodes to the end.
 
 use super::{Sha256Sum, Tier2, digest::Hasher, transfer::PART_BYTES};
-use crate::{Error, Kind, Op};
+use crate::{Error, Kind, Op, crypt::AtRest};
 use bytes::Bytes;
 use std::{
     fs::File,
     io::{self, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 use tokio::sync::OwnedSemaphorePermit;
@@ -20,16 +20,44 @@ pub struct Source {
     pub path: PathBuf,
     /// Its sum when it was sealed, where known; then the file is not decoded to check it.
     pub sha256: Option<Sha256Sum>,
-    /// Whether it is a zstd stream.
+    /// Whether it is a zstd stream, when it is decrypted.
     pub zstd: bool,
     /// Size of what the zstd stream holds, where known.
     pub plaintext_bytes: Option<u64>,
+    /// How it is encrypted.
+    pub wrapping: Wrapping,
+}
+
+/// How a file to upload is encrypted, and where the same may lie that is not encrypted so.
+#[derive(Debug, Clone, Default)]
+pub struct Wrapping {
+    /// The file is an age file.
+    pub age: bool,
+    /// The key of the other form, where there is one: what lies there is the same file of other settings.
+    pub other_key: Option<String>,
+    /// What opens both.
+    pub at_rest: AtRest,
+}
+
+impl Wrapping {
+    /// What `from` holds, when its encryption is taken off.
+    pub(super) fn unwrap(
+        &self,
+        from: impl Read + 'static,
+        age: bool,
+        place: &str,
+    ) -> Result<Box<dyn Read>, Error> {
+        if !age {
+            return Ok(Box::new(from));
+        }
+        let keys = self.at_rest.need(place)?;
+        Ok(Box::new(keys.decrypt(from).map_err(|e| e.at(place))?))
+    }
 }
 
 /// A file that passed its check.
 pub(super) struct Local {
-    pub(super) path: PathBuf,
-    pub(super) zstd: bool,
+    pub(super) source: Source,
     pub(super) size: u64,
     pub(super) sha256: Sha256Sum,
     /// The whole file, when it is small enough for one request, with its share of the budget.
@@ -45,13 +73,7 @@ impl Tier2 {
         let permit = if small { Some(self.take_budget(metadata.len()).await?) } else { None };
         let task = source.clone();
         let (size, sha256, bytes) = blocking(move || check(&task, small)).await?;
-        Ok(Local {
-            path: source.path.clone(),
-            zstd: source.zstd,
-            size,
-            sha256,
-            held: bytes.zip(permit),
-        })
+        Ok(Local { source: source.clone(), size, sha256, held: bytes.zip(permit) })
     }
 
     /// A share of the memory budget; waits for its turn (the semaphore is fair).
@@ -98,33 +120,49 @@ fn check(source: &Source, keep: bool) -> Result<(u64, Sha256Sum, Option<Bytes>),
         return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), "found 0 bytes"));
     }
     // What no decoder can check, and of which the sum is known: a repository file, named by it.
-    if let Some(expected) = source.sha256.filter(|expected| !source.zstd && *expected != sha256) {
+    let decodes = source.zstd || source.wrapping.age;
+    if let Some(expected) = source.sha256.filter(|expected| !decodes && *expected != sha256) {
         let detail = format!("expected the SHA-256 {expected}, found {sha256}");
         return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), detail));
     }
-    // A sum that differs is not damage yet: sealing again after a crash may compress differently.
-    if source.zstd && source.sha256 != Some(sha256) {
-        plaintext_sum(&source.path, source.plaintext_bytes)?;
+    // A sum that differs is not damage yet: sealed again after a crash it is compressed or encrypted differently.
+    if decodes && source.sha256 != Some(sha256) {
+        plaintext_sum(source, source.plaintext_bytes)?;
     }
     Ok((size, sha256, kept.map(Bytes::from)))
 }
 
-/// Decodes a zstd file to its end and gives the sum of what it holds.
-pub(super) fn plaintext_sum(path: &Path, expected: Option<u64>) -> Result<Sha256Sum, Error> {
+/// Decodes a file to its end and gives the sum of what it holds.
+pub(super) fn plaintext_sum(source: &Source, expected: Option<u64>) -> Result<Sha256Sum, Error> {
+    let path = &source.path;
     let file = File::open(path).map_err(|error| Error::io(Op::Read, path, error))?;
-    let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Decode, path.display(), detail);
-    let hasher = decode(file).map_err(|error| corrupt(format!("no whole zstd stream: {error}")))?;
+    let place = path.display().to_string();
+    let hasher = decode(file, source, source.wrapping.age, &place)?;
     match expected {
         Some(bytes) if bytes != hasher.bytes() => {
-            Err(corrupt(format!("expected {bytes} bytes inside, found {}", hasher.bytes())))
+            let detail = format!("expected {bytes} bytes inside, found {}", hasher.bytes());
+            Err(Error::new(Kind::Corrupt, Op::Decode, place, detail))
         }
         _ => Ok(hasher.finish()),
     }
 }
 
-/// Decodes zstd frames to the end of `reader`, keeping nothing but the sum.
-pub(super) fn decode(reader: impl Read) -> io::Result<Hasher> {
+/// Decodes to the end of `reader`, keeping nothing but the sum; `age`: it is encrypted.
+pub(super) fn decode(
+    reader: impl Read + 'static,
+    source: &Source,
+    age: bool,
+    place: &str,
+) -> Result<Hasher, Error> {
+    let corrupt = |error: io::Error| {
+        let detail = format!("no whole file: {error}");
+        Error::new(Kind::Corrupt, Op::Decode, place, detail)
+    };
     let mut hasher = Hasher::default();
-    io::copy(&mut zstd::stream::read::Decoder::new(reader)?, &mut hasher)?;
+    let mut plain = source.wrapping.unwrap(reader, age, place)?;
+    if source.zstd {
+        plain = Box::new(zstd::stream::read::Decoder::new(plain).map_err(corrupt)?);
+    }
+    io::copy(&mut plain, &mut hasher).map_err(corrupt)?;
     Ok(hasher)
 }

@@ -3,7 +3,7 @@
 //! What "uploaded" promises (P5):
 //! U1  the object is there under its key with the size of the local file, asked for after the upload;
 //! U2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were
-//!     read back, or they hold the same plaintext in another compression;
+//!     read back, or they hold the same plaintext in another compression or encryption;
 //! U3  an object is whole or absent: a failed upload leaves nothing under the key;
 //! U4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
 //!
@@ -21,8 +21,8 @@ mod list;
 mod local;
 mod objects;
 mod open;
-mod segments;
 mod payload;
+mod segments;
 mod transfer;
 
 #[cfg(test)]
@@ -32,7 +32,7 @@ pub use config::{Encryption, Secret, Tier2Config};
 pub use digest::{Hasher, Sha256Sum, Sha256SumError};
 pub use fetch::Download;
 pub use list::StoredObject;
-pub use local::Source;
+pub use local::{Source, Wrapping};
 pub use objects::ListedObject;
 pub use segments::WalAt;
 pub use transfer::{Outcome, Uploaded};

@@ -8,7 +8,7 @@ use super::{
     Sha256Sum, Source, Tier2,
     digest::Hasher,
     fault::{classify, status},
-    local::Local,
+    local::{Local, Wrapping},
 };
 use crate::{Error, Kind, Op};
 use bytes::Bytes;
@@ -38,7 +38,7 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Uploaded {
     /// Bytes of the object. Differs from the local file where an older object holds the same
-    /// plaintext in another compression.
+    /// plaintext in another compression or encryption.
     pub size: u64,
     /// Sum of the local file.
     pub sha256: Sha256Sum,
@@ -66,16 +66,21 @@ impl Tier2 {
         let path = self.path(Op::Upload, key)?;
         self.require_folder(Op::Upload, key)?;
         let local = self.read_local(source).await?;
+        let age = source.wrapping.age;
         // Asked first because some stores accept a condition and ignore it (s3rver does).
-        if let Some(found) = self.find(key, &path).await? {
-            return self.compare(key, &path, &found, &local).await;
+        let (found, other) = tokio::join!(self.find(key, &path), self.find_other(&source.wrapping));
+        if let Some(found) = found? {
+            return self.compare(key, &path, &found, &local, age).await;
+        }
+        if let Some((key, path, found)) = other? {
+            return self.compare(&key, &path, &found, &local, !age).await;
         }
         match self.put(key, &path, &local).await {
             Ok(()) => self.prove(key, &path, &local).await,
             Err(Refused::Failed(error)) => Err(error),
             Err(Refused::Exists | Refused::Unconditional) => match self.find(key, &path).await? {
                 // Also what a retried PUT says about its own first attempt.
-                Some(found) => self.compare(key, &path, &found, &local).await,
+                Some(found) => self.compare(key, &path, &found, &local, age).await,
                 None => Err(Error::new(
                     Kind::Transient,
                     Op::Upload,
@@ -84,6 +89,16 @@ impl Tier2 {
                 )),
             },
         }
+    }
+
+    /// The same file in its other form.
+    async fn find_other(
+        &self,
+        wrapping: &Wrapping,
+    ) -> Result<Option<(String, Path, ObjectMeta)>, Error> {
+        let Some(key) = &wrapping.other_key else { return Ok(None) };
+        let path = self.path(Op::Upload, key)?;
+        Ok(self.find(key, &path).await?.map(|found| (key.clone(), path, found)))
     }
 
     /// The object's facts, or `None` on a 404. Good enough to decide to write, not to report an
@@ -184,8 +199,8 @@ impl Tier2 {
         upload: &mut dyn MultipartUpload,
         local: &Local,
     ) -> Result<(), Error> {
-        let io = |error| Error::io(Op::Read, &local.path, error);
-        let mut file = tokio::fs::File::open(&local.path).await.map_err(io)?;
+        let io = |error| Error::io(Op::Read, &local.source.path, error);
+        let mut file = tokio::fs::File::open(&local.source.path).await.map_err(io)?;
         let mut hasher = Hasher::default();
         let mut parts = JoinSet::new();
         let mut left = local.size;
@@ -211,7 +226,7 @@ impl Tier2 {
         }
         if hasher.finish() != local.sha256 {
             let detail = "the file changed while it was uploaded";
-            return Err(Error::new(Kind::Transient, Op::Read, local.path.display(), detail));
+            return Err(Error::new(Kind::Transient, Op::Read, local.source.path.display(), detail));
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ pub mod decode;
 mod frame;
 mod horizon;
 mod journal;
+mod keys;
 mod reader;
 mod record;
 mod recover;
@@ -42,6 +43,7 @@ mod tests;
 
 pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
+pub use keys::{Locked, check_keys, locked};
 pub use reader::OpenSegment;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
@@ -51,7 +53,7 @@ pub use writer::{FlushedLsn, Flusher, Preparation, Writer};
 
 use crate::{
     Error, Kind, Op,
-    crypt::payload_error,
+    crypt::{AtRest, payload_error},
     disk::{Disk, durable},
     layout::{ClusterName, Form, WalFile},
 };
@@ -133,6 +135,11 @@ impl WalStore {
             let detail = "expected a cluster that was identified first, found none of that name";
             Error::new(Kind::NotFound, op, name, detail)
         })
+    }
+
+    /// What files are encrypted with.
+    pub fn at_rest(&self) -> &AtRest {
+        &self.0.shared.options.at_rest
     }
 
     /// The folder.

@@ -6,7 +6,7 @@ mod promises;
 pub(crate) mod s3;
 mod tls;
 
-use super::{Secret, Source, Tier2, Tier2Config};
+use super::{Secret, Source, Tier2, Tier2Config, Wrapping};
 use s3::{BUCKET, S3};
 use std::path::{Path, PathBuf};
 
@@ -47,5 +47,5 @@ pub(super) fn sealed(folder: &Path, name: &str, plain: &[u8], level: i32) -> Sou
 }
 
 pub(super) fn source(path: PathBuf) -> Source {
-    Source { path, sha256: None, zstd: true, plaintext_bytes: None }
+    Source { path, sha256: None, zstd: true, plaintext_bytes: None, wrapping: Wrapping::default() }
 }

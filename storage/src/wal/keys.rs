@@ -1,0 +1,180 @@
+//! Which key opens what on tier 1, and writing it again for other keys.
+//!
+//! - A start with a key that does not open what is there ends before anything is touched.
+//! - Writing again replaces each file by a whole, synced one: a crash in between leaves every file readable with one of
+//!   the identities of the identity file, which keeps the old ones.
+
+use super::{WalStore, cipher, cluster::lock, frame::JournalHeader};
+use crate::{
+    Error, Kind, Op,
+    crypt::{self, AtRest, HEADER_LIMIT_BYTES},
+    disk::{Disk, read_full},
+    layout::{ClusterName, Form, OPEN_KEY, WalFile},
+};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+/// An encrypted file of tier 1 and for whom it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Locked {
+    /// The file.
+    pub path: PathBuf,
+    /// Its recipients as its header says: empty when it does not name them.
+    pub recipients: Vec<String>,
+}
+
+fn names(disk: &dyn Disk, folder: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
+    match disk.list(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(|e| Error::io(Op::List, folder, e)),
+    }
+}
+
+/// The encrypted files of a cluster, its key files first; WAL in order.
+fn age_files(disk: &dyn Disk, cluster: &Path) -> Result<Vec<Vec<PathBuf>>, Error> {
+    let in_folder = |folder: &Path| -> Result<Vec<PathBuf>, Error> {
+        let entries = names(disk, folder)?.into_iter();
+        let files = entries.filter(|e| !e.is_dir && e.name.ends_with(Form::Age.suffix()));
+        let mut paths: Vec<PathBuf> = files.map(|e| folder.join(e.name)).collect();
+        paths.sort();
+        Ok(paths)
+    };
+    let wal = cluster.join("wal");
+    let mut groups = vec![in_folder(cluster)?, in_folder(&wal)?];
+    for entry in names(disk, &wal)?.iter().filter(|entry| entry.is_dir) {
+        groups.push(in_folder(&wal.join(&entry.name))?);
+    }
+    Ok(groups)
+}
+
+fn head(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>, Error> {
+    let failed = |e| Error::io(Op::Read, path, e);
+    let file = disk.open(path, false).map_err(failed)?;
+    let mut head = vec![0; HEADER_LIMIT_BYTES];
+    let count = read_full(file.as_ref(), &mut head, 0).map_err(failed)?;
+    head.truncate(count);
+    Ok(head)
+}
+
+/// Every encrypted file of a cluster on tier 1, with its recipients.
+///
+/// # Errors
+/// As the disk fails.
+pub fn locked(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Vec<Locked>, Error> {
+    let mut found = Vec::new();
+    for path in age_files(disk, &root.join(cluster.as_str()))?.into_iter().flatten() {
+        let recipients = crypt::recipients_of(&head(disk, &path)?).unwrap_or_default();
+        found.push(Locked { path, recipients });
+    }
+    Ok(found)
+}
+
+/// Whether the keys are those of what lies on tier 1: the key files of each cluster, and the first and last encrypted file
+/// of each folder of WAL. Touches nothing. A damaged file is not a matter of keys: it passes here.
+///
+/// # Errors
+/// `Denied`, with the file and for whom it is; as the disk fails.
+pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), Error> {
+    for entry in names(disk, root)?.iter().filter(|entry| entry.is_dir) {
+        if entry.name.parse::<ClusterName>().is_err() {
+            continue;
+        }
+        let folder = root.join(&entry.name);
+        let groups = age_files(disk, &folder)?;
+        for (number, group) in groups.iter().enumerate() {
+            let ends = [group.first(), group.last()];
+            let some: Vec<&PathBuf> = match number {
+                0 => group.iter().collect(),
+                _ => ends.into_iter().flatten().collect(),
+            };
+            for path in some {
+                check_file(disk, path, at_rest)?;
+            }
+        }
+        if at_rest.reading().is_none() {
+            check_journals(disk, &folder.join("wal"), at_rest)?;
+        }
+    }
+    Ok(())
+}
+
+/// Without any key there must be no encrypted journal.
+fn check_journals(disk: &dyn Disk, wal: &Path, at_rest: &AtRest) -> Result<(), Error> {
+    for folder in names(disk, wal)?.iter().filter(|entry| entry.is_dir) {
+        let folder = wal.join(&folder.name);
+        for entry in names(disk, &folder)?.iter().filter(|e| e.name.ends_with(".open")) {
+            let path = folder.join(&entry.name);
+            let encrypted =
+                JournalHeader::decode(&head(disk, &path)?).is_ok_and(|h| h.key.is_some());
+            if encrypted {
+                at_rest.need(path.display())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_file(disk: &dyn Disk, path: &Path, at_rest: &AtRest) -> Result<(), Error> {
+    let head = head(disk, path)?;
+    // What is left of a journal's key opens nothing without journals, and those tell by themselves.
+    if at_rest.reading().is_none() && path.ends_with(OPEN_KEY) {
+        return Ok(());
+    }
+    match at_rest.need(path.display())?.decrypt(io::Cursor::new(head)) {
+        Err(error) if error.kind == Kind::Denied => Err(error.at(path.display())),
+        _ => Ok(()),
+    }
+}
+
+impl WalStore {
+    /// Wraps the key of a cluster's journals for the recipients there are now. False when there is none.
+    ///
+    /// # Errors
+    /// `Denied`, `Corrupt`, or as the disk fails; then the old wrapping is still there.
+    pub fn rewrap_key(&self, name: &ClusterName) -> Result<bool, Error> {
+        let cluster = self.need(name, Op::Write)?;
+        let _one = lock(&cluster.op);
+        match self.at_rest().writing() {
+            Some(keys) => cipher::rewrap(self.disk(), &cluster.folder().join(OPEN_KEY), keys),
+            None => Ok(false),
+        }
+    }
+
+    /// Writes a finished file again as the settings ask for, unless it is so: encrypted for the recipients there are now,
+    /// or plain. Reads all of it, and so verifies it. Gives whether it was written.
+    ///
+    /// # Errors
+    /// `Denied`, `Corrupt`, or as the disk fails; then the old file is still there.
+    pub fn rewrap(&self, name: &ClusterName, file: WalFile) -> Result<bool, Error> {
+        let cluster = self.need(name, Op::Write)?;
+        let _one = lock(&cluster.op);
+        let Some(stored) = cluster.stored(file)? else { return Ok(false) };
+        let good = match (self.at_rest().writing(), stored.form) {
+            (None, form) => form == Form::Plain,
+            (Some(_), Form::Plain) => false,
+            (Some(keys), Form::Age) => {
+                let there = crypt::recipients_of(&head(self.disk(), &stored.path)?);
+                there.is_some_and(|there| there == keys.recipients())
+            }
+        };
+        if good {
+            return Ok(false);
+        }
+        let limit = cluster.pinned()?.segment_size.bytes();
+        if !matches!(file, WalFile::History(_)) {
+            let found = cluster.plain_size_of(&stored, limit)?;
+            if matches!(file, WalFile::Segment(_)) && found != limit {
+                let detail = format!("expected {limit} bytes inside, found {found}");
+                return Err(Error::new(Kind::Corrupt, Op::Read, stored.path.display(), detail));
+            }
+        }
+        let mut plain = cluster.open_plain(&stored.path, stored.form)?;
+        cluster.write_stored(file, |sink, _| {
+            let copied = io::copy(&mut plain, sink);
+            copied.map(drop).map_err(|e| crypt::payload_error(stored.path.display(), &e))
+        })?;
+        Ok(true)
+    }
+}
