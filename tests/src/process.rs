@@ -102,10 +102,16 @@ impl Running {
     /// (Backends of PostgreSQL that see their postmaster die still abort their transactions, and unlink files without WAL.)
     pub fn kill9_tree(&mut self) {
         self.pause();
-        for descendant in tree::descendants(self.pid()) {
-            descendant.kill9();
-        }
+        let descendants = tree::descendants(self.pid());
+        descendants.iter().for_each(Descendant::kill9);
         self.kill9();
+        // Whoever starts it again must find it gone; killed, they end within moments.
+        for _ in 0..500 {
+            if !descendants.iter().any(Descendant::is_running) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
         if let Some(group) = self.os_pid() {
             let _ = kill_process_group(group, Signal::KILL);
         }

@@ -96,7 +96,7 @@ async fn restores(
     report: &mut Report,
 ) -> Option<restore::Restored> {
     let reach = rig.reach().await;
-    let mut previous: Option<restore::Restored> = None;
+    let mut newest: Option<restore::Restored> = None;
     for number in 0..plan.restores {
         let source = match rng.random_range(0..100) {
             // The last one may go on, so it comes from where a primary would.
@@ -105,22 +105,29 @@ async fn restores(
             45..60 => Source::Stock,
             _ => Source::Server,
         };
-        let end = if source == Source::Bucket { reach.archived } else { reach.flushed };
+        let end = match source {
+            Source::Server => reach.flushed,
+            Source::Bucket => reach.archived,
+            Source::Stock => reach.sealed,
+        };
         let targets = targets(oracle, first, end, source == Source::Server, rng);
         let Some((target, position)) = targets.choose(rng).cloned() else { continue };
         let delta = source != Source::Stock && rng.random_bool(0.4);
+        let mut previous = newest.take();
         let delta = if delta { previous.take() } else { None };
+        // Their tablespaces lie at the same places, so the old one ends before the new one is written.
+        if let Some(old) = &mut previous {
+            old.stop().await;
+        }
         let what = format!("{target:?} {source:?}{}", if delta.is_some() { " delta" } else { "" });
         let what = what.replace("Target::", "");
         eprintln!("  restore {what}");
         let mut restored = rig.restore(&target, position, source, delta, rng).await;
         verify(&mut restored, oracle, &target, &what).await;
         report.restores.push(what);
-        if let Some(mut old) = previous.replace(restored) {
-            old.stop().await;
-        }
+        newest = Some(restored);
     }
-    previous
+    newest
 }
 
 /// Targets that can be reached, one of each kind: behind `first`, with everything they need before `end`.

@@ -22,6 +22,8 @@ use std::path::PathBuf;
 pub struct Reach {
     /// Durable on the server.
     pub flushed: Lsn,
+    /// In finished segments on the server.
+    pub sealed: Lsn,
     /// In the bucket.
     pub archived: Lsn,
 }
@@ -142,7 +144,8 @@ impl Rig {
         let ask = async || {
             let status = self.site.status().await?;
             let lsn = |field: &str| status[field].as_str()?.parse().ok();
-            Some(Reach { flushed: lsn("flushed_lsn")?, archived: lsn("archived_lsn")? })
+            let (flushed, sealed) = (lsn("flushed_lsn")?, lsn("sealed_lsn")?);
+            Some(Reach { flushed, sealed, archived: lsn("archived_lsn")? })
         };
         eventually("klio status", PATIENCE, ask).await
     }

@@ -67,13 +67,17 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// What a recovery to this target must show, when PostgreSQL says that the last record it replayed began at `redone`.
+    /// What a recovery to this target must show, when PostgreSQL says "redo done at `redone`": where the last record that it
+    /// read begins. That is the last one it replayed, but for a time: there it is the one that it stopped before.
     ///
     /// # Errors
     /// PostgreSQL stopped somewhere else than where it should have.
     pub fn expect_at(&self, target: &Target, redone: Lsn) -> Result<Model, String> {
         let (least, most) = self.bounds(target)?;
-        let replayed = self.records.partition_point(|record| record.start <= redone);
+        let before = matches!(target, Target::Time(_));
+        let replayed = self
+            .records
+            .partition_point(|record| record.start < redone || (record.start == redone && !before));
         if (least..=most).contains(&replayed) {
             Ok(self.after(replayed))
         } else {
@@ -201,10 +205,10 @@ mod tests {
     #[test]
     fn a_time_includes_what_ended_at_it_and_nothing_later() {
         let time = |second| Target::Time(format!("00:00:0{second}"));
-        assert_eq!(at(&time(1), 10).unwrap(), [1]);
-        assert_eq!(at(&time(2), 35).unwrap(), [1, 2]);
-        assert!(at(&time(2), 25).is_err(), "it stopped before the transaction that ended at 30");
-        assert!(at(&time(4), 40).is_err(), "nothing later: PostgreSQL does not reach it");
+        assert_eq!(at(&time(1), 20).unwrap(), [1]);
+        assert_eq!(at(&time(2), 40).unwrap(), [1, 2]);
+        assert!(at(&time(2), 30).is_err(), "it stopped before the transaction that ended at 30");
+        assert!(at(&time(4), 50).is_err(), "nothing later: PostgreSQL does not reach it");
     }
 
     #[test]
