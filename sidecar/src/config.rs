@@ -3,6 +3,7 @@
 //! default < file < environment < flag. Unknown names are refused. [`Config::validate`] gives every
 //! problem at once, before anything is opened. Passwords never print.
 
+mod fingerprint;
 pub mod keys;
 mod source;
 mod value;
@@ -492,6 +493,14 @@ impl Backup {
             ));
         }
     }
+}
+
+/// Whether traces may have to go somewhere. In doubt, yes.
+pub fn telemetry_wanted(config: &Config) -> bool {
+    let variable = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b"OTEL_");
+    !config.telemetry.trace_endpoint.is_empty()
+        || config.telemetry.export_logs
+        || std::env::vars_os().any(|(name, _)| variable(&name))
 }
 
 /// One variable of the environment, for `conninfo`.

@@ -61,8 +61,16 @@ pub enum Command {
     /// List what is stored
     #[command(subcommand)]
     List(ListCommand),
+    /// Prove what is stored by reading it; repairs a tier from the other one
+    Verify(VerifyArgs),
+    /// Show or apply what the retention policy lets go
+    #[command(subcommand)]
+    Retention(RetentionCommand),
     /// Fetch a WAL file for PostgreSQL: restore_command = 'klio wal-fetch %f "%p"'
     WalFetch(WalFetchArgs),
+    /// What wal-fetch starts to read WAL ahead
+    #[command(hide = true)]
+    WalAgent(WalAgentArgs),
     /// Look at or drop the replication slot
     #[command(subcommand)]
     Slot(SlotCommand),
@@ -172,6 +180,40 @@ pub enum ListCommand {
     },
 }
 
+/// `klio verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Only this backup [default: every one]
+    #[arg(long, value_name = "NAME")]
+    pub backup: Option<String>,
+    /// Share of the packs that is read back: all, or a percentage; everything else always is
+    #[arg(long, value_name = "PERCENT", default_value = "all")]
+    pub read_data: String,
+    /// Also read back that share of the WAL behind the backups
+    #[arg(long)]
+    pub wal: bool,
+    /// The outcome as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `klio retention`
+#[derive(Debug, Subcommand)]
+pub enum RetentionCommand {
+    /// What would go now, what stays, and why; changes nothing
+    Plan {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let go what the plan says
+    Apply {
+        /// The outcome as JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// `klio wal-fetch`
 #[derive(Debug, Args)]
 pub struct WalFetchArgs {
@@ -182,6 +224,28 @@ pub struct WalFetchArgs {
     /// How long to try when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
+    /// Neither start nor ask a read-ahead agent
+    #[arg(long)]
+    pub no_agent: bool,
+    #[command(flatten)]
+    pub source: SourceArgs,
+}
+
+/// `klio wal-agent`
+#[derive(Debug, Args)]
+pub struct WalAgentArgs {
+    /// Folder for WAL that waits
+    #[arg(long, value_name = "FOLDER")]
+    pub spool: PathBuf,
+    /// Data directory that is being recovered
+    #[arg(long, value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+    /// Of the settings of whoever started it
+    #[arg(long, value_name = "HEX")]
+    pub fingerprint: String,
+    /// Serve, instead of starting a child that does and waiting for it
+    #[arg(long)]
+    pub serve: bool,
     #[command(flatten)]
     pub source: SourceArgs,
 }
@@ -237,7 +301,10 @@ impl Command {
             Command::Check(_) => "check",
             Command::Status(_) => "status",
             Command::List(_) => "list",
+            Command::Verify(_) => "verify",
+            Command::Retention(_) => "retention",
             Command::WalFetch(_) => "wal-fetch",
+            Command::WalAgent(_) => "wal-agent",
             Command::Slot(_) => "slot",
             Command::Reference { .. } => "reference",
             Command::Help { .. } => "help",
@@ -264,6 +331,7 @@ impl Command {
                 postgres(&args.dsn, &args.slot);
             }
             Command::WalFetch(args) => args.source.flags(into),
+            Command::WalAgent(args) => args.source.flags(into),
             _ => {}
         }
     }

@@ -12,6 +12,7 @@ pub mod exit;
 mod help;
 mod list;
 mod reference;
+mod retention;
 mod slot;
 mod status;
 mod stream;
@@ -20,7 +21,10 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 mod text;
+mod verify;
+mod wal_agent;
 mod wal_fetch;
+mod work;
 
 use crate::{
     config::{Config, Needs},
@@ -40,7 +44,13 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 pub fn main(arguments: Vec<OsString>) -> u8 {
     // Whatever the rest looks like, this is what PostgreSQL started.
     let fetching = arguments.iter().any(|a| a == "wal-fetch");
-    let outcome = std::panic::catch_unwind(|| run(arguments));
+    let outcome = std::panic::catch_unwind(|| match arguments.get(1) {
+        Some(verb) if verb == "wal-agent" && wal_agent::is_outer(&arguments) => {
+            wal_agent::supervise(&arguments)
+        }
+        _ if fetching => wal_fetch::quickly(&arguments).unwrap_or_else(run),
+        _ => run(arguments),
+    });
     outcome.unwrap_or(if fetching {
         exit::STOP_RECOVERY
     } else {
@@ -98,7 +108,7 @@ const fn needs(command: &Command) -> Needs {
             Needs { server: true, cluster: !args.all, postgres: false, source: false }
         }
         Command::List(_) => Needs { server: true, cluster: true, postgres: false, source: false },
-        Command::WalFetch(_) => {
+        Command::WalFetch(_) | Command::WalAgent(_) => {
             Needs { server: false, cluster: true, postgres: false, source: true }
         }
         Command::Reference { .. } | Command::Help { .. } => {
@@ -119,7 +129,7 @@ fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Err
             .map_err(|error| Error::new(Failure::Config, error))?;
         let span = telemetry::root_span(cli.command.name(), arguments);
         let trace = span.in_scope(klio_telemetry::current_trace_id);
-        let result = verb(&cli.command, config, &telemetry).instrument(span.clone()).await;
+        let result = verb(cli, config, &telemetry).instrument(span.clone()).await;
         telemetry::record(&span, &result);
         drop(span);
         let delivery = telemetry.shutdown(FLUSH_TIMEOUT).await;
@@ -129,17 +139,20 @@ fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Err
 }
 
 async fn verb(
-    command: &Command,
+    cli: &Cli,
     config: &Config,
     telemetry: &klio_telemetry::Telemetry,
 ) -> Result<u8, Error> {
-    match command {
+    match &cli.command {
         Command::Stream(_) => stream::run(config, telemetry).await,
         Command::Backup(args) => backup::run(config, args, telemetry).await,
         Command::Check(args) => check::run(config, args.json).await,
         Command::Status(args) => status::run(config, args).await,
         Command::List(ListCommand::Wal { json }) => list::wal(config, *json).await,
-        Command::WalFetch(args) => wal_fetch::run(config, args).await,
+        Command::Verify(args) => verify::run(config, args).await,
+        Command::Retention(command) => retention::run(config, command).await,
+        Command::WalFetch(args) => wal_fetch::run(config, cli, args).await,
+        Command::WalAgent(args) => wal_agent::run(config, args).await,
         Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,
         Command::Slot(SlotCommand::Drop(_)) => slot::drop_slot(config).await,
         Command::Reference { table } => Ok(reference::run(*table)),

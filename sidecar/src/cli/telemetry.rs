@@ -61,6 +61,7 @@ pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
         "status" => span!("cli.status"),
         "list" => span!("cli.list"),
         "wal-fetch" => span!("cli.wal-fetch"),
+        "wal-agent" => span!("cli.wal-agent"),
         "slot" => span!("cli.slot"),
         _ => span!("cli.other"),
     };

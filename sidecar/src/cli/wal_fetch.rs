@@ -5,25 +5,77 @@
 //!
 //! PostgreSQL's own %p is not fsynced: a file that it keeps goes through durable_rename(), which fsyncs it first
 //! (KeepFileRestoredFromArchive() in src/backend/access/transam/xlogarchive.c), and after a crash it deletes what is
-//! left under that name and asks again (RestoreArchivedFile(), same file). Any other PATH is fsynced.
+//! left under that name and asks again (RestoreArchivedFile(), same file). Any other PATH is fsynced, and is fetched
+//! without the read-ahead agent.
 
-use super::{args::WalFetchArgs, exit};
+use super::{
+    args::{Cli, WalFetchArgs},
+    exit,
+};
 use crate::{
+    agent::client::Outcome,
     config::Config,
     error::{Error, Failure},
     wal_source::{self, Expected, Fetch, Target},
 };
+use klio_proto::Code;
 use klio_storage::layout::WalFile;
-use std::{ffi::OsStr, path::Path, sync::Arc};
-use tokio::time::Instant;
+use std::{
+    ffi::{OsStr, OsString},
+    path::Path,
+    sync::Arc,
+    time::Instant,
+};
+
+mod quick;
+mod resident;
+
+use resident::Resident;
+
+const NO_AGENT: &str = "--no-agent";
+
+/// The way of almost every call: ask the agent, without what a longer way needs. `Err` gives the arguments for that.
+pub(super) fn quickly(arguments: &[OsString]) -> Result<u8, Vec<OsString>> {
+    let mut longer = arguments.to_vec();
+    let Some(request) = quick::Request::read(arguments) else { return Err(longer) };
+    let Some(resident) = request.resident() else { return Err(longer) };
+    match resident.ask(request.file, &request.path, Instant::now() + request.timeout) {
+        Outcome::Placed => Ok(exit::OK),
+        Outcome::Absent(message) => {
+            super::say(&format!("klio wal-fetch: {message}"));
+            Ok(Code::NotFound.exit())
+        }
+        Outcome::Unusable(why) => {
+            super::say(&format!("klio wal-fetch: read-ahead agent: {why}; fetching directly"));
+            longer.push(NO_AGENT.into());
+            Err(longer)
+        }
+    }
+}
 
 /// Runs it.
-pub(super) async fn run(config: &Config, args: &WalFetchArgs) -> Result<u8, Error> {
+pub(super) async fn run(config: &Config, cli: &Cli, args: &WalFetchArgs) -> Result<u8, Error> {
     let file: WalFile = args.name.parse().map_err(|error| {
         Error::new(Failure::Config, format!("read file name: {error}"))
             .hint("restore_command = 'klio wal-fetch %f \"%p\"'")
     })?;
-    directly(config, file, &args.path, Instant::now() + args.timeout).await?;
+    let deadline = Instant::now() + args.timeout;
+    if !args.no_agent
+        && let Some(resident) =
+            Resident::of(config, cli.global.config.as_deref(), &cli.flags(), &args.path)
+    {
+        // Blocks this thread, which has nothing else to do.
+        match resident.ask(file, &args.path, deadline) {
+            Outcome::Placed => return Ok(exit::OK),
+            Outcome::Absent(message) => {
+                return Err(Error::new(Failure::Code(Code::NotFound), message));
+            }
+            Outcome::Unusable(why) => {
+                tracing::warn!("read-ahead agent: {why}; fetching directly");
+            }
+        }
+    }
+    directly(config, file, &args.path, deadline).await?;
     Ok(exit::OK)
 }
 
@@ -37,7 +89,7 @@ async fn directly(
     let expected = data_dir(path).map(Expected::of_data_dir).unwrap_or_default();
     let fetch = Fetch { source: wal_source::open(config)?, file, expected };
     let target = Arc::new(Target::beside(path)?);
-    fetch.until(&target, deadline).await?;
+    fetch.until(&target, deadline.into()).await?;
     target.commit(path, !is_postgresql_s(path))
 }
 

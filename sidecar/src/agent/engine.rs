@@ -1,0 +1,270 @@
+//! The one task that knows what lies in the spool and what is on its way.
+//!
+//! An ask is answered from the spool, or by what is on its way, or by a fetch of its own; then the window behind it is
+//! filled. What is read ahead is kept only when it is a whole segment (A2). Ends when the asks end.
+
+use super::{ahead::Ahead, spool::Files};
+use crate::{
+    error::{Error, Failure},
+    wal_source::{Expected, Fetch, Received, Target, WalSource},
+};
+use klio_pg::SegmentName;
+use klio_proto::Code;
+use klio_storage::layout::WalFile;
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{AbortHandle, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Bounds (A4).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Of everything that is read ahead.
+    pub bytes_max: u64,
+    /// Fetches ahead at a time. A fetch waits for the network, then for a core: more than this did not make loopback
+    /// S3 faster, and each takes some MiB of memory.
+    pub parallel: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { bytes_max: 512 << 20, parallel: 6 }
+    }
+}
+
+/// One question of a caller.
+#[derive(Debug)]
+pub(super) struct Ask {
+    pub file: WalFile,
+    pub reply: oneshot::Sender<Reply>,
+}
+
+/// Its answer.
+#[derive(Debug)]
+pub(super) enum Reply {
+    File(Handed),
+    /// Definitively not there (P7).
+    Absent(String),
+    /// Why the caller has to do it itself.
+    Failed(String),
+}
+
+/// A file in the spool; removed when this is dropped and nobody renamed it.
+#[derive(Debug)]
+pub(super) struct Handed {
+    pub path: PathBuf,
+    pub size: u64,
+}
+
+impl Drop for Handed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What a fetch came to; `None`: there, but it may still change.
+type Fetched = Result<Option<(Received, Handed)>, Error>;
+
+enum Done {
+    Ahead(SegmentName, Fetched),
+    Asked(Ask, Fetched),
+}
+
+pub(super) struct Engine {
+    fetch: Fetching,
+    limits: Limits,
+    ahead: Ahead,
+    /// Whole segments in the spool.
+    ready: BTreeMap<SegmentName, Handed>,
+    /// Whole segments on their way, not asked for when they began.
+    coming: BTreeMap<SegmentName, AbortHandle>,
+    /// Who waits for one of those.
+    waiting: BTreeMap<SegmentName, Ask>,
+    tasks: JoinSet<Done>,
+    /// Ends the agent: what it runs with does not work, and a new one reads its settings anew.
+    leave: CancellationToken,
+}
+
+#[derive(Clone)]
+struct Fetching {
+    source: Arc<dyn WalSource>,
+    expected: Expected,
+    files: Files,
+}
+
+impl Fetching {
+    async fn run(self, file: WalFile, final_only: bool) -> Fetched {
+        let path = self.files.unused();
+        let target = Arc::new(Target::create(path.clone())?);
+        let fetch = Fetch { source: self.source, file, expected: self.expected };
+        let mut received = fetch.once(&target, final_only).await;
+        // The first one on a connection that was lost meanwhile; the caller has more patience than this.
+        if received.as_ref().is_err_and(|e| e.failure == Failure::Code(Code::Unavailable)) {
+            received = fetch.once(&target, final_only).await;
+        }
+        let Some(received) = received? else { return Ok(None) };
+        let whole = self.files.unused();
+        target.commit(&whole, false)?;
+        Ok(Some((received, Handed { path: whole, size: received.size })))
+    }
+}
+
+impl Engine {
+    pub fn new(
+        source: Arc<dyn WalSource>,
+        expected: Expected,
+        files: Files,
+        limits: Limits,
+        leave: CancellationToken,
+    ) -> Self {
+        Self {
+            fetch: Fetching { source, expected, files },
+            limits,
+            ahead: Ahead::new(limits.bytes_max),
+            ready: BTreeMap::new(),
+            coming: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            tasks: JoinSet::new(),
+            leave,
+        }
+    }
+
+    /// Serves asks until there are no more.
+    pub async fn run(mut self, mut asks: mpsc::Receiver<Ask>) {
+        loop {
+            tokio::select! {
+                ask = asks.recv() => match ask {
+                    Some(ask) => self.asked(ask),
+                    None => return,
+                },
+                Some(done) = self.tasks.join_next() => match done {
+                    Ok(Done::Ahead(name, fetched)) => self.came(name, fetched),
+                    Ok(Done::Asked(ask, fetched)) => self.answer(ask, fetched),
+                    // Aborted, or a bug; the caller who waits for it sees that nobody answers.
+                    Err(error) => self.coming.retain(|_, task| task.id() != error.id()),
+                },
+            }
+        }
+    }
+
+    fn asked(&mut self, ask: Ask) {
+        self.ahead.asked();
+        if let WalFile::Segment(name) = ask.file {
+            if let Some(handed) = self.ready.remove(&name) {
+                self.deliver(name, ask, handed);
+                return self.fill();
+            }
+            if self.coming.contains_key(&name) && !self.waiting.contains_key(&name) {
+                self.waiting.insert(name, ask);
+                return;
+            }
+        }
+        self.fetch_now(ask);
+    }
+
+    fn fetch_now(&mut self, ask: Ask) {
+        let fetch = self.fetch.clone();
+        self.tasks.spawn(async move {
+            let fetched = fetch.run(ask.file, false).await;
+            Done::Asked(ask, fetched)
+        });
+    }
+
+    /// Hands a whole segment over; keeps it when the caller has gone.
+    fn deliver(&mut self, name: SegmentName, ask: Ask, handed: Handed) {
+        if let Some(size) = u32::try_from(handed.size).ok().and_then(|s| s.try_into().ok()) {
+            self.ahead.delivered(name, size);
+        }
+        if let Err(Reply::File(handed)) = ask.reply.send(Reply::File(handed)) {
+            self.ready.insert(name, handed);
+        }
+        self.ready.retain(|held, _| *held == name || self.ahead.keeps(*held));
+        for (held, task) in &self.coming {
+            if !self.ahead.keeps(*held) && !self.waiting.contains_key(held) {
+                task.abort();
+            }
+        }
+        let (ahead, waiting) = (&self.ahead, &self.waiting);
+        self.coming.retain(|held, _| ahead.keeps(*held) || waiting.contains_key(held));
+    }
+
+    /// A fetch ahead has ended.
+    fn came(&mut self, name: SegmentName, fetched: Fetched) {
+        self.coming.remove(&name);
+        let waiting = self.waiting.remove(&name);
+        match (fetched, waiting) {
+            (Ok(Some((_, handed))), Some(ask)) => self.deliver(name, ask, handed),
+            (Ok(Some((_, handed))), None) => {
+                if self.ahead.keeps(name) {
+                    self.ready.insert(name, handed);
+                }
+            }
+            // It began before it was asked for: only an answer to the ask itself counts (A2).
+            (_, Some(ask)) => self.fetch_now(ask),
+            (failed, None) => {
+                self.ahead.ends_at(name);
+                if let Err(error) = failed {
+                    self.in_trouble(&error);
+                }
+            }
+        }
+        self.fill();
+    }
+
+    fn answer(&mut self, ask: Ask, fetched: Fetched) {
+        match (ask.file, fetched) {
+            (WalFile::Segment(name), Ok(Some((received, handed)))) if received.is_final => {
+                self.deliver(name, ask, handed);
+                self.fill();
+            }
+            (_, Ok(Some((_, handed)))) => drop(ask.reply.send(Reply::File(handed))),
+            (_, Ok(None)) => drop(ask.reply.send(Reply::Failed("not final".into()))),
+            (_, Err(error)) if error.failure == Failure::Code(Code::NotFound) => {
+                drop(ask.reply.send(Reply::Absent(error.message)));
+            }
+            (_, Err(error)) => {
+                self.in_trouble(&error);
+                drop(ask.reply.send(Reply::Failed(error.message)));
+            }
+        }
+    }
+
+    fn in_trouble(&mut self, error: &Error) {
+        match error.failure {
+            Failure::Code(Code::NotFound) => {}
+            // A full disk, most often: PostgreSQL needs the space more.
+            Failure::Local => {
+                tracing::warn!("{}; what was read ahead is given up", error.message);
+                self.ready.clear();
+            }
+            failure if !failure.retryable() => {
+                tracing::warn!("{}; leaving", error.message);
+                self.leave.cancel();
+            }
+            _ => tracing::info!("{}", error.message),
+        }
+    }
+
+    /// Begins what the window lacks.
+    fn fill(&mut self) {
+        let Some(size) = self.ahead.segment_size() else { return };
+        // What is held already has its room.
+        let held = (self.ready.len() + self.coming.len()) as u64 * size.bytes();
+        let room = self.fetch.files.room().saturating_add(held);
+        for name in self.ahead.wanted(room) {
+            if self.coming.len() >= self.limits.parallel {
+                return;
+            }
+            if self.ready.contains_key(&name) || self.coming.contains_key(&name) {
+                continue;
+            }
+            let fetch = self.fetch.clone();
+            let task = self.tasks.spawn(async move {
+                Done::Ahead(name, fetch.run(WalFile::Segment(name), true).await)
+            });
+            self.coming.insert(name, task);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Answers callers on the socket: one question a connection.
+
+use super::{
+    engine::{Ask, Handed, Reply},
+    wire::{LINE_BYTES_MAX, Line, Question},
+};
+use klio_storage::layout::WalFile;
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
+    sync::{Semaphore, mpsc, oneshot},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How often a caller hears that its file is being fetched.
+const WAIT_EVERY: Duration = Duration::from_secs(1);
+/// A caller asks at once, and takes its file at once.
+const CALLER_PATIENCE: Duration = Duration::from_secs(10);
+/// PostgreSQL asks one at a time; more are several that were killed and left theirs behind.
+const CALLERS_MAX: usize = 16;
+
+/// What a connection needs.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    pub fingerprint: String,
+    pub asks: mpsc::Sender<Ask>,
+    pub leave: CancellationToken,
+}
+
+/// Tells that somebody asked, and that somebody is still waiting.
+pub(super) type Activity = Arc<tokio::sync::watch::Sender<tokio::time::Instant>>;
+
+/// Accepts callers for ever.
+pub(super) async fn serve(listener: UnixListener, served: Served, activity: Activity) {
+    let callers = Arc::new(Semaphore::new(CALLERS_MAX));
+    let mut tasks = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = tasks.join_next() => continue,
+        };
+        match (accepted, Arc::clone(&callers).try_acquire_owned()) {
+            (Ok((stream, _)), Ok(place)) => {
+                let (served, activity) = (served.clone(), Arc::clone(&activity));
+                tasks.spawn(async move {
+                    let _place = place;
+                    let _ = converse(stream, &served, &activity).await;
+                });
+            }
+            // Hung up on: the caller fetches directly.
+            (Ok(_), Err(_)) => {}
+            (Err(error), _) => {
+                tracing::warn!("accept a caller: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: UnixStream, served: &Served, activity: &Activity) -> std::io::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::new(reader);
+    let mut line = String::new();
+    let asking = (&mut reader).take(LINE_BYTES_MAX as u64);
+    let read = tokio::time::timeout(CALLER_PATIENCE, { asking }.read_line(&mut line)).await;
+    let Some(question) = read.ok().and_then(Result::ok).and_then(|_| Question::parse(&line)) else {
+        return Ok(());
+    };
+    if question.fingerprint != served.fingerprint {
+        tracing::info!("the settings have changed; leaving for a new agent");
+        writer.write_all(Line::Other.text().as_bytes()).await?;
+        served.leave.cancel();
+        return Ok(());
+    }
+    activity.send_replace(tokio::time::Instant::now());
+    let Some(reply) = wait(question.file, served, activity, &mut reader, &mut writer).await? else {
+        return Ok(());
+    };
+    let (line, handed) = match reply {
+        Reply::File(handed) => (file_line(&handed), Some(handed)),
+        Reply::Absent(text) => (Line::Absent(text), None),
+        Reply::Failed(text) => (Line::Failed(text), None),
+    };
+    writer.write_all(line.text().as_bytes()).await?;
+    // Until it hangs up it may still rename the file.
+    let mut rest = [0];
+    let _ = tokio::time::timeout(CALLER_PATIENCE, reader.read(&mut rest)).await;
+    drop(handed);
+    Ok(())
+}
+
+fn file_line(handed: &Handed) -> Line {
+    let name = handed.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Line::File { name, bytes: handed.size }
+}
+
+/// The reply; `None` when the caller went away.
+async fn wait(
+    file: WalFile,
+    served: &Served,
+    activity: &Activity,
+    reader: &mut BufReader<tokio::net::unix::OwnedReadHalf>,
+    writer: &mut OwnedWriteHalf,
+) -> std::io::Result<Option<Reply>> {
+    let (reply, mut answer) = oneshot::channel();
+    if served.asks.send(Ask { file, reply }).await.is_err() {
+        return Ok(Some(Reply::Failed("the agent is leaving".into())));
+    }
+    let mut gone = [0];
+    loop {
+        tokio::select! {
+            biased;
+            reply = &mut answer => {
+                let failed = |_| Reply::Failed("the agent gave up".into());
+                return Ok(Some(reply.unwrap_or_else(failed)));
+            }
+            _ = reader.read(&mut gone) => return Ok(None),
+            () = tokio::time::sleep(WAIT_EVERY) => {
+                activity.send_replace(tokio::time::Instant::now());
+                writer.write_all(Line::Wait.text().as_bytes()).await?;
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The folder where WAL waits: on the file system of `pg_wal`, so that handing a segment over is a rename.
+//!
+//! Mode 0700 and ours, or it is not used. One agent at a time holds the lock; whoever holds it may remove everything.
+//! Names carry a tag of the agent, so that a file told of by an earlier one is never another's.
+
+use super::local;
+use crate::error::{Error, Failure};
+use sha2::{Digest, Sha256};
+use std::{
+    fs::{self, DirBuilder, File, TryLockError},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+const LOCK: &str = "agent.lock";
+const SOCKET: &str = "agent.sock";
+const LOG: &str = "agent.log";
+
+/// How long a new agent waits for one that is leaving.
+const CLAIM_TRIES: u32 = 40;
+const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where the spool of a recovery into `path` (%p) is: `.klio` beside it, or a folder of its own in `configured`.
+pub fn spool_for(path: &Path, configured: &Path) -> PathBuf {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    if configured.as_os_str().is_empty() {
+        return folder.join(".klio");
+    }
+    let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    let sum = Sha256::digest(absolute.as_os_str().as_encoded_bytes());
+    let short: String = sum.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    configured.join(format!("klio-{short}"))
+}
+
+/// The socket in a spool.
+pub(super) fn socket_in(spool: &Path) -> PathBuf {
+    spool.join(SOCKET)
+}
+
+/// The log of the agent that serves a spool, emptied.
+pub(super) fn new_log(spool: &Path) -> io::Result<File> {
+    File::create(spool.join(LOG))
+}
+
+/// Makes the folder if it is not there, and checks that it is ours alone.
+///
+/// # Errors
+/// As the file system fails, or when somebody else could have put something there.
+pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
+    match DirBuilder::new().mode(0o700).create(spool) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(local("create spool", spool, &error));
+        }
+        _ => {}
+    }
+    let found = fs::symlink_metadata(spool).map_err(|error| local("look at", spool, &error))?;
+    let ours = found.uid() == rustix::process::geteuid().as_raw();
+    if !found.is_dir() || !ours || found.mode() & 0o077 != 0 {
+        let found = format!("owner {} and mode {:o}", found.uid(), found.mode() & 0o7777);
+        let message = format!(
+            "use spool {}: expected our folder of mode 700, found {found}",
+            spool.display()
+        );
+        return Err(Error::new(Failure::Local, message));
+    }
+    Ok(())
+}
+
+/// A spool that is ours until this is dropped; then it is gone.
+#[derive(Debug)]
+pub(super) struct Spool {
+    folder: PathBuf,
+    files: Files,
+    _lock: File,
+}
+
+impl Spool {
+    /// Takes a spool over and removes what is in it. `None` while another agent serves it.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub async fn claim(folder: &Path) -> Result<Option<Self>, Error> {
+        for _ in 0..CLAIM_TRIES {
+            // In the loop: the agent that is leaving removes the folder.
+            prepare(folder)?;
+            if let Some(lock) = lock(&folder.join(LOCK))? {
+                let spool =
+                    Self { folder: folder.to_owned(), files: Files::new(folder), _lock: lock };
+                spool.clean(&[LOCK, LOG]);
+                return Ok(Some(spool));
+            }
+            tokio::time::sleep(CLAIM_PAUSE).await;
+        }
+        Ok(None)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        socket_in(&self.folder)
+    }
+
+    pub fn files(&self) -> Files {
+        self.files.clone()
+    }
+
+    fn clean(&self, keep: &[&str]) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            if !keep.iter().any(|keep| name == *keep) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        // First nobody finds us, last the lock goes: a new agent begins with a folder of its own.
+        let _ = fs::remove_file(self.socket());
+        self.clean(&[LOCK]);
+        let _ = fs::remove_file(self.folder.join(LOCK));
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// The lock, when nobody has it and the file is still the one in the folder.
+fn lock(path: &Path) -> Result<Option<File>, Error> {
+    let open = File::options().create(true).truncate(false).write(true).open(path);
+    let file = match open {
+        Ok(file) => file,
+        // The folder went away between our making it and this.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(local("open", path, &error)),
+    };
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(error)) => return Err(local("lock", path, &error)),
+    }
+    let same = fs::metadata(path)
+        .and_then(|there| Ok((there, file.metadata()?)))
+        .is_ok_and(|(there, ours)| there.ino() == ours.ino() && there.dev() == ours.dev());
+    Ok(same.then_some(file))
+}
+
+/// New names in the spool. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Files {
+    folder: Arc<Path>,
+    tag: Arc<str>,
+    number: Arc<AtomicU64>,
+}
+
+impl Files {
+    pub fn new(folder: &Path) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let tag = format!("{:x}-{:x}", std::process::id(), since.as_nanos());
+        Self { folder: folder.into(), tag: tag.into(), number: Arc::default() }
+    }
+
+    /// A path that was never used before.
+    pub fn unused(&self) -> PathBuf {
+        let number = self.number.fetch_add(1, Ordering::Relaxed);
+        self.folder.join(format!("{}-{number}", self.tag))
+    }
+
+    /// Bytes that may be written here: a quarter of what is free, as PostgreSQL needs the rest.
+    pub fn room(&self) -> u64 {
+        rustix::fs::statvfs(&*self.folder).map_or(0, |fs| fs.f_bavail * fs.f_frsize / 4)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn each_data_directory_has_its_spool() {
+        let xlog = Path::new("pg_wal/RECOVERYXLOG");
+        assert_eq!(spool_for(xlog, Path::new("")), Path::new("pg_wal/.klio"));
+        let (a, b) = (Path::new("/a/pg_wal/RECOVERYXLOG"), Path::new("/b/pg_wal/RECOVERYXLOG"));
+        let spool = Path::new("/spool");
+        assert_ne!(spool_for(a, spool), spool_for(b, spool));
+        assert_eq!(spool_for(a, spool).parent(), Some(spool));
+        let history = Path::new("/a/pg_wal/RECOVERYHISTORY");
+        assert_eq!(spool_for(a, spool), spool_for(history, spool));
+    }
+
+    #[tokio::test]
+    async fn one_agent_at_a_time_and_nothing_stays() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join(".klio");
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(folder.join("left by a killed one"), "x").unwrap();
+        fs::write(folder.join(SOCKET), "").unwrap();
+        let first = Spool::claim(&folder).await.unwrap().unwrap();
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "the lock alone");
+        assert!(lock(&folder.join(LOCK)).unwrap().is_none());
+        fs::write(first.files().unused(), "x").unwrap();
+        drop(first);
+        assert!(!folder.exists());
+        assert!(Spool::claim(&folder).await.unwrap().is_some());
+    }
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_not_used() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join(".klio");
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(prepare(&folder).unwrap_err().message.contains("mode 777"));
+        fs::remove_dir(&folder).unwrap();
+        std::os::unix::fs::symlink(parent.path(), &folder).unwrap();
+        assert!(prepare(&folder).is_err());
+    }
+}

@@ -1,0 +1,163 @@
+//! What `wal-fetch` and the agent say to each other: lines of text over a unix socket in a folder that is ours alone.
+//!
+//! | who | line |
+//! |---|---|
+//! | caller | `klio-wal 1 <fingerprint> <file>` |
+//! | agent | `wait`, about every second |
+//! | agent | `file <name in the spool> <bytes>`, `absent <text>`, `failed <text>`, or `other`: end of the answer |
+//!
+//! After `file` the caller renames it and hangs up; what it does not rename is removed.
+
+use klio_storage::layout::WalFile;
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+};
+
+/// The longest line either side takes.
+pub(super) const LINE_BYTES_MAX: usize = 4096;
+
+const GREETING: &str = "klio-wal 1";
+
+/// One question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Question {
+    pub fingerprint: String,
+    pub file: WalFile,
+}
+
+impl Question {
+    pub fn line(&self) -> String {
+        format!("{GREETING} {} {}\n", self.fingerprint, self.file)
+    }
+
+    pub fn parse(line: &str) -> Option<Self> {
+        let rest = line.trim_end().strip_prefix(GREETING)?.strip_prefix(' ')?;
+        let (fingerprint, file) = rest.split_once(' ')?;
+        Some(Self { fingerprint: fingerprint.to_owned(), file: file.parse().ok()? })
+    }
+}
+
+/// One line of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Line {
+    /// Still at work.
+    Wait,
+    /// It lies in the spool under this name.
+    File { name: String, bytes: u64 },
+    /// Definitively not there (P7).
+    Absent(String),
+    /// The agent cannot give it.
+    Failed(String),
+    /// The agent runs with other settings, and is leaving.
+    Other,
+}
+
+impl Line {
+    pub fn text(&self) -> String {
+        let clean = |text: &str| -> String {
+            let room = LINE_BYTES_MAX / 4;
+            text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(room / 4).collect()
+        };
+        match self {
+            Line::Wait => "wait\n".into(),
+            Line::File { name, bytes } => format!("file {name} {bytes}\n"),
+            Line::Absent(text) => format!("absent {}\n", clean(text)),
+            Line::Failed(text) => format!("failed {}\n", clean(text)),
+            Line::Other => "other\n".into(),
+        }
+    }
+
+    pub fn parse(line: &str) -> Option<Self> {
+        // Without its end, a line may have lost more than that.
+        let line = line.strip_suffix('\n')?;
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match word {
+            "wait" => Some(Line::Wait),
+            "other" => Some(Line::Other),
+            "absent" => Some(Line::Absent(rest.to_owned())),
+            "failed" => Some(Line::Failed(rest.to_owned())),
+            "file" => {
+                let (name, bytes) = rest.split_once(' ')?;
+                let plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+                let bytes = bytes.parse().ok()?;
+                plain.then(|| Line::File { name: name.to_owned(), bytes })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A socket's path in a form that fits into `sun_path`.
+pub(super) struct ShortPath {
+    path: PathBuf,
+    _folder: Option<File>,
+}
+
+impl ShortPath {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// `sun_path` has 108 bytes on Linux (unix(7)); a data directory's path can be longer, so the folder is named by
+/// its descriptor then.
+pub(super) fn short_path(path: &Path) -> io::Result<ShortPath> {
+    if path.as_os_str().len() <= 100 {
+        return Ok(ShortPath { path: path.to_owned(), _folder: None });
+    }
+    let folder = File::open(path.parent().unwrap_or(Path::new(".")))?;
+    let name = path.file_name().unwrap_or_default();
+    let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
+    Ok(ShortPath { path: short, _folder: Some(folder) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn lines_read_back() {
+        let question =
+            Question { fingerprint: "ab12".into(), file: "00000002.history".parse().unwrap() };
+        assert_eq!(Question::parse(&question.line()), Some(question));
+        for line in [
+            Line::Wait,
+            Line::Other,
+            Line::File { name: "x.1".into(), bytes: 16 << 20 },
+            Line::Absent("no such".into()),
+            Line::Failed(String::new()),
+        ] {
+            assert_eq!(Line::parse(&line.text()), Some(line));
+        }
+    }
+
+    /// P7: an answer that was cut off says nothing.
+    #[test]
+    fn a_line_that_was_cut_is_none() {
+        let whole = Line::Absent("no such file".into()).text();
+        for cut in 0..whole.len() {
+            assert_eq!(Line::parse(&whole[..cut]), None, "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_name_stays_in_the_spool() {
+        for bad in ["file ../x 1\n", "file a/b 1\n", "file  1\n", "file . 1\n", "file x\n"] {
+            assert_eq!(Line::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_fits_into_one_line(text in ".{0,5000}") {
+            let line = Line::Failed(text).text();
+            prop_assert!(line.len() <= LINE_BYTES_MAX && line.ends_with('\n'));
+            prop_assert_eq!(line.matches('\n').count(), 1);
+            prop_assert!(Line::parse(&line).is_some());
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! `klio wal-agent`: the read-ahead agent as a process. Not for people: `wal-fetch` starts it.
+//!
+//! Two processes: one serves, the other waits for it and always ends with 0. Where PostgreSQL is process 1, as in
+//! many containers, orphans become its children, and a child that ends by a signal would make it restart.
+
+use super::args::WalAgentArgs;
+use crate::{
+    agent::{self, Job},
+    config::Config,
+    error::Error,
+};
+use std::{
+    ffi::OsString,
+    process::{Command, Stdio},
+};
+
+const SERVE: &str = "--serve";
+
+/// Whether this is the one that waits.
+pub(super) fn is_outer(arguments: &[OsString]) -> bool {
+    arguments.iter().all(|argument| argument != SERVE)
+}
+
+/// Starts the one that serves, and waits for its end.
+pub(super) fn supervise(arguments: &[OsString]) -> u8 {
+    agent::close_inherited();
+    // Not one of PostgreSQL's process group any more, which is signalled as a whole.
+    let _ = rustix::process::setsid();
+    let child = std::env::current_exe().and_then(|program| {
+        let mut command = Command::new(program);
+        command.args(arguments.iter().skip(1)).arg(SERVE).stdin(Stdio::null());
+        command.spawn()
+    });
+    match child.and_then(|mut child| child.wait()) {
+        Ok(_) => {}
+        Err(error) => super::say(&format!("klio wal-agent: start: {error}")),
+    }
+    super::exit::OK
+}
+
+/// Serves.
+pub(super) async fn run(config: &Config, args: &WalAgentArgs) -> Result<u8, Error> {
+    let job = Job {
+        spool: args.spool.clone(),
+        data_dir: args.data_dir.clone(),
+        fingerprint: args.fingerprint.clone(),
+    };
+    agent::run(config, &job).await?;
+    Ok(super::exit::OK)
+}

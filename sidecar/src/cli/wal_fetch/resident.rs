@@ -1,0 +1,72 @@
+//! The agent that belongs to a call of `wal-fetch`, and how to start it with the same settings.
+
+use super::{data_dir, is_postgresql_s};
+use crate::{
+    agent::{
+        client::{self, Errand, Outcome},
+        spool_for,
+    },
+    config::Config,
+};
+use klio_storage::layout::WalFile;
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+/// Settings that may come from flags, and the flags.
+const FLAGS: [(&str, &str); 4] = [
+    ("cluster", "--cluster"),
+    ("server.address", "--server"),
+    ("restore.from", "--from"),
+    ("restore.identity", "--identity"),
+];
+
+/// An agent, running or not.
+#[derive(Debug)]
+pub(super) struct Resident {
+    spool: PathBuf,
+    fingerprint: String,
+    arguments: Vec<OsString>,
+}
+
+impl Resident {
+    /// `None` where there is to be none: it is switched off, or it is not PostgreSQL that asks.
+    pub fn of(
+        config: &Config,
+        file: Option<&Path>,
+        flags: &[(&'static str, String)],
+        path: &Path,
+    ) -> Option<Self> {
+        let restore = &config.restore;
+        if restore.read_ahead.bytes() == 0 || !is_postgresql_s(path) {
+            return None;
+        }
+        let spool = spool_for(path, &restore.spool_dir);
+        let fingerprint = config.fingerprint(flags);
+        let mut arguments: Vec<OsString> = vec!["wal-agent".into()];
+        let mut add = |name: &str, value: OsString| arguments.extend([name.into(), value]);
+        add("--spool", spool.clone().into());
+        add("--fingerprint", fingerprint.clone().into());
+        if let Some(data_dir) = data_dir(path) {
+            add("--data-dir", data_dir.into());
+        }
+        if let Some(file) = file {
+            add("--config", file.into());
+        }
+        for (setting, value) in flags {
+            if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| name == setting) {
+                add(flag, value.into());
+            }
+        }
+        Some(Self { spool, fingerprint, arguments })
+    }
+
+    /// Asks it, and starts it if it is not there.
+    pub fn ask(&self, file: WalFile, path: &Path, deadline: Instant) -> Outcome {
+        let Self { spool, fingerprint, arguments } = self;
+        let errand = Errand { spool, fingerprint, file, path, deadline };
+        client::ask(&errand, || client::start(spool, arguments))
+    }
+}
