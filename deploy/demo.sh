@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The main job, narrated, on scratch directories: a real PostgreSQL, klio-server with its embedded queue,
-# a real S3 endpoint, `klio stream`, load, a SIGKILL in the middle, and the proof that nothing is missing.
+# a real S3 endpoint, `klio stream`, load, a SIGKILL in the middle, and the proof that nothing is missing; a base backup,
+# an accidental DELETE and the way back to the moment before it; a drill; the loss of the server's disk and of the primary,
+# and a restore from the bucket alone.
 #
 #   deploy/demo.sh            runs and cleans up
 #   deploy/demo.sh --keep     leaves everything running and says how to go on by hand
@@ -59,21 +61,23 @@ cleanup() {
   local status=$?
   $KEEP && [ $status = 0 ] && return
   stop klio-stream; stop klio-server; stop s3
-  as_pg "$PGBIN/pg_ctl" -D "$WORK/pg" -m immediate stop >/dev/null 2>&1 || :
+  local data
+  for data in pg pitr bucket; do as_pg "$PGBIN/pg_ctl" -D "$WORK/db/$data" -m immediate stop >/dev/null 2>&1 || :; done
   if [ $status = 0 ]; then rm -rf "$WORK"; fi
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
 PGPORT=$(free_port); S3PORT=$(free_port); GRPC=$(free_port); ADMIN=$(free_port); PROM=$(free_port); SIDE=$(free_port)
-sql() { as_pg psql -X -q -t -A -h "$WORK/sock" -p "$PGPORT" -U postgres -d postgres -c "$1"; }
+sql() { sql_at "$PGPORT" "$1"; }
+sql_at() { as_pg psql -X -q -t -A -h "$WORK/sock" -p "$1" -U postgres -d postgres -c "$2"; }
 
 step "1. A scratch PostgreSQL ($("$PGBIN/postgres" --version))"
 mkdir -p "$WORK/sock"; [ "$(id -u)" = 0 ] && chown postgres "$WORK/sock"
-mkdir "$WORK/pg"; [ "$(id -u)" = 0 ] && chown postgres "$WORK/pg"
-as_pg "$PGBIN/initdb" -D "$WORK/pg" -U postgres -A trust >"$WORK/initdb.log" 2>&1 || fail "initdb"
+mkdir "$WORK/db"; [ "$(id -u)" = 0 ] && chown postgres "$WORK/db"
+as_pg "$PGBIN/initdb" --data-checksums -D "$WORK/db/pg" -U postgres -A trust >"$WORK/initdb.log" 2>&1 || fail "initdb"
 # wal_keep_size keeps PostgreSQL's own segments, only so that the demo can compare them at the end.
-as_pg "$PGBIN/pg_ctl" -D "$WORK/pg" -l "$WORK/sock/postgres.log" -w start -o \
+as_pg "$PGBIN/pg_ctl" -D "$WORK/db/pg" -l "$WORK/sock/postgres.log" -w start -o \
   "-p $PGPORT -k $WORK/sock -c listen_addresses='' -c wal_keep_size=4GB -c max_wal_size=4GB" >/dev/null || fail "start PostgreSQL"
 say "socket $WORK/sock, port $PGPORT"
 
@@ -103,15 +107,27 @@ start_server() {
 start_server
 say "ready: TLS 1.3 with client certificates on 127.0.0.1:$GRPC; its own NATS JetStream queue runs as a child process"
 
-BUNDLE=$WORK/server/clients/klio@demo/klio.toml
+IDENTITY=$(sed -n 's/^identity_file *= *"\([^"]*\)".*/\1/p' "$WORK/server/klio-server.toml")
+case $IDENTITY in /*) ;; *) IDENTITY=$WORK/server/$IDENTITY ;; esac
+say "everything it stores is encrypted to the age identity $IDENTITY: keep a copy of that file elsewhere"
+
+# The sidecar runs beside PostgreSQL, as its user; the bundle goes there.
+mkdir "$WORK/sidecar"
+cp "$WORK/server/clients/klio@demo/"* "$WORK/sidecar/"
+BUNDLE=$WORK/sidecar/klio.toml
+[ "$(id -u)" = 0 ] && chown -R postgres "$WORK/sidecar"
 export KLIO_POSTGRES__DSN="host=$WORK/sock port=$PGPORT user=postgres dbname=postgres"
-klio() { "$BIN/klio" "$@"; }
+klio() { as_pg "$BIN/klio" "$@"; }
 
 step "4. klio check: is everything fit?"
 klio check -c "$BUNDLE" 2>&1 | show || :
 
 step "5. klio stream: from now on every byte of WAL goes to the server"
-start klio-stream "$BIN/klio" stream -c "$BUNDLE"
+if [ "$(id -u)" = 0 ]; then # no runuser in between: its pid would not be klio's
+  start klio-stream setpriv --reuid postgres --regid postgres --init-groups "$BIN/klio" stream -c "$BUNDLE"
+else
+  start klio-stream "$BIN/klio" stream -c "$BUNDLE"
+fi
 wait_for 30 "streaming" sh -c "'$BIN/klio' status -c '$BUNDLE' --json | grep -q '\"connected\": *true'"
 sql "alter system set synchronous_standby_names = 'klio'" ; sql "select pg_reload_conf()" >/dev/null
 say "and PostgreSQL is told to wait for it (synchronous_standby_names = 'klio'):"
@@ -134,37 +150,95 @@ step "7. What is durable, what is archived"
 LAST=$(sql "select pg_walfile_name(pg_switch_wal())")
 # The switched segment is complete once its successor is written to.
 sql "create table after_switch(x int)"
-wait_for 60 "segment $LAST archived" test -s "$WORK/s3/backups/klio/demo/wal/00000001/$LAST.zst"
+SEGMENTS=$WORK/s3/backups/klio/demo/wal/00000001
+wait_for 60 "segment $LAST archived" test -s "$SEGMENTS/$LAST.zst.age"
 wait_for 30 "archive lag 0" sh -c "'$BIN/klio' status -c '$BUNDLE'"
 klio status -c "$BUNDLE" | show
 klio list wal -c "$BUNDLE" | show
 
 step "8. The archived segments are byte for byte PostgreSQL's own"
 same=0
-for object in "$WORK"/s3/backups/klio/demo/wal/00000001/*.zst; do
-  name=$(basename "$object" .zst)
-  [ -f "$WORK/pg/pg_wal/$name" ] || continue
-  zstd -dcq "$object" | cmp - "$WORK/pg/pg_wal/$name" || fail "segment $name differs"
+for object in "$SEGMENTS"/*.zst.age; do
+  name=$(basename "$object" .zst.age)
+  [ -f "$WORK/db/pg/pg_wal/$name" ] || continue
+  age -d -i "$IDENTITY" "$object" | zstd -dcq | cmp - "$WORK/db/pg/pg_wal/$name" || fail "segment $name differs"
   same=$((same + 1))
 done
 [ $same -gt 0 ] || fail "no archived segment to compare"
-say "$same segments compared with 'zstd -d' and cmp: all equal, across the crash"
-klio wal-fetch -c "$BUNDLE" "$LAST" "$WORK/fetched"
-cmp "$WORK/fetched" "$WORK/pg/pg_wal/$LAST" && say "klio wal-fetch $LAST gives it back as restore_command will ask for it"
+say "$same segments compared with 'age -d | zstd -d' and cmp: all equal, across the crash"
 
-step "9. Metrics (http://127.0.0.1:$PROM/metrics)"
-curl -sf "http://127.0.0.1:$PROM/metrics" | grep -E '^klio_(wal|consumer|queue)_' | grep -v _bucket | sort | head -n 24 | show
+step "9. klio backup: a base backup of the running PostgreSQL"
+klio backup -c "$BUNDLE" 2>&1 | show
+klio list backups -c "$BUNDLE" | show
+
+step "10. More work, and an accident"
+sql "create table orders (id bigint generated always as identity primary key, what text, at timestamptz default clock_timestamp())"
+sql "insert into orders (what) select md5(g::text) from generate_series(1, 50000) g"
+as_pg "$PGBIN/pgbench" -n -c 4 -j 2 -T 4 -h "$WORK/sock" -p "$PGPORT" -U postgres postgres >"$WORK/pgbench2.log" 2>&1 || fail "pgbench"
+sql "insert into orders (what) values ('the last good order')"
+BEFORE=$(sql "select clock_timestamp()")
+say "$(sql "select count(*) from orders") orders at $BEFORE. Then somebody types:"
+say "  DELETE FROM orders;   -- and forgets the WHERE"
+sql "delete from orders"
+sql "insert into orders (what) values ('life goes on')"
+say "$(sql "select count(*) from orders") order left. Synchronous replication protects from none of this."
+
+step "11. klio restore: the moment before, in a new directory, beside the running primary"
+T=$SECONDS
+klio restore -c "$BUNDLE" --to "$WORK/db/pitr" --target-time "$BEFORE" --target-action promote 2>&1 | show
+PITR=$(free_port)
+start_copy() { # start_copy DIR PORT: no streaming from it, no waiting for anybody
+  as_pg "$PGBIN/pg_ctl" -D "$WORK/db/$1" -l "$WORK/sock/$1.log" -w -t 300 start -o \
+    "-p $2 -k $WORK/sock -c listen_addresses='' -c synchronous_standby_names=''" >/dev/null || fail "start $1: see $WORK/sock/$1.log"
+  wait_for 120 "recovery of $1" sh -c "psql -X -q -t -A -h '$WORK/sock' -p $2 -U postgres -d postgres -c 'select pg_is_in_recovery()' | grep -q f"
+}
+start_copy pitr "$PITR"
+[ "$(sql_at "$PITR" "select count(*) from orders")" = 50001 ] || fail "the orders are not back"
+say "$(sql_at "$PITR" "select count(*) from orders") orders are back, '$(sql_at "$PITR" "select what from orders order by id desc limit 1")' among them ($((SECONDS - T)) s)"
+as_pg "$PGBIN/pg_ctl" -D "$WORK/db/pitr" -m fast stop >/dev/null
+
+step "12. klio drill: prove that a restore works, before it is needed"
+klio drill -c "$BUNDLE" 2>&1 | show
+
+step "13. Metrics (http://127.0.0.1:$PROM/metrics)"
+curl -sf "http://127.0.0.1:$PROM/metrics" | grep -E '^klio_(wal|consumer|queue|base|backup)_' | grep -v _bucket | sort | head -n 30 | show
+
+step "14. The worst day: the server's disk and the primary are lost. What is left: the bucket and the key"
+LAST=$(sql "select pg_walfile_name(pg_switch_wal())")
+sql "create table after_all(x int)"
+wait_for 60 "segment $LAST archived" test -s "$SEGMENTS/$LAST.zst.age"
+wait_for 60 "the backup archived" sh -c "ls '$WORK/s3/backups/klio/demo/backups/'*.json"
+stop klio-server KILL; stop klio-stream KILL
+as_pg "$PGBIN/pg_ctl" -D "$WORK/db/pg" -m immediate stop >/dev/null
+mkdir "$WORK/safe"; cp "$IDENTITY" "$WORK/safe/identity.txt"
+rm -rf "$WORK/server" "$WORK/db/pg"
+cat >"$WORK/safe/bucket.toml" <<TOML
+[tier2]
+endpoint = "http://127.0.0.1:$S3PORT"
+region = "us-east-1"
+access_key_id = "demo"
+secret_access_key = "demosecret"
+TOML
+[ "$(id -u)" = 0 ] && chown -R postgres "$WORK/safe"
+say "rm -rf server/ and the data directory of PostgreSQL: gone."
+T=$SECONDS
+klio restore -c "$WORK/safe/bucket.toml" --from s3://backups/klio --identity "$WORK/safe/identity.txt" --cluster demo \
+  --to "$WORK/db/bucket" --latest --target-action promote 2>&1 | show
+NEW=$(free_port)
+start_copy bucket "$NEW"
+[ "$(sql_at "$NEW" "select count(*) from orders")" = 1 ] || fail "the restored database is not the newest state"
+[ "$(sql_at "$NEW" "select sum(abalance) from pgbench_accounts")" = "$(sql_at "$NEW" "select sum(delta) from pgbench_history")" ] \
+  || fail "balances and history differ"
+say "PostgreSQL is back from the bucket alone in $((SECONDS - T)) s; $(sql_at "$NEW" "select count(*) from pgbench_history") transactions of pgbench, and the sums agree"
 
 step "Done in $((SECONDS - STARTED)) s"
 if $KEEP; then
   PIDFILE=$WORK/pids; printf '%s\n' "${PIDS[@]}" >"$PIDFILE"
-  say "Everything is still running. Go on by hand:"
-  say "  export KLIO_POSTGRES__DSN='$KLIO_POSTGRES__DSN'"
-  say "  $BIN/klio status -c $BUNDLE"
-  say "  psql -h $WORK/sock -p $PGPORT -U postgres postgres"
-  say "  curl http://127.0.0.1:$ADMIN/readyz"
+  say "The restored PostgreSQL and the bucket are still running. Go on by hand:"
+  say "  psql -h $WORK/sock -p $NEW -U postgres postgres"
+  say "  $BIN/klio list backups -c $WORK/safe/bucket.toml --from s3://backups/klio --identity $WORK/safe/identity.txt --cluster demo"
   say "Stop it:"
-  say "  kill \$(cat $PIDFILE); $( [ "$(id -u)" = 0 ] && echo 'runuser -u postgres -- ')$PGBIN/pg_ctl -D $WORK/pg stop; rm -rf $WORK"
+  say "  $( [ "$(id -u)" = 0 ] && echo 'runuser -u postgres -- ')$PGBIN/pg_ctl -D $WORK/db/bucket stop; kill \$(cat $PIDFILE); rm -rf $WORK"
   trap - EXIT
 else
   say "Everything is stopped and $WORK is removed. 'make demo DEMO_ARGS=--keep' leaves it running."
