@@ -4,7 +4,11 @@
 //! there is; then snapshots, packs and tier 1's copies in a child process; then WAL. Any step may be the
 //! last one: what is left over is found by the next run, and everything that has a record can be restored.
 
-use super::{Inner, child::Tell, protocol::{PruneJob, Step}};
+use super::{
+    Inner,
+    child::Tell,
+    protocol::{PruneJob, Step},
+};
 use crate::errors;
 use klio_proto::Code;
 use klio_storage::{
@@ -168,7 +172,8 @@ impl Inner {
         let object = BaseObject::Record(name.clone());
         if let Some(tier2) = self.base.tier2() {
             let removed = tier2.remove(&object.key(cluster)).await;
-            removed.map_err(|e| Code::StorageFailed.status(format!("expire backup {name}: {e}")))?;
+            removed
+                .map_err(|e| Code::StorageFailed.status(format!("expire backup {name}: {e}")))?;
             self.base.archives().removed(cluster, &object);
         }
         let (base, cluster, name) = (self.base.clone(), cluster.clone(), name.clone());

@@ -140,7 +140,9 @@ impl VerifyConfig {
     pub fn validate(&self) -> Vec<String> {
         match (0.0..=100.0).contains(&self.read_percent) {
             true => Vec::new(),
-            false => vec![format!("verify.read_percent: expected 0 to 100, found {}", self.read_percent)],
+            false => {
+                vec![format!("verify.read_percent: expected 0 to 100, found {}", self.read_percent)]
+            }
         }
     }
 }

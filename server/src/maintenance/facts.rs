@@ -36,7 +36,8 @@ impl Inner {
             record: backup.record,
         };
         let timelines = timelines(&holdings, &mut problems);
-        let size = SegmentSize::new(holdings.segment_size).or_else(|_| SegmentSize::new(SEGMENT_BYTES));
+        let size =
+            SegmentSize::new(holdings.segment_size).or_else(|_| SegmentSize::new(SEGMENT_BYTES));
         let segment_size = size.map_err(|e| klio_proto::Code::Internal.status(e))?;
         Ok(Facts {
             backups: listed.backups.into_iter().map(known).collect(),

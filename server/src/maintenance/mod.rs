@@ -99,7 +99,16 @@ impl Maintenance {
             }
         }
         let turn = tokio::sync::Mutex::new(());
-        Self(Arc::new(Inner { base, archives, settings, data_dir, config_path, program, metrics, turn }))
+        Self(Arc::new(Inner {
+            base,
+            archives,
+            settings,
+            data_dir,
+            config_path,
+            program,
+            metrics,
+            turn,
+        }))
     }
 
     /// What maintenance would do now.
@@ -147,7 +156,8 @@ impl Maintenance {
         let stored = tokio::task::spawn_blocking(move || {
             outcomes::store_drilled(base.disk().as_ref(), base.root(), &name, &kept)
         });
-        let stored = stored.await.map_err(|e| Code::Internal.status(format!("keep a drill: {e}")))?;
+        let stored =
+            stored.await.map_err(|e| Code::Internal.status(format!("keep a drill: {e}")))?;
         stored.map_err(|e| errors::status(&e))?;
         self.0.metrics.drilled(cluster, &outcome);
         Ok(())

@@ -4,12 +4,12 @@
 //! pipes. It refuses when what it reads is not what the server runs with. Its standard input stays open
 //! for as long as it may work: the end of it, for whatever reason, ends the child.
 
+use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
     catalog::{BackupRecord, Damage},
     layout::{BackupName, ClusterName},
     repository::SnapshotId,
 };
-use klio_pg::{Lsn, TimelineId};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 

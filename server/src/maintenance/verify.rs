@@ -41,17 +41,18 @@ impl Inner {
         let result = self.read_back(cluster, job, tell).await?;
         let result = complete(cluster, result, &chosen, &holdings, &listed.problems);
         let seconds = began.elapsed().as_secs_f64();
-        let outcome = |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
-            backups,
-            ok: damaged.is_empty(),
-            finished_unix: self.base.now_unix(),
-            duration_seconds: seconds,
-            read_percent: request.read_percent,
-            read_bytes: result.read_bytes,
-            files: result.files,
-            damaged,
-            repaired,
-        };
+        let outcome =
+            |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
+                backups,
+                ok: damaged.is_empty(),
+                finished_unix: self.base.now_unix(),
+                duration_seconds: seconds,
+                read_percent: request.read_percent,
+                read_bytes: result.read_bytes,
+                files: result.files,
+                damaged,
+                repaired,
+            };
         for backup in &chosen {
             let name = &backup.record.name;
             let own = |findings: &[Finding]| -> Vec<Damage> {
@@ -115,12 +116,17 @@ impl Inner {
         owed
     }
 
-    async fn keep_outcome(&self, cluster: &ClusterName, outcome: VerifyOutcome) -> Result<(), Status> {
+    async fn keep_outcome(
+        &self,
+        cluster: &ClusterName,
+        outcome: VerifyOutcome,
+    ) -> Result<(), Status> {
         let (base, cluster) = (self.base.clone(), cluster.clone());
         let kept = tokio::task::spawn_blocking(move || {
             outcomes::store_verified(base.disk().as_ref(), base.root(), &cluster, &outcome)
         });
-        let kept = kept.await.map_err(|e| Code::Internal.status(format!("keep the outcome: {e}")))?;
+        let kept =
+            kept.await.map_err(|e| Code::Internal.status(format!("keep the outcome: {e}")))?;
         kept.map_err(|e| errors::status(&e))
     }
 }
@@ -148,13 +154,17 @@ fn complete(
     problems: &[String],
 ) -> VerifyResult {
     for problem in problems {
-        let damage =
-            Damage { tier: "both".into(), key: format!("{cluster}/backups"), problem: problem.clone() };
+        let damage = Damage {
+            tier: "both".into(),
+            key: format!("{cluster}/backups"),
+            problem: problem.clone(),
+        };
         result.damaged.push(Finding { damage, backups: Vec::new() });
     }
     for backup in chosen {
         let record = &backup.record;
-        let missing = holdings.first_missing(record.stop_timeline, record.start_lsn, record.stop_lsn);
+        let missing =
+            holdings.first_missing(record.stop_timeline, record.start_lsn, record.stop_lsn);
         let problem = match missing {
             Ok(None) => continue,
             Ok(Some((timeline, run))) => {

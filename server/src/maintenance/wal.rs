@@ -66,7 +66,8 @@ impl Inner {
             if let Err(error) = self.prove(tier2, cluster, &file).await {
                 kept += 1;
                 if kept <= NAMED_MAX {
-                    let text = format!("{} stays on tier 1, not proven in tier 2: {error}", file.file);
+                    let text =
+                        format!("{} stays on tier 1, not proven in tier 2: {error}", file.file);
                     outcome.held_back.push(text);
                 }
                 continue;

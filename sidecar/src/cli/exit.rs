@@ -21,8 +21,14 @@ pub const LOCAL: u8 = 6;
 pub const UNVERIFIED: u8 = 7;
 /// `backup` took the backup, and maintenance after it failed.
 pub const UNMAINTAINED: u8 = 8;
+/// `verify` found damage that could not be repaired.
+pub const DAMAGED: u8 = 40;
+/// `verify` found damage, and repaired all of it from the other tier.
+pub const REPAIRED: u8 = 41;
 /// Ended by a signal before it was done.
 pub const STOPPED: u8 = 9;
+/// `restore`: the target cannot be reached; nothing was touched.
+pub const UNREACHABLE: u8 = 30;
 /// Wrong usage, and every failure of `wal-fetch` but a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
 
@@ -37,6 +43,7 @@ pub const fn of(error: &Error) -> u8 {
         Failure::Config => CONFIG,
         Failure::Local => LOCAL,
         Failure::Stopped => STOPPED,
+        Failure::Unreachable => UNREACHABLE,
     }
 }
 
@@ -66,6 +73,9 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (LOCAL, "a local file cannot be read or written"),
         (UNVERIFIED, "backup: taken, and verifying it failed or found damage"),
         (UNMAINTAINED, "backup: taken, and maintenance after it failed"),
+        (UNREACHABLE, "restore: the target cannot be reached; nothing was touched"),
+        (DAMAGED, "verify: found damage that could not be repaired"),
+        (REPAIRED, "verify: found damage, and repaired all of it from the other tier"),
         (STOPPED, "ended by a signal before it was done"),
         (STOP_RECOVERY, "wrong usage; wal-fetch: any failure but NOT_FOUND (stops PostgreSQL, P7)"),
     ];

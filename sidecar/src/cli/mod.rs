@@ -107,7 +107,7 @@ const fn needs(command: &Command) -> Needs {
         Command::Status(args) => {
             Needs { server: true, cluster: !args.all, postgres: false, source: false }
         }
-        Command::List(_) => Needs { server: true, cluster: true, postgres: false, source: false },
+        Command::List(_) | Command::Verify(_) | Command::Retention(_) => Needs { server: true, cluster: true, postgres: false, source: false },
         Command::WalFetch(_) | Command::WalAgent(_) => {
             Needs { server: false, cluster: true, postgres: false, source: true }
         }

@@ -16,7 +16,9 @@ use klio_storage::{
     crypt::AtRest,
     disk::{Disk, RealDisk, read_small},
     layout::{BaseObject, ClusterName},
-    repository::{BucketFiles, LocalFiles, SECRET_LIMIT_BYTES, Secret, decode_secret, secret_objects},
+    repository::{
+        BucketFiles, LocalFiles, SECRET_LIMIT_BYTES, Secret, decode_secret, secret_objects,
+    },
     tier2::Tier2,
 };
 use std::{
@@ -108,9 +110,8 @@ fn work(path: &Path, job: Job, out: Output) -> anyhow::Result<Line> {
     let root = config.data_dir.join("tier1");
     let base = root.join(job.cluster.as_str()).join("base");
     let handle = runtime.handle().clone();
-    let bucket = tier2.clone().map(|t| {
-        Arc::new(BucketFiles::new(t, job.cluster.clone(), handle.clone()))
-    });
+    let bucket =
+        tier2.clone().map(|t| Arc::new(BucketFiles::new(t, job.cluster.clone(), handle.clone())));
     let ground = Ground {
         local: Arc::new(LocalFiles::new(disk.clone(), base)),
         at_rest: config.encryption.at_rest().context("read the encryption keys")?,

@@ -28,7 +28,9 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
     forget.extend(orphans(&repository, job)?);
     if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
-        bail!("forget snapshot {needed}: expected one without a record, found one that a backup has");
+        bail!(
+            "forget snapshot {needed}: expected one without a record, found one that a backup has"
+        );
     }
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")?;

@@ -150,12 +150,19 @@ impl Checker<'_> {
             };
             match self.repair(tier, key, good, judge) {
                 Ok(()) => {
-                    tracing::warn!(key, tier = tier.name(), problem, "repaired from the other tier");
+                    tracing::warn!(
+                        key,
+                        tier = tier.name(),
+                        problem,
+                        "repaired from the other tier"
+                    );
                     let finding = Finding { damage: damage(problem), backups: owners() };
                     self.result.repaired.push(finding);
                 }
                 Err(error) => {
-                    let text = format!("{problem}; writing the good copy of the other tier failed: {error}");
+                    let text = format!(
+                        "{problem}; writing the good copy of the other tier failed: {error}"
+                    );
                     self.damaged(damage(text), owners());
                 }
             }
@@ -191,8 +198,12 @@ impl Checker<'_> {
         }
         match self.copy(tier, key, judge)? {
             Copy::Good(_) => Ok(()),
-            Copy::Bad(problem) => Err(Error::new(Kind::Corrupt, klio_storage::Op::Write, key, problem)),
-            Copy::Missing => Err(Error::new(Kind::Io, klio_storage::Op::Write, key, "not there afterwards")),
+            Copy::Bad(problem) => {
+                Err(Error::new(Kind::Corrupt, klio_storage::Op::Write, key, problem))
+            }
+            Copy::Missing => {
+                Err(Error::new(Kind::Io, klio_storage::Op::Write, key, "not there afterwards"))
+            }
         }
     }
 
@@ -204,7 +215,9 @@ impl Checker<'_> {
                 let read: BackupRecord = record::decode(bytes, &key).map_err(|e| e.detail)?;
                 match read.name == *name {
                     true => Ok(()),
-                    false => Err(format!("expected the record of {name}, found that of {}", read.name)),
+                    false => {
+                        Err(format!("expected the record of {name}, found that of {}", read.name))
+                    }
                 }
             };
             self.prove(&key, [backup.tier1, backup.tier2], &|| vec![name.clone()], &judge)?;
@@ -288,7 +301,10 @@ impl Checker<'_> {
     }
 
     /// Files of a kind over both tiers, and in which they are.
-    fn listed(&self, kind: BaseKind) -> Result<BTreeMap<BaseFile, (Option<u64>, Option<u64>)>, Error> {
+    fn listed(
+        &self,
+        kind: BaseKind,
+    ) -> Result<BTreeMap<BaseFile, (Option<u64>, Option<u64>)>, Error> {
         let mut all: BTreeMap<BaseFile, (Option<u64>, Option<u64>)> = BTreeMap::new();
         for (file, size) in self.ground.local.list(kind)? {
             all.entry(file).or_default().0 = Some(size);
@@ -368,7 +384,9 @@ fn named(file: BaseFile, bytes: &[u8]) -> Result<(), String> {
     let found = Sha256Sum::of(bytes);
     match found == file.id {
         true => Ok(()),
-        false => Err(format!("expected the SHA-256 of its name, found {found} of {} bytes", bytes.len())),
+        false => {
+            Err(format!("expected the SHA-256 of its name, found {found} of {} bytes", bytes.len()))
+        }
     }
 }
 

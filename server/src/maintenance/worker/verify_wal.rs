@@ -6,9 +6,7 @@
 
 use super::verify::Checker;
 use crate::maintenance::protocol::{Archived, VerifyJob};
-use klio_pg::{
-    SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory,
-};
+use klio_pg::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory};
 use klio_storage::{
     Error, Op,
     crypt::{AtRest, payload_error},
@@ -167,7 +165,10 @@ fn judge(
     header.belongs_to(name).map_err(|e| e.to_string())?;
     if header.system_identifier != job.system_identifier {
         let expected = job.system_identifier;
-        return Err(format!("expected system identifier {expected}, found {}", header.system_identifier));
+        return Err(format!(
+            "expected system identifier {expected}, found {}",
+            header.system_identifier
+        ));
     }
     Ok(())
 }

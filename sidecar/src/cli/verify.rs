@@ -1,0 +1,127 @@
+//! `klio verify`: has the server prove what is stored. Any damage is an exit status of its own, also
+//! where it is repaired.
+
+use super::{
+    args::VerifyArgs,
+    connect, exit, print, text,
+    work::{Answer, follow},
+};
+use crate::{
+    config::Config,
+    error::{Error, Failure},
+};
+use klio_proto::v1::{VerifyRequest, VerifyResponse, verify_response};
+use klio_storage::catalog::VerifyOutcome;
+
+const DOING: &str = "verify";
+
+/// Runs it.
+pub(super) async fn run(config: &Config, args: &VerifyArgs) -> Result<u8, Error> {
+    let request = VerifyRequest {
+        cluster: config.cluster()?.to_string(),
+        backup_name: args.backup.clone().unwrap_or_default(),
+        read_percent: percent(&args.read_data)?,
+        wal: args.wal,
+    };
+    let mut client = connect(config).await?.base();
+    let answers = client.verify(request).await;
+    let answers = answers.map_err(|status| Error::from_status(DOING, &status))?.into_inner();
+    let read = |answer: VerifyResponse| match answer.kind? {
+        verify_response::Kind::Progress(step) => Some(Answer::Step(step)),
+        verify_response::Kind::Outcome(bytes) => Some(Answer::Outcome(bytes)),
+    };
+    let outcome: VerifyOutcome = follow(DOING, answers, args.json, read).await?;
+    if args.json {
+        let json = serde_json::to_string_pretty(&outcome);
+        print(&format!("{}\n", json.map_err(|e| Error::new(Failure::Local, e))?));
+    } else {
+        print(&summary(&outcome));
+    }
+    Ok(status(&outcome))
+}
+
+fn percent(text: &str) -> Result<f64, Error> {
+    if text == "all" {
+        return Ok(100.0);
+    }
+    let number = text.trim_end_matches('%').parse().ok();
+    number.filter(|percent| (0.0..=100.0).contains(percent)).ok_or_else(|| {
+        let detail = format!("read --read-data: expected all or 0 to 100, found {text:?}");
+        Error::new(Failure::Config, detail)
+    })
+}
+
+/// Damage that was repaired is told from damage that stays, and both from none.
+const fn status(outcome: &VerifyOutcome) -> u8 {
+    match (outcome.damaged.is_empty(), outcome.repaired.is_empty()) {
+        (true, true) => exit::OK,
+        (true, false) => exit::REPAIRED,
+        (false, _) => exit::DAMAGED,
+    }
+}
+
+fn summary(outcome: &VerifyOutcome) -> String {
+    let mut out = String::new();
+    for damage in &outcome.damaged {
+        out += &format!("DAMAGED   {} {}: {}\n", damage.tier, damage.key, damage.problem);
+    }
+    for damage in &outcome.repaired {
+        out += &format!("repaired  {} {}: {}\n", damage.tier, damage.key, damage.problem);
+    }
+    let verdict = match (outcome.damaged.len(), outcome.repaired.len()) {
+        (0, 0) => "all good".to_owned(),
+        (0, repaired) => format!("{repaired} damaged, all repaired from the other tier"),
+        (damaged, repaired) => format!("{damaged} DAMAGED, {repaired} repaired"),
+    };
+    out + &format!(
+        "{} backups: {verdict}; {} files, {} read, {} % of the packs, in {}\n",
+        outcome.backups.len(),
+        outcome.files,
+        text::size(outcome.read_bytes),
+        outcome.read_percent,
+        text::duration(outcome.duration_seconds),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_storage::catalog::Damage;
+
+    fn outcome(damaged: usize, repaired: usize) -> VerifyOutcome {
+        let damage =
+            Damage { tier: "tier2".into(), key: "pg/base/config".into(), problem: "x".into() };
+        VerifyOutcome {
+            backups: vec!["a".parse().unwrap()],
+            ok: damaged == 0,
+            finished_unix: 1.0,
+            duration_seconds: 2.0,
+            read_percent: 10.0,
+            read_bytes: 5,
+            files: 3,
+            damaged: vec![damage.clone(); damaged],
+            repaired: vec![damage; repaired],
+        }
+    }
+
+    #[test]
+    fn the_exit_status_tells_damaged_from_repaired_from_good() {
+        let all = [(0, 0), (0, 2), (2, 0), (1, 1)].map(|(d, r)| status(&outcome(d, r)));
+        assert_eq!(all, [exit::OK, exit::REPAIRED, exit::DAMAGED, exit::DAMAGED]);
+        assert!(summary(&outcome(1, 1)).contains("1 DAMAGED, 1 repaired"));
+    }
+
+    #[test]
+    fn read_data_is_all_or_a_percentage() {
+        for (text, expected) in [
+            ("all", Some(100.0)),
+            ("7.5", Some(7.5)),
+            ("10%", Some(10.0)),
+            ("101", None),
+            ("x", None),
+            ("", None),
+        ] {
+            assert_eq!(percent(text).ok(), expected, "{text}");
+        }
+    }
+}
