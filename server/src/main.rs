@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Parser;
-use klio_server::cli::{Cli, Command, client, init, keygen, reference, run};
+use klio_server::cli::{Cli, Command, client, init, key, keygen, reference, run};
 use klio_server::{config::ConfigError, encryption::KeyProblem};
 use std::process::ExitCode;
 
@@ -31,6 +31,11 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Init(args) => init::run(args),
         Command::Keygen(args) => keygen::run(args),
+        Command::Key(verb) => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime")?
+            .block_on(key::run(verb)),
         Command::Client(args) => client::run(args),
         Command::Reference(args) => {
             reference::run(args);

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod init;
+pub mod key;
 pub mod keygen;
 pub mod reference;
 pub mod run;
@@ -33,6 +34,9 @@ pub enum Command {
     Init(init::Args),
     /// Make an age identity for encryption at rest, and print its public recipient.
     Keygen(keygen::Args),
+    /// Keys of encryption at rest: which opens what, a new one.
+    #[command(subcommand)]
+    Key(key::Verb),
     /// Run the server in the foreground until SIGTERM or SIGINT.
     Run(RunArgs),
     /// Issue a client bundle: certificate, key and configuration for one `klio`.

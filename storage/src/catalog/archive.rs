@@ -217,6 +217,12 @@ impl Archive {
         self.other_sizes.insert(file.to_string(), size);
     }
 
+    /// A local file of this size was proven to be archived, and is about to be written again with another size: what is
+    /// known of its object stays so.
+    pub fn keep_size(&mut self, file: WalFile, local_size: u64) {
+        self.other_sizes.entry(file.to_string()).or_insert(local_size);
+    }
+
     /// Whether an object of `size` is known to stand for a local file of `local_size`.
     pub fn accepts(&self, file: WalFile, local_size: u64, size: u64) -> bool {
         local_size == size || self.other_sizes.get(&file.to_string()) == Some(&size)

@@ -1,0 +1,325 @@
+//! `klio-server key`: which key opens what, a new identity, and writing what there is again for it.
+//!
+//! - The new identity is in the identity file, durably and before the old ones, before anything is encrypted for it. The
+//!   old ones stay there: a stop at any point leaves everything readable, and `key rewrap` goes on.
+//! - The server is stopped meanwhile: whoever has tier 1 has its lock.
+
+use super::keygen;
+use crate::{config::Config, encryption::KeyProblem};
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use futures::TryStreamExt;
+use klio_storage::{
+    catalog::archive_file,
+    crypt::{self, AtRest, HEADER_LIMIT_BYTES, IdentityText, Keys},
+    disk::{Disk, RealDisk, durable},
+    layout::{BaseObject, ClusterName, WalFile},
+    tier2::Tier2,
+    wal::{WalOptions, WalStore, check_keys, locked},
+};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// More than a wrapped secret takes.
+const SECRET_LIMIT_BYTES: u64 = 1 << 20;
+
+/// The verbs of `key`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Verb {
+    /// List which recipients the encrypted files are for, and whether the identity file opens them.
+    Show(ShowArgs),
+    /// Put a new identity in front of the identity file, and wrap the small keys again for it. Stop the server first.
+    Rotate(RewrapArgs),
+    /// Wrap the small keys again for the newest identity and the recipients there are now. Stop the server first.
+    Rewrap(RewrapArgs),
+}
+
+/// Arguments of `key show`.
+#[derive(Debug, clap::Args)]
+pub struct ShowArgs {
+    /// The server's configuration file.
+    #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
+    pub config: PathBuf,
+    /// Look into the bucket too: one small request for each encrypted object.
+    #[arg(long)]
+    pub tier2: bool,
+    /// Name every file.
+    #[arg(long)]
+    pub files: bool,
+}
+
+/// Arguments of `key rotate` and `key rewrap`.
+#[derive(Debug, clap::Args)]
+pub struct RewrapArgs {
+    /// The server's configuration file.
+    #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
+    pub config: PathBuf,
+    /// Also write sealed WAL of tier 1 again; objects in tier 2 stay as they are.
+    #[arg(long)]
+    pub rewrap_wal: bool,
+}
+
+/// Does it.
+pub async fn run(verb: &Verb) -> anyhow::Result<()> {
+    match verb {
+        Verb::Show(args) => show(args).await,
+        Verb::Rotate(args) => {
+            rotate(&Config::load(&args.config)?)?;
+            rewrap(args).await
+        }
+        Verb::Rewrap(args) => rewrap(args).await,
+    }
+}
+
+fn tier1(config: &Config) -> PathBuf {
+    config.data_dir.join("tier1")
+}
+
+/// Opens tier 1, which keeps the server from it.
+fn open_store(config: &Config, at_rest: &AtRest) -> anyhow::Result<WalStore> {
+    let (root, at_rest) = (tier1(config), at_rest.clone());
+    fs::create_dir_all(&root).with_context(|| format!("create folder {}", root.display()))?;
+    check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
+    let options = WalOptions { at_rest, ..WalOptions::default() };
+    WalStore::open(Arc::new(RealDisk), root, options).context("open tier 1: is the server stopped?")
+}
+
+/// Puts a new identity first.
+fn rotate(config: &Config) -> anyhow::Result<()> {
+    let Some(path) = &config.encryption.identity_file else {
+        bail!("expected encryption.identity_file, found none: there is nothing to rotate");
+    };
+    // Proves that the identity is the right one and the server stopped, before anything changes.
+    drop(open_store(config, &config.at_rest().map_err(KeyProblem::from)?)?);
+    let old = crypt::read_identity(path)?;
+    let (new, recipient) = keygen::generate();
+    replace_identity(path, &new.before(&old))
+        .with_context(|| format!("write {}", path.display()))?;
+    println!("{recipient}");
+    println!(
+        "the new identity is the first one in {}: copy the file to where you keep it safe",
+        path.display()
+    );
+    Ok(())
+}
+
+/// Durable, readable by its owner only, whole at every moment.
+fn replace_identity(path: &Path, text: &IdentityText) -> anyhow::Result<()> {
+    // A link, as secrets are often mounted, stays a link.
+    let path = fs::canonicalize(path)?;
+    let tmp = durable::tmp_path(&path);
+    match fs::remove_file(&tmp) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+        _ => {}
+    }
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
+    file.write_all(text.expose().as_bytes())?;
+    file.sync_all()?;
+    Ok(durable::rename(&RealDisk, &tmp, &path)?)
+}
+
+async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
+    let config = Config::load(&args.config)?;
+    let at_rest = config.at_rest().map_err(KeyProblem::from)?;
+    let Some(keys) = at_rest.writing() else {
+        bail!("expected encryption at rest to be on, found off = true");
+    };
+    let store = open_store(&config, &at_rest)?;
+    let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
+    for cluster in store.clusters() {
+        if store.rewrap_key(&cluster)? {
+            println!("{cluster}: wrapped the key of open segments again");
+        }
+        rewrap_secret(&store, &cluster, keys)?;
+        if let Some(tier2) = &tier2 {
+            rewrap_object(tier2, &cluster, keys).await?;
+        }
+        if args.rewrap_wal {
+            rewrap_wal(&store, &cluster)?;
+        }
+    }
+    drop(store);
+    let left = still_needed(&tier1(&config), &at_rest)?;
+    if left.is_empty() {
+        println!("nothing on tier 1 needs an older identity");
+    }
+    for (recipient, files) in left {
+        println!("{files} files on tier 1 still need the identity of {recipient}: keep it");
+    }
+    if tier2.is_some() {
+        println!(
+            "WAL that is in tier 2 already stays for the identity it was written for: keep that one as long as you keep the WAL"
+        );
+    }
+    Ok(())
+}
+
+fn rewrap_secret(store: &WalStore, cluster: &ClusterName, keys: &Keys) -> anyhow::Result<()> {
+    let path = store.root().join(BaseObject::Secret { encrypted: true }.key(cluster));
+    let wrapped = match fs::read(&path) {
+        Ok(wrapped) => wrapped,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e).with_context(|| format!("read {}", path.display())),
+    };
+    let secret = keys.unwrap(&wrapped).map_err(|e| e.at(path.display()))?;
+    durable::overwrite(&RealDisk, &path, &keys.wrap(&secret)?)?;
+    println!("{cluster}: wrapped the key of base backups again on tier 1");
+    Ok(())
+}
+
+async fn rewrap_object(tier2: &Tier2, cluster: &ClusterName, keys: &Keys) -> anyhow::Result<()> {
+    let key = BaseObject::Secret { encrypted: true }.key(cluster);
+    let Some(wrapped) = tier2.read_small(&key, SECRET_LIMIT_BYTES).await? else { return Ok(()) };
+    let secret = keys.unwrap(&wrapped).map_err(|e| e.at(&key))?;
+    tier2.replace(&key, keys.wrap(&secret)?.into()).await?;
+    println!("{cluster}: wrapped the key of base backups again in tier 2");
+    Ok(())
+}
+
+fn rewrap_wal(store: &WalStore, cluster: &ClusterName) -> anyhow::Result<()> {
+    let held = store.list(cluster)?;
+    // What is archived was proven to be these files; that they get other sizes must not put it in doubt.
+    let path = archive_file::path(store.root(), cluster);
+    if let Some(mut archive) = archive_file::read(&path)? {
+        for stored in held.iter().filter(|stored| archive.has(stored.file)).collect::<Vec<_>>() {
+            archive.keep_size(stored.file, stored.size);
+        }
+        archive_file::write(&path, &archive)?;
+    }
+    let mut written = 0;
+    let files: Vec<WalFile> = held.iter().map(|stored| stored.file).collect();
+    for file in files {
+        written += u64::from(store.rewrap(cluster, file)?);
+    }
+    println!("{cluster}: wrote {written} WAL files again on tier 1");
+    Ok(())
+}
+
+/// Files by recipient that the newest identity does not open.
+fn still_needed(root: &Path, at_rest: &AtRest) -> anyhow::Result<BTreeMap<String, usize>> {
+    let newest = at_rest.reading().and_then(|keys| keys.own().into_iter().next());
+    let mut left = BTreeMap::new();
+    for cluster in clusters(root)? {
+        for file in locked(&RealDisk, root, &cluster)? {
+            if newest.as_ref().is_some_and(|newest| !file.recipients.contains(newest)) {
+                *left.entry(name(&file.recipients)).or_default() += 1;
+            }
+        }
+    }
+    Ok(left)
+}
+
+fn name(recipients: &[String]) -> String {
+    if recipients.is_empty() { "an unnamed recipient".into() } else { recipients.join(" and ") }
+}
+
+fn clusters(root: &Path) -> anyhow::Result<Vec<ClusterName>> {
+    let entries = match RealDisk.list(root) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("list {}", root.display()))?,
+    };
+    Ok(entries.iter().filter(|e| e.is_dir).filter_map(|e| e.name.parse().ok()).collect())
+}
+
+async fn show(args: &ShowArgs) -> anyhow::Result<()> {
+    let config = Config::load(&args.config)?;
+    let at_rest = config.at_rest().map_err(KeyProblem::from)?;
+    let own = at_rest.reading().map(Keys::own).unwrap_or_default();
+    let encrypts = at_rest.writing().map(Keys::recipients).unwrap_or_default();
+    println!(
+        "new files are {}",
+        if encrypts.is_empty() {
+            "NOT ENCRYPTED".into()
+        } else {
+            format!("for {}", encrypts.join(" and "))
+        }
+    );
+    for (n, recipient) in own.iter().enumerate() {
+        println!(
+            "the identity file opens what is for {recipient}{}",
+            if n == 0 { " (newest)" } else { "" }
+        );
+    }
+    let mut found: Vec<(String, String, Vec<String>)> = Vec::new();
+    let root = tier1(&config);
+    for cluster in clusters(&root)? {
+        for file in locked(&RealDisk, &root, &cluster)? {
+            found.push(("tier 1".into(), file.path.display().to_string(), file.recipients));
+        }
+    }
+    if let (true, Some(tier2)) = (args.tier2, &config.tier2) {
+        in_bucket(&Tier2::open(tier2)?, &mut found).await?;
+    }
+    print_table(&found, &own, args.files);
+    Ok(())
+}
+
+async fn in_bucket(
+    tier2: &Tier2,
+    found: &mut Vec<(String, String, Vec<String>)>,
+) -> anyhow::Result<()> {
+    for cluster in tier2.clusters().await? {
+        for object in tier2.list_prefix(cluster.as_str()).await? {
+            if !object.key.ends_with(".age") {
+                continue;
+            }
+            let length = object.size.min(HEADER_LIMIT_BYTES as u64);
+            let download = tier2.download_range(&object.key, 0, Some(length)).await?;
+            let head: Vec<Bytes> = download.try_collect().await?;
+            let recipients = crypt::recipients_of(&head.concat()).unwrap_or_default();
+            found.push(("tier 2".into(), object.key, recipients));
+        }
+    }
+    Ok(())
+}
+
+fn print_table(found: &[(String, String, Vec<String>)], own: &[String], files: bool) {
+    let opens = |recipients: &[String]| recipients.iter().any(|r| own.contains(r));
+    let verdict = |recipients: &[String]| match opens(recipients) {
+        true => "opened by the identity file",
+        false => "NOT opened by the identity file",
+    };
+    if files {
+        for (tier, path, recipients) in found {
+            println!("{tier} {path}: for {}, {}", name(recipients), verdict(recipients));
+        }
+        return;
+    }
+    let mut groups: BTreeMap<(&str, &[String]), (usize, &str)> = BTreeMap::new();
+    for (tier, path, recipients) in found {
+        groups.entry((tier, recipients)).or_insert((0, path)).0 += 1;
+    }
+    for ((tier, recipients), (count, example)) in groups {
+        println!(
+            "{tier}: {count} files for {}, {}, such as {example}",
+            name(recipients),
+            verdict(recipients)
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_rotated_identity_file_has_the_new_one_first_and_is_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity");
+        let (old, first) = keygen::generate();
+        fs::write(&path, old.expose()).unwrap();
+        let (new, second) = keygen::generate();
+        replace_identity(&path, &new.before(&old)).unwrap();
+        let keys = Keys::load(&path, &[]).unwrap();
+        assert_eq!(keys.own(), [second.clone(), first]);
+        assert_eq!(keys.recipients(), [second]);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+}
