@@ -13,6 +13,7 @@ use klio_tests::{
     base_client::{Base, make, name_of, open_request, pack, segment_size},
     client::{self, SYSTEM},
     install_crypto,
+    mount::SmallDisk,
     s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
     wait::eventually,
@@ -32,14 +33,6 @@ async fn started(s3: Option<&S3>) -> (Site, Base, Channel) {
     let mut site = Site::new().await;
     if let Some(s3) = s3 {
         site.set_tier2(s3);
-    }
-    if !std::fs::read_to_string(site.dir().join("klio-server.toml"))
-        .unwrap_or_default()
-        .contains("identity_file")
-    {
-        let path = site.scratch("identity");
-        std::fs::write(&path, klio_storage::crypt::Keys::generate().0.as_bytes()).expect("x");
-        site.set("KLIO_ENCRYPTION__IDENTITY_FILE", &path.display().to_string());
     }
     site.start().await;
     let (base, channel) = connect(&site).await;
@@ -368,4 +361,94 @@ async fn no_second_repository_is_made_while_the_bucket_is_down() {
     assert!(!site.tier1().join("main/base/config").exists());
     s3.faults().heal();
     base.open().await.expect("a repository");
+}
+
+/// S1, P10: a crash between secret and repository is finished with the same secret; a lost secret is a loss.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_has_one_secret_for_ever() {
+    let (mut site, base, _) = started(None).await;
+    let secret = base.open().await.expect("a repository");
+    let folder = site.tier1().join("main");
+    site.stop().await;
+    std::fs::remove_dir_all(folder.join("base")).expect("as if it had crashed before");
+    site.start().await;
+    let (base, _) = connect(&site).await;
+    assert_eq!(base.open().await.expect("finished").password, secret.password);
+    std::fs::remove_file(folder.join("base/config")).expect("as if it had crashed in the middle");
+    assert_eq!(base.open().await.expect("finished").password, secret.password);
+    assert_eq!(base.list(FileKind::Key).await.expect("a list").len(), 1);
+    // What is written is not the secret itself.
+    let wrapped = std::fs::read(folder.join("repository.json.age")).expect("the secret");
+    assert!(!String::from_utf8_lossy(&wrapped).contains(secret.password.as_str()));
+    assert!(!site.log().contains(secret.password.as_str()));
+    std::fs::remove_file(folder.join("repository.json.age")).expect("lost");
+    expect(base.open().await.map(drop), Code::Corrupt, &["lost its secret"]);
+    assert!(!folder.join("repository.json.age").exists());
+    std::fs::write(folder.join("repository.json.age"), &wrapped[..wrapped.len() - 9]).expect("cut");
+    expect(base.open().await.map(drop), Code::Corrupt, &[]);
+    std::fs::write(folder.join("repository.json.age"), wrapped).expect("put back");
+    assert_eq!(base.open().await.expect("found again").password, secret.password);
+}
+
+/// S4: tier 2 has what tier 1 no longer keeps.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
+    let s3 = S3::new();
+    let (mut site, base, channel) = started(Some(&s3)).await;
+    let (start, stop) = (START.advance(8192), START.advance(20_000));
+    let made = make(&base, &site.scratch("made"), "first", start, stop).await;
+    let _stream = base.stream_wal(&channel, START, 32768).await;
+    made.put(&base, None).await;
+    base.commit(&made.record).await.expect("committed");
+    eventually("the backup to be in tier 2", PATIENCE, || async {
+        base.entry("first").await.0.tier2
+    })
+    .await;
+    let (file, bytes) = made.of(BaseKind::Data).remove(0);
+    std::fs::remove_file(site.tier1().join("main/base").join(file.relative())).expect("evicted");
+    let (entry, _) = base.entry("first").await;
+    assert!(entry.tier2 && !entry.tier1);
+    assert_eq!(base.get(file, 0, 0).await.expect("from tier 2"), bytes);
+    let listed = base.list(FileKind::Data).await.expect("a list");
+    assert!(listed.contains(&(file.id.to_string(), bytes.len() as u64)));
+    // The bucket does not answer: that is no absence (P7), and tier 1's list is still given.
+    s3.faults().inject(Rule::always(Fault::SlowDown));
+    expect(base.get(file, 0, 0).await, Code::Unavailable, &["tier 2"]);
+    site.stop().await;
+    site.start().await;
+    let (base, _) = connect(&site).await;
+    expect(base.get(file, 0, 0).await, Code::Unavailable, &["tier 2"]);
+    assert_eq!(base.list(FileKind::Snapshot).await.expect("tier 1's").len(), 1);
+    assert!(!base.backups().await.expect("tier 1's").problems.is_empty());
+    s3.faults().heal();
+}
+
+/// WAL comes first on a disk that runs full.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_base_backups_and_still_takes_wal() {
+    install_crypto();
+    let mut site = Site::new().await;
+    let disk = SmallDisk::mount(&site.tier1(), 40);
+    site.start().await;
+    let (base, channel) = connect(&site).await;
+    base.open().await.expect("a repository");
+    let bytes = |seed: u8| Sha256Sum::of(&[seed]).bytes().repeat(250_000);
+    let mut stored = 0;
+    let refused = loop {
+        let bytes = bytes(stored);
+        match base.put(pack(&bytes), &bytes).await {
+            Ok(_) => stored += 1,
+            Err(status) => break status,
+        }
+    };
+    expect(Err::<(), _>(refused), Code::DiskFull, &["kept for WAL"]);
+    assert!((2..5).contains(&stored), "{stored}");
+    let _stream = base.stream_wal(&channel, START, 32768).await;
+    // Full to the last byte while a file is on its way: it leaves nothing.
+    disk.fill();
+    let small = b"small".repeat(1000);
+    expect(base.put(pack(&small), &small).await, Code::DiskFull, &[]);
+    assert!(files(&site).iter().all(|path| path.extension().is_none()), "{:?}", files(&site));
+    disk.relieve();
+    assert!(!base.put(pack(&small), &small).await.expect("stored"));
 }

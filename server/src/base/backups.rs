@@ -155,10 +155,7 @@ impl BaseStore {
                 continue;
             }
             let whole = !only_in_tier2
-                || self
-                    .needs(cluster, id)
-                    .await
-                    .is_ok_and(|needed| needed.iter().all(|file| disk.files.contains(file)));
+                || self.needs(cluster, id).await.is_ok_and(|needed| needed.is_subset(&disk.files));
             if whole {
                 complete.insert(record.name.clone());
             }

@@ -188,23 +188,6 @@ impl BaseStore {
         })
         .await
     }
-
-    /// The files that a snapshot needs, read from the repository.
-    ///
-    /// # Errors
-    /// `NOT_FOUND` when one of them is gone, `CORRUPT`.
-    pub async fn needs(
-        &self,
-        cluster: &ClusterName,
-        snapshot: SnapshotId,
-    ) -> Result<BTreeSet<BaseFile>, Status> {
-        let repository = self.repository(cluster).await?;
-        run(move || {
-            let files = repository.packs_of(&[snapshot])?;
-            Ok(files)
-        })
-        .await
-    }
 }
 
 fn refuse(

@@ -73,7 +73,12 @@ impl BaseStore {
         }
         // A bucket that is down costs one client one wait, not every call of a backup (P4).
         if let Some(problem) = self.archives().failed_lately(cluster, FAILED_AGE) {
-            return Err(Error::new(Kind::Transient, Op::List, format!("{cluster} in tier 2"), problem));
+            return Err(Error::new(
+                Kind::Transient,
+                Op::List,
+                format!("{cluster} in tier 2"),
+                problem,
+            ));
         }
         let stored = self.objects_of_tier2(cluster).await.inspect_err(|error| {
             self.archives().failed(cluster, error.to_string());

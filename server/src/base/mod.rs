@@ -18,6 +18,7 @@ mod gauges;
 mod get;
 mod holdings;
 mod list;
+mod needs;
 mod put;
 mod repository;
 mod reserve;
@@ -91,6 +92,7 @@ struct Inner {
     clusters: Mutex<BTreeMap<ClusterName, Arc<ClusterBase>>>,
     histories: holdings::HistoryCache,
     records: backups::RecordCache,
+    needs: needs::NeedsCache,
     gauges: gauges::Summaries,
 }
 
@@ -118,6 +120,7 @@ impl BaseStore {
             clusters: Mutex::default(),
             histories: holdings::HistoryCache::default(),
             records: backups::RecordCache::default(),
+            needs: needs::NeedsCache::default(),
             gauges: gauges::Summaries::default(),
             parts,
         }));

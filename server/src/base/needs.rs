@@ -1,0 +1,109 @@
+//! Which repository files a snapshot needs.
+//!
+//! Told by its trees, which takes reading them all; so it is remembered while it stays true: maintenance that
+//! moves chunks to other packs writes other index files and removes those that named the old ones.
+
+use super::{BaseStore, lock, run};
+use klio_storage::{
+    layout::{BaseFile, BaseKind, ClusterName},
+    repository::{Files, SnapshotId},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+use tonic::Status;
+
+/// Files in all answers that are remembered together: some 30 MiB.
+const REMEMBERED_MAX: usize = 500_000;
+
+/// Answers of earlier.
+#[derive(Default)]
+pub(super) struct NeedsCache(Mutex<BTreeMap<(ClusterName, SnapshotId), Arc<BTreeSet<BaseFile>>>>);
+
+impl NeedsCache {
+    /// The answer of earlier, if every index file it was told by is still there.
+    fn get(
+        &self,
+        id: &(ClusterName, SnapshotId),
+        indexes: &BTreeSet<BaseFile>,
+    ) -> Option<Arc<BTreeSet<BaseFile>>> {
+        let mut known = lock(&self.0);
+        let needed = known.get(id)?.clone();
+        let stands = needed.contains(&id.1.file())
+            && needed.iter().filter(|f| f.kind == BaseKind::Index).all(|f| indexes.contains(f));
+        if !stands {
+            known.remove(id);
+        }
+        stands.then_some(needed)
+    }
+
+    fn put(&self, id: (ClusterName, SnapshotId), needed: Arc<BTreeSet<BaseFile>>) {
+        let mut known = lock(&self.0);
+        let count: usize = known.values().map(|needed| needed.len()).sum();
+        if count + needed.len() > REMEMBERED_MAX {
+            known.clear();
+        }
+        known.insert(id, needed);
+    }
+}
+
+impl BaseStore {
+    /// The files that a snapshot needs, config and keys included.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` when one of them is gone, `CORRUPT`.
+    pub async fn needs(
+        &self,
+        cluster: &ClusterName,
+        snapshot: SnapshotId,
+    ) -> Result<Arc<BTreeSet<BaseFile>>, Status> {
+        let id = (cluster.clone(), snapshot);
+        let indexes: BTreeSet<BaseFile> =
+            self.list_files(cluster, BaseKind::Index).await?.into_keys().collect();
+        if let Some(known) = self.0.needs.get(&id, &indexes) {
+            return Ok(known);
+        }
+        let repository = self.repository(cluster).await?;
+        let needed = Arc::new(run(move || repository.packs_of(&[snapshot])).await?);
+        self.0.needs.put(id, needed.clone());
+        Ok(needed)
+    }
+
+    /// Whether tier 1 alone has all of these. Blocking.
+    pub fn on_disk(
+        &self,
+        cluster: &ClusterName,
+        needed: &BTreeSet<BaseFile>,
+    ) -> Result<bool, klio_storage::Error> {
+        let files = self.cluster(cluster).files.clone();
+        let mut held = BTreeSet::new();
+        for kind in BaseKind::ALL {
+            held.extend(files.list(kind)?.into_iter().map(|(file, _)| file));
+        }
+        Ok(needed.is_subset(&held))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_storage::tier2::Sha256Sum;
+
+    fn file(kind: BaseKind, text: &str) -> BaseFile {
+        BaseFile { kind, id: Sha256Sum::of(text.as_bytes()) }
+    }
+
+    #[test]
+    fn an_answer_is_forgotten_with_the_index_that_told_it() {
+        let cache = NeedsCache::default();
+        let snapshot = SnapshotId::new(Sha256Sum::of(b"s"));
+        let id = ("pg".parse().unwrap(), snapshot);
+        let (old, new) = (file(BaseKind::Index, "old"), file(BaseKind::Index, "new"));
+        let needed = BTreeSet::from([snapshot.file(), old, file(BaseKind::Data, "p")]);
+        cache.put(id.clone(), Arc::new(needed.clone()));
+        assert_eq!(cache.get(&id, &BTreeSet::from([old, new])).as_deref(), Some(&needed));
+        assert_eq!(cache.get(&id, &BTreeSet::from([new])), None);
+        assert_eq!(cache.get(&id, &BTreeSet::from([old, new])), None);
+    }
+}
