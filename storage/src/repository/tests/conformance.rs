@@ -3,11 +3,9 @@
 use super::*;
 use crate::{
     Kind,
-    layout::{BaseFile, BaseKind},
     repository::{BucketFiles, Tiered, Windowed},
     tier2::{Sha256Sum, Tier2, Tier2Config},
 };
-use bytes::Bytes;
 use klio_pg::ByteSize;
 
 fn named(kind: BaseKind, bytes: &[u8]) -> BaseFile {

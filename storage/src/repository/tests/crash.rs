@@ -3,7 +3,6 @@
 use super::*;
 use crate::{
     disk::{Restart, SimDisk},
-    layout::{BaseFile, BaseKind},
     tier2::Sha256Sum,
 };
 

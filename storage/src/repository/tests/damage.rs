@@ -1,10 +1,7 @@
 //! A flipped bit in any kind of file is found, and never read as content.
 
 use super::*;
-use crate::{
-    layout::{BaseFile, BaseKind},
-    repository::{Problem, Progress},
-};
+use crate::repository::{Problem, Progress};
 
 fn check(repository: &Repository, percent: f64) -> Vec<Problem> {
     let silent: Arc<dyn Progress> = Arc::new(Silent);

@@ -1,12 +1,7 @@
 //! R4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
 
 use super::*;
-use crate::{
-    layout::{BaseFile, BaseKind},
-    repository::Progress,
-    tier2::Sha256Sum,
-};
-use bytes::Bytes;
+use crate::{repository::Progress, tier2::Sha256Sum};
 
 const DAY: Duration = Duration::from_secs(86_400);
 const NOW: Duration = Duration::ZERO;

@@ -13,12 +13,17 @@ use super::{
     Entry, EntryKind, Files, LocalFiles, Open, Part, Repository, Secret, Settings, Silent,
     SnapshotMeta, SnapshotSummary, Source, SourceEntry, StoredKind,
 };
-use crate::{Error, disk::RealDisk};
+use crate::{
+    Error,
+    disk::RealDisk,
+    layout::{BaseFile, BaseKind},
+};
+use bytes::Bytes;
 use std::{
     collections::BTreeMap,
     io::{self, Cursor, Read},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -170,13 +175,23 @@ pub(super) fn settings() -> Settings {
     }
 }
 
+/// An empty repository. A copy of one that was made once: restic's key file costs half a second and 128 MiB.
 pub(super) fn home() -> Home {
+    static EMPTY: OnceLock<(Secret, Vec<(BaseFile, Bytes)>)> = OnceLock::new();
     let folder = tempfile::tempdir().unwrap();
     let files = Arc::new(LocalFiles::new(Arc::new(RealDisk), folder.path().join("base")));
-    let secret = Secret::generate();
-    let repository =
-        Repository::create(Arc::clone(&files) as Arc<dyn Files>, &secret, &settings()).unwrap();
-    Home { folder, files, secret, repository }
+    let (secret, content) = EMPTY.get_or_init(|| {
+        let secret = Secret::generate();
+        let place = Arc::clone(&files) as Arc<dyn Files>;
+        Repository::create(place, &secret, &settings()).unwrap();
+        let made = BaseKind::ALL.into_iter().flat_map(|kind| files.list(kind).unwrap());
+        (secret, made.map(|(file, _)| (file, files.read(file).unwrap())).collect())
+    });
+    for (file, bytes) in content {
+        files.write(*file, std::slice::from_ref(bytes)).unwrap();
+    }
+    let repository = Repository::open(Arc::clone(&files) as Arc<dyn Files>, secret).unwrap();
+    Home { folder, files, secret: secret.clone(), repository }
 }
 
 pub(super) fn meta(name: &str) -> SnapshotMeta {
