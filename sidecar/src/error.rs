@@ -29,6 +29,8 @@ pub enum Failure {
     Local,
     /// A signal, or the end of the daemon.
     Stopped,
+    /// What was asked for cannot be recovered; nothing was touched.
+    Unreachable,
 }
 
 impl Failure {
@@ -41,7 +43,10 @@ impl Failure {
             | Failure::Postgres
             | Failure::WalRemoved
             | Failure::Local => true,
-            Failure::PostgresRefused | Failure::Config | Failure::Stopped => false,
+            Failure::PostgresRefused
+            | Failure::Config
+            | Failure::Stopped
+            | Failure::Unreachable => false,
         }
     }
 
@@ -57,6 +62,7 @@ impl Failure {
             Failure::Config => "CONFIG",
             Failure::Local => "LOCAL",
             Failure::Stopped => "STOPPED",
+            Failure::Unreachable => "UNREACHABLE",
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Flags are settings of the file under another name; which is decided in [`Global::flags`] alone.
 
-use crate::config::parse_duration;
+use crate::{config::parse_duration, restore::Action};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{path::PathBuf, time::Duration};
 
@@ -58,9 +58,12 @@ pub enum Command {
     Check(CheckArgs),
     /// Show how far each cluster is received and archived; ends with 3 when something is wrong
     Status(StatusArgs),
-    /// List what is stored
-    #[command(subcommand)]
-    List(ListCommand),
+    /// List base backups and what can be recovered, or WAL
+    List(ListArgs),
+    /// Restore a base backup to a directory, for PostgreSQL to recover to a target
+    Restore(Box<RestoreArgs>),
+    /// Restore the newest backup to a scratch directory, recover it, check it, and clean up
+    Drill(DrillArgs),
     /// Prove what is stored by reading it; repairs a tier from the other one
     Verify(VerifyArgs),
     /// Show or apply what the retention policy lets go
@@ -170,14 +173,132 @@ pub struct StatusArgs {
 }
 
 /// `klio list`
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct ListArgs {
+    /// What; without: backups
+    #[command(subcommand)]
+    pub what: Option<ListCommand>,
+    /// As for `klio list backups`.
+    #[command(flatten)]
+    pub backups: ListBackupsArgs,
+}
+
+/// What to list.
 #[derive(Debug, Subcommand)]
 pub enum ListCommand {
+    /// Base backups, and what can be recovered, with every hole
+    Backups(ListBackupsArgs),
     /// WAL by timeline and tier, and gaps
     Wal {
         /// As JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+/// `klio list backups`
+#[derive(Debug, Args)]
+pub struct ListBackupsArgs {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub source: SourceArgs,
+}
+
+/// `klio restore`
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The data directory to be: empty or absent, or with --delta an older state of it
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Which timeline to follow: a number, latest or current (that of the backup) [default: latest]
+    #[arg(long, value_name = "TIMELINE")]
+    pub target_timeline: Option<String>,
+    /// What PostgreSQL does at the target [default: pause; with --latest: promote]
+    #[arg(long, value_name = "ACTION", value_parser = parse_action)]
+    pub target_action: Option<Action>,
+    /// Which backup [default: the newest that ended before the target]
+    #[arg(long, value_name = "NAME")]
+    pub backup: Option<String>,
+    /// Put a tablespace elsewhere; OLD is its location or OID. Can be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    pub tablespace_map: Vec<String>,
+    /// Use what is in the directory: rewrite what differs, remove what is not in the backup
+    #[arg(long)]
+    pub delta: bool,
+    /// Show the plan and touch nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Plan and result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Nothing but errors and notes
+    #[arg(long, short)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub source: SourceArgs,
+}
+
+fn parse_action(text: &str) -> Result<Action, String> {
+    match text {
+        "pause" => Ok(Action::Pause),
+        "promote" => Ok(Action::Promote),
+        "shutdown" => Ok(Action::Shutdown),
+        _ => Err("expected pause, promote or shutdown".into()),
+    }
+}
+
+/// Where recovery ends. Without any: the latest state.
+#[derive(Debug, Clone, Default, Args)]
+#[group(multiple = false)]
+pub struct TargetArgs {
+    /// The last WAL that is held (default)
+    #[arg(long)]
+    pub latest: bool,
+    /// A time in PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
+    #[arg(long, value_name = "TIME")]
+    pub target_time: Option<String>,
+    /// A position in WAL
+    #[arg(long, value_name = "LSN")]
+    pub target_lsn: Option<String>,
+    /// A restore point (pg_create_restore_point)
+    #[arg(long, value_name = "NAME")]
+    pub target_name: Option<String>,
+    /// The end of a transaction
+    #[arg(long, value_name = "XID")]
+    pub target_xid: Option<u32>,
+    /// As soon as the backup is consistent
+    #[arg(long)]
+    pub target_immediate: bool,
+}
+
+/// `klio drill`
+#[derive(Debug, Args)]
+pub struct DrillArgs {
+    /// Which backup [default: the newest]
+    #[arg(long, value_name = "NAME")]
+    pub backup: Option<String>,
+    /// SQL to run at the end; it must not fail
+    #[arg(long, value_name = "SQL")]
+    pub query: Option<String>,
+    /// Database of the query
+    #[arg(long, value_name = "NAME", default_value = "postgres")]
+    pub database: String,
+    /// Below which directory to restore [default: drill.dir, else the system's temporary directory]
+    #[arg(long = "in", value_name = "DIR")]
+    pub in_dir: Option<PathBuf>,
+    /// The result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Nothing but errors
+    #[arg(long, short)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub source: SourceArgs,
 }
 
 /// `klio verify`
@@ -301,6 +422,8 @@ impl Command {
             Command::Check(_) => "check",
             Command::Status(_) => "status",
             Command::List(_) => "list",
+            Command::Restore(_) => "restore",
+            Command::Drill(_) => "drill",
             Command::Verify(_) => "verify",
             Command::Retention(_) => "retention",
             Command::WalFetch(_) => "wal-fetch",
@@ -331,6 +454,10 @@ impl Command {
                 postgres(&args.dsn, &args.slot);
             }
             Command::WalFetch(args) => args.source.flags(into),
+            Command::Restore(args) => args.source.flags(into),
+            Command::Drill(args) => args.source.flags(into),
+            Command::List(ListArgs { what: Some(ListCommand::Backups(args)), .. })
+            | Command::List(ListArgs { what: None, backups: args }) => args.source.flags(into),
             Command::WalAgent(args) => args.source.flags(into),
             _ => {}
         }

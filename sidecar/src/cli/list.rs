@@ -1,5 +1,7 @@
 //! `klio list wal`: ranges of WAL by timeline and tier, and gaps.
 
+pub(super) mod backups;
+
 use super::{
     connect, exit, print,
     status::{gap_json, gap_text},

@@ -8,10 +8,12 @@ mod backup;
 mod check;
 mod check_postgres;
 mod check_server;
+mod drill;
 pub mod exit;
 mod help;
 mod list;
 mod reference;
+mod restore;
 mod retention;
 mod slot;
 mod status;
@@ -32,7 +34,7 @@ use crate::{
     error::{Error, Failure},
     server_link::{Connection, ServerLink},
 };
-use args::{Cli, Command, ListCommand, SlotCommand};
+use args::{Cli, Command, ListArgs, ListCommand, SlotCommand};
 use clap::Parser;
 use std::{ffi::OsString, io::Write, time::Duration};
 use tracing::Instrument;
@@ -107,8 +109,16 @@ const fn needs(command: &Command) -> Needs {
         Command::Status(args) => {
             Needs { server: true, cluster: !args.all, postgres: false, source: false }
         }
-        Command::List(_) | Command::Verify(_) | Command::Retention(_) => Needs { server: true, cluster: true, postgres: false, source: false },
-        Command::WalFetch(_) | Command::WalAgent(_) => {
+        Command::List(ListArgs { what: Some(ListCommand::Wal { .. }), .. })
+        | Command::Verify(_)
+        | Command::Retention(_) => {
+            Needs { server: true, cluster: true, postgres: false, source: false }
+        }
+        Command::WalFetch(_)
+        | Command::WalAgent(_)
+        | Command::List(_)
+        | Command::Restore(_)
+        | Command::Drill(_) => {
             Needs { server: false, cluster: true, postgres: false, source: true }
         }
         Command::Reference { .. } | Command::Help { .. } => {
@@ -148,7 +158,15 @@ async fn verb(
         Command::Backup(args) => backup::run(config, args, telemetry).await,
         Command::Check(args) => check::run(config, args.json).await,
         Command::Status(args) => status::run(config, args).await,
-        Command::List(ListCommand::Wal { json }) => list::wal(config, *json).await,
+        Command::List(ListArgs { what: Some(ListCommand::Wal { json }), .. }) => {
+            list::wal(config, *json).await
+        }
+        Command::List(ListArgs { what: Some(ListCommand::Backups(args)), .. })
+        | Command::List(ListArgs { what: None, backups: args }) => {
+            list::backups::run(config, args.json).await
+        }
+        Command::Restore(args) => restore::run(config, cli, args).await,
+        Command::Drill(args) => drill::run(config, cli, args).await,
         Command::Verify(args) => verify::run(config, args).await,
         Command::Retention(command) => retention::run(config, command).await,
         Command::WalFetch(args) => wal_fetch::run(config, cli, args).await,

@@ -60,6 +60,8 @@ pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
         "check" => span!("cli.check"),
         "status" => span!("cli.status"),
         "list" => span!("cli.list"),
+        "restore" => span!("cli.restore"),
+        "drill" => span!("cli.drill"),
         "wal-fetch" => span!("cli.wal-fetch"),
         "wal-agent" => span!("cli.wal-agent"),
         "slot" => span!("cli.slot"),

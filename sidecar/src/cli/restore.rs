@@ -1,0 +1,394 @@
+//! `klio restore`: plans, shows, restores, and says what to do next.
+//!
+//! The plan goes to standard output, progress and notes to standard error.
+
+use super::{
+    args::{Cli, RestoreArgs, TargetArgs},
+    exit, print, say, stream, text,
+};
+use crate::{
+    config::Config,
+    error::{Error, Failure},
+    restore::{
+        Action, Decision, Done, Invocation, Order, Planned, Progress, Recovery, Restore, Seen,
+        Source, Wish, parse_time, show_time,
+    },
+};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use klio_pg::TimelineId;
+use klio_storage::catalog::{Stop, Target, TimelineChoice};
+use serde_json::{Value, json};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+const BAR: Duration = Duration::from_millis(200);
+const LINE: Duration = Duration::from_secs(5);
+
+/// Runs it.
+pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Result<u8, Error> {
+    let order = order(args)?;
+    let stop = CancellationToken::new();
+    let restore = Restore {
+        source: Source::open(config, &stop)?,
+        progress: Arc::default(),
+        stop: stop.clone(),
+        invocation: invocation(config, cli, args.source.from.is_some())?,
+    };
+    let shown = show(&restore.progress, args.quiet || args.dry_run);
+    let work = watched(&stop, shown, async {
+        let planned = restore.plan(&order).await?;
+        let plan = to_json(&planned);
+        if !args.json && !args.quiet {
+            print(&describe(&planned));
+        }
+        planned.notes.iter().for_each(|note| say(&format!("note: {note}")));
+        if args.dry_run {
+            return Ok((plan, None, major(&planned)));
+        }
+        let major = major(&planned);
+        restore.carry_out(planned).await.map(|done| (plan, Some(done), major))
+    });
+    let (plan, done, major) = work.await?;
+    if args.json {
+        print(&format!("{:#}\n", json!({ "plan": plan, "done": done.map(done_json) })));
+    } else if let (Some(done), false) = (done, args.quiet) {
+        print(&summary(&done, &order, major));
+    }
+    Ok(exit::OK)
+}
+
+/// Work with a display beside it, that a signal ends early.
+pub(super) async fn watched<T>(
+    stop: &CancellationToken,
+    shown: impl Future<Output = ()>,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let mut signals = stream::signals()?;
+    tokio::pin!(shown, work);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut work => {
+                return result.map_err(|error| {
+                    if stop.is_cancelled() {
+                        Error::new(Failure::Stopped, "stopped before it was done")
+                            .hint("an unfinished directory is continued with --delta")
+                    } else {
+                        error
+                    }
+                });
+            }
+            () = stream::signalled(&mut signals), if !stop.is_cancelled() => {
+                say("stopping");
+                stop.cancel();
+            }
+            () = &mut shown => {}
+        }
+    }
+}
+
+fn major(planned: &Planned) -> u32 {
+    planned.decision.plan.backup.postgres_version / 10_000
+}
+
+fn wrong(message: impl std::fmt::Display) -> Error {
+    Error::new(Failure::Config, message)
+}
+
+fn order(args: &RestoreArgs) -> Result<Order, Error> {
+    let target = target(&args.target)?;
+    let timeline = timeline(args.target_timeline.as_deref())?;
+    let backup = args.backup.as_deref().map(str::parse).transpose();
+    let backup = backup.map_err(|error| wrong(format!("read --backup: {error}")))?;
+    let action = args.target_action;
+    let stop_at_end =
+        target == Target::Latest && action.is_some_and(|action| action != Action::Promote);
+    let maps: Result<Vec<(String, PathBuf)>, Error> =
+        args.tablespace_map.iter().map(|map| tablespace(map)).collect();
+    Ok(Order {
+        wish: Wish { target, timeline, backup, stop_at_end },
+        to: absolute(&args.to)?,
+        maps: maps?,
+        action,
+        delta: args.delta,
+    })
+}
+
+/// Without the slash at the end and without `.`; links stay, as the user may mean them.
+pub(super) fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    let path = std::path::absolute(path)
+        .map_err(|error| Error::new(Failure::Local, format!("{}: {error}", path.display())))?;
+    Ok(path.components().collect())
+}
+
+fn tablespace(map: &str) -> Result<(String, PathBuf), Error> {
+    // A location may hold an equals sign; the new one is behind the last.
+    let (old, new) =
+        map.rsplit_once('=').filter(|(old, new)| !old.is_empty() && !new.is_empty()).ok_or_else(
+            || wrong(format!("read --tablespace-map: expected OLD=NEW, found {map:?}")),
+        )?;
+    let old = old.strip_suffix('/').filter(|old| !old.is_empty()).unwrap_or(old);
+    Ok((old.to_owned(), absolute(Path::new(new))?))
+}
+
+fn target(args: &TargetArgs) -> Result<Target, Error> {
+    if let Some(time) = &args.target_time {
+        let unix_micros =
+            parse_time(time).map_err(|problem| wrong(format!("read --target-time: {problem}")))?;
+        return Ok(Target::Time { unix_micros });
+    }
+    if let Some(lsn) = &args.target_lsn {
+        let lsn = lsn.parse().map_err(|error| wrong(format!("read --target-lsn: {error}")))?;
+        return Ok(Target::Lsn(lsn));
+    }
+    if let Some(name) = &args.target_name {
+        return Ok(Target::Name(name.clone()));
+    }
+    Ok(match args.target_xid {
+        Some(xid) => Target::Xid(xid),
+        None if args.target_immediate => Target::Immediate,
+        None => Target::Latest,
+    })
+}
+
+fn timeline(text: Option<&str>) -> Result<TimelineChoice, Error> {
+    match text {
+        None | Some("latest") => Ok(TimelineChoice::Latest),
+        Some("current") => Ok(TimelineChoice::Current),
+        Some(number) => {
+            let hex = number.strip_prefix("0x");
+            let parsed =
+                hex.map_or_else(|| number.parse().ok(), |h| u32::from_str_radix(h, 16).ok());
+            let timeline = parsed.and_then(TimelineId::new);
+            timeline.map(TimelineChoice::Number).ok_or_else(|| {
+                wrong(format!(
+                    "read --target-timeline: expected a number, latest or current, found {number:?}"
+                ))
+            })
+        }
+    }
+}
+
+/// How wal-fetch is to be called: the same configuration, with what was typed over it.
+pub(super) fn invocation(
+    config: &Config,
+    cli: &Cli,
+    from_typed: bool,
+) -> Result<Invocation, Error> {
+    let program = std::env::current_exe()
+        .map_err(|error| Error::new(Failure::Local, format!("find this program: {error}")))?;
+    let mut arguments = Vec::new();
+    let mut add = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
+    match &config.file {
+        Some(file) => add("--config", absolute(file)?.display().to_string()),
+        None => say(
+            "note: no configuration file was used: PostgreSQL needs the same KLIO_ variables for restore_command",
+        ),
+    }
+    add("--cluster", config.cluster()?.to_string());
+    if let Some(server) = &cli.global.server {
+        add("--server", server.clone());
+    }
+    let restore = &config.restore;
+    if !restore.from.is_empty() || from_typed {
+        add("--from", restore.from.clone());
+        if !restore.identity.as_os_str().is_empty() {
+            add("--identity", absolute(&restore.identity)?.display().to_string());
+        }
+    }
+    Ok(Invocation { program, arguments })
+}
+
+/// The recovery target in words.
+pub(super) fn recovery(recovery: &Recovery) -> String {
+    match recovery {
+        Recovery::End => "the end of WAL".into(),
+        Recovery::Immediate => "as soon as it is consistent".into(),
+        Recovery::Time(time) => format!("{} in PostgreSQL's clock", show_time(*time)),
+        Recovery::Lsn(lsn) => format!("the record at {lsn}"),
+        Recovery::Name(name) => format!("restore point {name:?}"),
+        Recovery::Xid(xid) => format!("transaction {xid}"),
+    }
+}
+
+fn describe(planned: &Planned) -> String {
+    let Decision { plan, recovery: target, .. } = &planned.decision;
+    let record = &plan.backup;
+    let mut out = format!(
+        "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {}, then {}\n  timeline     {}\n  WAL          from {}, held to {}{}\n  size         {} in {} files\n",
+        planned.places.data.display(),
+        record.name,
+        text::time(record.started_postgres_unix),
+        text::time(record.stopped_postgres_unix),
+        record.stop_lsn,
+        record.stop_timeline.get(),
+        recovery(target),
+        planned.settings.action.name(),
+        plan.path.timeline().get(),
+        record.start_lsn,
+        plan.reach.end,
+        if matches!(plan.reach.stop, Stop::Hole(_)) { ", where a hole begins" } else { "" },
+        text::size(planned.bytes),
+        planned.files,
+    );
+    for (oid, place) in &planned.places.tablespaces {
+        out += &format!("  tablespace   {oid} to {}\n", place.display());
+    }
+    out
+}
+
+fn to_json(planned: &Planned) -> Value {
+    let plan = &planned.decision.plan;
+    let tablespaces: Vec<Value> = planned
+        .places
+        .tablespaces
+        .iter()
+        .map(|(oid, place)| json!({ "oid": oid, "location": place }))
+        .collect();
+    let settings: serde_json::Map<String, Value> = planned
+        .settings
+        .pairs()
+        .into_iter()
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect();
+    let hole = match &plan.reach.stop {
+        Stop::Hole(hole) => json!(hole),
+        Stop::End { .. } => Value::Null,
+    };
+    json!({
+        "to": planned.places.data,
+        "tablespaces": tablespaces,
+        "backup": plan.backup.name,
+        "timeline": plan.path.timeline(),
+        "wal_from": plan.backup.start_lsn,
+        "wal_to": plan.reach.end,
+        "hole": hole,
+        "target": recovery(&planned.decision.recovery),
+        "action": planned.settings.action,
+        "settings": settings,
+        "files": planned.files,
+        "bytes": planned.bytes,
+        "notes": planned.notes,
+    })
+}
+
+fn done_json(done: Done) -> Value {
+    json!({
+        "files": done.files,
+        "bytes": done.bytes,
+        "written_bytes": done.written,
+        "removed": done.removed,
+        "seconds": done.seconds,
+    })
+}
+
+fn summary(done: &Done, order: &Order, major: u32) -> String {
+    let rate = done.bytes as f64 / done.seconds.max(0.001);
+    let removed =
+        if done.removed > 0 { format!(", {} removed", done.removed) } else { String::new() };
+    format!(
+        "restored {} in {} files in {} ({}/s); {} written{removed}\nnext: start PostgreSQL {major}, which recovers by itself:\n  pg_ctl -D {} start\n",
+        text::size(done.bytes),
+        done.files,
+        text::duration(done.seconds),
+        text::size(rate as u64),
+        text::size(done.written),
+        order.to.display(),
+    )
+}
+
+/// Shows progress until it is dropped.
+pub(super) async fn show(progress: &Progress, quiet: bool) {
+    if quiet {
+        return std::future::pending().await;
+    }
+    if std::io::stderr().is_terminal() { bar(progress).await } else { lines(progress).await }
+}
+
+/// Clears the bar when it goes.
+struct Cleared(ProgressBar);
+
+impl Drop for Cleared {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+async fn bar(progress: &Progress) {
+    let bar = Cleared(ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()));
+    let spin = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
+    let full = ProgressStyle::with_template(
+        "{msg} [{wide_bar}] {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}",
+    );
+    let (Ok(spin), Ok(full)) = (spin, full) else { return std::future::pending().await };
+    let mut tick = tokio::time::interval(BAR);
+    loop {
+        tick.tick().await;
+        let seen = progress.seen();
+        if seen.phase == "restoring" && seen.total_bytes > 0 {
+            bar.0.set_style(full.clone());
+            bar.0.set_length(seen.total_bytes.max(seen.bytes));
+            bar.0.set_position(seen.bytes);
+            bar.0.set_message(format!("{} of {} files", seen.files, seen.total_files));
+        } else {
+            bar.0.set_style(spin.clone());
+            bar.0.set_message(seen.phase);
+            bar.0.tick();
+        }
+    }
+}
+
+async fn lines(progress: &Progress) {
+    let begun = Instant::now();
+    let mut tick = tokio::time::interval(LINE);
+    tick.tick().await;
+    loop {
+        tick.tick().await;
+        say(&line(&progress.seen(), begun.elapsed().as_secs_f64()));
+    }
+}
+
+/// `restoring: 1.2 GiB of 3.1 GiB (38 %), 512 of 985 files, about 4.5 s left`
+fn line(seen: &Seen, seconds: f64) -> String {
+    if seen.phase != "restoring" || seen.total_bytes == 0 {
+        return format!("{} after {}", seen.phase, text::duration(seconds));
+    }
+    let rate = seen.bytes as f64 / seconds.max(0.001);
+    let left = seen.total_bytes.saturating_sub(seen.bytes) as f64;
+    format!(
+        "restoring: {} of {} ({:.0} %), {} of {} files, about {} left",
+        text::size(seen.bytes),
+        text::size(seen.total_bytes),
+        (100.0 * seen.bytes as f64 / seen.total_bytes.max(1) as f64).min(100.0),
+        seen.files,
+        seen.total_files,
+        text::duration(left / rate.max(1.0)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_typed_is_read_or_refused_with_the_flag_s_name() {
+        assert_eq!(
+            timeline(Some("3")).unwrap(),
+            TimelineChoice::Number(TimelineId::new(3).unwrap())
+        );
+        assert_eq!(timeline(None).unwrap(), TimelineChoice::Latest);
+        assert!(timeline(Some("0")).unwrap_err().message.contains("--target-timeline"));
+        assert_eq!(tablespace("/a=b/=/new").unwrap(), ("/a=b".into(), "/new".into()));
+        for bad in ["", "/a", "/a=", "=/b"] {
+            assert!(tablespace(bad).is_err(), "{bad:?}");
+        }
+        let args = TargetArgs { target_lsn: Some("x".into()), ..TargetArgs::default() };
+        assert!(target(&args).unwrap_err().message.contains("--target-lsn"));
+        assert_eq!(target(&TargetArgs::default()).unwrap(), Target::Latest);
+    }
+}

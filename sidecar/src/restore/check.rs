@@ -1,0 +1,166 @@
+//! Whether the places can take a restore. Reads only (D1).
+
+use super::{MARKER, local, place::Places};
+use crate::error::{Error, Failure};
+use klio_pg::ByteSize;
+use klio_storage::catalog::BackupRecord;
+use rustix::fs::Access;
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// Bytes that a place needs and has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Room {
+    /// A place of it.
+    pub place: PathBuf,
+    /// More bytes than now.
+    pub needed: u64,
+    /// Bytes that can be written by this user.
+    pub free: u64,
+}
+
+fn no(message: String, hint: &str) -> Error {
+    Error::new(Failure::Local, message).hint(hint)
+}
+
+/// D1, D3: every place is fit. `delta`: it may hold an older state of the same cluster.
+///
+/// # Errors
+/// Why not.
+pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(), Error> {
+    not_running(&places.data)?;
+    if delta {
+        same_cluster(&places.data, record)?;
+    } else {
+        empty(&places.data)?;
+        places.tablespaces.values().try_for_each(|place| empty(place))?;
+    }
+    places.all().try_for_each(writable)
+}
+
+/// D3. A file that a crash left looks the same as one of a PostgreSQL in another container.
+fn not_running(data: &Path) -> Result<(), Error> {
+    let file = data.join("postmaster.pid");
+    match fs::read_to_string(&file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(()),
+        Err(error) => Err(local("read", &file, &error)),
+        Ok(text) => {
+            let pid = text.lines().next().unwrap_or_default().trim().to_owned();
+            let place = data.display();
+            Err(no(
+                format!(
+                    "restore to {place}: postmaster.pid is there, so PostgreSQL (process {pid}) may run in it"
+                ),
+                "stop it with pg_ctl; if it crashed and surely does not run any more, remove postmaster.pid",
+            ))
+        }
+    }
+}
+
+fn empty(place: &Path) -> Result<(), Error> {
+    let mut entries = match fs::read_dir(place) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(local("look into", place, &error)),
+    };
+    match entries.next() {
+        None => Ok(()),
+        Some(_) if place.join(MARKER).exists() => Err(no(
+            format!("restore to {}: an unfinished restore is there", place.display()),
+            "continue it with --delta, or remove the directory",
+        )),
+        Some(_) => Err(no(
+            format!(
+                "restore to {}: expected an empty or absent directory, found files in it",
+                place.display()
+            ),
+            "restore elsewhere, for a tablespace with --tablespace-map OLD=NEW, or onto an older state of the same cluster with --delta",
+        )),
+    }
+}
+
+/// `--delta` removes what is not in the backup, so it has to be a data directory of this cluster, or what an
+/// unfinished restore left.
+fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
+    if !data.exists() || data.join(MARKER).exists() {
+        return Ok(());
+    }
+    if fs::read_dir(data).map_err(|e| local("look into", data, &e))?.next().is_none() {
+        return Ok(());
+    }
+    let place = data.display();
+    let bytes = fs::read(data.join("global/pg_control")).unwrap_or_default();
+    let Ok(control) = klio_pg::ControlFile::parse(&bytes) else {
+        return Err(no(
+            format!(
+                "restore to {place}: --delta expects a data directory of PostgreSQL, found no global/pg_control in it"
+            ),
+            "--delta removes what is not in the backup: is this the right directory?",
+        ));
+    };
+    let found = control.system_identifier.to_string();
+    if found != record.system_identifier {
+        return Err(no(
+            format!(
+                "restore to {place}: --delta expects the cluster with system identifier {}, found {found}",
+                record.system_identifier
+            ),
+            "this directory belongs to another PostgreSQL",
+        ));
+    }
+    Ok(())
+}
+
+/// The nearest folder that is there.
+fn existing(place: &Path) -> &Path {
+    place.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+
+fn writable(place: &Path) -> Result<(), Error> {
+    let folder = existing(place);
+    let hint =
+        "run klio as the user who runs PostgreSQL, or make the directory and give it to that user";
+    let meta = fs::metadata(folder).map_err(|error| local("look at", folder, &error))?;
+    if !meta.is_dir() {
+        return Err(no(format!("{}: expected a directory", folder.display()), hint));
+    }
+    rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|error| no(format!("write to {}: {error}", folder.display()), hint))
+}
+
+/// Whether there is room; `needed` has one number for each place.
+///
+/// # Errors
+/// Which file system is too small.
+pub fn room(needed: &[(PathBuf, u64)]) -> Result<Vec<Room>, Error> {
+    let mut by_device: Vec<(u64, Room)> = Vec::new();
+    for (place, bytes) in needed {
+        let folder = existing(place);
+        let look = |error: io::Error| local("look at", folder, &error);
+        let device = fs::metadata(folder).map_err(look)?.dev();
+        if let Some((_, room)) = by_device.iter_mut().find(|(known, _)| *known == device) {
+            room.needed += bytes;
+            continue;
+        }
+        let stat = rustix::fs::statvfs(folder).map_err(|error| look(error.into()))?;
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+        by_device.push((device, Room { place: place.clone(), needed: *bytes, free }));
+    }
+    let all: Vec<Room> = by_device.into_iter().map(|(_, room)| room).collect();
+    match all.iter().find(|room| room.needed > room.free) {
+        None => Ok(all),
+        Some(small) => {
+            let size = |bytes| ByteSize::new(bytes).to_string();
+            let (needed, free) = (size(small.needed), size(small.free));
+            let place = small.place.display();
+            Err(no(
+                format!("restore to {place}: expected {needed} of free space, found {free}"),
+                "recovery needs room for WAL besides that; a tablespace can go elsewhere with --tablespace-map OLD=NEW",
+            ))
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What a directory has and the backup has not: removed, one directory at a time.
+//!
+//! Names of the directories that are open at the moment are kept, no more (D5). A symbolic link is removed,
+//! never followed; only `pg_wal` may be one, because it may lie on another disk.
+
+use std::{
+    collections::HashSet,
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Removes what is left over, as the entries of a snapshot go by in depth-first order.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    open: Vec<(PathBuf, HashSet<OsString>)>,
+    /// Files and directories that went.
+    pub removed: u64,
+}
+
+impl Leftovers {
+    /// The next entry's place.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub fn pass(&mut self, place: &Path, is_dir: bool) -> io::Result<()> {
+        self.close_until(place)?;
+        if let (Some((_, names)), Some(name)) = (self.open.last_mut(), place.file_name()) {
+            names.insert(name.to_owned());
+        }
+        if is_dir {
+            self.open.push((place.to_owned(), HashSet::new()));
+        }
+        Ok(())
+    }
+
+    /// A file of an open directory that is written later, and so stays. One of another directory is none
+    /// of ours.
+    pub fn keep(&mut self, place: &Path) {
+        let folder = place.parent();
+        if let Some((_, names)) =
+            self.open.iter_mut().find(|(open, _)| Some(open.as_path()) == folder)
+            && let Some(name) = place.file_name()
+        {
+            names.insert(name.to_owned());
+        }
+    }
+
+    /// No more entries.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub fn finish(&mut self) -> io::Result<()> {
+        while let Some((folder, names)) = self.open.pop() {
+            self.clean(&folder, &names)?;
+        }
+        Ok(())
+    }
+
+    fn close_until(&mut self, place: &Path) -> io::Result<()> {
+        while let Some((folder, _)) = self.open.last() {
+            if place.parent() == Some(folder.as_path()) {
+                return Ok(());
+            }
+            if let Some((folder, names)) = self.open.pop() {
+                self.clean(&folder, &names)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn clean(&mut self, folder: &Path, names: &HashSet<OsString>) -> io::Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if !names.contains(&entry.file_name()) {
+                remove(&entry.path())?;
+                self.removed += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whatever it is; a link, not what it points to.
+///
+/// # Errors
+/// As the file system fails; nothing there is no error.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_backup_has_stays_and_links_are_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, outside) = (folder.path().join("data"), folder.path().join("outside"));
+        fs::create_dir_all(root.join("base/1")).unwrap();
+        fs::create_dir_all(root.join("old/deep")).unwrap();
+        fs::create_dir_all(&outside).unwrap();
+        for file in ["data/a", "data/stale", "data/base/1/kept", "data/base/1/gone", "outside/safe"]
+        {
+            fs::write(folder.path().join(file), "x").unwrap();
+        }
+        std::os::unix::fs::symlink(&outside, root.join("link")).unwrap();
+        let mut leftovers = Leftovers::default();
+        for (path, is_dir) in [
+            ("", true),
+            ("a", false),
+            ("base", true),
+            ("base/1", true),
+            ("base/1/kept", false),
+            ("z", false),
+        ] {
+            let place = if path.is_empty() { root.clone() } else { root.join(path) };
+            leftovers.pass(&place, is_dir).unwrap();
+        }
+        leftovers.keep(&root.join("late"));
+        fs::write(root.join("late"), "x").unwrap();
+        leftovers.finish().unwrap();
+        let mut left: Vec<_> =
+            fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["a", "base", "late"]);
+        assert!(root.join("base/1/kept").exists() && !root.join("base/1/gone").exists());
+        assert!(outside.join("safe").exists());
+        assert_eq!(leftovers.removed, 4);
+    }
+}

@@ -1,0 +1,138 @@
+//! The last steps: recovery settings, then everything on disk, then pg_control, then the marker goes (D2).
+
+use super::{
+    MARKER,
+    delta::remove,
+    local, of_engine,
+    place::{Places, tablespace_map},
+    pour::dress,
+    settings::Settings,
+};
+use crate::error::{Error, Failure};
+use klio_proto::Code;
+use klio_storage::repository::{Entry, Reader, StoredKind};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::Path,
+};
+
+/// Makes the directory not whole (D2): the marker first, then no pg_control.
+///
+/// # Errors
+/// As the file system fails.
+pub fn begin(places: &Places, backup: &str) -> Result<(), Error> {
+    let data = &places.data;
+    let mut builder = fs::DirBuilder::new();
+    std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700);
+    builder.create(data).map_err(|error| local("make", data, &error))?;
+    let text = format!(
+        "klio restore of backup {backup} has not finished: this is no data directory yet.\n\
+         Continue with klio restore --delta, or remove the directory.\n"
+    );
+    let marker = data.join(MARKER);
+    put(&marker, text.as_bytes()).map_err(|error| local("write", &marker, &error))?;
+    sync_dir(data)?;
+    let control = data.join("global/pg_control");
+    remove(&control).map_err(|error| local("remove", &control, &error))
+}
+
+/// All but the files themselves.
+///
+/// # Errors
+/// As the file system fails; the marker stays then.
+pub fn finish(
+    places: &Places,
+    reader: &Reader,
+    control: &Entry,
+    settings: &Settings,
+) -> Result<(), Error> {
+    let data = &places.data;
+    let auto = data.join("postgresql.auto.conf");
+    let read = |path: &Path| match fs::read(path) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(local("read", path, &error)),
+    };
+    let text = settings.auto_conf(&read(&auto)?, &read(&data.join("postgresql.conf"))?);
+    let write = |name: &str, bytes: &[u8]| {
+        let path = data.join(name);
+        put(&path, bytes)
+            .and_then(|()| own(&path, control))
+            .map_err(|error| local("write", &path, &error))
+    };
+    write("postgresql.auto.conf", text.as_bytes())?;
+    write("recovery.signal", b"")?;
+    if !places.tablespaces.is_empty() {
+        write("tablespace_map", tablespace_map(places).as_bytes())?;
+        link_tablespaces(places)?;
+    }
+    places.all().try_for_each(sync_all)?;
+    write_control(data, reader, control)?;
+    let marker = data.join(MARKER);
+    remove(&marker).map_err(|error| local("remove", &marker, &error))?;
+    sync_dir(data)
+}
+
+/// PostgreSQL makes them again from tablespace_map; with them, tools see all files before.
+fn link_tablespaces(places: &Places) -> Result<(), Error> {
+    let folder = places.data.join("pg_tblspc");
+    for (oid, place) in &places.tablespaces {
+        let link = folder.join(oid.to_string());
+        remove(&link)
+            .and_then(|()| std::os::unix::fs::symlink(place, &link))
+            .map_err(|error| local("link", &link, &error))?;
+    }
+    Ok(())
+}
+
+fn write_control(data: &Path, reader: &Reader, control: &Entry) -> Result<(), Error> {
+    let path = data.join("global/pg_control");
+    let temporary = data.join("global/pg_control.klio");
+    let StoredKind::File { chunks, .. } = &control.kind else {
+        let message = "the snapshot's pg_control is no file".to_owned();
+        return Err(Error::new(Failure::Code(Code::Corrupt), message));
+    };
+    let mut content = Vec::new();
+    for id in chunks {
+        content.extend_from_slice(&reader.chunk(id).map_err(|e| of_engine(&e))?);
+    }
+    let write = || {
+        put(&temporary, &content)?;
+        let file = File::open(&temporary)?;
+        dress(&file, control)?;
+        file.sync_all()?;
+        fs::rename(&temporary, &path)
+    };
+    write().map_err(|error| local("write", &path, &error))?;
+    sync_dir(&data.join("global"))
+}
+
+/// A small file with this content, on disk.
+fn put(path: &Path, content: &[u8]) -> io::Result<()> {
+    remove(path)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(content)?;
+    file.sync_all()
+}
+
+/// As root: what is new belongs to whom pg_control belongs to.
+fn own(path: &Path, like: &Entry) -> io::Result<()> {
+    if fs::metadata(path)?.uid() != like.uid && rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(path, Some(like.uid), Some(like.gid))?;
+    }
+    Ok(())
+}
+
+fn sync_dir(folder: &Path) -> Result<(), Error> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|error| local("sync folder", folder, &error))
+}
+
+/// Everything on the file system of a place: one call, where a sync of each of a hundred thousand files
+/// takes minutes. It fails when any write since then failed (Linux 5.8).
+fn sync_all(place: &Path) -> Result<(), Error> {
+    let synced = File::open(place).and_then(|place| Ok(rustix::fs::syncfs(&place)?));
+    synced.map_err(|error| local("sync", place, &error))
+}

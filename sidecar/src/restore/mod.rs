@@ -1,0 +1,67 @@
+//! `klio restore`: from a base backup and a target to a directory that PostgreSQL recovers by itself.
+//!
+//! D1  nothing in the target directory is touched before the target is known to be reachable (`target`) and
+//!     the directory to be fit (`check`);
+//! D2  a directory that is not whole cannot be started: pg_control is written last, and a marker file stays
+//!     until then;
+//! D3  a directory in which PostgreSQL runs, or may run, is never written to;
+//! D4  every byte written has the SHA-256 that names its chunk; all is on disk when this ends well;
+//! D5  memory is bounded: chunks in flight, one window cache, one directory's names.
+//!
+//! Recovery itself is PostgreSQL's, through `klio wal-fetch` (P7).
+
+mod check;
+mod delta;
+pub mod drill;
+mod finish;
+mod place;
+mod pour;
+mod run;
+mod scratch;
+mod settings;
+mod source;
+mod target;
+mod wal;
+
+pub use check::Room;
+pub use pour::{Progress, Seen};
+pub use run::{Done, Order, Planned, Restore};
+pub use scratch::Scratch;
+pub use settings::{Action, Invocation};
+pub use source::{Catalog, Known, Source};
+pub use target::{Decision, Recovery, Wish, parse_time, show_time};
+pub use wal::{Tail, Wal};
+
+use crate::error::{Error, Failure};
+use klio_proto::Code;
+use std::path::Path;
+
+/// In the target directory while it is not whole.
+pub const MARKER: &str = "klio-restore.unfinished";
+
+/// A failure of the local file system.
+pub(crate) fn local(doing: &str, path: &Path, error: &std::io::Error) -> Error {
+    Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
+}
+
+/// What the user asked for while it ran.
+pub(crate) fn stopped() -> Error {
+    Error::new(Failure::Stopped, "restore: stopped before it was done")
+}
+
+/// What a blocking thread gave.
+pub(crate) fn joined<T>(
+    result: Result<Result<T, klio_storage::Error>, tokio::task::JoinError>,
+) -> Result<T, Error> {
+    match result {
+        Ok(result) => result.map_err(|error| of_engine(&error)),
+        Err(error) => Err(Error::new(Failure::Code(Code::Internal), format!("restore: {error}"))),
+    }
+}
+
+/// A failure of the repository as one of this program.
+pub(crate) fn of_engine(error: &klio_storage::Error) -> Error {
+    let hint = error.hint.unwrap_or_default();
+    let mapped = crate::bucket::of_storage(error);
+    if hint.is_empty() { mapped } else { mapped.hint(hint) }
+}

@@ -1,0 +1,184 @@
+//! Where each file of a snapshot goes: `data/` to the target directory, `tablespaces/<oid>/` to its place.
+
+use crate::error::{Error, Failure};
+use klio_storage::catalog::BackupRecord;
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
+
+/// The places of one restore.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// The data directory.
+    pub data: PathBuf,
+    /// By OID.
+    pub tablespaces: BTreeMap<u32, PathBuf>,
+}
+
+/// What a path of the snapshot means.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Meaning {
+    /// Goes there.
+    At(PathBuf),
+    /// Written at the end.
+    Control,
+    /// Not wanted: only a name in the snapshot, or written anew.
+    Nothing,
+}
+
+impl Places {
+    /// From the record and `--tablespace-map OLD=NEW`; OLD is a location or an OID.
+    ///
+    /// # Errors
+    /// A map that fits no tablespace, or places that lie in each other.
+    pub fn new(
+        data: PathBuf,
+        record: &BackupRecord,
+        maps: &[(String, PathBuf)],
+    ) -> Result<Self, Error> {
+        let mut tablespaces = BTreeMap::new();
+        let mut used = vec![false; maps.len()];
+        for tablespace in &record.tablespaces {
+            let oid = tablespace.oid.to_string();
+            let fits = |old: &str| old == oid || Path::new(old) == Path::new(&tablespace.location);
+            let map = maps.iter().position(|(old, _)| fits(old));
+            let place = map
+                .map_or_else(|| PathBuf::from(&tablespace.location), |index| maps[index].1.clone());
+            if let Some(index) = map {
+                used[index] = true;
+            }
+            tablespaces.insert(tablespace.oid, place);
+        }
+        if let Some(unused) = used.iter().position(|used| !used) {
+            let known: Vec<&str> = record.tablespaces.iter().map(|t| t.location.as_str()).collect();
+            let old = &maps[unused].0;
+            return Err(config(format!(
+                "--tablespace-map {old}: backup {} has no such tablespace; it has: {}",
+                record.name,
+                if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+            )));
+        }
+        let places = Self { data, tablespaces };
+        places.check_apart()?;
+        Ok(places)
+    }
+
+    /// The data directory first.
+    pub fn all(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(self.data.as_path()).chain(self.tablespaces.values().map(PathBuf::as_path))
+    }
+
+    fn check_apart(&self) -> Result<(), Error> {
+        let all: Vec<&Path> = self.all().collect();
+        for (n, place) in all.iter().enumerate() {
+            if !place.is_absolute() {
+                let message = format!("{}: expected an absolute path", place.display());
+                return Err(config(message));
+            }
+            if let Some(other) =
+                all.iter().skip(n + 1).find(|o| o.starts_with(place) || place.starts_with(o))
+            {
+                let (a, b) = (place.display(), other.display());
+                return Err(config(format!("{a} and {b}: one lies in the other"))
+                    .hint("--tablespace-map OLD=NEW puts a tablespace elsewhere"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a path of the snapshot means.
+    pub fn meaning(&self, path: &Path) -> Meaning {
+        let mut parts = path.components();
+        let first = parts.next().map(Component::as_os_str).and_then(|s| s.to_str());
+        match first {
+            Some("data") => data_file(&self.data, parts.as_path()),
+            Some("tablespaces") => {
+                let oid = parts.next().and_then(|c| c.as_os_str().to_str()?.parse().ok());
+                match oid.and_then(|oid: u32| self.tablespaces.get(&oid)) {
+                    Some(place) => Meaning::At(join(place, parts.as_path())),
+                    None => Meaning::Nothing,
+                }
+            }
+            _ => Meaning::Nothing,
+        }
+    }
+}
+
+fn data_file(data: &Path, path: &Path) -> Meaning {
+    match path.to_str() {
+        Some("global/pg_control") => Meaning::Control,
+        // Written anew, or what would make it a standby or an older recovery.
+        Some("standby.signal" | "recovery.signal" | "tablespace_map" | "postmaster.pid") => {
+            Meaning::Nothing
+        }
+        _ => Meaning::At(join(data, path)),
+    }
+}
+
+/// Without a slash at the end, which `join` of nothing would make.
+fn join(place: &Path, path: &Path) -> PathBuf {
+    if path.as_os_str().is_empty() { place.to_owned() } else { place.join(path) }
+}
+
+fn config(message: String) -> Error {
+    Error::new(Failure::Config, message)
+}
+
+/// `tablespace_map` as PostgreSQL reads it: OID, space, location, with a backslash before line ends and
+/// backslashes (`read_tablespace_map` in `xlogrecovery.c`).
+pub fn tablespace_map(places: &Places) -> String {
+    let line = |(oid, place): (&u32, &PathBuf)| {
+        let mut text = format!("{oid} ");
+        for c in place.to_string_lossy().chars() {
+            if matches!(c, '\n' | '\r' | '\\') {
+                text.push('\\');
+            }
+            text.push(c);
+        }
+        text.push('\n');
+        text
+    };
+    places.tablespaces.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(tablespace: &str) -> Places {
+        Places { data: "/new".into(), tablespaces: BTreeMap::from([(7, tablespace.into())]) }
+    }
+
+    #[test]
+    fn every_path_of_a_snapshot_has_one_place() {
+        let places = places("/ts");
+        let at = |path: &str| Meaning::At(path.into());
+        for (path, expected) in [
+            ("data", at("/new")),
+            ("data/base/1/1259", at("/new/base/1/1259")),
+            ("data/global/pg_control", Meaning::Control),
+            ("data/standby.signal", Meaning::Nothing),
+            ("tablespaces", Meaning::Nothing),
+            ("tablespaces/7", at("/ts")),
+            ("tablespaces/7/PG_15_202209061/5/1", at("/ts/PG_15_202209061/5/1")),
+            ("tablespaces/8/x", Meaning::Nothing),
+            ("elsewhere", Meaning::Nothing),
+        ] {
+            assert_eq!(places.meaning(Path::new(path)), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn places_that_lie_in_each_other_are_refused() {
+        assert!(places("/new/pg_tblspc/x").check_apart().is_err());
+        assert!(places("/").check_apart().is_err());
+        assert!(places("relative").check_apart().is_err());
+        assert!(places("/newer").check_apart().is_ok());
+    }
+
+    #[test]
+    fn a_location_with_a_line_end_is_escaped() {
+        assert_eq!(tablespace_map(&places("/a\nb")), "7 /a\\\nb\n");
+    }
+}

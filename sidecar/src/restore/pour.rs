@@ -1,0 +1,375 @@
+//! Writes a snapshot's files, many at once.
+//!
+//! One thread reads the trees and makes directories; workers write pieces of files, so that one large file
+//! keeps all of them busy. Everything between them is bounded (D5). The reader checks every chunk (D4);
+//! with `delta` a chunk that is there already is recognised by the same SHA-256 and not read at all.
+
+use super::{
+    MARKER,
+    delta::{Leftovers, remove},
+    local, of_engine,
+    place::{Meaning, Places},
+};
+use crate::error::{Error, Failure};
+use klio_proto::Code;
+use klio_storage::repository::{ChunkId, Entry, Reader, StoredKind};
+use std::{
+    fs::{self, File, FileTimes, OpenOptions, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Relaxed},
+        },
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+    time::SystemTime,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Chunks of one piece of work: 16 MiB with chunks of 128 KiB.
+const PIECE_CHUNKS: usize = 128;
+/// Pieces between the two sides, per worker.
+const QUEUE: usize = 16;
+
+/// How far a restore is: moved by the engine, read by displays.
+#[derive(Debug, Default)]
+pub struct Progress {
+    phase: Mutex<&'static str>,
+    bytes: AtomicU64,
+    files: AtomicU64,
+    written: AtomicU64,
+    total_bytes: AtomicU64,
+    total_files: AtomicU64,
+}
+
+/// A look at it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// What is being done, in words.
+    pub phase: &'static str,
+    /// Bytes of files dealt with.
+    pub bytes: u64,
+    /// Files dealt with.
+    pub files: u64,
+    /// Bytes that were written: less than `bytes` where much was there already.
+    pub written: u64,
+    /// All bytes.
+    pub total_bytes: u64,
+    /// All files.
+    pub total_files: u64,
+}
+
+impl Progress {
+    /// A look at it.
+    pub fn seen(&self) -> Seen {
+        Seen {
+            phase: *self.phase.lock().unwrap_or_else(PoisonError::into_inner),
+            bytes: self.bytes.load(Relaxed),
+            files: self.files.load(Relaxed),
+            written: self.written.load(Relaxed),
+            total_bytes: self.total_bytes.load(Relaxed),
+            total_files: self.total_files.load(Relaxed),
+        }
+    }
+
+    pub(super) fn enter(&self, phase: &'static str) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        tracing::debug!(phase, "restore");
+    }
+
+    pub(super) fn expect(&self, files: u64, bytes: u64) {
+        self.total_files.store(files, Relaxed);
+        self.total_bytes.store(bytes, Relaxed);
+    }
+}
+
+/// What to write, and where.
+pub struct Pour {
+    /// The snapshot.
+    pub reader: Reader,
+    /// The places.
+    pub places: Places,
+    /// Something may be there already.
+    pub delta: bool,
+    /// Workers.
+    pub threads: usize,
+    /// Moved as it goes.
+    pub progress: Arc<Progress>,
+    /// Ends it early.
+    pub stop: CancellationToken,
+}
+
+/// What was done, and what is left for the end.
+#[derive(Debug)]
+pub struct Poured {
+    /// `global/pg_control`.
+    pub control: Option<Entry>,
+    /// Files and directories that were removed.
+    pub removed: u64,
+}
+
+/// A file that workers write together.
+struct Whole {
+    path: PathBuf,
+    entry: Entry,
+    chunk_bytes: u64,
+    file: Mutex<Option<Arc<File>>>,
+    /// Pieces not written yet.
+    left: AtomicUsize,
+}
+
+struct Piece {
+    file: Arc<Whole>,
+    first: usize,
+}
+
+impl Whole {
+    fn size(&self) -> u64 {
+        match self.entry.kind {
+            StoredKind::File { size, .. } => size,
+            _ => 0,
+        }
+    }
+    fn chunks(&self) -> &[ChunkId] {
+        match &self.entry.kind {
+            StoredKind::File { chunks, .. } => chunks,
+            _ => &[],
+        }
+    }
+
+    /// Opened by the first worker; bytes beyond the new size go at once, so that what is read is what stays.
+    fn open(&self, delta: bool) -> io::Result<Arc<File>> {
+        let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = slot.as_ref() {
+            return Ok(Arc::clone(file));
+        }
+        let mut options = OpenOptions::new();
+        options.read(delta).write(true).mode(0o600).custom_flags(NO_FOLLOW);
+        let file = match delta {
+            true => options.create(true).truncate(false).open(&self.path)?,
+            false => options.create_new(true).open(&self.path)?,
+        };
+        if delta && file.metadata()?.len() != self.size() {
+            file.set_len(self.size())?;
+        }
+        let file = Arc::new(file);
+        *slot = Some(Arc::clone(&file));
+        Ok(file)
+    }
+}
+
+/// O_NOFOLLOW: a link in an old directory must not lead a write elsewhere.
+const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+
+impl Pour {
+    /// Writes everything but pg_control.
+    ///
+    /// # Errors
+    /// The first failure; the places are then not whole (D2).
+    pub fn run(&self) -> Result<Poured, Error> {
+        let failure: Mutex<Option<Error>> = Mutex::new(None);
+        let halt = self.stop.child_token();
+        let fail = |error: Error| {
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            halt.cancel();
+        };
+        let (sender, receiver) = sync_channel::<Piece>(QUEUE * self.threads);
+        let receiver = Mutex::new(receiver);
+        let poured = thread::scope(|scope| {
+            for _ in 0..self.threads {
+                scope.spawn(|| {
+                    let mut buffer = Vec::new();
+                    while let Some(piece) = next(&receiver) {
+                        // Goes on receiving after a failure, or the other side would wait for ever.
+                        if !halt.is_cancelled()
+                            && let Err(error) = self.write(&piece, &mut buffer, &halt)
+                        {
+                            fail(error);
+                        }
+                    }
+                });
+            }
+            let fed = self.feed(&sender, &halt);
+            drop(sender);
+            fed
+        });
+        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let (control, directories, removed) = poured?;
+        if self.stop.is_cancelled() {
+            return Err(super::stopped());
+        }
+        // Last, and the deepest first: every change in a directory changes its time.
+        for (path, entry) in directories.iter().rev() {
+            let place = File::open(path).map_err(|error| local("open", path, &error))?;
+            dress(&place, entry).map_err(|error| local("set mode and time of", path, &error))?;
+        }
+        Ok(Poured { control, removed })
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn feed(
+        &self,
+        sender: &SyncSender<Piece>,
+        halt: &CancellationToken,
+    ) -> Result<(Option<Entry>, Vec<(PathBuf, Entry)>, u64), Error> {
+        let mut leftovers = Leftovers::default();
+        let (mut control, mut directories) = (None, Vec::new());
+        for entry in self.reader.entries().map_err(|e| of_engine(&e))? {
+            if halt.is_cancelled() {
+                return Err(super::stopped());
+            }
+            let entry = entry.map_err(|e| of_engine(&e))?;
+            let path = match self.places.meaning(&entry.path) {
+                Meaning::At(path) => path,
+                Meaning::Control => {
+                    control = Some(entry);
+                    continue;
+                }
+                Meaning::Nothing => continue,
+            };
+            let failed = |error: io::Error| local("write", &path, &error);
+            let is_dir = entry.kind == StoredKind::Dir;
+            if self.delta {
+                leftovers.pass(&path, is_dir).map_err(failed)?;
+                if path == self.places.data {
+                    leftovers.keep(&path.join(MARKER));
+                }
+            }
+            match &entry.kind {
+                StoredKind::Dir => {
+                    self.make_dir(&path).map_err(failed)?;
+                    directories.push((path, entry));
+                }
+                StoredKind::Symlink(to) => {
+                    if self.delta {
+                        remove(&path).map_err(failed)?;
+                    }
+                    std::os::unix::fs::symlink(to, &path).map_err(failed)?;
+                }
+                StoredKind::File { .. } => self.hand_out(sender, path, entry)?,
+            }
+        }
+        leftovers.finish().map_err(|error| local("clean", &self.places.data, &error))?;
+        Ok((control, directories, leftovers.removed))
+    }
+
+    fn make_dir(&self, path: &Path) -> io::Result<()> {
+        let is_wal = path == self.places.data.join("pg_wal");
+        let is_root = self.places.all().any(|place| place == path);
+        match fs::symlink_metadata(path) {
+            Ok(meta) if meta.is_dir() => return Ok(()),
+            // A root is where the user said, and pg_wal may lie on another disk.
+            Ok(meta) if meta.is_symlink() && (is_wal || is_root) && path.is_dir() => return Ok(()),
+            Ok(_) => remove(path)?,
+            Err(_) => {}
+        }
+        fs::DirBuilder::new().recursive(is_root).mode(0o700).create(path)
+    }
+
+    fn hand_out(
+        &self,
+        sender: &SyncSender<Piece>,
+        path: PathBuf,
+        entry: Entry,
+    ) -> Result<(), Error> {
+        if self.delta {
+            let there = fs::symlink_metadata(&path);
+            if there.is_ok_and(|meta| !meta.is_file()) {
+                remove(&path).map_err(|error| local("remove", &path, &error))?;
+            }
+        }
+        let StoredKind::File { chunks, .. } = &entry.kind else { return Ok(()) };
+        let chunk_bytes = match chunks.first() {
+            Some(first) => self.reader.chunk_length(first).map_err(|e| of_engine(&e))?,
+            None => 0,
+        };
+        let pieces = chunks.len().div_ceil(PIECE_CHUNKS).max(1);
+        let (file, left) = (Mutex::new(None), AtomicUsize::new(pieces));
+        let whole = Arc::new(Whole { path, entry, chunk_bytes, file, left });
+        for piece in 0..pieces {
+            let piece = Piece { file: Arc::clone(&whole), first: piece * PIECE_CHUNKS };
+            // Workers are there until this side ends.
+            if sender.send(piece).is_err() {
+                return Err(Error::new(
+                    Failure::Code(Code::Internal),
+                    "restore: no worker is left",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        piece: &Piece,
+        buffer: &mut Vec<u8>,
+        halt: &CancellationToken,
+    ) -> Result<(), Error> {
+        let whole = &piece.file;
+        let failed = |error: io::Error| local("write", &whole.path, &error);
+        let file = whole.open(self.delta).map_err(failed)?;
+        let chunks = whole.chunks().iter().enumerate().skip(piece.first).take(PIECE_CHUNKS);
+        for (number, id) in chunks {
+            if halt.is_cancelled() {
+                return Err(super::stopped());
+            }
+            let offset = number as u64 * whole.chunk_bytes;
+            let length = whole.chunk_bytes.min(whole.size().saturating_sub(offset));
+            if !(self.delta && is_there(&file, offset, length, id, buffer).map_err(failed)?) {
+                let chunk = self.reader.chunk(id).map_err(|e| of_engine(&e))?;
+                if chunk.len() as u64 != length {
+                    return Err(wrong_length(&whole.path, offset, length, chunk.len()));
+                }
+                file.write_all_at(&chunk, offset).map_err(failed)?;
+                self.progress.written.fetch_add(length, Relaxed);
+            }
+            self.progress.bytes.fetch_add(length, Relaxed);
+        }
+        if whole.left.fetch_sub(1, AcqRel) == 1 {
+            *whole.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            dress(&file, &whole.entry).map_err(failed)?;
+            self.progress.files.fetch_add(1, Relaxed);
+        }
+        Ok(())
+    }
+}
+
+fn next(receiver: &Mutex<Receiver<Piece>>) -> Option<Piece> {
+    receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
+}
+
+fn wrong_length(path: &Path, offset: u64, expected: u64, found: usize) -> Error {
+    let place = path.display();
+    let message = format!("write {place} at {offset}: expected {expected} bytes, found {found}");
+    Error::new(Failure::Code(Code::Corrupt), message)
+}
+
+/// Whether these bytes of the file are the chunk.
+fn is_there(
+    file: &File,
+    offset: u64,
+    length: u64,
+    id: &ChunkId,
+    buffer: &mut Vec<u8>,
+) -> io::Result<bool> {
+    buffer.resize(usize::try_from(length).unwrap_or(0), 0);
+    file.read_exact_at(buffer, offset)?;
+    Ok(ChunkId::of(buffer) == *id)
+}
+
+/// Mode, owner (as root) and time.
+pub fn dress(file: &File, entry: &Entry) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::fchown(file, Some(entry.uid), Some(entry.gid))?;
+    }
+    file.set_permissions(Permissions::from_mode(entry.mode & 0o7777))?;
+    let mtime: SystemTime = entry.mtime;
+    file.set_times(FileTimes::new().set_modified(mtime))
+}

@@ -1,0 +1,51 @@
+//! A folder of our own for a while; removed when dropped.
+
+use super::local;
+use crate::error::Error;
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+/// The folder.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new one, for us alone, below `parent`, else below the system's place for such.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub fn new(parent: Option<&Path>) -> Result<Self, Error> {
+        let system = std::env::temp_dir();
+        let path = parent.unwrap_or(&system).join(format!("klio-{}", uuid::Uuid::new_v4()));
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|error| local("make folder", &path, &error))?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Removes all files but the `keep` that sort first by their names: WAL is looked at backwards.
+    pub fn trim(&self, keep: usize) {
+        let names = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let mut files: Vec<PathBuf> = names.map(|entry| entry.path()).collect();
+        files.sort();
+        files.iter().skip(keep).for_each(|path| drop(fs::remove_file(path)));
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,390 @@
+//! Where a restore reads: a server, or the bucket itself with nothing but its key.
+//!
+//! Both give the same: backup records, holdings, the repository, WAL. P7: what cannot be listed is an error,
+//! never an empty list.
+
+use crate::{
+    bucket::{Bucket, of_storage},
+    config::Config,
+    error::{Error, Failure},
+    server_link::{BaseLink, GrpcFiles, ServerLink},
+    wal_source::{self, Expected, Fetch, Target as FetchTarget, WalSource},
+};
+use klio_pg::{ByteSize, TimelineId};
+use klio_proto::{
+    Code,
+    v1::{self, reserve_request::Purpose},
+};
+use klio_storage::{
+    catalog::{
+        BackupRecord, DrillOutcome, Holdings, VerifyOutcome,
+        holdings::{HeldFile, Parts},
+    },
+    crypt::AtRest,
+    layout::{BackupName, BaseObject, ClusterName, WalFile},
+    record,
+    repository::{
+        BucketFiles, Files, Repository, SECRET_LIMIT_BYTES, Secret, Windowed, decode_secret,
+        secret_objects,
+    },
+    wal::Pinned,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::{runtime::Handle, task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+/// A request costs a round trip, and neighbours are read soon: measured in docs/benchmarks.md.
+const WINDOW: ByteSize = ByteSize::mib(2);
+/// A delta restore reads a chunk here and there.
+const DELTA_WINDOW: ByteSize = ByteSize::kib(256);
+/// What all windows together may hold.
+const WINDOWS: ByteSize = ByteSize::mib(64);
+
+/// A backup with what is known of it.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Its record.
+    pub record: BackupRecord,
+    /// All of it is on tier 1.
+    pub tier1: bool,
+    /// All of it was proven in tier 2.
+    pub tier2: bool,
+    /// The newest verification.
+    pub verified: Option<VerifyOutcome>,
+    /// The newest drill.
+    pub drilled: Option<DrillOutcome>,
+}
+
+/// What there is to restore from.
+#[derive(Debug, Clone, Default)]
+pub struct Catalog {
+    /// Oldest first.
+    pub backups: Vec<Known>,
+    /// Records that cannot be read, in words.
+    pub problems: Vec<String>,
+    /// WAL.
+    pub holdings: Holdings,
+}
+
+impl Catalog {
+    /// The records alone.
+    pub fn records(&self) -> Vec<BackupRecord> {
+        self.backups.iter().map(|known| known.record.clone()).collect()
+    }
+}
+
+enum Place {
+    Server(BaseLink, ServerLink),
+    Bucket(Bucket),
+}
+
+/// A place to restore from.
+pub struct Source {
+    cluster: ClusterName,
+    place: Place,
+    wal: Arc<dyn WalSource>,
+    stop: CancellationToken,
+}
+
+/// Holds the server's maintenance off while it lives.
+#[derive(Debug, Default)]
+pub struct Reserved(#[allow(dead_code)] JoinSet<()>);
+
+impl Source {
+    /// Opens nothing yet.
+    ///
+    /// # Errors
+    /// Wrong settings, and files that cannot be read.
+    pub fn open(config: &Config, stop: &CancellationToken) -> Result<Self, Error> {
+        let place = match Bucket::open(config)? {
+            Some(bucket) => Place::Bucket(bucket),
+            None => {
+                let link = ServerLink::new(&config.server)?;
+                let base = BaseLink::new(link.clone(), stop.clone());
+                Place::Server(base.patience(Duration::from_secs(30)), link)
+            }
+        };
+        let (cluster, wal) = (config.cluster()?, wal_source::open(config)?);
+        Ok(Self { cluster, place, wal, stop: stop.clone() })
+    }
+
+    /// In words.
+    pub fn name(&self) -> String {
+        match &self.place {
+            Place::Server(base, _) => base.address().to_owned(),
+            Place::Bucket(bucket) => bucket.tier2.url().to_owned(),
+        }
+    }
+
+    /// The cluster.
+    pub fn cluster(&self) -> &ClusterName {
+        &self.cluster
+    }
+
+    /// Whether there is no server in between.
+    pub const fn is_bucket(&self) -> bool {
+        matches!(self.place, Place::Bucket(_))
+    }
+
+    /// Everything that is there.
+    ///
+    /// # Errors
+    /// As the place fails.
+    pub async fn catalog(&self) -> Result<Catalog, Error> {
+        match &self.place {
+            Place::Server(base, _) => self.from_server(base).await,
+            Place::Bucket(bucket) => self.from_bucket(bucket).await,
+        }
+    }
+
+    async fn from_server(&self, base: &BaseLink) -> Result<Catalog, Error> {
+        let cluster = self.cluster.to_string();
+        let listed = base
+            .call("list backups", async |mut client| {
+                let request = v1::ListBackupsRequest { cluster: cluster.clone() };
+                client.list_backups(request).await.map(tonic::Response::into_inner)
+            })
+            .await?;
+        let holdings = base
+            .call("ask what WAL is held", async |mut client| {
+                let request = v1::HoldingsRequest { cluster: cluster.clone() };
+                client.holdings(request).await.map(tonic::Response::into_inner)
+            })
+            .await?;
+        let holdings = json(&holdings.holdings, "holdings")?;
+        let known = |entry: v1::BackupEntry| {
+            Ok(Known {
+                record: json(&entry.record, "backup record")?,
+                tier1: entry.tier1,
+                tier2: entry.tier2,
+                verified: optional(&entry.verified, "verification")?,
+                drilled: optional(&entry.drilled, "drill")?,
+            })
+        };
+        let backups: Result<Vec<Known>, Error> = listed.backups.into_iter().map(known).collect();
+        Ok(Catalog { backups: backups?, problems: listed.problems, holdings })
+    }
+
+    async fn from_bucket(&self, bucket: &Bucket) -> Result<Catalog, Error> {
+        let (tier2, cluster) = (&bucket.tier2, &self.cluster);
+        let failed = |error: klio_storage::Error| of_storage(&error);
+        let mut catalog = Catalog::default();
+        let folder = format!("{cluster}/backups");
+        for object in tier2.list_prefix(&folder).await.map_err(failed)? {
+            let relative = object.key.strip_prefix(&format!("{cluster}/"));
+            let Some(BaseObject::Record(name)) = relative.and_then(BaseObject::parse_relative)
+            else {
+                continue;
+            };
+            match self.bucket_record(bucket, &name).await {
+                Ok(Some(record)) => catalog.backups.push(Known {
+                    record,
+                    tier1: false,
+                    tier2: true,
+                    verified: None,
+                    drilled: None,
+                }),
+                Ok(None) => {}
+                Err(error) if error.failure == Failure::Code(Code::Corrupt) => {
+                    catalog.problems.push(format!("backup {name}: {}", error.message));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        catalog.backups.sort_by(|a, b| {
+            a.record.stopped_postgres_unix.total_cmp(&b.record.stopped_postgres_unix)
+        });
+        catalog.holdings = self.bucket_holdings(bucket).await?;
+        if catalog.backups.is_empty() && catalog.holdings.timelines.is_empty() {
+            let message = format!("no cluster {cluster} is in {}", tier2.url());
+            return Err(Error::new(Failure::Config, message)
+                .hint("are --cluster and --from as klio-server has them?"));
+        }
+        Ok(catalog)
+    }
+
+    async fn bucket_record(
+        &self,
+        bucket: &Bucket,
+        name: &BackupName,
+    ) -> Result<Option<BackupRecord>, Error> {
+        let key = name.record_key(&self.cluster);
+        let bytes = bucket.tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let bytes = bytes.map_err(|e| of_storage(&e))?;
+        let read = |bytes: bytes::Bytes| record::decode(&bytes, &key).map_err(|e| of_storage(&e));
+        bytes.map(read).transpose()
+    }
+
+    async fn bucket_holdings(&self, bucket: &Bucket) -> Result<Holdings, Error> {
+        let (tier2, cluster) = (&bucket.tier2, &self.cluster);
+        let failed = |error: klio_storage::Error| of_storage(&error);
+        let key = BaseObject::Cluster.key(cluster);
+        let pinned = tier2.read_small(&key, record::LIMIT_BYTES).await.map_err(failed)?;
+        let pinned = pinned.map(|b| Pinned::decode(&b, &key).map_err(failed)).transpose()?;
+        let mut parts = Parts {
+            segment_size: pinned.as_ref().map(|p| p.segment_size),
+            system_identifier: pinned.as_ref().map(|p| p.system_identifier),
+            as_of_unix: jiff::Timestamp::now().as_microsecond() as f64 / 1e6,
+            ..Parts::default()
+        };
+        let scratch = super::Scratch::new(None)?;
+        for object in tier2.list_wal(cluster).await.map_err(failed)? {
+            let mut held = HeldFile::from(object.file);
+            match object.file {
+                WalFile::History(timeline) => {
+                    let text = self.history(timeline, &scratch).await?;
+                    parts.histories.insert(timeline, text);
+                }
+                WalFile::Partial(name) => {
+                    held.end = super::wal::partial_end(self, name, &scratch).await?;
+                }
+                WalFile::Segment(_) => {}
+            }
+            parts.tier2.push(held);
+        }
+        Ok(Holdings::from_parts(parts))
+    }
+
+    async fn history(
+        &self,
+        timeline: TimelineId,
+        scratch: &super::Scratch,
+    ) -> Result<String, Error> {
+        let file = WalFile::History(timeline);
+        let path = self.fetch(file, scratch).await?;
+        let text = std::fs::read(&path).map_err(|e| super::local("read", &path, &e))?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Fetches a WAL file, whole and checked, into `scratch`.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive (P7).
+    pub async fn fetch(
+        &self,
+        file: WalFile,
+        scratch: &super::Scratch,
+    ) -> Result<std::path::PathBuf, Error> {
+        let path = scratch.join(&file.to_string());
+        if path.is_file() {
+            return Ok(path);
+        }
+        let target = Arc::new(FetchTarget::beside(&path)?);
+        let fetch = Fetch { source: Arc::clone(&self.wal), file, expected: Expected::default() };
+        let fetched = fetch.until(&target, Instant::now() + Duration::from_secs(60));
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(super::stopped()),
+            result = fetched => drop(result?),
+        }
+        target.commit(&path, false)?;
+        Ok(path)
+    }
+
+    /// Opens the repository. `delta`: most chunks will not be read.
+    ///
+    /// # Errors
+    /// As the place fails; `Forbidden` without the key.
+    pub async fn repository(&self, delta: bool) -> Result<Repository, Error> {
+        let window = if delta { DELTA_WINDOW } else { WINDOW };
+        let (files, secret): (Arc<dyn Files>, Secret) = match &self.place {
+            Place::Server(base, link) => {
+                let cluster = self.cluster.to_string();
+                let answer = base
+                    .call("open the repository", async |mut client| {
+                        let request = v1::OpenRepositoryRequest {
+                            cluster: cluster.clone(),
+                            ..Default::default()
+                        };
+                        client.open_repository(request).await.map(tonic::Response::into_inner)
+                    })
+                    .await?;
+                let files = GrpcFiles::new(
+                    link.clone(),
+                    self.cluster.clone(),
+                    Handle::current(),
+                    self.stop.clone(),
+                );
+                (Arc::new(Windowed::new(files, window, WINDOWS)), json(&answer.secret, "secret")?)
+            }
+            Place::Bucket(bucket) => {
+                let secret = self.bucket_secret(bucket).await?;
+                let (tier2, cluster) = (bucket.tier2.clone(), self.cluster.clone());
+                let files = BucketFiles::new(tier2, cluster, Handle::current());
+                (Arc::new(Windowed::new(files, window, WINDOWS)), secret)
+            }
+        };
+        let opened = tokio::task::spawn_blocking(move || Repository::open(files, &secret)).await;
+        super::joined(opened)
+    }
+
+    async fn bucket_secret(&self, bucket: &Bucket) -> Result<Secret, Error> {
+        let at_rest = bucket.keys.clone().map_or(AtRest::Off, AtRest::On);
+        for object in secret_objects(&at_rest) {
+            let key = object.key(&self.cluster);
+            let found = bucket.tier2.read_small(&key, SECRET_LIMIT_BYTES).await;
+            let Some(bytes) = found.map_err(|e| of_storage(&e))? else { continue };
+            let encrypted = object == BaseObject::Secret { encrypted: true };
+            return decode_secret(&bytes, encrypted, &at_rest, &key).map_err(|error| {
+                of_storage(&error).hint(
+                    "--identity names the age identity file that klio-server had (encryption.identity_file)",
+                )
+            });
+        }
+        let place = bucket.tier2.url();
+        let message = format!("{place} has no repository.json[.age] of cluster {}", self.cluster);
+        Err(Error::new(Failure::Code(Code::Corrupt), message))
+    }
+
+    /// Asks the server to leave the repository alone while this runs. Nothing depends on it: packs are
+    /// marked long before they go (R4).
+    pub async fn reserve(&self) -> Reserved {
+        let Place::Server(_, link) = &self.place else { return Reserved::default() };
+        let mut keeper = JoinSet::new();
+        let (link, cluster) = (link.clone(), self.cluster.to_string());
+        keeper.spawn(async move {
+            let Ok(connection) = link.connect().await else { return };
+            let request = v1::ReserveRequest {
+                cluster,
+                purpose: Purpose::Restore.into(),
+                backup_name: String::new(),
+            };
+            match connection.base().reserve(request).await {
+                Ok(answer) => {
+                    let mut answers = answer.into_inner();
+                    while let Ok(Some(_)) = answers.message().await {}
+                }
+                Err(status) => tracing::debug!("reserve for a restore: {}", status.message()),
+            }
+        });
+        Reserved(keeper)
+    }
+
+    /// Tells the server how a drill went; without a server there is nobody to tell.
+    ///
+    /// # Errors
+    /// As the server answers.
+    pub async fn record_drill(&self, outcome: &DrillOutcome) -> Result<(), Error> {
+        let Place::Server(base, _) = &self.place else { return Ok(()) };
+        let outcome = serde_json::to_vec(outcome)
+            .map_err(|e| Error::new(Failure::Code(Code::Internal), format!("write drill: {e}")))?;
+        let cluster = self.cluster.to_string();
+        base.call("record the drill", async |mut client| {
+            let (cluster, outcome) = (cluster.clone(), outcome.clone().into());
+            client.record_drill(v1::RecordDrillRequest { cluster, outcome }).await.map(drop)
+        })
+        .await
+    }
+}
+
+fn json<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        // Never the bytes: one of the documents is a secret.
+        let at = (error.line(), error.column());
+        Error::new(Failure::Code(Code::Invalid), format!("read {what}: not as expected at {at:?}"))
+    })
+}
+
+fn optional<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<Option<T>, Error> {
+    if bytes.is_empty() { Ok(None) } else { json(bytes, what).map(Some) }
+}

@@ -1,0 +1,343 @@
+//! What `--target-*` says, and what PostgreSQL is told: between the two, WAL is asked.
+//!
+//! PostgreSQL stops at a time only before a commit or an abort that is later, and ends with FATAL when there
+//! is none (`recoveryStopsBefore`, `xlogrecovery.c`). So a time is looked up first, and refused with the last
+//! one that can be reached, before anything is touched. A time after the last commit is that commit's
+//! state when the server says that PostgreSQL had written no more until then; then the last record is
+//! the target. All times are in PostgreSQL's clock, a standby's backups included: what its clock said is
+//! checked against the commits before the backup's end.
+
+use super::{
+    Scratch,
+    source::Source,
+    wal::{Tail, Wal},
+};
+use crate::error::{Error, Failure};
+use klio_pg::{Landmark, Lsn};
+use klio_proto::Code;
+use klio_storage::{
+    catalog::{Plan, Refusal, Stop, Survey, Target, TimelineChoice},
+    layout::BackupName,
+};
+
+/// `recovery_target_*` of the restored cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recovery {
+    /// None: to the end of WAL.
+    End,
+    /// `recovery_target = 'immediate'`
+    Immediate,
+    /// `recovery_target_time`, microseconds since 1970.
+    Time(i64),
+    /// `recovery_target_lsn`
+    Lsn(Lsn),
+    /// `recovery_target_name`
+    Name(String),
+    /// `recovery_target_xid`
+    Xid(u32),
+}
+
+/// What was asked for.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// Where to end.
+    pub target: Target,
+    /// Along which timeline.
+    pub timeline: TimelineChoice,
+    /// From which backup.
+    pub backup: Option<BackupName>,
+    /// The end has to be a target, because something else than a promotion is to happen there.
+    pub stop_at_end: bool,
+}
+
+/// What will be done.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Backup and way.
+    pub plan: Plan,
+    /// PostgreSQL's part.
+    pub recovery: Recovery,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+}
+
+/// Text for a refusal: nothing was touched.
+pub fn refused(refusal: &Refusal) -> Error {
+    let hint = match &refusal.hole {
+        Some(hole) => format!(
+            "--target-time or --target-lsn before {} can be reached; nothing was touched",
+            hole.from
+        ),
+        None => "klio list shows what can be recovered; nothing was touched".to_owned(),
+    };
+    Error::new(Failure::Unreachable, refusal).hint(hint)
+}
+
+/// A time as PostgreSQL reads and prints it, in UTC.
+pub fn show_time(unix_micros: i64) -> String {
+    jiff::Timestamp::from_microsecond(unix_micros).map_or_else(
+        |_| format!("{unix_micros} microseconds after 1970"),
+        |time| time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string(),
+    )
+}
+
+/// Reads `2026-11-21 14:03:00.5+01`, RFC 3339, or a time without a zone, which is in this machine's.
+///
+/// # Errors
+/// In words.
+pub fn parse_time(text: &str) -> Result<i64, String> {
+    let wrong = || {
+        format!(
+            "expected a time such as '2026-11-21 14:03:00+01' or 2026-11-21T13:03:00Z, found {text:?}"
+        )
+    };
+    let text = text.trim();
+    if let Some(date) = text.strip_suffix(" UTC").or_else(|| text.strip_suffix(" GMT")) {
+        return parse_time(&format!("{date}Z"));
+    }
+    if let Ok(time) = text.parse::<jiff::Timestamp>() {
+        return Ok(time.as_microsecond());
+    }
+    // jiff wants minutes in an offset; PostgreSQL prints +01.
+    let tail = text.char_indices().rev().nth(2).map(|(at, _)| &text[at..]);
+    let short =
+        tail.filter(|t| t.starts_with(['+', '-']) && t[1..].bytes().all(|b| b.is_ascii_digit()));
+    if short.is_some() && text.contains(':') {
+        return format!("{text}:00")
+            .parse::<jiff::Timestamp>()
+            .map(|t| t.as_microsecond())
+            .map_err(|_| wrong());
+    }
+    let local: jiff::civil::DateTime = text.parse().map_err(|_| wrong())?;
+    let zone = jiff::tz::TimeZone::system();
+    let time = zone.to_ambiguous_zoned(local).unambiguous();
+    time.map(|time| time.timestamp().as_microsecond()).map_err(|_| {
+        format!("{text} happens twice or never in this time zone: say the offset, as in +01")
+    })
+}
+
+/// Decides.
+pub struct Decider<'a> {
+    /// Where WAL is read.
+    pub source: &'a Source,
+    /// What there is.
+    pub survey: &'a Survey,
+    /// For fetched WAL.
+    pub scratch: &'a Scratch,
+}
+
+impl Decider<'_> {
+    /// From a wish to a decision.
+    ///
+    /// # Errors
+    /// `Unreachable`, with what can be reached; WAL that cannot be read.
+    pub async fn decide(&self, wish: &Wish) -> Result<Decision, Error> {
+        let plans = self.survey.plans(&wish.target, wish.timeline, wish.backup.as_ref());
+        let plans = plans.map_err(|refusal| refused(&refusal))?;
+        match &wish.target {
+            Target::Latest => self.latest(plans, wish.stop_at_end).await,
+            Target::Immediate => self.first(plans, Recovery::Immediate),
+            Target::Lsn(lsn) => self.lsn(plans, *lsn).await,
+            Target::Time { unix_micros } => self.time(plans, *unix_micros).await,
+            Target::Name(name) => {
+                let what = format!("a restore point {name:?}");
+                self.find(plans, &what, Recovery::Name(name.clone()), &mut |landmark| {
+                    matches!(landmark, Landmark::RestorePoint { name: found, .. } if found == name)
+                })
+                .await
+            }
+            Target::Xid(wanted) => {
+                let what = format!("the end of transaction {wanted}");
+                self.find(plans, &what, Recovery::Xid(*wanted), &mut |landmark| {
+                    matches!(landmark, Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. } if xid == wanted)
+                })
+                .await
+            }
+        }
+    }
+
+    fn wal<'a>(&'a self, plan: &'a Plan) -> Wal<'a> {
+        Wal {
+            source: self.source,
+            scratch: self.scratch,
+            path: &plan.path,
+            postgres_major: plan.backup.postgres_version / 10_000,
+        }
+    }
+
+    fn first(&self, plans: Vec<Plan>, recovery: Recovery) -> Result<Decision, Error> {
+        let plan = plans.into_iter().next();
+        let plan = plan.ok_or_else(|| Error::new(Failure::Code(Code::Internal), "no plan"))?;
+        Ok(decision(plan, recovery))
+    }
+
+    async fn latest(&self, plans: Vec<Plan>, stop_at_end: bool) -> Result<Decision, Error> {
+        let decided = self.first(plans, Recovery::End)?;
+        if !stop_at_end {
+            return Ok(decided);
+        }
+        let tail = self.end_of(&decided.plan).await?;
+        let recovery = end_as_target(&decided.plan, &tail);
+        Ok(Decision { recovery, ..decided })
+    }
+
+    /// The end of what a plan reaches, its last record above all.
+    async fn end_of(&self, plan: &Plan) -> Result<Tail, Error> {
+        self.wal(plan).tail(plan.backup.start_lsn, plan.reach.end).await
+    }
+
+    async fn lsn(&self, plans: Vec<Plan>, wanted: Lsn) -> Result<Decision, Error> {
+        let decided = self.first(plans, Recovery::Lsn(wanted))?;
+        let tail = self.end_of(&decided.plan).await?;
+        if tail.last_record.is_some_and(|last| wanted <= last) {
+            return Ok(decided);
+        }
+        // PostgreSQL stops after a record that begins there or later, and none does.
+        let recovery = end_as_target(&decided.plan, &tail);
+        Ok(Decision { recovery, ..decided })
+    }
+
+    async fn time(&self, plans: Vec<Plan>, wanted: i64) -> Result<Decision, Error> {
+        let mut clock = None;
+        for plan in plans {
+            let wal = self.wal(&plan);
+            let before = wal.tail(plan.backup.start_lsn, plan.backup.stop_lsn).await?;
+            let before = before.last_ending.map(|found| found.landmark.unix_micros());
+            if let Some(later) = before.filter(|before| *before > wanted) {
+                clock.get_or_insert_with(|| {
+                    format!(
+                        "{} is before the end of backup {}: a transaction in it ended at {}",
+                        show_time(wanted),
+                        plan.backup.name,
+                        show_time(later)
+                    )
+                });
+                continue;
+            }
+            return self.time_with(plan, wanted).await;
+        }
+        let problem = clock.unwrap_or_else(|| "no backup ended before the target".to_owned());
+        Err(refused(&self.survey.refusal(problem, None)))
+    }
+
+    async fn time_with(&self, plan: Plan, wanted: i64) -> Result<Decision, Error> {
+        let tail = self.wal(&plan).tail(plan.backup.stop_lsn, plan.reach.end).await?;
+        let last = tail.last_ending.as_ref().map(|found| (found.landmark.unix_micros(), found.lsn));
+        if last.is_some_and(|(time, _)| time > wanted) {
+            return Ok(decision(plan, Recovery::Time(wanted)));
+        }
+        let idle = match &plan.reach.stop {
+            Stop::End { idle_until_unix: Some(until) } => wanted <= (until * 1e6) as i64,
+            _ => false,
+        };
+        if idle || last.is_some_and(|(time, _)| time == wanted) {
+            let tail = self.end_of(&plan).await?;
+            let recovery = end_as_target(&plan, &tail);
+            let mut decided = decision(plan, recovery);
+            if idle {
+                decided.notes.push(
+                    "no transaction ended after the target: the end of WAL is the state at that time"
+                        .to_owned(),
+                );
+            }
+            return Ok(decided);
+        }
+        let reached = match last {
+            Some((time, lsn)) => {
+                format!(
+                    "the last transaction that can be reached ended at {} ({lsn})",
+                    show_time(time)
+                )
+            }
+            None => format!(
+                "no transaction after backup {} can be reached, which ended at {}",
+                plan.backup.name,
+                show_time((plan.backup.stopped_postgres_unix * 1e6) as i64)
+            ),
+        };
+        let problem =
+            format!("{} cannot be reached: {reached}, in PostgreSQL's clock", show_time(wanted));
+        let (problem, hole) = match &plan.reach.stop {
+            Stop::Hole(hole) => (format!("{problem}; {hole}"), Some(hole.clone())),
+            Stop::End { .. } => (problem, None),
+        };
+        Err(refused(&self.survey.refusal(problem, hole)))
+    }
+
+    /// Searches WAL from the newest backup on, then before it.
+    async fn find(
+        &self,
+        plans: Vec<Plan>,
+        what: &str,
+        recovery: Recovery,
+        fits: &mut dyn FnMut(&Landmark) -> bool,
+    ) -> Result<Decision, Error> {
+        let mut searched: Option<Lsn> = None;
+        let (mut oldest, mut hole) = (None, None);
+        for plan in plans {
+            let to = searched.map_or(plan.reach.end, |from| from.min(plan.reach.end));
+            let from = plan.backup.start_lsn;
+            tracing::info!(backup = %plan.backup.name, %from, %to, "searching WAL for {what}");
+            let found = self.wal(&plan).find(from, to, &mut |found| fits(&found.landmark)).await?;
+            match found {
+                Some(found) if found.lsn >= plan.backup.stop_lsn => {
+                    let mut decided = decision(plan, recovery);
+                    let time = show_time(found.landmark.unix_micros());
+                    decided.notes.push(format!("{what} is at {} of {time}", found.lsn));
+                    return Ok(decided);
+                }
+                // Before this backup is consistent: an older one has to replay it.
+                Some(found) => searched = Some(found.end),
+                None => searched = Some(from),
+            }
+            if let Stop::Hole(at) = &plan.reach.stop {
+                hole = Some(at.clone());
+            }
+            oldest = Some((plan.backup.name.clone(), plan.backup.stop_lsn));
+        }
+        let from = oldest.map_or_else(String::new, |(name, lsn)| {
+            format!(" after {lsn}, where backup {name} ended")
+        });
+        let mut problem = format!("{what} is not in the WAL that can be reached{from}");
+        if let Some(hole) = &hole {
+            problem = format!("{problem}; {hole}");
+        }
+        Err(refused(&self.survey.refusal(problem, hole)))
+    }
+}
+
+fn decision(plan: Plan, recovery: Recovery) -> Decision {
+    let notes = plan.notes.clone();
+    Decision { plan, recovery, notes }
+}
+
+/// The last record as a target; one from before the backup's end is where it becomes consistent.
+fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
+    match tail.last_record.filter(|last| *last >= plan.backup.stop_lsn) {
+        Some(last) => Recovery::Lsn(last),
+        None => Recovery::Immediate,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_postgres_prints_them_and_as_rfc_3339() {
+        let expected = Ok(1_795_266_180_500_000);
+        for text in [
+            "2026-11-21 14:03:00.5+01",
+            "2026-11-21 14:03:00.5+01:00",
+            "2026-11-21T13:03:00.5Z",
+            "2026-11-21 13:03:00.500000+00",
+            " 2026-11-21 13:03:00.5 UTC ",
+        ] {
+            assert_eq!(parse_time(text), expected, "{text}");
+        }
+        assert_eq!(show_time(1_795_266_180_500_000), "2026-11-21 13:03:00.500000+00");
+        for bad in ["", "yesterday", "14:03", "2026-13-01 00:00:00+00", "1795266180"] {
+            assert!(parse_time(bad).is_err(), "{bad}");
+        }
+    }
+}
