@@ -42,8 +42,17 @@ impl Site {
         Self::named("main").await
     }
 
+    /// The same with encryption at rest switched off.
+    pub async fn unencrypted() -> Self {
+        Self::init("main", &["--unencrypted"]).await
+    }
+
     /// The same with another cluster name.
     pub async fn named(cluster: &str) -> Self {
+        Self::init(cluster, &[]).await
+    }
+
+    async fn init(cluster: &str, more: &[&str]) -> Self {
         let scratch = Scratch::new("site");
         let (port, admin, prometheus) = (ports::free(), ports::free(), ports::free());
         let site = Self {
@@ -55,18 +64,14 @@ impl Site {
             variables: Vec::new(),
             server: None,
         };
-        let outcome = site
-            .klio_server(&[
-                "init",
-                &site.dir().display().to_string(),
-                "--cluster",
-                cluster,
-                "--listen",
-                &format!("127.0.0.1:{port}"),
-                "--admin-listen",
-                &format!("127.0.0.1:{admin}"),
-            ])
-            .await;
+        let (dir, listen, admin) = (
+            site.dir().display().to_string(),
+            format!("127.0.0.1:{port}"),
+            format!("127.0.0.1:{admin}"),
+        );
+        let args =
+            ["init", &dir, "--cluster", cluster, "--listen", &listen, "--admin-listen", &admin];
+        let outcome = site.klio_server(&[&args, more].concat()).await;
         assert_eq!(outcome.code, Some(0), "init: {}", outcome.stderr);
         site
     }
@@ -142,6 +147,43 @@ impl Site {
         let config = std::fs::read_to_string(self.dir().join("klio-server.toml")).ok()?;
         let line = config.lines().find_map(|line| line.strip_prefix("identity_file = "))?;
         Some(self.dir().join(line.trim().trim_matches('"')))
+    }
+
+    /// What a finished file of either tier holds, by the programs of everybody: `age -d`, then `zstd -d`. `plain` is the
+    /// path of its unencrypted form; that or the encrypted one must be there.
+    #[must_use]
+    pub fn decode(&self, plain: &Path) -> Vec<u8> {
+        let mut age = plain.as_os_str().to_owned();
+        age.push(".age");
+        let mut content = if Path::new(&age).exists() {
+            let identity = self.identity().expect("encryption is on");
+            let mut command = Command::new("age");
+            command.args(["-d", "-i"]).arg(identity).arg(&age);
+            output_of(command)
+        } else {
+            std::fs::read(plain).unwrap_or_else(|e| panic!("read {}: {e}", plain.display()))
+        };
+        if plain.extension().is_some_and(|extension| extension == "zst") {
+            let file = self.scratch.join("decoding.zst");
+            std::fs::write(&file, &content).expect("write to the scratch directory");
+            let mut command = Command::new("zstd");
+            command.arg("-dcq").arg(&file);
+            content = output_of(command);
+        }
+        content
+    }
+
+    /// Runs a command of `klio-server` that reads the configuration, with the variables of the server.
+    pub async fn server_tool(&self, args: &[&str]) -> programs::Outcome {
+        let mut command = programs::command(&programs::klio_server());
+        command.args(args).arg("-c").arg(self.dir().join("klio-server.toml"));
+        command.envs(self.variables.iter().cloned());
+        programs::run(command).await
+    }
+
+    /// Forgets a variable that was set.
+    pub fn unset(&mut self, name: &str) {
+        self.variables.retain(|(n, _)| n != name);
     }
 
     /// Runs `klio-server` with these arguments to its end.
@@ -297,6 +339,13 @@ impl Site {
         let _ = std::fs::remove_file(&target);
         (outcome.code, content)
     }
+}
+
+fn output_of(mut command: Command) -> Vec<u8> {
+    let output = command.output().unwrap_or_else(|e| panic!("run {command:?}: {e}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {errors}");
+    output.stdout
 }
 
 fn tail(log: &str) -> String {

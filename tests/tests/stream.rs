@@ -7,25 +7,16 @@ use klio_tests::{
     site::{PATIENCE, Site},
     wait::eventually,
 };
-use std::{path::Path, process::Command};
-
-/// `zstd -d` of a stored file.
-fn unzstd(path: &Path) -> Vec<u8> {
-    let output = Command::new("zstd").args(["-dcq"]).arg(path).output().expect("run zstd");
-    assert!(
-        output.status.success(),
-        "zstd -d {}: {}",
-        path.display(),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output.stdout
-}
 
 /// Streams several segments of this PostgreSQL and compares what arrives in every place with pg_wal.
 async fn follow(pg: Postgres, megabytes: u64) {
     install_crypto();
+    follow_to(Site::new().await, pg, megabytes).await;
+}
+
+async fn follow_to(site: Site, pg: Postgres, megabytes: u64) {
     let s3 = S3::new();
-    let mut site = Site::new().await.tier2(&s3);
+    let mut site = site.tier2(&s3);
     site.start().await;
     let _stream = site.stream(&pg);
     let size = pg.segment_size().await;
@@ -41,11 +32,9 @@ async fn follow(pg: Postgres, megabytes: u64) {
     loop {
         let original = std::fs::read(pg.pg_wal().join(name.to_string())).expect("pg_wal keeps it");
         let key = format!("klio/main/wal/{}/{name}.zst", name.timeline());
-        assert!(unzstd(&s3.bucket_dir().join(key)) == original, "tier 2: {name} differs");
-        assert!(
-            unzstd(&site.wal_dir(1).join(format!("{name}.zst"))) == original,
-            "tier 1: {name} differs"
-        );
+        assert!(site.decode(&s3.bucket_dir().join(key)) == original, "tier 2: {name} differs");
+        let sealed = site.wal_dir(1).join(format!("{name}.zst"));
+        assert!(site.decode(&sealed) == original, "tier 1: {name} differs");
         let (code, fetched) = site.fetch(&name.to_string()).await;
         assert!(code == Some(0) && fetched == original, "wal-fetch: {name} differs, exit {code:?}");
         compared += 1;
@@ -72,6 +61,12 @@ async fn small(major: u32) -> Postgres {
 #[tokio::test(flavor = "multi_thread")]
 async fn segments_of_1_mib_arrive_byte_for_byte() {
     follow(small(MAJORS[0]).await, 6).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn segments_arrive_byte_for_byte_without_encryption() {
+    install_crypto();
+    follow_to(Site::unencrypted().await, small(MAJORS[0]).await, 6).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

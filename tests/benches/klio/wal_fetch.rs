@@ -31,7 +31,7 @@ impl Way {
     fn name(self) -> &'static str {
         match self {
             Self::Cp => "cp, plain files",
-            Self::Zstd => "zstd -d, files of tier 1",
+            Self::Zstd => "age -d | zstd -d, files of tier 1",
             Self::Klio => "klio wal-fetch",
         }
     }
@@ -44,9 +44,10 @@ impl Way {
                 command
             }
             Self::Zstd => {
-                let mut command = Command::new("zstd");
-                command.args(["-d", "-q"]).arg(site.wal_dir(1).join(format!("{name}.zst")));
-                command.arg("-o").arg(target);
+                let mut command = Command::new("sh");
+                command.args(["-c", "age -d -i \"$1\" \"$2\" | zstd -dq -o \"$3\"", "decode"]);
+                command.arg(site.identity().expect("encryption is on"));
+                command.arg(site.wal_dir(1).join(format!("{name}.zst.age"))).arg(target);
                 command
             }
             Self::Klio => {
