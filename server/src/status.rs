@@ -125,6 +125,8 @@ impl StatusBoard {
         let archive = self.archives.as_ref().map(|archives| archives.state(name));
         let mut problems = self.store.problems(name);
         problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
+        let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
+        problems.extend(base.into_iter().flatten());
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),

@@ -34,6 +34,8 @@ struct State {
     pending: BTreeMap<BaseObject, f64>,
     /// What is wrong, by object; the empty name is the cluster as a whole.
     problems: BTreeMap<String, String>,
+    /// When the bucket was last listed.
+    listed: Option<Instant>,
     /// When and why the bucket could not be listed.
     failed: Option<(Instant, String)>,
     /// Held by who compares: two comparisons at once would each forget what the other one's time brought.
@@ -114,9 +116,16 @@ impl BaseArchives {
         lock(&self.0).get(cluster)?.proven.clone()
     }
 
-    /// Whether the bucket was listed in this run.
-    pub fn is_listed(&self, cluster: &ClusterName) -> bool {
-        lock(&self.0).get(cluster).is_some_and(|state| state.proven.is_some())
+    /// All proven objects, if they were listed less than `age` ago: where another server writes.
+    pub fn objects_younger(
+        &self,
+        cluster: &ClusterName,
+        age: Duration,
+    ) -> Option<BTreeMap<BaseObject, u64>> {
+        let clusters = lock(&self.0);
+        let state = clusters.get(cluster)?;
+        state.listed.filter(|at| at.elapsed() < age)?;
+        state.proven.clone()
     }
 
     /// The backups whose records are proven; `None` before the first listing.
@@ -175,6 +184,7 @@ impl BaseArchives {
             });
             state.proven = Some(proven);
             state.failed = None;
+            state.listed = Some(Instant::now());
             missing
         })
     }

@@ -32,8 +32,11 @@ const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 #[derive(Default)]
 pub(super) struct HistoryCache {
     histories: Mutex<BTreeMap<(ClusterName, TimelineId), String>>,
-    listings: Mutex<BTreeMap<ClusterName, (Instant, Arc<Vec<HeldFile>>)>>,
+    listings: Mutex<BTreeMap<ClusterName, Listing>>,
 }
+
+/// A listing and when it began.
+type Listing = (Instant, Arc<Vec<HeldFile>>);
 
 /// How far tier 2 is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Lists repository files over both tiers.
 //!
-//! This process is the only one that writes to the bucket, so what it knows of it after one listing stays
+//! This process is the only one that writes to the bucket what tier 1 has a cluster of, so what it knows of it after one listing stays
 //! true: a running backup does not wait for the bucket. While it was never listed and does not answer, tier 1
 //! alone is the answer where it has a repository: what only tier 2 has is then stored once more, which costs
 //! space and nothing else (P4). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7).
@@ -14,6 +14,8 @@ use klio_storage::{
 use std::{collections::BTreeMap, time::Duration};
 use tonic::Status;
 
+/// How long a listing of a cluster that is not on tier 1 is used.
+const FOREIGN_AGE: Duration = Duration::from_secs(30);
 /// A bucket that could not be listed is not asked again by clients for this long.
 const FAILED_AGE: Duration = Duration::from_secs(15);
 
@@ -64,11 +66,11 @@ impl BaseStore {
         if self.tier2().is_none() {
             return Ok(BTreeMap::new());
         }
-        if let Some(known) = self.archives().objects(cluster) {
+        if let Some(known) = self.known_of_tier2(cluster) {
             return Ok(known);
         }
         let _turn = self.archives().begin_comparing(cluster).await;
-        if let Some(known) = self.archives().objects(cluster) {
+        if let Some(known) = self.known_of_tier2(cluster) {
             return Ok(known);
         }
         // A bucket that is down costs one client one wait, not every call of a backup (P4).
@@ -86,6 +88,15 @@ impl BaseStore {
         let held = self.objects_of_tier1(cluster).await?;
         self.archives().compared(cluster, &held, &stored, self.now_unix());
         Ok(self.archives().objects(cluster).unwrap_or_default())
+    }
+
+    /// What is known and still true. Of a cluster that is not on tier 1 another server may be the writer:
+    /// the bucket is shared (design.md section 9).
+    fn known_of_tier2(&self, cluster: &ClusterName) -> Option<BTreeMap<BaseObject, u64>> {
+        match self.wal().pinned(cluster) {
+            Some(_) => self.archives().objects(cluster),
+            None => self.archives().objects_younger(cluster, FOREIGN_AGE),
+        }
     }
 
     /// Lists the bucket.

@@ -17,17 +17,16 @@ use tonic::Status;
 /// Files in all answers that are remembered together: some 30 MiB.
 const REMEMBERED_MAX: usize = 500_000;
 
+/// Files that a snapshot needs.
+type Needed = Arc<BTreeSet<BaseFile>>;
+
 /// Answers of earlier.
 #[derive(Default)]
-pub(super) struct NeedsCache(Mutex<BTreeMap<(ClusterName, SnapshotId), Arc<BTreeSet<BaseFile>>>>);
+pub(super) struct NeedsCache(Mutex<BTreeMap<(ClusterName, SnapshotId), Needed>>);
 
 impl NeedsCache {
     /// The answer of earlier, if every index file it was told by is still there.
-    fn get(
-        &self,
-        id: &(ClusterName, SnapshotId),
-        indexes: &BTreeSet<BaseFile>,
-    ) -> Option<Arc<BTreeSet<BaseFile>>> {
+    fn get(&self, id: &(ClusterName, SnapshotId), indexes: &BTreeSet<BaseFile>) -> Option<Needed> {
         let mut known = lock(&self.0);
         let needed = known.get(id)?.clone();
         let stands = needed.contains(&id.1.file())
@@ -38,7 +37,7 @@ impl NeedsCache {
         stands.then_some(needed)
     }
 
-    fn put(&self, id: (ClusterName, SnapshotId), needed: Arc<BTreeSet<BaseFile>>) {
+    fn put(&self, id: (ClusterName, SnapshotId), needed: Needed) {
         let mut known = lock(&self.0);
         let count: usize = known.values().map(|needed| needed.len()).sum();
         if count + needed.len() > REMEMBERED_MAX {
@@ -57,7 +56,7 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         snapshot: SnapshotId,
-    ) -> Result<Arc<BTreeSet<BaseFile>>, Status> {
+    ) -> Result<Needed, Status> {
         let id = (cluster.clone(), snapshot);
         let indexes: BTreeSet<BaseFile> =
             self.list_files(cluster, BaseKind::Index).await?.into_keys().collect();
