@@ -175,7 +175,7 @@ async fn a_start_without_the_right_key_is_refused_and_touches_nothing() {
     // Not even asked for.
     let config = site.dir().join("klio-server.toml");
     let text = fs::read_to_string(&config).expect("readable");
-    let without = |off: &str| text.replace("identity_file = \"identity.key\"", off);
+    let without = |off: &str| text.replace("identity_file = \"identity.txt\"", off);
     fs::write(&config, without("")).expect("write");
     let refused = site.server_tool(&["run"]).await;
     assert_eq!(refused.code, NO_KEY, "{}", refused.stderr);
@@ -274,6 +274,41 @@ async fn switched_on_and_off_again_every_segment_is_given_back() {
     assert!(keys.iter().any(|k| k.ends_with(".zst")), "{keys:?}");
     assert!(keys.iter().any(|k| k.ends_with(".zst.age")), "{keys:?}");
     site.stop().await;
+}
+
+/// P10: what is still being received, without Klio.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_journal_is_read_without_klio() {
+    install_crypto();
+    let pg = postgres().await;
+    let mut site = Site::new().await;
+    site.start().await;
+    let stream = site.stream(&pg);
+    let first = first_segment(&site).await;
+    // Small frames and compressed ones.
+    write_marker(&pg).await;
+    pg.write_wal(300 << 10).await;
+    write_marker(&pg).await;
+    site.wait_flushed(pg.flush_lsn().await).await;
+    drop(stream);
+    site.stop().await;
+    let open = fs::read_dir(site.wal_dir(1)).expect("a timeline").flatten().map(|e| e.path());
+    let open = open.filter(|path| path.extension().is_some_and(|e| e == "open"));
+    let journal = open.max().unwrap_or_else(|| panic!("expected a journal after {first}"));
+    let script = klio_tests::env::repository().join("deploy/tools/open-journal.py");
+    let output = std::process::Command::new("sh")
+        .args(["-c", "age -d -i \"$1\" \"$2\" | \"$3\" \"$4\"", "read"])
+        .arg(site.identity().expect("init made one"))
+        .arg(site.tier1().join("main/open.key.age"))
+        .args([&script, &journal])
+        .output()
+        .expect("run the script");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let name = journal.file_stem().expect("a name");
+    let original = fs::read(pg.pg_wal().join(name)).expect("pg_wal has it");
+    assert!(output.stdout.len() > 1000, "{} bytes: {errors}", output.stdout.len());
+    assert!(original.starts_with(&output.stdout), "{errors}");
 }
 
 /// A bit flipped in a sealed file: tier 2 answers, or nobody does (P7).

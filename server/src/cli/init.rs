@@ -13,7 +13,7 @@ use std::{
 /// The configuration's name in the folder.
 pub const CONFIG_FILE: &str = "klio-server.toml";
 /// The age identity's name in the folder.
-pub const IDENTITY_FILE: &str = "identity.key";
+pub const IDENTITY_FILE: &str = "identity.txt";
 
 /// Arguments of `init`.
 #[derive(Debug, clap::Args)]
