@@ -75,6 +75,23 @@ impl Source {
         }
     }
 
+    /// The copy of tier 2, for a caller to whom that of tier 1 came damaged.
+    ///
+    /// # Errors
+    /// Never `NOT_FOUND`: what came damaged is there.
+    pub async fn find_other_copy(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+    ) -> Result<Located, Status> {
+        tracing::error!(%cluster, %file, "a copy came damaged; giving that of tier 2");
+        match self.find_in_tier2(cluster, file).await {
+            Err(absent) if Code::of(&absent) == Code::NotFound => Err(Code::Corrupt
+                .status(format!("{file} came damaged, and tier 2 has no other copy of it"))),
+            answer => answer,
+        }
+    }
+
     /// An absence that would end a recovery by mistake is another error: WAL that was lost with more
     /// behind it, or a cluster of which there is nothing at all (P7).
     async fn why_absent(&self, cluster: &ClusterName, file: WalFile, absent: Status) -> Status {
@@ -202,6 +219,7 @@ mod tests {
             let code = |answer: Result<Located, Status>| Code::of(&answer.err().unwrap());
             assert_eq!(code(source.find(&cluster, held).await), Code::Corrupt);
             assert_eq!(code(source.find(&cluster, absent).await), Code::NotFound);
+            assert_eq!(code(source.find_other_copy(&cluster, absent).await), Code::Corrupt);
         }
         // Gone altogether, though it was acknowledged.
         std::fs::remove_file(&journal).unwrap();

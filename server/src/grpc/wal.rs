@@ -134,7 +134,11 @@ impl Wal for WalService {
             .name
             .parse()
             .map_err(|e| Code::Invalid.status(format!("fetch WAL: {e}")))?;
-        let found = self.source.find(&cluster, file).await?;
+        let found = if request.get_ref().tier2_only {
+            self.source.find_other_copy(&cluster, file).await?
+        } else {
+            self.source.find(&cluster, file).await?
+        };
         Ok(Response::new(fetch::stream(found, &self.tasks)))
     }
 }
