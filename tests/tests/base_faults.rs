@@ -43,7 +43,8 @@ impl Rig {
     }
 
     fn start_backup_of(&self, pg: &Postgres, args: &[&str]) -> Running {
-        let mut all = vec!["backup"];
+        // Its log tells the phases then.
+        let mut all = vec!["backup", "--debug"];
         all.extend(args);
         let command = self.site.klio_command(Some(pg), &all);
         Running::spawn("klio backup", command, &self.scratch.join("backup.log"))
@@ -82,10 +83,9 @@ async fn recover(pg: &mut Postgres) {
     pg.wait_true("select not pg_is_in_recovery()").await;
 }
 
-/// A backup is in its copy when PostgreSQL has answered `pg_backup_start`.
-async fn copying(backup: &mut Running, begun: usize) {
-    let offset = u64::try_from(begun).expect("a log of some lines");
-    backup.wait_log_after(offset, "backup begins", PATIENCE).await;
+/// Waits until PostgreSQL has answered `pg_backup_start` and files are read.
+async fn copying(backup: &mut Running) {
+    backup.wait_log("phase=\"copying\"", PATIENCE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -154,7 +154,11 @@ async fn a_restore_that_was_killed_does_not_start_and_is_finished_by_the_next() 
     assert!(!control.exists(), "half a restore must not look like a cluster");
     // Another restore does not overwrite by mistake; the same with --delta finishes it.
     let refused = programs::run(rig.restore_command(&pg, &[])).await;
-    assert!(refused.code != Some(0) && refused.stderr.contains("not empty"), "{}", refused.stderr);
+    assert!(
+        refused.code != Some(0) && refused.stderr.contains("unfinished restore"),
+        "{}",
+        refused.stderr
+    );
     let outcome = programs::run(rig.restore_command(&pg, &["--delta"])).await;
     assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
     recover(&mut pg).await;
@@ -180,7 +184,7 @@ async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
     let end = rig.pg.write_wal(1).await;
     standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
     let mut backup = rig.start_backup_of(&standby, &[]);
-    copying(&mut backup, 0).await;
+    copying(&mut backup).await;
     backup.pause();
     rig.pg.stop(Stop::Immediate).await;
     standby.promote().await;
@@ -220,7 +224,7 @@ async fn relations_of_many_segments_may_shrink_under_a_backup() {
         rig.pg.start().await;
     }
     let mut backup = rig.start_backup(&[]);
-    copying(&mut backup, 0).await;
+    copying(&mut backup).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     backup.pause();
     rig.pg.execute("vacuum shrinks").await;
