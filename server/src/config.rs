@@ -272,8 +272,10 @@ impl Config {
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect();
         let mut config = Self::parse(&text, &environment).map_err(fail)?;
-        config.resolve(path.parent().unwrap_or(Path::new(".")));
+        // Absolute, so that a child process with another idea of where it is means the same folders.
         config.file = std::path::absolute(path).map_err(|e| fail(e.to_string()))?;
+        let folder = config.file.parent().unwrap_or(Path::new("/")).to_owned();
+        config.resolve(&folder);
         let problems = config.validate();
         if problems.is_empty() {
             return Ok(config);
@@ -434,6 +436,18 @@ mod tests {
 
     fn env(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
         pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+    }
+
+    /// Found by hand: a server that was started with a relative path refused its own child process.
+    #[test]
+    fn a_relative_path_to_the_file_gives_absolute_folders() {
+        let folder = tempfile::tempdir_in(".").unwrap();
+        let path = Path::new(folder.path().file_name().unwrap()).join("klio-server.toml");
+        let text = "data_dir = \"data\"\nunsafe_plaintext = true\n[encryption]\noff = true\n";
+        std::fs::write(&path, text).unwrap();
+        let config = Config::load(&path).unwrap();
+        assert!(config.data_dir.is_absolute(), "{}", config.data_dir.display());
+        assert!(config.data_dir.ends_with(path.with_file_name("data")));
     }
 
     #[test]
