@@ -204,7 +204,7 @@ async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
     assert_eq!(restored.timeline().await.get(), 3);
 }
 
-/// A relation of three segments (files of 1 GB, mostly holes) is truncated and vacuumed while it is read.
+/// Relations of two segments (files of 1 GB, mostly holes) are vacuumed and dropped while they are read.
 #[tokio::test(flavor = "multi_thread")]
 async fn relations_of_many_segments_may_shrink_under_a_backup() {
     let rig = &mut rig(Postgres::builder().set("max_wal_size", "4GB")).await;
@@ -218,9 +218,7 @@ async fn relations_of_many_segments_may_shrink_under_a_backup() {
         rig.pg.stop(Stop::Fast).await;
         // Pages of zeros are valid, empty pages; PostgreSQL itself leaves them behind after a crash.
         grow(&path, 1 << 30);
-        for segment in ["1", "2"] {
-            grow(&path.with_extension(segment), if segment == "1" { 1 << 30 } else { 1 << 20 });
-        }
+        grow(&path.with_extension("1"), if table == "shrinks" { 256 << 20 } else { 1 << 20 });
         rig.pg.start().await;
     }
     let mut backup = rig.start_backup(&[]);
