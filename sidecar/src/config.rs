@@ -38,6 +38,8 @@ pub struct Config {
     pub tier2: Option<Tier2Config>,
     /// How base backups are taken, and when.
     pub backup: Backup,
+    /// How restores are practised.
+    pub drill: Drill,
     /// HTTP for probes and metrics.
     pub admin: Admin,
     /// Logs, traces and metrics.
@@ -184,6 +186,20 @@ pub struct Backup {
     pub maintenance: bool,
 }
 
+/// `[drill]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Drill {
+    /// Below which directory; empty: the system's temporary one.
+    pub dir: PathBuf,
+    /// As root: the user who runs PostgreSQL, which refuses root.
+    pub run_as: String,
+    /// Where PostgreSQL's programs are; empty: the usual places.
+    pub bin_dir: PathBuf,
+    /// PostgreSQL role for the checks: a superuser of the cluster.
+    pub user: String,
+}
+
 /// `[admin]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -276,6 +292,13 @@ impl Default for Backup {
             verify_read_percent: 1.0,
             maintenance: true,
         }
+    }
+}
+
+impl Default for Drill {
+    fn default() -> Self {
+        let (run_as, user) = ("postgres".into(), "postgres".into());
+        Self { dir: PathBuf::new(), run_as, bin_dir: PathBuf::new(), user }
     }
 }
 

@@ -1,11 +1,72 @@
-//! `klio drill`.
+//! `klio drill`: a restore that is thrown away, and what it showed.
+//!
+//! Ends with 0 only when nothing at all was found wrong and the server knows it.
 
-use super::args::{Cli, DrillArgs};
+use super::{
+    args::{Cli, DrillArgs},
+    exit, print, restore, say, text,
+};
 use crate::{
     config::Config,
     error::{Error, Failure},
+    restore::{
+        Restore, Source,
+        drill::{self, Exercise, Report},
+    },
 };
+use serde_json::json;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 
-pub(super) async fn run(_: &Config, _: &Cli, _: &DrillArgs) -> Result<u8, Error> {
-    Err(Error::new(Failure::Config, "klio drill is not there yet"))
+/// Runs it.
+pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<u8, Error> {
+    let backup = args.backup.as_deref().map(str::parse).transpose();
+    let backup =
+        backup.map_err(|error| Error::new(Failure::Config, format!("read --backup: {error}")))?;
+    let exercise = Exercise {
+        backup,
+        query: args.query.clone(),
+        database: args.database.clone(),
+        dir: args.in_dir.as_deref().map(restore::absolute).transpose()?,
+    };
+    let stop = CancellationToken::new();
+    let engine = Restore {
+        source: Source::open(config, &stop)?,
+        progress: Arc::default(),
+        stop: stop.clone(),
+        invocation: restore::invocation(config, cli, args.source.from.is_some())?,
+    };
+    let shown = restore::show(&engine.progress, args.quiet);
+    let report = restore::watched(&stop, shown, drill::run(&engine, config, &exercise)).await?;
+    let recorded = engine.source.record_drill(&report.outcome).await;
+    if args.json {
+        print(&format!("{:#}\n", json!({ "drill": report.outcome, "rows": report.rows })));
+    } else if !args.quiet || !report.outcome.ok {
+        print(&describe(&report));
+    }
+    if let Err(error) = &recorded {
+        say(&format!("klio drill: the server was not told: {error}"));
+    }
+    Ok(if report.outcome.ok && recorded.is_ok() { exit::OK } else { exit::PROBLEM })
+}
+
+fn describe(report: &Report) -> String {
+    let outcome = &report.outcome;
+    let recovered = outcome.recovered_lsn.map_or_else(|| "-".into(), |lsn| lsn.to_string());
+    let mut out = format!(
+        "drill of backup {}: {}\n  restored     in {}\n  recovered    to {recovered} in {}\n  checked      in {}\n",
+        outcome.backup,
+        if outcome.ok { "good" } else { "FAILED" },
+        text::duration(outcome.restore_seconds),
+        text::duration(outcome.recovery_seconds),
+        text::duration(outcome.check_seconds),
+    );
+    for row in &report.rows {
+        let cells: Vec<&str> = row.iter().map(|cell| cell.as_deref().unwrap_or("")).collect();
+        out += &format!("  query        {}\n", cells.join(" | "));
+    }
+    for problem in &outcome.problems {
+        out += &format!("  problem      {problem}\n");
+    }
+    out
 }

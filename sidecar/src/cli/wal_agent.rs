@@ -1,7 +1,8 @@
 //! `klio wal-agent`: the read-ahead agent as a process. Not for people: `wal-fetch` starts it.
 //!
 //! Two processes: one serves, the other waits for it and always ends with 0. Where PostgreSQL is process 1, as in
-//! many containers, orphans become its children, and a child that ends by a signal would make it restart.
+//! many containers, orphans become its children, and a child that ends by a signal would make it restart. The one that
+//! waits also removes what a killed one left.
 
 use super::args::WalAgentArgs;
 use crate::{
@@ -15,6 +16,7 @@ use std::{
 };
 
 const SERVE: &str = "--serve";
+const SPOOL: &str = "--spool";
 
 /// Whether this is the one that waits.
 pub(super) fn is_outer(arguments: &[OsString]) -> bool {
@@ -32,7 +34,15 @@ pub(super) fn supervise(arguments: &[OsString]) -> u8 {
         command.spawn()
     });
     match child.and_then(|mut child| child.wait()) {
-        Ok(_) => {}
+        // Killed, perhaps: PostgreSQL needs the space.
+        Ok(_) => {
+            let mut words = arguments.iter();
+            if words.any(|word| word == SPOOL)
+                && let Some(spool) = words.next()
+            {
+                agent::remove_left(spool.as_ref());
+            }
+        }
         Err(error) => super::say(&format!("klio wal-agent: start: {error}")),
     }
     super::exit::OK

@@ -1,0 +1,165 @@
+//! PostgreSQL's programs of the right major version, and the user who runs them.
+
+use super::failed;
+use crate::{
+    config::{Config, environment},
+    error::{Error, Failure},
+};
+use std::{
+    fs,
+    os::unix::fs::lchown,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// User and group; `None`: whoever we are.
+pub type RunAs = Option<(u32, u32)>;
+
+/// Where PostgreSQL's programs are.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    bin_dir: PathBuf,
+    run_as: RunAs,
+}
+
+/// As root: who is to run PostgreSQL.
+///
+/// # Errors
+/// No such user.
+pub fn run_as(name: &str) -> Result<RunAs, Error> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let ids = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let found = fields.next()? == name;
+        let id = |field: Option<&str>| field?.parse().ok();
+        let ids = (id(fields.nth(1))?, id(fields.next())?);
+        found.then_some(ids)
+    });
+    match ids {
+        Some((user, _)) if user != 0 => ids.map_or(Ok(None), |ids| Ok(Some(ids))),
+        _ => Err(Error::new(
+            Failure::Config,
+            format!("run drill as root: PostgreSQL refuses root, and drill.run_as {name:?} is no other user"),
+        )
+        .hint("run klio drill as the user who runs PostgreSQL, or set drill.run_as")),
+    }
+}
+
+impl Programs {
+    /// The first place with a `postgres` of this major version.
+    ///
+    /// # Errors
+    /// Where it was looked for.
+    pub fn find(config: &Config, major: u32, run_as: RunAs) -> Result<Self, Error> {
+        let mut places = Vec::new();
+        let configured = &config.drill.bin_dir;
+        if configured.as_os_str().is_empty() {
+            let asked = Command::new("pg_config").arg("--bindir").output();
+            let asked = asked.ok().filter(|output| output.status.success());
+            places.extend(asked.map(|o| String::from_utf8_lossy(&o.stdout).trim().into()));
+            let path = environment("PATH").unwrap_or_default();
+            places.extend(path.split(':').map(PathBuf::from));
+            places.extend([
+                format!("/usr/lib/postgresql/{major}/bin").into(),
+                format!("/usr/pgsql-{major}/bin").into(),
+                format!("/opt/homebrew/opt/postgresql@{major}/bin").into(),
+                PathBuf::from("/usr/local/pgsql/bin"),
+            ]);
+        } else {
+            places.push(configured.clone());
+        }
+        let found = places.iter().find(|place| major_of(&place.join("postgres")) == Some(major));
+        let bin_dir = found.cloned().ok_or_else(|| {
+            let looked: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
+            let message =
+                format!("find PostgreSQL {major}: it is in none of {}", looked.join(", "));
+            Error::new(Failure::Config, message).hint(
+                "install it on this machine, or set drill.bin_dir to the directory of its postgres",
+            )
+        })?;
+        Ok(Self { bin_dir, run_as })
+    }
+
+    /// A program; one that is not beside `postgres` may be on PATH, or with another version of PostgreSQL.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        let beside = self.bin_dir.join(name);
+        if beside.is_file() {
+            return Some(beside);
+        }
+        let path = environment("PATH").unwrap_or_default();
+        let on_path = path.split(':').map(|folder| Path::new(folder).join(name));
+        let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+        let mut others: Vec<PathBuf> =
+            versions.map(|version| version.path().join("bin").join(name)).collect();
+        others.sort();
+        on_path.chain(others.into_iter().rev()).find(|path| path.is_file())
+    }
+
+    /// A command for it, as the right user, with an environment of its own for what PostgreSQL's programs read.
+    pub fn command(&self, program: &Path) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(program);
+        for name in ["PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE", "PGOPTIONS", "PGDATA"]
+        {
+            command.env_remove(name);
+        }
+        // What was copied for the other user is in the file.
+        for name in
+            ["SERVER__CA", "SERVER__CERT", "SERVER__KEY", "RESTORE__IDENTITY", "TIER2__CA_FILE"]
+        {
+            if self.run_as.is_some() {
+                command.env_remove(format!("KLIO_{name}"));
+            }
+        }
+        command.env("LC_ALL", "C").current_dir("/").kill_on_drop(true).process_group(0);
+        if let Some((user, group)) = self.run_as {
+            command.uid(user).gid(group);
+        }
+        command
+    }
+
+    /// Whether another user runs PostgreSQL.
+    pub const fn drops(&self) -> bool {
+        self.run_as.is_some()
+    }
+
+    /// Gives one path to the user.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub fn give(&self, path: &Path) -> Result<(), Error> {
+        let Some((user, group)) = self.run_as else { return Ok(()) };
+        lchown(path, Some(user), Some(group)).map_err(|error| failed("give away", path, &error))
+    }
+
+    /// The same with all that is in it.
+    ///
+    /// # Errors
+    /// As the file system fails.
+    pub fn give_all(&self, path: &Path) -> Result<(), Error> {
+        if self.run_as.is_none() {
+            return Ok(());
+        }
+        self.give(path)?;
+        let meta = fs::symlink_metadata(path).map_err(|error| failed("look at", path, &error))?;
+        if meta.is_dir() {
+            let entries = fs::read_dir(path).map_err(|error| failed("look into", path, &error))?;
+            entries.flatten().try_for_each(|entry| self.give_all(&entry.path()))?;
+        }
+        Ok(())
+    }
+}
+
+/// `postgres (PostgreSQL) 15.13 (Debian 15.13-0+deb12u1)`
+fn major_of(postgres: &Path) -> Option<u32> {
+    if !postgres.is_file() {
+        return None;
+    }
+    let output = Command::new(postgres).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit()))?;
+    let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
