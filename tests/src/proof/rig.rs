@@ -161,15 +161,20 @@ impl Rig {
     ) -> Restored {
         assert!(self.pg.running().is_none(), "the primary still runs");
         let places = self.places();
+        let elsewhere = self.scratch.join("elsewhere");
         if delta.is_none() {
             workload::make_places(&places);
+            // A cluster that was restored there and went on has its tablespace there.
+            let _ = std::fs::remove_dir_all(&elsewhere);
+            std::fs::create_dir(&elsewhere).expect("make the other place");
+            install::give(&elsewhere);
         }
         if source == Source::Stock {
             let pg = super::stock::restore(&self.site, target, position, &self.scratch).await;
             return Restored::recover(pg, self.checksums).await;
         }
         let restorer = Restorer::new(&self.site, &self.s3, source, &self.scratch);
-        let elsewhere = rng.random_bool(0.3).then(|| self.scratch.join("elsewhere"));
+        let elsewhere = rng.random_bool(0.3).then_some(elsewhere);
         restorer.restore(target, delta, &places, elsewhere.as_deref(), self.checksums).await
     }
 
