@@ -4,13 +4,18 @@
 //! failure is logged and tried again at the next look that finds it due, with a growing pause.
 
 use super::{Inner, Maintenance, verify::Request};
-use klio_storage::layout::{BackupName, ClusterName};
+use klio_storage::{
+    layout::{BackupName, ClusterName},
+    record,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     time::Duration,
 };
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 /// How often it is asked whether something is due. Reads what is known in memory.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -21,10 +26,20 @@ const RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// What is known of a cluster.
 struct Known {
-    /// Backups in tier 2 that were looked after.
+    /// Backups in tier 2 that were looked after; kept over restarts.
     seen: BTreeSet<BackupName>,
+    /// The next run by the clock.
     next: Instant,
+    /// Nothing before: something failed.
+    not_before: Instant,
     pause: Duration,
+}
+
+impl Known {
+    fn failed(&mut self) {
+        self.not_before = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(RETRY_MAX);
+    }
 }
 
 impl Maintenance {
@@ -50,28 +65,46 @@ impl Inner {
             for cluster in self.base.wal().clusters() {
                 let Some(there) = self.in_tier2(&cluster) else { continue };
                 let entry = known.entry(cluster.clone()).or_insert_with(|| Known {
-                    // What an earlier run of the server brought there was looked after then.
-                    seen: there.clone(),
+                    seen: self.load_seen(&cluster),
                     next: Instant::now() + self.due_in(&cluster),
+                    not_before: Instant::now(),
                     pause: RETRY_MIN,
                 });
-                let new: Vec<BackupName> = there.difference(&entry.seen).cloned().collect();
                 entry.seen.retain(|name| there.contains(name));
-                if !new.is_empty() || Instant::now() >= entry.next {
+                let new: Vec<BackupName> = there.difference(&entry.seen).cloned().collect();
+                let now = Instant::now();
+                if now >= entry.not_before && (!new.is_empty() || now >= entry.next) {
                     self.look_after(&cluster, new, entry).await;
                 }
             }
         }
     }
 
-    /// The backups whose records are proven there; tier 1's without a bucket.
-    /// `None` before the bucket was listed.
+    /// The backups whose records are proven there; tier 1's without a bucket. `None` before the bucket was
+    /// listed.
     fn in_tier2(&self, cluster: &ClusterName) -> Option<BTreeSet<BackupName>> {
         if self.base.tier2().is_some() {
             return self.base.archives().records(cluster);
         }
         let records = self.base.records_on_disk(cluster).unwrap_or_default();
         Some(records.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// `<cluster>/read-back.json`: names, in the shape of `record`. Losing it costs reading once more.
+    fn seen_path(&self, cluster: &ClusterName) -> PathBuf {
+        self.base.root().join(cluster.as_str()).join("read-back.json")
+    }
+
+    fn load_seen(&self, cluster: &ClusterName) -> BTreeSet<BackupName> {
+        let read = record::load(self.base.disk().as_ref(), &self.seen_path(cluster));
+        read.ok().flatten().unwrap_or_default()
+    }
+
+    fn keep_seen(&self, cluster: &ClusterName, seen: &BTreeSet<BackupName>) {
+        let path = self.seen_path(cluster);
+        if let Err(error) = record::store(self.base.disk().as_ref(), &path, seen) {
+            tracing::warn!(%cluster, %error, "what was read back is not kept");
+        }
     }
 
     /// Until the first run after a start: what is left of the interval.
@@ -88,32 +121,31 @@ impl Inner {
     async fn look_after(&self, cluster: &ClusterName, new: Vec<BackupName>, entry: &mut Known) {
         let quiet = |_| {};
         for name in new {
-            entry.seen.insert(name.clone());
-            if !self.settings.verify.after_backup {
-                continue;
+            if self.settings.verify.after_backup
+                && let Err(error) = self.read_one_back(cluster, &name).await
+            {
+                tracing::warn!(%cluster, backup = %name, error = error.message(), "could not be read back; tried again");
+                return entry.failed();
             }
-            let read_percent = self.settings.verify.read_percent;
-            let request = Request { backup: Some(name.clone()), read_percent, wal: false };
-            match self.verify(cluster, &request, &quiet).await {
-                Ok(outcome) => {
-                    tracing::info!(%cluster, backup = %name, ok = outcome.ok, files = outcome.files, "read back");
-                }
-                Err(error) => {
-                    tracing::warn!(%cluster, backup = %name, error = error.message(), "could not be read back");
-                }
-            }
+            entry.seen.insert(name);
+            self.keep_seen(cluster, &entry.seen);
+        }
+        if self.settings.maintenance.enabled
+            && let Err(error) = self.apply(cluster, &quiet).await
+        {
+            tracing::error!(%cluster, error = error.message(), "maintenance failed; tried again");
+            entry.next = Instant::now();
+            return entry.failed();
         }
         entry.next = Instant::now() + self.settings.maintenance.interval();
-        if !self.settings.maintenance.enabled {
-            return;
-        }
-        match self.apply(cluster, &quiet).await {
-            Ok(_) => entry.pause = RETRY_MIN,
-            Err(error) => {
-                tracing::error!(%cluster, error = error.message(), "maintenance failed; tried again");
-                entry.next = Instant::now() + entry.pause.min(self.settings.maintenance.interval());
-                entry.pause = (entry.pause * 2).min(RETRY_MAX);
-            }
-        }
+        entry.pause = RETRY_MIN;
+    }
+
+    async fn read_one_back(&self, cluster: &ClusterName, name: &BackupName) -> Result<(), Status> {
+        let read_percent = self.settings.verify.read_percent;
+        let request = Request { backup: Some(name.clone()), read_percent, wal: false };
+        let outcome = self.verify(cluster, &request, &|_| {}).await?;
+        tracing::info!(%cluster, backup = %name, ok = outcome.ok, files = outcome.files, "read back");
+        Ok(())
     }
 }

@@ -39,7 +39,9 @@ impl Inner {
         let holdings = self.base.holdings(cluster).await?;
         let job = self.job(cluster, &chosen, request);
         let result = self.read_back(cluster, job, tell).await?;
-        let result = complete(cluster, result, &chosen, &holdings, &listed.problems);
+        // Asked again: a record that could not be read may be good by now.
+        let problems = self.base.backups(cluster).await?.problems;
+        let result = complete(cluster, result, &chosen, &holdings, &problems);
         let seconds = began.elapsed().as_secs_f64();
         let outcome =
             |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {

@@ -1,0 +1,496 @@
+//! Retention, verification and maintenance, end to end, through the programs and the wire.
+//!
+//! Backups are small and made by the repository's own code; what is stored lies in two real tiers.
+
+use hyper::Method;
+use klio_pg::Lsn;
+use klio_proto::v1::{RecordDrillRequest, reserve_request::Purpose};
+use klio_storage::catalog::{DrillOutcome, MaintenanceOutcome, RetentionPlan, VerifyOutcome};
+use klio_tests::{
+    base_client::{Base, make, segment_size},
+    client::{self, Stream},
+    install_crypto,
+    s3::{Fault, Rule, S3},
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde::de::DeserializeOwned;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tonic::transport::Channel;
+
+const MIB: u64 = 1 << 20;
+const START: Lsn = Lsn::new(16 * MIB);
+/// Finished segments behind `START`, and half of one more.
+const SEGMENTS: u64 = 9;
+const SETTINGS: [(&str, &str); 5] = [
+    ("KLIO_MAINTENANCE__ENABLED", "false"),
+    ("KLIO_VERIFY__AFTER_BACKUP", "false"),
+    ("KLIO_MAINTENANCE__KEEP_MARKED_SECONDS", "0"),
+    ("KLIO_RETENTION__TIER2__RECOVERY_WINDOW_DAYS", "0"),
+    ("KLIO_CONSUMER__RECONCILE_INTERVAL_SECONDS", "1"),
+];
+
+/// A server with a bucket, a cluster with WAL, and three backups in both tiers.
+struct Setup {
+    site: Site,
+    s3: S3,
+    base: Base,
+    _stream: Option<Stream>,
+}
+
+async fn connect(site: &Site) -> (Base, Channel) {
+    let channel = client::connect(site, &site.bundle()).await.expect("connect");
+    (Base::new(&channel, "main"), channel)
+}
+
+impl Setup {
+    async fn new(more: &[(&str, &str)]) -> Self {
+        install_crypto();
+        let s3 = S3::new();
+        let mut site = Site::new().await.tier2(&s3);
+        for (name, value) in SETTINGS.iter().chain(more) {
+            site.set(name, value);
+        }
+        site.start().await;
+        let (base, channel) = connect(&site).await;
+        base.open().await.expect("a repository");
+        // Half a segment at a time: a server takes no more than its window beyond what it acknowledged.
+        let (half, size) = (MIB / 2, segment_size());
+        let mut stream = base.stream_wal(&channel, START, half as usize).await;
+        for number in 1..=2 * SEGMENTS {
+            let (at, end) = (START.advance(number * half), START.advance((number + 1) * half));
+            stream.append(at, client::wal(at, half as usize, size, 1)).await;
+            stream.flushed(end).await.expect("acknowledged");
+        }
+        let setup = Self { site, s3, base, _stream: Some(stream) };
+        for number in 1..=3 {
+            setup.backup(number).await;
+        }
+        setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+        setup
+    }
+
+    /// Backup `b<number>`, at segment twice its number, waits for tier 2.
+    async fn backup(&self, number: u64) {
+        self.backup_named(&format!("b{number}"), 2 * number).await;
+    }
+
+    async fn backup_named(&self, name: &str, segment: u64) {
+        let start = START.advance(segment * MIB + 40);
+        let folder = self.site.scratch(&format!("made-{name}"));
+        let made = make(&self.base, &folder, name, start, start.advance(MIB / 2)).await;
+        made.put(&self.base, None).await;
+        self.base.commit(&made.record).await.expect("committed");
+        let what = format!("{name} in tier 2");
+        eventually(&what, PATIENCE, || async { self.base.entry(name).await.0.tier2 }).await;
+    }
+
+    async fn restart(&mut self) {
+        self._stream = None;
+        self.site.stop().await;
+        self.site.start().await;
+        self.base = connect(&self.site).await.0;
+    }
+
+    async fn names(&self) -> Vec<String> {
+        let all = self.base.backups().await.expect("a list");
+        let mut names: Vec<String> = all
+            .backups
+            .iter()
+            .map(|e| {
+                let record: serde_json::Value = serde_json::from_slice(&e.record).expect("JSON");
+                record["name"].as_str().expect("a name").to_owned()
+            })
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// `klio ARGS --json`: the exit status and the result.
+    async fn klio<T: DeserializeOwned>(&self, args: &[&str]) -> (i32, T) {
+        let all: Vec<&str> = args.iter().copied().chain(["--json"]).collect();
+        let outcome = self.site.klio(None, &all).await;
+        let value = serde_json::from_str(&outcome.stdout).unwrap_or_else(|e| {
+            panic!(
+                "{args:?}: {e}: {:?} {}\n{}\n{}",
+                outcome.code,
+                outcome.stdout,
+                outcome.stderr,
+                self.site.log()
+            )
+        });
+        (outcome.code.expect("an exit status"), value)
+    }
+
+    async fn apply(&self) -> (i32, MaintenanceOutcome) {
+        self.klio(&["retention", "apply"]).await
+    }
+
+    async fn verify(&self) -> (i32, VerifyOutcome) {
+        self.klio(&["verify", "--wal"]).await
+    }
+
+    /// Everything below a folder, by relative path.
+    fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
+        fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    walk(root, &path, found);
+                } else if let (Ok(name), Ok(bytes)) = (path.strip_prefix(root), fs::read(&path)) {
+                    found.insert(name.display().to_string(), bytes);
+                }
+            }
+        }
+        let mut found = BTreeMap::new();
+        walk(root, root, &mut found);
+        found
+    }
+
+    fn tier1(&self) -> PathBuf {
+        self.site.tier1().join("main")
+    }
+
+    fn tier2(&self) -> PathBuf {
+        self.s3.bucket_dir().join("klio/main")
+    }
+
+    /// Files of a kind in a tier; `part` is a part of their relative paths.
+    fn names_in(root: &Path, part: &str) -> Vec<String> {
+        Self::tree(root).into_keys().filter(|name| name.contains(part)).collect()
+    }
+
+    fn segment(number: u64) -> String {
+        format!("0000000100000000{:08X}", START.as_u64() / MIB + number)
+    }
+}
+
+fn flip(path: &Path) {
+    let mut bytes = fs::read(path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_policy_lets_go_leaves_both_tiers_and_what_stays_can_be_restored() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    let (code, plan): (i32, RetentionPlan) = setup.klio(&["retention", "plan"]).await;
+    let expired: Vec<String> = plan.expired().iter().map(ToString::to_string).collect();
+    assert_eq!((code, expired), (0, vec!["b1".to_owned(), "b2".to_owned()]));
+    let text = setup.site.klio(None, &["retention", "plan"]).await.stdout;
+    for part in ["b1", "DROP", "last 1", "backup b3 needs it"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(setup.names().await, ["b1", "b2", "b3"], "a plan changes nothing");
+    let before = setup.site.status().await.expect("a status");
+    let packs = Setup::names_in(&setup.tier2(), "base/data").len();
+    for _ in 0..3 {
+        let (code, outcome) = setup.apply().await;
+        assert_eq!(code, 0, "{outcome:?}\n{}", setup.site.log());
+    }
+    assert_eq!(setup.names().await, ["b3"]);
+    for root in [setup.tier1(), setup.tier2()] {
+        assert_eq!(Setup::names_in(&root, "backups/"), ["backups/b3.json"]);
+        assert!(Setup::names_in(&root, "base/data").len() < packs, "packs are left: {root:?}");
+        let wal = Setup::names_in(&root, ".zst");
+        let first = wal.iter().find(|n| !n.contains("partial")).expect("WAL");
+        assert!(first.contains(&Setup::segment(6)), "{wal:?}");
+    }
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    for round in 0..2 {
+        let holdings = setup.base.holdings().await.expect("holdings");
+        assert_eq!(holdings.timelines[0].runs[0].start, START.advance(6 * MIB), "{round}");
+        let record = setup.base.entry("b3").await.1;
+        let missing =
+            holdings.first_missing(record.stop_timeline, record.start_lsn, START.advance(9 * MIB));
+        assert_eq!(missing.expect("a history"), None);
+        let now = setup.site.status().await.expect("a status");
+        for field in ["flushed_lsn", "archived_lsn", "sealed_lsn"] {
+            assert_eq!(now[field], before[field], "{field} in round {round}");
+        }
+        // P7: what was let go is no end of WAL.
+        let (code, _) = setup.site.fetch(&Setup::segment(3)).await;
+        assert!(code.is_some_and(|code| code > 125), "{code:?}");
+        assert_eq!(setup.site.fetch(&Setup::segment(7)).await.0, Some(0));
+        if round == 0 {
+            setup.restart().await;
+            setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tier_1_lets_go_what_tier_2_proves_and_reads_fall_through() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let held = setup.base.holdings().await.expect("holdings").timelines;
+    let first = START.advance(2 * MIB);
+    let far = Setup::tree(&setup.tier2());
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.evicted.len(), outcome.expired.len()), (0, 2, 0), "{outcome:?}");
+    assert!(outcome.freed_tier1_bytes > 0, "{outcome:?}");
+    // Before the oldest backup.
+    assert_eq!((outcome.wal_removed_tier1, outcome.wal_removed_tier2), (6, 2), "{outcome:?}");
+    let now = Setup::tree(&setup.tier2());
+    let stays = |name: &str| {
+        let gone = [0, 1].iter().any(|n| name.contains(&Setup::segment(*n)));
+        !gone && !name.contains("index/")
+    };
+    for (name, bytes) in far.iter().filter(|(name, _)| stays(name)) {
+        assert_eq!(now.get(name), Some(bytes), "{name} of tier 2");
+    }
+    let near = |part: &str| Setup::names_in(&setup.tier1(), part).len();
+    assert!(near("base/data") < Setup::names_in(&setup.tier2(), "base/data").len());
+    assert_eq!(Setup::names_in(&setup.tier1(), &Setup::segment(5)), Vec::<String>::new());
+    for _ in 0..2 {
+        assert_eq!(setup.names().await, ["b1", "b2", "b3"]);
+        let listed = setup.base.holdings().await.expect("holdings").timelines;
+        let runs = [Run { start: first, end: held[0].runs[0].end }];
+        assert_eq!(listed[0].runs, runs, "the beginning of WAL must not jump");
+        assert_eq!(setup.site.fetch(&Setup::segment(2)).await.0, Some(0));
+        assert!(!setup.base.entry("b1").await.0.tier1);
+        assert!(setup.base.entry("b3").await.0.tier1);
+        let (code, outcome) = setup.verify().await;
+        assert_eq!(code, 0, "{outcome:?}");
+        setup.restart().await;
+        setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+    }
+    // P5, P7: what was in tier 2 only and is gone there is lost, not absent.
+    let lost = Setup::names_in(&setup.tier2(), &Setup::segment(2));
+    fs::remove_file(setup.tier2().join(&lost[0])).expect("remove");
+    let (code, _) = setup.site.fetch(&Setup::segment(2)).await;
+    assert!(code.is_some_and(|code| code > 125), "{code:?}");
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 40, "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_in_any_file_of_either_tier_is_found_and_repaired() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let (code, outcome) = setup.verify().await;
+    assert_eq!((code, outcome.ok, outcome.backups.len()), (0, true, 3), "{outcome:?}");
+    let kinds = [
+        "base/config",
+        "base/keys/",
+        "base/index/",
+        "base/snapshots/",
+        "base/data/",
+        "backups/b2.json",
+        "repository.json",
+        "cluster.json",
+        ".zst",
+    ];
+    for (tier, root) in [("tier1", setup.tier1()), ("tier2", setup.tier2())] {
+        let before = Setup::tree(&root);
+        let mut flipped = Vec::new();
+        for kind in kinds {
+            let names = Setup::names_in(&root, kind);
+            // Of WAL, one behind the backups' beginnings.
+            let name = names.iter().find(|n| kind != ".zst" || n.contains(&Setup::segment(4)));
+            let name = name.unwrap_or_else(|| panic!("no {kind} in {tier}"));
+            flip(&root.join(name));
+            flipped.push(name.clone());
+        }
+        let (code, outcome) = setup.verify().await;
+        assert_eq!(code, 41, "{tier}: {outcome:?}\n{}", setup.site.log());
+        for name in &flipped {
+            let found =
+                outcome.repaired.iter().any(|d| d.tier == tier && d.key.ends_with(name.as_str()));
+            assert!(found, "{name} of {tier}: {outcome:?}");
+        }
+        let after = Setup::tree(&root);
+        for name in &flipped {
+            assert_eq!(after.get(name), before.get(name), "{name} of {tier} is as it was");
+        }
+        let (code, outcome) = setup.verify().await;
+        assert_eq!(code, 0, "{tier} once more: {outcome:?}");
+    }
+    let metrics = setup.site.metrics().await;
+    let sum = |name: &str| metrics.sum(name, &[]);
+    assert_eq!(sum("klio_consumer_backup_verification_failure_total"), 2.0);
+    assert_eq!(sum("klio_consumer_backup_verification_success_total"), 3.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_in_both_tiers_is_told_and_nothing_is_made_of_it() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    // b3's own pack, by its record: the packs that the other two do not need.
+    let pack = Setup::names_in(&setup.tier1(), "base/data/").pop().expect("a pack");
+    for root in [setup.tier1(), setup.tier2()] {
+        flip(&root.join(&pack));
+    }
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 40, "{outcome:?}");
+    for tier in ["tier1", "tier2"] {
+        let found =
+            outcome.damaged.iter().any(|d| d.tier == tier && d.key.ends_with(pack.as_str()));
+        assert!(found, "{tier}: {outcome:?}");
+    }
+    let damaged: Vec<String> = {
+        let all = setup.base.backups().await.expect("a list").backups;
+        let read =
+            |bytes: &[u8]| serde_json::from_slice::<VerifyOutcome>(bytes).expect("an outcome");
+        let bad = all.iter().map(|e| read(&e.verified)).filter(|v| !v.ok);
+        bad.flat_map(|v| v.backups).map(|name| name.to_string()).collect()
+    };
+    assert_eq!(damaged.len(), 1, "{damaged:?}");
+    // A damaged backup pushes no good one out.
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    let left = setup.names().await;
+    assert!(left.iter().any(|name| !damaged.contains(name)), "{left:?}, damaged: {damaged:?}");
+    let text = setup.site.klio(None, &["verify"]).await;
+    let gone = !left.contains(&damaged[0]);
+    assert!(gone || text.code == Some(40) && text.stdout.contains("DAMAGED"), "{text:?}");
+}
+
+/// P6.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_record_stops_all_removal_and_raises_an_alarm() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    flip(&setup.tier1().join("backups/b2.json"));
+    let trees = || {
+        let keep = |(name, _): &(String, Vec<u8>)| {
+            !name.contains("maintenance.json") && !name.contains("archive.json")
+        };
+        [setup.tier1(), setup.tier2()].map(|root| {
+            Setup::tree(&root).into_iter().filter(keep).map(|(name, _)| name).collect::<Vec<_>>()
+        })
+    };
+    let before = trees();
+    let (code, plan): (i32, RetentionPlan) = setup.klio(&["retention", "plan"]).await;
+    assert_eq!(code, 3);
+    assert!(plan.is_empty() && plan.alarms[0].contains("b2"), "{:?}", plan.alarms);
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 3);
+    assert!(outcome.held_back[0].contains("b2"), "{outcome:?}");
+    assert_eq!(trees(), before);
+    assert_eq!(setup.site.metrics().await.sum("klio_maintenance_alarm", &[]), 1.0);
+    // Verify puts it right from tier 2, and then retention goes on.
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 41, "{outcome:?}");
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.expired.len()), (0, 2), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_that_only_read_are_told_and_nothing_is_lost() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    for method in [Method::DELETE, Method::PUT, Method::POST] {
+        setup.s3.faults().inject(Rule::always(Fault::Status(403)).on(method));
+    }
+    let outcome = setup.site.klio(None, &["retention", "apply"]).await;
+    assert!(!matches!(outcome.code, Some(0)), "{outcome:?}");
+    assert!(outcome.stderr.contains("expire backup"), "{outcome:?}");
+    assert_eq!(setup.names().await, ["b1", "b2", "b3"]);
+    flip(&setup.tier2().join("backups/b1.json"));
+    let (code, found) = setup.verify().await;
+    assert_eq!(code, 40, "a repair that is refused is no repair: {found:?}");
+    assert!(found.damaged[0].problem.contains("failed"), "{found:?}");
+    setup.s3.faults().heal();
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 41, "{outcome:?}");
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.expired.len()), (0, 2), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_a_running_backup_nothing_is_removed() {
+    let wait = ("KLIO_MAINTENANCE__WAIT_FOR_BACKUP_SECONDS", "1");
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1"), wait]).await;
+    let (_, reservation) = setup.base.reserve(Purpose::Backup, "b4").await.expect("reserved");
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 3);
+    assert!(outcome.held_back[0].contains("b4"), "{outcome:?}");
+    assert_eq!(setup.names().await, ["b1", "b2", "b3"]);
+    drop(reservation);
+    eventually("maintenance after the backup", PATIENCE, || async {
+        setup.apply().await.1.expired.len() == 2
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
+    let setup =
+        Setup::new(&[("KLIO_VERIFY__AFTER_BACKUP", "true"), ("KLIO_MAINTENANCE__ENABLED", "true")])
+            .await;
+    setup.backup(4).await;
+    eventually("the new backup to be verified", PATIENCE, || async {
+        !setup.base.entry("b4").await.0.verified.is_empty()
+    })
+    .await;
+    let verified = setup.base.entry("b4").await.0.verified;
+    let verified: VerifyOutcome = serde_json::from_slice(&verified).expect("an outcome");
+    assert!(verified.ok && verified.read_percent == 10.0, "{verified:?}");
+    let drill = DrillOutcome {
+        backup: "b4".parse().expect("a name"),
+        ok: true,
+        finished_unix: verified.finished_unix,
+        restore_seconds: 2.5,
+        recovery_seconds: 1.5,
+        check_seconds: 0.5,
+        recovered_lsn: None,
+        problems: vec![],
+    };
+    let request = |drill: &DrillOutcome| RecordDrillRequest {
+        cluster: "main".into(),
+        outcome: serde_json::to_vec(drill).expect("JSON").into(),
+    };
+    let mut client = setup.base.client.clone();
+    client.record_drill(request(&drill)).await.expect("kept");
+    let unknown = DrillOutcome { backup: "other".parse().expect("a name"), ..drill.clone() };
+    assert!(client.record_drill(request(&unknown)).await.is_err());
+    let kept = setup.base.entry("b4").await.0.drilled;
+    assert_eq!(serde_json::from_slice::<DrillOutcome>(&kept).expect("an outcome"), drill);
+    let metrics = setup.site.metrics().await;
+    assert_eq!(metrics.sum("klio_drill_latest_success", &[]), 1.0);
+    assert!(metrics.sum("klio_consumer_backup_verification_success_total", &[]) >= 1.0);
+    assert!(metrics.sum("klio_drill_latest_age_seconds", &[]) < 3600.0);
+    assert!(metrics.sum("klio_verify_latest_age_seconds", &[]) < 3600.0);
+}
+
+/// Nothing that is kept is lost, wherever maintenance or verification is cut off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_killed_during_maintenance_leaves_every_kept_backup_whole() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "2")]).await;
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    for round in 0..8_u64 {
+        let verb: &[&str] = if round % 4 == 3 { &["verify"] } else { &["retention", "apply"] };
+        let command = setup.site.klio_command(None, verb);
+        let log = setup.site.scratch(&format!("work-{round}.log"));
+        let mut running = klio_tests::process::Running::spawn("klio", command, &log);
+        // A debug build needs about 200 ms to begin, and most of a second for all of it.
+        tokio::time::sleep(Duration::from_millis(random.random_range(100..1200))).await;
+        setup._stream = None;
+        setup.site.kill9();
+        running.kill9();
+        setup.site.start().await;
+        setup.base = connect(&setup.site).await.0;
+        setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+        let (code, outcome) = setup.verify().await;
+        assert_eq!(code, 0, "seed {seed}, round {round}: {outcome:?}\n{}", setup.site.log());
+        assert!(outcome.backups.len() >= 2, "{outcome:?}");
+        let holdings = setup.base.holdings().await.expect("holdings");
+        for name in setup.names().await {
+            let record = setup.base.entry(&name).await.1;
+            let end = START.advance(SEGMENTS * MIB);
+            let missing = holdings.first_missing(record.stop_timeline, record.start_lsn, end);
+            assert_eq!(missing.expect("a history"), None, "seed {seed}, round {round}, {name}");
+        }
+        setup.backup_named(&format!("r{round}"), 7).await;
+    }
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    assert_eq!(setup.names().await.len(), 2);
+    assert_eq!(setup.verify().await.0, 0);
+}
