@@ -1,6 +1,7 @@
 //! Tier 2 against a real S3 endpoint over HTTP with signatures checked, against a folder, and against
 //! scripted faults.
 
+mod encrypted;
 mod faults;
 mod promises;
 pub(crate) mod s3;

@@ -2,6 +2,7 @@
 
 mod crash;
 mod faults;
+mod keys;
 mod life;
 mod real;
 mod refusal;
