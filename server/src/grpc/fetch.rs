@@ -106,7 +106,7 @@ async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
     let mut reader = match found {
         Found::Stored { path, keys, .. } => Reader::Stored { path, keys, file: None },
         // The durable bytes of a segment that is still being received.
-        Found::Open(open) => Reader::Open(Box::new(open)),
+        Found::Open(open) => Reader::Open(open),
     };
     // A thread is taken for each piece and only when the caller has room for it: callers that do not
     // read must not hold the threads that others' WAL is written with (P8).

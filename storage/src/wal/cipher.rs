@@ -281,7 +281,7 @@ impl Cipher {
     pub(super) fn open(&self, offset: u64, frame: &mut [u8]) -> Result<(), Unspecified> {
         let (header, stored) = frame.split_at_mut_checked(FRAME_HEADER_MAX).ok_or(Unspecified)?;
         let (fields, tag) = header.split_at(FRAME_FIELDS);
-        let tag: Tag = (&*tag).try_into()?;
+        let tag: Tag = tag.try_into()?;
         self.0.open_in_place_separate_tag(nonce(offset), Aad::from(fields), tag, stored, 0..)?;
         Ok(())
     }

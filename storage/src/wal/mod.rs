@@ -255,25 +255,19 @@ impl WalStore {
             }
             None => None,
         };
-        match there {
-            Some(there) if there == content => {
-                // Seen is not durable: an earlier call may have failed at the last step.
-                if lock(&cluster.state).records_proven {
-                    let known = lock(&cluster.state)
-                        .lines
-                        .get(&timeline)
-                        .is_some_and(|l| l.history.is_some());
-                    if known {
-                        return Ok(());
-                    }
-                }
-            }
-            Some(_) => {
-                let detail = "expected the content that is stored, found another";
-                return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail)
-                    .hint("two servers were promoted to the same timeline"));
-            }
-            None => {}
+        if there.as_ref().is_some_and(|there| there != content) {
+            let detail = "expected the content that is stored, found another";
+            return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail)
+                .hint("two servers were promoted to the same timeline"));
+        }
+        let known = {
+            let state = lock(&cluster.state);
+            let line = state.lines.get(&timeline);
+            state.records_proven && line.is_some_and(|line| line.history.is_some())
+        };
+        // Seen is not durable: an earlier call may have failed at the last step.
+        if there.is_some() && known {
+            return Ok(());
         }
         durable::create_dir(self.disk(), &cluster.wal_folder())?;
         cluster.write_stored(WalFile::History(timeline), |sink, tmp| {
@@ -467,7 +461,7 @@ impl WalStore {
         };
         if let Some(entry) = entry {
             match OpenSegment::open(self.disk(), entry, &cluster.keys()) {
-                Ok(open) => return Ok(Some(Found::Open(open))),
+                Ok(open) => return Ok(Some(Found::Open(Box::new(open)))),
                 Err(e) if e.kind == Kind::NotFound => {}
                 Err(e) => return Err(e),
             }

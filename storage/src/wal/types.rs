@@ -212,7 +212,7 @@ pub enum Found {
         keys: Option<Keys>,
     },
     /// A segment that is not sealed: its durable bytes so far.
-    Open(OpenSegment),
+    Open(Box<OpenSegment>),
 }
 
 /// Opens a finished file of the real disk: gives what it holds, decrypted where there are keys. Errors while reading go
