@@ -172,7 +172,7 @@ fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String>
     let unreadable =
         |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
     let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
-    let newest = backups.iter().map(|b| &b.record).filter(|r| rules::has_time(r)).next_back();
+    let newest = backups.iter().map(|b| &b.record).rfind(|r| rules::has_time(r));
     // A time that is no number is in doubt as well.
     let behind = |r: &&BackupRecord| {
         now_unix.partial_cmp(&r.committed_unix).is_none_or(std::cmp::Ordering::is_lt)

@@ -20,8 +20,8 @@ pub(super) fn horizons(
     let any = kept(&|plan| plan.tier1.keep || plan.tier2.keep);
     let mut near = kept(&|plan| plan.tier1.keep);
     // Tier 1 may keep no backup at all; what came after the newest good one stays anyway.
-    let good = backups.iter().filter(|b| !b.damaged && rules::has_time(&b.record));
-    near.extend(good.last().or(backups.last()).map(|b| &b.record));
+    let good = backups.iter().rfind(|b| !b.damaged && rules::has_time(&b.record));
+    near.extend(good.or(backups.last()).map(|b| &b.record));
     // Of all backups, not only of those that stay: otherwise keeping one more could let WAL go.
     let last = backups.iter().map(|b| b.record.start_timeline).max();
     let plan = |line: &KnownTimeline| {
