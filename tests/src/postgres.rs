@@ -150,11 +150,9 @@ impl Postgres {
     /// # Panics
     /// When it runs already, or does not answer within a minute.
     pub async fn start(&mut self) {
-        assert!(self.running.is_none(), "start PostgreSQL: it runs already");
-        let mut command = install::command(&install::bin_dir(self.major).join("postgres"));
-        command.arg("-D").arg(self.data_dir());
+        self.launch();
         let name = format!("PostgreSQL {}", self.major);
-        let running = self.running.insert(Running::spawn(&name, command, &self.log_path()));
+        let running = self.running.as_mut().expect("it was launched");
         let conninfo = format!("{} connect_timeout=5", {
             let socket = self.scratch.path().display();
             format!("host={socket} port={} user=postgres dbname=postgres", self.port)
@@ -164,6 +162,18 @@ impl Postgres {
             Session::connect(&conninfo)
         })
         .await;
+    }
+
+    /// Starts it without waiting.
+    ///
+    /// # Panics
+    /// When it runs already.
+    pub fn launch(&mut self) {
+        assert!(self.running.is_none(), "start PostgreSQL: it runs already");
+        let mut command = install::command(&install::bin_dir(self.major).join("postgres"));
+        command.arg("-D").arg(self.data_dir());
+        let name = format!("PostgreSQL {}", self.major);
+        self.running = Some(Running::spawn(&name, command, &self.log_path()));
     }
 
     /// Stops it and waits for the end. Nothing happens when it does not run.

@@ -13,7 +13,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -40,12 +40,12 @@ pub(crate) enum Outcome {
     Placed,
     /// Definitively not there (P7).
     Absent(String),
-    /// The agent is of no use for this one, and why.
+    /// The agent is of no use for this one, and why; empty when that is as it should be.
     Unusable(String),
 }
 
 /// Asks the agent, and starts one with `start` when none is there.
-pub(crate) fn ask(errand: &Errand<'_>, start: impl Fn() -> io::Result<()>) -> Outcome {
+pub(crate) fn ask(errand: &Errand<'_>, start: impl Fn() -> io::Result<Child>) -> Outcome {
     for _ in 0..2 {
         match attempt(errand, &start) {
             // It leaves: the next one has our settings.
@@ -59,7 +59,7 @@ pub(crate) fn ask(errand: &Errand<'_>, start: impl Fn() -> io::Result<()>) -> Ou
 
 fn attempt(
     errand: &Errand<'_>,
-    start: &impl Fn() -> io::Result<()>,
+    start: &impl Fn() -> io::Result<Child>,
 ) -> io::Result<Option<Outcome>> {
     let parent = rustix::process::getppid();
     let mut stream = connect(errand.spool, errand.deadline, start)?;
@@ -105,7 +105,7 @@ fn place(from: &Path, bytes: u64, to: &Path) -> io::Result<()> {
 fn connect(
     folder: &Path,
     deadline: Instant,
-    start: &impl Fn() -> io::Result<()>,
+    start: &impl Fn() -> io::Result<Child>,
 ) -> io::Result<UnixStream> {
     // Nobody may have put a socket there for us.
     spool::prepare(folder).map_err(|error| io::Error::other(error.message))?;
@@ -114,7 +114,7 @@ fn connect(
     if let Ok(stream) = dial() {
         return Ok(stream);
     }
-    start().inspect_err(|_| {
+    let mut agent = start().inspect_err(|_| {
         // Nobody is going to remove it.
         let _ = fs::remove_dir(folder);
     })?;
@@ -123,13 +123,15 @@ fn connect(
         match dial() {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= patience => return Err(error),
+            // It could not begin, or was killed: waiting brings nothing.
+            Err(error) if !matches!(agent.try_wait(), Ok(None)) => return Err(error),
             Err(_) => std::thread::sleep(START_LOOK_EVERY),
         }
     }
 }
 
 /// Starts an agent, away from us: it reads nothing of ours and writes into its spool only.
-pub(crate) fn start(folder: &Path, arguments: &[std::ffi::OsString]) -> io::Result<()> {
+pub(crate) fn start(folder: &Path, arguments: &[std::ffi::OsString]) -> io::Result<Child> {
     if cfg!(test) {
         // The program that runs is not klio.
         return Err(io::Error::other("no agents in unit tests"));
@@ -141,5 +143,4 @@ pub(crate) fn start(folder: &Path, arguments: &[std::ffi::OsString]) -> io::Resu
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
-        .map(drop)
 }

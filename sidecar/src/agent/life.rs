@@ -49,7 +49,8 @@ impl Recovery {
     }
 }
 
-fn signalled(data_dir: &Path) -> bool {
+/// Whether this data directory is in archive recovery, or going to be.
+pub fn signalled(data_dir: &Path) -> bool {
     SIGNALS.iter().any(|name| data_dir.join(name).exists())
 }
 

@@ -21,7 +21,8 @@ mod tests;
 mod wire;
 
 pub use inherited::close_inherited;
-pub use spool::spool_for;
+pub use life::signalled;
+pub use spool::{remove_left, spool_for};
 
 use crate::{
     config::Config,

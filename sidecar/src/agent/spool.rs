@@ -128,6 +128,13 @@ impl Drop for Spool {
     }
 }
 
+/// Removes what a killed agent left, unless another one serves there by now.
+pub fn remove_left(folder: &Path) {
+    if let Ok(Some(lock)) = lock(&folder.join(LOCK)) {
+        drop(Spool { folder: folder.to_owned(), files: Files::new(folder), _lock: lock });
+    }
+}
+
 /// The lock, when nobody has it and the file is still the one in the folder.
 fn lock(path: &Path) -> Result<Option<File>, Error> {
     let open = File::options().create(true).truncate(false).write(true).open(path);
@@ -201,6 +208,8 @@ mod tests {
         fs::write(folder.join("left by a killed one"), "x").unwrap();
         fs::write(folder.join(SOCKET), "").unwrap();
         let first = Spool::claim(&folder).await.unwrap().unwrap();
+        remove_left(&folder);
+        assert!(folder.exists(), "it is served");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "the lock alone");
         assert!(lock(&folder.join(LOCK)).unwrap().is_none());
         fs::write(first.files().unused(), "x").unwrap();

@@ -293,7 +293,7 @@ async fn an_agent_that_dies_never_answers_wrongly() {
         let file = asked_for(segment(1, 1));
         let deadline = Instant::now() + Duration::from_secs(20);
         let errand = Errand { spool: &spool, fingerprint: OURS, file, path: &path, deadline };
-        client::ask(&errand, || Ok(()))
+        client::ask(&errand, || Err(std::io::Error::other("none is started here")))
     });
     let line = Question { fingerprint: OURS.into(), file: asked_for(segment(1, 2)) }.line();
     let socket = super::spool::socket_in(&agent.spool());
@@ -318,7 +318,7 @@ async fn two_callers_of_one_file_both_get_it() {
             let file = asked_for(segment(1, 3));
             let deadline = Instant::now() + Duration::from_secs(20);
             let errand = Errand { spool: &spool, fingerprint: OURS, file, path: &path, deadline };
-            client::ask(&errand, || Ok(()))
+            client::ask(&errand, || Err(std::io::Error::other("none is started here")))
         })
     };
     let (a, b) = (folder.join("a"), folder.join("b"));

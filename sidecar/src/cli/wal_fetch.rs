@@ -46,7 +46,9 @@ pub(super) fn quickly(arguments: &[OsString]) -> Result<u8, Vec<OsString>> {
             Ok(Code::NotFound.exit())
         }
         Outcome::Unusable(why) => {
-            super::say(&format!("klio wal-fetch: read-ahead agent: {why}; fetching directly"));
+            if !why.is_empty() {
+                super::say(&format!("klio wal-fetch: read-ahead agent: {why}; fetching directly"));
+            }
             longer.push(NO_AGENT.into());
             Err(longer)
         }
@@ -70,6 +72,7 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &WalFetchArgs) -> Resu
             Outcome::Absent(message) => {
                 return Err(Error::new(Failure::Code(Code::NotFound), message));
             }
+            Outcome::Unusable(why) if why.is_empty() => {}
             Outcome::Unusable(why) => {
                 tracing::warn!("read-ahead agent: {why}; fetching directly");
             }

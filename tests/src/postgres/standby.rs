@@ -28,6 +28,28 @@ impl Postgres {
     }
 
     async fn copy_for_standby(&self) -> Self {
+        let settings = |standby: &Self| {
+            let name = format!("standby{}", standby.port);
+            format!("primary_conninfo = '{} application_name={name}'\n", self.conninfo())
+        };
+        self.base_copy("standby.signal", settings).await
+    }
+
+    /// A copy that recovers with these settings when it is started; it has no WAL of its own.
+    ///
+    /// # Panics
+    /// When any step fails.
+    pub async fn recovery_copy(&self, signal: &str, settings: &str) -> Self {
+        let copy = self.base_copy(signal, |_| settings.to_owned()).await;
+        for entry in fs::read_dir(copy.pg_wal()).expect("read pg_wal").flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                fs::remove_file(entry.path()).expect("empty pg_wal");
+            }
+        }
+        copy
+    }
+
+    async fn base_copy(&self, signal: &str, settings: impl Fn(&Self) -> String) -> Self {
         let standby = Self::place(self.major);
         // pg_backup_start and _stop must be called on one connection.
         let session = self.session().await;
@@ -39,16 +61,11 @@ impl Postgres {
             session.rows(sql).await.expect("end a base backup").swap_remove(0).swap_remove(0);
 
         let data = standby.data_dir();
-        for (name, content) in [("backup_label", label.as_str()), ("standby.signal", "")] {
+        for (name, content) in [("backup_label", label.as_str()), (signal, "")] {
             fs::write(data.join(name), content).expect("write into the standby's data directory");
             install::give(&data.join(name));
         }
-        let settings = format!(
-            "{}primary_conninfo = '{} application_name=standby{}'\n",
-            builder::place_settings(&standby),
-            self.conninfo(),
-            standby.port
-        );
+        let settings = format!("{}{}", builder::place_settings(&standby), settings(&standby));
         // postgresql.conf last: its settings for the place overrule the primary's.
         builder::append(&data.join("postgresql.conf"), &settings);
         standby

@@ -4,7 +4,7 @@ use super::{data_dir, is_postgresql_s};
 use crate::{
     agent::{
         client::{self, Errand, Outcome},
-        spool_for,
+        signalled, spool_for,
     },
     config::Config,
 };
@@ -29,6 +29,7 @@ pub(super) struct Resident {
     spool: PathBuf,
     fingerprint: String,
     arguments: Vec<OsString>,
+    data_dir: Option<PathBuf>,
 }
 
 impl Resident {
@@ -60,13 +61,20 @@ impl Resident {
                 add(flag, value.into());
             }
         }
-        Some(Self { spool, fingerprint, arguments })
+        Some(Self { spool, fingerprint, arguments, data_dir: data_dir(path).map(Path::to_owned) })
     }
 
     /// Asks it, and starts it if it is not there.
     pub fn ask(&self, file: WalFile, path: &Path, deadline: Instant) -> Outcome {
-        let Self { spool, fingerprint, arguments } = self;
+        let Self { spool, fingerprint, arguments, data_dir } = self;
         let errand = Errand { spool, fingerprint, file, path, deadline };
-        client::ask(&errand, || client::start(spool, arguments))
+        client::ask(&errand, || {
+            // PostgreSQL asks for a history file when it has ended recovery; nobody needs an agent for
+            // that, and nothing has to be said about it.
+            if data_dir.as_deref().is_some_and(|data_dir| !signalled(data_dir)) {
+                return Err(std::io::Error::other(""));
+            }
+            client::start(spool, arguments)
+        })
     }
 }
