@@ -73,7 +73,11 @@ impl Leftovers {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
             if !names.contains(&entry.file_name()) {
-                remove(&entry.path())?;
+                let path = entry.path();
+                remove(&path).map_err(|error| {
+                    let text = format!("remove {}: {error}", path.display());
+                    io::Error::new(error.kind(), text)
+                })?;
                 self.removed += 1;
             }
         }
