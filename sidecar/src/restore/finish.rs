@@ -9,6 +9,7 @@ use super::{
     settings::Settings,
 };
 use crate::error::{Error, Failure};
+use klio_pg::ControlFile;
 use klio_proto::Code;
 use klio_storage::repository::{Entry, Reader, StoredKind};
 use std::{
@@ -64,21 +65,47 @@ pub fn finish(
     };
     write("postgresql.auto.conf", text.as_bytes())?;
     write("recovery.signal", b"")?;
+    let content = read_control(reader, control)?;
     if !places.tablespaces.is_empty() {
         write("tablespace_map", tablespace_map(places).as_bytes())?;
-        link_tablespaces(places)?;
+        link_tablespaces(places, &version_folder(data, &content)?)?;
     }
     places.all().try_for_each(sync_all)?;
-    write_control(data, reader, control)?;
+    write_control(data, &content, control)?;
     let marker = data.join(MARKER);
     remove(&marker).map_err(|error| local("remove", &marker, &error))?;
     sync_dir(data)
 }
 
+/// `PG_15_202209061`, in which a tablespace of this cluster has its files.
+fn version_folder(data: &Path, control: &[u8]) -> Result<String, Error> {
+    let path = data.join("PG_VERSION");
+    let text = fs::read_to_string(&path).map_err(|error| local("read", &path, &error))?;
+    let corrupt = |what: String| Error::new(Failure::Code(Code::Corrupt), what);
+    let major = text.trim().parse().map_err(|_| {
+        corrupt(format!("read {}: expected a major version, found {text:?}", path.display()))
+    })?;
+    let control = ControlFile::parse(control)
+        .map_err(|error| corrupt(format!("the snapshot's pg_control: {error}")))?;
+    Ok(control.tablespace_folder(major))
+}
+
 /// PostgreSQL makes them again from tablespace_map; with them, tools see all files before.
-fn link_tablespaces(places: &Places) -> Result<(), Error> {
+///
+/// A tablespace that was dropped while the backup began may have no folder in the snapshot. Replaying the drop, PostgreSQL removes
+/// the link only where it finds the folder (`destroy_tablespace_directories` in tablespace.c), so there must be one.
+fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
     let folder = places.data.join("pg_tblspc");
     for (oid, place) in &places.tablespaces {
+        let own = place.join(version);
+        if !own.exists() {
+            let mut builder = fs::DirBuilder::new();
+            std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700);
+            builder
+                .create(&own)
+                .and_then(|()| give_like(&own, &places.data))
+                .map_err(|error| local("make", &own, &error))?;
+        }
         let link = folder.join(oid.to_string());
         remove(&link)
             .and_then(|()| std::os::unix::fs::symlink(place, &link))
@@ -87,9 +114,7 @@ fn link_tablespaces(places: &Places) -> Result<(), Error> {
     Ok(())
 }
 
-fn write_control(data: &Path, reader: &Reader, control: &Entry) -> Result<(), Error> {
-    let path = data.join("global/pg_control");
-    let temporary = data.join("global/pg_control.klio");
+fn read_control(reader: &Reader, control: &Entry) -> Result<Vec<u8>, Error> {
     let StoredKind::File { chunks, .. } = &control.kind else {
         let message = "the snapshot's pg_control is no file".to_owned();
         return Err(Error::new(Failure::Code(Code::Corrupt), message));
@@ -98,8 +123,14 @@ fn write_control(data: &Path, reader: &Reader, control: &Entry) -> Result<(), Er
     for id in chunks {
         content.extend_from_slice(&reader.chunk(id).map_err(|e| of_engine(&e))?);
     }
+    Ok(content)
+}
+
+fn write_control(data: &Path, content: &[u8], control: &Entry) -> Result<(), Error> {
+    let path = data.join("global/pg_control");
+    let temporary = data.join("global/pg_control.klio");
     let write = || {
-        put(&temporary, &content)?;
+        put(&temporary, content)?;
         let file = File::open(&temporary)?;
         dress(&file, control)?;
         file.sync_all()?;
@@ -125,6 +156,15 @@ fn own(path: &Path, like: &Entry) -> io::Result<()> {
     Ok(())
 }
 
+/// As root: a new folder belongs to whom the data directory belongs to.
+fn give_like(folder: &Path, data: &Path) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        let like = fs::metadata(data)?;
+        std::os::unix::fs::chown(folder, Some(like.uid()), Some(like.gid()))?;
+    }
+    Ok(())
+}
+
 fn sync_dir(folder: &Path) -> Result<(), Error> {
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(|error| local("sync folder", folder, &error))
@@ -135,4 +175,25 @@ fn sync_dir(folder: &Path) -> Result<(), Error> {
 fn sync_all(place: &Path) -> Result<(), Error> {
     let synced = File::open(place).and_then(|place| Ok(rustix::fs::syncfs(&place)?));
     synced.map_err(|error| local("sync", place, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_tablespace_without_a_folder_gets_one_so_that_replay_can_drop_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path().join("data");
+        fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+        let place = scratch.path().join("elsewhere/place");
+        let tablespaces = BTreeMap::from([(7, place.clone())]);
+        let places = Places { data: data.clone(), tablespaces };
+        link_tablespaces(&places, "PG_15_202209061").unwrap();
+        assert!(place.join("PG_15_202209061").is_dir());
+        assert_eq!(fs::read_link(data.join("pg_tblspc/7")).unwrap(), place);
+        // Again, onto what is there.
+        link_tablespaces(&places, "PG_15_202209061").unwrap();
+    }
 }
