@@ -301,11 +301,8 @@ impl Checker<'_> {
     }
 
     /// Files of a kind over both tiers, and in which they are.
-    fn listed(
-        &self,
-        kind: BaseKind,
-    ) -> Result<BTreeMap<BaseFile, (Option<u64>, Option<u64>)>, Error> {
-        let mut all: BTreeMap<BaseFile, (Option<u64>, Option<u64>)> = BTreeMap::new();
+    fn listed(&self, kind: BaseKind) -> Result<Listing, Error> {
+        let mut all = Listing::new();
         for (file, size) in self.ground.local.list(kind)? {
             all.entry(file).or_default().0 = Some(size);
         }
@@ -367,6 +364,9 @@ impl Checker<'_> {
         Ok(())
     }
 }
+
+/// Files, and their sizes in tier 1 and tier 2.
+type Listing = BTreeMap<BaseFile, (Option<u64>, Option<u64>)>;
 
 /// What a backup needs of the repository.
 struct Needs {
