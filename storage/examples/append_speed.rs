@@ -1,10 +1,11 @@
 //! How fast tier 1 takes WAL: append and flush of real segments, with the syncs' time told apart.
 //!
-//! `cargo run --release -p klio-storage --example append_speed -- FOLDER BATCH_KIB SEGMENT_FILE...`: FOLDER is a new
-//! folder to write into; the files are consecutive segments of one timeline, such as those of a `pg_wal`.
+//! `cargo run --release -p klio-storage --example append_speed -- [--encrypted] FOLDER BATCH_KIB SEGMENT_FILE...`: FOLDER is
+//! a new folder to write into; the files are consecutive segments of one timeline, such as those of a `pg_wal`.
 
 use klio_pg::{Lsn, SegmentName, SegmentSize};
 use klio_storage::{
+    crypt::{AtRest, Keys},
     disk::RealDisk,
     layout::{ClusterName, WalFile},
     wal::{OpenRequest, Pinned, WalOptions, WalStore},
@@ -12,7 +13,11 @@ use klio_storage::{
 use std::{error::Error, path::PathBuf, sync::Arc, time::Instant};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args().skip(1).peekable();
+    let at_rest = match arguments.next_if(|argument| argument == "--encrypted") {
+        Some(_) => AtRest::On(Keys::from_text(&Keys::generate().0, &[])?),
+        None => AtRest::Off,
+    };
     let folder = PathBuf::from(arguments.next().ok_or("expected a folder")?);
     let batch = arguments.next().ok_or("expected KiB in a batch")?.parse::<usize>()? << 10;
     let files: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
@@ -30,7 +35,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => 180_000,
     };
     let pinned = Pinned { system_identifier: number(24, 8), segment_size: size, postgres_version };
-    let store = WalStore::open(Arc::new(RealDisk), folder, WalOptions::default())?;
+    let store = WalStore::open(
+        Arc::new(RealDisk),
+        folder,
+        WalOptions { at_rest, ..WalOptions::default() },
+    )?;
     let cluster: ClusterName = "bench".parse()?;
     store.pin(&cluster, pinned)?;
     let start = segment.start_lsn(size).ok_or("expected a segment of that size")?;

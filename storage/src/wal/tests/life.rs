@@ -94,15 +94,16 @@ fn a_reconnect_without_restart_goes_on_and_gives_up_only_what_was_not_flushed() 
 /// One write and one sync: what a lone commit waits for (design.md section 4).
 #[test]
 fn a_small_append_and_flush_is_one_write_and_one_sync() {
-    let rig = Rig::new(5);
-    let store = rig.open();
-    let mut writer = rig.writer(&store, 1, MIB);
-    rig.append_and_flush(&mut writer, MIB + 100);
-    let (writes, syncs) = rig.disk.writes_and_syncs();
-    rig.append_and_flush(&mut writer, MIB + 8292);
-    assert_eq!(rig.disk.writes_and_syncs(), (writes + 1, syncs + 1));
-    writer.flush().unwrap();
-    assert_eq!(rig.disk.writes_and_syncs(), (writes + 1, syncs + 1), "nothing new, no sync");
+    for rig in [Rig::new(5), Rig::encrypted(5)] {
+        let store = rig.open();
+        let mut writer = rig.writer(&store, 1, MIB);
+        rig.append_and_flush(&mut writer, MIB + 100);
+        let (writes, syncs) = rig.disk.writes_and_syncs();
+        rig.append_and_flush(&mut writer, MIB + 8292);
+        assert_eq!(rig.disk.writes_and_syncs(), (writes + 1, syncs + 1));
+        writer.flush().unwrap();
+        assert_eq!(rig.disk.writes_and_syncs(), (writes + 1, syncs + 1), "nothing new, no sync");
+    }
 }
 
 #[test]
