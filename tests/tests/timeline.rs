@@ -147,7 +147,10 @@ async fn wal_that_postgres_has_removed_is_recorded_as_a_gap_never_skipped_silent
     site.wait_archived(switch.segment_start(size)).await;
     no_archive_lag(&site, "behind the gap").await;
     let keys = s3.keys("klio/main/wal/");
-    assert!(keys.iter().any(|key| key.ends_with(".partial.zst.age")), "the bytes before it: {keys:?}");
+    assert!(
+        keys.iter().any(|key| key.ends_with(".partial.zst.age")),
+        "the bytes before it: {keys:?}"
+    );
     site.stop().await;
     site.start().await;
     no_archive_lag(&site, "after a restart").await;
