@@ -341,6 +341,43 @@ async fn what_cannot_be_reached_is_refused_and_nothing_is_touched() {
     }
 }
 
+/// A database that is idle: the state at a time after its last commit is its end, once that is certain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_after_the_last_commit_is_waited_for_until_it_is_certain() {
+    let rig = Rig::new(15, false).await;
+    rig.backup("only").await;
+    rig.row(1).await;
+    rig.flushed().await;
+    let now = rig.pg.value("select clock_timestamp()").await;
+    let mut pg = Postgres::empty(15);
+    let to = pg.data_dir().display().to_string();
+    let args = ["restore", "--target-action", "promote", "--target-time", &now, "--to", &to];
+    let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+    let command = rig.restorer(Source::Server).command(&args);
+    let mut fresh = Running::spawn("klio restore", command, &rig.dir("fresh.log"));
+    fresh.wait_log("waiting", PATIENCE).await;
+    assert!(!pg.data_dir().exists());
+    // Another transaction makes it certain at once.
+    rig.row(2).await;
+    assert!(fresh.wait_exit(PATIENCE).await.success(), "{}", fresh.log());
+    recover(&mut pg).await;
+    assert_eq!(rows(&pg).await, 1);
+    // And so does time.
+    rig.flushed().await;
+    let now = rig.pg.value("select clock_timestamp()").await;
+    let pg = rig.restored(Source::Server, &["--target-time", &now]).await;
+    assert_eq!(rows(&pg).await, 2);
+    // But not when nobody tells what PostgreSQL writes.
+    let mut rig = rig;
+    rig.stream = None;
+    let gone = "the stream to be gone";
+    eventually(gone, PATIENCE, || async {
+        (rig.site.status().await?["connected"] == false).then_some(())
+    })
+    .await;
+    rig.refused(&["--target-time", &now], UNREACHABLE, &["cannot be reached"]).await;
+}
+
 /// P7: the restore refuses before it touches anything, and names the hole.
 #[tokio::test(flavor = "multi_thread")]
 async fn missing_wal_in_the_middle_is_named_and_never_recovered_over() {

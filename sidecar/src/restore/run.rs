@@ -8,7 +8,7 @@ use super::{
     pour::{Pour, Progress},
     settings::{Action, Invocation, Settings},
     source::{Catalog, Source},
-    target::{Decider, Decision, Wish},
+    target::{Decider, Decision, Verdict, Wish},
 };
 use crate::error::{Error, Failure};
 use klio_proto::Code;
@@ -20,9 +20,13 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
+
+/// Between two questions to the server, while it is not certain whether more was written.
+const ASK_MIN: Duration = Duration::from_millis(200);
+const ASK_MAX: Duration = Duration::from_secs(3);
 
 /// What was asked for.
 #[derive(Debug, Clone)]
@@ -104,9 +108,28 @@ impl Restore {
     /// # Errors
     /// Why it cannot be done; nothing was touched.
     pub async fn plan(&self, order: &Order) -> Result<Planned, Error> {
-        self.progress.enter("looking for what is there");
-        let catalog = self.source.catalog().await?;
-        self.plan_from(&catalog, order).await
+        loop {
+            self.progress.enter("looking for what is there");
+            let catalog = self.source.catalog().await?;
+            let survey = Survey::new(&catalog.holdings, catalog.records());
+            let left = match self.decide(&survey, order).await? {
+                Verdict::Decided(decision) => {
+                    return self.prepare(&catalog, &survey, order, *decision).await;
+                }
+                Verdict::Wait(left) => left,
+            };
+            self.progress
+                .enter("waiting until it is certain that PostgreSQL wrote nothing more by then");
+            tracing::info!(
+                ?left,
+                "no transaction after the target has come yet; waiting to be sure"
+            );
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(super::stopped()),
+                () = tokio::time::sleep(left.clamp(ASK_MIN, ASK_MAX)) => {}
+            }
+        }
     }
 
     /// The same, from what is known already.
@@ -115,10 +138,29 @@ impl Restore {
     /// As [`Restore::plan`].
     pub async fn plan_from(&self, catalog: &Catalog, order: &Order) -> Result<Planned, Error> {
         let survey = Survey::new(&catalog.holdings, catalog.records());
+        match self.decide(&survey, order).await? {
+            Verdict::Decided(decision) => self.prepare(catalog, &survey, order, *decision).await,
+            Verdict::Wait(_) => Err(Error::new(
+                Failure::Code(Code::Unavailable),
+                "it is not certain yet what PostgreSQL wrote by that time",
+            )),
+        }
+    }
+
+    async fn decide(&self, survey: &Survey, order: &Order) -> Result<Verdict, Error> {
         let scratch = Scratch::new(None)?;
         self.progress.enter("reading WAL");
-        let decider = Decider { source: &self.source, survey: &survey, scratch: &scratch };
-        let decision = decider.decide(&order.wish).await?;
+        let decider = Decider { source: &self.source, survey, scratch: &scratch };
+        decider.decide(&order.wish).await
+    }
+
+    async fn prepare(
+        &self,
+        catalog: &Catalog,
+        survey: &Survey,
+        order: &Order,
+        decision: Decision,
+    ) -> Result<Planned, Error> {
         let record = &decision.plan.backup;
         let places = Places::new(order.to.clone(), record, &order.maps)?;
         check::places(&places, record, order.delta)?;
@@ -145,7 +187,7 @@ impl Restore {
             action,
         };
         let mut notes = decision.notes.clone();
-        notes.extend(self.notes(record, &measured, &survey, catalog));
+        notes.extend(self.notes(record, &measured, survey, catalog));
         let Measured { files, bytes, .. } = measured;
         Ok(Planned {
             decision,

@@ -132,12 +132,12 @@ impl Source {
     /// As the place fails.
     pub async fn catalog(&self) -> Result<Catalog, Error> {
         match &self.place {
-            Place::Server(base, _) => self.from_server(base).await,
-            Place::Bucket(bucket) => self.from_bucket(bucket).await,
+            Place::Server(base, _) => self.ask_server(base).await,
+            Place::Bucket(bucket) => self.list_bucket(bucket).await,
         }
     }
 
-    async fn from_server(&self, base: &BaseLink) -> Result<Catalog, Error> {
+    async fn ask_server(&self, base: &BaseLink) -> Result<Catalog, Error> {
         let cluster = self.cluster.to_string();
         let listed = base
             .call("list backups", async |mut client| {
@@ -165,7 +165,7 @@ impl Source {
         Ok(Catalog { backups: backups?, problems: listed.problems, holdings })
     }
 
-    async fn from_bucket(&self, bucket: &Bucket) -> Result<Catalog, Error> {
+    async fn list_bucket(&self, bucket: &Bucket) -> Result<Catalog, Error> {
         let (tier2, cluster) = (&bucket.tier2, &self.cluster);
         let failed = |error: klio_storage::Error| of_storage(&error);
         let mut catalog = Catalog::default();

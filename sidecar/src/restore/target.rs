@@ -4,7 +4,7 @@
 //! is none (`recoveryStopsBefore`, `xlogrecovery.c`). So a time is looked up first, and refused with the last
 //! one that can be reached, before anything is touched. A time after the last commit is that commit's
 //! state when the server says that PostgreSQL had written no more until then; then the last record is
-//! the target. All times are in PostgreSQL's clock, a standby's backups included: what its clock said is
+//! the target; a time so fresh that this is not certain is waited for. All times are in PostgreSQL's clock, a standby's backups included: what its clock said is
 //! checked against the commits before the backup's end.
 
 use super::{
@@ -19,6 +19,7 @@ use klio_storage::{
     catalog::{Plan, Refusal, Stop, Survey, Target, TimelineChoice},
     layout::BackupName,
 };
+use std::time::Duration;
 
 /// `recovery_target_*` of the restored cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,6 +117,19 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
     })
 }
 
+/// What comes of a wish.
+#[derive(Debug)]
+pub enum Verdict {
+    /// This.
+    Decided(Box<Decision>),
+    /// Nothing yet: whether PostgreSQL wrote more before the target is not certain for so long.
+    Wait(Duration),
+}
+
+/// PostgreSQL is silent for up to wal_sender_timeout (60 s) before a dead connection to it is noticed; until then
+/// the server may take it for idle. Also covers clocks that differ a little.
+const SURE_AFTER: Duration = Duration::from_secs(75);
+
 /// Decides.
 pub struct Decider<'a> {
     /// Where WAL is read.
@@ -131,14 +145,14 @@ impl Decider<'_> {
     ///
     /// # Errors
     /// `Unreachable`, with what can be reached; WAL that cannot be read.
-    pub async fn decide(&self, wish: &Wish) -> Result<Decision, Error> {
+    pub async fn decide(&self, wish: &Wish) -> Result<Verdict, Error> {
         let plans = self.survey.plans(&wish.target, wish.timeline, wish.backup.as_ref());
         let plans = plans.map_err(|refusal| refused(&refusal))?;
-        match &wish.target {
+        let decided = match &wish.target {
             Target::Latest => self.latest(plans, wish.stop_at_end).await,
             Target::Immediate => self.first(plans, Recovery::Immediate),
             Target::Lsn(lsn) => self.lsn(plans, *lsn).await,
-            Target::Time { unix_micros } => self.time(plans, *unix_micros).await,
+            Target::Time { unix_micros } => return self.time(plans, *unix_micros).await,
             Target::Name(name) => {
                 let what = format!("a restore point {name:?}");
                 self.find(plans, &what, Recovery::Name(name.clone()), &mut |landmark| {
@@ -153,7 +167,8 @@ impl Decider<'_> {
                 })
                 .await
             }
-        }
+        };
+        decided.map(|decision| Verdict::Decided(Box::new(decision)))
     }
 
     fn wal<'a>(&'a self, plan: &'a Plan) -> Wal<'a> {
@@ -197,7 +212,7 @@ impl Decider<'_> {
         Ok(Decision { recovery, ..decided })
     }
 
-    async fn time(&self, plans: Vec<Plan>, wanted: i64) -> Result<Decision, Error> {
+    async fn time(&self, plans: Vec<Plan>, wanted: i64) -> Result<Verdict, Error> {
         let mut clock = None;
         for plan in plans {
             let wal = self.wal(&plan);
@@ -220,27 +235,35 @@ impl Decider<'_> {
         Err(refused(&self.survey.refusal(problem, None)))
     }
 
-    async fn time_with(&self, plan: Plan, wanted: i64) -> Result<Decision, Error> {
+    async fn time_with(&self, plan: Plan, wanted: i64) -> Result<Verdict, Error> {
         let tail = self.wal(&plan).tail(plan.backup.stop_lsn, plan.reach.end).await?;
         let last = tail.last_ending.as_ref().map(|found| (found.landmark.unix_micros(), found.lsn));
         if last.is_some_and(|(time, _)| time > wanted) {
-            return Ok(decision(plan, Recovery::Time(wanted)));
+            return Ok(decided(decision(plan, Recovery::Time(wanted))));
         }
-        let idle = match &plan.reach.stop {
-            Stop::End { idle_until_unix: Some(until) } => wanted <= (until * 1e6) as i64,
-            _ => false,
+        let exact = last.is_some_and(|(time, _)| time == wanted);
+        let idle_until = match &plan.reach.stop {
+            Stop::End { idle_until_unix: Some(until) } => Some((until * 1e6) as i64),
+            _ => None,
         };
-        if idle || last.is_some_and(|(time, _)| time == wanted) {
+        let idle = idle_until.is_some_and(|until| wanted <= until);
+        if exact || idle {
+            let sure_from = wanted.saturating_add(SURE_AFTER.as_micros() as i64);
+            if let Some(missing) = idle_until.map(|until| sure_from - until).filter(|m| *m > 0)
+                && !exact
+            {
+                return Ok(Verdict::Wait(Duration::from_micros(missing.unsigned_abs())));
+            }
             let tail = self.end_of(&plan).await?;
             let recovery = end_as_target(&plan, &tail);
-            let mut decided = decision(plan, recovery);
-            if idle {
-                decided.notes.push(
+            let mut decision = decision(plan, recovery);
+            if !exact {
+                decision.notes.push(
                     "no transaction ended after the target: the end of WAL is the state at that time"
                         .to_owned(),
                 );
             }
-            return Ok(decided);
+            return Ok(decided(decision));
         }
         let reached = match last {
             Some((time, lsn)) => {
@@ -304,6 +327,10 @@ impl Decider<'_> {
         }
         Err(refused(&self.survey.refusal(problem, hole)))
     }
+}
+
+fn decided(decision: Decision) -> Verdict {
+    Verdict::Decided(Box::new(decision))
 }
 
 fn decision(plan: Plan, recovery: Recovery) -> Decision {
