@@ -130,3 +130,6 @@ fn no_identity(key: &str) -> Error {
     Error::new(Failure::Config, format!("read {key}: it is encrypted, and no identity was given"))
         .hint("name the age identity file with --identity, KLIO_RESTORE__IDENTITY or restore.identity")
 }
+
+#[cfg(test)]
+mod tests;
