@@ -20,7 +20,7 @@ fn promtool(arguments: &[&str]) {
 }
 
 fn alerts() -> BTreeSet<String> {
-    let rule = Regex::new(r"(?m)^ +- alert: (\w+)$").unwrap();
+    let rule = Regex::new(r"(?m)^ +- alert: (\w+)$").expect("a pattern");
     let rules = read("deploy/prometheus/klio.rules.yml");
     rule.captures_iter(&rules).map(|found| found[1].to_owned()).collect()
 }
@@ -28,7 +28,7 @@ fn alerts() -> BTreeSet<String> {
 /// The names on a metrics page, from the generated reference: dots, unit and `_total` by the
 /// OpenTelemetry-to-Prometheus rules.
 fn exported_names() -> BTreeSet<String> {
-    let row = Regex::new(r"(?m)^\| (klio\.[a-z0-9_.]+) \| (\w+) \| ?(\w*) ?\|").unwrap();
+    let row = Regex::new(r"(?m)^\| (klio\.[a-z0-9_.]+) \| (\w+) \| ?(\w*) ?\|").expect("a pattern");
     let mut names = BTreeSet::new();
     for found in row.captures_iter(&read("docs/metrics.md")) {
         let mut name = found[1].replace('.', "_");
@@ -69,7 +69,7 @@ fn every_alert_is_tested_firing_and_silent() {
     for alert in alerts() {
         let firing =
             Regex::new(&format!(r"- alertname: {alert}\n +eval_time: \w+\n +exp_alerts:\n"));
-        assert!(firing.unwrap().is_match(&tests), "{alert} is never seen firing");
+        assert!(firing.expect("a pattern").is_match(&tests), "{alert} is never seen firing");
         let silent = format!("{{ alertname: {alert}, ");
         assert!(tests.contains(&silent), "{alert} is never seen silent");
     }
@@ -98,7 +98,7 @@ fn every_alert_has_a_runbook_that_says_what_why_and_what_to_do() {
 #[test]
 fn rules_dashboards_and_runbooks_name_only_metrics_that_exist() {
     let exported = exported_names();
-    let name = Regex::new(r"\bklio_[a-z0-9_]+").unwrap();
+    let name = Regex::new(r"\bklio_[a-z0-9_]+").expect("a pattern");
     let mut texts = vec![
         ("klio.rules.yml".to_owned(), read("deploy/prometheus/klio.rules.yml")),
         ("klio.rules.test.yml".to_owned(), read("deploy/prometheus/klio.rules.test.yml")),

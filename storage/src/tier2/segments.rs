@@ -35,19 +35,19 @@ impl Tier2 {
         while let Some(meta) = listing.try_next().await.map_err(fail)? {
             let relative = meta.location.as_ref().strip_prefix(&base);
             let relative = relative.and_then(|rest| rest.strip_prefix('/'));
-            match relative.and_then(WalFile::parse_stored) {
-                Some((file @ (WalFile::Segment(held) | WalFile::Partial(held)), form)) => {
-                    if held == name {
-                        found.held.push((file, form));
-                    } else if held > name {
-                        found.later = true;
-                        // Only a folder is listed in no order.
-                        if self.folder.is_none() {
-                            break;
-                        }
-                    }
+            let stored = relative.and_then(WalFile::parse_stored);
+            let Some((file @ (WalFile::Segment(held) | WalFile::Partial(held)), form)) = stored
+            else {
+                continue;
+            };
+            if held == name {
+                found.held.push((file, form));
+            } else if held > name {
+                found.later = true;
+                // Only a folder is listed in no order.
+                if self.folder.is_none() {
+                    break;
                 }
-                _ => {}
             }
         }
         Ok(found)

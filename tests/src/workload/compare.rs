@@ -120,14 +120,12 @@ async fn read_large(session: &Session, model: &mut Model) -> Result<(), String> 
     Ok(())
 }
 
-fn differ<K: Debug, V: Debug + PartialEq>(
+fn differ<K: Debug + Ord, V: Debug + PartialEq>(
     what: &str,
     expected: impl IntoIterator<Item = (K, V)>,
     found: impl IntoIterator<Item = (K, V)>,
     into: &mut Vec<String>,
-) where
-    K: Ord,
-{
+) {
     let mut found: std::collections::BTreeMap<K, V> = found.into_iter().collect();
     for (key, value) in expected {
         match found.remove(&key) {
