@@ -420,6 +420,17 @@ async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
     expect(base.get(file, 0, 0).await, Code::Unavailable, &["tier 2"]);
     assert_eq!(base.list(FileKind::Snapshot).await.expect("tier 1's").len(), 1);
     assert!(!base.backups().await.expect("tier 1's").problems.is_empty());
+    let holdings = base.holdings().await.expect("tier 1's");
+    assert_eq!(holdings.timelines[0].runs[0].end, START.advance(32768));
+    // A backup goes on without the bucket (P4); only a first repository needs its word.
+    base.open().await.expect("the repository of tier 1");
+    let (name, _lease) = base.reserve(Purpose::Backup, "").await.expect("reserved");
+    assert!(name.ends_with('Z'));
+    let made = make(&base, &site.scratch("second"), "second", start, stop).await;
+    made.put(&base, None).await;
+    // A chunk of it may be in the pack that only tier 2 has: then it would have to wait.
+    base.put(file, &bytes).await.expect("back on tier 1");
+    base.commit(&made.record).await.expect("committed");
     s3.faults().heal();
 }
 

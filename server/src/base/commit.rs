@@ -166,6 +166,14 @@ impl BaseStore {
         if missing.is_empty() {
             return Ok(());
         }
+        // Tier 1 may have let them go to tier 2, which could not be asked.
+        if self.tier2().is_some() && !self.knows_tier2(cluster) {
+            return Err(Code::Unavailable.status(format!(
+                "commit backup {} of {cluster}: {} files are not on tier 1, and tier 2 did not answer",
+                record.name,
+                missing.len()
+            )));
+        }
         let named: Vec<String> =
             missing.iter().take(NAMED_MAX).map(|file| file.relative()).collect();
         Err(incomplete(format!("{} files are missing: {}", missing.len(), named.join(", "))))

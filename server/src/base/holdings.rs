@@ -7,6 +7,7 @@
 use super::{BaseStore, lock, run, tier2_status};
 use crate::errors;
 use klio_pg::{Lsn, TimelineId};
+use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
     catalog::{
@@ -25,6 +26,8 @@ use tonic::Status;
 
 /// A client that waits for WAL asks every second; a bucket with a million segments is not listed for that.
 const LISTING_AGE: Duration = Duration::from_secs(60);
+/// A bucket that gave no listing is not asked again for this long.
+const FAILED_AGE: Duration = Duration::from_secs(15);
 /// PostgreSQL's own take a line for each ancestor.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
@@ -33,6 +36,8 @@ const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 pub(super) struct HistoryCache {
     histories: Mutex<BTreeMap<(ClusterName, TimelineId), String>>,
     listings: Mutex<BTreeMap<ClusterName, Listing>>,
+    /// When the bucket last gave no listing.
+    failed: Mutex<BTreeMap<ClusterName, Instant>>,
 }
 
 /// A listing and when it began.
@@ -41,12 +46,38 @@ type Listing = (Instant, Arc<Vec<HeldFile>>);
 /// How far tier 2 is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tier2Use {
+    /// Not at all.
     Not,
+    /// What was known last, however old: while the bucket does not answer.
+    Known,
+    /// A listing of the last minute will do.
     Cached,
+    /// Now.
     Fresh,
 }
 
 impl BaseStore {
+    /// What is held of a cluster, as well as can be told: while the bucket does not answer, tier 1 and what
+    /// was known of tier 2. For backups and restores, which a bucket that is down must not stop (P4); never to
+    /// decide what may go.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when tier 1 has nothing of the cluster and tier 2 does not answer.
+    pub async fn holdings_known(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
+        let on_tier1 = self.wal().pinned(cluster).is_some();
+        let lately = |at: &Instant| at.elapsed() < FAILED_AGE;
+        if on_tier1 && lock(&self.0.histories.failed).get(cluster).is_some_and(lately) {
+            return self.holdings_with(cluster, Tier2Use::Known).await;
+        }
+        match self.holdings(cluster).await {
+            Err(status) if on_tier1 && Code::of(&status) == Code::Unavailable => {
+                lock(&self.0.histories.failed).insert(cluster.clone(), Instant::now());
+                self.holdings_with(cluster, Tier2Use::Known).await
+            }
+            answer => answer,
+        }
+    }
+
     /// What is held of a cluster.
     ///
     /// # Errors
@@ -113,6 +144,11 @@ impl BaseStore {
             && at.elapsed() < LISTING_AGE
         {
             return Ok(known.clone());
+        }
+        if how == Tier2Use::Known {
+            let known =
+                lock(&self.0.histories.listings).get(cluster).map(|(_, known)| known.clone());
+            return Ok(known.unwrap_or_default());
         }
         let at = Instant::now();
         let listed = tier2.list_wal(cluster).await;

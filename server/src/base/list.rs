@@ -99,6 +99,11 @@ impl BaseStore {
         }
     }
 
+    /// Whether the bucket was listed, so that what is not known to be there is not there.
+    pub(super) fn knows_tier2(&self, cluster: &ClusterName) -> bool {
+        self.known_of_tier2(cluster).is_some()
+    }
+
     /// Lists the bucket.
     pub(crate) async fn objects_of_tier2(
         &self,

@@ -29,7 +29,7 @@ pub use backups::{Backups, ListedBackup};
 pub use config::BaseConfig;
 pub use get::FileBytes;
 pub use put::Incoming;
-pub use reserve::{Caller, Lease, Reservations, Running};
+pub use reserve::{Caller, Lease, Removal, Reservations, Running};
 pub use server_files::ServerFiles;
 
 use crate::{

@@ -3,10 +3,12 @@
 //! Told by its trees, which takes reading them all; so it is remembered while it stays true: maintenance that
 //! moves chunks to other packs writes other index files and removes those that named the old ones.
 
-use super::{BaseStore, lock, run};
+use super::{BaseStore, ServerFiles, lock, run};
+use bytes::Bytes;
 use klio_storage::{
+    Error, Kind, Op,
     layout::{BaseFile, BaseKind, ClusterName},
-    repository::{Files, SnapshotId},
+    repository::{Files, Repository, SnapshotId},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -63,8 +65,14 @@ impl BaseStore {
         if let Some(known) = self.0.needs.get(&id, &indexes) {
             return Ok(known);
         }
-        let repository = self.repository(cluster).await?;
-        let needed = Arc::new(run(move || repository.packs_of(&[snapshot])).await?);
+        let secret = self.open_repository(cluster, None).await?;
+        let mut listed = BTreeMap::new();
+        for kind in BaseKind::ALL {
+            listed.insert(kind, self.list_files(cluster, kind).await?);
+        }
+        let files: Arc<dyn Files> = Arc::new(ReadOnly { files: self.files(cluster), listed });
+        let needed = run(move || Repository::open(files, &secret)?.packs_of(&[snapshot])).await?;
+        let needed = Arc::new(needed);
         self.0.needs.put(id, needed.clone());
         Ok(needed)
     }
@@ -74,13 +82,54 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         needed: &BTreeSet<BaseFile>,
-    ) -> Result<bool, klio_storage::Error> {
+    ) -> Result<bool, Error> {
         let files = self.cluster(cluster).files.clone();
         let mut held = BTreeSet::new();
         for kind in BaseKind::ALL {
             held.extend(files.list(kind)?.into_iter().map(|(file, _)| file));
         }
         Ok(needed.is_subset(&held))
+    }
+}
+
+/// A repository as it was listed, to read only: a bucket that is down does not stop a commit (P4).
+#[derive(Debug)]
+struct ReadOnly {
+    files: ServerFiles,
+    listed: BTreeMap<BaseKind, BTreeMap<BaseFile, u64>>,
+}
+
+impl ReadOnly {
+    fn denied(&self, op: Op) -> Result<(), Error> {
+        Err(Error::new(Kind::Denied, op, self.files.place(), "expected to be read only"))
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl Files for ReadOnly {
+    fn place(&self) -> String {
+        self.files.place()
+    }
+
+    fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
+        let files = self.listed.get(&kind).into_iter().flatten();
+        Ok(files.map(|(file, size)| (*file, *size)).collect())
+    }
+
+    fn read(&self, file: BaseFile) -> Result<Bytes, Error> {
+        self.files.read(file)
+    }
+
+    fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
+        self.files.read_range(file, offset, length)
+    }
+
+    fn write(&self, _: BaseFile, _: &[Bytes]) -> Result<(), Error> {
+        self.denied(Op::Write)
+    }
+
+    fn remove(&self, _: BaseFile) -> Result<(), Error> {
+        self.denied(Op::Remove)
     }
 }
 

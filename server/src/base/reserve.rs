@@ -1,7 +1,8 @@
 //! Who works on a cluster's repository: one backup at a time, any number of restores.
 //!
 //! A reservation lives as long as its [`Lease`], which lives as long as the client's stream: no clock and no
-//! file can leave one behind. Maintenance asks [`Reservations::running`] before it takes anything away.
+//! file can leave one behind. Maintenance takes [`Reservations::removal`] before it takes anything away, and a
+//! backup waits for its end: one that began meanwhile would name packs in an index that are just being removed.
 
 use super::{BaseStore, lock, tier2_status};
 use klio_proto::Code;
@@ -10,12 +11,19 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 use time::{OffsetDateTime, format_description::FormatItem, macros::format_description};
 use tonic::Status;
 
 /// Sorts by time as text, and is a name in every file system and URL.
 const NAME: &[FormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
+
+/// How often a backup that waits for maintenance looks again.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// A name that is asked for may be that of a backup that runs and lost its reservation, as when the server was
+/// restarted. It gives up after two minutes, and what maintenance does beside it is harmless (R4).
+const NAMED_WAITS: Duration = Duration::from_secs(60);
 
 /// Who asks: the certificate's name and the address it comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +56,13 @@ pub struct Running {
 struct Work {
     backup: Option<(BackupName, Caller)>,
     restores: usize,
+    removals: usize,
+}
+
+impl Work {
+    const fn is_none(&self) -> bool {
+        self.backup.is_none() && self.restores == 0 && self.removals == 0
+    }
 }
 
 /// All reservations. Cheap to clone.
@@ -60,6 +75,24 @@ pub struct Lease {
     reservations: Reservations,
     cluster: ClusterName,
     backup: Option<BackupName>,
+}
+
+/// Maintenance that takes something away; dropping it ends it.
+#[derive(Debug)]
+pub struct Removal {
+    reservations: Reservations,
+    cluster: ClusterName,
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        let mut clusters = lock(&self.reservations.0);
+        let Some(work) = clusters.get_mut(&self.cluster) else { return };
+        work.removals = work.removals.saturating_sub(1);
+        if work.is_none() {
+            clusters.remove(&self.cluster);
+        }
+    }
 }
 
 impl std::fmt::Debug for Reservations {
@@ -83,7 +116,7 @@ impl Drop for Lease {
             Some(_) => work.backup = None,
             None => work.restores = work.restores.saturating_sub(1),
         }
-        if work.backup.is_none() && work.restores == 0 {
+        if work.is_none() {
             clusters.remove(&self.cluster);
         }
     }
@@ -99,13 +132,32 @@ impl Reservations {
         })
     }
 
+    /// Reserves for maintenance, unless a backup runs.
+    ///
+    /// # Errors
+    /// That backup's name.
+    pub fn removal(&self, cluster: &ClusterName) -> Result<Removal, BackupName> {
+        let mut clusters = lock(&self.0);
+        let work = clusters.entry(cluster.clone()).or_default();
+        if let Some((running, _)) = &work.backup {
+            return Err(running.clone());
+        }
+        work.removals += 1;
+        Ok(Removal { reservations: self.clone(), cluster: cluster.clone() })
+    }
+
+    /// Whether maintenance is taking something away.
+    fn is_removing(&self, cluster: &ClusterName) -> bool {
+        lock(&self.0).get(cluster).is_some_and(|work| work.removals > 0)
+    }
+
     /// Reserves for a restore.
     pub fn restore(&self, cluster: &ClusterName) -> Lease {
         lock(&self.0).entry(cluster.clone()).or_default().restores += 1;
         Lease { reservations: self.clone(), cluster: cluster.clone(), backup: None }
     }
 
-    /// Reserves `name` for a backup.
+    /// Reserves `name` for a backup; `None` while maintenance removes, unless it is to run `beside` that.
     ///
     /// # Errors
     /// `BUSY` while another backup of the cluster runs.
@@ -114,7 +166,8 @@ impl Reservations {
         cluster: &ClusterName,
         name: BackupName,
         caller: Caller,
-    ) -> Result<Lease, Status> {
+        beside: bool,
+    ) -> Result<Option<Lease>, Status> {
         let mut clusters = lock(&self.0);
         let work = clusters.entry(cluster.clone()).or_default();
         if let Some((running, who)) = &work.backup {
@@ -122,8 +175,11 @@ impl Reservations {
                 "reserve a backup of {cluster}: {who} is taking backup {running}"
             )));
         }
+        if work.removals > 0 && !beside {
+            return Ok(None);
+        }
         work.backup = Some((name.clone(), caller));
-        Ok(Lease { reservations: self.clone(), cluster: cluster.clone(), backup: Some(name) })
+        Ok(Some(Lease { reservations: self.clone(), cluster: cluster.clone(), backup: Some(name) }))
     }
 
     /// Whether `caller` may commit a backup of that name: it has reserved it, or nobody has.
@@ -146,7 +202,7 @@ impl Reservations {
 }
 
 impl BaseStore {
-    /// Reserves for a backup, under `wanted` or a name made from the clock.
+    /// Reserves for a backup, under `wanted` or a name made from the clock; waits while maintenance removes.
     ///
     /// # Errors
     /// `BUSY`; `INVALID` for a name that is taken.
@@ -156,22 +212,39 @@ impl BaseStore {
         wanted: Option<&str>,
         caller: Caller,
     ) -> Result<Lease, Status> {
-        let taken = self.names(cluster).await?;
-        let name = match wanted {
-            Some(text) => {
-                let name: BackupName =
-                    text.parse().map_err(|e| Code::Invalid.status(format!("reserve: {e}")))?;
-                if taken.contains(&name) {
-                    return Err(Code::Invalid.status(format!(
-                        "reserve: cluster {cluster} has a backup {name} already"
-                    )));
+        let asked = tokio::time::Instant::now();
+        loop {
+            let beside = wanted.is_some() && asked.elapsed() >= NAMED_WAITS;
+            if beside || !self.reservations().is_removing(cluster) {
+                let name = self.free_name(cluster, wanted).await?;
+                // Maintenance may have begun meanwhile.
+                if let Some(lease) =
+                    self.reservations().backup(cluster, name, caller.clone(), beside)?
+                {
+                    return Ok(lease);
                 }
-                name
             }
-            None => free_name(self.now_unix(), &taken)
-                .ok_or_else(|| Code::Internal.status("reserve: the clock gives no name"))?,
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn free_name(
+        &self,
+        cluster: &ClusterName,
+        wanted: Option<&str>,
+    ) -> Result<BackupName, Status> {
+        let taken = self.names(cluster).await?;
+        let Some(text) = wanted else {
+            return free_name(self.now_unix(), &taken)
+                .ok_or_else(|| Code::Internal.status("reserve: the clock gives no name"));
         };
-        self.reservations().backup(cluster, name, caller)
+        let name: BackupName =
+            text.parse().map_err(|e| Code::Invalid.status(format!("reserve: {e}")))?;
+        if taken.contains(&name) {
+            return Err(Code::Invalid
+                .status(format!("reserve: cluster {cluster} has a backup {name} already")));
+        }
+        Ok(name)
     }
 
     /// Names that are taken in either tier. While the bucket was never listed and does not answer, tier 1's:
@@ -224,23 +297,41 @@ mod tests {
     #[test]
     fn one_backup_at_a_time_and_any_number_of_restores() {
         let all = Reservations::default();
-        let first = all.backup(&cluster(), "a".parse().unwrap(), caller("x")).unwrap();
-        let refused = all.backup(&cluster(), "b".parse().unwrap(), caller("y")).unwrap_err();
+        let first = all.backup(&cluster(), "a".parse().unwrap(), caller("x"), false).unwrap();
+        let refused = all.backup(&cluster(), "b".parse().unwrap(), caller("y"), false).unwrap_err();
         assert_eq!(Code::of(&refused), Code::Busy);
         assert!(refused.message().contains("x is taking backup a"), "{refused}");
-        assert!(all.backup(&"other".parse().unwrap(), "b".parse().unwrap(), caller("y")).is_ok());
+        assert!(
+            all.backup(&"other".parse().unwrap(), "b".parse().unwrap(), caller("y"), false).is_ok()
+        );
         let restores = [all.restore(&cluster()), all.restore(&cluster())];
         assert_eq!(all.running(&cluster()), Running { backup: "a".parse().ok(), restores: 2 });
         drop((first, restores));
         assert_eq!(all.running(&cluster()), Running::default());
-        assert!(all.backup(&cluster(), "b".parse().unwrap(), caller("y")).is_ok());
+        assert!(all.backup(&cluster(), "b".parse().unwrap(), caller("y"), false).is_ok());
+    }
+
+    #[test]
+    fn maintenance_removes_only_while_no_backup_runs() {
+        let all = Reservations::default();
+        let backup = all.backup(&cluster(), "a".parse().unwrap(), caller("x"), false).unwrap();
+        assert_eq!(all.removal(&cluster()).unwrap_err().as_str(), "a");
+        drop(backup);
+        let removal = all.removal(&cluster()).unwrap();
+        drop(all.restore(&cluster()));
+        let again = |beside| all.backup(&cluster(), "b".parse().unwrap(), caller("y"), beside);
+        assert!(again(false).unwrap().is_none());
+        assert!(again(true).unwrap().is_some());
+        assert!(all.is_removing(&cluster()) && !all.is_removing(&"other".parse().unwrap()));
+        drop(removal);
+        assert!(!all.is_removing(&cluster()));
     }
 
     #[test]
     fn a_name_that_somebody_else_reserved_is_not_committed() {
         let all = Reservations::default();
         let name = "a".parse().unwrap();
-        let _lease = all.backup(&cluster(), "a".parse().unwrap(), caller("x")).unwrap();
+        let _lease = all.backup(&cluster(), "a".parse().unwrap(), caller("x"), false).unwrap();
         assert!(all.may_commit(&cluster(), &name, &caller("x")).is_ok());
         assert!(all.may_commit(&cluster(), &name, &caller("y")).is_err());
         assert!(all.may_commit(&cluster(), &"free".parse().unwrap(), &caller("y")).is_ok());

@@ -177,7 +177,8 @@ impl Base for BaseService {
     ) -> Result<Response<Self::GetFileStream>, Status> {
         let span = span_of("base.get_file", &request);
         async move {
-            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let (_, cluster) =
+                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
             let asked = GetFileRequest::try_from(request.into_inner())?;
             let file = file_of(&asked.name)?;
             let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
@@ -195,7 +196,8 @@ impl Base for BaseService {
     ) -> Result<Response<Self::ListFilesStream>, Status> {
         let span = span_of("base.list_files", &request);
         async move {
-            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let (_, cluster) =
+                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
             let kind = kind_of(FileKind::read(request.get_ref().kind)?);
             let files = self.base.list_files(&cluster, kind).await?;
             let listed = files.into_iter().map(move |(file, size)| {
@@ -265,7 +267,8 @@ impl Base for BaseService {
     ) -> Result<Response<v1::ListBackupsResponse>, Status> {
         let span = span_of("base.list_backups", &request);
         async move {
-            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let (_, cluster) =
+                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
             let found = self.base.backups(&cluster).await?;
             let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
             Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
@@ -280,8 +283,9 @@ impl Base for BaseService {
     ) -> Result<Response<v1::HoldingsResponse>, Status> {
         let span = span_of("base.holdings", &request);
         async move {
-            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-            let holdings = self.base.holdings(&cluster).await?;
+            let (_, cluster) =
+                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            let holdings = self.base.holdings_known(&cluster).await?;
             Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
         }
         .instrument(span)
