@@ -34,6 +34,7 @@ pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(),
     not_running(&places.data)?;
     if delta {
         same_cluster(&places.data, record)?;
+        own_tablespaces(places)?;
     } else {
         empty(&places.data)?;
         places.tablespaces.values().try_for_each(|place| empty(place))?;
@@ -115,6 +116,29 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
     Ok(())
 }
 
+/// A restore removes from a tablespace what the backup has not, so with `delta` each one is empty, or this very
+/// directory's: its link leads there, or the unfinished restore said that it is. The recorded locations may be
+/// those of the PostgreSQL that still runs elsewhere on this machine.
+fn own_tablespaces(places: &Places) -> Result<(), Error> {
+    let unfinished = fs::read_to_string(places.data.join(MARKER)).unwrap_or_default();
+    for (oid, place) in &places.tablespaces {
+        let link = places.data.join("pg_tblspc").join(oid.to_string());
+        let linked =
+            fs::canonicalize(&link).is_ok_and(|to| Some(to) == fs::canonicalize(place).ok());
+        let said = super::finish::tablespace_line(*oid, place);
+        if linked || unfinished.lines().any(|line| line == said) {
+            continue;
+        }
+        empty(place).map_err(|error| {
+            error.hint(
+                "no link in pg_tblspc of the directory that is restored to leads there, so it may be another \
+                 PostgreSQL's: --tablespace-map OLD=NEW puts the tablespace elsewhere",
+            )
+        })?;
+    }
+    Ok(())
+}
+
 /// The nearest folder that is there.
 fn existing(place: &Path) -> &Path {
     place.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
@@ -162,5 +186,34 @@ pub fn room(needed: &[(PathBuf, u64)]) -> Result<Vec<Room>, Error> {
                 "recovery needs room for WAL besides that; a tablespace can go elsewhere with --tablespace-map OLD=NEW",
             ))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// A delta restore beside the running original must not clean the original's tablespaces.
+    #[test]
+    fn with_delta_a_tablespace_is_empty_or_of_the_directory_itself() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (data, place) = (scratch.path().join("new"), scratch.path().join("live"));
+        fs::create_dir_all(place.join("PG_15_202209061/5")).unwrap();
+        fs::write(place.join("PG_15_202209061/5/16384"), "rows").unwrap();
+        let tablespaces = BTreeMap::from([(7, place.clone())]);
+        let places = Places { data: data.clone(), tablespaces };
+        assert!(own_tablespaces(&places).is_err());
+        fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+        assert!(own_tablespaces(&places).is_err());
+        // An unfinished restore goes on where it was told to.
+        super::super::finish::begin(&places, "b").unwrap();
+        assert!(own_tablespaces(&places).is_ok());
+        fs::remove_file(data.join(MARKER)).unwrap();
+        assert!(own_tablespaces(&places).is_err());
+        std::os::unix::fs::symlink(&place, data.join("pg_tblspc/7")).unwrap();
+        assert!(own_tablespaces(&places).is_ok());
+        let elsewhere = BTreeMap::from([(7, scratch.path().join("none yet"))]);
+        assert!(own_tablespaces(&Places { data, tablespaces: elsewhere }).is_ok());
     }
 }

@@ -28,15 +28,24 @@ pub fn begin(places: &Places, backup: &str) -> Result<(), Error> {
     let mut builder = fs::DirBuilder::new();
     std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700);
     builder.create(data).map_err(|error| local("make", data, &error))?;
-    let text = format!(
+    let mut text = format!(
         "klio restore of backup {backup} has not finished: this is no data directory yet.\n\
          Continue with klio restore --delta, or remove the directory.\n"
     );
+    for (oid, place) in &places.tablespaces {
+        text.push_str(&tablespace_line(*oid, place));
+        text.push('\n');
+    }
     let marker = data.join(MARKER);
     put(&marker, text.as_bytes()).map_err(|error| local("write", &marker, &error))?;
     sync_dir(data)?;
     let control = data.join("global/pg_control");
     remove(&control).map_err(|error| local("remove", &control, &error))
+}
+
+/// How the marker says where a tablespace is restored to, so that the next attempt knows it for its own.
+pub(super) fn tablespace_line(oid: u32, place: &Path) -> String {
+    format!("tablespace {oid}: {place:?}")
 }
 
 /// All but the files themselves.

@@ -240,6 +240,9 @@ impl Pour {
                 leftovers.pass(&path, is_dir).map_err(failed)?;
                 if path == self.places.data {
                     leftovers.keep(&path.join(MARKER));
+                } else if self.places.tablespaces.values().any(|place| *place == path) {
+                    // Beside this PostgreSQL's folder lies that of another version, as pg_upgrade leaves it.
+                    keep_all(&mut leftovers, &path).map_err(failed)?;
                 }
             }
             match &entry.kind {
@@ -338,6 +341,17 @@ impl Pour {
             self.progress.files.fetch_add(1, Relaxed);
         }
         Ok(())
+    }
+}
+
+fn keep_all(leftovers: &mut Leftovers, folder: &Path) -> io::Result<()> {
+    match fs::read_dir(folder) {
+        Ok(names) => names.into_iter().try_for_each(|entry| {
+            leftovers.keep(&entry?.path());
+            Ok(())
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
