@@ -9,7 +9,7 @@ use super::{
     child::Tell,
     protocol::{PruneJob, Step},
 };
-use crate::errors;
+use crate::{base::Removal, errors};
 use klio_proto::Code;
 use klio_storage::{
     Error,
@@ -39,8 +39,8 @@ impl Inner {
         let began = tokio::time::Instant::now();
         let mut outcome = MaintenanceOutcome::default();
         let result = match self.wait_for_backup(cluster, tell).await {
-            None => self.apply_plan(cluster, &mut outcome, tell).await,
-            Some(running) => {
+            Ok(_alone) => self.apply_plan(cluster, &mut outcome, tell).await,
+            Err(running) => {
                 let text = format!("backup {running} is running; nothing was removed beside it");
                 outcome.held_back.push(text);
                 Ok(())
@@ -74,13 +74,20 @@ impl Inner {
         }
     }
 
-    /// The backup that still runs when patience is over.
-    async fn wait_for_backup(&self, cluster: &ClusterName, tell: Tell<'_>) -> Option<BackupName> {
+    /// M1. The backup that still runs when patience is over.
+    async fn wait_for_backup(
+        &self,
+        cluster: &ClusterName,
+        tell: Tell<'_>,
+    ) -> Result<Removal, BackupName> {
         let until = tokio::time::Instant::now() + self.settings.maintenance.wait_for_backup();
         loop {
-            let running = self.base.reservations().running(cluster).backup?;
+            let running = match self.base.reservations().removal(cluster) {
+                Ok(alone) => return Ok(alone),
+                Err(running) => running,
+            };
             if tokio::time::Instant::now() >= until {
-                return Some(running);
+                return Err(running);
             }
             tell(Step { phase: format!("wait for backup {running}"), ..Step::default() });
             tokio::time::sleep(LOOK_EVERY).await;
