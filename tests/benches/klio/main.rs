@@ -1,7 +1,7 @@
 //! The benchmarks of docs/benchmarks.md: Klio's release programs against `pg_receivewal` and pgBackRest on the same machine, interleaved.
 //!
 //! `cargo bench -p klio-tests [-- PART... --quick]` with PART one of `catch_up`, `sync_commit`, `wal_fetch`, `memory`, `backup`,
-//! `restore`, `files`.
+//! `restore`, `files`, `replay`.
 //! Nothing here asserts on time: it measures and prints, a person judges. What it does assert is that every measured run
 //! did its whole job. Tables go to standard output as Markdown, progress to standard error.
 
@@ -15,6 +15,7 @@ mod measured;
 mod meter;
 mod options;
 mod peer;
+mod replay;
 mod restore;
 mod stats;
 mod sync_commit;
@@ -62,5 +63,8 @@ async fn run(options: &Options) {
     }
     if options.wants(Part::Files) && options.with_klio() {
         files::run(options).await;
+    }
+    if options.wants(Part::Replay) && options.with_klio() {
+        replay::run(options).await;
     }
 }
