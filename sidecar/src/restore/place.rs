@@ -1,9 +1,9 @@
 //! Where each file of a snapshot goes: `data/` to the target directory, `tablespaces/<oid>/` to its place.
 
 use crate::error::{Error, Failure};
-use klio_storage::catalog::BackupRecord;
+use klio_storage::catalog::{BackupRecord, TablespaceRecord};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Component, Path, PathBuf},
 };
 
@@ -60,13 +60,31 @@ impl Places {
             )));
         }
         let places = Self { data, tablespaces };
+        for (n, one) in record.tablespaces.iter().enumerate() {
+            // A crash in CREATE TABLESPACE leaves a link behind, so that two can have one location; never two places.
+            let same = |other: &&TablespaceRecord| {
+                other.location != one.location
+                    && places.tablespaces.get(&other.oid) == places.tablespaces.get(&one.oid)
+            };
+            if let Some(other) = record.tablespaces.iter().skip(n + 1).find(same) {
+                let (a, b) = (&one.location, &other.location);
+                return Err(config(format!("--tablespace-map: {a} and {b} would be one place")));
+            }
+        }
         places.check_apart()?;
         Ok(places)
     }
 
-    /// The data directory first.
+    /// The data directory first; each once.
     pub fn all(&self) -> impl Iterator<Item = &Path> {
-        std::iter::once(self.data.as_path()).chain(self.tablespaces.values().map(PathBuf::as_path))
+        let tablespaces: BTreeSet<&Path> =
+            self.tablespaces.values().map(PathBuf::as_path).collect();
+        std::iter::once(self.data.as_path()).chain(tablespaces)
+    }
+
+    /// Of tablespaces in one place, the newest: all of them have the same files.
+    fn is_shadowed(&self, oid: u32, place: &Path) -> bool {
+        self.tablespaces.range(oid.saturating_add(1)..).any(|(_, other)| other == place)
     }
 
     fn check_apart(&self) -> Result<(), Error> {
@@ -95,9 +113,12 @@ impl Places {
             Some("data") => data_file(&self.data, parts.as_path()),
             Some("tablespaces") => {
                 let oid = parts.next().and_then(|c| c.as_os_str().to_str()?.parse().ok());
-                match oid.and_then(|oid: u32| self.tablespaces.get(&oid)) {
-                    Some(place) => Meaning::At(join(place, parts.as_path())),
-                    None => Meaning::Nothing,
+                let place = oid.and_then(|oid: u32| Some((oid, self.tablespaces.get(&oid)?)));
+                match place {
+                    Some((oid, place)) if !self.is_shadowed(oid, place) => {
+                        Meaning::At(join(place, parts.as_path()))
+                    }
+                    _ => Meaning::Nothing,
                 }
             }
             _ => Meaning::Nothing,
@@ -167,6 +188,17 @@ mod tests {
         ] {
             assert_eq!(places.meaning(Path::new(path)), expected, "{path}");
         }
+    }
+
+    /// What a crash in CREATE TABLESPACE leaves: an old link beside the new one.
+    #[test]
+    fn two_tablespaces_in_one_place_are_written_once() {
+        let mut places = places("/ts");
+        places.tablespaces.insert(9, "/ts".into());
+        assert!(places.check_apart().is_ok());
+        assert_eq!(places.meaning(Path::new("tablespaces/7/x")), Meaning::Nothing);
+        assert_eq!(places.meaning(Path::new("tablespaces/9/x")), Meaning::At("/ts/x".into()));
+        assert_eq!(tablespace_map(&places), "7 /ts\n9 /ts\n");
     }
 
     #[test]
