@@ -4,6 +4,7 @@
 //! that could not be asked makes the answer `UNAVAILABLE`, which is retried and never ends a recovery.
 
 use crate::errors;
+use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
@@ -102,7 +103,7 @@ impl Source {
             };
             return match stored {
                 Ok(0) => Code::Invalid.status(format!("no WAL of a cluster {cluster} is here")),
-                Ok(_) => absent,
+                Ok(_) => self.hole_in_tier2(cluster, file).await.unwrap_or(absent),
                 Err(_) => Code::Unavailable.status(format!("read {file}: tier 2 did not answer")),
             };
         };
@@ -127,7 +128,29 @@ impl Source {
                 "{file} was lost: PostgreSQL removed WAL from {} to {} before it was received",
                 gap.from, gap.to
             )),
-            None => absent,
+            None if self.received(cluster, name.timeline(), start) => {
+                Code::Corrupt.status(format!("{file} was received, and is not there any more"))
+            }
+            None => self.hole_in_tier2(cluster, file).await.unwrap_or(absent),
+        }
+    }
+
+    /// Whether the byte at `lsn` was acknowledged on this timeline.
+    fn received(&self, cluster: &ClusterName, timeline: TimelineId, lsn: Lsn) -> bool {
+        let positions = self.store.positions(cluster);
+        positions.iter().any(|p| p.timeline == timeline && p.start <= lsn && lsn < p.flushed)
+    }
+
+    /// An absence with later WAL of its timeline behind it in tier 2 is no end.
+    async fn hole_in_tier2(&self, cluster: &ClusterName, file: WalFile) -> Option<Status> {
+        let (WalFile::Segment(name), Some(tier2)) = (file, &self.tier2) else { return None };
+        match tier2.wal_at(cluster, name).await {
+            Ok(at) if at.later => Some(
+                Code::Unavailable
+                    .status(format!("{file} is not in tier 2, but later WAL of its timeline is")),
+            ),
+            Ok(_) => None,
+            Err(_) => Some(Code::Unavailable.status(format!("read {file}: tier 2 did not answer"))),
         }
     }
 
@@ -181,7 +204,6 @@ fn no_keys(at_rest: &AtRest, key: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use klio_pg::{Lsn, TimelineId};
     use klio_storage::{
         disk::RealDisk,
         testing::SimulatedWal,
@@ -226,5 +248,46 @@ mod tests {
         let source = Source { store, tier2: None };
         let code = Code::of(&source.find(&cluster, held).await.err().unwrap());
         assert_eq!(code, Code::Corrupt);
+    }
+
+    /// P7: WAL that was acknowledged and is gone, and a hole in tier 2, are not the end of the archive.
+    #[tokio::test]
+    async fn wal_that_is_missing_in_the_middle_is_never_not_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, bucket) = (dir.path().join("tier1"), dir.path().join("bucket"));
+        std::fs::create_dir_all(&root).unwrap();
+        let folder = bucket.join("pg/wal/00000001");
+        std::fs::create_dir_all(&folder).unwrap();
+        let store =
+            WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
+        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
+        store.pin(&cluster, wal.pinned()).unwrap();
+        let timeline = TimelineId::new(1).unwrap();
+        let (start, end) = (Lsn::new(1 << 20), Lsn::new((4 << 20) + 8192));
+        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0 };
+        let mut writer = store.open_writer(&cluster, &request).unwrap();
+        let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
+        writer.append(start, &bytes).unwrap();
+        writer.flush().unwrap();
+        let file =
+            |number: u32| -> WalFile { format!("0000000100000000{number:08X}").parse().unwrap() };
+        for unsealed in store.unsealed(&cluster) {
+            store.seal(&cluster, unsealed).unwrap();
+        }
+        let url = format!("file://{}", bucket.display());
+        let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
+        let source = Source { store: store.clone(), tier2: Some(tier2) };
+        let code =
+            async |number| Code::of(&source.find(&cluster, file(number)).await.err().unwrap());
+        for entry in std::fs::read_dir(root.join("pg/wal/00000001")).unwrap().flatten() {
+            if entry.file_name().to_string_lossy().contains(&file(2).to_string()) {
+                std::fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        assert_eq!(code(2).await, Code::Corrupt);
+        assert_eq!(code(5).await, Code::NotFound);
+        std::fs::write(folder.join(format!("{}.zst", file(7))), "x").unwrap();
+        assert_eq!(code(5).await, Code::Unavailable);
+        assert_eq!(code(8).await, Code::NotFound);
     }
 }
