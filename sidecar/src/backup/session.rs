@@ -91,11 +91,15 @@ impl Session {
         }
         let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
         // A backup must not be cut short by limits that are meant for queries.
+        // pg_control still names the old timeline between a promotion and the end of its checkpoint.
         let sql = "SET statement_timeout = 0; SET lock_timeout = 0; \
                    SET idle_session_timeout = 0; SET client_min_messages = error; \
                    SET application_name = 'klio backup'; SELECT pg_backend_pid(), \
                    (SELECT system_identifier FROM pg_control_system()), \
-                   (SELECT timeline_id FROM pg_control_checkpoint()), pg_is_in_recovery()";
+                   CASE WHEN pg_is_in_recovery() \
+                    THEN (SELECT timeline_id FROM pg_control_checkpoint()) \
+                    ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int \
+                   END, pg_is_in_recovery()";
         let row = one(&mut client, "ask what PostgreSQL this is", sql).await?;
         let facts = Facts {
             version,

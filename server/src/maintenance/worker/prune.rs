@@ -7,14 +7,16 @@ use super::{Ground, files::Both};
 use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
 use anyhow::{Context, bail};
 use klio_storage::{
+    catalog::BackupRecord,
     layout::{BaseFile, BaseKind, BaseObject},
+    record,
     repository::{Files, Repository, SnapshotId},
     tier2::{Source, Wrapping},
 };
 use std::{
     collections::BTreeSet,
     sync::Arc,
-    time::{Duration, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult> {
@@ -26,11 +28,17 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     let repository = Repository::open(files.clone(), &secret).context("open the repository")?;
     phase(ground, "look for snapshots without a backup");
     let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
-    forget.extend(orphans(&repository, job)?);
+    forget.extend(orphans(ground, &repository, job)?);
     if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
         bail!(
             "forget snapshot {needed}: expected one without a record, found one that a backup has"
         );
+    }
+    let committed = recorded_now(ground).context("read the records again")?;
+    if let Some(needed) =
+        committed.iter().find(|id| forget.contains(id) && !job.forget.contains(id))
+    {
+        bail!("forget snapshot {needed}: expected one without a record, found one just committed");
     }
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")?;
@@ -54,15 +62,47 @@ fn phase(ground: &Ground, text: &str) {
     ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
 }
 
-/// What backups left that never came to be. A young one may be of a backup that is about to be committed.
-fn orphans(repository: &Repository, job: &PruneJob) -> anyhow::Result<Vec<SnapshotId>> {
+/// What backups left that never came to be. A young one may be of a backup that is about to be committed:
+/// young by the clock of who took it, or by ours, since when its file is here.
+fn orphans(
+    ground: &Ground,
+    repository: &Repository,
+    job: &PruneJob,
+) -> anyhow::Result<Vec<SnapshotId>> {
+    let unix = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
     let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
     let all = repository.snapshots().context("list snapshots")?;
-    let old = all.into_iter().filter(|snapshot| {
-        let began = snapshot.began.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-        !recorded.contains(&snapshot.id) && began < job.orphans_before_unix
-    });
-    Ok(old.map(|snapshot| snapshot.id).collect())
+    let mut old = Vec::new();
+    for snapshot in all.into_iter().filter(|snapshot| !recorded.contains(&snapshot.id)) {
+        let here = std::fs::metadata(ground.local.path(snapshot.id.file()))
+            .and_then(|meta| meta.modified());
+        let young = here.is_ok_and(|since| unix(since) >= job.orphans_before_unix);
+        if !young && unix(snapshot.began) < job.orphans_before_unix {
+            old.push(snapshot.id);
+        }
+    }
+    Ok(old)
+}
+
+/// The snapshots of every record on tier 1 at this moment. P6: one that cannot be read stops the work.
+fn recorded_now(ground: &Ground) -> anyhow::Result<BTreeSet<SnapshotId>> {
+    let folder = ground.root.join(ground.cluster.as_str()).join("backups");
+    let entries = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        Err(error) => return Err(error).with_context(|| format!("list {}", folder.display())),
+    };
+    let mut found = BTreeSet::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("list {}", folder.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            let record: Option<BackupRecord> = record::load(ground.disk.as_ref(), &path)?;
+            if let Some(record) = record {
+                found.insert(record.snapshot.parse().context("read a snapshot's id")?);
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn evict(
