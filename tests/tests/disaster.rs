@@ -77,19 +77,7 @@ async fn lose(plain: bool) -> Lost {
     drop(stream);
     site.stop().await;
     let mut oracle = load.finish(&pg).await;
-    // What came before the switch is archived, and the restore must have it.
-    let records = &oracle.records;
-    let kept: Vec<u32> = records
-        .iter()
-        .filter(|record| record.start < switched)
-        .filter_map(|record| match record.kind {
-            workload::Kind::End { xid, .. } => Some(xid),
-            _ => None,
-        })
-        .collect();
-    for xid in kept {
-        oracle.transactions.entry(xid).and_modify(|t| t.acknowledged = true);
-    }
+    oracle.acknowledge_until(switched);
     Lost { s3, site, pg, places, scratch, oracle }
 }
 

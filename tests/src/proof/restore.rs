@@ -124,8 +124,7 @@ impl Restorer {
         &self,
         target: &Target,
         delta: Option<Restored>,
-        places: &Path,
-        elsewhere: Option<&Path>,
+        map: Option<(u32, &Path)>,
         checksums: bool,
     ) -> Restored {
         let mut args = vec!["restore".to_owned()];
@@ -140,12 +139,11 @@ impl Restorer {
         args.extend(["--to".to_owned(), pg.data_dir().display().to_string()]);
         args.extend(["--target-action".to_owned(), "promote".to_owned()]);
         args.extend(target.args());
-        if let Some(elsewhere) = elsewhere {
+        if let Some((oid, elsewhere)) = map {
             let _ = fs::remove_dir_all(elsewhere);
             fs::create_dir_all(elsewhere).expect("make another place for a tablespace");
             install::give(elsewhere);
-            let map = format!("{}={}", places.join("ts0").display(), elsewhere.display());
-            args.extend(["--tablespace-map".to_owned(), map]);
+            args.extend(["--tablespace-map".to_owned(), format!("{oid}={}", elsewhere.display())]);
         }
         let outcome = programs::run(self.command(&args)).await;
         assert_eq!(outcome.code, Some(0), "klio {args:?}\n{}{}", outcome.stdout, outcome.stderr);

@@ -15,7 +15,7 @@ use crate::{
 };
 use klio_pg::Lsn;
 use rand::{Rng, rngs::StdRng};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How far restores can reach.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +39,8 @@ pub struct Rig {
     /// `klio stream`, while it runs.
     pub stream: Option<Running>,
     scratch: Scratch,
+    /// OID of a tablespace that is there from the beginning.
+    movable: u32,
     synchronous: bool,
     checksums: bool,
     segment_mib: u32,
@@ -70,7 +72,18 @@ impl Rig {
         let pg = pg.start().await;
         let scratch = Scratch::new("proof");
         let synchronous = rng.random_bool(0.5);
-        Self { site, s3, pg, stream: None, scratch, synchronous, checksums, segment_mib, plain }
+        Self {
+            site,
+            s3,
+            pg,
+            stream: None,
+            scratch,
+            movable: 0,
+            synchronous,
+            checksums,
+            segment_mib,
+            plain,
+        }
     }
 
     /// In words.
@@ -95,6 +108,7 @@ impl Rig {
     pub async fn setup(&mut self) -> Model {
         install::give(self.scratch.path());
         let model = workload::setup(&self.pg, &self.places()).await;
+        self.movable = model.tablespaces.keys().copied().next().expect("a tablespace that stays");
         self.connect().await;
         model
     }
@@ -118,12 +132,14 @@ impl Rig {
 
     /// Ends it, either in order or with the primary's death, and with the sidecar gone.
     pub async fn end(&mut self, mut load: Workload, lost: bool) -> Oracle {
+        let mut safe = Lsn::ZERO;
         if lost {
             self.pg.kill9();
             load.stop().await;
         } else {
             load.stop().await;
             let end = self.pg.flush_lsn().await;
+            safe = end;
             self.site.wait_flushed(end).await;
             let segment = self.pg.segment_size().await;
             let switched = self.pg.switch_wal().await.segment_start(segment);
@@ -133,9 +149,7 @@ impl Rig {
         }
         self.stream = None;
         let mut oracle = load.finish(&self.pg).await;
-        if !lost {
-            oracle.transactions.values_mut().for_each(|t| t.acknowledged = true);
-        }
+        oracle.acknowledge_until(safe);
         oracle
     }
 
@@ -169,13 +183,17 @@ impl Rig {
             std::fs::create_dir(&elsewhere).expect("make the other place");
             install::give(&elsewhere);
         }
+        if let Some(old) = &delta {
+            clear_places_without_link(&places, &old.pg.data_dir().join("pg_tblspc"));
+        }
         if source == Source::Stock {
             let pg = super::stock::restore(&self.site, target, position, &self.scratch).await;
             return Restored::recover(pg, self.checksums).await;
         }
         let restorer = Restorer::new(&self.site, &self.s3, source, &self.scratch);
-        let elsewhere = rng.random_bool(0.3).then_some(elsewhere);
-        restorer.restore(target, delta, &places, elsewhere.as_deref(), self.checksums).await
+        // By OID: it may lie elsewhere already.
+        let map = rng.random_bool(0.3).then_some((self.movable, elsewhere.as_path()));
+        restorer.restore(target, delta, map, self.checksums).await
     }
 
     /// A restored cluster becomes the primary.
@@ -184,5 +202,18 @@ impl Rig {
         self.pg = pg;
         self.connect().await;
         model
+    }
+}
+
+/// `--delta` takes a place that the directory has no link to only when it is empty: what an earlier restore left
+/// there goes by hand.
+fn clear_places_without_link(places: &Path, links: &Path) {
+    let entries = |folder: &Path| std::fs::read_dir(folder).expect("look into a folder").flatten();
+    let linked: Vec<PathBuf> =
+        entries(links).filter_map(|link| std::fs::read_link(link.path()).ok()).collect();
+    for place in entries(places).map(|entry| entry.path()).filter(|p| !linked.contains(p)) {
+        std::fs::remove_dir_all(&place).expect("clear a place");
+        std::fs::create_dir(&place).expect("make the place again");
+        install::give(&place);
     }
 }

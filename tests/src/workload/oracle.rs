@@ -122,6 +122,17 @@ impl Oracle {
         self.records.iter().position(|record| wanted(&record.kind)).map(|place| place + 1)
     }
 
+    /// Everything before `safe` is known to be durable elsewhere.
+    pub fn acknowledge_until(&mut self, safe: Lsn) {
+        for record in self.records.iter().filter(|record| record.start < safe) {
+            if let Kind::End { xid, .. } = record.kind
+                && let Some(transaction) = self.transactions.get_mut(&xid)
+            {
+                transaction.acknowledged = true;
+            }
+        }
+    }
+
     /// How many records there are up to the last transaction whose COMMIT was answered.
     #[must_use]
     pub fn acknowledged(&self) -> usize {

@@ -79,7 +79,13 @@ impl Worker {
     }
 
     async fn run_sql(&mut self, sql: &str) -> Done<Vec<Vec<String>>> {
-        let session = self.session().await?;
+        self.session().await?;
+        self.run_here(sql).await
+    }
+
+    /// On the connection there is: what ends a transaction must not be said on a new one.
+    async fn run_here(&mut self, sql: &str) -> Done<Vec<Vec<String>>> {
+        let session = self.session.as_ref().ok_or(Trouble::Gone)?;
         session.rows(sql).await.map_err(|error| match error.as_db_error() {
             // Class 57P: the server goes down or the connection is ended for it.
             Some(refused) if !refused.code().code().starts_with("57P") => {
@@ -127,16 +133,29 @@ impl Worker {
         let undo = self.rng.random_bool(0.05);
         if undo && plan::may_be_undone(&effects, &self.view) {
             self.shared.forget(xid);
-            return self.run_sql("rollback").await.map(drop);
+            return self.run_here("rollback").await.map(drop);
         }
-        match self.run_sql("commit").await {
-            Ok(_) => self.shared.acknowledge(xid),
+        match self.run_here("commit").await {
+            Ok(_) => self.acknowledge(xid, &effects, &view),
             Err(Trouble::Refused(why)) => return Err(Trouble::Refused(why)),
             Err(Trouble::Gone) if self.committed(xid).await? => {}
             Err(Trouble::Gone) => return Ok(()),
         }
         self.view = view;
         Ok(())
+    }
+
+    /// PostgreSQL neither flushes nor waits for a standby where a transaction wrote no WAL besides its commit record: one that did
+    /// nothing, found no rows, or only changed unlogged tables (`RecordTransactionCommit`).
+    fn acknowledge(&self, xid: u32, effects: &[Effect], view: &Model) {
+        let logged = |effect: &Effect| match effect {
+            Effect::Transfer { .. } | Effect::Large(..) | Effect::Create { .. } => true,
+            Effect::Insert { table, .. } => view.tables.get(table).is_some_and(|t| !t.unlogged),
+            _ => false,
+        };
+        if effects.iter().any(logged) {
+            self.shared.acknowledge(xid);
+        }
     }
 
     /// Everything but the end of a transaction.
@@ -203,7 +222,7 @@ impl Worker {
         let all: Vec<String> = effects.iter().map(sql::statement).collect();
         self.begin(&all.join("; "), &effects).await?;
         let gid = self.owner.gid();
-        match self.run_sql(&format!("prepare transaction '{gid}'")).await {
+        match self.run_here(&format!("prepare transaction '{gid}'")).await {
             Ok(_) => {}
             Err(Trouble::Gone) if self.is_prepared(&gid).await? => {}
             other => return other.map(drop),
@@ -227,7 +246,7 @@ impl Worker {
     async fn commit(&mut self, effects: Vec<Effect>) -> Done<()> {
         let all: Vec<String> = effects.iter().map(sql::statement).collect();
         let xid = self.begin(&all.join("; "), &effects).await?;
-        match self.run_sql("commit").await {
+        match self.run_here("commit").await {
             Ok(_) => self.shared.acknowledge(xid),
             Err(Trouble::Gone) if self.committed(xid).await? => {}
             other => return other.map(drop),
