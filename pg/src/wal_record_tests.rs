@@ -1,3 +1,5 @@
+//! The walker on WAL that is made here, record by record: what it finds, and that no bytes make it panic.
+
 use super::*;
 use proptest::prelude::*;
 

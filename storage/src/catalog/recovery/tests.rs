@@ -1,3 +1,5 @@
+//! Recovery plans: the right backup for each target, refusals with their holes, and properties over random holdings.
+
 use super::*;
 use crate::catalog::{KnownGap, PagesRecord, TimelineHoldings};
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! The retention plan: what each rule keeps, what doubt does, and its properties over random catalogues.
+
 use super::*;
 use crate::catalog::PagesRecord;
 use proptest::prelude::*;
