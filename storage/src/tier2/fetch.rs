@@ -13,6 +13,9 @@ use std::{
     task::{Context, Poll},
 };
 
+/// How often an object that is listed is asked for before it counts as unreadable.
+const APPEARS_TRIES: u32 = 3;
+
 /// An object being read: its size, then its bytes. Ends with an error if bytes are missing.
 pub struct Download {
     /// Bytes of the object.
@@ -61,10 +64,20 @@ impl Tier2 {
     pub async fn download(&self, key: &str) -> Result<Download, Error> {
         let path = self.path(Op::Download, key)?;
         self.require_folder(Op::Download, key)?;
-        match self.store.get(&path).await {
-            Ok(object) => Ok(self.downloading(key, object)),
-            Err(object_store::Error::NotFound { .. }) => Err(self.why_missing(key, &path).await),
-            Err(error) => Err(classify(Op::Download, &self.place(key), error)),
+        let mut tries = 0;
+        loop {
+            match self.store.get(&path).await {
+                Ok(object) => return Ok(self.downloading(key, object)),
+                Err(object_store::Error::NotFound { .. }) => {
+                    // It may have been uploaded between the two answers.
+                    let error = self.why_missing(key, &path).await;
+                    tries += 1;
+                    if error.kind != Kind::Transient || tries == APPEARS_TRIES {
+                        return Err(error);
+                    }
+                }
+                Err(error) => return Err(classify(Op::Download, &self.place(key), error)),
+            }
         }
     }
 

@@ -113,3 +113,15 @@ async fn nobody_listening_is_transient_with_a_hint() {
     assert_eq!(error.kind, Kind::Transient, "{error}");
     assert!(error.hint.is_some(), "{error}");
 }
+
+/// Found by a verification that met an object just being uploaded: 404 first, then listed.
+#[tokio::test]
+async fn an_object_that_appears_between_two_answers_is_read() {
+    let s3 = S3::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let source = sealed(folder.path(), "a", &noise(1, 1000), 1);
+    open(&s3).upload(&source, KEY).await.unwrap();
+    s3.on_request(first(1, Method::GET, Fault::Status(404, "NoSuchKey")));
+    let whole = open(&s3).download(KEY).await.unwrap().whole().await.unwrap();
+    assert!(!whole.is_empty());
+}
