@@ -2,6 +2,7 @@
 //!
 //! Every way replays the same WAL into a copy of the same data directory, with fsync. The time is PostgreSQL's own, from its
 //! first to its last record ("redo done"). `cp` of plain segments is what a restore_command can be at best: replay is the rest.
+//! Before that, the same segments are fetched one after the other without replay.
 
 use crate::{
     options::Options,
@@ -11,7 +12,7 @@ use crate::{
     workload::{megabytes, settle_disk},
 };
 use klio_tests::{
-    postgres::{Postgres, Session, Stop},
+    postgres::{Postgres, Session, Stop, install},
     process::Running,
     programs,
     proof::{Restorer, Source},
@@ -20,7 +21,12 @@ use klio_tests::{
     site::{PATIENCE, Site},
     wait::eventually,
 };
-use std::{collections::VecDeque, fs, path::Path, time::Duration};
+use std::{
+    collections::VecDeque,
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 /// Replay of 2 GB takes half a minute.
 const RECOVERY: Duration = Duration::from_secs(900);
@@ -49,6 +55,8 @@ impl Way {
 /// Everything that a copy may recover from.
 struct Rig {
     scratch: Scratch,
+    /// What a restorer has at hand, for the server and for the bucket.
+    hands: [Scratch; 2],
     s3: S3,
     site: Site,
     primary: Postgres,
@@ -76,30 +84,33 @@ impl Rig {
         eventually("a position", PATIENCE, || site.lsn("flushed_lsn")).await;
         let scratch = Scratch::new("replay");
         fs::create_dir_all(scratch.join("plain")).expect("make a folder");
-        Self { scratch, s3, site, primary, peer, _stream: stream }
+        let hands = [Scratch::new("hands"), Scratch::new("hands")];
+        Self { scratch, hands, s3, site, primary, peer, _stream: stream }
     }
 
     fn command(&self, way: Way) -> String {
-        let klio = |source| {
-            let hands = Restorer::new(&self.site, &self.s3, source, &self.scratch);
+        let klio = |source, scratch| {
+            let hands = Restorer::new(&self.site, &self.s3, source, scratch);
             let command = hands.command(&["wal-fetch".to_owned()]);
             let args = command.get_args().map(|word| word.to_string_lossy().into_owned());
             format!("{} {}", programs::klio().display(), args.collect::<Vec<_>>().join(" "))
         };
         match way {
             Way::Cp => format!("cp {}/%f \"%p\"", self.scratch.join("plain").display()),
-            Way::Server => format!("{} %f \"%p\"", klio(Source::Server)),
-            Way::Bucket => format!("{} %f \"%p\"", klio(Source::Bucket)),
+            Way::Server => format!("{} %f \"%p\"", klio(Source::Server, &self.hands[0])),
+            Way::Bucket => format!("{} %f \"%p\"", klio(Source::Bucket, &self.hands[1])),
             Way::Peer => format!("{} archive-get %f \"%p\"", self.peer.line()),
         }
     }
 
-    async fn copy(&self, way: Way) -> Postgres {
-        let mut command = self.command(way);
+    /// The restore_command.
+    fn line(&self, way: Way) -> String {
         // The folder has its name when the copy is made; the shell knows it as its own.
-        if way == Way::Peer {
-            command = command.replace("archive-get", "--pg1-path=\"$PWD\" archive-get");
-        }
+        self.command(way).replace("archive-get", "--pg1-path=\"$PWD\" archive-get")
+    }
+
+    async fn copy(&self, way: Way) -> Postgres {
+        let command = self.line(way);
         let settings =
             format!("restore_command = '{command}'\narchive_mode = off\nhot_standby = off\n");
         self.primary.recovery_copy("recovery.signal", &settings).await
@@ -144,6 +155,33 @@ fn readable(folder: &Path) {
     }
 }
 
+impl Rig {
+    /// Fetches every segment as PostgreSQL does, without replaying any: how much there is to hide behind replay. Seconds.
+    async fn fetch(&self, way: Way, copy: &Postgres) -> f64 {
+        settle_disk().await;
+        let mut names: Vec<String> = fs::read_dir(self.scratch.join("plain"))
+            .expect("read a folder")
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        let line = self.line(way);
+        let place = copy.pg_wal().join("RECOVERYXLOG");
+        let mut seconds = 0.0;
+        for name in &names {
+            let line = line.replace("%f", name).replace("%p", "pg_wal/RECOVERYXLOG");
+            let mut command = install::command("/bin/sh".as_ref());
+            command.args(["-c", &line]).current_dir(copy.data_dir());
+            let begun = Instant::now();
+            let outcome = programs::run(command).await;
+            seconds += begun.elapsed().as_secs_f64();
+            assert_eq!(outcome.code, Some(0), "{}: {name}: {}", way.name(), outcome.stderr);
+            fs::remove_file(&place).expect("what was fetched is there");
+        }
+        seconds
+    }
+}
+
 /// Recovers a copy; seconds of redo, and how many segments.
 async fn recover(mut copy: Postgres, rows: &str) -> (f64, usize) {
     settle_disk().await;
@@ -178,7 +216,20 @@ pub async fn run(options: &Options) {
             copies[number].push_back(rig.copy(way).await);
         }
     }
+    let mut fetchers = Vec::new();
+    for way in WAYS {
+        fetchers.push(rig.copy(way).await);
+    }
     rig.load(options.scale()).await;
+    let mut fetching: [Series; 4] = Default::default();
+    for round in 0..options.rounds() {
+        for turn in 0..WAYS.len() {
+            let number = (round + turn) % WAYS.len();
+            let taken = rig.fetch(WAYS[number], &fetchers[number]).await;
+            eprintln!("fetch round {}: {}: {taken:.2} s", round + 1, WAYS[number].name());
+            fetching[number].push(taken);
+        }
+    }
     let rows = (100_000 * u64::from(options.scale())).to_string();
     let mut seconds: [Series; 4] = Default::default();
     let mut segments = 0;
@@ -192,10 +243,12 @@ pub async fn run(options: &Options) {
             seconds[number].push(taken);
         }
     }
-    print(&seconds, segments, options);
+    let stored = fs::read_dir(rig.scratch.join("plain")).expect("read a folder").count();
+    print("fetch without replay", "seconds", &fetching, stored, options);
+    print("replay", "seconds of redo", &seconds, segments, options);
 }
 
-fn print(seconds: &[Series; 4], segments: usize, options: &Options) {
+fn print(what: &str, unit: &str, seconds: &[Series; 4], segments: usize, options: &Options) {
     let bytes = megabytes(u64::try_from(segments).unwrap_or(0) * (16 << 20));
     let rows: Vec<Vec<String>> = WAYS
         .iter()
@@ -210,6 +263,6 @@ fn print(seconds: &[Series; 4], segments: usize, options: &Options) {
             ]
         })
         .collect();
-    let title = format!("replay: {segments} segments, {} rounds", options.rounds());
-    table::print(&title, &["", "seconds of redo", "MB/s", "against cp"], &rows);
+    let title = format!("{what}: {segments} segments, {} rounds", options.rounds());
+    table::print(&title, &["", unit, "MB/s", "against cp"], &rows);
 }
