@@ -18,10 +18,13 @@ case "${1:-}" in
   *) echo "usage: deploy/demo.sh [--keep]" >&2; exit 2 ;;
 esac
 
-PROFILE=release
-echo "Building klio (release; the first time takes some minutes) ..."
-cargo build --quiet --release --workspace --bins
-BIN=$PWD/target/$PROFILE
+if [ -n "${KLIO_BIN_DIR:-}" ]; then # other programs, as for the tests
+  BIN=$KLIO_BIN_DIR
+else
+  echo "Building klio (release; the first time takes some minutes) ..."
+  cargo build --quiet --release --workspace --bins
+  BIN=$PWD/target/release
+fi
 PGBIN=${PGBIN:-/usr/lib/postgresql/15/bin}
 NATS=$PWD/.tools/bin/nats-server
 WORK=$(mktemp -d /tmp/klio-demo.XXXXXX)
