@@ -74,7 +74,7 @@ codes! {
 impl Code {
     /// A gRPC status with this code, a message for the reader, and the hint.
     pub fn status(self, message: impl std::fmt::Display) -> Status {
-        let mut status = Status::new(self.grpc(), message.to_string());
+        let mut status = Status::new(self.grpc(), short(message.to_string()));
         status.metadata_mut().insert(CODE_KEY, MetadataValue::from_static(self.name()));
         status
     }
@@ -96,6 +96,18 @@ impl Code {
     }
 }
 
+/// A status travels in HTTP/2 headers, whose size peers limit: a longer one arrives as no message at all.
+const MESSAGE_BYTES_MAX: usize = 2048;
+
+fn short(mut message: String) -> String {
+    if message.len() > MESSAGE_BYTES_MAX {
+        let end = (0..=MESSAGE_BYTES_MAX).rev().find(|at| message.is_char_boundary(*at));
+        message.truncate(end.unwrap_or(0));
+        message.push_str(" ...");
+    }
+    message
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +125,14 @@ mod tests {
     #[test]
     fn a_bare_grpc_not_found_is_not_a_missing_segment() {
         assert_ne!(Code::of(&Status::not_found("no such route")), Code::NotFound);
+    }
+
+    /// Found by a damaged repository, whose error is pages long.
+    #[test]
+    fn a_message_that_is_too_long_for_headers_is_cut_not_lost() {
+        let status = Code::Internal.status("ä".repeat(10_000));
+        assert!((2000..2100).contains(&status.message().len()), "{}", status.message().len());
+        assert!(status.message().ends_with(" ..."));
     }
 
     #[test]
