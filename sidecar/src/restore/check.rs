@@ -121,10 +121,11 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
 /// those of the PostgreSQL that still runs elsewhere on this machine.
 fn own_tablespaces(places: &Places) -> Result<(), Error> {
     let unfinished = fs::read_to_string(places.data.join(MARKER)).unwrap_or_default();
+    let links = fs::read_dir(places.data.join("pg_tblspc")).into_iter().flatten().flatten();
+    // By location: a tablespace that was dropped and made again at the same place has another OID.
+    let own: Vec<PathBuf> = links.filter_map(|link| fs::canonicalize(link.path()).ok()).collect();
     for (oid, place) in &places.tablespaces {
-        let link = places.data.join("pg_tblspc").join(oid.to_string());
-        let linked =
-            fs::canonicalize(&link).is_ok_and(|to| Some(to) == fs::canonicalize(place).ok());
+        let linked = fs::canonicalize(place).is_ok_and(|place| own.contains(&place));
         let said = super::finish::tablespace_line(*oid, place);
         if linked || unfinished.lines().any(|line| line == said) {
             continue;
@@ -212,6 +213,9 @@ mod tests {
         fs::remove_file(data.join(MARKER)).unwrap();
         assert!(own_tablespaces(&places).is_err());
         std::os::unix::fs::symlink(&place, data.join("pg_tblspc/7")).unwrap();
+        assert!(own_tablespaces(&places).is_ok());
+        // Dropped and made again at the same place: found by the restore proof.
+        fs::rename(data.join("pg_tblspc/7"), data.join("pg_tblspc/9")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
         let elsewhere = BTreeMap::from([(7, scratch.path().join("none yet"))]);
         assert!(own_tablespaces(&Places { data, tablespaces: elsewhere }).is_ok());
