@@ -11,7 +11,7 @@ use super::{
     exclude::{self, IN_WAL, Verdict},
     pages::{PageCheck, PageReader},
 };
-use klio_pg::{ControlFile, RelationFile};
+use klio_pg::{ControlFile, Fork, RelationFile};
 use klio_storage::{
     Error, Kind, Op,
     repository::{EntryKind, Source, SourceEntry},
@@ -452,7 +452,11 @@ impl Walk {
             _ => {
                 let name = named.display().to_string();
                 let check = relation.and_then(|r| Some((r.segment, self.tree.check.clone()?)));
-                let open = Box::new(move || open(&path, name, check));
+                let init = relation.and_then(|r| init_fork(&path, r));
+                let open = Box::new(move || {
+                    not_unlogged(init.as_deref())?;
+                    open(&path, name, check)
+                });
                 entry(meta, shown, EntryKind::File { size: meta.len(), open })
             }
         };
@@ -475,6 +479,22 @@ fn read_small(path: &Path, shown: PathBuf) -> io::Result<SourceEntry> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     Ok(in_memory(&meta, shown, bytes))
+}
+
+/// Where the init fork of this relation is, if it is unlogged. `None` for that fork itself.
+fn init_fork(path: &Path, relation: RelationFile) -> Option<PathBuf> {
+    let other = relation.fork != Fork::Init && !relation.temporary;
+    other.then(|| path.with_file_name(format!("{}_init", relation.number)))
+}
+
+/// PostgreSQL makes the files of a new unlogged relation before its init fork, so the names of the directory may have come
+/// in between. Such a file in a backup would stop recovery in the end: "could not create file: File exists".
+/// So it is looked for again right before reading: it "vanished" then.
+fn not_unlogged(init: Option<&Path>) -> io::Result<()> {
+    match init {
+        Some(init) if init.exists() => Err(io::ErrorKind::NotFound.into()),
+        _ => Ok(()),
+    }
 }
 
 fn open(
@@ -683,6 +703,24 @@ mod tests {
         let tree = cluster.tree(&[]);
         tree.stop.cancel();
         assert!(tree.entries().any(|e| e.is_err()));
+    }
+
+    #[test]
+    fn a_relation_that_turns_out_to_be_unlogged_vanishes() {
+        let cluster = Cluster::new(&["pg/PG_VERSION", "pg/base/5/20000", "pg/base/5/20001"]);
+        let mut opened = BTreeMap::new();
+        for entry in cluster.tree(&[]).entries() {
+            let entry = entry.unwrap();
+            let path = entry.path.display().to_string();
+            if path == "data/base/5/20000" {
+                cluster.put("pg/base/5/20000_init");
+            }
+            if let EntryKind::File { open, .. } = entry.kind {
+                opened.insert(path, open().map(drop).map_err(|error| error.kind()));
+            }
+        }
+        assert_eq!(opened["data/base/5/20000"], Err(io::ErrorKind::NotFound));
+        assert_eq!(opened["data/base/5/20001"], Ok(()));
     }
 
     #[test]
