@@ -107,8 +107,7 @@ async fn restores(
         };
         let end = match source {
             Source::Server => reach.flushed,
-            Source::Bucket => reach.archived,
-            Source::Stock => reach.sealed,
+            Source::Bucket | Source::Stock => reach.archived,
         };
         let targets = targets(oracle, first, end, source == Source::Server, rng);
         let Some((target, position)) = targets.choose(rng).cloned() else { continue };

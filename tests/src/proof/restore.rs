@@ -25,7 +25,7 @@ pub enum Source {
     Server,
     /// The bucket alone, with the key.
     Bucket,
-    /// The files of tier 1, with stock restic, age and zstd as docs/disaster.md says.
+    /// A copy of the bucket, with stock restic, age and zstd as docs/disaster.md says.
     Stock,
 }
 

@@ -22,8 +22,6 @@ use std::path::{Path, PathBuf};
 pub struct Reach {
     /// Durable on the server.
     pub flushed: Lsn,
-    /// In finished segments on the server.
-    pub sealed: Lsn,
     /// In the bucket.
     pub archived: Lsn,
 }
@@ -158,8 +156,7 @@ impl Rig {
         let ask = async || {
             let status = self.site.status().await?;
             let lsn = |field: &str| status[field].as_str()?.parse().ok();
-            let (flushed, sealed) = (lsn("flushed_lsn")?, lsn("sealed_lsn")?);
-            Some(Reach { flushed, sealed, archived: lsn("archived_lsn")? })
+            Some(Reach { flushed: lsn("flushed_lsn")?, archived: lsn("archived_lsn")? })
         };
         eventually("klio status", PATIENCE, ask).await
     }
@@ -187,7 +184,8 @@ impl Rig {
             clear_places_without_link(&places, &old.pg.data_dir().join("pg_tblspc"));
         }
         if source == Source::Stock {
-            let pg = super::stock::restore(&self.site, target, position, &self.scratch).await;
+            let pg =
+                super::stock::restore(&self.site, &self.s3, target, position, &self.scratch).await;
             return Restored::recover(pg, self.checksums).await;
         }
         let restorer = Restorer::new(&self.site, &self.s3, source, &self.scratch);

@@ -1,9 +1,11 @@
-//! A restore without any program of Klio: the commands of docs/disaster.md on a copy of tier 1.
+//! A restore without any program of Klio: the commands of docs/disaster.md on a copy of the bucket made by another tool, which has
+//! the layout of tier 1 (which itself may keep the newest backups only).
 
 use crate::{
     disaster::commands,
     postgres::{Postgres, install},
     programs,
+    s3::S3,
     scratch::Scratch,
     site::Site,
     workload::Target,
@@ -44,10 +46,16 @@ fn choice(tier1: &Path, position: Lsn) -> String {
 ///
 /// # Panics
 /// When a command of the page fails.
-pub async fn restore(site: &Site, target: &Target, position: Lsn, scratch: &Scratch) -> Postgres {
+pub async fn restore(
+    site: &Site,
+    s3: &S3,
+    target: &Target,
+    position: Lsn,
+    scratch: &Scratch,
+) -> Postgres {
     let tier1 = scratch.join("tier1");
     let _ = fs::remove_dir_all(&tier1);
-    copy(&site.tier1(), &tier1);
+    copy(&s3.bucket_dir().join("klio"), &tier1);
     let identity = scratch.join("stock-identity.txt");
     if let Some(kept) = site.identity() {
         fs::copy(kept, &identity).expect("copy the identity");
@@ -79,7 +87,11 @@ pub async fn restore(site: &Site, target: &Target, position: Lsn, scratch: &Scra
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("make a folder");
     install::give(to);
-    for entry in fs::read_dir(from).expect("read tier 1").flatten() {
+    for entry in fs::read_dir(from).expect("read the bucket").flatten() {
+        // s3s-fs's own.
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
         let target = to.join(entry.file_name());
         if entry.path().is_dir() {
             copy(&entry.path(), &target);
