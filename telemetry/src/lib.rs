@@ -42,6 +42,10 @@ use tracing::Dispatch;
 use tracing_subscriber::fmt::MakeWriter;
 use watch::{Health, Last};
 
+/// Whether this build has no telemetry at all: feature `bare`, which only the cost benchmark asks for. Spans and log lines
+/// are compiled out there, and what moves an instrument with every message looks here.
+pub const BARE: bool = cfg!(feature = "bare");
+
 /// How the program wants its telemetry.
 #[derive(Debug, Clone)]
 pub struct Options {

@@ -43,6 +43,9 @@ impl Extractor for Get {
 
 /// Writes the current tracing span's context, one call of `set` per header. Nothing outside a span.
 pub fn inject(set: &mut dyn FnMut(&str, String)) {
+    if crate::BARE {
+        return;
+    }
     let cx = tracing::Span::current().context();
     if cx.span().span_context().is_valid() {
         global::get_text_map_propagator(|p| p.inject_context(&cx, &mut Set(set)));
@@ -52,6 +55,9 @@ pub fn inject(set: &mut dyn FnMut(&str, String)) {
 /// Makes the sender's span the parent of `span`, which must not have been entered yet. Broken or absent
 /// headers leave `span` a root.
 pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
+    if crate::BARE {
+        return;
+    }
     let carrier = Get::new(get);
     let cx = global::get_text_map_propagator(|p| p.extract_with_context(&Context::new(), &carrier));
     let remote = cx.span().span_context().clone();

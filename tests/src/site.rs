@@ -196,6 +196,17 @@ impl Site {
     /// Starts the server and waits until it receives.
     pub async fn start(&mut self) {
         self.launch();
+        self.wait_live().await;
+    }
+
+    /// The same with a program of another build, and with no telemetry variable but those that were set.
+    pub async fn start_as(&mut self, program: &Path) {
+        let command = self.run_command(program);
+        self.spawn(command);
+        self.wait_live().await;
+    }
+
+    async fn wait_live(&mut self) {
         let (admin, server) = (self.admin, self.server.as_mut().expect("just launched"));
         eventually("klio-server to serve /livez", PATIENCE, || {
             assert!(server.is_running(), "klio-server ended:\n{}", server.log());
@@ -206,16 +217,26 @@ impl Site {
 
     /// Starts the server without waiting.
     pub fn launch(&mut self) {
-        let mut command = programs::command(&programs::klio_server());
-        let config = self.dir().join("klio-server.toml");
+        let mut command = self.run_command(&programs::klio_server());
         command
-            .args(["run", "-c"])
-            .arg(config)
             .env("OTEL_METRICS_EXPORTER", "prometheus")
             .env("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1")
             .env("OTEL_EXPORTER_PROMETHEUS_PORT", self.prometheus.to_string())
+            .envs(self.variables.iter().cloned());
+        self.spawn(command);
+    }
+
+    fn run_command(&self, program: &Path) -> Command {
+        let mut command = programs::command(program);
+        command
+            .args(["run", "-c"])
+            .arg(self.dir().join("klio-server.toml"))
             .env("KLIO_QUEUE__EXECUTABLE", env::tool("nats-server"))
             .envs(self.variables.iter().cloned());
+        command
+    }
+
+    fn spawn(&mut self, command: Command) {
         self.server =
             Some(Running::spawn("klio-server", command, &self.scratch.join("klio-server.log")));
     }

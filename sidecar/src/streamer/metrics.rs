@@ -4,6 +4,7 @@
 //! only: nothing here is read back to decide anything (P9).
 
 use klio_pg::Lsn;
+use klio_telemetry::BARE;
 use opentelemetry::{
     KeyValue,
     metrics::{Counter, Histogram, Meter},
@@ -168,10 +169,14 @@ impl Metrics {
     }
 
     pub(super) fn on_sent(&self, bytes: u64) {
-        self.sent.add(bytes, &self.attributes);
+        if !BARE {
+            self.sent.add(bytes, &self.attributes);
+        }
     }
     pub(super) fn on_ack_latency(&self, latency: Duration) {
-        self.ack_latency.record(latency.as_secs_f64(), &self.attributes);
+        if !BARE {
+            self.ack_latency.record(latency.as_secs_f64(), &self.attributes);
+        }
     }
     pub(super) fn on_reconnect(&self, cause: &'static str) {
         let cause = KeyValue::new("error.type", cause);

@@ -1,7 +1,7 @@
 //! The benchmarks of docs/benchmarks.md: Klio's release programs against `pg_receivewal` and pgBackRest on the same machine, interleaved.
 //!
 //! `cargo bench -p klio-tests [-- PART... --quick]` with PART one of `catch_up`, `sync_commit`, `wal_fetch`, `memory`, `backup`,
-//! `restore`, `files`, `replay`.
+//! `restore`, `files`, `replay`, `telemetry`.
 //! Nothing here asserts on time: it measures and prints, a person judges. What it does assert is that every measured run
 //! did its whole job. Tables go to standard output as Markdown, progress to standard error.
 
@@ -20,6 +20,7 @@ mod restore;
 mod stats;
 mod sync_commit;
 mod table;
+mod telemetry;
 mod wal_fetch;
 mod workload;
 
@@ -43,13 +44,16 @@ fn main() {
 }
 
 async fn run(options: &Options) {
-    if options.wants(Part::CatchUp) || options.wants(Part::WalFetch) {
+    if [Part::CatchUp, Part::WalFetch, Part::Telemetry].iter().any(|part| options.wants(*part)) {
         let load = workload::Workload::new(options.scale()).await;
         if options.wants(Part::CatchUp) {
             catch_up::run(&load, options).await;
         }
         if options.wants(Part::WalFetch) && options.with_klio() {
             wal_fetch::run(&load, options).await;
+        }
+        if options.wants(Part::Telemetry) && options.with_klio() {
+            telemetry::run(&load, options).await;
         }
     }
     if options.wants(Part::SyncCommit) {

@@ -1,7 +1,7 @@
 //! What may be asked for on the command line, and how much of everything is run.
 
 /// Printed after a wrong command line.
-pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [backup] [restore] [files] [replay] [--quick] [--rounds N] [--tables N] [--peer]\n\
+pub const USAGE: &str = "usage: cargo bench -p klio-tests -- [catch_up] [sync_commit] [wal_fetch] [memory] [backup] [restore] [files] [replay] [telemetry] [--quick] [--rounds N] [--tables N] [--peer]\n\
                          --peer: pg_receivewal only, what this machine does; KLIO_BENCH_QUICK=1 is --quick; KLIO_BIN_DIR names other release programs";
 
 /// A part that can be run alone.
@@ -23,9 +23,11 @@ pub enum Part {
     Files,
     /// Replaying WAL through a restore_command.
     Replay,
+    /// What telemetry costs.
+    Telemetry,
 }
 
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 9] = [
     ("catch_up", Part::CatchUp),
     ("sync_commit", Part::SyncCommit),
     ("wal_fetch", Part::WalFetch),
@@ -34,6 +36,7 @@ const PARTS: [(&str, Part); 8] = [
     ("restore", Part::Restore),
     ("files", Part::Files),
     ("replay", Part::Replay),
+    ("telemetry", Part::Telemetry),
 ];
 
 /// The command line.
