@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             bytes += chunk.len() as u64;
         }
         let begun = Instant::now();
-        writer.prepare_next()?;
+        writer.preparation().map_or(Ok(()), |preparation| preparation.run())?;
         finished.extend(writer.take_finished());
         for file in finished.drain(..) {
             sealed_bytes += store.seal(&cluster, file)?.size;

@@ -10,10 +10,13 @@
 //! the folder: after a crash the old or the new one is there, whole.
 
 use super::Archive;
-use crate::{Error, Kind, Op, layout::ClusterName};
+use crate::{
+    Error, Kind, Op,
+    disk::{RealDisk, durable},
+    layout::ClusterName,
+};
 use std::{
-    fs::{self, File},
-    io::Write,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -54,17 +57,7 @@ pub fn read(path: &Path) -> Result<Option<Archive>, Error> {
 pub fn write(path: &Path, archive: &Archive) -> Result<(), Error> {
     let bytes = encode(archive)
         .map_err(|error| Error::new(Kind::Invalid, Op::Write, path.display(), error))?;
-    let temporary = path.with_extension("json.tmp");
-    let write = |temporary: &Path| {
-        let mut file = File::create(temporary)?;
-        file.write_all(&bytes)?;
-        file.sync_all()
-    };
-    write(&temporary).map_err(|error| Error::io(Op::Write, &temporary, error))?;
-    fs::rename(&temporary, path).map_err(|error| Error::io(Op::Rename, path, error))?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let sync = File::open(folder).and_then(|folder| folder.sync_all());
-    sync.map_err(|error| Error::io(Op::Sync, folder, error))
+    durable::overwrite(&RealDisk, path, &bytes)
 }
 
 fn encode(archive: &Archive) -> Result<Vec<u8>, serde_json::Error> {

@@ -100,11 +100,6 @@ pub fn repository_prefix(cluster: &ClusterName) -> String {
     format!("{cluster}/base")
 }
 
-/// What opens a cluster's repository.
-pub fn repository_secret(cluster: &ClusterName, encrypted: bool) -> String {
-    format!("{cluster}/repository.json{}", if encrypted { ".age" } else { "" })
-}
-
 /// A base backup's name: 1 to 63 of `A-Z a-z 0-9 . _ -`, beginning with a letter or digit.
 #[derive(
     Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,

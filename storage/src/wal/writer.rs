@@ -440,14 +440,6 @@ impl Writer {
         })
     }
 
-    /// Makes the next journal now, if it is time. Nothing depends on it but speed.
-    ///
-    /// # Errors
-    /// Of the disk; the writer is as it was.
-    pub fn prepare_next(&mut self) -> Result<(), Error> {
-        self.preparation().map_or(Ok(()), Preparation::run)
-    }
-
     /// A checker for the bytes from here on. Where a page's header is cut in two by this position, it sees the first
     /// part, which is on disk, again.
     fn checker_here(&self) -> Result<PageChecker, Error> {

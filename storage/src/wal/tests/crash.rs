@@ -219,7 +219,7 @@ impl History {
             let outcome = match self.random.below(20) {
                 0..=8 => self.append_some(&mut writer),
                 9..=13 => writer.flush().map(|_| ()),
-                14 => writer.prepare_next(),
+                14 => writer.preparation().map_or(Ok(()), Preparation::run),
                 15 | 16 => {
                     for file in store.unsealed(&self.rig.name) {
                         let _ = store.seal(&self.rig.name, file);

@@ -114,7 +114,7 @@ fn steady_state_recycles_journals_and_changes_no_file_length() {
     let mut lengths = Vec::new();
     for end in (MIB..12 * MIB).step_by(128 << 10).skip(1) {
         rig.append_and_flush(&mut writer, end);
-        writer.prepare_next().unwrap();
+        writer.preparation().map_or(Ok(()), Preparation::run).unwrap();
         for file in writer.take_finished() {
             store.seal(&rig.name, file).unwrap();
         }
