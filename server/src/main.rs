@@ -2,8 +2,8 @@
 
 use anyhow::Context;
 use clap::Parser;
-use klio_server::cli::{Cli, Command, client, init, key, keygen, reference, run};
-use klio_server::{config::ConfigError, encryption::KeyProblem};
+use klio_server::cli::{Cli, Command, client, init, key, keygen, reference, run, telemetry};
+use klio_server::{config::ConfigError, encryption::KeyProblem, maintenance::worker};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -28,28 +28,37 @@ fn is_about_keys(error: &anyhow::Error) -> bool {
 }
 
 fn dispatch(cli: &Cli) -> anyhow::Result<()> {
+    let threads = match &cli.command {
+        Command::Run(_) => workers(),
+        _ => 1,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
     match &cli.command {
+        Command::Run(args) => runtime.block_on(run::run(&cli.command, args, cli.debug)),
+        Command::Repository(args) => worker::run(&cli.command, &args.config, cli.debug, &runtime),
+        command => {
+            runtime.block_on(telemetry::traced(command, cli.debug, command.config(), verb(command)))
+        }
+    }
+}
+
+/// A verb that is over soon.
+async fn verb(command: &Command) -> anyhow::Result<()> {
+    match command {
         Command::Init(args) => init::run(args),
         Command::Keygen(args) => keygen::run(args),
-        Command::Key(verb) => tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("start the runtime")?
-            .block_on(key::run(verb)),
+        Command::Key(verb) => key::run(verb).await,
         Command::Client(args) => client::run(args),
         Command::Reference(args) => {
             reference::run(args);
             Ok(())
         }
-        Command::Repository(args) => klio_server::maintenance::worker::run(&args.config),
-        Command::Run(args) => {
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(workers())
-                .enable_all()
-                .build()
-                .context("start the runtime")?;
-            runtime.block_on(run::run(args, cli.debug))
-        }
+        // They have a life of their own: see `dispatch`.
+        Command::Run(_) | Command::Repository(_) => Ok(()),
     }
 }
 

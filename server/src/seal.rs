@@ -5,7 +5,7 @@
 //! - A seal that fails is tried again at the next rescan, for ever; the journal stays until then.
 //! - What was sealed is offered to the queue, which never blocks us (P4).
 
-use crate::{metrics::Metrics, queue};
+use crate::{errors, metrics::Metrics, queue};
 use klio_storage::{
     layout::{ClusterName, WalFile},
     tier2::Sha256Sum,
@@ -21,7 +21,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, Span};
+use tracing::{Instrument, Span, field::Empty};
 
 const HINTS_MAX: usize = 256;
 const RESCAN_INTERVAL: Duration = Duration::from_secs(15);
@@ -139,7 +139,14 @@ async fn find_work(store: &WalStore) -> Vec<Hint> {
 /// The span spans all of it: what is logged here carries the segment's trace, and the job takes it along.
 async fn seal(context: &Context, hint: Hint) {
     let Hint { cluster, file, parent } = hint;
-    let span = tracing::info_span!(parent: &parent, "wal.seal", %cluster, file = %file);
+    let span = tracing::info_span!(
+        parent: &parent,
+        "wal.seal",
+        %cluster,
+        file = %file,
+        bytes = Empty,
+        error.type = Empty,
+    );
     seal_one(context, cluster, file).instrument(span).await;
 }
 
@@ -150,13 +157,18 @@ async fn seal_one(context: &Context, cluster: ClusterName, file: WalFile) {
         Ok(Ok(sealed)) => {
             after_seal(context, &cluster, &sealed);
             let Sealed { file, size, sha256, .. } = sealed;
+            Span::current().record("bytes", size);
             context.queue.publish_sealed(&cluster, file, size, Some(Sha256Sum::new(sha256)));
         }
         Ok(Err(error)) => {
+            Span::current().record("error.type", errors::code(&error).name());
             tracing::error!(%cluster, %file, %error, "seal failed; it is tried again");
             context.metrics.seal_failed(&cluster);
         }
-        Err(error) => tracing::error!(%cluster, %file, %error, "seal task ended"),
+        Err(error) => {
+            Span::current().record("error.type", klio_proto::Code::Internal.name());
+            tracing::error!(%cluster, %file, %error, "seal task ended");
+        }
     }
 }
 

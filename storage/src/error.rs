@@ -27,6 +27,36 @@ pub enum Kind {
     Io,
 }
 
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Kind; 9] = [
+        Kind::NotFound,
+        Kind::Conflict,
+        Kind::Invalid,
+        Kind::Corrupt,
+        Kind::Full,
+        Kind::Poisoned,
+        Kind::Transient,
+        Kind::Denied,
+        Kind::Io,
+    ];
+
+    /// A word of a closed set for `error.type`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::NotFound => "missing",
+            Kind::Conflict => "conflict",
+            Kind::Invalid => "invalid",
+            Kind::Corrupt => "corrupt",
+            Kind::Full => "full",
+            Kind::Poisoned => "poisoned",
+            Kind::Transient => "transient",
+            Kind::Denied => "denied",
+            Kind::Io => "io",
+        }
+    }
+}
+
 /// What was being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]

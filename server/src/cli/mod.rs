@@ -6,9 +6,10 @@ pub mod key;
 pub mod keygen;
 pub mod reference;
 pub mod run;
+pub mod telemetry;
 
 use clap::{Parser, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Receives PostgreSQL's write-ahead log, keeps it durable on disk and moves it to object storage.
 #[derive(Debug, Parser)]
@@ -55,4 +56,17 @@ pub struct RunArgs {
     /// The configuration file.
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
+}
+
+impl Command {
+    /// The configuration file of a verb that reads one.
+    pub fn config(&self) -> Option<&Path> {
+        match self {
+            Command::Key(key::Verb::Show(args)) => Some(&args.config),
+            Command::Key(key::Verb::Rotate(args) | key::Verb::Rewrap(args)) => Some(&args.config),
+            Command::Run(args) | Command::Repository(args) => Some(&args.config),
+            Command::Client(args) => Some(&args.config),
+            Command::Init(_) | Command::Keygen(_) | Command::Reference(_) => None,
+        }
+    }
 }

@@ -1,38 +1,33 @@
 //! `klio-server run`: configuration, telemetry, the server, a signal, the way out.
 
-use super::RunArgs;
+use super::{Command, RunArgs, telemetry};
 use crate::{app, config::Config};
 use anyhow::Context;
-use klio_telemetry::{LogFormat, Options};
+use klio_telemetry::Telemetry;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::Instrument;
 
 /// Telemetry may delay the exit by this much (P9).
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs until a signal or a fatal error.
-pub async fn run(args: &RunArgs, debug: bool) -> anyhow::Result<()> {
+pub async fn run(command: &Command, args: &RunArgs, debug: bool) -> anyhow::Result<()> {
     let config = Config::load(&args.config)?;
-    let telemetry = klio_telemetry::start(Options {
-        service: "klio-server",
-        version: env!("CARGO_PKG_VERSION"),
-        debug,
-        log_format: config.telemetry.log_format.as_deref().map(|format| match format {
-            "json" => LogFormat::Json,
-            _ => LogFormat::Text,
-        }),
-        log_filter: config.telemetry.log_level.clone(),
-        overrides: config.telemetry.overrides(),
-    })?;
-    let outcome = serve(config, &telemetry).await;
+    let telemetry = klio_telemetry::start(telemetry::options(&config.telemetry, debug))?;
+    let span = telemetry::root_span(command);
+    let trace = span.in_scope(klio_telemetry::current_trace_id);
+    let outcome = serve(config, &telemetry).instrument(span.clone()).await;
     if let Err(error) = &outcome {
-        tracing::error!(error = format!("{error:#}"), "klio-server ends");
+        tracing::error!(parent: &span, error = format!("{error:#}"), "klio-server ends");
     }
-    telemetry.shutdown(FLUSH_TIMEOUT).await;
+    telemetry::record(&span, &outcome);
+    drop(span);
+    telemetry::epilogue(trace, telemetry.shutdown(FLUSH_TIMEOUT).await);
     outcome
 }
 
-async fn serve(config: Config, telemetry: &klio_telemetry::Telemetry) -> anyhow::Result<()> {
+async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let mut running = app::start(config, telemetry).await?;

@@ -10,6 +10,7 @@ use klio_storage::{Error, Kind, Op, layout::ClusterName};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 /// Clusters compared at once.
 const CLUSTERS_AT_ONCE: usize = 4;
@@ -59,20 +60,26 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
 
 /// Gives back the clusters that failed.
 async fn reconcile_all(parts: &Parts, which: Vec<ClusterName>) -> Vec<ClusterName> {
-    let each = stream::iter(which).map(|cluster| async move {
-        // One kind's trouble is not the other's.
-        let (wal, base) =
-            (reconcile(parts, &cluster).await, super::base::reconcile(parts, &cluster).await);
-        match wal.and(base) {
-            Ok(()) => None,
-            Err(error) => {
-                tracing::warn!(%cluster, %error, "the tiers cannot be compared; tried again later");
-                parts.archives.problem(&cluster, None, format!("compare the tiers: {error}"));
-                Some(cluster)
-            }
-        }
+    let each = stream::iter(which).map(|cluster| {
+        let span = tracing::info_span!(parent: None, "reconcile", %cluster);
+        compare(parts, cluster).instrument(span)
     });
     each.buffer_unordered(CLUSTERS_AT_ONCE).filter_map(|failed| async { failed }).collect().await
+}
+
+/// Gives back the cluster when it failed.
+async fn compare(parts: &Parts, cluster: ClusterName) -> Option<ClusterName> {
+    // One kind's trouble is not the other's.
+    let (wal, base) =
+        (reconcile(parts, &cluster).await, super::base::reconcile(parts, &cluster).await);
+    match wal.and(base) {
+        Ok(()) => None,
+        Err(error) => {
+            tracing::warn!(%cluster, %error, "the tiers cannot be compared; tried again later");
+            parts.archives.problem(&cluster, None, format!("compare the tiers: {error}"));
+            Some(cluster)
+        }
+    }
 }
 
 async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
+use tracing::{Instrument, Span};
 
 /// Bytes of one message, and messages waiting: 1 MiB in flight for each fetch.
 const PIECE_BYTES: usize = 256 << 10;
@@ -36,10 +37,14 @@ pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
     let (pieces, outbound) = mpsc::channel(PIECES_MAX);
     match found {
         Located::Tier1 { found, segment_size } => {
-            tasks.spawn(from_disk(found, segment_size, pieces));
+            Span::current().record("tier", "tier1");
+            tasks.spawn(from_disk(found, segment_size, pieces).in_current_span());
         }
         Located::Tier2 { file, download, keys, segment_size } => {
-            tasks.spawn(from_bucket(file, download, keys, segment_size, pieces));
+            Span::current().record("tier", "tier2");
+            Span::current().record("bytes", download.size);
+            let sending = from_bucket(file, download, keys, segment_size, pieces);
+            tasks.spawn(sending.in_current_span());
         }
     }
     ReceiverStream::new(outbound).boxed()
@@ -97,6 +102,7 @@ async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
         Found::Stored { file, plain_size, .. } => (kind_of(*file), *plain_size),
         Found::Open(open) => (FetchKind::PartialRaw, open.plain_size()),
     };
+    Span::current().record("bytes", plain_size);
     let tier = "tier1".into();
     let header = v1::FetchHeader { kind: kind.into(), plain_size, segment_size, tier };
     let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };

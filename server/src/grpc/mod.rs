@@ -4,6 +4,7 @@ pub mod auth;
 mod base;
 mod catalog;
 mod fetch;
+pub mod trace;
 mod wal;
 
 pub use base::BaseService;

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 /// A client that opens a stream and says nothing is let go after this.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -120,7 +121,8 @@ impl Wal for WalService {
         let open = Open::try_from(open)?;
         let (responses, outbound) = mpsc::channel(RESPONSES_MAX);
         let receiver = self.receiver.clone();
-        self.tasks.spawn(receiver.serve(identity, cluster, open, who, inbound, responses));
+        let session = receiver.serve(identity, cluster, open, who, inbound, responses);
+        self.tasks.spawn(self.receiver.metrics.polls().watch(session).in_current_span());
         Ok(Response::new(ReceiverStream::new(outbound).boxed()))
     }
 

@@ -15,6 +15,7 @@ use tokio::{
     process::Command,
 };
 use tonic::Status;
+use tracing::{Instrument, field::Empty};
 
 /// Told how far the work is; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);
@@ -52,8 +53,37 @@ impl Inner {
         work: Work,
         tell: Tell<'_>,
     ) -> Result<Line, Status> {
+        let span = tracing::info_span!(
+            "maintenance.child",
+            otel.kind = "client",
+            otel.status_code = Empty,
+            error.type = Empty,
+            %cluster,
+            process.executable.name = "klio-server",
+        );
+        let result = self.follow(cluster, work, tell).instrument(span.clone()).await;
+        if let Err(status) = &result {
+            span.record("otel.status_code", "ERROR");
+            span.record("error.type", Code::of(status).name());
+        }
+        result
+    }
+
+    async fn follow(
+        &self,
+        cluster: &ClusterName,
+        work: Work,
+        tell: Tell<'_>,
+    ) -> Result<Line, Status> {
         let failed = |what: &str, e: std::io::Error| Code::Internal.status(format!("{what}: {e}"));
+        let mut traceparent = String::new();
+        klio_telemetry::propagate::inject(&mut |key, value| {
+            if key == "traceparent" {
+                traceparent = value;
+            }
+        });
         let job = Job {
+            traceparent,
             cluster: cluster.clone(),
             data_dir: self.data_dir.clone(),
             tier2_url: self.base.tier2().map(|tier2| tier2.url().to_owned()),

@@ -22,6 +22,9 @@ pub struct Job {
     pub data_dir: PathBuf,
     /// The server's bucket; must be that of the configuration.
     pub tier2_url: Option<String>,
+    /// W3C trace context of who asked; empty when there is none.
+    #[serde(default)]
+    pub traceparent: String,
     /// The work.
     pub work: Work,
 }

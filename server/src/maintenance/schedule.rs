@@ -16,6 +16,7 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tracing::Instrument;
 
 /// How often it is asked whether something is due. Reads what is known in memory.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -74,7 +75,8 @@ impl Inner {
                 let new: Vec<BackupName> = there.difference(&entry.seen).cloned().collect();
                 let now = Instant::now();
                 if now >= entry.not_before && (!new.is_empty() || now >= entry.next) {
-                    self.look_after(&cluster, new, entry).await;
+                    let span = tracing::info_span!(parent: None, "maintenance", %cluster);
+                    self.look_after(&cluster, new, entry).instrument(span).await;
                 }
             }
         }

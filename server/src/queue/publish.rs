@@ -16,7 +16,7 @@ use klio_storage::{
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 
 /// Jobs that wait for the queue: a few seconds' worth of a server that seals as fast as it can.
 pub(super) const WAITING_MAX: usize = 1024;
@@ -119,10 +119,14 @@ pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<()
         let sent = tokio::time::timeout(ANSWER_WITHIN, send(&jetstream, job)).await;
         sent.unwrap_or_else(|_| Err(fail(&"no answer in time")))
     };
-    let outcome = send.instrument(span).await;
+    let outcome = send.instrument(span.clone()).await;
     // A queue that is full by its own limit works as it should.
     let full = outcome.as_ref().is_err_and(|e| e.to_string().contains("maximum bytes exceeded"));
     shared.published(outcome.is_ok() || full);
+    if outcome.is_err() {
+        span.record("otel.status_code", "ERROR");
+        span.record("error.type", if full { "queue_full" } else { "queue" });
+    }
     outcome
 }
 
@@ -131,6 +135,8 @@ fn span_of(job: &Task) -> tracing::Span {
         Task::Wal(job) => tracing::info_span!(
             "wal.publish",
             otel.kind = "producer",
+            otel.status_code = Empty,
+            error.type = Empty,
             messaging.system = "nats",
             cluster = %job.cluster,
             file = %job.file,
@@ -138,6 +144,8 @@ fn span_of(job: &Task) -> tracing::Span {
         Task::Base(job) => tracing::info_span!(
             "base.publish",
             otel.kind = "producer",
+            otel.status_code = Empty,
+            error.type = Empty,
             messaging.system = "nats",
             cluster = %job.cluster,
             object = %job.object,

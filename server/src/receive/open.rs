@@ -59,7 +59,9 @@ pub fn check_system(
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, klio_storage::Error> + Send + 'static,
 ) -> Result<T, Status> {
-    match tokio::task::spawn_blocking(work).await {
+    // What it logs and queues belongs to the caller's trace.
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(result) => result.map_err(|error| errors::status(&error)),
         Err(error) => Err(Code::Internal.status(format!("storage task: {error}"))),
     }

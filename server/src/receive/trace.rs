@@ -14,7 +14,14 @@ pub struct SegmentSpans {
     cluster: ClusterName,
     timeline: TimelineId,
     size: SegmentSize,
-    open: BTreeMap<SegmentName, Span>,
+    open: BTreeMap<SegmentName, Receiving>,
+}
+
+/// A segment's span, and what came of it so far.
+struct Receiving {
+    span: Span,
+    bytes: u64,
+    messages: u64,
 }
 
 impl SegmentSpans {
@@ -23,30 +30,48 @@ impl SegmentSpans {
         Self { cluster, timeline, size, open: BTreeMap::new() }
     }
 
-    /// Begins spans for segments that this chunk is the first of.
+    /// Begins spans for segments that this chunk is the first of, and counts.
     pub fn arrive(&mut self, chunk: &Chunk) {
         let last = Lsn::new(chunk.start.as_u64() + (chunk.data.len() as u64).saturating_sub(1));
         for at in [chunk.start, last] {
             let name = SegmentName::containing(self.timeline, at, self.size);
-            if self.open.contains_key(&name) {
-                continue;
+            if !self.open.contains_key(&name) {
+                let span = self.begin(name, &chunk.traceparent);
+                self.open.insert(name, Receiving { span, bytes: 0, messages: 0 });
             }
-            let span = tracing::info_span!(
-                parent: None, "wal.receive", cluster = %self.cluster, segment = %name
-            );
-            if !chunk.traceparent.is_empty() {
-                klio_telemetry::propagate::adopt(&span, &|key| {
-                    (key == "traceparent").then(|| chunk.traceparent.clone())
-                });
-            }
-            self.open.insert(name, span);
         }
+        let name = SegmentName::containing(self.timeline, chunk.start, self.size);
+        if let Some(receiving) = self.open.get_mut(&name) {
+            receiving.bytes += chunk.data.len() as u64;
+            receiving.messages += 1;
+        }
+    }
+
+    fn begin(&self, name: SegmentName, traceparent: &str) -> Span {
+        let span = tracing::info_span!(
+            parent: None,
+            "wal.receive",
+            cluster = %self.cluster,
+            segment = %name,
+            bytes = tracing::field::Empty,
+            messages = tracing::field::Empty,
+        );
+        if !traceparent.is_empty() {
+            klio_telemetry::propagate::adopt(&span, &|key| {
+                (key == "traceparent").then(|| traceparent.to_owned())
+            });
+        }
+        span
     }
 
     /// The span of a finished segment, to go on with.
     pub fn finish(&mut self, file: WalFile) -> Span {
         match file {
-            WalFile::Segment(name) => self.open.remove(&name).unwrap_or_else(Span::none),
+            WalFile::Segment(name) => self.open.remove(&name).map_or_else(Span::none, |received| {
+                received.span.record("bytes", received.bytes);
+                received.span.record("messages", received.messages);
+                received.span
+            }),
             _ => Span::none(),
         }
     }

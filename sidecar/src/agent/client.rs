@@ -65,7 +65,14 @@ fn attempt(
     let mut stream = connect(errand.spool, errand.deadline, start)?;
     stream.set_write_timeout(Some(SILENCE_MAX))?;
     let fingerprint = errand.fingerprint.to_owned();
-    stream.write_all(Question { fingerprint, file: errand.file }.line().as_bytes())?;
+    let mut traceparent = String::new();
+    klio_telemetry::propagate::inject(&mut |key, value| {
+        if key == "traceparent" {
+            traceparent = value;
+        }
+    });
+    let question = Question { fingerprint, file: errand.file, traceparent };
+    stream.write_all(question.line().as_bytes())?;
     let mut lines = BufReader::new(&stream);
     loop {
         let left = errand.deadline.saturating_duration_since(Instant::now());

@@ -6,17 +6,20 @@
 use super::{ahead::Ahead, spool::Files};
 use crate::{
     error::{Error, Failure},
-    wal_source::{Expected, Fetch, Received, Target, WalSource},
+    wal_source::{self, Expected, Fetch, Received, Target, WalSource},
 };
 use klio_pg::SegmentName;
 use klio_proto::Code;
 use klio_storage::layout::WalFile;
+use opentelemetry::trace::{SpanContext, TraceContextExt};
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tokio::{
     sync::{mpsc, oneshot},
     task::{AbortHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// Bounds (A4).
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +41,8 @@ impl Default for Limits {
 #[derive(Debug)]
 pub(super) struct Ask {
     pub file: WalFile,
+    /// W3C trace context of who asks; empty where it has none.
+    pub traceparent: String,
     pub reply: oneshot::Sender<Reply>,
 }
 
@@ -56,6 +61,8 @@ pub(super) enum Reply {
 pub(super) struct Handed {
     pub path: PathBuf,
     pub size: u64,
+    /// Of the fetch that brought it.
+    fetched: SpanContext,
 }
 
 impl Drop for Handed {
@@ -95,7 +102,19 @@ struct Fetching {
 }
 
 impl Fetching {
-    async fn run(self, file: WalFile, final_only: bool) -> Fetched {
+    /// Below who asked, or, ahead of any ask, a trace of its own.
+    async fn run(self, file: WalFile, final_only: bool, traceparent: &str) -> Fetched {
+        // Not below the agent's own span, which lasts as long as the recovery: this is a task of its own.
+        let span = wal_source::span(file);
+        adopt(&span, traceparent);
+        let fetched = self.fetch(file, final_only).instrument(span.clone()).await;
+        let received =
+            fetched.as_ref().map(|fetched| fetched.as_ref().map(|(received, _)| received));
+        wal_source::ended(&span, received);
+        fetched
+    }
+
+    async fn fetch(self, file: WalFile, final_only: bool) -> Fetched {
         let path = self.files.unused();
         let target = Arc::new(Target::create(path.clone())?);
         let fetch = Fetch { source: self.source, file, expected: self.expected };
@@ -107,8 +126,23 @@ impl Fetching {
         let Some(received) = received? else { return Ok(None) };
         let whole = self.files.unused();
         target.commit(&whole, false)?;
-        Ok(Some((received, Handed { path: whole, size: received.size })))
+        let fetched = Span::current().context().span().span_context().clone();
+        Ok(Some((received, Handed { path: whole, size: received.size, fetched })))
     }
+}
+
+fn adopt(span: &Span, traceparent: &str) {
+    klio_telemetry::propagate::adopt(span, &|key| {
+        (key == "traceparent").then(|| traceparent.to_owned())
+    });
+}
+
+/// What was read ahead reaches who asked for it: a span of the asking trace with a link to the fetch's.
+fn handed_over(ask: &Ask, handed: &Handed) {
+    let span =
+        tracing::info_span!(parent: None, "wal.hand_over", file = %ask.file, bytes = handed.size);
+    adopt(&span, &ask.traceparent);
+    span.add_link(handed.fetched.clone());
 }
 
 impl Engine {
@@ -153,6 +187,7 @@ impl Engine {
         self.ahead.asked();
         if let WalFile::Segment(name) = ask.file {
             if let Some(handed) = self.ready.remove(&name) {
+                handed_over(&ask, &handed);
                 self.deliver(name, ask, handed);
                 return self.fill();
             }
@@ -167,7 +202,7 @@ impl Engine {
     fn fetch_now(&mut self, ask: Ask) {
         let fetch = self.fetch.clone();
         self.tasks.spawn(async move {
-            let fetched = fetch.run(ask.file, false).await;
+            let fetched = fetch.run(ask.file, false, &ask.traceparent).await;
             Done::Asked(ask, fetched)
         });
     }
@@ -195,7 +230,10 @@ impl Engine {
         self.coming.remove(&name);
         let waiting = self.waiting.remove(&name);
         match (fetched, waiting) {
-            (Ok(Some((_, handed))), Some(ask)) => self.deliver(name, ask, handed),
+            (Ok(Some((_, handed))), Some(ask)) => {
+                handed_over(&ask, &handed);
+                self.deliver(name, ask, handed);
+            }
             (Ok(Some((_, handed))), None) => {
                 if self.ahead.keeps(name) {
                     self.ready.insert(name, handed);
@@ -262,7 +300,7 @@ impl Engine {
             }
             let fetch = self.fetch.clone();
             let task = self.tasks.spawn(async move {
-                Done::Ahead(name, fetch.run(WalFile::Segment(name), true).await)
+                Done::Ahead(name, fetch.run(WalFile::Segment(name), true, "").await)
             });
             self.coming.insert(name, task);
         }

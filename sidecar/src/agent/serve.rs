@@ -4,7 +4,6 @@ use super::{
     engine::{Ask, Handed, Reply},
     wire::{LINE_BYTES_MAX, Line, Question},
 };
-use klio_storage::layout::WalFile;
 use std::{sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -75,7 +74,7 @@ async fn converse(stream: UnixStream, served: &Served, activity: &Activity) -> s
         return Ok(());
     }
     activity.send_replace(tokio::time::Instant::now());
-    let Some(reply) = wait(question.file, served, activity, &mut reader, &mut writer).await? else {
+    let Some(reply) = wait(question, served, activity, &mut reader, &mut writer).await? else {
         return Ok(());
     };
     let (line, handed) = match reply {
@@ -98,14 +97,15 @@ fn file_line(handed: &Handed) -> Line {
 
 /// The reply; `None` when the caller went away.
 async fn wait(
-    file: WalFile,
+    question: Question,
     served: &Served,
     activity: &Activity,
     reader: &mut BufReader<tokio::net::unix::OwnedReadHalf>,
     writer: &mut OwnedWriteHalf,
 ) -> std::io::Result<Option<Reply>> {
     let (reply, mut answer) = oneshot::channel();
-    if served.asks.send(Ask { file, reply }).await.is_err() {
+    let Question { file, traceparent, .. } = question;
+    if served.asks.send(Ask { file, traceparent, reply }).await.is_err() {
         return Ok(Some(Reply::Failed("the agent is leaving".into())));
     }
     let mut gone = [0];

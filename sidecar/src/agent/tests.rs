@@ -264,7 +264,11 @@ async fn of_a_damaged_segment_the_other_copy_is_given() {
 #[tokio::test]
 async fn a_caller_that_goes_away_leaves_no_trace() {
     let agent = agent(0..30).await;
-    let question = Question { fingerprint: OURS.into(), file: asked_for(segment(1, 3)) };
+    let question = Question {
+        fingerprint: OURS.into(),
+        file: asked_for(segment(1, 3)),
+        traceparent: String::new(),
+    };
     for take_answer in [false, true] {
         let (socket, line) = (super::spool::socket_in(&agent.spool()), question.line());
         let killed = tokio::task::spawn_blocking(move || {
@@ -295,7 +299,12 @@ async fn an_agent_that_dies_never_answers_wrongly() {
         let errand = Errand { spool: &spool, fingerprint: OURS, file, path: &path, deadline };
         client::ask(&errand, || Err(std::io::Error::other("none is started here")))
     });
-    let line = Question { fingerprint: OURS.into(), file: asked_for(segment(1, 2)) }.line();
+    let line = Question {
+        fingerprint: OURS.into(),
+        file: asked_for(segment(1, 2)),
+        traceparent: String::new(),
+    }
+    .line();
     let socket = super::spool::socket_in(&agent.spool());
     let stream = UnixStream::connect(socket).unwrap();
     (&stream).write_all(line.as_bytes()).unwrap();
@@ -339,7 +348,13 @@ async fn wal_of_another_postgresql_is_not_handed_over() {
     let engine = Engine::new(source, expected, spool.files(), Limits::default(), leave.clone());
     let (asks, queue) = mpsc::channel(1);
     let (reply, answer) = tokio::sync::oneshot::channel();
-    asks.send(super::engine::Ask { file: asked_for(segment(1, 1)), reply }).await.unwrap();
+    asks.send(super::engine::Ask {
+        file: asked_for(segment(1, 1)),
+        traceparent: String::new(),
+        reply,
+    })
+    .await
+    .unwrap();
     let mut tasks = JoinSet::new();
     tasks.spawn(engine.run(queue));
     let answer = answer.await.unwrap();

@@ -2,7 +2,7 @@
 //!
 //! | who | line |
 //! |---|---|
-//! | caller | `klio-wal 1 <fingerprint> <file>` |
+//! | caller | `klio-wal 1 <fingerprint> <file>`, and where it is traced ` <traceparent>` |
 //! | agent | `wait`, about every second |
 //! | agent | `file <name in the spool> <bytes>`, `absent <text>`, `failed <text>`, or `other`: end of the answer |
 //!
@@ -26,17 +26,22 @@ const GREETING: &str = "klio-wal 1";
 pub(super) struct Question {
     pub fingerprint: String,
     pub file: WalFile,
+    /// W3C trace context of the caller; empty where it has none.
+    pub traceparent: String,
 }
 
 impl Question {
     pub fn line(&self) -> String {
-        format!("{GREETING} {} {}\n", self.fingerprint, self.file)
+        let line = format!("{GREETING} {} {} {}", self.fingerprint, self.file, self.traceparent);
+        format!("{}\n", line.trim_end())
     }
 
     pub fn parse(line: &str) -> Option<Self> {
         let rest = line.trim_end().strip_prefix(GREETING)?.strip_prefix(' ')?;
-        let (fingerprint, file) = rest.split_once(' ')?;
-        Some(Self { fingerprint: fingerprint.to_owned(), file: file.parse().ok()? })
+        let (fingerprint, rest) = rest.split_once(' ')?;
+        let (file, traceparent) = rest.split_once(' ').unwrap_or((rest, ""));
+        let (fingerprint, traceparent) = (fingerprint.to_owned(), traceparent.to_owned());
+        Some(Self { fingerprint, file: file.parse().ok()?, traceparent })
     }
 }
 
@@ -121,9 +126,14 @@ mod tests {
 
     #[test]
     fn lines_read_back() {
-        let question =
-            Question { fingerprint: "ab12".into(), file: "00000002.history".parse().unwrap() };
-        assert_eq!(Question::parse(&question.line()), Some(question));
+        for traceparent in ["", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"] {
+            let question = Question {
+                fingerprint: "ab12".into(),
+                file: "00000002.history".parse().unwrap(),
+                traceparent: traceparent.into(),
+            };
+            assert_eq!(Question::parse(&question.line()), Some(question));
+        }
         for line in [
             Line::Wait,
             Line::Other,

@@ -168,11 +168,14 @@ impl<C: Fn() -> Timestamp> Loop<C> {
             return true;
         }
         self.backup.progress = Progress::new();
-        tracing::info!("scheduled backup begins");
-        let result = self.backup.run(&Order::default()).await;
+        let span = self.backup.span();
+        span.in_scope(|| tracing::info!("scheduled backup begins"));
+        let result = self.backup.run_in(&Order::default(), &span).await;
         if self.backup.stop.is_cancelled() {
             return false;
         }
+        // How it went is said with the backup's trace id.
+        let _in_span = span.enter();
         match result {
             Ok(done) => {
                 planner.succeeded(begun, &mut self.rng);

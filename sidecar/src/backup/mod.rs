@@ -38,6 +38,7 @@ use klio_storage::{
     catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome},
     layout::{BackupName, ClusterName},
 };
+use klio_telemetry::redact::redact;
 use opentelemetry::KeyValue;
 use std::{
     path::PathBuf,
@@ -101,17 +102,29 @@ impl Backup {
     /// # Errors
     /// No backup was taken. What fails after it was is in [`Done`] (B5).
     pub async fn run(&self, order: &Order) -> Result<Done, Error> {
-        let span = tracing::info_span!(
+        self.run_in(order, &self.span()).await
+    }
+
+    /// For [`Backup::run_in`]: what is logged about the backup belongs there.
+    pub fn span(&self) -> Span {
+        tracing::info_span!(
             "backup",
             cluster = %self.cluster,
             backup.name = Empty,
             otel.status_code = Empty,
             error.r#type = Empty,
-        );
+        )
+    }
+
+    /// The same, in a span of [`Backup::span`].
+    ///
+    /// # Errors
+    /// As [`Backup::run`].
+    pub async fn run_in(&self, order: &Order, span: &Span) -> Result<Done, Error> {
         self.metrics.begins(now_unix());
-        let result = self.phases(order, &span).instrument(span.clone()).await;
+        let result = self.phases(order, span).instrument(span.clone()).await;
         if let Err(error) = &result {
-            mark(&span, error);
+            mark(span, error);
         }
         self.metrics.ends(now_unix(), &result);
         result
@@ -179,7 +192,7 @@ fn mark(span: &Span, error: &Error) {
         "exception",
         vec![
             KeyValue::new("exception.type", error.failure.name()),
-            KeyValue::new("exception.message", error.message.clone()),
+            KeyValue::new("exception.message", redact(&error.message).into_owned()),
         ],
     );
 }

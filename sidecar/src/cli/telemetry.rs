@@ -1,10 +1,16 @@
 //! Hands the `[telemetry]` section to the telemetry crate, and opens a command's root span.
 
-use super::{args::Cli, say};
-use crate::{config::Config, error::Error};
-use klio_telemetry::{Delivery, LogFormat, Options, redact::redact_arguments};
+use super::{
+    args::{Cli, Command},
+    say,
+};
+use crate::{
+    config::{Config, environment},
+    error::Error,
+};
+use klio_telemetry::{Delivery, LogFormat, Options, propagate, redact::redact_arguments};
 use std::{collections::BTreeMap, ffi::OsString};
-use tracing::Span;
+use tracing::{Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// What the configuration says; the telemetry crate reads the `OTEL_*` variables itself.
@@ -42,31 +48,35 @@ pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     }
 }
 
-/// `cli.<command>`, with the arguments as typed but for secrets. They are an attribute of the trace only:
-/// in front of each log line they would hide the line.
-pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
+/// `cli.<command>`, with the arguments as typed but for secrets; below the caller's span where `TRACEPARENT` names one.
+/// The arguments are an attribute of the trace only: in front of each log line they would hide the line.
+pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
     macro_rules! span {
         ($name:literal) => {
-            tracing::info_span!(
-                $name,
-                otel.status_code = tracing::field::Empty,
-                error.r#type = tracing::field::Empty,
-            )
+            tracing::info_span!($name, otel.status_code = Empty, error.r#type = Empty)
         };
     }
+    // A new verb does not compile without a span.
     let span = match command {
-        "stream" => span!("cli.stream"),
-        "backup" => span!("cli.backup"),
-        "check" => span!("cli.check"),
-        "status" => span!("cli.status"),
-        "list" => span!("cli.list"),
-        "restore" => span!("cli.restore"),
-        "drill" => span!("cli.drill"),
-        "wal-fetch" => span!("cli.wal-fetch"),
-        "wal-agent" => span!("cli.wal-agent"),
-        "slot" => span!("cli.slot"),
-        _ => span!("cli.other"),
+        Command::Stream(_) => span!("cli.stream"),
+        Command::Backup(_) => span!("cli.backup"),
+        Command::Check(_) => span!("cli.check"),
+        Command::Status(_) => span!("cli.status"),
+        Command::List(_) => span!("cli.list"),
+        Command::Restore(_) => span!("cli.restore"),
+        Command::Drill(_) => span!("cli.drill"),
+        Command::Verify(_) => span!("cli.verify"),
+        Command::Retention(_) => span!("cli.retention"),
+        Command::WalFetch(_) => span!("cli.wal-fetch"),
+        Command::WalAgent(_) => span!("cli.wal-agent"),
+        Command::Slot(_) => span!("cli.slot"),
+        Command::Reference { .. } => span!("cli.reference"),
+        Command::Help { .. } => span!("cli.help"),
     };
+    // An agent outlives who started it, and its work belongs to whoever asks.
+    if !matches!(command, Command::WalAgent(_)) {
+        propagate::adopt(&span, &|key| environment(&key.to_ascii_uppercase()));
+    }
     let words = arguments.iter().skip(1).map(|a| a.to_string_lossy().into_owned());
     span.set_attribute("cli.arguments", redact_arguments(words).join(" "));
     span
@@ -74,9 +84,12 @@ pub(super) fn root_span(command: &str, arguments: &[OsString]) -> Span {
 
 /// Marks the root span when the command failed.
 pub(super) fn record(span: &Span, result: &Result<u8, Error>) {
-    if let Err(error) = result {
-        span.record("otel.status_code", "ERROR");
-        span.record("error.type", error.failure.name());
+    match result {
+        Ok(status) => span.set_attribute("process.exit.code", i64::from(*status)),
+        Err(error) => {
+            span.record("otel.status_code", "ERROR");
+            span.record("error.type", error.failure.name());
+        }
     }
 }
 

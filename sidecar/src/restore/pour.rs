@@ -180,9 +180,11 @@ impl Pour {
         };
         let (sender, receiver) = sync_channel::<Piece>(QUEUE * self.threads);
         let receiver = Mutex::new(receiver);
+        let span = tracing::Span::current();
         let poured = thread::scope(|scope| {
             for _ in 0..self.threads {
                 scope.spawn(|| {
+                    let _span = span.enter();
                     let mut buffer = Vec::new();
                     while let Some(piece) = next(&receiver) {
                         // Goes on receiving after a failure, or the other side would wait for ever.

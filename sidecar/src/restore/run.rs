@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span, field::Empty};
 
 /// Between two questions to the server, while it is not certain whether more was written.
 const ASK_MIN: Duration = Duration::from_millis(200);
@@ -240,10 +241,32 @@ impl Restore {
     /// # Errors
     /// The first failure; the directory is not whole then, and says so (D2).
     pub async fn carry_out(&self, planned: Planned) -> Result<Done, Error> {
+        let span = tracing::info_span!(
+            "restore",
+            otel.status_code = Empty,
+            error.type = Empty,
+            files = planned.files,
+            bytes = planned.bytes,
+            written_bytes = Empty,
+        );
+        let result = self.pour(planned).instrument(span.clone()).await;
+        match &result {
+            Ok(done) => drop(span.record("written_bytes", done.written)),
+            Err(error) => {
+                span.record("otel.status_code", "ERROR");
+                span.record("error.type", error.failure.name());
+            }
+        }
+        result
+    }
+
+    async fn pour(&self, planned: Planned) -> Result<Done, Error> {
         let begun = Instant::now();
         let _reserved = self.source.reserve().await;
         let (progress, stop) = (Arc::clone(&self.progress), self.stop.clone());
-        let work = tokio::task::spawn_blocking(move || carry_out(planned, progress, stop)).await;
+        let span = Span::current();
+        let work = move || span.in_scope(|| carry_out(planned, progress, stop));
+        let work = tokio::task::spawn_blocking(work).await;
         let mut done = work.unwrap_or_else(|error| {
             Err(Error::new(Failure::Code(Code::Internal), format!("restore: {error}")))
         })?;

@@ -39,7 +39,7 @@ struct Shared {
     base: BaseLink,
     cluster: ClusterName,
     runtime: Handle,
-    /// The engine's threads know no span, and the trace is to reach the server.
+    /// Of threads that know none: the engine's. The trace is to reach the server.
     span: Span,
     /// Why the last call failed for good, in words for a person.
     failure: Mutex<Option<Error>>,
@@ -52,7 +52,7 @@ impl fmt::Debug for GrpcFiles {
 }
 
 impl GrpcFiles {
-    /// Opens nothing yet; every call belongs to the span it is made in. `runtime` must be driven by another thread than the callers' for as long as this
+    /// Opens nothing yet; every call belongs to its thread's span, else to the one in which this was made. `runtime` must be driven by another thread than the callers' for as long as this
     /// is used; `stop` ends all calls.
     pub fn new(
         link: ServerLink,
@@ -80,7 +80,9 @@ impl GrpcFiles {
             None => self.place(),
         };
         let doing = format!("{op} {place}");
-        let work = shared.base.call(&doing, call).instrument(shared.span.clone());
+        let span = Some(Span::current()).filter(|span| !span.is_none());
+        let span = span.unwrap_or_else(|| shared.span.clone());
+        let work = shared.base.call(&doing, call).instrument(span);
         shared.runtime.block_on(work).map_err(|error| {
             let stored = StorageError::new(kind(error.failure), op, &place, &error.message);
             *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);

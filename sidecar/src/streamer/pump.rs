@@ -214,7 +214,7 @@ impl<W: Wal> Pump<'_, W> {
         let limit = self.flow.room().min(self.trace.left_in_segment(start));
         let data = batch.take(self.batch_bytes.min(usize::try_from(limit).unwrap_or(usize::MAX)));
         let bytes = data.len() as u64;
-        let traceparent = self.trace.context(start);
+        let traceparent = self.trace.context(start, bytes);
         if let Some(requests) = &self.requests {
             let _ = requests.try_send(append(start, data, wal_end, traceparent));
         }

@@ -13,11 +13,14 @@ pub(super) struct SegmentTrace {
     timeline: TimelineId,
     size: SegmentSize,
     current: Option<(SegmentName, Span)>,
+    /// Of the current segment.
+    bytes: u64,
+    messages: u64,
 }
 
 impl SegmentTrace {
     pub const fn new(cluster: String, timeline: TimelineId, size: SegmentSize) -> Self {
-        Self { cluster, timeline, size, current: None }
+        Self { cluster, timeline, size, current: None, bytes: 0, messages: 0 }
     }
 
     /// Bytes from `at` to the end of its segment: no message crosses it.
@@ -25,14 +28,24 @@ impl SegmentTrace {
         self.size.bytes() - at.offset_in(self.size)
     }
 
-    /// The trace context to send with a message at `at`: only with a segment's first.
-    pub fn context(&mut self, at: Lsn) -> String {
+    /// The trace context to send with a message of `bytes` at `at`: only with a segment's first.
+    pub fn context(&mut self, at: Lsn, bytes: u64) -> String {
         let name = SegmentName::containing(self.timeline, at, self.size);
         if matches!(&self.current, Some((current, _)) if *current == name) {
+            self.bytes += bytes;
+            self.messages += 1;
             return String::new();
         }
-        let span =
-            tracing::info_span!(parent: None, "wal.send", cluster = self.cluster, segment = %name);
+        self.end();
+        (self.bytes, self.messages) = (bytes, 1);
+        let span = tracing::info_span!(
+            parent: None,
+            "wal.send",
+            cluster = self.cluster,
+            segment = %name,
+            bytes = tracing::field::Empty,
+            messages = tracing::field::Empty,
+        );
         let mut context = String::new();
         span.in_scope(|| {
             klio_telemetry::propagate::inject(&mut |key, value| {
@@ -41,7 +54,22 @@ impl SegmentTrace {
                 }
             });
         });
+        // The one line of the sidecar about a segment: it carries the trace id.
+        span.in_scope(|| tracing::debug!("sending"));
         self.current = Some((name, span));
         context
+    }
+
+    fn end(&mut self) {
+        if let Some((_, span)) = self.current.take() {
+            span.record("bytes", self.bytes);
+            span.record("messages", self.messages);
+        }
+    }
+}
+
+impl Drop for SegmentTrace {
+    fn drop(&mut self) {
+        self.end();
     }
 }

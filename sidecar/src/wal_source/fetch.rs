@@ -19,6 +19,7 @@ use klio_storage::layout::WalFile;
 use rand::{SeedableRng, rngs::StdRng};
 use std::{path::Path, sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
+use tracing::{Instrument, Span, field::Empty};
 
 /// Pieces between the connection and the disk; a source gives up to 1 MiB each.
 const PIECES_IN_FLIGHT: usize = 4;
@@ -87,6 +88,13 @@ impl Fetch {
     /// # Errors
     /// `NotFound` is definitive.
     pub async fn until(&self, target: &Arc<Target>, deadline: Instant) -> Result<Received, Error> {
+        let span = span(self.file);
+        let result = self.persist(target, deadline).instrument(span.clone()).await;
+        ended(&span, result.as_ref().map(Some));
+        result
+    }
+
+    async fn persist(&self, target: &Arc<Target>, deadline: Instant) -> Result<Received, Error> {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         let mut rng = StdRng::from_os_rng();
         loop {
@@ -128,6 +136,32 @@ impl Fetch {
         match broken {
             Some(error) => Err(error),
             None => written.map(Some),
+        }
+    }
+}
+
+/// For one file, however often it is tried.
+pub fn span(file: WalFile) -> Span {
+    tracing::info_span!(
+        "wal.fetch",
+        otel.status_code = Empty,
+        error.type = Empty,
+        %file,
+        bytes = Empty,
+    )
+}
+
+/// How it ended. "Not found" is an answer, not a failure.
+pub fn ended(span: &Span, result: Result<Option<&Received>, &Error>) {
+    match result {
+        Ok(received) => {
+            received.map(|received| span.record("bytes", received.size));
+        }
+        Err(error) => {
+            span.record("error.type", error.failure.name());
+            if error.failure != Failure::Code(Code::NotFound) {
+                span.record("otel.status_code", "ERROR");
+            }
         }
     }
 }

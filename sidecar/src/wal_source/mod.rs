@@ -12,6 +12,7 @@ mod shape;
 pub(crate) mod testing;
 
 pub use fetch::{Expected, Fetch, Received};
+pub(crate) use fetch::{ended, span};
 pub use place::Target;
 pub use shape::Shape;
 

@@ -1,8 +1,9 @@
 //! One CLIENT span for every request that goes to the object store, retries included.
 //!
 //! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, folder of
-//! the key, status and the kind of a failure: never a query, a header or a body.
+//! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
 
+use super::attempts::Attempts;
 use async_trait::async_trait;
 use object_store::{
     ClientOptions,
@@ -22,7 +23,8 @@ pub(super) struct TracedConnector {
 impl HttpConnector for TracedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(TracedService { inner, bucket: self.bucket.clone() }))
+        let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts }))
     }
 }
 
@@ -30,16 +32,26 @@ impl HttpConnector for TracedConnector {
 struct TracedService {
     inner: HttpClient,
     bucket: String,
+    attempts: Attempts,
 }
 
 #[async_trait]
 impl HttpService for TracedService {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let span = request_span(&request, &self.bucket);
+        let mut attempt = self.attempts.begin(&request);
+        span.record("retries", attempt.retries());
         let result = self.inner.execute(request).instrument(span.clone()).await;
         match &result {
-            Ok(response) => record_status(&span, response.status().as_u16()),
-            Err(error) => record_failure(&span, error_type(error.kind())),
+            Ok(response) => {
+                let status = response.status().as_u16();
+                record_status(&span, status);
+                attempt.ended(status >= 500 || status == 429);
+            }
+            Err(error) => {
+                record_failure(&span, error_type(error.kind()));
+                attempt.ended(true);
+            }
         }
         result
     }
@@ -55,6 +67,7 @@ fn request_span(request: &HttpRequest, bucket: &str) -> Span {
         bucket,
         key_prefix = folder(request.uri().path()),
         http.response.status_code = Empty,
+        retries = Empty,
         error.type = Empty,
     )
 }

@@ -11,6 +11,7 @@
 //! `objects.rs`, and nowhere else.
 //! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
 
+mod attempts;
 mod compare;
 mod config;
 mod digest;

@@ -17,7 +17,7 @@ use object_store::{
     PutPayload, path::Path,
 };
 use tokio::{io::AsyncReadExt, task::JoinSet};
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 
 /// Above this a file goes in parts of this size: S3 wants at least 5 MiB each, and this much memory
 /// per upload is what `upload_memory` counts with.
@@ -63,6 +63,28 @@ impl Tier2 {
     /// `NotFound`: the local file is gone. `Corrupt`: the local file is damaged. `Conflict`: other
     /// content is there. `Denied`, `Invalid`: needs a person. `Transient`, `Full`: try later.
     pub async fn upload(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
+        let span = tracing::info_span!(
+            "tier2.upload",
+            otel.status_code = Empty,
+            error.type = Empty,
+            bytes = Empty,
+            stored = Empty,
+        );
+        let result = self.upload_proven(source, key).instrument(span.clone()).await;
+        match &result {
+            Ok(uploaded) => {
+                span.record("bytes", uploaded.size);
+                span.record("stored", uploaded.outcome == Outcome::Stored);
+            }
+            Err(error) => {
+                span.record("otel.status_code", "ERROR");
+                span.record("error.type", error.kind.name());
+            }
+        }
+        result
+    }
+
+    async fn upload_proven(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
         let path = self.path(Op::Upload, key)?;
         self.require_folder(Op::Upload, key)?;
         let local = self.read_local(source).await?;

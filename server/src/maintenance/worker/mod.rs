@@ -10,7 +10,10 @@ mod verify;
 mod verify_wal;
 
 use super::protocol::{Job, Line, Step, Work};
-use crate::config::Config;
+use crate::{
+    cli::{Command, telemetry},
+    config::Config,
+};
 use anyhow::{Context, bail};
 use klio_storage::{
     crypt::AtRest,
@@ -25,8 +28,9 @@ use std::{
     io::{self, BufRead, Read, Write},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 
 /// A broken pipe means that the server is gone.
 const EXIT_ORPHAN: i32 = 3;
@@ -65,11 +69,14 @@ struct Ground {
     out: Output,
 }
 
+/// How long a result may wait for a collector that is not there.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Runs a job to its end. The result goes to standard output, also a failure.
 ///
 /// # Errors
 /// Only of what comes before a job is understood.
-pub fn run(config: &Path) -> anyhow::Result<()> {
+pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> anyhow::Result<()> {
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line).context("read the job")?;
     let job: Job = serde_json::from_str(&line).context("read the job")?;
@@ -84,15 +91,42 @@ pub fn run(config: &Path) -> anyhow::Result<()> {
     // Others first; a system that does not allow it is no reason not to work.
     let _ = rustix::process::nice(10);
     let out = Output;
-    match work(config, job, out) {
+    match traced(command, config, debug, job, runtime) {
         Ok(line) => out.say(&line),
         Err(error) => out.say(&Line::Failed { error: format!("{error:#}") }),
     }
     Ok(())
 }
 
-fn work(path: &Path, job: Job, out: Output) -> anyhow::Result<Line> {
+/// Does it below its root span, which continues the server's trace. Spans leave before the result does: with the result
+/// the server lets go.
+fn traced(
+    command: &Command,
+    path: &Path,
+    debug: bool,
+    job: Job,
+    runtime: &Runtime,
+) -> anyhow::Result<Line> {
     let config = Config::load(path)?;
+    let inside = runtime.enter();
+    let telemetry = klio_telemetry::start(telemetry::quiet_options(&config.telemetry, debug))?;
+    let span = telemetry::root_span(command);
+    if !job.traceparent.is_empty() {
+        klio_telemetry::propagate::adopt(&span, &|key| {
+            (key == "traceparent").then(|| job.traceparent.clone())
+        });
+    }
+    let result = span.in_scope(|| work(path, config, job, runtime));
+    if result.is_err() {
+        span.record("otel.status_code", "ERROR");
+        span.record("error.type", "FAILED");
+    }
+    drop((span, inside));
+    runtime.block_on(telemetry.shutdown(FLUSH_TIMEOUT));
+    result
+}
+
+fn work(path: &Path, config: Config, job: Job, runtime: &Runtime) -> anyhow::Result<Line> {
     let url = config.tier2.as_ref().map(|tier2| tier2.url.to_string());
     if config.data_dir != job.data_dir || url != job.tier2_url {
         bail!(
@@ -100,11 +134,6 @@ fn work(path: &Path, job: Job, out: Output) -> anyhow::Result<Line> {
             path.display()
         );
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
     let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
     let disk: Arc<dyn Disk> = Arc::new(RealDisk);
     let root = config.data_dir.join("tier1");
@@ -121,7 +150,7 @@ fn work(path: &Path, job: Job, out: Output) -> anyhow::Result<Line> {
         root,
         bucket,
         tier2,
-        out,
+        out: Output,
     };
     Ok(match job.work {
         Work::Prune(job) => Line::Pruned(prune::run(&ground, &job)?),

@@ -1,6 +1,7 @@
 //! Repository files of tier 2, below `<cluster>/base/` in the bucket.
 //!
 //! Blocks on the runtime whose handle it was given, so never call it from one of that runtime's own workers.
+//! Its requests belong to their thread's span, else to the one in which it was made: the engine's threads know none.
 
 use super::{Files, local::require_name};
 use crate::{
@@ -10,6 +11,7 @@ use crate::{
 };
 use bytes::Bytes;
 use tokio::runtime::Handle;
+use tracing::{Instrument, Span};
 
 /// The files of one repository in a bucket.
 #[derive(Debug, Clone)]
@@ -17,12 +19,18 @@ pub struct BucketFiles {
     tier2: Tier2,
     cluster: ClusterName,
     runtime: Handle,
+    span: Span,
 }
 
 impl BucketFiles {
     /// Of `cluster`; requests run on `runtime`.
-    pub const fn new(tier2: Tier2, cluster: ClusterName, runtime: Handle) -> Self {
-        Self { tier2, cluster, runtime }
+    pub fn new(tier2: Tier2, cluster: ClusterName, runtime: Handle) -> Self {
+        Self { tier2, cluster, runtime, span: Span::current() }
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        let span = Some(Span::current()).filter(|span| !span.is_none());
+        self.runtime.block_on(work.instrument(span.unwrap_or_else(|| self.span.clone())))
     }
 }
 
@@ -33,19 +41,18 @@ impl Files for BucketFiles {
 
     fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
         let Some(folder) = kind.folder() else {
-            let size =
-                self.runtime.block_on(self.tier2.size_of(&BaseFile::CONFIG.key(&self.cluster)))?;
+            let size = self.wait(self.tier2.size_of(&BaseFile::CONFIG.key(&self.cluster)))?;
             return Ok(size.map(|size| (BaseFile::CONFIG, size)).into_iter().collect());
         };
         let base = format!("{}/", repository_prefix(&self.cluster));
-        let listed = self.runtime.block_on(self.tier2.list_prefix(&format!("{base}{folder}")))?;
+        let listed = self.wait(self.tier2.list_prefix(&format!("{base}{folder}")))?;
         let file = |key: &str| key.strip_prefix(&base).and_then(BaseFile::parse_relative);
         Ok(listed.iter().filter_map(|object| Some((file(&object.key)?, object.size))).collect())
     }
 
     fn read(&self, file: BaseFile) -> Result<Bytes, Error> {
         let key = file.key(&self.cluster);
-        self.runtime.block_on(async { self.tier2.download(&key).await?.whole().await })
+        self.wait(async { self.tier2.download(&key).await?.whole().await })
     }
 
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
@@ -55,15 +62,15 @@ impl Files for BucketFiles {
         }
         let key = file.key(&self.cluster);
         let range = self.tier2.download_range(&key, offset, Some(length));
-        self.runtime.block_on(async { range.await?.whole().await })
+        self.wait(async { range.await?.whole().await })
     }
 
     fn write(&self, file: BaseFile, parts: &[Bytes]) -> Result<(), Error> {
         require_name(&self.place(), file, parts)?;
-        self.runtime.block_on(self.tier2.put_bytes(&file.key(&self.cluster), parts))
+        self.wait(self.tier2.put_bytes(&file.key(&self.cluster), parts))
     }
 
     fn remove(&self, file: BaseFile) -> Result<(), Error> {
-        self.runtime.block_on(self.tier2.remove(&file.key(&self.cluster)))
+        self.wait(self.tier2.remove(&file.key(&self.cluster)))
     }
 }

@@ -1,0 +1,142 @@
+//! Telemetry of one command: what it is told, the root span `cli.<command>`, the closing line.
+//!
+//! - Every verb runs below its root span ([`root_span`], a table over [`Command`]: a new verb does not compile without).
+//! - Telemetry never changes what a command writes: the console exporter, which writes to standard output, is off where
+//!   standard output is a file's content or a protocol.
+
+use super::Command;
+use crate::{
+    config::{Config, ConfigError, TelemetryConfig, environment},
+    encryption::KeyProblem,
+};
+use klio_telemetry::{Delivery, LogFormat, Options, propagate, redact::redact_arguments};
+use std::{collections::BTreeMap, io::Write, path::Path, time::Duration};
+use tracing::{Instrument, Span, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+/// Telemetry may delay the exit by this much (P9).
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The exporters that can be `console`.
+const EXPORTERS: [&str; 3] =
+    ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"];
+
+/// What `[telemetry]` says.
+pub fn options(telemetry: &TelemetryConfig, debug: bool) -> Options {
+    Options {
+        service: "klio-server",
+        version: env!("CARGO_PKG_VERSION"),
+        debug,
+        log_format: telemetry.log_format.as_deref().map(|format| match format {
+            "json" => LogFormat::Json,
+            _ => LogFormat::Text,
+        }),
+        log_filter: telemetry.log_level.clone(),
+        overrides: telemetry.overrides(),
+    }
+}
+
+/// For a command whose standard output is not for people, and which is over before anybody reads a metric.
+pub fn quiet_options(telemetry: &TelemetryConfig, debug: bool) -> Options {
+    let mut options = options(telemetry, debug);
+    without_console(&mut options.overrides, &|name| environment(name));
+    options.overrides.insert("OTEL_METRICS_EXPORTER".into(), "none".into());
+    options
+}
+
+fn without_console(overrides: &mut BTreeMap<String, String>, get: &dyn Fn(&str) -> Option<String>) {
+    for name in EXPORTERS {
+        let Some(list) = overrides.get(name).cloned().or_else(|| get(name)) else { continue };
+        let others: Vec<&str> =
+            list.split(',').map(str::trim).filter(|e| !e.eq_ignore_ascii_case("console")).collect();
+        let others = if others.is_empty() { "none".to_owned() } else { others.join(",") };
+        overrides.insert(name.to_owned(), others);
+    }
+}
+
+/// `cli.<command>`, with the arguments as typed but for secrets; below the caller's span where `TRACEPARENT` names one.
+pub fn root_span(command: &Command) -> Span {
+    macro_rules! span {
+        ($name:literal) => {
+            tracing::info_span!($name, otel.status_code = Empty, error.r#type = Empty)
+        };
+    }
+    let span = match command {
+        Command::Init(_) => span!("cli.init"),
+        Command::Keygen(_) => span!("cli.keygen"),
+        Command::Key(_) => span!("cli.key"),
+        Command::Run(_) => span!("cli.run"),
+        Command::Client(_) => span!("cli.client"),
+        Command::Repository(_) => span!("cli.repository"),
+        Command::Reference(_) => span!("cli.reference"),
+    };
+    propagate::adopt(&span, &|key| environment(&key.to_ascii_uppercase()));
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    span.set_attribute("cli.arguments", redact_arguments(words).join(" "));
+    span
+}
+
+/// Marks the root span when the command failed.
+pub fn record(span: &Span, result: &anyhow::Result<()>) {
+    let Err(error) = result else { return };
+    span.record("otel.status_code", "ERROR");
+    span.record("error.type", error_type(error));
+}
+
+/// Of a closed set.
+fn error_type(error: &anyhow::Error) -> &'static str {
+    if error.downcast_ref::<KeyProblem>().is_some() {
+        "KEY"
+    } else if error.downcast_ref::<ConfigError>().is_some() {
+        "CONFIG"
+    } else {
+        "FAILED"
+    }
+}
+
+/// The last line of a command whose spans go somewhere.
+pub fn epilogue(trace: Option<String>, delivery: Delivery) {
+    let Some(trace) = trace else { return };
+    let state = match delivery {
+        Delivery::Nothing => return,
+        Delivery::Delivered => "delivered",
+        Delivery::Pending => "not all delivered in time",
+    };
+    // A closed standard error must not become a panic.
+    let _ = writeln!(std::io::stderr(), "trace {trace}: {state}");
+}
+
+/// Runs a verb that is over soon, below its root span. `config`: where its `[telemetry]` is, if it has one.
+pub async fn traced(
+    command: &Command,
+    debug: bool,
+    config: Option<&Path>,
+    work: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    // What is wrong with the file the verb says itself.
+    let settings = config.and_then(|path| Config::load(path).ok()).map(|config| config.telemetry);
+    let settings = settings.unwrap_or_default();
+    let telemetry = klio_telemetry::start(quiet_options(&settings, debug))?;
+    let span = root_span(command);
+    let trace = span.in_scope(klio_telemetry::current_trace_id);
+    let result = work.instrument(span.clone()).await;
+    record(&span, &result);
+    drop(span);
+    epilogue(trace, telemetry.shutdown(FLUSH_TIMEOUT).await);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_console_exporter_never_writes_into_a_file_s_content() {
+        let mut set = BTreeMap::from([("OTEL_LOGS_EXPORTER".to_owned(), "console".to_owned())]);
+        let get = |name: &str| (name == "OTEL_TRACES_EXPORTER").then(|| "otlp, Console".to_owned());
+        without_console(&mut set, &get);
+        assert_eq!(set["OTEL_LOGS_EXPORTER"], "none");
+        assert_eq!(set["OTEL_TRACES_EXPORTER"], "otlp");
+        assert!(!set.contains_key("OTEL_METRICS_EXPORTER"));
+    }
+}
