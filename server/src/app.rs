@@ -12,9 +12,9 @@ use crate::{
     consumer::{self, Archives, Tier1Files},
     encryption::KeyProblem,
     fetch::Source,
-    grpc::{BaseService, CatalogService, WalService, auth::Auth},
+    grpc::{BaseService, CatalogService, WalService, auth::Auth, trace::TraceLayer},
     maintenance::{self, Maintenance, MaintenanceMetrics},
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, Snapshots},
     queue::{Publisher, Queue, Started},
     receive::{Receiver, ReceiverOptions, Registry},
     seal,
@@ -37,7 +37,7 @@ use klio_telemetry::{
 };
 use std::{
     future::Future,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -102,7 +102,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let store = open_store(&config).await?;
 
     let [front, back, last] = std::array::from_fn(|_| CancellationToken::new());
-    let metrics = Arc::new(Metrics::new(&telemetry.meter()));
+    let metrics = Arc::new(Metrics::new(&telemetry.meter()).timing(telemetry.polls()));
     remember_last_times(&store, &metrics).await?;
     let queue_folder = config.data_dir.join("queue");
     let Started { queue, tasks: queue_tasks } =
@@ -134,13 +134,13 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         metrics: metrics.clone(),
         workers: config.wal.seal_workers,
     };
-    let sealing = spawn(seal::run(sealing, hints, back.clone()));
+    let sealing = spawn(telemetry.polls().watch(seal::run(sealing, hints, back.clone())));
 
     let auth =
         Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
-    let maintenance_metrics = Arc::new(MaintenanceMetrics::new(&telemetry.meter()));
+    let maintenance_metrics = Arc::new(MaintenanceMetrics::default());
     let maintenance = open_maintenance(&config, &base, &archives, &maintenance_metrics).await?;
     let board = Arc::new(StatusBoard {
         store: store.clone(),
@@ -151,10 +151,10 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         maintenance: Some(maintenance_metrics),
         queue: queue.clone(),
         certificate_expiry: Box::new(move || expiry.as_ref().map(|e| e.borrow().expires_unix)),
-        cache: Mutex::default(),
+        snapshots: Snapshots::default(),
     });
     let gauges = board.clone();
-    metrics::observe(&telemetry.meter(), move || gauges.gauge_table());
+    metrics::observe(&telemetry.meter(), move |instrument| gauges.table(instrument));
 
     let receiver = Receiver {
         store: store.clone(),
@@ -201,7 +201,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         let router = admin::metrics_router(page);
         tasks.push(("metrics", spawn(admin::serve(listener, router, back.clone()))));
     }
-    let maintaining = spawn(maintenance.run(front.clone()));
+    let maintaining = spawn(telemetry.polls().watch(maintenance.run(front.clone())));
     let background = vec![("seal", sealing), ("maintenance", maintaining)];
     Ok(Running { front, back, last, sessions, tasks, background, consumer_tasks, queue_tasks })
 }
@@ -249,7 +249,7 @@ async fn open_base(
         store: store.clone(),
         disk: Arc::new(RealDisk),
         tier2: tier2.clone(),
-        at_rest: config.at_rest().context("read the keys for encryption at rest")?,
+        at_rest: store.at_rest().clone(),
         settings: config.base.settings(),
         queue: queue.clone(),
         registry: registry.clone(),
@@ -285,14 +285,19 @@ async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow
             for file in newest {
                 metrics.seen_written(&cluster, file.modified_unix);
             }
+            let sealed = metrics.latest_written(&cluster);
+            let held = sealed.into_iter().chain(store.unsealed_written(&cluster));
+            if let Some(held) = held.max_by(f64::total_cmp) {
+                metrics.seen_held(&cluster, held);
+            }
         }
     })
     .await?;
     Ok(())
 }
 
-/// Every service behind the one layer that measures calls.
-type Services = Router<Stack<RpcLayer, Identity>>;
+/// Every service behind the layers that measure calls and make spans of them.
+type Services = Router<Stack<TraceLayer, Stack<RpcLayer, Identity>>>;
 
 async fn router(
     rpc: RpcMeter,
@@ -316,6 +321,7 @@ async fn router(
         .initial_connection_window_size(4 << 20)
         .max_frame_size(256 << 10)
         .layer(rpc.layer())
+        .layer(TraceLayer)
         .add_service(WalServer::new(wal).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(CatalogServer::new(catalog).max_decoding_message_size(64 << 10))
         .add_service(BaseServer::new(base).max_decoding_message_size(MESSAGE_BYTES_MAX))

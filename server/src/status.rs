@@ -1,30 +1,28 @@
 //! What is known of every cluster, in one place: for `klio status`, the gauges and /readyz.
 //!
-//! Nothing here decides anything. Sources: the store (durable facts), the registry (live sessions),
+//! Nothing here decides anything; a scrape reads no bucket. Sources: the store (durable facts), the registry (live sessions),
 //! the archive (tier 2), the queue's cached numbers.
 
 use crate::{
     base::BaseStore,
     consumer::{ArchiveState, Archives},
     maintenance::MaintenanceMetrics,
-    metrics::{self, Gauge, GaugeTable, Metrics},
+    metrics::{Metrics, Reading, Snapshots, Table},
     queue::Queue,
     receive::{Progress, Registry},
 };
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
-    layout::ClusterName,
+    layout::{ClusterName, WalFile},
     wal::{Gap, Pinned, WalStore},
 };
 use std::{
+    collections::BTreeSet,
     io::Write,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
-
-/// Reading a thousand clusters for each of thirty gauges would be thirty thousand reads.
-const CACHE_AGE: Duration = Duration::from_millis(500);
 
 /// Everything about one cluster.
 #[derive(Debug, Clone)]
@@ -107,8 +105,8 @@ pub struct StatusBoard {
     pub queue: Queue,
     /// When the server's certificate ends, Unix seconds; `None` with plaintext.
     pub certificate_expiry: Box<dyn Fn() -> Option<i64> + Send + Sync>,
-    /// The last reading of all gauges.
-    pub cache: Mutex<Option<(Instant, GaugeTable)>>,
+    /// The last reading for all instruments.
+    pub snapshots: Snapshots,
 }
 
 impl StatusBoard {
@@ -142,56 +140,102 @@ impl StatusBoard {
         }
     }
 
-    /// All gauges, at most [`CACHE_AGE`] old: one reading for all instruments of a scrape.
-    pub fn gauge_table(&self) -> GaugeTable {
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*cache {
-            Some((at, table)) if at.elapsed() < CACHE_AGE => table.clone(),
-            _ => {
-                let table = metrics::table(self.gauges());
-                *cache = Some((Instant::now(), table.clone()));
-                table
-            }
-        }
+    /// Values for an instrument: one reading for all instruments of a scrape.
+    pub fn table(&self, instrument: &'static str) -> Table {
+        self.snapshots.get(instrument, || self.read())
     }
 
-    /// All gauges of the catalogue.
-    fn gauges(&self) -> Vec<Gauge> {
-        let (now, now_unix) = (Instant::now(), now_unix());
-        let mut gauges = self.base.as_ref().map(BaseStore::gauges).unwrap_or_default();
-        gauges.extend(self.maintenance.iter().flat_map(|m| m.gauges(now_unix)));
-        for view in &self.clusters() {
-            let mut put = |name, value| {
-                gauges.push(Gauge { name, cluster: Some(view.name.clone()), value });
-            };
-            put("klio.wal.connected", f64::from(u8::from(view.connected)));
-            put("klio.wal.received_lsn", view.progress.received.max(view.flushed).as_u64() as f64);
-            put("klio.wal.flushed_lsn", view.flushed.as_u64() as f64);
-            put("klio.wal.sealed_lsn", view.sealed.as_u64() as f64);
-            put("klio.wal.flush_lag_size", view.progress.lag_bytes() as f64);
-            put("klio.wal.flush_lag_time", view.progress.lag_seconds(now));
-            put("klio.wal.gaps", view.gaps.len() as f64);
-            if let Some(unix) = view.latest_written {
-                put("klio.wal.latest_written_time", unix);
-            }
-            if let Some(archive) = &view.archive {
-                put("klio.wal.archived_lsn", archive.archived_lsn.as_u64() as f64);
-                put("klio.wal.archive_lag_size", view.archive_lag_bytes() as f64);
-                put("klio.wal.archive_lag_time", view.archive_lag_seconds(now_unix));
-                if let Some(unix) = archive.latest_archived_unix {
-                    put("klio.consumer.latest_written_time", unix);
-                }
-            }
+    /// The clusters whose folder is there: one that was taken away by hand is gone, whatever is remembered of it.
+    fn present(&self) -> BTreeSet<ClusterName> {
+        let there = |name: &ClusterName| self.store.root().join(name.as_str()).is_dir();
+        self.store.clusters().into_iter().filter(there).collect()
+    }
+
+    /// Every value of every observed instrument.
+    fn read(&self) -> Vec<Reading> {
+        let now_unix = now_unix();
+        let present = self.present();
+        let mut out = Vec::new();
+        self.metrics.read(&present, self.archives.is_some(), &mut out);
+        if let Some(base) = &self.base {
+            base.read(&present, &mut out);
+        }
+        if let Some(maintenance) = &self.maintenance {
+            maintenance.read(&present, now_unix, &mut out);
+        }
+        for view in present.iter().map(|name| self.cluster(name)) {
+            self.read_cluster(&view, now_unix, &mut out);
         }
         let queue = self.queue.stats();
-        let mut put = |name, value| gauges.push(Gauge { name, cluster: None, value });
+        let mut put = |name, value| out.push(Reading::plain(name, value));
         put("klio.queue.messages", queue.messages as f64);
         put("klio.queue.bytes", queue.bytes as f64);
         put("klio.queue.connected", f64::from(u8::from(queue.connected)));
+        if let Ok((free, total)) = self.store.free_space() {
+            put("klio.tier1.free_size", free as f64);
+            put("klio.tier1.total_size", total as f64);
+        }
         if let Some(expiry) = (self.certificate_expiry)() {
             put("klio.tls.certificate_expiry_time", expiry as f64);
         }
-        gauges
+        out
+    }
+
+    fn read_cluster(&self, view: &ClusterView, now_unix: f64, out: &mut Vec<Reading>) {
+        let now = Instant::now();
+        let mut put = |name, value| out.push(Reading::of(name, &view.name, value));
+        put("klio.wal.connected", f64::from(u8::from(view.connected)));
+        put("klio.wal.received_lsn", view.progress.received.max(view.flushed).as_u64() as f64);
+        put("klio.wal.flushed_lsn", view.flushed.as_u64() as f64);
+        put("klio.wal.sealed_lsn", view.sealed.as_u64() as f64);
+        put("klio.wal.receive_lag_size", view.progress.receive_lag_bytes() as f64);
+        put("klio.wal.receive_lag_time", view.progress.receive_lag_seconds(now));
+        put("klio.wal.flush_lag_size", view.progress.lag_bytes() as f64);
+        put("klio.wal.flush_lag_time", view.progress.lag_seconds(now));
+        put("klio.wal.seal_lag_size", self.seal_lag_bytes(view) as f64);
+        let waits = self.store.unsealed_since(&view.name);
+        put("klio.wal.seal_lag_time", waits.map_or(0.0, |since| (now_unix - since).max(0.0)));
+        put("klio.wal.gaps", view.gaps.len() as f64);
+        if let Some(unix) = view.latest_written {
+            put("klio.wal.latest_written_time", unix);
+        }
+        if let Some(archive) = &view.archive {
+            put("klio.wal.archived_lsn", archive.archived_lsn.as_u64() as f64);
+            put("klio.wal.archive_lag_size", view.archive_lag_bytes() as f64);
+            put("klio.wal.archive_lag_time", view.archive_lag_seconds(now_unix));
+            if let Some(unix) = archive.latest_archived_unix {
+                put("klio.consumer.latest_written_time", unix);
+            }
+        }
+        if let Some(base) = &self.base {
+            let frontiers = view.archive.as_ref().map_or(&[][..], |archive| &archive.frontiers);
+            base.read_window(&view.name, frontiers, self.durable_as_of(view, now_unix), out);
+        }
+    }
+
+    /// All that PostgreSQL had at this time is durable. Before anybody streams: when the newest WAL was written.
+    fn durable_as_of(&self, view: &ClusterView, now_unix: f64) -> Option<f64> {
+        match view.progress.durable_as_of {
+            Some(at) => Some(now_unix - at.elapsed().as_secs_f64()),
+            None => self.metrics.held_at_start(&view.name),
+        }
+    }
+
+    /// Of segments that are finished and not sealed: 0 on an idle cluster, however full its last segment.
+    fn seal_lag_bytes(&self, view: &ClusterView) -> u64 {
+        let Some(size) = view.pinned.map(|pinned| pinned.segment_size) else { return 0 };
+        let positions = self.store.positions(&view.name);
+        let bytes = |file| match file {
+            WalFile::Segment(_) => size.bytes(),
+            // It ends where its timeline does.
+            WalFile::Partial(name) => {
+                let line = positions.iter().find(|p| p.timeline == name.timeline());
+                let end = line.map_or(Lsn::ZERO, |p| p.flushed);
+                name.start_lsn(size).map_or(0, |start| end.bytes_since(start).min(size.bytes()))
+            }
+            WalFile::History(_) => 0,
+        };
+        self.store.unsealed(&view.name).into_iter().map(bytes).sum()
     }
 
     /// What keeps the server from its work: empty when it is ready. Writes a byte to tier 1.

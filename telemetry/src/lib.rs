@@ -6,6 +6,7 @@
 //! - Leaving takes no longer than the time given to [`Telemetry::shutdown`], whatever the collector does.
 //! - Secrets do not reach a log line, an attribute or a message of this crate.
 
+pub mod catalogue;
 mod env;
 mod finish;
 mod host;
@@ -13,13 +14,16 @@ mod ids;
 mod logs;
 mod metrics;
 mod otlp;
+mod pem;
 mod process;
 mod prometheus;
 pub mod propagate;
 pub mod redact;
+mod rejected;
 mod resource;
 pub mod rpc;
 mod runtime;
+mod scrub;
 #[cfg(test)]
 mod tests;
 mod traces;
@@ -28,6 +32,7 @@ mod watch;
 pub use env::Problem;
 pub use ids::current_trace_id;
 pub use prometheus::Prometheus;
+pub use runtime::Polls;
 
 use env::Settings;
 use opentelemetry::{
@@ -95,6 +100,36 @@ pub enum Delivery {
     Pending,
 }
 
+/// What became of each signal at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deliveries {
+    /// Spans.
+    pub traces: Delivery,
+    /// Metrics.
+    pub metrics: Delivery,
+    /// Log records.
+    pub logs: Delivery,
+}
+
+impl Deliveries {
+    /// The worst of them.
+    pub fn overall(&self) -> Delivery {
+        let all = [self.traces, self.metrics, self.logs];
+        let worst = [Delivery::Pending, Delivery::Delivered].into_iter().find(|d| all.contains(d));
+        worst.unwrap_or(Delivery::Nothing)
+    }
+}
+
+fn delivery(health: Option<&Health>, end: finish::End) -> Delivery {
+    let Some(health) = health else { return Delivery::Nothing };
+    health.ended(end);
+    match health.last() {
+        Last::Failed => Delivery::Pending,
+        Last::Delivered => Delivery::Delivered,
+        Last::Never => Delivery::Nothing,
+    }
+}
+
 /// The running telemetry. Dropping it loses what is queued; call [`Telemetry::shutdown`] on every way out.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -103,7 +138,17 @@ pub struct Telemetry {
     logs: Option<SdkLoggerProvider>,
     meter: Meter,
     prometheus: Option<Prometheus>,
-    health: Vec<Arc<Health>>,
+    polls: Polls,
+    health: Watches,
+    strict: bool,
+}
+
+/// How the exporters of each signal fare; none without an OTLP exporter.
+#[derive(Debug, Default)]
+struct Watches {
+    traces: Option<Arc<Health>>,
+    metrics: Option<Arc<Health>>,
+    logs: Option<Arc<Health>>,
 }
 
 /// Starts everything the environment asks for and installs the process's tracing subscriber, which logs to
@@ -122,14 +167,7 @@ pub fn start(options: Options) -> Result<Telemetry, Error> {
         tracing::warn!("a tracing subscriber is already installed; it stays");
     }
     telemetry.install();
-    for p in problems {
-        tracing::warn!(
-            variable = p.variable,
-            value = p.value,
-            expected = p.expected,
-            "telemetry setting ignored"
-        );
-    }
+    problems.iter().for_each(warn);
     Ok(telemetry)
 }
 
@@ -144,30 +182,39 @@ where
 {
     let (mut settings, mut problems) = env::parse(get);
     apply(options, &mut settings, &mut problems);
+    for otlp in settings.otlp_mut() {
+        otlp.take_if(|otlp| match pem::check(otlp) {
+            Ok(()) => false,
+            Err(problem) => {
+                if !problems.contains(&problem) {
+                    problems.push(problem);
+                }
+                true
+            }
+        });
+    }
+    name_the_file(options, &mut settings, &mut problems);
     if settings.strict && !problems.is_empty() {
         return Err(Error::Misconfigured(problems));
     }
-    if [&settings.traces.otlp, &settings.metrics.otlp, &settings.logs.otlp]
-        .iter()
-        .any(|o| o.is_some())
-    {
+    if settings.any_otlp() {
         // Without one every HTTP client panics. A provider that is already installed stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
     propagate::install(&settings.propagators);
     let resource = || resource::build(&settings.resource, options.service, options.version);
-    let mut health = Vec::new();
+    let mut health = Watches::default();
     let traces =
         (settings.traces_exported() || settings.logs_exported() || options.debug).then(|| {
             let (provider, watch) = traces::build(&settings.traces, resource(), &mut problems);
-            health.extend(watch);
+            health.traces = watch;
             provider
         });
     let metrics =
         settings.metrics_on().then(|| metrics::build(&settings.metrics, resource(), &mut problems));
     let logs = settings.logs_exported().then(|| {
         let (provider, watch) = logs::build(&settings.logs, resource(), &mut problems);
-        health.extend(watch);
+        health.logs = watch;
         provider
     });
     if settings.strict && !problems.is_empty() {
@@ -178,7 +225,7 @@ where
     let dispatch = logs::subscriber(&settings, options.debug, printer, router, logs.as_ref());
     let (metrics, prometheus) = match metrics {
         Some(built) => {
-            health.extend(built.health);
+            health.metrics = built.health;
             (Some(built.provider), built.prometheus)
         }
         None => (None, None),
@@ -187,12 +234,15 @@ where
         Some(provider) => provider.meter("klio"),
         None => NoopMeterProvider::new().meter("klio"),
     };
+    let polls = if metrics.is_some() { Polls::timing() } else { Polls::default() };
     if metrics.is_some() {
         host::observe(&meter);
         process::observe(&meter);
-        runtime::observe(&meter);
+        runtime::observe(&meter, &polls);
     }
-    Ok((Telemetry { traces, metrics, logs, meter, prometheus, health }, dispatch, problems))
+    let strict = settings.strict;
+    let telemetry = Telemetry { traces, metrics, logs, meter, prometheus, polls, health, strict };
+    Ok((telemetry, dispatch, problems))
 }
 
 /// What the configuration file says itself wins over the environment.
@@ -204,15 +254,56 @@ fn apply(options: &Options, settings: &mut Settings, problems: &mut Vec<Problem>
         match tracing_subscriber::EnvFilter::builder().parse(filter) {
             Ok(_) => settings.filter = Some(filter.clone()),
             Err(_) => problems.push(Problem {
-                variable: "log filter of the configuration file".into(),
-                value: filter.clone(),
+                variable: "telemetry.log_level".into(),
+                value: redact::redact(filter).into_owned(),
                 expected: "directives such as info or klio_server=debug".into(),
             }),
         }
     }
 }
 
+/// A value that the configuration file gave is complained about under the name it has there.
+fn name_the_file(options: &Options, settings: &mut Settings, problems: &mut [Problem]) {
+    const NAMES: [(&str, &str); 5] = [
+        ("OTEL_SERVICE_NAME", "telemetry.service_name"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "telemetry.trace_endpoint"),
+        ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "telemetry.logs_endpoint"),
+        ("KLIO_LOG_FORMAT", "telemetry.log_format"),
+        ("RUST_LOG", "telemetry.log_level"),
+    ];
+    let rename = |variable: &mut String| {
+        let given = options.overrides.contains_key(variable.as_str());
+        if let Some((_, name)) = NAMES.iter().find(|(n, _)| given && n == variable) {
+            *variable = (*name).to_owned();
+        }
+    };
+    problems.iter_mut().for_each(|p| rename(&mut p.variable));
+    settings.otlp_mut().into_iter().flatten().for_each(|o| rename(&mut o.endpoint_variable));
+}
+
+fn warn(problem: &Problem) {
+    tracing::warn!(
+        variable = problem.variable,
+        value = problem.value,
+        expected = problem.expected,
+        "telemetry setting ignored"
+    );
+}
+
 impl Telemetry {
+    /// A setting that only the program found to be wrong, such as a port that is taken: one warning.
+    ///
+    /// # Errors
+    ///
+    /// With `KLIO_OTEL_STRICT=true`.
+    pub fn misconfigured(&self, problem: Problem) -> Result<(), Error> {
+        if self.strict {
+            return Err(Error::Misconfigured(vec![problem]));
+        }
+        warn(&problem);
+        Ok(())
+    }
+
     /// For the instruments of the whole program; does nothing when metrics are off.
     pub fn meter(&self) -> Meter {
         self.meter.clone()
@@ -221,6 +312,11 @@ impl Telemetry {
     /// The metrics page, if OTEL_METRICS_EXPORTER names prometheus.
     pub fn prometheus(&self) -> Option<&Prometheus> {
         self.prometheus.as_ref()
+    }
+
+    /// Times the polls of long tasks; nothing when metrics are off.
+    pub fn polls(&self) -> Polls {
+        self.polls.clone()
     }
 
     /// Makes the providers the process's own, for libraries that look there.
@@ -234,19 +330,19 @@ impl Telemetry {
     }
 
     /// Flushes and stops everything, in at most `timeout`. What cannot be delivered by then is lost; the
-    /// threads still at it are left behind and end with the process.
+    /// threads still at it are left behind and end with the process. Tells what became of the spans.
     pub async fn shutdown(self, timeout: Duration) -> Delivery {
+        self.close(timeout).await.traces
+    }
+
+    /// As [`Telemetry::shutdown`], and tells what became of each signal.
+    pub async fn close(self, timeout: Duration) -> Deliveries {
         let Self { traces, metrics, logs, health, .. } = self;
-        let good = finish::all(traces, metrics, logs, timeout).await;
-        let lasts: Vec<Last> = health.iter().map(|h| h.last()).collect();
-        if health.is_empty() {
-            Delivery::Nothing
-        } else if !good || lasts.contains(&Last::Failed) {
-            Delivery::Pending
-        } else if lasts.contains(&Last::Delivered) {
-            Delivery::Delivered
-        } else {
-            Delivery::Nothing
+        let ends = finish::all(traces, metrics, logs, timeout).await;
+        Deliveries {
+            traces: delivery(health.traces.as_deref(), ends.traces),
+            metrics: delivery(health.metrics.as_deref(), ends.metrics),
+            logs: delivery(health.logs.as_deref(), ends.logs),
         }
     }
 }

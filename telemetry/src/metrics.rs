@@ -1,16 +1,32 @@
 //! The meter provider: one provider, a reader per exporter, so that an instrument is recorded once.
+//!
+//! The SDK folds what is beyond 2000 series of an instrument into one. A thousand clusters with several outcomes each
+//! are more, so what is observed may have [`SERIES_MAX`]; its series go with their cluster. Instruments that record
+//! (calls, latencies) keep the SDK's limit: their attributes do not grow with clusters.
 
 use crate::{
-    env::{MetricSettings, Problem, Signal},
+    env::{MetricSettings, Problem},
     otlp,
     prometheus::Prometheus,
     watch::{Health, Watched},
 };
 use opentelemetry_sdk::{
     Resource,
-    metrics::{PeriodicReader, SdkMeterProvider},
+    metrics::{Instrument, InstrumentKind, PeriodicReader, SdkMeterProvider, Stream},
 };
 use std::sync::Arc;
+
+/// Series of one observed instrument: a thousand clusters with twenty outcomes.
+const SERIES_MAX: usize = 20_000;
+
+/// Raises the limit of what is observed.
+fn roomy(instrument: &Instrument) -> Option<Stream> {
+    let observed = matches!(
+        instrument.kind(),
+        InstrumentKind::ObservableCounter | InstrumentKind::ObservableGauge
+    );
+    observed.then(|| Stream::builder().with_cardinality_limit(SERIES_MAX).build().ok()).flatten()
+}
 
 /// What [`build`] makes.
 pub(crate) struct Built {
@@ -24,13 +40,13 @@ pub(crate) fn build(
     resource: Resource,
     problems: &mut Vec<Problem>,
 ) -> Built {
-    let mut builder = SdkMeterProvider::builder().with_resource(resource);
+    let mut builder = SdkMeterProvider::builder().with_resource(resource).with_view(roomy);
     let mut health = None;
     let mut prometheus = None;
     if let Some(otlp) = &settings.otlp {
         match otlp::metrics(otlp, settings.temporality) {
-            Ok(exporter) => {
-                let watch = Health::new(Signal::Metrics, &otlp.endpoint);
+            Ok((exporter, cause)) => {
+                let watch = Health::new(otlp, cause);
                 let exporter = Watched::new(exporter, Arc::clone(&watch));
                 builder = builder.with_reader(
                     PeriodicReader::builder(exporter).with_interval(settings.interval).build(),

@@ -1,15 +1,22 @@
 //! The numbers of telemetry.md's table "Base backups (server)", kept so that a scrape reads no disk.
 //!
 //! Known from tier 1's records at start, from every listing, and from each commit. Ages are measured from
-//! the commit, in the server's own clock.
+//! the commit, in the server's own clock. The recovery window follows from the same records (`window.rs`).
 
-use super::{BaseStore, lock};
-use crate::metrics::Gauge;
+use super::{
+    BaseStore, lock,
+    window::{Known, window},
+};
+use crate::metrics::Reading;
+use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
-    catalog::BackupRecord,
+    catalog::{BackupRecord, Frontier},
     layout::{BackupName, ClusterName},
 };
-use std::{collections::BTreeMap, sync::Mutex};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Mutex,
+};
 
 /// Per cluster, by name.
 pub(super) type Summaries = Mutex<BTreeMap<ClusterName, BTreeMap<BackupName, Summary>>>;
@@ -21,6 +28,23 @@ pub(super) struct Summary {
     size_bytes: u64,
     files: u64,
     directories: u64,
+    pub start: (TimelineId, Lsn),
+    pub stop: (TimelineId, Lsn),
+    /// PostgreSQL's clock.
+    pub stopped_unix: f64,
+}
+
+impl Summary {
+    /// One of which only the WAL matters.
+    #[cfg(test)]
+    pub(super) fn of_wal(
+        start: (TimelineId, Lsn),
+        stop: (TimelineId, Lsn),
+        stopped_unix: f64,
+    ) -> Self {
+        let (committed_unix, size_bytes, files, directories) = (stopped_unix, 0, 0, 0);
+        Self { committed_unix, size_bytes, files, directories, start, stop, stopped_unix }
+    }
 }
 
 impl From<&BackupRecord> for Summary {
@@ -30,6 +54,9 @@ impl From<&BackupRecord> for Summary {
             size_bytes: record.size_bytes,
             files: record.files,
             directories: record.directories,
+            start: (record.start_timeline, record.start_lsn),
+            stop: (record.stop_timeline, record.stop_lsn),
+            stopped_unix: record.stopped_postgres_unix,
         }
     }
 }
@@ -64,14 +91,13 @@ impl BaseStore {
         all.insert(cluster.clone(), summaries);
     }
 
-    /// All gauges of base backups.
-    pub fn gauges(&self) -> Vec<Gauge> {
+    /// All gauges of base backups of these clusters.
+    pub fn read(&self, clusters: &BTreeSet<ClusterName>, out: &mut Vec<Reading>) {
         let now = self.now_unix();
-        let mut gauges = Vec::new();
-        for (cluster, backups) in lock(&self.0.gauges).iter() {
-            let mut put = |name, value| {
-                gauges.push(Gauge { name, cluster: Some(cluster.clone()), value });
-            };
+        for (cluster, backups) in
+            lock(&self.0.gauges).iter().filter(|(name, _)| clusters.contains(name))
+        {
+            let mut put = |name, value| out.push(Reading::of(name, cluster, value));
             put("klio.base.snapshots", backups.len() as f64);
             let by_age = |a: &&Summary, b: &&Summary| a.committed_unix.total_cmp(&b.committed_unix);
             if let (Some(newest), Some(oldest)) =
@@ -91,6 +117,32 @@ impl BaseStore {
                 put("klio.base.archive_lag_time", lag);
             }
         }
-        gauges
+    }
+
+    /// The two gauges of the recovery window. `as_of`: all that PostgreSQL had then is durable.
+    pub fn read_window(
+        &self,
+        cluster: &ClusterName,
+        frontiers: &[Frontier],
+        as_of: Option<f64>,
+        out: &mut Vec<Reading>,
+    ) {
+        let Some(pinned) = self.wal().pinned(cluster) else { return };
+        let positions = self.wal().positions(cluster);
+        let lines = positions.iter().filter(|position| position.has_history);
+        let histories = lines.filter_map(|p| self.wal().history(cluster, p.timeline).ok());
+        let known = Known {
+            histories: histories.collect(),
+            positions: positions.clone(),
+            frontiers: frontiers.to_vec(),
+            gaps: self.wal().gaps(cluster),
+            segment_size: pinned.segment_size,
+        };
+        let all = lock(&self.0.gauges);
+        let Some(backups) = all.get(cluster) else { return };
+        if let Some(found) = window(&known, backups.values(), as_of) {
+            out.push(Reading::of("klio.recovery.earliest_time", cluster, found.earliest));
+            out.push(Reading::of("klio.recovery.latest_time", cluster, found.latest));
+        }
     }
 }

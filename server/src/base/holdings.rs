@@ -6,7 +6,7 @@
 
 use super::{BaseStore, lock, run, tier2_status};
 use crate::errors;
-use klio_pg::{Lsn, TimelineId};
+use klio_pg::TimelineId;
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
@@ -129,8 +129,7 @@ impl BaseStore {
     fn caught_up(&self, cluster: &ClusterName) -> Option<TimelineId> {
         let state = self.0.parts.registry.cluster(cluster);
         let progress = state.progress();
-        let all = progress.wal_end > Lsn::ZERO && progress.flushed >= progress.wal_end;
-        progress.timeline.filter(|_| all && state.connected())
+        progress.timeline.filter(|_| progress.is_caught_up() && state.connected())
     }
 
     async fn wal_in_tier2(

@@ -23,6 +23,7 @@ mod put;
 mod repository;
 mod reserve;
 mod server_files;
+mod window;
 
 pub use archive::{BaseArchiveState, BaseArchives};
 pub use backups::{Backups, ListedBackup};

@@ -2,8 +2,12 @@
 //!
 //! `make docs` writes them; a test compares. The tables are the code's own.
 
-use crate::{config::SETTINGS, metrics::CATALOGUE};
+use crate::{
+    config::SETTINGS,
+    metrics::{self, CATALOGUE},
+};
 use klio_proto::Code;
+use klio_telemetry::catalogue;
 use std::fmt::Write as _;
 
 /// Which table.
@@ -11,6 +15,10 @@ use std::fmt::Write as _;
 pub enum Table {
     /// Instruments of klio-server.
     Metrics,
+    /// Instruments that both programs have.
+    StandardMetrics,
+    /// Attributes of the instruments of klio-server, and of those that both programs have.
+    MetricAttributes,
     /// Settings of klio-server.
     Configuration,
     /// Error codes of both programs.
@@ -33,10 +41,15 @@ fn text(table: Table) -> String {
     let mut out = String::new();
     match table {
         Table::Metrics => {
-            out.push_str("| name | type | unit | meaning |\n|---|---|---|---|\n");
-            for (name, kind, unit, meaning) in CATALOGUE {
-                let _ = writeln!(out, "| {name} | {kind} | {unit} | {meaning} |");
-            }
+            out.push_str(&catalogue::markdown(CATALOGUE.iter()));
+        }
+        Table::StandardMetrics => {
+            out.push_str(&catalogue::markdown(catalogue::RPC.iter().chain(catalogue::STANDARD)));
+        }
+        Table::MetricAttributes => {
+            let standard = catalogue::ATTRIBUTES.iter().map(|(name, text)| (*name, (*text).into()));
+            let all = metrics::attributes().into_iter().chain(standard);
+            out.push_str(&catalogue::markdown_of_attributes(all));
         }
         Table::Configuration => {
             out.push_str("| setting | variable | default | meaning |\n|---|---|---|---|\n");

@@ -128,6 +128,19 @@ pub enum Attempt {
 }
 
 impl Attempt {
+    /// Every one.
+    pub const ALL: [Attempt; 9] = [
+        Attempt::Stored,
+        Attempt::AlreadyThere,
+        Attempt::Missing,
+        Attempt::Corrupt,
+        Attempt::Waiting,
+        Attempt::Conflict,
+        Attempt::Denied,
+        Attempt::Invalid,
+        Attempt::Transient,
+    ];
+
     /// The attribute's value.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -1,16 +1,12 @@
 //! Instruments of verification, drills and maintenance.
 
-use crate::metrics::{CATALOGUE, Gauge, of};
+use crate::metrics::{Reading, Tallies, ZEROS};
 use klio_storage::{
     catalog::{DrillOutcome, MaintenanceOutcome, VerifyOutcome},
     layout::ClusterName,
 };
-use opentelemetry::{
-    KeyValue,
-    metrics::{Counter, Meter},
-};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -20,49 +16,29 @@ struct Last {
     verified: Option<(f64, usize)>,
     drilled: Option<DrillOutcome>,
     maintained: Option<f64>,
-    alarm: bool,
+    /// `None` while nobody knows.
+    alarm: Option<bool>,
 }
 
-/// Counters, and last results.
+/// Counts, and last results.
+#[derive(Default)]
 pub struct MaintenanceMetrics {
-    success: Counter<u64>,
-    failure: Counter<u64>,
-    runs: Counter<u64>,
-    freed: Counter<u64>,
-    wal_removed: Counter<u64>,
-    expired: Counter<u64>,
+    tallies: Tallies,
     last: Mutex<BTreeMap<ClusterName, Last>>,
 }
 
 impl MaintenanceMetrics {
-    /// Instruments on this meter.
-    pub fn new(meter: &Meter) -> Self {
-        let counter = |name: &'static str| {
-            let row = CATALOGUE.iter().find(|row| row.0 == name);
-            let (unit, meaning) = row.map_or(("", ""), |row| (row.2, row.3));
-            meter.u64_counter(name).with_unit(unit).with_description(meaning).build()
-        };
-        Self {
-            success: counter("klio.consumer.backup_verification_success"),
-            failure: counter("klio.consumer.backup_verification_failure"),
-            runs: counter("klio.maintenance.runs"),
-            freed: counter("klio.maintenance.freed_size"),
-            wal_removed: counter("klio.maintenance.wal_removed"),
-            expired: counter("klio.maintenance.expired"),
-            last: Mutex::default(),
-        }
-    }
-
     fn last(&self) -> MutexGuard<'_, BTreeMap<ClusterName, Last>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A verification ended. Damage counts as found even where it was repaired.
     pub(super) fn verified(&self, cluster: &ClusterName, outcome: &VerifyOutcome) {
-        match outcome.damaged.is_empty() && outcome.repaired.is_empty() {
-            true => self.success.add(1, &of(cluster)),
-            false => self.failure.add(1, &of(cluster)),
-        }
+        let name = match outcome.damaged.is_empty() && outcome.repaired.is_empty() {
+            true => "klio.consumer.backup_verification_success",
+            false => "klio.consumer.backup_verification_failure",
+        };
+        self.tallies.add(cluster, name, "", 1);
         self.seen_verified(cluster, outcome);
     }
 
@@ -86,22 +62,21 @@ impl MaintenanceMetrics {
 
     /// Maintenance ended.
     pub(super) fn maintained(&self, cluster: &ClusterName, ok: bool, outcome: &MaintenanceOutcome) {
-        let [name] = of(cluster);
         let word = match (ok, outcome.held_back.is_empty()) {
             (false, _) => "failed",
             (true, true) => "done",
             (true, false) => "held_back",
         };
-        self.runs.add(1, &[name.clone(), KeyValue::new("outcome", word)]);
-        self.expired.add(outcome.expired.len() as u64, std::slice::from_ref(&name));
+        let add = |name, word, n| self.tallies.add(cluster, name, word, n);
+        add("klio.maintenance.runs", word, 1);
+        add("klio.maintenance.expired", "", outcome.expired.len() as u64);
         let tiers = [
             ("tier1", outcome.freed_tier1_bytes, outcome.wal_removed_tier1),
             ("tier2", outcome.freed_tier2_bytes, outcome.wal_removed_tier2),
         ];
         for (tier, bytes, files) in tiers {
-            let attributes = [name.clone(), KeyValue::new("tier", tier)];
-            self.freed.add(bytes, &attributes);
-            self.wal_removed.add(files, &attributes);
+            add("klio.maintenance.freed_size", tier, bytes);
+            add("klio.maintenance.wal_removed", tier, files);
         }
         if ok {
             let mut last = self.last();
@@ -109,9 +84,17 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// One of an earlier run of the server.
-    pub(super) fn seen_maintained(&self, cluster: &ClusterName, unix: f64) {
-        self.last().entry(cluster.clone()).or_default().maintained = Some(unix);
+    /// One of an earlier run of the server. A plan that had to be empty did nothing and says why.
+    pub(super) fn seen_maintained(&self, cluster: &ClusterName, outcome: &MaintenanceOutcome) {
+        let did = outcome.expired.len() as u64
+            + outcome.freed_tier1_bytes
+            + outcome.freed_tier2_bytes
+            + outcome.wal_removed_tier1
+            + outcome.wal_removed_tier2;
+        let mut last = self.last();
+        let entry = last.entry(cluster.clone()).or_default();
+        entry.maintained = Some(outcome.finished_unix);
+        entry.alarm = Some(did == 0 && !outcome.held_back.is_empty());
     }
 
     /// Unix time of the last run; `None` when there was none.
@@ -121,17 +104,18 @@ impl MaintenanceMetrics {
 
     /// Whether a plan had to be empty.
     pub(super) fn alarmed(&self, cluster: &ClusterName, alarm: bool) {
-        self.last().entry(cluster.clone()).or_default().alarm = alarm;
+        self.last().entry(cluster.clone()).or_default().alarm = Some(alarm);
     }
 
-    /// All gauges.
-    pub fn gauges(&self, now_unix: f64) -> Vec<Gauge> {
-        let mut gauges = Vec::new();
-        for (cluster, last) in self.last().iter() {
-            let mut put = |name, value| {
-                gauges.push(Gauge { name, cluster: Some(cluster.clone()), value });
-            };
-            put("klio.maintenance.alarm", f64::from(u8::from(last.alarm)));
+    /// All that there is of these clusters.
+    pub fn read(&self, clusters: &BTreeSet<ClusterName>, now_unix: f64, out: &mut Vec<Reading>) {
+        let zeros = ZEROS.iter().filter(|(name, _)| !name.starts_with("klio.wal."));
+        self.tallies.read(clusters, &zeros.copied().collect::<Vec<_>>(), out);
+        for (cluster, last) in self.last().iter().filter(|(name, _)| clusters.contains(name)) {
+            let mut put = |name, value| out.push(Reading::of(name, cluster, value));
+            if let Some(alarm) = last.alarm {
+                put("klio.maintenance.alarm", f64::from(u8::from(alarm)));
+            }
             if let Some(time) = last.maintained {
                 put("klio.maintenance.latest_time", time);
             }
@@ -146,6 +130,5 @@ impl MaintenanceMetrics {
                 put("klio.drill.recovery_duration", drill.recovery_seconds);
             }
         }
-        gauges
     }
 }

@@ -86,7 +86,7 @@ impl Maintenance {
         let Parts { base, archives, settings, data_dir, config_path, program, metrics } = parts;
         for cluster in base.wal().clusters() {
             if let Some(outcome) = last_run(&base, &cluster) {
-                metrics.seen_maintained(&cluster, outcome.finished_unix);
+                metrics.seen_maintained(&cluster, &outcome);
             }
             for (name, _) in base.records_on_disk(&cluster).unwrap_or_default() {
                 let (disk, root) = (base.disk().as_ref(), base.root());

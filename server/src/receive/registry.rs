@@ -54,10 +54,44 @@ pub struct Progress {
     pub flushed: Lsn,
     /// PostgreSQL's end of WAL as last reported; 0/0 when unknown.
     pub wal_end: Lsn,
-    /// Since when `flushed` has been behind `wal_end`.
-    pub behind_since: Option<Instant>,
+    /// WAL that PostgreSQL has and that did not come yet.
+    pub not_received: Behind,
+    /// WAL that PostgreSQL has and that is not durable yet.
+    pub not_flushed: Behind,
+    /// All that PostgreSQL had at this moment is durable.
+    pub durable_as_of: Option<Instant>,
     /// Raw WAL bytes received since the server started.
     pub received_bytes: u64,
+}
+
+/// How long something has been behind PostgreSQL.
+///
+/// A busy PostgreSQL is ahead at any moment, so the time since it was last equal says nothing: what counts is the age
+/// of a position that PostgreSQL had and we still have not reached.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Behind {
+    mark: Option<(Lsn, Instant)>,
+}
+
+impl Behind {
+    /// Sets the mark anew when it was reached. Gives the moment up to which all is here, if that is news.
+    fn follow(&mut self, here: Lsn, end: Lsn, now: Instant) -> Option<Instant> {
+        if here >= end {
+            self.mark = None;
+            return Some(now);
+        }
+        match self.mark {
+            Some((position, _)) if here < position => None,
+            reached => {
+                self.mark = Some((end, now));
+                reached.map(|(_, at)| at)
+            }
+        }
+    }
+
+    fn seconds(self, now: Instant) -> f64 {
+        self.mark.map_or(0.0, |(_, at)| now.saturating_duration_since(at).as_secs_f64())
+    }
 }
 
 impl Progress {
@@ -65,9 +99,31 @@ impl Progress {
     pub fn lag_bytes(&self) -> u64 {
         self.wal_end.bytes_since(self.flushed)
     }
-    /// For how long that has been so; 0 when it is not.
+    /// How long ago PostgreSQL had WAL that is not durable here; 0 when all is.
     pub fn lag_seconds(&self, now: Instant) -> f64 {
-        self.behind_since.map_or(0.0, |since| now.duration_since(since).as_secs_f64())
+        self.not_flushed.seconds(now)
+    }
+    /// Bytes PostgreSQL has and the server has not received.
+    pub fn receive_lag_bytes(&self) -> u64 {
+        self.wal_end.bytes_since(self.received)
+    }
+    /// How long ago PostgreSQL had WAL that has not come; 0 when all has.
+    pub fn receive_lag_seconds(&self, now: Instant) -> f64 {
+        self.not_received.seconds(now)
+    }
+    /// PostgreSQL has nothing that is not durable here, as far as it has told.
+    pub fn is_caught_up(&self) -> bool {
+        self.wal_end > Lsn::ZERO && self.lag_bytes() == 0
+    }
+
+    /// Nothing follows from an end of WAL that is not known.
+    fn follow(&mut self, now: Instant) {
+        if self.wal_end == Lsn::ZERO {
+            return;
+        }
+        self.not_received.follow(self.received, self.wal_end, now);
+        let reached = self.not_flushed.follow(self.flushed, self.wal_end, now);
+        self.durable_as_of = reached.or(self.durable_as_of);
     }
 }
 
@@ -82,15 +138,11 @@ impl ClusterState {
         lock(&self.live).is_some()
     }
 
-    /// Changes the positions; keeps `behind_since` true to them.
+    /// Changes the positions; keeps the times true to them.
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         let mut progress = lock(&self.progress);
         change(&mut progress);
-        if progress.lag_bytes() == 0 {
-            progress.behind_since = None;
-        } else if progress.behind_since.is_none() {
-            progress.behind_since = Some(Instant::now());
-        }
+        progress.follow(Instant::now());
     }
 }
 
@@ -239,9 +291,33 @@ mod tests {
     fn an_idle_cluster_has_no_lag() {
         let state = ClusterState::default();
         state.update(|p| p.wal_end = Lsn::new(100));
-        assert!(state.progress().behind_since.is_some());
-        state.update(|p| p.flushed = Lsn::new(100));
         let later = Instant::now() + Duration::from_secs(3600);
+        assert!(state.progress().lag_seconds(later) > 3000.0);
+        assert!(state.progress().receive_lag_seconds(later) > 3000.0);
+        state.update(|p| p.received = Lsn::new(100));
+        assert_eq!(state.progress().receive_lag_seconds(later), 0.0);
+        state.update(|p| p.flushed = Lsn::new(100));
         assert_eq!((state.progress().lag_bytes(), state.progress().lag_seconds(later)), (0, 0.0));
+        assert!(state.progress().is_caught_up());
+    }
+
+    /// A database that always writes is never equal for a moment, and still not behind by hours.
+    #[test]
+    fn a_busy_cluster_that_is_followed_closely_has_a_short_lag() {
+        let (mut progress, begun) = (Progress::default(), Instant::now());
+        for second in 1..=3600 {
+            progress.flushed = progress.wal_end;
+            progress.wal_end = Lsn::new(second * 1000);
+            progress.follow(begun + Duration::from_secs(second));
+        }
+        let now = begun + Duration::from_secs(3600);
+        assert!(progress.lag_bytes() > 0 && progress.lag_seconds(now) <= 1.0, "{progress:?}");
+        assert!(progress.durable_as_of.is_some_and(|at| now - at <= Duration::from_secs(1)));
+        // And one that stands still is.
+        progress.wal_end = Lsn::new(1 << 30);
+        progress.follow(now);
+        progress.follow(now + Duration::from_secs(900));
+        assert!(progress.lag_seconds(now + Duration::from_secs(900)) >= 900.0);
+        assert!(progress.durable_as_of.is_some_and(|at| at <= now));
     }
 }

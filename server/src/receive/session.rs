@@ -93,6 +93,8 @@ impl Receiver {
         responses: Responses,
     ) {
         let timeline = open.timeline;
+        let (metrics, shutdown) = (Arc::clone(&self.metrics), self.shutdown.clone());
+        let store = self.store.clone();
         let started = async {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
             open::open(&self.store, &self.registry, &cluster, who.clone(), open, now).await
@@ -119,6 +121,10 @@ impl Receiver {
             }
         };
         if let Err(status) = outcome {
+            // Of a name that was never pinned there are no series; our own end is no failure.
+            if store.pinned(&cluster).is_some() && !shutdown.is_cancelled() {
+                metrics.session_failed(&cluster, Code::of(&status));
+            }
             // Nobody has to read it.
             let _ = tokio::time::timeout(LAST_WORD_TIMEOUT, responses.send(Err(status))).await;
         }
@@ -150,7 +156,8 @@ impl Session {
         place.state().update(|p| {
             p.timeline = Some(timeline);
             (p.received, p.flushed) = (start, start);
-            p.wal_end = p.wal_end.max(start);
+            // Until PostgreSQL tells: with its WAL of a day to come nothing is caught up.
+            p.wal_end = Lsn::ZERO;
         });
         let window = with.options.window.bytes();
         Self {
@@ -306,7 +313,7 @@ impl Session {
         self.flushed = flushed.lsn();
         let lsn = self.flushed;
         self.place.state().update(|p| p.flushed = lsn);
-        self.with.metrics.flushed(&self.cluster, took);
+        self.with.metrics.flushed(took);
         Ok(Some(v1::Ack {
             received_lsn: self.pending.end().as_u64(),
             flushed_lsn: flushed.lsn().as_u64(),

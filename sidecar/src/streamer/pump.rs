@@ -57,6 +57,8 @@ pub(super) struct Pump<'a, W> {
     pub stop_timeout: Duration,
     pub metrics: &'a Metrics,
     pub trace: SegmentTrace,
+    /// PostgreSQL's end of WAL as it is known at the beginning: the server learns at once whether it is behind.
+    pub end: Lsn,
 }
 
 /// One message in flight whose acknowledgement is timed.
@@ -68,7 +70,7 @@ impl<W: Wal> Pump<'_, W> {
         let mut batch = Batch::default();
         let mut probe: Probe = None;
         let mut ended: Option<Ended> = None;
-        let mut wal_end = Lsn::ZERO;
+        let mut wal_end = self.end;
         let mut tick = tokio::time::interval(self.status_interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let deadline = tokio::time::sleep(Duration::MAX);

@@ -60,6 +60,8 @@ struct Prepared<W> {
     flow: Flow,
     trace: SegmentTrace,
     timeline: TimelineId,
+    /// PostgreSQL's end of WAL: an idle one says nothing for half a minute.
+    end: Lsn,
 }
 
 impl<P: Primary> Stream<'_, P> {
@@ -70,7 +72,7 @@ impl<P: Primary> Stream<'_, P> {
             () = stop.cancelled() => return Ok(Ended::Stopped),
             prepared = self.prepare(memory) => prepared?,
         };
-        let Prepared { wal, requests, answers, flow, trace, timeline } = prepared;
+        let Prepared { wal, requests, answers, flow, trace, timeline, end } = prepared;
         let (received, flushed) = flow.report();
         self.metrics.state.set_positions(received, flushed);
         self.metrics.state.set_connected(true);
@@ -85,6 +87,7 @@ impl<P: Primary> Stream<'_, P> {
             stop_timeout: self.options.stop_timeout,
             metrics: self.metrics,
             trace,
+            end,
         };
         let result = pump.run(stop).await;
         self.metrics.state.set_connected(false);
@@ -135,7 +138,8 @@ impl<P: Primary> Stream<'_, P> {
         let cluster = self.options.cluster.to_string();
         let trace = SegmentTrace::new(cluster, plan.timeline, identity.segment_size);
         let flow = Flow::new(plan.start, plan.durable, window);
-        Ok(Prepared { wal, requests, answers, flow, trace, timeline: plan.timeline })
+        let (timeline, end) = (plan.timeline, identity.end);
+        Ok(Prepared { wal, requests, answers, flow, trace, timeline, end })
     }
 
     async fn positions(

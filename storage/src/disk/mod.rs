@@ -133,6 +133,12 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `NotFound` when there is none.
     fn stat(&self, path: &Path) -> io::Result<Stat>;
 
+    /// Sets the time of a file's last change: for a copy that takes an older file's place. Not durable by itself.
+    ///
+    /// # Errors
+    /// As the operating system reports.
+    fn set_modified(&self, path: &Path, unix: f64) -> io::Result<()>;
+
     /// Free and total bytes of the file system that holds `path`.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::FileExt,
     path::Path,
     sync::Arc,
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 
 /// Files of this machine.
@@ -91,6 +91,11 @@ impl Disk for RealDisk {
         let modified = metadata.modified()?.duration_since(UNIX_EPOCH);
         let modified_unix = modified.map_or(0.0, |age| age.as_secs_f64());
         Ok(Stat { size: metadata.len(), modified_unix })
+    }
+
+    fn set_modified(&self, path: &Path, unix: f64) -> io::Result<()> {
+        let age = Duration::try_from_secs_f64(unix).map_err(io::Error::other)?;
+        OpenOptions::new().write(true).open(path)?.set_modified(UNIX_EPOCH + age)
     }
 
     fn space(&self, path: &Path) -> io::Result<(u64, u64)> {

@@ -650,6 +650,14 @@ impl Disk for SimDisk {
         Ok(Stat { size: file.cache.len() as u64, modified_unix: file.modified as f64 })
     }
 
+    fn set_modified(&self, path: &Path, unix: f64) -> io::Result<()> {
+        let mut inner = self.inner();
+        inner.alive()?;
+        let node = inner.find(path)?;
+        inner.file(node)?.modified = unix as u64;
+        Ok(())
+    }
+
     fn space(&self, _path: &Path) -> io::Result<(u64, u64)> {
         let inner = self.inner();
         inner.alive()?;

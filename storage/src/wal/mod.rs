@@ -344,6 +344,39 @@ impl WalStore {
         self.find(name).map(|cluster| lock(&cluster.state).finished()).unwrap_or_default()
     }
 
+    /// Unix time since when the oldest finished journal waits to be sealed; `None` when none does.
+    pub fn unsealed_since(&self, name: &ClusterName) -> Option<f64> {
+        let waiting = {
+            let cluster = self.find(name)?;
+            let state = lock(&cluster.state);
+            let size = state.pinned?.segment_size;
+            let finished = state.finished();
+            let held = state.lines.values().flat_map(|line| line.journals.values());
+            let waits = |journal: &&Arc<Unsealed>| {
+                let segment = journal.segment(size);
+                finished.contains(&WalFile::Segment(segment))
+                    || finished.contains(&WalFile::Partial(segment))
+            };
+            held.filter(waits).map(|journal| journal.path.clone()).collect::<Vec<_>>()
+        };
+        self.times(&waiting).min_by(f64::total_cmp)
+    }
+
+    /// Unix time at which the newest WAL was written that is not sealed yet; `None` when there is none.
+    pub fn unsealed_written(&self, name: &ClusterName) -> Option<f64> {
+        let held: Vec<PathBuf> = {
+            let cluster = self.find(name)?;
+            let state = lock(&cluster.state);
+            let held = state.lines.values().flat_map(|line| line.journals.values());
+            held.filter(|journal| !journal.is_empty()).map(|j| j.path.clone()).collect()
+        };
+        self.times(&held).max_by(f64::total_cmp)
+    }
+
+    fn times(&self, files: &[PathBuf]) -> impl Iterator<Item = f64> {
+        files.iter().filter_map(|path| self.disk().stat(path).ok()).map(|stat| stat.modified_unix)
+    }
+
     /// Turns a finished journal into its sealed file, durably, and lets the journal go. Again for a sealed file gives the
     /// same answer. Takes as long as reading and hashing it does; run it off the receiving path.
     ///

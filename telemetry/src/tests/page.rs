@@ -122,3 +122,60 @@ async fn a_series_its_callback_no_longer_reports_is_gone() {
         "{later}"
     );
 }
+
+/// docs/metrics.md is made of the table: a family that is only in one of the two is drift.
+#[tokio::test]
+async fn the_standard_metrics_are_those_of_the_table_with_its_types_and_meanings() {
+    use crate::catalogue::{Kind, Row, STANDARD};
+    let page = page();
+    let types: std::collections::BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter(|line| ["process_", "system_", "klio_runtime_"].iter().any(|p| line.starts_with(p)))
+        .collect();
+    let expected = |row: &Row| {
+        let kind = match row.kind {
+            Kind::UpDownCounter => "gauge",
+            other => other.name(),
+        };
+        format!("{} {kind}", row.prometheus_name())
+    };
+    let table: std::collections::BTreeSet<String> = STANDARD.iter().map(expected).collect();
+    let table: std::collections::BTreeSet<&str> = table.iter().map(String::as_str).collect();
+    assert_eq!(types, table);
+    for row in STANDARD {
+        let help = format!("# HELP {} {}", row.prometheus_name(), row.meaning);
+        assert!(page.lines().any(|line| line == help), "{help} is not in\n{page}");
+        let sample = page.lines().find(|line| {
+            line.strip_prefix(&row.prometheus_name()).is_some_and(|l| l.starts_with([' ', '{']))
+        });
+        let sample = sample.unwrap_or_else(|| panic!("{} has no series", row.name));
+        for attribute in row.attributes {
+            let label = format!("{}=", attribute.replace('.', "_"));
+            assert!(sample.contains(&label), "{label} is not in {sample}");
+        }
+        assert_eq!(sample.matches('=').count(), row.attributes.len(), "{sample}");
+    }
+}
+
+/// Nothing is folded into `otel_metric_overflow` with a thousand clusters of nine outcomes each.
+#[tokio::test]
+async fn a_thousand_clusters_overflow_no_instrument() {
+    let (telemetry, _, _) = built(false, &[("OTEL_METRICS_EXPORTER", "prometheus")]);
+    telemetry
+        .meter()
+        .u64_observable_counter("klio.consumer.offloads")
+        .with_callback(|observer| {
+            for cluster in 0..1000 {
+                for outcome in 0..9 {
+                    let name = KeyValue::new("cluster_name", format!("pg-{cluster}"));
+                    observer.observe(1, &[name, KeyValue::new("outcome", outcome)]);
+                }
+            }
+        })
+        .build();
+    let page = telemetry.prometheus().unwrap().render();
+    let series = page.lines().filter(|l| l.starts_with("klio_consumer_offloads_total{")).count();
+    assert_eq!(series, 9000);
+    assert!(!page.contains("otel_metric_overflow"));
+}

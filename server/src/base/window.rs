@@ -1,0 +1,214 @@
+//! What can be recovered of a cluster, from what is known in memory: for gauges, which a scrape reads without asking a
+//! disk or a bucket. Pure.
+//!
+//! Says less rather than more: a backup counts only with every byte of WAL from its start on, and what follows a hole
+//! counts only with a backup behind it. `klio list` and a restore look at the files themselves.
+
+use super::gauges::Summary;
+use klio_pg::{HistoryEntry, SegmentSize, TimelineHistory, TimelineId};
+use klio_storage::{
+    catalog::{
+        Frontier, Holdings, KnownGap, Run, TimelineHoldings,
+        recovery::{Path, Reach, Stop},
+    },
+    wal::{Gap, Position},
+};
+use std::collections::BTreeMap;
+
+/// What is known of a cluster's WAL.
+pub(super) struct Known {
+    /// Tier 1, with what it let go to tier 2.
+    pub positions: Vec<Position>,
+    /// Tier 2.
+    pub frontiers: Vec<Frontier>,
+    pub gaps: Vec<Gap>,
+    pub histories: Vec<TimelineHistory>,
+    pub segment_size: SegmentSize,
+}
+
+/// Every moment between the two can be recovered. Unix seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Window {
+    /// The end of its oldest backup, in PostgreSQL's clock.
+    pub earliest: f64,
+    /// The newest moment that is known to be held.
+    pub latest: f64,
+}
+
+/// The window that reaches furthest on the newest timeline; `None` without a backup that can be recovered.
+/// `as_of`: all that PostgreSQL had then is held, in the server's clock.
+pub(super) fn window<'a>(
+    known: &Known,
+    backups: impl Iterator<Item = &'a Summary>,
+    as_of: Option<f64>,
+) -> Option<Window> {
+    let holdings = holdings(known);
+    let newest = holdings.timelines.iter().filter(|line| !line.runs.is_empty()).next_back()?;
+    let path = Path::new(&holdings, newest.timeline, known.segment_size).ok()?;
+    let leads = |b: &&Summary| path.passes(b.start.0, b.start.1) && path.passes(b.stop.0, b.stop.1);
+    let reached: Vec<(&Summary, Reach)> = backups
+        .filter(leads)
+        .map(|backup| (backup, path.reach(backup.start.1)))
+        .filter(|(backup, reach)| reach.end >= backup.stop.1)
+        .collect();
+    let end = reached.iter().map(|(_, reach)| reach.end).max()?;
+    let together = reached.iter().filter(|(_, reach)| reach.end == end);
+    let stopped = together.clone().map(|(backup, _)| backup.stopped_unix);
+    let earliest = stopped.clone().min_by(f64::total_cmp)?;
+    let newest_backup = stopped.max_by(f64::total_cmp)?;
+    let whole = together.clone().all(|(_, reach)| matches!(reach.stop, Stop::End { .. }));
+    // Behind a hole more is held than can be reached: when WAL ended before it nobody here knows.
+    let latest = as_of.filter(|_| whole).map_or(newest_backup, |at| at.max(newest_backup));
+    Some(Window { earliest, latest })
+}
+
+fn holdings(known: &Known) -> Holdings {
+    let mut lines: BTreeMap<TimelineId, Vec<Run>> = BTreeMap::new();
+    let tier1 = known.positions.iter().map(|p| (p.timeline, p.start, p.flushed));
+    let tier2 = known.frontiers.iter().map(|f| (f.timeline, f.start, f.archived));
+    for (timeline, start, end) in tier1.chain(tier2).filter(|(_, start, end)| start < end) {
+        lines.entry(timeline).or_default().push(Run { start, end });
+    }
+    let history = |timeline| known.histories.iter().find(|h| h.timeline() == timeline);
+    let timelines = lines.into_iter().map(|(timeline, runs)| TimelineHoldings {
+        timeline,
+        history: history(timeline).map(text),
+        runs: without_gaps(merge(runs), known.gaps.iter().filter(|g| g.timeline == timeline)),
+        caught_up: false,
+    });
+    let gap = |gap: &Gap| KnownGap {
+        timeline: gap.timeline,
+        from: gap.from,
+        to: gap.to,
+        reason: gap.reason.clone(),
+    };
+    Holdings {
+        segment_size: known.segment_size.as_u32(),
+        timelines: timelines.collect(),
+        gaps: known.gaps.iter().map(gap).collect(),
+        ..Holdings::default()
+    }
+}
+
+/// As PostgreSQL writes it.
+fn text(history: &TimelineHistory) -> String {
+    let line = |e: &HistoryEntry| format!("{}\t{}\tknown\n", e.timeline.get(), e.end);
+    history.entries().iter().map(line).collect()
+}
+
+/// Ascending, with those that touch or overlap made one.
+fn merge(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable_by_key(|run| (run.start, run.end));
+    let mut merged: Vec<Run> = Vec::new();
+    for run in runs {
+        match merged.last_mut() {
+            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+            _ => merged.push(run),
+        }
+    }
+    merged
+}
+
+/// A frontier passes over recorded gaps; nobody holds them.
+fn without_gaps<'a>(runs: Vec<Run>, gaps: impl Iterator<Item = &'a Gap>) -> Vec<Run> {
+    gaps.fold(runs, |runs, gap| {
+        let cut = |run: Run| {
+            let before = Run { start: run.start, end: run.end.min(gap.from) };
+            let after = Run { start: run.start.max(gap.to), end: run.end };
+            let overlaps = gap.from < run.end && run.start < gap.to;
+            if overlaps { vec![before, after] } else { vec![run] }
+        };
+        runs.into_iter().flat_map(cut).filter(|run: &Run| run.start < run.end).collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::Lsn;
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn lsn(megabytes: u64) -> Lsn {
+        Lsn::new(megabytes << 20)
+    }
+
+    fn known(start: u64, end: u64) -> Known {
+        let position = Position {
+            timeline: tli(1),
+            start: lsn(start),
+            flushed: lsn(end),
+            sealed: lsn(end),
+            has_history: false,
+        };
+        Known {
+            positions: vec![position],
+            frontiers: Vec::new(),
+            gaps: Vec::new(),
+            histories: Vec::new(),
+            segment_size: SegmentSize::new(1 << 20).unwrap(),
+        }
+    }
+
+    /// From and to in MiB of WAL; ended at this time.
+    fn backup(from: u64, to: u64, stopped_unix: f64) -> Summary {
+        Summary::of_wal((tli(1), lsn(from)), (tli(1), lsn(to)), stopped_unix)
+    }
+
+    fn both(known: &Known, backups: &[Summary], as_of: f64) -> Option<(f64, f64)> {
+        window(known, backups.iter(), Some(as_of)).map(|w| (w.earliest, w.latest))
+    }
+
+    #[test]
+    fn the_window_begins_with_the_oldest_backup_whose_wal_is_all_there() {
+        let backups = [backup(2, 3, 20.0), backup(5, 6, 50.0), backup(9, 10, 90.0)];
+        assert_eq!(both(&known(1, 20), &backups, 1000.0), Some((20.0, 1000.0)));
+        // WAL of the oldest has gone: it counts no more.
+        assert_eq!(both(&known(4, 20), &backups, 1000.0), Some((50.0, 1000.0)));
+        // WAL of the newest has not all come.
+        assert_eq!(both(&known(1, 9), &backups, 40.0), Some((20.0, 50.0)));
+        assert_eq!(both(&known(1, 20), &[], 1000.0), None);
+    }
+
+    #[test]
+    fn what_comes_after_a_gap_counts_only_with_a_backup_behind_it() {
+        let mut known = known(1, 20);
+        let gap = |from, to| Gap {
+            timeline: tli(1),
+            from: lsn(from),
+            to: lsn(to),
+            reason: "removed".into(),
+            recorded_unix: 70.0,
+        };
+        known.gaps.push(gap(7, 8));
+        let before = [backup(2, 3, 20.0), backup(5, 6, 50.0)];
+        assert_eq!(both(&known, &before, 1000.0), Some((20.0, 50.0)));
+        let behind = [backup(2, 3, 20.0), backup(9, 10, 90.0)];
+        assert_eq!(both(&known, &behind, 1000.0), Some((90.0, 1000.0)));
+    }
+
+    #[test]
+    fn wal_that_only_the_bucket_has_counts() {
+        let mut known = known(8, 20);
+        known.frontiers.push(Frontier { timeline: tli(1), start: lsn(1), archived: lsn(9) });
+        assert_eq!(both(&known, &[backup(2, 3, 20.0)], 1000.0), Some((20.0, 1000.0)));
+    }
+
+    #[test]
+    fn a_promotion_does_not_end_the_window() {
+        let mut known = known(1, 10);
+        let position = Position {
+            timeline: tli(2),
+            start: lsn(9),
+            flushed: lsn(15),
+            sealed: lsn(15),
+            has_history: true,
+        };
+        known.positions.push(position);
+        let history = format!("1\t{}\tx\n", lsn(10));
+        known.histories.push(TimelineHistory::parse(tli(2), history.as_bytes()).unwrap());
+        assert_eq!(both(&known, &[backup(2, 3, 20.0)], 1000.0), Some((20.0, 1000.0)));
+    }
+}
