@@ -34,6 +34,7 @@ lint: tools
 bench:
 	@deploy/tools/install.sh --bench
 	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release -p klio-server -p klio-sidecar --features klio-telemetry/bare --target-dir target/bare
 	$(CARGO) bench --workspace --bench klio
 
 # Debug programs: their assertions look harder. KLIO_BIN_DIR names others.

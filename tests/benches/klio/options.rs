@@ -90,6 +90,11 @@ impl Options {
         self.parts.is_empty() || self.parts.contains(&part)
     }
 
+    /// Whether this part was asked for by name.
+    pub fn names(&self, part: Part) -> bool {
+        self.parts.contains(&part)
+    }
+
     /// Whether Klio's programs are run too, and not only those it is compared with.
     pub fn with_klio(&self) -> bool {
         !self.peer
