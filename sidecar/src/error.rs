@@ -4,7 +4,7 @@
 //! The message names place, expected and found; the hint says what the reader can do.
 
 use klio_proto::Code;
-use std::fmt;
+use std::{fmt, io, path::Path};
 
 /// What went wrong, as far as a caller acts on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +111,11 @@ impl Error {
     pub const fn retryable(&self) -> bool {
         self.failure.retryable()
     }
+}
+
+/// A failure of the local file system.
+pub(crate) fn local(doing: &str, path: &Path, error: &io::Error) -> Error {
+    Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }
 
 /// tonic hides the cause of a transport failure in the source chain; a person needs the last of it.

@@ -26,11 +26,11 @@ pub use spool::{remove_left, spool_for};
 
 use crate::{
     config::Config,
-    error::{Error, Failure},
+    error::{Error, local},
     wal_source::{self, Expected},
 };
 use engine::{Engine, Limits};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -86,8 +86,4 @@ async fn terminated() {
         }
         Err(_) => std::future::pending().await,
     }
-}
-
-fn local(doing: &str, path: &Path, error: &std::io::Error) -> Error {
-    Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }

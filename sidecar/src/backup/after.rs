@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Failure},
     server_link::BaseLink,
 };
+use bytes::Bytes;
 use klio_proto::{
     Code,
     v1::{MaintainRequest, VerifyRequest, maintain_response, verify_response},
@@ -16,6 +17,7 @@ use klio_storage::{
     layout::{BackupName, ClusterName},
 };
 use serde::de::DeserializeOwned;
+use tonic::{Response, Status, Streaming};
 
 /// How a step after the backup went.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,15 +79,12 @@ pub(super) async fn verify(
         wal: false,
     };
     let work = async {
-        let failed = |status: tonic::Status| Error::from_status(doing, &status);
-        let mut client = base.connection().await?.base();
-        let mut answers = client.verify(request).await.map_err(failed)?.into_inner();
-        while let Some(answer) = answers.message().await.map_err(failed)? {
-            if let Some(verify_response::Kind::Outcome(bytes)) = answer.kind {
-                return read(doing, &bytes);
-            }
-        }
-        Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
+        let answers = base.connection().await?.base().verify(request).await;
+        outcome(doing, answers, |answer| match answer.kind {
+            Some(verify_response::Kind::Outcome(bytes)) => Some(bytes),
+            _ => None,
+        })
+        .await
     };
     After::of(work.await)
 }
@@ -100,20 +99,29 @@ pub(super) async fn maintain(
     let doing = "maintain the repository";
     let request = MaintainRequest { cluster: cluster.to_string() };
     let work = async {
-        let failed = |status: tonic::Status| Error::from_status(doing, &status);
-        let mut client = base.connection().await?.base();
-        let mut answers = client.maintain(request).await.map_err(failed)?.into_inner();
-        while let Some(answer) = answers.message().await.map_err(failed)? {
-            if let Some(maintain_response::Kind::Outcome(bytes)) = answer.kind {
-                return read(doing, &bytes);
-            }
-        }
-        Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
+        let answers = base.connection().await?.base().maintain(request).await;
+        outcome(doing, answers, |answer| match answer.kind {
+            Some(maintain_response::Kind::Outcome(bytes)) => Some(bytes),
+            _ => None,
+        })
+        .await
     };
     After::of(work.await)
 }
 
-fn read<T: DeserializeOwned>(doing: &str, bytes: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::new(Failure::Code(Code::Invalid), format!("{doing}: {e}")))
+/// Waits for the outcome at the end of the answers.
+async fn outcome<A, T: DeserializeOwned>(
+    doing: &str,
+    answers: Result<Response<Streaming<A>>, Status>,
+    read: impl Fn(A) -> Option<Bytes>,
+) -> Result<T, Error> {
+    let failed = |status: Status| Error::from_status(doing, &status);
+    let mut answers = answers.map_err(failed)?.into_inner();
+    while let Some(answer) = answers.message().await.map_err(failed)? {
+        if let Some(bytes) = read(answer) {
+            return serde_json::from_slice(&bytes)
+                .map_err(|e| Error::new(Failure::Code(Code::Invalid), format!("{doing}: {e}")));
+        }
+    }
+    Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
 }

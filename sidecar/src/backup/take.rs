@@ -167,8 +167,10 @@ impl Run<'_> {
             check: check.clone(),
             stop: self.engine.clone(),
         };
-        progress.enter("measuring");
-        self.measure(tree.clone());
+        if self.order.typed {
+            progress.enter("measuring");
+            self.measure(tree.clone());
+        }
         progress.enter("copying");
         let standby = self.facts.in_recovery;
         let work =
@@ -185,7 +187,7 @@ impl Run<'_> {
         Ok(Copied { started, parts: vec![all, control], tablespaces, check })
     }
 
-    /// On a thread beside the copying; the display does without until it is done.
+    /// For whoever waits, on a thread beside the copying; the display does without until it is done.
     fn measure(&self, tree: Tree) {
         let progress = Arc::clone(&self.backup.progress);
         drop(tokio::task::spawn_blocking(move || {

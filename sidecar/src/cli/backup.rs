@@ -4,27 +4,26 @@
 //! output. The exit status tells a backup that failed from one that was taken and then could not be
 //! verified or tidied up after (B5).
 
-use super::{args::BackupArgs, conninfo, exit, print, say, stream, text};
+use super::{
+    args::BackupArgs,
+    conninfo,
+    display::{self, Moved, View},
+    exit, print, say, text,
+};
 use crate::{
     backup::{After, Backup, Done, Metrics, Order, Progress, Seen},
     config::Config,
     error::{Error, Failure},
     server_link::ServerLink,
 };
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use klio_storage::catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome};
 use klio_telemetry::Telemetry;
 use serde_json::{Value, json};
-use std::{
-    io::IsTerminal,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// Between two looks, by where they are shown.
-const BAR: Duration = Duration::from_millis(200);
-const LINE: Duration = Duration::from_secs(5);
+const STOPPING: &str =
+    "stopping: PostgreSQL leaves backup mode, and what was sent stays for the next backup";
 
 /// Runs it.
 pub(super) async fn run(
@@ -36,7 +35,8 @@ pub(super) async fn run(
     let backup =
         backup(config, Metrics::new(&telemetry.meter(), config.cluster()?.as_str()), &stop)?;
     let order = order(args)?;
-    let done = watched(&backup, &order, &stop, args.quiet).await?;
+    let shown = display::show(args.quiet, || view(&backup.progress.seen()));
+    let done = display::watched(&stop, STOPPING, shown, backup.run(&order)).await?;
     if args.json {
         print(&format!("{:#}\n", to_json(&done)));
     } else if !args.quiet {
@@ -44,31 +44,6 @@ pub(super) async fn run(
     }
     complain(&done);
     Ok(status(&done))
-}
-
-/// Takes it, shows it, and stops it on a signal. Nothing is shown any more when this returns.
-async fn watched(
-    backup: &Backup,
-    order: &Order,
-    stop: &CancellationToken,
-    quiet: bool,
-) -> Result<Done, Error> {
-    let mut signals = stream::signals()?;
-    let shown = show(&backup.progress, quiet);
-    tokio::pin!(shown);
-    let work = backup.run(order);
-    tokio::pin!(work);
-    loop {
-        tokio::select! {
-            biased;
-            result = &mut work => return result,
-            () = stream::signalled(&mut signals), if !stop.is_cancelled() => {
-                say("stopping: PostgreSQL leaves backup mode, and what was sent stays for the next backup");
-                stop.cancel();
-            }
-            () = &mut shown => {}
-        }
-    }
 }
 
 /// What a backup needs, from the configuration.
@@ -149,74 +124,14 @@ fn complain(done: &Done) {
     }
 }
 
-/// Shows progress until it is dropped.
-async fn show(progress: &Progress, quiet: bool) {
-    if quiet {
-        return std::future::pending().await;
-    }
-    if std::io::stderr().is_terminal() { bar(progress).await } else { lines(progress).await }
-}
-
-/// Clears the bar when it goes.
-struct Cleared(ProgressBar);
-
-impl Drop for Cleared {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
-
-async fn bar(progress: &Progress) {
-    let bar = Cleared(ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()));
-    let spin = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
-    let full = ProgressStyle::with_template(
-        "{msg} [{wide_bar}] {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}",
-    );
-    let (Ok(spin), Ok(full)) = (spin, full) else { return std::future::pending().await };
-    let mut tick = tokio::time::interval(BAR);
-    loop {
-        tick.tick().await;
-        let seen = progress.seen();
-        if seen.phase == "copying" && seen.total_bytes > 0 {
-            bar.0.set_style(full.clone());
-            bar.0.set_length(seen.total_bytes.max(seen.bytes));
-            bar.0.set_position(seen.bytes);
-            bar.0.set_message(files(&seen));
-        } else {
-            bar.0.set_style(spin.clone());
-            bar.0.set_message(seen.phase);
-            bar.0.tick();
-        }
-    }
-}
-
-async fn lines(progress: &Progress) {
-    let begun = Instant::now();
-    let mut tick = tokio::time::interval(LINE);
-    tick.tick().await;
-    loop {
-        tick.tick().await;
-        say(&line(&progress.seen(), begun.elapsed().as_secs_f64()));
-    }
-}
-
-/// `copying: 1.2 GiB of 3.1 GiB (38 %), 512 of 985 files, 410.2 MiB/s, about 4.5 s left, 41.0 MiB stored`
-fn line(seen: &Seen, seconds: f64) -> String {
-    if seen.phase != "copying" || seen.total_bytes == 0 {
-        return format!("{} after {}", seen.phase, text::duration(seconds));
-    }
-    let rate = seen.bytes as f64 / seconds.max(0.001);
-    let left = seen.total_bytes.saturating_sub(seen.bytes) as f64;
-    let percent = 100.0 * seen.bytes as f64 / seen.total_bytes.max(1) as f64;
-    format!(
-        "copying: {} of {} ({:.0} %), {}, {}/s, about {} left",
-        text::size(seen.bytes),
-        text::size(seen.total_bytes),
-        percent.min(100.0),
-        files(seen),
-        text::size(rate as u64),
-        text::duration(left / rate.max(1.0)),
-    )
+/// For the display.
+fn view(seen: &Seen) -> View {
+    let moved = (seen.phase == "copying" && seen.total_bytes > 0).then(|| Moved {
+        bytes: seen.bytes,
+        total_bytes: seen.total_bytes,
+        files: files(seen),
+    });
+    View { phase: seen.phase, moved }
 }
 
 /// `512 of 985 files, 41.0 MiB stored`
@@ -321,8 +236,8 @@ mod tests {
             total_files: 10,
         };
         let expected = "copying: 512.0 MiB of 1.0 GiB (50 %), 5 of 10 files, 1.0 MiB stored, 256.0 MiB/s, about 2.0 s left";
-        assert_eq!(line(&seen, 2.0), expected);
+        assert_eq!(display::line(&view(&seen), 2.0), expected);
         let waiting = Seen { phase: "checkpoint", ..Seen::default() };
-        assert_eq!(line(&waiting, 2.0), "checkpoint after 2.0 s");
+        assert_eq!(display::line(&view(&waiting), 2.0), "checkpoint after 2.0 s");
     }
 }

@@ -4,7 +4,7 @@
 
 use super::{
     args::{Cli, DrillArgs},
-    exit, print, restore, say, text,
+    display, exit, print, restore, say, text,
 };
 use crate::{
     config::Config,
@@ -36,8 +36,10 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
         stop: stop.clone(),
         invocation: restore::invocation(config, cli, args.source.from.is_some())?,
     };
-    let shown = restore::show(&engine.progress, args.quiet);
-    let report = restore::watched(&stop, shown, drill::run(&engine, config, &exercise)).await?;
+    let shown = display::show(args.quiet, || restore::view(&engine.progress.seen()));
+    let work = drill::run(&engine, config, &exercise);
+    let report = display::watched(&stop, "stopping", shown, work).await;
+    let report = report.map_err(|error| display::or_stopped(&stop, error, ""))?;
     let recorded = engine.source.record_drill(&report.outcome).await;
     if args.json {
         print(&format!("{:#}\n", json!({ "drill": report.outcome, "rows": report.rows })));

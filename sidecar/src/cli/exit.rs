@@ -9,7 +9,7 @@ use klio_proto::Code;
 
 /// All went well.
 pub const OK: u8 = 0;
-/// `check`, `status` or `list` found a problem, and said which.
+/// The command did its work and found a problem, and said which.
 pub const PROBLEM: u8 = 3;
 /// A setting is wrong or missing.
 pub const CONFIG: u8 = 4;
@@ -66,14 +66,14 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (OK, "done"),
         (
             PROBLEM,
-            "check or status found a problem, and said which; backup: taken, with pages whose checksums are wrong",
+            "check, status, list, drill or retention found a problem, and said which; backup: taken, with pages whose checksums are wrong",
         ),
         (CONFIG, "a setting is wrong or missing"),
         (POSTGRES, "PostgreSQL cannot be reached, or refuses"),
         (LOCAL, "a local file cannot be read or written"),
         (UNVERIFIED, "backup: taken, and verifying it failed or found damage"),
         (UNMAINTAINED, "backup: taken, and maintenance after it failed"),
-        (UNREACHABLE, "restore: the target cannot be reached; nothing was touched"),
+        (UNREACHABLE, "restore, drill: no backup leads to the target; nothing was touched"),
         (DAMAGED, "verify: found damage that could not be repaired"),
         (REPAIRED, "verify: found damage, and repaired all of it from the other tier"),
         (STOPPED, "ended by a signal before it was done"),
@@ -109,6 +109,7 @@ mod tests {
             Failure::Config,
             Failure::Local,
             Failure::Stopped,
+            Failure::Unreachable,
         ] {
             assert!(of_wal_fetch(&Error::new(failure, "x")) > 125, "{failure:?}");
         }
@@ -116,9 +117,19 @@ mod tests {
 
     #[test]
     fn own_statuses_do_not_collide_with_codes() {
-        for own in
-            [PROBLEM, CONFIG, POSTGRES, LOCAL, UNVERIFIED, UNMAINTAINED, STOPPED, STOP_RECOVERY]
-        {
+        for own in [
+            PROBLEM,
+            CONFIG,
+            POSTGRES,
+            LOCAL,
+            UNVERIFIED,
+            UNMAINTAINED,
+            STOPPED,
+            UNREACHABLE,
+            DAMAGED,
+            REPAIRED,
+            STOP_RECOVERY,
+        ] {
             assert!(Code::ALL.iter().all(|code| code.exit() != own), "{own}");
         }
     }

@@ -8,6 +8,7 @@ mod backup;
 mod check;
 mod check_postgres;
 mod check_server;
+mod display;
 mod drill;
 pub mod exit;
 mod help;

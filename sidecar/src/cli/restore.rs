@@ -4,30 +4,25 @@
 
 use super::{
     args::{Cli, RestoreArgs, TargetArgs},
-    exit, print, say, stream, text,
+    display::{self, Moved, View},
+    exit, print, say, text,
 };
 use crate::{
     config::Config,
     error::{Error, Failure},
     restore::{
-        Action, Decision, Done, Invocation, Order, Planned, Progress, Recovery, Restore, Seen,
-        Source, Wish, parse_time, show_time,
+        Action, Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
+        parse_time, show_time,
     },
 };
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use klio_pg::TimelineId;
 use klio_storage::catalog::{Stop, Target, TimelineChoice};
 use serde_json::{Value, json};
 use std::{
-    io::IsTerminal,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
-
-const BAR: Duration = Duration::from_millis(200);
-const LINE: Duration = Duration::from_secs(5);
 
 /// Runs it.
 pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Result<u8, Error> {
@@ -39,8 +34,8 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
         stop: stop.clone(),
         invocation: invocation(config, cli, args.source.from.is_some())?,
     };
-    let shown = show(&restore.progress, args.quiet || args.dry_run);
-    let work = watched(&stop, shown, async {
+    let shown = display::show(args.quiet || args.dry_run, || view(&restore.progress.seen()));
+    let work = display::watched(&stop, "stopping", shown, async {
         let planned = restore.plan(&order).await?;
         let plan = to_json(&planned);
         if !args.json && !args.quiet {
@@ -53,43 +48,15 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
         let major = major(&planned);
         restore.carry_out(planned).await.map(|done| (plan, Some(done), major))
     });
-    let (plan, done, major) = work.await?;
+    let (plan, done, major) = work.await.map_err(|error| {
+        display::or_stopped(&stop, error, "an unfinished directory is continued with --delta")
+    })?;
     if args.json {
         print(&format!("{:#}\n", json!({ "plan": plan, "done": done.map(done_json) })));
     } else if let (Some(done), false) = (done, args.quiet) {
         print(&summary(&done, &order, major));
     }
     Ok(exit::OK)
-}
-
-/// Work with a display beside it, that a signal ends early.
-pub(super) async fn watched<T>(
-    stop: &CancellationToken,
-    shown: impl Future<Output = ()>,
-    work: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    let mut signals = stream::signals()?;
-    tokio::pin!(shown, work);
-    loop {
-        tokio::select! {
-            biased;
-            result = &mut work => {
-                return result.map_err(|error| {
-                    if stop.is_cancelled() {
-                        Error::new(Failure::Stopped, "stopped before it was done")
-                            .hint("an unfinished directory is continued with --delta")
-                    } else {
-                        error
-                    }
-                });
-            }
-            () = stream::signalled(&mut signals), if !stop.is_cancelled() => {
-                say("stopping");
-                stop.cancel();
-            }
-            () = &mut shown => {}
-        }
-    }
 }
 
 fn major(planned: &Planned) -> u32 {
@@ -302,73 +269,14 @@ fn summary(done: &Done, order: &Order, major: u32) -> String {
     )
 }
 
-/// Shows progress until it is dropped.
-pub(super) async fn show(progress: &Progress, quiet: bool) {
-    if quiet {
-        return std::future::pending().await;
-    }
-    if std::io::stderr().is_terminal() { bar(progress).await } else { lines(progress).await }
-}
-
-/// Clears the bar when it goes.
-struct Cleared(ProgressBar);
-
-impl Drop for Cleared {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
-
-async fn bar(progress: &Progress) {
-    let bar = Cleared(ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()));
-    let spin = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
-    let full = ProgressStyle::with_template(
-        "{msg} [{wide_bar}] {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}",
-    );
-    let (Ok(spin), Ok(full)) = (spin, full) else { return std::future::pending().await };
-    let mut tick = tokio::time::interval(BAR);
-    loop {
-        tick.tick().await;
-        let seen = progress.seen();
-        if seen.phase == "restoring" && seen.total_bytes > 0 {
-            bar.0.set_style(full.clone());
-            bar.0.set_length(seen.total_bytes.max(seen.bytes));
-            bar.0.set_position(seen.bytes);
-            bar.0.set_message(format!("{} of {} files", seen.files, seen.total_files));
-        } else {
-            bar.0.set_style(spin.clone());
-            bar.0.set_message(seen.phase);
-            bar.0.tick();
-        }
-    }
-}
-
-async fn lines(progress: &Progress) {
-    let begun = Instant::now();
-    let mut tick = tokio::time::interval(LINE);
-    tick.tick().await;
-    loop {
-        tick.tick().await;
-        say(&line(&progress.seen(), begun.elapsed().as_secs_f64()));
-    }
-}
-
-/// `restoring: 1.2 GiB of 3.1 GiB (38 %), 512 of 985 files, about 4.5 s left`
-fn line(seen: &Seen, seconds: f64) -> String {
-    if seen.phase != "restoring" || seen.total_bytes == 0 {
-        return format!("{} after {}", seen.phase, text::duration(seconds));
-    }
-    let rate = seen.bytes as f64 / seconds.max(0.001);
-    let left = seen.total_bytes.saturating_sub(seen.bytes) as f64;
-    format!(
-        "restoring: {} of {} ({:.0} %), {} of {} files, about {} left",
-        text::size(seen.bytes),
-        text::size(seen.total_bytes),
-        (100.0 * seen.bytes as f64 / seen.total_bytes.max(1) as f64).min(100.0),
-        seen.files,
-        seen.total_files,
-        text::duration(left / rate.max(1.0)),
-    )
+/// For the display.
+pub(super) fn view(seen: &Seen) -> View {
+    let moved = (seen.phase == "restoring" && seen.total_bytes > 0).then(|| Moved {
+        bytes: seen.bytes,
+        total_bytes: seen.total_bytes,
+        files: format!("{} of {} files", seen.files, seen.total_files),
+    });
+    View { phase: seen.phase, moved }
 }
 
 #[cfg(test)]

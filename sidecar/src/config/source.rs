@@ -45,10 +45,11 @@ pub(super) fn merge(
 
 /// One shell may hold the settings of both programs.
 fn of_the_server(name: &str) -> bool {
-    const SECTIONS: [&str; 11] = [
+    const SECTIONS: [&str; 12] = [
         "KLIO_TLS__",
         "KLIO_AUTH__",
         "KLIO_WAL__",
+        "KLIO_BASE__",
         "KLIO_QUEUE__",
         "KLIO_TIER2__",
         "KLIO_CONSUMER__",
@@ -117,7 +118,12 @@ mod tests {
     fn a_misspelt_variable_is_refused_and_a_stranger_s_is_not() {
         let problems = merge(None, &env(&[("KLIO_POSTGRES__SOLT", "x")]), &[]).unwrap_err();
         assert!(problems[0].contains("KLIO_POSTGRES__SOLT"), "{problems:?}");
-        let strangers = [("KLIO_CONFIG", "x"), ("KLIO_DEMO", "1"), ("KLIO_RETENTION__LAST", "3")];
+        let strangers = [
+            ("KLIO_CONFIG", "x"),
+            ("KLIO_DEMO", "1"),
+            ("KLIO_RETENTION__LAST", "3"),
+            ("KLIO_BASE__PACK_SIZE", "4194304"),
+        ];
         assert!(merge(None, &env(&strangers), &[]).is_ok());
     }
 

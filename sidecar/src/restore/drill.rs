@@ -9,7 +9,7 @@ mod copy;
 mod programs;
 mod server;
 
-use super::{Action, Invocation, Known, Order, Restore, Scratch, Wish, local, settings::Settings};
+use super::{Action, Invocation, Known, Order, Restore, Scratch, Wish, settings::Settings};
 use crate::{
     config::Config,
     error::{Error, Failure},
@@ -180,9 +180,4 @@ impl Steps<'_> {
 fn redo_done(log: &str) -> Option<Lsn> {
     let (_, rest) = log.rsplit_once("redo done at ")?;
     rest.split_whitespace().next()?.parse().ok()
-}
-
-/// For who has no other way: the reason why a folder cannot be made ours.
-fn failed(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
-    local(doing, path, error)
 }

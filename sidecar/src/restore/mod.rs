@@ -32,17 +32,11 @@ pub use source::{Catalog, Known, Source};
 pub use target::{Decision, Recovery, Wish, parse_time, show_time};
 pub use wal::{Tail, Wal};
 
-use crate::error::{Error, Failure};
+use crate::error::{Error, Failure, local};
 use klio_proto::Code;
-use std::path::Path;
 
 /// In the target directory while it is not whole.
 pub const MARKER: &str = "klio-restore.unfinished";
-
-/// A failure of the local file system.
-pub(crate) fn local(doing: &str, path: &Path, error: &std::io::Error) -> Error {
-    Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
-}
 
 /// What the user asked for while it ran.
 pub(crate) fn stopped() -> Error {

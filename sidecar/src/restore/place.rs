@@ -1,6 +1,7 @@
 //! Where each file of a snapshot goes: `data/` to the target directory, `tablespaces/<oid>/` to its place.
 
 use crate::error::{Error, Failure};
+use klio_pg::{TablespaceEntry, format_tablespace_map};
 use klio_storage::catalog::{BackupRecord, TablespaceRecord};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -146,21 +147,14 @@ fn config(message: String) -> Error {
     Error::new(Failure::Config, message)
 }
 
-/// `tablespace_map` as PostgreSQL reads it: OID, space, location, with a backslash before line ends and
-/// backslashes (`read_tablespace_map` in `xlogrecovery.c`).
+/// `tablespace_map` as PostgreSQL reads it.
 pub fn tablespace_map(places: &Places) -> String {
-    let line = |(oid, place): (&u32, &PathBuf)| {
-        let mut text = format!("{oid} ");
-        for c in place.to_string_lossy().chars() {
-            if matches!(c, '\n' | '\r' | '\\') {
-                text.push('\\');
-            }
-            text.push(c);
-        }
-        text.push('\n');
-        text
+    let entry = |(oid, place): (&u32, &PathBuf)| TablespaceEntry {
+        oid: *oid,
+        location: place.to_string_lossy().into_owned(),
     };
-    places.tablespaces.iter().map(line).collect()
+    let entries: Vec<_> = places.tablespaces.iter().map(entry).collect();
+    format_tablespace_map(&entries)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::{
     fetch::{Expected, Received},
     shape::{Content, Shape},
 };
-use crate::error::{Error, Failure};
+use crate::error::{Error, Failure, local};
 use bytes::{Buf, Bytes};
 use klio_pg::{SEGMENT_HEADER_BYTES, SegmentHeader, TimelineHistory};
 use klio_proto::Code;
@@ -132,10 +132,6 @@ fn options() -> fs::OpenOptions {
     let mut options = File::options();
     options.read(true).write(true);
     options
-}
-
-fn local(doing: &str, path: &Path, error: &io::Error) -> Error {
-    Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }
 
 fn corrupt(message: impl std::fmt::Display) -> Error {

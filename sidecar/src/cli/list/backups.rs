@@ -20,8 +20,8 @@ pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Er
     let source = Source::open(config, &CancellationToken::new())?;
     let catalog = source.catalog().await?;
     let survey = Survey::new(&catalog.holdings, catalog.records());
-    let ends = ends(&source, &survey).await?;
     let lines = survey.lines();
+    let ends = ends(&source, &survey, &lines).await?;
     let out = if as_json {
         format!("{:#}\n", to_json(&catalog, &survey, &lines, &ends))
     } else {
@@ -33,9 +33,9 @@ pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Er
 }
 
 /// What a listing says must not depend on WAL that cannot be read now; a stop by the user ends it.
-async fn ends(source: &Source, survey: &Survey) -> Result<Ends, Error> {
+async fn ends(source: &Source, survey: &Survey, lines: &[Line]) -> Result<Ends, Error> {
     let mut ends = Ends::new();
-    for line in survey.lines() {
+    for line in lines {
         let Some(path) = survey.path(line.timeline) else { continue };
         for window in &line.windows {
             let newest = survey.backups().iter().rfind(|b| window.backups.contains(&b.name));

@@ -2,10 +2,10 @@
 //!
 //! The copies lie in the scratch directory, which is that user's alone, and go with it.
 
-use super::{Invocation, Scratch, failed, programs::Programs};
+use super::{Invocation, Scratch, programs::Programs};
 use crate::{
     config::Config,
-    error::{Error, Failure},
+    error::{Error, Failure, local},
 };
 use std::{
     fs,
@@ -14,6 +14,16 @@ use std::{
     path::{Path, PathBuf},
 };
 use toml::{Table, Value};
+
+/// Settings that name a file, which is copied. A variable of such a name would lead past the copy.
+pub(super) const COPIED: [(&str, &str); 6] = [
+    ("server", "ca"),
+    ("server", "cert"),
+    ("server", "key"),
+    ("restore", "identity"),
+    ("tier2", "ca_file"),
+    ("tier2", "service_account_file"),
+];
 
 /// The invocation for restore_command.
 ///
@@ -30,7 +40,7 @@ pub fn readable(
     }
     let hands = Hands { scratch, programs };
     let text = match &config.file {
-        Some(file) => fs::read_to_string(file).map_err(|error| failed("read", file, &error))?,
+        Some(file) => fs::read_to_string(file).map_err(|error| local("read", file, &error))?,
         None => String::new(),
     };
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
@@ -62,9 +72,8 @@ pub fn readable(
     }
     let file = hands.write("klio.toml", table.to_string().as_bytes())?;
     let mut arguments = vec!["--config".to_owned(), file.display().to_string()];
-    let mut rest = invocation.arguments.chunks(2);
-    let others =
-        rest.by_ref().filter(|pair| !matches!(pair[0].as_str(), "--config" | "--identity"));
+    let pairs = invocation.arguments.chunks(2);
+    let others = pairs.filter(|pair| !matches!(pair[0].as_str(), "--config" | "--identity"));
     arguments.extend(others.flatten().cloned());
     Ok(Invocation { program: invocation.program.clone(), arguments })
 }
@@ -76,7 +85,7 @@ struct Hands<'a> {
 
 impl Hands<'_> {
     fn copy(&self, name: &str, from: &Path) -> Result<PathBuf, Error> {
-        let content = fs::read(from).map_err(|error| failed("read", from, &error))?;
+        let content = fs::read(from).map_err(|error| local("read", from, &error))?;
         self.write(name, &content)
     }
 
@@ -84,7 +93,7 @@ impl Hands<'_> {
         let path = self.scratch.join(name);
         let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let written = file.and_then(|mut file| file.write_all(content));
-        written.map_err(|error| failed("write", &path, &error))?;
+        written.map_err(|error| local("write", &path, &error))?;
         self.programs.give(&path)?;
         Ok(path)
     }

@@ -1,9 +1,9 @@
 //! PostgreSQL's programs of the right major version, and the user who runs them.
 
-use super::failed;
+use super::copy::COPIED;
 use crate::{
     config::{Config, environment},
-    error::{Error, Failure},
+    error::{Error, Failure, local},
 };
 use std::{
     fs,
@@ -105,12 +105,11 @@ impl Programs {
         {
             command.env_remove(name);
         }
-        // What was copied for the other user is in the file.
-        for name in
-            ["SERVER__CA", "SERVER__CERT", "SERVER__KEY", "RESTORE__IDENTITY", "TIER2__CA_FILE"]
-        {
-            if self.run_as.is_some() {
-                command.env_remove(format!("KLIO_{name}"));
+        if self.run_as.is_some() {
+            // What was copied for the other user is in the file.
+            for (section, name) in COPIED {
+                let variable = format!("KLIO_{section}__{name}").to_uppercase();
+                command.env_remove(variable);
             }
         }
         command.env("LC_ALL", "C").current_dir("/").kill_on_drop(true).process_group(0);
@@ -131,7 +130,7 @@ impl Programs {
     /// As the file system fails.
     pub fn give(&self, path: &Path) -> Result<(), Error> {
         let Some((user, group)) = self.run_as else { return Ok(()) };
-        lchown(path, Some(user), Some(group)).map_err(|error| failed("give away", path, &error))
+        lchown(path, Some(user), Some(group)).map_err(|error| local("give away", path, &error))
     }
 
     /// The same with all that is in it.
@@ -143,9 +142,9 @@ impl Programs {
             return Ok(());
         }
         self.give(path)?;
-        let meta = fs::symlink_metadata(path).map_err(|error| failed("look at", path, &error))?;
+        let meta = fs::symlink_metadata(path).map_err(|error| local("look at", path, &error))?;
         if meta.is_dir() {
-            let entries = fs::read_dir(path).map_err(|error| failed("look into", path, &error))?;
+            let entries = fs::read_dir(path).map_err(|error| local("look into", path, &error))?;
             entries.flatten().try_for_each(|entry| self.give_all(&entry.path()))?;
         }
         Ok(())
@@ -162,4 +161,23 @@ fn major_of(postgres: &Path) -> Option<u32> {
     let version = text.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit()))?;
     let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_user_s_program_is_not_told_of_files_it_cannot_read() {
+        let with = |run_as| {
+            let programs = Programs { bin_dir: PathBuf::new(), run_as };
+            let command = programs.command(Path::new("postgres"));
+            let removed = command.as_std().get_envs().filter(|(_, value)| value.is_none());
+            removed.map(|(name, _)| name.to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        for name in ["KLIO_SERVER__KEY", "KLIO_TIER2__SERVICE_ACCOUNT_FILE"] {
+            assert!(with(Some((1, 1))).iter().any(|removed| removed == name), "{name}");
+            assert!(with(None).iter().all(|removed| removed != name), "{name}");
+        }
+    }
 }

@@ -1,9 +1,9 @@
 //! The PostgreSQL of a drill: private, without any effect outside of its directory.
 
-use super::{Scratch, failed, programs::Programs};
+use super::{Scratch, programs::Programs};
 use crate::{
     conninfo::ConnInfo,
-    error::{Error, Failure},
+    error::{Error, Failure, local},
     replication::Client,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -53,10 +53,10 @@ impl<'a> Server<'a> {
         let ident = scratch.join("pg_ident.conf");
         let (log, conf) = (scratch.join("postgresql.log"), data.join("postgresql.conf"));
         let write = |path: &Path, text: &str| {
-            fs::write(path, text).map_err(|error| failed("write", path, &error))?;
+            fs::write(path, text).map_err(|error| local("write", path, &error))?;
             programs.give(path)
         };
-        fs::create_dir(&socket).map_err(|error| failed("make", &socket, &error))?;
+        fs::create_dir(&socket).map_err(|error| local("make", &socket, &error))?;
         programs.give(&socket)?;
         // Only who may enter the directory gets to the socket.
         write(&hba, "local all all trust\n")?;
@@ -64,8 +64,8 @@ impl<'a> Server<'a> {
         if !conf.exists() {
             write(&conf, &limits(programs, data).await)?;
         }
-        let out = File::create(&log).map_err(|error| failed("make", &log, &error))?;
-        let err = out.try_clone().map_err(|error| failed("make", &log, &error))?;
+        let out = File::create(&log).map_err(|error| local("make", &log, &error))?;
+        let err = out.try_clone().map_err(|error| local("make", &log, &error))?;
         let postgres = programs
             .path("postgres")
             .ok_or_else(|| problem("start PostgreSQL: no program postgres".into()))?;
@@ -102,7 +102,7 @@ impl<'a> Server<'a> {
             command.arg("-c").arg(format!("{name}={value}"));
         }
         command.stdin(Stdio::null()).stdout(out).stderr(err);
-        let child = command.spawn().map_err(|error| failed("start", &postgres, &error))?;
+        let child = command.spawn().map_err(|error| local("start", &postgres, &error))?;
         Ok(Self { programs, child, socket, log, role: role.to_owned() })
     }
 
