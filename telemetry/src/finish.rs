@@ -4,6 +4,7 @@
 //! blocking threads: the runtime waits for those when it is dropped, and a hanging collector would delay the
 //! exit after all. What is still at it when the time is up is left behind and ends with the process.
 
+use crate::env::Signal;
 use opentelemetry_sdk::{
     error::OTelSdkResult, logs::SdkLoggerProvider, metrics::SdkMeterProvider,
     trace::SdkTracerProvider,
@@ -14,44 +15,76 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// Whether everything was flushed and stopped, without error, in time.
+/// How a signal ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Everything was handed to the exporter, whatever that made of it.
+    Flushed,
+    /// The exporter, or the flush itself, gave up with an error.
+    Failed,
+    /// It was still at it when the time was up.
+    Running,
+}
+
+/// How each signal ended; those that were off have ended well.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    pub traces: End,
+    pub metrics: End,
+    pub logs: End,
+}
+
+impl Ends {
+    fn of(&mut self, signal: Signal) -> &mut End {
+        match signal {
+            Signal::Traces => &mut self.traces,
+            Signal::Metrics => &mut self.metrics,
+            Signal::Logs => &mut self.logs,
+        }
+    }
+}
+
+/// Flushes and stops what there is, in at most `timeout`.
 pub(crate) async fn all(
     traces: Option<SdkTracerProvider>,
     metrics: Option<SdkMeterProvider>,
     logs: Option<SdkLoggerProvider>,
     timeout: Duration,
-) -> bool {
+) -> Ends {
     let deadline = Instant::now() + timeout;
-    let (report, mut reports) = mpsc::channel::<bool>(3);
-    let detach = |name: &str, work: Box<dyn FnOnce() -> OTelSdkResult + Send>| {
+    let (report, mut reports) = mpsc::channel::<(Signal, End)>(3);
+    let mut ends = Ends { traces: End::Flushed, metrics: End::Flushed, logs: End::Flushed };
+    let mut detach = |signal: Signal, work: Box<dyn FnOnce() -> OTelSdkResult + Send>| {
         let report = report.clone();
         let run = move || {
+            let end = if work().is_ok() { End::Flushed } else { End::Failed };
             // Nobody listens any more once the time is up.
-            let _ = report.try_send(work().is_ok());
+            let _ = report.try_send((signal, end));
         };
-        thread::Builder::new().name(name.into()).spawn(run).is_ok()
+        let spawned = thread::Builder::new().name(format!("flush-{}", signal.name())).spawn(run);
+        *ends.of(signal) = if spawned.is_ok() { End::Running } else { End::Failed };
     };
-    let mut good = true;
     if let Some(provider) = traces {
         let work = move || provider.shutdown_with_timeout(left(deadline));
-        good &= detach("flush-traces", Box::new(work));
+        detach(Signal::Traces, Box::new(work));
     }
     if let Some(provider) = metrics {
         let work = move || provider.shutdown_with_timeout(left(deadline));
-        good &= detach("flush-metrics", Box::new(work));
+        detach(Signal::Metrics, Box::new(work));
     }
     if let Some(provider) = logs {
         let work = move || provider.shutdown_with_timeout(left(deadline));
-        good &= detach("flush-logs", Box::new(work));
+        detach(Signal::Logs, Box::new(work));
     }
     drop(report);
-    // The channel closes when the last thread is through.
-    let finished = tokio::time::timeout_at(deadline.into(), async {
-        while let Some(result) = reports.recv().await {
-            good &= result;
+    // The channel closes when the last thread is through; past the deadline its state stays `Running`.
+    let _ = tokio::time::timeout_at(deadline.into(), async {
+        while let Some((signal, end)) = reports.recv().await {
+            *ends.of(signal) = end;
         }
-    });
-    finished.await.is_ok() && good
+    })
+    .await;
+    ends
 }
 
 fn left(deadline: Instant) -> Duration {

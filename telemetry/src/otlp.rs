@@ -2,34 +2,44 @@
 //!
 //! HTTP uses the blocking client, which works on the SDK's own threads; it is built on a plain thread, as it
 //! must not be on an async one. gRPC must be built inside the tokio runtime and always gets TLS roots: the
-//! exporter's own default has none and would trust nobody. Certificates are read here, once.
+//! exporter's own default has none and would trust nobody. Certificates are read and checked here, once: a file
+//! that is no certificate would else look like a collector that cannot be reached.
 
-use crate::env::{Otlp, Problem, Protocol};
+use crate::{
+    env::{Otlp, Problem, Protocol},
+    pem,
+    watch::Cause,
+};
+use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{
     Compression, ExporterBuildError, LogExporter, MetricExporter, SpanExporter, WithExportConfig,
     WithHttpConfig, WithTonicConfig,
 };
 use opentelemetry_sdk::metrics::Temporality;
-use std::{path::Path, path::PathBuf};
+use std::sync::Arc;
 use tonic::{
     metadata::MetadataMap,
     transport::{Certificate, ClientTlsConfig, Identity},
 };
 
-/// Why an exporter could not be built.
-type Built<E> = Result<E, Problem>;
+/// An exporter, and where its transport leaves why it failed.
+type Built<E> = Result<(E, Arc<Cause>), Problem>;
 
 // The four builders share traits, not a type; a macro is the shortest honest way to say it once.
 macro_rules! configured {
     ($builder:expr, $otlp:expr) => {{
         let otlp: &Otlp = $otlp;
+        let cause = Arc::new(Cause::default());
         let built = match otlp.protocol {
             Protocol::Http => {
                 let mut builder = $builder
                     .with_http()
                     .with_endpoint(&otlp.endpoint)
                     .with_timeout(otlp.timeout)
-                    .with_http_client(http_client(otlp)?)
+                    .with_http_client(Client {
+                        inner: http_client(otlp)?,
+                        cause: Arc::clone(&cause),
+                    })
                     .with_headers(otlp.headers.iter().cloned().collect());
                 if otlp.gzip {
                     builder = builder.with_compression(Compression::Gzip);
@@ -51,7 +61,7 @@ macro_rules! configured {
                 builder.build()
             }
         };
-        built.map_err(|error| problem(otlp, error))
+        built.map(|exporter| (exporter, cause)).map_err(|error| problem(otlp, error))
     }};
 }
 
@@ -67,60 +77,55 @@ pub(crate) fn logs(otlp: &Otlp) -> Built<LogExporter> {
     configured!(LogExporter::builder(), otlp)
 }
 
-fn variable(otlp: &Otlp) -> String {
-    format!("OTEL_{}_EXPORTER", otlp.signal.name().to_ascii_uppercase())
-}
-
 fn problem(otlp: &Otlp, error: ExporterBuildError) -> Problem {
     let text = error.to_string();
     Problem {
-        variable: variable(otlp),
+        variable: otlp.endpoint_variable.clone(),
         value: crate::redact::redact(&otlp.endpoint).into_owned(),
         expected: format!("a usable collector ({})", crate::redact::redact(&text)),
     }
 }
 
-fn read(file: &(String, PathBuf)) -> Built<Vec<u8>> {
-    let (variable, path) = file;
-    std::fs::read(path)
-        .map_err(|error| bad_file(variable, path, &format!("a readable file ({error})")))
+/// The client, which tells why a request got no answer; the exporter hides that.
+#[derive(Debug)]
+struct Client {
+    inner: reqwest::blocking::Client,
+    cause: Arc<Cause>,
 }
 
-fn bad_file(variable: &str, path: &Path, expected: &str) -> Problem {
-    Problem {
-        variable: variable.into(),
-        value: path.display().to_string(),
-        expected: expected.into(),
+#[async_trait::async_trait]
+impl HttpClient for Client {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let result = self.inner.send_bytes(request).await;
+        self.cause.set(result.as_ref().err().and_then(|error| reason(error.as_ref())));
+        result
     }
 }
 
-/// Certificate and key, both or none (the settings see to that).
-fn identity(otlp: &Otlp) -> Built<Option<(Vec<u8>, Vec<u8>)>> {
-    match (&otlp.client_certificate, &otlp.client_key) {
-        (Some(certificate), Some(key)) => Ok(Some((read(certificate)?, read(key)?))),
-        _ => Ok(None),
+/// What lies below "error sending request for url (...)".
+fn reason(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut texts = Vec::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        texts.push(cause.to_string());
+        next = cause.source();
     }
+    (!texts.is_empty()).then(|| texts.join(": "))
 }
 
-fn http_client(otlp: &Otlp) -> Built<reqwest::blocking::Client> {
+fn http_client(otlp: &Otlp) -> Result<reqwest::blocking::Client, Problem> {
     let mut builder = reqwest::blocking::Client::builder().timeout(otlp.timeout);
     if let Some(file) = &otlp.certificate {
-        let roots = reqwest::Certificate::from_pem_bundle(&read(file)?)
-            .ok()
-            .filter(|roots| !roots.is_empty())
-            .ok_or_else(|| bad_file(&file.0, &file.1, "PEM certificates"))?;
-        builder = builder.tls_certs_only(roots);
+        let roots = reqwest::Certificate::from_pem_bundle(&pem::authorities(file)?);
+        builder = builder.tls_certs_only(roots.map_err(|_| pem::no_authorities(file))?);
     }
-    if let (Some((mut pem, key)), Some((name, path))) = (identity(otlp)?, &otlp.client_certificate)
-    {
-        pem.push(b'\n');
-        pem.extend(key);
-        let identity = reqwest::Identity::from_pem(&pem)
-            .map_err(|_| bad_file(name, path, "a PEM certificate and its key"))?;
-        builder = builder.identity(identity);
+    if let Some(identity) = pem::identity(otlp)? {
+        let both = [identity.certificate, b"\n".to_vec(), identity.key].concat();
+        let both = reqwest::Identity::from_pem(&both).map_err(|_| identity.problem)?;
+        builder = builder.identity(both);
     }
     let failed = |error: String| Problem {
-        variable: variable(otlp),
+        variable: otlp.endpoint_variable.clone(),
         value: crate::redact::redact(&otlp.endpoint).into_owned(),
         expected: format!("an HTTP client that can be built ({error})"),
     };
@@ -133,14 +138,14 @@ fn http_client(otlp: &Otlp) -> Built<reqwest::blocking::Client> {
         .map_err(|error| failed(error.to_string()))
 }
 
-fn grpc_tls(otlp: &Otlp) -> Built<ClientTlsConfig> {
+fn grpc_tls(otlp: &Otlp) -> Result<ClientTlsConfig, Problem> {
     let mut tls = ClientTlsConfig::new();
     tls = match &otlp.certificate {
-        Some(file) => tls.ca_certificate(Certificate::from_pem(read(file)?)),
+        Some(file) => tls.ca_certificate(Certificate::from_pem(pem::authorities(file)?)),
         None => tls.with_enabled_roots(),
     };
-    if let Some((certificate, key)) = identity(otlp)? {
-        tls = tls.identity(Identity::from_pem(certificate, key));
+    if let Some(identity) = pem::identity(otlp)? {
+        tls = tls.identity(Identity::from_pem(identity.certificate, identity.key));
     }
     Ok(tls)
 }

@@ -3,9 +3,9 @@
 //! Without an exporter it still makes ids, which is what `--debug` wants; it then starts no thread.
 
 use crate::{
-    env::{Batch, Problem, Signal, TraceSettings},
+    env::{Batch, Problem, TraceSettings},
     otlp,
-    watch::{Health, Watched},
+    watch::{Clean, Health, Watched},
 };
 use opentelemetry::{
     Context,
@@ -28,8 +28,8 @@ pub(crate) fn build(
         SdkTracerProvider::builder().with_resource(resource).with_sampler(settings.sampler.clone());
     if let Some(otlp) = &settings.otlp {
         match otlp::spans(otlp) {
-            Ok(exporter) => {
-                let watch = Health::new(Signal::Traces, &otlp.endpoint);
+            Ok((exporter, cause)) => {
+                let watch = Health::new(otlp, cause);
                 let processor =
                     BatchSpanProcessor::builder(Watched::new(exporter, Arc::clone(&watch)))
                         .with_batch_config(batch(&settings.batch))
@@ -41,7 +41,8 @@ pub(crate) fn build(
         }
     }
     if settings.console {
-        builder = builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default());
+        let exporter = Clean(opentelemetry_stdout::SpanExporter::default());
+        builder = builder.with_simple_exporter(exporter);
     }
     (builder.build(), health)
 }

@@ -1,9 +1,17 @@
 //! A wrapper around every exporter that remembers how the last export went.
 //!
-//! Says once that a collector cannot be reached and once that it can again; in between it stays silent, as
-//! a dead collector must not fill the log (P9). Changes nothing about what is exported or when.
+//! Says once that a collector cannot be reached, or refuses a part, and once that it can again; in between it
+//! stays silent, as a dead collector must not fill the log (P9). The message names the variable, its value and
+//! what was expected there. Changes nothing about what is exported or when, but for [`scrub`]: secrets are taken
+//! out of what leaves.
 
-use crate::{env::Signal, redact::redact};
+use crate::{
+    env::{Otlp, Signal},
+    finish::End,
+    redact::redact,
+    rejected::{self, Said},
+    scrub,
+};
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -13,8 +21,8 @@ use opentelemetry_sdk::{
 };
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     time::Duration,
 };
@@ -27,8 +35,26 @@ const FAILED: u8 = 2;
 #[derive(Debug)]
 pub(crate) struct Health {
     signal: Signal,
+    variable: String,
     place: String,
+    protocol: &'static str,
     last: AtomicU8,
+    rejected: AtomicBool,
+    cause: Arc<Cause>,
+}
+
+/// Why the transport failed last, where the exporter itself says "network error" only.
+#[derive(Debug, Default)]
+pub(crate) struct Cause(Mutex<Option<String>>);
+
+impl Cause {
+    pub(crate) fn set(&self, cause: Option<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = cause;
+    }
+
+    fn take(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// What the last export of a signal said.
@@ -40,9 +66,17 @@ pub(crate) enum Last {
 }
 
 impl Health {
-    /// `place` is the collector's address; it is redacted here.
-    pub(crate) fn new(signal: Signal, place: &str) -> Arc<Self> {
-        Arc::new(Self { signal, place: redact(place).into_owned(), last: AtomicU8::new(NEVER) })
+    /// The collector's address is redacted here.
+    pub(crate) fn new(otlp: &Otlp, cause: Arc<Cause>) -> Arc<Self> {
+        Arc::new(Self {
+            signal: otlp.signal,
+            variable: otlp.endpoint_variable.clone(),
+            place: redact(&otlp.endpoint).into_owned(),
+            protocol: otlp.protocol.name(),
+            last: AtomicU8::new(NEVER),
+            rejected: AtomicBool::new(false),
+            cause,
+        })
     }
 
     pub(crate) fn last(&self) -> Last {
@@ -53,25 +87,59 @@ impl Health {
         }
     }
 
+    /// How the export went that has just ended on this thread.
     fn note(&self, result: &OTelSdkResult) {
-        let now = if result.is_ok() { DELIVERED } else { FAILED };
+        let said = rejected::taken();
+        let cause = self.cause.take().map(|cause| format!(": {cause}")).unwrap_or_default();
+        let failure = match (result, said) {
+            (Err(error), _) => Some(format!("{error}{cause}")),
+            (Ok(()), Some(Said::Nonsense)) => Some("its answer is not OTLP".to_owned()),
+            (Ok(()), _) => None,
+        };
+        let now = if failure.is_none() { DELIVERED } else { FAILED };
         let before = self.last.swap(now, Ordering::AcqRel);
-        let (signal, place) = (self.signal.name(), &self.place);
-        match result {
-            Err(error) if before != FAILED => {
-                let text = error.to_string();
-                tracing::warn!(
-                    signal,
-                    collector = %place,
-                    error = %redact(&text),
-                    "telemetry cannot be delivered; going on without (further failures are not logged)"
-                );
-            }
-            Ok(()) if before == FAILED => {
-                tracing::info!(signal, collector = %place, "telemetry is delivered again");
+        match failure {
+            Some(error) if before != FAILED => self.undeliverable(&error),
+            None if before == FAILED => {
+                let signal = self.signal.name();
+                tracing::info!(signal, value = %self.place, "telemetry is delivered again");
             }
             _ => {}
         }
+        if let Some(Said::Rejected(count)) = said
+            && !self.rejected.swap(true, Ordering::AcqRel)
+        {
+            self.partly_refused(count);
+        }
+    }
+
+    fn partly_refused(&self, count: i64) {
+        tracing::warn!(
+            signal = self.signal.name(),
+            variable = self.variable,
+            value = %self.place,
+            expected = "a collector that takes all",
+            rejected = count,
+            "the collector refuses a part of the telemetry (further refusals are not logged)"
+        );
+    }
+
+    /// The time to flush is up. Says so, unless this collector was complained about.
+    pub(crate) fn ended(&self, end: End) {
+        if end != End::Flushed && self.last.swap(FAILED, Ordering::AcqRel) != FAILED {
+            self.undeliverable("no answer in the time there was to flush");
+        }
+    }
+
+    fn undeliverable(&self, error: &str) {
+        tracing::warn!(
+            signal = self.signal.name(),
+            variable = self.variable,
+            value = %self.place,
+            expected = %format_args!("a collector that takes OTLP over {} there", self.protocol),
+            error = %redact(error),
+            "telemetry cannot be delivered; going on without (further failures are not logged)"
+        );
     }
 }
 
@@ -90,7 +158,8 @@ impl<E> Watched<E> {
 
 #[deny(clippy::missing_trait_methods)]
 impl<E: SpanExporter> SpanExporter for Watched<E> {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+    async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
+        batch.iter_mut().for_each(scrub::span);
         let result = self.inner.export(batch).await;
         self.health.note(&result);
         result
@@ -106,6 +175,30 @@ impl<E: SpanExporter> SpanExporter for Watched<E> {
     }
     fn set_resource(&mut self, resource: &Resource) {
         self.inner.set_resource(resource);
+    }
+}
+
+/// An exporter to the console, that takes out secrets too.
+#[derive(Debug)]
+pub(crate) struct Clean<E>(pub E);
+
+#[deny(clippy::missing_trait_methods)]
+impl<E: SpanExporter> SpanExporter for Clean<E> {
+    async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
+        batch.iter_mut().for_each(scrub::span);
+        self.0.export(batch).await
+    }
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.0.shutdown_with_timeout(timeout)
+    }
+    fn shutdown(&self) -> OTelSdkResult {
+        self.0.shutdown()
+    }
+    fn force_flush(&self) -> OTelSdkResult {
+        self.0.force_flush()
+    }
+    fn set_resource(&mut self, resource: &Resource) {
+        self.0.set_resource(resource);
     }
 }
 

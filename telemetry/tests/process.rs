@@ -69,7 +69,7 @@ fn child() {
         }
         let flush =
             std::env::var_os(FLUSH).map_or(10_000, |ms| ms.to_str().unwrap().parse().unwrap());
-        let delivery = telemetry.shutdown(Duration::from_millis(flush)).await;
+        let delivery = telemetry.close(Duration::from_millis(flush)).await.overall();
         eprintln!("delivery: {delivery:?}");
         assert_ne!(delivery, Delivery::Delivered, "nobody is there to deliver to");
     });

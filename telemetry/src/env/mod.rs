@@ -108,6 +108,13 @@ impl Settings {
     pub(crate) fn logs_exported(&self) -> bool {
         self.logs.otlp.is_some() || self.logs.console
     }
+    /// Where each signal is sent, if it is.
+    pub(crate) fn otlp_mut(&mut self) -> [&mut Option<Otlp>; 3] {
+        [&mut self.traces.otlp, &mut self.metrics.otlp, &mut self.logs.otlp]
+    }
+    pub(crate) fn any_otlp(&self) -> bool {
+        self.traces.otlp.is_some() || self.metrics.otlp.is_some() || self.logs.otlp.is_some()
+    }
 }
 
 /// Reads everything; the second half are all problems found, each once.
@@ -196,14 +203,21 @@ fn resource(r: &mut Reader<'_>) -> ResourceSettings {
     }
     ResourceSettings {
         service_name: r.text("OTEL_SERVICE_NAME"),
-        attributes: r
-            .pairs("OTEL_RESOURCE_ATTRIBUTES", "comma-separated key=value pairs, percent-encoded"),
+        attributes: attributes(r),
         detectors,
         kubernetes: KUBERNETES
             .iter()
             .filter_map(|(variable, key)| r.text(variable).map(|value| (*key, value)))
             .collect(),
     }
+}
+
+/// All or nothing: half of what describes a process would pass for the whole (so says the specification, too).
+fn attributes(r: &mut Reader<'_>) -> Vec<(String, String)> {
+    const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
+    let all = r.list(VARIABLE).len();
+    let pairs = r.pairs(VARIABLE, "comma-separated key=value pairs, percent-encoded");
+    if pairs.len() == all { pairs } else { Vec::new() }
 }
 
 /// Which exporters `variable` names. Unset: OTLP if `by_endpoint` and an endpoint for the signal is set
@@ -347,22 +361,20 @@ fn sampler(r: &mut Reader<'_>) -> Sampler {
 
 fn propagators(r: &mut Reader<'_>) -> Vec<Propagator> {
     const VARIABLE: &str = "OTEL_PROPAGATORS";
-    if r.text(VARIABLE).is_none() {
-        return vec![Propagator::TraceContext, Propagator::Baggage];
-    }
-    let mut found = Vec::new();
+    const DEFAULT: [Propagator; 2] = [Propagator::TraceContext, Propagator::Baggage];
+    let (mut found, mut none) = (Vec::new(), false);
     for name in r.list(VARIABLE) {
-        match name.as_str() {
+        match name.to_ascii_lowercase().as_str() {
             "tracecontext" => found.push(Propagator::TraceContext),
             "baggage" => found.push(Propagator::Baggage),
-            "none" => {}
+            "none" => none = true,
             _ => {
                 r.problem(VARIABLE, &name, "a comma-separated list of tracecontext, baggage, none")
             }
         }
     }
-    found.dedup();
-    found
+    // Nothing that is known is as good as nothing said.
+    if found.is_empty() && !none { DEFAULT.to_vec() } else { found }
 }
 
 /// The process's environment under `overrides`. Bytes that are not UTF-8 arrive as replacement characters, so

@@ -31,6 +31,15 @@ pub(crate) enum Protocol {
     Grpc,
 }
 
+impl Protocol {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Protocol::Http => "http/protobuf",
+            Protocol::Grpc => "grpc",
+        }
+    }
+}
+
 /// How to reach the collector for one signal.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Otlp {
@@ -38,6 +47,8 @@ pub(crate) struct Otlp {
     pub protocol: Protocol,
     /// Complete, with scheme and path. May hold credentials: show it redacted only.
     pub endpoint: String,
+    /// The variable that says so, or that would if it were set: what a message about the collector names.
+    pub endpoint_variable: String,
     pub headers: Vec<(String, String)>,
     pub gzip: bool,
     /// Bound on one request.
@@ -98,6 +109,7 @@ pub(super) fn parse(r: &mut Reader<'_>, signal: Signal) -> Otlp {
         signal,
         protocol,
         endpoint: endpoint(r, signal, protocol),
+        endpoint_variable: deciding(r, signal, "ENDPOINT"),
         headers: self::headers(r, &headers),
         gzip: r.choice(&compression, &[("gzip", true), ("none", false)]).unwrap_or(false),
         timeout: r.millis(&timeout).unwrap_or(Duration::from_secs(10)),

@@ -10,8 +10,10 @@ pub(crate) use format::Line;
 
 use crate::{
     LogFormat,
-    env::{LogSettings, Problem, Settings, Signal},
+    env::{LogSettings, Problem, Settings},
     ids, otlp,
+    rejected::{self, Ear},
+    scrub::CleanLogs,
     traces::Router,
     watch::{Health, Watched},
 };
@@ -39,8 +41,8 @@ pub(crate) fn build(
     let mut builder = SdkLoggerProvider::builder().with_resource(resource);
     if let Some(otlp) = &settings.otlp {
         match otlp::logs(otlp) {
-            Ok(exporter) => {
-                let watch = Health::new(Signal::Logs, &otlp.endpoint);
+            Ok((exporter, cause)) => {
+                let watch = Health::new(otlp, cause);
                 let exporter = Watched::new(exporter, Arc::clone(&watch));
                 builder = builder.with_log_processor(
                     BatchLogProcessor::builder(exporter).with_batch_config(batch(settings)).build(),
@@ -100,8 +102,11 @@ where
             .with_tracked_inactivity(false);
         layers.push(layer.with_filter(filter_fn(move |m| ours(m) && *m.level() <= depth)).boxed());
     }
+    if settings.any_otlp() {
+        layers.push(Ear.with_filter(filter_fn(rejected::concerns)).boxed());
+    }
     if let Some(events) = events {
-        let bridge = OpenTelemetryTracingBridge::new(events);
+        let bridge = OpenTelemetryTracingBridge::new(&CleanLogs(events.clone()));
         layers.push(bridge.with_filter(env_filter(settings, debug).and(filter_fn(ours))).boxed());
     }
     let always =

@@ -80,7 +80,7 @@ async fn spans_arrive_over_http_with_headers_and_resource() {
         ],
     );
     let trace = work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
 
     let all = spans(&collector);
     let names: Vec<_> = all.iter().map(|(_, s)| s.name.as_str()).collect();
@@ -119,7 +119,7 @@ async fn backup_spans_come_from_their_own_tracer() {
         tracing::info_span!("backup_run").in_scope(|| {});
         tracing::info_span!("upload").in_scope(|| {});
     });
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     let all = spans(&collector);
     for (name, tracer) in
         [("backup", "klio.backup"), ("backup_run", "klio.backup"), ("upload", "klio")]
@@ -142,7 +142,7 @@ async fn a_signals_endpoint_is_used_as_it_is_and_bodies_are_compressed() {
         ],
     );
     work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     let request = &collector.requests()[0];
     assert_eq!(request.path, "/own/path");
     assert_eq!(request.header("content-encoding"), Some("gzip"));
@@ -164,7 +164,7 @@ async fn one_recording_reaches_every_metrics_reader() {
     counter.add(3, &[opentelemetry::KeyValue::new("cluster_name", "pg-1")]);
     let page = telemetry.prometheus().unwrap().render();
     assert!(page.contains("klio_wal_written_total{cluster_name=\"pg-1\"} 3"), "{page}");
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     let sent = format!("{:?}", collector.metrics());
     assert!(sent.contains("\"klio.wal.written\"") && sent.contains("AsInt(3)"), "{sent}");
 }
@@ -181,7 +181,7 @@ async fn exported_log_records_carry_the_trace_id() {
         ],
     );
     let trace = work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     let records = &collector.logs()[0].resource_logs[0].scope_logs[0].log_records;
     assert_eq!(records.len(), 1);
     assert_eq!(hex(&records[0].trace_id), trace);
@@ -244,7 +244,7 @@ async fn grpc_with_a_private_authority_and_a_client_certificate_delivers() {
         ],
     );
     let trace = work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     let all = spans(&collector);
     assert_eq!(hex(&span(&all, "outer").1.trace_id), trace);
     assert_eq!(collector.requests()[0].header("x-tenant"), Some("a"));
@@ -290,13 +290,13 @@ async fn https_with_a_private_authority_and_a_client_certificate_delivers() {
     ];
     let (telemetry, dispatch, _) = built(false, &variables);
     work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     assert_eq!(spans(&collector).len(), 2);
 
     variables.truncate(3);
     let (telemetry, dispatch, _) = built(false, &variables);
     work(&dispatch);
-    let untrusted = telemetry.shutdown(LONG).await;
+    let untrusted = telemetry.close(LONG).await.overall();
     assert_eq!(untrusted, Delivery::Pending, "without the authority nothing is trusted");
 }
 
@@ -317,7 +317,7 @@ async fn an_unreadable_certificate_is_a_problem_and_the_rest_works() {
     work(&dispatch);
     assert!(lines.text().contains("it failed"));
     assert!(telemetry.prometheus().is_some());
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Nothing);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Nothing);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -342,7 +342,7 @@ async fn a_dead_or_hanging_collector_delays_the_end_by_no_more_than_the_timeout(
         work(&dispatch);
         let begin = Instant::now();
         let bound = Duration::from_millis(700);
-        let delivery = telemetry.shutdown(bound).await;
+        let delivery = telemetry.close(bound).await.overall();
         let took = begin.elapsed();
         assert_eq!(delivery, Delivery::Pending, "{protocol}");
         // Room for a busy machine, far below the exporters' own ten seconds.
@@ -367,7 +367,11 @@ fn a_failing_collector_is_reported_once_and_its_return_once() {
         }
     }
     let (_, dispatch, lines) = built(false, &[]);
-    let health = Health::new(env::Signal::Traces, "http://u:hunter2@c:4318");
+    let variables = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://u:hunter2@c:4318")];
+    let (settings, _) = env::parse(&|name| {
+        variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned())
+    });
+    let health = Health::new(&settings.traces.otlp.unwrap(), Arc::default());
     let outcomes = vec![false, false, false, true, true, false];
     let exporter = watch::Watched::new(Flaky(Mutex::new(outcomes)), Arc::clone(&health));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -392,7 +396,7 @@ async fn an_unsampled_trace_is_not_sent_but_its_lines_have_ids() {
         &[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &endpoint), ("OTEL_TRACES_SAMPLER", "always_off")],
     );
     let trace = work(&dispatch);
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Nothing);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Nothing);
     assert!(collector.requests().is_empty());
     let text = lines.text();
     assert!(text.contains(&format!("trace_id={trace} ")), "{text}");
@@ -420,7 +424,7 @@ async fn a_full_queue_drops_spans_with_one_warning_and_delays_nobody() {
     let text = lines.text();
     assert_eq!(text.lines().count(), 1, "{text}");
     assert!(text.contains("SpanDroppingStarted"), "{text}");
-    assert_eq!(telemetry.shutdown(Duration::from_millis(100)).await, Delivery::Pending);
+    assert_eq!(telemetry.close(Duration::from_millis(100)).await.overall(), Delivery::Pending);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -440,6 +444,6 @@ async fn a_slow_collector_gets_everything_if_there_is_time() {
     tracing::dispatcher::with_default(&dispatch, || {
         (0..all).for_each(|_| tracing::info_span!("many").in_scope(|| {}));
     });
-    assert_eq!(telemetry.shutdown(LONG).await, Delivery::Delivered);
+    assert_eq!(telemetry.close(LONG).await.overall(), Delivery::Delivered);
     assert_eq!(spans(&collector).len(), all);
 }

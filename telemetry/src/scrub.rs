@@ -1,0 +1,140 @@
+//! Takes secrets out of spans and log records on their way to an exporter.
+//!
+//! The second line of defence: what makes a span or a line redacts its arguments itself, but an error of a
+//! library may hold an address with credentials. Only text is looked at; names, numbers and ids stay.
+
+use crate::redact::redact;
+use opentelemetry::{
+    Array, InstrumentationScope, Key, KeyValue, SpanId, StringValue, TraceFlags, TraceId, Value,
+    logs::{AnyValue, LogRecord, Logger, LoggerProvider, Severity},
+    trace::Status,
+};
+use opentelemetry_sdk::{
+    logs::{SdkLogRecord, SdkLogger, SdkLoggerProvider},
+    trace::SpanData,
+};
+use std::{borrow::Cow, time::SystemTime};
+
+/// Attributes, events and the status of a finished span.
+pub(crate) fn span(span: &mut SpanData) {
+    attributes(&mut span.attributes);
+    for event in &mut span.events.events {
+        attributes(&mut event.attributes);
+        // An event's name is the message that was logged.
+        if let Some(clean) = changed(&event.name) {
+            event.name = clean.into();
+        }
+    }
+    if let Status::Error { description } = &mut span.status
+        && let Some(clean) = changed(description)
+    {
+        *description = clean.into();
+    }
+}
+
+fn attributes(all: &mut [KeyValue]) {
+    for attribute in all {
+        match &mut attribute.value {
+            Value::String(text) => string(text),
+            Value::Array(Array::String(texts)) => texts.iter_mut().for_each(string),
+            _ => {}
+        }
+    }
+}
+
+fn string(text: &mut StringValue) {
+    if let Some(clean) = changed(text.as_str()) {
+        *text = clean.into();
+    }
+}
+
+fn changed(text: &str) -> Option<String> {
+    match redact(text) {
+        Cow::Borrowed(_) => None,
+        Cow::Owned(clean) => Some(clean),
+    }
+}
+
+/// A logger provider whose records are clean when they leave the event.
+#[derive(Debug)]
+pub(crate) struct CleanLogs(pub SdkLoggerProvider);
+
+impl LoggerProvider for CleanLogs {
+    type Logger = CleanLogger;
+
+    fn logger_with_scope(&self, scope: InstrumentationScope) -> CleanLogger {
+        CleanLogger(self.0.logger_with_scope(scope))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct CleanLogger(SdkLogger);
+
+impl Logger for CleanLogger {
+    type LogRecord = CleanRecord;
+
+    fn create_log_record(&self) -> CleanRecord {
+        CleanRecord(self.0.create_log_record())
+    }
+    fn emit(&self, record: CleanRecord) {
+        self.0.emit(record.0);
+    }
+    fn event_enabled(&self, level: Severity, target: &str, name: Option<&str>) -> bool {
+        self.0.event_enabled(level, target, name)
+    }
+}
+
+/// A record that redacts what is put into it.
+#[derive(Debug)]
+pub(crate) struct CleanRecord(SdkLogRecord);
+
+fn clean(value: AnyValue) -> AnyValue {
+    match value {
+        AnyValue::String(mut text) => {
+            string(&mut text);
+            AnyValue::String(text)
+        }
+        other => other,
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl LogRecord for CleanRecord {
+    fn set_event_name(&mut self, name: &'static str) {
+        self.0.set_event_name(name);
+    }
+    fn set_target<T: Into<Cow<'static, str>>>(&mut self, target: T) {
+        self.0.set_target(target);
+    }
+    fn set_timestamp(&mut self, timestamp: SystemTime) {
+        self.0.set_timestamp(timestamp);
+    }
+    fn set_observed_timestamp(&mut self, timestamp: SystemTime) {
+        self.0.set_observed_timestamp(timestamp);
+    }
+    fn set_severity_text(&mut self, text: &'static str) {
+        self.0.set_severity_text(text);
+    }
+    fn set_severity_number(&mut self, number: Severity) {
+        self.0.set_severity_number(number);
+    }
+    fn set_body(&mut self, body: AnyValue) {
+        self.0.set_body(clean(body));
+    }
+    fn add_attributes<I, K, V>(&mut self, attributes: I)
+    where
+        I: IntoIterator<Item = (K, V)>,
+        K: Into<Key>,
+        V: Into<AnyValue>,
+    {
+        for (key, value) in attributes {
+            self.add_attribute(key, value);
+        }
+    }
+    fn add_attribute<K: Into<Key>, V: Into<AnyValue>>(&mut self, key: K, value: V) {
+        self.0.add_attribute(key, clean(value.into()));
+    }
+    fn set_trace_context(&mut self, trace: TraceId, span: SpanId, flags: Option<TraceFlags>) {
+        self.0.set_trace_context(trace, span, flags);
+    }
+}
