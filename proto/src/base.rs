@@ -169,6 +169,8 @@ impl TryFrom<v1::GetFileRequest> for GetFileRequest {
 pub enum Purpose {
     /// A backup, under this name; `None`: the server makes one.
     Backup(Option<String>),
+    /// A backup that runs under this name, and lost its reservation.
+    Resumed(String),
     /// A restore.
     Restore,
 }
@@ -187,10 +189,14 @@ impl TryFrom<v1::ReserveRequest> for ReserveRequest {
     fn try_from(raw: v1::ReserveRequest) -> Result<Self, Status> {
         use v1::reserve_request::Purpose as Raw;
         let name = Some(raw.backup_name).filter(|name| !name.is_empty());
-        let purpose = match (Raw::try_from(raw.purpose), name) {
-            (Ok(Raw::Backup), name) => Purpose::Backup(name),
-            (Ok(Raw::Restore), None) => Purpose::Restore,
-            (Ok(Raw::Restore), Some(name)) => {
+        let purpose = match (Raw::try_from(raw.purpose), name, raw.resumed) {
+            (Ok(Raw::Backup), name, false) => Purpose::Backup(name),
+            (Ok(Raw::Backup), Some(name), true) => Purpose::Resumed(name),
+            (Ok(Raw::Backup), None, true) | (Ok(Raw::Restore), _, true) => {
+                return Err(invalid("resumed", "it with the name of a backup", "none"));
+            }
+            (Ok(Raw::Restore), None, false) => Purpose::Restore,
+            (Ok(Raw::Restore), Some(name), false) => {
                 return Err(invalid("backup name", "none with a restore", name));
             }
             _ => return Err(invalid("purpose", "a backup or a restore", raw.purpose)),
@@ -275,14 +281,18 @@ mod tests {
 
     #[test]
     fn a_reservation_says_what_for() {
-        let ask = |purpose: i32, name: &str| {
+        let ask_again = |purpose: i32, name: &str, resumed| {
             ReserveRequest::try_from(v1::ReserveRequest {
                 cluster: "pg".into(),
                 purpose,
                 backup_name: name.into(),
+                resumed,
             })
             .map(|r| r.purpose)
         };
+        let ask = |purpose, name: &str| ask_again(purpose, name, false);
+        assert_eq!(ask_again(1, "x", true).unwrap(), Purpose::Resumed("x".into()));
+        assert!(ask_again(1, "", true).is_err() && ask_again(2, "", true).is_err());
         assert_eq!(ask(1, "").unwrap(), Purpose::Backup(None));
         assert_eq!(ask(1, "x").unwrap(), Purpose::Backup(Some("x".into())));
         assert_eq!(ask(2, "").unwrap(), Purpose::Restore);

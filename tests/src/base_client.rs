@@ -182,6 +182,7 @@ impl Base {
             cluster: self.cluster.clone(),
             purpose: purpose.into(),
             backup_name: name.into(),
+            resumed: false,
         };
         let mut stream = self.client.clone().reserve(request).await?.into_inner();
         let first = stream.message().await?.expect("a reservation");

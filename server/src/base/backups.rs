@@ -155,7 +155,10 @@ impl BaseStore {
                 continue;
             }
             let whole = !only_in_tier2
-                || self.needs(cluster, id).await.is_ok_and(|needed| needed.is_subset(&disk.files));
+                || self
+                    .needs(cluster, id)
+                    .await
+                    .is_ok_and(|needed| needed.keys().all(|file| disk.files.contains(file)));
             if whole {
                 complete.insert(record.name.clone());
             }

@@ -1,7 +1,8 @@
 //! Makes a finished backup exist.
 //!
 //! S3: the record is written when, and only when, the snapshot and everything it needs is in the repository
-//! (whole: a file is there with the bytes of its name or not at all, R1 and R2), and all WAL from the backup's start to its stop is durable and
+//! (whole: a file is there with the bytes of its name or not at all, R1 and R2; a pack has the size that the index
+//! demands, as disks may cut files short), and all WAL from the backup's start to its stop is durable and
 //! contiguous, over every timeline on the way. Written atomically and last: a crash leaves the whole record
 //! or none. The same record again is the same answer.
 
@@ -16,7 +17,7 @@ use klio_storage::{
     record,
     repository::SnapshotId,
 };
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use tonic::Status;
 
 /// Missing files that are named in a refusal.
@@ -153,15 +154,12 @@ impl BaseStore {
         })?;
         let mut missing = Vec::new();
         for kind in BaseKind::ALL {
-            let wanted: BTreeSet<BaseFile> =
-                needed.iter().filter(|file| file.kind == kind).copied().collect();
-            if wanted.is_empty() {
+            if !needed.keys().any(|file| file.kind == kind) {
                 continue;
             }
             let held = self.list_files(cluster, kind).await?;
-            missing.extend(
-                wanted.into_iter().filter(|file| held.get(file).is_none_or(|size| *size == 0)),
-            );
+            let wanted = needed.iter().filter(|(file, _)| file.kind == kind);
+            missing.extend(wanted.filter_map(|(file, size)| lacks(*file, *size, &held)));
         }
         if missing.is_empty() {
             return Ok(());
@@ -169,14 +167,14 @@ impl BaseStore {
         // Tier 1 may have let them go to tier 2, which could not be asked.
         if self.tier2().is_some() && !self.knows_tier2(cluster) {
             return Err(Code::Unavailable.status(format!(
-                "commit backup {} of {cluster}: {} files are not on tier 1, and tier 2 did not answer",
+                "commit backup {} of {cluster}: {} files are not on tier 1 as they should be, and tier 2 did not answer",
                 record.name,
                 missing.len()
             )));
         }
-        let named: Vec<String> =
-            missing.iter().take(NAMED_MAX).map(|file| file.relative()).collect();
-        Err(incomplete(format!("{} files are missing: {}", missing.len(), named.join(", "))))
+        let named = missing.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>();
+        let count = missing.len();
+        Err(incomplete(format!("{count} files are missing or not whole: {}", named.join(", "))))
     }
 
     async fn write_record(&self, cluster: &ClusterName, body: BackupRecord) -> Result<(), Status> {
@@ -195,6 +193,17 @@ impl BaseStore {
             Ok::<_, Error>(())
         })
         .await
+    }
+}
+
+/// What is wrong with a file that is needed: it is not held, or not with the bytes it must have.
+fn lacks(file: BaseFile, expected: Option<u64>, held: &BTreeMap<BaseFile, u64>) -> Option<String> {
+    match (held.get(&file), expected) {
+        (None | Some(0), _) => Some(file.relative()),
+        (Some(found), Some(expected)) if *found != expected => {
+            Some(format!("{} (expected {expected} bytes, found {found})", file.relative()))
+        }
+        _ => None,
     }
 }
 

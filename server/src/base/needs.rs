@@ -19,8 +19,8 @@ use tonic::Status;
 /// Files in all answers that are remembered together: some 30 MiB.
 const REMEMBERED_MAX: usize = 500_000;
 
-/// Files that a snapshot needs.
-type Needed = Arc<BTreeSet<BaseFile>>;
+/// Files that a snapshot needs, and their sizes where the index says them.
+type Needed = Arc<BTreeMap<BaseFile, Option<u64>>>;
 
 /// Answers of earlier.
 #[derive(Default)]
@@ -31,8 +31,8 @@ impl NeedsCache {
     fn get(&self, id: &(ClusterName, SnapshotId), indexes: &BTreeSet<BaseFile>) -> Option<Needed> {
         let mut known = lock(&self.0);
         let needed = known.get(id)?.clone();
-        let stands = needed.contains(&id.1.file())
-            && needed.iter().filter(|f| f.kind == BaseKind::Index).all(|f| indexes.contains(f));
+        let stands = needed.contains_key(&id.1.file())
+            && needed.keys().filter(|f| f.kind == BaseKind::Index).all(|f| indexes.contains(f));
         if !stands {
             known.remove(id);
         }
@@ -50,7 +50,7 @@ impl NeedsCache {
 }
 
 impl BaseStore {
-    /// The files that a snapshot needs, config and keys included.
+    /// The files that a snapshot needs, config and keys included, with the sizes of packs.
     ///
     /// # Errors
     /// `NOT_FOUND` when one of them is gone, `CORRUPT`.
@@ -71,24 +71,10 @@ impl BaseStore {
             listed.insert(kind, self.list_files(cluster, kind).await?);
         }
         let files: Arc<dyn Files> = Arc::new(ReadOnly { files: self.files(cluster), listed });
-        let needed = run(move || Repository::open(files, &secret)?.packs_of(&[snapshot])).await?;
+        let needed = run(move || Repository::open(files, &secret)?.needed_by(&[snapshot])).await?;
         let needed = Arc::new(needed);
         self.0.needs.put(id, needed.clone());
         Ok(needed)
-    }
-
-    /// Whether tier 1 alone has all of these. Blocking.
-    pub fn on_disk(
-        &self,
-        cluster: &ClusterName,
-        needed: &BTreeSet<BaseFile>,
-    ) -> Result<bool, Error> {
-        let files = self.cluster(cluster).files.clone();
-        let mut held = BTreeSet::new();
-        for kind in BaseKind::ALL {
-            held.extend(files.list(kind)?.into_iter().map(|(file, _)| file));
-        }
-        Ok(needed.is_subset(&held))
     }
 }
 
@@ -148,7 +134,8 @@ mod tests {
         let snapshot = SnapshotId::new(Sha256Sum::of(b"s"));
         let id = ("pg".parse().unwrap(), snapshot);
         let (old, new) = (file(BaseKind::Index, "old"), file(BaseKind::Index, "new"));
-        let needed = BTreeSet::from([snapshot.file(), old, file(BaseKind::Data, "p")]);
+        let pack = (file(BaseKind::Data, "p"), Some(7));
+        let needed = BTreeMap::from([(snapshot.file(), None), (old, None), pack]);
         cache.put(id.clone(), Arc::new(needed.clone()));
         assert_eq!(cache.get(&id, &BTreeSet::from([old, new])).as_deref(), Some(&needed));
         assert_eq!(cache.get(&id, &BTreeSet::from([new])), None);

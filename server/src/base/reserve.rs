@@ -2,7 +2,8 @@
 //!
 //! A reservation lives as long as its [`Lease`], which lives as long as the client's stream: no clock and no
 //! file can leave one behind. Maintenance takes [`Reservations::removal`] before it takes anything away, and a
-//! backup waits for its end: one that began meanwhile would name packs in an index that are just being removed.
+//! backup waits for its end, however long that takes: one that began meanwhile would name packs in an index that
+//! are just being removed. Only one that ran before, and lost its reservation, goes on beside it.
 
 use super::{BaseStore, lock, tier2_status};
 use klio_proto::Code;
@@ -21,9 +22,14 @@ const NAME: &[FormatItem<'_>] = format_description!("[year][month][day]T[hour][m
 
 /// How often a backup that waits for maintenance looks again.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// A name that is asked for may be that of a backup that runs and lost its reservation, as when the server was
-/// restarted. It gives up after two minutes, and what maintenance does beside it is harmless (R4).
-const NAMED_WAITS: Duration = Duration::from_secs(60);
+/// A backup that runs and lost its reservation, as when the server was restarted, gives up after two minutes. What
+/// maintenance does beside it is harmless: it named its packs before that began (R4).
+const RESUMED_WAITS: Duration = Duration::from_secs(60);
+
+/// Whether a backup that has asked for so long goes on beside maintenance.
+fn goes_beside(resumed: bool, asked_for: Duration) -> bool {
+    resumed && asked_for >= RESUMED_WAITS
+}
 
 /// Who asks: the certificate's name and the address it comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,7 +208,8 @@ impl Reservations {
 }
 
 impl BaseStore {
-    /// Reserves for a backup, under `wanted` or a name made from the clock; waits while maintenance removes.
+    /// Reserves for a backup, under `wanted` or a name made from the clock; waits while maintenance removes, but not
+    /// for ever when it is `resumed`: running already.
     ///
     /// # Errors
     /// `BUSY`; `INVALID` for a name that is taken.
@@ -210,11 +217,12 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         wanted: Option<&str>,
+        resumed: bool,
         caller: Caller,
     ) -> Result<Lease, Status> {
         let asked = tokio::time::Instant::now();
         loop {
-            let beside = wanted.is_some() && asked.elapsed() >= NAMED_WAITS;
+            let beside = goes_beside(resumed, asked.elapsed());
             if beside || !self.reservations().is_removing(cluster) {
                 let name = self.free_name(cluster, wanted).await?;
                 // Maintenance may have begun meanwhile.
@@ -325,6 +333,13 @@ mod tests {
         assert!(all.is_removing(&cluster()) && !all.is_removing(&"other".parse().unwrap()));
         drop(removal);
         assert!(!all.is_removing(&cluster()));
+    }
+
+    #[test]
+    fn only_a_backup_that_ran_before_goes_on_beside_maintenance() {
+        let day = Duration::from_secs(86_400);
+        assert!(!goes_beside(false, day), "a name of the user's is no sign of a backup that runs");
+        assert!(goes_beside(true, RESUMED_WAITS) && !goes_beside(true, RESUMED_WAITS / 2));
     }
 
     #[test]

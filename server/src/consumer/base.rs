@@ -243,7 +243,7 @@ impl BaseWork {
         // Both forms may be there, of earlier and later settings: the one that tier 1 reads first.
         let [secret, other] = secret_objects(base.at_rest());
         let secret = if sizes.contains_key(&secret) { secret } else { other };
-        let fixed = needed.iter().copied().map(BaseObject::File);
+        let fixed = needed.keys().copied().map(BaseObject::File);
         let all = fixed.chain([BaseObject::Cluster, secret]);
         let missing: Vec<_> = all.filter(|object| !is_proven(object, &known, &sizes)).collect();
         match missing.iter().find(|object| !sizes.contains_key(object)) {

@@ -232,7 +232,10 @@ impl Base for BaseService {
             let asked = ReserveRequest::try_from(request.into_inner())?;
             let lease = match asked.purpose {
                 Purpose::Backup(name) => {
-                    self.base.reserve_backup(&cluster, name.as_deref(), caller).await?
+                    self.base.reserve_backup(&cluster, name.as_deref(), false, caller).await?
+                }
+                Purpose::Resumed(name) => {
+                    self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
                 }
                 Purpose::Restore => self.base.reservations().restore(&cluster),
             };

@@ -43,7 +43,7 @@ impl Reservation {
         name: Option<&BackupName>,
     ) -> Result<Self, Error> {
         let wanted = name.map(ToString::to_string).unwrap_or_default();
-        let (name, connection, answers) = reserve(link, cluster, &wanted).await?;
+        let (name, connection, answers) = reserve(link, cluster, &wanted, false).await?;
         let mut keeper = JoinSet::new();
         keeper.spawn(keep(link.clone(), cluster.clone(), name.clone(), connection, answers));
         Ok(Self { name, keeper })
@@ -93,7 +93,7 @@ async fn again(
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut rng = StdRng::from_os_rng();
     loop {
-        let error = match reserve(link, cluster, name.as_str()).await {
+        let error = match reserve(link, cluster, name.as_str(), true).await {
             Ok((_, connection, answers)) => return Ok((connection, answers)),
             Err(error) => error,
         };
@@ -110,6 +110,7 @@ async fn reserve(
     link: &ServerLink,
     cluster: &ClusterName,
     name: &str,
+    resumed: bool,
 ) -> Result<(BackupName, Connection, Answers), Error> {
     const DOING: &str = "reserve the repository";
     let failed = |status: tonic::Status| Error::from_status(DOING, &status);
@@ -118,6 +119,7 @@ async fn reserve(
         cluster: cluster.to_string(),
         purpose: Purpose::Backup.into(),
         backup_name: name.to_owned(),
+        resumed,
     };
     let mut answers = connection.base().reserve(request).await.map_err(failed)?.into_inner();
     let first = answers.message().await.map_err(failed)?;

@@ -21,7 +21,7 @@ use klio_pg::{BackupLabel, Lsn, TABLESPACE_MAP_FILE};
 use klio_proto::{Code, v1};
 use klio_storage::{
     catalog::{BackupRecord, PagesRecord, TablespaceRecord},
-    repository::{Part, Repository, Secret, SnapshotId, SnapshotMeta, SnapshotSummary},
+    repository::{Adopted, Part, Repository, Secret, SnapshotId, SnapshotMeta, SnapshotSummary},
 };
 use std::{
     sync::Arc,
@@ -360,8 +360,14 @@ async fn open_repository(
     })?;
     let shared = files.clone();
     let open = move || {
-        let repository = Repository::open(Arc::new(shared), &secret)?;
-        let (packs, bytes) = repository.adopt()?;
+        let mut repository = Repository::open(Arc::new(shared), &secret)?;
+        let Adopted { packs, bytes, absent } = repository.adopt()?;
+        if absent > 0 {
+            tracing::warn!(
+                packs = absent,
+                "the repository's index names packs that are not there; what they held is sent again; hint: klio verify says which backups they leave damaged"
+            );
+        }
         if packs > 0 {
             tracing::info!(packs, bytes, "what an unfinished backup sent is used");
         }

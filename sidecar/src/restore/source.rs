@@ -347,7 +347,7 @@ impl Source {
             let request = v1::ReserveRequest {
                 cluster,
                 purpose: Purpose::Restore.into(),
-                backup_name: String::new(),
+                ..v1::ReserveRequest::default()
             };
             match connection.base().reserve(request).await {
                 Ok(answer) => {

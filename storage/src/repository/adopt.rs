@@ -31,15 +31,29 @@ const SEAL_BYTES: usize = 32;
 /// Pieces in one index file, as rustic does it.
 const PIECES: usize = 50_000;
 
+/// What `adopt` found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Adopted {
+    /// Packs that are named now.
+    pub packs: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Packs that an index names and that are not there: what they held is sent again.
+    pub absent: u64,
+}
+
 impl Repository {
-    /// Names every pack that no index file names; gives how many and their bytes.
+    /// Names every pack that no index file names, and passes over those that are named and not there from now on (A2).
     ///
     /// # Errors
     /// As files cannot be listed, read or written.
-    pub fn adopt(&self) -> Result<(u64, u64), Error> {
+    pub fn adopt(&mut self) -> Result<Adopted, Error> {
         let index = self.index()?;
         let named: BTreeSet<Sha256Sum> = index.packs.iter().map(|pack| pack.id).collect();
+        let gone = index.absent();
         drop(index);
+        let absent = gone.len() as u64;
+        self.hide(gone);
         let mut content = IndexJson::default();
         let (mut packs, mut bytes, mut pieces) = (0, 0, 0);
         for (file, size) in self.files.list(BaseKind::Data)? {
@@ -60,7 +74,7 @@ impl Repository {
         if !content.packs.is_empty() {
             self.write_index(&content)?;
         }
-        Ok((packs, bytes))
+        Ok(Adopted { packs, bytes, absent })
     }
 
     /// What is in a pack, by its own list.

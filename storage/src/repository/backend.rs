@@ -4,7 +4,7 @@
 //! only `assemble` makes a snapshot of them (R3). The first failure is remembered, because rustic goes on
 //! reading the whole source after a failed write.
 
-use super::{Files, Progress};
+use super::{Files, Progress, absent::Hidden};
 use crate::{
     Error,
     layout::{BaseFile, BaseKind},
@@ -62,6 +62,8 @@ pub(super) struct Backend {
     pub(super) snapshots: Snapshots,
     pub(super) progress: Option<Arc<dyn Progress>>,
     pub(super) trace: Arc<Trace>,
+    /// Packs that are in no index that rustic reads.
+    pub(super) hidden: Option<Arc<Hidden>>,
 }
 
 fn kind(tpe: FileType) -> BaseKind {
@@ -111,7 +113,12 @@ impl ReadBackend for Backend {
 
     fn read_full(&self, tpe: FileType, id: &Id) -> RusticResult<Bytes> {
         let file = file(tpe, id)?;
-        super::read_checked(self.files.as_ref(), file).map_err(|e| wrap("read a file", e))
+        let bytes =
+            super::read_checked(self.files.as_ref(), file).map_err(|e| wrap("read a file", e))?;
+        Ok(match &self.hidden {
+            Some(hidden) if tpe == FileType::Index => hidden.filter(bytes),
+            _ => bytes,
+        })
     }
 
     fn read_partial(

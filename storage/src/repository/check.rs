@@ -26,6 +26,8 @@ use std::{
     },
 };
 
+/// Of a pack that is named in vain.
+const UNNEEDED: &str = "the index names it, but it is not there, and no snapshot needs it; hint: klio retention apply takes it out of the index";
 /// Packs in memory at once.
 const READERS_MAX: usize = 4;
 
@@ -54,12 +56,13 @@ impl Repository {
         read_percent: f64,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Problem>, Error> {
-        let mut check = Check { repository: self, problems: Vec::new() };
+        let mut check = Check { repository: self, problems: Vec::new(), absent: Vec::new() };
         check.small_files()?;
         let index = check.index()?;
         check.packs(&index)?;
         let index = Arc::new(index);
-        check.snapshots(&index)?;
+        let needed = check.snapshots(&index)?;
+        check.absent(&index, needed.as_ref());
         check.read(&index, read_percent, progress)?;
         Ok(check.problems)
     }
@@ -68,6 +71,8 @@ impl Repository {
 struct Check<'a> {
     repository: &'a Repository,
     problems: Vec<Problem>,
+    /// Packs that the index names and that are not there.
+    absent: Vec<BaseFile>,
 }
 
 /// Whether an error tells of what is stored, not of the way to it.
@@ -130,7 +135,7 @@ impl Check<'_> {
             let result = self.repository.add_index_file(&mut index, file);
             self.note(Some(file), result)?;
         }
-        index.sort();
+        index.sort(&self.repository.files.list(BaseKind::Data)?.into_iter().collect());
         Ok(index)
     }
 
@@ -150,10 +155,7 @@ impl Check<'_> {
             match there.get(&file) {
                 // Marked packs may go at any time, and some are marked without what is in them.
                 _ if pack.marked => {}
-                None => self.problem(
-                    Some(file),
-                    self.repository.damaged(file, "the index names it, but it is not there"),
-                ),
+                None => self.absent.push(file),
                 Some(&size) if size != pack.size => {
                     let detail = format!("expected {} bytes, found {size}", pack.size);
                     self.problem(Some(file), self.repository.damaged(file, detail));
@@ -164,22 +166,41 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Every tree of every snapshot can be read, and every chunk is in the index.
-    fn snapshots(&mut self, index: &Arc<Index>) -> Result<(), Error> {
+    /// Says of absent packs what to do: one that nobody needs is only in the way.
+    fn absent(&mut self, index: &Index, needed: Option<&BTreeSet<u32>>) {
+        let needed: Option<BTreeSet<Sha256Sum>> =
+            needed.map(|packs| packs.iter().map(|&pack| index.packs[pack as usize].id).collect());
+        for file in std::mem::take(&mut self.absent) {
+            let detail = match &needed {
+                Some(needed) if !needed.contains(&file.id) => UNNEEDED,
+                _ => "the index names it, but it is not there",
+            };
+            self.problem(Some(file), self.repository.damaged(file, detail));
+        }
+    }
+
+    /// Every tree of every snapshot can be read, and every chunk is in the index. Gives the packs that they need, if
+    /// that is known.
+    fn snapshots(&mut self, index: &Arc<Index>) -> Result<Option<BTreeSet<u32>>, Error> {
+        let mut needed = Some(BTreeSet::new());
         for (file, _) in self.repository.files.list(BaseKind::Snapshot)? {
             let snapshot = self.repository.snapshot_file(SnapshotId::new(file.id));
-            let Some(snapshot) = self.note(Some(file), snapshot)? else { continue };
+            let Some(snapshot) = self.note(Some(file), snapshot)? else {
+                needed = None;
+                continue;
+            };
             let reader =
                 Reader::new(self.repository.clone(), Arc::clone(index), tree_of(&snapshot)?);
-            let found = contents(&reader);
-            if let Err(error) = found {
-                if !is_finding(&error) {
-                    return Err(error);
+            match contents(&reader) {
+                Ok(found) => needed.iter_mut().for_each(|all| all.extend(&found.packs)),
+                Err(error) if is_finding(&error) => {
+                    needed = None;
+                    self.problem(None, format!("snapshot {}: {error}", file.id));
                 }
-                self.problem(None, format!("snapshot {}: {error}", file.id));
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(needed)
     }
 
     /// Reads packs whole.
@@ -192,7 +213,11 @@ impl Check<'_> {
         let blobs = index.by_pack();
         let mut packs: Vec<_> = blobs
             .chunk_by(|a, b| a.2.pack == b.2.pack)
-            .filter(|pack| !index.pack(&pack[0].2).marked)
+            .filter(|pack| {
+                // What is not there, or not whole, was told before.
+                let pack = index.pack(&pack[0].2);
+                !pack.marked && !pack.absent
+            })
             .collect();
         packs.shuffle(&mut rand::rng());
         let bytes = |pack: &&[(BlobKind, Sha256Sum, Place)]| index.pack(&pack[0].2).size;

@@ -1,7 +1,8 @@
 //! Where every chunk and tree lies: the index files of the repository, as one sorted table.
 //!
 //! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (R4) they are
-//! as good as any, and a snapshot that was saved beside a maintenance may still need them.
+//! as good as any, and a snapshot that was saved beside a maintenance may still need them. Packs that are named and not there
+//! come last of all (`absent.rs`).
 //!
 //! About 48 bytes of memory for each chunk.
 
@@ -12,7 +13,7 @@ use crate::{
     tier2::Sha256Sum,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Maintenance replaces index files; whoever listed the old ones looks again.
 const TRIES: usize = 5;
@@ -81,6 +82,8 @@ pub(super) struct Pack {
     pub(super) marked: bool,
     /// Bytes of the file, as its header's form demands.
     pub(super) size: u64,
+    /// It is not there, or not whole.
+    pub(super) absent: bool,
 }
 
 impl Pack {
@@ -93,7 +96,7 @@ impl Pack {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     pub(super) packs: Vec<Pack>,
-    /// Sorted by kind and id, unmarked before marked.
+    /// Sorted by kind and id, absent ones last, unmarked before marked.
     blobs: Vec<(BlobKind, Sha256Sum, Place)>,
     /// What the index said of marked packs, to put them back.
     marked: BTreeMap<u32, PackJson>,
@@ -102,7 +105,30 @@ pub(super) struct Index {
 /// restic's pack header: 37 bytes for a piece, 41 for a compressed one, then nonce, tag and length.
 fn pack_size(pack: &PackJson) -> u64 {
     let entry = |blob: &BlobJson| if blob.uncompressed_length.is_some() { 41 } else { 37 };
-    pack.blobs.iter().map(|blob| u64::from(blob.length) + entry(blob)).sum::<u64>() + 36
+    pack.blobs.iter().map(|blob| u64::from(blob.length) + entry(blob)).sum::<u64>()
+        + EMPTY_PACK_BYTES
+}
+
+/// Of a pack without pieces.
+const EMPTY_PACK_BYTES: u64 = 36;
+
+/// Only the names in an index file.
+#[derive(Debug, Deserialize)]
+pub(super) struct IndexIds {
+    packs: Vec<PackId>,
+    #[serde(default)]
+    packs_to_delete: Vec<PackId>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PackId {
+    id: Sha256Sum,
+}
+
+impl IndexIds {
+    pub(super) fn all(&self) -> impl Iterator<Item = Sha256Sum> {
+        self.packs.iter().chain(&self.packs_to_delete).map(|pack| pack.id)
+    }
 }
 
 impl Index {
@@ -133,17 +159,30 @@ impl Index {
             let place = Place { pack: number, offset: blob.offset, length: blob.length, raw };
             self.blobs.push((blob.blob, blob.id, place));
         }
-        self.packs.push(Pack { id: pack.id, index: file, marked, size: pack_size(&pack) });
+        let (id, size) = (pack.id, pack_size(&pack));
+        self.packs.push(Pack { id, index: file, marked, size, absent: false });
         if marked {
             self.marked.insert(number, pack);
         }
     }
 
-    pub(super) fn sort(&mut self) {
+    /// Sorts, with the packs that are there before those that are not (A1).
+    pub(super) fn sort(&mut self, there: &BTreeMap<BaseFile, u64>) {
+        for pack in &mut self.packs {
+            // One that was marked without what is in it has no size to compare.
+            let whole = |size: &u64| *size == pack.size || pack.size == EMPTY_PACK_BYTES;
+            pack.absent = !there.get(&pack.file()).is_some_and(whole);
+        }
         let packs = &self.packs;
         self.blobs.sort_unstable_by_key(|(kind, id, place)| {
-            (*kind, *id, packs[place.pack as usize].marked, place.pack)
+            let pack = &packs[place.pack as usize];
+            (*kind, *id, pack.absent, pack.marked, place.pack)
         });
+    }
+
+    /// The packs that are named and not there.
+    pub(super) fn absent(&self) -> BTreeSet<Sha256Sum> {
+        self.packs.iter().filter(|pack| pack.absent).map(|pack| pack.id).collect()
     }
 }
 
@@ -155,7 +194,8 @@ impl Repository {
             for (file, _) in self.files.list(BaseKind::Index)? {
                 self.add_index_file(&mut index, file)?;
             }
-            index.sort();
+            // After the index: what it names was there before it.
+            index.sort(&self.files.list(BaseKind::Data)?.into_iter().collect());
             Ok(index)
         })
     }

@@ -15,7 +15,11 @@ use crate::{
     layout::{BaseFile, BaseKind},
 };
 use rustic_core::{PruneOptions, PruneStats, jiff::Span};
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// What a prune did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -109,17 +113,29 @@ impl Repository {
     /// # Errors
     /// `NotFound` when one of them is gone; `Corrupt` when something cannot be read.
     pub fn packs_of(&self, snapshots: &[SnapshotId]) -> Result<BTreeSet<BaseFile>, Error> {
+        Ok(self.needed_by(snapshots)?.into_keys().collect())
+    }
+
+    /// As `packs_of`, and how many bytes each must have where that is known: of packs, by the index. A pack that is not
+    /// there is among them only when nothing else has what is in it (A1).
+    ///
+    /// # Errors
+    /// As `packs_of`.
+    pub fn needed_by(
+        &self,
+        snapshots: &[SnapshotId],
+    ) -> Result<BTreeMap<BaseFile, Option<u64>>, Error> {
         let index = Arc::new(self.index()?);
-        let mut needed = BTreeSet::from([BaseFile::CONFIG]);
-        needed.extend(self.files.list(BaseKind::Key)?.into_iter().map(|(file, _)| file));
+        let mut needed = BTreeMap::from([(BaseFile::CONFIG, None)]);
+        needed.extend(self.files.list(BaseKind::Key)?.into_iter().map(|(file, _)| (file, None)));
         for id in snapshots {
-            needed.insert(id.file());
+            needed.insert(id.file(), None);
             let root = tree_of(&self.snapshot_file(*id)?)?;
             let reader = Reader::new(self.clone(), Arc::clone(&index), root);
             for pack in contents(&reader)?.packs {
                 let pack = &index.packs[pack as usize];
-                needed.insert(pack.file());
-                needed.insert(BaseFile { kind: BaseKind::Index, id: pack.index });
+                needed.insert(pack.file(), Some(pack.size));
+                needed.insert(BaseFile { kind: BaseKind::Index, id: pack.index }, None);
             }
         }
         Ok(needed)

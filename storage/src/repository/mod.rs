@@ -9,6 +9,7 @@
 //!
 //! All calls block, and run on threads of their own: never on an async worker.
 
+mod absent;
 mod adopt;
 mod assemble;
 mod backend;
@@ -27,6 +28,8 @@ mod source;
 mod tests;
 mod tree;
 
+pub use absent::AbsentPacks;
+pub use adopt::Adopted;
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;
 pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed};
@@ -41,6 +44,7 @@ use crate::{
     layout::{BaseFile, BaseKind},
     tier2::{Sha256Sum, Sha256SumError},
 };
+use absent::Hidden;
 use backend::{Backend, Snapshots, Trace};
 use bytes::Bytes;
 use klio_pg::ByteSize;
@@ -122,6 +126,8 @@ impl FromStr for SnapshotId {
 pub struct Repository {
     files: Arc<dyn Files>,
     key: Arc<Key>,
+    /// A2.
+    hidden: Option<Arc<Hidden>>,
 }
 
 struct Key {
@@ -147,7 +153,7 @@ impl Repository {
     /// The same repository over other files, for example with a cache before them.
     #[must_use]
     pub fn with_files(&self, files: Arc<dyn Files>) -> Self {
-        Self { files, key: Arc::clone(&self.key) }
+        Self { files, key: Arc::clone(&self.key), hidden: self.hidden.clone() }
     }
 
     fn fail(&self, op: Op, error: Box<rustic_core::RusticError>) -> Error {
@@ -161,7 +167,8 @@ impl Repository {
     ) -> (Backend, Arc<Trace>) {
         let trace = Arc::new(Trace::default());
         let files = Arc::clone(&self.files);
-        (Backend { files, snapshots, progress, trace: Arc::clone(&trace) }, trace)
+        let (shared, hidden) = (Arc::clone(&trace), self.hidden.clone());
+        (Backend { files, snapshots, progress, trace: shared, hidden }, trace)
     }
 
     /// Opens it for rustic.

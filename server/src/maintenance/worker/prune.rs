@@ -1,6 +1,7 @@
 //! Takes out of a repository what no backup needs, and out of tier 1 what it need not keep.
 //!
-//! In this order: snapshots without a record, packs and indexes in two phases (R4), then tier 1's copies.
+//! In this order: snapshots without a record, packs that an index names in vain (A3), packs and indexes in two phases
+//! (R4), then tier 1's copies.
 //! P5: a pack leaves tier 1 only after the one in tier 2 was read back and has the SHA-256 of its name.
 
 use super::{Ground, files::Both};
@@ -43,6 +44,10 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")?;
     if job.prune {
+        if let Some(why) = drop_absent(&repository, job)? {
+            result.held_back.push(why);
+            return Ok(result);
+        }
         phase(ground, "look for packs that no backup needs");
         let keep = Duration::from_secs(job.keep_marked_seconds);
         let pruned = repository.prune(keep).context("prune the repository")?;
@@ -60,6 +65,30 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
 
 fn phase(ground: &Ground, text: &str) {
     ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
+}
+
+/// Puts an index right that names packs that are in neither tier; says why not when only a snapshot without a record
+/// needs them: that one goes when it is old enough.
+fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option<String>> {
+    let found = repository.drop_absent().context("look for packs that an index names in vain")?;
+    let count = found.absent;
+    if let Some(id) = found.torn.iter().find(|id| job.recorded.contains(id)) {
+        bail!(
+            "prune the repository: expected every pack that the index names, found {count} in neither tier, and snapshot {id} needs them; hint: klio verify names the backups; klio backup sends again what PostgreSQL still has"
+        );
+    }
+    if let Some(id) = found.torn.first() {
+        return Ok(Some(format!(
+            "{count} packs that the index names are in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, a day after it was made"
+        )));
+    }
+    if count > 0 {
+        tracing::warn!(
+            count,
+            "the index named packs that are in neither tier; no backup needs them, and they are out of it"
+        );
+    }
+    Ok(None)
 }
 
 /// What backups left that never came to be. A young one may be of a backup that is about to be committed:

@@ -1,7 +1,7 @@
 //! R3: what cannot be read fails the backup, and leaves nothing a reader would take for one.
 
 use super::*;
-use crate::repository::Progress;
+use crate::repository::{Adopted, Progress};
 use crate::{Kind, Op};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -179,7 +179,7 @@ impl Files for KilledBeforeIndex {
 
 #[test]
 fn what_a_killed_backup_sent_is_adopted_and_not_sent_again() {
-    let home = home();
+    let mut home = home();
     let mut source = Fake::new();
     for n in 0..40 {
         source = source.file(&format!("data/{n:03}"), &noise(n, 1 << 20));
@@ -187,9 +187,10 @@ fn what_a_killed_backup_sent_is_adopted_and_not_sent_again() {
     let killed = home.repository.with_files(Arc::new(KilledBeforeIndex(Arc::clone(&home.files))));
     killed.snapshot(&source, None, Arc::new(Silent)).unwrap_err();
     assert!(home.files.list(BaseKind::Index).unwrap().is_empty());
-    let (packs, bytes) = home.repository.adopt().unwrap();
+    let Adopted { packs, bytes, absent } = home.repository.adopt().unwrap();
+    assert_eq!(absent, 0);
     assert!(packs >= 1 && bytes >= 30 << 20, "{packs} packs with {bytes} bytes");
-    assert_eq!(home.repository.adopt().unwrap(), (0, 0), "once is enough");
+    assert_eq!(home.repository.adopt().unwrap(), Adopted::default(), "once is enough");
     let (part, summary) = back_up(&home.repository, &source, None, "one");
     assert_eq!(part.files_unchanged, 0);
     assert!(part.stored_bytes < 12 << 20, "{} bytes were sent again", part.stored_bytes);

@@ -1,5 +1,6 @@
 //! The repository: what goes in comes out, what cannot be read fails, what is damaged is found.
 
+mod absent;
 mod conformance;
 mod crash;
 mod damage;

@@ -1,0 +1,174 @@
+//! Packs that an index file names and that are not there.
+//!
+//! A backup beside a prune may have named packs that were just being removed, or a disk lost them. Whoever believes such
+//! an index takes chunks for sent that are gone, and no later backup is ever whole. So:
+//!
+//! A1  a chunk that has a place in a pack that is there is never looked for in one that is not;
+//! A2  a backup sends again what only absent packs have: `adopt` notes them, and rustic's view of the index is without
+//!     them from then on (`Hidden`);
+//! A3  maintenance takes them out of the index when every snapshot is whole without them. Where one is not, nothing
+//!     is changed: the index tells which pack is missed, and the pack may be found again.
+//!
+//! Dropping an entry loses nothing: a pack ends with its own list of contents, by which `adopt` names it again.
+
+use super::{
+    Repository, SnapshotId,
+    assemble::contents,
+    index::{Index, IndexIds, retried},
+    reader::{Reader, tree_of},
+    sealer::Sealer,
+};
+use crate::{
+    Error, Kind, Op,
+    layout::{BaseFile, BaseKind},
+    tier2::Sha256Sum,
+};
+use bytes::Bytes;
+use std::{collections::BTreeSet, sync::Arc};
+
+/// What `drop_absent` found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct AbsentPacks {
+    /// Packs that an index names and that are not there.
+    pub absent: u64,
+    /// The snapshots that are not whole without them; while there is any, nothing was changed.
+    pub torn: Vec<SnapshotId>,
+}
+
+/// Packs that rustic must not see in an index.
+pub(super) struct Hidden {
+    packs: BTreeSet<Sha256Sum>,
+    sealer: Sealer,
+}
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hidden({} packs)", self.packs.len())
+    }
+}
+
+impl Hidden {
+    /// An index file as it would be without them; one that cannot be read stays as it is, for rustic to refuse.
+    pub(super) fn filter(&self, sealed: Bytes) -> Bytes {
+        let without = || -> Option<Vec<u8>> {
+            let rest = without(&self.sealer.open_file(&sealed)?, &self.packs)?;
+            self.sealer.seal(&rest.json).ok()
+        };
+        without().map_or(sealed.clone(), Bytes::from)
+    }
+}
+
+/// What is left of an index file.
+struct Rest {
+    json: Vec<u8>,
+    packs: usize,
+}
+
+/// The JSON of an index file without some packs; `None` when it names none of them. Everything else in it stays as it is,
+/// as the times by which rustic removes.
+fn without(json: &[u8], packs: &BTreeSet<Sha256Sum>) -> Option<Rest> {
+    let ids: IndexIds = serde_json::from_slice(json).ok()?;
+    if !ids.all().any(|id| packs.contains(&id)) {
+        return None;
+    }
+    let mut content: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let mut left = 0;
+    for list in ["packs", "packs_to_delete"] {
+        let Some(list) = content.get_mut(list).and_then(|list| list.as_array_mut()) else {
+            continue;
+        };
+        list.retain(|pack| {
+            let id = pack.get("id").and_then(|id| id.as_str()).and_then(|id| id.parse().ok());
+            id.is_none_or(|id| !packs.contains(&id))
+        });
+        left += list.len();
+    }
+    Some(Rest { json: serde_json::to_vec(&content).ok()?, packs: left })
+}
+
+impl Repository {
+    /// A2. The same repository, whose backups pass over these packs.
+    pub(super) fn hide(&mut self, packs: BTreeSet<Sha256Sum>) {
+        self.hidden = match packs.is_empty() {
+            true => None,
+            false => Some(Arc::new(Hidden { packs, sealer: self.key.sealer.clone() })),
+        };
+    }
+
+    /// A3. Takes absent packs out of the index. Not beside a backup.
+    ///
+    /// # Errors
+    /// As files fail, and when a snapshot or an index file cannot be read (P6).
+    pub fn drop_absent(&self) -> Result<AbsentPacks, Error> {
+        let index = Arc::new(self.index()?);
+        let packs = index.absent();
+        if packs.is_empty() {
+            return Ok(AbsentPacks::default());
+        }
+        let torn = self.torn(&index)?;
+        if torn.is_empty() {
+            for (file, _) in retried(|| self.files.list(BaseKind::Index))? {
+                self.rewrite_without(file, &packs)?;
+            }
+        }
+        Ok(AbsentPacks { absent: packs.len() as u64, torn })
+    }
+
+    /// The snapshots that need something that is not there.
+    fn torn(&self, index: &Arc<Index>) -> Result<Vec<SnapshotId>, Error> {
+        let mut torn = Vec::new();
+        for (file, _) in self.files.list(BaseKind::Snapshot)? {
+            let id = SnapshotId::new(file.id);
+            let root = tree_of(&self.snapshot_file(id)?)?;
+            let reader = Reader::new(self.clone(), Arc::clone(index), root);
+            match contents(&reader) {
+                Ok(found) if found.packs.iter().all(|&p| !index.packs[p as usize].absent) => {}
+                Ok(_) => torn.push(id),
+                Err(error) if matches!(error.kind, Kind::NotFound | Kind::Corrupt) => torn.push(id),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(torn)
+    }
+
+    /// The new one is there before the old one goes.
+    fn rewrite_without(&self, file: BaseFile, packs: &BTreeSet<Sha256Sum>) -> Result<(), Error> {
+        let json = self.read_json(file)?;
+        let Some(rest) = without(&json, packs) else { return Ok(()) };
+        if rest.packs > 0 {
+            let sealed = self.key.sealer.seal(&rest.json)?;
+            let new = BaseFile { kind: BaseKind::Index, id: Sha256Sum::of(&sealed) };
+            self.files.write(new, &[sealed.into()])?;
+        }
+        self.files.remove(file).map_err(|error| {
+            let detail = format!("replace an index file that names absent packs: {}", error.detail);
+            Error::new(error.kind, Op::Remove, error.place, detail)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_loses_the_absent_packs_and_nothing_else() {
+        let [a, b, c] = [b"a", b"b", b"c"].map(|text| Sha256Sum::of(text));
+        let json = serde_json::json!({
+            "packs": [{"id": a, "blobs": [], "time": "x"}, {"id": b, "blobs": []}],
+            "packs_to_delete": [{"id": c, "blobs": [], "time": "2026-11-21T00:00:00Z", "size": 7}],
+            "supersedes": ["y"],
+        });
+        let rest = without(json.to_string().as_bytes(), &BTreeSet::from([b])).unwrap();
+        let left: serde_json::Value = serde_json::from_slice(&rest.json).unwrap();
+        let expected = serde_json::json!({
+            "packs": [{"id": a, "blobs": [], "time": "x"}],
+            "packs_to_delete": [{"id": c, "blobs": [], "time": "2026-11-21T00:00:00Z", "size": 7}],
+            "supersedes": ["y"],
+        });
+        assert_eq!((left, rest.packs), (expected, 2));
+        let other = BTreeSet::from([Sha256Sum::of(b"d")]);
+        assert!(without(json.to_string().as_bytes(), &other).is_none());
+        assert!(without(b"no json", &other).is_none());
+    }
+}
