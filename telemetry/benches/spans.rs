@@ -1,9 +1,14 @@
-//! What a span and a log line cost, by what is configured: `cargo bench -p klio-telemetry`.
+//! What a span, a log line and an instrument cost, by what is configured: `cargo bench -p klio-telemetry`.
 //!
 //! Plain timing, medians of several rounds, no framework. Nothing configured must cost next to nothing beside
-//! what a span stands for (a segment, a request): well under a microsecond.
+//! what a span stands for (a segment, a request): well under a microsecond. `--debug` or `OTEL_*` variables show the rest; with
+//! `--features klio-telemetry/bare` it is what a build without telemetry pays.
 
-use klio_telemetry::Options;
+use klio_telemetry::{Options, Telemetry};
+use opentelemetry::{
+    KeyValue,
+    metrics::{MeterProvider, NoopMeterProvider},
+};
 use std::{collections::BTreeMap, hint::black_box, time::Instant};
 
 const ROUNDS: usize = 9;
@@ -21,18 +26,27 @@ fn median(mut work: impl FnMut()) -> f64 {
     each[ROUNDS / 2]
 }
 
-fn measure(title: &str) {
+fn measure(title: &str, telemetry: Option<&Telemetry>) {
     let span = median(|| {
         let segment = black_box(7_u64);
         let _entered = tracing::info_span!(target: "klio_bench", "seal", segment).entered();
     });
     let hidden =
         median(|| tracing::debug!(target: "klio_bench", value = black_box(7_u64), "hidden"));
-    println!("{title:<40} span {span:>8.1} ns   hidden line {hidden:>6.2} ns");
+    let meter = match telemetry {
+        Some(telemetry) => telemetry.meter(),
+        None => NoopMeterProvider::new().meter("klio"),
+    };
+    let (counter, attributes) =
+        (meter.u64_counter("klio.bench").build(), [KeyValue::new("cluster_name", "main")]);
+    let count = median(|| counter.add(black_box(7), &attributes));
+    println!(
+        "{title:<40} span {span:>8.1} ns   hidden line {hidden:>6.2} ns   counter {count:>6.1} ns"
+    );
 }
 
 fn main() {
-    measure("no subscriber at all");
+    measure("no subscriber at all", None);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be built");
     let _entered = runtime.enter();
     // `--debug` switches the OpenTelemetry layer on, without an exporter.
@@ -45,10 +59,11 @@ fn main() {
         log_filter: debug.then(|| "info".to_owned()),
         overrides: BTreeMap::new(),
     });
-    assert!(telemetry.is_ok(), "strict mode makes no sense here");
-    measure(if debug {
+    let telemetry = telemetry.expect("strict mode makes no sense here");
+    let title = if debug {
         "started, ids as exported (--debug)"
     } else {
         "started, as the environment says"
-    });
+    };
+    measure(title, Some(&telemetry));
 }

@@ -1,0 +1,255 @@
+//! docs/telemetry.md does what it says: its configurations are taken from the page, word for word, and run.
+//!
+//! Only addresses are replaced, each exactly as often as it is printed, because a test has no fixed ports. In Tempo's place is a receiver
+//! of OTLP over gRPC that decodes by the official definitions.
+
+use klio_tests::{
+    env,
+    http::{self, Metrics},
+    install_crypto,
+    otlp::{Answer, Protocol, Receiver},
+    ports,
+    postgres::Postgres,
+    process::Running,
+    scratch::Scratch,
+    site::{PATIENCE, Site},
+    wait::{eventually, eventually_now},
+};
+use serde_json::Value;
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn page() -> String {
+    let path = env::repository().join("docs/telemetry.md");
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()))
+}
+
+/// The block of the page with this language and name after its opening fence.
+fn block(fence: &str) -> String {
+    let page = page();
+    let begin = format!("\n```{fence}\n");
+    let (_, rest) = page.split_once(&begin).unwrap_or_else(|| panic!("no block {fence:?}"));
+    let (text, _) = rest.split_once("\n```").expect("the block ends");
+    format!("{text}\n")
+}
+
+/// Replaces what is printed on the page `times` times by what a test can use.
+fn replaced(text: &str, printed: &str, times: usize, by: &str) -> String {
+    assert_eq!(text.matches(printed).count(), times, "{printed} in\n{text}");
+    text.replace(printed, by)
+}
+
+/// A configuration of Prometheus in a folder of its own, beside the shipped rules, as the page says.
+fn prometheus_folder(config: &str) -> Scratch {
+    let scratch = Scratch::new("page");
+    let rules = env::repository().join("deploy/prometheus/klio.rules.yml");
+    fs::copy(rules, scratch.join("klio.rules.yml")).expect("copy the rules");
+    fs::write(scratch.join("prometheus.yml"), config).expect("write the configuration");
+    scratch
+}
+
+#[test]
+fn the_printed_prometheus_configurations_are_valid() {
+    for fence in ["yaml prometheus.yml", "yaml prometheus-collector.yml"] {
+        let folder = prometheus_folder(&block(fence));
+        let output = Command::new(env::tool("promtool"))
+            .args(["check", "config", "prometheus.yml"])
+            .current_dir(folder.path())
+            .output()
+            .expect("start promtool");
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success() && said.contains("1 rule files found"), "{fence}: {said}");
+    }
+}
+
+/// The first value of a query's answer, as Prometheus writes it.
+async fn query(port: u16, query: &str) -> Option<String> {
+    let path = format!("/api/v1/query?query={query}");
+    let (_, body) = http::get(port, &path).await.ok()?;
+    let answer: Value = serde_json::from_str(&body).ok()?;
+    answer["data"]["result"][0]["value"][1].as_str().map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_prometheus_with_the_printed_configuration_sees_both_programs_and_has_the_rules() {
+    install_crypto();
+    let [server, sidecar, port] = std::array::from_fn(|_| ports::free());
+    let mut config = block("yaml prometheus.yml");
+    for (printed, page) in [("localhost:9464", server), ("localhost:9465", sidecar)] {
+        config = replaced(&config, printed, 1, &format!("127.0.0.1:{page}"));
+    }
+    // A test need not wait that long for the next scrape.
+    let folder = prometheus_folder(&replaced(&config, "15s", 2, "1s"));
+    let page = |port: u16| {
+        [
+            ("OTEL_METRICS_EXPORTER", "prometheus".to_owned()),
+            ("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1".to_owned()),
+            ("OTEL_EXPORTER_PROMETHEUS_PORT", port.to_string()),
+        ]
+    };
+    let pg = Postgres::builder().segment_mib(1).start().await;
+    let mut site = Site::new().await;
+    for (name, value) in page(server) {
+        site.set(name, &value);
+    }
+    site.start().await;
+    let mut command = site.klio_command(Some(&pg), &["stream"]);
+    command.envs(page(sidecar));
+    let _stream = Running::spawn("klio stream", command, &site.scratch("page-stream.log"));
+    let mut command = Command::new(env::tool("prometheus"));
+    command
+        .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data"])
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .current_dir(folder.path());
+    let mut prometheus = Running::spawn("prometheus", command, &folder.join("prometheus.log"));
+    for of in ["klio_wal_connected{job=%22klio-server%22}", "klio_stream_connected{job=%22klio%22}"]
+    {
+        eventually(of, PATIENCE, || {
+            assert!(prometheus.is_running(), "{}", prometheus.log());
+            async move {
+                match query(port, of).await {
+                    Some(value) if value == "1" => Ok(()),
+                    other => Err(other),
+                }
+            }
+        })
+        .await;
+    }
+    let (_, rules) = http::get(port, "/api/v1/rules").await.expect("ask for the rules");
+    assert!(rules.contains("KlioStreamDown"), "{rules:.500}");
+}
+
+/// Drift between the page and the programs' own list of settings fails here.
+#[test]
+fn the_printed_section_of_the_file_names_settings_that_both_programs_have() {
+    let settings = fs::read_to_string(env::repository().join("docs/configuration.md"));
+    let settings = settings.expect("read docs/configuration.md");
+    let text = block("toml telemetry section");
+    let names: Vec<&str> =
+        text.lines().filter_map(|l| l.split_once(" = ").map(|(n, _)| n)).collect();
+    assert!(names.len() > 5, "{names:?}");
+    for name in names {
+        let row = format!("| `telemetry.{name}` |");
+        assert_eq!(settings.matches(&row).count(), 2, "{row} of klio-server and of klio");
+    }
+}
+
+fn variables(endpoint: &str, page: Option<u16>) -> Vec<(&'static str, String)> {
+    let metrics = if page.is_some() { "otlp,prometheus" } else { "otlp" };
+    let mut all = vec![
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.to_owned()),
+        ("OTEL_TRACES_EXPORTER", "otlp".into()),
+        ("OTEL_METRICS_EXPORTER", metrics.into()),
+        ("OTEL_LOGS_EXPORTER", "otlp".into()),
+        // So that a test need not wait for the defaults.
+        ("OTEL_BSP_SCHEDULE_DELAY", "100".into()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "500".into()),
+    ];
+    if let Some(port) = page {
+        all.push(("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1".into()));
+        all.push(("OTEL_EXPORTER_PROMETHEUS_PORT", port.to_string()));
+    }
+    all
+}
+
+/// A running OpenTelemetry Collector with the printed configuration.
+struct Otelcol {
+    running: Running,
+    endpoint: String,
+    metrics: u16,
+    _scratch: Scratch,
+}
+
+impl Otelcol {
+    async fn start(program: &Path, traces: &str) -> Self {
+        let [grpc, http, metrics] = std::array::from_fn(|_| ports::free());
+        let mut config = block("yaml otelcol.yaml");
+        for (printed, port) in
+            [("localhost:4317", grpc), ("localhost:4318", http), ("localhost:8889", metrics)]
+        {
+            config = replaced(&config, printed, 1, &format!("127.0.0.1:{port}"));
+        }
+        config = replaced(&config, "tempo:4317", 1, traces);
+        let scratch = Scratch::new("otelcol");
+        let (file, quiet) = (scratch.join("otelcol.yaml"), scratch.join("quiet.yaml"));
+        fs::write(&file, config).expect("write the configuration");
+        // Its metrics of its own would want the fixed port 8888.
+        fs::write(&quiet, "service: {telemetry: {metrics: {level: none}}}\n").expect("write");
+        let mut command = Command::new(program);
+        command.arg("--config").arg(&file).arg("--config").arg(&quiet);
+        let mut running = Running::spawn("otelcol", command, &scratch.join("otelcol.log"));
+        running.wait_log("Everything is ready", PATIENCE).await;
+        let endpoint = format!("http://127.0.0.1:{http}");
+        Self { running, endpoint, metrics, _scratch: scratch }
+    }
+}
+
+/// Klio's own families on a metrics page.
+fn families(page: &Metrics) -> BTreeSet<String> {
+    page.names().into_iter().filter(|name| name.starts_with("klio_")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_printed_collector_takes_traces_metrics_and_logs_to_where_the_page_says() {
+    install_crypto();
+    let program = otelcol();
+    let tempo = Receiver::new(Protocol::Grpc, None, Answer::Accept).await;
+    let tempo_address = tempo.endpoint().trim_start_matches("http://").to_owned();
+    let mut otelcol = Otelcol::start(&program, &tempo_address).await;
+    let pg = Postgres::builder().segment_mib(1).start().await;
+    let mut site = Site::new().await;
+    let own_page = ports::free();
+    for (name, value) in variables(&otelcol.endpoint, Some(own_page)) {
+        site.set(name, &value);
+    }
+    site.start().await;
+    let mut command = site.klio_command(Some(&pg), &["stream"]);
+    command.envs(variables(&otelcol.endpoint, None));
+    let _stream = Running::spawn("klio stream", command, &site.scratch("page-stream.log"));
+    pg.write_wal(2 << 20).await;
+    let end = pg.switch_wal().await;
+    pg.write_wal(1).await;
+    site.wait_flushed(end).await;
+
+    // Traces: one id of both programs arrives in Tempo's place.
+    eventually_now("a trace of both programs behind the collector", PATIENCE, || {
+        let spans = tempo.spans();
+        let sent = spans.iter().filter(|s| s.name == "wal.send" && s.service == "klio");
+        let both = sent.filter(|sent| {
+            let server =
+                |s: &&klio_tests::otlp::Span| s.service == "klio-server" && s.trace == sent.trace;
+            spans.iter().filter(server).any(|s| s.name == "wal.receive")
+        });
+        (both.count() > 0).then_some(()).ok_or(spans.len())
+    })
+    .await;
+
+    // Metrics: what Prometheus finds behind the collector has the names that alerts and dashboards ask for.
+    let metrics = otelcol.metrics;
+    eventually(
+        "the server's metrics under the same names behind the collector",
+        PATIENCE,
+        || async move {
+            let behind =
+                Metrics::scrape(metrics).await.map(|page| families(&page)).unwrap_or_default();
+            let direct =
+                Metrics::scrape(own_page).await.map(|page| families(&page)).unwrap_or_default();
+            let missing: Vec<String> = direct.difference(&behind).cloned().collect();
+            let complete = missing.is_empty() && !direct.is_empty();
+            (complete && behind.contains("klio_stream_flushed_lsn")).then_some(()).ok_or(missing)
+        },
+    )
+    .await;
+
+    // Logs: the stand-in for a log store got records.
+    otelcol.running.wait_log("log records", PATIENCE).await;
+}
+
+/// The real program, which `make tools` builds from its sources.
+fn otelcol() -> PathBuf {
+    env::tool("otelcol")
+}
