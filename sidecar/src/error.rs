@@ -50,6 +50,23 @@ impl Failure {
         }
     }
 
+    /// Every word that [`Failure::name`] can give.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        let others = [
+            Failure::Link,
+            Failure::Certificate,
+            Failure::Postgres,
+            Failure::PostgresRefused,
+            Failure::WalRemoved,
+            Failure::Config,
+            Failure::Local,
+            Failure::Stopped,
+            Failure::Unreachable,
+        ];
+        let codes = Code::ALL.iter().map(|code| Failure::Code(*code));
+        codes.chain(others).map(Failure::name)
+    }
+
     /// A word of a closed set for `error.type` and for metrics.
     pub const fn name(self) -> &'static str {
         match self {
@@ -105,6 +122,12 @@ impl Error {
     /// From an answer of the server.
     pub fn from_status(doing: &str, status: &tonic::Status) -> Self {
         Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)))
+    }
+
+    /// From the storage crate, with its hint.
+    pub fn of_storage(failure: Failure, error: &klio_storage::Error) -> Self {
+        let message = format!("{} {}: {}", error.op, error.place, error.detail);
+        Self { failure, message, hint: error.hint.unwrap_or_default().to_owned() }
     }
 
     /// Whether trying again can help.

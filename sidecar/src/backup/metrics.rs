@@ -7,31 +7,63 @@ use super::Done;
 use crate::error::{Error, Failure};
 use klio_proto::Code;
 use klio_storage::catalog::BackupRecord;
-use opentelemetry::{
-    KeyValue,
-    metrics::{Counter, Meter},
+use klio_telemetry::catalogue::{
+    Kind::{Counter, Gauge},
+    Row, of_cluster,
 };
+use opentelemetry::{KeyValue, metrics};
 use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
-/// Name, type, unit and meaning of every instrument; docs/metrics.md is made of it.
-pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
-    ("klio.backup.running", "gauge", "", "1 while a backup runs, else 0"),
-    ("klio.backup.latest_start_time", "gauge", "s", "Unix time when the newest backup began"),
-    ("klio.backup.latest_completion_time", "gauge", "s", "Unix time of the newest success"),
-    ("klio.backup.latest_failure_time", "gauge", "s", "Unix time of the newest failure"),
-    ("klio.backup.latest_duration_seconds", "gauge", "s", "duration of the newest success"),
-    ("klio.backup.latest_size", "gauge", "By", "size of the newest success, before deduplication"),
-    ("klio.backup.latest_stored_size", "gauge", "By", "bytes that it added to the repository"),
-    ("klio.backup.latest_bad_pages", "gauge", "", "pages of it with wrong checksums"),
-    ("klio.backup.next_time", "gauge", "s", "Unix time when the next scheduled backup is due"),
-    ("klio.backup.successes", "counter", "", "backups taken"),
-    ("klio.backup.failures", "counter", "", "backups that failed, by error.type"),
-    ("klio.backup.verifications", "counter", "", "verifications after a backup"),
-    ("klio.backup.verification_failures", "counter", "", "of these, failed or found damage"),
-    ("klio.backup.maintenance_failures", "counter", "", "maintenance after a backup that failed"),
+/// Every instrument; docs/metrics.md is made of it.
+pub const CATALOGUE: &[Row] = &[
+    of_cluster("klio.backup.running", Gauge, "", "1 while a backup runs, else 0"),
+    of_cluster(
+        "klio.backup.latest_start_time",
+        Gauge,
+        "s",
+        "Unix time when the newest backup began",
+    ),
+    of_cluster("klio.backup.latest_completion_time", Gauge, "s", "Unix time of the newest success"),
+    of_cluster("klio.backup.latest_failure_time", Gauge, "s", "Unix time of the newest failure"),
+    of_cluster("klio.backup.latest_duration_seconds", Gauge, "s", "duration of the newest success"),
+    of_cluster(
+        "klio.backup.latest_size",
+        Gauge,
+        "By",
+        "size of the newest success, before deduplication",
+    ),
+    of_cluster(
+        "klio.backup.latest_stored_size",
+        Gauge,
+        "By",
+        "bytes that it added to the repository",
+    ),
+    of_cluster("klio.backup.latest_bad_pages", Gauge, "", "pages of it with wrong checksums"),
+    of_cluster(
+        "klio.backup.next_time",
+        Gauge,
+        "s",
+        "Unix time when the next scheduled backup is due; absent without a schedule",
+    ),
+    of_cluster("klio.backup.successes", Counter, "", "backups taken"),
+    of_cluster("klio.backup.failures", Counter, "", "backups that failed, by error.type")
+        .with(&["cluster_name", "error.type"]),
+    of_cluster("klio.backup.verifications", Counter, "", "verifications after a backup"),
+    of_cluster(
+        "klio.backup.verification_failures",
+        Counter,
+        "",
+        "of these, failed or found damage",
+    ),
+    of_cluster(
+        "klio.backup.maintenance_failures",
+        Counter,
+        "",
+        "maintenance after a backup that failed",
+    ),
 ];
 
 /// What the gauges show. Times are f64 bits, 0: not known.
@@ -74,8 +106,9 @@ fn set(bits: &AtomicU64, value: f64) {
     bits.store(value.to_bits(), Relaxed);
 }
 
-fn describe(name: &str) -> (&'static str, &'static str, &'static str, &'static str) {
-    CATALOGUE.iter().find(|row| row.0 == name).copied().unwrap_or_default()
+/// Unit and meaning in the catalogue; a test makes sure that it is there.
+fn describe(name: &str) -> (&'static str, &'static str) {
+    CATALOGUE.iter().find(|row| row.name == name).map_or(("", ""), |row| (row.unit, row.meaning))
 }
 
 /// The instruments.
@@ -83,20 +116,20 @@ fn describe(name: &str) -> (&'static str, &'static str, &'static str, &'static s
 pub struct Metrics {
     state: Arc<State>,
     attributes: [KeyValue; 1],
-    successes: Counter<u64>,
-    failures: Counter<u64>,
-    verifications: Counter<u64>,
-    verification_failures: Counter<u64>,
-    maintenance_failures: Counter<u64>,
+    successes: metrics::Counter<u64>,
+    failures: metrics::Counter<u64>,
+    verifications: metrics::Counter<u64>,
+    verification_failures: metrics::Counter<u64>,
+    maintenance_failures: metrics::Counter<u64>,
 }
 
 impl Metrics {
     /// Builds them all.
-    pub fn new(meter: &Meter, cluster: &str) -> Self {
+    pub fn new(meter: &metrics::Meter, cluster: &str) -> Self {
         let state = Arc::new(State::default());
         let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
         for (name, read) in GAUGES {
-            let (_, _, unit, meaning) = describe(name);
+            let (unit, meaning) = describe(name);
             let (state, attributes) = (Arc::clone(&state), attributes.clone());
             let _ = meter
                 .f64_observable_gauge(*name)
@@ -110,10 +143,10 @@ impl Metrics {
                 .build();
         }
         let counter = |name: &'static str| {
-            let (_, _, unit, meaning) = describe(name);
+            let (unit, meaning) = describe(name);
             meter.u64_counter(name).with_unit(unit).with_description(meaning).build()
         };
-        Self {
+        let this = Self {
             state,
             attributes,
             successes: counter("klio.backup.successes"),
@@ -121,6 +154,23 @@ impl Metrics {
             verifications: counter("klio.backup.verifications"),
             verification_failures: counter("klio.backup.verification_failures"),
             maintenance_failures: counter("klio.backup.maintenance_failures"),
+        };
+        this.begin_with_zero();
+        this
+    }
+
+    /// `increase()` sees the first one only after a 0.
+    fn begin_with_zero(&self) {
+        for cause in Failure::names() {
+            self.failures.add(0, &[self.attributes[0].clone(), KeyValue::new("error.type", cause)]);
+        }
+        for counter in [
+            &self.successes,
+            &self.verifications,
+            &self.verification_failures,
+            &self.maintenance_failures,
+        ] {
+            counter.add(0, &self.attributes);
         }
     }
 
@@ -181,11 +231,9 @@ mod tests {
 
     #[test]
     fn every_gauge_is_described() {
-        for (name, _) in GAUGES {
-            assert_eq!(describe(name).1, "gauge", "{name}");
-        }
-        let gauges = CATALOGUE.iter().filter(|row| row.1 == "gauge").count();
-        assert_eq!(gauges, GAUGES.len());
+        let described: Vec<_> =
+            CATALOGUE.iter().filter(|row| row.kind == Gauge).map(|row| row.name).collect();
+        assert_eq!(GAUGES.iter().map(|(name, _)| *name).collect::<Vec<_>>(), described);
     }
 
     #[test]

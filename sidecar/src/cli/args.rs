@@ -95,6 +95,8 @@ pub enum Command {
 pub enum Table {
     /// Instruments of klio.
     Metrics,
+    /// Attributes of the instruments of klio.
+    MetricAttributes,
     /// Settings of klio.
     Configuration,
     /// Exit statuses of klio.

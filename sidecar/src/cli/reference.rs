@@ -3,7 +3,8 @@
 //! `make docs` writes them; a test compares. The tables are the code's own.
 
 use super::{args::Table, exit, print};
-use crate::{backup, config::keys::KEYS, streamer};
+use crate::{backup, config::keys::KEYS, error::Failure, streamer};
+use klio_telemetry::catalogue;
 
 /// Prints a table as Markdown.
 pub(super) fn run(table: Table) -> u8 {
@@ -13,12 +14,16 @@ pub(super) fn run(table: Table) -> u8 {
 
 fn text(table: Table) -> String {
     match table {
-        Table::Metrics => {
-            let all = streamer::CATALOGUE.iter().chain(backup::CATALOGUE);
-            let rows = all.map(|(name, kind, unit, meaning)| {
-                format!("| {name} | {kind} | {unit} | {meaning} |\n")
-            });
-            with_header("| name | type | unit | meaning |\n|---|---|---|---|\n", rows)
+        Table::Metrics => catalogue::markdown(streamer::CATALOGUE.iter().chain(backup::CATALOGUE)),
+        Table::MetricAttributes => {
+            let causes: Vec<_> = Failure::names().collect();
+            catalogue::markdown_of_attributes([
+                ("cluster_name", "the PostgreSQL cluster".to_owned()),
+                (
+                    "error.type of klio.stream.reconnects and klio.backup.failures",
+                    causes.join(", "),
+                ),
+            ])
         }
         Table::Configuration => {
             let rows = KEYS.iter().map(|key| {

@@ -9,10 +9,14 @@ use crate::{
     error::{Error, Failure},
     replication::{Client, SlotName},
     server_link::ServerLink,
-    streamer::{Metrics, Options, Postgres, State, Streamer},
+    streamer::{Metrics, Options, Postgres, State, Streamer, disk},
 };
 use klio_telemetry::Telemetry;
-use std::{sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
@@ -21,6 +25,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How often PostgreSQL is asked how much WAL the slot keeps.
 const SLOT_INTERVAL: Duration = Duration::from_secs(30);
+/// The same while there is no answer: at the very start there is no slot yet.
+const SLOT_RETRY: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Error> {
@@ -34,7 +40,8 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
     let mut tasks = JoinSet::new();
     serve_admin(config, telemetry, &state, &stop, &mut tasks).await?;
     tasks.spawn(stop_on(signals()?, stop.clone()));
-    tasks.spawn(watch_slot(Arc::clone(&info), slot.clone(), state, stop.clone()));
+    let disk = config.postgres.data_directory.clone();
+    tasks.spawn(watch_slot(Arc::clone(&info), slot.clone(), disk, state, stop.clone()));
     tracing::info!(
         cluster = %cluster,
         server = link.address(),
@@ -46,7 +53,8 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
     let backups = Daemon::start(super::backup::backup(config, backups, &stop)?)?;
     let postgres = Postgres::new(info, slot, config.postgres.create_slot);
     let options = Options::new(cluster, &config.stream);
-    let result = Streamer::new(postgres, link, options, metrics).run(stop.clone()).await;
+    let streamer = Streamer::new(postgres, link, options, metrics);
+    let result = telemetry.polls().watch(streamer.run(stop.clone())).await;
     stop.cancel();
     let ended = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(Duration::from_secs(2), ended).await.is_err() {
@@ -75,9 +83,9 @@ async fn serve_admin(
         // P9: a metrics port in use does not keep WAL from flowing.
         match admin::listen((page.host.clone(), page.port)).await {
             Ok(listener) => drop(tasks.spawn(admin::serve(listener, pages, stop.clone()))),
-            Err(error) => {
-                tracing::warn!(hint = error.hint, "metrics are not served: {}", error.message)
-            }
+            Err(error) => telemetry
+                .misconfigured(page.unusable(&error.message))
+                .map_err(|error| Error::new(Failure::Config, error))?,
         }
     }
     Ok(())
@@ -113,6 +121,7 @@ async fn stop_on(mut signals: (Signal, Signal), stop: CancellationToken) {
 async fn watch_slot(
     info: Arc<ConnInfo>,
     slot: SlotName,
+    data_directory: PathBuf,
     state: Arc<State>,
     stop: CancellationToken,
 ) {
@@ -125,6 +134,7 @@ async fn watch_slot(
         let read = async {
             let mut client = Client::connect_sql(&info).await.map_err(|e| e.to_string())?;
             let row = slot::read(&mut client, &slot).await.map_err(|e| e.message)?;
+            state.set_postgres_disk(postgres_disk(&mut client, &data_directory).await);
             client.close().await;
             Ok::<_, String>(row.and_then(|row| row.retained_bytes))
         };
@@ -132,12 +142,32 @@ async fn watch_slot(
             () = stop.cancelled() => return,
             read = read => read,
         };
+        if !matches!(read, Ok(Some(_))) {
+            tick.reset_after(SLOT_RETRY);
+        }
         match read {
             Ok(bytes) => state.set_slot_retained(bytes),
             Err(error) => {
                 state.set_slot_retained(None);
+                state.set_postgres_disk(None);
                 tracing::debug!(error, "cannot read how much WAL the slot keeps");
             }
         }
     }
+}
+
+/// The disk with PostgreSQL's WAL, when it is one of this machine. `setting` is `postgres.data_directory`, empty when
+/// PostgreSQL is to be asked, which a role without pg_read_all_settings may not.
+async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<disk::Space> {
+    let sql = "SELECT system_identifier FROM pg_control_system()";
+    let rows = client.query(sql).await.ok()?;
+    let system_identifier = rows.first()?.text(0)?.parse().ok()?;
+    let data = if setting.as_os_str().is_empty() {
+        PathBuf::from(client.show("data_directory").await.ok()?)
+    } else {
+        setting.to_owned()
+    };
+    // A disk that hangs must not hold up the one thread that streams.
+    let read = tokio::task::spawn_blocking(move || disk::space(&data, system_identifier));
+    read.await.ok().flatten()
 }

@@ -3,12 +3,17 @@
 //! Gauges are observable over [`State`], so they never show a value of an earlier process. Observation
 //! only: nothing here is read back to decide anything (P9).
 
+use super::disk::Space;
+use crate::error::Failure;
 use klio_pg::Lsn;
-use klio_telemetry::BARE;
-use opentelemetry::{
-    KeyValue,
-    metrics::{Counter, Histogram, Meter},
+use klio_telemetry::{
+    BARE,
+    catalogue::{
+        Kind::{Counter, Gauge, Histogram},
+        Row, of_cluster,
+    },
 };
+use opentelemetry::{KeyValue, metrics};
 use std::{
     sync::{
         Arc,
@@ -26,6 +31,9 @@ pub struct State {
     wal_end: AtomicU64,
     /// -1 until it is known.
     slot_retained: AtomicI64,
+    /// 0 where it is not known: a disk without a byte has no file to ask about.
+    postgres_disk: AtomicU64,
+    postgres_free: AtomicU64,
     client_expires: AtomicI64,
     server_expires: AtomicI64,
 }
@@ -63,27 +71,61 @@ impl State {
         let bytes = bytes.map_or(-1, |b| i64::try_from(b).unwrap_or(i64::MAX));
         self.slot_retained.store(bytes, Relaxed);
     }
+    /// The disk with PostgreSQL's WAL; `None` when it cannot be seen from here.
+    pub fn set_postgres_disk(&self, space: Option<Space>) {
+        let Space { free, total } = space.unwrap_or(Space { free: 0, total: 0 });
+        self.postgres_free.store(free, Relaxed);
+        self.postgres_disk.store(total, Relaxed);
+    }
 }
 
-/// Name, type, unit and meaning of every instrument of `klio stream`; docs/metrics.md is made of it.
-pub const CATALOGUE: &[(&str, &str, &str, &str)] = &[
-    ("klio.stream.connected", "gauge", "", "1 while WAL flows to the server, else 0"),
-    ("klio.stream.received_lsn", "gauge", "", "received by the server, as a byte position"),
-    ("klio.stream.flushed_lsn", "gauge", "", "durable on the server, as a byte position"),
-    ("klio.stream.postgres_lsn", "gauge", "", "end of WAL on PostgreSQL, as a byte position"),
-    (
+/// Every instrument of `klio stream`; docs/metrics.md is made of it.
+pub const CATALOGUE: &[Row] = &[
+    of_cluster("klio.stream.connected", Gauge, "", "1 while WAL flows to the server, else 0"),
+    of_cluster("klio.stream.received_lsn", Gauge, "", "received by the server, as a byte position"),
+    of_cluster("klio.stream.flushed_lsn", Gauge, "", "durable on the server, as a byte position"),
+    of_cluster(
+        "klio.stream.postgres_lsn",
+        Gauge,
+        "",
+        "end of WAL on PostgreSQL, as a byte position",
+    ),
+    of_cluster(
         "klio.stream.slot_retained_size",
-        "gauge",
+        Gauge,
         "By",
         "WAL that the slot keeps on PostgreSQL's disk",
     ),
-    ("klio.stream.client_certificate_expiry_time", "gauge", "s", "Unix time when it ends"),
-    ("klio.stream.server_certificate_expiry_time", "gauge", "s", "Unix time when it ends"),
-    ("klio.stream.sent_size", "counter", "By", "WAL sent to the server"),
-    ("klio.stream.ack_latency", "histogram", "s", "from sending WAL to hearing that it is durable"),
-    ("klio.stream.reconnects", "counter", "", "sessions that ended with an error, by error.type"),
-    ("klio.stream.gaps", "counter", "", "gaps declared to the server"),
-    ("klio.stream.gap_size", "counter", "By", "WAL lost in gaps"),
+    of_cluster(
+        "klio.stream.postgres_free_size",
+        Gauge,
+        "By",
+        "free space of the disk with PostgreSQL's WAL; absent where klio cannot see that disk",
+    ),
+    of_cluster(
+        "klio.stream.postgres_disk_size",
+        Gauge,
+        "By",
+        "size of the disk with PostgreSQL's WAL; absent where klio cannot see that disk",
+    ),
+    of_cluster("klio.stream.client_certificate_expiry_time", Gauge, "s", "Unix time when it ends"),
+    of_cluster("klio.stream.server_certificate_expiry_time", Gauge, "s", "Unix time when it ends"),
+    of_cluster("klio.stream.sent_size", Counter, "By", "WAL sent to the server"),
+    of_cluster(
+        "klio.stream.ack_latency",
+        Histogram,
+        "s",
+        "from sending WAL to hearing that it is durable",
+    ),
+    of_cluster(
+        "klio.stream.reconnects",
+        Counter,
+        "",
+        "sessions that ended with an error, by error.type",
+    )
+    .with(&["cluster_name", "error.type"]),
+    of_cluster("klio.stream.gaps", Counter, "", "gaps declared to the server"),
+    of_cluster("klio.stream.gap_size", Counter, "By", "WAL lost in gaps"),
 ];
 
 type Read = fn(&State) -> Option<u64>;
@@ -95,6 +137,11 @@ const GAUGES: &[(&str, Read)] = &[
     ("klio.stream.flushed_lsn", |s| known(s.flushed.load(Relaxed))),
     ("klio.stream.postgres_lsn", |s| known(s.wal_end.load(Relaxed))),
     ("klio.stream.slot_retained_size", |s| u64::try_from(s.slot_retained.load(Relaxed)).ok()),
+    // A full disk has 0 bytes free, which is known well.
+    ("klio.stream.postgres_free_size", |s| {
+        known(s.postgres_disk.load(Relaxed)).map(|_| s.postgres_free.load(Relaxed))
+    }),
+    ("klio.stream.postgres_disk_size", |s| known(s.postgres_disk.load(Relaxed))),
     ("klio.stream.client_certificate_expiry_time", |s| time(&s.client_expires)),
     ("klio.stream.server_certificate_expiry_time", |s| time(&s.server_expires)),
 ];
@@ -108,9 +155,9 @@ fn time(unix: &AtomicI64) -> Option<u64> {
     u64::try_from(unix.load(Relaxed)).ok().and_then(known)
 }
 
-/// The row of the catalogue; a test makes sure that there is one.
-fn describe(name: &str) -> (&'static str, &'static str, &'static str, &'static str) {
-    CATALOGUE.iter().find(|row| row.0 == name).copied().unwrap_or_default()
+/// Unit and meaning in the catalogue; a test makes sure that it is there.
+fn describe(name: &str) -> (&'static str, &'static str) {
+    CATALOGUE.iter().find(|row| row.name == name).map_or(("", ""), |row| (row.unit, row.meaning))
 }
 
 /// The instruments.
@@ -119,21 +166,21 @@ pub struct Metrics {
     /// What the gauges show.
     pub state: Arc<State>,
     attributes: [KeyValue; 1],
-    sent: Counter<u64>,
-    ack_latency: Histogram<f64>,
-    reconnects: Counter<u64>,
-    gaps: Counter<u64>,
-    gap_size: Counter<u64>,
+    sent: metrics::Counter<u64>,
+    ack_latency: metrics::Histogram<f64>,
+    reconnects: metrics::Counter<u64>,
+    gaps: metrics::Counter<u64>,
+    gap_size: metrics::Counter<u64>,
 }
 
 impl Metrics {
     /// Builds them all.
-    pub fn new(meter: &Meter, cluster: &str) -> Self {
+    pub fn new(meter: &metrics::Meter, cluster: &str) -> Self {
         let state = Arc::new(State::default());
         state.set_slot_retained(None);
         let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
         for (name, read) in GAUGES {
-            let (_, _, unit, meaning) = describe(name);
+            let (unit, meaning) = describe(name);
             let (state, attributes) = (Arc::clone(&state), attributes.clone());
             let _ = meter
                 .u64_observable_gauge(*name)
@@ -147,24 +194,33 @@ impl Metrics {
                 .build();
         }
         let counter = |name: &'static str| {
-            let (_, _, unit, meaning) = describe(name);
+            let (unit, meaning) = describe(name);
             meter.u64_counter(name).with_unit(unit).with_description(meaning).build()
         };
-        let (_, _, unit, meaning) = describe("klio.stream.ack_latency");
+        let (unit, meaning) = describe("klio.stream.ack_latency");
         let ack_latency = meter
             .f64_histogram("klio.stream.ack_latency")
             .with_unit(unit)
             .with_description(meaning)
             .with_boundaries(LATENCY_BOUNDS.to_vec())
             .build();
+        let reconnects = counter("klio.stream.reconnects");
+        let (gaps, gap_size) = (counter("klio.stream.gaps"), counter("klio.stream.gap_size"));
+        // `increase()` sees the first one only after a 0.
+        for cause in Failure::names() {
+            reconnects.add(0, &[attributes[0].clone(), KeyValue::new("error.type", cause)]);
+        }
+        for zero in [&gaps, &gap_size] {
+            zero.add(0, &attributes);
+        }
         Self {
             state,
             attributes,
             sent: counter("klio.stream.sent_size"),
             ack_latency,
-            reconnects: counter("klio.stream.reconnects"),
-            gaps: counter("klio.stream.gaps"),
-            gap_size: counter("klio.stream.gap_size"),
+            reconnects,
+            gaps,
+            gap_size,
         }
     }
 
@@ -198,11 +254,9 @@ mod tests {
 
     #[test]
     fn every_gauge_is_described() {
-        for (name, _) in GAUGES {
-            assert_eq!(describe(name).1, "gauge", "{name}");
-        }
-        let gauges = CATALOGUE.iter().filter(|row| row.1 == "gauge").count();
-        assert_eq!(gauges, GAUGES.len());
+        let described: Vec<_> =
+            CATALOGUE.iter().filter(|row| row.kind == Gauge).map(|row| row.name).collect();
+        assert_eq!(GAUGES.iter().map(|(name, _)| *name).collect::<Vec<_>>(), described);
     }
 
     #[test]
@@ -215,5 +269,16 @@ mod tests {
             .map(|(name, _)| *name)
             .collect();
         assert_eq!(shown, ["klio.stream.connected"]);
+    }
+
+    #[test]
+    fn a_full_disk_is_shown_and_one_that_cannot_be_seen_is_not() {
+        let state = State::default();
+        let read = |name| GAUGES.iter().find(|gauge| gauge.0 == name).unwrap().1(&state);
+        state.set_postgres_disk(Some(Space { free: 0, total: 100 }));
+        assert_eq!(read("klio.stream.postgres_free_size"), Some(0));
+        assert_eq!(read("klio.stream.postgres_disk_size"), Some(100));
+        state.set_postgres_disk(None);
+        assert_eq!(read("klio.stream.postgres_free_size"), None);
     }
 }

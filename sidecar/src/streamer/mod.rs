@@ -8,6 +8,7 @@
 
 mod backoff;
 mod batch;
+pub mod disk;
 mod flow;
 mod metrics;
 mod plan;
