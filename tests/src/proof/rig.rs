@@ -10,12 +10,16 @@ use crate::{
     s3::S3,
     scratch::Scratch,
     site::{PATIENCE, Site},
-    wait::eventually,
+    wait::{eventually, eventually_now},
     workload::{self, Model, Oracle, Target, Workload},
 };
 use klio_pg::Lsn;
 use rand::{Rng, rngs::StdRng};
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 /// How far restores can reach.
 #[derive(Debug, Clone, Copy)]
@@ -151,8 +155,19 @@ impl Rig {
         oracle
     }
 
-    /// How far can be restored to, asked while the server is there.
+    /// How far can be restored to, asked while the server is there and once the bucket has every finished backup:
+    /// WAL may well be there before the backup that it continues.
     pub async fn reach(&self) -> Reach {
+        let records = |root: PathBuf| -> BTreeSet<OsString> {
+            let folder = std::fs::read_dir(root.join("main/backups"));
+            let names = folder.into_iter().flatten().flatten().map(|entry| entry.file_name());
+            names.filter(|name| name.to_string_lossy().ends_with(".json")).collect()
+        };
+        let bucket = self.s3.bucket_dir().join("klio");
+        eventually_now("records of all backups in the bucket", PATIENCE, || {
+            records(self.site.tier1()).is_subset(&records(bucket.clone()))
+        })
+        .await;
         let ask = async || {
             let status = self.site.status().await?;
             let lsn = |field: &str| status[field].as_str()?.parse().ok();
