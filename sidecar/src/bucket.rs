@@ -2,6 +2,7 @@
 //!
 //! Options are those of the server's `[tier2]` section, so a shell or a file that was made for the server
 //! serves here too. Nothing is ever written. Neither credentials nor identity get into a message.
+//! P7: `NotFound` is an object's, never that of a local file.
 
 use crate::{
     config::Config,
@@ -61,12 +62,15 @@ impl Bucket {
         }
         let settings = settings(config)
             .map_err(|problems| Error::new(Failure::Config, problems.join("; ")))?;
-        let tier2 = Tier2::open(&settings).map_err(|e| of_storage(&e).during("open the bucket"))?;
+        let tier2 = Tier2::open(&settings).map_err(|e| unopened(&e).during("open the bucket"))?;
         let keys = if restore.identity.as_os_str().is_empty() {
             None
         } else {
             let keys = Keys::load(&restore.identity, &[]);
-            Some(keys.map_err(|e| of_storage(&e).during("read restore.identity"))?)
+            Some(keys.map_err(|e| {
+                let hint = "restore.identity (--identity) names the age identity file that klio-server had";
+                unopened(&e).during("read restore.identity").hint(hint)
+            })?)
         };
         Ok(Some(Self { tier2, keys }))
     }
@@ -83,7 +87,16 @@ pub fn of_storage(error: &klio_storage::Error) -> Error {
         Kind::Full | Kind::Poisoned | Kind::Io => Failure::Local,
         Kind::Transient => Failure::Code(Code::Unavailable),
     };
-    Error { hint: String::new(), ..Error::new(failure, error) }
+    Error::of_storage(failure, error)
+}
+
+/// A failure before the bucket was asked. P7: a file that is missing here is no object that is missing there.
+fn unopened(error: &klio_storage::Error) -> Error {
+    let failure = match error.kind {
+        Kind::NotFound | Kind::Invalid => Failure::Config,
+        _ => Failure::Local,
+    };
+    Error::of_storage(failure, error)
 }
 
 #[cfg(test)]
@@ -120,5 +133,30 @@ mod tests {
     fn what_is_no_bucket_is_refused_by_the_name_of_the_setting() {
         let problems = settings(&config("[restore]\nfrom = \"bucket\"\n")).unwrap_err();
         assert!(problems[0].contains("--from"), "{problems:?}");
+    }
+
+    /// P7: by hand, `klio wal-fetch` with an identity file that had gone answered 1, the end of the archive.
+    #[test]
+    fn a_file_of_ours_that_is_missing_or_wrong_is_never_a_missing_object() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().display();
+        let from = format!("[restore]\nfrom = \"file://{place}\"\n");
+        let s3 = "[restore]\nfrom = \"s3://b\"\n[tier2]\nregion = \"eu\"\n";
+        std::fs::write(folder.path().join("rubbish"), "rubbish").unwrap();
+        for text in [
+            format!("{from}identity = \"{place}/none\"\n"),
+            format!("{from}identity = \"{place}/rubbish\"\n"),
+            format!("{from}identity = \"{place}\"\n"),
+            format!("[restore]\nfrom = \"file://{place}/none\"\n"),
+            format!("{s3}ca_file = \"{place}/none\"\n"),
+        ] {
+            let error = Bucket::open(&config(&text)).unwrap_err();
+            assert!(matches!(error.failure, Failure::Config | Failure::Local), "{error:?}");
+            assert_eq!(crate::cli::exit::of_wal_fetch(&error), crate::cli::exit::STOP_RECOVERY);
+        }
+        let missing = format!("{from}identity = \"{place}/none\"\n");
+        let error = Bucket::open(&config(&missing)).unwrap_err();
+        assert!(error.hint.contains("--identity"), "{error}");
+        assert!(!error.message.contains("hint"), "{error}");
     }
 }

@@ -98,10 +98,9 @@ pub(super) fn engine(error: &klio_storage::Error, files: &GrpcFiles) -> Error {
     if let Some(failure) = files.failure() {
         return failure;
     }
-    let hint = error.hint.unwrap_or_default();
     let failure = match error.kind {
         klio_storage::Kind::Corrupt => Failure::Code(Code::Corrupt),
         _ => Failure::Local,
     };
-    Error::new(failure, error).hint(hint)
+    Error::of_storage(failure, error)
 }

@@ -3,7 +3,7 @@
 use super::{
     MARKER,
     delta::remove,
-    local, of_engine,
+    local, of_storage,
     place::{Places, tablespace_map},
     pour::dress,
     settings::Settings,
@@ -130,7 +130,7 @@ fn read_control(reader: &Reader, control: &Entry) -> Result<Vec<u8>, Error> {
     };
     let mut content = Vec::new();
     for id in chunks {
-        content.extend_from_slice(&reader.chunk(id).map_err(|e| of_engine(&e))?);
+        content.extend_from_slice(&reader.chunk(id).map_err(|e| of_storage(&e))?);
     }
     Ok(content)
 }

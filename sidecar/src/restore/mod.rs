@@ -32,7 +32,10 @@ pub use source::{Catalog, Known, Source};
 pub use target::{Decision, Recovery, Wish, parse_time, show_time};
 pub use wal::{Tail, Wal};
 
-use crate::error::{Error, Failure, local};
+use crate::{
+    bucket::of_storage,
+    error::{Error, Failure, local},
+};
 use klio_proto::Code;
 
 /// In the target directory while it is not whole.
@@ -48,14 +51,7 @@ pub(crate) fn joined<T>(
     result: Result<Result<T, klio_storage::Error>, tokio::task::JoinError>,
 ) -> Result<T, Error> {
     match result {
-        Ok(result) => result.map_err(|error| of_engine(&error)),
+        Ok(result) => result.map_err(|error| of_storage(&error)),
         Err(error) => Err(Error::new(Failure::Code(Code::Internal), format!("restore: {error}"))),
     }
-}
-
-/// A failure of the repository as one of this program.
-pub(crate) fn of_engine(error: &klio_storage::Error) -> Error {
-    let hint = error.hint.unwrap_or_default();
-    let mapped = crate::bucket::of_storage(error);
-    if hint.is_empty() { mapped } else { mapped.hint(hint) }
 }

@@ -7,7 +7,7 @@
 use super::{
     MARKER,
     delta::{Leftovers, remove},
-    local, of_engine,
+    local, of_storage,
     place::{Meaning, Places},
 };
 use crate::error::{Error, Failure};
@@ -223,11 +223,11 @@ impl Pour {
     ) -> Result<(Option<Entry>, Vec<(PathBuf, Entry)>, u64), Error> {
         let mut leftovers = Leftovers::default();
         let (mut control, mut directories) = (None, Vec::new());
-        for entry in self.reader.entries().map_err(|e| of_engine(&e))? {
+        for entry in self.reader.entries().map_err(|e| of_storage(&e))? {
             if halt.is_cancelled() {
                 return Err(super::stopped());
             }
-            let entry = entry.map_err(|e| of_engine(&e))?;
+            let entry = entry.map_err(|e| of_storage(&e))?;
             let path = match self.places.meaning(&entry.path) {
                 Meaning::At(path) => path,
                 Meaning::Control => {
@@ -292,7 +292,7 @@ impl Pour {
         }
         let StoredKind::File { chunks, .. } = &entry.kind else { return Ok(()) };
         let chunk_bytes = match chunks.first() {
-            Some(first) => self.reader.chunk_length(first).map_err(|e| of_engine(&e))?,
+            Some(first) => self.reader.chunk_length(first).map_err(|e| of_storage(&e))?,
             None => 0,
         };
         let pieces = chunks.len().div_ceil(PIECE_CHUNKS).max(1);
@@ -328,7 +328,7 @@ impl Pour {
             let offset = number as u64 * whole.chunk_bytes;
             let length = whole.chunk_bytes.min(whole.size().saturating_sub(offset));
             if !(self.delta && is_there(&file, offset, length, id, buffer).map_err(failed)?) {
-                let chunk = self.reader.chunk(id).map_err(|e| of_engine(&e))?;
+                let chunk = self.reader.chunk(id).map_err(|e| of_storage(&e))?;
                 if chunk.len() as u64 != length {
                     return Err(wrong_length(&whole.path, offset, length, chunk.len()));
                 }

@@ -55,7 +55,7 @@ impl FromBucket {
         };
         // The answer has begun: what is missing from now on is trouble, not absence (P7).
         let pieces = download.map_err(|error| match error.kind {
-            Kind::NotFound => Error::new(Failure::Code(Code::Unavailable), error),
+            Kind::NotFound => Error::of_storage(Failure::Code(Code::Unavailable), &error),
             _ => of_storage(&error),
         });
         Ok(Some(Answer { shape: Shape::stored(file), keys, pieces: pieces.boxed() }))
