@@ -56,13 +56,13 @@ codes! {
     /// WAL whose pages do not belong where they were sent.
     BadWal { name: "BAD_WAL", grpc: DataLoss, retry: false, exit: 19, hint: "check PostgreSQL's WAL with pg_waldump; nothing of the page was stored" }
     /// A request that cannot be right.
-    Invalid { name: "INVALID", grpc: InvalidArgument, retry: false, exit: 20, hint: "client and server may be of different versions" }
+    Invalid { name: "INVALID", grpc: InvalidArgument, retry: false, exit: 20, hint: "if it was typed as meant, client and server may be of different versions" }
     /// Nothing of that name is held: definitive (P7).
-    NotFound { name: "NOT_FOUND", grpc: NotFound, retry: false, exit: 1, hint: "klio list wal shows what is held" }
+    NotFound { name: "NOT_FOUND", grpc: NotFound, retry: false, exit: 1, hint: "klio list and klio list wal show what is held" }
     /// Stored bytes are damaged.
     Corrupt { name: "CORRUPT", grpc: DataLoss, retry: false, exit: 21, hint: "the file in the other tier may be good; keep both" }
     /// PostgreSQL no longer has WAL that the server does not hold either.
-    Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "the gap is recorded; take a new base backup to be recoverable again" }
+    Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "klio list shows what can still be recovered; from a new base backup on everything can again" }
     /// Another backup of this cluster is running.
     Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended, or its connection is gone" }
     /// A backup that needs something which is not held; its record was not written.

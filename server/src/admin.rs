@@ -12,11 +12,12 @@ pub type Readiness =
 
 /// A port that could not be had.
 #[derive(Debug, thiserror::Error)]
-#[error("listen on {address} for {purpose}: {source}; hint: is another program using the port?")]
+#[error("listen on {address} for {purpose}: {cause}; hint: is another program using the port?")]
 pub struct ListenError {
     address: String,
     purpose: &'static str,
-    source: std::io::Error,
+    // In the text: not a source, which would be printed behind it again.
+    cause: std::io::Error,
 }
 
 /// Binds a port.
@@ -30,7 +31,7 @@ pub async fn bind(
     let address = address.into();
     match TcpListener::bind(&address).await {
         Ok(listener) => Ok(listener),
-        Err(source) => Err(ListenError { address, purpose, source }),
+        Err(cause) => Err(ListenError { address, purpose, cause }),
     }
 }
 

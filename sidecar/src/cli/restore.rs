@@ -114,6 +114,9 @@ fn target(args: &TargetArgs) -> Result<Target, Error> {
         return Ok(Target::Lsn(lsn));
     }
     if let Some(name) = &args.target_name {
+        if name.is_empty() {
+            return Err(wrong("read --target-name: expected a name, found none"));
+        }
         return Ok(Target::Name(name.clone()));
     }
     Ok(match args.target_xid {
@@ -297,6 +300,8 @@ mod tests {
         }
         let args = TargetArgs { target_lsn: Some("x".into()), ..TargetArgs::default() };
         assert!(target(&args).unwrap_err().message.contains("--target-lsn"));
+        let args = TargetArgs { target_name: Some(String::new()), ..TargetArgs::default() };
+        assert!(target(&args).unwrap_err().message.contains("--target-name"));
         assert_eq!(target(&TargetArgs::default()).unwrap(), Target::Latest);
     }
 }

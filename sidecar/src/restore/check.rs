@@ -22,6 +22,10 @@ pub struct Room {
     pub free: u64,
 }
 
+/// Who is to do it.
+const OWNER: &str =
+    "run klio as the user who runs PostgreSQL, or make the directory and give it to that user";
+
 fn no(message: String, hint: &str) -> Error {
     Error::new(Failure::Local, message).hint(hint)
 }
@@ -48,7 +52,7 @@ fn not_running(data: &Path) -> Result<(), Error> {
     match fs::read_to_string(&file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(()),
-        Err(error) => Err(local("read", &file, &error)),
+        Err(error) => Err(local("read", &file, &error).hint(OWNER)),
         Ok(text) => {
             let pid = text.lines().next().unwrap_or_default().trim().to_owned();
             let place = data.display();
@@ -62,12 +66,21 @@ fn not_running(data: &Path) -> Result<(), Error> {
     }
 }
 
+/// What is in a directory; `None` where there is none.
+fn listed(place: &Path) -> Result<Option<fs::ReadDir>, Error> {
+    match fs::read_dir(place) {
+        Ok(entries) => Ok(Some(entries)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            let place = place.display();
+            Err(no(format!("restore to {place}: expected a directory, found a file"), ""))
+        }
+        Err(error) => Err(local("look into", place, &error)),
+    }
+}
+
 fn empty(place: &Path) -> Result<(), Error> {
-    let mut entries = match fs::read_dir(place) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(local("look into", place, &error)),
-    };
+    let Some(mut entries) = listed(place)? else { return Ok(()) };
     match entries.next() {
         None => Ok(()),
         Some(_) if place.join(MARKER).exists() => Err(no(
@@ -87,10 +100,7 @@ fn empty(place: &Path) -> Result<(), Error> {
 /// `--delta` removes what is not in the backup, so it has to be a data directory of this cluster, or what an
 /// unfinished restore left.
 fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
-    if !data.exists() || data.join(MARKER).exists() {
-        return Ok(());
-    }
-    if fs::read_dir(data).map_err(|e| local("look into", data, &e))?.next().is_none() {
+    if data.join(MARKER).exists() || listed(data)?.is_none_or(|mut names| names.next().is_none()) {
         return Ok(());
     }
     let place = data.display();
@@ -147,14 +157,12 @@ fn existing(place: &Path) -> &Path {
 
 fn writable(place: &Path) -> Result<(), Error> {
     let folder = existing(place);
-    let hint =
-        "run klio as the user who runs PostgreSQL, or make the directory and give it to that user";
     let meta = fs::metadata(folder).map_err(|error| local("look at", folder, &error))?;
     if !meta.is_dir() {
-        return Err(no(format!("{}: expected a directory", folder.display()), hint));
+        return Err(no(format!("{}: expected a directory", folder.display()), OWNER));
     }
     rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)
-        .map_err(|error| no(format!("write to {}: {error}", folder.display()), hint))
+        .map_err(|error| no(format!("write to {}: {error}", folder.display()), OWNER))
 }
 
 /// Whether there is room; `needed` has one number for each place.
@@ -194,6 +202,18 @@ pub fn room(needed: &[(PathBuf, u64)]) -> Result<Vec<Room>, Error> {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+
+    #[test]
+    fn a_file_in_the_way_is_called_one() {
+        let scratch = tempfile::tempdir().unwrap();
+        let file = scratch.path().join("file");
+        fs::write(&file, "").unwrap();
+        for place in [file.clone(), file.join("below")] {
+            let error = empty(&place).unwrap_err();
+            assert!(error.message.contains("expected a directory, found a file"), "{error}");
+        }
+        assert!(empty(&scratch.path().join("none")).is_ok());
+    }
 
     /// A delta restore beside the running original must not clean the original's tablespaces.
     #[test]

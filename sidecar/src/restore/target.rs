@@ -130,6 +130,10 @@ pub enum Verdict {
 /// the server may take it for idle. Also covers clocks that differ a little.
 const SURE_AFTER: Duration = Duration::from_secs(75);
 
+/// The server has not heard everything that PostgreSQL wrote, or nobody streams to it.
+const MAY_COME: &str = "klio status shows whether klio stream is connected and how far behind it is: what is still on its way can be \
+                        reached when it has come; nothing was touched";
+
 /// Decides.
 pub struct Decider<'a> {
     /// Where WAL is read.
@@ -284,7 +288,9 @@ impl Decider<'_> {
             Stop::Hole(hole) => (format!("{problem}; {hole}"), Some(hole.clone())),
             Stop::End { .. } => (problem, None),
         };
-        Err(refused(&self.survey.refusal(problem, hole)))
+        let in_flight = hole.is_none() && idle_until.is_none();
+        let refused = refused(&self.survey.refusal(problem, hole));
+        Err(if in_flight { refused.hint(MAY_COME) } else { refused })
     }
 
     /// Searches WAL from the newest backup on, then before it.

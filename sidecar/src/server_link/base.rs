@@ -73,6 +73,7 @@ impl BaseLink {
         let deadline = Instant::now() + self.patience;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         let mut rng = StdRng::from_os_rng();
+        let mut told = false;
         loop {
             let error = match self.once(doing, call).await {
                 Ok(value) => return Ok(value),
@@ -82,7 +83,17 @@ impl BaseLink {
             if !error.retryable() || Instant::now() + pause >= deadline {
                 return Err(error);
             }
-            tracing::warn!(hint = error.hint, "{}; trying again", error.message);
+            // Once is enough for a person: the last error ends the call.
+            if !std::mem::replace(&mut told, true) {
+                let patience = self.patience;
+                tracing::warn!(
+                    hint = error.hint,
+                    "{}; trying again for {patience:?}",
+                    error.message
+                );
+            } else {
+                tracing::debug!(hint = error.hint, "{}; trying again", error.message);
+            }
             tokio::time::sleep(pause).await;
         }
     }
