@@ -95,7 +95,7 @@ impl BaseStore {
         for (name, error) in &disk.unreadable {
             listed.problems.push(format!("backup {name} on tier 1: {error}"));
         }
-        let on_tier1 = self.complete_on_disk(cluster, &disk, &objects).await;
+        let on_tier1 = self.complete_on_disk(cluster, &disk).await;
         let (this, cluster) = (self.clone(), cluster.clone());
         run(move || {
             let records =
@@ -137,24 +137,18 @@ impl BaseStore {
         ListedBackup { tier1, tier2, verified, drilled, record }
     }
 
-    /// The backups that tier 1 can give back alone. Where tier 2 has nothing more than tier 1 that is every
-    /// one with a record; else the snapshots are asked, which costs reading their trees.
-    async fn complete_on_disk(
-        &self,
-        cluster: &ClusterName,
-        disk: &OnDisk,
-        objects: &BTreeMap<BaseObject, u64>,
-    ) -> BTreeSet<BackupName> {
-        let only_in_tier2 = objects
-            .keys()
-            .any(|object| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !disk.files.contains(file)));
+    /// The backups that tier 1 can give back alone. The snapshots are asked, which costs reading their trees
+    /// once: tier 1 may have let packs go to a bucket that is not in the configuration any more. While the
+    /// bucket does not answer, every one with a record: its trees may lie there.
+    async fn complete_on_disk(&self, cluster: &ClusterName, disk: &OnDisk) -> BTreeSet<BackupName> {
+        let unknown = self.tier2().is_some() && !self.knows_tier2(cluster);
         let mut complete = BTreeSet::new();
         for record in disk.records.values() {
             let Ok(id) = record.snapshot.parse::<SnapshotId>() else { continue };
             if !disk.files.contains(&id.file()) {
                 continue;
             }
-            let whole = !only_in_tier2
+            let whole = unknown
                 || self
                     .needs(cluster, id)
                     .await

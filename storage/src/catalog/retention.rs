@@ -4,6 +4,8 @@
 //!   the plan and raises an alarm; a backup of an odd time stays and takes nobody's place.
 //! - A backup that is not proven in tier 2 stays in tier 1, and takes no place in tier 2's counts, so that
 //!   it pushes out none that is. What tier 1 keeps, tier 2 keeps too.
+//! - A backup that no tier can give back whole, as when the bucket that holds it was taken out of the
+//!   configuration, counts for no rule, and while there is one nothing goes: it may come back.
 //! - The newest backup without known damage always stays. A damaged one takes no place from a good one.
 //! - Time alone expires nothing: a recovery window ends at the newest backup, not now. When backups stop,
 //!   so does expiring.
@@ -39,6 +41,13 @@ pub struct KnownBackup {
     pub tier2: bool,
     /// A verification found damage in it that could not be repaired.
     pub damaged: bool,
+}
+
+impl KnownBackup {
+    /// A tier can give it back whole.
+    pub const fn is_within_reach(&self) -> bool {
+        self.tier1 || self.tier2
+    }
 }
 
 /// A timeline with WAL.
@@ -167,11 +176,27 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
     RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, backups: decided, wal }
 }
 
+/// Backups that no tier can give back: of which nobody knows whether they are lost or only elsewhere.
+fn out_of_reach(facts: &Facts, backups: &[&KnownBackup]) -> Option<String> {
+    let lost: Vec<&str> =
+        backups.iter().filter(|b| !b.is_within_reach()).map(|b| b.record.name.as_str()).collect();
+    let (first, more) = (lost.first()?, lost.len() - 1);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let why = match facts.has_tier2 {
+        true => "tier 1 lacks a part of it, and tier 2 does not have it",
+        false => "tier 1 lacks a part of it, and the configuration has no [tier2]",
+    };
+    Some(format!(
+        "backup {first}{more}: {why}; nothing is removed meanwhile; hint: put the bucket that holds it back into [tier2]; a backup that is lost for good: take its record out of tier 1, <cluster>/backups/{first}.json"
+    ))
+}
+
 /// P6: what makes a plan impossible.
 fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
     let unreadable =
         |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
     let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
+    alarms.extend(out_of_reach(facts, backups));
     let newest = backups.iter().map(|b| &b.record).rfind(|r| rules::has_time(r));
     // A time that is no number is in doubt as well.
     let behind = |r: &&BackupRecord| {

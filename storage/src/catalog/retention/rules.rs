@@ -46,9 +46,9 @@ pub(super) fn decide(
         }
         reasons
     };
-    let by1 = named(&policies.tier1, &|_| true);
-    let by2 = named(&policies.tier2, &|b| b.tier2 || !facts.has_tier2);
-    let newest_good = timed(&|b| !b.damaged).last().copied();
+    let by1 = named(&policies.tier1, &KnownBackup::is_within_reach);
+    let by2 = named(&policies.tier2, &|b| b.tier2 || !facts.has_tier2 && b.is_within_reach());
+    let newest_good = timed(&|b| !b.damaged && b.is_within_reach()).last().copied();
     let newest_good2 = timed(&|b| !b.damaged && b.tier2).last().copied();
     let always = |index: usize| {
         let mut reasons = Vec::new();
@@ -57,6 +57,9 @@ pub(super) fn decide(
         }
         if backups[index].record.keep {
             reasons.push("keep flag".to_owned());
+        }
+        if !backups[index].is_within_reach() {
+            reasons.push("it is whole in no tier, so no rule applies".to_owned());
         }
         match newest_good {
             None => reasons.push("no backup is known to be good".to_owned()),

@@ -202,6 +202,27 @@ fn without_a_bucket_tier_1_keeps_what_either_policy_names() {
     assert_eq!(plan.wal[0].tier1_below, Some(Lsn::new(3 * SEGMENT)));
 }
 
+/// Tier 2 was taken out of the configuration: what was evicted to it pushes nothing out.
+#[test]
+fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
+    for has_tier2 in [false, true] {
+        let mut facts = daily(6);
+        facts.has_tier2 = has_tier2;
+        for (day, backup) in facts.backups.iter_mut().enumerate() {
+            (backup.tier1, backup.tier2) = (day == 1 || day == 2, false);
+        }
+        let plan = plan(&facts, &policies(last(1), last(2)), NOW);
+        assert!(plan.is_empty(), "{plan:?}");
+        assert_eq!(plan.alarms.len(), 1, "{:?}", plan.alarms);
+        for part in ["d0 and 3 more", "hint: put the bucket", "[tier2]"] {
+            assert!(plan.alarms[0].contains(part), "{part}: {:?}", plan.alarms);
+        }
+        let reasons = |day: usize| plan.backups[day].tier1.reasons.join(", ");
+        assert!(reasons(2).contains("last 1"), "{}", reasons(2));
+        assert!(!reasons(5).contains("last"), "{}", reasons(5));
+    }
+}
+
 #[test]
 fn without_any_backup_no_wal_goes() {
     let plan = plan(&facts(vec![]), &Policies::default(), NOW);
@@ -290,7 +311,8 @@ fn any_facts() -> impl Strategy<Value = Facts> {
                 let mut record = record(&format!("b{index}"), at, line, segment * SEGMENT + 40);
                 record.keep = odd == 1;
                 let [tier1, tier2, damaged] = flags;
-                KnownBackup { record, tier1, tier2: tier2 && has_tier2, damaged }
+                let tier2 = tier2 && has_tier2;
+                KnownBackup { record, tier1: tier1 || !tier2, tier2, damaged }
             };
             let backups: Vec<KnownBackup> = backups.into_iter().enumerate().map(make).collect();
             Facts { timelines, has_tier2, ..facts(backups) }
