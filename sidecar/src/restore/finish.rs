@@ -11,7 +11,10 @@ use super::{
 use crate::error::{Error, Failure};
 use klio_pg::ControlFile;
 use klio_proto::Code;
-use klio_storage::repository::{Entry, Reader, StoredKind};
+use klio_storage::{
+    disk::durable,
+    repository::{Entry, Reader, StoredKind},
+};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
@@ -149,12 +152,15 @@ fn write_control(data: &Path, content: &[u8], control: &Entry) -> Result<(), Err
     sync_dir(&data.join("global"))
 }
 
-/// A small file with this content, on disk.
+/// A small file with this content, on disk: at every moment what was there before, or this, and whole (D2: a marker
+/// that is written again never misses).
 fn put(path: &Path, content: &[u8]) -> io::Result<()> {
-    remove(path)?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let temporary = durable::tmp_path(path);
+    remove(&temporary)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     file.write_all(content)?;
-    file.sync_all()
+    file.sync_all()?;
+    fs::rename(&temporary, path)
 }
 
 /// As root: what is new belongs to whom pg_control belongs to.
@@ -189,7 +195,35 @@ fn sync_all(place: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
+    use std::{
+        collections::BTreeMap,
+        sync::atomic::{AtomicBool, Ordering::Relaxed},
+    };
+
+    /// D2: whoever looks at a directory whose restore begins again finds the marker, always.
+    #[test]
+    fn a_marker_that_is_written_again_is_there_at_every_moment() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path().join("data");
+        let places = Places { data: data.clone(), tablespaces: BTreeMap::new() };
+        begin(&places, "one").unwrap();
+        let (done, missed) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    let whole =
+                        fs::read_to_string(data.join(MARKER)).is_ok_and(|t| t.ends_with('\n'));
+                    missed.fetch_or(!whole, Relaxed);
+                }
+            });
+            (0..300).for_each(|_| begin(&places, "two").unwrap());
+            done.store(true, Relaxed);
+        });
+        assert!(!missed.into_inner(), "there was a moment without a marker");
+        assert!(fs::read_to_string(data.join(MARKER)).unwrap().contains("backup two"));
+        let names: Vec<_> = fs::read_dir(&data).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, [MARKER], "nothing else is left");
+    }
 
     #[test]
     fn a_tablespace_without_a_folder_gets_one_so_that_replay_can_drop_it() {
