@@ -29,7 +29,8 @@ const AGAIN: [Duration; 4] = [
 const PAUSES: Duration = Duration::from_secs(10);
 /// How many bad pages are listed by name.
 const EXAMPLES: usize = 100;
-/// Pages from the future that are remembered until the end is known.
+/// Pages from the future that are remembered until the end is known. Those beyond count as bad at once: pages that stay
+/// wrong while they are read again and again are rare, and so many of them are damage.
 const SUSPECTS: usize = 1000;
 /// More WAL than any backup takes: what claims to be further off needs no waiting for the end.
 const FAR: u64 = 1 << 50;
@@ -51,6 +52,8 @@ struct Found {
     examples: Vec<BadPage>,
     /// Wrong, and changed after the backup began, or so they say.
     suspects: Vec<(Lsn, BadPage)>,
+    /// Counted as bad without waiting for the end, as there were too many.
+    overflow: u64,
 }
 
 /// How a page looks.
@@ -82,6 +85,12 @@ impl PageCheck {
     /// The result, when the backup ended at `stop`.
     pub fn finish(&self, stop: Lsn) -> PagesRecord {
         let mut found = self.found();
+        if found.overflow > 0 {
+            tracing::warn!(
+                pages = found.overflow,
+                "pages with wrong checksums that say they changed during the backup: too many to remember, so these count as bad"
+            );
+        }
         for (lsn, page) in std::mem::take(&mut found.suspects) {
             if lsn > stop {
                 found.add(page);
@@ -131,6 +140,9 @@ impl PageCheck {
             found.add(page);
         } else if found.suspects.len() < SUSPECTS {
             found.suspects.push((lsn, page));
+        } else {
+            found.overflow += 1;
+            found.add(page);
         }
     }
 }
@@ -147,6 +159,9 @@ impl Found {
         self.bad += 1;
         if self.examples.len() < EXAMPLES {
             self.examples.push(page);
+            if self.examples.len() == EXAMPLES {
+                tracing::warn!("{EXAMPLES} such pages are named; the others are only counted");
+            }
         }
     }
 }
@@ -308,6 +323,26 @@ mod tests {
         assert_eq!(check.bad(), 0);
         let record = check.finish(Lsn::new(2000));
         assert_eq!((record.checked, record.bad, record.examples[0].block), (1, 1, 1));
+    }
+
+    /// Wrong pages that say they changed after the backup's begin, each 1 WAL byte later.
+    fn suspects(count: u64) -> Arc<PageCheck> {
+        let check = Arc::new(PageCheck::new(START, 8192, 131_072));
+        for block in 0..count {
+            let file = "base/5/16384".to_owned();
+            check.wrong(Lsn::new(1500 + block), BadPage { file, block, expected: 1, found: 2 });
+        }
+        check
+    }
+
+    #[test]
+    fn more_suspects_than_are_remembered_count_as_bad_and_the_list_is_cut() {
+        let before_the_end = suspects(SUSPECTS as u64).finish(Lsn::new(1_000_000));
+        assert_eq!((before_the_end.bad, before_the_end.examples.len()), (0, 0));
+        let check = suspects(SUSPECTS as u64 + 500);
+        assert_eq!(check.bad(), 500, "known before the end, so that a policy can act");
+        let record = check.finish(Lsn::new(1499));
+        assert_eq!((record.bad, record.examples.len()), (SUSPECTS as u64 + 500, EXAMPLES));
     }
 
     #[test]
