@@ -389,3 +389,47 @@ pub fn dress(file: &File, entry: &Entry) -> io::Result<()> {
     let mtime: SystemTime = entry.mtime;
     file.set_times(FileTimes::new().set_modified(mtime))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tablespace_keeps_the_folders_of_other_versions_and_loses_its_own_leftovers() {
+        let scratch = tempfile::tempdir().unwrap();
+        let place = scratch.path().join("place");
+        let [old, own] = ["PG_14_202107181", "PG_15_202209061"].map(|name| place.join(name));
+        for folder in [&old, &own] {
+            fs::create_dir_all(folder.join("5")).unwrap();
+            fs::write(folder.join("5/16384"), "rows").unwrap();
+        }
+        fs::write(own.join("5/16385"), "of a table that the backup has not").unwrap();
+        let mut leftovers = Leftovers::default();
+        leftovers.pass(&place, true).unwrap();
+        keep_all(&mut leftovers, &place).unwrap();
+        for (path, is_dir) in
+            [(own.clone(), true), (own.join("5"), true), (own.join("5/16384"), false)]
+        {
+            leftovers.pass(&path, is_dir).unwrap();
+        }
+        leftovers.finish().unwrap();
+        assert_eq!(fs::read_to_string(old.join("5/16384")).unwrap(), "rows");
+        assert!(own.join("5/16384").exists() && !own.join("5/16385").exists());
+        assert_eq!(leftovers.removed, 1);
+    }
+
+    #[test]
+    fn a_tablespace_that_is_not_there_yet_has_nothing_to_keep() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut leftovers = Leftovers::default();
+        keep_all(&mut leftovers, &scratch.path().join("none")).unwrap();
+        assert!(
+            keep_all(&mut leftovers, &{
+                let file = scratch.path().join("file");
+                fs::write(&file, "").unwrap();
+                file
+            })
+            .is_err()
+        );
+    }
+}

@@ -98,19 +98,23 @@ fn orphans(
     repository: &Repository,
     job: &PruneJob,
 ) -> anyhow::Result<Vec<SnapshotId>> {
-    let unix = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
     let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
     let all = repository.snapshots().context("list snapshots")?;
     let mut old = Vec::new();
     for snapshot in all.into_iter().filter(|snapshot| !recorded.contains(&snapshot.id)) {
         let here = std::fs::metadata(ground.local.path(snapshot.id.file()))
             .and_then(|meta| meta.modified());
-        let young = here.is_ok_and(|since| unix(since) >= job.orphans_before_unix);
-        if !young && unix(snapshot.began) < job.orphans_before_unix {
+        if is_old(snapshot.began, here.ok(), job.orphans_before_unix) {
             old.push(snapshot.id);
         }
     }
     Ok(old)
+}
+
+/// By both clocks; without a file on tier 1, by the only one there is.
+fn is_old(began: SystemTime, here_since: Option<SystemTime>, before_unix: f64) -> bool {
+    let unix = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+    unix(began) < before_unix && here_since.is_none_or(|since| unix(since) < before_unix)
 }
 
 /// The snapshots of every record on tier 1 at this moment. P6: one that cannot be read stops the work.
@@ -181,4 +185,23 @@ fn evict(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two clocks may differ by years: one that is behind makes no young snapshot old.
+    #[test]
+    fn a_snapshot_is_an_orphan_only_when_both_clocks_say_that_it_is_old() {
+        let at = |unix: u64| UNIX_EPOCH + Duration::from_secs(unix);
+        let (old, young) = (at(1_000), at(3_000));
+        let before = 2_000.0;
+        assert!(is_old(old, Some(old), before));
+        assert!(!is_old(old, Some(young), before), "the sidecar's clock is behind");
+        assert!(!is_old(young, Some(old), before), "the sidecar's clock is ahead");
+        assert!(!is_old(young, Some(young), before));
+        assert!(is_old(old, None, before) && !is_old(young, None, before));
+        assert!(!is_old(at(2_000), Some(at(2_000)), before), "not a moment too early");
+    }
 }
