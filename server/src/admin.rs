@@ -1,7 +1,7 @@
 //! HTTP for probes and scrapers: /livez (and /healthz), /readyz, /metrics. No secrets, no changes.
 
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
-use klio_telemetry::Prometheus;
+use klio_telemetry::{Prometheus, Telemetry};
 use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +32,20 @@ pub async fn bind(
     match TcpListener::bind(&address).await {
         Ok(listener) => Ok(listener),
         Err(cause) => Err(ListenError { address, purpose, cause }),
+    }
+}
+
+/// Binds what OTEL_EXPORTER_PROMETHEUS_HOST and _PORT say. P9: a port that is taken keeps no WAL from flowing.
+///
+/// # Errors
+/// With KLIO_OTEL_STRICT only.
+pub async fn scrape_port(
+    page: &Prometheus,
+    telemetry: &Telemetry,
+) -> Result<Option<TcpListener>, klio_telemetry::Error> {
+    match TcpListener::bind((page.host.as_str(), page.port)).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) => telemetry.misconfigured(page.unusable(&error)).map(|()| None),
     }
 }
 

@@ -89,9 +89,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     };
     let page = telemetry.prometheus().cloned();
     let scrape_listener = match &page {
-        Some(p) => {
-            Some(bind(format!("{}:{}", p.host, p.port), "OTEL_METRICS_EXPORTER=prometheus").await?)
-        }
+        Some(page) => admin::scrape_port(page, telemetry).await?,
         None => None,
     };
     let certificates = match &config.tls {

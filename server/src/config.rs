@@ -368,9 +368,6 @@ impl Config {
         }
         problems.extend(self.queue.validate());
         problems.extend(self.consumer.validate());
-        if self.telemetry.log_format.as_deref().is_some_and(|f| !["text", "json"].contains(&f)) {
-            problems.push("telemetry.log_format: expected text or json".into());
-        }
         problems
     }
 }
@@ -401,8 +398,16 @@ impl TelemetryConfig {
         put("OTEL_TRACES_EXPORTER", self.trace_endpoint.as_ref().map(|_| "otlp".into()));
         put("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", self.logs_endpoint.clone());
         put("OTEL_LOGS_EXPORTER", self.export_logs.filter(|on| *on).map(|_| "otlp".into()));
+        // A bad value is a warning like any other of telemetry (P9), so nothing is checked here.
+        put("KLIO_LOG_FORMAT", self.log_format.clone());
+        put("RUST_LOG", self.log_level.clone());
         set
     }
+}
+
+/// One variable of the environment that is no setting.
+pub fn environment(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok()
 }
 
 /// `KLIO_A__B` sets `b` in `[a]`; `KLIO_A` sets `a`.
@@ -463,7 +468,7 @@ mod tests {
 
     #[test]
     fn every_problem_is_reported_at_once() {
-        let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[telemetry]\nlog_format = \"xml\"\n[[auth.map]]\ncommon_name = \"x\"\n";
+        let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[[auth.map]]\ncommon_name = \"x\"\n";
         let problems = Config::parse(text, &[]).unwrap().validate();
         for name in [
             "[tls]",
@@ -471,7 +476,6 @@ mod tests {
             "data_dir",
             "window_bytes",
             "seal_workers",
-            "log_format",
             "auth.map",
         ] {
             assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");

@@ -443,10 +443,6 @@ impl Config {
         if let Err(error) = self.admin_listen() {
             problems.push(error.message);
         }
-        if !matches!(self.telemetry.log_format.as_str(), "" | "text" | "json") {
-            let found = &self.telemetry.log_format;
-            problems.push(format!("telemetry.log_format: expected text or json, found {found:?}"));
-        }
         if problems.is_empty() { Ok(()) } else { Err(wrong(self.file.as_deref(), &problems)) }
     }
 }

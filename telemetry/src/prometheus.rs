@@ -4,6 +4,7 @@
 //! the exporter repeats a unit that the name already ends in, and leaves `_count` on gauges and an empty
 //! HELP; [`Prometheus::render`] mends that.
 
+use crate::env::Problem;
 use opentelemetry_prometheus::PrometheusExporter;
 use opentelemetry_sdk::error::OTelSdkError;
 use prometheus::{Registry, TextEncoder, proto::MetricFamily, proto::MetricType};
@@ -28,6 +29,15 @@ impl Prometheus {
             .scope_info_enabled(false)
             .build()?;
         Ok((Self { host: host.into(), port, registry }, reader))
+    }
+
+    /// What to say when nobody can listen there.
+    pub fn unusable(&self, error: &dyn std::fmt::Display) -> Problem {
+        Problem {
+            variable: "OTEL_EXPORTER_PROMETHEUS_PORT".into(),
+            value: format!("{}:{}", self.host, self.port),
+            expected: format!("an address and a port of this machine that are free ({error})"),
+        }
     }
 
     /// Content type for the HTTP answer.

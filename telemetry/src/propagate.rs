@@ -5,7 +5,9 @@
 
 use crate::{env::Propagator, ids};
 use opentelemetry::{
-    Context, global,
+    Context,
+    baggage::BaggageExt,
+    global,
     propagation::{Extractor, Injector, TextMapCompositePropagator, TextMapPropagator},
     trace::TraceContextExt,
 };
@@ -61,10 +63,11 @@ pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
     let carrier = Get::new(get);
     let cx = global::get_text_map_propagator(|p| p.extract_with_context(&Context::new(), &carrier));
     let remote = cx.span().span_context().clone();
-    if !remote.is_valid() {
+    // Baggage may come alone.
+    if !remote.is_valid() && cx.baggage().is_empty() {
         return;
     }
-    if span.set_parent(cx).is_err() {
+    if span.set_parent(cx).is_err() && remote.is_valid() {
         ids::adopt(span, &remote);
     }
 }
@@ -88,9 +91,7 @@ fn composite(chosen: &[Propagator]) -> TextMapCompositePropagator {
 mod tests {
     use super::*;
     use opentelemetry::{KeyValue, trace::SpanId, trace::TraceId};
-    use opentelemetry::{
-        baggage::BaggageExt, trace::SpanContext, trace::TraceFlags, trace::TraceState,
-    };
+    use opentelemetry::{trace::SpanContext, trace::TraceFlags, trace::TraceState};
 
     #[test]
     fn only_the_chosen_formats_are_written() {

@@ -3,7 +3,7 @@
 //! The second line of defence: what makes a span or a line redacts its arguments itself, but an error of a
 //! library may hold an address with credentials. Only text is looked at; names, numbers and ids stay.
 
-use crate::redact::redact;
+use crate::redact::{is_secret_name, redact};
 use opentelemetry::{
     Array, InstrumentationScope, Key, KeyValue, SpanId, StringValue, TraceFlags, TraceId, Value,
     logs::{AnyValue, LogRecord, Logger, LoggerProvider, Severity},
@@ -34,6 +34,9 @@ pub(crate) fn span(span: &mut SpanData) {
 
 fn attributes(all: &mut [KeyValue]) {
     for attribute in all {
+        if is_secret_name(attribute.key.as_str()) {
+            attribute.value = Value::String("***".into());
+        }
         match &mut attribute.value {
             Value::String(text) => string(text),
             Value::Array(Array::String(texts)) => texts.iter_mut().for_each(string),
@@ -132,7 +135,12 @@ impl LogRecord for CleanRecord {
         }
     }
     fn add_attribute<K: Into<Key>, V: Into<AnyValue>>(&mut self, key: K, value: V) {
-        self.0.add_attribute(key, clean(value.into()));
+        let key = key.into();
+        if is_secret_name(key.as_str()) {
+            self.0.add_attribute(key, "***");
+        } else {
+            self.0.add_attribute(key, clean(value.into()));
+        }
     }
     fn set_trace_context(&mut self, trace: TraceId, span: SpanId, flags: Option<TraceFlags>) {
         self.0.set_trace_context(trace, span, flags);

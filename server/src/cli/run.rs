@@ -13,11 +13,16 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs until a signal or a fatal error.
 pub async fn run(command: &Command, args: &RunArgs, debug: bool) -> anyhow::Result<()> {
-    let config = Config::load(&args.config)?;
-    let telemetry = klio_telemetry::start(telemetry::options(&config.telemetry, debug))?;
+    let config = Config::load(&args.config);
+    // A start that fails because of its configuration is a trace as well.
+    let settings = config.as_ref().map(|config| config.telemetry.clone()).unwrap_or_default();
+    let telemetry = klio_telemetry::start(telemetry::options(&settings, debug))?;
     let span = telemetry::root_span(command);
     let trace = span.in_scope(klio_telemetry::current_trace_id);
-    let outcome = serve(config, &telemetry).instrument(span.clone()).await;
+    let outcome = match config {
+        Ok(config) => telemetry::caught(serve(config, &telemetry)).instrument(span.clone()).await,
+        Err(error) => Err(error.into()),
+    };
     if let Err(error) = &outcome {
         tracing::error!(parent: &span, error = format!("{error:#}"), "klio-server ends");
     }

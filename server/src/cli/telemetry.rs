@@ -9,8 +9,11 @@ use crate::{
     config::{Config, ConfigError, TelemetryConfig, environment},
     encryption::KeyProblem,
 };
-use klio_telemetry::{Delivery, LogFormat, Options, propagate, redact::redact_arguments};
-use std::{collections::BTreeMap, io::Write, path::Path, time::Duration};
+use anyhow::Context;
+use futures::FutureExt;
+use klio_telemetry::{Delivery, Options, propagate, redact::redact_arguments};
+use std::{collections::BTreeMap, io::Write, panic::AssertUnwindSafe, path::Path, time::Duration};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Instrument, Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -27,11 +30,8 @@ pub fn options(telemetry: &TelemetryConfig, debug: bool) -> Options {
         service: "klio-server",
         version: env!("CARGO_PKG_VERSION"),
         debug,
-        log_format: telemetry.log_format.as_deref().map(|format| match format {
-            "json" => LogFormat::Json,
-            _ => LogFormat::Text,
-        }),
-        log_filter: telemetry.log_level.clone(),
+        log_format: None,
+        log_filter: None,
         overrides: telemetry.overrides(),
     }
 }
@@ -106,6 +106,24 @@ pub fn epilogue(trace: Option<String>, delivery: Delivery) {
     let _ = writeln!(std::io::stderr(), "trace {trace}: {state}");
 }
 
+/// A panic is a failure like others, so that what is queued is flushed after it as well. Its message and place are on
+/// standard error already.
+pub async fn caught(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let ended = AssertUnwindSafe(work).catch_unwind().await;
+    ended.unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")))
+}
+
+/// So is a signal, where nothing listens to it.
+async fn interruptible(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::select! {
+        result = work => result,
+        _ = terminate.recv() => Err(anyhow::anyhow!("stopped by SIGTERM")),
+        _ = interrupt.recv() => Err(anyhow::anyhow!("stopped by SIGINT")),
+    }
+}
+
 /// Runs a verb that is over soon, below its root span. `config`: where its `[telemetry]` is, if it has one.
 pub async fn traced(
     command: &Command,
@@ -119,7 +137,7 @@ pub async fn traced(
     let telemetry = klio_telemetry::start(quiet_options(&settings, debug))?;
     let span = root_span(command);
     let trace = span.in_scope(klio_telemetry::current_trace_id);
-    let result = work.instrument(span.clone()).await;
+    let result = interruptible(caught(work)).instrument(span.clone()).await;
     record(&span, &result);
     drop(span);
     epilogue(trace, telemetry.shutdown(FLUSH_TIMEOUT).await);

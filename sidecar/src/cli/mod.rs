@@ -71,14 +71,20 @@ fn run(arguments: Vec<OsString>) -> u8 {
             return if error.use_stderr() { exit::STOP_RECOVERY } else { exit::OK };
         }
     };
-    match &cli.command {
-        Command::Help { topic } => return help::print(topic.as_deref()),
-        Command::Reference { table } => return reference::run(*table),
-        _ => {}
-    }
-    let result = Config::load(cli.global.config.as_deref(), &cli.flags())
-        .and_then(|config| config.validate(needs(&cli.command)).map(|()| config))
-        .and_then(|config| execute(&cli, &config, &arguments));
+    // Also a command that fails because of its configuration is a trace.
+    let (config, problem) = match Config::load(cli.global.config.as_deref(), &cli.flags()) {
+        Ok(config) => {
+            let problem = config.validate(needs(&cli.command)).err();
+            (config, problem)
+        }
+        Err(error) => (Config::default(), Some(error)),
+    };
+    let problem = match &cli.command {
+        // They say the same whatever the configuration is.
+        Command::Help { .. } | Command::Reference { .. } => None,
+        _ => problem,
+    };
+    let result = execute(&cli, &config, problem, &arguments);
     match result {
         Ok(status) => status,
         Err(error) => {
@@ -128,7 +134,12 @@ const fn needs(command: &Command) -> Needs {
     }
 }
 
-fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Error> {
+fn execute(
+    cli: &Cli,
+    config: &Config,
+    problem: Option<Error>,
+    arguments: &[OsString],
+) -> Result<u8, Error> {
     // One thread: a commit crosses this program twice, and every hand-over between threads costs it tens
     // of microseconds (measured: docs/benchmarks.md). Telemetry exports on threads of its own.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -138,9 +149,15 @@ fn execute(cli: &Cli, config: &Config, arguments: &[OsString]) -> Result<u8, Err
     runtime.block_on(async {
         let telemetry = klio_telemetry::start(telemetry::options(cli, config))
             .map_err(|error| Error::new(Failure::Config, error))?;
-        let span = telemetry::root_span(cli.command.name(), arguments);
+        let span = telemetry::root_span(&cli.command, arguments);
         let trace = span.in_scope(klio_telemetry::current_trace_id);
-        let result = verb(cli, config, &telemetry).instrument(span.clone()).await;
+        let result = match problem {
+            Some(problem) => Err(problem),
+            None => {
+                let work = verb(cli, config, &telemetry);
+                telemetry::to_its_end(&cli.command, work).instrument(span.clone()).await
+            }
+        };
         telemetry::record(&span, &result);
         drop(span);
         let delivery = telemetry.shutdown(FLUSH_TIMEOUT).await;

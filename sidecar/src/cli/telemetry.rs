@@ -2,14 +2,16 @@
 
 use super::{
     args::{Cli, Command},
-    say,
+    say, stream,
 };
 use crate::{
     config::{Config, environment},
-    error::Error,
+    error::{Error, Failure},
 };
-use klio_telemetry::{Delivery, LogFormat, Options, propagate, redact::redact_arguments};
-use std::{collections::BTreeMap, ffi::OsString};
+use futures::FutureExt;
+use klio_proto::Code;
+use klio_telemetry::{Delivery, Options, propagate, redact::redact_arguments};
+use std::{collections::BTreeMap, ffi::OsString, panic::AssertUnwindSafe};
 use tracing::{Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -34,16 +36,15 @@ pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     if !telemetry.enabled {
         set("OTEL_SDK_DISABLED", "true");
     }
+    // As variables, so that a bad value is a warning like any other (P9).
+    set("KLIO_LOG_FORMAT", &telemetry.log_format);
+    set("RUST_LOG", &telemetry.log_level);
     Options {
         service: "klio",
         version: env!("CARGO_PKG_VERSION"),
         debug: cli.global.debug,
-        log_format: match telemetry.log_format.as_str() {
-            "json" => Some(LogFormat::Json),
-            "text" => Some(LogFormat::Text),
-            _ => None,
-        },
-        log_filter: Some(telemetry.log_level.clone()).filter(|level| !level.is_empty()),
+        log_format: None,
+        log_filter: None,
         overrides,
     }
 }
@@ -80,6 +81,34 @@ pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
     let words = arguments.iter().skip(1).map(|a| a.to_string_lossy().into_owned());
     span.set_attribute("cli.arguments", redact_arguments(words).join(" "));
     span
+}
+
+/// The command to its end. A panic is a failure, so that what is queued is flushed after it as well; so is a signal,
+/// for commands that do not listen to signals themselves.
+pub(super) async fn to_its_end(
+    command: &Command,
+    work: impl Future<Output = Result<u8, Error>>,
+) -> Result<u8, Error> {
+    let work = AssertUnwindSafe(work).catch_unwind();
+    let ended = if listens(command) {
+        work.await
+    } else {
+        let mut signals = stream::signals()?;
+        tokio::select! {
+            ended = work => ended,
+            () = stream::signalled(&mut signals) => {
+                return Err(Error::new(Failure::Stopped, "stopped by a signal"));
+            }
+        }
+    };
+    // The message and the place are on standard error already.
+    ended.unwrap_or_else(|_| Err(Error::new(Failure::Code(Code::Internal), "panicked")))
+}
+
+/// Whether the command knows itself what to do about a signal. PostgreSQL stops `wal-fetch` with SIGTERM and must see
+/// that it ended by it (RestoreArchivedFile() in src/backend/access/transam/xlogarchive.c), so nothing is caught there.
+const fn listens(command: &Command) -> bool {
+    !matches!(command, Command::Status(_) | Command::Check(_) | Command::List(_) | Command::Slot(_))
 }
 
 /// Marks the root span when the command failed.

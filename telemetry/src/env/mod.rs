@@ -257,9 +257,9 @@ fn traces(r: &mut Reader<'_>) -> TraceSettings {
     let on = exporters(r, "OTEL_TRACES_EXPORTER", &PUSH, Some(Signal::Traces));
     let mut otlp = otlp::parse(r, Signal::Traces);
     let (batch, timeout) = batch(r, "OTEL_BSP");
-    otlp.bound(timeout);
+    otlp::bound(&mut otlp, timeout);
     TraceSettings {
-        otlp: on.contains(&Exporter::Otlp).then_some(otlp),
+        otlp: otlp.filter(|_| on.contains(&Exporter::Otlp)),
         console: on.contains(&Exporter::Console),
         sampler: sampler(r),
         batch,
@@ -281,7 +281,7 @@ fn metrics(r: &mut Reader<'_>) -> MetricSettings {
     let on = exporters(r, "OTEL_METRICS_EXPORTER", &KNOWN, Some(Signal::Metrics));
     let mut otlp = otlp::parse(r, Signal::Metrics);
     // The SDK's thread reader ignores this one; as a bound on the request it does what it says.
-    otlp.bound(r.millis("OTEL_METRIC_EXPORT_TIMEOUT"));
+    otlp::bound(&mut otlp, r.millis("OTEL_METRIC_EXPORT_TIMEOUT"));
     let listen = Listen {
         host: r.text("OTEL_EXPORTER_PROMETHEUS_HOST").unwrap_or_else(|| "localhost".into()),
         port: r
@@ -291,7 +291,7 @@ fn metrics(r: &mut Reader<'_>) -> MetricSettings {
             .unwrap_or(9464),
     };
     MetricSettings {
-        otlp: on.contains(&Exporter::Otlp).then_some(otlp),
+        otlp: otlp.filter(|_| on.contains(&Exporter::Otlp)),
         console: on.contains(&Exporter::Console),
         prometheus: on.contains(&Exporter::Prometheus).then_some(listen),
         interval: r.millis("OTEL_METRIC_EXPORT_INTERVAL").unwrap_or(Duration::from_secs(60)),
@@ -306,9 +306,9 @@ fn logs(r: &mut Reader<'_>) -> LogSettings {
     let on = exporters(r, "OTEL_LOGS_EXPORTER", &PUSH, None);
     let mut otlp = otlp::parse(r, Signal::Logs);
     let (batch, timeout) = batch(r, "OTEL_BLRP");
-    otlp.bound(timeout);
+    otlp::bound(&mut otlp, timeout);
     LogSettings {
-        otlp: on.contains(&Exporter::Otlp).then_some(otlp),
+        otlp: otlp.filter(|_| on.contains(&Exporter::Otlp)),
         console: on.contains(&Exporter::Console),
         batch,
     }

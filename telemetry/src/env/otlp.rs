@@ -71,12 +71,10 @@ impl std::fmt::Debug for Otlp {
     }
 }
 
-impl Otlp {
-    /// Shortens the request's bound to `limit`, if that is shorter.
-    pub(super) fn bound(&mut self, limit: Option<Duration>) {
-        if let Some(limit) = limit {
-            self.timeout = self.timeout.min(limit);
-        }
+/// Shortens the request's bound to `limit`, if that is shorter.
+pub(super) fn bound(otlp: &mut Option<Otlp>, limit: Option<Duration>) {
+    if let (Some(otlp), Some(limit)) = (otlp, limit) {
+        otlp.timeout = otlp.timeout.min(limit);
     }
 }
 
@@ -99,24 +97,29 @@ pub(super) fn endpoint_given(r: &Reader<'_>, signal: Signal) -> bool {
     r.text(&deciding(r, signal, "ENDPOINT")).is_some()
 }
 
-pub(super) fn parse(r: &mut Reader<'_>, signal: Signal) -> Otlp {
+/// `None` when the endpoint is given and wrong: what was meant for one place must not go to another.
+pub(super) fn parse(r: &mut Reader<'_>, signal: Signal) -> Option<Otlp> {
     let protocol = protocol(r, signal);
+    let endpoint = endpoint(r, signal, protocol);
     let headers = deciding(r, signal, "HEADERS");
     let compression = deciding(r, signal, "COMPRESSION");
     let timeout = deciding(r, signal, "TIMEOUT");
     let (client_certificate, client_key) = identity(r, signal);
-    Otlp {
+    let headers = self::headers(r, &headers);
+    let gzip = r.choice(&compression, &[("gzip", true), ("none", false)]).unwrap_or(false);
+    let timeout = r.millis(&timeout).unwrap_or(Duration::from_secs(10));
+    Some(Otlp {
         signal,
         protocol,
-        endpoint: endpoint(r, signal, protocol),
+        endpoint: endpoint?,
         endpoint_variable: deciding(r, signal, "ENDPOINT"),
-        headers: self::headers(r, &headers),
-        gzip: r.choice(&compression, &[("gzip", true), ("none", false)]).unwrap_or(false),
-        timeout: r.millis(&timeout).unwrap_or(Duration::from_secs(10)),
+        headers,
+        gzip,
+        timeout,
         certificate: path(r, signal, "CERTIFICATE"),
         client_certificate,
         client_key,
-    }
+    })
 }
 
 fn protocol(r: &mut Reader<'_>, signal: Signal) -> Protocol {
@@ -163,14 +166,17 @@ fn identity(r: &mut Reader<'_>, signal: Signal) -> (File, File) {
     }
 }
 
-fn endpoint(r: &mut Reader<'_>, signal: Signal, protocol: Protocol) -> String {
+fn endpoint(r: &mut Reader<'_>, signal: Signal, protocol: Protocol) -> Option<String> {
     let variable = deciding(r, signal, "ENDPOINT");
     let insecure = deciding(r, signal, "INSECURE");
     let insecure = r.flag(&insecure);
     let given = r.parsed(&variable, "an address such as http://collector:4318", |text| {
         with_scheme(text, protocol, insecure)
     });
-    match (protocol, given) {
+    if given.is_none() && r.text(&variable).is_some() {
+        return None;
+    }
+    Some(match (protocol, given) {
         (Protocol::Grpc, Some(endpoint)) => endpoint,
         (Protocol::Grpc, None) => "http://localhost:4317".into(),
         (Protocol::Http, Some(endpoint)) if variable != general("ENDPOINT") => endpoint,
@@ -178,7 +184,7 @@ fn endpoint(r: &mut Reader<'_>, signal: Signal, protocol: Protocol) -> String {
             let base = given.unwrap_or_else(|| "http://localhost:4318".into());
             format!("{}/v1/{}", base.trim_end_matches('/'), signal.name())
         }
-    }
+    })
 }
 
 /// An absolute http(s) address. gRPC also takes `host:port`: TLS unless INSECURE says otherwise.

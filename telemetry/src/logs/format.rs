@@ -3,11 +3,18 @@
 //! Text: `time LEVEL target: span{fields}: message field=value trace_id=… span_id=… trace_flags=…`.
 //! JSON: one object, the event's fields beside `timestamp`, `level`, `target` and `message`; spans, outermost
 //! first, under `spans`. A field that would hide one of ours is renamed `field.<name>`.
+//! Secrets are taken out of fields and messages, whoever wrote them there.
 //! The ids are there exactly when the event happened inside a span.
 
-use crate::{LogFormat, ids};
+use crate::{
+    LogFormat, ids,
+    redact::{is_secret_name, redact},
+};
 use serde_json::{Map, Value};
-use std::fmt::{self, Write};
+use std::{
+    borrow::Cow,
+    fmt::{self, Write},
+};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tracing::{
     Event, Level, Subscriber,
@@ -22,11 +29,13 @@ use tracing_subscriber::{
 pub(crate) struct Line {
     format: LogFormat,
     ids: ids::Source,
+    colour: bool,
 }
 
 impl Line {
-    pub(crate) fn new(format: LogFormat, ids: ids::Source) -> Self {
-        Self { format, ids }
+    /// `colour` is for the level; fields are never coloured, or [`redact`] would not recognise them.
+    pub(crate) fn new(format: LogFormat, ids: ids::Source, colour: bool) -> Self {
+        Self { format, ids, colour }
     }
 }
 
@@ -49,7 +58,11 @@ where
         // Before any span's fields are borrowed: making ids up writes to the same place.
         let ids = span.as_ref().map(|span| self.ids.ids(span));
         match self.format {
-            LogFormat::Text => text(ctx, &mut writer, event, span.as_ref(), ids),
+            LogFormat::Text => {
+                write!(writer, "{} ", now())?;
+                level(&mut writer, event.metadata().level(), self.colour)?;
+                text(ctx, &mut writer, event, span.as_ref(), ids)
+            }
             LogFormat::Json => json::<S, N>(&mut writer, event, span.as_ref(), ids),
         }
     }
@@ -71,18 +84,18 @@ where
     N: for<'a> FormatFields<'a> + 'static,
 {
     let metadata = event.metadata();
-    write!(writer, "{} ", now())?;
-    level(writer, metadata.level())?;
     write!(writer, " {}: ", metadata.target())?;
     for span in span.into_iter().flat_map(|s| s.scope().from_root()) {
         writer.write_str(span.name())?;
         let extensions = span.extensions();
         match extensions.get::<FormattedFields<N>>().filter(|f| !f.is_empty()) {
-            Some(fields) => write!(writer, "{{{fields}}}: ")?,
+            Some(fields) => write!(writer, "{{{}}}: ", redact(&fields.fields))?,
             None => writer.write_str(": ")?,
         }
     }
-    ctx.format_fields(writer.by_ref(), event)?;
+    let mut fields = String::new();
+    ctx.format_fields(Writer::new(&mut fields), event)?;
+    writer.write_str(&redact(&fields))?;
     if let Some(ids) = ids {
         write!(
             writer,
@@ -93,8 +106,8 @@ where
     writeln!(writer)
 }
 
-fn level(writer: &mut Writer<'_>, level: &Level) -> fmt::Result {
-    if !writer.has_ansi_escapes() {
+fn level(writer: &mut Writer<'_>, level: &Level, colour: bool) -> fmt::Result {
+    if !colour {
         return write!(writer, "{:>5}", level.as_str());
     }
     let colour = match *level {
@@ -154,8 +167,19 @@ where
     let fields = extensions.get::<FormattedFields<N>>();
     let mut object: Map<String, Value> =
         fields.and_then(|f| serde_json::from_str(&f.fields).ok()).unwrap_or_default();
+    object.iter_mut().for_each(|(name, value)| clean(name, value));
     object.insert("name".into(), span.name().into());
     Value::Object(object)
+}
+
+/// As in text, where name and value stand together.
+fn clean(name: &str, value: &mut Value) {
+    let Value::String(text) = value else { return };
+    if is_secret_name(name) {
+        *text = "***".to_owned();
+    } else if let Cow::Owned(changed) = redact(text) {
+        *text = changed;
+    }
 }
 
 #[derive(Default)]
@@ -165,7 +189,8 @@ struct Fields {
 }
 
 impl Fields {
-    fn put(&mut self, field: &Field, value: Value) {
+    fn put(&mut self, field: &Field, mut value: Value) {
+        clean(field.name(), &mut value);
         match (field.name(), value) {
             ("message", Value::String(text)) => self.message = text,
             (name, value) => self.others.push((name.to_owned(), value)),

@@ -114,18 +114,17 @@ where
     let filter = env_filter(settings, debug).or(always);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(printer.writer)
-        .with_ansi(printer.colour)
+        .with_ansi(false)
         .log_internal_errors(false);
     layers.push(match settings.format {
         LogFormat::Text => lines
             .fmt_fields(DefaultFields::new())
-            .event_format(Line::new(LogFormat::Text, ids.clone()))
+            .event_format(Line::new(LogFormat::Text, ids.clone(), printer.colour))
             .with_filter(filter)
             .boxed(),
         LogFormat::Json => lines
-            .with_ansi(false)
             .fmt_fields(JsonFields::new())
-            .event_format(Line::new(LogFormat::Json, ids.clone()))
+            .event_format(Line::new(LogFormat::Json, ids.clone(), false))
             .with_filter(filter)
             .boxed(),
     });
