@@ -19,6 +19,7 @@ pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod programs;
+pub mod prometheus;
 pub mod promtool;
 pub mod proof;
 pub mod proxy;
@@ -26,6 +27,7 @@ pub mod s3;
 pub mod scratch;
 pub mod site;
 pub mod tls;
+pub mod traced;
 pub mod wait;
 pub mod workload;
 

@@ -1,27 +1,25 @@
-//! One trace id follows a segment from PostgreSQL to the bucket, and a collector that is not there changes nothing (P9).
+//! One trace id follows a segment from PostgreSQL to the bucket; spans are as many as segments, however many messages; and
+//! neither a collector that listens nor one that is not there changes anything (P9).
 
+use hyper::Method;
+use klio_pg::{Lsn, SegmentSize};
 use klio_tests::{
+    client::{self, Stream},
     install_crypto,
     otlp::{Collector, Span},
     ports,
     postgres::Postgres,
     process::Running,
-    s3::S3,
+    s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
+    traced::{Traced, check_all, is_put, variables},
     wait::eventually_now,
 };
-use std::time::{Duration, Instant};
-
-/// Variables of both programs.
-fn variables(endpoint: &str) -> [(&'static str, String); 4] {
-    [
-        ("OTEL_TRACES_EXPORTER", "otlp".into()),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.into()),
-        // Batches leave soon, so that a test need not wait for the default of five seconds.
-        ("OTEL_BSP_SCHEDULE_DELAY", "100".into()),
-        ("RUST_LOG", "info,klio_server=debug".into()),
-    ]
-}
+use std::{
+    collections::BTreeMap,
+    fs,
+    time::{Duration, Instant},
+};
 
 fn stream(site: &Site, pg: &Postgres, endpoint: &str) -> Running {
     let mut command = site.klio_command(Some(pg), &["stream"]);
@@ -38,8 +36,9 @@ async fn end_segment(pg: &Postgres) -> klio_pg::Lsn {
 }
 
 /// From the upload's request up to the sidecar's span, each the child of the next.
-const CHAIN: [(&str, &str); 6] = [
+const CHAIN: [(&str, &str); 7] = [
     ("tier2.request", "klio-server"),
+    ("tier2.upload", "klio-server"),
     ("offload", "klio-server"),
     ("wal.publish", "klio-server"),
     ("wal.seal", "klio-server"),
@@ -68,7 +67,7 @@ async fn one_trace_follows_a_segment_from_postgres_to_the_bucket() {
         site.set(name, &value);
     }
     site.start().await;
-    let _stream = stream(&site, &pg, &collector.endpoint());
+    let sidecar = stream(&site, &pg, &collector.endpoint());
     pg.write_wal(2 << 20).await;
     let end = end_segment(&pg).await;
     site.wait_archived(end).await;
@@ -103,6 +102,13 @@ async fn one_trace_follows_a_segment_from_postgres_to_the_bucket() {
     let line =
         line.unwrap_or_else(|| panic!("no line about sealing with trace id {trace}:\n{log}"));
     assert!(line.contains(segment.as_str()), "{line}");
+    let log = sidecar.log();
+    assert!(log.lines().any(|l| l.contains(trace.as_str()) && l.contains(segment)), "{log}");
+    // Many messages, one span: they are counted in it.
+    let messages = |span: &Span| span.attributes["messages"].parse::<u64>().expect("a count");
+    assert!(messages(receive) > 1 && messages(receive) == messages(send), "{receive:?} {send:?}");
+    assert_eq!(receive.attributes["bytes"], send.attributes["bytes"]);
+    check_all(&spans, &[&s3.settings().secret_key]);
 }
 
 fn names(spans: &[Span]) -> Vec<(String, String)> {
@@ -143,4 +149,130 @@ async fn a_dead_collector_changes_nothing_and_is_one_warning() {
     assert!(begin.elapsed() < Duration::from_secs(15), "stopped after {:?}", begin.elapsed());
     assert_eq!(warnings(&site.log()), 1, "{}", site.log());
     assert_eq!(warnings(&sidecar.log()), 1, "{}", sidecar.log());
+}
+
+const SEGMENTS: u64 = 4;
+const MESSAGE_BYTES: u64 = 8 << 10;
+
+fn segment_size() -> SegmentSize {
+    SegmentSize::new(1 << 20).expect("a size")
+}
+
+/// The first byte that is streamed: the start of a segment.
+fn first() -> Lsn {
+    Lsn::new(16 << 20)
+}
+
+/// Streams whole segments in small messages, each durable before the next, and the beginning of one more; waits until the
+/// bucket has them.
+async fn send_segments(site: &Site, segments: u64) -> u64 {
+    let (size, end) = (segment_size(), first().advance((segments << 20) + MESSAGE_BYTES));
+    let channel = client::connect(site, &site.bundle()).await.expect("connect");
+    let mut stream =
+        Stream::open(&channel, client::open("main", size, first())).await.expect("open");
+    let (mut at, mut messages) = (first(), 0);
+    while at < end {
+        stream.append(at, client::wal(at, MESSAGE_BYTES as usize, size, 1)).await;
+        at = at.advance(MESSAGE_BYTES);
+        stream.flushed(at).await.expect("an acknowledgement");
+        messages += 1;
+    }
+    site.wait_archived(first().advance(segments << 20)).await;
+    messages
+}
+
+/// Telemetry.md, section 2: spans per segment or request, never per message.
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_are_as_many_as_segments_however_many_messages_there_are() {
+    let mut traced = Traced::new("text").await;
+    let messages = send_segments(&traced.site, SEGMENTS).await;
+    assert_eq!(messages, SEGMENTS * 128 + 1);
+    traced.site.stop().await; // everything is flushed
+    let spans = traced.collector.spans();
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for span in &spans {
+        *counts.entry(span.name.as_str()).or_default() += 1;
+    }
+    let count = |name: &str| counts.get(name).copied().unwrap_or(0);
+    // The segment that has only begun ends with the stream.
+    assert_eq!(count("wal.receive"), SEGMENTS + 1, "{counts:?}");
+    assert_eq!([count("wal.stream"), count("wal.seal")], [1, SEGMENTS], "{counts:?}");
+    // The comparison of the tiers may queue a segment once more.
+    for name in ["wal.publish", "offload", "tier2.upload"] {
+        assert!((SEGMENTS..=2 * SEGMENTS).contains(&count(name)), "{name}: {counts:?}");
+    }
+    let whole =
+        spans.iter().filter(|s| s.name == "wal.receive" && s.attributes.contains_key("messages"));
+    for span in whole.clone() {
+        assert_eq!([&span.attributes["messages"], &span.attributes["bytes"]], ["128", "1048576"]);
+    }
+    assert_eq!(whole.count() as u64, SEGMENTS);
+    // Of whatever kind: far fewer than messages, also with the questions of this test (`klio status`).
+    let of_wal = spans.iter().filter(|s| !["catalog.status", "cli.run"].contains(&s.name.as_str()));
+    let of_wal = of_wal.count() as u64;
+    assert!(of_wal < 25 * SEGMENTS && of_wal < messages / 4, "{of_wal}: {counts:?}");
+    check_all(&spans, &[&traced.s3.settings().secret_key]);
+}
+
+/// Each attempt is a span that says which repetition it is and how it ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_requests_to_the_bucket_are_spans_with_retries_and_an_error_type() {
+    let traced = Traced::new("text").await;
+    traced
+        .s3
+        .faults()
+        .inject(Rule::always(Fault::InternalError).on(Method::PUT).path("main/wal").times(2));
+    send_segments(&traced.site, 1).await;
+    let retried = |s: &Span| s.name == "tier2.request" && s.attributes["retries"] == "2";
+    let good = traced.span("a second repetition", |s| retried(s) && !s.failed).await;
+    let failed =
+        traced.collector.spans().into_iter().filter(|s| s.name == "tier2.request" && s.failed);
+    let failed: Vec<Span> = failed.collect();
+    assert_eq!(failed.len(), 2, "{failed:?}");
+    for (number, span) in failed.iter().enumerate() {
+        let shown = ["retries", "error.type", "http.response.status_code"]
+            .map(|k| span.attributes[k].as_str());
+        assert_eq!(shown, [number.to_string().as_str(), "http_5xx", "500"]);
+        assert_eq!((&span.trace, &span.parent), (&good.trace, &good.parent), "one operation");
+    }
+    check_all(&traced.collector.spans(), &[&traced.s3.settings().secret_key]);
+}
+
+/// Every WAL object of the bucket, byte for byte.
+fn wal_objects(s3: &S3) -> BTreeMap<String, Vec<u8>> {
+    let keys = s3.keys("klio/main/wal");
+    let read = |key: &String| fs::read(s3.bucket_dir().join(key)).expect("an object");
+    keys.iter().map(|key| (key.clone(), read(key))).collect()
+}
+
+/// Telemetry is observation only: with everything on and with everything off the same bytes are stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_stored_is_the_same_with_and_without_telemetry() {
+    install_crypto();
+    let mut stored = Vec::new();
+    for on in [true, false] {
+        let (collector, s3) = (Collector::new().await, S3::new());
+        // Unencrypted: ciphertext is never the same twice.
+        let mut site = Site::unencrypted().await.tier2(&s3);
+        if on {
+            for (name, value) in variables(&collector.endpoint()) {
+                site.set(name, &value);
+            }
+            site.set("OTEL_LOGS_EXPORTER", "otlp");
+            site.set("OTEL_METRICS_EXPORTER", "prometheus,otlp");
+        } else {
+            site.set("OTEL_SDK_DISABLED", "true");
+        }
+        site.start().await;
+        send_segments(&site, 2).await;
+        site.stop().await;
+        assert_eq!(collector.spans().iter().any(|s| is_put(s, "main/wal")), on);
+        stored.push(wal_objects(&s3));
+    }
+    let [with, without] = stored.as_slice() else { panic!("two runs") };
+    assert!(with.len() >= 2, "{:?}", with.keys());
+    assert_eq!(with.keys().collect::<Vec<_>>(), without.keys().collect::<Vec<_>>());
+    for (key, bytes) in with {
+        assert!(*bytes == without[key], "{key} differs");
+    }
 }
