@@ -10,11 +10,11 @@ use super::{
     Attempt, Parts,
     reconcile::publish,
     wal::{attempt_of, is_of_the_store},
-    worker::{Process, RETRY_MAX, Turns, pause},
+    worker::{Process, Turns, pause, read_job},
 };
 use crate::{
     base::BaseStore,
-    queue::{BaseJob, JobError, Queue, job::base_subjects_of},
+    queue::{BaseJob, Queue, job::base_subjects_of},
 };
 use async_nats::jetstream::{AckKind, Message};
 use bytes::Bytes;
@@ -81,15 +81,11 @@ impl BaseWork {
     }
 
     async fn process_job(&self, message: &Message, delivered: i64) -> AckKind {
-        let job = match BaseJob::decode(&message.payload) {
-            Ok(job) if job.cluster == self.cluster => job,
-            Ok(job) => return self.refuse(&format!("a job of {} came here", job.cluster)),
-            Err(error @ JobError::Version(_)) => return self.refuse(&error.to_string()),
-            Err(error) => {
-                // Nothing can ever read it, and the object it meant is found by comparing.
-                tracing::error!(cluster = %self.cluster, %error, "a job that is none is dropped");
-                return AckKind::Term;
-            }
+        let problem = |why| self.base.archives().problem(&self.cluster, None, why);
+        let decoded = BaseJob::decode(&message.payload);
+        let job = match read_job(&self.cluster, decoded, |job| &job.cluster, problem) {
+            Ok(job) => job,
+            Err(answer) => return answer,
         };
         let span = tracing::info_span!(
             "offload",
@@ -107,13 +103,6 @@ impl BaseWork {
             message.headers.as_ref()?.get(key).map(|value| value.as_str().to_owned())
         });
         self.offload(&job, delivered).instrument(span).await
-    }
-
-    /// Left in the queue for a server that understands it.
-    fn refuse(&self, problem: &str) -> AckKind {
-        tracing::warn!(cluster = %self.cluster, problem, "a job is left in the queue");
-        self.base.archives().problem(&self.cluster, None, problem.to_owned());
-        AckKind::Nak(Some(RETRY_MAX))
     }
 
     async fn offload(&self, job: &BaseJob, delivered: i64) -> AckKind {

@@ -2,9 +2,9 @@
 
 use super::{
     Attempt, Parts,
-    worker::{Process, RETRY_MAX, Turns, pause},
+    worker::{Process, Turns, pause, read_job},
 };
-use crate::queue::{Job, JobError, Queue, job::subjects_of};
+use crate::queue::{Job, Queue, job::subjects_of};
 use async_nats::jetstream::{AckKind, Message};
 use futures::{FutureExt, future::BoxFuture};
 use klio_storage::{
@@ -48,15 +48,11 @@ impl WalWork {
     }
 
     async fn process_job(&self, message: &Message, delivered: i64) -> AckKind {
-        let job = match Job::decode(&message.payload) {
-            Ok(job) if job.cluster == self.cluster => job,
-            Ok(job) => return self.refuse(&format!("a job of {} came here", job.cluster)),
-            Err(error @ JobError::Version(_)) => return self.refuse(&error.to_string()),
-            Err(error) => {
-                // Nothing can ever read it, and the file it meant is found by comparing.
-                tracing::error!(cluster = %self.cluster, %error, "a job that is none is dropped");
-                return AckKind::Term;
-            }
+        let problem = |why| self.parts.archives.problem(&self.cluster, None, why);
+        let decoded = Job::decode(&message.payload);
+        let job = match read_job(&self.cluster, decoded, |job| &job.cluster, problem) {
+            Ok(job) => job,
+            Err(answer) => return answer,
         };
         let span = tracing::info_span!(
             "offload",
@@ -75,13 +71,6 @@ impl WalWork {
             message.headers.as_ref()?.get(key).map(|value| value.as_str().to_owned())
         });
         self.offload(&job, delivered).instrument(span).await
-    }
-
-    /// Left in the queue for a server that understands it.
-    fn refuse(&self, problem: &str) -> AckKind {
-        tracing::warn!(cluster = %self.cluster, problem, "a job is left in the queue");
-        self.parts.archives.problem(&self.cluster, None, problem.to_owned());
-        AckKind::Nak(Some(RETRY_MAX))
     }
 
     async fn offload(&self, job: &Job, delivered: i64) -> AckKind {

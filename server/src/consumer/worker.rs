@@ -4,7 +4,7 @@
 //! W2  redelivered without end; the pause doubles up to five minutes, with jitter.
 //! W3  a long upload, or a wait for a slot, tells the queue that it goes on.
 
-use crate::queue::{Connection, Queue, STREAM};
+use crate::queue::{Connection, JobError, Queue, STREAM};
 use async_nats::jetstream::{
     AckKind, Message,
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
@@ -164,6 +164,29 @@ async fn handle(work: &dyn Process, message: Message) {
     if let Err(error) = message.ack_with(answer).await {
         tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
     }
+}
+
+/// The job in a message, or what becomes of a message without one of this cluster. `problem` is told why one is left
+/// in the queue, for a server that understands it.
+pub(super) fn read_job<T>(
+    cluster: &ClusterName,
+    job: Result<T, JobError>,
+    whose: impl Fn(&T) -> &ClusterName,
+    problem: impl FnOnce(String),
+) -> Result<T, AckKind> {
+    let why = match job {
+        Ok(job) if whose(&job) == cluster => return Ok(job),
+        Ok(job) => format!("a job of {} came here", whose(&job)),
+        Err(error @ JobError::Version(_)) => error.to_string(),
+        Err(error) => {
+            // Nothing can ever read it, and what it meant is found by comparing.
+            tracing::error!(%cluster, %error, "a job that is none is dropped");
+            return Err(AckKind::Term);
+        }
+    };
+    tracing::warn!(%cluster, problem = why, "a job is left in the queue");
+    problem(why);
+    Err(AckKind::Nak(Some(RETRY_MAX)))
 }
 
 /// A cluster's turns at the slots that all clusters share.
