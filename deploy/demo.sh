@@ -2,7 +2,8 @@
 # The main job, narrated, on scratch directories: a real PostgreSQL, klio-server with its embedded queue,
 # a real S3 endpoint, `klio stream`, load, a SIGKILL in the middle, and the proof that nothing is missing; a base backup,
 # an accidental DELETE and the way back to the moment before it; a drill; the loss of the server's disk and of the primary,
-# and a restore from the bucket alone.
+# a restore from the bucket alone, and a new server that goes on with the same bucket. Ends with the metrics of both programs
+# and with the trace id of the backup, found in the logs of both; copies of these stay in target/demo.
 #
 #   deploy/demo.sh            runs and cleans up
 #   deploy/demo.sh --keep     leaves everything running and says how to go on by hand
@@ -90,7 +91,7 @@ say "http://127.0.0.1:$S3PORT, bucket 'backups'"
 
 step "3. klio-server: configuration, certificates and a client bundle, all from one command"
 "$BIN/klio-server" init "$WORK/server" --cluster demo --listen "127.0.0.1:$GRPC" --admin-listen "127.0.0.1:$ADMIN" | show
-cat >>"$WORK/server/klio-server.toml" <<TOML
+SETTINGS=$(cat <<TOML
 
 [tier2]
 url = "s3://backups/klio"
@@ -102,9 +103,12 @@ secret_access_key = "demosecret"
 [queue]
 executable = "$NATS"
 TOML
+)
+printf '%s\n' "$SETTINGS" >>"$WORK/server/klio-server.toml"
+# --debug: log lines carry the trace ids that an exporter would send. A collector takes them with OTEL_TRACES_EXPORTER=otlp.
 start_server() {
   start klio-server env OTEL_METRICS_EXPORTER=prometheus OTEL_EXPORTER_PROMETHEUS_HOST=127.0.0.1 \
-    OTEL_EXPORTER_PROMETHEUS_PORT="$PROM" "$BIN/klio-server" run -c "$WORK/server/klio-server.toml"
+    OTEL_EXPORTER_PROMETHEUS_PORT="$PROM" "$BIN/klio-server" --debug run -c "$WORK/server/klio-server.toml"
   wait_for 30 "klio-server ready" curl -sf "http://127.0.0.1:$ADMIN/readyz"
 }
 start_server
@@ -126,12 +130,14 @@ step "4. klio check: is everything fit?"
 klio check -c "$BUNDLE" 2>&1 | show || :
 
 step "5. klio stream: from now on every byte of WAL goes to the server"
-if [ "$(id -u)" = 0 ]; then # no runuser in between: its pid would not be klio's
-  start klio-stream setpriv --reuid postgres --regid postgres --init-groups "$BIN/klio" stream -c "$BUNDLE"
-else
-  start klio-stream "$BIN/klio" stream -c "$BUNDLE"
-fi
-wait_for 30 "streaming" sh -c "'$BIN/klio' status -c '$BUNDLE' --json | grep -q '\"connected\": *true'"
+start_stream() {
+  local command=(env OTEL_METRICS_EXPORTER=prometheus "$BIN/klio" --debug stream --admin "127.0.0.1:$SIDE" -c "$BUNDLE")
+  # No runuser in between: its pid would not be klio's.
+  [ "$(id -u)" = 0 ] && command=(setpriv --reuid postgres --regid postgres --init-groups "${command[@]}")
+  start klio-stream "${command[@]}"
+  wait_for 30 "streaming" sh -c "'$BIN/klio' status -c '$BUNDLE' --json | grep -q '\"connected\": *true'"
+}
+start_stream
 sql "alter system set synchronous_standby_names = 'klio'" ; sql "select pg_reload_conf()" >/dev/null
 say "and PostgreSQL is told to wait for it (synchronous_standby_names = 'klio'):"
 say "a COMMIT returns only when its WAL is fsynced on klio-server. RPO 0."
@@ -171,7 +177,9 @@ done
 say "$same segments compared with 'age -d | zstd -d' and cmp: all equal, across the crash"
 
 step "9. klio backup: a base backup of the running PostgreSQL"
-klio backup -c "$BUNDLE" 2>&1 | show
+klio backup --debug -c "$BUNDLE" 2>"$WORK/klio-backup.log" | show
+TRACE=$(sed -n 's/.*trace_id=\([0-9a-f]\{32\}\).*/\1/p' "$WORK/klio-backup.log" | head -n 1)
+[ -n "$TRACE" ] || fail "the backup logged no trace id"
 klio list backups -c "$BUNDLE" | show
 
 step "10. More work, and an accident"
@@ -203,10 +211,7 @@ as_pg "$PGBIN/pg_ctl" -D "$WORK/db/pitr" -m fast stop >/dev/null
 step "12. klio drill: prove that a restore works, before it is needed"
 klio drill -c "$BUNDLE" 2>&1 | show
 
-step "13. Metrics (http://127.0.0.1:$PROM/metrics)"
-curl -sf "http://127.0.0.1:$PROM/metrics" | grep -E '^klio_(wal|consumer|queue|base|backup)_' | grep -v _bucket | sort | head -n 30 | show
-
-step "14. The worst day: the server's disk and the primary are lost. What is left: the bucket and the key"
+step "13. The worst day: the server's disk and the primary are lost. What is left: the bucket and the key"
 LAST=$(sql "select pg_walfile_name(pg_switch_wal())")
 sql "create table after_all(x int)"
 wait_for 60 "segment $LAST archived" test -s "$SEGMENTS/$LAST.zst.age"
@@ -234,15 +239,51 @@ start_copy bucket "$NEW"
   || fail "balances and history differ"
 say "PostgreSQL is back from the bucket alone in $((SECONDS - T)) s; $(sql_at "$NEW" "select count(*) from pgbench_history") transactions of pgbench, and the sums agree"
 
+step "14. Life goes on: a new klio-server with the same key and bucket, and the restored PostgreSQL streams to it"
+"$BIN/klio-server" init "$WORK/server" --cluster demo --listen "127.0.0.1:$GRPC" --admin-listen "127.0.0.1:$ADMIN" >/dev/null
+cp "$WORK/safe/identity.txt" "$WORK/server/$(basename "$IDENTITY")"
+printf '%s\n' "$SETTINGS" >>"$WORK/server/klio-server.toml"
+cp "$WORK/server/clients/klio@demo/"* "$WORK/sidecar/"
+[ "$(id -u)" = 0 ] && chown -R postgres "$WORK/sidecar"
+export KLIO_POSTGRES__DSN="host=$WORK/sock port=$NEW user=postgres dbname=postgres"
+start_server
+start_stream
+sql_at "$NEW" "insert into orders (what) values ('the first one after it')"
+LAST=$(sql_at "$NEW" "select pg_walfile_name(pg_switch_wal())")
+sql_at "$NEW" "create table after_switch_2(x int)"
+wait_for 60 "segment $LAST archived" test -s "$WORK/s3/backups/klio/demo/wal/${LAST:0:8}/$LAST.zst.age"
+klio status -c "$BUNDLE" | show || :
+
+step "15. What it measured and what it did"
+OUT=$PWD/target/demo; rm -rf "$OUT"; mkdir -p "$OUT"
+curl -sf "http://127.0.0.1:$PROM/metrics" >"$OUT/klio-server.metrics.txt" || fail "scrape klio-server"
+curl -sf "http://127.0.0.1:$SIDE/metrics" >"$OUT/klio-stream.metrics.txt" || fail "scrape klio stream"
+cp "$WORK/klio-backup.log" "$WORK/klio-server.log" "$WORK/klio-stream.log" "$OUT/"
+grep -hE '^klio_(wal_(written_total|latest_written|lag)|consumer_(written_total|latest)|queue_messages|stream_connected|base_snapshots|recovery_)' \
+  "$OUT"/*.metrics.txt | sort -u | head -n 20 | show
+say "The backup of step 9 is one trace, from the command to the bucket. Its id in the logs of both programs:"
+for log in klio-backup klio-server; do
+  lines=$(grep -c "trace_id=$TRACE" "$OUT/$log.log") || fail "trace id $TRACE is not in $log.log"
+  say "\$ grep $TRACE target/demo/$log.log   # $lines lines"
+  sed -nE "s/^([^ ]+) +([A-Z]+) .*: (backup begins|backup committed|a backup is complete|a backup is in tier 2) .* (trace_id=$TRACE) .*/\\1 \\2 \\3 ... \\4/p" \
+    "$OUT/$log.log" | show
+done
+
 step "Done in $((SECONDS - STARTED)) s"
 if $KEEP; then
+  say "Metrics:  http://127.0.0.1:$PROM/metrics (klio-server)   http://127.0.0.1:$SIDE/metrics (klio stream)"
+else
+  say "Metrics:  file://$OUT/klio-server.metrics.txt   file://$OUT/klio-stream.metrics.txt"
+fi
+say "Trace id: $TRACE"
+if $KEEP; then
   PIDFILE=$WORK/pids; printf '%s\n' "${PIDS[@]}" >"$PIDFILE"
-  say "The restored PostgreSQL and the bucket are still running. Go on by hand:"
+  say "Everything is still running: PostgreSQL, klio-server, klio stream, the bucket. Go on by hand:"
   say "  psql -h $WORK/sock -p $NEW -U postgres postgres"
-  say "  $BIN/klio list backups -c $WORK/safe/bucket.toml --from s3://backups/klio --identity $WORK/safe/identity.txt --cluster demo"
+  say "  $( [ "$(id -u)" = 0 ] && echo 'runuser -u postgres -- ')$BIN/klio list -c $BUNDLE"
   say "Stop it:"
-  say "  $( [ "$(id -u)" = 0 ] && echo 'runuser -u postgres -- ')$PGBIN/pg_ctl -D $WORK/db/bucket stop; kill \$(cat $PIDFILE); rm -rf $WORK"
+  say "  $( [ "$(id -u)" = 0 ] && echo 'runuser -u postgres -- ')$PGBIN/pg_ctl -D $WORK/db/bucket stop -m fast; kill \$(cat $PIDFILE); rm -rf $WORK"
   trap - EXIT
 else
-  say "Everything is stopped and $WORK is removed. 'make demo DEMO_ARGS=--keep' leaves it running."
+  say "Everything is stopped and $WORK is removed. 'make demo DEMO_ARGS=--keep' leaves it running, with live metrics."
 fi
