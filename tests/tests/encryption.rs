@@ -2,10 +2,17 @@
 //! and the same bytes given back whatever was switched meanwhile (P2, P10).
 
 use klio_pg::{Lsn, SegmentName};
+use klio_storage::crypt::{Keys, recipients_of};
 use klio_tests::{
     install_crypto,
-    postgres::{Postgres, install::MAJORS},
+    postgres::{
+        Postgres,
+        install::{self, MAJORS},
+    },
+    programs,
+    proof::{Restorer, Source},
     s3::S3,
+    scratch::Scratch,
     site::{PATIENCE, Site},
     wait::eventually,
 };
@@ -243,6 +250,92 @@ async fn after_a_rotation_old_and_new_wal_is_given_back() {
     let status = site.status().await.expect("a status");
     assert_eq!(status["unarchived_files"].as_u64().unwrap_or(0), 0, "{status}");
     site.stop().await;
+}
+
+/// The recipients of every age file below a folder.
+fn recipients_below(folder: &Path) -> Vec<(PathBuf, Vec<String>)> {
+    let encrypted = files(folder).into_iter().filter(|f| f.extension().is_some_and(|e| e == "age"));
+    let read = |file: PathBuf| {
+        let bytes = fs::read(&file).expect("readable");
+        let to = recipients_of(&bytes).unwrap_or_else(|| panic!("{}: for whom?", file.display()));
+        (file, to)
+    };
+    encrypted.map(read).collect()
+}
+
+/// P5, P10: after a rotation and a rewrap of both tiers, all there is restores without the old identity.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_rewrap_of_both_tiers_the_old_identity_may_be_thrown_away() {
+    install_crypto();
+    let (s3, pg) = (S3::new(), Postgres::builder().start().await);
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let stream = site.stream(&pg);
+    pg.execute("create table t as select generate_series(1, 1000) g").await;
+    let outcome = site.klio(Some(&pg), &["backup"]).await;
+    assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    pg.execute("insert into t select generate_series(1001, 2000)").await;
+    let end = pg.switch_wal().await.segment_start(pg.segment_size().await);
+    site.wait_archived(end).await;
+    let bucket = s3.bucket_dir().join("klio/main");
+    eventually("the backup in tier 2", PATIENCE, || async {
+        fs::read_dir(bucket.join("backups")).is_ok_and(|mut found| found.next().is_some())
+    })
+    .await;
+    drop(stream);
+    site.stop().await;
+
+    let identity = site.identity().expect("init made one");
+    let old = fs::read_to_string(&identity).expect("readable");
+    let [old_name, new_name] = {
+        let rotated = site.server_tool(&["key", "rotate"]).await;
+        assert_eq!(rotated.code, Some(0), "{}", rotated.stderr);
+        assert!(
+            rotated.stdout.contains("WAL that is in tier 2 already stays"),
+            "{}",
+            rotated.stdout
+        );
+        let both = fs::read_to_string(&identity).expect("readable");
+        let own = Keys::from_text(&both, &[]).expect("identities").own();
+        [own[1].clone(), own[0].clone()]
+    };
+    let secret = bucket.join("repository.json.age");
+    let to = |file: &Path| recipients_of(&fs::read(file).expect("readable")).expect("named");
+    assert_eq!(to(&secret), [new_name.clone()], "the secret is wrapped again without asking");
+    let before = recipients_below(&bucket);
+    assert!(before.iter().any(|(_, to)| *to == [old_name.clone()]), "{before:?}");
+
+    let rewrapped = site.server_tool(&["key", "rewrap", "--rewrap-wal"]).await;
+    assert_eq!(rewrapped.code, Some(0), "{}", rewrapped.stderr);
+    for part in ["nothing on tier 1 needs an older", "nothing in tier 2 needs an older"] {
+        assert!(rewrapped.stdout.contains(part), "{part}: {}", rewrapped.stdout);
+    }
+    for (file, to) in [recipients_below(&bucket), recipients_below(&site.tier1())].concat() {
+        assert_eq!(to, [new_name.clone()], "{}", file.display());
+    }
+    let again = site.server_tool(&["key", "rewrap", "--rewrap-wal"]).await;
+    assert!(again.stdout.contains("wrote 0 WAL files again in tier 2"), "{}", again.stdout);
+
+    let both = fs::read_to_string(&identity).expect("readable");
+    fs::write(&identity, both.strip_suffix(&old).expect("the old one is last")).expect("written");
+    site.start().await;
+    site.wait_archived(end).await;
+    let status = site.status().await.expect("a status");
+    assert_eq!(status["unarchived_files"].as_u64().unwrap_or(0), 0, "{status}");
+    for source in [Source::Server, Source::Bucket] {
+        let scratch = Scratch::new("rewrapped");
+        install::give(scratch.path());
+        let mut restored = Postgres::empty(install::DEBIAN_MAJOR);
+        let to = restored.data_dir().display().to_string();
+        let args = ["restore", "--latest", "--target-action", "promote", "--to", &to];
+        let restorer = Restorer::new(&site, &s3, source, &scratch);
+        let outcome = programs::run(restorer.command(&args.map(str::to_owned))).await;
+        assert_eq!(outcome.code, Some(0), "{source:?}: {}{}", outcome.stdout, outcome.stderr);
+        restored.adopt();
+        restored.start().await;
+        restored.wait_true("select not pg_is_in_recovery()").await;
+        assert_eq!(restored.value("select count(*) from t").await, "2000", "{source:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

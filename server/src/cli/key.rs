@@ -3,15 +3,17 @@
 //! - The new identity is in the identity file, durably and before the old ones, before anything is encrypted for it. The
 //!   old ones stay there: a stop at any point leaves everything readable, and `key rewrap` goes on.
 //! - The server is stopped meanwhile: whoever has tier 1 has its lock.
+//! - An object of tier 2 is written over only by one that was proven to hold the same, in one request, and is read back:
+//!   at every moment there is one that the identity file opens (P5). A second exception to U4, beside verification.
+
+mod far;
 
 use super::keygen;
 use crate::{config::Config, encryption::KeyProblem};
 use anyhow::{Context, bail};
-use bytes::Bytes;
-use futures::TryStreamExt;
 use klio_storage::{
     catalog::archive_file,
-    crypt::{self, AtRest, HEADER_LIMIT_BYTES, IdentityText, Keys},
+    crypt::{self, AtRest, IdentityText, Keys},
     disk::{Disk, RealDisk, durable},
     layout::{BaseObject, ClusterName, WalFile},
     tier2::Tier2,
@@ -60,7 +62,7 @@ pub struct RewrapArgs {
     /// The server's configuration file.
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
-    /// Also write sealed WAL of tier 1 again; objects in tier 2 stay as they are.
+    /// Also write sealed WAL again, in both tiers: each byte of WAL in the bucket is read, written and read once more.
     #[arg(long)]
     pub rewrap_wal: bool,
 }
@@ -142,6 +144,9 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
         }
         if args.rewrap_wal {
             rewrap_wal(&store, &cluster)?;
+            if let Some(tier2) = &tier2 {
+                far::rewrap_wal(&store, tier2, &cluster, keys).await?;
+            }
         }
     }
     drop(store);
@@ -152,12 +157,16 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
     for (recipient, files) in left {
         println!("{files} files on tier 1 still need the identity of {recipient}: keep it");
     }
-    if tier2.is_some() {
-        println!(
-            "WAL that is in tier 2 already stays for the identity it was written for: keep that one as long as you keep the WAL"
-        );
+    match &tier2 {
+        Some(tier2) if args.rewrap_wal => far::tell_still_needed(tier2, keys).await,
+        Some(_) => {
+            println!(
+                "WAL that is in tier 2 already stays for the identity it was written for: keep that one; hint: klio-server key show --tier2 counts it, klio-server key rewrap --rewrap-wal writes it again"
+            );
+            Ok(())
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn rewrap_secret(store: &WalStore, cluster: &ClusterName, keys: &Keys) -> anyhow::Result<()> {
@@ -254,28 +263,10 @@ async fn show(args: &ShowArgs) -> anyhow::Result<()> {
         }
     }
     if let (true, Some(tier2)) = (args.tier2, &config.tier2) {
-        in_bucket(&Tier2::open(tier2)?, &mut found).await?;
+        let locked = far::locked(&Tier2::open(tier2)?).await?;
+        found.extend(locked.into_iter().map(|(key, to)| ("tier 2".into(), key, to)));
     }
     print_table(&found, &own, args.files);
-    Ok(())
-}
-
-async fn in_bucket(
-    tier2: &Tier2,
-    found: &mut Vec<(String, String, Vec<String>)>,
-) -> anyhow::Result<()> {
-    for cluster in tier2.clusters().await? {
-        for object in tier2.list_prefix(cluster.as_str()).await? {
-            if !object.key.ends_with(".age") {
-                continue;
-            }
-            let length = object.size.min(HEADER_LIMIT_BYTES as u64);
-            let download = tier2.download_range(&object.key, 0, Some(length)).await?;
-            let head: Vec<Bytes> = download.try_collect().await?;
-            let recipients = crypt::recipients_of(&head.concat()).unwrap_or_default();
-            found.push(("tier 2".into(), object.key, recipients));
-        }
-    }
     Ok(())
 }
 
