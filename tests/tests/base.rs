@@ -185,6 +185,15 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
     assert_eq!(base.backups().await.expect("a list").backups, []);
     let bytes = &made.of(BaseKind::Data)[0].1;
     base.put(lost, bytes).await.expect("stored");
+    // A disk cut it short: it is there, and not whole.
+    let pack = site.tier1().join(lost.key(&"main".parse().expect("a name")));
+    let whole = bytes.len() as u64;
+    let cut = std::fs::OpenOptions::new().write(true).open(&pack).expect("stored on tier 1");
+    cut.set_len(whole - 1).expect("cut");
+    let sizes = [format!("expected {whole} bytes"), format!("found {}", whole - 1)];
+    let words = [sizes[0].as_str(), sizes[1].as_str()];
+    expect(base.commit(&made.record).await, Code::Incomplete, &words);
+    std::fs::write(&pack, bytes).expect("whole again");
     let mut wrong = made.record.clone();
     wrong.system_identifier = "5".into();
     expect(base.commit(&wrong).await, Code::WrongSystem, &[]);
