@@ -81,10 +81,10 @@ impl Inner {
         if kept > 0 || gone == Lsn::ZERO {
             return Ok(());
         }
-        let Some(horizon) = self.raise(cluster, line.timeline, Lsn::ZERO, gone).await? else {
+        if self.raise(cluster, line.timeline, Lsn::ZERO, gone).await?.is_none() {
             return Ok(());
-        };
-        if let Err(error) = expire_far(tier2, cluster, size, &horizon, outcome).await {
+        }
+        if let Err(error) = expire_far(tier2, cluster, size, (line.timeline, gone), outcome).await {
             tracing::error!(%cluster, %error, "WAL that nobody needs stays in tier 2");
             outcome.held_back.push(format!("remove WAL from tier 2: {error}"));
         }
@@ -173,17 +173,20 @@ impl Inner {
     }
 }
 
-/// Takes from tier 2 what lies below the horizon, oldest first, but the timeline's last object.
+/// Takes from tier 2 what lies below the plan's position, oldest first, but the timeline's last object.
+///
+/// P6: the plan's, and not that of the horizon: on a new server, whose tier 1 began in the middle, the horizon begins
+/// there, too, and what lies below is what every older backup needs.
 async fn expire_far(
     tier2: &Tier2,
     cluster: &ClusterName,
     size: SegmentSize,
-    horizon: &Horizon,
+    (timeline, below): (TimelineId, Lsn),
     outcome: &mut MaintenanceOutcome,
 ) -> Result<(), Error> {
     let prefix = format!("{cluster}/wal");
     let mut objects: Vec<(SegmentName, String, u64)> = Vec::new();
-    for object in tier2.list_prefix(&format!("{prefix}/{}", horizon.timeline)).await? {
+    for object in tier2.list_prefix(&format!("{prefix}/{timeline}")).await? {
         let relative = object.key.strip_prefix(&prefix).map(|r| r.trim_start_matches('/'));
         if let Some((WalFile::Segment(name) | WalFile::Partial(name), _)) =
             relative.and_then(WalFile::parse_stored)
@@ -195,7 +198,7 @@ async fn expire_far(
     let last = objects.last().map(|(name, ..)| *name);
     for (name, key, bytes) in objects {
         let end = name.start_lsn(size).map(|start| start.advance(size.bytes()));
-        if Some(name) == last || end.is_none_or(|end| end > horizon.held_from) {
+        if Some(name) == last || end.is_none_or(|end| end > below) {
             continue;
         }
         tier2.remove(&key).await?;
