@@ -132,6 +132,12 @@ impl Site {
         self.port
     }
 
+    /// Port of the server's metrics page.
+    #[must_use]
+    pub fn prometheus_port(&self) -> u16 {
+        self.prometheus
+    }
+
     /// The bundle's configuration file.
     #[must_use]
     pub fn bundle(&self) -> PathBuf {
