@@ -19,7 +19,9 @@ mod pour;
 mod run;
 mod scratch;
 mod settings;
+mod settle;
 mod source;
+mod strip;
 mod target;
 mod wal;
 

@@ -9,6 +9,8 @@ use super::{
     delta::{Leftovers, remove},
     local, of_storage,
     place::{Meaning, Places},
+    settle::Settler,
+    strip::Strip,
 };
 use crate::error::{Error, Failure};
 use klio_proto::Code;
@@ -31,7 +33,7 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Chunks of one piece of work: 16 MiB with chunks of 128 KiB.
+/// Chunks of one piece of work: 9 MiB with chunks of 72 KiB.
 const PIECE_CHUNKS: usize = 128;
 /// Pieces between the two sides, per worker.
 const QUEUE: usize = 16;
@@ -180,22 +182,29 @@ impl Pour {
         };
         let (sender, receiver) = sync_channel::<Piece>(QUEUE * self.threads);
         let receiver = Mutex::new(receiver);
+        let (settler, settling) = Settler::new();
         let span = tracing::Span::current();
-        let poured = thread::scope(|scope| {
-            for _ in 0..self.threads {
-                scope.spawn(|| {
-                    let _span = span.enter();
-                    let mut buffer = Vec::new();
-                    while let Some(piece) = next(&receiver) {
-                        // Goes on receiving after a failure, or the other side would wait for ever.
-                        if !halt.is_cancelled()
-                            && let Err(error) = self.write(&piece, &mut buffer, &halt)
-                        {
-                            fail(error);
-                        }
-                    }
-                });
+        let work = |settler: &Settler| {
+            let _span = span.enter();
+            let mut buffer = Vec::new();
+            while let Some(piece) = next(&receiver) {
+                // Goes on receiving after a failure, or the other side would wait for ever.
+                if !halt.is_cancelled()
+                    && let Err(error) = self.write(&piece, &mut buffer, &halt)
+                {
+                    fail(error);
+                }
+                settler.poured(self.progress.written.load(Relaxed));
             }
+        };
+        let poured = thread::scope(|scope| {
+            let sync = move || settling.run(&self.places).unwrap_or_else(fail);
+            scope.spawn(sync);
+            for _ in 0..self.threads {
+                let settler = settler.clone();
+                scope.spawn(move || work(&settler));
+            }
+            drop(settler);
             let fed = self.feed(&sender, &halt);
             drop(sender);
             fed
@@ -321,6 +330,7 @@ impl Pour {
         let failed = |error: io::Error| local("write", &whole.path, &error);
         let file = whole.open(self.delta).map_err(failed)?;
         let chunks = whole.chunks().iter().enumerate().skip(piece.first).take(PIECE_CHUNKS);
+        let mut strip = Strip::default();
         for (number, id) in chunks {
             if halt.is_cancelled() {
                 return Err(super::stopped());
@@ -332,11 +342,12 @@ impl Pour {
                 if chunk.len() as u64 != length {
                     return Err(wrong_length(&whole.path, offset, length, chunk.len()));
                 }
-                file.write_all_at(&chunk, offset).map_err(failed)?;
+                strip.add(&file, offset, chunk).map_err(failed)?;
                 self.progress.written.fetch_add(length, Relaxed);
             }
             self.progress.bytes.fetch_add(length, Relaxed);
         }
+        strip.write(&file).map_err(failed)?;
         if whole.left.fetch_sub(1, AcqRel) == 1 {
             *whole.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
             dress(&file, &whole.entry).map_err(failed)?;

@@ -74,7 +74,7 @@ impl fmt::Debug for Secret {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
     /// Bytes of a chunk, a multiple of PostgreSQL's page. Smaller ones find more that is the same between two
-    /// backups, and cost more for each byte (dependencies.md has the measurements that chose 128 KiB).
+    /// backups, and cost more for each byte (docs/benchmarks.md has the measurements that chose nine pages).
     pub chunk_size: ByteSize,
     /// zstd level, 1 to 22; 0 stores uncompressed.
     pub compression_level: i32,
@@ -85,7 +85,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { chunk_size: ByteSize::kib(128), compression_level: 1, pack_size: ByteSize::mib(16) }
+        Self { chunk_size: ByteSize::kib(72), compression_level: 1, pack_size: ByteSize::mib(16) }
     }
 }
 
