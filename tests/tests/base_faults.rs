@@ -26,8 +26,14 @@ struct Rig {
 
 /// A server and a streaming PostgreSQL.
 async fn rig(builder: klio_tests::postgres::Builder) -> Rig {
+    rig_with(builder, &[]).await
+}
+
+/// The same with these variables of the server.
+async fn rig_with(builder: klio_tests::postgres::Builder, variables: &[(&str, &str)]) -> Rig {
     install_crypto();
     let mut site = Site::new().await;
+    variables.iter().for_each(|(name, value)| site.set(name, value));
     site.start().await;
     let pg = builder.start().await;
     let stream = site.stream(&pg);
@@ -202,6 +208,85 @@ async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
     let restored = rig.restored().await;
     assert_eq!(restored.value("select count(*) from after").await, "5");
     assert_eq!(restored.timeline().await.get(), 3);
+}
+
+/// pg_control names the old timeline until the checkpoint that follows a promotion is done; WAL is of the new one at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_begun_right_after_a_promotion_is_of_the_new_timeline() {
+    let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
+    rig.pg.execute("create table t as select generate_series(1, 1000) g").await;
+    let standby = rig.pg.standby().await;
+    let end = rig.pg.write_wal(1).await;
+    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    rig.pg.stop(Stop::Immediate).await;
+    let sql = "select pid from pg_stat_activity where backend_type = 'checkpointer'";
+    let pid: i32 = standby.value(sql).await.parse().expect("a process id");
+    let checkpointer = rustix::process::Pid::from_raw(pid).expect("a process id");
+    let send = |signal| rustix::process::kill_process(checkpointer, signal).expect("signalled");
+    send(rustix::process::Signal::STOP);
+    assert_eq!(standby.value("select pg_promote(true, 60)").await, "t");
+    let control = "select timeline_id from pg_control_checkpoint()";
+    assert_eq!(standby.value(control).await, "1", "the checkpoint is not done");
+    let _stream = rig.site.stream(&standby);
+    let mut backup = rig.start_backup_of(&standby, &[]);
+    backup.wait_log("phase=\"checkpoint", PATIENCE).await;
+    send(rustix::process::Signal::CONT);
+    let status = backup.wait_exit(PATIENCE).await;
+    assert!(status.success(), "{}", backup.log());
+    let listed = rig.site.klio(None, &["list", "--json"]).await.stdout;
+    let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let record = &listed["backups"][0]["backup"];
+    let timelines = [&record["start_timeline"], &record["stop_timeline"]];
+    assert_eq!(timelines, [2, 2], "{listed}");
+    standby.execute("create table after as select generate_series(1, 5) g").await;
+    rig.site.wait_flushed(standby.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value("select count(*) from after").await, "5");
+    assert_eq!(restored.timeline().await.get(), 3);
+}
+
+/// What a prune leaves behind a backup that named packs which were just being removed.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_names_packs_that_are_gone_spoils_no_later_backup() {
+    // Or the server puts the index right by itself before anybody looks.
+    let off = [("KLIO_MAINTENANCE__ENABLED", "false")];
+    let rig = &mut rig_with(Postgres::builder(), &off).await;
+    rig.pg.execute("create table t as select generate_series(1, 20000) g").await;
+    rig.backup().await;
+    let main = rig.site.tier1().join("main");
+    for folder in ["backups", "base/snapshots", "base/data"] {
+        for file in all_files(&main.join(folder)) {
+            fs::remove_file(file).expect("removed");
+        }
+    }
+    // Its own verification is of this backup, which is whole.
+    let mut backup = rig.site.klio_command(Some(&rig.pg), &["backup"]);
+    backup.env("KLIO_BACKUP__MAINTENANCE", "false");
+    let outcome = programs::run(backup).await;
+    assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    let verified = rig.site.klio(None, &["verify"]).await;
+    assert_ne!(verified.code, Some(0), "{}", verified.stdout);
+    let told = format!("{}{}", verified.stdout, verified.stderr);
+    assert!(told.contains("hint: klio retention apply"), "{told}");
+    let applied = rig.site.klio(None, &["retention", "apply"]).await;
+    assert_eq!(applied.code, Some(0), "{}{}", applied.stdout, applied.stderr);
+    let verified = rig.site.klio(None, &["verify", "--read-data", "all"]).await;
+    assert_eq!(verified.code, Some(0), "{}{}", verified.stdout, verified.stderr);
+    rig.backup().await;
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value("select count(*) from t").await, "20000");
+}
+
+fn all_files(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        match entry.path().is_dir() {
+            true => found.extend(all_files(&entry.path())),
+            false => found.push(entry.path()),
+        }
+    }
+    found
 }
 
 /// Relations of two segments (files of 1 GB, mostly holes) are vacuumed and dropped while they are read.

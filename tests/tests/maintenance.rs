@@ -10,6 +10,7 @@ use klio_tests::{
     base_client::{Base, make, segment_size},
     client::{self, Stream},
     install_crypto,
+    process::{Descendant, Running, descendants},
     s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
     wait::eventually,
@@ -402,6 +403,106 @@ async fn credentials_that_only_read_are_told_and_nothing_is_lost() {
     assert_eq!(code, 41, "{outcome:?}");
     let (code, outcome) = setup.apply().await;
     assert_eq!((code, outcome.expired.len()), (0, 2), "{outcome:?}");
+}
+
+/// P6: what is only in a bucket that is not asked any more is neither lost nor near.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_bucket_that_holds_them_evicted_backups_raise_an_alarm_and_nothing_goes() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.evicted.len()), (0, 2), "{outcome:?}");
+    for name in ["URL", "ENDPOINT", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"] {
+        setup.site.unset(&format!("KLIO_TIER2__{name}"));
+    }
+    setup.restart().await;
+    // With a policy that would name nothing but what is out of reach, the one on tier 1 stays as well.
+    let (code, plan): (i32, RetentionPlan) = setup.klio(&["retention", "plan"]).await;
+    assert_eq!((code, plan.alarms.len()), (3, 1), "{plan:?}");
+    for part in ["b1 and 1 more", "no [tier2]", "hint: put the bucket"] {
+        assert!(plan.alarms[0].contains(part), "{part}: {:?}", plan.alarms);
+    }
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 3, "{outcome:?}");
+    assert_eq!(setup.site.metrics().await.sum("klio_maintenance_alarm", &[]), 1.0);
+    for (name, near) in [("b1", false), ("b2", false), ("b3", true)] {
+        assert_eq!(setup.base.entry(name).await.0.tier1, near, "{name}");
+    }
+    let s3 = &setup.s3;
+    setup.site.set_tier2(s3);
+    setup.restart().await;
+    eventually("the bucket to be listed", PATIENCE, || async {
+        setup.klio::<RetentionPlan>(&["retention", "plan"]).await.0 == 0
+    })
+    .await;
+    assert_eq!(setup.names().await, ["b1", "b2", "b3"]);
+    assert_eq!(setup.verify().await.0, 0);
+}
+
+fn age(args: &[&std::ffi::OsStr], to: &Path) {
+    let status = std::process::Command::new("age").arg("-o").arg(to).args(args).status();
+    assert!(status.expect("age runs").success(), "age {args:?}");
+}
+
+/// As when encryption was switched on or off after a segment was archived.
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_of_one_wal_file_in_different_forms_are_repaired_from_each_other() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let segment = format!("wal/00000001/{}.zst", Setup::segment(4));
+    let (plain, near, far) = (
+        setup.tier1().join(&segment),
+        setup.tier1().join(format!("{segment}.age")),
+        setup.tier2().join(format!("{segment}.age")),
+    );
+    let identity = setup.site.identity().expect("encryption is on");
+    age(&["-d".as_ref(), "-i".as_ref(), identity.as_os_str(), near.as_os_str()], &plain);
+    fs::remove_file(&near).expect("it was there");
+    let content = fs::read(&plain).expect("readable");
+    for (damaged, tier) in [(&far, "tier2"), (&plain, "tier1")] {
+        flip(damaged);
+        let (code, outcome) = setup.verify().await;
+        assert_eq!(code, 41, "{tier}: {outcome:?}");
+        assert_eq!((outcome.repaired.len(), outcome.repaired[0].tier.as_str()), (1, tier));
+        assert_eq!(setup.verify().await.0, 0, "{tier} once more");
+        assert_eq!(fs::read(&plain).expect("readable"), content);
+        let opened = setup.site.scratch(&format!("opened-{tier}"));
+        age(&["-d".as_ref(), "-i".as_ref(), identity.as_os_str(), far.as_os_str()], &opened);
+        assert_eq!(fs::read(opened).expect("readable"), content);
+    }
+}
+
+/// M5: the child is not the server. Its death fails what it was doing, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_death_of_the_child_alone_is_told_and_the_next_run_goes_on() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    let server = setup.site.server().pid();
+    let is_ours = |child: &Descendant| {
+        let line = fs::read(format!("/proc/{}/cmdline", child.pid())).unwrap_or_default();
+        String::from_utf8_lossy(&line).split('\0').any(|word| word == "repository")
+    };
+    for verb in [&["retention", "apply"][..], &["verify"]] {
+        // It asks the bucket, and waits there.
+        setup.s3.faults().inject(Rule::always(Fault::Hang).path("base"));
+        let log = setup.site.scratch(&format!("killed-{}.log", verb[0]));
+        let mut running = Running::spawn("klio", setup.site.klio_command(None, verb), &log);
+        let child = eventually("the child", PATIENCE, || async {
+            descendants(server).into_iter().find(is_ours)
+        })
+        .await;
+        child.kill9();
+        let status = running.wait_exit(PATIENCE).await;
+        setup.s3.faults().heal();
+        assert!(!status.success(), "{verb:?}: {}", running.log());
+        assert!(running.log().contains("child"), "the reason is named: {}", running.log());
+        assert!(setup.site.server().is_running());
+    }
+    let failed = [("outcome", "failed")];
+    assert!(setup.site.metrics().await.sum("klio_maintenance_runs_total", &failed) >= 1.0);
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 0, "{outcome:?}\n{}", setup.site.log());
+    assert_eq!(setup.names().await, ["b3"]);
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    setup.backup(4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

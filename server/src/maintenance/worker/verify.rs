@@ -2,8 +2,9 @@
 //! secrets against their checksums, the structure by the repository's own check, WAL by `verify_wal.rs`.
 //!
 //! A copy that is proven bad, or missing where it must be, is written again from a copy in the other tier
-//! that was proven good a moment before, and read once more: the one exception to U4. What cannot be
+//! that was proven good a moment before, and read once more: an exception to U4. What cannot be
 //! read for other reasons (a bucket that does not answer) ends the run: it says nothing about the data.
+//! Where the good copy has another form (encrypted or not), what it holds is written in the form of the bad one.
 
 use super::{Ground, verify_wal};
 use crate::maintenance::protocol::{Finding, Step, VerifyBackup, VerifyJob, VerifyResult};
@@ -54,6 +55,9 @@ pub(super) enum Copy {
 /// Whether bytes are what they should be; the text says what is wrong.
 pub(super) type Judge<'a> = &'a dyn Fn(&[u8]) -> Result<(), String>;
 
+/// Makes a good copy of something else.
+pub(super) type Instead<'a> = &'a mut dyn FnMut(&mut Checker<'_>) -> Result<Option<Bytes>, Error>;
+
 /// What has been found so far.
 pub(super) struct Checker<'a> {
     pub(super) ground: &'a Ground,
@@ -87,7 +91,7 @@ impl Checker<'_> {
     }
 
     /// Reads a copy and judges it.
-    fn copy(&mut self, tier: Tier, key: &str, judge: Judge<'_>) -> Result<Copy, Error> {
+    pub(super) fn copy(&mut self, tier: Tier, key: &str, judge: Judge<'_>) -> Result<Copy, Error> {
         let read = match tier {
             Tier::One => {
                 let path = self.ground.root.join(key);
@@ -125,13 +129,33 @@ impl Checker<'_> {
         owners: &dyn Fn() -> Vec<BackupName>,
         judge: Judge<'_>,
     ) -> Result<(), Error> {
+        self.prove_or(key, expected, owners, judge, &mut |_| Ok(None))
+    }
+
+    /// The same; when there is no good copy, `instead` may make one of something else.
+    pub(super) fn prove_or(
+        &mut self,
+        key: &str,
+        expected: [bool; 2],
+        owners: &dyn Fn() -> Vec<BackupName>,
+        judge: Judge<'_>,
+        instead: Instead<'_>,
+    ) -> Result<(), Error> {
         let tiers = [Tier::One, Tier::Two];
         let [one, two] = [self.copy(Tier::One, key, judge)?, self.copy(Tier::Two, key, judge)?];
         let copies = [one, two];
-        let good = copies.iter().find_map(|copy| match copy {
+        let mut good = copies.iter().find_map(|copy| match copy {
             Copy::Good(bytes) => Some(bytes.clone()),
             _ => None,
         });
+        let wrong = |(copy, expected): (&Copy, bool)| match copy {
+            Copy::Good(_) => false,
+            Copy::Bad(_) => true,
+            Copy::Missing => expected,
+        };
+        if good.is_none() && copies.iter().zip(expected).any(wrong) {
+            good = instead(self)?.filter(|bytes| judge(bytes).is_ok());
+        }
         for ((tier, copy), expected) in tiers.into_iter().zip(&copies).zip(expected) {
             let problem = match copy {
                 Copy::Good(_) => continue,
@@ -294,6 +318,11 @@ impl Checker<'_> {
                 Some(file) => owners(&needs, file),
                 None => names.to_vec(),
             };
+            // Asked for some backups, what none of them needs is not their damage.
+            let is_pack = problem.file.is_some_and(|file| file.kind == BaseKind::Data);
+            if !job.all && is_pack && owners.is_empty() {
+                continue;
+            }
             let damage = Damage { tier: "both".into(), key, problem: problem.detail };
             self.damaged(damage, owners);
         }

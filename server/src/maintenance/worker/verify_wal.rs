@@ -4,8 +4,9 @@
 //! From start to stop of each backup all of it; behind that, a share where it was asked for. That nothing
 //! is missing in between is the server's to say, which knows the open segment, too.
 
-use super::verify::Checker;
+use super::verify::{Checker, Copy, Tier};
 use crate::maintenance::protocol::{Archived, VerifyJob};
+use bytes::Bytes;
 use klio_pg::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory};
 use klio_storage::{
     Error, Op,
@@ -43,10 +44,36 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
     for (file, form, expected, bytes, owners) in chosen {
         let key = file.key_in(&checker.ground.cluster, form);
         let judge = |stored: &[u8]| judge(file, form, stored, size, job, &at_rest);
-        checker.prove(&key, expected, &|| owners.clone(), &judge)?;
+        let mut instead =
+            |checker: &mut Checker<'_>| in_form(checker, file, form, size, job, &at_rest);
+        checker.prove_or(&key, expected, &|| owners.clone(), &judge, &mut instead)?;
         checker.done(bytes);
     }
     Ok(())
+}
+
+/// What a file holds in its other form, in this one: the tiers may have it in different forms, as when encryption was
+/// switched on in between.
+fn in_form(
+    checker: &mut Checker<'_>,
+    file: WalFile,
+    form: Form,
+    size: SegmentSize,
+    job: &VerifyJob,
+    at_rest: &AtRest,
+) -> Result<Option<Bytes>, Error> {
+    let key = file.key_in(&checker.ground.cluster, form.other());
+    let fits = |stored: &[u8]| judge(file, form.other(), stored, size, job, at_rest);
+    for tier in [Tier::One, Tier::Two] {
+        let Copy::Good(bytes) = checker.copy(tier, &key, &fits)? else { continue };
+        let keys = at_rest.need(file)?;
+        let made = match form {
+            Form::Plain => keys.unwrap(&bytes)?.to_vec(),
+            Form::Age => keys.wrap(&bytes)?,
+        };
+        return Ok(Some(made.into()));
+    }
+    Ok(None)
 }
 
 /// Both tiers' listings.
