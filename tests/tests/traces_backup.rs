@@ -180,7 +180,10 @@ async fn one_trace_follows_a_backup_from_the_command_to_the_bucket() {
         assert!(span.failed && span.attributes["error.type"] == "INVALID", "{span:?}");
         assert!(name == "cli.backup" || span.exceptions == ["INVALID"], "{span:?}");
     }
-    assert!(named(&spans, &failed.trace, "base.reserve").iter().any(|s| s.failed), "{spans:?}");
+    let trace = failed.trace.clone();
+    let refusal = |s: &Span| s.trace == trace && s.name == "base.reserve" && s.failed;
+    let refusal = traced.span("the server's refusal", refusal).await;
+    assert_eq!(refusal.attributes["error.type"], "INVALID");
     let secret = &traced.s3.settings().secret_key;
     check_all(&spans, &[secret]);
 
