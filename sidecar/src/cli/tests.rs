@@ -103,6 +103,7 @@ async fn every_wrong_way_to_call_it_stops_recovery() {
     drop(closed);
     let config = configure(folder.path(), &address);
     let path = folder.path().join("x").display().to_string();
+    let bucket = format!("file://{}", folder.path().display());
     for arguments in [
         &["wal-fetch"][..],
         &["wal-fetch", SEGMENT],
@@ -113,6 +114,8 @@ async fn every_wrong_way_to_call_it_stops_recovery() {
         &["--config", "/does/not/exist", "wal-fetch", SEGMENT, &path],
         &["--config", &config, "wal-fetch", "../../etc/passwd", &path],
         &["--config", &config, "wal-fetch", SEGMENT, &path, "--timeout", "100ms"],
+        &["--config", &config, "wal-fetch", SEGMENT, &path, "--from", "file:///does/not/exist"],
+        &["-c", &config, "wal-fetch", SEGMENT, &path, "--from", &bucket, "--identity", "/none"],
     ] {
         assert_eq!(klio(arguments).await, 200, "{arguments:?}");
     }
