@@ -29,14 +29,13 @@ static RAW_URL: LazyLock<Regex> =
 static SCHEME: LazyLock<Regex> =
     LazyLock::new(|| pattern(r#"(?i)\b(bearer|basic)(\s+|%20)[^\s"',;]{4,}"#));
 
-/// A name and what stands before its value: `name = `, `name: `, `"name":`, also escaped or percent-encoded.
+/// A name and what stands before its value: `name = `, `name: `, `"name":`, also escaped or percent-encoded; and a flag
+/// with its value as the next word, `--name value` or `"--name", "value"`.
 static SETTING: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(&format!(r#"(?i)(?:\b|--?)({SECRET_NAME})(?:\\*["'])?\s*(?:=|:|%3d)\s*"#))
+    pattern(&format!(
+        r#"(?i)\b({SECRET_NAME})(?:\\*["'])?\s*(?:=|:|%3d)\s*|(?:^|[\s"'(\[])--?({SECRET_NAME})(?:\\*["'])?,?\s+"#
+    ))
 });
-
-/// `--name value`.
-static FLAG_AND_VALUE: LazyLock<Regex> =
-    LazyLock::new(|| pattern(&format!(r#"(?i)(^|\s)(--?{SECRET_NAME}\s+)([^\s\-][^\s]*)"#)));
 
 static FLAG: LazyLock<Regex> = LazyLock::new(|| pattern(&format!("(?i)^--?{SECRET_NAME}$")));
 
@@ -54,6 +53,16 @@ pub fn redact(text: &str) -> Cow<'_, str> {
         return Cow::Borrowed(text);
     }
     let step = KEY.replace_all(text, MASK);
+    let step = replace(step, &RAW_URL, |c| {
+        let (user, rest) = (&c[2], &c[3]);
+        let first = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let port = !first.is_empty() && first.bytes().all(|b| b.is_ascii_digit());
+        // A path with an @ in it, behind a host with its port.
+        if port {
+            return c[0].to_owned();
+        }
+        format!("{}{user}:{MASK}@", &c[1])
+    });
     let step = replace(step, &URL, |c| {
         // The user name is no secret when a password follows; alone it may be a token.
         match c[2].split_once(':') {
@@ -61,22 +70,11 @@ pub fn redact(text: &str) -> Cow<'_, str> {
             None => format!("{}{MASK}@", &c[1]),
         }
     });
-    let step = replace(step, &RAW_URL, |c| {
-        let (user, rest) = (&c[2], &c[3]);
-        let first = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        let port = !first.is_empty() && first.bytes().all(|b| b.is_ascii_digit());
-        // A path with an @ in it, behind a host with its port or a password that is masked.
-        if port || first.contains(MASK) {
-            return c[0].to_owned();
-        }
-        format!("{}{user}:{MASK}@", &c[1])
-    });
     let step = replace(step, &SCHEME, |c| format!("{}{}{MASK}", &c[1], &c[2]));
-    let step = match settings(&step) {
+    match settings(&step) {
         Some(changed) => Cow::Owned(changed),
         None => step,
-    };
-    replace(step, &FLAG_AND_VALUE, |c| format!("{}{}{MASK}", &c[1], &c[2]))
+    }
 }
 
 fn replace<'a>(
@@ -95,8 +93,13 @@ fn settings(text: &str) -> Option<String> {
     let mut out = String::new();
     let mut done = 0;
     while let Some(found) = SETTING.captures_at(text, done) {
-        let (Some(all), Some(name)) = (found.get(0), found.get(1)) else { break };
-        let (open, value) = value(&text[..all.start()], &text[all.end()..], name.as_str());
+        let (Some(all), Some(name)) = (found.get(0), found.get(1).or(found.get(2))) else { break };
+        let rest = &text[all.end()..];
+        let (open, value) = match found.get(2) {
+            // The next flag: this one has no value.
+            Some(_) if rest.starts_with('-') => (0, ""),
+            _ => value(&text[..name.start()], rest, name.as_str()),
+        };
         out.push_str(&text[done..all.end() + open]);
         if !value.is_empty() {
             out.push_str(MASK);
@@ -129,7 +132,12 @@ fn quoted(body: &str, quote: u8, escapes: usize) -> usize {
     let (mut at, mut backslashes) = (0, 0);
     while at < bytes.len() {
         let here = bytes[at];
-        let plain = if escapes == 0 { backslashes % 2 == 0 } else { backslashes <= escapes };
+        let plain = match (quote, escapes) {
+            // The whole text may be quoted once more, and its backslashes doubled: in doubt it goes on.
+            (b'\'', 0) => backslashes == 0,
+            (_, 0) => backslashes % 2 == 0,
+            _ => backslashes <= escapes,
+        };
         if here == quote && plain {
             // SQL's way to write a quote is two of them.
             if quote == b'"' || bytes.get(at + 1) != Some(&quote) {
@@ -158,8 +166,8 @@ fn bare(before: &str, rest: &str, name: &str) -> usize {
         let over = match c {
             '\n' | '\r' => true,
             '&' | '#' => query,
-            '"' => double,
-            '\'' => single && closes(&rest[at + 1..]),
+            '"' => double && !escaped,
+            '\'' => single && !escaped && closes(&rest[at + 1..]),
             // libpq: a backslash makes the next character a part of the value.
             c if c.is_whitespace() => !escaped && !line,
             _ => false,
@@ -168,7 +176,8 @@ fn bare(before: &str, rest: &str, name: &str) -> usize {
             end = at;
             break;
         }
-        escaped = c == '\\' && !escaped;
+        // Not counted: the text may be quoted once more, and its backslashes doubled.
+        escaped = c == '\\';
     }
     rest[..end].trim_end_matches(['\\', ')', ']', '}', ',', ';']).len()
 }

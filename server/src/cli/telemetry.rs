@@ -148,6 +148,13 @@ pub async fn traced(
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn a_panic_is_a_failure_so_that_what_is_queued_is_flushed_after_it() {
+        let error = caught(async { panic!("on purpose") }).await.unwrap_err();
+        assert_eq!(error.to_string(), "panicked");
+        assert!(interruptible(async { Ok(()) }).await.is_ok());
+    }
+
     #[test]
     fn the_console_exporter_never_writes_into_a_file_s_content() {
         let mut set = BTreeMap::from([("OTEL_LOGS_EXPORTER".to_owned(), "console".to_owned())]);

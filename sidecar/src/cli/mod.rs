@@ -42,6 +42,8 @@ use tracing::Instrument;
 
 /// How long the way out may wait for telemetry.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
+/// The same where PostgreSQL waits, once for every segment: a dead collector must not make recovery crawl (P9).
+const FETCH_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Runs the program with these arguments; gives its exit status.
 pub fn main(arguments: Vec<OsString>) -> u8 {
@@ -160,7 +162,11 @@ fn execute(
         };
         telemetry::record(&span, &result);
         drop(span);
-        let delivery = telemetry.shutdown(FLUSH_TIMEOUT).await;
+        let patience = match cli.command {
+            Command::WalFetch(_) => FETCH_FLUSH_TIMEOUT,
+            _ => FLUSH_TIMEOUT,
+        };
+        let delivery = telemetry.shutdown(patience).await;
         telemetry::epilogue(trace, delivery);
         result
     })

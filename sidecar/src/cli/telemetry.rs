@@ -131,3 +131,29 @@ pub(super) fn epilogue(trace: Option<String>, delivery: Delivery) {
         Delivery::Pending => say(&format!("trace {trace}: not all delivered in time")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    async fn ended(words: &[&str], work: impl Future<Output = Result<u8, Error>>) -> Error {
+        let cli = Cli::try_parse_from(words).unwrap();
+        to_its_end(&cli.command, work).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_so_that_what_is_queued_is_flushed_after_it() {
+        for words in [["klio", "status"], ["klio", "backup"]] {
+            let error = ended(&words, async { panic!("on purpose") }).await;
+            assert_eq!(error.failure, Failure::Code(Code::Internal));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_command_gives_is_what_is_given_on() {
+        let error =
+            ended(&["klio", "status"], async { Err(Error::new(Failure::Local, "x")) }).await;
+        assert_eq!(error.failure, Failure::Local);
+    }
+}

@@ -126,7 +126,15 @@ impl Receiver {
     /// # Panics
     /// When it cannot listen.
     pub async fn new(protocol: Protocol, tls: Option<&Tls>, answer: Answer) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen on loopback");
+        Self::on(0, protocol, tls, answer).await
+    }
+
+    /// Starts one on this port.
+    ///
+    /// # Panics
+    /// When it cannot listen there.
+    pub async fn on(port: u16, protocol: Protocol, tls: Option<&Tls>, answer: Answer) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("listen on loopback");
         let port = listener.local_addr().expect("an address").port();
         let arrivals = Arrivals::default();
         let mut tasks = JoinSet::new();

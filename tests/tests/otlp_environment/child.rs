@@ -60,6 +60,9 @@ async fn work() {
     measured(&telemetry);
     traced();
     many().await;
+    if variable("TEST_PANIC").is_some() {
+        panics().await;
+    }
     tokio::time::sleep(Duration::from_millis(number("TEST_WAIT", 0))).await;
     let flush = Duration::from_millis(number("TEST_FLUSH", 10_000));
     let begin = std::time::Instant::now();
@@ -116,6 +119,16 @@ fn traced() {
     });
     tracing::info!(target: "klio_test", "outside");
     tracing::debug!(target: "klio_test", "deep");
+}
+
+/// Something goes wrong for good, below a span.
+async fn panics() {
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async {
+        let _span = tracing::info_span!(target: "klio_test", "doomed").entered();
+        panic!("on purpose");
+    });
+    while tasks.join_next().await.is_some() {}
 }
 
 /// `TEST_SPANS` spans and lines more, `TEST_PACE` milliseconds between them.

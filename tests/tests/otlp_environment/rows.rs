@@ -1067,6 +1067,11 @@ pub const ROWS: &[Row] = &[
             ),
         ],
     ),
+    row(
+        "what was queued before a panic is flushed after it, with the span that it ended",
+        &[ENDPOINT, ("TEST_PANIC", "1"), ("OTEL_BSP_SCHEDULE_DELAY", "600000")],
+        &[Spans("work", 1, 1), Spans("doomed", 1, 1), Says("traces=Delivered")],
+    ),
     // Logs.
     row(
         "text by default, ids inside spans only",
