@@ -15,6 +15,7 @@ use klio_tests::{
     site::{PATIENCE, Site},
     wait::{eventually, eventually_now},
 };
+use regex::Regex;
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
@@ -135,6 +136,41 @@ fn the_printed_section_of_the_file_names_settings_that_both_programs_have() {
     for name in names {
         let row = format!("| `telemetry.{name}` |");
         assert_eq!(settings.matches(&row).count(), 2, "{row} of klio-server and of klio");
+    }
+}
+
+/// All of the telemetry crate's sources but its tests.
+fn sources(folder: &Path, text: &mut String) {
+    for entry in fs::read_dir(folder).expect("read the sources").flatten() {
+        let path = entry.path();
+        let is_tests = path.file_stem().is_some_and(|stem| stem == "tests");
+        if path.is_dir() && !is_tests {
+            sources(&path, text);
+        } else if path.is_file() && !is_tests {
+            text.push_str(&fs::read_to_string(&path).expect("read a source"));
+        }
+    }
+}
+
+#[test]
+fn the_warnings_of_the_troubleshooting_table_are_those_of_the_code() {
+    let mut code = String::new();
+    sources(&env::repository().join("telemetry/src"), &mut code);
+    let page = page();
+    let (_, table) = page.split_once("\n## Troubleshooting\n").expect("the table");
+    let (table, _) = table.split_once("\n## ").expect("something after it");
+    // Whole messages, and what was expected.
+    let texts = Regex::new(
+        r#"`(telemetry [a-z][^`=]*?|the collector [a-z][^`=]*?)(?: variable=[^`]*)?`|expected="([^"`]+)""#,
+    );
+    let texts = texts.expect("a pattern");
+    let found = texts.captures_iter(table).filter_map(|found| found.get(1).or(found.get(2)));
+    let found: Vec<&str> = found.map(|text| text.as_str()).filter(|t| *t != "...").collect();
+    assert!(found.len() >= 6, "{found:?}");
+    for text in found {
+        // The name of a variable is put in where the message is made.
+        let fixed = text.trim_start_matches("OTEL_EXPORTER_OTLP_CLIENT_KEY").trim();
+        assert!(code.contains(fixed), "no {fixed:?} in telemetry/src");
     }
 }
 
