@@ -168,8 +168,12 @@ impl StatusBoard {
         }
         let queue = self.queue.stats();
         let mut put = |name, value| out.push(Reading::plain(name, value));
-        put("klio.queue.messages", queue.messages as f64);
-        put("klio.queue.bytes", queue.bytes as f64);
+        if let Some(oldest) = queue.oldest_unix {
+            put("klio.queue.messages", queue.messages as f64);
+            put("klio.queue.bytes", queue.bytes as f64);
+            let age = if oldest > 0 { now_unix - oldest as f64 } else { 0.0 };
+            put("klio.queue.oldest_age", age.max(0.0));
+        }
         put("klio.queue.connected", f64::from(u8::from(queue.connected)));
         if let Ok((free, total)) = self.store.free_space() {
             put("klio.tier1.free_size", free as f64);

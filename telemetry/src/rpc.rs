@@ -4,7 +4,7 @@
 //! (<https://opentelemetry.io/docs/specs/semconv/rpc/rpc-metrics/>). One measurement a call, when its last
 //! byte, its error or its dropping ends it, so a stream counts once, however many messages it carries.
 //! Methods are named as the caller of [`RpcMeter::layer`] knows them; any other path is `_OTHER`, as the
-//! conventions ask, so that strangers cannot make series.
+//! conventions ask, and so is a method that a service of ours does not have: callers cannot make series.
 
 use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
@@ -47,6 +47,9 @@ const STATUS: [&str; 17] = [
 ];
 const CANCELLED: usize = 1;
 const UNKNOWN: usize = 2;
+/// What tonic answers to a method that the service does not have.
+const UNIMPLEMENTED: usize = 12;
+const OTHER: &str = "_OTHER";
 
 /// Which end of the calls this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +104,7 @@ impl RpcMeter {
         let known = method
             .split_once('/')
             .is_some_and(|(service, _)| self.0.services.iter().any(|known| known == service));
-        if known { method.to_owned() } else { "_OTHER".to_owned() }
+        if known { method.to_owned() } else { OTHER.to_owned() }
     }
 }
 
@@ -153,6 +156,9 @@ impl Call {
 impl Drop for Call {
     fn drop(&mut self) {
         let status = STATUS[self.status];
+        if self.status == UNIMPLEMENTED && self.meter.0.side == Side::Server {
+            self.method = OTHER.to_owned();
+        }
         let mut attributes = vec![
             KeyValue::new("rpc.system.name", "grpc"),
             KeyValue::new("rpc.method", std::mem::take(&mut self.method)),
@@ -327,5 +333,11 @@ mod tests {
     async fn a_path_of_no_service_of_ours_makes_no_series_of_its_own() {
         let (method, _) = measured("/random/4711", vec![trailers("12")], true).await;
         assert_eq!(method, "_OTHER");
+    }
+
+    #[tokio::test]
+    async fn a_method_that_a_service_does_not_have_makes_no_series_of_its_own() {
+        let (method, status) = measured("/klio.v1.Wal/Made4711", vec![trailers("12")], true).await;
+        assert_eq!((method.as_str(), status.as_str()), ("_OTHER", "UNIMPLEMENTED"));
     }
 }

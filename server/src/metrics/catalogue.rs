@@ -203,6 +203,12 @@ pub const CATALOGUE: &[Row] = &[
     ),
     plain("klio.queue.messages", Gauge, "", "messages stored in the JetStream queue"),
     plain("klio.queue.bytes", Gauge, "By", "bytes stored in the JetStream queue"),
+    plain(
+        "klio.queue.oldest_age",
+        Gauge,
+        "s",
+        "age of the oldest message in the JetStream queue, 0 when it is empty",
+    ),
     plain("klio.queue.connected", Gauge, "", "1 while the queue can be used, else 0"),
     plain("klio.tier1.free_size", Gauge, "By", "free space of tier 1's file system"),
     plain("klio.tier1.total_size", Gauge, "By", "size of tier 1's file system"),

@@ -32,7 +32,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -58,6 +58,8 @@ pub struct QueueStats {
     pub messages: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// Unix seconds of the oldest of them; 0 when there is none, `None` before anything was counted.
+    pub oldest_unix: Option<i64>,
     /// Whether jobs can be queued now.
     pub connected: bool,
 }
@@ -68,6 +70,8 @@ struct Shared {
     wanted: wanted::WantedSet,
     messages: AtomicU64,
     bytes: AtomicU64,
+    /// -1 before anything was counted, 0 when there is no job.
+    oldest_unix: AtomicI64,
     problem: Mutex<Option<String>>,
     /// Since when every publish has failed, and how many did.
     failing: Mutex<Option<(Instant, u32)>>,
@@ -132,6 +136,7 @@ impl Queue {
             wanted: wanted::WantedSet::default(),
             messages: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
+            oldest_unix: AtomicI64::new(-1),
             problem: Mutex::new(Some("starting".into())),
             failing: Mutex::default(),
         });
@@ -188,6 +193,7 @@ impl Queue {
         QueueStats {
             messages: self.shared.messages.load(Ordering::Relaxed),
             bytes: self.shared.bytes.load(Ordering::Relaxed),
+            oldest_unix: Some(self.shared.oldest_unix.load(Ordering::Relaxed)).filter(|t| *t >= 0),
             connected: self.shared.connection.borrow().is_some(),
         }
     }

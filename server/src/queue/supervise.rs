@@ -233,6 +233,11 @@ impl Shared {
     fn count(&self, info: &jetstream::stream::Info) {
         self.messages.store(info.state.messages, Ordering::Relaxed);
         self.bytes.store(info.state.bytes, Ordering::Relaxed);
+        let oldest = match info.state.messages {
+            0 => 0,
+            _ => info.state.first_timestamp.unix_timestamp().max(0),
+        };
+        self.oldest_unix.store(oldest, Ordering::Relaxed);
     }
 }
 
