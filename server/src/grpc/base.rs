@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
-use tracing::Instrument;
+use tracing::Span;
 
 /// A client that says nothing is let go after this.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -103,15 +103,6 @@ impl BaseService {
     }
 }
 
-/// A call's span, below the caller's where it sent one.
-fn span_of<T>(name: &'static str, request: &Request<T>) -> tracing::Span {
-    let span = tracing::info_span!("base", otel.name = name, otel.kind = "server");
-    klio_telemetry::propagate::adopt(&span, &|key| {
-        request.metadata().get(key).and_then(|value| value.to_str().ok()).map(str::to_owned)
-    });
-    span
-}
-
 fn caller<T>(request: &Request<T>, name: String) -> Caller {
     Caller { name, address: request.remote_addr().map(|address| address.ip()) }
 }
@@ -128,171 +119,128 @@ impl Base for BaseService {
         &self,
         request: Request<v1::OpenRepositoryRequest>,
     ) -> Result<Response<v1::OpenRepositoryResponse>, Status> {
-        let span = span_of("base.open_repository", &request);
-        async move {
-            let access = match request.get_ref().system_identifier {
-                0 => Access::Read,
-                _ => Access::Write,
-            };
-            let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
-            let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
-            let secret = self.base.open_repository(&cluster, asked.system).await?;
-            Ok(Response::new(v1::OpenRepositoryResponse {
-                secret: json("a secret", &secret)?,
-                compression_level: self.base.compression_level(),
-            }))
-        }
-        .instrument(span)
-        .await
+        let access = match request.get_ref().system_identifier {
+            0 => Access::Read,
+            _ => Access::Write,
+        };
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
+        let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
+        let secret = self.base.open_repository(&cluster, asked.system).await?;
+        Ok(Response::new(v1::OpenRepositoryResponse {
+            secret: json("a secret", &secret)?,
+            compression_level: self.base.compression_level(),
+        }))
     }
 
     async fn put_file(
         &self,
         request: Request<Streaming<v1::PutFileRequest>>,
     ) -> Result<Response<v1::PutFileResponse>, Status> {
-        let span = span_of("base.put_file", &request);
-        async move {
-            let identity = self.auth.identify(&request)?;
-            let mut inbound = request.into_inner();
-            let first = self.next(&mut inbound).await?;
-            let first =
-                first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
-            let cluster = permit(&identity, &first.cluster, Access::Write)?;
-            let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
-            let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
-            incoming.add(data).await?;
-            while let Some(message) = self.next(&mut inbound).await? {
-                incoming.add(piece(message.data)?).await?;
-            }
-            let existed = incoming.finish().await?;
-            Ok(Response::new(v1::PutFileResponse { existed }))
+        let identity = self.auth.identify(&request)?;
+        let mut inbound = request.into_inner();
+        let first = self.next(&mut inbound).await?;
+        let first =
+            first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
+        let cluster = permit(&identity, &first.cluster, Access::Write)?;
+        let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
+        Span::current().record("bytes", size);
+        let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
+        incoming.add(data).await?;
+        while let Some(message) = self.next(&mut inbound).await? {
+            incoming.add(piece(message.data)?).await?;
         }
-        .instrument(span)
-        .await
+        let existed = incoming.finish().await?;
+        Ok(Response::new(v1::PutFileResponse { existed }))
     }
 
     async fn get_file(
         &self,
         request: Request<v1::GetFileRequest>,
     ) -> Result<Response<Self::GetFileStream>, Status> {
-        let span = span_of("base.get_file", &request);
-        async move {
-            let (_, cluster) =
-                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-            let asked = GetFileRequest::try_from(request.into_inner())?;
-            let file = file_of(&asked.name)?;
-            let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
-            let pieces = found.stream(&self.tasks);
-            let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
-            Ok(Response::new(answers.boxed()))
-        }
-        .instrument(span)
-        .await
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let asked = GetFileRequest::try_from(request.into_inner())?;
+        let file = file_of(&asked.name)?;
+        let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
+        let pieces = found.stream(&self.tasks);
+        let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn list_files(
         &self,
         request: Request<v1::ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
-        let span = span_of("base.list_files", &request);
-        async move {
-            let (_, cluster) =
-                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-            let kind = kind_of(FileKind::read(request.get_ref().kind)?);
-            let files = self.base.list_files(&cluster, kind).await?;
-            let listed = files.into_iter().map(move |(file, size)| {
-                let id = match kind {
-                    BaseKind::Config => String::new(),
-                    _ => file.id.to_string(),
-                };
-                v1::ListedFile { id, size }
-            });
-            let answers = stream::iter(listed)
-                .chunks(LISTED_MAX)
-                .map(|files| Ok(v1::ListFilesResponse { files }));
-            Ok(Response::new(answers.boxed()))
-        }
-        .instrument(span)
-        .await
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let kind = kind_of(FileKind::read(request.get_ref().kind)?);
+        let files = self.base.list_files(&cluster, kind).await?;
+        let listed = files.into_iter().map(move |(file, size)| {
+            let id = match kind {
+                BaseKind::Config => String::new(),
+                _ => file.id.to_string(),
+            };
+            v1::ListedFile { id, size }
+        });
+        let answers = stream::iter(listed)
+            .chunks(LISTED_MAX)
+            .map(|files| Ok(v1::ListFilesResponse { files }));
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn reserve(
         &self,
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<Self::ReserveStream>, Status> {
-        let span = span_of("base.reserve", &request);
-        async move {
-            let identity = self.auth.identify(&request)?;
-            let access = match request.get_ref().purpose() {
-                v1::reserve_request::Purpose::Restore => Access::Read,
-                _ => Access::Write,
-            };
-            let cluster = permit(&identity, &request.get_ref().cluster, access)?;
-            let caller = caller(&request, identity.name.clone());
-            let asked = ReserveRequest::try_from(request.into_inner())?;
-            let lease = match asked.purpose {
-                Purpose::Backup(name) => {
-                    self.base.reserve_backup(&cluster, name.as_deref(), false, caller).await?
-                }
-                Purpose::Resumed(name) => {
-                    self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
-                }
-                Purpose::Restore => self.base.reservations().restore(&cluster),
-            };
-            let auth = self.auth.clone();
-            let check = move || auth.recheck(&identity);
-            Ok(Response::new(heartbeats(lease, self.shutdown.clone(), check).boxed()))
-        }
-        .instrument(span)
-        .await
+        let identity = self.auth.identify(&request)?;
+        let access = match request.get_ref().purpose() {
+            v1::reserve_request::Purpose::Restore => Access::Read,
+            _ => Access::Write,
+        };
+        let cluster = permit(&identity, &request.get_ref().cluster, access)?;
+        let caller = caller(&request, identity.name.clone());
+        let asked = ReserveRequest::try_from(request.into_inner())?;
+        let lease = match asked.purpose {
+            Purpose::Backup(name) => {
+                self.base.reserve_backup(&cluster, name.as_deref(), false, caller).await?
+            }
+            Purpose::Resumed(name) => {
+                self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
+            }
+            Purpose::Restore => self.base.reservations().restore(&cluster),
+        };
+        let auth = self.auth.clone();
+        let check = move || auth.recheck(&identity);
+        Ok(Response::new(heartbeats(lease, self.shutdown.clone(), check).boxed()))
     }
 
     async fn commit_backup(
         &self,
         request: Request<v1::CommitBackupRequest>,
     ) -> Result<Response<v1::CommitBackupResponse>, Status> {
-        let span = span_of("base.commit_backup", &request);
-        async move {
-            let (identity, cluster) =
-                self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
-            let caller = caller(&request, identity.name);
-            let record = document("record", request.into_inner().record)?;
-            self.base.commit(&cluster, &record, &caller).await?;
-            Ok(Response::new(v1::CommitBackupResponse {}))
-        }
-        .instrument(span)
-        .await
+        let (identity, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+        let caller = caller(&request, identity.name);
+        let record = document("record", request.into_inner().record)?;
+        self.base.commit(&cluster, &record, &caller).await?;
+        Ok(Response::new(v1::CommitBackupResponse {}))
     }
 
     async fn list_backups(
         &self,
         request: Request<v1::ListBackupsRequest>,
     ) -> Result<Response<v1::ListBackupsResponse>, Status> {
-        let span = span_of("base.list_backups", &request);
-        async move {
-            let (_, cluster) =
-                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-            let found = self.base.backups(&cluster).await?;
-            let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
-            Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
-        }
-        .instrument(span)
-        .await
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let found = self.base.backups(&cluster).await?;
+        let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
+        Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
     }
 
     async fn holdings(
         &self,
         request: Request<v1::HoldingsRequest>,
     ) -> Result<Response<v1::HoldingsResponse>, Status> {
-        let span = span_of("base.holdings", &request);
-        async move {
-            let (_, cluster) =
-                self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
-            let holdings = self.base.holdings_known(&cluster).await?;
-            Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
-        }
-        .instrument(span)
-        .await
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let holdings = self.base.holdings_known(&cluster).await?;
+        Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
     }
 
     async fn verify(

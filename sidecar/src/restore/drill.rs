@@ -8,6 +8,7 @@
 mod copy;
 mod programs;
 mod server;
+mod trace;
 
 use super::{Action, Invocation, Known, Order, Restore, Scratch, Wish, settings::Settings};
 use crate::{

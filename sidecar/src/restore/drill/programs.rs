@@ -1,6 +1,6 @@
 //! PostgreSQL's programs of the right major version, and the user who runs them.
 
-use super::copy::COPIED;
+use super::{copy::COPIED, trace};
 use crate::{
     config::{Config, environment},
     error::{Error, Failure, local},
@@ -57,7 +57,8 @@ impl Programs {
         let mut places = Vec::new();
         let configured = &config.drill.bin_dir;
         if configured.as_os_str().is_empty() {
-            let asked = Command::new("pg_config").arg("--bindir").output();
+            let ask = || Command::new("pg_config").arg("--bindir").output();
+            let asked = trace::run("pg_config", ask);
             let asked = asked.ok().filter(|output| output.status.success());
             places.extend(asked.map(|o| String::from_utf8_lossy(&o.stdout).trim().into()));
             let path = environment("PATH").unwrap_or_default();
@@ -113,6 +114,7 @@ impl Programs {
             }
         }
         command.env("LC_ALL", "C").current_dir("/").kill_on_drop(true).process_group(0);
+        command.envs(trace::traceparent().map(|context| (trace::TRACEPARENT, context)));
         if let Some((user, group)) = self.run_as {
             command.uid(user).gid(group);
         }
@@ -156,7 +158,8 @@ fn major_of(postgres: &Path) -> Option<u32> {
     if !postgres.is_file() {
         return None;
     }
-    let output = Command::new(postgres).arg("--version").output().ok()?;
+    let ask = || Command::new(postgres).arg("--version").output();
+    let output = trace::run("postgres", ask).ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let version = text.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit()))?;
     let digits: String = version.chars().take_while(char::is_ascii_digit).collect();

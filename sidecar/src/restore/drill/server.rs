@@ -1,6 +1,6 @@
 //! The PostgreSQL of a drill: private, without any effect outside of its directory.
 
-use super::{Scratch, programs::Programs};
+use super::{Scratch, programs::Programs, trace};
 use crate::{
     conninfo::ConnInfo,
     error::{Error, Failure, local},
@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 use tokio::process::Child;
+use tracing::{Instrument, Span};
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(100);
@@ -28,6 +29,8 @@ const LOG_LINES: usize = 5;
 pub struct Server<'a> {
     programs: &'a Programs,
     child: Child,
+    /// As long as it runs.
+    span: Span,
     socket: PathBuf,
     log: PathBuf,
     role: String,
@@ -69,7 +72,8 @@ impl<'a> Server<'a> {
         let postgres = programs
             .path("postgres")
             .ok_or_else(|| problem("start PostgreSQL: no program postgres".into()))?;
-        let mut command = programs.command(&postgres);
+        let span = trace::span("postgres");
+        let mut command = span.in_scope(|| programs.command(&postgres));
         command.arg("-D").arg(data);
         let path = |path: &Path| path.display().to_string();
         for (name, value) in [
@@ -103,7 +107,7 @@ impl<'a> Server<'a> {
         }
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(|error| local("start", &postgres, &error))?;
-        Ok(Self { programs, child, socket, log, role: role.to_owned() })
+        Ok(Self { programs, child, span, socket, log, role: role.to_owned() })
     }
 
     /// Its log so far.
@@ -193,7 +197,9 @@ impl<'a> Server<'a> {
         if let Some(pid) = pid {
             let _ = kill_process(pid, Signal::INT);
         }
-        match tokio::time::timeout(STOP, self.child.wait()).await {
+        let ended = tokio::time::timeout(STOP, self.child.wait()).await;
+        trace::ended(&self.span, ended.as_ref().ok().and_then(|e| e.as_ref().ok().copied()));
+        match ended {
             Ok(Ok(status)) if status.success() => Vec::new(),
             Ok(Ok(status)) => {
                 vec![format!("PostgreSQL did not stop well ({status}): {}", self.last_words())]
@@ -225,7 +231,10 @@ pub async fn checksums(programs: &Programs, data: &Path) -> Vec<String> {
 }
 
 async fn ran(mut command: tokio::process::Command, name: &str) -> Vec<String> {
-    match command.stdin(Stdio::null()).output().await {
+    let span = trace::span(name);
+    let output = command.stdin(Stdio::null()).output().instrument(span.clone()).await;
+    trace::ended(&span, output.as_ref().ok().map(|output| output.status));
+    match output {
         Ok(output) if output.status.success() => Vec::new(),
         Ok(output) => {
             let text = [output.stdout, output.stderr].concat();
@@ -242,7 +251,9 @@ async fn ran(mut command: tokio::process::Command, name: &str) -> Vec<String> {
 /// is in pg_control.
 async fn limits(programs: &Programs, data: &Path) -> String {
     let Some(program) = programs.path("pg_controldata") else { return String::new() };
-    let output = programs.command(&program).arg(data).output().await;
+    let span = trace::span("pg_controldata");
+    let output = programs.command(&program).arg(data).output().instrument(span.clone()).await;
+    trace::ended(&span, output.as_ref().ok().map(|output| output.status));
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
     let mut conf = String::new();
     for line in text.lines() {
