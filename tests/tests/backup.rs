@@ -522,6 +522,7 @@ async fn a_second_backup_beside_the_first_is_refused() {
     assert_eq!(setup.names().await, ["first"]);
     let again = setup.backup(&["--name", "first"]).await;
     assert!(again.code != Some(0) && again.stderr.contains("first"), "{again:?}");
+    assert!(again.stderr.contains("choose another --name"), "{again:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

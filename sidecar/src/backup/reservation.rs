@@ -43,7 +43,13 @@ impl Reservation {
         name: Option<&BackupName>,
     ) -> Result<Self, Error> {
         let wanted = name.map(ToString::to_string).unwrap_or_default();
-        let (name, connection, answers) = reserve(link, cluster, &wanted, false).await?;
+        let reserved = reserve(link, cluster, &wanted, false).await;
+        let (name, connection, answers) = reserved.map_err(|error| match error.failure {
+            Failure::Code(Code::Invalid) if !wanted.is_empty() => {
+                error.hint("choose another --name: klio list shows those that are taken")
+            }
+            _ => error,
+        })?;
         let mut keeper = JoinSet::new();
         keeper.spawn(keep(link.clone(), cluster.clone(), name.clone(), connection, answers));
         Ok(Self { name, keeper })
