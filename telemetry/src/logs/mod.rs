@@ -99,6 +99,8 @@ where
         let layer = tracing_opentelemetry::layer()
             .with_tracer(tracer)
             .with_threads(false)
+            // Where in the source a span is made is the same for each of its name.
+            .with_location(false)
             .with_tracked_inactivity(false);
         layers.push(layer.with_filter(filter_fn(move |m| ours(m) && *m.level() <= depth)).boxed());
     }
