@@ -66,7 +66,7 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (OK, "done"),
         (
             PROBLEM,
-            "check, status, list, drill or retention found a problem, and said which; backup: taken, with pages whose checksums are wrong",
+            "check, status, list, verify, drill or retention found a problem, and said which; backup: taken, with pages whose checksums are wrong",
         ),
         (CONFIG, "a setting is wrong or missing"),
         (POSTGRES, "PostgreSQL cannot be reached, or refuses"),

@@ -1,6 +1,6 @@
 //! `klio status`: how far each cluster is, as a table or JSON. Ends with 3 when there is a problem or gap.
 
-use super::{args::StatusArgs, connect, exit, print, table, text};
+use super::{args::StatusArgs, connect, exit, print, say, table, text};
 use crate::{config::Config, error::Error};
 use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse};
 use serde_json::{Value, json};
@@ -16,6 +16,11 @@ pub(super) async fn run(config: &Config, args: &StatusArgs) -> Result<u8, Error>
         .map_err(|status| Error::from_status("ask for the status", &status))?
         .into_inner();
     let out = if args.json { format!("{:#}\n", to_json(&answer)) } else { to_table(&answer) };
+    if answer.clusters.is_empty() {
+        say(
+            "nothing has streamed to this server yet: is klio stream running, and is the cluster's name right?",
+        );
+    }
     print(&out);
     let bad = answer.clusters.iter().any(|c| !c.problems.is_empty() || !c.gaps.is_empty());
     Ok(if bad { exit::PROBLEM } else { exit::OK })

@@ -51,9 +51,11 @@ fn percent(text: &str) -> Result<f64, Error> {
     })
 }
 
-/// Damage that was repaired is told from damage that stays, and both from none.
+/// Damage that was repaired is told from damage that stays, and both from none. Nothing to look at proves nothing:
+/// most often the cluster's name is not the right one.
 const fn status(outcome: &VerifyOutcome) -> u8 {
     match (outcome.damaged.is_empty(), outcome.repaired.is_empty()) {
+        (true, true) if outcome.backups.is_empty() => exit::PROBLEM,
         (true, true) => exit::OK,
         (true, false) => exit::REPAIRED,
         (false, _) => exit::DAMAGED,
@@ -69,6 +71,7 @@ fn summary(outcome: &VerifyOutcome) -> String {
         out += &format!("repaired  {} {}: {}\n", damage.tier, damage.key, damage.problem);
     }
     let verdict = match (outcome.damaged.len(), outcome.repaired.len()) {
+        (0, 0) if outcome.backups.is_empty() => "nothing was proven".to_owned(),
         (0, 0) => "all good".to_owned(),
         (0, repaired) => format!("{repaired} damaged, all repaired from the other tier"),
         (damaged, repaired) => format!("{damaged} DAMAGED, {repaired} repaired"),
@@ -109,6 +112,14 @@ mod tests {
         let all = [(0, 0), (0, 2), (2, 0), (1, 1)].map(|(d, r)| status(&outcome(d, r)));
         assert_eq!(all, [exit::OK, exit::REPAIRED, exit::DAMAGED, exit::DAMAGED]);
         assert!(summary(&outcome(1, 1)).contains("1 DAMAGED, 1 repaired"));
+    }
+
+    #[test]
+    fn without_a_backup_nothing_is_proven() {
+        let none = |damaged| VerifyOutcome { backups: Vec::new(), ..outcome(damaged, 0) };
+        assert_eq!(status(&none(0)), exit::PROBLEM);
+        assert!(summary(&none(0)).contains("nothing was proven"));
+        assert_eq!(status(&none(1)), exit::DAMAGED);
     }
 
     #[test]
