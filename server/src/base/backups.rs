@@ -8,7 +8,7 @@ use super::{BaseStore, lock, run, tier2_status};
 use klio_proto::Code;
 use klio_storage::{
     Error, Op,
-    catalog::{BackupRecord, DrillOutcome, VerifyOutcome, outcomes},
+    catalog::{BackupRecord, DrillOutcome, VerifyOutcome, archive_file, outcomes},
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
     record,
     repository::{Files, SnapshotId},
@@ -95,7 +95,7 @@ impl BaseStore {
         for (name, error) in &disk.unreadable {
             listed.problems.push(format!("backup {name} on tier 1: {error}"));
         }
-        let on_tier1 = self.complete_on_disk(cluster, &disk).await;
+        let on_tier1 = self.complete_on_disk(cluster, &disk, &objects).await;
         let (this, cluster) = (self.clone(), cluster.clone());
         run(move || {
             let records =
@@ -137,18 +137,27 @@ impl BaseStore {
         ListedBackup { tier1, tier2, verified, drilled, record }
     }
 
-    /// The backups that tier 1 can give back alone. The snapshots are asked, which costs reading their trees
-    /// once: tier 1 may have let packs go to a bucket that is not in the configuration any more. While the
-    /// bucket does not answer, every one with a record: its trees may lie there.
-    async fn complete_on_disk(&self, cluster: &ClusterName, disk: &OnDisk) -> BTreeSet<BackupName> {
-        let unknown = self.tier2().is_some() && !self.knows_tier2(cluster);
+    /// The backups that tier 1 can give back alone. Where tier 1 never let anything go that is every one with a
+    /// record; else the snapshots are asked, which costs reading their trees.
+    async fn complete_on_disk(
+        &self,
+        cluster: &ClusterName,
+        disk: &OnDisk,
+        objects: &BTreeMap<BaseObject, u64>,
+    ) -> BTreeSet<BackupName> {
+        let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !disk.files.contains(file));
+        let let_go = match self.tier2() {
+            Some(_) => objects.keys().any(only_there),
+            // There was a bucket once, and what tier 1 let go to it is not here.
+            None => self.disk().stat(&archive_file::path(self.root(), cluster)).is_ok(),
+        };
         let mut complete = BTreeSet::new();
         for record in disk.records.values() {
             let Ok(id) = record.snapshot.parse::<SnapshotId>() else { continue };
             if !disk.files.contains(&id.file()) {
                 continue;
             }
-            let whole = unknown
+            let whole = !let_go
                 || self
                     .needs(cluster, id)
                     .await
