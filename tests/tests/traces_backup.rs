@@ -17,7 +17,7 @@ use klio_tests::{
     wait::{eventually, eventually_now},
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fs, sync::Arc};
 
 /// From a pack's request to the bucket up to the backup.
 const PACK: [(&str, &str); 7] = [
@@ -198,6 +198,35 @@ async fn one_trace_follows_a_backup_from_the_command_to_the_bucket() {
         assert_eq!(Some(chunks), without.get(path), "{path}");
     }
     assert_eq!(with.len(), without.len());
+
+    // Damage that verification finds does not unmake a backup (B5), and its span says so.
+    damage_largest_pack(&traced);
+    let mut command = traced.site.klio_command(Some(&pg), &["backup"]);
+    command.env("KLIO_BACKUP__VERIFY_READ_PERCENT", "100");
+    traced.trace(&mut command);
+    let unverified = programs::run(command).await;
+    assert_eq!(unverified.code, Some(7), "{}{}", unverified.stdout, unverified.stderr);
+    let failed = |s: &Span| s.name == "backup_verify" && s.failed;
+    let verify = traced.span("a failed backup_verify", failed).await;
+    assert_eq!(verify.attributes["error.type"], "CORRUPT");
+    let backup = traced.span("its backup", |s| s.id == verify.parent).await;
+    assert_eq!((backup.name.as_str(), backup.failed), ("backup", false), "it was taken");
+}
+
+/// In both tiers, or it would be repaired. The largest holds pieces of files.
+fn damage_largest_pack(traced: &Traced) {
+    let bucket = traced.s3.bucket_dir().join("klio");
+    let size = |key: &String| fs::metadata(traced.s3.bucket_dir().join(key)).map_or(0, |m| m.len());
+    let keys = traced.s3.keys("klio/main/base/data");
+    let key = keys.into_iter().max_by_key(size).expect("a pack");
+    let key = key.strip_prefix("klio/").expect("below the prefix");
+    for root in [bucket, traced.site.tier1()] {
+        let path = root.join(key);
+        let Ok(mut bytes) = fs::read(&path) else { continue };
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0xff;
+        fs::write(&path, bytes).expect("damage a pack");
+    }
 }
 
 /// The sidecar logs JSON here, the server text.

@@ -178,5 +178,22 @@ async fn a_restore_and_a_drill_are_one_trace_each_with_the_programs_they_run() {
         children.clone().all(|s| of_drill.iter().any(|p| p.id == s.parent && p.name == "postgres")),
         "{server:?}"
     );
+    // wal-fetch asks the resident agent: what it fetches for somebody continues the asking trace, and what it had read
+    // ahead in a trace of its own is linked to when it is handed over.
+    let trace = of_drill[0].trace.clone();
+    let way = [
+        ("wal.fetch", "klio-server"),
+        ("wal.fetch", "klio"),
+        ("cli.wal-fetch", "klio"),
+        ("postgres", "klio"),
+        ("cli.drill", "klio"),
+    ];
+    let on_server = |s: &Span| s.name == "wal.fetch" && s.service == "klio-server";
+    traced.chain(&way, |s| s.trace == trace && on_server(s)).await;
+    let way = [("wal.hand_over", "klio"), ("cli.wal-fetch", "klio"), ("cli.drill", "klio")];
+    let chain = traced.chain(&way, |s| s.trace == trace && s.name == "wal.hand_over").await;
+    let [ahead] = chain[0].links.as_slice() else { panic!("one link: {:?}", chain[0]) };
+    assert_ne!(*ahead, trace);
+    traced.span("the reading ahead", |s| s.trace == *ahead && on_server(s)).await;
     check_all(&traced.collector.spans(), &[&traced.s3.settings().secret_key]);
 }
