@@ -94,14 +94,6 @@ async fn the_configuration_file_of_both_programs_wins_over_variables_and_klio_va
         (found == ["klio-of-file", "server-of-file"]).then_some(()).ok_or(found)
     })
     .await;
-    // Logs over OTLP, with the ids of the spans they were written in.
-    let correlated = |record: &LogRecord| {
-        file.spans().iter().any(|s| s.trace == record.trace && s.id == record.span)
-    };
-    eventually_now("log records that belong to spans", PATIENCE, || {
-        file.logs().iter().any(|r| r.service == "server-of-file" && correlated(r))
-    })
-    .await;
     let log = site.log();
     assert!(log.lines().all(|l| l.starts_with('{')), "{log}");
     assert!(log.contains("\"level\":\"DEBUG\""), "log_level of the file is debug: {log}");
@@ -129,8 +121,15 @@ async fn the_configuration_file_of_both_programs_wins_over_variables_and_klio_va
     let klio = |spans: Vec<Span>| spans.iter().filter(|s| s.name == "cli.status").count();
     assert_eq!(klio(file.spans()) + klio(other.spans()), 2, "{before:?}: nothing more was sent");
 
-    // Off for the server as well; a format that is none is a warning and no more.
     site.stop().await;
+    // Logs over OTLP, with the ids of the spans they were written in (which arrive when they end).
+    let (spans, records) = (file.spans(), file.logs());
+    let correlated = |r: &LogRecord| {
+        r.service == "server-of-file" && spans.iter().any(|s| s.trace == r.trace && s.id == r.span)
+    };
+    assert!(records.iter().any(correlated), "{records:#?}");
+
+    // Off for the server as well; a format that is none is a warning and no more.
     site.set("KLIO_TELEMETRY__ENABLED", "false");
     site.set("KLIO_TELEMETRY__LOG_FORMAT", "xml");
     let (spans, so_far) = (file.spans().len(), site.log().len());
