@@ -112,7 +112,9 @@ impl BaseStore {
                 put("klio.base.oldest_snapshot_age", (now - oldest.committed_unix).max(0.0));
             }
             let archive = self.archives().state(cluster);
-            if self.tier2().is_some() {
+            // Before the bucket was listed nobody knows what it lacks: with a bucket that is down that is no 0.
+            let listed = self.archives().records(cluster).is_some();
+            if self.tier2().is_some() && (listed || archive.unarchived_files > 0) {
                 let lag =
                     archive.oldest_unarchived_unix.map_or(0.0, |since| (now - since).max(0.0));
                 put("klio.base.unarchived_files", archive.unarchived_files as f64);
