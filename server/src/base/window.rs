@@ -43,7 +43,7 @@ pub(super) fn window<'a>(
     as_of: Option<f64>,
 ) -> Option<Window> {
     let holdings = holdings(known);
-    let newest = holdings.timelines.iter().filter(|line| !line.runs.is_empty()).next_back()?;
+    let newest = holdings.timelines.iter().rfind(|line| !line.runs.is_empty())?;
     let path = Path::new(&holdings, newest.timeline, known.segment_size).ok()?;
     let leads = |b: &&Summary| path.passes(b.start.0, b.start.1) && path.passes(b.stop.0, b.stop.1);
     let reached: Vec<(&Summary, Reach)> = backups
