@@ -16,7 +16,11 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
+
+/// Each segment comes through curl, age and zstd, one after the other: on a loaded machine that takes minutes.
+const RECOVERY: Duration = Duration::from_secs(300);
 
 /// PostgreSQL as the page starts it: a daemon, stopped in any case.
 struct Daemon(PathBuf);
@@ -135,7 +139,10 @@ impl Lost {
         let outcome = programs::run(command).await;
         let log = fs::read_to_string(self.scratch.join("work/postgres.log")).unwrap_or_default();
         assert_eq!(outcome.code, Some(0), "{}\n{}\n{log}", outcome.stdout, outcome.stderr);
-        self.pg.wait_true("select not pg_is_in_recovery()").await;
+        eventually("recovery to end", RECOVERY, || async {
+            self.pg.value("select not pg_is_in_recovery()").await == "t"
+        })
+        .await;
         let log = fs::read_to_string(self.scratch.join("work/postgres.log")).expect("its log");
         let redone = log.rsplit_once("redo done at ").expect("it recovered").1;
         let redone = redone.split(' ').next().and_then(|text| text.parse().ok()).expect("an LSN");
