@@ -301,9 +301,13 @@ async fn after_a_rewrap_of_both_tiers_the_old_identity_may_be_thrown_away() {
     };
     let secret = bucket.join("repository.json.age");
     let to = |file: &Path| recipients_of(&fs::read(file).expect("readable")).expect("named");
-    assert_eq!(to(&secret), [new_name.clone()], "the secret is wrapped again without asking");
+    assert_eq!(
+        to(&secret),
+        std::slice::from_ref(&new_name),
+        "the secret is wrapped again without asking"
+    );
     let before = recipients_below(&bucket);
-    assert!(before.iter().any(|(_, to)| *to == [old_name.clone()]), "{before:?}");
+    assert!(before.iter().any(|(_, to)| to.contains(&old_name)), "{before:?}");
 
     let rewrapped = site.server_tool(&["key", "rewrap", "--rewrap-wal"]).await;
     assert_eq!(rewrapped.code, Some(0), "{}", rewrapped.stderr);
@@ -311,7 +315,7 @@ async fn after_a_rewrap_of_both_tiers_the_old_identity_may_be_thrown_away() {
         assert!(rewrapped.stdout.contains(part), "{part}: {}", rewrapped.stdout);
     }
     for (file, to) in [recipients_below(&bucket), recipients_below(&site.tier1())].concat() {
-        assert_eq!(to, [new_name.clone()], "{}", file.display());
+        assert_eq!(to, std::slice::from_ref(&new_name), "{}", file.display());
     }
     let again = site.server_tool(&["key", "rewrap", "--rewrap-wal"]).await;
     assert!(again.stdout.contains("wrote 0 WAL files again in tier 2"), "{}", again.stdout);
