@@ -4,6 +4,11 @@
 //! variables are a process's real ones: the OpenTelemetry libraries read some of them themselves, behind our back. Each row has
 //! receivers of its own; a row that says nothing about warnings expects none.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test program; clippy's own exception covers test functions only"
+)]
+
 mod child;
 mod rows;
 mod see;
