@@ -243,7 +243,7 @@ async fn a_scheduled_backup_is_a_trace_of_its_own_also_when_it_fails() {
     assert_eq!(failed.parent, "", "not below cli.stream, which lasts for ever");
     assert_eq!((failed.tracer.as_str(), failed.service.as_str()), ("klio.backup", "klio"));
     let error = failed.attributes["error.type"].clone();
-    assert_eq!(failed.exceptions, [error.clone()], "{failed:?}");
+    assert_eq!(failed.exceptions, std::slice::from_ref(&error), "{failed:?}");
     let run =
         traced.span("its backup_run", |s| s.parent == failed.id && s.name == "backup_run").await;
     assert!(run.failed && run.attributes["error.type"] == error, "{run:?}");
