@@ -35,11 +35,7 @@ use klio_telemetry::{
     Telemetry,
     rpc::{RpcLayer, RpcMeter, Side},
 };
-use std::{
-    future::Future,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},

@@ -470,14 +470,9 @@ mod tests {
     fn every_problem_is_reported_at_once() {
         let text = "data_dir = \"\"\n[wal]\nwindow_bytes = 5\nseal_workers = 0\n[[auth.map]]\ncommon_name = \"x\"\n";
         let problems = Config::parse(text, &[]).unwrap().validate();
-        for name in [
-            "[tls]",
-            "[encryption]",
-            "data_dir",
-            "window_bytes",
-            "seal_workers",
-            "auth.map",
-        ] {
+        for name in
+            ["[tls]", "[encryption]", "data_dir", "window_bytes", "seal_workers", "auth.map"]
+        {
             assert!(problems.iter().any(|p| p.contains(name)), "{name}: {problems:?}");
         }
     }
