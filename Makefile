@@ -1,7 +1,7 @@
 # What a person types. `.ci/run` calls `make lint` and `make test`, so that a green machine and a green CI mean the same.
 CARGO ?= cargo
 
-.PHONY: help tools build test lint bench soak demo docs clean
+.PHONY: help tools build test lint bench soak demo collector docs clean
 
 help:
 	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
@@ -11,6 +11,7 @@ help:
 	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
 	@echo 'make soak    restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random)'
 	@echo 'make demo    a narrated run of the whole on scratch directories'
+	@echo 'make collector  docs/telemetry.md with a real OpenTelemetry Collector: otelcol (contrib) on PATH'
 	@echo 'make docs    write the generated references below docs/'
 	@echo 'make clean   build output and installed tools of this tree'
 
@@ -43,6 +44,10 @@ soak: build
 
 demo: tools
 	@deploy/demo.sh $(DEMO_ARGS)
+
+# Not part of `test`: no registry that `tools` uses has the program.
+collector: build
+	$(CARGO) test -p klio-tests --test collector
 
 docs: build
 	@deploy/tools/docs.sh target/debug

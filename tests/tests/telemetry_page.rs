@@ -1,28 +1,19 @@
 //! docs/telemetry.md does what it says: its configurations are taken from the page, word for word, and run.
 //!
-//! Only addresses are replaced, each exactly as often as it is printed, because a test has no fixed ports. In Tempo's place is a receiver
-//! of OTLP over gRPC that decodes by the official definitions.
+//! Only addresses are replaced, each exactly as often as it is printed, because a test has no fixed ports. The Collector's part is in
+//! `collector.rs`.
 
 use klio_tests::{
-    env,
-    http::{self, Metrics},
-    install_crypto,
-    otlp::{Answer, Protocol, Receiver},
-    ports,
+    env, http, install_crypto, ports,
     postgres::Postgres,
     process::Running,
     scratch::Scratch,
     site::{PATIENCE, Site},
-    wait::{eventually, eventually_now},
+    wait::eventually,
 };
 use regex::Regex;
 use serde_json::Value;
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::Path, process::Command};
 
 fn page() -> String {
     let path = env::repository().join("docs/telemetry.md");
@@ -172,120 +163,4 @@ fn the_warnings_of_the_troubleshooting_table_are_those_of_the_code() {
         let fixed = text.trim_start_matches("OTEL_EXPORTER_OTLP_CLIENT_KEY").trim();
         assert!(code.contains(fixed), "no {fixed:?} in telemetry/src");
     }
-}
-
-fn variables(endpoint: &str, page: Option<u16>) -> Vec<(&'static str, String)> {
-    let metrics = if page.is_some() { "otlp,prometheus" } else { "otlp" };
-    let mut all = vec![
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.to_owned()),
-        ("OTEL_TRACES_EXPORTER", "otlp".into()),
-        ("OTEL_METRICS_EXPORTER", metrics.into()),
-        ("OTEL_LOGS_EXPORTER", "otlp".into()),
-        // So that a test need not wait for the defaults.
-        ("OTEL_BSP_SCHEDULE_DELAY", "100".into()),
-        ("OTEL_METRIC_EXPORT_INTERVAL", "500".into()),
-    ];
-    if let Some(port) = page {
-        all.push(("OTEL_EXPORTER_PROMETHEUS_HOST", "127.0.0.1".into()));
-        all.push(("OTEL_EXPORTER_PROMETHEUS_PORT", port.to_string()));
-    }
-    all
-}
-
-/// A running OpenTelemetry Collector with the printed configuration.
-struct Otelcol {
-    running: Running,
-    endpoint: String,
-    metrics: u16,
-    _scratch: Scratch,
-}
-
-impl Otelcol {
-    async fn start(program: &Path, traces: &str) -> Self {
-        let [grpc, http, metrics] = std::array::from_fn(|_| ports::free());
-        let mut config = block("yaml otelcol.yaml");
-        for (printed, port) in
-            [("localhost:4317", grpc), ("localhost:4318", http), ("localhost:8889", metrics)]
-        {
-            config = replaced(&config, printed, 1, &format!("127.0.0.1:{port}"));
-        }
-        config = replaced(&config, "tempo:4317", 1, traces);
-        let scratch = Scratch::new("otelcol");
-        let (file, quiet) = (scratch.join("otelcol.yaml"), scratch.join("quiet.yaml"));
-        fs::write(&file, config).expect("write the configuration");
-        // Its metrics of its own would want the fixed port 8888.
-        fs::write(&quiet, "service: {telemetry: {metrics: {level: none}}}\n").expect("write");
-        let mut command = Command::new(program);
-        command.arg("--config").arg(&file).arg("--config").arg(&quiet);
-        let mut running = Running::spawn("otelcol", command, &scratch.join("otelcol.log"));
-        running.wait_log("Everything is ready", PATIENCE).await;
-        let endpoint = format!("http://127.0.0.1:{http}");
-        Self { running, endpoint, metrics, _scratch: scratch }
-    }
-}
-
-/// Klio's own families on a metrics page.
-fn families(page: &Metrics) -> BTreeSet<String> {
-    page.names().into_iter().filter(|name| name.starts_with("klio_")).collect()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_printed_collector_takes_traces_metrics_and_logs_to_where_the_page_says() {
-    install_crypto();
-    let program = otelcol();
-    let tempo = Receiver::new(Protocol::Grpc, None, Answer::Accept).await;
-    let tempo_address = tempo.endpoint().trim_start_matches("http://").to_owned();
-    let mut otelcol = Otelcol::start(&program, &tempo_address).await;
-    let pg = Postgres::builder().segment_mib(1).start().await;
-    let mut site = Site::new().await;
-    let own_page = ports::free();
-    for (name, value) in variables(&otelcol.endpoint, Some(own_page)) {
-        site.set(name, &value);
-    }
-    site.start().await;
-    let mut command = site.klio_command(Some(&pg), &["stream"]);
-    command.envs(variables(&otelcol.endpoint, None));
-    let _stream = Running::spawn("klio stream", command, &site.scratch("page-stream.log"));
-    pg.write_wal(2 << 20).await;
-    let end = pg.switch_wal().await;
-    pg.write_wal(1).await;
-    site.wait_flushed(end).await;
-
-    // Traces: one id of both programs arrives in Tempo's place.
-    eventually_now("a trace of both programs behind the collector", PATIENCE, || {
-        let spans = tempo.spans();
-        let sent = spans.iter().filter(|s| s.name == "wal.send" && s.service == "klio");
-        let both = sent.filter(|sent| {
-            let server =
-                |s: &&klio_tests::otlp::Span| s.service == "klio-server" && s.trace == sent.trace;
-            spans.iter().filter(server).any(|s| s.name == "wal.receive")
-        });
-        (both.count() > 0).then_some(()).ok_or(spans.len())
-    })
-    .await;
-
-    // Metrics: what Prometheus finds behind the collector has the names that alerts and dashboards ask for.
-    let metrics = otelcol.metrics;
-    eventually(
-        "the server's metrics under the same names behind the collector",
-        PATIENCE,
-        || async move {
-            let behind =
-                Metrics::scrape(metrics).await.map(|page| families(&page)).unwrap_or_default();
-            let direct =
-                Metrics::scrape(own_page).await.map(|page| families(&page)).unwrap_or_default();
-            let missing: Vec<String> = direct.difference(&behind).cloned().collect();
-            let complete = missing.is_empty() && !direct.is_empty();
-            (complete && behind.contains("klio_stream_flushed_lsn")).then_some(()).ok_or(missing)
-        },
-    )
-    .await;
-
-    // Logs: the stand-in for a log store got records.
-    otelcol.running.wait_log("log records", PATIENCE).await;
-}
-
-/// The real program, which `make tools` builds from its sources.
-fn otelcol() -> PathBuf {
-    env::tool("otelcol")
 }
