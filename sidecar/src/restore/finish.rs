@@ -187,7 +187,7 @@ fn sync_dir(folder: &Path) -> Result<(), Error> {
 
 /// Everything on the file system of a place: one call, where a sync of each of a hundred thousand files
 /// takes minutes. It fails when any write since then failed (Linux 5.8).
-pub(super) fn sync_all(place: &Path) -> Result<(), Error> {
+fn sync_all(place: &Path) -> Result<(), Error> {
     let synced = File::open(place).and_then(|place| Ok(rustix::fs::syncfs(&place)?));
     synced.map_err(|error| local("sync", place, &error))
 }

@@ -19,7 +19,6 @@ mod pour;
 mod run;
 mod scratch;
 mod settings;
-mod settle;
 mod source;
 mod strip;
 mod target;

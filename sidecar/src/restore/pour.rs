@@ -9,8 +9,7 @@ use super::{
     delta::{Leftovers, remove},
     local, of_storage,
     place::{Meaning, Places},
-    settle::Settler,
-    strip::Strip,
+    strip::{self, Blocks, Strip},
 };
 use crate::error::{Error, Failure};
 use klio_proto::Code;
@@ -18,7 +17,7 @@ use klio_storage::repository::{ChunkId, Entry, Reader, StoredKind};
 use std::{
     fs::{self, File, FileTimes, OpenOptions, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -156,9 +155,12 @@ impl Whole {
             true => options.create(true).truncate(false).open(&self.path)?,
             false => options.create_new(true).open(&self.path)?,
         };
-        if delta && file.metadata()?.len() != self.size() {
-            file.set_len(self.size())?;
+        match delta {
+            true if file.metadata()?.len() != self.size() => file.set_len(self.size())?,
+            true => {}
+            false => strip::reserve(&file, self.size())?,
         }
+        strip::go_direct(&file, self.size())?;
         let file = Arc::new(file);
         *slot = Some(Arc::clone(&file));
         Ok(file)
@@ -182,29 +184,23 @@ impl Pour {
         };
         let (sender, receiver) = sync_channel::<Piece>(QUEUE * self.threads);
         let receiver = Mutex::new(receiver);
-        let (settler, settling) = Settler::new();
         let span = tracing::Span::current();
-        let work = |settler: &Settler| {
+        let work = || {
             let _span = span.enter();
-            let mut buffer = Vec::new();
+            let (mut buffer, mut strip) = (Blocks::default(), Strip::default());
             while let Some(piece) = next(&receiver) {
                 // Goes on receiving after a failure, or the other side would wait for ever.
                 if !halt.is_cancelled()
-                    && let Err(error) = self.write(&piece, &mut buffer, &halt)
+                    && let Err(error) = self.write(&piece, &mut strip, &mut buffer, &halt)
                 {
                     fail(error);
                 }
-                settler.poured(self.progress.written.load(Relaxed));
             }
         };
         let poured = thread::scope(|scope| {
-            let sync = move || settling.run(&self.places).unwrap_or_else(fail);
-            scope.spawn(sync);
             for _ in 0..self.threads {
-                let settler = settler.clone();
-                scope.spawn(move || work(&settler));
+                scope.spawn(work);
             }
-            drop(settler);
             let fed = self.feed(&sender, &halt);
             drop(sender);
             fed
@@ -323,14 +319,15 @@ impl Pour {
     fn write(
         &self,
         piece: &Piece,
-        buffer: &mut Vec<u8>,
+        strip: &mut Strip,
+        buffer: &mut Blocks,
         halt: &CancellationToken,
     ) -> Result<(), Error> {
         let whole = &piece.file;
         let failed = |error: io::Error| local("write", &whole.path, &error);
         let file = whole.open(self.delta).map_err(failed)?;
         let chunks = whole.chunks().iter().enumerate().skip(piece.first).take(PIECE_CHUNKS);
-        let mut strip = Strip::default();
+        strip.start_over();
         for (number, id) in chunks {
             if halt.is_cancelled() {
                 return Err(super::stopped());
@@ -342,7 +339,7 @@ impl Pour {
                 if chunk.len() as u64 != length {
                     return Err(wrong_length(&whole.path, offset, length, chunk.len()));
                 }
-                strip.add(&file, offset, chunk).map_err(failed)?;
+                strip.add(&file, offset, &chunk).map_err(failed)?;
                 self.progress.written.fetch_add(length, Relaxed);
             }
             self.progress.bytes.fetch_add(length, Relaxed);
@@ -384,11 +381,10 @@ fn is_there(
     offset: u64,
     length: u64,
     id: &ChunkId,
-    buffer: &mut Vec<u8>,
+    buffer: &mut Blocks,
 ) -> io::Result<bool> {
-    buffer.resize(usize::try_from(length).unwrap_or(0), 0);
-    file.read_exact_at(buffer, offset)?;
-    Ok(ChunkId::of(buffer) == *id)
+    let bytes = buffer.read(file, offset, usize::try_from(length).unwrap_or(0))?;
+    Ok(ChunkId::of(bytes) == *id)
 }
 
 /// Mode, owner (as root) and time.

@@ -1,57 +1,119 @@
-//! Chunks that lie side by side in a file, written in one call.
+//! A worker's memory for reading and writing files: chunks that lie side by side are gathered and written in one call,
+//! and both go past the page cache where that can be.
 //!
-//! A write of a mebibyte costs the kernel less than fourteen of 72 KiB: the lock of the file is taken once, and the page
-//! cache gets larger pieces. What must stay true: nothing is left behind, so whoever adds writes at the end.
+//! Restored files are passed over once and larger than memory, so the cache would only hold up what it cannot keep: the
+//! same bytes come and go several times as fast without it (docs/benchmarks.md). What must stay true: nothing is left
+//! behind, so whoever adds writes at the end; a file system that does not want it so gets ordinary calls; and a direct
+//! write is no durable one (D4): `finish` syncs all the same.
 
-use bytes::Bytes;
-use std::{
-    fs::File,
-    io::{self, IoSlice},
+use rustix::{
+    fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl, fcntl_setfl},
+    io::Errno,
 };
+use std::{fs::File, io, os::unix::fs::FileExt};
 
-/// Written when so much is there.
+/// Gathered before a write: enough for a disk to be busy with, little for a worker to have.
 const FULL: usize = 1 << 20;
+/// What memory, place and length of a direct call must be multiples of: the page of the machine; few disks want more.
+const ALIGN: usize = 4096;
 
-/// A run of chunks.
+/// Has what is read from and written to this file go past the page cache, if it is worth it and can be: whole blocks, many of them.
+pub(super) fn go_direct(file: &File, size: u64) -> io::Result<()> {
+    if size < FULL as u64 || !size.is_multiple_of(ALIGN as u64) {
+        return Ok(());
+    }
+    match fcntl_setfl(file, fcntl_getfl(file)? | OFlags::DIRECT) {
+        Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gives a new file its blocks, so that several workers can write to it at once; a full disk is known before the first byte.
+pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
+    match size {
+        0 => Ok(()),
+        _ => match fallocate(file, FallocateFlags::empty(), 0, size) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        },
+    }
+}
+
+/// Again with the page cache, where a direct call is refused: blocks of another size than is usual, or a short call's rest.
+fn or_ordinary(file: &File, call: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    match call() {
+        Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+            fcntl_setfl(file, fcntl_getfl(file)? - OFlags::DIRECT)?;
+            call()
+        }
+        done => done,
+    }
+}
+
+/// Memory that begins at a whole block.
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    memory: Vec<u8>,
+}
+
+impl Blocks {
+    /// So many bytes; what is in them is of no meaning.
+    pub(super) fn of(&mut self, length: usize) -> &mut [u8] {
+        if self.memory.len() < length + ALIGN {
+            self.memory.resize(length + ALIGN, 0);
+        }
+        let begin = self.memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        &mut self.memory[begin..begin + length]
+    }
+
+    /// These bytes of a file.
+    pub(super) fn read(&mut self, file: &File, offset: u64, length: usize) -> io::Result<&[u8]> {
+        let bytes = std::cell::RefCell::new(self.of(length));
+        or_ordinary(file, || file.read_exact_at(&mut bytes.borrow_mut(), offset))?;
+        Ok(bytes.into_inner())
+    }
+}
+
+/// A worker's run of chunks.
 #[derive(Debug, Default)]
 pub(super) struct Strip {
-    /// Where the first one goes.
+    blocks: Blocks,
+    /// Where it goes.
     offset: u64,
     length: usize,
-    chunks: Vec<Bytes>,
 }
 
 impl Strip {
+    /// Forgets what a failed piece left: it belongs to another file.
+    pub(super) fn start_over(&mut self) {
+        self.length = 0;
+    }
+
     /// Adds a chunk; writes what was there when it does not follow, and all when that is enough.
-    pub(super) fn add(&mut self, file: &File, offset: u64, chunk: Bytes) -> io::Result<()> {
+    pub(super) fn add(&mut self, file: &File, offset: u64, mut chunk: &[u8]) -> io::Result<()> {
         if offset != self.offset + self.length as u64 {
             self.write(file)?;
             self.offset = offset;
         }
-        self.length += chunk.len();
-        self.chunks.push(chunk);
-        if self.length >= FULL { self.write(file) } else { Ok(()) }
+        while !chunk.is_empty() {
+            let (now, rest) = chunk.split_at(chunk.len().min(FULL - self.length));
+            self.blocks.of(FULL)[self.length..][..now.len()].copy_from_slice(now);
+            self.length += now.len();
+            chunk = rest;
+            if self.length == FULL {
+                self.write(file)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes all that is there.
     pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
-        let mut slices: Vec<IoSlice<'_>> = self.chunks.iter().map(|c| IoSlice::new(c)).collect();
-        let mut left = slices.as_mut_slice();
-        while !left.is_empty() {
-            match rustix::io::pwritev(file, left, self.offset) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    self.offset += written as u64;
-                    IoSlice::advance_slices(&mut left, written);
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        drop(slices);
-        self.chunks.clear();
+        let bytes = &*self.blocks.of(self.length);
+        let written = or_ordinary(file, || file.write_all_at(bytes, self.offset));
+        self.offset += self.length as u64;
         self.length = 0;
-        Ok(())
+        written
     }
 }
 
@@ -59,28 +121,63 @@ impl Strip {
 mod tests {
     use super::*;
 
-    #[test]
-    fn chunks_land_where_they_belong_with_and_without_holes_between_them() {
+    /// Chunks of one size, at these places counted in chunks; what a file then must have, and has.
+    fn poured(chunk: usize, places: &[usize], direct: bool) -> (Vec<u8>, Vec<u8>) {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("relation");
         let file = File::create(&path).unwrap();
-        let mut strip = Strip::default();
-        let mut expected = vec![0; 5 << 20];
-        // Three that follow each other, a hole, then more than one call's worth.
-        let places = [0_usize, 1, 2, 7].into_iter().chain(8..40);
-        for (number, place) in places.enumerate() {
-            let chunk = vec![u8::try_from(number + 1).unwrap(); 128 << 10];
-            let offset = place * chunk.len();
-            expected[offset..offset + chunk.len()].copy_from_slice(&chunk);
-            strip.add(&file, offset as u64, chunk.into()).unwrap();
+        let size = (places.iter().max().unwrap() + 1) * chunk;
+        if direct {
+            reserve(&file, size as u64).unwrap();
+            go_direct(&file, size as u64).unwrap();
         }
-        assert!(strip.length < FULL, "a full strip was kept");
+        let mut expected = vec![0; size];
+        let mut strip = Strip::default();
+        for (number, place) in places.iter().enumerate() {
+            let bytes = vec![u8::try_from(number % 255 + 1).unwrap(); chunk];
+            expected[place * chunk..][..chunk].copy_from_slice(&bytes);
+            strip.add(&file, (place * chunk) as u64, &bytes).unwrap();
+        }
         strip.write(&file).unwrap();
-        assert_eq!(strip.length, 0);
+        assert_eq!(strip.length, 0, "something was left behind");
+        (expected, std::fs::read(&path).unwrap())
+    }
+
+    #[test]
+    fn chunks_land_where_they_belong_with_and_without_holes_between_them() {
+        // Nine pages each: three in a row, a hole, then more than one write's worth; then one larger than a write.
+        let places: Vec<usize> = [0, 1, 2, 7].into_iter().chain(8..60).collect();
+        for direct in [false, true] {
+            let (expected, found) = poured(72 << 10, &places, direct);
+            assert!(expected == found, "direct {direct}: other bytes");
+            let (expected, found) = poured(3 << 20, &[1, 0], direct);
+            assert!(expected == found, "direct {direct}: other bytes");
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_block_is_written_the_ordinary_way() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("odd");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        go_direct(&file, FULL as u64).unwrap();
+        let mut strip = Strip::default();
+        strip.add(&file, 100, b"neither its place nor its length").unwrap();
+        strip.write(&file).unwrap();
         let found = std::fs::read(&path).unwrap();
-        expected.truncate(found.len());
-        assert_eq!(found.len(), 40 * (128 << 10));
-        assert!(found == expected, "the file has other bytes");
+        assert_eq!(&found[100..132], b"neither its place nor its length");
+        go_direct(&file, FULL as u64).unwrap();
+        let mut blocks = Blocks::default();
+        assert_eq!(blocks.read(&file, 100, 7).unwrap(), b"neither");
+    }
+
+    #[test]
+    fn memory_begins_at_a_whole_block_however_much_is_asked_for() {
+        let mut blocks = Blocks::default();
+        for length in [1, ALIGN, 3 << 20, 5] {
+            let bytes = blocks.of(length);
+            assert_eq!((bytes.len(), bytes.as_ptr().align_offset(ALIGN)), (length, 0));
+        }
     }
 
     #[test]
@@ -90,7 +187,7 @@ mod tests {
         std::fs::write(&path, b"").unwrap();
         let file = File::open(&path).unwrap();
         let mut strip = Strip::default();
-        strip.add(&file, 0, Bytes::from_static(b"chunk")).unwrap();
+        strip.add(&file, 0, b"chunk").unwrap();
         assert!(strip.write(&file).is_err(), "the file is open for reading only");
     }
 }
