@@ -73,9 +73,11 @@ impl Line {
     }
 
     /// The first byte after `at` that is held or known to have existed.
-    fn next(&self, at: Lsn) -> Option<Lsn> {
+    fn next(&self, at: Lsn, size: SegmentSize) -> Option<Lsn> {
         let counts = |lsn: &Lsn| *lsn > at && self.end.is_none_or(|end| *lsn < end);
-        let runs = self.runs.iter().filter(|run| run.end > self.begin).map(|run| run.start);
+        // Its first segment repeats the parent's bytes, and they count like those of `holds_to`.
+        let begin = self.begin.segment_start(size);
+        let runs = self.runs.iter().filter(|run| run.end > begin).map(|run| run.start.max(begin));
         runs.filter(counts).min()
     }
 }
@@ -170,7 +172,7 @@ impl Path {
         let index = self.line_at(at);
         let here = &self.lines[index];
         let later = &self.lines[index..];
-        let held = later.iter().filter_map(|line| line.next(at)).min();
+        let held = later.iter().filter_map(|line| line.next(at, self.size)).min();
         let gap = later.iter().flat_map(|line| &line.gaps).find(|(gap, _)| gap.end > at);
         // PostgreSQL was promoted at the end of this line, so it had WAL up to there.
         let promoted = here.end.filter(|end| *end > at);

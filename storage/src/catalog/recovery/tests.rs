@@ -173,6 +173,18 @@ fn a_partial_segment_that_ends_before_the_switch_is_a_hole() {
     assert_eq!(plan.unwrap().reach.end, lsn(5.25));
 }
 
+/// Found by `windows_and_holes_are_true`: the piece of the copy before the switch was passed over, and the hole too long.
+#[test]
+fn a_hole_ends_where_the_child_s_copy_of_the_parent_s_segment_begins() {
+    let two = history(&[(1, 2.25)]);
+    let one = held(1, None, &[(1.0, 1.9375), (2.0625, 3.5)]);
+    let held = holdings(vec![one, held(2, Some(&two), &[(2.0, 2.03125), (2.125, 2.5)])]);
+    let survey = Survey::new(&held, Vec::new());
+    let holes = &survey.lines()[1].holes;
+    let ends: Vec<(Lsn, Lsn)> = holes.iter().map(|hole| (hole.from, hole.to)).collect();
+    assert_eq!(ends, [(lsn(1.9375), lsn(2.0)), (lsn(2.03125), lsn(2.0625))]);
+}
+
 #[test]
 fn a_backup_that_the_timeline_has_left_behind_is_passed_over() {
     let two = history(&[(1, 5.5)]);
