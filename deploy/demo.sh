@@ -72,7 +72,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-PGPORT=$(free_port); S3PORT=$(free_port); GRPC=$(free_port); ADMIN=$(free_port); PROM=$(free_port); SIDE=$(free_port)
+PGPORT=$(free_port); S3PORT=$(free_port); GRPC=$(free_port); ADMIN=$(free_port); PROM=$(free_port); SIDE=$(free_port); SIDEPROM=$(free_port)
 sql() { sql_at "$PGPORT" "$1"; }
 sql_at() { as_pg psql -X -q -t -A -h "$WORK/sock" -p "$1" -U postgres -d postgres -c "$2"; }
 
@@ -131,7 +131,8 @@ klio check -c "$BUNDLE" 2>&1 | show || :
 
 step "5. klio stream: from now on every byte of WAL goes to the server"
 start_stream() {
-  local command=(env OTEL_METRICS_EXPORTER=prometheus "$BIN/klio" --debug stream --admin "127.0.0.1:$SIDE" -c "$BUNDLE")
+  local command=(env OTEL_METRICS_EXPORTER=prometheus OTEL_EXPORTER_PROMETHEUS_HOST=127.0.0.1 \
+    OTEL_EXPORTER_PROMETHEUS_PORT="$SIDEPROM" "$BIN/klio" --debug stream --admin "127.0.0.1:$SIDE" -c "$BUNDLE")
   # No runuser in between: its pid would not be klio's.
   [ "$(id -u)" = 0 ] && command=(setpriv --reuid postgres --regid postgres --init-groups "${command[@]}")
   start klio-stream "${command[@]}"
@@ -178,7 +179,7 @@ say "$same segments compared with 'age -d | zstd -d' and cmp: all equal, across 
 
 step "9. klio backup: a base backup of the running PostgreSQL"
 klio backup --debug -c "$BUNDLE" 2>"$WORK/klio-backup.log" | show
-TRACE=$(sed -n 's/.*trace_id=\([0-9a-f]\{32\}\).*/\1/p' "$WORK/klio-backup.log" | head -n 1)
+TRACE=$(sed -n '/trace_id=[0-9a-f]\{32\}/{s/.*trace_id=\([0-9a-f]\{32\}\).*/\1/p;q}' "$WORK/klio-backup.log")
 [ -n "$TRACE" ] || fail "the backup logged no trace id"
 klio list backups -c "$BUNDLE" | show
 
@@ -260,7 +261,7 @@ curl -sf "http://127.0.0.1:$PROM/metrics" >"$OUT/klio-server.metrics.txt" || fai
 curl -sf "http://127.0.0.1:$SIDE/metrics" >"$OUT/klio-stream.metrics.txt" || fail "scrape klio stream"
 cp "$WORK/klio-backup.log" "$WORK/klio-server.log" "$WORK/klio-stream.log" "$OUT/"
 grep -hE '^klio_(wal_(written_total|latest_written|lag)|consumer_(written_total|latest)|queue_messages|stream_connected|base_snapshots|recovery_)' \
-  "$OUT"/*.metrics.txt | sort -u | head -n 20 | show
+  "$OUT"/*.metrics.txt | sort -u | sed -n 1,20p | show
 say "The backup of step 9 is one trace, from the command to the bucket. Its id in the logs of both programs:"
 for log in klio-backup klio-server; do
   lines=$(grep -c "trace_id=$TRACE" "$OUT/$log.log") || fail "trace id $TRACE is not in $log.log"

@@ -66,6 +66,7 @@ debian_packages() {
     have cc || missing+=(gcc libc6-dev)
     have make || missing+=(make)
     have zstd || missing+=(zstd)
+    have curl || missing+=(curl)
     have age || missing+=(age)
     have restic || missing+=(restic)
     [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)

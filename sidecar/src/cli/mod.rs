@@ -148,7 +148,7 @@ fn execute(
         .enable_all()
         .build()
         .map_err(|error| Error::new(Failure::Local, format!("start runtime: {error}")))?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let telemetry = klio_telemetry::start(telemetry::options(cli, config))
             .map_err(|error| Error::new(Failure::Config, error))?;
         let span = telemetry::root_span(&cli.command, arguments);
@@ -169,7 +169,10 @@ fn execute(
         let delivery = telemetry.shutdown(patience).await;
         telemetry::epilogue(trace, delivery);
         result
-    })
+    });
+    // P9: a name that DNS does not answer for, or a disk that hangs, holds a blocking thread for as long as it likes, but not us.
+    runtime.shutdown_background();
+    result
 }
 
 async fn verb(

@@ -19,7 +19,7 @@ use std::{
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 const SLOT_INTERVAL: Duration = Duration::from_secs(30);
 /// The same while there is no answer: at the very start there is no slot yet.
 const SLOT_RETRY: Duration = Duration::from_secs(5);
+/// How long a look at PostgreSQL's disk may take.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Error> {
@@ -126,6 +128,7 @@ async fn watch_slot(
     stop: CancellationToken,
 ) {
     let mut tick = tokio::time::interval(SLOT_INTERVAL);
+    let mut space = SpaceReader { patience: DISK_PATIENCE, hanging: None };
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -134,19 +137,22 @@ async fn watch_slot(
         let read = async {
             let mut client = Client::connect_sql(&info).await.map_err(|e| e.to_string())?;
             let row = slot::read(&mut client, &slot).await.map_err(|e| e.message)?;
-            state.set_postgres_disk(postgres_disk(&mut client, &data_directory).await);
+            let place = postgres_disk(&mut client, &data_directory).await;
             client.close().await;
-            Ok::<_, String>(row.and_then(|row| row.retained_bytes))
+            Ok::<_, String>((row.and_then(|row| row.retained_bytes), place))
         };
         let read = tokio::select! {
             () = stop.cancelled() => return,
             read = read => read,
         };
-        if !matches!(read, Ok(Some(_))) {
+        if !matches!(read, Ok((Some(_), _))) {
             tick.reset_after(SLOT_RETRY);
         }
         match read {
-            Ok(bytes) => state.set_slot_retained(bytes),
+            Ok((bytes, place)) => {
+                state.set_slot_retained(bytes);
+                state.set_postgres_disk(space.of(place).await);
+            }
             Err(error) => {
                 state.set_slot_retained(None);
                 state.set_postgres_disk(None);
@@ -156,9 +162,9 @@ async fn watch_slot(
     }
 }
 
-/// The disk with PostgreSQL's WAL, when it is one of this machine. `setting` is `postgres.data_directory`, empty when
+/// Where the disk with PostgreSQL's WAL would be, and whose it has to be. `setting` is `postgres.data_directory`, empty when
 /// PostgreSQL is to be asked, which a role without pg_read_all_settings may not.
-async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<disk::Space> {
+async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<(PathBuf, u64)> {
     let sql = "SELECT system_identifier FROM pg_control_system()";
     let rows = client.query(sql).await.ok()?;
     let system_identifier = rows.first()?.text(0)?.parse().ok()?;
@@ -167,7 +173,55 @@ async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<disk::Spac
     } else {
         setting.to_owned()
     };
-    // A disk that hangs must not hold up the one thread that streams.
-    let read = tokio::task::spawn_blocking(move || disk::space(&data, system_identifier));
-    read.await.ok().flatten()
+    Some((data, system_identifier))
+}
+
+/// Looks at a disk that may hang: on a thread of its own, never on two, and nobody waits for long.
+#[derive(Debug)]
+struct SpaceReader {
+    patience: Duration,
+    hanging: Option<JoinHandle<Option<disk::Space>>>,
+}
+
+impl SpaceReader {
+    /// `None` when it is not known now.
+    async fn of(&mut self, place: Option<(PathBuf, u64)>) -> Option<disk::Space> {
+        let (data, system_identifier) = place?;
+        let look = move || disk::space(&data, system_identifier);
+        let mut reading = self.hanging.take().unwrap_or_else(|| tokio::task::spawn_blocking(look));
+        match tokio::time::timeout(self.patience, &mut reading).await {
+            Ok(space) => space.ok().flatten(),
+            Err(_) => {
+                self.hanging = Some(reading);
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_is_looked_at_once_and_waited_for_briefly() {
+        let (answer, asked) = mpsc::channel::<()>();
+        let hanging = tokio::task::spawn_blocking(move || {
+            asked.recv().ok()?;
+            Some(disk::Space { free: 1, total: 2 })
+        });
+        let patience = Duration::from_millis(10);
+        let mut reader = SpaceReader { patience, hanging: Some(hanging) };
+        let place = || Some((PathBuf::from("/nowhere"), 7));
+        assert_eq!(reader.of(place()).await, None);
+        assert!(reader.hanging.is_some(), "the one look goes on");
+        answer.send(()).unwrap();
+        reader.patience = DISK_PATIENCE;
+        while !reader.hanging.as_ref().unwrap().is_finished() {
+            std::thread::yield_now();
+        }
+        assert_eq!(reader.of(place()).await, Some(disk::Space { free: 1, total: 2 }));
+        assert_eq!(reader.of(place()).await, None, "nothing is there, and it says so");
+    }
 }

@@ -158,9 +158,11 @@ fn put(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = durable::tmp_path(path);
     remove(&temporary)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
+    let written = file.write_all(content).and_then(|()| file.sync_all());
+    written.and_then(|()| fs::rename(&temporary, path)).inspect_err(|_| {
+        // Alone in an empty directory it would keep the next restore out.
+        let _ = remove(&temporary);
+    })
 }
 
 /// As root: what is new belongs to whom pg_control belongs to.
@@ -186,7 +188,7 @@ fn sync_dir(folder: &Path) -> Result<(), Error> {
 }
 
 /// Everything on the file system of a place: one call, where a sync of each of a hundred thousand files
-/// takes minutes. It fails when any write since then failed (Linux 5.8).
+/// takes minutes. It fails when a write has failed of which nobody was told yet (Linux 5.8).
 fn sync_all(place: &Path) -> Result<(), Error> {
     let synced = File::open(place).and_then(|place| Ok(rustix::fs::syncfs(&place)?));
     synced.map_err(|error| local("sync", place, &error))

@@ -155,14 +155,15 @@ impl Whole {
             true => options.create(true).truncate(false).open(&self.path)?,
             false => options.create_new(true).open(&self.path)?,
         };
+        // From here on a worker that comes later meets the same file, and what it lacks, not one that exists already.
+        let file = Arc::new(file);
+        *slot = Some(Arc::clone(&file));
         match delta {
             true if file.metadata()?.len() != self.size() => file.set_len(self.size())?,
             true => {}
             false => strip::reserve(&file, self.size())?,
         }
         strip::go_direct(&file, self.size())?;
-        let file = Arc::new(file);
-        *slot = Some(Arc::clone(&file));
         Ok(file)
     }
 }
