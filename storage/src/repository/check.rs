@@ -56,13 +56,19 @@ impl Repository {
         read_percent: f64,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Problem>, Error> {
-        let mut check = Check { repository: self, problems: Vec::new(), absent: Vec::new() };
+        let mut check = Check {
+            repository: self,
+            problems: Vec::new(),
+            absent: Vec::new(),
+            seen: BTreeSet::new(),
+        };
         check.small_files()?;
         let index = check.index()?;
         check.packs(&index)?;
         let index = Arc::new(index);
         let needed = check.snapshots(&index)?;
-        check.absent(&index, needed.as_ref());
+        check.absent(&index, &needed);
+        check.marked(&index, &needed);
         check.read(&index, read_percent, progress)?;
         Ok(check.problems)
     }
@@ -73,6 +79,16 @@ struct Check<'a> {
     problems: Vec<Problem>,
     /// Packs that the index names and that are not there.
     absent: Vec<BaseFile>,
+    /// Packs that the index names without a mark: they were looked for.
+    seen: BTreeSet<BaseFile>,
+}
+
+/// What snapshots need.
+struct Needed {
+    /// Positions in `Index::packs`.
+    packs: BTreeSet<u32>,
+    /// Every snapshot could be read, so that they need no more.
+    all: bool,
 }
 
 /// Whether an error tells of what is stored, not of the way to it.
@@ -143,18 +159,16 @@ impl Check<'_> {
     fn packs(&mut self, index: &Index) -> Result<(), Error> {
         let there: BTreeMap<_, _> =
             self.repository.files.list(BaseKind::Data)?.into_iter().collect();
-        let mut seen = BTreeSet::new();
         // A pack that is named twice is wanted if one says so.
         let mut packs: Vec<_> = index.packs.iter().collect();
         packs.sort_by_key(|pack| (pack.id, pack.marked));
         for pack in packs {
             let file = pack.file();
-            if !seen.insert(file) {
+            // Marked packs may go at any time, and some are marked without what is in them.
+            if pack.marked || !self.seen.insert(file) {
                 continue;
             }
             match there.get(&file) {
-                // Marked packs may go at any time, and some are marked without what is in them.
-                _ if pack.marked => {}
                 None => self.absent.push(file),
                 Some(&size) if size != pack.size => {
                     let detail = format!("expected {} bytes, found {size}", pack.size);
@@ -167,34 +181,49 @@ impl Check<'_> {
     }
 
     /// Says of absent packs what to do: one that nobody needs is only in the way.
-    fn absent(&mut self, index: &Index, needed: Option<&BTreeSet<u32>>) {
-        let needed: Option<BTreeSet<Sha256Sum>> =
-            needed.map(|packs| packs.iter().map(|&pack| index.packs[pack as usize].id).collect());
+    fn absent(&mut self, index: &Index, needed: &Needed) {
+        let packs: BTreeSet<Sha256Sum> =
+            needed.packs.iter().map(|&pack| index.packs[pack as usize].id).collect();
         for file in std::mem::take(&mut self.absent) {
-            let detail = match &needed {
-                Some(needed) if !needed.contains(&file.id) => UNNEEDED,
-                _ => "the index names it, but it is not there",
+            let detail = match needed.all && !packs.contains(&file.id) {
+                true => UNNEEDED,
+                false => "the index names it, but it is not there",
             };
             self.problem(Some(file), self.repository.damaged(file, detail));
         }
     }
 
-    /// Every tree of every snapshot can be read, and every chunk is in the index. Gives the packs that they need, if
-    /// that is known.
-    fn snapshots(&mut self, index: &Arc<Index>) -> Result<Option<BTreeSet<u32>>, Error> {
-        let mut needed = Some(BTreeSet::new());
+    /// A pack that is marked for removal and that a snapshot needs all the same must be there, too.
+    fn marked(&mut self, index: &Index, needed: &Needed) {
+        let gone: BTreeSet<BaseFile> = needed
+            .packs
+            .iter()
+            .map(|&pack| &index.packs[pack as usize])
+            .filter(|pack| pack.absent && !self.seen.contains(&pack.file()))
+            .map(|pack| pack.file())
+            .collect();
+        for file in gone {
+            let detail =
+                "marked for removal, but a snapshot needs it, and it is not there or not whole";
+            self.problem(Some(file), self.repository.damaged(file, detail));
+        }
+    }
+
+    /// Every tree of every snapshot can be read, and every chunk is in the index. Gives the packs that they need.
+    fn snapshots(&mut self, index: &Arc<Index>) -> Result<Needed, Error> {
+        let mut needed = Needed { packs: BTreeSet::new(), all: true };
         for (file, _) in self.repository.files.list(BaseKind::Snapshot)? {
             let snapshot = self.repository.snapshot_file(SnapshotId::new(file.id));
             let Some(snapshot) = self.note(Some(file), snapshot)? else {
-                needed = None;
+                needed.all = false;
                 continue;
             };
             let reader =
                 Reader::new(self.repository.clone(), Arc::clone(index), tree_of(&snapshot)?);
             match contents(&reader) {
-                Ok(found) => needed.iter_mut().for_each(|all| all.extend(&found.packs)),
+                Ok(found) => needed.packs.extend(&found.packs),
                 Err(error) if is_finding(&error) => {
-                    needed = None;
+                    needed.all = false;
                     self.problem(None, format!("snapshot {}: {error}", file.id));
                 }
                 Err(error) => return Err(error),

@@ -1,7 +1,7 @@
 //! A1 to A3: an index that names packs that are not there spoils no later backup, and is put right.
 
 use super::*;
-use crate::repository::{Progress, SnapshotId};
+use crate::repository::{Progress, SnapshotId, index::IndexJson};
 
 const NOW: Duration = Duration::ZERO;
 
@@ -112,4 +112,25 @@ fn packs_that_a_snapshot_needs_stay_in_the_index_and_are_told() {
     home.files.write(*lost, &[bytes]).unwrap();
     assert_eq!(check(&home), [""; 0]);
     assert_eq!(home.repository.adopt().unwrap().absent, 0);
+}
+
+#[test]
+fn a_needed_pack_that_is_marked_and_gone_is_told() {
+    let home = home();
+    let (_, one) = back_up(&home.repository, &tree(10), None, "one");
+    for (file, _) in home.files.list(BaseKind::Index).unwrap() {
+        let json = home.repository.read_json(file).unwrap();
+        let IndexJson { packs, .. } = serde_json::from_slice(&json).unwrap();
+        home.repository.write_index(&IndexJson { packs: vec![], packs_to_delete: packs }).unwrap();
+        home.files.remove(file).unwrap();
+    }
+    assert_eq!(check(&home), [""; 0], "a marked pack is as good as any while it is there");
+    // The largest has chunks; without trees the snapshot could not be read at all.
+    let packs = home.files.list(BaseKind::Data).unwrap();
+    let (lost, _) = packs.into_iter().max_by_key(|(_, size)| *size).unwrap();
+    assert!(home.repository.packs_of(&[one.id]).unwrap().contains(&lost));
+    home.files.remove(lost).unwrap();
+    let problems = check(&home);
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].contains("marked for removal, but a snapshot needs it"), "{problems:?}");
 }
