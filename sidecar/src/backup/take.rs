@@ -365,7 +365,7 @@ async fn open_repository(
         if absent > 0 {
             tracing::warn!(
                 packs = absent,
-                "the repository's index names packs that are not there; what they held is sent again; hint: klio verify says which backups they leave damaged"
+                "the repository's index names packs that are not whole on tier 1, or in neither tier; what they held is sent again; hint: klio verify repairs them when the other tier has them, and says which backups they leave damaged"
             );
         }
         if packs > 0 {

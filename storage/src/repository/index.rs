@@ -1,8 +1,8 @@
 //! Where every chunk and tree lies: the index files of the repository, as one sorted table.
 //!
 //! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (R4) they are
-//! as good as any, and a snapshot that was saved beside a maintenance may still need them. Packs that are named and not there
-//! come last of all (`absent.rs`).
+//! as good as any, and a snapshot that was saved beside a maintenance may still need them. Packs that are named and not there,
+//! or not whole where they are looked for first, come last of all (`absent.rs`).
 //!
 //! About 48 bytes of memory for each chunk.
 
@@ -82,7 +82,7 @@ pub(super) struct Pack {
     pub(super) marked: bool,
     /// Bytes of the file, as its header's form demands.
     pub(super) size: u64,
-    /// It is not there, or not whole.
+    /// In neither tier, or not whole on tier 1: then the other tier may have it, and a verification repairs it.
     pub(super) absent: bool,
 }
 
@@ -180,7 +180,7 @@ impl Index {
         });
     }
 
-    /// The packs that are named and not there.
+    /// The packs that are named and not there, or not whole.
     pub(super) fn absent(&self) -> BTreeSet<Sha256Sum> {
         self.packs.iter().filter(|pack| pack.absent).map(|pack| pack.id).collect()
     }
