@@ -1,7 +1,8 @@
 //! Which repository files a snapshot needs.
 //!
 //! Told by its trees, which takes reading them all; so it is remembered while it stays true: maintenance that
-//! moves chunks to other packs writes other index files and removes those that named the old ones.
+//! moves chunks to other packs writes other index files and removes those that named the old ones. Where a chunk has
+//! two places the answer follows which packs are there (`absent.rs` of the repository), so those must be, too.
 
 use super::{BaseStore, ServerFiles, lock, run};
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use klio_storage::{
     repository::{Files, Repository, SnapshotId},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::{Arc, Mutex},
 };
 use tonic::Status;
@@ -22,17 +23,29 @@ const REMEMBERED_MAX: usize = 500_000;
 /// Files that a snapshot needs, and their sizes where the index says them.
 type Needed = Arc<BTreeMap<BaseFile, Option<u64>>>;
 
+/// What both tiers hold together, to see whether an answer stands.
+pub(super) struct Held {
+    indexes: BTreeMap<BaseFile, u64>,
+    packs: BTreeMap<BaseFile, u64>,
+}
+
 /// Answers of earlier.
 #[derive(Default)]
 pub(super) struct NeedsCache(Mutex<BTreeMap<(ClusterName, SnapshotId), Needed>>);
 
 impl NeedsCache {
-    /// The answer of earlier, if every index file it was told by is still there.
-    fn get(&self, id: &(ClusterName, SnapshotId), indexes: &BTreeSet<BaseFile>) -> Option<Needed> {
+    /// The answer of earlier, if every index file it was told by is still there, and every pack, whole.
+    fn get(&self, id: &(ClusterName, SnapshotId), held: &Held) -> Option<Needed> {
         let mut known = lock(&self.0);
         let needed = known.get(id)?.clone();
         let stands = needed.contains_key(&id.1.file())
-            && needed.keys().filter(|f| f.kind == BaseKind::Index).all(|f| indexes.contains(f));
+            && needed.iter().all(|(file, size)| match file.kind {
+                BaseKind::Index => held.indexes.contains_key(file),
+                BaseKind::Data => {
+                    held.packs.get(file).is_some_and(|held| size.is_none_or(|size| size == *held))
+                }
+                _ => true,
+            });
         if !stands {
             known.remove(id);
         }
@@ -59,10 +72,26 @@ impl BaseStore {
         cluster: &ClusterName,
         snapshot: SnapshotId,
     ) -> Result<Needed, Status> {
+        let held = self.held(cluster).await?;
+        self.needs_beside(cluster, snapshot, &held).await
+    }
+
+    /// For `needs_beside`.
+    pub(super) async fn held(&self, cluster: &ClusterName) -> Result<Held, Status> {
+        let indexes = self.list_files(cluster, BaseKind::Index).await?;
+        let packs = self.list_files(cluster, BaseKind::Data).await?;
+        Ok(Held { indexes, packs })
+    }
+
+    /// As `needs`, for whoever asks about many snapshots and lists once.
+    pub(super) async fn needs_beside(
+        &self,
+        cluster: &ClusterName,
+        snapshot: SnapshotId,
+        held: &Held,
+    ) -> Result<Needed, Status> {
         let id = (cluster.clone(), snapshot);
-        let indexes: BTreeSet<BaseFile> =
-            self.list_files(cluster, BaseKind::Index).await?.into_keys().collect();
-        if let Some(known) = self.0.needs.get(&id, &indexes) {
+        if let Some(known) = self.0.needs.get(&id, held) {
             return Ok(known);
         }
         let secret = self.open_repository(cluster, None).await?;
@@ -128,17 +157,38 @@ mod tests {
         BaseFile { kind, id: Sha256Sum::of(text.as_bytes()) }
     }
 
-    #[test]
-    fn an_answer_is_forgotten_with_the_index_that_told_it() {
+    /// A cache with one answer: a snapshot, an index file and a pack of 7 bytes.
+    fn cache() -> (NeedsCache, (ClusterName, SnapshotId), [BaseFile; 2]) {
         let cache = NeedsCache::default();
         let snapshot = SnapshotId::new(Sha256Sum::of(b"s"));
         let id = ("pg".parse().unwrap(), snapshot);
-        let (old, new) = (file(BaseKind::Index, "old"), file(BaseKind::Index, "new"));
-        let pack = (file(BaseKind::Data, "p"), Some(7));
-        let needed = BTreeMap::from([(snapshot.file(), None), (old, None), pack]);
-        cache.put(id.clone(), Arc::new(needed.clone()));
-        assert_eq!(cache.get(&id, &BTreeSet::from([old, new])).as_deref(), Some(&needed));
-        assert_eq!(cache.get(&id, &BTreeSet::from([new])), None);
-        assert_eq!(cache.get(&id, &BTreeSet::from([old, new])), None);
+        let (index, pack) = (file(BaseKind::Index, "old"), file(BaseKind::Data, "p"));
+        let needed = BTreeMap::from([(snapshot.file(), None), (index, None), (pack, Some(7))]);
+        cache.put(id.clone(), Arc::new(needed));
+        (cache, id, [index, pack])
+    }
+
+    #[test]
+    fn an_answer_is_forgotten_with_the_index_that_told_it() {
+        let (cache, id, [old, pack]) = cache();
+        let new = file(BaseKind::Index, "new");
+        let (both, packs) = (BTreeMap::from([(old, 1), (new, 1)]), BTreeMap::from([(pack, 7)]));
+        let both = Held { indexes: both, packs: packs.clone() };
+        assert_eq!(cache.get(&id, &both).map(|needed| needed.len()), Some(3));
+        assert_eq!(cache.get(&id, &Held { indexes: BTreeMap::from([(new, 1)]), packs }), None);
+        assert_eq!(cache.get(&id, &both), None);
+    }
+
+    #[test]
+    fn an_answer_is_forgotten_with_a_pack_that_is_gone_or_cut_short() {
+        for packs in [vec![], vec![6]] {
+            let (cache, id, [index, pack]) = cache();
+            let indexes = BTreeMap::from([(index, 1)]);
+            let whole = Held { indexes: indexes.clone(), packs: BTreeMap::from([(pack, 7)]) };
+            let packs = packs.into_iter().map(|size| (pack, size)).collect();
+            assert!(cache.get(&id, &whole).is_some());
+            assert_eq!(cache.get(&id, &Held { indexes, packs }), None);
+            assert_eq!(cache.get(&id, &whole), None);
+        }
     }
 }
