@@ -32,6 +32,8 @@ pub struct ListedBackup {
     pub tier1: bool,
     /// Everything it needs was proven in tier 2.
     pub tier2: bool,
+    /// Every file it needs is on tier 1 or proven in tier 2.
+    pub together: bool,
     /// The newest verification.
     pub verified: Option<VerifyOutcome>,
     /// The newest drill.
@@ -54,6 +56,34 @@ struct OnDisk {
     unreadable: BTreeMap<BackupName, String>,
     /// Repository files.
     files: BTreeSet<BaseFile>,
+}
+
+/// Who has the files of a backup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Reach {
+    tier1: bool,
+    together: bool,
+}
+
+impl OnDisk {
+    /// Whether a file that a backup needs may be missing here. What the bucket has and tier 1 does not was let go.
+    fn let_go(&self, objects: &BTreeMap<BaseObject, u64>) -> bool {
+        let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !self.files.contains(file));
+        objects.keys().any(only_there)
+    }
+
+    fn reach<'a>(
+        &self,
+        needed: impl Iterator<Item = &'a BaseFile>,
+        objects: &BTreeMap<BaseObject, u64>,
+    ) -> Reach {
+        let mut reach = Reach { tier1: true, together: true };
+        for file in needed.filter(|file| !self.files.contains(file)) {
+            reach.tier1 = false;
+            reach.together &= objects.contains_key(&BaseObject::File(*file));
+        }
+        reach
+    }
 }
 
 impl BaseStore {
@@ -95,15 +125,15 @@ impl BaseStore {
         for (name, error) in &disk.unreadable {
             listed.problems.push(format!("backup {name} on tier 1: {error}"));
         }
-        let on_tier1 = self.complete_on_disk(cluster, &disk, &objects).await;
+        let within = self.within_reach(cluster, &disk, &objects).await;
         let (this, cluster) = (self.clone(), cluster.clone());
         run(move || {
             let records =
                 std::mem::take(&mut disk.records).into_values().chain(elsewhere.into_values());
             for record in records {
-                let (tier1, tier2) =
-                    (on_tier1.contains(&record.name), in_tier2.contains_key(&record.name));
-                listed.backups.push(this.listed(&cluster, record, tier1, tier2));
+                let reach = within.get(&record.name).copied().unwrap_or_default();
+                let tier2 = in_tier2.contains_key(&record.name);
+                listed.backups.push(this.listed(&cluster, record, reach, tier2));
             }
             let key = |b: &ListedBackup| (b.record.stopped_postgres_unix, b.record.committed_unix);
             listed.backups.sort_by(|a, b| {
@@ -121,7 +151,7 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         record: BackupRecord,
-        tier1: bool,
+        reach: Reach,
         tier2: bool,
     ) -> ListedBackup {
         let (disk, root, name) = (self.disk().as_ref(), self.root(), &record.name);
@@ -134,39 +164,42 @@ impl BaseStore {
             tell(e);
             None
         });
-        ListedBackup { tier1, tier2, verified, drilled, record }
+        let Reach { tier1, together } = reach;
+        ListedBackup { tier1, tier2, together: together || tier2, verified, drilled, record }
     }
 
-    /// The backups that tier 1 can give back alone. Where tier 1 never let anything go that is every one with a
-    /// record; else the snapshots are asked, which costs reading their trees.
-    async fn complete_on_disk(
+    /// What can be given back of the backups with a record on tier 1. Where tier 1 never let anything go it has every
+    /// one with a snapshot; else the snapshots are asked, which costs reading their trees once.
+    async fn within_reach(
         &self,
         cluster: &ClusterName,
         disk: &OnDisk,
         objects: &BTreeMap<BaseObject, u64>,
-    ) -> BTreeSet<BackupName> {
-        let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !disk.files.contains(file));
+    ) -> BTreeMap<BackupName, Reach> {
         let let_go = match self.tier2() {
-            Some(_) => objects.keys().any(only_there),
+            Some(_) => disk.let_go(objects),
             // There was a bucket once, and what tier 1 let go to it is not here.
             None => self.disk().stat(&archive_file::path(self.root(), cluster)).is_ok(),
         };
-        let mut complete = BTreeSet::new();
+        let mut within = BTreeMap::new();
+        let mut held = None;
         for record in disk.records.values() {
             let Ok(id) = record.snapshot.parse::<SnapshotId>() else { continue };
-            if !disk.files.contains(&id.file()) {
+            if !let_go && disk.files.contains(&id.file()) {
+                within.insert(record.name.clone(), Reach { tier1: true, together: true });
                 continue;
             }
-            let whole = !let_go
-                || self
-                    .needs(cluster, id)
-                    .await
-                    .is_ok_and(|needed| needed.keys().all(|file| disk.files.contains(file)));
-            if whole {
-                complete.insert(record.name.clone());
+            if held.is_none() {
+                held = self.held(cluster).await.ok();
             }
+            let Some(held) = &held else { continue };
+            let reach = match self.needs_beside(cluster, id, held).await {
+                Ok(needed) => disk.reach(needed.keys(), objects),
+                Err(_) => Reach::default(),
+            };
+            within.insert(record.name.clone(), reach);
         }
-        complete
+        within
     }
 
     fn read_disk(&self, cluster: &ClusterName) -> Result<OnDisk, Error> {
@@ -261,5 +294,33 @@ impl BaseStore {
         found
             .map(|backup| Arc::new(backup.record))
             .ok_or_else(|| Code::NotFound.status(format!("cluster {cluster} has no backup {name}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_storage::tier2::Sha256Sum;
+
+    fn pack(text: &str) -> BaseFile {
+        BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(text.as_bytes()) }
+    }
+
+    fn bucket(packs: &[&str]) -> BTreeMap<BaseObject, u64> {
+        packs.iter().map(|text| (BaseObject::File(pack(text)), 7)).collect()
+    }
+
+    #[test]
+    fn a_backup_of_which_each_tier_has_a_part_is_there_together() {
+        let disk = OnDisk { files: BTreeSet::from([pack("new")]), ..OnDisk::default() };
+        let reach = |needed: &[&str], there: &[&str]| {
+            let needed: Vec<BaseFile> = needed.iter().map(|text| pack(text)).collect();
+            let reach = disk.reach(needed.iter(), &bucket(there));
+            (reach.tier1, reach.together)
+        };
+        assert_eq!(reach(&["new"], &[]), (true, true));
+        assert_eq!(reach(&["new", "old"], &["old"]), (false, true));
+        assert_eq!(reach(&["new", "old"], &[]), (false, false));
+        assert_eq!(reach(&["new", "old", "lost"], &["old"]), (false, false));
     }
 }

@@ -33,6 +33,7 @@ impl Inner {
             damaged: backup.verified.as_ref().is_some_and(|verified| !verified.ok),
             tier1: backup.tier1,
             tier2: backup.tier2,
+            together: backup.together,
             record: backup.record,
         };
         let timelines = timelines(&holdings, &mut problems);

@@ -4,8 +4,9 @@
 //!   the plan and raises an alarm; a backup of an odd time stays and takes nobody's place.
 //! - A backup that is not proven in tier 2 stays in tier 1, and takes no place in tier 2's counts, so that
 //!   it pushes out none that is. What tier 1 keeps, tier 2 keeps too.
-//! - A backup that no tier can give back whole, as when the bucket that holds it was taken out of the
-//!   configuration, counts for no rule, and while there is one nothing goes: it may come back.
+//! - A backup that cannot be given back whole, not even by both tiers together, as when the bucket that holds it
+//!   was taken out of the configuration, counts for no rule, and while there is one nothing goes: it may come back.
+//!   Nobody is told to take away a record that tier 2 does not have yet.
 //! - The newest backup without known damage always stays. A damaged one takes no place from a good one.
 //! - Time alone expires nothing: a recovery window ends at the newest backup, not now. When backups stop,
 //!   so does expiring.
@@ -39,14 +40,17 @@ pub struct KnownBackup {
     pub tier1: bool,
     /// Everything it needs was proven in tier 2.
     pub tier2: bool,
+    /// Every file it needs is on tier 1 or proven in tier 2: the next backup after tier 1 let packs go is of this
+    /// kind until its record is in tier 2.
+    pub together: bool,
     /// A verification found damage in it that could not be repaired.
     pub damaged: bool,
 }
 
 impl KnownBackup {
-    /// A tier can give it back whole.
+    /// A tier, or both together, can give it back whole.
     pub const fn is_within_reach(&self) -> bool {
-        self.tier1 || self.tier2
+        self.tier1 || self.tier2 || self.together
     }
 }
 
@@ -176,18 +180,27 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
     RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, backups: decided, wal }
 }
 
-/// Backups that no tier can give back: of which nobody knows whether they are lost or only elsewhere.
+/// Backups that cannot be given back: of which nobody knows whether they are lost or only elsewhere.
 fn out_of_reach(facts: &Facts, backups: &[&KnownBackup]) -> Option<String> {
     let lost: Vec<&str> =
         backups.iter().filter(|b| !b.is_within_reach()).map(|b| b.record.name.as_str()).collect();
     let (first, more) = (lost.first()?, lost.len() - 1);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    let why = match facts.has_tier2 {
-        true => "tier 1 lacks a part of it, and tier 2 does not have it",
-        false => "tier 1 lacks a part of it, and the configuration has no [tier2]",
+    // With a bucket, every one of them is a backup whose record is still to go there.
+    let (why, hint) = match facts.has_tier2 {
+        true => (
+            "tier 1 lacks a part of it, and tier 2 does not have it",
+            "; klio verify says what is missing".to_owned(),
+        ),
+        false => (
+            "tier 1 lacks a part of it, and the configuration has no [tier2]",
+            format!(
+                "; a backup that is lost for good: take its record out of tier 1, <cluster>/backups/{first}.json"
+            ),
+        ),
     };
     Some(format!(
-        "backup {first}{more}: {why}; nothing is removed meanwhile; hint: put the bucket that holds it back into [tier2]; a backup that is lost for good: take its record out of tier 1, <cluster>/backups/{first}.json"
+        "backup {first}{more}: {why}; nothing is removed meanwhile; hint: put the bucket that holds it back into [tier2]{hint}"
     ))
 }
 

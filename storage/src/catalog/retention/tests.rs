@@ -47,7 +47,7 @@ fn record(name: &str, committed: f64, line: u32, start: u64) -> BackupRecord {
 }
 
 fn known(record: BackupRecord) -> KnownBackup {
-    KnownBackup { record, tier1: true, tier2: true, damaged: false }
+    KnownBackup { record, tier1: true, tier2: true, together: true, damaged: false }
 }
 
 fn line(number: u32, history: &str, end: u64) -> KnownTimeline {
@@ -210,6 +210,7 @@ fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
         facts.has_tier2 = has_tier2;
         for (day, backup) in facts.backups.iter_mut().enumerate() {
             (backup.tier1, backup.tier2) = (day == 1 || day == 2, false);
+            backup.together = backup.tier1;
         }
         let plan = plan(&facts, &policies(last(1), last(2)), NOW);
         assert!(plan.is_empty(), "{plan:?}");
@@ -217,10 +218,28 @@ fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
         for part in ["d0 and 3 more", "hint: put the bucket", "[tier2]"] {
             assert!(plan.alarms[0].contains(part), "{part}: {:?}", plan.alarms);
         }
+        // Tier 2 is still owed its record: nobody may be told to take it away.
+        assert_eq!(plan.alarms[0].contains("take its record"), !has_tier2, "{:?}", plan.alarms);
         let reasons = |day: usize| plan.backups[day].tier1.reasons.join(", ");
         assert!(reasons(2).contains("last 1"), "{}", reasons(2));
         assert!(!reasons(5).contains("last"), "{}", reasons(5));
     }
+}
+
+/// Tier 1 let packs go, and a new backup builds on one that only the bucket has.
+#[test]
+fn a_backup_that_only_both_tiers_together_have_is_within_reach() {
+    let mut facts = daily(6);
+    for (day, backup) in facts.backups.iter_mut().enumerate() {
+        (backup.tier1, backup.tier2) = (false, day < 5);
+    }
+    let plan = plan(&facts, &policies(last(1), last(2)), NOW);
+    assert_eq!(plan.alarms, [""; 0]);
+    assert_eq!(expired(&plan), ["d0", "d1", "d2"]);
+    let newest = &plan.backups[5];
+    assert!(newest.tier1.keep && newest.tier2.keep, "{newest:?}");
+    let reasons = newest.tier1.reasons.join(", ");
+    assert!(reasons.contains("not proven in tier 2 yet"), "{reasons}");
 }
 
 #[test]
@@ -302,7 +321,7 @@ fn any_timelines() -> impl Strategy<Value = Vec<KnownTimeline>> {
 }
 
 fn any_facts() -> impl Strategy<Value = Facts> {
-    let backup = (0..200_000u32, 1..4u32, 1..45u64, any::<[bool; 3]>(), 0..20u8);
+    let backup = (0..200_000u32, 1..4u32, 1..45u64, any::<[bool; 4]>(), 0..20u8);
     (prop::collection::vec(backup, 0..10), any_timelines(), any::<bool>()).prop_map(
         |(backups, timelines, has_tier2)| {
             let make = |(index, (minutes, line, segment, flags, odd))| {
@@ -310,9 +329,10 @@ fn any_facts() -> impl Strategy<Value = Facts> {
                 let at = if odd == 0 { 3.0 } else { at };
                 let mut record = record(&format!("b{index}"), at, line, segment * SEGMENT + 40);
                 record.keep = odd == 1;
-                let [tier1, tier2, damaged] = flags;
-                let tier2 = tier2 && has_tier2;
-                KnownBackup { record, tier1: tier1 || !tier2, tier2, damaged }
+                let [tier1, tier2, spread, damaged] = flags;
+                let (tier2, spread) = (tier2 && has_tier2, spread && has_tier2);
+                let tier1 = tier1 || !tier2 && !spread;
+                KnownBackup { record, tier1, tier2, together: true, damaged }
             };
             let backups: Vec<KnownBackup> = backups.into_iter().enumerate().map(make).collect();
             Facts { timelines, has_tier2, ..facts(backups) }
