@@ -56,6 +56,8 @@ struct OnDisk {
     unreadable: BTreeMap<BackupName, String>,
     /// Repository files.
     files: BTreeSet<BaseFile>,
+    /// There was a bucket once: tier 1 may have let packs go to it.
+    had_bucket: bool,
 }
 
 /// Who has the files of a backup.
@@ -66,10 +68,11 @@ struct Reach {
 }
 
 impl OnDisk {
-    /// Whether a file that a backup needs may be missing here. What the bucket has and tier 1 does not was let go.
+    /// Whether a file that a backup needs may be missing here. What the bucket has and tier 1 does not was let go;
+    /// of what an earlier bucket has, this one knows nothing.
     fn let_go(&self, objects: &BTreeMap<BaseObject, u64>) -> bool {
         let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !self.files.contains(file));
-        objects.keys().any(only_there)
+        self.had_bucket || objects.keys().any(only_there)
     }
 
     fn reach<'a>(
@@ -176,11 +179,7 @@ impl BaseStore {
         disk: &OnDisk,
         objects: &BTreeMap<BaseObject, u64>,
     ) -> BTreeMap<BackupName, Reach> {
-        let let_go = match self.tier2() {
-            Some(_) => disk.let_go(objects),
-            // There was a bucket once, and what tier 1 let go to it is not here.
-            None => self.disk().stat(&archive_file::path(self.root(), cluster)).is_ok(),
-        };
+        let let_go = disk.let_go(objects);
         let mut within = BTreeMap::new();
         let mut held = None;
         for record in disk.records.values() {
@@ -215,6 +214,7 @@ impl BaseStore {
         for kind in BaseKind::ALL {
             disk.files.extend(files.list(kind)?.into_iter().map(|(file, _)| file));
         }
+        disk.had_bucket = self.disk().stat(&archive_file::path(self.root(), cluster)).is_ok();
         Ok(disk)
     }
 
@@ -322,5 +322,15 @@ mod tests {
         assert_eq!(reach(&["new", "old"], &["old"]), (false, true));
         assert_eq!(reach(&["new", "old"], &[]), (false, false));
         assert_eq!(reach(&["new", "old", "lost"], &["old"]), (false, false));
+    }
+
+    /// With another bucket, or an emptied one, its listing says nothing of what went to the earlier one.
+    #[test]
+    fn where_there_was_a_bucket_once_tier_1_is_not_taken_for_whole() {
+        let mut disk = OnDisk { files: BTreeSet::from([pack("a")]), ..OnDisk::default() };
+        assert!(!disk.let_go(&bucket(&[])) && !disk.let_go(&bucket(&["a"])));
+        assert!(disk.let_go(&bucket(&["a", "b"])));
+        disk.had_bucket = true;
+        assert!(disk.let_go(&bucket(&[])) && disk.let_go(&bucket(&["a"])));
     }
 }
