@@ -43,6 +43,7 @@ impl Inner {
             Err(running) => {
                 let text = format!("backup {running} is running; nothing was removed beside it");
                 outcome.held_back.push(text);
+                outcome.alarm = self.metrics.is_alarmed(cluster);
                 Ok(())
             }
         };
@@ -102,8 +103,9 @@ impl Inner {
     ) -> Result<(), Status> {
         tell(Step { phase: "plan".into(), ..Step::default() });
         let plan = self.plan(cluster).await?;
-        self.metrics.alarmed(cluster, !plan.alarms.is_empty());
-        if !plan.alarms.is_empty() {
+        outcome.alarm = !plan.alarms.is_empty();
+        self.metrics.alarmed(cluster, outcome.alarm);
+        if outcome.alarm {
             for alarm in &plan.alarms {
                 tracing::error!(%cluster, alarm, "nothing is removed");
             }

@@ -84,22 +84,22 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// One of an earlier run of the server. A plan that had to be empty did nothing and says why.
+    /// One of an earlier run of the server.
     pub(super) fn seen_maintained(&self, cluster: &ClusterName, outcome: &MaintenanceOutcome) {
-        let did = outcome.expired.len() as u64
-            + outcome.freed_tier1_bytes
-            + outcome.freed_tier2_bytes
-            + outcome.wal_removed_tier1
-            + outcome.wal_removed_tier2;
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
         entry.maintained = Some(outcome.finished_unix);
-        entry.alarm = Some(did == 0 && !outcome.held_back.is_empty());
+        entry.alarm = Some(outcome.alarm);
     }
 
     /// Unix time of the last run; `None` when there was none.
     pub(super) fn latest_maintenance(&self, cluster: &ClusterName) -> Option<f64> {
         self.last().get(cluster)?.maintained
+    }
+
+    /// Whether the last plan had to be empty, as far as is known.
+    pub(super) fn is_alarmed(&self, cluster: &ClusterName) -> bool {
+        self.last().get(cluster).and_then(|last| last.alarm).unwrap_or(false)
     }
 
     /// Whether a plan had to be empty.
@@ -130,5 +130,32 @@ impl MaintenanceMetrics {
                 put("klio.drill.recovery_duration", drill.recovery_seconds);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alarm(outcome: &MaintenanceOutcome) -> bool {
+        let (metrics, cluster) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        metrics.seen_maintained(&cluster, outcome);
+        metrics.is_alarmed(&cluster)
+    }
+
+    #[test]
+    fn after_a_restart_only_an_alarm_is_an_alarm() {
+        let held_back = vec!["backup b1 is running; nothing was removed beside it".to_owned()];
+        let mut outcome = MaintenanceOutcome { held_back, ..MaintenanceOutcome::default() };
+        assert!(!alarm(&outcome));
+        outcome.alarm = true;
+        assert!(alarm(&outcome));
+    }
+
+    #[test]
+    fn an_outcome_of_an_older_klio_is_read_and_is_no_alarm() {
+        let mut json = serde_json::to_value(MaintenanceOutcome::default()).unwrap();
+        json.as_object_mut().unwrap().remove("alarm").unwrap();
+        assert!(!alarm(&serde_json::from_value(json).unwrap()));
     }
 }

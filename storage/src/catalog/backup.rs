@@ -188,4 +188,7 @@ pub struct MaintenanceOutcome {
     pub packs_removed: u64,
     /// Why less was done than the plan says.
     pub held_back: Vec<String>,
+    /// The plan had to be empty, for one of these reasons. Of a run that made no plan: the last one that did.
+    #[serde(default)]
+    pub alarm: bool,
 }
