@@ -7,7 +7,7 @@
 use super::{
     Inner,
     child::Tell,
-    protocol::{PruneJob, Step},
+    protocol::{PruneJob, PruneResult, Step},
 };
 use crate::{base::Removal, errors};
 use klio_proto::Code;
@@ -121,14 +121,8 @@ impl Inner {
             outcome.expired.push(name.clone());
         }
         let job = self.prune_job(cluster, &plan, &records, &expired);
-        let near = job.near.is_some();
         let pruned = self.prune(cluster, job, tell).await?;
-        if near {
-            let there = |b: &&klio_storage::catalog::retention::BackupPlan| {
-                b.tier1.present && !b.tier1.keep && b.tier2.keep
-            };
-            outcome.evicted.extend(plan.backups.iter().filter(there).map(|b| b.name.clone()));
-        }
+        outcome.evicted.extend(evicted(&plan, &pruned));
         outcome.packs_marked = pruned.packs_marked;
         outcome.packs_removed = pruned.packs_removed;
         outcome.freed_tier1_bytes += pruned.freed_tier1_bytes;
@@ -197,5 +191,47 @@ impl Inner {
         });
         let removed = removed.await.map_err(|e| Code::Internal.status(format!("expire: {e}")))?;
         removed.map_err(|e| errors::status(&e))
+    }
+}
+
+/// The backups whose own copy tier 1 had and let go; none when the child did not come to that.
+fn evicted(plan: &RetentionPlan, pruned: &PruneResult) -> Vec<BackupName> {
+    if !pruned.evicted {
+        return Vec::new();
+    }
+    let gone = plan.backups.iter().filter(|b| b.tier1.present && !b.tier1.keep && b.tier2.keep);
+    gone.map(|b| b.name.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_storage::catalog::retention::{BackupPlan, Decision, Policies};
+
+    #[test]
+    fn backups_are_named_as_evicted_only_when_the_child_came_to_that() {
+        let decision = |present, keep| Decision { present, keep, reasons: vec![] };
+        let backup = |name: &str, tier1| BackupPlan {
+            name: name.parse().unwrap(),
+            committed_unix: 1.0,
+            tier1,
+            tier2: decision(true, true),
+        };
+        let plan = RetentionPlan {
+            as_of_unix: 2.0,
+            policies: Policies::default(),
+            has_tier2: true,
+            alarms: vec![],
+            backups: vec![
+                backup("gone-before", decision(false, false)),
+                backup("goes", decision(true, false)),
+                backup("stays", decision(true, true)),
+            ],
+            wal: vec![],
+        };
+        let early = PruneResult { held_back: vec!["why".into()], ..PruneResult::default() };
+        assert_eq!(evicted(&plan, &early), []);
+        let done = PruneResult { evicted: true, ..PruneResult::default() };
+        assert_eq!(evicted(&plan, &done), ["goes".parse().unwrap()]);
     }
 }

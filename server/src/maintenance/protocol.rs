@@ -65,6 +65,8 @@ pub struct PruneResult {
     pub packs_marked: u64,
     /// Packs that went for good.
     pub packs_removed: u64,
+    /// What tier 1 need not keep was gone through to its end; false when nothing of the kind was begun.
+    pub evicted: bool,
     /// Packs that tier 1 let go.
     pub packs_evicted: u64,
     /// Bytes freed on tier 1.

@@ -67,25 +67,25 @@ fn phase(ground: &Ground, text: &str) {
     ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
 }
 
-/// Puts an index right that names packs that are in neither tier; says why not when only a snapshot without a record
-/// needs them: that one goes when it is old enough.
+/// Puts an index right that names packs that are not whole on tier 1, or in neither tier; says why not when only a snapshot
+/// without a record needs them: that one goes when it is old enough.
 fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option<String>> {
     let found = repository.drop_absent().context("look for packs that an index names in vain")?;
     let count = found.absent;
     if let Some(id) = found.torn.iter().find(|id| job.recorded.contains(id)) {
         bail!(
-            "prune the repository: expected every pack that the index names, found {count} in neither tier, and snapshot {id} needs them; hint: klio verify names the backups; klio backup sends again what PostgreSQL still has"
+            "prune the repository: expected every pack that the index names, found {count} not whole on tier 1, or in neither tier, and snapshot {id} needs them; hint: klio verify repairs them when the other tier has them, and names the backups; klio backup sends again what PostgreSQL still has"
         );
     }
     if let Some(id) = found.torn.first() {
         return Ok(Some(format!(
-            "{count} packs that the index names are in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, a day after it was made"
+            "{count} packs that the index names are not whole on tier 1, or in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, a day after it was made"
         )));
     }
     if count > 0 {
         tracing::warn!(
             count,
-            "the index named packs that are in neither tier; no backup needs them, and they are out of it"
+            "the index named packs that are not whole on tier 1, or in neither tier; no backup needs them, and they are out of it"
         );
     }
     Ok(None)
@@ -181,9 +181,10 @@ fn evict(
         }
         if result.held_back.len() > 20 {
             result.held_back.push("and more; tier 1 keeps the rest for now".into());
-            break;
+            return Ok(());
         }
     }
+    result.evicted = true;
     Ok(())
 }
 
