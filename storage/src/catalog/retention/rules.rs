@@ -59,7 +59,8 @@ pub(super) fn decide(
             reasons.push("keep flag".to_owned());
         }
         if !backups[index].is_within_reach() {
-            reasons.push("not even both tiers together have all of it, so no rule applies".to_owned());
+            reasons
+                .push("not even both tiers together have all of it, so no rule applies".to_owned());
         }
         match newest_good {
             None => reasons.push("no backup is known to be good".to_owned()),
