@@ -357,6 +357,16 @@ impl Site {
         crate::http::get(self.admin, path).await.expect("probe klio-server")
     }
 
+    /// Waits until `/readyz` answers 200 or 503: the queue comes up, and goes, a moment after the server does.
+    pub async fn wait_ready(&self, code: u16) {
+        let what = format!("/readyz to answer {code}");
+        eventually(&what, PATIENCE, || async {
+            let (found, text) = self.probe("/readyz").await;
+            (found == code).then_some(()).ok_or((found, text))
+        })
+        .await;
+    }
+
     /// `klio wal-fetch`; gives the exit code and the file's content.
     pub async fn fetch(&self, name: &str) -> (Option<i32>, Vec<u8>) {
         let target = self.scratch.join(format!("fetched-{name}"));

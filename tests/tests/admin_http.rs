@@ -10,15 +10,6 @@ use klio_tests::{
 };
 use std::{fs, os::unix::fs::PermissionsExt};
 
-async fn wait_ready(site: &Site, code: u16) {
-    let what = format!("/readyz to answer {code}");
-    eventually(&what, PATIENCE, || async {
-        let (found, text) = site.probe("/readyz").await;
-        (found == code).then_some(()).ok_or((found, text))
-    })
-    .await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_need_no_telemetry_and_metrics_are_there_only_when_asked_for() {
     install_crypto();
@@ -28,7 +19,7 @@ async fn probes_need_no_telemetry_and_metrics_are_there_only_when_asked_for() {
     for (path, expected) in [("/livez", 200), ("/healthz", 200), ("/metrics", 404)] {
         assert_eq!(site.probe(path).await.0, expected, "{path} of klio-server");
     }
-    wait_ready(&site, 200).await;
+    site.wait_ready(200).await;
 
     let admin = ports::free();
     let mut command = site.klio_command(Some(&pg), &["stream"]);
@@ -51,7 +42,7 @@ async fn probes_need_no_telemetry_and_metrics_are_there_only_when_asked_for() {
     site.start().await;
     let (code, page) = site.probe("/metrics").await;
     assert!(code == 200 && page.contains("klio_queue_connected"), "{code}: {page:.300}");
-    wait_ready(&site, 200).await;
+    site.wait_ready(200).await;
     site.stop().await;
 }
 
@@ -70,14 +61,14 @@ async fn a_server_without_its_queue_is_alive_and_not_ready() {
     fs::write(&allowed, "").expect("allow");
     site.set("KLIO_QUEUE__EXECUTABLE", &wrapper.display().to_string());
     site.start().await;
-    wait_ready(&site, 200).await;
+    site.wait_ready(200).await;
     fs::remove_file(&allowed).expect("forbid");
     descendants(site.server().pid()).iter().for_each(|child| child.kill9());
-    wait_ready(&site, 503).await;
+    site.wait_ready(503).await;
     assert_eq!(site.probe("/livez").await.0, 200);
     let (_, text) = site.probe("/readyz").await;
     assert!(text.contains("queue"), "{text}");
     fs::write(&allowed, "").expect("allow");
-    wait_ready(&site, 200).await;
+    site.wait_ready(200).await;
     site.stop().await;
 }

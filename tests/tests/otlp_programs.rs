@@ -158,6 +158,7 @@ async fn a_command_ends_with_its_trace_id_and_whether_its_spans_arrived() {
     let collector = Collector::new().await;
     let mut site = Site::new().await;
     site.start().await;
+    site.wait_ready(200).await;
     let plain = programs::run(status(&site, &[])).await;
     assert_eq!(closing(&plain), None, "nothing configured, nothing said");
     let to = |endpoint: String| vec![("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)];
@@ -302,6 +303,7 @@ async fn no_collector_changes_what_klio_does_or_its_exit_status() {
     install_crypto();
     let mut site = Site::new().await;
     site.start().await;
+    site.wait_ready(200).await;
     let plain = programs::run(status(&site, &[])).await;
     assert_eq!(plain.code, Some(0), "{plain:?}");
     let fail = |site: &Site, variables: &[(&str, String)]| {
