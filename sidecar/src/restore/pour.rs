@@ -142,6 +142,10 @@ impl Whole {
             _ => &[],
         }
     }
+    /// Where a chunk begins, or the file ends.
+    fn place(&self, number: usize) -> u64 {
+        self.size().min(number as u64 * self.chunk_bytes)
+    }
 
     /// Opened by the first worker; bytes beyond the new size go at once, so that what is read is what stays.
     fn open(&self, delta: bool) -> io::Result<Arc<File>> {
@@ -327,23 +331,26 @@ impl Pour {
         let whole = &piece.file;
         let failed = |error: io::Error| local("write", &whole.path, &error);
         let file = whole.open(self.delta).map_err(failed)?;
-        let chunks = whole.chunks().iter().enumerate().skip(piece.first).take(PIECE_CHUNKS);
+        let end = whole.chunks().len().min(piece.first + PIECE_CHUNKS);
+        // Read in large pieces: a disk answers few large questions sooner than many small ones.
+        let together = usize::try_from(strip::FULL as u64 / whole.chunk_bytes.max(1)).unwrap_or(1);
+        let place = |number: usize| whole.place(number);
         strip.start_over();
-        for (number, id) in chunks {
-            if halt.is_cancelled() {
-                return Err(super::stopped());
-            }
-            let offset = number as u64 * whole.chunk_bytes;
-            let length = whole.chunk_bytes.min(whole.size().saturating_sub(offset));
-            if !(self.delta && is_there(&file, offset, length, id, buffer).map_err(failed)?) {
-                let chunk = self.reader.chunk(id).map_err(|e| of_storage(&e))?;
-                if chunk.len() as u64 != length {
-                    return Err(wrong_length(&whole.path, offset, length, chunk.len()));
+        for first in (piece.first..end).step_by(together.max(1)) {
+            let last = end.min(first + together.max(1));
+            let begin = place(first);
+            let length = usize::try_from(place(last) - begin).unwrap_or(0);
+            let there = match self.delta {
+                true => buffer.read(&file, begin, length).map_err(failed)?,
+                false => &[],
+            };
+            for number in first..last {
+                if halt.is_cancelled() {
+                    return Err(super::stopped());
                 }
-                strip.add(&file, offset, &chunk).map_err(failed)?;
-                self.progress.written.fetch_add(length, Relaxed);
+                let there = there.get((place(number) - begin) as usize..).unwrap_or_default();
+                self.settle(whole, number, there, |offset, chunk| strip.add(&file, offset, chunk))?;
             }
-            self.progress.bytes.fetch_add(length, Relaxed);
         }
         strip.write(&file).map_err(failed)?;
         if whole.left.fetch_sub(1, AcqRel) == 1 {
@@ -351,6 +358,30 @@ impl Pour {
             dress(&file, &whole.entry).map_err(failed)?;
             self.progress.files.fetch_add(1, Relaxed);
         }
+        Ok(())
+    }
+}
+
+impl Pour {
+    /// One chunk of a file: what is `there` already stays, else it is fetched and put.
+    fn settle(
+        &self,
+        whole: &Whole,
+        number: usize,
+        there: &[u8],
+        mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        let (id, offset) = (&whole.chunks()[number], whole.place(number));
+        let length = whole.place(number + 1) - offset;
+        if !is_there(there, length, id) {
+            let chunk = self.reader.chunk(id).map_err(|e| of_storage(&e))?;
+            if chunk.len() as u64 != length {
+                return Err(wrong_length(&whole.path, offset, length, chunk.len()));
+            }
+            put(offset, &chunk).map_err(|error| local("write", &whole.path, &error))?;
+            self.progress.written.fetch_add(length, Relaxed);
+        }
+        self.progress.bytes.fetch_add(length, Relaxed);
         Ok(())
     }
 }
@@ -376,16 +407,10 @@ fn wrong_length(path: &Path, offset: u64, expected: u64, found: usize) -> Error 
     Error::new(Failure::Code(Code::Corrupt), message)
 }
 
-/// Whether these bytes of the file are the chunk.
-fn is_there(
-    file: &File,
-    offset: u64,
-    length: u64,
-    id: &ChunkId,
-    buffer: &mut Blocks,
-) -> io::Result<bool> {
-    let bytes = buffer.read(file, offset, usize::try_from(length).unwrap_or(0))?;
-    Ok(ChunkId::of(bytes) == *id)
+/// Whether what was read of the file, if anything was, begins with the chunk.
+fn is_there(read: &[u8], length: u64, id: &ChunkId) -> bool {
+    let read = usize::try_from(length).ok().and_then(|length| read.get(..length));
+    read.is_some_and(|bytes| !bytes.is_empty() && ChunkId::of(bytes) == *id)
 }
 
 /// Mode, owner (as root) and time.

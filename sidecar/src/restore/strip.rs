@@ -12,8 +12,8 @@ use rustix::{
 };
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-/// Gathered before a write: enough for a disk to be busy with, little for a worker to have.
-const FULL: usize = 1 << 20;
+/// Gathered before a write, and read at once: enough for a disk to be busy with, little for a worker to have.
+pub(super) const FULL: usize = 1 << 20;
 /// What memory, place and length of a direct call must be multiples of: the page of the machine; few disks want more.
 const ALIGN: usize = 4096;
 

@@ -13,6 +13,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex},
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -32,6 +33,9 @@ pub(super) struct Shop {
     pub faults: Arc<Faults>,
     pub certificate: Certificate,
 }
+
+/// No program takes longer from its fork to its exec.
+const FORKED: Duration = Duration::from_secs(5);
 
 /// The serving thread; it ends when dropped.
 #[derive(Debug)]
@@ -72,9 +76,18 @@ impl Drop for Server {
     }
 }
 
-/// The standard library sets `SO_REUSEADDR`, so that the port can be taken again after a stop.
+/// The standard library sets `SO_REUSEADDR`, so that the port can be taken again after a stop. A program that another test starts
+/// just now has a copy of every open socket between its fork and its exec, also of the one that tried the port: that passes.
 fn listen(port: u16) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(("127.0.0.1", port))?;
+    let begun = Instant::now();
+    let listener = loop {
+        match TcpListener::bind(("127.0.0.1", port)) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < FORKED => {
+                std::thread::yield_now();
+            }
+            bound => break bound?,
+        }
+    };
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
