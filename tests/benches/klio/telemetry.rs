@@ -19,7 +19,8 @@ use klio_tests::{
     ports,
     process::Running,
     programs,
-    site::Site,
+    site::{PATIENCE, Site},
+    wait::eventually,
 };
 use rustix::process::Signal;
 use std::{
@@ -247,10 +248,14 @@ impl<'a> Drain<'a> {
         for (port, name) in
             self.pages.iter().zip(["klio_wal_flushed_lsn", "klio_stream_flushed_lsn"])
         {
-            let page = Metrics::scrape(*port).await.expect("scrape");
             #[expect(clippy::cast_precision_loss, reason = "a position of some gigabytes")]
             let end = self.load.end.as_u64() as f64;
-            assert!(page.sum(name, &[]) >= end, "{name}: {}", page.sum(name, &[]));
+            // A page may be half a second old.
+            eventually(name, PATIENCE, async || {
+                let found = Metrics::scrape(*port).await.map_err(|_| 0.0)?.sum(name, &[]);
+                if found >= end { Ok(()) } else { Err(found) }
+            })
+            .await;
         }
     }
 
