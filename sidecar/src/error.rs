@@ -50,8 +50,8 @@ impl Failure {
         }
     }
 
-    /// Every word that [`Failure::name`] can give.
-    pub fn names() -> impl Iterator<Item = &'static str> {
+    /// Every one.
+    pub fn all() -> impl Iterator<Item = Self> {
         let others = [
             Failure::Link,
             Failure::Certificate,
@@ -64,7 +64,7 @@ impl Failure {
             Failure::Unreachable,
         ];
         let codes = Code::ALL.iter().map(|code| Failure::Code(*code));
-        codes.chain(others).map(Failure::name)
+        codes.chain(others)
     }
 
     /// A word of a closed set for `error.type` and for metrics.

@@ -161,7 +161,7 @@ impl Metrics {
 
     /// `increase()` sees the first one only after a 0.
     fn begin_with_zero(&self) {
-        for cause in Failure::names() {
+        for cause in Failure::all().map(Failure::name) {
             self.failures.add(0, &[self.attributes[0].clone(), KeyValue::new("error.type", cause)]);
         }
         for counter in [

@@ -16,7 +16,7 @@ fn text(table: Table) -> String {
     match table {
         Table::Metrics => catalogue::markdown(streamer::CATALOGUE.iter().chain(backup::CATALOGUE)),
         Table::MetricAttributes => {
-            let causes: Vec<_> = Failure::names().collect();
+            let causes: Vec<_> = Failure::all().map(Failure::name).collect();
             catalogue::markdown_of_attributes([
                 ("cluster_name", "the PostgreSQL cluster".to_owned()),
                 (

@@ -207,7 +207,7 @@ impl Metrics {
         let reconnects = counter("klio.stream.reconnects");
         let (gaps, gap_size) = (counter("klio.stream.gaps"), counter("klio.stream.gap_size"));
         // `increase()` sees the first one only after a 0.
-        for cause in Failure::names() {
+        for cause in Failure::all().map(Failure::name) {
             reconnects.add(0, &[attributes[0].clone(), KeyValue::new("error.type", cause)]);
         }
         for zero in [&gaps, &gap_size] {
