@@ -100,6 +100,18 @@ pub enum Delivery {
     Pending,
 }
 
+impl Delivery {
+    /// The line that a command ends with whose spans go somewhere: its trace id, and whether they arrived.
+    pub fn closing_line(self, trace: Option<String>) -> Option<String> {
+        let state = match self {
+            Self::Nothing => return None,
+            Self::Delivered => "delivered",
+            Self::Pending => "not all delivered in time",
+        };
+        trace.map(|trace| format!("trace {trace}: {state}"))
+    }
+}
+
 /// What became of each signal at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deliveries {

@@ -96,14 +96,10 @@ fn error_type(error: &anyhow::Error) -> &'static str {
 
 /// The last line of a command whose spans go somewhere.
 pub fn epilogue(trace: Option<String>, delivery: Delivery) {
-    let Some(trace) = trace else { return };
-    let state = match delivery {
-        Delivery::Nothing => return,
-        Delivery::Delivered => "delivered",
-        Delivery::Pending => "not all delivered in time",
-    };
-    // A closed standard error must not become a panic.
-    let _ = writeln!(std::io::stderr(), "trace {trace}: {state}");
+    if let Some(line) = delivery.closing_line(trace) {
+        // A closed standard error must not become a panic.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
 }
 
 /// A panic is a failure like others, so that what is queued is flushed after it as well. Its message and place are on

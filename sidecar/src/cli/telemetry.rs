@@ -124,11 +124,8 @@ pub(super) fn record(span: &Span, result: &Result<u8, Error>) {
 
 /// The last line of a command whose spans go somewhere.
 pub(super) fn epilogue(trace: Option<String>, delivery: Delivery) {
-    let Some(trace) = trace else { return };
-    match delivery {
-        Delivery::Nothing => {}
-        Delivery::Delivered => say(&format!("trace {trace}: delivered")),
-        Delivery::Pending => say(&format!("trace {trace}: not all delivered in time")),
+    if let Some(line) = delivery.closing_line(trace) {
+        say(&line);
     }
 }
 
