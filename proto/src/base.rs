@@ -4,6 +4,7 @@
 //! crate does not know. What a twin accepts may still be refused by the server, which knows what it holds.
 
 use crate::{Code, v1, wal::System};
+use std::ops::Range;
 use tonic::Status;
 
 /// Most bytes of one message of a file.
@@ -12,6 +13,8 @@ pub const PIECE_BYTES_MAX: usize = 1 << 20;
 pub const FILE_BYTES_MAX: u64 = (4 << 30) - 1;
 /// Far more than a record with a hundred tablespaces takes.
 pub const RECORD_BYTES_MAX: usize = 1 << 20;
+/// Most ranges of a file that may be asked for at once.
+pub const RANGES_MAX: usize = 1024;
 
 /// A kind of repository file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,22 +148,43 @@ pub struct GetFileRequest {
     pub cluster: String,
     /// Which file.
     pub name: FileName,
-    /// First byte.
-    pub offset: u64,
-    /// How many; `None`: up to the end.
-    pub length: Option<u64>,
+    /// What of it.
+    pub part: Part,
+}
+
+/// What of a file is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// From this byte to the end.
+    From(u64),
+    /// These bytes, one range after the other; none is empty, and there is one at least.
+    Ranges(Vec<Range<u64>>),
 }
 
 impl TryFrom<v1::GetFileRequest> for GetFileRequest {
     type Error = Status;
     fn try_from(raw: v1::GetFileRequest) -> Result<Self, Status> {
         let name = FileName::try_from(raw.name)?;
-        let length = (raw.length > 0).then_some(raw.length);
-        if raw.offset.checked_add(raw.length).is_none_or(|end| end > FILE_BYTES_MAX) {
-            let found = format!("{} bytes from {}", raw.length, raw.offset);
-            return Err(invalid("range", "one within 4 GiB", found));
-        }
-        Ok(Self { cluster: raw.cluster, name, offset: raw.offset, length })
+        let within = |offset: u64, length: u64| match offset.checked_add(length) {
+            Some(end) if end <= FILE_BYTES_MAX => Ok(offset..end),
+            _ => Err(invalid("range", "one within 4 GiB", format!("{length} bytes from {offset}"))),
+        };
+        let part = match (raw.ranges.as_slice(), raw.length) {
+            ([], 0) => Part::From(within(raw.offset, 0)?.start),
+            ([], length) => Part::Ranges(vec![within(raw.offset, length)?]),
+            (ranges, 0) if raw.offset == 0 => {
+                if ranges.len() > RANGES_MAX {
+                    return Err(invalid("ranges", "at most 1024", ranges.len()));
+                }
+                let ranges = ranges.iter().map(|range| match range.length {
+                    0 => Err(invalid("range", "one byte at least", 0)),
+                    length => within(range.offset, length),
+                });
+                Part::Ranges(ranges.collect::<Result<_, _>>()?)
+            }
+            _ => return Err(invalid("range", "either one or a list", "both")),
+        };
+        Ok(Self { cluster: raw.cluster, name, part })
     }
 }
 
@@ -273,10 +297,27 @@ mod tests {
             name: name(v1::FileKind::Config, ""),
             offset,
             length,
+            ranges: Vec::new(),
         };
-        assert_eq!(GetFileRequest::try_from(get(7, 0)).unwrap().length, None);
-        assert!(GetFileRequest::try_from(get(u64::MAX, 2)).is_err());
-        assert!(GetFileRequest::try_from(get(0, 1 << 40)).is_err());
+        let part = |raw| GetFileRequest::try_from(raw).map(|request| request.part);
+        let list = |ranges: &[(u64, u64)], offset| {
+            let ranges = ranges.iter().map(|&(offset, length)| v1::ByteRange { offset, length });
+            part(v1::GetFileRequest { ranges: ranges.collect(), ..get(offset, 0) })
+        };
+        assert_eq!(part(get(7, 0)).unwrap(), Part::From(7));
+        assert_eq!(part(get(7, 2)).unwrap(), list(&[(7, 2)], 0).unwrap());
+        assert!(part(get(u64::MAX, 2)).is_err());
+        assert!(part(get(0, 1 << 40)).is_err());
+
+        assert_eq!(list(&[(9, 1), (0, 4)], 0).unwrap(), Part::Ranges(vec![9..10, 0..4]));
+        for (ranges, offset) in [
+            (vec![(1, 1)], 5),
+            (vec![(1, 1), (3, 0)], 0),
+            (vec![(u64::MAX, 1)], 0),
+            (vec![(1, 1); RANGES_MAX + 1], 0),
+        ] {
+            assert!(list(&ranges, offset).is_err(), "{} ranges from {offset}", ranges.len());
+        }
     }
 
     #[test]

@@ -141,8 +141,30 @@ impl Base {
     /// # Panics
     /// When a message is larger than promised.
     pub async fn get(&self, file: BaseFile, offset: u64, length: u64) -> Result<Vec<u8>, Status> {
-        let (cluster, name) = (self.cluster.clone(), Some(name_of(file)));
-        let request = v1::GetFileRequest { cluster, name, offset, length };
+        let name = Some(name_of(file));
+        let asked = v1::GetFileRequest { name, offset, length, ..v1::GetFileRequest::default() };
+        self.get_part(asked).await
+    }
+
+    /// Several ranges of a file, one after the other.
+    ///
+    /// # Errors
+    /// The server's refusal.
+    ///
+    /// # Panics
+    /// When a message is larger than promised.
+    pub async fn get_ranges(
+        &self,
+        file: BaseFile,
+        ranges: &[(u64, u64)],
+    ) -> Result<Vec<u8>, Status> {
+        let range = |&(offset, length): &(u64, u64)| v1::ByteRange { offset, length };
+        let (name, ranges) = (Some(name_of(file)), ranges.iter().map(range).collect());
+        self.get_part(v1::GetFileRequest { name, ranges, ..v1::GetFileRequest::default() }).await
+    }
+
+    async fn get_part(&self, asked: v1::GetFileRequest) -> Result<Vec<u8>, Status> {
+        let request = v1::GetFileRequest { cluster: self.cluster.clone(), ..asked };
         let mut stream = self.client.clone().get_file(request).await?.into_inner();
         let mut bytes = Vec::new();
         while let Some(message) = stream.message().await? {

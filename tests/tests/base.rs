@@ -85,6 +85,11 @@ async fn files_are_put_once_listed_and_given_back_in_ranges() {
         bytes[1_000_001..3_000_004]
     );
     expect(base.get(file, 4_999_999, 2).await, Code::Corrupt, &[]);
+    let mixed = base.get_ranges(file, &[(3_000_000, 1_500_000), (7, 1), (0, 3)]).await;
+    let expected = [&bytes[3_000_000..4_500_000], &bytes[7..8], &bytes[0..3]].concat();
+    assert_eq!(mixed.expect("ranges"), expected);
+    expect(base.get_ranges(file, &[(7, 1), (4_999_999, 2)]).await, Code::Corrupt, &[]);
+    expect(base.get_ranges(file, &[(7, 1), (9, 0)]).await, Code::Invalid, &["range"]);
     expect(base.get(pack(b"never"), 0, 0).await, Code::NotFound, &[]);
 }
 
@@ -127,7 +132,11 @@ async fn another_clusters_certificate_is_refused_on_every_method() {
     expect(other.open_as(0).await.map(drop), Code::Forbidden, &["other"]);
     expect(other.put(pack(b"x"), b"x").await, Code::Forbidden, &["other"]);
     expect(other.get(BaseFile::CONFIG, 0, 0).await, Code::Forbidden, &["other"]);
-    let get = v1::GetFileRequest { cluster: "../main".into(), name: name(), offset: 0, length: 0 };
+    let get = v1::GetFileRequest {
+        cluster: "../main".into(),
+        name: name(),
+        ..v1::GetFileRequest::default()
+    };
     expect(client.get_file(get).await.map(drop), Code::Invalid, &["../main"]);
     expect(other.list(FileKind::Data).await, Code::Forbidden, &["other"]);
     for purpose in [Purpose::Backup, Purpose::Restore] {
@@ -418,6 +427,12 @@ async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
     let (entry, _) = base.entry("first").await;
     assert!(entry.tier2 && !entry.tier1);
     assert_eq!(base.get(file, 0, 0).await.expect("from tier 2"), bytes);
+    let ranges: Vec<_> = (0..20).map(|n| (bytes.len() as u64 - 4 - 4 * n, 3)).collect();
+    let expected = ranges.iter().flat_map(|&(at, _)| &bytes[at as usize..][..3]).copied();
+    let found = base.get_ranges(file, &ranges).await.expect("ranges from tier 2");
+    assert_eq!(found, expected.collect::<Vec<_>>());
+    let far = (bytes.len() as u64, 1);
+    expect(base.get_ranges(file, &[(0, 3), far]).await, Code::Corrupt, &[]);
     let listed = base.list(FileKind::Data).await.expect("a list");
     assert!(listed.contains(&(file.id.to_string(), bytes.len() as u64)));
     // The bucket does not answer: that is no absence (P7), and tier 1's list is still given.

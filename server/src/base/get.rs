@@ -1,20 +1,20 @@
 //! Gives repository files back: from tier 1, else from tier 2, in bounded pieces.
 //!
 //! S5: a tier that could not be asked makes the answer `UNAVAILABLE`, never "not found" (P7). A range of a
-//! file in tier 2 is a range of its object: no more is read. A caller that does not read holds no thread.
+//! file in tier 2 is a range of its object: no more is read. A caller that does not read holds no thread. Several ranges
+//! are one answer: what a delta restore lacks are small pieces, far apart, and each request has its price.
 
 use super::{BaseStore, tier2_status};
 use crate::errors;
 use bytes::Bytes;
-use futures::{Stream, StreamExt};
-use klio_proto::Code;
+use futures::{Stream, StreamExt, stream};
+use klio_proto::{Code, base::Part};
 use klio_storage::{
     Error, Kind, Op,
-    disk::FileHandle,
+    disk::{FileHandle, read_full},
     layout::{BaseFile, ClusterName},
-    tier2::Download,
 };
-use std::{io, path::PathBuf, pin::Pin};
+use std::{collections::VecDeque, io, iter, ops::Range, path::PathBuf, pin::Pin};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
@@ -23,6 +23,10 @@ use tonic::Status;
 /// Bytes of one message, and messages waiting.
 const PIECE_BYTES: u64 = 512 << 10;
 const PIECES_MAX: usize = 2;
+/// Ranges of an object that are asked for at once.
+const REQUESTS_MAX: usize = 8;
+
+type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
 /// Bytes of a file that were found.
 pub enum FileBytes {
@@ -32,17 +36,15 @@ pub enum FileBytes {
         handle: FileHandle,
         /// For messages in the log.
         path: PathBuf,
-        /// The next byte.
-        offset: u64,
-        /// One past the last.
-        end: u64,
+        /// What is asked for, all of it within the file.
+        ranges: Vec<Range<u64>>,
     },
     /// In the bucket.
-    Tier2(Download),
+    Tier2(Pieces),
 }
 
 impl BaseStore {
-    /// Finds a range of a file; to its end with `None`.
+    /// Finds a part of a file.
     ///
     /// # Errors
     /// `NOT_FOUND` is definitive; `CORRUPT` when the file ends before; `UNAVAILABLE`.
@@ -50,11 +52,10 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         file: BaseFile,
-        offset: u64,
-        length: Option<u64>,
+        part: Part,
     ) -> Result<FileBytes, Status> {
         let path = self.cluster(cluster).files.path(file);
-        let (disk, at) = (self.disk().clone(), path.clone());
+        let (disk, at, asked) = (self.disk().clone(), path.clone(), part.clone());
         let opened = tokio::task::spawn_blocking(move || {
             let handle = match disk.open(&at, false) {
                 Ok(handle) => handle,
@@ -62,24 +63,29 @@ impl BaseStore {
                 Err(e) => return Err(Error::io(Op::Open, &at, e)),
             };
             let size = handle.size().map_err(|e| Error::io(Op::Read, &at, e))?;
-            let end = length.map_or(size.max(offset), |length| offset.saturating_add(length));
-            if end > size {
-                let detail = format!("expected bytes up to {end}, found a file of {size}");
-                return Err(Error::new(Kind::Corrupt, Op::Read, at.display(), detail));
+            let ranges = match asked {
+                Part::From(offset) => iter::once(offset..size.max(offset)).collect(),
+                Part::Ranges(ranges) => ranges,
+            };
+            match ranges.iter().map(|range| range.end).max() {
+                Some(end) if end > size => {
+                    let detail = format!("expected bytes up to {end}, found a file of {size}");
+                    Err(Error::new(Kind::Corrupt, Op::Read, at.display(), detail))
+                }
+                _ => Ok(Some((handle, ranges))),
             }
-            Ok(Some((handle, end)))
         });
         let opened = opened.await.map_err(|e| Code::Internal.status(format!("read: {e}")))?;
         let trouble = match opened {
-            Ok(Some((handle, end))) => return Ok(FileBytes::Tier1 { handle, path, offset, end }),
+            Ok(Some((handle, ranges))) => return Ok(FileBytes::Tier1 { handle, path, ranges }),
             Ok(None) => None,
             // The other tier may have a good copy.
             Err(error) => Some(errors::status(&error)),
         };
-        match (self.find_in_tier2(cluster, file, offset, length).await, trouble) {
+        match (self.find_in_tier2(cluster, file, part).await, trouble) {
             // Tier 1 has it and cannot give it: that is no absence, whatever tier 2 says (P7).
             (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
-            (answer, _) => answer,
+            (found, _) => found.map(FileBytes::Tier2),
         }
     }
 
@@ -87,9 +93,38 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
         file: BaseFile,
-        offset: u64,
-        length: Option<u64>,
-    ) -> Result<FileBytes, Status> {
+        part: Part,
+    ) -> Result<Pieces, Status> {
+        let mut asked = match part {
+            Part::From(offset) => vec![(offset, None)],
+            Part::Ranges(ranges) => ranges
+                .into_iter()
+                .map(|range| (range.start, Some(range.end - range.start)))
+                .collect(),
+        }
+        .into_iter();
+        let Some(first) = asked.next() else { return Ok(stream::empty().boxed()) };
+        // Before the answer begins: it says whether there is such a file.
+        let first = self.ask_tier2(cluster, file, first).await?;
+        let (base, cluster) = (self.clone(), cluster.clone());
+        let later = stream::iter(asked).map(move |part| {
+            let (base, cluster) = (base.clone(), cluster.clone());
+            async move {
+                match base.ask_tier2(&cluster, file, part).await {
+                    Ok(pieces) => pieces,
+                    Err(status) => stream::iter([Err(status)]).boxed(),
+                }
+            }
+        });
+        Ok(first.chain(later.buffered(REQUESTS_MAX).flatten()).boxed())
+    }
+
+    async fn ask_tier2(
+        &self,
+        cluster: &ClusterName,
+        file: BaseFile,
+        (offset, length): (u64, Option<u64>),
+    ) -> Result<Pieces, Status> {
         let missing = || {
             Code::NotFound.status(format!("the repository of {cluster} has no {}", file.relative()))
         };
@@ -100,7 +135,10 @@ impl BaseStore {
             _ => tier2.download_range(&key, offset, length).await,
         };
         match found {
-            Ok(download) => Ok(FileBytes::Tier2(download)),
+            Ok(download) => {
+                let pieces = download.map(|piece| piece.map_err(|e| errors::status(&e)));
+                Ok(pieces.flat_map(split).boxed())
+            }
             Err(error) if error.kind == Kind::NotFound => Err(missing()),
             Err(error) if error.kind == Kind::Corrupt => Err(errors::status(&error)),
             Err(error) => Err(tier2_status("read a repository file", cluster, &error)),
@@ -110,19 +148,14 @@ impl BaseStore {
 
 impl FileBytes {
     /// The bytes as messages of a stream.
-    pub fn stream(
-        self,
-        tasks: &TaskTracker,
-    ) -> Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>> {
+    pub fn stream(self, tasks: &TaskTracker) -> Pieces {
         match self {
-            FileBytes::Tier1 { handle, path, offset, end } => {
+            FileBytes::Tier1 { handle, path, ranges } => {
                 let (pieces, outbound) = mpsc::channel(PIECES_MAX);
-                tasks.spawn(from_disk(handle, path, offset, end, pieces));
+                tasks.spawn(from_disk(handle, path, ranges, pieces));
                 ReceiverStream::new(outbound).boxed()
             }
-            FileBytes::Tier2(download) => {
-                download.map(|piece| piece.map_err(|e| errors::status(&e))).flat_map(split).boxed()
-            }
+            FileBytes::Tier2(pieces) => pieces,
         }
     }
 }
@@ -136,36 +169,35 @@ fn split(piece: Result<Bytes, Status>) -> impl Stream<Item = Result<Bytes, Statu
         let tail = last.split_off(PIECE_BYTES as usize);
         rest.push(Ok(tail));
     }
-    futures::stream::iter(rest)
+    stream::iter(rest)
 }
 
 /// A thread is taken for each piece and only when the caller has room for it (P8).
 async fn from_disk(
     handle: FileHandle,
     path: PathBuf,
-    mut offset: u64,
-    end: u64,
+    ranges: Vec<Range<u64>>,
     pieces: mpsc::Sender<Result<Bytes, Status>>,
 ) {
-    while offset < end {
+    let mut rest = VecDeque::from(ranges);
+    while !rest.is_empty() {
         let Ok(room) = pieces.reserve().await else { return };
-        let (file, length, at) = (handle.clone(), (end - offset).min(PIECE_BYTES), offset);
+        let (file, now) = (handle.clone(), take(&mut rest, PIECE_BYTES));
         let read = tokio::task::spawn_blocking(move || {
+            let length: u64 = now.iter().map(|range| range.end - range.start).sum();
             let mut piece = vec![0; length as usize];
-            let mut done = 0;
-            while done < piece.len() {
-                match file.read_at(&mut piece[done..], at + done as u64)? {
-                    0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
-                    count => done += count,
+            let mut free = piece.as_mut_slice();
+            for range in now {
+                let (part, behind) = free.split_at_mut((range.end - range.start) as usize);
+                if read_full(file.as_ref(), part, range.start)? < part.len() {
+                    return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
                 }
+                free = behind;
             }
             Ok(Bytes::from(piece))
         });
         match read.await {
-            Ok(Ok(piece)) => {
-                offset += length;
-                room.send(Ok(piece));
-            }
+            Ok(Ok(piece)) => room.send(Ok(piece)),
             Ok(Err(error)) => {
                 let error = Error::io(Op::Read, &path, error);
                 return room.send(Err(errors::status(&error)));
@@ -174,5 +206,39 @@ async fn from_disk(
                 return room.send(Err(Code::Internal.status(format!("read tier 1: {error}"))));
             }
         }
+    }
+}
+
+/// Takes ranges off the front that have this many bytes together, or fewer when there are no more.
+fn take(rest: &mut VecDeque<Range<u64>>, mut bytes: u64) -> Vec<Range<u64>> {
+    let mut taken = Vec::new();
+    while bytes > 0
+        && let Some(first) = rest.front_mut()
+    {
+        let end = first.end.min(first.start.saturating_add(bytes));
+        bytes -= end - first.start;
+        taken.push(first.start..end);
+        first.start = end;
+        if first.is_empty() {
+            rest.pop_front();
+        }
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_takes_what_fits_and_leaves_the_rest_in_order() {
+        let mut rest = VecDeque::from(vec![10..14, 3..4, 100..120]);
+        assert_eq!(take(&mut rest, 7), [10..14, 3..4, 100..102]);
+        assert_eq!(take(&mut rest, 7).first(), Some(&(102..109)));
+        assert_eq!(take(&mut rest, 70).first(), Some(&(109..120)));
+        assert!(rest.is_empty() && take(&mut rest, 7).is_empty());
+        // A file of no bytes.
+        let mut rest: VecDeque<_> = iter::once(0..0).collect();
+        assert!(take(&mut rest, 7).iter().all(Range::is_empty) && rest.is_empty());
     }
 }

@@ -160,7 +160,7 @@ impl Base for BaseService {
         let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
         let asked = GetFileRequest::try_from(request.into_inner())?;
         let file = file_of(&asked.name)?;
-        let found = self.base.find_file(&cluster, file, asked.offset, asked.length).await?;
+        let found = self.base.find_file(&cluster, file, asked.part).await?;
         let pieces = found.stream(&self.tasks);
         let answers = pieces.map(|piece| piece.map(|data| v1::GetFileResponse { data }));
         Ok(Response::new(answers.boxed()))

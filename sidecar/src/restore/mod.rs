@@ -14,6 +14,7 @@ mod check;
 mod delta;
 pub mod drill;
 mod finish;
+mod missing;
 mod place;
 mod pour;
 mod run;

@@ -7,16 +7,19 @@
 use super::{
     MARKER,
     delta::{Leftovers, remove},
-    local, of_storage,
+    local,
+    missing::Chunks,
+    of_storage,
     place::{Meaning, Places},
     strip::{self, Blocks, Strip},
 };
 use crate::error::{Error, Failure};
 use klio_proto::Code;
-use klio_storage::repository::{ChunkId, Entry, Reader, StoredKind};
+use klio_storage::repository::{ChunkId, Entry, StoredKind};
 use std::{
     fs::{self, File, FileTimes, OpenOptions, Permissions},
     io,
+    ops::Range,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -91,8 +94,8 @@ impl Progress {
 
 /// What to write, and where.
 pub struct Pour {
-    /// The snapshot.
-    pub reader: Reader,
+    /// Of the snapshot.
+    pub(super) chunks: Chunks,
     /// The places.
     pub places: Places,
     /// Something may be there already.
@@ -147,6 +150,10 @@ impl Whole {
         self.size().min(number as u64 * self.chunk_bytes)
     }
 
+    fn length(&self, number: usize) -> u64 {
+        self.place(number + 1) - self.place(number)
+    }
+
     /// Opened by the first worker; bytes beyond the new size go at once, so that what is read is what stays.
     fn open(&self, delta: bool) -> io::Result<Arc<File>> {
         let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -167,7 +174,10 @@ impl Whole {
             true => {}
             false => strip::reserve(&file, self.size())?,
         }
-        strip::go_direct(&file, self.size())?;
+        // What an old directory has may well be in the cache: PostgreSQL ran on it a moment ago.
+        if !delta {
+            strip::go_direct(&file, self.size())?;
+        }
         Ok(file)
     }
 }
@@ -233,7 +243,7 @@ impl Pour {
     ) -> Result<(Option<Entry>, Vec<(PathBuf, Entry)>, u64), Error> {
         let mut leftovers = Leftovers::default();
         let (mut control, mut directories) = (None, Vec::new());
-        for entry in self.reader.entries().map_err(|e| of_storage(&e))? {
+        for entry in self.chunks.reader.entries().map_err(|e| of_storage(&e))? {
             if halt.is_cancelled() {
                 return Err(super::stopped());
             }
@@ -302,7 +312,7 @@ impl Pour {
         }
         let StoredKind::File { chunks, .. } = &entry.kind else { return Ok(()) };
         let chunk_bytes = match chunks.first() {
-            Some(first) => self.reader.chunk_length(first).map_err(|e| of_storage(&e))?,
+            Some(first) => self.chunks.reader.chunk_length(first).map_err(|e| of_storage(&e))?,
             None => 0,
         };
         let pieces = chunks.len().div_ceil(PIECE_CHUNKS).max(1);
@@ -332,26 +342,24 @@ impl Pour {
         let failed = |error: io::Error| local("write", &whole.path, &error);
         let file = whole.open(self.delta).map_err(failed)?;
         let end = whole.chunks().len().min(piece.first + PIECE_CHUNKS);
-        // Read in large pieces: a disk answers few large questions sooner than many small ones.
-        let together = usize::try_from(strip::FULL as u64 / whole.chunk_bytes.max(1)).unwrap_or(1);
-        let place = |number: usize| whole.place(number);
+        let missing = match self.delta {
+            true => self.missing(whole, &file, piece.first..end, buffer, halt)?,
+            false => (piece.first..end).collect(),
+        };
         strip.start_over();
-        for first in (piece.first..end).step_by(together.max(1)) {
-            let last = end.min(first + together.max(1));
-            let begin = place(first);
-            let length = usize::try_from(place(last) - begin).unwrap_or(0);
-            let there = match self.delta {
-                true => buffer.read(&file, begin, length).map_err(failed)?,
-                false => &[],
-            };
-            for number in first..last {
-                if halt.is_cancelled() {
-                    return Err(super::stopped());
-                }
-                let there = there.get((place(number) - begin) as usize..).unwrap_or_default();
-                self.settle(whole, number, there, |offset, chunk| strip.add(&file, offset, chunk))?;
+        self.chunks.fetch(whole.chunks(), &missing, |number, chunk| {
+            if halt.is_cancelled() {
+                return Err(super::stopped());
             }
-        }
+            let (offset, length) = (whole.place(number), whole.length(number));
+            if chunk.len() as u64 != length {
+                return Err(wrong_length(&whole.path, offset, length, chunk.len()));
+            }
+            strip.add(&file, offset, chunk).map_err(failed)?;
+            self.progress.written.fetch_add(length, Relaxed);
+            self.progress.bytes.fetch_add(length, Relaxed);
+            Ok(())
+        })?;
         strip.write(&file).map_err(failed)?;
         if whole.left.fetch_sub(1, AcqRel) == 1 {
             *whole.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -360,29 +368,37 @@ impl Pour {
         }
         Ok(())
     }
-}
 
-impl Pour {
-    /// One chunk of a file: what is `there` already stays, else it is fetched and put.
-    fn settle(
+    /// Those of these chunks that the file does not have. Reads a mebibyte at a time.
+    fn missing(
         &self,
         whole: &Whole,
-        number: usize,
-        there: &[u8],
-        mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
-    ) -> Result<(), Error> {
-        let (id, offset) = (&whole.chunks()[number], whole.place(number));
-        let length = whole.place(number + 1) - offset;
-        if !is_there(there, length, id) {
-            let chunk = self.reader.chunk(id).map_err(|e| of_storage(&e))?;
-            if chunk.len() as u64 != length {
-                return Err(wrong_length(&whole.path, offset, length, chunk.len()));
+        file: &File,
+        chunks: Range<usize>,
+        buffer: &mut Blocks,
+        halt: &CancellationToken,
+    ) -> Result<Vec<usize>, Error> {
+        let together = usize::try_from(strip::FULL as u64 / whole.chunk_bytes.max(1)).unwrap_or(1);
+        let mut missing = Vec::new();
+        for first in chunks.clone().step_by(together.max(1)) {
+            if halt.is_cancelled() {
+                return Err(super::stopped());
             }
-            put(offset, &chunk).map_err(|error| local("write", &whole.path, &error))?;
-            self.progress.written.fetch_add(length, Relaxed);
+            let last = chunks.end.min(first + together.max(1));
+            let begin = whole.place(first);
+            let length = usize::try_from(whole.place(last) - begin).unwrap_or(0);
+            let there = buffer.read(file, begin, length);
+            let there = there.map_err(|error| local("read", &whole.path, &error))?;
+            for number in first..last {
+                let there = there.get((whole.place(number) - begin) as usize..).unwrap_or_default();
+                if is_there(there, whole.length(number), &whole.chunks()[number]) {
+                    self.progress.bytes.fetch_add(whole.length(number), Relaxed);
+                } else {
+                    missing.push(number);
+                }
+            }
         }
-        self.progress.bytes.fetch_add(length, Relaxed);
-        Ok(())
+        Ok(missing)
     }
 }
 

@@ -4,6 +4,7 @@ use super::{
     Scratch, check,
     check::Room,
     finish,
+    missing::Chunks,
     place::{Meaning, Places},
     pour::{Pour, Progress},
     settings::{Action, Invocation, Settings},
@@ -74,7 +75,7 @@ pub struct Planned {
     /// What the reader should know.
     pub notes: Vec<String>,
     delta: bool,
-    reader: Reader,
+    chunks: Chunks,
 }
 
 /// What was done.
@@ -166,7 +167,7 @@ impl Restore {
         let places = Places::new(order.to.clone(), record, &order.maps)?;
         check::places(&places, record, order.delta)?;
         self.progress.enter("reading the backup's list of files");
-        let repository = self.source.repository(order.delta).await?;
+        let (repository, server) = self.source.repository(order.delta).await?;
         let reader = open(repository, record).await?;
         let (measuring, at, delta) = (reader.clone(), places.clone(), order.delta);
         let measured = tokio::task::spawn_blocking(move || measure(&measuring, &at, delta)).await;
@@ -199,7 +200,8 @@ impl Restore {
             bytes,
             notes,
             delta: order.delta,
-            reader,
+            // A whole restore reads what lies side by side, which windows are made for.
+            chunks: Chunks { reader, server: server.filter(|_| order.delta) },
         })
     }
 
@@ -316,7 +318,7 @@ fn carry_out(
     progress: Arc<Progress>,
     stop: CancellationToken,
 ) -> Result<Done, Error> {
-    let Planned { decision, places, settings, files, bytes, delta, reader, .. } = planned;
+    let Planned { decision, places, settings, files, bytes, delta, chunks, .. } = planned;
     let name = &decision.plan.backup.name;
     // Once more, as planning may have taken a while (D3).
     check::places(&places, &decision.plan.backup, delta)?;
@@ -326,7 +328,7 @@ fn carry_out(
     // Twice the cores: half of them wait for the network or the disk.
     let threads = std::thread::available_parallelism().map_or(2, usize::from) * 2;
     let pour = Pour {
-        reader: reader.clone(),
+        chunks,
         places: places.clone(),
         delta,
         threads,
@@ -338,7 +340,7 @@ fn carry_out(
     let control = poured.control.ok_or_else(|| {
         Error::new(Failure::Code(Code::Corrupt), format!("backup {name} has no pg_control"))
     })?;
-    finish::finish(&places, &reader, &control, &settings)?;
+    finish::finish(&places, &pour.chunks.reader, &control, &settings)?;
     let written = progress.seen().written;
     Ok(Done { files, bytes, written, removed: poured.removed, seconds: 0.0 })
 }

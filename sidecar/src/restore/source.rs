@@ -281,12 +281,16 @@ impl Source {
         Ok(path)
     }
 
-    /// Opens the repository. `delta`: most chunks will not be read.
+    /// Opens the repository. `delta`: most chunks will not be read. With it, the server that has its files.
     ///
     /// # Errors
     /// As the place fails; `Forbidden` without the key.
-    pub async fn repository(&self, delta: bool) -> Result<Repository, Error> {
+    pub(super) async fn repository(
+        &self,
+        delta: bool,
+    ) -> Result<(Repository, Option<GrpcFiles>), Error> {
         let window = if delta { DELTA_WINDOW } else { WINDOW };
+        let mut server = None;
         let (files, secret): (Arc<dyn Files>, Secret) = match &self.place {
             Place::Server(base, link) => {
                 let cluster = self.cluster.to_string();
@@ -305,6 +309,7 @@ impl Source {
                     Handle::current(),
                     self.stop.clone(),
                 );
+                server = Some(files.clone());
                 (Arc::new(Windowed::new(files, window, WINDOWS)), json(&answer.secret, "secret")?)
             }
             Place::Bucket(bucket) => {
@@ -315,7 +320,7 @@ impl Source {
             }
         };
         let opened = tokio::task::spawn_blocking(move || Repository::open(files, &secret)).await;
-        super::joined(opened)
+        Ok((super::joined(opened)?, server))
     }
 
     async fn bucket_secret(&self, bucket: &Bucket) -> Result<Secret, Error> {

@@ -22,6 +22,7 @@ use klio_storage::{
 };
 use std::{
     fmt,
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
 };
 use tokio::runtime::Handle;
@@ -157,7 +158,7 @@ impl Files for GrpcFiles {
     }
 
     fn read(&self, file: BaseFile) -> Result<Bytes, StorageError> {
-        self.call(Op::Read, Some(file), async |client| self.get(client, file, 0, 0).await)
+        self.call(Op::Read, Some(file), async |client| self.get(client, self.ask(file, 0, 0)).await)
     }
 
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, StorageError> {
@@ -165,7 +166,7 @@ impl Files for GrpcFiles {
             return Ok(Bytes::new());
         }
         self.call(Op::Read, Some(file), async |client| {
-            let bytes = self.get(client, file, offset, length).await?;
+            let bytes = self.get(client, self.ask(file, offset, length)).await?;
             let found = bytes.len() as u64;
             if found == length {
                 return Ok(bytes);
@@ -190,22 +191,52 @@ impl Files for GrpcFiles {
 }
 
 impl GrpcFiles {
+    /// Several ranges of a file, none empty, as one call: their bytes, one range after the other.
+    ///
+    /// # Errors
+    /// As `read_range`.
+    pub fn read_ranges(
+        &self,
+        file: BaseFile,
+        ranges: &[Range<u64>],
+    ) -> Result<Vec<Bytes>, StorageError> {
+        self.call(Op::Read, Some(file), async |client| {
+            let ask = |range: &Range<u64>| v1::ByteRange {
+                offset: range.start,
+                length: range.end - range.start,
+            };
+            let ranges_asked = ranges.iter().map(ask).collect();
+            let request = v1::GetFileRequest { ranges: ranges_asked, ..self.ask(file, 0, 0) };
+            let mut bytes = self.get(client, request).await?;
+            let (found, expected) =
+                (bytes.len() as u64, ranges.iter().map(|r| r.end - r.start).sum::<u64>());
+            if found != expected {
+                let count = ranges.len();
+                let message = format!("expected {expected} bytes in {count} ranges, found {found}");
+                return Err(Code::Corrupt.status(message));
+            }
+            Ok(ranges.iter().map(|r| bytes.split_to((r.end - r.start) as usize)).collect())
+        })
+    }
+
+    fn ask(&self, file: BaseFile, offset: u64, length: u64) -> v1::GetFileRequest {
+        let (cluster, name) = (self.shared.cluster.to_string(), Some(wire_name(file)));
+        v1::GetFileRequest { cluster, name, offset, length, ranges: Vec::new() }
+    }
+
     async fn get(
         &self,
         mut client: BaseClient<Traced>,
-        file: BaseFile,
-        offset: u64,
-        length: u64,
+        request: v1::GetFileRequest,
     ) -> Result<Bytes, Status> {
-        let cluster = self.shared.cluster.to_string();
-        let request = v1::GetFileRequest { cluster, name: Some(wire_name(file)), offset, length };
+        let expected = request.length + request.ranges.iter().map(|r| r.length).sum::<u64>();
         let mut answer = client.get_file(request).await?.into_inner();
         let mut all = BytesMut::new();
         while let Some(message) = answer.message().await? {
             let data = message.data;
             if all.is_empty() {
                 // A server that sends without end is no server of ours; a pack is 32 MiB or little more.
-                all.reserve(usize::try_from(length).unwrap_or(0).min(64 << 20).max(data.len()));
+                all.reserve(usize::try_from(expected).unwrap_or(0).min(64 << 20).max(data.len()));
             }
             all.extend_from_slice(&data);
         }

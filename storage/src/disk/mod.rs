@@ -153,7 +153,10 @@ pub trait Disk: Send + Sync + fmt::Debug {
 }
 
 /// Fills `buf` from `offset`; returns how much there was before the end of the file.
-pub(crate) fn read_full(file: &dyn DiskFile, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+///
+/// # Errors
+/// As the disk reports.
+pub fn read_full(file: &dyn DiskFile, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
         match file.read_at(&mut buf[done..], offset + done as u64) {

@@ -25,8 +25,24 @@ pub enum Step {
     Second,
     /// Into an empty directory.
     Restore,
-    /// Onto a slightly changed directory.
+    /// Onto a slightly changed directory that the page cache has.
     Delta,
+    /// And onto one that it has not.
+    DeltaCold,
+}
+
+impl Step {
+    const ALL: [Self; 5] = [Self::Full, Self::Second, Self::Restore, Self::Delta, Self::DeltaCold];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Second => "second",
+            Self::Restore => "restore",
+            Self::Delta => "delta",
+            Self::DeltaCold => "delta, cold",
+        }
+    }
 }
 
 /// Who.
@@ -140,7 +156,7 @@ pub async fn run(options: &Options) {
         }
         if options.wants(Part::Restore) {
             for tool in tools {
-                for (step, run) in restore::both(&pair, tool).await {
+                for (step, run) in restore::all(&pair, tool).await {
                     results.add(step, tool, run);
                 }
             }
@@ -153,7 +169,7 @@ pub async fn run(options: &Options) {
 
 /// The ratios of the round that has just ended.
 fn ratios(results: &mut Results) {
-    for step in [Step::Full, Step::Second, Step::Restore, Step::Delta] {
+    for step in Step::ALL {
         let last = |values: &BTreeMap<(Step, Tool), Series>, tool| {
             values.get(&(step, tool)).and_then(Series::last)
         };
@@ -172,12 +188,12 @@ fn print(results: &Results, size: f64, options: &Options) {
         series.map_or_else(|| "-".to_owned(), |series| series.show(digits))
     };
     let mut rows = Vec::new();
-    for step in [Step::Full, Step::Second, Step::Restore, Step::Delta] {
+    for step in Step::ALL {
         for tool in [Tool::Peer, Tool::Klio] {
             let key = (step, tool);
             let klio = tool == Tool::Klio;
             rows.push(vec![
-                format!("{step:?}").to_lowercase(),
+                step.name().to_owned(),
                 if klio { "klio" } else { "pgbackrest" }.to_owned(),
                 show(results.seconds.get(&key), 2),
                 show(results.ratio.get(&step).filter(|_| klio), 2),

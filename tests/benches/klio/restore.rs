@@ -1,4 +1,5 @@
-//! Restores of the newest backup by both tools: into an empty directory, and onto one that differs in 1.5 % of its pages.
+//! Restores of the newest backup by both tools: into an empty directory, and onto one that differs in 1.5 % of its pages,
+//! which the page cache has or has not.
 //!
 //! Only the files: no recovery. What they restore must be complete: the same relative names with the same sizes, and pages as
 //! they were (sizes are checked here, content by the restore proof).
@@ -9,9 +10,10 @@ use crate::{
     workload::settle_disk,
 };
 use klio_tests::{postgres::install, proof::Restorer, scratch::Scratch};
+use rustix::fs::{Advice, fadvise};
 use std::{
     fs,
-    io::{Seek, SeekFrom, Write},
+    io::{self, Seek, SeekFrom, Write},
     path::Path,
 };
 
@@ -19,20 +21,38 @@ use std::{
 const EVERY: u64 = 67;
 const PAGE: u64 = 8192;
 
-/// Full, then delta.
-pub async fn both(pair: &Pair, tool: Tool) -> Vec<(Step, Measured)> {
+/// Full, then delta with the directory in the page cache, as a PostgreSQL that ran on it leaves it, then delta from the disk.
+pub async fn all(pair: &Pair, tool: Tool) -> Vec<(Step, Measured)> {
     let scratch = Scratch::new("restored");
     install::give(scratch.path());
     let to = scratch.join("data");
     let full = one(pair, tool, &to, false, &scratch).await;
     let size = measured::stored_bytes(&to.join("base"));
-    let touched = disturb(&to.join("base"));
-    assert!(touched > 0, "nothing was changed before the delta restore");
-    let delta = one(pair, tool, &to, true, &scratch).await;
-    assert_eq!(measured::stored_bytes(&to.join("base")), size, "the delta restore is incomplete");
-    let left = disturbed(&to.join("base"));
-    assert_eq!(left, 0, "{tool:?}: the delta restore left {left} wrong pages");
-    vec![(Step::Restore, full), (Step::Delta, delta)]
+    let mut measured = vec![(Step::Restore, full)];
+    for (step, cached) in [(Step::Delta, true), (Step::DeltaCold, false)] {
+        let touched = disturb(&to.join("base"));
+        assert!(touched > 0, "nothing was changed before the delta restore");
+        keep_in_cache(&to.join("base"), cached);
+        measured.push((step, one(pair, tool, &to, true, &scratch).await));
+        let found = measured::stored_bytes(&to.join("base"));
+        assert_eq!(found, size, "the delta restore is incomplete");
+        let left = disturbed(&to.join("base"));
+        assert_eq!(left, 0, "{tool:?}: the delta restore left {left} wrong pages");
+    }
+    measured
+}
+
+/// Reads all files, or has the page cache forget them.
+fn keep_in_cache(folder: &Path, cached: bool) {
+    files(folder, &mut |path, _| {
+        let mut file = fs::File::open(path).expect("open a relation");
+        if cached {
+            io::copy(&mut file, &mut io::sink()).expect("read a relation");
+        } else {
+            file.sync_all().expect("write a relation to disk");
+            fadvise(&file, 0, None, Advice::DontNeed).expect("forget a relation");
+        }
+    });
 }
 
 async fn one(pair: &Pair, tool: Tool, to: &Path, delta: bool, scratch: &Scratch) -> Measured {

@@ -106,12 +106,19 @@ impl Base for Fake {
         let script = self.script();
         let bytes = script.files.get(&request.name.expect("a name").id);
         let bytes = bytes.ok_or_else(|| Code::NotFound.status("no such file"))?;
-        let from = request.offset as usize;
-        let length = match request.length {
-            0 => bytes.len() - from,
-            length => (length - script.short_by) as usize,
+        let part = |offset: u64, length: u64| {
+            let from = offset as usize;
+            let length = match length {
+                0 => bytes.len() - from,
+                length => (length - script.short_by) as usize,
+            };
+            &bytes[from..from + length]
         };
-        let pieces = bytes[from..from + length].chunks(1000);
+        let asked = match request.ranges.as_slice() {
+            [] => part(request.offset, request.length).to_vec(),
+            ranges => ranges.iter().flat_map(|r| part(r.offset, r.length)).copied().collect(),
+        };
+        let pieces = asked.chunks(1000);
         let answers: Vec<_> = pieces
             .map(|data| Ok(v1::GetFileResponse { data: Bytes::copy_from_slice(data) }))
             .collect();
@@ -237,6 +244,12 @@ async fn what_is_written_is_read_back_whole_and_in_ranges() {
         assert!(files.read(name).unwrap() == expected);
         assert!(files.read_range(name, 999, 5000).unwrap() == expected[999..5999]);
         assert!(files.read_range(name, 7, 0).unwrap().is_empty());
+        let ranges = [2_000_000..2_100_000, 5..6, 0..3];
+        let found = files.read_ranges(name, &ranges).unwrap();
+        assert_eq!(
+            found,
+            ranges.map(|r| Bytes::copy_from_slice(&expected[r.start as usize..r.end as usize]))
+        );
         assert_eq!(files.list(BaseKind::Data).unwrap(), [(name, 3_000_000)]);
     })
     .await;
@@ -267,6 +280,8 @@ async fn absence_is_definitive_and_a_short_range_is_damage() {
     beside(&setup, move |f| f.write(name, &[Bytes::from_static(b"abcdef")]).unwrap()).await;
     setup.fake.script().short_by = 1;
     let error = beside(&setup, move |f| f.read_range(name, 1, 4).unwrap_err()).await;
+    assert_eq!(error.kind, Kind::Corrupt, "{error}");
+    let error = beside(&setup, move |f| f.read_ranges(name, &[4..6, 0..2]).unwrap_err()).await;
     assert_eq!(error.kind, Kind::Corrupt, "{error}");
     let error = beside(&setup, move |f| f.remove(name).unwrap_err()).await;
     assert_eq!(error.kind, Kind::Denied);
