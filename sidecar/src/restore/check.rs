@@ -3,7 +3,7 @@
 use super::{MARKER, local, place::Places};
 use crate::error::{Error, Failure};
 use klio_pg::ByteSize;
-use klio_storage::catalog::BackupRecord;
+use klio_storage::{catalog::BackupRecord, disk::durable};
 use rustix::fs::Access;
 use std::{
     fs, io,
@@ -66,11 +66,20 @@ fn not_running(data: &Path) -> Result<(), Error> {
     }
 }
 
-/// What is in a directory; `None` where there is none.
-fn listed(place: &Path) -> Result<Option<fs::ReadDir>, Error> {
+/// Whether something is in a directory: more than what a restore leaves that was killed before its first step was done.
+fn occupied(place: &Path) -> Result<bool, Error> {
+    let begun = durable::tmp_path(Path::new(MARKER));
     match fs::read_dir(place) {
-        Ok(entries) => Ok(Some(entries)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Ok(entries) => {
+            for entry in entries {
+                let entry = entry.map_err(|error| local("look into", place, &error))?;
+                if Path::new(&entry.file_name()) != begun {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
             let place = place.display();
             Err(no(format!("restore to {place}: expected a directory, found a file"), ""))
@@ -80,14 +89,13 @@ fn listed(place: &Path) -> Result<Option<fs::ReadDir>, Error> {
 }
 
 fn empty(place: &Path) -> Result<(), Error> {
-    let Some(mut entries) = listed(place)? else { return Ok(()) };
-    match entries.next() {
-        None => Ok(()),
-        Some(_) if place.join(MARKER).exists() => Err(no(
+    match occupied(place)? {
+        false => Ok(()),
+        true if place.join(MARKER).exists() => Err(no(
             format!("restore to {}: an unfinished restore is there", place.display()),
             "continue it with --delta, or remove the directory",
         )),
-        Some(_) => Err(no(
+        true => Err(no(
             format!(
                 "restore to {}: expected an empty or absent directory, found files in it",
                 place.display()
@@ -100,7 +108,7 @@ fn empty(place: &Path) -> Result<(), Error> {
 /// `--delta` removes what is not in the backup, so it has to be a data directory of this cluster, or what an
 /// unfinished restore left.
 fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
-    if data.join(MARKER).exists() || listed(data)?.is_none_or(|mut names| names.next().is_none()) {
+    if data.join(MARKER).exists() || !occupied(data)? {
         return Ok(());
     }
     let place = data.display();
@@ -213,6 +221,21 @@ mod tests {
             assert!(error.message.contains("expected a directory, found a file"), "{error}");
         }
         assert!(empty(&scratch.path().join("none")).is_ok());
+    }
+
+    /// Killed between writing the marker and giving it its name, a restore has done nothing yet.
+    #[test]
+    fn a_marker_that_never_got_its_name_is_in_nobodys_way() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path().join("data");
+        let places = Places { data: data.clone(), tablespaces: BTreeMap::new() };
+        fs::create_dir(&data).unwrap();
+        fs::write(durable::tmp_path(&data.join(MARKER)), "klio rest").unwrap();
+        assert!(empty(&data).is_ok());
+        super::super::finish::begin(&places, "b").unwrap();
+        let names: Vec<_> = fs::read_dir(&data).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, [MARKER]);
+        assert!(empty(&data).is_err());
     }
 
     /// A delta restore beside the running original must not clean the original's tablespaces.
