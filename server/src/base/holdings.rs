@@ -6,7 +6,7 @@
 
 use super::{BaseStore, lock, run, tier2_status};
 use crate::errors;
-use klio_pg::TimelineId;
+use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
@@ -253,8 +253,20 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         system_identifier: pinned.map(|p| p.system_identifier),
         tier1,
         open,
-        gaps: gaps.iter().cloned().map(known).collect(),
+        gaps: gaps.iter().cloned().map(known).chain(expired(store, cluster)).collect(),
         ..Parts::default()
+    })
+}
+
+/// What retention let go for good: it was there, and is no loss. A horizon that was only written for what went to
+/// tier 2 lets nothing go, nor does that of a tier 1 that began in the middle.
+fn expired(store: &WalStore, cluster: &ClusterName) -> impl Iterator<Item = KnownGap> {
+    store.horizons(cluster).into_iter().filter(|h| h.first < h.held_from).map(|h| KnownGap {
+        timeline: h.timeline,
+        // Below the first byte of this tier 1, too: tier 2 may have had more.
+        from: Lsn::ZERO,
+        to: h.held_from,
+        reason: "expired: retention let it go".into(),
     })
 }
 
@@ -264,5 +276,72 @@ fn partial_bytes(store: &WalStore, cluster: &ClusterName, file: WalFile) -> Opti
         Ok(Found::Stored { plain_size, .. }) => Some(plain_size),
         Ok(Found::Open(open)) => Some(open.plain_size()),
         Err(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::TimelineHistory;
+    use klio_storage::{
+        catalog::recovery::Path,
+        disk::{Disk, SimDisk},
+        testing::SimulatedWal,
+        wal::{OpenRequest, WalOptions},
+    };
+
+    const SEGMENT: u64 = 1 << 20;
+
+    fn lsn(segments: u64) -> Lsn {
+        Lsn::new(segments * SEGMENT)
+    }
+
+    /// Segments 1 to 9 of timeline 1, or what is left of them.
+    fn store(cluster: &ClusterName) -> WalStore {
+        let disk = Arc::new(SimDisk::new(3));
+        disk.create_dir(std::path::Path::new("/tier1")).unwrap();
+        let store = WalStore::open(disk, "/tier1".into(), WalOptions::default()).unwrap();
+        let (wal, timeline) = (SimulatedWal::small(7), TimelineId::new(1).unwrap());
+        store.pin(cluster, wal.pinned()).unwrap();
+        let request = OpenRequest { timeline, start: lsn(1), gap: None, now_unix: 0.0 };
+        let mut writer = store.open_writer(cluster, &request).unwrap();
+        for number in 1..10 {
+            let (from, to) = (lsn(number), lsn(number + 1));
+            let bytes = wal.bytes(&TimelineHistory::root(timeline), from, to);
+            writer.append(from, &bytes).unwrap();
+            writer.flush().unwrap();
+        }
+        drop(writer);
+        for file in store.unsealed(cluster) {
+            store.seal(cluster, file).unwrap();
+        }
+        store
+    }
+
+    /// As tier 2's last object of a timeline, which stays for ever, in front of what retention let go.
+    fn reason(store: &WalStore, cluster: &ClusterName) -> String {
+        let mut parts = tier1_parts(store, cluster).unwrap();
+        parts.tier1.retain(|held| {
+            !matches!(held.file, WalFile::Segment(name) if name.start_lsn(store.pinned(cluster).unwrap().segment_size).unwrap() < lsn(5))
+        });
+        let first: WalFile = "000000010000000000000001".parse().unwrap();
+        parts.tier2.push(first.into());
+        let size = parts.segment_size.unwrap();
+        let path = Path::new(&Holdings::from_parts(parts), TimelineId::new(1).unwrap(), size);
+        let holes = path.unwrap().holes(lsn(1));
+        assert_eq!((holes.len(), holes[0].from, holes[0].to), (1, lsn(2), lsn(5)));
+        holes[0].reason.clone()
+    }
+
+    #[test]
+    fn wal_that_retention_let_go_is_told_as_expired_and_not_as_lost() {
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let (store, timeline) = (store(&cluster), TimelineId::new(1).unwrap());
+        assert_eq!(reason(&store, &cluster), "never received, or lost");
+        // What only left tier 1 must be in tier 2.
+        store.raise_horizon(&cluster, timeline, lsn(5), Lsn::ZERO).unwrap();
+        assert_eq!(reason(&store, &cluster), "never received, or lost");
+        store.raise_horizon(&cluster, timeline, lsn(5), lsn(5)).unwrap();
+        assert_eq!(reason(&store, &cluster), "expired: retention let it go");
     }
 }

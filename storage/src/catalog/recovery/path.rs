@@ -82,6 +82,32 @@ impl Line {
     }
 }
 
+/// Of a hole, or a part of one, that is not on record.
+const UNKNOWN: &str = "never received, or lost";
+
+/// How far every byte from `at` on is on record as missing.
+fn recorded_to(at: Lsn, gaps: &[(Run, &str)]) -> Lsn {
+    let further = |to: Lsn, (gap, _): &(Run, &str)| match gap.start <= to {
+        true => to.max(gap.end),
+        false => to,
+    };
+    gaps.iter().fold(at, further)
+}
+
+/// Why a hole is there; of one that is on record in part, both.
+fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)]) -> String {
+    let mut reasons: Vec<&str> = Vec::new();
+    for (_, reason) in gaps.iter().filter(|(gap, _)| gap.start < to) {
+        if !reasons.contains(reason) {
+            reasons.push(reason);
+        }
+    }
+    if recorded_to(from, gaps) < to {
+        reasons.push(UNKNOWN);
+    }
+    reasons.join("; in part: ")
+}
+
 /// The way to a timeline through its ancestors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Path {
@@ -173,21 +199,39 @@ impl Path {
         let here = &self.lines[index];
         let later = &self.lines[index..];
         let held = later.iter().filter_map(|line| line.next(at, self.size)).min();
-        let gap = later.iter().flat_map(|line| &line.gaps).find(|(gap, _)| gap.end > at);
+        let gaps = self.gaps_after(at);
         // PostgreSQL was promoted at the end of this line, so it had WAL up to there.
         let promoted = here.end.filter(|end| *end > at);
-        let known = gap.map(|(gap, _)| gap.end).into_iter().chain(promoted).max();
+        let known = gaps.iter().map(|(gap, _)| gap.end).chain(promoted).max();
         match held.or(known) {
             None => Stop::End { idle_until_unix: self.idle_until_unix },
             Some(to) => {
-                let overlaps = gap.filter(|(gap, _)| gap.start < to);
-                let reason = overlaps.map_or_else(
-                    || "never received, or lost".to_owned(),
-                    |(_, reason)| reason.clone(),
-                );
+                let reason = why(at, to, &gaps);
                 Stop::Hole(Hole { timeline: here.timeline, from: at, to, reason })
             }
         }
+    }
+
+    /// What is on record as missing of the way from `at` on, ascending; only the parts that count.
+    fn gaps_after(&self, at: Lsn) -> Vec<(Run, &str)> {
+        let mut gaps = Vec::new();
+        for line in &self.lines[self.line_at(at)..] {
+            let begin = line.begin.segment_start(self.size);
+            let own = line.gaps.iter().map(|(gap, reason)| {
+                let end = line.end.map_or(gap.end, |end| gap.end.min(end));
+                (Run { start: gap.start.max(begin), end }, reason.as_str())
+            });
+            gaps.extend(own.filter(|(gap, _)| gap.start < gap.end && gap.end > at));
+        }
+        gaps.sort_by_key(|(gap, _)| (gap.start, gap.end));
+        gaps
+    }
+
+    /// The holes behind `from` of which not every byte is on record as missing.
+    pub fn lost(&self, from: Lsn) -> Vec<Hole> {
+        let mut holes = self.holes(from);
+        holes.retain(|hole| recorded_to(hole.from, &self.gaps_after(hole.from)) < hole.to);
+        holes
     }
 
     /// Every hole behind the first byte held, in order.

@@ -133,6 +133,31 @@ fn latest_is_refused_in_front_of_a_hole_and_the_refusal_names_it() {
     assert!(survey.lines()[0].unserved.is_empty());
 }
 
+/// What is on record says why; what is not is still told as lost.
+#[test]
+fn a_hole_that_is_on_record_in_part_has_both_reasons() {
+    let mut held = holdings(vec![held(1, None, &[(1.0, 5.0), (9.0, 12.0)])]);
+    let gap = |from, to| KnownGap {
+        timeline: tli(1),
+        from: lsn(from),
+        to: lsn(to),
+        reason: "expired: retention let it go".into(),
+    };
+    let path = |held: &Holdings| Path::new(held, tli(1), size()).unwrap();
+    let reason = |held: &Holdings| path(held).holes(lsn(1.0))[0].reason.clone();
+    assert_eq!(reason(&held), "never received, or lost");
+    assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
+    held.gaps = vec![gap(0.0, 7.0)];
+    assert_eq!(reason(&held), "expired: retention let it go; in part: never received, or lost");
+    assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
+    held.gaps = vec![gap(7.0, 9.0), gap(0.0, 7.0)];
+    assert_eq!(reason(&held), "expired: retention let it go");
+    assert_eq!(path(&held).lost(lsn(1.0)), []);
+    // Of another timeline's record nothing follows.
+    held.gaps[1].timeline = tli(2);
+    assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
+}
+
 /// V2: a gap on record counts even while nothing behind it has come.
 #[test]
 fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
