@@ -69,5 +69,17 @@ async fn a_new_server_in_place_of_a_lost_one_lets_nothing_go_that_older_backups_
     let args = ["restore", "--dry-run", "--latest", "--backup", "first", "--to", &to];
     let planned = site.klio(None, &args).await;
     assert_eq!(planned.code, Some(0), "{}{}", planned.stdout, planned.stderr);
+    // WAL that only the bucket has is looked at like the rest.
+    let verified = site.klio(None, &["verify", "--wal"]).await;
+    assert_eq!(verified.code, Some(0), "{}{}", verified.stdout, verified.stderr);
+    let behind = pg.segment_of(first.stop_lsn).await.to_string();
+    let victim = needed.iter().find(|key| {
+        key.rsplit('/').next().is_some_and(|name| !name.starts_with(&behind) && *name > *behind)
+    });
+    let victim = victim.expect("WAL behind the first backup");
+    fs::remove_file(s3.bucket_dir().join(victim)).expect("lose an object");
+    let verified = site.klio(None, &["verify", "--wal"]).await;
+    assert_ne!(verified.code, Some(0), "{victim} is gone: {}{}", verified.stdout, verified.stderr);
+    assert!(verified.stdout.contains("is missing"), "{}{}", verified.stdout, verified.stderr);
     site.stop().await;
 }

@@ -6,9 +6,13 @@ use super::{
     protocol::{Archived, Finding, Step, VerifyBackup, VerifyJob, VerifyResult},
 };
 use crate::{base::ListedBackup, errors};
+use klio_pg::SegmentSize;
 use klio_proto::Code;
 use klio_storage::{
-    catalog::{Damage, Holdings, VerifyOutcome, outcomes},
+    catalog::{
+        BackupRecord, Damage, Holdings, VerifyOutcome, outcomes,
+        recovery::{Hole, Path},
+    },
     layout::{BackupName, BaseObject, ClusterName},
 };
 use tonic::Status;
@@ -36,12 +40,14 @@ impl Inner {
         let began = tokio::time::Instant::now();
         let listed = self.base.backups(cluster).await?;
         let chosen = choose(cluster, listed.backups, request)?;
-        let holdings = self.base.holdings(cluster).await?;
+        let holdings = self.holdings_now(cluster).await?;
+        let lost = self.lost(cluster, &chosen, &holdings, request).await?;
         let job = self.job(cluster, &chosen, request);
         let result = self.read_back(cluster, job, tell).await?;
         // Asked again: a record that could not be read may be good by now.
         let problems = self.base.backups(cluster).await?.problems;
-        let result = complete(cluster, result, &chosen, &holdings, &problems);
+        let mut result = complete(cluster, result, &chosen, &holdings, &problems);
+        result.damaged.extend(lost.into_iter().map(|hole| of_no_backup(cluster, &hole)));
         let seconds = began.elapsed().as_secs_f64();
         let outcome =
             |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
@@ -75,6 +81,30 @@ impl Inner {
             tracing::warn!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "was damaged; repaired from the other tier");
         }
         Ok(outcome)
+    }
+
+    /// Both tiers as they are listed now.
+    async fn holdings_now(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
+        self.base.forget_wal_listing(cluster);
+        self.base.holdings(cluster).await
+    }
+
+    /// WAL behind the backups that neither tier has, where it was asked for. What is sealed between two listings is
+    /// in none of them for a moment: it must be missing twice.
+    async fn lost(
+        &self,
+        cluster: &ClusterName,
+        chosen: &[ListedBackup],
+        holdings: &Holdings,
+        request: &Request,
+    ) -> Result<Vec<Hole>, Status> {
+        let records = || chosen.iter().map(|backup| &backup.record);
+        let mut lost = if request.wal { lost(holdings, records()) } else { Vec::new() };
+        if !lost.is_empty() {
+            let again = self::lost(&self.holdings_now(cluster).await?, records());
+            lost.retain(|hole| again.contains(hole));
+        }
+        Ok(lost)
     }
 
     fn job(&self, cluster: &ClusterName, chosen: &[ListedBackup], request: &Request) -> VerifyJob {
@@ -147,6 +177,36 @@ fn choose(
     }
 }
 
+/// What is missing behind these backups, on every timeline that they lead to, and is not on record as a gap or as
+/// expired. Also below where this tier 1 begins: a server that was put in place of a lost one has the rest in tier 2.
+fn lost<'a>(
+    holdings: &Holdings,
+    backups: impl Iterator<Item = &'a BackupRecord> + Clone,
+) -> Vec<Hole> {
+    let Ok(size) = SegmentSize::new(holdings.segment_size) else { return Vec::new() };
+    let mut all: Vec<Hole> = Vec::new();
+    for line in &holdings.timelines {
+        // A history that cannot be read is found where it is read back.
+        let Ok(path) = Path::new(holdings, line.timeline, size) else { continue };
+        let leads = |b: &&BackupRecord| {
+            path.passes(b.start_timeline, b.start_lsn) && path.passes(b.stop_timeline, b.stop_lsn)
+        };
+        // What is missing between its start and its stop is told of the backup itself.
+        let Some(from) = backups.clone().filter(leads).map(|b| b.stop_lsn).min() else { continue };
+        all.extend(path.lost(from));
+    }
+    all.sort_by_key(|hole| (hole.timeline, hole.from, hole.to));
+    all.dedup_by_key(|hole| (hole.timeline, hole.from, hole.to));
+    all
+}
+
+/// Every backup can be restored to its own end all the same.
+fn of_no_backup(cluster: &ClusterName, hole: &Hole) -> Finding {
+    let key = format!("{cluster}/wal");
+    let damage = Damage { tier: "both".into(), key, problem: hole.to_string() };
+    Finding { damage, backups: Vec::new() }
+}
+
 /// Adds what only the server can say: records that cannot be read, and WAL that is missing.
 fn complete(
     cluster: &ClusterName,
@@ -178,4 +238,93 @@ fn complete(
         result.damaged.push(Finding { damage, backups: vec![record.name.clone()] });
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::{Lsn, TimelineId};
+    use klio_storage::catalog::{KnownGap, PagesRecord, Run, TimelineHoldings};
+
+    const SEGMENT: u64 = 1 << 20;
+
+    fn lsn(segments: u64) -> Lsn {
+        Lsn::new(segments * SEGMENT)
+    }
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn backup(name: &str, start: u64, stop: u64) -> BackupRecord {
+        BackupRecord {
+            name: name.parse().unwrap(),
+            system_identifier: "7".into(),
+            postgres_version: 150_000,
+            segment_size: SEGMENT as u32,
+            start_timeline: tli(1),
+            start_lsn: lsn(start),
+            stop_timeline: tli(1),
+            stop_lsn: lsn(stop),
+            started_postgres_unix: 1.0,
+            stopped_postgres_unix: 2.0,
+            begun_unix: 1.0,
+            committed_unix: 2.0,
+            duration_seconds: 1.0,
+            from_standby: false,
+            snapshot: "00".repeat(32),
+            backup_label: String::new(),
+            tablespace_map: String::new(),
+            tablespaces: Vec::new(),
+            size_bytes: 0,
+            files: 0,
+            directories: 0,
+            added_bytes: 0,
+            stored_bytes: 0,
+            pages: PagesRecord::default(),
+            label: None,
+            keep: false,
+            klio_version: String::new(),
+        }
+    }
+
+    fn line(timeline: u32, history: Option<&str>, runs: &[(u64, u64)]) -> TimelineHoldings {
+        TimelineHoldings {
+            timeline: tli(timeline),
+            history: history.map(str::to_owned),
+            runs: runs.iter().map(|(from, to)| Run { start: lsn(*from), end: lsn(*to) }).collect(),
+            caught_up: false,
+        }
+    }
+
+    fn found(holdings: &Holdings, backups: &[BackupRecord]) -> Vec<(u32, Lsn, Lsn)> {
+        let lost = lost(holdings, backups.iter());
+        lost.into_iter().map(|hole| (hole.timeline.get(), hole.from, hole.to)).collect()
+    }
+
+    /// A new tier 1 may begin at segment 20: what only tier 2 has counts like the rest.
+    #[test]
+    fn wal_that_both_tiers_lost_behind_a_backup_is_found_wherever_tier_1_begins() {
+        let mut holdings = Holdings {
+            segment_size: SEGMENT as u32,
+            timelines: vec![line(1, None, &[(1, 8), (9, 12), (13, 30)])],
+            ..Holdings::default()
+        };
+        let old = [backup("a", 2, 3), backup("b", 10, 11)];
+        assert_eq!(found(&holdings, &old), [(1, lsn(8), lsn(9)), (1, lsn(12), lsn(13))]);
+        // What is in front of the oldest backup nobody needs.
+        assert_eq!(found(&holdings, &old[1..]), [(1, lsn(12), lsn(13))]);
+        assert_eq!(found(&holdings, &[]), []);
+        // What is on record is no news.
+        let gap = KnownGap { timeline: tli(1), from: lsn(8), to: lsn(9), reason: "x".into() };
+        holdings.gaps.push(gap);
+        assert_eq!(found(&holdings, &old), [(1, lsn(12), lsn(13))]);
+        // Told once, though two timelines come from there.
+        let history = |number: u32| format!("1\t{}\tx\n", lsn(20 + u64::from(number)));
+        for number in [2, 3] {
+            let runs = [(20 + u64::from(number), 40)];
+            holdings.timelines.push(line(number, Some(&history(number)), &runs));
+        }
+        assert_eq!(found(&holdings, &old), [(1, lsn(12), lsn(13))]);
+    }
 }
