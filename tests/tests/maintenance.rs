@@ -355,6 +355,39 @@ async fn damage_in_both_tiers_is_told_and_nothing_is_made_of_it() {
     }
 }
 
+/// A backup that is called damaged without being so would let retention keep the wrong ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_damaged_snapshot_of_one_backup_is_no_other_backups_damage() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let snapshot = {
+        let all = setup.base.backups().await.expect("a list").backups;
+        let records = all.iter().map(|e| {
+            serde_json::from_slice::<klio_storage::catalog::BackupRecord>(&e.record).expect("JSON")
+        });
+        let first = records.into_iter().find(|record| record.name.as_str() == "b1");
+        format!("base/snapshots/{}", first.expect("b1").snapshot)
+    };
+    for root in [setup.tier1(), setup.tier2()] {
+        flip(&root.join(&snapshot));
+    }
+    for (name, expected) in [("b1", 40), ("b2", 0), ("b3", 0)] {
+        let args = ["verify", "--backup", name, "--read-data", "all"];
+        let (code, outcome): (i32, VerifyOutcome) = setup.klio(&args).await;
+        assert_eq!((code, outcome.ok), (expected, expected == 0), "{name}: {outcome:?}");
+    }
+    // Asked for all, each has its own outcome.
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 40, "{outcome:?}");
+    let all = setup.base.backups().await.expect("a list").backups;
+    let outcomes = all
+        .iter()
+        .map(|e| serde_json::from_slice::<VerifyOutcome>(&e.verified).expect("an outcome"));
+    let mut good: Vec<String> =
+        outcomes.filter(|o| o.ok).flat_map(|o| o.backups).map(|n| n.to_string()).collect();
+    good.sort();
+    assert_eq!(good, ["b2", "b3"]);
+}
+
 /// P6.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_record_stops_all_removal_and_raises_an_alarm() {

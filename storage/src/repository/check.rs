@@ -36,6 +36,8 @@ const READERS_MAX: usize = 4;
 pub struct Problem {
     /// The file that is damaged or missing, where one is to blame; another copy of it repairs it.
     pub file: Option<BaseFile>,
+    /// The one snapshot that is not whole, where the problem is no other's.
+    pub snapshot: Option<SnapshotId>,
     /// For people.
     pub detail: String,
 }
@@ -98,7 +100,8 @@ fn is_finding(error: &Error) -> bool {
 
 impl Check<'_> {
     fn problem(&mut self, file: Option<BaseFile>, detail: impl fmt::Display) {
-        self.problems.push(Problem { file, detail: detail.to_string() });
+        let snapshot = file.filter(|f| f.kind == BaseKind::Snapshot).map(|f| SnapshotId::new(f.id));
+        self.problems.push(Problem { file, snapshot, detail: detail.to_string() });
     }
 
     /// Keeps a finding, passes other errors on.
@@ -224,7 +227,9 @@ impl Check<'_> {
                 Ok(found) => needed.packs.extend(&found.packs),
                 Err(error) if is_finding(&error) => {
                     needed.all = false;
-                    self.problem(None, format!("snapshot {}: {error}", file.id));
+                    let snapshot = Some(SnapshotId::new(file.id));
+                    let detail = format!("snapshot {}: {error}", file.id);
+                    self.problems.push(Problem { file: None, snapshot, detail });
                 }
                 Err(error) => return Err(error),
             }

@@ -282,12 +282,20 @@ impl Checker<'_> {
         self.phase("read the repository's small files");
         for kind in [BaseKind::Config, BaseKind::Key, BaseKind::Index, BaseKind::Snapshot] {
             for file in self.listed(kind)?.into_keys() {
+                let owners = match kind {
+                    BaseKind::Snapshot => of_snapshot(job, SnapshotId::new(file.id)),
+                    _ => names.to_vec(),
+                };
+                // Asked for some backups, another one's snapshot is not their damage.
+                if !job.all && owners.is_empty() {
+                    continue;
+                }
                 let judge = |bytes: &[u8]| match file.kind {
                     BaseKind::Config => opens(&files, secret, bytes),
                     _ => named(file, bytes),
                 };
                 let key = file.key(&self.ground.cluster);
-                self.prove(&key, [false, false], &|| names.to_vec(), &judge)?;
+                self.prove(&key, [false, false], &|| owners.clone(), &judge)?;
             }
         }
         let repository = match Repository::open(files, secret) {
@@ -314,13 +322,13 @@ impl Checker<'_> {
             if problem.file.is_some() && known.contains(&key) {
                 continue;
             }
-            let owners = match problem.file {
-                Some(file) => owners(&needs, file),
-                None => names.to_vec(),
+            let owners = match (problem.snapshot, problem.file) {
+                (Some(snapshot), _) => of_snapshot(job, snapshot),
+                (None, Some(file)) if file.kind == BaseKind::Data => owners(&needs, file),
+                _ => names.to_vec(),
             };
             // Asked for some backups, what none of them needs is not their damage.
-            let is_pack = problem.file.is_some_and(|file| file.kind == BaseKind::Data);
-            if !job.all && is_pack && owners.is_empty() {
+            if !job.all && owners.is_empty() {
                 continue;
             }
             let damage = Damage { tier: "both".into(), key, problem: problem.detail };
@@ -402,6 +410,12 @@ struct Needs {
     name: BackupName,
     tier2: bool,
     files: BTreeSet<BaseFile>,
+}
+
+/// The backups of a snapshot: one, as a rule.
+fn of_snapshot(job: &VerifyJob, snapshot: SnapshotId) -> Vec<BackupName> {
+    let own = |b: &&VerifyBackup| b.record.snapshot.parse() == Ok(snapshot);
+    job.backups.iter().filter(own).map(|b| b.record.name.clone()).collect()
 }
 
 fn owners(needs: &[Needs], file: BaseFile) -> Vec<BackupName> {
