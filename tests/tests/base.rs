@@ -408,6 +408,39 @@ async fn a_repository_has_one_secret_for_ever() {
     assert_eq!(base.open().await.expect("found again").password, secret.password);
 }
 
+/// B1: without its WAL a backup cannot be restored from the bucket, so its record waits for that, too. Found by the
+/// restore proof: a bucket that had the record and not the WAL.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_waits_for_the_wal_of_its_backup() {
+    let s3 = S3::new();
+    let (site, base, channel) = started(Some(&s3)).await;
+    let size = u64::from(segment_size().as_u32());
+    let (start, stop) = (START.advance(8192), START.advance(size + 20_000));
+    let made = make(&base, &site.scratch("made"), "first", start, stop).await;
+    s3.faults().inject(Rule::always(Fault::SlowDown).path("main/wal/"));
+    // Two finished segments; the backup needs both.
+    let _stream = base.stream_wal(&channel, START, 2 * size as usize + 8192).await;
+    made.put(&base, None).await;
+    base.commit(&made.record).await.expect("committed although the bucket takes no WAL");
+    eventually("all files of the backup to be in the bucket", PATIENCE, || async {
+        let keys = s3.keys("klio/main/base");
+        let there = |file: &BaseFile| keys.iter().any(|key| key.ends_with(&file.relative()));
+        if made.files.iter().all(|(file, _)| there(file)) { Ok(()) } else { Err(keys) }
+    })
+    .await;
+    let refused = || s3.faults().count(|seen| seen.path.contains("main/wal/"));
+    let before = refused();
+    eventually("more attempts to store WAL", PATIENCE, || async { refused() > before + 3 }).await;
+    assert_eq!(s3.keys("klio/main/backups"), [] as [String; 0], "a record without its WAL");
+    assert!(!base.entry("first").await.0.tier2);
+    s3.faults().heal();
+    eventually("the backup to be in tier 2", PATIENCE, || async {
+        base.entry("first").await.0.tier2
+    })
+    .await;
+    assert!(s3.keys("klio/main/wal").len() >= 2, "{:?}", s3.keys("klio/main/wal"));
+}
+
 /// S4: tier 2 has what tier 1 no longer keeps.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {

@@ -86,6 +86,24 @@ impl BaseStore {
         self.holdings_with(cluster, Tier2Use::Cached).await
     }
 
+    /// What tier 2 alone holds of a cluster, by its last listing.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when tier 2 does not answer.
+    pub async fn holdings_of_tier2(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let mut parts = run(move || tier1_parts(&store, &name)).await?;
+        let ends: BTreeMap<WalFile, _> = parts.tier1.drain(..).map(|h| (h.file, h.end)).collect();
+        parts.open.clear();
+        let listed = self.wal_in_tier2(cluster, Tier2Use::Cached).await?;
+        let with_end = |held: &HeldFile| HeldFile {
+            end: held.end.or_else(|| ends.get(&held.file).copied().flatten()),
+            ..*held
+        };
+        parts.tier2 = listed.iter().map(with_end).collect();
+        self.with_histories(cluster, parts).await
+    }
+
     /// WAL was removed from tier 1: what is known of tier 2 may be too old.
     pub fn forget_wal_listing(&self, cluster: &ClusterName) {
         lock(&self.0.histories.listings).remove(cluster);
@@ -107,6 +125,14 @@ impl BaseStore {
                 parts.system_identifier = Some(pinned.system_identifier);
             }
         }
+        self.with_histories(cluster, parts).await
+    }
+
+    async fn with_histories(
+        &self,
+        cluster: &ClusterName,
+        mut parts: Parts,
+    ) -> Result<Holdings, Status> {
         let histories: BTreeSet<TimelineId> = parts
             .tier1
             .iter()

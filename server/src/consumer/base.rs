@@ -1,8 +1,9 @@
 //! One cluster's base backups: the objects of its jobs are uploaded, proven, acknowledged.
 //!
 //! B1  a record goes to tier 2 only when everything its backup needs is proven there: packs, index files,
-//!     snapshot, config, keys, secret, `cluster.json`. In the bucket a record therefore says that its backup
-//!     can be restored from the bucket alone;
+//!     snapshot, config, keys, secret, `cluster.json`, and all WAL between its start and its stop that is finished.
+//!     In the bucket a record therefore says that its backup can be restored from the bucket alone; but that
+//!     of an idle standby, whose last segment PostgreSQL has not finished;
 //! B2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
 //! B3  what maintenance removed from tier 1 before its turn came is no longer work to do.
 
@@ -22,6 +23,7 @@ use futures::{FutureExt, future::BoxFuture};
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
+    catalog::BackupRecord,
     disk::read_small,
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
     record,
@@ -52,6 +54,13 @@ enum Done {
     Moot,
     /// Something else must be there first (B1).
     Waiting(String),
+}
+
+/// What a record waits for.
+struct Needed {
+    record: BackupRecord,
+    /// Objects that tier 2 is not known to have.
+    missing: Vec<BaseObject>,
 }
 
 impl Process for BaseWork {
@@ -169,8 +178,13 @@ impl BaseWork {
             }
             BaseObject::Record(name) => match self.missing_for(name).await? {
                 None => Ok(Done::Moot),
-                Some(missing) if missing.is_empty() => self.upload(object, None).await,
-                Some(missing) => self.wait_for(missing).await,
+                Some(Needed { missing, .. }) if !missing.is_empty() => self.wait_for(missing).await,
+                Some(Needed { record, .. }) => {
+                    match self.parts.archives.owed_to(&self.cluster, &record) {
+                        Some(owed) => Ok(Done::Waiting(owed)),
+                        None => self.upload(object, None).await,
+                    }
+                }
             },
             BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
         }
@@ -205,7 +219,7 @@ impl BaseWork {
     }
 
     /// What a record's backup needs and tier 2 is not known to have; `None` when the record is gone.
-    async fn missing_for(&self, name: &BackupName) -> Result<Option<Vec<BaseObject>>, Error> {
+    async fn missing_for(&self, name: &BackupName) -> Result<Option<Needed>, Error> {
         let base = &self.base;
         let (disk, cluster, wanted) = (base.clone(), self.cluster.clone(), name.clone());
         let read =
@@ -236,7 +250,7 @@ impl BaseWork {
         let all = fixed.chain([BaseObject::Cluster, secret]);
         let missing: Vec<_> = all.filter(|object| !is_proven(object, &known, &sizes)).collect();
         match missing.iter().find(|object| !sizes.contains_key(object)) {
-            None => Ok(Some(missing)),
+            None => Ok(Some(Needed { record, missing })),
             Some(lost) => {
                 let detail = format!("expected {lost} in a tier, found it in neither");
                 Err(Error::new(Kind::Corrupt, Op::Upload, format!("the record of {name}"), detail))

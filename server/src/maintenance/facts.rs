@@ -3,10 +3,11 @@
 //! P6: whatever cannot be read becomes a problem in words, and a problem empties the plan.
 
 use super::Inner;
+use crate::base::ListedBackup;
 use klio_pg::{SegmentSize, TimelineHistory};
 use klio_storage::{
     catalog::{
-        Holdings, RetentionPlan,
+        BackupRecord, Holdings, RetentionPlan, Survey,
         retention::{self, Facts, KnownBackup, KnownTimeline},
     },
     layout::ClusterName,
@@ -26,14 +27,18 @@ impl Inner {
 
     async fn facts(&self, cluster: &ClusterName) -> Result<Facts, Status> {
         let listed = self.base.backups(cluster).await?;
+        // Of now: what arrived a moment ago counts.
+        self.base.forget_wal_listing(cluster);
         let holdings = self.base.holdings(cluster).await?;
         let mut problems = listed.problems;
         problems.extend(self.base.wal().problems(cluster));
-        let known = |backup: crate::base::ListedBackup| KnownBackup {
+        let held = Survey::new(&holdings, Vec::new());
+        let far = Survey::new(&self.base.holdings_of_tier2(cluster).await?, Vec::new());
+        let known = |backup: ListedBackup| KnownBackup {
             damaged: backup.verified.as_ref().is_some_and(|verified| !verified.ok),
             tier1: backup.tier1,
-            tier2: backup.tier2,
-            together: backup.together,
+            tier2: backup.tier2 && !is_on_its_way(&backup.record, &held, &far),
+            together: backup.together || backup.tier2,
             record: backup.record,
         };
         let timelines = timelines(&holdings, &mut problems);
@@ -50,6 +55,12 @@ impl Inner {
     }
 }
 
+/// Whether WAL that the backup needs is held, and not in tier 2 yet: without it tier 2 alone gives nothing back, so
+/// nothing older may go in the backup's favour.
+fn is_on_its_way(record: &BackupRecord, held: &Survey, far: &Survey) -> bool {
+    held.broken(record).is_none() && far.broken(record).is_some()
+}
+
 fn timelines(holdings: &Holdings, problems: &mut Vec<String>) -> Vec<KnownTimeline> {
     let mut known = Vec::new();
     for line in &holdings.timelines {
@@ -64,4 +75,36 @@ fn timelines(holdings: &Holdings, problems: &mut Vec<String>) -> Vec<KnownTimeli
         known.push(KnownTimeline { timeline: line.timeline, history, end });
     }
     known
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::verify::tests::backup, *};
+    use klio_pg::{Lsn, TimelineId};
+    use klio_storage::catalog::{Run, TimelineHoldings};
+
+    const SEGMENT: u64 = 1 << 20;
+
+    /// What is held from segment 1 up to this one.
+    fn held_up_to(segment: u64) -> Survey {
+        let run = Run { start: Lsn::new(SEGMENT), end: Lsn::new(segment * SEGMENT) };
+        let line = TimelineHoldings {
+            timeline: TimelineId::new(1).unwrap(),
+            history: None,
+            caught_up: false,
+            runs: vec![run],
+        };
+        let (segment_size, timelines) = (SEGMENT as u32, vec![line]);
+        Survey::new(&Holdings { segment_size, timelines, ..Holdings::default() }, Vec::new())
+    }
+
+    #[test]
+    fn a_backup_is_on_its_way_until_tier_2_has_its_wal() {
+        let record = backup("b", 2, 5);
+        let way = |held, far| is_on_its_way(&record, &held_up_to(held), &held_up_to(far));
+        assert!(way(5, 4) && way(9, 2));
+        assert!(!way(5, 5) && !way(9, 6));
+        // What nobody has is not on its way: verification says that it is lost.
+        assert!(!way(4, 4));
+    }
 }

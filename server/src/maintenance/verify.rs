@@ -241,7 +241,7 @@ fn complete(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use klio_pg::{Lsn, TimelineId};
     use klio_storage::catalog::{KnownGap, PagesRecord, Run, TimelineHoldings};
@@ -256,7 +256,8 @@ mod tests {
         TimelineId::new(number).unwrap()
     }
 
-    fn backup(name: &str, start: u64, stop: u64) -> BackupRecord {
+    /// From one segment to another.
+    pub fn backup(name: &str, start: u64, stop: u64) -> BackupRecord {
         BackupRecord {
             name: name.parse().unwrap(),
             system_identifier: "7".into(),

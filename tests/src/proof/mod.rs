@@ -143,6 +143,10 @@ fn targets(
     let from = records.partition_point(|record| record.start <= first) + 20;
     let to = records.partition_point(|record| record.start < end).saturating_sub(2);
     let mut targets = plan::candidates(records, from, to, rng);
+    // PostgreSQL was killed before it had finished the segment in which the backup ended, and the bucket gets no other.
+    if end < first {
+        return Vec::new();
+    }
     targets.push((Target::Immediate, end));
     if latest {
         targets.push((Target::Latest, end));
