@@ -15,12 +15,20 @@ use klio_storage::{
     tier2::{ListedObject, Tier2},
     wal::WalStore,
 };
-use std::collections::BTreeMap;
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    path::PathBuf,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 /// Objects whose headers are read, or that are written again, at once.
 const AT_ONCE: usize = 4;
 /// Larger ones are written again one by one: each is in memory three times.
 const SMALL_BYTES: u64 = 64 << 20;
+/// The file of what is archived may be large: it is not written for every object.
+const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// For whom an object is; of the beginning only, which is all that says it.
 async fn recipients(tier2: &Tier2, object: &ListedObject) -> anyhow::Result<Vec<String>> {
@@ -59,12 +67,15 @@ pub(super) async fn rewrap_wal(
             objects.push((file, object));
         }
     }
+    // A store lists them in any order.
+    objects.sort_by_key(|(file, _)| *file);
     let at_once = match objects.iter().all(|(_, object)| object.size <= SMALL_BYTES) {
         true => AT_ONCE,
         false => 1,
     };
+    let failed = &Cell::new(false);
     let each = stream::iter(objects).map(|(file, object)| async move {
-        if recipients(tier2, &object).await? == keys.recipients() {
+        if failed.get() || recipients(tier2, &object).await? == keys.recipients() {
             return Ok(None);
         }
         let size = rewrap(tier2, &object.key, keys)
@@ -72,16 +83,62 @@ pub(super) async fn rewrap_wal(
             .with_context(|| format!("write {} again", object.key))?;
         anyhow::Ok(Some((file, size)))
     });
-    let written: Vec<Option<(WalFile, u64)>> = each.buffered(at_once).try_collect().await?;
-    let written: Vec<(WalFile, u64)> = written.into_iter().flatten().collect();
-    // Proven to hold what they held: that they have other sizes must not put them in doubt.
-    let path = archive_file::path(store.root(), cluster);
-    if let Some(mut archive) = archive_file::read(&path)? {
-        written.iter().for_each(|(file, size)| archive.accept_size(*file, *size));
-        archive_file::write(&path, &archive)?;
+    let mut each = pin!(each.buffered(at_once));
+    let mut proved = Proved::of(store, cluster);
+    let (mut count, mut first) = (0_u64, None);
+    // After a failure nothing is begun, and what is under way is waited for: it may have been written.
+    while let Some(written) = each.next().await {
+        match written {
+            Ok(None) => {}
+            Ok(Some((file, size))) => {
+                count += 1;
+                proved.add(file, size)?;
+            }
+            Err(error) => {
+                failed.set(true);
+                first.get_or_insert(error);
+            }
+        }
     }
-    println!("{cluster}: wrote {} WAL files again in tier 2", written.len());
+    proved.keep()?;
+    if let Some(error) = first {
+        return Err(error);
+    }
+    println!("{cluster}: wrote {count} WAL files again in tier 2");
     Ok(())
+}
+
+/// Objects that were proven to hold what they held: that they have other sizes must not put them in doubt.
+///
+/// Kept as they come, as this may end at any moment: what was proven since is found good again by reading it back.
+struct Proved {
+    path: PathBuf,
+    new: Vec<(WalFile, u64)>,
+    kept: Instant,
+}
+
+impl Proved {
+    fn of(store: &WalStore, cluster: &ClusterName) -> Self {
+        let path = archive_file::path(store.root(), cluster);
+        Self { path, new: Vec::new(), kept: Instant::now() }
+    }
+
+    fn add(&mut self, file: WalFile, size: u64) -> anyhow::Result<()> {
+        self.new.push((file, size));
+        if self.kept.elapsed() < KEEP_INTERVAL {
+            return Ok(());
+        }
+        self.keep()
+    }
+
+    fn keep(&mut self) -> anyhow::Result<()> {
+        if let Some(mut archive) = archive_file::read(&self.path)? {
+            self.new.drain(..).for_each(|(file, size)| archive.accept_size(file, size));
+            archive_file::write(&self.path, &archive)?;
+        }
+        self.kept = Instant::now();
+        Ok(())
+    }
 }
 
 /// Gives the new size.
@@ -119,4 +176,52 @@ pub(super) async fn tell_still_needed(tier2: &Tier2, keys: &Keys) -> anyhow::Res
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::SegmentSize;
+    use klio_storage::{
+        catalog::Archive, disk::RealDisk, layout::Form, tier2::Tier2Config, wal::WalOptions,
+    };
+    use std::{fs, sync::Arc};
+
+    #[tokio::test]
+    async fn what_was_proven_before_a_rewrap_failed_is_not_in_doubt_afterwards() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, bucket) = (folder.path().join("tier1"), folder.path().join("bucket"));
+        let cluster: ClusterName = "pg".parse().unwrap();
+        fs::create_dir_all(root.join("pg")).unwrap();
+        fs::create_dir_all(bucket.join("pg/wal/00000001")).unwrap();
+        let ((old_text, _), (new_text, _)) = (Keys::generate(), Keys::generate());
+        let old = Keys::from_text(&old_text, &[]).unwrap();
+        let new = Keys::from_text(&format!("{}\n{}\n", *new_text, *old_text), &[]).unwrap();
+        let file =
+            |number: u32| -> WalFile { format!("0000000100000000{number:08X}").parse().unwrap() };
+        let at = |number| bucket.join(file(number).key_in(&cluster, Form::Age));
+        for number in 1..=9 {
+            let mut bytes = old.wrap(&vec![7; 1000]).unwrap();
+            if number == 3 {
+                *bytes.last_mut().unwrap() ^= 1;
+            }
+            fs::write(at(number), bytes).unwrap();
+        }
+        let store =
+            WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
+        let path = archive_file::path(&root, &cluster);
+        archive_file::write(&path, &Archive::new(SegmentSize::new(1 << 20).unwrap())).unwrap();
+        let tier2 = Tier2::open(&Tier2Config::new(format!("file://{}", bucket.display()))).unwrap();
+        let before: Vec<Vec<u8>> = (1..=9).map(|n| fs::read(at(n)).unwrap()).collect();
+        let error = rewrap_wal(&store, &tier2, &cluster, &new).await.unwrap_err();
+        assert!(format!("{error:#}").contains(&file(3).to_string()), "{error:#}");
+        let archive = archive_file::read(&path).unwrap().unwrap();
+        let written: Vec<u32> =
+            (1..=9).filter(|n| fs::read(at(*n)).unwrap() != before[*n as usize - 1]).collect();
+        assert!(written.starts_with(&[1, 2]) && !written.contains(&3), "{written:?}");
+        for number in written {
+            let size = fs::metadata(at(number)).unwrap().len();
+            assert!(archive.accepts(file(number), 1, size), "{number}");
+        }
+    }
 }
