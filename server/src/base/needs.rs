@@ -31,13 +31,56 @@ pub(super) struct Held {
 
 /// Answers of earlier.
 #[derive(Default)]
-pub(super) struct NeedsCache(Mutex<BTreeMap<(ClusterName, SnapshotId), Needed>>);
+pub(super) struct NeedsCache(Mutex<Answers>);
+
+type Id = (ClusterName, SnapshotId);
+
+#[derive(Default)]
+struct Answers {
+    /// And when each was last asked for.
+    known: BTreeMap<Id, (u64, Needed)>,
+    /// Files in all of them.
+    files: usize,
+    /// Grows with every question.
+    asked: u64,
+}
+
+impl Answers {
+    fn get(&mut self, id: &Id) -> Option<Needed> {
+        self.asked += 1;
+        let (asked, needed) = self.known.get_mut(id)?;
+        *asked = self.asked;
+        Some(needed.clone())
+    }
+
+    fn remove(&mut self, id: &Id) {
+        if let Some((_, needed)) = self.known.remove(id) {
+            self.files -= needed.len();
+        }
+    }
+
+    /// Those that were not asked for the longest go, until there is room.
+    fn put(&mut self, id: Id, needed: Needed) {
+        self.remove(&id);
+        while self.files + needed.len() > REMEMBERED_MAX {
+            let oldest = self.known.iter().min_by_key(|(_, (asked, _))| *asked);
+            let Some(oldest) = oldest.map(|(id, _)| id.clone()) else { break };
+            self.remove(&oldest);
+        }
+        if needed.len() > REMEMBERED_MAX {
+            return;
+        }
+        self.asked += 1;
+        self.files += needed.len();
+        self.known.insert(id, (self.asked, needed));
+    }
+}
 
 impl NeedsCache {
     /// The answer of earlier, if every index file it was told by is still there, and every pack, whole.
-    fn get(&self, id: &(ClusterName, SnapshotId), held: &Held) -> Option<Needed> {
+    fn get(&self, id: &Id, held: &Held) -> Option<Needed> {
         let mut known = lock(&self.0);
-        let needed = known.get(id)?.clone();
+        let needed = known.get(id)?;
         let stands = needed.contains_key(&id.1.file())
             && needed.iter().all(|(file, size)| match file.kind {
                 BaseKind::Index => held.indexes.contains_key(file),
@@ -52,13 +95,8 @@ impl NeedsCache {
         stands.then_some(needed)
     }
 
-    fn put(&self, id: (ClusterName, SnapshotId), needed: Needed) {
-        let mut known = lock(&self.0);
-        let count: usize = known.values().map(|needed| needed.len()).sum();
-        if count + needed.len() > REMEMBERED_MAX {
-            known.clear();
-        }
-        known.insert(id, needed);
+    fn put(&self, id: Id, needed: Needed) {
+        lock(&self.0).put(id, needed);
     }
 }
 
@@ -190,5 +228,30 @@ mod tests {
             assert_eq!(cache.get(&id, &Held { indexes, packs }), None);
             assert_eq!(cache.get(&id, &whole), None);
         }
+    }
+
+    /// With more than fits, every question about one of many snapshots would read all its trees again.
+    #[test]
+    fn what_was_not_asked_for_the_longest_is_forgotten_and_nothing_else() {
+        let cache = NeedsCache::default();
+        let id = |number: u32| -> Id {
+            ("pg".parse().unwrap(), SnapshotId::new(Sha256Sum::of(&number.to_le_bytes())))
+        };
+        // Four fit, five do not.
+        let each = REMEMBERED_MAX / 4 - 1;
+        let answer = |number: u32| -> Needed {
+            let keys = (0..each as u32).map(|n| file(BaseKind::Key, &format!("{number} {n}")));
+            Arc::new(keys.map(|key| (key, None)).chain([(id(number).1.file(), None)]).collect())
+        };
+        let held = Held { indexes: BTreeMap::new(), packs: BTreeMap::new() };
+        let known = |number| cache.get(&id(number), &held).is_some();
+        (0..4).for_each(|number| cache.put(id(number), answer(number)));
+        assert!(known(0));
+        cache.put(id(4), answer(4));
+        assert!(!known(1), "the one that nobody asked for");
+        assert!([0, 2, 3, 4].into_iter().all(known));
+        let all = lock(&cache.0);
+        let count: usize = all.known.values().map(|(_, needed)| needed.len()).sum();
+        assert!(count == all.files && count <= REMEMBERED_MAX, "{count}, {}", all.files);
     }
 }
