@@ -16,7 +16,7 @@ use crate::{
     maintenance::{self, Maintenance, MaintenanceMetrics},
     metrics::{self, Metrics, Snapshots},
     queue::{Publisher, Queue, Started},
-    receive::{Receiver, ReceiverOptions, Registry},
+    receive::{Receiver, ReceiverOptions, Registry, as_of},
     seal,
     status::{StatusBoard, now_unix},
     tls::{self, Loaded},
@@ -150,6 +150,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let gauges = board.clone();
     metrics::observe(&telemetry.meter(), move |instrument| gauges.table(instrument));
 
+    let keeping = as_of::run(store.clone(), registry.clone(), now_unix, back.clone());
+    let keeping = spawn(telemetry.polls().watch(keeping));
     let receiver = Receiver {
         store: store.clone(),
         registry,
@@ -196,7 +198,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         tasks.push(("metrics", spawn(admin::serve(listener, router, back.clone()))));
     }
     let maintaining = spawn(telemetry.polls().watch(maintenance.run(front.clone())));
-    let background = vec![("seal", sealing), ("maintenance", maintaining)];
+    let background = vec![("seal", sealing), ("maintenance", maintaining), ("as of", keeping)];
     Ok(Running { front, back, last, sessions, tasks, background, consumer_tasks, queue_tasks })
 }
 
@@ -279,9 +281,7 @@ async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow
             for file in newest {
                 metrics.seen_written(&cluster, file.modified_unix);
             }
-            let sealed = metrics.latest_written(&cluster);
-            let held = sealed.into_iter().chain(store.unsealed_written(&cluster));
-            if let Some(held) = held.max_by(f64::total_cmp) {
+            if let Some(held) = as_of::load(&store, &cluster) {
                 metrics.seen_held(&cluster, held);
             }
         }

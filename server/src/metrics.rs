@@ -38,7 +38,7 @@ pub struct Metrics {
     flush_duration: Histogram<f64>,
     tallies: Tallies,
     latest_written: Mutex<BTreeMap<ClusterName, f64>>,
-    /// When the newest WAL was written that was there at start.
+    /// Until when all that PostgreSQL had was known to be durable at start.
     held_at_start: Mutex<BTreeMap<ClusterName, f64>>,
     polls: Polls,
 }
@@ -111,7 +111,7 @@ impl Metrics {
         self.latest_written.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).copied()
     }
 
-    /// At start: when the newest WAL of tier 1 was written, sealed or not.
+    /// At start: until when all that PostgreSQL had was known to be durable.
     pub fn seen_held(&self, cluster: &ClusterName, unix: f64) {
         let mut held = self.held_at_start.lock().unwrap_or_else(PoisonError::into_inner);
         held.insert(cluster.clone(), unix);

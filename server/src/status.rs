@@ -217,7 +217,7 @@ impl StatusBoard {
         }
     }
 
-    /// All that PostgreSQL had at this time is durable. Before anybody streams: when the newest WAL was written.
+    /// All that PostgreSQL had at this time is durable. Before anybody streams: what was known before.
     fn durable_as_of(&self, view: &ClusterView, now_unix: f64) -> Option<f64> {
         match view.progress.durable_as_of {
             Some(at) => Some(now_unix - at.elapsed().as_secs_f64()),

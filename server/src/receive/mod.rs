@@ -7,6 +7,7 @@
 //! - Any end of a session (error, fence, shutdown, expired certificate) leaves the store as durable
 //!   as its last acknowledgement, and the place free.
 
+pub(crate) mod as_of;
 mod batch;
 pub(crate) mod open;
 mod registry;

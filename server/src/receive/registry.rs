@@ -54,6 +54,8 @@ pub struct Progress {
     pub flushed: Lsn,
     /// PostgreSQL's end of WAL as last reported; 0/0 when unknown.
     pub wal_end: Lsn,
+    /// When it was told: an fsync may stall for long after that, and PostgreSQL goes on meanwhile.
+    wal_end_told: Option<Instant>,
     /// WAL that PostgreSQL has and that did not come yet.
     pub not_received: Behind,
     /// WAL that PostgreSQL has and that is not durable yet.
@@ -74,16 +76,17 @@ pub struct Behind {
 }
 
 impl Behind {
-    /// Sets the mark anew when it was reached. Gives the moment up to which all is here, if that is news.
-    fn follow(&mut self, here: Lsn, end: Lsn, now: Instant) -> Option<Instant> {
+    /// Sets the mark anew when it was reached. PostgreSQL was at `end` when it was `told`. Gives the moment up to which
+    /// all is here, if that is news.
+    fn follow(&mut self, here: Lsn, end: Lsn, told: Instant) -> Option<Instant> {
         if here >= end {
             self.mark = None;
-            return Some(now);
+            return Some(told);
         }
         match self.mark {
             Some((position, _)) if here < position => None,
             reached => {
-                self.mark = Some((end, now));
+                self.mark = Some((end, told));
                 reached.map(|(_, at)| at)
             }
         }
@@ -116,13 +119,23 @@ impl Progress {
         self.wal_end > Lsn::ZERO && self.lag_bytes() == 0
     }
 
+    /// PostgreSQL said where its WAL ends.
+    pub fn told(&mut self, wal_end: Lsn, now: Instant) {
+        (self.wal_end, self.wal_end_told) = (wal_end, Some(now));
+    }
+
+    /// A new session: with WAL of a day to come nothing is caught up until PostgreSQL tells.
+    pub fn begin(&mut self, timeline: TimelineId, start: Lsn) {
+        self.timeline = Some(timeline);
+        (self.received, self.flushed) = (start, start);
+        (self.wal_end, self.wal_end_told) = (Lsn::ZERO, None);
+    }
+
     /// Nothing follows from an end of WAL that is not known.
-    fn follow(&mut self, now: Instant) {
-        if self.wal_end == Lsn::ZERO {
-            return;
-        }
-        self.not_received.follow(self.received, self.wal_end, now);
-        let reached = self.not_flushed.follow(self.flushed, self.wal_end, now);
+    fn follow(&mut self) {
+        let Some(told) = self.wal_end_told else { return };
+        self.not_received.follow(self.received, self.wal_end, told);
+        let reached = self.not_flushed.follow(self.flushed, self.wal_end, told);
         self.durable_as_of = reached.or(self.durable_as_of);
     }
 }
@@ -142,7 +155,7 @@ impl ClusterState {
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         let mut progress = lock(&self.progress);
         change(&mut progress);
-        progress.follow(Instant::now());
+        progress.follow();
     }
 }
 
@@ -290,7 +303,7 @@ mod tests {
     #[test]
     fn an_idle_cluster_has_no_lag() {
         let state = ClusterState::default();
-        state.update(|p| p.wal_end = Lsn::new(100));
+        state.update(|p| p.told(Lsn::new(100), Instant::now()));
         let later = Instant::now() + Duration::from_secs(3600);
         assert!(state.progress().lag_seconds(later) > 3000.0);
         assert!(state.progress().receive_lag_seconds(later) > 3000.0);
@@ -307,17 +320,43 @@ mod tests {
         let (mut progress, begun) = (Progress::default(), Instant::now());
         for second in 1..=3600 {
             progress.flushed = progress.wal_end;
-            progress.wal_end = Lsn::new(second * 1000);
-            progress.follow(begun + Duration::from_secs(second));
+            progress.told(Lsn::new(second * 1000), begun + Duration::from_secs(second));
+            progress.follow();
         }
         let now = begun + Duration::from_secs(3600);
         assert!(progress.lag_bytes() > 0 && progress.lag_seconds(now) <= 1.0, "{progress:?}");
         assert!(progress.durable_as_of.is_some_and(|at| now - at <= Duration::from_secs(1)));
         // And one that stands still is.
-        progress.wal_end = Lsn::new(1 << 30);
-        progress.follow(now);
-        progress.follow(now + Duration::from_secs(900));
+        progress.told(Lsn::new(1 << 30), now);
+        progress.follow();
+        progress.told(Lsn::new(2 << 30), now + Duration::from_secs(900));
+        progress.follow();
         assert!(progress.lag_seconds(now + Duration::from_secs(900)) >= 900.0);
         assert!(progress.durable_as_of.is_some_and(|at| at <= now));
+    }
+
+    /// PostgreSQL goes on while an fsync stalls: what it did meanwhile is not claimed.
+    #[test]
+    fn an_end_that_is_reached_late_says_nothing_of_the_time_in_between() {
+        let (mut progress, told) = (Progress::default(), Instant::now());
+        progress.told(Lsn::new(100), told);
+        progress.received = Lsn::new(100);
+        progress.follow();
+        // Flushed at once or an hour later.
+        progress.flushed = Lsn::new(100);
+        progress.follow();
+        assert_eq!(progress.durable_as_of, Some(told));
+        assert_eq!(progress.lag_seconds(told + Duration::from_secs(3600)), 0.0);
+        let later = told + Duration::from_secs(60);
+        progress.told(Lsn::new(100), later);
+        progress.follow();
+        assert_eq!(progress.durable_as_of, Some(later));
+        // The end that was told first was reached; a later one was not.
+        progress.told(Lsn::new(300), later + Duration::from_secs(1));
+        progress.follow();
+        progress.told(Lsn::new(500), later + Duration::from_secs(31));
+        progress.flushed = Lsn::new(400);
+        progress.follow();
+        assert_eq!(progress.durable_as_of, Some(later + Duration::from_secs(1)));
     }
 }

@@ -153,12 +153,7 @@ impl Session {
         let start = writer.position();
         let timeline = writer.timeline();
         let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
-        place.state().update(|p| {
-            p.timeline = Some(timeline);
-            (p.received, p.flushed) = (start, start);
-            // Until PostgreSQL tells: with its WAL of a day to come nothing is caught up.
-            p.wal_end = Lsn::ZERO;
-        });
+        place.state().update(|p| p.begin(timeline, start));
         let window = with.options.window.bytes();
         Self {
             pending: Pending::new(start, window),
@@ -249,7 +244,9 @@ impl Session {
         self.place.state().update(|p| {
             p.received = received;
             p.received_bytes += length;
-            p.wal_end = wal_end.max(received);
+            if wal_end > Lsn::ZERO {
+                p.told(wal_end.max(received), Instant::now());
+            }
         });
         self.with.metrics.received(&self.cluster, length);
         Ok(())

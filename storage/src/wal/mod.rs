@@ -362,17 +362,6 @@ impl WalStore {
         self.times(&waiting).min_by(f64::total_cmp)
     }
 
-    /// Unix time at which the newest WAL was written that is not sealed yet; `None` when there is none.
-    pub fn unsealed_written(&self, name: &ClusterName) -> Option<f64> {
-        let held: Vec<PathBuf> = {
-            let cluster = self.find(name)?;
-            let state = lock(&cluster.state);
-            let held = state.lines.values().flat_map(|line| line.journals.values());
-            held.filter(|journal| !journal.is_empty()).map(|j| j.path.clone()).collect()
-        };
-        self.times(&held).max_by(f64::total_cmp)
-    }
-
     fn times(&self, files: &[PathBuf]) -> impl Iterator<Item = f64> {
         files.iter().filter_map(|path| self.disk().stat(path).ok()).map(|stat| stat.modified_unix)
     }
