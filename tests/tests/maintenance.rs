@@ -4,8 +4,14 @@
 
 use hyper::Method;
 use klio_pg::Lsn;
-use klio_proto::v1::{RecordDrillRequest, reserve_request::Purpose};
-use klio_storage::catalog::{DrillOutcome, MaintenanceOutcome, RetentionPlan, Run, VerifyOutcome};
+use klio_proto::{
+    Code,
+    v1::{FileKind, RecordDrillRequest, reserve_request::Purpose},
+};
+use klio_storage::{
+    catalog::{BackupRecord, DrillOutcome, MaintenanceOutcome, RetentionPlan, Run, VerifyOutcome},
+    layout::{BaseFile, BaseKind},
+};
 use klio_tests::{
     base_client::{Base, make, segment_size},
     client::{self, Stream},
@@ -272,6 +278,35 @@ async fn tier_1_lets_go_what_tier_2_proves_and_reads_fall_through() {
     assert_eq!(code, 40, "{outcome:?}");
 }
 
+/// P4, P7: what only the bucket has is unknown while it does not answer. A backup goes on without it, and nothing is
+/// taken for lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_begins_while_the_bucket_is_down_takes_nothing_for_lost() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "9")]).await;
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.evicted.len()), (0, 2), "{outcome:?}");
+    let all = setup.base.list(FileKind::Data).await.expect("a list");
+    setup.s3.faults().inject(Rule::always(Fault::SlowDown));
+    setup.restart().await;
+    let near = setup.base.list(FileKind::Data).await.expect("a list");
+    assert!(near.len() < all.len(), "{} of {}", near.len(), all.len());
+    let evicted = all.iter().find(|file| !near.contains(file)).expect("a pack that went");
+    let file = BaseFile { kind: BaseKind::Data, id: evicted.0.parse().expect("an id") };
+    let refused = setup.base.get(file, 0, 0).await.expect_err("the bucket is down");
+    assert_eq!(Code::of(&refused), Code::Unavailable, "{refused}");
+    let start = START.advance(8 * MIB + 40);
+    let folder = setup.site.scratch("made-b4");
+    let made = make(&setup.base, &folder, "b4", start, start.advance(MIB / 2)).await;
+    made.put(&setup.base, None).await;
+    setup.base.commit(&made.record).await.expect("committed");
+    setup.s3.faults().heal();
+    eventually("b4 in tier 2", PATIENCE, || async { setup.base.entry("b4").await.0.tier2 }).await;
+    let (code, outcome) = setup.verify().await;
+    assert_eq!((code, outcome.backups.len()), (0, 4), "{outcome:?}");
+    let listed = setup.base.list(FileKind::Data).await.expect("a list");
+    assert!(all.iter().all(|file| listed.contains(file)), "nothing has gone");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_bit_in_any_file_of_either_tier_is_found_and_repaired() {
     let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
@@ -361,9 +396,8 @@ async fn the_damaged_snapshot_of_one_backup_is_no_other_backups_damage() {
     let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
     let snapshot = {
         let all = setup.base.backups().await.expect("a list").backups;
-        let records = all.iter().map(|e| {
-            serde_json::from_slice::<klio_storage::catalog::BackupRecord>(&e.record).expect("JSON")
-        });
+        let records =
+            all.iter().map(|e| serde_json::from_slice::<BackupRecord>(&e.record).expect("JSON"));
         let first = records.into_iter().find(|record| record.name.as_str() == "b1");
         format!("base/snapshots/{}", first.expect("b1").snapshot)
     };

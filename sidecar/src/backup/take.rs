@@ -365,7 +365,7 @@ async fn open_repository(
         if absent > 0 {
             tracing::warn!(
                 packs = absent,
-                "the repository's index names packs that are not whole on tier 1, or in neither tier; what they held is sent again; hint: klio verify repairs them when the other tier has them, and says which backups they leave damaged"
+                "the repository's index names packs that the server cannot say to be whole: they are damaged or lost, or only in a bucket that does not answer now; what they held is sent again, which costs space only; hint: when the bucket answers, klio verify repairs what the other tier has, and says which backups are left damaged"
             );
         }
         if packs > 0 {
