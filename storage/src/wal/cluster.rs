@@ -368,7 +368,15 @@ impl Cluster {
         };
         let cipher = keys.begin(&mut header, &*self.shared.options.next_id)?;
         let path = self.open_path(header.segment());
-        let spare = lock(&self.state).spares.pop();
+        let spare = {
+            let mut state = lock(&self.state);
+            if state.lines.get(&timeline).is_some_and(|line| line.journals.contains_key(&start)) {
+                // What was acknowledged may be in it (P1).
+                let detail = "expected no journal of this segment, found one in use";
+                return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail));
+            }
+            state.spares.pop()
+        };
         journal::create(self.disk(), &path, header, cipher, spare.as_deref(), preallocate)
     }
 
@@ -381,18 +389,28 @@ impl Cluster {
         }
     }
 
-    /// The journal of the segment at `start`, which has none: the prepared one if it fits.
-    pub(super) fn next_journal(&self, timeline: TimelineId, start: Lsn) -> Result<Journal, Error> {
+    /// The journal of the segment at `start`, which has none: the prepared one if it fits. It is known to all before the
+    /// lock is given up: a preparation that comes late must not find it still to be made, and make it again (P1).
+    pub(super) fn next_journal(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+    ) -> Result<(Journal, Arc<Unsealed>), Error> {
         let _one = lock(&self.prepare);
         let prepared = lock(&self.state).prepared.take();
-        match prepared {
+        let journal = match prepared {
             Some(prepared) if (prepared.timeline, prepared.start) == (timeline, start) => {
-                return Ok(prepared.journal);
+                prepared.journal
             }
-            Some(other) => self.discard(other),
-            None => {}
-        }
-        self.create_journal(timeline, start, self.shared.options.preallocate)
+            other => {
+                other.into_iter().for_each(|other| self.discard(other));
+                self.create_journal(timeline, start, self.shared.options.preallocate)?
+            }
+        };
+        let entry = Arc::new(Unsealed::new(&journal.header, journal.path.clone(), start, true));
+        let mut state = lock(&self.state);
+        state.lines.entry(timeline).or_default().journals.insert(start, Arc::clone(&entry));
+        Ok((journal, entry))
     }
 
     /// Makes the journal at `start` ahead of need, unless it is there or no longer needed.
@@ -439,9 +457,12 @@ impl Cluster {
 
 impl State {
     fn wants_prepared(&self, timeline: TimelineId, start: Lsn) -> bool {
-        let last = self.lines.get(&timeline).and_then(|line| line.journals.values().next_back());
+        let Some(line) = self.lines.get(&timeline) else { return false };
+        let last = line.journals.values().next_back();
         self.prepared.is_none()
             && self.writer.as_ref().is_some_and(|slot| slot.timeline() == timeline)
             && last.is_some_and(|journal| journal.end == start)
+            // The segment may have been received and sealed meanwhile, before the one below it was.
+            && line.sealed.is_none_or(|(_, end)| end <= start)
     }
 }

@@ -50,7 +50,8 @@ pub(super) fn write_zeros(file: &FileHandle, from: u64, to: u64) -> io::Result<(
     Ok(())
 }
 
-/// Makes an empty journal with `preallocate` bytes behind its header, out of a spare file where there is one.
+/// Makes an empty journal with `preallocate` bytes behind its header, out of a spare file where there is one. In place of
+/// one that is there: the caller knows that nobody uses that.
 pub(super) fn create(
     disk: &dyn Disk,
     path: &Path,

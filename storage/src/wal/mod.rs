@@ -613,11 +613,7 @@ impl Cluster {
         }
         durable::create_dir(self.disk(), &self.wal_folder())?;
         durable::create_dir(self.disk(), &self.wal_folder().join(timeline.to_string()))?;
-        let journal = self.next_journal(timeline, start)?;
-        let entry = Arc::new(Unsealed::new(&journal.header, journal.path.clone(), start, true));
-        let mut state = lock(&self.state);
-        state.lines.entry(timeline).or_default().journals.insert(start, entry.clone());
-        Ok((journal, entry))
+        self.next_journal(timeline, start)
     }
 
     /// Journals that never got a byte, of a place where the stream no longer goes on.

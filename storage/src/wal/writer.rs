@@ -387,18 +387,10 @@ impl Writer {
         let _one = lock(&self.slot.sync);
         let mut guard = lock(&self.slot.core);
         let core = live(&self.slot, &mut guard, Op::Append)?;
-        let journal = self.cluster.next_journal(self.slot.timeline, self.segment_end)?;
-        let header = journal.header;
-        let entry = Arc::new(Unsealed::new(&header, journal.path.clone(), header.start, true));
-        lock(&self.cluster.state)
-            .lines
-            .entry(self.slot.timeline)
-            .or_default()
-            .journals
-            .insert(header.start, entry.clone());
+        let (journal, entry) = self.cluster.next_journal(self.slot.timeline, self.segment_end)?;
+        self.segment_end = journal.header.end();
         core.journal = journal;
         core.entry = entry;
-        self.segment_end = header.end();
         Ok(())
     }
 

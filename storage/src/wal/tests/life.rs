@@ -130,6 +130,56 @@ fn steady_state_recycles_journals_and_changes_no_file_length() {
     rig.check_readable(&store, &root_history());
 }
 
+/// P1. Found by the restore proof on a busy machine: the preparation ran between the writer's making of the journal and
+/// its being known, and made it again; the next one took the file away, with a mebibyte that was acknowledged.
+#[test]
+fn a_preparation_that_comes_late_leaves_the_writers_journal_alone() {
+    let rig = Rig::new(31);
+    let store = rig.open();
+    let mut writer = rig.writer(&store, 1, MIB);
+    rig.append_and_flush(&mut writer, 2 * MIB);
+    let cluster = store.need(&rig.name, Op::Open).unwrap();
+    // The first half of what the writer does when it comes to a new segment.
+    let (journal, entry) = cluster.next_journal(tli(1), at(2 * MIB)).unwrap();
+    cluster.prepare(tli(1), at(2 * MIB), 0).unwrap();
+    assert!(lock(&cluster.state).prepared.is_none(), "made a second time");
+    assert_eq!((&journal.path, journal.header.start), (&entry.path, at(2 * MIB)));
+    assert_eq!(lock(&cluster.state).journal(segment(1, 2)).unwrap().path, entry.path);
+}
+
+#[test]
+fn a_preparation_that_comes_after_its_segment_was_sealed_makes_nothing() {
+    let rig = Rig::new(32);
+    let store = rig.open();
+    let mut writer = rig.writer(&store, 1, MIB);
+    rig.append_and_flush(&mut writer, 2 * MIB - 9);
+    let late = writer.preparation().unwrap();
+    rig.append_and_flush(&mut writer, 3 * MIB);
+    store.seal(&rig.name, WalFile::Segment(segment(1, 2))).unwrap();
+    late.run().unwrap();
+    let open = Rig::path("wal/00000001/000000010000000000000002.open");
+    assert!(rig.disk.stat(&open).is_err(), "a journal of a sealed segment");
+    rig.append_and_flush(&mut writer, 5 * MIB);
+    rig.check_readable(&store, &root_history());
+}
+
+/// The same with real threads, as the server does it.
+#[test]
+fn preparations_on_another_thread_cost_no_byte() {
+    let rig = Rig::new(33);
+    let store = rig.open();
+    let mut writer = rig.writer(&store, 1, MIB);
+    std::thread::scope(|scope| {
+        for end in (MIB..60 * MIB).step_by(512 << 10).skip(1) {
+            rig.append_and_flush(&mut writer, end);
+            if let Some(preparation) = writer.preparation() {
+                scope.spawn(move || preparation.run().unwrap());
+            }
+        }
+    });
+    rig.check_readable(&store, &root_history());
+}
+
 #[test]
 fn a_journal_that_is_being_read_is_not_recycled_under_the_reader() {
     let rig = Rig::new(7);
