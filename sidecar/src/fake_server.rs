@@ -57,6 +57,8 @@ pub(crate) struct Script {
     pub fetch_error: Option<Code>,
     pub fetches: usize,
     pub empty_appends: usize,
+    /// Those of them that tell how far PostgreSQL is.
+    pub told: usize,
     pub wrong: Vec<String>,
 }
 
@@ -299,6 +301,7 @@ fn take(script: &mut Script, timeline: u32, append: &v1::Append) -> Result<(), S
     }
     let received = held.received;
     script.empty_appends += usize::from(append.data.is_empty());
+    script.told += usize::from(append.data.is_empty() && append.wal_end_lsn > 0);
     script.max_outstanding = script.max_outstanding.max(outstanding);
     script.wrong.extend(wrong);
     if script.break_after.is_some_and(|limit| received >= limit) {

@@ -75,6 +75,7 @@ impl<W: Wal> Pump<'_, W> {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let deadline = tokio::time::sleep(Duration::MAX);
         tokio::pin!(deadline);
+        self.tell(wal_end);
         loop {
             if self.failure.is_some() && ended.is_none() {
                 ended = Some(Ended::Failed);
@@ -111,7 +112,7 @@ impl<W: Wal> Pump<'_, W> {
                 event = next(self.wal.as_mut()), if readable => {
                     self.read(event, &mut batch, &mut wal_end, &mut ended).await;
                 }
-                _ = tick.tick() => self.on_tick(&batch, wal_end).await,
+                _ = tick.tick() => self.on_tick(&batch).await,
             }
         }
     }
@@ -160,7 +161,10 @@ impl<W: Wal> Pump<'_, W> {
             Event::Message(ReplicationMessage::Keepalive(keepalive)) => {
                 *wal_end = keepalive.wal_end;
                 if keepalive.reply_requested {
-                    self.report().await;
+                    self.report(false).await;
+                }
+                if batch.is_empty() {
+                    self.tell(*wal_end);
                 }
             }
             Event::TimelineEnded => *ended = Some(Ended::Timeline),
@@ -191,18 +195,23 @@ impl<W: Wal> Pump<'_, W> {
         let now = self.flow.report();
         self.metrics.state.set_positions(now.0, now.1);
         if now != before {
-            self.report().await;
+            self.report(false).await;
         }
         Ok(())
     }
 
-    /// A sign of life to both ends; the server also learns how far PostgreSQL is.
-    async fn on_tick(&mut self, batch: &Batch, wal_end: Lsn) {
-        self.report().await;
-        if batch.is_empty()
-            && wal_end > Lsn::ZERO
-            && let Some(requests) = &self.requests
-        {
+    /// A sign of life to both ends. PostgreSQL is asked how far it is; what it said earlier is no news (P7: a server that
+    /// heard it again would take it for true now).
+    async fn on_tick(&mut self, batch: &Batch) {
+        self.report(true).await;
+        if batch.is_empty() {
+            self.tell(Lsn::ZERO);
+        }
+    }
+
+    /// Tells the server how far PostgreSQL is, without WAL; zero says nothing.
+    fn tell(&self, wal_end: Lsn) {
+        if let Some(requests) = &self.requests {
             // When the queue is full, WAL is on its way and carries the same news.
             let _ =
                 requests.try_send(append(self.flow.sent(), Bytes::new(), wal_end, String::new()));
@@ -224,8 +233,8 @@ impl<W: Wal> Pump<'_, W> {
         self.metrics.on_sent(bytes);
     }
 
-    /// Tells PostgreSQL how far the server is.
-    async fn report(&mut self) {
+    /// Tells PostgreSQL how far the server is, and may ask how far it is itself.
+    async fn report(&mut self, reply_requested: bool) {
         if self.failure.is_some() {
             return;
         }
@@ -233,7 +242,7 @@ impl<W: Wal> Pump<'_, W> {
         let (written, flushed) = self.flow.report();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let sent_unix_micros = i64::try_from(now).unwrap_or(i64::MAX);
-        let update = StatusUpdate { written, flushed, sent_unix_micros, reply_requested: false };
+        let update = StatusUpdate { written, flushed, sent_unix_micros, reply_requested };
         self.failure = wal.status(update).await.err();
     }
 
@@ -248,7 +257,7 @@ impl<W: Wal> Pump<'_, W> {
             let message = format!("end stream: expected {sent} to be flushed, found {flushed}");
             return Err(Error::new(Failure::Code(Code::Unavailable), message));
         }
-        self.report().await;
+        self.report(false).await;
         if let Some(failure) = self.failure.take() {
             return Err(failure);
         }

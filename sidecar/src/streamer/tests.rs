@@ -367,6 +367,28 @@ async fn an_idle_stream_tells_both_ends_that_it_lives() {
     rig.stop().await;
 }
 
+/// P7: what it said once is not said again and again, or the server would take a PostgreSQL that hangs for one that
+/// has written nothing since.
+#[tokio::test]
+async fn a_silent_postgres_is_not_said_to_be_where_it_was() {
+    let end = START + 10;
+    let rig = Rig::new(FakePostgres::new(START, end), |_, _| {}).await;
+    rig.flushed(end).await;
+    let hears = |more| {
+        let before = rig.server.script().empty_appends;
+        rig.server.until("the server hears", move |s| s.empty_appends >= before + more)
+    };
+    hears(2).await;
+    let told = rig.server.script().told;
+    hears(4).await;
+    assert_eq!(rig.server.script().told, told, "old news as new");
+    let asked = rig.postgres.inner().reports.iter().filter(|r| r.reply_requested).count();
+    assert!(asked > 3, "it is asked, too");
+    rig.postgres.change(|inner| inner.ask_reply = true);
+    rig.server.until("news of PostgreSQL", |s| s.told > told).await;
+    rig.stop().await;
+}
+
 #[tokio::test]
 async fn a_reply_request_is_answered_at_once() {
     let end = START + 10;
