@@ -31,6 +31,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Larger files that are no relations are logs and the like, which only grow.
 const SMALL_BYTES: u64 = 64 << 10;
+/// Creating a table takes a few milliseconds, on a busy machine a hundred.
+const INIT_FORK_COMES_WITHIN: Duration = Duration::from_secs(2);
 
 /// A tablespace besides the default ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -453,8 +455,9 @@ impl Walk {
                 let name = named.display().to_string();
                 let check = relation.and_then(|r| Some((r.segment, self.tree.check.clone()?)));
                 let init = relation.and_then(|r| init_fork(&path, r));
+                let born = meta.created().or_else(|_| meta.modified()).ok();
                 let open = Box::new(move || {
-                    not_unlogged(init.as_deref())?;
+                    not_unlogged(init.as_deref(), born)?;
                     open(&path, name, check)
                 });
                 entry(meta, shown, EntryKind::File { size: meta.len(), open })
@@ -489,11 +492,18 @@ fn init_fork(path: &Path, relation: RelationFile) -> Option<PathBuf> {
 
 /// PostgreSQL makes the files of a new unlogged relation before its init fork, so the names of the directory may have come
 /// in between. Such a file in a backup would stop recovery in the end: "could not create file: File exists".
-/// So it is looked for again right before reading: it "vanished" then.
-fn not_unlogged(init: Option<&Path>) -> io::Result<()> {
-    match init {
-        Some(init) if init.exists() => Err(io::ErrorKind::NotFound.into()),
-        _ => Ok(()),
+/// So it is looked for again right before reading, and a file that has just been made gets some time first: it "vanished"
+/// when the fork has come. Of an index the fork comes only when it is built (`index_build` in catalog/index.c), which may
+/// take longer than anybody wants to wait: docs/restore.md says what to do then.
+fn not_unlogged(init: Option<&Path>, born: Option<SystemTime>) -> io::Result<()> {
+    let Some(init) = init else { return Ok(()) };
+    let age = born.and_then(|born| born.elapsed().ok());
+    if let Some(rest) = age.and_then(|age| INIT_FORK_COMES_WITHIN.checked_sub(age)) {
+        std::thread::sleep(rest);
+    }
+    match init.exists() {
+        true => Err(io::ErrorKind::NotFound.into()),
+        false => Ok(()),
     }
 }
 
@@ -721,6 +731,28 @@ mod tests {
         }
         assert_eq!(opened["data/base/5/20000"], Err(io::ErrorKind::NotFound));
         assert_eq!(opened["data/base/5/20001"], Ok(()));
+    }
+
+    #[test]
+    fn a_relation_that_has_just_been_made_gets_time_to_show_that_it_is_unlogged() {
+        let cluster = Cluster::new(&["pg/PG_VERSION", "pg/base/5/20000"]);
+        let [opened] = cluster
+            .tree(&[])
+            .entries()
+            .map(Result::unwrap)
+            .filter(|entry| entry.path.ends_with("20000"))
+            .map(|entry| {
+                let EntryKind::File { open, .. } = entry.kind else { panic!("a file") };
+                std::thread::scope(|scope| {
+                    let opening = scope.spawn(open);
+                    cluster.put("pg/base/5/20000_init");
+                    opening.join().unwrap().map(drop).map_err(|error| error.kind())
+                })
+            })
+            .collect::<Vec<_>>()
+            .try_into()
+            .unwrap();
+        assert_eq!(opened, Err(io::ErrorKind::NotFound));
     }
 
     #[test]
