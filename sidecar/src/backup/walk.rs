@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 /// Larger files that are no relations are logs and the like, which only grow.
 const SMALL_BYTES: u64 = 64 << 10;
 /// Creating a table takes a few milliseconds, on a busy machine a hundred.
-const INIT_FORK_COMES_WITHIN: Duration = Duration::from_secs(2);
+const INIT_FORK_COMES_WITHIN: Duration = Duration::from_millis(500);
 
 /// A tablespace besides the default ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
