@@ -1,10 +1,52 @@
-//! WAL that looks like PostgreSQL's, made up: for tests of this and other crates. Not used by the programs.
+//! WAL that looks like PostgreSQL's, made up, and a backup's record: for tests of this and other crates. Not used by the programs.
 //!
 //! A pure function of timeline and position, so a test needs no copy of what it sent: it asks again. Page headers are
 //! those of a real server, the rest is noise and zeros that compress about as WAL does.
 
-use crate::wal::Pinned;
+use crate::{
+    catalog::{BackupRecord, PagesRecord},
+    layout::BackupName,
+    wal::Pinned,
+};
 use klio_pg::{Lsn, PAGE_BYTES, SegmentSize, TimelineHistory, TimelineId};
+
+/// The record of an empty backup of a cluster with segments of 1 MiB, for tests to change what they are about.
+pub fn backup_record(
+    name: BackupName,
+    timeline: TimelineId,
+    start_lsn: Lsn,
+    stop_lsn: Lsn,
+) -> BackupRecord {
+    BackupRecord {
+        name,
+        system_identifier: "7".into(),
+        postgres_version: 150_000,
+        segment_size: 1 << 20,
+        start_timeline: timeline,
+        start_lsn,
+        stop_timeline: timeline,
+        stop_lsn,
+        started_postgres_unix: 1.0,
+        stopped_postgres_unix: 2.0,
+        begun_unix: 1.0,
+        committed_unix: 2.0,
+        duration_seconds: 1.0,
+        from_standby: false,
+        snapshot: "00".repeat(32),
+        backup_label: String::new(),
+        tablespace_map: String::new(),
+        tablespaces: Vec::new(),
+        size_bytes: 0,
+        files: 0,
+        directories: 0,
+        added_bytes: 0,
+        stored_bytes: 0,
+        pages: PagesRecord::default(),
+        label: None,
+        keep: false,
+        klio_version: String::new(),
+    }
+}
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// Every so many bytes of a page there are 8 that occur nowhere else.

@@ -7,7 +7,6 @@
 
 use super::{ArchiveState, StoredFile, Tier1Files, now_unix};
 use crate::queue::{Job, Listener};
-use klio_pg::Lsn;
 use klio_storage::{
     Error, Kind, Op,
     catalog::{Archive, BackupRecord, Frontier, Totals, archive_file},
@@ -120,10 +119,10 @@ impl Archives {
     /// WAL that this backup needs, is finished, and is not known to be in tier 2; in words. What PostgreSQL has not finished
     /// is not waited for: an idle standby's segment may stay open for days.
     pub(super) fn owed_to(&self, name: &ClusterName, backup: &BackupRecord) -> Option<String> {
-        let size = self.files.segment_size(name)?.bytes();
+        let size = self.files.segment_size(name)?;
         let timelines = backup.start_timeline..=backup.stop_timeline;
         let unsealed = self.files.positions(name).into_iter().find(|position| {
-            let finished = Lsn::new(position.flushed.as_u64() / size * size);
+            let finished = position.flushed.segment_start(size);
             timelines.contains(&position.timeline)
                 && position.sealed < finished.min(backup.stop_lsn)
                 && backup.start_lsn < finished
@@ -137,7 +136,7 @@ impl Archives {
             let start = state.archive.as_ref().and_then(|archive| archive.start_of(**file));
             timelines.contains(&file.timeline())
                 && start.is_none_or(|start| {
-                    start < backup.stop_lsn && backup.start_lsn < start.advance(size)
+                    start < backup.stop_lsn && backup.start_lsn < start.advance(size.bytes())
                 })
         };
         state.pending.keys().find(needed).map(|file| format!("{file} is not in tier 2"))

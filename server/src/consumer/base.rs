@@ -176,17 +176,22 @@ impl BaseWork {
                 let sha256 = (file.kind != BaseKind::Config).then_some(file.id);
                 self.upload(object, sha256).await
             }
-            BaseObject::Record(name) => match self.missing_for(name).await? {
-                None => Ok(Done::Moot),
-                Some(Needed { missing, .. }) if !missing.is_empty() => self.wait_for(missing).await,
-                Some(Needed { record, .. }) => {
-                    match self.parts.archives.owed_to(&self.cluster, &record) {
-                        Some(owed) => Ok(Done::Waiting(owed)),
-                        None => self.upload(object, None).await,
-                    }
-                }
-            },
+            BaseObject::Record(name) => self.record(object, name).await,
             BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
+        }
+    }
+
+    /// B1: after everything that its backup needs.
+    async fn record(&self, object: &BaseObject, name: &BackupName) -> Result<Done, Error> {
+        let Some(Needed { record, missing }) = self.missing_for(name).await? else {
+            return Ok(Done::Moot);
+        };
+        if !missing.is_empty() {
+            return self.wait_for(missing).await;
+        }
+        match self.parts.archives.owed_to(&self.cluster, &record) {
+            Some(owed) => Ok(Done::Waiting(owed)),
+            None => self.upload(object, None).await,
         }
     }
 

@@ -27,9 +27,8 @@ impl Inner {
 
     async fn facts(&self, cluster: &ClusterName) -> Result<Facts, Status> {
         let listed = self.base.backups(cluster).await?;
-        // Of now: what arrived a moment ago counts.
-        self.base.forget_wal_listing(cluster);
-        let holdings = self.base.holdings(cluster).await?;
+        // What arrived a moment ago counts.
+        let holdings = self.holdings_now(cluster).await?;
         let mut problems = listed.problems;
         problems.extend(self.base.wal().problems(cluster));
         let held = Survey::new(&holdings, Vec::new());
@@ -38,7 +37,7 @@ impl Inner {
             damaged: backup.verified.as_ref().is_some_and(|verified| !verified.ok),
             tier1: backup.tier1,
             tier2: backup.tier2 && !is_on_its_way(&backup.record, &held, &far),
-            together: backup.together || backup.tier2,
+            together: backup.together,
             record: backup.record,
         };
         let timelines = timelines(&holdings, &mut problems);

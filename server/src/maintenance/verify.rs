@@ -84,7 +84,7 @@ impl Inner {
     }
 
     /// Both tiers as they are listed now.
-    async fn holdings_now(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
+    pub(super) async fn holdings_now(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
         self.base.forget_wal_listing(cluster);
         self.base.holdings(cluster).await
     }
@@ -188,11 +188,11 @@ fn lost<'a>(
     for line in &holdings.timelines {
         // A history that cannot be read is found where it is read back.
         let Ok(path) = Path::new(holdings, line.timeline, size) else { continue };
-        let leads = |b: &&BackupRecord| {
-            path.passes(b.start_timeline, b.start_lsn) && path.passes(b.stop_timeline, b.stop_lsn)
-        };
         // What is missing between its start and its stop is told of the backup itself.
-        let Some(from) = backups.clone().filter(leads).map(|b| b.stop_lsn).min() else { continue };
+        let Some(from) = backups.clone().filter(|b| path.serves(b)).map(|b| b.stop_lsn).min()
+        else {
+            continue;
+        };
         all.extend(path.lost(from));
     }
     all.sort_by_key(|hole| (hole.timeline, hole.from, hole.to));
@@ -244,7 +244,10 @@ fn complete(
 pub(super) mod tests {
     use super::*;
     use klio_pg::{Lsn, TimelineId};
-    use klio_storage::catalog::{KnownGap, PagesRecord, Run, TimelineHoldings};
+    use klio_storage::{
+        catalog::{KnownGap, Run, TimelineHoldings},
+        testing::backup_record,
+    };
 
     const SEGMENT: u64 = 1 << 20;
 
@@ -258,35 +261,7 @@ pub(super) mod tests {
 
     /// From one segment to another.
     pub fn backup(name: &str, start: u64, stop: u64) -> BackupRecord {
-        BackupRecord {
-            name: name.parse().unwrap(),
-            system_identifier: "7".into(),
-            postgres_version: 150_000,
-            segment_size: SEGMENT as u32,
-            start_timeline: tli(1),
-            start_lsn: lsn(start),
-            stop_timeline: tli(1),
-            stop_lsn: lsn(stop),
-            started_postgres_unix: 1.0,
-            stopped_postgres_unix: 2.0,
-            begun_unix: 1.0,
-            committed_unix: 2.0,
-            duration_seconds: 1.0,
-            from_standby: false,
-            snapshot: "00".repeat(32),
-            backup_label: String::new(),
-            tablespace_map: String::new(),
-            tablespaces: Vec::new(),
-            size_bytes: 0,
-            files: 0,
-            directories: 0,
-            added_bytes: 0,
-            stored_bytes: 0,
-            pages: PagesRecord::default(),
-            label: None,
-            keep: false,
-            klio_version: String::new(),
-        }
+        backup_record(name.parse().unwrap(), tli(1), lsn(start), lsn(stop))
     }
 
     fn line(timeline: u32, history: Option<&str>, runs: &[(u64, u64)]) -> TimelineHoldings {

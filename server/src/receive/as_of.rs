@@ -5,7 +5,12 @@
 //! claimed. Written from time to time and at the end, whole but not synced: it takes no sync from WAL.
 
 use super::Registry;
-use klio_storage::{disk::RealDisk, layout::ClusterName, record, wal::WalStore};
+use klio_storage::{
+    disk::{RealDisk, durable},
+    layout::ClusterName,
+    record,
+    wal::WalStore,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -41,7 +46,7 @@ pub fn load(store: &WalStore, cluster: &ClusterName) -> Option<f64> {
 fn store(root: &Path, cluster: &ClusterName, as_of_unix: f64) -> io::Result<()> {
     let path = path(root, cluster);
     let bytes = record::encode(&AsOf { as_of_unix }, path.display()).map_err(io::Error::other)?;
-    let tmp = path.with_extension("json.tmp");
+    let tmp = durable::tmp_path(&path);
     fs::write(&tmp, bytes)?;
     fs::rename(&tmp, &path)
 }

@@ -111,7 +111,7 @@ impl Survey {
 
     fn line(&self, path: &Path) -> Line {
         let mut windows: Vec<Window> = Vec::new();
-        let serving = self.backups.iter().filter(|backup| leads_to(backup, path));
+        let serving = self.backups.iter().filter(|backup| path.serves(backup));
         for backup in serving {
             let reach = path.reach(backup.start_lsn);
             if reach.end < backup.stop_lsn {
@@ -159,11 +159,4 @@ impl Survey {
             Stop::End { .. } => Hole { from: reach.end, ..unknown() },
         })
     }
-}
-
-/// Whether a recovery that begins with this backup can follow this way: the way must not have left the
-/// backup's timeline before the backup ended.
-fn leads_to(backup: &BackupRecord, path: &Path) -> bool {
-    path.passes(backup.start_timeline, backup.start_lsn)
-        && path.passes(backup.stop_timeline, backup.stop_lsn)
 }

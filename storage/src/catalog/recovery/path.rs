@@ -6,7 +6,7 @@
 
 use crate::{
     Error,
-    catalog::{Holdings, Run},
+    catalog::{BackupRecord, Holdings, Run},
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
@@ -172,6 +172,13 @@ impl Path {
     pub fn passes(&self, timeline: TimelineId, lsn: Lsn) -> bool {
         let line = self.lines.iter().find(|line| line.timeline == timeline);
         line.is_some_and(|l| lsn >= l.begin && l.end.is_none_or(|end| lsn <= end))
+    }
+
+    /// Whether a recovery that begins with this backup can follow this way: the way must not have left the
+    /// backup's timeline before the backup ended.
+    pub fn serves(&self, backup: &BackupRecord) -> bool {
+        self.passes(backup.start_timeline, backup.start_lsn)
+            && self.passes(backup.stop_timeline, backup.stop_lsn)
     }
 
     fn line_at(&self, at: Lsn) -> usize {

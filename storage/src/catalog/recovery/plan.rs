@@ -1,6 +1,6 @@
 //! From a target to a backup and a way, or to the reason why there is none.
 
-use super::{Hole, Path, Reach, Stop, Survey, leads_to};
+use super::{Hole, Path, Reach, Stop, Survey};
 use crate::{catalog::BackupRecord, layout::BackupName};
 use klio_pg::{Lsn, TimelineId};
 use std::fmt;
@@ -201,7 +201,7 @@ impl Survey {
             TimelineChoice::Current => Some(own),
             TimelineChoice::Latest if *target == Target::Immediate => Some(own),
             TimelineChoice::Latest if by_name => {
-                let leading = self.paths.values().rev().find(|path| leads_to(record, path));
+                let leading = self.paths.values().rev().find(|path| path.serves(record));
                 leading.map(Path::timeline)
             }
             TimelineChoice::Latest => self.newest(),
@@ -211,7 +211,7 @@ impl Survey {
         let Some(path) = self.paths.get(&wanted) else {
             return Err(no(format!("nothing is held of timeline {}", wanted.get())));
         };
-        if !leads_to(record, path) {
+        if !path.serves(record) {
             let text = format!(
                 "backup {} ended on timeline {} at {}, which timeline {} does not lead through",
                 record.name,

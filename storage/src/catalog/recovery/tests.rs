@@ -1,7 +1,10 @@
 //! Recovery plans: the right backup for each target, refusals with their holes, and properties over random holdings.
 
 use super::*;
-use crate::catalog::{KnownGap, PagesRecord, TimelineHoldings};
+use crate::{
+    catalog::{KnownGap, TimelineHoldings},
+    testing::backup_record,
+};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -43,33 +46,9 @@ fn holdings(timelines: Vec<TimelineHoldings>) -> Holdings {
 /// A backup whose time is 1000 s for each segment.
 fn backup(name: &str, timeline: u32, start: f64, stop: f64) -> BackupRecord {
     BackupRecord {
-        name: name.parse().unwrap(),
-        system_identifier: "7".into(),
-        postgres_version: 150_000,
-        segment_size: MIB as u32,
-        start_timeline: tli(timeline),
-        start_lsn: lsn(start),
-        stop_timeline: tli(timeline),
-        stop_lsn: lsn(stop),
         started_postgres_unix: start * 1000.0,
         stopped_postgres_unix: stop * 1000.0,
-        begun_unix: 0.0,
-        committed_unix: 0.0,
-        duration_seconds: 0.0,
-        from_standby: false,
-        snapshot: "00".repeat(32),
-        backup_label: String::new(),
-        tablespace_map: String::new(),
-        tablespaces: Vec::new(),
-        size_bytes: 0,
-        files: 0,
-        directories: 0,
-        added_bytes: 0,
-        stored_bytes: 0,
-        pages: PagesRecord::default(),
-        label: None,
-        keep: false,
-        klio_version: String::new(),
+        ..backup_record(name.parse().unwrap(), tli(timeline), lsn(start), lsn(stop))
     }
 }
 

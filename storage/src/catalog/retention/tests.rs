@@ -1,7 +1,7 @@
 //! The retention plan: what each rule keeps, what doubt does, and its properties over random catalogues.
 
 use super::*;
-use crate::catalog::PagesRecord;
+use crate::testing::backup_record;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -15,34 +15,13 @@ fn timeline(number: u32) -> TimelineId {
 }
 
 fn record(name: &str, committed: f64, line: u32, start: u64) -> BackupRecord {
+    let start = Lsn::new(start);
     BackupRecord {
-        name: name.parse().unwrap(),
-        system_identifier: "7".into(),
-        postgres_version: 170_000,
-        segment_size: SEGMENT as u32,
-        start_timeline: timeline(line),
-        start_lsn: Lsn::new(start),
-        stop_timeline: timeline(line),
-        stop_lsn: Lsn::new(start + 4096),
         started_postgres_unix: committed - 60.0,
         stopped_postgres_unix: committed - 10.0,
         begun_unix: committed - 60.0,
         committed_unix: committed,
-        duration_seconds: 60.0,
-        from_standby: false,
-        snapshot: String::new(),
-        backup_label: String::new(),
-        tablespace_map: String::new(),
-        tablespaces: vec![],
-        size_bytes: 1,
-        files: 1,
-        directories: 1,
-        added_bytes: 1,
-        stored_bytes: 1,
-        pages: PagesRecord::default(),
-        label: None,
-        keep: false,
-        klio_version: "0".into(),
+        ..backup_record(name.parse().unwrap(), timeline(line), start, start.advance(4096))
     }
 }
 
