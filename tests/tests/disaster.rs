@@ -81,7 +81,7 @@ async fn lose(plain: bool) -> Lost {
     drop(stream);
     site.stop().await;
     let mut oracle = load.finish(&pg).await;
-    oracle.acknowledge_until(switched);
+    oracle.safe = switched;
     Lost { s3, site, pg, places, scratch, oracle }
 }
 

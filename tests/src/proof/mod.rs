@@ -140,8 +140,8 @@ fn targets(
     let records = &oracle.records;
     // A record is whole where the next one begins; a few are left out at both ends, because a commit's time is taken a
     // moment before its place in WAL is.
-    let from = records.partition_point(|record| record.start <= first) + 20;
-    let to = records.partition_point(|record| record.start < end).saturating_sub(2);
+    let from = records.partition_point(|record| record.start <= first) + 40;
+    let to = records.partition_point(|record| record.start < end).saturating_sub(4);
     let mut targets = plan::candidates(records, from, to, rng);
     // PostgreSQL was killed before it had finished the segment in which the backup ended, and the bucket gets no other.
     if end < first {

@@ -42,7 +42,7 @@ pub fn candidates(
     to: usize,
     rng: &mut StdRng,
 ) -> Vec<(Target, Lsn)> {
-    let Some(inner) = records.get(from..to).filter(|inner| inner.len() > 30) else {
+    let Some(inner) = records.get(from..to).filter(|inner| inner.len() > 60) else {
         return Vec::new();
     };
     let mut targets = Vec::new();

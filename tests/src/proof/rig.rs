@@ -151,7 +151,7 @@ impl Rig {
         }
         self.stream = None;
         let mut oracle = load.finish(&self.pg).await;
-        oracle.acknowledge_until(safe);
+        oracle.safe = safe;
         oracle
     }
 

@@ -94,7 +94,8 @@ struct Shared {
     /// COMMIT waits for Klio, so an answer means that nothing may lose it.
     synchronous: bool,
     stop: AtomicBool,
-    transactions: Mutex<BTreeMap<u32, Transaction>>,
+    /// By mark.
+    transactions: Mutex<BTreeMap<i64, Transaction>>,
     restore_points: Mutex<Vec<String>>,
     refusals: Mutex<BTreeMap<String, u64>>,
 }
@@ -103,19 +104,19 @@ impl Shared {
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
-    fn transactions(&self) -> MutexGuard<'_, BTreeMap<u32, Transaction>> {
+    fn transactions(&self) -> MutexGuard<'_, BTreeMap<i64, Transaction>> {
         lock(&self.transactions)
     }
     fn restore_points(&self) -> MutexGuard<'_, Vec<String>> {
         lock(&self.restore_points)
     }
-    fn acknowledge(&self, xid: u32) {
-        if let Some(transaction) = self.transactions().get_mut(&xid) {
+    fn acknowledge(&self, mark: i64) {
+        if let Some(transaction) = self.transactions().get_mut(&mark) {
             transaction.acknowledged = self.synchronous;
         }
     }
-    fn forget(&self, xid: u32) {
-        self.transactions().remove(&xid);
+    fn forget(&self, mark: i64) {
+        self.transactions().remove(&mark);
     }
     fn note_refusal(&self, why: &str) {
         let short: String = why.chars().take(160).collect();
@@ -187,12 +188,6 @@ impl Workload {
             restore_points: Mutex::default(),
             refusals: Mutex::default(),
         });
-        // Transactions that were prepared before can be ended by this generation.
-        for prepared in base.prepared.values() {
-            let transaction =
-                Transaction { effects: prepared.effects.clone(), acknowledged: false };
-            shared.transactions().insert(prepared.xid, transaction);
-        }
         let (start, timeline) = (pg.insert_lsn().await, pg.timeline().await.get());
         let next = Arc::new(AtomicI64::new(i64::from(generation) * 100_000_000 + 1));
         let mut workers = JoinSet::new();
@@ -224,7 +219,7 @@ impl Workload {
         self.stop().await;
         let records = wal::records(pg, self.timeline, self.start).await;
         let transactions = std::mem::take(&mut *self.shared.transactions());
-        Oracle { base: self.base.clone(), transactions, records }
+        Oracle { base: self.base.clone(), transactions, records, safe: Lsn::ZERO }
     }
 
     /// Ends the work; [`Workload::finish`] may follow later.

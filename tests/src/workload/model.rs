@@ -198,6 +198,12 @@ impl Model {
         self.tables.get_mut(name).unwrap_or_else(|| panic!("the model has no table {name}"))
     }
 
+    /// Forgets a prepared transaction, because it ends; returns what it does if it is committed.
+    pub fn take_prepared(&mut self, xid: u32) -> Option<Vec<Effect>> {
+        let mut found = self.prepared.extract_if(.., |_, prepared| prepared.xid == xid);
+        found.next().map(|(_, prepared)| prepared.effects)
+    }
+
     /// Does what a committed statement did.
     ///
     /// # Panics

@@ -1,7 +1,7 @@
 //! What the database held at any point that can be recovered to.
 //!
 //! Two independent sources make it: what the workload's transactions do, and the order in which PostgreSQL's WAL says that they
-//! ended. The rules for where a recovery ends are those of `recoveryStopsBefore` and `recoveryStopsAfter` in PostgreSQL's
+//! ended; the mark that each of them puts into WAL joins the two, never an id, which a crash may give away again. The rules for where a recovery ends are those of `recoveryStopsBefore` and `recoveryStopsAfter` in PostgreSQL's
 //! `xlogrecovery.c` (all targets inclusive):
 //! time: before the first end of a transaction that is later; LSN: after the first record that begins at or after it;
 //! name: after its record; xid: after the record that ends it.
@@ -60,10 +60,12 @@ pub struct Transaction {
 pub struct Oracle {
     /// Before the first record.
     pub base: Model,
-    /// By transaction id.
-    pub transactions: BTreeMap<u32, Transaction>,
+    /// By mark.
+    pub transactions: BTreeMap<i64, Transaction>,
     /// In the order of WAL.
     pub records: Vec<Record>,
+    /// Everything before it is known to be durable elsewhere.
+    pub safe: Lsn,
 }
 
 impl Oracle {
@@ -122,45 +124,51 @@ impl Oracle {
         self.records.iter().position(|record| wanted(&record.kind)).map(|place| place + 1)
     }
 
-    /// Everything before `safe` is known to be durable elsewhere.
-    pub fn acknowledge_until(&mut self, safe: Lsn) {
-        for record in self.records.iter().filter(|record| record.start < safe) {
-            if let Kind::End { xid, .. } = record.kind
-                && let Some(transaction) = self.transactions.get_mut(&xid)
-            {
-                transaction.acknowledged = true;
-            }
-        }
-    }
-
-    /// How many records there are up to the last transaction whose COMMIT was answered.
+    /// How many records there are up to the last transaction that ended before `safe` or whose COMMIT was answered.
     #[must_use]
     pub fn acknowledged(&self) -> usize {
-        let acknowledged = |record: &Record| match record.kind {
-            Kind::End { xid, .. } => self.transactions.get(&xid).is_some_and(|t| t.acknowledged),
-            _ => false,
-        };
-        self.records.iter().rposition(acknowledged).map_or(0, |place| place + 1)
+        let mut running = BTreeMap::new();
+        let mut count = 0;
+        for (place, record) in self.records.iter().enumerate() {
+            match &record.kind {
+                Kind::Mark { xid, mark } => drop(running.insert(*xid, *mark)),
+                Kind::End { xid, .. } => {
+                    let own = running.remove(xid).and_then(|mark| self.transactions.get(&mark));
+                    if record.start < self.safe || own.is_some_and(|t| t.acknowledged) {
+                        count = place + 1;
+                    }
+                }
+                _ => {}
+            }
+        }
+        count
     }
 
     /// What is there after so many records.
     fn after(&self, count: usize) -> Model {
         let mut model = self.base.clone();
         let mut global: BTreeMap<u32, Vec<&Kind>> = BTreeMap::new();
+        // What transactions do that have not ended; of one that a crash ended it stays, as nobody gets its id again once
+        // WAL names it.
+        let mut running: BTreeMap<u32, &[Effect]> = BTreeMap::new();
         for record in &self.records[..count] {
             match &record.kind {
+                Kind::Mark { xid, mark } => {
+                    let own = self.transactions.get(mark).map(|t| t.effects.as_slice());
+                    running.insert(*xid, own.unwrap_or_default());
+                }
                 Kind::End { xid, committed, .. } => {
-                    model.prepared.retain(|_, prepared| prepared.xid != *xid);
+                    let own = running.remove(xid).map(<[Effect]>::to_vec);
+                    // It may have been prepared before the first record.
+                    let own = model.take_prepared(*xid).or(own).unwrap_or_default();
                     let shared = global.remove(xid).unwrap_or_default();
                     if *committed {
-                        let own = self.transactions.get(xid);
-                        own.into_iter().flat_map(|t| &t.effects).for_each(|e| model.apply(e));
+                        own.iter().for_each(|effect| model.apply(effect));
                         shared.into_iter().for_each(|kind| apply_global(&mut model, kind));
                     }
                 }
                 Kind::Prepare { xid, gid } => {
-                    let own = self.transactions.get(xid);
-                    let effects = own.map(|t| t.effects.clone()).unwrap_or_default();
+                    let effects = running.remove(xid).unwrap_or_default().to_vec();
                     model.prepared.insert(gid.clone(), Prepared { xid: *xid, effects });
                 }
                 Kind::Tablespace { xid, .. } | Kind::Database { xid, .. } => {
@@ -195,7 +203,7 @@ mod tests {
         Transaction { effects, acknowledged: id < 3 }
     }
 
-    /// Transactions 1 to 4 end at 10, 20, 30, 40, in seconds 1, 2, 2, 4; the third is rolled back.
+    /// Transactions 1 to 4, marked a little before they end, end at 10, 20, 30, 40, in seconds 1, 2, 2, 4; the third is rolled back.
     fn oracle() -> Oracle {
         let end = |xid: u32, second: u32| Record {
             start: Lsn::new(u64::from(xid) * 10),
@@ -204,8 +212,15 @@ mod tests {
         let mut records = vec![end(1, 1), end(2, 2), end(3, 2), end(4, 4)];
         let point = Record { start: Lsn::new(25), kind: Kind::RestorePoint("point".into()) };
         records.insert(2, point);
-        let transactions = (1..5).map(|xid| (xid, large(xid))).collect();
-        Oracle { base: Model::default(), transactions, records }
+        records.extend((1..5).map(|xid| mark(u64::from(xid) * 10 - 8, xid)));
+        records.sort_by_key(|record| record.start);
+        let transactions = (1..5).map(|xid| (i64::from(xid) + 100, large(xid))).collect();
+        Oracle { base: Model::default(), transactions, records, safe: Lsn::ZERO }
+    }
+
+    fn mark(start: u64, xid: u32) -> Record {
+        let kind = Kind::Mark { xid, mark: i64::from(xid) + 100 };
+        Record { start: Lsn::new(start), kind }
     }
 
     fn at(target: &Target, redone: u64) -> Result<Vec<u32>, String> {
@@ -228,6 +243,30 @@ mod tests {
         assert_eq!(at(&Target::Lsn(Lsn::new(15)), 17).unwrap(), [1]);
         assert_eq!(at(&Target::Lsn(Lsn::new(15)), 20).unwrap(), [1, 2]);
         assert!(at(&Target::Lsn(Lsn::new(15)), 25).is_err());
+    }
+
+    #[test]
+    fn what_a_crash_undid_is_not_done_by_whoever_gets_its_id_again() {
+        let mut oracle = oracle();
+        // Transaction 2 was lost with its mark; then PostgreSQL's own work (ANALYZE, a new tablespace) got the id.
+        oracle.records.retain(|record| *record != mark(12, 2));
+        let model = oracle.expect_at(&Target::Xid(4), Lsn::new(40)).unwrap();
+        assert_eq!(model.large.into_keys().collect::<Vec<_>>(), [1, 4]);
+        assert_eq!(oracle.acknowledged(), 2, "its answer never came");
+    }
+
+    #[test]
+    fn what_was_prepared_before_is_done_when_it_is_committed() {
+        let mut oracle = oracle();
+        let prepared = |xid, id| Prepared { xid, effects: large(id).effects };
+        let both = [("a".to_owned(), prepared(7, 70)), ("b".to_owned(), prepared(8, 80))];
+        oracle.base.prepared = both.into();
+        let time = "00:00:05".to_owned();
+        let kind = Kind::End { xid: 7, committed: true, time };
+        oracle.records.push(Record { start: Lsn::new(50), kind });
+        let model = oracle.expect_at(&Target::Xid(7), Lsn::new(50)).unwrap();
+        assert_eq!(model.large.into_keys().collect::<Vec<_>>(), [1, 2, 4, 70]);
+        assert_eq!(model.prepared.into_keys().collect::<Vec<_>>(), ["b"]);
     }
 
     #[test]

@@ -34,6 +34,13 @@ pub fn database(oid: u32) -> String {
     format!("create database d{oid} template template0 oid {oid} strategy {strategy}")
 }
 
+/// Begins a transaction, puts its mark into WAL (a logical message, which nobody but the oracle reads) and does `text`. The
+/// first row is its id.
+pub fn begin(mark: i64, text: &str) -> String {
+    let message = format!("select pg_logical_emit_message(true, '{mark}', '')");
+    format!("begin; select pg_current_xact_id(); {message}; {text}")
+}
+
 /// The statement that has this effect.
 pub fn statement(effect: &Effect) -> String {
     match effect {

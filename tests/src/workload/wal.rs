@@ -31,6 +31,13 @@ pub enum Kind {
         /// When, by PostgreSQL's clock.
         time: String,
     },
+    /// What a transaction of the workload calls itself: a crash takes ids back whose WAL was not flushed and gives them to others.
+    Mark {
+        /// Its id.
+        xid: u32,
+        /// Its mark, which nothing else ever had.
+        mark: i64,
+    },
     /// A transaction is prepared.
     Prepare {
         /// Its id.
@@ -69,7 +76,8 @@ pub async fn records(pg: &Postgres, timeline: u32, start: Lsn) -> Vec<Record> {
     let mut command = install::command(&install::client("pg_waldump"));
     command
         .args(
-            ["Transaction", "XLOG", "Tablespace", "Database"].map(|name| format!("--rmgr={name}")),
+            ["Transaction", "XLOG", "Tablespace", "Database", "LogicalMessage"]
+                .map(|name| format!("--rmgr={name}")),
         )
         .args(["--timeline", &timeline.to_string()])
         .args(["--start", &start.to_string(), "--path"])
@@ -110,6 +118,8 @@ fn parse(line: &str) -> Option<Record> {
     let kind = match field("rmgr: ")? {
         "Transaction" => transaction(own, verb, rest)?,
         "XLOG" if verb == "RESTORE_POINT" => Kind::RestorePoint(rest.trim().to_owned()),
+        // `transactional, prefix "17"; payload (0 bytes): `
+        "LogicalMessage" => Kind::Mark { xid: own, mark: rest.split('"').nth(1)?.parse().ok()? },
         "Tablespace" => {
             let oid = rest.split(' ').next()?.parse().ok()?;
             let name = rest.trim_end_matches('"').rsplit_once('/').map(|(_, name)| name.to_owned());
@@ -173,6 +183,9 @@ mod tests {
         assert_eq!(parse(&line("         0", &prepared)), end(7, true));
         let prepare = parse(&line("         9", &format!("PREPARE gid p_1: {time} UTC"))).unwrap();
         assert_eq!(prepare.kind, Kind::Prepare { xid: 9, gid: "p_1".into() });
+        let marked = "MESSAGE transactional, prefix \"100000017\"; payload (0 bytes): ";
+        let mark = parse(&record("LogicalMessage", "        12", marked)).unwrap();
+        assert_eq!(mark.kind, Kind::Mark { xid: 12, mark: 100_000_017 });
         let kind = |rmgr, desc| parse(&record(rmgr, "        12", desc)).unwrap().kind;
         assert_eq!(kind("XLOG", "RESTORE_POINT here"), Kind::RestorePoint("here".into()));
         let space = |name: Option<&str>| Kind::Tablespace {

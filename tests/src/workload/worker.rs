@@ -1,7 +1,7 @@
 //! One connection that changes its own tables and moves money between everyone's accounts.
 //!
-//! What must stay true: the effects of a transaction are noted under its id before COMMIT is sent, and noted as acknowledged only
-//! after it was answered. So a worker may lose its connection, or be aborted, anywhere: WAL decides what happened.
+//! What must stay true: the effects of a transaction are noted under the mark that it puts into WAL before COMMIT is sent, and noted
+//! as acknowledged only after it was answered. So a worker may lose its connection, or be aborted, anywhere: WAL decides what happened.
 
 use super::{
     Owner, Shared,
@@ -23,6 +23,12 @@ enum Trouble {
 }
 
 type Done<T> = Result<T, Trouble>;
+
+/// A transaction that has done everything but end.
+struct Begun {
+    xid: u32,
+    mark: i64,
+}
 
 /// A worker.
 pub(super) struct Worker {
@@ -129,38 +135,27 @@ impl Worker {
 
     async fn transaction(&mut self) -> Done<()> {
         let (text, effects, view) = self.plan();
-        let xid = self.begin(&text, &effects).await?;
+        let begun = self.begin(&text, &effects).await?;
         let undo = self.rng.random_bool(0.05);
         if undo && plan::may_be_undone(&effects, &self.view) {
-            self.shared.forget(xid);
+            self.shared.forget(begun.mark);
             return self.run_here("rollback").await.map(drop);
         }
         match self.run_here("commit").await {
-            Ok(_) => self.acknowledge(xid, &effects, &view),
+            Ok(_) => self.shared.acknowledge(begun.mark),
             Err(Trouble::Refused(why)) => return Err(Trouble::Refused(why)),
-            Err(Trouble::Gone) if self.committed(xid).await? => {}
+            Err(Trouble::Gone) if self.committed(begun.xid).await? => {}
             Err(Trouble::Gone) => return Ok(()),
         }
         self.view = view;
         Ok(())
     }
 
-    /// PostgreSQL neither flushes nor waits for a standby where a transaction wrote no WAL besides its commit record: one that did
-    /// nothing, found no rows, or only changed unlogged tables (`RecordTransactionCommit`).
-    fn acknowledge(&self, xid: u32, effects: &[Effect], view: &Model) {
-        let logged = |effect: &Effect| match effect {
-            Effect::Transfer { .. } | Effect::Large(..) | Effect::Create { .. } => true,
-            Effect::Insert { table, .. } => view.tables.get(table).is_some_and(|t| !t.unlogged),
-            _ => false,
-        };
-        if effects.iter().any(logged) {
-            self.shared.acknowledge(xid);
-        }
-    }
-
-    /// Everything but the end of a transaction.
-    async fn begin(&mut self, text: &str, effects: &[Effect]) -> Done<u32> {
-        let rows = self.run_sql(&format!("begin; select pg_current_xact_id(); {text}")).await;
+    /// Everything but the end of a transaction. Its mark also makes sure that it has written WAL: for the commit record alone
+    /// PostgreSQL neither flushes nor waits for a standby (`RecordTransactionCommit`).
+    async fn begin(&mut self, text: &str, effects: &[Effect]) -> Done<Begun> {
+        let mark = self.owner.ids(1);
+        let rows = self.run_sql(&sql::begin(mark, text)).await;
         let xid = match rows {
             Ok(rows) => rows[0][0].parse().expect("a transaction id is a number"),
             Err(refused @ Trouble::Refused(_)) => {
@@ -170,11 +165,12 @@ impl Worker {
             Err(Trouble::Gone) => return Err(Trouble::Gone),
         };
         let note = Transaction { effects: effects.to_vec(), acknowledged: false };
-        self.shared.transactions().insert(xid, note);
-        Ok(xid)
+        self.shared.transactions().insert(mark, note);
+        Ok(Begun { xid, mark })
     }
 
-    /// After a lost answer: what became of it.
+    /// After a lost answer: what became of it. A crash may have given its id to another transaction meanwhile; what the worker
+    /// then believes wrongly it is refused later, and the oracle does not ask for it.
     async fn committed(&mut self, xid: u32) -> Done<bool> {
         loop {
             match self.run_sql(&format!("select pg_xact_status('{xid}'::xid8)")).await {
@@ -245,10 +241,10 @@ impl Worker {
     /// One transaction with exactly these effects.
     async fn commit(&mut self, effects: Vec<Effect>) -> Done<()> {
         let all: Vec<String> = effects.iter().map(sql::statement).collect();
-        let xid = self.begin(&all.join("; "), &effects).await?;
+        let begun = self.begin(&all.join("; "), &effects).await?;
         match self.run_here("commit").await {
-            Ok(_) => self.shared.acknowledge(xid),
-            Err(Trouble::Gone) if self.committed(xid).await? => {}
+            Ok(_) => self.shared.acknowledge(begun.mark),
+            Err(Trouble::Gone) if self.committed(begun.xid).await? => {}
             other => return other.map(drop),
         }
         effects.iter().for_each(|effect| self.view.apply(effect));
