@@ -2,7 +2,8 @@
 //!
 //! One thread reads the trees and makes directories; workers write pieces of files, so that one large file
 //! keeps all of them busy. Everything between them is bounded (D5). The reader checks every chunk (D4);
-//! with `delta` a chunk that is there already is recognised by the same SHA-256 and not read at all.
+//! with `delta` a chunk that is there already is recognised by the same SHA-256 and not fetched at all, and of
+//! one that is fetched only the pages are written that differ.
 
 use super::{
     MARKER,
@@ -355,8 +356,11 @@ impl Pour {
             if chunk.len() as u64 != length {
                 return Err(wrong_length(&whole.path, offset, length, chunk.len()));
             }
-            strip.add(&file, offset, chunk).map_err(failed)?;
-            self.progress.written.fetch_add(length, Relaxed);
+            let written = match self.delta {
+                true => strip.add_what_differs(&file, offset, chunk, buffer),
+                false => strip.add(&file, offset, chunk).map(|()| length),
+            };
+            self.progress.written.fetch_add(written.map_err(failed)?, Relaxed);
             self.progress.bytes.fetch_add(length, Relaxed);
             Ok(())
         })?;

@@ -16,6 +16,8 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 pub(super) const FULL: usize = 1 << 20;
 /// What memory, place and length of a direct call must be multiples of: the page of the machine; few disks want more.
 const ALIGN: usize = 4096;
+/// What is compared and rewritten as one: PostgreSQL's page, and a multiple of what disks and file systems write.
+const PAGE: usize = 8192;
 
 /// Has what is read from and written to this file go past the page cache, if it is worth it and can be: whole blocks, many of them.
 pub(super) fn go_direct(file: &File, size: u64) -> io::Result<()> {
@@ -107,6 +109,28 @@ impl Strip {
         Ok(())
     }
 
+    /// Adds those pages of a chunk that the file has not, and says how many bytes that are: the disk takes the pages that
+    /// changed, not the chunks around them. `old` is memory for what the file has.
+    pub(super) fn add_what_differs(
+        &mut self,
+        file: &File,
+        offset: u64,
+        chunk: &[u8],
+        old: &mut Blocks,
+    ) -> io::Result<u64> {
+        let old = old.read(file, offset, chunk.len())?;
+        let mut place = offset;
+        let mut added = 0;
+        for (page, old) in chunk.chunks(PAGE).zip(old.chunks(PAGE)) {
+            if page != old {
+                self.add(file, place, page)?;
+                added += page.len() as u64;
+            }
+            place += page.len() as u64;
+        }
+        Ok(added)
+    }
+
     /// Writes all that is there.
     pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
         let bytes = &*self.blocks.of(self.length);
@@ -153,6 +177,30 @@ mod tests {
             let (expected, found) = poured(3 << 20, &[1, 0], direct);
             assert!(expected == found, "direct {direct}: other bytes");
         }
+    }
+
+    #[test]
+    fn only_pages_that_differ_are_written() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("relation");
+        // Nine pages and a bit, of which the first, two in a row and the bit differ.
+        let length = 9 * PAGE + 100;
+        let (old, mut new) = (vec![1; length], vec![1; length]);
+        for place in [0, 3 * PAGE + 17, 4 * PAGE, length - 1] {
+            new[place] = 2;
+        }
+        std::fs::write(&path, [old.clone(), old].concat()).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let (mut strip, mut buffer) = (Strip::default(), Blocks::default());
+        for (chunk, differ) in [(0, 3 * PAGE + 100), (1, 3 * PAGE + 100)] {
+            let offset = (chunk * length) as u64;
+            let added = strip.add_what_differs(&file, offset, &new, &mut buffer).unwrap();
+            assert_eq!(added, differ as u64, "chunk {chunk}");
+        }
+        strip.write(&file).unwrap();
+        assert!(std::fs::read(&path).unwrap() == [new.clone(), new.clone()].concat());
+        let again = strip.add_what_differs(&file, 0, &new, &mut buffer).unwrap();
+        assert_eq!(again, 0, "it is all there");
     }
 
     #[test]
