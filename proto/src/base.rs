@@ -195,8 +195,8 @@ pub enum Purpose {
     Backup(Option<String>),
     /// A backup that runs under this name, and lost its reservation.
     Resumed(String),
-    /// A restore.
-    Restore,
+    /// A restore, of this backup; `None`: it does not say.
+    Restore(Option<String>),
 }
 
 /// Asks for a reservation.
@@ -219,10 +219,7 @@ impl TryFrom<v1::ReserveRequest> for ReserveRequest {
             (Ok(Raw::Backup), None, true) | (Ok(Raw::Restore), _, true) => {
                 return Err(invalid("resumed", "it with the name of a backup", "none"));
             }
-            (Ok(Raw::Restore), None, false) => Purpose::Restore,
-            (Ok(Raw::Restore), Some(name), false) => {
-                return Err(invalid("backup name", "none with a restore", name));
-            }
+            (Ok(Raw::Restore), name, false) => Purpose::Restore(name),
             _ => return Err(invalid("purpose", "a backup or a restore", raw.purpose)),
         };
         Ok(Self { cluster: raw.cluster, purpose })
@@ -336,8 +333,9 @@ mod tests {
         assert!(ask_again(1, "", true).is_err() && ask_again(2, "", true).is_err());
         assert_eq!(ask(1, "").unwrap(), Purpose::Backup(None));
         assert_eq!(ask(1, "x").unwrap(), Purpose::Backup(Some("x".into())));
-        assert_eq!(ask(2, "").unwrap(), Purpose::Restore);
-        for (purpose, name) in [(0, ""), (2, "x"), (9, "")] {
+        assert_eq!(ask(2, "").unwrap(), Purpose::Restore(None));
+        assert_eq!(ask(2, "x").unwrap(), Purpose::Restore(Some("x".into())));
+        for (purpose, name) in [(0, ""), (0, "x"), (9, "")] {
             assert!(ask(purpose, name).is_err(), "{purpose} {name}");
         }
     }

@@ -2,8 +2,9 @@
 //!
 //! Start: ports first (a taken port must not leave half a server), then tier 1 with its recovery, then
 //! everything that only follows. Receiving WAL needs tier 1 and nothing else: queue and bucket may be
-//! down (P4). Stop: no new streams, sessions end with what is durable, seals finish, consumer and queue
-//! stop, each within [`DRAIN_TIMEOUT`]; laggards are named.
+//! down (P4); but of a cluster that tier 1 knows nothing of, the bucket is asked first (P8). Stop: no new
+//! streams, sessions end with what is durable, seals finish, consumer and queue stop, each within
+//! [`DRAIN_TIMEOUT`]; laggards are named.
 
 use crate::{
     admin::{self, bind},
@@ -154,6 +155,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let keeping = spawn(telemetry.polls().watch(keeping));
     let receiver = Receiver {
         store: store.clone(),
+        base: base.clone(),
         registry,
         sealer,
         auth: auth.clone(),
@@ -161,7 +163,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         options: ReceiverOptions { window: config.wal.window_bytes },
         shutdown: front.clone(),
     };
-    let source = Source { store, tier2: tier2.clone() };
+    let source = Source { store, tier2: tier2.clone(), readers: base.readers().clone() };
     let wal = WalService {
         auth: auth.clone(),
         receiver,

@@ -166,7 +166,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
     ("wal.seal_workers", "2", "segments sealed at once"),
     ("base.chunk_size", "73728", "bytes of a chunk; fixed when a repository is made"),
-    ("base.compression_level", "1", "zstd level of base backups, 0 to 22; 0 stores uncompressed"),
+    (
+        "base.compression_level",
+        "1",
+        "zstd level of what base backups store from now on, 0 to 22; 0 stores uncompressed",
+    ),
     ("base.pack_size", "16777216", "bytes of a pack of chunks; fixed when a repository is made"),
     (
         "retention.tier2.last",

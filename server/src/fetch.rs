@@ -3,7 +3,7 @@
 //! P7: `NOT_FOUND` means that both tiers were asked and both definitively have no such file. A tier
 //! that could not be asked makes the answer `UNAVAILABLE`, which is retried and never ends a recovery.
 
-use crate::errors;
+use crate::{errors, readers::Readers};
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
@@ -44,6 +44,8 @@ pub struct Source {
     pub store: WalStore,
     /// Tier 2, if there is one.
     pub tier2: Option<Tier2>,
+    /// Hears what was given, so that retention leaves what comes next.
+    pub readers: Readers,
 }
 
 impl Source {
@@ -52,6 +54,17 @@ impl Source {
     /// # Errors
     /// `NOT_FOUND` is definitive.
     pub async fn find(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
+        let found = self.find_anywhere(cluster, file).await?;
+        if let (WalFile::Segment(name) | WalFile::Partial(name), Some(pinned)) =
+            (file, self.store.pinned(cluster))
+            && let Some(start) = name.start_lsn(pinned.segment_size)
+        {
+            self.readers.fetched(cluster, start);
+        }
+        Ok(found)
+    }
+
+    async fn find_anywhere(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
@@ -237,7 +250,7 @@ mod tests {
         let url = format!("file://{}", bucket.display());
         let config = Tier2Config::new(url);
         for tier2 in [None, Some(Tier2::open(&config).unwrap())] {
-            let source = Source { store: store.clone(), tier2 };
+            let source = Source { store: store.clone(), tier2, readers: Readers::default() };
             let code = |answer: Result<Located, Status>| Code::of(&answer.err().unwrap());
             assert_eq!(code(source.find(&cluster, held).await), Code::Corrupt);
             assert_eq!(code(source.find(&cluster, absent).await), Code::NotFound);
@@ -245,7 +258,7 @@ mod tests {
         }
         // Gone altogether, though it was acknowledged.
         std::fs::remove_file(&journal).unwrap();
-        let source = Source { store, tier2: None };
+        let source = Source { store, tier2: None, readers: Readers::default() };
         let code = Code::of(&source.find(&cluster, held).await.err().unwrap());
         assert_eq!(code, Code::Corrupt);
     }
@@ -276,7 +289,8 @@ mod tests {
         }
         let url = format!("file://{}", bucket.display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
-        let source = Source { store: store.clone(), tier2: Some(tier2) };
+        let readers = Readers::default();
+        let source = Source { store: store.clone(), tier2: Some(tier2), readers: readers.clone() };
         let code =
             async |number| Code::of(&source.find(&cluster, file(number)).await.err().unwrap());
         for entry in std::fs::read_dir(root.join("pg/wal/00000001")).unwrap().flatten() {
@@ -286,6 +300,10 @@ mod tests {
         }
         assert_eq!(code(2).await, Code::Corrupt);
         assert_eq!(code(5).await, Code::NotFound);
+        // What was not given is nobody's to keep; what was, stays (P6).
+        assert_eq!(readers.hold(&cluster), None);
+        assert!(source.find(&cluster, file(3)).await.is_ok());
+        assert_eq!(readers.hold(&cluster).map(|hold| hold.from), Some(Lsn::new(3 << 20)));
         std::fs::write(folder.join(format!("{}.zst", file(7))), "x").unwrap();
         assert_eq!(code(5).await, Code::Unavailable);
         assert_eq!(code(8).await, Code::NotFound);

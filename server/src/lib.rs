@@ -16,6 +16,7 @@ pub mod maintenance;
 pub mod metrics;
 pub mod pki;
 pub mod queue;
+pub mod readers;
 pub mod receive;
 pub mod seal;
 pub mod status;

@@ -61,6 +61,11 @@ impl Rig {
         assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
     }
 
+    async fn backup_as(&self, name: &str) {
+        let outcome = self.site.klio(Some(&self.pg), &["backup", "--name", name]).await;
+        assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    }
+
     fn restorer(&self) -> Restorer {
         Restorer::of_server(&self.site, &self.scratch)
     }
@@ -210,6 +215,42 @@ async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
     assert_eq!(restored.timeline().await.get(), 3);
 }
 
+/// The standby that is backed up goes on beside another one that was promoted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_a_standby_that_follows_a_promotion_leads_to_the_new_timeline() {
+    let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
+    rig.pg.execute("create table t as select generate_series(1, 100000) g").await;
+    let (heir, standby) = (rig.pg.standby().await, rig.pg.standby().await);
+    let end = rig.pg.write_wal(1).await;
+    for follower in [&heir, &standby] {
+        follower.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    }
+    let mut backup = rig.start_backup_of(&standby, &[]);
+    copying(&mut backup).await;
+    backup.pause();
+    rig.pg.stop(Stop::Immediate).await;
+    heir.promote().await;
+    let _stream = rig.site.stream(&heir);
+    standby.set("primary_conninfo", &heir.conninfo()).await;
+    heir.execute("create table after as select generate_series(1, 5) g").await;
+    heir.execute("checkpoint").await;
+    let end = heir.write_wal(1).await;
+    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    standby.execute("checkpoint").await;
+    standby.wait_true("select min_recovery_end_timeline = 2 from pg_control_recovery()").await;
+    backup.resume();
+    let status = backup.wait_exit(PATIENCE).await;
+    assert!(status.success(), "{}", backup.log());
+    let listed = rig.site.klio(None, &["list", "--json"]).await.stdout;
+    let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let record = &listed["backups"][0]["backup"];
+    assert_eq!([&record["start_timeline"], &record["stop_timeline"]], [1, 2], "{listed}");
+    rig.site.wait_flushed(heir.flush_lsn().await).await;
+    let restored = rig.restored().await;
+    assert_eq!(restored.value("select count(*) from after").await, "5");
+    assert_eq!(restored.timeline().await.get(), 3);
+}
+
 /// pg_control names the old timeline until the checkpoint that follows a promotion is done; WAL is of the new one at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_begun_right_after_a_promotion_is_of_the_new_timeline() {
@@ -276,6 +317,57 @@ async fn an_index_that_names_packs_that_are_gone_spoils_no_later_backup() {
     rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
     let restored = rig.restored().await;
     assert_eq!(restored.value("select count(*) from t").await, "20000");
+}
+
+/// D6: nobody finds out in the middle of a restore what verify has known for days.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_known_to_be_damaged_is_restored_only_by_its_name() {
+    let rig = &mut rig(Postgres::builder()).await;
+    let data = rig.site.tier1().join("main/base/data");
+    rig.pg
+        .execute("create table a as select g, md5(g::text) from generate_series(1, 30000) g")
+        .await;
+    rig.backup_as("good").await;
+    let good = all_files(&data);
+    rig.pg
+        .execute("create table b as select g, md5(g::text) from generate_series(1, 30000) g")
+        .await;
+    rig.backup_as("bad").await;
+    let mut bad = all_files(&data);
+    bad.retain(|pack| !good.contains(pack));
+    flip_in_largest(&bad);
+    let verified = rig.site.klio(None, &["verify", "--read-data", "all"]).await;
+    assert_eq!(verified.code, Some(40), "{}", verified.stdout);
+    rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
+    let listed = rig.site.klio(None, &["list", "backups"]).await.stdout;
+    assert!(listed.contains("backup bad is damaged"), "{listed}");
+
+    let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
+    let outcome = programs::run(rig.restore_command(&pg, &[])).await;
+    let told = format!("{}{}", outcome.stdout, outcome.stderr);
+    assert_eq!(outcome.code, Some(0), "{told}");
+    assert!(told.contains("backup bad is damaged"), "{told}");
+    recover(&mut pg).await;
+    assert_eq!(pg.value("select count(*) from b").await, "30000", "from good, by its WAL");
+
+    flip_in_largest(&good);
+    rig.site.klio(None, &["verify", "--read-data", "all"]).await;
+    let pg = Postgres::empty(install::DEBIAN_MAJOR);
+    let outcome = programs::run(rig.restore_command(&pg, &[])).await;
+    assert_eq!(outcome.code, Some(30), "{}{}", outcome.stdout, outcome.stderr);
+    assert!(outcome.stderr.contains("--backup bad tries it"), "{}", outcome.stderr);
+    assert!(!pg.data_dir().exists(), "nothing was touched");
+    let outcome = programs::run(rig.restore_command(&pg, &["--backup", "bad"])).await;
+    assert_eq!(outcome.code, Some(21), "{}{}", outcome.stdout, outcome.stderr);
+}
+
+fn flip_in_largest(files: &[std::path::PathBuf]) {
+    let size = |file: &&std::path::PathBuf| fs::metadata(file).map_or(0, |meta| meta.len());
+    let file = files.iter().max_by_key(size).expect("a file");
+    let mut bytes = fs::read(file).expect("readable");
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    fs::write(file, bytes).expect("writable");
 }
 
 fn all_files(folder: &Path) -> Vec<std::path::PathBuf> {

@@ -1,12 +1,13 @@
 //! A server whose disk is lost, and a new one in its place with the same identity and the same bucket.
 //!
 //! P6: the new one's tier 1 begins in the middle of what the bucket holds. That is no reason to let go of anything.
+//! P8: and what the bucket knows of a cluster counts as before: no stranger and no old primary is welcome.
 
 use klio_storage::catalog::BackupRecord;
 use klio_tests::{
     install_crypto,
     postgres::Postgres,
-    s3::S3,
+    s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
     wait::eventually,
 };
@@ -82,4 +83,60 @@ async fn a_new_server_in_place_of_a_lost_one_lets_nothing_go_that_older_backups_
     assert_ne!(verified.code, Some(0), "{victim} is gone: {}{}", verified.stdout, verified.stderr);
     assert!(verified.stdout.contains("is missing"), "{}{}", verified.stdout, verified.stderr);
     site.stop().await;
+}
+
+/// P8: an empty tier 1 is no reason to take WAL of another PostgreSQL, or of an old primary, into a cluster's prefix.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_and_an_old_primary_are_refused_though_only_the_bucket_knows_the_cluster() {
+    install_crypto();
+    let s3 = S3::new();
+    let (pg, stranger) = (Postgres::builder().segment_mib(1).start().await, Postgres::new().await);
+    let mut site = Site::new().await.tier2(&s3);
+    site.set("KLIO_TIER2__RETRY_TIMEOUT_SECONDS", "1");
+    site.start().await;
+    let stream = site.stream(&pg);
+    archive_some(&site, &pg).await;
+    eventually("what identifies the cluster in the bucket", PATIENCE, || async {
+        s3.keys("klio/main").contains(&"klio/main/cluster.json".to_owned()).then_some(())
+    })
+    .await;
+    drop(stream);
+    site.stop().await;
+    fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
+    let before = s3.keys("klio");
+    site.start().await;
+
+    let mut refused = site.stream(&stranger);
+    let status = refused.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(17), "{}", refused.log());
+    let (own, other) = (pg.system_identifier().await, stranger.system_identifier().await);
+    for part in [own.to_string(), other.to_string(), "s3://".to_owned()] {
+        assert!(refused.log().contains(&part), "{part}: {}", refused.log());
+    }
+
+    // As a promoted standby would have left it.
+    let newer = s3.bucket_dir().join("klio/main/wal/00000002.history.age");
+    fs::write(&newer, "x").expect("write to the bucket");
+    let mut refused = site.stream(&pg);
+    let status = refused.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(14), "{}", refused.log());
+    assert!(refused.log().contains("s3://"), "{}", refused.log());
+    fs::remove_file(&newer).expect("remove from the bucket");
+    assert!(!site.wal_dir(1).exists(), "WAL was taken");
+    assert_eq!(s3.keys("klio"), before);
+
+    // Nobody knows while the bucket does not answer: WAL waits in PostgreSQL, and goes on by itself.
+    s3.faults().inject(Rule::always(Fault::InternalError));
+    let mut waiting = site.stream(&pg);
+    waiting.wait_log("has to be asked", PATIENCE).await;
+    let end = pg.write_wal(1 << 20).await;
+    assert!(waiting.is_running() && !site.wal_dir(1).exists(), "{}", waiting.log());
+    s3.faults().heal();
+    site.wait_flushed(end).await;
+    // From now on tier 1 knows, and the bucket may be down (P4).
+    s3.faults().inject(Rule::always(Fault::InternalError));
+    drop(waiting);
+    let _stream = site.stream(&pg);
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
 }

@@ -3,10 +3,13 @@
 //! Backups are small and made by the repository's own code; what is stored lies in two real tiers.
 
 use hyper::Method;
-use klio_pg::Lsn;
+use klio_pg::{Lsn, TimelineId};
 use klio_proto::{
     Code,
-    v1::{FileKind, RecordDrillRequest, reserve_request::Purpose},
+    v1::{
+        FileKind, Open, PutHistoryRequest, RecordDrillRequest, reserve_request::Purpose,
+        wal_client::WalClient,
+    },
 };
 use klio_storage::{
     catalog::{BackupRecord, DrillOutcome, MaintenanceOutcome, RetentionPlan, Run, VerifyOutcome},
@@ -380,14 +383,127 @@ async fn damage_in_both_tiers_is_told_and_nothing_is_made_of_it() {
     };
     assert!(!damaged.is_empty());
     // A damaged backup pushes no good one out, and where none is good, none goes. (A small chunk that all
-    // of them hold lies in the pack of any of them.)
+    // of them hold lies in the pack of any of them.) Packs stay while a backup needs the damaged one.
     let (code, outcome) = setup.apply().await;
-    assert_eq!(code, 0, "{outcome:?}");
+    let held = outcome.held_back.iter().any(|reason| reason.contains("1 packs are damaged"));
+    assert_eq!(code, if held { 3 } else { 0 }, "{outcome:?}");
+    assert_eq!(held, setup.names().await.iter().any(|name| damaged.contains(name)), "{outcome:?}");
     let left = setup.names().await;
     match damaged.len() {
         3 => assert_eq!(left, ["b1", "b2", "b3"]),
         _ => assert!(left.iter().any(|name| !damaged.contains(name)), "{left:?}, {damaged:?}"),
     }
+}
+
+/// Without its secret no backup can be opened, though every file of it is good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_or_identity_that_is_gone_is_found() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    for name in ["repository.json.age", "cluster.json"] {
+        let kept = fs::read(setup.tier1().join(name)).expect("read");
+        let key = format!("main/{name}");
+        for root in [setup.tier1(), setup.tier2()] {
+            fs::remove_file(root.join(name)).expect("remove");
+            // From the other tier it is written again.
+            if root == setup.tier1() {
+                let (code, outcome) = setup.verify().await;
+                assert_eq!((code, outcome.repaired.len()), (41, 1), "{outcome:?}");
+                assert_eq!(fs::read(root.join(name)).expect("read"), kept);
+                fs::remove_file(root.join(name)).expect("remove");
+            }
+        }
+        for args in [&["verify"][..], &["verify", "--backup", "b1", "--read-data", "0"]] {
+            let (code, outcome): (i32, VerifyOutcome) = setup.klio(args).await;
+            assert_eq!((code, outcome.ok), (40, false), "{args:?}: {outcome:?}");
+            assert!(outcome.damaged.iter().any(|d| d.key == key), "{name}: {outcome:?}");
+        }
+        fs::write(setup.tier1().join(name), kept).expect("write");
+        let (code, outcome) = setup.verify().await;
+        assert_eq!((code, outcome.repaired.len()), (41, 1), "{outcome:?}");
+        assert_eq!(setup.verify().await.0, 0, "{name} once more");
+    }
+}
+
+/// Nothing in a history tells that a digit of it is wrong, but the other tier's.
+#[tokio::test(flavor = "multi_thread")]
+async fn histories_that_differ_between_the_tiers_are_found_and_neither_is_overwritten() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "3")]).await;
+    let name = "wal/00000002.history";
+    let text = |lsn: &str| format!("1\t{lsn}\tno recovery target specified\n");
+    let (near, far) = (setup.tier1().join(name), setup.tier2().join(name));
+    for place in [&near, &far] {
+        fs::write(place, text("0/1800000")).expect("write");
+    }
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    fs::write(&far, text("0/1900000")).expect("write");
+    let (code, outcome) = setup.verify().await;
+    assert_eq!(code, 40, "{outcome:?}");
+    let found = outcome.damaged.iter().find(|d| d.key.ends_with(name)).expect("the history");
+    assert!(found.problem.contains("0/1800000") && found.problem.contains("0/1900000"));
+    assert_eq!(fs::read_to_string(&near).expect("read"), text("0/1800000"));
+    assert_eq!(fs::read_to_string(&far).expect("read"), text("0/1900000"));
+    fs::write(&far, text("0/1800000")).expect("write");
+    assert_eq!(setup.verify().await.0, 0);
+}
+
+/// A look at one backup tells the others of what it found in what they share, and a later one of another hides nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_found_in_one_backup_is_known_of_every_backup_that_needs_it() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "9")]).await;
+    // The same files under another name share every pack.
+    let shared = BackupRecord {
+        name: "b4".parse().expect("a name"),
+        committed_unix: 0.0,
+        ..setup.base.entry("b3").await.1
+    };
+    setup.base.commit(&shared).await.expect("committed");
+    eventually("b4 in tier 2", PATIENCE, || async { setup.base.entry("b4").await.0.tier2 }).await;
+    assert_eq!(setup.verify().await.0, 0);
+    let size = |name: &String| std::fs::metadata(setup.tier1().join(name)).map_or(0, |m| m.len());
+    let packs = Setup::names_in(&setup.tier1(), "base/data/");
+    let pack = packs.into_iter().max_by_key(size).expect("a pack");
+    let bytes = fs::read(setup.tier1().join(&pack)).expect("read");
+    for root in [setup.tier1(), setup.tier2()] {
+        flip(&root.join(&pack));
+    }
+    let mut ok = BTreeMap::new();
+    for name in ["b3", "b1", "b2"] {
+        let args = ["verify", "--backup", name, "--read-data", "all"];
+        ok.insert(name, setup.klio::<VerifyOutcome>(&args).await.1.ok);
+    }
+    let mut kept = BTreeMap::new();
+    for name in ["b1", "b2", "b3", "b4"] {
+        let verified = setup.base.entry(name).await.0.verified;
+        let verified: VerifyOutcome = serde_json::from_slice(&verified).expect("an outcome");
+        kept.insert(name, verified.ok);
+    }
+    assert!(ok.values().any(|ok| !ok), "{ok:?}");
+    assert_eq!(kept["b4"], kept["b3"], "{kept:?}");
+    for (name, ok) in ok {
+        assert!(!kept[name] || ok, "{name}: {kept:?}");
+    }
+    // Two tiers, one file: whatever was looked at last.
+    let sum = async || setup.site.metrics().await.sum("klio_verify_damaged", &[]);
+    assert_eq!(sum().await, 2.0);
+    let good = kept.iter().find(|(_, ok)| **ok).map(|(name, _)| *name);
+    if let Some(good) = good {
+        let args = ["verify", "--backup", good, "--read-data", "all"];
+        assert_eq!(setup.klio::<VerifyOutcome>(&args).await.0, 0);
+        assert_eq!(sum().await, 2.0);
+    }
+    // Nobody is told that it is there, and whoever sends it again heals it.
+    let id = pack.rsplit('/').next().expect("a name").to_owned();
+    let listed = async || setup.base.list(FileKind::Data).await.expect("a list");
+    assert!(listed().await.iter().all(|(name, _)| *name != id));
+    let file = BaseFile { kind: BaseKind::Data, id: id.parse().expect("an id") };
+    assert!(!setup.base.put(file, &bytes).await.expect("stored"), "it is not taken for stored");
+    assert!(fs::read(setup.tier1().join(&pack)).expect("read") == bytes);
+    assert!(listed().await.iter().any(|(name, _)| *name == id));
+    let (code, outcome): (i32, VerifyOutcome) = setup.klio(&["verify", "--read-data", "0"]).await;
+    assert_eq!(code, 41, "{outcome:?}");
+    assert_eq!(setup.verify().await.0, 0);
+    eventually("the metric", PATIENCE, || async { sum().await == 0.0 }).await;
 }
 
 /// A backup that is called damaged without being so would let retention keep the wrong ones.
@@ -588,6 +704,100 @@ async fn beside_a_running_backup_nothing_is_removed() {
     .await;
 }
 
+/// P6: a backup that expires while it is restored, or recovered from, leaves its WAL until that is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_that_a_restore_or_a_recovery_still_needs_stays_and_the_outcome_says_why() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    let first = |setup: &Setup| -> u64 {
+        let held = Setup::names_in(&setup.tier2(), ".zst");
+        let there = |number: &u64| held.iter().any(|name| name.contains(&Setup::segment(*number)));
+        (0..SEGMENTS).find(there).expect("WAL in tier 2")
+    };
+    // A restore of b1, which begins in segment 2. b1 and b2 expire beside it.
+    let (_, restore) = setup.base.reserve(Purpose::Restore, "b1").await.expect("reserved");
+    let held = |what: &str, setup: &Setup, (code, outcome): (i32, MaintenanceOutcome)| {
+        let told = outcome.held_back.iter().any(|reason| reason.contains(what));
+        assert!(code == 3 && told, "{code} {outcome:?}\n{}", setup.site.log());
+    };
+    eventually("the restore to be known by its backup", PATIENCE, || async {
+        held("a restore", &setup, setup.apply().await);
+        (first(&setup) == 2).then_some(())
+    })
+    .await;
+    assert_eq!(setup.names().await, ["b3"]);
+    assert_eq!(setup.site.fetch(&Setup::segment(2)).await.0, Some(0));
+    drop(restore);
+    held("a restore", &setup, setup.apply().await);
+
+    // Of a backup that the server does not know: all WAL stays, until it ends.
+    setup.restart().await;
+    setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+    let (_, restore) = setup.base.reserve(Purpose::Restore, "b1").await.expect("reserved");
+    held("a restore", &setup, setup.apply().await);
+    assert_eq!(first(&setup), 2);
+    // A recovery that is at segment 4.
+    assert_eq!(setup.site.fetch(&Setup::segment(4)).await.0, Some(0));
+    drop(restore);
+    eventually("the restore to be over", PATIENCE, || async {
+        held("fetched", &setup, setup.apply().await);
+        (first(&setup) == 4).then_some(())
+    })
+    .await;
+    assert_eq!(setup.site.fetch(&Setup::segment(4)).await.0, Some(0));
+
+    // Nobody reads any more.
+    setup.restart().await;
+    setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+    let (code, outcome) = setup.apply().await;
+    assert_eq!((code, outcome.held_back.len(), first(&setup)), (0, 0, 6), "{outcome:?}");
+}
+
+/// A server in place of a lost one may never see the old timelines: what nobody needs of them goes all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_of_a_timeline_that_only_the_bucket_has_expires_too() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    setup._stream = None;
+    setup.site.stop().await;
+    fs::remove_dir_all(setup.site.dir().join("data")).expect("lose the disk");
+    setup.site.start().await;
+    let (base, channel) = connect(&setup.site).await;
+    setup.base = base;
+    // A standby was promoted meanwhile.
+    let (switch, size) = (START.advance(SEGMENTS * MIB), segment_size());
+    let history = PutHistoryRequest {
+        cluster: "main".into(),
+        system_identifier: client::SYSTEM,
+        segment_size: size.as_u32(),
+        postgres_version: 150_018,
+        timeline: 2,
+        content: format!("1\t{switch}\tpromoted\n").into(),
+    };
+    WalClient::new(channel.clone()).put_history(history).await.expect("a history");
+    let opening = Open { timeline: 2, ..client::open("main", size, switch) };
+    let mut stream = Stream::open(&channel, opening).await.expect("a stream");
+    for half in 0..5 {
+        let (at, half) = (switch.advance(half * MIB / 2), MIB / 2);
+        stream.append(at, client::wal(at, half as usize, size, 2)).await;
+        stream.flushed(at.advance(half)).await.expect("acknowledged");
+    }
+    let (start, two) = (switch.advance(MIB + 40), TimelineId::new(2).expect("a timeline"));
+    let folder = setup.site.scratch("made-b4");
+    let mut made = make(&setup.base, &folder, "b4", start, start.advance(MIB / 2)).await;
+    (made.record.start_timeline, made.record.stop_timeline) = (two, two);
+    made.put(&setup.base, None).await;
+    setup.base.commit(&made.record).await.expect("committed");
+    eventually("b4 in tier 2", PATIENCE, || async { setup.base.entry("b4").await.0.tier2 }).await;
+
+    let held = || Setup::names_in(&setup.tier2(), "wal/00000001/");
+    assert_eq!(held().len(), SEGMENTS as usize, "{:?}", held());
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 0, "{outcome:?}\n{}", setup.site.log());
+    assert_eq!(setup.names().await, ["b4"]);
+    // The last one tells how far the timeline went.
+    let left = held();
+    assert!(left.len() == 1 && left[0].contains(&Setup::segment(SEGMENTS - 1)), "{left:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
     let setup =
@@ -617,6 +827,22 @@ async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
     };
     let mut client = setup.base.client.clone();
     client.record_drill(request(&drill)).await.expect("kept");
+    // A machine whose clock is a year ahead hides no drill that comes after it.
+    let far = DrillOutcome { finished_unix: drill.finished_unix + 31_536_000.0, ..drill.clone() };
+    client.record_drill(request(&far)).await.expect("kept");
+    let kept = setup.base.entry("b4").await.0.drilled;
+    let kept: DrillOutcome = serde_json::from_slice(&kept).expect("an outcome");
+    assert!(kept.finished_unix < drill.finished_unix + 3600.0, "{kept:?}");
+    assert!(setup.site.log().contains("in the future"), "{}", setup.site.log());
+    let failed = DrillOutcome { ok: false, ..drill.clone() };
+    client.record_drill(request(&failed)).await.expect("kept");
+    let success = async |wanted: f64| {
+        let seen = async || setup.site.metrics().await.sum("klio_drill_latest_success", &[]);
+        eventually("the metric", PATIENCE, || async { seen().await == wanted }).await;
+    };
+    success(0.0).await;
+    client.record_drill(request(&drill)).await.expect("kept");
+    success(1.0).await;
     let unknown = DrillOutcome { backup: "other".parse().expect("a name"), ..drill.clone() };
     assert!(client.record_drill(request(&unknown)).await.is_err());
     let kept = setup.base.entry("b4").await.0.drilled;

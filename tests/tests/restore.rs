@@ -649,3 +649,69 @@ async fn a_drill_passes_and_a_damaged_backup_fails_it() {
     let outcome = rig.klio(Source::Server, &args).await;
     assert_eq!(outcome.code, Some(21), "{}{}", outcome.stdout, outcome.stderr);
 }
+
+/// Damage that was found stays known until it is disproved, and a backup after it is not built on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_pack_stays_known_whatever_is_read_later_and_the_next_backup_is_whole() {
+    let rig = Rig::new(15, false).await;
+    rig.pg.execute("insert into t select 0, md5(i::text) from generate_series(1, 20000) i").await;
+    rig.row(1).await;
+    rig.backup("old").await;
+    rig.flushed().await;
+    // The largest holds chunks of files.
+    let packs = state(&rig.site.tier1().join("main/base/data"));
+    let (pack, bytes) = packs.into_iter().max_by_key(|(_, bytes)| bytes.len()).expect("a pack");
+    let mut bad = bytes.clone();
+    bad[100] ^= 4;
+    fs::write(&pack, &bad).expect("write");
+    let id = pack.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+
+    let verify = async |args: &[&str]| {
+        let args: Vec<&str> = ["verify", "--json"].iter().chain(args).copied().collect();
+        let outcome = rig.site.klio(None, &args).await;
+        let json: Value = serde_json::from_str(&outcome.stdout).expect("JSON");
+        (outcome.code, json)
+    };
+    let known = async |name: &str| {
+        let list = rig.site.klio(None, &["list", "backups", "--json"]).await.stdout;
+        let list: Value = serde_json::from_str(&list).expect("JSON");
+        let all = list["backups"].as_array().expect("backups").clone();
+        let entry = all.iter().find(|b| b["backup"]["name"] == name);
+        entry.unwrap_or_else(|| panic!("{name}: {list:#}"))["verified"]["ok"].clone()
+    };
+    let damaged = async || rig.site.metrics().await.sum("klio_verify_damaged", &[]);
+    assert_eq!(verify(&["--read-data", "all"]).await.0, Some(40));
+    // A smaller look finds no less, of one backup or all.
+    for args in [&["--read-data", "0"][..], &["--read-data", "1", "--backup", "old"]] {
+        let (code, json) = verify(args).await;
+        assert_eq!(code, Some(40), "{args:?}: {json:#}");
+        assert!(json["damaged"][0]["key"].as_str().is_some_and(|key| key.contains(&id)));
+        assert_eq!(known("old").await, false);
+        assert_eq!(damaged().await, 1.0);
+    }
+
+    // Nothing has changed: but for what is known, the next backup would be made of what is there.
+    let args = ["backup", "--name", "new", "--full-read", "--json"];
+    let outcome = rig.site.klio(Some(&rig.pg), &args).await;
+    let json: Value = serde_json::from_str(&outcome.stdout).expect("JSON");
+    assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    assert_eq!(json["verify"]["outcome"]["ok"], true, "{json:#}");
+    rig.flushed().await;
+    assert_eq!((known("new").await, known("old").await), (true.into(), false.into()));
+    assert!(damaged().await >= 1.0, "a look at another backup disproves nothing");
+    for args in [&["--read-data", "all"][..], &["--read-data", "0"]] {
+        let args = [args, &["--backup", "new"]].concat();
+        let (code, json) = verify(&args).await;
+        assert_eq!(code, Some(0), "{json:#}");
+    }
+    let pg = rig.restored(Source::Server, &["--backup", "new", "--latest"]).await;
+    assert_eq!(pg.value("select count(*) from t").await, "20001");
+
+    // The damaged one stays where it is. Found good, it is damaged no longer.
+    assert!(fs::read(&pack).expect("read") == bad);
+    fs::write(&pack, &bytes).expect("write");
+    let (code, json) = verify(&["--read-data", "0"]).await;
+    assert_eq!(code, Some(0), "{json:#}");
+    assert_eq!((known("new").await, known("old").await), (true.into(), true.into()));
+    assert_eq!(damaged().await, 0.0);
+}

@@ -37,6 +37,8 @@ impl BaseStore {
     ) -> Result<(), Status> {
         let record: BackupRecord = serde_json::from_slice(document)
             .map_err(|e| Code::Invalid.status(format!("commit a backup of {cluster}: {e}")))?;
+        // Before anything is compared: the same record again is brought in order the same way.
+        let record = in_order(cluster, record);
         self.reservations().may_commit(cluster, &record.name, caller)?;
         let part = self.cluster(cluster);
         let _one = part.committing.lock().await;
@@ -96,10 +98,8 @@ impl BaseStore {
             ));
         }
         let times = [record.started_postgres_unix, record.stopped_postgres_unix, record.begun_unix];
-        if times.iter().any(|time| !time.is_finite() || *time <= 0.0)
-            || record.stopped_postgres_unix < record.started_postgres_unix
-        {
-            return bad(format!("expected times in order, found {times:?}"));
+        if times.iter().any(|time| !time.is_finite() || *time <= 0.0) {
+            return bad(format!("expected times after 1970, found {times:?}"));
         }
         record.snapshot.parse().or_else(|e| bad(format!("snapshot: {e}")))
     }
@@ -196,6 +196,28 @@ impl BaseStore {
     }
 }
 
+/// A clock that was set back while the backup ran is no reason to throw hours of copying away: LSNs say what comes after
+/// what. The stop counts as the start at the least: a time before it is then left to an older backup, as a restore
+/// takes a backup only for a time after its stop.
+fn in_order(cluster: &ClusterName, mut record: BackupRecord) -> BackupRecord {
+    let (started, stopped) = (record.started_postgres_unix, record.stopped_postgres_unix);
+    if stopped < started {
+        tracing::warn!(
+            %cluster, backup = %record.name, started, stopped,
+            "PostgreSQL's clock was set back while the backup was taken; its stop counts as its start"
+        );
+        record.stopped_postgres_unix = started;
+    }
+    if record.duration_seconds < 0.0 {
+        tracing::warn!(
+            %cluster, backup = %record.name, seconds = record.duration_seconds,
+            "the clock of klio's machine was set back while the backup was taken; its duration is not known"
+        );
+        record.duration_seconds = 0.0;
+    }
+    record
+}
+
 /// What is wrong with a file that is needed: it is not held, or not with the bytes it must have.
 fn lacks(file: BaseFile, expected: Option<u64>, held: &BTreeMap<BaseFile, u64>) -> Option<String> {
     match (held.get(&file), expected) {
@@ -214,4 +236,31 @@ fn refuse(
     detail: impl std::fmt::Display,
 ) -> Status {
     code.status(format!("commit backup {} of {cluster}: {detail}", record.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::{Lsn, TimelineId};
+    use klio_storage::testing::backup_record;
+
+    fn record(started: f64, stopped: f64, seconds: f64) -> BackupRecord {
+        let (name, timeline) = ("b".parse().unwrap(), TimelineId::new(1).unwrap());
+        BackupRecord {
+            started_postgres_unix: started,
+            stopped_postgres_unix: stopped,
+            duration_seconds: seconds,
+            ..backup_record(name, timeline, Lsn::new(100), Lsn::new(200))
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_spoils_no_backup() {
+        let cluster = "pg".parse().unwrap();
+        let good = record(100.0, 160.0, 60.0);
+        assert_eq!(in_order(&cluster, good.clone()), good);
+        let once = in_order(&cluster, record(100.0, 40.0, -60.0));
+        assert_eq!(once, record(100.0, 100.0, 0.0));
+        assert_eq!(in_order(&cluster, once.clone()), once);
+    }
 }

@@ -3,7 +3,7 @@
 use klio_pg::ByteSize;
 use klio_storage::repository::Settings;
 
-/// `[base]`. The sizes are fixed in a repository when it is made; the level is for new data.
+/// `[base]`. The sizes are fixed in a repository when it is made; the level is for whatever is new.
 #[derive(Debug, Clone, Copy, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BaseConfig {

@@ -3,7 +3,7 @@
 //! This process is the only one that writes to the bucket what tier 1 has a cluster of, so what it knows of it after one listing stays
 //! true: a running backup does not wait for the bucket. While it was never listed and does not answer, tier 1
 //! alone is the answer where it has a repository: what only tier 2 has is then stored once more, which costs
-//! space and nothing else (P4). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7).
+//! space and nothing else (P4). Packs that are known to be damaged are left out (`damage.rs`). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7).
 
 use super::{BaseStore, run, tier2_status};
 use klio_storage::{
@@ -11,7 +11,10 @@ use klio_storage::{
     layout::{BaseFile, BaseKind, BaseObject, ClusterName, base::repository_prefix},
     repository::Files,
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 use tonic::Status;
 
 /// How long a listing of a cluster that is not on tier 1 is used.
@@ -20,7 +23,7 @@ const FOREIGN_AGE: Duration = Duration::from_secs(30);
 const FAILED_AGE: Duration = Duration::from_secs(15);
 
 impl BaseStore {
-    /// Every file of a kind with its size.
+    /// Every file of a kind with its size, but packs that are known to be damaged.
     ///
     /// # Errors
     /// `UNAVAILABLE` when only tier 2 could say.
@@ -29,10 +32,13 @@ impl BaseStore {
         cluster: &ClusterName,
         kind: BaseKind,
     ) -> Result<BTreeMap<BaseFile, u64>, Status> {
+        let (this, name) = (self.clone(), cluster.clone());
         let files = self.cluster(cluster).files.clone();
-        let (local, has_repository) = run(move || {
+        let (local, has_repository, damaged) = run(move || {
             let local = files.list(kind)?;
-            Ok((local, !files.list(BaseKind::Config)?.is_empty()))
+            let damaged =
+                if kind == BaseKind::Data { this.damaged_packs(&name) } else { BTreeSet::new() };
+            Ok((local, !files.list(BaseKind::Config)?.is_empty(), damaged))
         })
         .await?;
         let mut all = match self.list_tier2(cluster).await {
@@ -51,6 +57,7 @@ impl BaseStore {
         };
         // Tier 1 says what a file's size is where both have it.
         all.extend(local);
+        all.retain(|file, _| !damaged.contains(file));
         Ok(all)
     }
 

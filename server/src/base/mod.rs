@@ -6,7 +6,9 @@
 //! S3  a record is written last, when everything it names is held (`commit.rs`); in tier 2 it comes after
 //!     everything it needs is proven there (`consumer/base.rs`);
 //! S4  what only tier 2 has can be listed and read: tier 1 may be empty;
-//! S5  "not found" means that both tiers were asked and both have no such thing (P7).
+//! S5  "not found" means that both tiers were asked and both have no such thing (P7);
+//! S6  a name is of one PostgreSQL, in both tiers: whoever brings another, or an older timeline, is refused (P8,
+//!     `identity.rs`).
 //!
 //! Removes nothing: that is `maintenance`, through [`BaseStore::repository`].
 
@@ -14,9 +16,11 @@ mod archive;
 mod backups;
 mod commit;
 mod config;
+mod damage;
 mod gauges;
 mod get;
 mod holdings;
+mod identity;
 mod list;
 mod needs;
 mod put;
@@ -35,6 +39,7 @@ pub use server_files::ServerFiles;
 
 use crate::{
     queue::{BaseJob, Queue},
+    readers::Readers,
     receive::Registry,
 };
 use klio_proto::Code;
@@ -90,11 +95,14 @@ struct Inner {
     parts: Parts,
     archives: BaseArchives,
     reservations: Reservations,
+    readers: Readers,
     clusters: Mutex<BTreeMap<ClusterName, Arc<ClusterBase>>>,
     histories: holdings::HistoryCache,
     records: backups::RecordCache,
     needs: needs::NeedsCache,
     gauges: gauges::Summaries,
+    /// One change of what is known to be damaged at a time.
+    damage: Mutex<()>,
 }
 
 /// One cluster's part of tier 1.
@@ -118,11 +126,13 @@ impl BaseStore {
         let this = Self(Arc::new(Inner {
             archives: BaseArchives::default(),
             reservations: Reservations::default(),
+            readers: Readers::default(),
             clusters: Mutex::default(),
             histories: holdings::HistoryCache::default(),
             records: backups::RecordCache::default(),
             needs: needs::NeedsCache::default(),
             gauges: gauges::Summaries::default(),
+            damage: Mutex::default(),
             parts,
         }));
         for cluster in this.wal().clusters() {
@@ -138,6 +148,11 @@ impl BaseStore {
     /// Who works on which repository now.
     pub fn reservations(&self) -> &Reservations {
         &self.0.reservations
+    }
+
+    /// Who reads WAL now.
+    pub fn readers(&self) -> &Readers {
+        &self.0.readers
     }
 
     /// What is known of tier 2.

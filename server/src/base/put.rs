@@ -2,7 +2,7 @@
 //!
 //! R1: the file is whole or absent, and durable when the answer goes out. R2: its bytes have the SHA-256 of
 //! its name, or nothing of it stays. S2: config and keys are the server's own; a file that is there stays
-//! what it is (one whose size is wrong is damaged, and bytes that have the name's sum replace it).
+//! what it is (one whose size is wrong, or that verification found damaged, is replaced by bytes that have the name's sum).
 //! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is taken for each
 //! piece: a client that does not send holds none (P8).
 
@@ -12,6 +12,7 @@ use bytes::Bytes;
 use klio_proto::Code;
 use klio_storage::{
     Error, Op,
+    catalog::KnownDamage,
     disk::{Disk, FileHandle, durable},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     tier2::{Hasher, Sha256Sum},
@@ -43,6 +44,8 @@ pub struct Incoming {
     received: u64,
     waiting: Vec<Bytes>,
     waiting_bytes: usize,
+    /// What is there is known to be damaged.
+    damaged: bool,
     /// `None` while a thread has it.
     writing: Option<Writing>,
     _turn: OwnedSemaphorePermit,
@@ -114,7 +117,7 @@ impl BaseStore {
         let part = self.cluster(cluster);
         let turn = part.puts.clone().acquire_owned().await;
         let turn = turn.map_err(|e| Code::Internal.status(e))?;
-        let (disk, files) = (self.disk().clone(), part.files.clone());
+        let (this, disk, files) = (self.clone(), self.disk().clone(), part.files.clone());
         let name = cluster.clone();
         let writing = tokio::task::spawn_blocking(move || {
             let config = files.path(BaseFile::CONFIG);
@@ -128,12 +131,14 @@ impl BaseStore {
             }
             refuse_full(disk.as_ref(), &config, size)
                 .map_err(|detail| refuse(Code::DiskFull, &name, file, detail))?;
-            let begun = Temporary::create(disk, &files, file, size);
+            let damaged = file.kind == BaseKind::Data && this.damaged_packs(&name).contains(&file);
+            let begun = Temporary::create(disk, &files, file, (!damaged).then_some(size));
             begun
-                .map(|to| Writing { hasher: Hasher::default(), to })
+                .map(|to| (Writing { hasher: Hasher::default(), to }, damaged))
                 .map_err(|e| errors::status(&e))
         });
-        let writing = writing.await.map_err(|e| Code::Internal.status(format!("store: {e}")))??;
+        let writing = writing.await.map_err(|e| Code::Internal.status(format!("store: {e}")))?;
+        let (writing, damaged) = writing?;
         Ok(Incoming {
             base: self.clone(),
             cluster: cluster.clone(),
@@ -142,6 +147,7 @@ impl BaseStore {
             received: 0,
             waiting: Vec::new(),
             waiting_bytes: 0,
+            damaged,
             writing: Some(writing),
             _turn: turn,
         })
@@ -149,16 +155,16 @@ impl BaseStore {
 }
 
 impl Temporary {
-    /// `None` when a file of this name and size is there.
+    /// `None` when a file of this name and size is there; without a size, whatever is there is replaced.
     fn create(
         disk: Arc<dyn Disk>,
         files: &klio_storage::repository::LocalFiles,
         file: BaseFile,
-        size: u64,
+        size: Option<u64>,
     ) -> Result<Option<Self>, Error> {
         let target = files.place_for(file)?;
         match disk.stat(&target) {
-            Ok(stat) if stat.size == size => {
+            Ok(stat) if Some(stat.size) == size => {
                 // Its name may have been made by a process that crashed before it was durable.
                 durable::sync_dir(disk.as_ref(), target.parent().unwrap_or(Path::new("/")))?;
                 return Ok(None);
@@ -265,6 +271,11 @@ impl Incoming {
             return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
         }
         let object = BaseObject::File(self.file);
+        if self.damaged {
+            let key = object.key(&self.cluster);
+            let forget = move |known: &mut KnownDamage| known.packs.retain(|d| d.key != key);
+            self.base.change_damage(&self.cluster, forget).await?;
+        }
         if !existed || self.base.archives().size(&self.cluster, &object) != Some(self.size) {
             self.base.announce(&self.cluster, object, self.size);
         }

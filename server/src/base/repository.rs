@@ -6,21 +6,16 @@
 //! nothing is made: a second repository would hide the first one (P10).
 
 use super::{BaseStore, run, tier2_status};
-use crate::{
-    errors,
-    receive::open::{check_system, pinned},
-};
+use crate::errors;
 use klio_proto::{Code, wal::System};
 use klio_storage::{
     Error, Kind, Op,
     disk::{durable, read_small},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
-    record,
     repository::{
         Files, Repository, SECRET_LIMIT_BYTES, Secret, decode_secret, encode_secret, secret_objects,
     },
     tier2::Tier2,
-    wal::Pinned,
 };
 use std::{io, sync::Arc};
 use tonic::Status;
@@ -67,41 +62,6 @@ impl BaseStore {
         let secret = self.open_repository(cluster, None).await?;
         let files: Arc<dyn Files> = Arc::new(self.files(cluster));
         run(move || Repository::open(files, &secret)).await
-    }
-
-    /// P8, over both tiers: a tier 1 that was lost does not make a stranger welcome.
-    async fn pin(&self, cluster: &ClusterName, system: System) -> Result<(), Status> {
-        check_system(self.wal(), cluster, system)?;
-        if self.wal().pinned(cluster).is_none()
-            && let Some(before) = self.pinned_in_tier2(cluster).await?
-            && before.system_identifier != system.system_identifier
-        {
-            return Err(Code::WrongSystem.status(format!(
-                "open cluster {cluster}: expected system identifier {} as in tier 2, found {}",
-                before.system_identifier, system.system_identifier
-            )));
-        }
-        let (store, name) = (self.wal().clone(), cluster.clone());
-        run(move || store.pin(&name, pinned(system))).await?;
-        let object = BaseObject::Cluster;
-        if self.archives().size(cluster, &object).is_none() {
-            self.announce(cluster, object, 0);
-        }
-        Ok(())
-    }
-
-    /// What tier 2's `cluster.json` says.
-    ///
-    /// # Errors
-    /// `UNAVAILABLE`, `CORRUPT`.
-    pub async fn pinned_in_tier2(&self, cluster: &ClusterName) -> Result<Option<Pinned>, Status> {
-        let Some(tier2) = self.tier2() else { return Ok(None) };
-        let key = BaseObject::Cluster.key(cluster);
-        let read = tier2.read_small(&key, record::LIMIT_BYTES).await;
-        let Some(bytes) = read.map_err(|e| tier2_status("open", cluster, &e))? else {
-            return Ok(None);
-        };
-        Pinned::decode(&bytes, &key).map(Some).map_err(|e| errors::status(&e))
     }
 
     /// The secret and where it was found: tier 1, else tier 2.

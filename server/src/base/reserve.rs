@@ -3,9 +3,11 @@
 //! A reservation lives as long as its [`Lease`], which lives as long as the client's stream: no clock and no
 //! file can leave one behind. Maintenance takes [`Reservations::removal`] before it takes anything away, and a
 //! backup waits for its end, however long that takes: one that began meanwhile would name packs in an index that
-//! are just being removed. Only one that ran before, and lost its reservation, goes on beside it.
+//! are just being removed. Only one that ran before, and lost its reservation, goes on beside it. A restore does not hold
+//! maintenance off: packs are marked long before they go (R4), and its WAL is kept by `readers`.
 
 use super::{BaseStore, lock, tier2_status};
+use crate::readers::Restoring;
 use klio_proto::Code;
 use klio_storage::layout::{BackupName, ClusterName};
 use std::{
@@ -81,6 +83,8 @@ pub struct Lease {
     reservations: Reservations,
     cluster: ClusterName,
     backup: Option<BackupName>,
+    /// Of a restore: keeps its WAL.
+    restoring: Option<Restoring>,
 }
 
 /// Maintenance that takes something away; dropping it ends it.
@@ -160,7 +164,8 @@ impl Reservations {
     /// Reserves for a restore.
     pub fn restore(&self, cluster: &ClusterName) -> Lease {
         lock(&self.0).entry(cluster.clone()).or_default().restores += 1;
-        Lease { reservations: self.clone(), cluster: cluster.clone(), backup: None }
+        let (reservations, cluster) = (self.clone(), cluster.clone());
+        Lease { reservations, cluster, backup: None, restoring: None }
     }
 
     /// Reserves `name` for a backup; `None` while maintenance removes, unless it is to run `beside` that.
@@ -185,7 +190,8 @@ impl Reservations {
             return Ok(None);
         }
         work.backup = Some((name.clone(), caller));
-        Ok(Some(Lease { reservations: self.clone(), cluster: cluster.clone(), backup: Some(name) }))
+        let (reservations, cluster) = (self.clone(), cluster.clone());
+        Ok(Some(Lease { reservations, cluster, backup: Some(name), restoring: None }))
     }
 
     /// Whether `caller` may commit a backup of that name: it has reserved it, or nobody has.
@@ -234,6 +240,23 @@ impl BaseStore {
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Reserves for a restore, of this backup where it says so: no WAL that it may need goes for good.
+    pub async fn reserve_restore(&self, cluster: &ClusterName, backup: Option<&str>) -> Lease {
+        let mut lease = self.reservations().restore(cluster);
+        // Before its backup is looked for: until that is known, all stays.
+        let restoring = self.readers().restore(cluster);
+        if let Some(name) = backup.and_then(|name| name.parse::<BackupName>().ok()) {
+            match self.backup(cluster, &name).await {
+                Ok(record) => restoring.needs_from(record.start_lsn),
+                Err(error) => {
+                    tracing::warn!(%cluster, backup = %name, error = error.message(), "a restore of a backup that cannot be looked up: all WAL stays meanwhile");
+                }
+            }
+        }
+        lease.restoring = Some(restoring);
+        lease
     }
 
     async fn free_name(

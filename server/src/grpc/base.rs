@@ -205,7 +205,9 @@ impl Base for BaseService {
             Purpose::Resumed(name) => {
                 self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
             }
-            Purpose::Restore => self.base.reservations().restore(&cluster),
+            Purpose::Restore(backup) => {
+                self.base.reserve_restore(&cluster, backup.as_deref()).await
+            }
         };
         let auth = self.auth.clone();
         let check = move || auth.recheck(&identity);

@@ -7,10 +7,7 @@ use super::{
 use crate::{
     fetch::Source,
     queue,
-    receive::{
-        Receiver,
-        open::{blocking, check_system, pinned},
-    },
+    receive::{Receiver, open::blocking},
 };
 use futures::{Stream, StreamExt};
 use klio_proto::{
@@ -61,7 +58,7 @@ impl Wal for WalService {
             self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
-        check_system(&self.receiver.store, &cluster, asked.system)?;
+        self.receiver.base.check_system(&cluster, asked.system).await?;
         let timelines = self.receiver.store.positions(&cluster).into_iter();
         let timelines = timelines
             .map(|p| v1::TimelinePosition {
@@ -83,15 +80,11 @@ impl Wal for WalService {
         let PutHistoryRequest { system, timeline, content, .. } =
             PutHistoryRequest::try_from(request.into_inner())?;
         let (store, name) = (self.receiver.store.clone(), cluster.clone());
-        check_system(&store, &cluster, system)?;
+        // First contact may be with a cluster that was promoted long ago: its history comes before its WAL.
+        self.receiver.base.pin(&cluster, system).await?;
         let size = content.len() as u64;
         let new = store.history(&cluster, timeline).is_err();
-        blocking(move || {
-            // First contact may be with a cluster that was promoted long ago: its history comes before its WAL.
-            store.pin(&name, pinned(system))?;
-            store.put_history(&name, timeline, &content)
-        })
-        .await?;
+        blocking(move || store.put_history(&name, timeline, &content)).await?;
         if new {
             self.receiver.metrics.written(&cluster, size);
             self.queue.publish_path(&cluster, WalFile::History(timeline), size);

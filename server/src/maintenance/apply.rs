@@ -119,6 +119,7 @@ impl Inner {
             tell(Step { phase: format!("expire backup {name}"), ..Step::default() });
             self.remove_record(cluster, name).await?;
             outcome.expired.push(name.clone());
+            self.metrics.forgotten(cluster, name);
         }
         let job = self.prune_job(cluster, &plan, &records, &expired);
         let pruned = self.prune(cluster, job, tell).await?;
@@ -166,6 +167,7 @@ impl Inner {
             prune: true,
             keep_marked_seconds: self.settings.maintenance.keep_marked_seconds,
             near: evicts.then_some(near),
+            ..PruneJob::default()
         }
     }
 

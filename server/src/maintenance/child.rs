@@ -28,6 +28,8 @@ impl Inner {
         job: PruneJob,
         tell: Tell<'_>,
     ) -> Result<PruneResult, Status> {
+        let damaged = self.known_damage(cluster).await?.packs;
+        let job = PruneJob { damaged: damaged.into_iter().map(|d| d.key).collect(), ..job };
         match self.child(cluster, Work::Prune(job), tell).await? {
             Line::Pruned(result) => Ok(result),
             other => Err(unexpected(&other)),

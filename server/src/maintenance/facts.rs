@@ -30,6 +30,10 @@ impl Inner {
         // What arrived a moment ago counts.
         let holdings = self.holdings_now(cluster).await?;
         let mut problems = listed.problems;
+        if problems.is_empty() {
+            let names = listed.backups.iter().map(|backup| &backup.record.name);
+            self.metrics.retain(cluster, &names.collect());
+        }
         problems.extend(self.base.wal().problems(cluster));
         let held = Survey::new(&holdings, Vec::new());
         let far = Survey::new(&self.base.holdings_of_tier2(cluster).await?, Vec::new());

@@ -1,9 +1,13 @@
 //! Instruments of verification, drills and maintenance.
+//!
+//! Damage counts for as long as it is known: by the newest outcome of each backup that exists, not by the last run, which may
+//! have looked at less. Times are of clocks that jump: what is reported now counts as the newest whatever its time says,
+//! and of what earlier runs of the server kept, one of the future is taken for older than the others.
 
 use crate::metrics::{Reading, Tallies, ZEROS};
 use klio_storage::{
-    catalog::{DrillOutcome, MaintenanceOutcome, VerifyOutcome},
-    layout::ClusterName,
+    catalog::{Damage, DrillOutcome, KnownDamage, MaintenanceOutcome, VerifyOutcome},
+    layout::{BackupName, ClusterName},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,11 +17,26 @@ use std::{
 /// What is remembered of a cluster.
 #[derive(Debug, Clone, Default)]
 struct Last {
-    verified: Option<(f64, usize)>,
+    verified: Option<f64>,
+    /// What the newest verification of each backup found and could not repair.
+    damaged: BTreeMap<BackupName, Vec<Damage>>,
+    /// What is no single backup's.
+    others: Vec<Damage>,
     drilled: Option<DrillOutcome>,
     maintained: Option<f64>,
     /// `None` while nobody knows.
     alarm: Option<bool>,
+}
+
+impl Last {
+    fn damage(&self) -> usize {
+        self.damaged.values().flatten().chain(&self.others).collect::<BTreeSet<_>>().len()
+    }
+}
+
+/// Whether a kept time counts as newer than another one.
+fn is_newer(time: f64, than: f64, now_unix: f64) -> bool {
+    (time <= now_unix, time) >= (than <= now_unix, than)
 }
 
 /// Counts, and last results.
@@ -39,23 +58,69 @@ impl MaintenanceMetrics {
             false => "klio.consumer.backup_verification_failure",
         };
         self.tallies.add(cluster, name, "", 1);
-        self.seen_verified(cluster, outcome);
+        self.last().entry(cluster.clone()).or_default().verified = Some(outcome.finished_unix);
     }
 
-    /// One of an earlier run of the server.
-    pub(super) fn seen_verified(&self, cluster: &ClusterName, outcome: &VerifyOutcome) {
+    /// What is kept beside backups from now on.
+    pub(super) fn kept(&self, cluster: &ClusterName, outcome: &VerifyOutcome) {
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
-        if entry.verified.is_none_or(|(time, _)| time <= outcome.finished_unix) {
-            entry.verified = Some((outcome.finished_unix, outcome.damaged.len()));
+        for name in &outcome.backups {
+            entry.damaged.insert(name.clone(), outcome.damaged.clone());
         }
     }
 
-    /// A drill was reported, now or earlier.
-    pub(super) fn drilled(&self, cluster: &ClusterName, outcome: &DrillOutcome) {
+    /// What is known of a cluster besides.
+    pub(super) fn known(&self, cluster: &ClusterName, known: &KnownDamage) {
+        self.last().entry(cluster.clone()).or_default().others.clone_from(&known.others);
+    }
+
+    /// A backup is gone, and its damage with it.
+    pub(super) fn forgotten(&self, cluster: &ClusterName, name: &BackupName) {
+        if let Some(last) = self.last().get_mut(cluster) {
+            last.damaged.remove(name);
+        }
+    }
+
+    /// These are all the backups there are: a crash may have left an outcome of one that expired.
+    pub(super) fn retain(&self, cluster: &ClusterName, there: &BTreeSet<&BackupName>) {
+        if let Some(last) = self.last().get_mut(cluster) {
+            last.damaged.retain(|name, _| there.contains(name));
+        }
+    }
+
+    /// One of an earlier run of the server.
+    pub(super) fn seen_verified(
+        &self,
+        cluster: &ClusterName,
+        outcome: &VerifyOutcome,
+        now_unix: f64,
+    ) {
+        self.kept(cluster, outcome);
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
-        if entry.drilled.as_ref().is_none_or(|known| known.finished_unix <= outcome.finished_unix) {
+        if entry.verified.is_none_or(|time| is_newer(outcome.finished_unix, time, now_unix)) {
+            entry.verified = Some(outcome.finished_unix);
+        }
+    }
+
+    /// A drill was reported.
+    pub(super) fn drilled(&self, cluster: &ClusterName, outcome: &DrillOutcome) {
+        self.last().entry(cluster.clone()).or_default().drilled = Some(outcome.clone());
+    }
+
+    /// One of an earlier run of the server.
+    pub(super) fn seen_drilled(
+        &self,
+        cluster: &ClusterName,
+        outcome: &DrillOutcome,
+        now_unix: f64,
+    ) {
+        let mut last = self.last();
+        let entry = last.entry(cluster.clone()).or_default();
+        let newer =
+            |known: &DrillOutcome| is_newer(outcome.finished_unix, known.finished_unix, now_unix);
+        if entry.drilled.as_ref().is_none_or(newer) {
             entry.drilled = Some(outcome.clone());
         }
     }
@@ -119,9 +184,11 @@ impl MaintenanceMetrics {
             if let Some(time) = last.maintained {
                 put("klio.maintenance.latest_time", time);
             }
-            if let Some((time, damaged)) = last.verified {
+            if let Some(time) = last.verified {
                 put("klio.verify.latest_age", (now_unix - time).max(0.0));
-                put("klio.verify.damaged", damaged as f64);
+            }
+            if last.verified.is_some() || last.damage() > 0 {
+                put("klio.verify.damaged", last.damage() as f64);
             }
             if let Some(drill) = &last.drilled {
                 put("klio.drill.latest_age", (now_unix - drill.finished_unix).max(0.0));
@@ -141,6 +208,98 @@ mod tests {
         let (metrics, cluster) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
         metrics.seen_maintained(&cluster, outcome);
         metrics.is_alarmed(&cluster)
+    }
+
+    fn verified(name: &str, finished_unix: f64, damaged: &[&str]) -> VerifyOutcome {
+        let damage = |key: &&str| Damage {
+            tier: "tier1".into(),
+            key: (*key).into(),
+            problem: "expected A, found B".into(),
+        };
+        VerifyOutcome {
+            backups: vec![name.parse().unwrap()],
+            ok: damaged.is_empty(),
+            finished_unix,
+            duration_seconds: 1.0,
+            read_percent: 1.0,
+            read_bytes: 0,
+            files: 0,
+            damaged: damaged.iter().map(damage).collect(),
+            repaired: vec![],
+        }
+    }
+
+    fn drill(finished_unix: f64, ok: bool) -> DrillOutcome {
+        DrillOutcome {
+            backup: "b".parse().unwrap(),
+            ok,
+            finished_unix,
+            restore_seconds: 1.0,
+            recovery_seconds: 1.0,
+            check_seconds: 1.0,
+            recovered_lsn: None,
+            problems: vec![],
+        }
+    }
+
+    fn value(metrics: &MaintenanceMetrics, name: &str) -> Option<f64> {
+        let mut out = Vec::new();
+        metrics.read(&BTreeSet::from(["pg".parse().unwrap()]), 1000.0, &mut out);
+        out.iter().find(|reading| reading.name == name).map(|reading| reading.value)
+    }
+
+    #[test]
+    fn damage_of_one_backup_is_not_hidden_by_a_look_at_another() {
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        let damaged = || value(&metrics, "klio.verify.damaged");
+        assert_eq!(damaged(), None);
+        let run = |outcome: &VerifyOutcome| {
+            metrics.kept(&pg, outcome);
+            metrics.verified(&pg, outcome);
+        };
+        run(&verified("old", 10.0, &["x", "y"]));
+        run(&verified("new", 20.0, &[]));
+        assert_eq!(damaged(), Some(2.0));
+        // The same file, needed by both, is one.
+        run(&verified("new", 30.0, &["x"]));
+        assert_eq!(damaged(), Some(2.0));
+        let others = verified("none", 30.0, &["pg/wal"]).damaged;
+        metrics.known(&pg, &KnownDamage { packs: vec![], others });
+        assert_eq!(damaged(), Some(3.0));
+        metrics.known(&pg, &KnownDamage::default());
+        let new = "new".parse().unwrap();
+        metrics.forgotten(&pg, &"old".parse().unwrap());
+        assert_eq!(damaged(), Some(1.0), "the old backup expired");
+        run(&verified("crashed", 30.0, &["z"]));
+        metrics.retain(&pg, &BTreeSet::from([&new]));
+        assert_eq!(damaged(), Some(1.0));
+        run(&verified("new", 40.0, &[]));
+        assert_eq!(damaged(), Some(0.0));
+    }
+
+    /// Now is 1000.
+    #[test]
+    fn an_outcome_of_the_future_hides_no_other() {
+        let pg = "pg".parse().unwrap();
+        for order in [[0, 1], [1, 0]] {
+            let metrics = MaintenanceMetrics::default();
+            for which in order {
+                let outcome = [drill(5000.0, true), drill(900.0, false)][which].clone();
+                metrics.seen_drilled(&pg, &outcome, 1000.0);
+                let time = outcome.finished_unix;
+                metrics.seen_verified(&pg, &verified("b", time, &[]), 1000.0);
+            }
+            assert_eq!(value(&metrics, "klio.drill.latest_success"), Some(0.0));
+            assert_eq!(value(&metrics, "klio.verify.latest_age"), Some(100.0));
+        }
+        // Now the server's clock was ahead, and is not any more.
+        let metrics = MaintenanceMetrics::default();
+        for outcome in [drill(5000.0, true), drill(900.0, false)] {
+            metrics.drilled(&pg, &outcome);
+            metrics.verified(&pg, &verified("b", outcome.finished_unix, &[]));
+        }
+        assert_eq!(value(&metrics, "klio.drill.latest_success"), Some(0.0));
+        assert_eq!(value(&metrics, "klio.verify.latest_age"), Some(100.0));
     }
 
     #[test]

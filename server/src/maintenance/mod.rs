@@ -66,6 +66,9 @@ struct Inner {
     turn: tokio::sync::Mutex<()>,
 }
 
+/// Clocks that differ by less are as good as clocks get without help: no reason for a warning.
+const SKEW_SECONDS: f64 = 5.0;
+
 /// Where the result of the last maintenance of a cluster is kept: `<cluster>/maintenance.json`, in the shape of
 /// `record`. Losing it loses knowledge only.
 fn last_run_path(base: &BaseStore, cluster: &ClusterName) -> PathBuf {
@@ -88,13 +91,15 @@ impl Maintenance {
             if let Some(outcome) = last_run(&base, &cluster) {
                 metrics.seen_maintained(&cluster, &outcome);
             }
-            for (name, _) in base.records_on_disk(&cluster).unwrap_or_default() {
-                let (disk, root) = (base.disk().as_ref(), base.root());
+            metrics.known(&cluster, &base.known_damage(&cluster));
+            let (disk, root, now) = (base.disk().as_ref(), base.root(), base.now_unix());
+            // Also of backups that only tier 2 has; expiring one removes what is known of it.
+            for name in outcomes::names(disk, root, &cluster).unwrap_or_default() {
                 if let Ok(Some(outcome)) = outcomes::load_verified(disk, root, &cluster, &name) {
-                    metrics.seen_verified(&cluster, &outcome);
+                    metrics.seen_verified(&cluster, &outcome, now);
                 }
                 if let Ok(Some(outcome)) = outcomes::load_drilled(disk, root, &cluster, &name) {
-                    metrics.drilled(&cluster, &outcome);
+                    metrics.seen_drilled(&cluster, &outcome, now);
                 }
             }
         }
@@ -149,8 +154,16 @@ impl Maintenance {
     /// # Errors
     /// `INVALID` for one that cannot be read, `NOT_FOUND` for a backup that is not there.
     pub async fn record_drill(&self, cluster: &ClusterName, document: &[u8]) -> Result<(), Status> {
-        let outcome: DrillOutcome = serde_json::from_slice(document)
+        let mut outcome: DrillOutcome = serde_json::from_slice(document)
             .map_err(|e| Code::Invalid.status(format!("record a drill of {cluster}: {e}")))?;
+        let now = self.0.base.now_unix();
+        if outcome.finished_unix > now {
+            let ahead_seconds = outcome.finished_unix - now;
+            if ahead_seconds > SKEW_SECONDS {
+                tracing::warn!(%cluster, backup = %outcome.backup, ahead_seconds, "a drill says that it ended in the future: now is kept instead; hint: compare the clock of the machine that did it with this one");
+            }
+            outcome.finished_unix = now;
+        }
         self.0.base.backup(cluster, &outcome.backup).await?;
         let (base, name, kept) = (self.0.base.clone(), cluster.clone(), outcome.clone());
         let stored = tokio::task::spawn_blocking(move || {

@@ -11,7 +11,7 @@ use klio_storage::{
     repository::SnapshotId,
 };
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 /// What to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,6 +53,9 @@ pub struct PruneJob {
     pub prune: bool,
     /// Seconds for which a pack stays after it was marked.
     pub keep_marked_seconds: u64,
+    /// Keys of packs that are known to be damaged, with a good copy in no tier.
+    #[serde(default)]
+    pub damaged: BTreeSet<String>,
     /// Tier 1 keeps the packs of these; the others go from it when they are proven in tier 2. `None`:
     /// tier 1 keeps all.
     pub near: Option<Vec<SnapshotId>>,
@@ -104,8 +107,14 @@ pub struct Archived {
 pub struct VerifyJob {
     /// These.
     pub backups: Vec<VerifyBackup>,
+    /// Those that were not asked for: damage that is found may be theirs, too.
+    #[serde(default)]
+    pub others: Vec<VerifyBackup>,
     /// They are all there are: then every file is looked at, whoever needs it.
     pub all: bool,
+    /// Keys that an earlier verification found damaged: these are read whatever the share.
+    #[serde(default)]
+    pub again: BTreeSet<String>,
     /// Share of packs that is read, 0 to 100.
     pub read_percent: f64,
     /// Read this share of the WAL behind the backups, too. WAL from start to stop of a backup is always read.
@@ -125,6 +134,9 @@ pub struct Finding {
     pub damage: Damage,
     /// Which backups need it.
     pub backups: Vec<BackupName>,
+    /// It was read, and no tier has a good copy.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 /// What was found.
@@ -134,6 +146,9 @@ pub struct VerifyResult {
     pub damaged: Vec<Finding>,
     /// Good again.
     pub repaired: Vec<Finding>,
+    /// Of the packs that were to be read again, those that are good or gone now.
+    #[serde(default)]
+    pub disproved: BTreeSet<String>,
     /// In both tiers.
     pub read_bytes: u64,
     /// In both tiers.

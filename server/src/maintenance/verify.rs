@@ -1,4 +1,8 @@
 //! Proves what is stored, and keeps the result beside each backup.
+//!
+//! Damage that was found stays known until it is disproved: what an earlier verification found and could not repair is read
+//! again whatever the share, so that a smaller one says the same of it or has seen it good. A finding that is also another
+//! backup's is kept beside that one, too.
 
 use super::{
     Inner,
@@ -10,11 +14,14 @@ use klio_pg::SegmentSize;
 use klio_proto::Code;
 use klio_storage::{
     catalog::{
-        BackupRecord, Damage, Holdings, VerifyOutcome, outcomes,
+        BackupRecord, Damage, Holdings, KnownDamage, VerifyOutcome,
+        damage::pack_of,
+        outcomes,
         recovery::{Hole, Path},
     },
     layout::{BackupName, BaseObject, ClusterName},
 };
+use std::collections::BTreeSet;
 use tonic::Status;
 
 /// What to verify.
@@ -39,16 +46,38 @@ impl Inner {
         let _turn = self.turn.lock().await;
         let began = tokio::time::Instant::now();
         let listed = self.base.backups(cluster).await?;
-        let chosen = choose(cluster, listed.backups, request)?;
+        let chosen = choose(cluster, &listed.backups, request)?;
+        let known = self.known_damage(cluster).await?;
+        let again = again(&chosen, &known);
         let holdings = self.holdings_now(cluster).await?;
-        let lost = self.lost(cluster, &chosen, &holdings, request).await?;
-        let job = self.job(cluster, &chosen, request);
+        // A hole that was found stays one until nobody is found to miss it.
+        let had_holes = known.others.iter().any(|d| d.key == wal_key(cluster));
+        let scope = if had_holes { &listed.backups } else { &chosen };
+        let looks = request.wal || had_holes || again.iter().any(|key| is_wal(cluster, key));
+        let lost = if looks { self.lost(cluster, scope, &holdings).await? } else { Vec::new() };
+        let names: BTreeSet<&BackupName> = chosen.iter().map(|b| &b.record.name).collect();
+        let others = listed.backups.iter().filter(|b| !names.contains(&b.record.name));
+        let others: Vec<ListedBackup> = others.cloned().collect();
+        let all = request.backup.is_none();
+        let job = self.job(cluster, &chosen, &others, again, request);
         let result = self.read_back(cluster, job, tell).await?;
         // Asked again: a record that could not be read may be good by now.
         let problems = self.base.backups(cluster).await?.problems;
         let mut result = complete(cluster, result, &chosen, &holdings, &problems);
         result.damaged.extend(lost.into_iter().map(|hole| of_no_backup(cluster, &hole)));
         let seconds = began.elapsed().as_secs_f64();
+        self.learn(cluster, &result, all).await?;
+        for other in &others {
+            self.tell_other(cluster, other, &result).await?;
+        }
+        // Asked for some backups, what none of them needs is not their damage.
+        let is_theirs = |finding: &Finding| {
+            let is_pack = pack_of(cluster, &finding.damage.key).is_some();
+            all || finding.backups.iter().any(|name| names.contains(name))
+                || finding.backups.is_empty() && !is_pack
+        };
+        result.damaged.retain(is_theirs);
+        result.repaired.retain(is_theirs);
         let outcome =
             |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
                 backups,
@@ -63,15 +92,12 @@ impl Inner {
             };
         for backup in &chosen {
             let name = &backup.record.name;
-            let own = |findings: &[Finding]| -> Vec<Damage> {
-                let own = findings.iter().filter(|f| f.backups.contains(name));
-                own.map(|f| f.damage.clone()).collect()
-            };
+            let own = |findings: &[Finding]| damage_of(findings, |f| f.backups.contains(name));
             let own = outcome(vec![name.clone()], own(&result.damaged), own(&result.repaired));
             self.keep_outcome(cluster, own).await?;
         }
-        let all = |findings: &[Finding]| findings.iter().map(|f| f.damage.clone()).collect();
-        let names = chosen.iter().map(|b| b.record.name.clone()).collect();
+        let all = |findings: &[Finding]| damage_of(findings, |_| true);
+        let names = names.into_iter().cloned().collect();
         let outcome = outcome(names, all(&result.damaged), all(&result.repaired));
         self.metrics.verified(cluster, &outcome);
         for damage in &outcome.damaged {
@@ -89,17 +115,16 @@ impl Inner {
         self.base.holdings(cluster).await
     }
 
-    /// WAL behind the backups that neither tier has, where it was asked for. What is sealed between two listings is
-    /// in none of them for a moment: it must be missing twice.
+    /// WAL behind the backups that neither tier has. What is sealed between two listings is in none of them for a moment: it
+    /// must be missing twice.
     async fn lost(
         &self,
         cluster: &ClusterName,
-        chosen: &[ListedBackup],
+        backups: &[ListedBackup],
         holdings: &Holdings,
-        request: &Request,
     ) -> Result<Vec<Hole>, Status> {
-        let records = || chosen.iter().map(|backup| &backup.record);
-        let mut lost = if request.wal { lost(holdings, records()) } else { Vec::new() };
+        let records = || backups.iter().map(|backup| &backup.record);
+        let mut lost = lost(holdings, records());
         if !lost.is_empty() {
             let again = self::lost(&self.holdings_now(cluster).await?, records());
             lost.retain(|hole| again.contains(hole));
@@ -107,7 +132,14 @@ impl Inner {
         Ok(lost)
     }
 
-    fn job(&self, cluster: &ClusterName, chosen: &[ListedBackup], request: &Request) -> VerifyJob {
+    fn job(
+        &self,
+        cluster: &ClusterName,
+        chosen: &[ListedBackup],
+        others: &[ListedBackup],
+        again: BTreeSet<String>,
+        request: &Request,
+    ) -> VerifyJob {
         let pinned = self.base.wal().pinned(cluster);
         let on_disk = |name: &BackupName| {
             let path = self.base.path(cluster, &BaseObject::Record(name.clone()));
@@ -120,6 +152,8 @@ impl Inner {
         };
         VerifyJob {
             backups: chosen.iter().map(backup).collect(),
+            others: others.iter().map(backup).collect(),
+            again,
             all: request.backup.is_none(),
             read_percent: request.read_percent,
             wal: request.wal,
@@ -148,11 +182,67 @@ impl Inner {
         owed
     }
 
+    /// What is known to be damaged, whoever needs it.
+    pub(super) async fn known_damage(&self, cluster: &ClusterName) -> Result<KnownDamage, Status> {
+        let (base, cluster) = (self.base.clone(), cluster.clone());
+        let known = tokio::task::spawn_blocking(move || base.known_damage(&cluster));
+        known.await.map_err(|e| Code::Internal.status(format!("read known damage: {e}")))
+    }
+
+    /// Adds what was found, and takes away what was disproved. `all`: every backup was looked at.
+    async fn learn(
+        &self,
+        cluster: &ClusterName,
+        result: &VerifyResult,
+        all: bool,
+    ) -> Result<(), Status> {
+        let (name, result) = (cluster.clone(), result.clone());
+        let change = move |known: &mut KnownDamage| learn(&name, known, &result, all);
+        let known = self.base.change_damage(cluster, change).await?;
+        self.metrics.known(cluster, &known);
+        Ok(())
+    }
+
+    /// Keeps damage beside a backup that was not asked for and needs it all the same: retention counts on what is kept.
+    async fn tell_other(
+        &self,
+        cluster: &ClusterName,
+        other: &ListedBackup,
+        result: &VerifyResult,
+    ) -> Result<(), Status> {
+        let name = &other.record.name;
+        let mut found = damage_of(&result.damaged, |f| f.lost && f.backups.contains(name));
+        let kept = other.verified.as_ref();
+        let known = |d: &Damage| {
+            kept.is_some_and(|o| o.damaged.iter().any(|k| (&k.tier, &k.key) == (&d.tier, &d.key)))
+        };
+        found.retain(|damage| !known(damage));
+        if found.is_empty() {
+            return Ok(());
+        }
+        let mut outcome = kept.cloned().unwrap_or_else(|| VerifyOutcome {
+            backups: vec![name.clone()],
+            ok: false,
+            finished_unix: self.base.now_unix(),
+            duration_seconds: 0.0,
+            read_percent: 0.0,
+            read_bytes: 0,
+            files: 0,
+            damaged: Vec::new(),
+            repaired: Vec::new(),
+        });
+        tracing::error!(%cluster, backup = %name, files = found.len(), "damage that was found beside it is this backup's, too");
+        outcome.ok = false;
+        outcome.damaged.extend(found);
+        self.keep_outcome(cluster, outcome).await
+    }
+
     async fn keep_outcome(
         &self,
         cluster: &ClusterName,
         outcome: VerifyOutcome,
     ) -> Result<(), Status> {
+        self.metrics.kept(cluster, &outcome);
         let (base, cluster) = (self.base.clone(), cluster.clone());
         let kept = tokio::task::spawn_blocking(move || {
             outcomes::store_verified(base.disk().as_ref(), base.root(), &cluster, &outcome)
@@ -165,16 +255,56 @@ impl Inner {
 
 fn choose(
     cluster: &ClusterName,
-    backups: Vec<ListedBackup>,
+    backups: &[ListedBackup],
     request: &Request,
 ) -> Result<Vec<ListedBackup>, Status> {
-    let Some(wanted) = &request.backup else { return Ok(backups) };
+    let Some(wanted) = &request.backup else { return Ok(backups.to_vec()) };
     let chosen: Vec<ListedBackup> =
-        backups.into_iter().filter(|b| b.record.name == *wanted).collect();
+        backups.iter().filter(|b| b.record.name == *wanted).cloned().collect();
     match chosen.is_empty() {
         true => Err(Code::NotFound.status(format!("cluster {cluster} has no backup {wanted}"))),
         false => Ok(chosen),
     }
+}
+
+/// What was found damaged before, and is read again whatever the share.
+fn again(chosen: &[ListedBackup], known: &KnownDamage) -> BTreeSet<String> {
+    let kept = chosen.iter().filter_map(|backup| backup.verified.as_ref());
+    let kept = kept.flat_map(|outcome| &outcome.damaged);
+    kept.chain(&known.packs).map(|damage| damage.key.clone()).collect()
+}
+
+fn damage_of(findings: &[Finding], which: impl Fn(&Finding) -> bool) -> Vec<Damage> {
+    findings.iter().filter(|f| which(f)).map(|f| f.damage.clone()).collect()
+}
+
+/// Of findings that name no single file.
+fn wal_key(cluster: &ClusterName) -> String {
+    format!("{cluster}/wal")
+}
+
+fn records_key(cluster: &ClusterName) -> String {
+    format!("{cluster}/backups")
+}
+
+fn is_wal(cluster: &ClusterName, key: &str) -> bool {
+    key.strip_prefix(&wal_key(cluster)).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// What is known after a verification. Packs are known by their keys: those that were damaged before were all read again, if
+/// the repository could be opened. Of the rest, records and holes are looked at each time, small files when all
+/// backups are.
+fn learn(cluster: &ClusterName, known: &mut KnownDamage, result: &VerifyResult, all: bool) {
+    known.packs.retain(|damage| !result.disproved.contains(&damage.key));
+    let is_pack = |damage: &Damage| pack_of(cluster, &damage.key).is_some();
+    let packs = damage_of(&result.damaged, |f| f.lost && is_pack(&f.damage));
+    known.packs.retain(|old| packs.iter().all(|new| new.key != old.key));
+    known.packs.extend(packs);
+    let looked_at = [wal_key(cluster), records_key(cluster)];
+    known.others.retain(|damage| !all && !looked_at.contains(&damage.key));
+    let others = damage_of(&result.damaged, |f| f.backups.is_empty() && !is_pack(&f.damage));
+    known.others.retain(|old| others.iter().all(|new| new.key != old.key));
+    known.others.extend(others);
 }
 
 /// What is missing behind these backups, on every timeline that they lead to, and is not on record as a gap or as
@@ -202,9 +332,9 @@ fn lost<'a>(
 
 /// Every backup can be restored to its own end all the same.
 fn of_no_backup(cluster: &ClusterName, hole: &Hole) -> Finding {
-    let key = format!("{cluster}/wal");
+    let key = wal_key(cluster);
     let damage = Damage { tier: "both".into(), key, problem: hole.to_string() };
-    Finding { damage, backups: Vec::new() }
+    Finding { damage, backups: Vec::new(), lost: false }
 }
 
 /// Adds what only the server can say: records that cannot be read, and WAL that is missing.
@@ -216,12 +346,9 @@ fn complete(
     problems: &[String],
 ) -> VerifyResult {
     for problem in problems {
-        let damage = Damage {
-            tier: "both".into(),
-            key: format!("{cluster}/backups"),
-            problem: problem.clone(),
-        };
-        result.damaged.push(Finding { damage, backups: Vec::new() });
+        let damage =
+            Damage { tier: "both".into(), key: records_key(cluster), problem: problem.clone() };
+        result.damaged.push(Finding { damage, backups: Vec::new(), lost: false });
     }
     for backup in chosen {
         let record = &backup.record;
@@ -234,8 +361,9 @@ fn complete(
             }
             Err(error) => error.to_string(),
         };
-        let damage = Damage { tier: "both".into(), key: format!("{cluster}/wal"), problem };
-        result.damaged.push(Finding { damage, backups: vec![record.name.clone()] });
+        let damage = Damage { tier: "both".into(), key: wal_key(cluster), problem };
+        let backups = vec![record.name.clone()];
+        result.damaged.push(Finding { damage, backups, lost: false });
     }
     result
 }
@@ -257,6 +385,57 @@ pub(super) mod tests {
 
     fn tli(number: u32) -> TimelineId {
         TimelineId::new(number).unwrap()
+    }
+
+    fn finding(key: &str, backups: &[&str], lost: bool) -> Finding {
+        let damage = Damage { tier: "tier1".into(), key: key.into(), problem: "bad".into() };
+        Finding { damage, backups: backups.iter().map(|n| n.parse().unwrap()).collect(), lost }
+    }
+
+    #[test]
+    fn a_damaged_pack_stays_known_until_it_is_read_and_good_though_no_backup_needs_it() {
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let pack = format!("pg/base/data/ab/{}", "ab".repeat(32));
+        let mut known = KnownDamage::default();
+        let packs =
+            |known: &KnownDamage| known.packs.iter().map(|d| d.key.clone()).collect::<Vec<_>>();
+        let bad = |backups: &[&str]| VerifyResult {
+            damaged: vec![finding(&pack, backups, true)],
+            ..VerifyResult::default()
+        };
+        learn(&cluster, &mut known, &bad(&["a"]), true);
+        learn(&cluster, &mut known, &bad(&[]), false);
+        assert_eq!((packs(&known), known.others.len()), (vec![pack.clone()], 0));
+        // The repository could not be opened: nothing was read, and nothing is disproved.
+        learn(&cluster, &mut known, &VerifyResult::default(), true);
+        assert_eq!(packs(&known), std::slice::from_ref(&pack));
+        // Good in the other tier, which only could not be written here: there is a good copy.
+        let disproved = BTreeSet::from([pack.clone()]);
+        let damaged = vec![finding(&pack, &["a"], false)];
+        learn(
+            &cluster,
+            &mut known,
+            &VerifyResult { disproved, damaged, ..VerifyResult::default() },
+            true,
+        );
+        assert_eq!(known, KnownDamage::default());
+    }
+
+    #[test]
+    fn what_is_no_single_backups_stays_known_until_it_is_looked_at_again() {
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let mut known = KnownDamage::default();
+        let snapshot = format!("pg/base/snapshots/{}", "ab".repeat(32));
+        let keys = ["pg/wal", "pg/backups", snapshot.as_str()];
+        let damaged = keys.iter().map(|key| finding(key, &[], false)).collect();
+        learn(&cluster, &mut known, &VerifyResult { damaged, ..VerifyResult::default() }, true);
+        assert_eq!(known.others.len(), 3);
+        let keys =
+            |known: &KnownDamage| known.others.iter().map(|d| d.key.clone()).collect::<Vec<_>>();
+        learn(&cluster, &mut known, &VerifyResult::default(), false);
+        assert_eq!(keys(&known), std::slice::from_ref(&snapshot));
+        learn(&cluster, &mut known, &VerifyResult::default(), true);
+        assert_eq!(known, KnownDamage::default());
     }
 
     /// From one segment to another.

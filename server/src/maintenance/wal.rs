@@ -3,10 +3,11 @@
 //! For each timeline, oldest first: the horizon is put on record; then each file of tier 1 is proven in
 //! tier 2 by reading it back, and goes (P5); then what may go for good goes from tier 2. Only below the
 //! contiguous archived frontier, never the last file of a timeline, histories never. It stops at the first
-//! object that tier 2 does not let go, so that no hole comes to be behind one that is left.
+//! object that tier 2 does not let go, so that no hole comes to be behind one that is left. What a restore or a
+//! recovery may still read goes from tier 1 to tier 2, but not for good (`readers`).
 
 use super::Inner;
-use crate::errors;
+use crate::{errors, readers::Hold};
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
@@ -48,12 +49,21 @@ impl Inner {
         let Some(below) = line.tier1_below else { return Ok(()) };
         let Some(tier2) = self.base.tier2() else {
             let Some(gone) = line.tier2_below else { return Ok(()) };
+            let gone = self.unread(cluster, line.timeline, gone, outcome);
             self.raise(cluster, line.timeline, gone, gone).await?;
             for file in self.removable(cluster, line.timeline).await? {
                 self.remove(cluster, file.file, outcome).await?;
             }
             return Ok(());
         };
+        if self.held_from(cluster, line.timeline).is_none() {
+            // Of a tier 1 that was lost: there is nothing to prove here, nor a place for a horizon.
+            let Some(gone) = line.tier2_below else { return Ok(()) };
+            let hold = self.base.readers().hold(cluster);
+            let far = Far { timeline: line.timeline, below: gone, hold };
+            expire_told(tier2, cluster, size, far, outcome).await;
+            return Ok(());
+        }
         let frontier = self.frontier(cluster, line.timeline);
         let Some(archived) = frontier else { return Ok(()) };
         // P5: only below what is archived without a hole.
@@ -81,14 +91,34 @@ impl Inner {
         if kept > 0 || gone == Lsn::ZERO {
             return Ok(());
         }
-        if self.raise(cluster, line.timeline, Lsn::ZERO, gone).await?.is_none() {
-            return Ok(());
-        }
-        if let Err(error) = expire_far(tier2, cluster, size, (line.timeline, gone), outcome).await {
-            tracing::error!(%cluster, %error, "WAL that nobody needs stays in tier 2");
-            outcome.held_back.push(format!("remove WAL from tier 2: {error}"));
+        let gone = self.unread(cluster, line.timeline, gone, outcome);
+        if self.raise(cluster, line.timeline, Lsn::ZERO, gone).await?.is_some() {
+            let far = Far { timeline: line.timeline, below: gone, hold: None };
+            expire_told(tier2, cluster, size, far, outcome).await;
         }
         Ok(())
+    }
+
+    /// How much of what may go for good nobody reads now. Why the rest stays is told, if there is any.
+    fn unread(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        gone: Lsn,
+        outcome: &mut MaintenanceOutcome,
+    ) -> Lsn {
+        let hold = self.base.readers().hold(cluster).filter(|hold| hold.from < gone);
+        let Some(Hold { from, why }) = hold else { return gone };
+        if self.held_from(cluster, timeline).is_some_and(|held| held < gone) {
+            outcome.held_back.push(stays(timeline, gone, &why));
+        }
+        from
+    }
+
+    /// The first byte of a timeline that is held and known to tier 1.
+    fn held_from(&self, cluster: &ClusterName, timeline: TimelineId) -> Option<Lsn> {
+        let positions = self.base.wal().positions(cluster);
+        positions.into_iter().find(|p| p.timeline == timeline).map(|p| p.start)
     }
 
     /// How far a timeline is archived without a hole.
@@ -116,7 +146,7 @@ impl Inner {
                 at_rest: self.base.at_rest().clone(),
             },
         };
-        tier2.upload(&source, &key).await.map(drop)
+        tier2.prove(&source, &key).await.map(drop)
     }
 
     /// Only where there is something to let go: a horizon is written durably. `None`: nothing is held.
@@ -173,6 +203,33 @@ impl Inner {
     }
 }
 
+/// What may go from tier 2.
+struct Far {
+    timeline: TimelineId,
+    /// What ends at or below this.
+    below: Lsn,
+    /// But not what somebody reads.
+    hold: Option<Hold>,
+}
+
+fn stays(timeline: TimelineId, below: Lsn, why: &str) -> String {
+    format!("WAL of timeline {timeline:?} below {below} stays: {why}")
+}
+
+/// The same as [`expire_far`], with its failure told.
+async fn expire_told(
+    tier2: &Tier2,
+    cluster: &ClusterName,
+    size: SegmentSize,
+    far: Far,
+    outcome: &mut MaintenanceOutcome,
+) {
+    if let Err(error) = expire_far(tier2, cluster, size, far, outcome).await {
+        tracing::error!(%cluster, %error, "WAL that nobody needs stays in tier 2");
+        outcome.held_back.push(format!("remove WAL from tier 2: {error}"));
+    }
+}
+
 /// Takes from tier 2 what lies below the plan's position, oldest first, but the timeline's last object.
 ///
 /// P6: the plan's, and not that of the horizon: on a new server, whose tier 1 began in the middle, the horizon begins
@@ -181,7 +238,7 @@ async fn expire_far(
     tier2: &Tier2,
     cluster: &ClusterName,
     size: SegmentSize,
-    (timeline, below): (TimelineId, Lsn),
+    Far { timeline, below, hold }: Far,
     outcome: &mut MaintenanceOutcome,
 ) -> Result<(), Error> {
     let prefix = format!("{cluster}/wal");
@@ -198,8 +255,10 @@ async fn expire_far(
     let last = objects.last().map(|(name, ..)| *name);
     for (name, key, bytes) in objects {
         let end = name.start_lsn(size).map(|start| start.advance(size.bytes()));
-        if Some(name) == last || end.is_none_or(|end| end > below) {
-            continue;
+        let Some(end) = end.filter(|end| Some(name) != last && *end <= below) else { continue };
+        if let Some(hold) = hold.as_ref().filter(|hold| end > hold.from) {
+            outcome.held_back.push(stays(timeline, below, &hold.why));
+            break;
         }
         tier2.remove(&key).await?;
         outcome.wal_removed_tier2 += 1;

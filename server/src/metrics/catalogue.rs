@@ -180,7 +180,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.verify.damaged",
         Gauge,
         "",
-        "what the last verification found and could not repair",
+        "what verification found and could not repair, by the newest outcome of each backup",
     ),
     of_cluster("klio.drill.latest_age", Gauge, "s", "age of the last restore drill"),
     of_cluster(

@@ -1,15 +1,15 @@
 //! Opens a session: the caller's claim, what the store holds, and the one place of the cluster.
 //!
-//! Order: pinned system, stale timeline, place (fences an earlier session), writer. Nothing is
-//! written before all but the last have agreed.
+//! Order: pinned system, stale timeline, place (fences an earlier session), writer. Nothing but the name's system is
+//! written before all but the last have agreed. Who the cluster is, over both tiers, is `base`'s to say (P8).
 
 use super::registry::{Claim, Place, Registry};
-use crate::errors;
+use crate::{base::BaseStore, errors};
 use klio_pg::SegmentSize;
 use klio_proto::{Code, wal::Open};
 use klio_storage::{
     layout::ClusterName,
-    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, WalStore, Writer},
+    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Writer},
 };
 use std::sync::Arc;
 use tonic::Status;
@@ -22,37 +22,6 @@ pub struct Opened {
     pub writer: Writer,
     /// wal_segment_size.
     pub segment_size: SegmentSize,
-}
-
-/// What is pinned at first contact.
-pub fn pinned(system: klio_proto::wal::System) -> Pinned {
-    Pinned {
-        system_identifier: system.system_identifier,
-        segment_size: system.segment_size,
-        postgres_version: system.postgres_version,
-    }
-}
-
-/// P8: refuses a PostgreSQL other than the one pinned at first contact. Writes nothing.
-pub fn check_system(
-    store: &WalStore,
-    cluster: &ClusterName,
-    found: klio_proto::wal::System,
-) -> Result<(), Status> {
-    let Some(pinned) = store.pinned(cluster) else { return Ok(()) };
-    let refuse = |what: &str, expected: String, found: String| {
-        Err(Code::WrongSystem
-            .status(format!("open cluster {cluster}: expected {what} {expected}, found {found}")))
-    };
-    let (expected, id) = (pinned.system_identifier, found.system_identifier);
-    if expected != id {
-        return refuse("system identifier", expected.to_string(), id.to_string());
-    }
-    let (expected, size) = (pinned.segment_size.bytes(), found.segment_size.bytes());
-    if expected != size {
-        return refuse("WAL segment size", expected.to_string(), size.to_string());
-    }
-    Ok(())
 }
 
 /// Runs blocking work of the store and translates its error.
@@ -70,32 +39,30 @@ pub async fn blocking<T: Send + 'static>(
 /// Opens `cluster` for the caller `who`.
 ///
 /// # Errors
-/// `WRONG_SYSTEM`, `STALE_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says.
+/// `WRONG_SYSTEM`, `STALE_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says; `UNAVAILABLE` when the bucket
+/// has to be asked at first contact and does not answer.
 pub async fn open(
-    store: &WalStore,
+    base: &BaseStore,
     registry: &Arc<Registry>,
     cluster: &ClusterName,
     who: String,
     open: Open,
     now_unix: f64,
 ) -> Result<Opened, Status> {
-    check_system(store, cluster, open.system)?;
-    let pin = pinned(open.system);
     let segment_size = open.system.segment_size;
-    let (at, name) = (store.clone(), cluster.clone());
-    blocking(move || at.pin(&name, pin)).await?;
-    refuse_stale(store, cluster, &open)?;
+    base.pin(cluster, open.system).await?;
+    base.check_timeline(cluster, open.timeline).await?;
     let claim = Claim { writer_id: open.writer_id.clone(), who, timeline: open.timeline };
     let place = registry.claim(cluster, claim).await?;
     // Again: the session that was fenced may have been a newer timeline's.
-    refuse_stale(store, cluster, &open)?;
+    base.check_timeline_here(cluster, open.timeline)?;
     let request = OpenRequest {
         timeline: open.timeline,
         start: open.start,
         gap: open.gap.map(|g| GapDeclaration { from: g.from, to: g.to, reason: g.reason }),
         now_unix,
     };
-    let (at, name) = (store.clone(), cluster.clone());
+    let (at, name) = (base.wal().clone(), cluster.clone());
     let opened = tokio::task::spawn_blocking(move || at.open_writer(&name, &request)).await;
     let opened = opened.map_err(|e| Code::Internal.status(format!("open writer: {e}")))?;
     let writer = opened.map_err(|error| match &error {
@@ -114,17 +81,5 @@ fn refusal_code(refusal: &OpenRefusal) -> Code {
         | OpenRefusal::NotSegmentStart { .. }
         | OpenRefusal::Missing { .. }
         | OpenRefusal::BadGap { .. } => Code::BadPosition,
-    }
-}
-
-/// P8: a new timeline wins over an old one, never the other way round.
-fn refuse_stale(store: &WalStore, cluster: &ClusterName, open: &Open) -> Result<(), Status> {
-    let newest = store.positions(cluster).iter().map(|p| p.timeline).max();
-    match newest {
-        Some(newest) if newest > open.timeline => Err(Code::StaleTimeline.status(format!(
-            "open cluster {cluster}: expected timeline {newest:?} or newer, found {:?}",
-            open.timeline
-        ))),
-        _ => Ok(()),
     }
 }

@@ -10,6 +10,7 @@ use super::{
     trace::SegmentSpans,
 };
 use crate::{
+    base::BaseStore,
     errors,
     grpc::auth::{Auth, Identity},
     metrics::Metrics,
@@ -52,6 +53,8 @@ pub struct ReceiverOptions {
 pub struct Receiver {
     /// Tier 1.
     pub store: WalStore,
+    /// Who a cluster is, over both tiers.
+    pub base: BaseStore,
     /// Who streams what.
     pub registry: Arc<Registry>,
     /// Takes finished segments.
@@ -97,7 +100,7 @@ impl Receiver {
         let store = self.store.clone();
         let started = async {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-            open::open(&self.store, &self.registry, &cluster, who.clone(), open, now).await
+            open::open(&self.base, &self.registry, &cluster, who.clone(), open, now).await
         };
         let outcome = match started.await {
             Err(status) => {

@@ -56,7 +56,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.verification_failures",
         Counter,
         "",
-        "of these, failed or found damage",
+        "of these, failed or found damage that could not be repaired",
     ),
     of_cluster(
         "klio.backup.maintenance_failures",

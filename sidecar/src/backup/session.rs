@@ -151,6 +151,7 @@ impl Session {
     /// As PostgreSQL says; a standby that was promoted meanwhile, for one.
     pub async fn stop(&mut self, facts: &Facts) -> Result<Stopped, Error> {
         let op = "end backup";
+        let before = self.followed_timeline(facts).await?;
         let sql = "SELECT lsn, labelfile, spcmapfile, extract(epoch FROM clock_timestamp()) \
                    FROM pg_backup_stop(false)";
         let stopped = one(&mut self.client, op, sql).await;
@@ -159,14 +160,7 @@ impl Session {
             Err(_) if facts.in_recovery && self.ping(true).await.is_err() => return Err(promoted()),
             other => other?,
         };
-        let timeline = if facts.in_recovery {
-            // A standby may have followed its primary to another timeline.
-            let sql = "SELECT coalesce(nullif(min_recovery_end_timeline, 0), \
-                       (SELECT timeline_id FROM pg_control_checkpoint())) FROM pg_control_recovery()";
-            timeline(&one(&mut self.client, op, sql).await?, 0)?
-        } else {
-            facts.timeline
-        };
+        let timeline = the_same(before, self.followed_timeline(facts).await?)?;
         let text = |column| row.text(column).unwrap_or_default().to_owned();
         Ok(Stopped {
             stop_lsn: lsn(&row, 0)?,
@@ -175,6 +169,16 @@ impl Session {
             tablespace_map: text(2),
             at_unix: number_f64(&row, 3)?,
         })
+    }
+
+    /// The timeline that PostgreSQL is on: a standby may have followed its primary to another one.
+    async fn followed_timeline(&mut self, facts: &Facts) -> Result<TimelineId, Error> {
+        if !facts.in_recovery {
+            return Ok(facts.timeline);
+        }
+        let sql = "SELECT coalesce(nullif(min_recovery_end_timeline, 0), \
+                   (SELECT timeline_id FROM pg_control_checkpoint())) FROM pg_control_recovery()";
+        timeline(&one(&mut self.client, "ask for the timeline", sql).await?, 0)
     }
 
     /// Tablespaces besides the default ones.
@@ -211,6 +215,21 @@ impl Session {
             tracing::warn!(pid, "the PostgreSQL session that waits for a checkpoint ends after it");
         }
     }
+}
+
+/// pg_backup_stop does not say the timeline of the position that it gives: it is known where it was the same before and
+/// after. A record with the wrong one would be of a backup that no way leads through.
+fn the_same(before: TimelineId, after: TimelineId) -> Result<TimelineId, Error> {
+    if before == after {
+        return Ok(after);
+    }
+    let message = format!(
+        "back up a standby: it followed its primary from timeline {} to {} in the moment in which the backup ended",
+        before.get(),
+        after.get()
+    );
+    Err(Error::new(Failure::Postgres, message)
+        .hint("take the backup again; what was sent is used again"))
 }
 
 fn promoted() -> Error {

@@ -371,7 +371,7 @@ async fn open_repository(
         if packs > 0 {
             tracing::info!(packs, bytes, "what an unfinished backup sent is used");
         }
-        Ok(repository)
+        Ok(repository.compressing(answer.compression_level))
     };
     let span = Span::current();
     let opened = tokio::task::spawn_blocking(move || span.in_scope(open)).await;

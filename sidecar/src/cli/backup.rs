@@ -104,6 +104,13 @@ fn complain(done: &Done) {
                 .take(20)
                 .for_each(|d| say(&format!("  {} {}: {}", d.tier, d.key, d.problem)));
         }
+        After::Ran(outcome) if !outcome.repaired.is_empty() => {
+            say(&format!(
+                "klio backup: {name} was taken, and its verification repaired what was damaged in one tier:"
+            ));
+            let repaired = outcome.repaired.iter().take(20);
+            repaired.for_each(|d| say(&format!("  {} {}: {}", d.tier, d.key, d.problem)));
+        }
         After::Ran(_) | After::Off => {}
     }
     if let After::Failed(error) = &done.maintained {
@@ -134,10 +141,16 @@ fn view(seen: &Seen) -> View {
     View { phase: seen.phase, moved }
 }
 
-/// `512 of 985 files, 41.0 MiB stored`
+/// `512 of 985 files, 41.0 MiB stored (97 % saved)`: there already, or compressed away.
 fn files(seen: &Seen) -> String {
     let stored = text::size(seen.stored);
-    format!("{} of {} files, {stored} stored", seen.files, seen.total_files.max(seen.files))
+    let saved = 100.0 * (1.0 - seen.stored as f64 / seen.bytes.max(1) as f64);
+    format!(
+        "{} of {} files, {stored} stored ({:.0} % saved)",
+        seen.files,
+        seen.total_files.max(seen.files),
+        saved.max(0.0)
+    )
 }
 
 /// What a person wants to know at the end.
@@ -178,7 +191,11 @@ fn verified(after: &After<VerifyOutcome>) -> String {
         After::Failed(error) => format!("failed: {}", error.message),
         After::Ran(outcome) => format!(
             "{}, {} files, {} % of the data read, in {}",
-            if outcome.ok { "good" } else { "DAMAGED" },
+            match (outcome.ok, outcome.repaired.len()) {
+                (true, 0) => "good".to_owned(),
+                (true, repaired) => format!("good, after {repaired} repairs from the other tier"),
+                (false, _) => "DAMAGED".to_owned(),
+            },
             outcome.files,
             outcome.read_percent,
             text::duration(outcome.duration_seconds)
@@ -235,7 +252,7 @@ mod tests {
             total_bytes: 1 << 30,
             total_files: 10,
         };
-        let expected = "copying: 512.0 MiB of 1.0 GiB (50 %), 5 of 10 files, 1.0 MiB stored, 256.0 MiB/s, about 2.0 s left";
+        let expected = "copying: 512.0 MiB of 1.0 GiB (50 %), 5 of 10 files, 1.0 MiB stored (100 % saved), 256.0 MiB/s, about 2.0 s left";
         assert_eq!(display::line(&view(&seen), 2.0), expected);
         let waiting = Seen { phase: "checkpoint", ..Seen::default() };
         assert_eq!(display::line(&view(&waiting), 2.0), "checkpoint after 2.0 s");

@@ -73,7 +73,10 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (LOCAL, "a local file cannot be read or written"),
         (UNVERIFIED, "backup: taken, and verifying it failed or found damage"),
         (UNMAINTAINED, "backup: taken, and maintenance after it failed"),
-        (UNREACHABLE, "restore, drill: no backup leads to the target; nothing was touched"),
+        (
+            UNREACHABLE,
+            "restore, drill: no backup leads to the target, or only one that is known to be damaged; nothing was touched",
+        ),
         (DAMAGED, "verify: found damage that could not be repaired"),
         (REPAIRED, "verify: found damage, and repaired all of it from the other tier"),
         (STOPPED, "ended by a signal before it was done"),

@@ -6,7 +6,8 @@
 //!     until then;
 //! D3  a directory in which PostgreSQL runs, or may run, is never written to;
 //! D4  every byte written has the SHA-256 that names its chunk; all is on disk when this ends well;
-//! D5  memory is bounded: chunks in flight, one window cache, one directory's names.
+//! D5  memory is bounded: chunks in flight, one window cache, one directory's names;
+//! D6  a backup that is known to be damaged is taken only by its name.
 //!
 //! Recovery itself is PostgreSQL's, through `klio wal-fetch` (P7).
 

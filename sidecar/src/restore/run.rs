@@ -8,7 +8,7 @@ use super::{
     place::{Meaning, Places},
     pour::{Pour, Progress},
     settings::{Action, Invocation, Settings},
-    source::{Catalog, Source},
+    source::{Catalog, Known, Source},
     target::{Decider, Decision, Verdict, Wish},
 };
 use crate::error::{Error, Failure};
@@ -113,8 +113,8 @@ impl Restore {
         loop {
             self.progress.enter("looking for what is there");
             let catalog = self.source.catalog().await?;
-            let survey = Survey::new(&catalog.holdings, catalog.records());
-            let left = match self.decide(&survey, order).await? {
+            let (survey, verdict) = self.decide(&catalog, order).await?;
+            let left = match verdict {
                 Verdict::Decided(decision) => {
                     return self.prepare(&catalog, &survey, order, *decision).await;
                 }
@@ -139,8 +139,8 @@ impl Restore {
     /// # Errors
     /// As [`Restore::plan`].
     pub async fn plan_from(&self, catalog: &Catalog, order: &Order) -> Result<Planned, Error> {
-        let survey = Survey::new(&catalog.holdings, catalog.records());
-        match self.decide(&survey, order).await? {
+        let (survey, verdict) = self.decide(catalog, order).await?;
+        match verdict {
             Verdict::Decided(decision) => self.prepare(catalog, &survey, order, *decision).await,
             Verdict::Wait(_) => Err(Error::new(
                 Failure::Code(Code::Unavailable),
@@ -149,7 +149,29 @@ impl Restore {
         }
     }
 
-    async fn decide(&self, survey: &Survey, order: &Order) -> Result<Verdict, Error> {
+    /// D6: from a sound backup, if one leads to the target; from a damaged one only by its name.
+    async fn decide(&self, catalog: &Catalog, order: &Order) -> Result<(Survey, Verdict), Error> {
+        let all = Survey::new(&catalog.holdings, catalog.records());
+        let sound = catalog.sound();
+        if order.wish.backup.is_some() || sound.len() == catalog.backups.len() {
+            let verdict = self.ask(&all, order).await?;
+            return Ok((all, verdict));
+        }
+        let sound = Survey::new(&catalog.holdings, sound);
+        match self.ask(&sound, order).await {
+            Ok(verdict) => return Ok((sound, verdict)),
+            Err(error) if error.failure == Failure::Unreachable => {}
+            Err(error) => return Err(error),
+        }
+        let verdict = self.ask(&all, order).await?;
+        match &verdict {
+            Verdict::Decided(decision) => refuse_damaged(catalog, &decision.plan.backup)?,
+            Verdict::Wait(_) => {}
+        }
+        Ok((all, verdict))
+    }
+
+    async fn ask(&self, survey: &Survey, order: &Order) -> Result<Verdict, Error> {
         let scratch = Scratch::new(None)?;
         self.progress.enter("reading WAL");
         let decider = Decider { source: &self.source, survey, scratch: &scratch };
@@ -212,7 +234,7 @@ impl Restore {
         survey: &Survey,
         catalog: &Catalog,
     ) -> Vec<String> {
-        let mut notes = Vec::new();
+        let mut notes = doubts(record, catalog);
         if !measured.has_conf {
             notes.push(
                 "postgresql.conf is not in the data directory that was backed up (Debian keeps it in \
@@ -264,7 +286,7 @@ impl Restore {
 
     async fn pour(&self, planned: Planned) -> Result<Done, Error> {
         let begun = Instant::now();
-        let _reserved = self.source.reserve().await;
+        let _reserved = self.source.reserve(&planned.decision.plan.backup.name).await;
         let (progress, stop) = (Arc::clone(&self.progress), self.stop.clone());
         let span = Span::current();
         let work = move || span.in_scope(|| carry_out(planned, progress, stop));
@@ -275,6 +297,29 @@ impl Restore {
         done.seconds = begun.elapsed().as_secs_f64();
         Ok(done)
     }
+}
+
+/// D6: whoever wants what is left of a damaged backup says its name.
+fn refuse_damaged(catalog: &Catalog, record: &BackupRecord) -> Result<(), Error> {
+    let known = catalog.known(&record.name);
+    let Some(why) = known.filter(|known| known.is_damaged()).and_then(Known::doubt) else {
+        return Ok(());
+    };
+    let message = format!("{why}; no other backup leads to the target");
+    Err(Error::new(Failure::Unreachable, message).hint(format!(
+        "klio list shows what can be recovered, klio verify what is damaged; --backup {} tries it, and ends where the \
+         damage is met; nothing was touched",
+        record.name
+    )))
+}
+
+/// What is known against the backup of choice, and against newer ones that were passed over.
+fn doubts(record: &BackupRecord, catalog: &Catalog) -> Vec<String> {
+    let newer = |known: &&Known| {
+        known.record.name == record.name
+            || known.record.stopped_postgres_unix > record.stopped_postgres_unix
+    };
+    catalog.backups.iter().filter(newer).filter_map(Known::doubt).collect()
 }
 
 async fn open(repository: Repository, record: &BackupRecord) -> Result<Reader, Error> {

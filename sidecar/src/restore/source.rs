@@ -30,7 +30,7 @@ use klio_storage::{
     wal::Pinned,
 };
 use std::{sync::Arc, time::Duration};
-use tokio::{runtime::Handle, task::JoinSet, time::Instant};
+use tokio::{runtime::Handle, sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// A request costs a round trip, and neighbours are read soon: measured in docs/benchmarks.md.
@@ -39,6 +39,11 @@ const WINDOW: ByteSize = ByteSize::mib(2);
 const DELTA_WINDOW: ByteSize = ByteSize::kib(256);
 /// What all windows together may hold.
 const WINDOWS: ByteSize = ByteSize::mib(64);
+
+/// A small restore is done before a server that is asked beside it has answered; then PostgreSQL wants its WAL.
+const RESERVED_WITHIN: Duration = Duration::from_secs(5);
+/// A server that was restarted knows of no restore, and removes nothing in its first minutes.
+const RESERVE_AGAIN: Duration = Duration::from_secs(10);
 
 /// A backup with what is known of it.
 #[derive(Debug, Clone)]
@@ -66,10 +71,45 @@ pub struct Catalog {
     pub holdings: Holdings,
 }
 
+impl Known {
+    /// Why nobody should restore it while another backup leads to the same target; `None`: no reason is known.
+    pub fn doubt(&self) -> Option<String> {
+        let name = &self.record.name;
+        match &self.verified {
+            Some(outcome) if !outcome.ok => {
+                let files = outcome.damaged.len();
+                Some(format!(
+                    "backup {name} is damaged: {files} of its files are not what was stored, or missing"
+                ))
+            }
+            _ if !self.tier1 && !self.tier2 => {
+                Some(format!("backup {name} is whole in neither tier"))
+            }
+            _ => None,
+        }
+    }
+
+    /// A restore of it cannot be expected to end well.
+    pub fn is_damaged(&self) -> bool {
+        self.verified.as_ref().is_some_and(|outcome| !outcome.ok)
+    }
+}
+
 impl Catalog {
     /// The records alone.
     pub fn records(&self) -> Vec<BackupRecord> {
         self.backups.iter().map(|known| known.record.clone()).collect()
+    }
+
+    /// The records of backups that nothing is known against.
+    pub fn sound(&self) -> Vec<BackupRecord> {
+        let sound = self.backups.iter().filter(|known| known.doubt().is_none());
+        sound.map(|known| known.record.clone()).collect()
+    }
+
+    /// What is known of this backup.
+    pub fn known(&self, name: &BackupName) -> Option<&Known> {
+        self.backups.iter().find(|known| known.record.name == *name)
     }
 }
 
@@ -86,7 +126,7 @@ pub struct Source {
     stop: CancellationToken,
 }
 
-/// Holds the server's maintenance off while it lives.
+/// Keeps the WAL of a backup from the server's retention while it lives.
 #[derive(Debug, Default)]
 pub struct Reserved(#[allow(dead_code)] JoinSet<()>);
 
@@ -341,27 +381,26 @@ impl Source {
         Err(Error::new(Failure::Code(Code::Corrupt), message))
     }
 
-    /// Asks the server to leave the repository alone while this runs. Nothing depends on it: packs are
-    /// marked long before they go (R4).
-    pub async fn reserve(&self) -> Reserved {
+    /// Tells the server which backup is restored: its WAL stays while this runs, and an hour longer. Of packs nothing
+    /// depends on it: they are marked long before they go (R4). Waits a little for the server's word, and then goes on
+    /// without: it is asked again until it gives it, as after a restart.
+    pub async fn reserve(&self, backup: &BackupName) -> Reserved {
         let Place::Server(_, link) = &self.place else { return Reserved::default() };
+        let request = v1::ReserveRequest {
+            cluster: self.cluster.to_string(),
+            purpose: Purpose::Restore.into(),
+            backup_name: backup.to_string(),
+            ..v1::ReserveRequest::default()
+        };
+        let (link, (heard, mut first)) = (link.clone(), watch::channel(false));
         let mut keeper = JoinSet::new();
-        let (link, cluster) = (link.clone(), self.cluster.to_string());
         keeper.spawn(async move {
-            let Ok(connection) = link.connect().await else { return };
-            let request = v1::ReserveRequest {
-                cluster,
-                purpose: Purpose::Restore.into(),
-                ..v1::ReserveRequest::default()
-            };
-            match connection.base().reserve(request).await {
-                Ok(answer) => {
-                    let mut answers = answer.into_inner();
-                    while let Ok(Some(_)) = answers.message().await {}
-                }
-                Err(status) => tracing::debug!("reserve for a restore: {}", status.message()),
+            loop {
+                keep_reserved(&link, request.clone(), &heard).await;
+                tokio::time::sleep(RESERVE_AGAIN).await;
             }
         });
+        let _ = tokio::time::timeout(RESERVED_WITHIN, first.wait_for(|heard| *heard)).await;
         Reserved(keeper)
     }
 
@@ -379,6 +418,24 @@ impl Source {
             client.record_drill(v1::RecordDrillRequest { cluster, outcome }).await.map(drop)
         })
         .await
+    }
+}
+
+/// For as long as the connection lives.
+async fn keep_reserved(
+    link: &ServerLink,
+    request: v1::ReserveRequest,
+    heard: &watch::Sender<bool>,
+) {
+    let Ok(connection) = link.connect().await else { return };
+    match connection.base().reserve(request).await {
+        Ok(answer) => {
+            let mut answers = answer.into_inner();
+            while let Ok(Some(_)) = answers.message().await {
+                heard.send_replace(true);
+            }
+        }
+        Err(status) => tracing::debug!("reserve for a restore: {}", status.message()),
     }
 }
 

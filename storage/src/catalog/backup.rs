@@ -132,7 +132,7 @@ pub struct VerifyOutcome {
 }
 
 /// A stored file that is not what was stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Damage {
     /// `tier1` or `tier2`.
     pub tier: String,
@@ -149,7 +149,7 @@ pub struct DrillOutcome {
     pub backup: BackupName,
     /// Everything asked for was done and found good.
     pub ok: bool,
-    /// Clock of the machine that did it.
+    /// Clock of the machine that did it, but never later than the server's when it was told.
     pub finished_unix: f64,
     /// Seconds until all files were there.
     pub restore_seconds: f64,

@@ -6,6 +6,7 @@
 pub mod archive;
 pub mod archive_file;
 pub mod backup;
+pub mod damage;
 pub mod holdings;
 pub mod outcomes;
 pub mod recovery;
@@ -16,6 +17,7 @@ pub use backup::{
     BackupRecord, BadPage, Damage, DrillOutcome, MaintenanceOutcome, PagesRecord, TablespaceRecord,
     VerifyOutcome,
 };
+pub use damage::KnownDamage;
 pub use holdings::{Holdings, KnownGap, Run, TimelineHoldings};
 pub use recovery::{
     Hole, Line, Path, Plan, Reach, Refusal, Stop, Survey, Target, TimelineChoice, Window,

@@ -1,8 +1,10 @@
 //! What is learnt of a backup after its record was written: `<cluster>/verify/<name>.json` and
 //! `<cluster>/drills/<name>.json`, tier 1 only, the newest one of each, in the shape of `crate::record`.
 //!
-//! Losing them loses knowledge, never a backup. One that cannot be read is an error for the caller, who
-//! shows it and goes on: nothing is decided from them.
+//! Newest is what arrived last, whatever its time says: clocks jump. Losing them loses knowledge, never a backup. One that
+//! cannot be read is an error for the caller, who shows it and goes on. What is decided from them: a backup whose
+//! verification found damage takes no place from a good one in retention, and the next verification reads again what
+//! they name as damaged.
 
 use super::{DrillOutcome, VerifyOutcome};
 use crate::{
@@ -11,8 +13,12 @@ use crate::{
     layout::{BackupName, ClusterName},
     record,
 };
-use serde::{Serialize, de::DeserializeOwned};
-use std::path::{Path, PathBuf};
+use serde::Serialize;
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+};
 
 const VERIFIED: &str = "verify";
 const DRILLED: &str = "drills";
@@ -47,7 +53,30 @@ pub fn load_drilled(
     record::load(disk, &path(root, cluster, DRILLED, name))
 }
 
-/// Keeps a verification for every backup that it looked at, durably, unless a newer one is there.
+/// The backups of which anything was learnt.
+///
+/// # Errors
+/// As the disk fails.
+pub fn names(
+    disk: &dyn Disk,
+    root: &Path,
+    cluster: &ClusterName,
+) -> Result<BTreeSet<BackupName>, Error> {
+    let mut names = BTreeSet::new();
+    for folder in [VERIFIED, DRILLED] {
+        let folder = root.join(cluster.as_str()).join(folder);
+        match disk.list(&folder) {
+            Ok(entries) => {
+                names.extend(entries.iter().filter_map(|e| BackupName::parse_record(&e.name)));
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(Op::List, &folder, e)),
+        }
+    }
+    Ok(names)
+}
+
+/// Keeps a verification for every backup that it looked at, durably, in place of the one that is there.
 ///
 /// # Errors
 /// As the disk fails; some may have been written then.
@@ -58,13 +87,12 @@ pub fn store_verified(
     outcome: &VerifyOutcome,
 ) -> Result<(), Error> {
     for name in &outcome.backups {
-        let at = path(root, cluster, VERIFIED, name);
-        store(disk, root, cluster, &at, outcome, |o: &VerifyOutcome| o.finished_unix)?;
+        store(disk, root, cluster, &path(root, cluster, VERIFIED, name), outcome)?;
     }
     Ok(())
 }
 
-/// Keeps a drill, durably, unless a newer one is there.
+/// Keeps a drill, durably, in place of the one that is there.
 ///
 /// # Errors
 /// As the disk fails.
@@ -74,8 +102,7 @@ pub fn store_drilled(
     cluster: &ClusterName,
     outcome: &DrillOutcome,
 ) -> Result<(), Error> {
-    let at = path(root, cluster, DRILLED, &outcome.backup);
-    store(disk, root, cluster, &at, outcome, |o: &DrillOutcome| o.finished_unix)
+    store(disk, root, cluster, &path(root, cluster, DRILLED, &outcome.backup), outcome)
 }
 
 /// Forgets what is known of a backup that is gone.
@@ -93,19 +120,13 @@ pub fn remove(
         .try_for_each(|folder| durable::remove_if_there(disk, &path(root, cluster, folder, name)))
 }
 
-fn store<T: Serialize + DeserializeOwned>(
+fn store<T: Serialize>(
     disk: &dyn Disk,
     root: &Path,
     cluster: &ClusterName,
     path: &Path,
     outcome: &T,
-    finished: impl Fn(&T) -> f64,
 ) -> Result<(), Error> {
-    // One that cannot be read is replaced: it says nothing any more.
-    let newer = |there: T| finished(&there) > finished(outcome);
-    if record::load::<T>(disk, path).ok().flatten().is_some_and(newer) {
-        return Ok(());
-    }
     durable::create_dir(disk, &root.join(cluster.as_str()))?;
     let folder = path.parent().ok_or_else(|| {
         Error::new(crate::Kind::Invalid, Op::Write, path.display(), "expected a folder, found none")
@@ -133,17 +154,19 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_drill_is_kept_whatever_comes_later_in_time() {
+    fn what_arrives_last_is_kept_whatever_its_time_says() {
         let (disk, root) = (SimDisk::new(1), Path::new("/tier1"));
         disk.create_dir(root).unwrap();
         let cluster: ClusterName = "pg".parse().unwrap();
         let name = "b.1".parse().unwrap();
         let load = || load_drilled(&disk, root, &cluster, &name).unwrap();
         assert_eq!(load(), None);
-        for (finished, ok) in [(5.0, true), (9.0, false), (7.0, true)] {
+        // The clock of the second was a year ahead.
+        for (finished, ok) in [(5.0, true), (5.0 + 31_536_000.0, true), (7.0, false)] {
             store_drilled(&disk, root, &cluster, &drill(finished, ok)).unwrap();
+            assert_eq!(load(), Some(drill(finished, ok)));
         }
-        assert_eq!(load(), Some(drill(9.0, false)));
+        assert_eq!(names(&disk, root, &cluster).unwrap(), BTreeSet::from([name.clone()]));
         remove(&disk, root, &cluster, &name).unwrap();
         assert_eq!(load(), None);
     }

@@ -4,10 +4,14 @@
 //! an index takes chunks for sent that are gone, and no later backup is ever whole. So:
 //!
 //! A1  a chunk that has a place in a pack that is there is never looked for in one that is not;
+//!     where what lies at one place is damaged, the others are tried;
 //! A2  a backup sends again what only absent packs have: `adopt` notes them, and rustic's view of the index is without
 //!     them from then on (`Hidden`);
 //! A3  maintenance takes them out of the index when every snapshot is whole without them. Where one is not, nothing
 //!     is changed: the index tells which pack is missed, and the pack may be found again.
+//!
+//! A pack that is known to be damaged, and of which there is no good copy, is one that is not there: whoever knows it leaves it
+//! out of the listing (`Without`), and it stays where it is, for its good pieces.
 //!
 //! Dropping an entry loses nothing: a pack ends with its own list of contents, by which `adopt` names it again.
 

@@ -4,15 +4,16 @@
 //! only `assemble` makes a snapshot of them (R3). The first failure is remembered, because rustic goes on
 //! reading the whole source after a failed write.
 
-use super::{Files, Progress, absent::Hidden};
+use super::{Files, Progress, absent::Hidden, sealer::Sealer};
 use crate::{
-    Error,
+    Error, Kind, Op,
     layout::{BaseFile, BaseKind},
     tier2::Sha256Sum,
 };
 use bytes::Bytes;
 use rustic_core::{
     BytesList, ErrorKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend,
+    repofile::ConfigFile,
 };
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -64,6 +65,20 @@ pub(super) struct Backend {
     pub(super) trace: Arc<Trace>,
     /// Packs that are in no index that rustic reads.
     pub(super) hidden: Option<Arc<Hidden>>,
+    /// A level that rustic is to find in the config, and what opens and seals it.
+    pub(super) level: Option<(i32, Sealer)>,
+}
+
+/// A config that says another level: rustic takes it from there alone, and to write the file anew for it would be
+/// one more file that changes.
+fn with_level(sealed: &[u8], level: i32, sealer: &Sealer) -> Result<Bytes, Error> {
+    let bad =
+        || Error::new(Kind::Corrupt, Op::Open, "config", "expected restic's JSON of a config");
+    let json = sealer.open_file(sealed).ok_or_else(bad)?;
+    let mut config: ConfigFile = serde_json::from_slice(&json).map_err(|_| bad())?;
+    config.compression = Some(level);
+    let json = serde_json::to_vec(&config).map_err(|_| bad())?;
+    sealer.seal(&json).map(Bytes::from)
 }
 
 fn kind(tpe: FileType) -> BaseKind {
@@ -115,10 +130,13 @@ impl ReadBackend for Backend {
         let file = file(tpe, id)?;
         let bytes =
             super::read_checked(self.files.as_ref(), file).map_err(|e| wrap("read a file", e))?;
-        Ok(match &self.hidden {
-            Some(hidden) if tpe == FileType::Index => hidden.filter(bytes),
-            _ => bytes,
-        })
+        match (tpe, &self.hidden, &self.level) {
+            (FileType::Index, Some(hidden), _) => Ok(hidden.filter(bytes)),
+            (FileType::Config, _, Some((level, sealer))) => {
+                with_level(&bytes, *level, sealer).map_err(|e| wrap("read the config", e))
+            }
+            _ => Ok(bytes),
+        }
     }
 
     fn read_partial(

@@ -143,7 +143,7 @@ impl Repository {
     fn unopened(files: Arc<dyn Files>, secret: &Secret) -> Result<Self, Error> {
         let master = sealer::master_key(secret)?;
         let sealer = Sealer::new(&master);
-        Ok(Self { files, key: Arc::new(Key { master, sealer }), hidden: None })
+        Ok(Self { files, key: Arc::new(Key { master, sealer }), hidden: None, level: None })
     }
 
     fn write_config(&self, settings: &Settings) -> Result<(), Error> {

@@ -4,11 +4,13 @@ mod bucket;
 mod local;
 mod tiered;
 mod windowed;
+mod without;
 
 pub use bucket::BucketFiles;
 pub use local::LocalFiles;
 pub use tiered::Tiered;
 pub use windowed::Windowed;
+pub use without::Without;
 
 use crate::{
     Error,

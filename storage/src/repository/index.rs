@@ -82,7 +82,8 @@ pub(super) struct Pack {
     pub(super) marked: bool,
     /// Bytes of the file, as its header's form demands.
     pub(super) size: u64,
-    /// In neither tier, or not whole on tier 1: then the other tier may have it, and a verification repairs it.
+    /// In neither tier, or not whole on tier 1: then the other tier may have it, and a verification repairs it. Or known to be
+    /// damaged, and left out of the listing.
     pub(super) absent: bool,
 }
 
@@ -133,8 +134,14 @@ impl IndexIds {
 
 impl Index {
     pub(super) fn find(&self, kind: BlobKind, id: &Sha256Sum) -> Option<&Place> {
-        let at = self.blobs.partition_point(|(k, i, _)| (k, i) < (&kind, id));
-        self.blobs.get(at).filter(|(k, i, _)| (*k, i) == (kind, id)).map(|(_, _, place)| place)
+        self.places(kind, *id).next()
+    }
+
+    /// Every place of a piece, the best first.
+    pub(super) fn places(&self, kind: BlobKind, id: Sha256Sum) -> impl Iterator<Item = &Place> {
+        let at = self.blobs.partition_point(|(k, i, _)| (k, i) < (&kind, &id));
+        let found = self.blobs[at..].iter().take_while(move |(k, i, _)| (*k, i) == (kind, &id));
+        found.map(|(_, _, place)| place)
     }
 
     pub(super) fn pack(&self, place: &Place) -> &Pack {

@@ -32,7 +32,7 @@ pub use absent::AbsentPacks;
 pub use adopt::Adopted;
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;
-pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed};
+pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed, Without};
 pub use maintain::PruneOutcome;
 pub use reader::{ChunkId, ChunkLocation, Entries, Entry, Reader, StoredKind};
 pub use secret::{SECRET_LIMIT_BYTES, decode_secret, encode_secret, secret_objects};
@@ -128,6 +128,8 @@ pub struct Repository {
     key: Arc<Key>,
     /// A2.
     hidden: Option<Arc<Hidden>>,
+    /// Of zstd, for new data; `None`: as the config says.
+    level: Option<i32>,
 }
 
 struct Key {
@@ -153,7 +155,14 @@ impl Repository {
     /// The same repository over other files, for example with a cache before them.
     #[must_use]
     pub fn with_files(&self, files: Arc<dyn Files>) -> Self {
-        Self { files, key: Arc::clone(&self.key), hidden: self.hidden.clone() }
+        Self { files, ..self.clone() }
+    }
+
+    /// The same repository, with new data compressed at this level of zstd (0: not at all). Its config says what was
+    /// asked for when it was made, and stays as it is.
+    #[must_use]
+    pub fn compressing(self, level: i32) -> Self {
+        Self { level: Some(level), ..self }
     }
 
     fn fail(&self, op: Op, error: Box<rustic_core::RusticError>) -> Error {
@@ -168,7 +177,8 @@ impl Repository {
         let trace = Arc::new(Trace::default());
         let files = Arc::clone(&self.files);
         let (shared, hidden) = (Arc::clone(&trace), self.hidden.clone());
-        (Backend { files, snapshots, progress, trace: shared, hidden }, trace)
+        let level = self.level.map(|level| (level, self.key.sealer.clone()));
+        (Backend { files, snapshots, progress, trace: shared, hidden, level }, trace)
     }
 
     /// Opens it for rustic.

@@ -188,7 +188,8 @@ impl Reader {
     /// As `chunk`.
     pub fn open_chunk(&self, id: &ChunkId, sealed: &[u8]) -> Result<Bytes, Error> {
         let place = self.place(BlobKind::Data, &id.0)?;
-        self.open(&id.0, place, sealed)
+        let opened = self.open(&id.0, place, sealed);
+        opened.or_else(|error| self.elsewhere(BlobKind::Data, &id.0, error))
     }
 
     fn tree(&self, id: &Sha256Sum) -> Result<Vec<TreeNode>, Error> {
@@ -201,11 +202,30 @@ impl Reader {
     }
 
     fn blob(&self, kind: BlobKind, id: &Sha256Sum) -> Result<Bytes, Error> {
-        let place = self.place(kind, id)?;
+        let read = self.read_at(id, self.place(kind, id)?);
+        read.or_else(|error| self.elsewhere(kind, id, error))
+    }
+
+    fn read_at(&self, id: &Sha256Sum, place: &Place) -> Result<Bytes, Error> {
         let pack = self.index.pack(place).file();
         let (offset, length) = (place.offset.into(), place.length.into());
         let sealed = self.repository.files.read_range(pack, offset, length)?;
         self.open(id, place, &sealed)
+    }
+
+    /// A1. The other places of a piece after the first one failed like this; a later backup may have stored it again.
+    fn elsewhere(&self, kind: BlobKind, id: &Sha256Sum, first: Error) -> Result<Bytes, Error> {
+        let is_lost = |error: &Error| matches!(error.kind, Kind::Corrupt | Kind::NotFound);
+        if !is_lost(&first) {
+            return Err(first);
+        }
+        for place in self.index.places(kind, *id).skip(1) {
+            match self.read_at(id, place) {
+                Err(error) if is_lost(&error) => {}
+                other => return other,
+            }
+        }
+        Err(first)
     }
 
     fn open(&self, id: &Sha256Sum, place: &Place, sealed: &[u8]) -> Result<Bytes, Error> {

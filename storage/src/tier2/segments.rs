@@ -1,4 +1,5 @@
-//! What tier 2 holds at a segment and behind it: how a restore tells the end of the archive from a hole (P7).
+//! What tier 2 holds at a segment and behind it: how a restore tells the end of the archive from a hole (P7). And the newest
+//! timeline there: how a server that lost its disk tells an old primary (P8).
 
 use super::{Tier2, fault::classify};
 use crate::{
@@ -6,7 +7,7 @@ use crate::{
     layout::{ClusterName, Form, WalFile},
 };
 use futures::TryStreamExt;
-use klio_pg::SegmentName;
+use klio_pg::{SegmentName, TimelineId};
 use object_store::path::Path;
 
 /// What lies under a segment's name, and whether anything of its timeline lies behind it.
@@ -53,6 +54,29 @@ impl Tier2 {
         Ok(found)
     }
 
+    /// The newest timeline of which there is WAL or a history; with one listing, however much WAL there is. `None` is
+    /// definitive.
+    ///
+    /// # Errors
+    /// As the store fails; a missing bucket is an error, an empty one is not.
+    pub async fn newest_timeline(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Option<TimelineId>, Error> {
+        let prefix = format!("{cluster}/wal");
+        self.require_folder(Op::List, &prefix)?;
+        let place = Path::from(prefix.as_str());
+        let listed = self.store.list_with_delimiter(Some(&place)).await;
+        let listed = listed.map_err(|error| classify(Op::List, &self.place(&prefix), error))?;
+        let folders = listed.common_prefixes.iter().filter_map(|p| p.filename()?.parse().ok());
+        let history = |name: &str| match WalFile::parse_stored(name)? {
+            (WalFile::History(timeline), _) => Some(timeline),
+            _ => None,
+        };
+        let files = listed.objects.iter().filter_map(|meta| history(meta.location.filename()?));
+        Ok(folders.chain(files).max())
+    }
+
     /// Whether there is any WAL of this cluster.
     ///
     /// # Errors
@@ -97,8 +121,15 @@ mod tests {
         assert_eq!(at(4).await, (partial.into(), false));
         assert_eq!(at(5).await, (String::new(), false));
         assert!(tier2.has_wal(&cluster).await.unwrap());
+        let newest = async |name: &str| tier2.newest_timeline(&name.parse().unwrap()).await;
+        assert_eq!(newest("pg").await.unwrap(), TimelineId::new(1));
+        assert_eq!(newest("other").await.unwrap(), None);
+        std::fs::create_dir(folder.path().join("pg/wal/spare")).unwrap();
+        std::fs::write(folder.path().join("pg/wal/0000000A.history.age"), "x").unwrap();
+        assert_eq!(newest("pg").await.unwrap(), TimelineId::new(10));
         assert!(!tier2.has_wal(&"other".parse().unwrap()).await.unwrap());
         std::fs::remove_dir_all(folder.path()).unwrap();
         assert!(tier2.wal_at(&cluster, "000000010000000000000005".parse().unwrap()).await.is_err());
+        assert!(tier2.newest_timeline(&cluster).await.is_err());
     }
 }

@@ -84,6 +84,20 @@ impl Tier2 {
         result
     }
 
+    /// P5, at this moment: the object was read back and holds what the file holds. One that was not there any more is
+    /// uploaded first. Costs reading each byte from the store once.
+    ///
+    /// # Errors
+    /// As [`Tier2::upload`].
+    pub async fn prove(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
+        let uploaded = self.upload(source, key).await?;
+        match uploaded.outcome {
+            // What is there already was read, and compared.
+            Outcome::AlreadyThere => Ok(uploaded),
+            Outcome::Stored => self.upload(source, key).await,
+        }
+    }
+
     async fn upload_proven(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
         let path = self.path(Op::Upload, key)?;
         self.require_folder(Op::Upload, key)?;
@@ -98,7 +112,7 @@ impl Tier2 {
             return self.compare(&key, &path, &found, &local, !age).await;
         }
         match self.put(key, &path, &local).await {
-            Ok(()) => self.prove(key, &path, &local).await,
+            Ok(()) => self.look_back(key, &path, &local).await,
             Err(Refused::Failed(error)) => Err(error),
             Err(Refused::Exists | Refused::Unconditional) => match self.find(key, &path).await? {
                 // Also what a retried PUT says about its own first attempt.
@@ -134,7 +148,7 @@ impl Tier2 {
     }
 
     /// U1: asks for what was written.
-    async fn prove(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
+    async fn look_back(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
         let found = self.find(key, path).await?.map(|meta| meta.size);
         if found == Some(local.size) {
             let (size, sha256) = (local.size, local.sha256);

@@ -8,10 +8,10 @@ use super::{Ground, files::Both};
 use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
 use anyhow::{Context, bail};
 use klio_storage::{
-    catalog::BackupRecord,
+    catalog::{BackupRecord, damage::pack_of},
     layout::{BaseFile, BaseKind, BaseObject},
     record,
-    repository::{Files, Repository, SnapshotId},
+    repository::{Files, Repository, SnapshotId, Without},
     tier2::{Source, Wrapping},
 };
 use std::{
@@ -43,11 +43,19 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     }
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")?;
+    let damaged: BTreeSet<BaseFile> =
+        job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
+    // A1: what a damaged pack has and another one, too, is needed of the other one.
+    let knowing = repository.with_files(Arc::new(Without::new(files.clone(), damaged.clone())));
+    let mut held = None;
     if job.prune {
         if let Some(why) = drop_absent(&repository, job)? {
             result.held_back.push(why);
             return Ok(result);
         }
+        held = drop_damaged(&knowing, &damaged)?;
+    }
+    if job.prune && held.is_none() {
         phase(ground, "look for packs that no backup needs");
         let keep = Duration::from_secs(job.keep_marked_seconds);
         let pruned = repository.prune(keep).context("prune the repository")?;
@@ -58,8 +66,9 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     result.freed_tier1_bytes += freed.tier1;
     result.freed_tier2_bytes += freed.tier2;
     if let Some(near) = &job.near {
-        evict(ground, &repository, near, &mut result)?;
+        evict(ground, &knowing, near, &damaged, &mut result)?;
     }
+    result.held_back.extend(held);
     Ok(result)
 }
 
@@ -89,6 +98,31 @@ fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option
         );
     }
     Ok(None)
+}
+
+/// Takes packs that are known to be damaged out of the index, when every snapshot is whole without them. Where one is not, packs
+/// stay, all of them, and it says so: of a chunk with two places the prune would keep either one, and it may be the bad one.
+fn drop_damaged(
+    knowing: &Repository,
+    damaged: &BTreeSet<BaseFile>,
+) -> anyhow::Result<Option<String>> {
+    if damaged.is_empty() {
+        return Ok(None);
+    }
+    let found = knowing.drop_absent().context("look for damaged packs that an index names")?;
+    let (count, torn) = (found.absent, found.torn.len());
+    if torn == 0 {
+        if count > 0 {
+            tracing::warn!(
+                count,
+                "the index named damaged packs; no backup needs them, and they are out of it"
+            );
+        }
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "{count} packs are damaged, with a good copy in no tier, and {torn} backups need them: no pack is removed until they are whole again or have expired; hint: klio verify names them; klio backup --full-read stores again what PostgreSQL still has"
+    )))
 }
 
 /// What backups left that never came to be. A young one may be of a backup that is about to be committed:
@@ -142,13 +176,15 @@ fn evict(
     ground: &Ground,
     repository: &Repository,
     near: &[SnapshotId],
+    damaged: &BTreeSet<BaseFile>,
     result: &mut PruneResult,
 ) -> anyhow::Result<()> {
     let Some(tier2) = &ground.tier2 else { return Ok(()) };
     let needed = repository.packs_of(near).context("find what tier 1 keeps")?;
     let held = ground.local.list(BaseKind::Data).context("list tier 1")?;
-    let going: Vec<(BaseFile, u64)> =
-        held.into_iter().filter(|(file, _)| !needed.contains(file)).collect();
+    // A damaged one cannot be proven; it stays for its good pieces.
+    let goes = |file: &BaseFile| !needed.contains(file) && !damaged.contains(file);
+    let going: Vec<(BaseFile, u64)> = held.into_iter().filter(|(file, _)| goes(file)).collect();
     let total_bytes = going.iter().map(|(_, size)| size).sum();
     let mut done_bytes = 0;
     for (number, (file, size)) in going.iter().enumerate() {
@@ -169,7 +205,7 @@ fn evict(
             wrapping: Wrapping::default(),
         };
         // Reads back what is there and compares it, or puts it there: P5, at this moment.
-        let proven = ground.runtime.block_on(tier2.upload(&source, &object.key(&ground.cluster)));
+        let proven = ground.runtime.block_on(tier2.prove(&source, &object.key(&ground.cluster)));
         match proven {
             Ok(uploaded) if uploaded.size == *size && uploaded.sha256 == file.id => {
                 ground.local.remove(*file).context("remove from tier 1")?;

@@ -5,6 +5,9 @@
 //! that was proven good a moment before, and read once more: an exception to U4. What cannot be
 //! read for other reasons (a bucket that does not answer) ends the run: it says nothing about the data.
 //! Where the good copy has another form (encrypted or not), what it holds is written in the form of the bad one.
+//!
+//! What an earlier verification found damaged is read first, whatever the share. Packs with a good copy in no tier are left
+//! out of the repository from then on: a backup needs such a pack only where nothing else has what is in it.
 
 use super::{Ground, verify_wal};
 use crate::maintenance::protocol::{Finding, Step, VerifyBackup, VerifyJob, VerifyResult};
@@ -12,12 +15,13 @@ use anyhow::Context;
 use bytes::Bytes;
 use klio_storage::{
     Error, Kind,
-    catalog::{BackupRecord, Damage},
+    catalog::{BackupRecord, Damage, damage::pack_of},
     disk::durable,
     layout::{BackupName, BaseFile, BaseKind, BaseObject},
     record,
     repository::{
-        Files, Progress, Repository, Secret, SnapshotId, Tiered, decode_secret, secret_objects,
+        Files, Progress, Repository, Secret, SnapshotId, Tiered, Without, decode_secret,
+        secret_objects,
     },
     tier2::Sha256Sum,
     wal::Pinned,
@@ -36,7 +40,7 @@ pub(super) enum Tier {
 }
 
 impl Tier {
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Tier::One => "tier1",
             Tier::Two => "tier2",
@@ -70,8 +74,8 @@ pub(super) fn run(ground: &Ground, job: &VerifyJob) -> anyhow::Result<VerifyResu
     let names: Vec<BackupName> = job.backups.iter().map(|b| b.record.name.clone()).collect();
     checker.phase("read records and secrets");
     checker.records(&job.backups)?;
-    checker.cluster_files(&names)?;
-    if let Some(secret) = checker.ground.secret().context("read the repository's secret")? {
+    checker.cluster_files(job, &names)?;
+    if let Some(secret) = checker.secret()? {
         checker.repository(job, &secret, &names)?;
     }
     verify_wal::run(&mut checker, job)?;
@@ -169,7 +173,7 @@ impl Checker<'_> {
                 problem,
             };
             let Some(good) = &good else {
-                self.damaged(damage(problem), owners());
+                self.found(Finding { damage: damage(problem), backups: owners(), lost: true });
                 continue;
             };
             match self.repair(tier, key, good, judge) {
@@ -180,7 +184,8 @@ impl Checker<'_> {
                         problem,
                         "repaired from the other tier"
                     );
-                    let finding = Finding { damage: damage(problem), backups: owners() };
+                    let damage = damage(problem);
+                    let finding = Finding { damage, backups: owners(), lost: false };
                     self.result.repaired.push(finding);
                 }
                 Err(error) => {
@@ -195,8 +200,13 @@ impl Checker<'_> {
     }
 
     pub(super) fn damaged(&mut self, damage: Damage, backups: Vec<BackupName>) {
-        tracing::error!(key = damage.key, tier = damage.tier, problem = damage.problem, "damaged");
-        self.result.damaged.push(Finding { damage, backups });
+        self.found(Finding { damage, backups, lost: false });
+    }
+
+    fn found(&mut self, finding: Finding) {
+        let Damage { tier, key, problem } = &finding.damage;
+        tracing::error!(key, tier, problem, "damaged");
+        self.result.damaged.push(finding);
     }
 
     /// Writes a proven copy over a proven-bad one, durably, and reads it back.
@@ -249,13 +259,24 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// `cluster.json` and the secret, in whichever form they are there.
-    fn cluster_files(&mut self, names: &[BackupName]) -> Result<(), Error> {
+    /// `cluster.json` and the secret, in whichever form they are there. Both are in a tier before the first record is (S1, S3):
+    /// where there is a record and they are not, they are lost.
+    fn cluster_files(&mut self, job: &VerifyJob, names: &[BackupName]) -> Result<(), Error> {
         let owners = || names.to_vec();
+        let all = || job.backups.iter().chain(&job.others);
+        let needed = [all().any(|b| b.tier1), all().any(|b| b.tier2)];
         let key = BaseObject::Cluster.key(&self.ground.cluster);
         let judge = |bytes: &[u8]| Pinned::decode(bytes, &key).map(drop).map_err(|e| e.detail);
-        self.prove(&key, [false, false], &owners, &judge)?;
-        for object in secret_objects(&self.ground.at_rest) {
+        self.prove(&key, needed, &owners, &judge)?;
+        let objects = secret_objects(&self.ground.at_rest);
+        let keys = objects.each_ref().map(|object| object.key(&self.ground.cluster));
+        let mut there = [[false; 2]; 2];
+        for (key, there) in keys.iter().zip(&mut there) {
+            for (tier, there) in [Tier::One, Tier::Two].into_iter().zip(there) {
+                *there = !matches!(self.copy(tier, key, &|_| Ok(()))?, Copy::Missing);
+            }
+        }
+        for (object, expected) in objects.into_iter().zip(forms_expected(there, needed)) {
             let key = object.key(&self.ground.cluster);
             let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
             let at_rest = self.ground.at_rest.clone();
@@ -263,9 +284,19 @@ impl Checker<'_> {
                 let read = decode_secret(bytes, encrypted, &at_rest, &key);
                 read.map(drop).map_err(|e| e.detail)
             };
-            self.prove(&key, [false, false], &owners, &judge)?;
+            self.prove(&key, expected, &owners, &judge)?;
         }
         Ok(())
+    }
+
+    /// What opens the repository; `None` without one, and where it was found to be damaged.
+    fn secret(&self) -> anyhow::Result<Option<Secret>> {
+        let keys = secret_objects(&self.ground.at_rest).map(|o| o.key(&self.ground.cluster));
+        let told = self.result.damaged.iter().any(|finding| keys.contains(&finding.damage.key));
+        match self.ground.secret() {
+            Err(error) if told && matches!(error.kind, Kind::Corrupt | Kind::Denied) => Ok(None),
+            other => other.context("read the repository's secret"),
+        }
     }
 
     fn repository(
@@ -298,7 +329,7 @@ impl Checker<'_> {
                 self.prove(&key, [false, false], &|| owners.clone(), &judge)?;
             }
         }
-        let repository = match Repository::open(files, secret) {
+        let repository = match Repository::open(files.clone(), secret) {
             Ok(repository) => repository,
             Err(error) => {
                 let key = BaseFile::CONFIG.key(&self.ground.cluster);
@@ -307,8 +338,8 @@ impl Checker<'_> {
                 return Ok(());
             }
         };
-        let needs = self.needs(&repository, job);
-        self.packs(job, &needs)?;
+        let needs = self.packs(job, &repository, &files)?;
+        let repository = self.without_lost(&repository, &files);
         self.phase("check the repository's structure");
         let progress: Arc<dyn Progress> = Arc::new(klio_storage::repository::Silent);
         let problems = repository.check(0.0, &progress).context("check the repository")?;
@@ -351,25 +382,88 @@ impl Checker<'_> {
         Ok(all)
     }
 
-    /// The files that each backup needs; one whose structure cannot be read is a finding of the check.
-    fn needs(&self, repository: &Repository, job: &VerifyJob) -> Vec<Needs> {
+    /// The files that each of these backups needs; one whose structure cannot be read is a finding of the check.
+    fn needs<'b>(
+        repository: &Repository,
+        backups: impl Iterator<Item = &'b VerifyBackup>,
+    ) -> Vec<Needs> {
         let of = |backup: &VerifyBackup| {
             let id: SnapshotId = backup.record.snapshot.parse().ok()?;
             let files = repository.packs_of(&[id]).ok()?;
             let (name, tier2) = (backup.record.name.clone(), backup.tier2);
             Some(Needs { name, tier2, files })
         };
-        job.backups.iter().filter_map(of).collect()
+        backups.filter_map(of).collect()
     }
 
-    fn packs(&mut self, job: &VerifyJob, needs: &[Needs]) -> Result<(), Error> {
+    /// The packs that were found to have a good copy nowhere.
+    fn lost_packs(&self) -> BTreeSet<BaseFile> {
+        let lost = self.result.damaged.iter().filter(|finding| finding.lost);
+        lost.filter_map(|f| pack_of(&self.ground.cluster, &f.damage.key)).collect()
+    }
+
+    /// The repository as one who knows of them sees it (A1).
+    fn without_lost(&self, repository: &Repository, files: &Arc<dyn Files>) -> Repository {
+        repository.with_files(Arc::new(Without::new(files.clone(), self.lost_packs())))
+    }
+
+    /// Reads what was damaged before and a share of the rest; gives what the backups need without what is lost.
+    fn packs(
+        &mut self,
+        job: &VerifyJob,
+        repository: &Repository,
+        files: &Arc<dyn Files>,
+    ) -> Result<Vec<Needs>, Error> {
+        self.again(job)?;
+        let needs = Self::needs(&self.without_lost(repository, files), job.backups.iter());
+        self.share(job, &needs)?;
+        if self.lost_packs().is_empty() {
+            self.give_to_owners(&needs);
+            return Ok(needs);
+        }
+        // Of what was found just now, too; and it may be others' that were not asked for.
+        let all = job.backups.iter().chain(&job.others);
+        let needs = Self::needs(&self.without_lost(repository, files), all);
+        self.give_to_owners(&needs);
+        Ok(needs)
+    }
+
+    /// Packs that an earlier verification found damaged. One that is gone since is for the check to miss.
+    fn again(&mut self, job: &VerifyJob) -> Result<(), Error> {
+        self.phase("read again what was found damaged");
+        let cluster = &self.ground.cluster;
+        let packs: Vec<BaseFile> =
+            job.again.iter().filter_map(|key| pack_of(cluster, key)).collect();
+        for file in &packs {
+            let judge = |bytes: &[u8]| named(*file, bytes);
+            self.prove(&file.key(&self.ground.cluster), [false, false], &Vec::new, &judge)?;
+        }
+        let lost = self.lost_packs();
+        let good = packs.into_iter().filter(|file| !lost.contains(file));
+        self.result.disproved = good.map(|file| file.key(&self.ground.cluster)).collect();
+        Ok(())
+    }
+
+    /// Says of each finding in a pack which backups need it.
+    fn give_to_owners(&mut self, needs: &[Needs]) {
+        for finding in self.result.damaged.iter_mut().chain(&mut self.result.repaired) {
+            let Some(file) = pack_of(&self.ground.cluster, &finding.damage.key) else { continue };
+            finding.backups = owners(needs, file);
+            if finding.lost && finding.backups.is_empty() {
+                finding.damage.problem += "; no backup needs it";
+            }
+        }
+    }
+
+    fn share(&mut self, job: &VerifyJob, needs: &[Needs]) -> Result<(), Error> {
         let listed = self.listed(BaseKind::Data)?;
+        let known = self.lost_packs();
         let needed = |file: &BaseFile| needs.iter().any(|n| n.files.contains(file));
         let archived = |file: &BaseFile| needs.iter().any(|n| n.tier2 && n.files.contains(file));
         // Whatever is proven by the listing alone to be wrong is read; of the rest, a share.
         let mut chosen: Vec<(BaseFile, u64)> = Vec::new();
         let mut rest = Vec::new();
-        for (file, (one, two)) in &listed {
+        for (file, (one, two)) in listed.iter().filter(|(file, _)| !known.contains(file)) {
             let size = one.or(*two).unwrap_or(0);
             let differ = one.zip(*two).is_some_and(|(one, two)| one != two);
             let lost = two.is_none() && archived(file);
@@ -395,11 +489,24 @@ impl Checker<'_> {
         for (file, size) in chosen {
             let key = file.key(&self.ground.cluster);
             let judge = |bytes: &[u8]| named(file, bytes);
-            self.prove(&key, [false, archived(&file)], &|| owners(needs, file), &judge)?;
+            self.prove(&key, [false, archived(&file)], &Vec::new, &judge)?;
             self.done(size);
         }
         Ok(())
     }
+}
+
+/// Which forms of the secret must be in which tiers, for `[form][tier]` that is there: one of them in each that needs it, as the
+/// other tier has it, so that it can be repaired from there.
+fn forms_expected(there: [[bool; 2]; 2], needed: [bool; 2]) -> [[bool; 2]; 2] {
+    let mut expected = [[false; 2]; 2];
+    for tier in [0, 1] {
+        if needed[tier] && !there[0][tier] && !there[1][tier] {
+            let form = usize::from(!there[0][1 - tier] && there[1][1 - tier]);
+            expected[form][tier] = true;
+        }
+    }
+    expected
 }
 
 /// Files, and their sizes in tier 1 and tier 2.
@@ -468,5 +575,25 @@ impl Files for OnlyConfig {
     }
     fn remove(&self, file: BaseFile) -> Result<(), Error> {
         Err(Error::new(Kind::Denied, klio_storage::Op::Remove, file.relative(), "reading only"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tier_with_records_must_have_the_secret_in_one_of_its_forms() {
+        let both = [true, true];
+        let [none, one, two] = [[false, false], [true, false], [false, true]];
+        assert_eq!(forms_expected([none, none], [false, false]), [none, none]);
+        assert_eq!(forms_expected([none, none], both), [both, none]);
+        assert_eq!(forms_expected([none, none], one), [one, none]);
+        // Each tier may have its own form, of another time.
+        assert_eq!(forms_expected([one, two], both), [none, none]);
+        // What the other tier has can be written again.
+        assert_eq!(forms_expected([none, one], both), [none, two]);
+        assert_eq!(forms_expected([two, none], both), [one, none]);
+        assert_eq!(forms_expected([two, none], two), [none, none]);
     }
 }

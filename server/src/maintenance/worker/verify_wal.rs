@@ -1,6 +1,9 @@
 //! Reads WAL back in both tiers: it must decrypt, decode to its size, and begin with the header of the
 //! segment that its name says, of this PostgreSQL.
 //!
+//! A history says nothing by which one could tell that a digit of it is wrong: all its copies must say the same. Where they
+//! differ it is told, and neither is made of the other, as nobody knows which one is right.
+//!
 //! From start to stop of each backup all of it; behind that, a share where it was asked for. That nothing
 //! is missing in between is the server's to say, which knows the open segment, too.
 
@@ -33,7 +36,8 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
     let mut chosen = Vec::new();
     let there = |file, form| held.get(&(file, form)).is_some_and(|(tiers, _)| tiers[1]);
     for (&(file, form), &(tiers, bytes)) in &held {
-        let Some(owners) = wanted(file, size, job) else { continue };
+        let again = job.again.contains(&file.key_in(&checker.ground.cluster, form));
+        let Some(owners) = wanted(file, size, job, again) else { continue };
         let must = owed(file, size, &job.archived) && !there(file, form.other());
         chosen.push((file, form, [false, tiers[1] || must], bytes, owners));
     }
@@ -41,6 +45,11 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
     checker.step.total_bytes = chosen.iter().map(|c| c.3).sum();
     checker.step.total_files = chosen.len() as u64;
     let at_rest = checker.ground.at_rest.clone();
+    let histories: BTreeMap<WalFile, Vec<BackupName>> = chosen
+        .iter()
+        .filter(|(file, ..)| matches!(file, WalFile::History(_)))
+        .map(|(file, .., owners)| (*file, owners.clone()))
+        .collect();
     for (file, form, expected, bytes, owners) in chosen {
         let key = file.key_in(&checker.ground.cluster, form);
         let judge = |stored: &[u8]| judge(file, form, stored, size, job, &at_rest);
@@ -49,7 +58,78 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
         checker.prove_or(&key, expected, &|| owners.clone(), &judge, &mut instead)?;
         checker.done(bytes);
     }
+    for (file, owners) in histories {
+        compare_copies(checker, file, size, job, &at_rest, owners)?;
+    }
     Ok(())
+}
+
+/// Whether every copy of a history, in either tier and form, says the same. Bad ones were told of before.
+fn compare_copies(
+    checker: &mut Checker<'_>,
+    file: WalFile,
+    size: SegmentSize,
+    job: &VerifyJob,
+    at_rest: &AtRest,
+    owners: Vec<BackupName>,
+) -> Result<(), Error> {
+    let mut texts = Vec::new();
+    for form in [Form::Plain, Form::Age] {
+        let key = file.key_in(&checker.ground.cluster, form);
+        let judge = |stored: &[u8]| judge(file, form, stored, size, job, at_rest);
+        for tier in [Tier::One, Tier::Two] {
+            let Copy::Good(bytes) = checker.copy(tier, &key, &judge)? else { continue };
+            let text = plain(file, form, &bytes, at_rest).and_then(|read| text(file, read));
+            if let Ok(text) = text {
+                texts.push((format!("{} {key}", tier.name()), text));
+            }
+        }
+    }
+    let Some(problem) = disagreement(&texts) else { return Ok(()) };
+    let key = file.key_in(&checker.ground.cluster, Form::Plain);
+    let tier = "both".to_owned();
+    checker.damaged(klio_storage::catalog::Damage { tier, key, problem }, owners);
+    Ok(())
+}
+
+/// Where copies differ from the first one, in words; `None` when they do not.
+fn disagreement(texts: &[(String, Vec<u8>)]) -> Option<String> {
+    let (first, expected) = texts.first()?;
+    let (other, found) = texts.iter().find(|(_, text)| text != expected)?;
+    let lines = |text: &[u8]| -> Vec<String> {
+        String::from_utf8_lossy(text).lines().map(str::to_owned).collect()
+    };
+    let (expected, found) = (lines(expected), lines(found));
+    let at = (0..expected.len().max(found.len())).find(|&n| expected.get(n) != found.get(n));
+    let line = |lines: &[String]| at.and_then(|n| lines.get(n)).cloned().unwrap_or_default();
+    Some(format!(
+        "its copies differ, and either may be right: {first} has {:?}, {other} has {:?} in line {}; hint: compare with pg_wal of the cluster and put the right one in the other's place",
+        line(&expected),
+        line(&found),
+        at.map_or(0, |n| n + 1),
+    ))
+}
+
+fn plain<'a>(
+    file: WalFile,
+    form: Form,
+    stored: &'a [u8],
+    at_rest: &AtRest,
+) -> Result<Box<dyn Read + 'a>, String> {
+    Ok(match form {
+        Form::Plain => Box::new(stored),
+        Form::Age => {
+            let keys = at_rest.need(file).map_err(|e| e.detail)?;
+            Box::new(keys.decrypt(stored).map_err(|e| e.detail)?)
+        }
+    })
+}
+
+fn text(file: WalFile, plain: impl Read) -> Result<Vec<u8>, String> {
+    let mut text = Vec::new();
+    let read = plain.take(HISTORY_LIMIT_BYTES).read_to_end(&mut text);
+    read.map_err(|e| payload_error(file, &e).detail)?;
+    Ok(text)
 }
 
 /// What a file holds in its other form, in this one: the tiers may have it in different forms, as when encryption was
@@ -121,10 +201,15 @@ const fn segment_of(file: WalFile) -> Option<SegmentName> {
     }
 }
 
-/// The backups that need a file; `None` when it is not to be read.
-fn wanted(file: WalFile, size: SegmentSize, job: &VerifyJob) -> Option<Vec<BackupName>> {
+/// The backups that need a file; `None` when it is not to be read. `again`: it was damaged before.
+fn wanted(
+    file: WalFile,
+    size: SegmentSize,
+    job: &VerifyJob,
+    again: bool,
+) -> Option<Vec<BackupName>> {
     let mut owners = Vec::new();
-    let mut sure = false;
+    let mut sure = again;
     for backup in &job.backups {
         let record = &backup.record;
         let Some(start) = segment_of(file).and_then(|name| name.start_lsn(size)) else {
@@ -162,17 +247,9 @@ fn judge(
     job: &VerifyJob,
     at_rest: &AtRest,
 ) -> Result<(), String> {
-    let mut plain: Box<dyn Read + '_> = match form {
-        Form::Plain => Box::new(stored),
-        Form::Age => {
-            let keys = at_rest.need(file).map_err(|e| e.detail)?;
-            Box::new(keys.decrypt(stored).map_err(|e| e.detail)?)
-        }
-    };
+    let mut plain = plain(file, form, stored, at_rest)?;
     let Some(name) = segment_of(file) else {
-        let mut text = Vec::new();
-        let read = plain.take(HISTORY_LIMIT_BYTES).read_to_end(&mut text);
-        read.map_err(|e| payload_error(file, &e).detail)?;
+        let text = text(file, plain)?;
         return TimelineHistory::parse(file.timeline(), &text).map(drop).map_err(|e| e.to_string());
     };
     let mut header = Vec::with_capacity(SEGMENT_HEADER_BYTES);
@@ -198,4 +275,23 @@ fn judge(
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_that_differ_are_told_with_their_first_different_line() {
+        let copy = |place: &str, text: &str| (place.to_owned(), text.as_bytes().to_vec());
+        let (a, b) = ("1\t0/10\tx\n2\t0/20\ty\n", "1\t0/10\tx\n2\t0/30\ty\n");
+        assert_eq!(disagreement(&[]), None);
+        assert_eq!(disagreement(&[copy("one", a)]), None);
+        assert_eq!(disagreement(&[copy("one", a), copy("two", a)]), None);
+        let told = disagreement(&[copy("one", a), copy("two", a), copy("three", b)]).unwrap();
+        for part in ["one has", "0/20", "three has", "0/30", "in line 2", "hint:"] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        assert!(disagreement(&[copy("one", a), copy("two", "1\t0/10\tx\n")]).is_some());
+    }
 }

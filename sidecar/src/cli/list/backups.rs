@@ -19,7 +19,8 @@ type Ends = BTreeMap<(u32, u64), i64>;
 pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Error> {
     let source = Source::open(config, &CancellationToken::new())?;
     let catalog = source.catalog().await?;
-    let survey = Survey::new(&catalog.holdings, catalog.records());
+    // What can be recovered is what klio restore would take by itself (D6).
+    let survey = Survey::new(&catalog.holdings, catalog.sound());
     let lines = survey.lines();
     let ends = ends(&source, &survey, &lines).await?;
     let out = if as_json {
@@ -112,6 +113,9 @@ fn to_text(catalog: &Catalog, survey: &Survey, lines: &[Line], ends: &Ends) -> S
         if rows.is_empty() { "no base backups\n".into() } else { table::render(&header, &rows) };
     for known in &catalog.backups {
         let record = &known.record;
+        if let Some(doubt) = known.doubt() {
+            out += &format!("{doubt}: klio restore takes another where it can\n");
+        }
         if let Some(hole) = survey.broken(record) {
             out += &format!("backup {} cannot be restored: {hole}\n", record.name);
         }

@@ -1,7 +1,8 @@
 //! A flipped bit in any kind of file is found, and never read as content.
 
 use super::*;
-use crate::repository::{Problem, Progress};
+use crate::repository::{Problem, Progress, Without};
+use std::collections::BTreeSet;
 
 fn check(repository: &Repository, percent: f64) -> Vec<Problem> {
     let silent: Arc<dyn Progress> = Arc::new(Silent);
@@ -74,6 +75,57 @@ fn a_flipped_bit_in_a_chunk_is_an_error_for_its_reader() {
         assert_eq!(error.kind, crate::Kind::Corrupt, "byte {byte}");
         assert!(error.place.contains(&at.pack.relative()), "{error}");
     }
+}
+
+fn packs(home: &Home) -> BTreeSet<BaseFile> {
+    home.files.list(BaseKind::Data).unwrap().into_iter().map(|(file, _)| file).collect()
+}
+
+/// One bit of each; the sizes stay.
+fn flip(home: &Home, packs: &BTreeSet<BaseFile>) {
+    for file in packs {
+        let path = home.files.path(*file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[20] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+#[test]
+fn packs_that_are_known_to_be_damaged_are_sent_again_and_older_backups_heal() {
+    let home = home();
+    let (_, old) = back_up(&home.repository, &tree(), None, "old");
+    let damaged = packs(&home);
+    let is_large =
+        |file: &&BaseFile| std::fs::metadata(home.files.path(**file)).unwrap().len() > 100_000;
+    let (chunks, trees): (Vec<_>, Vec<_>) = damaged.iter().partition(is_large);
+    flip(&home, &chunks.into_iter().copied().collect());
+    assert!(restored(&home.repository, &old).is_err());
+    // Nobody knows: the next one is damaged, too.
+    let (_, fooled) = back_up(&home.repository, &tree(), None, "fooled");
+    assert!(restored(&home.repository, &fooled).is_err());
+    flip(&home, &trees.into_iter().copied().collect());
+
+    let without = Arc::new(Without::new(home.files.clone(), damaged.clone()));
+    let mut knowing = Repository::open(without, &home.secret).unwrap();
+    assert_eq!(knowing.adopt().unwrap().absent, damaged.len() as u64);
+    for (name, parent) in [("whole", None), ("child", Some(&old))] {
+        let (_, new) = back_up(&knowing, &tree(), parent, name);
+        assert!(restored(&knowing, &new).unwrap() == tree().expected());
+        assert!(knowing.packs_of(&[new.id]).unwrap().is_disjoint(&damaged));
+    }
+    assert!(knowing.packs_of(&[old.id]).unwrap().is_disjoint(&damaged));
+    // Also for one who only has the files, as a restore from the bucket: what fails at one place is tried at the others.
+    for snapshot in [&old, &fooled] {
+        assert!(restored(&home.repository, snapshot).unwrap() == tree().expected());
+    }
+    // A3: maintenance leaves no way back to them.
+    assert_eq!(knowing.drop_absent().unwrap().torn, vec![]);
+    for _ in 0..2 {
+        home.repository.prune(std::time::Duration::ZERO).unwrap();
+    }
+    assert!(check(&home.repository, 100.0).is_empty());
+    assert!(restored(&home.repository, &old).unwrap() == tree().expected());
 }
 
 #[test]

@@ -99,6 +99,25 @@ fn a_secret_shows_nothing_of_itself() {
 }
 
 #[test]
+fn the_level_of_new_data_may_change_after_the_repository_was_made() {
+    let home = home();
+    let text = |number: u8| {
+        let tree: String = (0..20_000).map(|n| format!("row {number} {n};")).collect();
+        Fake::new().file("data/base/1/1259", tree.as_bytes())
+    };
+    let stored = |level: i32, number: u8| {
+        let repository = home.repository.clone().compressing(level);
+        let (part, summary) = back_up(&repository, &text(number), None, &format!("at-{level}"));
+        assert!(restored(&home.repository, &summary).unwrap() == text(number).expected());
+        (part.added_bytes, part.stored_bytes)
+    };
+    let (plain, fast, small) = (stored(0, 1), stored(1, 2), stored(19, 3));
+    assert!(plain.1 >= plain.0, "uncompressed, and sealed: {plain:?}");
+    assert!(fast.1 < fast.0 / 2, "{fast:?}");
+    assert!(small.1 < fast.1, "{small:?}, {fast:?}");
+}
+
+#[test]
 fn settings_that_cannot_work_are_named() {
     use klio_pg::ByteSize;
     let good = Settings::default();

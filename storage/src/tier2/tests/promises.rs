@@ -46,6 +46,22 @@ async fn a_small_and_a_large_file_round_trip_through_s3() {
     }
 }
 
+/// P5: what tier 1 lets go was read back, also where it had to be sent again a moment before.
+#[tokio::test]
+async fn a_proof_reads_the_object_whether_it_was_there_or_not() {
+    let s3 = S3::start().await;
+    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
+    let source = sealed(folder.path(), "a", &noise(1, 100_000), 1);
+    let read =
+        || s3.requests().iter().filter(|r| r.starts_with("GET") && r.contains(".zst")).count();
+    for reads in [1, 2] {
+        tier2.prove(&source, KEY).await.unwrap();
+        assert_eq!(read(), reads, "{:?}", s3.requests());
+    }
+    let other = sealed(folder.path(), "b", &noise(2, 100_000), 1);
+    assert_eq!(tier2.prove(&other, KEY).await.unwrap_err().kind, Kind::Conflict);
+}
+
 #[tokio::test]
 async fn a_small_and_a_large_file_round_trip_through_a_folder() {
     for bytes in [100_000, (20 << 20) + 7] {

@@ -1,0 +1,55 @@
+//! What verification knows to be damaged, for whoever stores and lists.
+//!
+//! A pack that is known to be damaged, with a good copy in no tier, is left out of listings: then the next backup sends again
+//! what is in it, as with one that is missing (A2 of the repository), and readers look elsewhere first. It stays where it is. It
+//! is known no longer when it was read and found good, or when somebody sent it again.
+
+use super::{BaseStore, lock, run};
+use klio_storage::{
+    Error,
+    catalog::damage::{self, KnownDamage},
+    layout::{BaseFile, ClusterName},
+};
+use std::collections::BTreeSet;
+use tonic::Status;
+
+impl BaseStore {
+    /// What is known; a file that cannot be read says nothing. Blocking.
+    pub fn known_damage(&self, cluster: &ClusterName) -> KnownDamage {
+        damage::load(self.disk().as_ref(), self.root(), cluster).unwrap_or_else(|error| {
+            tracing::warn!(%cluster, %error, "what is known to be damaged cannot be read; hint: klio verify --read-data all finds it again");
+            KnownDamage::default()
+        })
+    }
+
+    /// Packs with a good copy in no tier. Blocking.
+    pub(super) fn damaged_packs(&self, cluster: &ClusterName) -> BTreeSet<BaseFile> {
+        self.known_damage(cluster).pack_files(cluster)
+    }
+
+    /// Changes what is known, durably.
+    ///
+    /// # Errors
+    /// As the disk fails; then it is as it was.
+    pub async fn change_damage(
+        &self,
+        cluster: &ClusterName,
+        change: impl FnOnce(&mut KnownDamage) + Send + 'static,
+    ) -> Result<KnownDamage, Status> {
+        let (this, cluster) = (self.clone(), cluster.clone());
+        run(move || this.change_damage_now(&cluster, change)).await
+    }
+
+    /// The same; blocking.
+    pub(super) fn change_damage_now(
+        &self,
+        cluster: &ClusterName,
+        change: impl FnOnce(&mut KnownDamage),
+    ) -> Result<KnownDamage, Error> {
+        let _one = lock(&self.0.damage);
+        let mut known = self.known_damage(cluster);
+        change(&mut known);
+        damage::store(self.disk().as_ref(), self.root(), cluster, &known)?;
+        Ok(known)
+    }
+}
