@@ -417,9 +417,12 @@ async fn a_secret_or_identity_that_is_gone_is_found() {
             assert_eq!((code, outcome.ok), (40, false), "{args:?}: {outcome:?}");
             assert!(outcome.damaged.iter().any(|d| d.key == key), "{name}: {outcome:?}");
         }
-        fs::write(setup.tier1().join(name), kept).expect("write");
+        fs::write(setup.tier1().join(name), &kept).expect("write");
+        // The consumer may have been faster, whom a repair from the other tier has told.
         let (code, outcome) = setup.verify().await;
-        assert_eq!((code, outcome.repaired.len()), (41, 1), "{outcome:?}");
+        let found = (code, outcome.repaired.len());
+        assert!(matches!(found, (41, 1) | (0, 0)), "{outcome:?}");
+        assert_eq!(fs::read(setup.tier2().join(name)).expect("read"), kept);
         assert_eq!(setup.verify().await.0, 0, "{name} once more");
     }
 }
