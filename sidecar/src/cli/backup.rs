@@ -141,15 +141,15 @@ fn view(seen: &Seen) -> View {
     View { phase: seen.phase, moved }
 }
 
-/// `512 of 985 files, 41.0 MiB stored (97 % saved)`: there already, or compressed away.
+/// `512 of 985 files, 41.0 MiB stored (3 % of their size)`: the rest was there already, is compressed away, or on its way.
 fn files(seen: &Seen) -> String {
     let stored = text::size(seen.stored);
-    let saved = 100.0 * (1.0 - seen.stored as f64 / seen.bytes.max(1) as f64);
+    let share = 100.0 * seen.stored as f64 / seen.bytes.max(1) as f64;
     format!(
-        "{} of {} files, {stored} stored ({:.0} % saved)",
+        "{} of {} files, {stored} stored ({:.0} % of their size)",
         seen.files,
         seen.total_files.max(seen.files),
-        saved.max(0.0)
+        share.min(100.0)
     )
 }
 
@@ -252,7 +252,7 @@ mod tests {
             total_bytes: 1 << 30,
             total_files: 10,
         };
-        let expected = "copying: 512.0 MiB of 1.0 GiB (50 %), 5 of 10 files, 1.0 MiB stored (100 % saved), 256.0 MiB/s, about 2.0 s left";
+        let expected = "copying: 512.0 MiB of 1.0 GiB (50 %), 5 of 10 files, 1.0 MiB stored (0 % of their size), 256.0 MiB/s, about 2.0 s left";
         assert_eq!(display::line(&view(&seen), 2.0), expected);
         let waiting = Seen { phase: "checkpoint", ..Seen::default() };
         assert_eq!(display::line(&view(&waiting), 2.0), "checkpoint after 2.0 s");
