@@ -427,6 +427,28 @@ async fn a_secret_or_identity_that_is_gone_is_found() {
     }
 }
 
+/// P6: who does not know which copy is the bad one removes none.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_pruned_while_what_is_damaged_cannot_be_read() {
+    let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
+    let known = setup.tier1().join("damaged.json");
+    fs::write(&known, "{").expect("write");
+    let packs = |root: std::path::PathBuf| {
+        let names = Setup::tree(&root).into_keys();
+        names.filter(|name| name.contains("base/data")).collect::<Vec<_>>()
+    };
+    let before = [setup.tier1(), setup.tier2()].map(packs);
+    for args in [&["retention", "apply"][..], &["verify"]] {
+        let outcome = setup.site.klio(None, args).await;
+        assert_eq!(outcome.code, Some(21), "{args:?}: {}{}", outcome.stdout, outcome.stderr);
+        assert!(outcome.stderr.contains("damaged.json"), "{}", outcome.stderr);
+    }
+    assert_eq!([setup.tier1(), setup.tier2()].map(packs), before);
+    fs::remove_file(&known).expect("remove");
+    assert_eq!(setup.apply().await.0, 0);
+    assert_eq!(setup.verify().await.0, 0);
+}
+
 /// Nothing in a history tells that a digit of it is wrong, but the other tier's.
 #[tokio::test(flavor = "multi_thread")]
 async fn histories_that_differ_between_the_tiers_are_found_and_neither_is_overwritten() {

@@ -2,7 +2,8 @@
 //!
 //! A pack that is known to be damaged, with a good copy in no tier, is left out of listings: then the next backup sends again
 //! what is in it, as with one that is missing (A2 of the repository), and readers look elsewhere first. It stays where it is. It
-//! is known no longer when it was read and found good, or when somebody sent it again.
+//! is known no longer when it was read and found good, or when somebody sent it again. What cannot be read stops whoever would
+//! remove or change something by it (P6); a listing goes on without.
 
 use super::{BaseStore, lock, run};
 use klio_storage::{
@@ -14,23 +15,27 @@ use std::collections::BTreeSet;
 use tonic::Status;
 
 impl BaseStore {
-    /// What is known; a file that cannot be read says nothing. Blocking.
-    pub fn known_damage(&self, cluster: &ClusterName) -> KnownDamage {
-        damage::load(self.disk().as_ref(), self.root(), cluster).unwrap_or_else(|error| {
-            tracing::warn!(%cluster, %error, "what is known to be damaged cannot be read; hint: klio verify --read-data all finds it again");
-            KnownDamage::default()
-        })
+    /// What is known. Blocking.
+    ///
+    /// # Errors
+    /// `Corrupt`, or as the disk fails.
+    pub fn known_damage(&self, cluster: &ClusterName) -> Result<KnownDamage, Error> {
+        damage::load(self.disk().as_ref(), self.root(), cluster)
     }
 
-    /// Packs with a good copy in no tier. Blocking.
+    /// Packs with a good copy in no tier; none where that cannot be read, which is told. Blocking.
     pub(super) fn damaged_packs(&self, cluster: &ClusterName) -> BTreeSet<BaseFile> {
-        self.known_damage(cluster).pack_files(cluster)
+        let known = self.known_damage(cluster).unwrap_or_else(|error| {
+            tracing::error!(%cluster, %error, "what is known to be damaged cannot be read; nothing is pruned meanwhile");
+            KnownDamage::default()
+        });
+        known.pack_files(cluster)
     }
 
     /// Changes what is known, durably.
     ///
     /// # Errors
-    /// As the disk fails; then it is as it was.
+    /// As reading or writing it fails; then it is as it was.
     pub async fn change_damage(
         &self,
         cluster: &ClusterName,
@@ -47,7 +52,7 @@ impl BaseStore {
         change: impl FnOnce(&mut KnownDamage),
     ) -> Result<KnownDamage, Error> {
         let _one = lock(&self.0.damage);
-        let mut known = self.known_damage(cluster);
+        let mut known = self.known_damage(cluster)?;
         change(&mut known);
         damage::store(self.disk().as_ref(), self.root(), cluster, &known)?;
         Ok(known)

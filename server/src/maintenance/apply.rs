@@ -112,6 +112,8 @@ impl Inner {
             outcome.held_back.clone_from(&plan.alarms);
             return Ok(());
         }
+        // P6: before anything goes, whether it is known what is damaged.
+        self.known_damage(cluster).await?;
         let records = self.base.backups(cluster).await?.backups;
         let records: Vec<BackupRecord> = records.into_iter().map(|b| b.record).collect();
         let expired: BTreeSet<BackupName> = plan.expired().into_iter().collect();

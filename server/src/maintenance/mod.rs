@@ -91,7 +91,12 @@ impl Maintenance {
             if let Some(outcome) = last_run(&base, &cluster) {
                 metrics.seen_maintained(&cluster, &outcome);
             }
-            metrics.known(&cluster, &base.known_damage(&cluster));
+            match base.known_damage(&cluster) {
+                Ok(known) => metrics.known(&cluster, &known),
+                Err(error) => {
+                    tracing::error!(%cluster, %error, "what is known to be damaged cannot be read")
+                }
+            }
             let (disk, root, now) = (base.disk().as_ref(), base.root(), base.now_unix());
             // Also of backups that only tier 2 has; expiring one removes what is known of it.
             for name in outcomes::names(disk, root, &cluster).unwrap_or_default() {

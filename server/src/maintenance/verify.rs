@@ -13,6 +13,7 @@ use crate::{base::ListedBackup, errors};
 use klio_pg::SegmentSize;
 use klio_proto::Code;
 use klio_storage::{
+    Kind,
     catalog::{
         BackupRecord, Damage, Holdings, KnownDamage, VerifyOutcome,
         damage::pack_of,
@@ -186,7 +187,18 @@ impl Inner {
     pub(super) async fn known_damage(&self, cluster: &ClusterName) -> Result<KnownDamage, Status> {
         let (base, cluster) = (self.base.clone(), cluster.clone());
         let known = tokio::task::spawn_blocking(move || base.known_damage(&cluster));
-        known.await.map_err(|e| Code::Internal.status(format!("read known damage: {e}")))
+        let known =
+            known.await.map_err(|e| Code::Internal.status(format!("read known damage: {e}")))?;
+        known.map_err(|error| match error.kind {
+            Kind::Corrupt => {
+                tracing::error!(%error, "what is known to be damaged cannot be read");
+                Code::Corrupt.status(
+                    "damaged.json: expected what is known to be damaged, found a file that is damaged itself; hint: remove it from the \
+                     cluster's folder of tier 1, then klio verify --read-data all finds again what it said",
+                )
+            }
+            _ => errors::status(&error),
+        })
     }
 
     /// Adds what was found, and takes away what was disproved. `all`: every backup was looked at.

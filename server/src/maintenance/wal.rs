@@ -7,7 +7,10 @@
 //! recovery may still read goes from tier 1 to tier 2, but not for good (`readers`).
 
 use super::Inner;
-use crate::{errors, readers::Hold};
+use crate::{
+    errors,
+    readers::{Hold, Readers},
+};
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
@@ -59,8 +62,7 @@ impl Inner {
         if self.held_from(cluster, line.timeline).is_none() {
             // Of a tier 1 that was lost: there is nothing to prove here, nor a place for a horizon.
             let Some(gone) = line.tier2_below else { return Ok(()) };
-            let hold = self.base.readers().hold(cluster);
-            let far = Far { timeline: line.timeline, below: gone, hold };
+            let far = Far { timeline: line.timeline, below: gone, readers: self.base.readers() };
             expire_told(tier2, cluster, size, far, outcome).await;
             return Ok(());
         }
@@ -93,7 +95,7 @@ impl Inner {
         }
         let gone = self.unread(cluster, line.timeline, gone, outcome);
         if self.raise(cluster, line.timeline, Lsn::ZERO, gone).await?.is_some() {
-            let far = Far { timeline: line.timeline, below: gone, hold: None };
+            let far = Far { timeline: line.timeline, below: gone, readers: self.base.readers() };
             expire_told(tier2, cluster, size, far, outcome).await;
         }
         Ok(())
@@ -204,12 +206,12 @@ impl Inner {
 }
 
 /// What may go from tier 2.
-struct Far {
+struct Far<'a> {
     timeline: TimelineId,
     /// What ends at or below this.
     below: Lsn,
-    /// But not what somebody reads.
-    hold: Option<Hold>,
+    /// But not what somebody reads, asked before each removal: there may be thousands.
+    readers: &'a Readers,
 }
 
 fn stays(timeline: TimelineId, below: Lsn, why: &str) -> String {
@@ -221,7 +223,7 @@ async fn expire_told(
     tier2: &Tier2,
     cluster: &ClusterName,
     size: SegmentSize,
-    far: Far,
+    far: Far<'_>,
     outcome: &mut MaintenanceOutcome,
 ) {
     if let Err(error) = expire_far(tier2, cluster, size, far, outcome).await {
@@ -238,7 +240,7 @@ async fn expire_far(
     tier2: &Tier2,
     cluster: &ClusterName,
     size: SegmentSize,
-    Far { timeline, below, hold }: Far,
+    Far { timeline, below, readers }: Far<'_>,
     outcome: &mut MaintenanceOutcome,
 ) -> Result<(), Error> {
     let prefix = format!("{cluster}/wal");
@@ -256,7 +258,7 @@ async fn expire_far(
     for (name, key, bytes) in objects {
         let end = name.start_lsn(size).map(|start| start.advance(size.bytes()));
         let Some(end) = end.filter(|end| Some(name) != last && *end <= below) else { continue };
-        if let Some(hold) = hold.as_ref().filter(|hold| end > hold.from) {
+        if let Some(hold) = readers.hold(cluster).filter(|hold| end > hold.from) {
             outcome.held_back.push(stays(timeline, below, &hold.why));
             break;
         }

@@ -302,7 +302,7 @@ impl Restore {
 /// D6: whoever wants what is left of a damaged backup says its name.
 fn refuse_damaged(catalog: &Catalog, record: &BackupRecord) -> Result<(), Error> {
     let known = catalog.known(&record.name);
-    let Some(why) = known.filter(|known| known.is_damaged()).and_then(Known::doubt) else {
+    let Some(why) = known.and_then(Known::doubt) else {
         return Ok(());
     };
     let message = format!("{why}; no other backup leads to the target");

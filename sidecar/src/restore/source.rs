@@ -10,7 +10,7 @@ use crate::{
     server_link::{BaseLink, GrpcFiles, ServerLink},
     wal_source::{self, Expected, Fetch, Target as FetchTarget, WalSource},
 };
-use klio_pg::{ByteSize, TimelineId};
+use klio_pg::{ByteSize, SegmentSize, TimelineId};
 use klio_proto::{
     Code,
     v1::{self, reserve_request::Purpose},
@@ -72,26 +72,29 @@ pub struct Catalog {
 }
 
 impl Known {
-    /// Why nobody should restore it while another backup leads to the same target; `None`: no reason is known.
+    /// Why a restore of it cannot be expected to end well; `None`: no reason is known.
     pub fn doubt(&self) -> Option<String> {
+        let outcome = self.verified.as_ref().filter(|outcome| !outcome.ok)?;
+        let files = outcome.damaged.iter().filter(|damage| self.needs(&damage.key)).count();
         let name = &self.record.name;
-        match &self.verified {
-            Some(outcome) if !outcome.ok => {
-                let files = outcome.damaged.len();
-                Some(format!(
-                    "backup {name} is damaged: {files} of its files are not what was stored, or missing"
-                ))
-            }
-            _ if !self.tier1 && !self.tier2 => {
-                Some(format!("backup {name} is whole in neither tier"))
-            }
-            _ => None,
-        }
+        (files > 0).then(|| {
+            format!(
+                "backup {name} is damaged: {files} of its files are not what was stored, or missing"
+            )
+        })
     }
 
-    /// A restore of it cannot be expected to end well.
-    pub fn is_damaged(&self) -> bool {
-        self.verified.as_ref().is_some_and(|outcome| !outcome.ok)
+    /// Whether no restore of it can do without: files of the repository, and WAL between its start and its end. Other WAL
+    /// is in the way of some targets only.
+    fn needs(&self, key: &str) -> bool {
+        let Some((_, relative)) = key.split_once('/') else { return false };
+        let Some(wal) = relative.strip_prefix("wal/") else { return relative.starts_with("base/") };
+        let Some((WalFile::Segment(segment), _)) = WalFile::parse_stored(wal) else { return false };
+        let size = SegmentSize::new(self.record.segment_size).ok();
+        let start = size.and_then(|size| Some((segment.start_lsn(size)?, size)));
+        start.is_some_and(|(start, size)| {
+            start < self.record.stop_lsn && start.advance(size.bytes()) > self.record.start_lsn
+        })
     }
 }
 
@@ -449,4 +452,33 @@ fn json<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, E
 
 fn optional<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<Option<T>, Error> {
     if bytes.is_empty() { Ok(None) } else { json(bytes, what).map(Some) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// D6.
+    #[test]
+    fn a_backup_is_in_doubt_for_what_each_restore_of_it_needs() {
+        let (start, stop) = (klio_pg::Lsn::new(0x50_0028), klio_pg::Lsn::new(0x60_0138));
+        let timeline = TimelineId::new(1).unwrap();
+        let record =
+            klio_storage::testing::backup_record("b".parse().unwrap(), timeline, start, stop);
+        let size = SegmentSize::new(record.segment_size).unwrap();
+        let name =
+            |lsn: klio_pg::Lsn| klio_pg::SegmentName::containing(timeline, lsn, size).to_string();
+        let (own, later) =
+            (name(record.start_lsn), name(record.stop_lsn.advance(9 * size.bytes())));
+        let known = Known { record, tier1: true, tier2: false, verified: None, drilled: None };
+        for (key, needed) in [
+            ("main/base/data/ab/abcd".to_owned(), true),
+            (format!("main/wal/00000001/{own}.zst.age"), true),
+            (format!("main/wal/00000001/{later}.zst"), false),
+            ("main/wal/00000002.history".to_owned(), false),
+            ("main/cluster.json".to_owned(), false),
+        ] {
+            assert_eq!(known.needs(&key), needed, "{key}");
+        }
+    }
 }

@@ -3,11 +3,12 @@
 //!
 //! An outcome (`outcomes.rs`) says what one backup lacks. This says what is bad whoever needs it: a pack stays in it when every
 //! backup has found its content elsewhere, or the next one would take the bad copy for the good one. What is in it leaves it
-//! only by being read and found good, or gone. Losing the file loses knowledge, never a backup.
+//! only by being read and found good, or gone. Who lost the file (with tier 1, say) prunes as if nothing were damaged, until
+//! a verification of everything has found it again.
 
 use super::Damage;
 use crate::{
-    Error,
+    Error, Kind,
     disk::{Disk, durable},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     record,
@@ -54,7 +55,15 @@ fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
 /// # Errors
 /// `Corrupt`, or as the disk fails.
 pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<KnownDamage, Error> {
-    Ok(record::load(disk, &path(root, cluster))?.unwrap_or_default())
+    let known = record::load(disk, &path(root, cluster)).map_err(|error| match error.kind {
+        Kind::Corrupt => {
+            let hint =
+                "remove the file, then klio verify --read-data all finds again what is damaged";
+            error.hint(hint)
+        }
+        _ => error,
+    })?;
+    Ok(known.unwrap_or_default())
 }
 
 /// Replaces what is known, durably.
