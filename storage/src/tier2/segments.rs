@@ -54,8 +54,9 @@ impl Tier2 {
         Ok(found)
     }
 
-    /// The newest timeline of which there is WAL, as tier 1 counts them: a history alone makes nobody's WAL old. One listing,
-    /// however much WAL there is; `None` is definitive.
+    /// The newest timeline of which there is WAL or a history; with one listing, however much WAL there is. `None` is
+    /// definitive. A history alone counts: of a timeline whose first segment was not full when the server's disk was lost
+    /// there is no more.
     ///
     /// # Errors
     /// As the store fails; a missing bucket is an error, an empty one is not.
@@ -69,7 +70,12 @@ impl Tier2 {
         let listed = self.store.list_with_delimiter(Some(&place)).await;
         let listed = listed.map_err(|error| classify(Op::List, &self.place(&prefix), error))?;
         let folders = listed.common_prefixes.iter().filter_map(|p| p.filename()?.parse().ok());
-        Ok(folders.max())
+        let history = |name: &str| match WalFile::parse_stored(name)? {
+            (WalFile::History(timeline), _) => Some(timeline),
+            _ => None,
+        };
+        let files = listed.objects.iter().filter_map(|meta| history(meta.location.filename()?));
+        Ok(folders.chain(files).max())
     }
 
     /// Whether there is any WAL of this cluster.
@@ -120,10 +126,7 @@ mod tests {
         assert_eq!(newest("pg").await.unwrap(), TimelineId::new(1));
         assert_eq!(newest("other").await.unwrap(), None);
         std::fs::create_dir(folder.path().join("pg/wal/spare")).unwrap();
-        std::fs::write(folder.path().join("pg/wal/0000000B.history.age"), "x").unwrap();
-        std::fs::create_dir(folder.path().join("pg/wal/0000000A")).unwrap();
-        std::fs::write(folder.path().join("pg/wal/0000000A/0000000A0000000000000005.zst"), "x")
-            .unwrap();
+        std::fs::write(folder.path().join("pg/wal/0000000A.history.age"), "x").unwrap();
         assert_eq!(newest("pg").await.unwrap(), TimelineId::new(10));
         assert!(!tier2.has_wal(&"other".parse().unwrap()).await.unwrap());
         std::fs::remove_dir_all(folder.path()).unwrap();
