@@ -7,6 +7,7 @@
 pub mod base_client;
 pub mod bundle;
 pub mod client;
+pub mod damage;
 pub mod disaster;
 pub mod env;
 pub mod guard;
@@ -23,6 +24,7 @@ pub mod prometheus;
 pub mod promtool;
 pub mod proof;
 pub mod proxy;
+pub mod readme;
 pub mod s3;
 pub mod scratch;
 pub mod site;

@@ -2,7 +2,7 @@
 //!
 //! Objects lie as files below [`S3::bucket_dir`]. It can be stopped and started again on the same port with the same objects.
 
-use crate::{pki::Pair, ports, scratch::Scratch};
+use crate::{pki::Pair, ports, scratch::Scratch, site::PATIENCE, wait::eventually_now};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
 use std::{
@@ -156,6 +156,18 @@ impl S3 {
     #[must_use]
     pub fn bucket_dir(&self) -> PathBuf {
         self.settings.root.join(&self.settings.bucket)
+    }
+
+    /// Waits until a backup of this cluster is in the bucket: its record is the last thing to get there.
+    ///
+    /// # Panics
+    /// When none comes.
+    pub async fn wait_backup(&self, cluster: &str) {
+        let records = format!("klio/{cluster}/backups");
+        eventually_now("a backup in the bucket", PATIENCE, || {
+            self.keys(&records).iter().any(|key| key.ends_with(".json"))
+        })
+        .await;
     }
 
     /// Keys of all objects below `prefix` (a path, `""` for all), sorted.

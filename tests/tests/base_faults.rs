@@ -4,6 +4,7 @@
 //! After each, everything goes on without a hand: the next backup works, and what is restored is what was there.
 
 use klio_tests::{
+    damage::flip,
     install_crypto,
     postgres::{Postgres, Stop, install},
     process::Running,
@@ -92,6 +93,14 @@ async fn recover(pg: &mut Postgres) {
     pg.adopt();
     pg.start().await;
     pg.wait_true("select not pg_is_in_recovery()").await;
+}
+
+/// Waits until these have replayed everything that the first one wrote.
+async fn replayed(from: &Postgres, followers: &[&Postgres]) {
+    let end = from.write_wal(1).await;
+    for follower in followers {
+        follower.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    }
 }
 
 /// Waits until PostgreSQL has answered `pg_backup_start` and files are read.
@@ -192,8 +201,7 @@ async fn a_promotion_under_a_backup_ends_it_and_the_next_one_works() {
     let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
     rig.pg.execute("create table t as select generate_series(1, 100000) g").await;
     let standby = rig.pg.standby().await;
-    let end = rig.pg.write_wal(1).await;
-    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    replayed(&rig.pg, &[&standby]).await;
     let mut backup = rig.start_backup_of(&standby, &[]);
     copying(&mut backup).await;
     backup.pause();
@@ -221,10 +229,7 @@ async fn a_backup_of_a_standby_that_follows_a_promotion_leads_to_the_new_timelin
     let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
     rig.pg.execute("create table t as select generate_series(1, 100000) g").await;
     let (heir, standby) = (rig.pg.standby().await, rig.pg.standby().await);
-    let end = rig.pg.write_wal(1).await;
-    for follower in [&heir, &standby] {
-        follower.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
-    }
+    replayed(&rig.pg, &[&heir, &standby]).await;
     let mut backup = rig.start_backup_of(&standby, &[]);
     copying(&mut backup).await;
     backup.pause();
@@ -234,8 +239,7 @@ async fn a_backup_of_a_standby_that_follows_a_promotion_leads_to_the_new_timelin
     standby.set("primary_conninfo", &heir.conninfo()).await;
     heir.execute("create table after as select generate_series(1, 5) g").await;
     heir.execute("checkpoint").await;
-    let end = heir.write_wal(1).await;
-    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    replayed(&heir, &[&standby]).await;
     standby.execute("checkpoint").await;
     standby.wait_true("select min_recovery_end_timeline = 2 from pg_control_recovery()").await;
     backup.resume();
@@ -257,8 +261,7 @@ async fn a_backup_begun_right_after_a_promotion_is_of_the_new_timeline() {
     let rig = &mut rig(Postgres::builder().set("wal_keep_size", "1GB")).await;
     rig.pg.execute("create table t as select generate_series(1, 1000) g").await;
     let standby = rig.pg.standby().await;
-    let end = rig.pg.write_wal(1).await;
-    standby.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{end}'")).await;
+    replayed(&rig.pg, &[&standby]).await;
     rig.pg.stop(Stop::Immediate).await;
     let sql = "select pid from pg_stat_activity where backend_type = 'checkpointer'";
     let pid: i32 = standby.value(sql).await.parse().expect("a process id");
@@ -364,10 +367,7 @@ async fn a_backup_that_is_known_to_be_damaged_is_restored_only_by_its_name() {
 fn flip_in_largest(files: &[std::path::PathBuf]) {
     let size = |file: &&std::path::PathBuf| fs::metadata(file).map_or(0, |meta| meta.len());
     let file = files.iter().max_by_key(size).expect("a file");
-    let mut bytes = fs::read(file).expect("readable");
-    let at = bytes.len() / 2;
-    bytes[at] ^= 1;
-    fs::write(file, bytes).expect("writable");
+    flip(file);
 }
 
 fn all_files(folder: &Path) -> Vec<std::path::PathBuf> {

@@ -1,10 +1,11 @@
 //! `klio check` finds what is not fit and says what to do; and the path that README.md describes works as it is written.
 
 use klio_tests::{
-    env, install_crypto,
+    install_crypto,
     postgres::{Builder, Postgres},
     process::Running,
     programs::{self, Outcome},
+    readme,
     s3::S3,
     site::{PATIENCE, Site},
     wait::eventually,
@@ -165,19 +166,6 @@ async fn each_end_that_is_down_is_one_failure_and_the_other_is_still_looked_at()
     fails(&site, &pg.conninfo(), &[("postgres", &["is PostgreSQL running"])]).await;
 }
 
-/// The commands of "By hand" in README.md, in order.
-fn commands_of_readme() -> Vec<String> {
-    let text = fs::read_to_string(env::repository().join("README.md")).expect("README.md");
-    let (_, text) = text.split_once("## By hand").expect("a section By hand");
-    let section = text.split("\n## ").next().unwrap_or(text);
-    let lines = section.lines().filter_map(|l| l.strip_prefix("       "));
-    let commands = lines.filter(|l| l.starts_with("klio")).map(|l| {
-        let command = l.split("  #").next().unwrap_or(l);
-        command.trim().to_owned()
-    });
-    commands.collect()
-}
-
 /// A documented command with this site's places instead of the documented ones.
 fn real(command: &str, site: &Site, pg: &Postgres) -> Command {
     let bundle = site.bundle().display().to_string();
@@ -202,7 +190,7 @@ async fn the_path_by_hand_in_the_readme_works_as_written() {
     let pg = Postgres::new().await;
     // Only the ports differ from what is documented: `Site` has run `init` with them.
     let mut site = Site::new().await;
-    let mut commands = commands_of_readme().into_iter();
+    let mut commands = readme::commands("## By hand", &["klio"]).into_iter();
     let mut next = |begin: &str| {
         let command = commands.next().unwrap_or_else(|| panic!("{begin}: README.md has no more"));
         assert!(command.starts_with(begin), "expected {begin}, found {command:?} in README.md");

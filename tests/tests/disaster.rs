@@ -76,21 +76,13 @@ async fn lose(plain: bool) -> Lost {
     let switched = pg.switch_wal().await.segment_start(segment);
     pg.write_wal(1).await;
     site.wait_archived(switched).await;
-    archived(&s3).await;
+    s3.wait_backup("main").await;
     pg.stop(Stop::Fast).await;
     drop(stream);
     site.stop().await;
     let mut oracle = load.finish(&pg).await;
     oracle.safe = switched;
     Lost { s3, site, pg, places, scratch, oracle }
-}
-
-/// Waits until the record of the backup is in the bucket, which is the last thing to get there.
-async fn archived(s3: &S3) {
-    eventually("the backup in the bucket", PATIENCE, || async {
-        s3.keys("klio/main/backups").iter().any(|key| key.ends_with(".json"))
-    })
-    .await;
 }
 
 fn give_all(path: &Path) {

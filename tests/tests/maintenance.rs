@@ -18,6 +18,7 @@ use klio_storage::{
 use klio_tests::{
     base_client::{Base, make, segment_size},
     client::{self, Stream},
+    damage::flip,
     install_crypto,
     process::{Descendant, Running, descendants},
     s3::{Fault, Rule, S3},
@@ -179,13 +180,6 @@ impl Setup {
     fn segment(number: u64) -> String {
         format!("0000000100000000{:08X}", START.as_u64() / MIB + number)
     }
-}
-
-fn flip(path: &Path) {
-    let mut bytes = fs::read(path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
-    let at = bytes.len() / 2;
-    bytes[at] ^= 1;
-    fs::write(path, bytes).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

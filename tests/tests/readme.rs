@@ -2,26 +2,17 @@
 //! runs PostgreSQL. Only places, ports and the moment are others.
 
 use klio_tests::{
-    env, install_crypto, ports,
+    install_crypto, ports,
     postgres::{Postgres, Session, install},
     programs::{self, Outcome},
     proof::{Restorer, Source},
+    readme::commands,
     s3::S3,
     scratch::Scratch,
     site::{PATIENCE, Site},
     wait::eventually,
 };
 use std::{fs, path::PathBuf};
-
-/// The commands, in order.
-fn commands() -> Vec<String> {
-    let text = fs::read_to_string(env::repository().join("README.md")).expect("README.md");
-    let (_, text) = text.split_once("### Backups and restores").expect("the section");
-    let section = text.split("\n## ").next().unwrap_or(text);
-    let lines = section.lines().filter_map(|line| line.strip_prefix("       "));
-    let ours = lines.filter(|line| line.starts_with("klio ") || line.starts_with("pg_ctl "));
-    ours.map(|line| line.trim().to_owned()).collect()
-}
 
 /// A user with the page before them.
 struct Reader {
@@ -42,7 +33,14 @@ impl Reader {
         let scratch = Scratch::new("readme");
         install::give(scratch.path());
         let _ = Restorer::of_server(&site, &scratch);
-        Self { site, s3, pg: Postgres::new().await, scratch, port: ports::free(), left: commands() }
+        Self {
+            site,
+            s3,
+            pg: Postgres::new().await,
+            scratch,
+            port: ports::free(),
+            left: commands("### Backups and restores", &["klio ", "pg_ctl "]),
+        }
     }
 
     fn restored(&self) -> PathBuf {
@@ -135,10 +133,7 @@ async fn backups_and_restores_in_the_readme_work_as_written() {
     let switched = reader.pg.switch_wal().await.segment_start(segment);
     reader.pg.write_wal(1).await;
     reader.site.wait_archived(switched).await;
-    eventually("the record in the bucket", PATIENCE, || async {
-        reader.s3.keys("klio/main/backups").iter().any(|key| key.ends_with(".json")).then_some(())
-    })
-    .await;
+    reader.s3.wait_backup("main").await;
     let bucket = Restorer::new(&reader.site, &reader.s3, Source::Bucket, &reader.scratch);
     drop(bucket);
     drop(stream);

@@ -104,9 +104,9 @@ impl BaseStore {
     /// `UNAVAILABLE`, `CORRUPT`.
     pub async fn pinned_in_tier2(&self, cluster: &ClusterName) -> Result<Option<Pinned>, Status> {
         let Some(tier2) = self.tier2() else { return Ok(None) };
-        self.read_pinned(tier2, cluster).await.map_err(|error| match error.kind {
-            Kind::Corrupt if error.op != Op::Download => errors::status(&error),
-            _ => super::tier2_status("open", cluster, &error),
+        self.read_pinned(tier2, cluster).await.map_err(|error| match is_unreadable(&error) {
+            true => errors::status(&error),
+            false => super::tier2_status("open", cluster, &error),
         })
     }
 
@@ -129,10 +129,7 @@ impl BaseStore {
     ) -> Result<T, Status> {
         let why = match tokio::time::timeout(ANSWER_WITHIN, question).await {
             Ok(Ok(answer)) => return Ok(answer),
-            // A person has to look at it: what it said is not known any more.
-            Ok(Err(error)) if error.kind == Kind::Corrupt && error.op != Op::Download => {
-                return Err(errors::status(&error));
-            }
+            Ok(Err(error)) if is_unreadable(&error) => return Err(errors::status(&error)),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {} s", ANSWER_WITHIN.as_secs()),
         };
@@ -142,6 +139,11 @@ impl BaseStore {
             "open cluster {cluster}: this server has nothing of it, so tier 2 ({url}) has to be asked whose it is, and did not answer"
         )))
     }
+}
+
+/// It came, and is damaged: a person has to look at it, as what it said is not known any more.
+fn is_unreadable(error: &Error) -> bool {
+    error.kind == Kind::Corrupt && error.op != Op::Download
 }
 
 fn as_in(tier2: &Tier2) -> String {

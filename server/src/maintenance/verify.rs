@@ -192,10 +192,10 @@ impl Inner {
         known.map_err(|error| match error.kind {
             Kind::Corrupt => {
                 tracing::error!(%error, "what is known to be damaged cannot be read");
-                Code::Corrupt.status(
-                    "damaged.json: expected what is known to be damaged, found a file that is damaged itself; hint: remove it from the \
-                     cluster's folder of tier 1, then klio verify --read-data all finds again what it said",
-                )
+                Code::Corrupt.status(format!(
+                    "damaged.json: expected what is known to be damaged, found a file that is damaged itself; hint: {}",
+                    error.hint.unwrap_or("klio verify finds it again")
+                ))
             }
             _ => errors::status(&error),
         })

@@ -151,22 +151,21 @@ impl Restore {
 
     /// D6: from a sound backup, if one leads to the target; from a damaged one only by its name.
     async fn decide(&self, catalog: &Catalog, order: &Order) -> Result<(Survey, Verdict), Error> {
-        let all = Survey::new(&catalog.holdings, catalog.records());
         let sound = catalog.sound();
-        if order.wish.backup.is_some() || sound.len() == catalog.backups.len() {
-            let verdict = self.ask(&all, order).await?;
-            return Ok((all, verdict));
+        let by_name = order.wish.backup.is_some();
+        if !by_name && sound.len() < catalog.backups.len() {
+            let sound = Survey::new(&catalog.holdings, sound);
+            match self.ask(&sound, order).await {
+                Err(error) if error.failure == Failure::Unreachable => {}
+                decided => return decided.map(|verdict| (sound, verdict)),
+            }
         }
-        let sound = Survey::new(&catalog.holdings, sound);
-        match self.ask(&sound, order).await {
-            Ok(verdict) => return Ok((sound, verdict)),
-            Err(error) if error.failure == Failure::Unreachable => {}
-            Err(error) => return Err(error),
-        }
+        let all = Survey::new(&catalog.holdings, catalog.records());
         let verdict = self.ask(&all, order).await?;
-        match &verdict {
-            Verdict::Decided(decision) => refuse_damaged(catalog, &decision.plan.backup)?,
-            Verdict::Wait(_) => {}
+        if let Verdict::Decided(decision) = &verdict
+            && !by_name
+        {
+            refuse_damaged(catalog, &decision.plan.backup)?;
         }
         Ok((all, verdict))
     }

@@ -58,7 +58,7 @@ pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Known
     let known = record::load(disk, &path(root, cluster)).map_err(|error| match error.kind {
         Kind::Corrupt => {
             let hint =
-                "remove the file, then klio verify --read-data all finds again what is damaged";
+                "remove it from the cluster's folder of tier 1, then klio verify --read-data all finds again what it said";
             error.hint(hint)
         }
         _ => error,
