@@ -14,6 +14,7 @@ mod segment;
 mod segment_header;
 mod size;
 mod timeline;
+mod wal_change;
 mod wal_record;
 mod wal_xact;
 
@@ -34,4 +35,5 @@ pub use segment::{ParseSegmentError, SegmentName, SegmentSize, SegmentSizeError}
 pub use segment_header::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentHeaderError};
 pub use size::ByteSize;
 pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};
+pub use wal_change::{WalLevel, WalParameters};
 pub use wal_record::{Found, Landmark, RecordWalker};

@@ -1,5 +1,5 @@
-//! Walks the records of WAL and tells what a recovery target can name: commits and aborts with their time
-//! and transaction, and restore points.
+//! Walks the records of WAL and tells what a recovery has to know: commits and aborts with their time and
+//! transaction, restore points, the settings that the server was started with, tablespaces made and removed.
 //!
 //! Sources: `src/include/access/xlogrecord.h`, `xlog_internal.h`, `xact.h`, `catalog/pg_control.h` of
 //! PostgreSQL 15 to 18. Little endian. A record:
@@ -10,7 +10,7 @@
 //! | 4..8 | xl_xid | |
 //! | 8..16 | xl_prev | start of the record before |
 //! | 16 | xl_info | upper half: which record of the resource manager |
-//! | 17 | xl_rmid | 0 XLOG, 1 XACT |
+//! | 17 | xl_rmid | 0 XLOG, 1 XACT, 5 TBLSPC |
 //! | 20..24 | xl_crc | CRC-32C of what follows the header, then of bytes 0..20 |
 //! | 24.. | block headers, then their bytes, then main data | |
 //!
@@ -21,6 +21,7 @@
 use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
     replication::unix_micros_from_pg,
+    wal_change::{self, WalParameters},
     wal_xact::{self, Kept},
 };
 
@@ -32,12 +33,16 @@ const CONTINUES: u16 = 0x0001;
 const OVERWRITES: u16 = 0x0008;
 const RM_XLOG: u8 = 0;
 const RM_XACT: u8 = 1;
+const RM_TBLSPC: u8 = 5;
 const XLOG_SWITCH: u8 = 0x40;
+const XLOG_PARAMETER_CHANGE: u8 = 0x60;
 const XLOG_RESTORE_POINT: u8 = 0x70;
+const TBLSPC_CREATE: u8 = 0x00;
+const TBLSPC_DROP: u8 = 0x10;
 /// XLogRecordMaxSize: PostgreSQL writes none that is larger.
 const RECORD_BYTES_MAX: u32 = 1020 << 20;
 
-/// How a transaction ended, or a name.
+/// How a transaction ended, a name, or a change of the server's surroundings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Landmark {
     /// A transaction committed.
@@ -62,15 +67,33 @@ pub enum Landmark {
         /// Microseconds since 1970, in PostgreSQL's clock.
         unix_micros: i64,
     },
+    /// A server was started with other settings than before.
+    Parameters(WalParameters),
+    /// `CREATE TABLESPACE`: replay makes a link to this place.
+    TablespaceCreated {
+        /// Its OID.
+        oid: u32,
+        /// Its location in the bytes that PostgreSQL was given; empty for one inside the data directory
+        /// (`allow_in_place_tablespaces`).
+        path: Vec<u8>,
+    },
+    /// `DROP TABLESPACE`.
+    TablespaceDropped {
+        /// Its OID.
+        oid: u32,
+    },
 }
 
 impl Landmark {
-    /// Microseconds since 1970, in PostgreSQL's clock.
-    pub const fn unix_micros(&self) -> i64 {
+    /// Microseconds since 1970, in PostgreSQL's clock, where the record has a time.
+    pub const fn unix_micros(&self) -> Option<i64> {
         match self {
             Landmark::Commit { unix_micros, .. }
             | Landmark::Abort { unix_micros, .. }
-            | Landmark::RestorePoint { unix_micros, .. } => *unix_micros,
+            | Landmark::RestorePoint { unix_micros, .. } => Some(*unix_micros),
+            Landmark::Parameters(_)
+            | Landmark::TablespaceCreated { .. }
+            | Landmark::TablespaceDropped { .. } => None,
         }
     }
 
@@ -148,8 +171,8 @@ impl Partial {
             return Err("a record that does not follow the one before");
         }
         self.keep = match self.rmid() {
-            RM_XACT => true,
-            RM_XLOG => self.info() == XLOG_RESTORE_POINT,
+            RM_XACT | RM_TBLSPC => true,
+            RM_XLOG => matches!(self.info(), XLOG_RESTORE_POINT | XLOG_PARAMETER_CHANGE),
             _ => false,
         };
         Ok(())
@@ -385,14 +408,26 @@ impl RecordWalker {
 
     fn landmark(&self, partial: &Partial) -> Option<Landmark> {
         let main = partial.keep.then(|| partial.kept.main_data())??;
-        let time = i64::from_le_bytes(main.get(..8)?.try_into().ok()?);
-        let unix_micros = unix_micros_from_pg(time);
-        if partial.rmid() == RM_XLOG {
-            let name = main.get(8..)?;
-            let name = &name[..name.iter().position(|b| *b == 0).unwrap_or(name.len())];
-            let name = String::from_utf8_lossy(name).into_owned();
-            return Some(Landmark::RestorePoint { name, unix_micros });
+        match (partial.rmid(), partial.info()) {
+            (RM_XLOG, XLOG_PARAMETER_CHANGE) => {
+                wal_change::parameters(main).map(Landmark::Parameters)
+            }
+            (RM_XLOG, _) => restore_point(main),
+            (RM_TBLSPC, TBLSPC_CREATE) => {
+                let (oid, path) = wal_change::tablespace_created(main)?;
+                Some(Landmark::TablespaceCreated { oid, path })
+            }
+            (RM_TBLSPC, TBLSPC_DROP) => {
+                let oid = wal_change::tablespace_dropped(main)?;
+                Some(Landmark::TablespaceDropped { oid })
+            }
+            (RM_TBLSPC, _) => None,
+            _ => self.ending(partial, main),
         }
+    }
+
+    fn ending(&self, partial: &Partial, main: &[u8]) -> Option<Landmark> {
+        let unix_micros = time(main)?;
         let header_xid = number(&partial.header[4..8]) as u32;
         let ending = wal_xact::ending(partial.header[16], main, self.major)?;
         let xid = ending.prepared_xid.unwrap_or(header_xid);
@@ -401,6 +436,19 @@ impl RecordWalker {
             false => Landmark::Abort { xid, unix_micros },
         })
     }
+}
+
+fn time(main: &[u8]) -> Option<i64> {
+    let time = i64::from_le_bytes(main.get(..8)?.try_into().ok()?);
+    Some(unix_micros_from_pg(time))
+}
+
+fn restore_point(main: &[u8]) -> Option<Landmark> {
+    let unix_micros = time(main)?;
+    let name = main.get(8..)?;
+    let name = &name[..name.iter().position(|b| *b == 0).unwrap_or(name.len())];
+    let name = String::from_utf8_lossy(name).into_owned();
+    Some(Landmark::RestorePoint { name, unix_micros })
 }
 
 #[cfg(test)]

@@ -124,6 +124,37 @@ fn a_restore_point_has_its_name() {
 }
 
 #[test]
+fn settings_and_tablespaces_are_told_with_what_their_records_say() {
+    let mut writer = Writer::new();
+    let mut data: Vec<u8> =
+        [120u32, 8, 10, 20, 64, 0].iter().flat_map(|n| n.to_le_bytes()).collect();
+    data.extend([0, 1, 0, 0]);
+    let changed = writer.record(RM_XLOG, XLOG_PARAMETER_CHANGE, 0, &main(&data));
+    let created = writer.record(RM_TBLSPC, TBLSPC_CREATE, 9, &main(b"\x01\x40\0\0/srv/caf\xe9\0"));
+    let dropped = writer.record(RM_TBLSPC, TBLSPC_DROP, 9, &main(&16385u32.to_le_bytes()));
+    let (_, found) = walk(&writer.bytes, 5);
+    let parameters = WalParameters {
+        max_connections: 120,
+        max_worker_processes: 8,
+        max_wal_senders: 10,
+        max_prepared_transactions: 20,
+        max_locks_per_transaction: 64,
+        wal_level: crate::WalLevel::Minimal,
+        wal_log_hints: false,
+        track_commit_timestamp: true,
+    };
+    let path = b"/srv/caf\xe9".to_vec();
+    let expected = [
+        (changed, Landmark::Parameters(parameters)),
+        (created, Landmark::TablespaceCreated { oid: 16385, path }),
+        (dropped, Landmark::TablespaceDropped { oid: 16385 }),
+    ];
+    let found: Vec<_> = found.into_iter().map(|f| (f.lsn, f.landmark)).collect();
+    assert_eq!(found, expected);
+    assert!(expected.iter().all(|(_, l)| !l.stops_by_time() && l.unix_micros().is_none()));
+}
+
+#[test]
 fn wal_goes_on_in_the_next_segment_after_a_switch() {
     let mut writer = Writer::new();
     writer.commit(1, 10);

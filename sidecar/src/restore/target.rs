@@ -221,7 +221,7 @@ impl Decider<'_> {
         for plan in plans {
             let wal = self.wal(&plan);
             let before = wal.tail(plan.backup.start_lsn, plan.backup.stop_lsn).await?;
-            let before = before.last_ending.map(|found| found.landmark.unix_micros());
+            let before = before.last_ending.and_then(|found| found.landmark.unix_micros());
             if let Some(later) = before.filter(|before| *before > wanted) {
                 clock.get_or_insert_with(|| {
                     format!(
@@ -241,7 +241,8 @@ impl Decider<'_> {
 
     async fn time_with(&self, plan: Plan, wanted: i64) -> Result<Verdict, Error> {
         let tail = self.wal(&plan).tail(plan.backup.stop_lsn, plan.reach.end).await?;
-        let last = tail.last_ending.as_ref().map(|found| (found.landmark.unix_micros(), found.lsn));
+        let last = tail.last_ending.as_ref();
+        let last = last.and_then(|found| Some((found.landmark.unix_micros()?, found.lsn)));
         if last.is_some_and(|(time, _)| time > wanted) {
             return Ok(decided(decision(plan, Recovery::Time(wanted))));
         }
@@ -311,8 +312,9 @@ impl Decider<'_> {
             match found {
                 Some(found) if found.lsn >= plan.backup.stop_lsn => {
                     let mut decided = decision(plan, recovery);
-                    let time = show_time(found.landmark.unix_micros());
-                    decided.notes.push(format!("{what} is at {} of {time}", found.lsn));
+                    let time = found.landmark.unix_micros().map(show_time);
+                    let time = time.map(|time| format!(" of {time}")).unwrap_or_default();
+                    decided.notes.push(format!("{what} is at {}{time}", found.lsn));
                     return Ok(decided);
                 }
                 // Before this backup is consistent: an older one has to replay it.

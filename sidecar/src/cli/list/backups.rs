@@ -6,7 +6,6 @@ use crate::{
     error::{Error, Failure},
     restore::{Catalog, Known, Scratch, Source, Wal, show_time},
 };
-use klio_pg::Landmark;
 use klio_storage::catalog::{Hole, Line, Stop, Survey, Window};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -46,8 +45,7 @@ async fn ends(source: &Source, survey: &Survey, lines: &[Line]) -> Result<Ends, 
             let wal = Wal { source, scratch: &scratch, path, postgres_major };
             match wal.tail(backup.stop_lsn, window.reach.end).await {
                 Ok(tail) => {
-                    let time =
-                        tail.last_ending.as_ref().map(|f| Landmark::unix_micros(&f.landmark));
+                    let time = tail.last_ending.as_ref().and_then(|f| f.landmark.unix_micros());
                     let key = (line.timeline.get(), window.reach.end.as_u64());
                     ends.extend(time.map(|time| (key, time)));
                 }
