@@ -1,7 +1,10 @@
 # What a person types. `.ci/run` calls `make lint` and `make test`, so that a green machine and a green CI mean the same.
 CARGO ?= cargo
 
-.PHONY: help tools build test lint bench soak demo collector docs clean
+# Programs installed for this tree come first, cargo-deny among them.
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+.PHONY: help tools build-tools test-tools lint-tools build test lint bench soak demo collector docs clean
 
 help:
 	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
@@ -9,7 +12,7 @@ help:
 	@echo 'make test    everything that can be tested on this machine'
 	@echo 'make lint    formatting, clippy, licences and sources of dependencies'
 	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
-	@echo 'make soak    restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random)'
+	@echo 'make soak    tests that kill at random moments, then the restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random)'
 	@echo 'make demo    a narrated run of the whole on scratch directories'
 	@echo 'make collector  docs/telemetry.md with a real OpenTelemetry Collector: otelcol (contrib) on PATH'
 	@echo 'make docs    write the generated references below docs/'
@@ -18,15 +21,25 @@ help:
 tools:
 	@deploy/tools/install.sh
 
-build: tools
+build-tools:
+	@deploy/tools/install.sh --build
+
+test-tools:
+	@deploy/tools/install.sh --test
+
+lint-tools:
+	@deploy/tools/install.sh --lint
+
+build: build-tools
 	$(CARGO) build --workspace --bins
 
-# The end-to-end tests start the programs of target/debug, which `cargo test` alone would not always build.
-test: build
-	$(CARGO) test --workspace
+# The end-to-end tests start the programs of target/debug, which `cargo test` alone would not always build. One failure does not
+# hide another: every test program runs. Seeds are fixed in .cargo/config.toml, so the same commit makes the same choices.
+test: test-tools build
+	$(CARGO) test --workspace --no-fail-fast
 
 # cargo deny's advisory check is left out: its database is a git repository that an offline machine cannot fetch.
-lint: tools
+lint: lint-tools
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) deny --log-level error check bans licenses sources
@@ -39,14 +52,15 @@ bench:
 	$(CARGO) bench --workspace --bench klio
 
 # Debug programs: their assertions look harder. KLIO_BIN_DIR names others.
-soak: build
+soak: test-tools build
+	KLIO_TEST_SEED=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} $(CARGO) test -p klio-tests --test crash --test maintenance -- kill
 	$(CARGO) run --quiet -p klio-tests --bin klio-soak -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(SOAK_ARGS)
 
-demo: tools
+demo: build-tools
 	@deploy/demo.sh $(DEMO_ARGS)
 
 # Not part of `test`: no registry that `tools` uses has the program.
-collector: build
+collector: test-tools build
 	$(CARGO) test -p klio-tests --test collector
 
 docs: build

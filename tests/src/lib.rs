@@ -28,6 +28,7 @@ pub mod readme;
 pub mod s3;
 pub mod scratch;
 pub mod site;
+pub mod strace;
 pub mod tls;
 pub mod traced;
 pub mod wait;

@@ -2,7 +2,7 @@
 //! and no hand is needed. The seed is printed; `KLIO_TEST_SEED` repeats a run's choices.
 
 use klio_tests::{
-    install_crypto,
+    env, install_crypto,
     postgres::{Postgres, pg_waldump},
     process::Running,
     s3::S3,
@@ -17,10 +17,7 @@ use std::{
 };
 
 fn dice() -> StdRng {
-    let seed = std::env::var_os("KLIO_TEST_SEED").and_then(|s| s.to_str()?.parse().ok());
-    let seed: u64 = seed.unwrap_or_else(|| rand::rng().random());
-    println!("KLIO_TEST_SEED={seed}");
-    StdRng::seed_from_u64(seed)
+    StdRng::seed_from_u64(env::seed())
 }
 
 /// A random moment: the point of the test is that any will do.

@@ -19,7 +19,7 @@ use klio_tests::{
     base_client::{Base, make, segment_size},
     client::{self, Stream},
     damage::flip,
-    install_crypto,
+    env, install_crypto,
     process::{Descendant, Running, descendants},
     s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
@@ -877,8 +877,7 @@ async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_killed_during_maintenance_leaves_every_kept_backup_whole() {
     let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "2")]).await;
-    let seed = rand::rng().random();
-    println!("seed {seed}");
+    let seed = env::seed();
     let mut random = StdRng::seed_from_u64(seed);
     for round in 0..8_u64 {
         let verb: &[&str] = if round % 4 == 3 { &["verify"] } else { &["retention", "apply"] };

@@ -11,16 +11,21 @@ use super::{Secret, Source, Tier2, Tier2Config, Wrapping};
 use s3::{BUCKET, S3};
 use std::path::{Path, PathBuf};
 
-/// A store with timeouts short enough for a test.
+/// A store as a test wants it: only a fault that the test sets makes a request fail, however slow the machine is.
 pub(crate) fn config(s3: &S3) -> Tier2Config {
     let mut config = Tier2Config::new(format!("s3://{BUCKET}/prefix"));
     let (id, secret) = s3.credentials();
     config.endpoint = Some(s3.endpoint.clone());
     config.access_key_id = Some(id.into());
     config.secret_access_key = Some(Secret::new(secret));
-    config.request_timeout_seconds = 2;
-    config.retry_timeout_seconds = 5;
+    config.request_timeout_seconds = 120;
+    config.retry_timeout_seconds = 120;
     config
+}
+
+/// The same with a patience that ends while a test watches.
+pub(super) fn hurried(s3: &S3) -> Tier2Config {
+    Tier2Config { request_timeout_seconds: 2, retry_timeout_seconds: 5, ..config(s3) }
 }
 
 pub(crate) fn open(s3: &S3) -> Tier2 {
