@@ -13,7 +13,11 @@ use crate::{
     consumer::{self, Archives, Tier1Files},
     encryption::KeyProblem,
     fetch::Source,
-    grpc::{BaseService, CatalogService, WalService, auth::Auth, trace::TraceLayer},
+    grpc::{
+        BaseService, CatalogService, WalService,
+        auth::{self, Auth},
+        trace::TraceLayer,
+    },
     maintenance::{self, Maintenance, MaintenanceMetrics},
     metrics::{self, Metrics, Snapshots},
     queue::{Publisher, Queue, Started},
@@ -131,8 +135,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     };
     let sealing = spawn(telemetry.polls().watch(seal::run(sealing, hints, back.clone())));
 
-    let auth =
-        Auth::new(certificates.as_ref().map(watch::Sender::subscribe), config.auth.map.clone());
+    let (roles, rules) = watch::channel(Arc::new(config.auth.clone()));
+    let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), rules);
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
     let maintenance_metrics = Arc::new(MaintenanceMetrics::default());
@@ -182,6 +186,8 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
     let router = router(rpc, wal, catalog, base).await?;
     let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);
+    let reloading = auth::reload(config.file.clone(), roles, front.clone());
+    tasks.push(("roles", spawn(reloading)));
 
     let readiness: admin::Readiness = Arc::new(move || {
         let board = board.clone();

@@ -8,7 +8,7 @@ use crate::{
     base::BaseConfig,
     consumer::ConsumerConfig,
     encryption::{self, EncryptionConfig},
-    grpc::auth::MapEntry,
+    grpc::auth::AuthConfig,
     maintenance::{self, MaintenanceConfig, RetentionConfig, VerifyConfig},
     queue::QueueConfig,
     tls::TlsFiles,
@@ -87,15 +87,6 @@ pub struct Config {
     pub telemetry: TelemetryConfig,
 }
 
-/// `[auth]`
-#[derive(Debug, Clone, Default, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AuthConfig {
-    /// Roles for certificates whose subject does not say them.
-    #[serde(default)]
-    pub map: Vec<MapEntry>,
-}
-
 /// `[wal]`
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -155,7 +146,16 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("tls.cert", "", "server certificate chain, PEM; read again when it changes"),
     ("tls.key", "", "its private key, PEM"),
     ("tls.client_ca", "", "authorities of client certificates, PEM"),
-    ("auth.map", "[]", "list of { common_name, cluster } or { common_name, admin = true }"),
+    (
+        "auth.map",
+        "[]",
+        "list of { common_name, cluster } or { common_name, role }, role being observer, operator or admin; read again when the file changes",
+    ),
+    (
+        "auth.trust_units",
+        "false",
+        "true: organisational units klio-observer, klio-operator and klio-admin count in certificates of every authority, not only of the one of klio-server init; read again when the file changes",
+    ),
     ("encryption.identity_file", "", "age identity that opens everything; required unless off"),
     ("encryption.recipients", "[]", "more age recipients, such as an offline recovery key"),
     (
@@ -360,13 +360,7 @@ impl Config {
         problems.extend(self.retention.validate());
         problems.extend(self.maintenance.validate());
         problems.extend(self.verify.validate());
-        for entry in &self.auth.map {
-            if entry.cluster.is_some() == entry.admin {
-                let name = &entry.common_name;
-                problems
-                    .push(format!("auth.map {name:?}: expected either a cluster or admin = true"));
-            }
-        }
+        problems.extend(self.auth.validate());
         if let Some(tier2) = &self.tier2 {
             problems.extend(tier2.validate().into_iter().map(|p| format!("[tier2] {p}")));
         }

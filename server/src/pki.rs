@@ -1,16 +1,19 @@
 //! The small certificate authority that `klio-server init` makes, for those who have none.
 //!
 //! Certificates are X.509 v3, ECDSA P-256. A client's subject names who it is and what it may touch
-//! (P8): common name `NAME@CLUSTER`, or common name `NAME` with organisational unit `klio-admin`.
+//! (P8): common name `NAME@CLUSTER`, or common name `NAME` with an organisational unit that names a role.
 //! Keys never leave this module except into files that only their owner can read.
 
-use crate::grpc::auth::ADMIN_UNIT;
+use crate::grpc::roles::RoleName;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose,
 };
 use std::{fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 use time::{Duration, OffsetDateTime};
+
+/// The common name of an authority that `klio-server init` made: roles in certificates of this one count.
+pub const AUTHORITY_NAME: &str = "Klio local authority";
 
 /// The authority's file names below the configuration directory.
 pub const CA_CERT: &str = "ca.crt";
@@ -51,8 +54,8 @@ pub struct Pair {
 pub enum Subject {
     /// `NAME@CLUSTER`: the sidecar of one cluster.
     Client(String),
-    /// A person who may look at everything and write nothing.
-    Admin(String),
+    /// A person who has no cluster, and a role.
+    Person(String, RoleName),
 }
 
 fn params(days: i64) -> CertificateParams {
@@ -68,10 +71,18 @@ fn params(days: i64) -> CertificateParams {
 /// # Errors
 /// Only when the system has no randomness.
 pub fn new_authority() -> Result<Pair, Error> {
+    authority_named(AUTHORITY_NAME)
+}
+
+/// A new authority of this name.
+///
+/// # Errors
+/// Only when the system has no randomness.
+pub(crate) fn authority_named(name: &str) -> Result<Pair, Error> {
     let mut params = params(CA_DAYS);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.distinguished_name.push(DnType::CommonName, "Klio local authority");
+    params.distinguished_name.push(DnType::CommonName, name);
     let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
     Ok(Pair { cert: issuer.pem(), key: issuer.key().serialize_pem() })
 }
@@ -96,9 +107,11 @@ pub fn issue_client(authority: &Pair, subject: &Subject) -> Result<Pair, Error> 
     let mut params = params(LEAF_DAYS);
     match subject {
         Subject::Client(name) => params.distinguished_name.push(DnType::CommonName, name.as_str()),
-        Subject::Admin(name) => {
+        Subject::Person(name, role) => {
             params.distinguished_name.push(DnType::CommonName, name.as_str());
-            params.distinguished_name.push(DnType::OrganizationalUnitName, ADMIN_UNIT);
+            if let Some(unit) = role.unit() {
+                params.distinguished_name.push(DnType::OrganizationalUnitName, unit);
+            }
         }
     }
     issue(authority, params, ExtendedKeyUsagePurpose::ClientAuth)

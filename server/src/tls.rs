@@ -6,6 +6,7 @@
 //! - [`Loaded::verify`] checks a certificate against the authorities of *now*: long streams are
 //!   checked again after each reload and by the minute (expiry).
 
+use crate::pki;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
@@ -54,6 +55,8 @@ pub struct TlsError {
 pub struct Loaded {
     config: Arc<ServerConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
+    /// Of the authority that `klio-server init` made, when it is among those that are accepted.
+    own: Option<Arc<dyn ClientCertVerifier>>,
     fingerprint: Vec<u8>,
     /// When the server's own certificate ends, Unix seconds.
     pub expires_unix: i64,
@@ -64,6 +67,14 @@ impl Loaded {
     pub fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
         let (leaf, rest) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         self.verifier.verify_client_cert(leaf, rest, UnixTime::now()).map(|_| ())
+    }
+
+    /// Whether it was issued by the authority that `klio-server init` made.
+    pub fn is_of_own_authority(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let (Some(own), Some((leaf, rest))) = (&self.own, chain.split_first()) else {
+            return false;
+        };
+        own.verify_client_cert(leaf, rest, UnixTime::now()).is_ok()
     }
 }
 
@@ -96,13 +107,14 @@ impl TlsFiles {
         let chain = certs(&self.cert, &cert)?;
         let private = PrivateKeyDer::from_pem_slice(&key)
             .map_err(|e| fail(&self.key, format!("expected a PEM private key: {e}")))?;
-        let mut roots = RootCertStore::empty();
-        for authority in certs(&self.client_ca, &ca)? {
-            roots.add(authority).map_err(|e| fail(&self.client_ca, e.to_string()))?;
-        }
-        let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
-            .build()
-            .map_err(|e| fail(&self.client_ca, e.to_string()))?;
+        let authorities = certs(&self.client_ca, &ca)?;
+        let verifier = |authorities: &[CertificateDer<'static>]| {
+            client_verifier(authorities).map_err(|detail| fail(&self.client_ca, detail))
+        };
+        // The first of that name: a second one was put there by hand, from another server.
+        let own = authorities.iter().position(is_own_authority);
+        let own = own.map(|at| verifier(&authorities[at..=at])).transpose()?;
+        let verifier = verifier(&authorities)?;
         let expires_unix = x509_parser::parse_x509_certificate(&chain[0])
             .map(|(_, c)| c.validity().not_after.timestamp())
             .map_err(|e| fail(&self.cert, e.to_string()))?;
@@ -112,8 +124,25 @@ impl TlsFiles {
             .map_err(|e| fail(&self.key, e.to_string()))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         let fingerprint = [cert, key, ca].concat();
-        Ok(Loaded { config: Arc::new(config), verifier, fingerprint, expires_unix })
+        Ok(Loaded { config: Arc::new(config), verifier, own, fingerprint, expires_unix })
     }
+}
+
+fn client_verifier(
+    authorities: &[CertificateDer<'static>],
+) -> Result<Arc<dyn ClientCertVerifier>, String> {
+    let mut roots = RootCertStore::empty();
+    for authority in authorities {
+        roots.add(authority.clone()).map_err(|e| e.to_string())?;
+    }
+    WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| e.to_string())
+}
+
+/// Whether this certificate is one that `klio-server init` made for itself.
+fn is_own_authority(certificate: &CertificateDer<'static>) -> bool {
+    let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else { return false };
+    let mut names = parsed.subject().iter_common_name().filter_map(|name| name.as_str().ok());
+    names.next() == Some(pki::AUTHORITY_NAME) && parsed.subject() == parsed.issuer()
 }
 
 /// Keeps the newest good reading of the files in `current` until cancelled.
@@ -204,7 +233,6 @@ async fn part(mut tcp: TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pki;
 
     fn write_set(dir: &std::path::Path, authority: &pki::Pair) -> TlsFiles {
         let pair = pki::issue_server(authority, &["localhost".into()]).unwrap();

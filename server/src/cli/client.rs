@@ -1,7 +1,7 @@
 //! `klio-server client NAME@CLUSTER`: a further bundle, signed by the local authority.
 
 use super::init::{self, CONFIG_FILE};
-use crate::{config::Config, pki};
+use crate::{config::Config, grpc::roles::RoleName, pki};
 use anyhow::{Context, bail};
 use klio_storage::layout::ClusterName;
 use std::path::PathBuf;
@@ -9,14 +9,24 @@ use std::path::PathBuf;
 /// Arguments of `client`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Who it is for: NAME@CLUSTER, or only NAME with --admin.
+    /// Who it is for: NAME@CLUSTER, or only NAME with --role or --admin.
     pub name: String,
     /// The server's configuration file; ca.crt and ca.key lie beside it.
     #[arg(short, long, env = "KLIO_CONFIG", default_value = CONFIG_FILE)]
     pub config: PathBuf,
-    /// An administrator: reads every cluster, writes none.
+    /// Somebody without a cluster: an observer sees how every cluster is and no data, an operator also asks for
+    /// verification and maintenance, an admin also reads WAL.
+    #[arg(long, value_parser = role, conflicts_with = "admin")]
+    pub role: Option<RoleName>,
+    /// The same as --role admin.
     #[arg(long)]
     pub admin: bool,
+}
+
+fn role(text: &str) -> Result<RoleName, String> {
+    let of_people = |role: &RoleName| role.unit().is_some() && role.as_str() == text;
+    let found = RoleName::ALL.into_iter().find(of_people);
+    found.ok_or_else(|| "expected observer, operator or admin".into())
 }
 
 /// Writes the bundle.
@@ -41,15 +51,19 @@ fn subject(args: &Args) -> anyhow::Result<(pki::Subject, Option<ClusterName>)> {
             && name.len() <= 63
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
     };
-    match (args.name.split_once('@'), args.admin) {
-        (Some((name, cluster)), false) if plain(name) => {
+    let role = args.role.or(args.admin.then_some(RoleName::Admin));
+    match (args.name.split_once('@'), role) {
+        (Some((name, cluster)), None) if plain(name) => {
             let cluster: ClusterName = cluster.parse()?;
             Ok((pki::Subject::Client(args.name.clone()), Some(cluster)))
         }
-        (None, true) if plain(&args.name) => Ok((pki::Subject::Admin(args.name.clone()), None)),
-        (_, true) => {
-            bail!("expected NAME of letters, digits, - or _ with --admin, found {:?}", args.name)
+        (None, Some(role)) if plain(&args.name) => {
+            Ok((pki::Subject::Person(args.name.clone(), role), None))
         }
+        (_, Some(_)) => bail!(
+            "expected NAME of letters, digits, - or _ with --role or --admin, found {:?}",
+            args.name
+        ),
         _ => {
             bail!("expected NAME@CLUSTER, found {:?}; hint: klio-server client app@main", args.name)
         }
@@ -61,7 +75,7 @@ mod tests {
     use super::*;
 
     fn read(name: &str, admin: bool) -> anyhow::Result<(pki::Subject, Option<ClusterName>)> {
-        subject(&Args { name: name.into(), config: PathBuf::new(), admin })
+        subject(&Args { name: name.into(), config: PathBuf::new(), role: None, admin })
     }
 
     #[test]
@@ -72,5 +86,6 @@ mod tests {
             assert!(read(bad, false).is_err(), "{bad:?}");
         }
         assert!(read("ops@pg", true).is_err());
+        assert!(role("observer").is_ok() && role("tenant").is_err() && role("root").is_err());
     }
 }

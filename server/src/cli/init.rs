@@ -121,7 +121,7 @@ pub fn bundle(
     cluster: Option<&ClusterName>,
     address: &str,
 ) -> anyhow::Result<PathBuf> {
-    let (Subject::Client(name) | Subject::Admin(name)) = subject;
+    let (Subject::Client(name) | Subject::Person(name, _)) = subject;
     let folder = dir.join("clients").join(name);
     if folder.join("client.crt").exists() {
         bail!("{} exists already; hint: move it away to issue a new one", folder.display());
@@ -138,7 +138,7 @@ pub fn bundle(
 fn client_text(cluster: Option<&ClusterName>, address: &str) -> String {
     let cluster = cluster.map_or_else(
         || {
-            "# cluster = \"main\"   # an administrator names the cluster: here or with --cluster"
+            "# cluster = \"main\"   # whoever has no cluster names one: here or with --cluster"
                 .into()
         },
         |c| format!("cluster = \"{c}\""),
@@ -186,7 +186,8 @@ cert = "server.crt"       # read again when the files change
 key = "server.key"
 client_ca = "ca.crt"      # whose client certificates are accepted
 
-# Certificates of another authority: which common name may use which cluster.
+# Certificates of another authority: which common name may use which cluster, or has which role (observer, operator,
+# admin). Read again when this file changes.
 # [[auth.map]]
 # common_name = "db1.example.com"
 # cluster = "main"

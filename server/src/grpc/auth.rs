@@ -1,35 +1,45 @@
-//! P8: the client certificate names the cluster, and every call is checked against it.
+//! P8: the client certificate names the caller, and every call is checked against it and the table in `roles`.
 //!
-//! | subject | may |
+//! | subject | role |
 //! |---|---|
-//! | common name `NAME@CLUSTER` | everything on that cluster |
-//! | organisational unit `klio-admin` | read everything, ask for verification and maintenance, write nothing |
-//! | a `[[auth.map]]` entry for the common name | what the entry says: for foreign authorities |
+//! | common name `NAME@CLUSTER` | tenant of that cluster |
+//! | organisational unit `klio-observer`, `klio-operator`, `klio-admin` | that role |
+//! | a `[[auth.map]]` entry for the common name | what the entry says, whatever else the subject says |
 //!
-//! Anything else is refused. The chain is verified again on each call, against the authorities of now.
+//! Anything else is refused. A unit counts only in certificates of the authority that `klio-server init` made: others issue
+//! units for their own purposes, and who may write a request there must not become an administrator here.
+//! `[auth] trust_units` says otherwise. Chain and role are looked at again on each call and during long ones, against the
+//! authorities and the map of now.
 
-use crate::tls::Loaded;
+use super::roles::{Role, RoleName, Rpc};
+use crate::{config::Config, tls::Loaded};
 use klio_proto::Code;
 use klio_storage::layout::ClusterName;
 use rustls::pki_types::CertificateDer;
-use std::sync::Arc;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Extensions, Request, Status,
     transport::server::{TcpConnectInfo, TlsConnectInfo},
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// Organisational unit of an administrator's certificate.
-pub const ADMIN_UNIT: &str = "klio-admin";
+/// How often the configuration file is looked at, as certificates are.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What a caller may touch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Role {
-    /// One cluster, all of it.
-    Cluster(ClusterName),
-    /// Reads everything.
-    Admin,
+/// `[auth]`
+#[derive(Debug, Clone, Default, serde::Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthConfig {
+    /// Roles for certificates whose subject does not say them.
+    pub map: Vec<MapEntry>,
+    /// Organisational units count in certificates of every authority in `tls.client_ca`.
+    pub trust_units: bool,
 }
 
 /// Gives a certificate of a foreign authority a role.
@@ -38,22 +48,50 @@ pub enum Role {
 pub struct MapEntry {
     /// The subject's common name, compared exactly.
     pub common_name: String,
-    /// The cluster it may use.
+    /// The cluster of a tenant.
     pub cluster: Option<ClusterName>,
-    /// Or: an administrator.
+    /// Or: the role of somebody who has no cluster.
+    pub role: Option<RoleName>,
+    /// The same as `role = "admin"`.
     #[serde(default)]
     pub admin: bool,
 }
 
-/// Whether a call changes anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// Looks only.
-    Read,
-    /// Adds WAL and backups.
-    Write,
-    /// Asks the server for work of its own that it decides on itself: verify, maintain, keep a result.
-    Operate,
+impl MapEntry {
+    /// What it gives; `None` when it says nothing or two things.
+    fn given(&self) -> Option<Role> {
+        match (&self.cluster, self.role, self.admin) {
+            (Some(cluster), None | Some(RoleName::Tenant), false) => {
+                Some(Role::Tenant(cluster.clone()))
+            }
+            (None, Some(RoleName::Observer), false) => Some(Role::Observer),
+            (None, Some(RoleName::Operator), false) => Some(Role::Operator),
+            (None, Some(RoleName::Admin), _) | (None, None, true) => Some(Role::Admin),
+            _ => None,
+        }
+    }
+}
+
+impl AuthConfig {
+    /// Every problem.
+    pub fn validate(&self) -> Vec<String> {
+        let bad = self.map.iter().filter(|entry| entry.given().is_none());
+        let mut problems: Vec<String> = bad
+            .map(|entry| {
+                format!(
+                    "auth.map {:?}: expected either a cluster or role = \"observer\", \"operator\" or \"admin\"",
+                    entry.common_name
+                )
+            })
+            .collect();
+        for (at, entry) in self.map.iter().enumerate() {
+            if self.map[..at].iter().any(|earlier| earlier.common_name == entry.common_name) {
+                let name = &entry.common_name;
+                problems.push(format!("auth.map {name:?}: expected one entry, found two"));
+            }
+        }
+        problems
+    }
 }
 
 /// Who is calling.
@@ -71,25 +109,33 @@ pub struct Identity {
 impl Identity {
     /// Whether the caller may see this cluster.
     pub fn sees(&self, cluster: &ClusterName) -> bool {
+        self.role.as_ref().is_none_or(|role| role.sees(cluster))
+    }
+
+    /// The cluster that the caller's calls, connections and bytes count for; `None` for one who has no cluster.
+    pub fn tenant(&self) -> Option<&ClusterName> {
         match &self.role {
-            None | Some(Role::Admin) => true,
-            Some(Role::Cluster(own)) => own == cluster,
+            Some(Role::Tenant(cluster)) => Some(cluster),
+            _ => None,
         }
     }
 }
 
-/// Checks callers.
+/// Checks callers. Cheap to clone.
 #[derive(Clone)]
 pub struct Auth {
     /// `None`: unsafe plaintext was asked for.
     tls: Option<watch::Receiver<Arc<Loaded>>>,
-    map: Arc<[MapEntry]>,
+    rules: watch::Receiver<Arc<AuthConfig>>,
 }
 
 impl Auth {
-    /// With the certificates in use, or `None` for unsafe plaintext.
-    pub fn new(tls: Option<watch::Receiver<Arc<Loaded>>>, map: Vec<MapEntry>) -> Self {
-        Self { tls, map: map.into() }
+    /// With the certificates in use, or `None` for unsafe plaintext, and the roles in use.
+    pub fn new(
+        tls: Option<watch::Receiver<Arc<Loaded>>>,
+        rules: watch::Receiver<Arc<AuthConfig>>,
+    ) -> Self {
+        Self { tls, rules }
     }
 
     /// Who is calling.
@@ -99,118 +145,200 @@ impl Auth {
 
     /// Who is calling, from a request's extensions.
     pub fn identify_by(&self, extensions: &Extensions) -> Result<Identity, Status> {
+        let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
+        self.identify_chain(info.and_then(|info| info.peer_certs()))
+    }
+
+    fn identify_chain(
+        &self,
+        chain: Option<Arc<Vec<CertificateDer<'static>>>>,
+    ) -> Result<Identity, Status> {
         if self.tls.is_none() {
             let name = "plaintext".to_owned();
             return Ok(Identity { name, role: None, expires_unix: 0, chain: None });
         }
-        let chain = extensions
-            .get::<TlsConnectInfo<TcpConnectInfo>>()
-            .and_then(|info| info.peer_certs())
-            .ok_or_else(|| {
-                Code::Unauthenticated.status("expected a client certificate, found none")
-            })?;
-        let (name, unit, expires_unix) = subject(&chain[0])?;
-        let role = self.role(&name, unit.as_deref())?;
-        let identity = Identity { name, role: Some(role), expires_unix, chain: Some(chain) };
-        self.recheck(&identity)?;
-        Ok(identity)
+        let chain = chain.filter(|chain| !chain.is_empty()).ok_or_else(|| {
+            Code::Unauthenticated.status("expected a client certificate, found none")
+        })?;
+        let Subject { name, unit, expires_unix } = subject(&chain[0])?;
+        self.verify(&name, &chain)?;
+        let role = self.role(&name, unit, &chain)?;
+        Ok(Identity { name, role: Some(role), expires_unix, chain: Some(chain) })
     }
 
-    /// Whether an identity is still good: not expired, authority not removed.
-    pub fn recheck(&self, identity: &Identity) -> Result<(), Status> {
-        let (Some(tls), Some(chain)) = (&self.tls, &identity.chain) else { return Ok(()) };
+    fn verify(&self, name: &str, chain: &[CertificateDer<'_>]) -> Result<(), Status> {
+        let Some(tls) = &self.tls else { return Ok(()) };
         tls.borrow().verify(chain).map_err(|error| {
-            let name = &identity.name;
             Code::Unauthenticated.status(format!("verify client certificate {name:?}: {error}"))
         })
     }
 
-    /// Resolves when the certificates in use change; never with plaintext. Cancel-safe.
-    pub async fn changed(&mut self) {
-        if let Some(tls) = &mut self.tls
-            && tls.changed().await.is_ok()
-        {
-            return;
+    /// Whether an identity is still good: not expired, authority not removed, role the same.
+    pub fn recheck(&self, identity: &Identity) -> Result<(), Status> {
+        let Some(chain) = &identity.chain else { return Ok(()) };
+        let now = self.identify_chain(Some(Arc::clone(chain)))?;
+        if now.role == identity.role {
+            return Ok(());
         }
-        std::future::pending().await
+        let name = &identity.name;
+        Err(Code::Forbidden.status(format!("the role of certificate {name:?} was changed")))
     }
 
-    /// The caller and the cluster, when the one may use the other so.
+    /// Resolves when the certificates or roles in use change; never with plaintext. Cancel-safe.
+    pub async fn changed(&mut self) {
+        let Some(tls) = &mut self.tls else { return std::future::pending().await };
+        let certificates = async {
+            if tls.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let roles = async {
+            if self.rules.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = certificates => {}
+            () = roles => {}
+        }
+    }
+
+    /// The caller and the cluster, when the one may make this call for the other.
     pub fn require<T>(
         &self,
         request: &Request<T>,
         cluster: &str,
-        access: Access,
+        rpc: Rpc,
     ) -> Result<(Identity, ClusterName), Status> {
         let identity = self.identify(request)?;
-        let cluster = permit(&identity, cluster, access)?;
+        let cluster = permit(&identity, cluster, rpc)?;
         Ok((identity, cluster))
     }
 
-    fn role(&self, name: &str, unit: Option<&str>) -> Result<Role, Status> {
-        if let Some(entry) = self.map.iter().find(|e| e.common_name == name) {
-            // An entry with neither is refused by the configuration's validation; here it means nobody.
-            if let Some(cluster) = &entry.cluster {
-                return Ok(Role::Cluster(cluster.clone()));
-            }
-            if entry.admin {
-                return Ok(Role::Admin);
-            }
-            return Err(Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing")));
+    fn role(
+        &self,
+        name: &str,
+        unit: Option<RoleName>,
+        chain: &[CertificateDer<'_>],
+    ) -> Result<Role, Status> {
+        let rules = Arc::clone(&self.rules.borrow());
+        if let Some(entry) = rules.map.iter().find(|e| e.common_name == name) {
+            // An entry with nothing is refused by the configuration's validation; here it means nobody.
+            let nothing =
+                || Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing"));
+            return entry.given().ok_or_else(nothing);
         }
-        if unit == Some(ADMIN_UNIT) {
-            return Ok(Role::Admin);
+        let own = || self.tls.as_ref().is_some_and(|tls| tls.borrow().is_of_own_authority(chain));
+        let trusted = unit.filter(|_| rules.trust_units || own());
+        match trusted {
+            Some(RoleName::Observer) => return Ok(Role::Observer),
+            Some(RoleName::Operator) => return Ok(Role::Operator),
+            Some(RoleName::Admin) => return Ok(Role::Admin),
+            Some(RoleName::Tenant) | None => {}
         }
-        name.split_once('@').and_then(|(_, cluster)| cluster.parse().ok()).map(Role::Cluster).ok_or_else(
-            || {
-                Code::Forbidden.status(format!(
-                    "expected a client certificate with common name NAME@CLUSTER or an [[auth.map]] entry, found {name:?}"
-                ))
-            },
-        )
+        let cluster = name.split_once('@').and_then(|(_, cluster)| cluster.parse().ok());
+        cluster.map(Role::Tenant).ok_or_else(|| Code::Forbidden.status(stranger(name, unit)))
     }
 }
 
-/// Whether this caller may use this cluster so.
-pub fn permit(identity: &Identity, cluster: &str, access: Access) -> Result<ClusterName, Status> {
+fn stranger(name: &str, unit: Option<RoleName>) -> String {
+    match unit.and_then(RoleName::unit) {
+        Some(unit) => format!(
+            "certificate {name:?}: organisational unit {unit} counts only in certificates of the authority of klio-server init; hint: [[auth.map]] with this common name and a role, or [auth] trust_units = true"
+        ),
+        None => format!(
+            "expected a client certificate with common name NAME@CLUSTER or an [[auth.map]] entry, found {name:?}"
+        ),
+    }
+}
+
+/// The cluster that a call names, when this caller may make the call for it.
+pub fn permit(identity: &Identity, cluster: &str, rpc: Rpc) -> Result<ClusterName, Status> {
     let cluster: ClusterName =
         cluster.parse().map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
-    let good = match &identity.role {
-        None => true,
-        Some(Role::Admin) => matches!(access, Access::Read | Access::Operate),
-        Some(Role::Cluster(own)) => *own == cluster,
-    };
-    if good {
+    let Some(role) = &identity.role else { return Ok(cluster) };
+    if role.may(rpc, &cluster) {
         return Ok(cluster);
     }
-    let allowed = match &identity.role {
-        Some(Role::Cluster(own)) => format!("cluster {own}"),
-        _ => "reading only".to_owned(),
-    };
-    Err(Code::Forbidden.status(format!(
-        "certificate {:?} allows {allowed}, the call names cluster {cluster}",
-        identity.name
-    )))
+    let name = &identity.name;
+    Err(Code::Forbidden.status(match role {
+        Role::Tenant(own) if *own != cluster => {
+            format!("certificate {name:?} allows cluster {own}, the call names cluster {cluster}")
+        }
+        _ => {
+            let (role, method) = (role.name().as_str(), rpc.method());
+            let few = if rpc.roles() == [RoleName::Tenant] { "reading only" } else { "less" };
+            format!("certificate {name:?} has the role {role}, which allows {few}: {method} is not for it; hint: docs/access.md has the table")
+        }
+    }))
 }
 
-fn subject(der: &CertificateDer<'_>) -> Result<(String, Option<String>, i64), Status> {
+/// Keeps the newest good `[auth]` of the configuration file in `current` until cancelled. A file that cannot be used is said
+/// once, and the former roles stay.
+pub async fn reload(
+    file: PathBuf,
+    current: watch::Sender<Arc<AuthConfig>>,
+    cancel: CancellationToken,
+) {
+    let mut known = std::fs::read(&file).ok();
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(RELOAD_INTERVAL) => {}
+        }
+        // Gone, or in the middle of being replaced: the last good one serves on.
+        let Ok(bytes) = std::fs::read(&file) else { continue };
+        if known.as_ref() == Some(&bytes) {
+            continue;
+        }
+        known = Some(bytes);
+        take_over(&file, &current);
+    }
+}
+
+fn take_over(file: &Path, current: &watch::Sender<Arc<AuthConfig>>) {
+    match Config::load(file) {
+        Ok(config) if config.auth == **current.borrow() => {}
+        Ok(config) => {
+            tracing::info!("[auth] changed in the configuration and is in use now");
+            current.send_replace(Arc::new(config.auth));
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the changed configuration is not usable; the former [auth] stays");
+        }
+    }
+}
+
+struct Subject {
+    name: String,
+    unit: Option<RoleName>,
+    expires_unix: i64,
+}
+
+/// One common name and at most one unit that means something here: a subject that says two things says nothing.
+fn subject(der: &CertificateDer<'_>) -> Result<Subject, Status> {
     let refuse =
         |detail: String| Code::Unauthenticated.status(format!("read client certificate: {detail}"));
     let (_, cert) = X509Certificate::from_der(der).map_err(|e| refuse(e.to_string()))?;
-    let text = |mut values: Box<dyn Iterator<Item = Option<String>> + '_>| values.next().flatten();
     let subject = cert.subject();
-    let name =
-        text(Box::new(subject.iter_common_name().map(|a| a.as_str().ok().map(str::to_owned))));
-    let unit = text(Box::new(
-        subject.iter_organizational_unit().map(|a| a.as_str().ok().map(str::to_owned)),
-    ));
-    let name = name.ok_or_else(|| refuse("expected a common name, found none".into()))?;
-    Ok((name, unit, cert.validity().not_after.timestamp()))
+    let names: Vec<&str> = subject.iter_common_name().filter_map(|a| a.as_str().ok()).collect();
+    let [name] = names[..] else {
+        return Err(refuse(format!("expected one common name, found {}", names.len())));
+    };
+    let units = subject.iter_organizational_unit().filter_map(|a| a.as_str().ok());
+    let units: Vec<RoleName> = units.filter_map(RoleName::of_unit).collect();
+    if units.len() > 1 {
+        return Err(refuse("expected one organisational unit klio-..., found several".into()));
+    }
+    let expires_unix = cert.validity().not_after.timestamp();
+    Ok(Subject { name: name.to_owned(), unit: units.first().copied(), expires_unix })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pki;
+    use rustls::pki_types::pem::PemObject;
 
     fn identity(role: Option<Role>) -> Identity {
         Identity { name: "x".into(), role, expires_unix: 0, chain: None }
@@ -219,45 +347,117 @@ mod tests {
     /// Klio (Go): any client with a valid certificate read and wrote any cluster (field.md section 2).
     #[test]
     fn one_clusters_certificate_cannot_touch_another() {
-        let own = identity(Some(Role::Cluster("pg-1".parse().unwrap())));
-        assert!(permit(&own, "pg-1", Access::Write).is_ok());
-        for access in [Access::Read, Access::Write, Access::Operate] {
-            let status = permit(&own, "pg-2", access).unwrap_err();
+        let own = identity(Some(Role::Tenant("pg-1".parse().unwrap())));
+        assert!(permit(&own, "pg-1", Rpc::Receive).is_ok());
+        for rpc in Rpc::ALL {
+            let status = permit(&own, "pg-2", *rpc).unwrap_err();
             assert_eq!(Code::of(&status), Code::Forbidden);
             assert!(status.message().contains("pg-1") && status.message().contains("pg-2"));
         }
     }
 
     #[test]
-    fn an_administrator_reads_everything_and_writes_nothing() {
+    fn an_administrator_reads_and_writes_nothing_and_gets_no_secret() {
         let admin = identity(Some(Role::Admin));
-        assert!(permit(&admin, "pg-1", Access::Read).is_ok());
-        assert!(permit(&admin, "pg-1", Access::Operate).is_ok());
-        assert!(permit(&admin, "pg-1", Access::Write).is_err());
+        assert!(permit(&admin, "pg-1", Rpc::Fetch).is_ok());
+        assert!(permit(&admin, "pg-1", Rpc::Maintain).is_ok());
+        assert!(permit(&admin, "pg-1", Rpc::Receive).is_err());
+        assert!(permit(&admin, "pg-1", Rpc::OpenRepository).is_err());
     }
 
     #[test]
     fn a_name_with_dots_is_refused_before_anything_else() {
-        let status = permit(&identity(None), "../pg-1", Access::Read).unwrap_err();
+        let status = permit(&identity(None), "../pg-1", Rpc::Status).unwrap_err();
         assert_eq!(Code::of(&status), Code::Invalid);
     }
 
+    fn entry(text: &str) -> Option<Role> {
+        toml::from_str::<MapEntry>(&format!("common_name = \"x\"\n{text}")).unwrap().given()
+    }
+
     #[test]
-    fn the_subject_decides_the_role() {
-        let map = vec![MapEntry {
-            common_name: "db1.example.com".into(),
-            cluster: "pg-9".parse().ok(),
-            admin: false,
-        }];
-        let auth = Auth::new(None, map);
-        assert_eq!(auth.role("app@pg-1", None).unwrap(), Role::Cluster("pg-1".parse().unwrap()));
-        assert_eq!(
-            auth.role("db1.example.com", None).unwrap(),
-            Role::Cluster("pg-9".parse().unwrap())
-        );
-        assert_eq!(auth.role("ops", Some(ADMIN_UNIT)).unwrap(), Role::Admin);
-        for refused in ["ops", "a@", "a@B", "a@b@c", ""] {
-            assert!(auth.role(refused, None).is_err(), "{refused:?}");
+    fn an_entry_of_the_map_gives_one_thing_or_is_refused() {
+        assert_eq!(entry("cluster = \"a\""), Some(Role::Tenant("a".parse().unwrap())));
+        assert_eq!(entry("role = \"observer\""), Some(Role::Observer));
+        assert_eq!(entry("role = \"operator\""), Some(Role::Operator));
+        assert_eq!(entry("role = \"admin\""), Some(Role::Admin));
+        assert_eq!(entry("admin = true"), Some(Role::Admin));
+        for bad in [
+            "",
+            "role = \"tenant\"",
+            "cluster = \"a\"\nrole = \"admin\"",
+            "cluster = \"a\"\nadmin = true",
+            "role = \"observer\"\nadmin = true",
+        ] {
+            assert_eq!(entry(bad), None, "{bad}");
+        }
+    }
+
+    /// A server with the authority of `init` and the company's, and certificates of both.
+    struct Two {
+        own: pki::Pair,
+        company: pki::Pair,
+        _dir: tempfile::TempDir,
+        tls: watch::Receiver<Arc<Loaded>>,
+    }
+
+    impl Two {
+        fn new() -> Self {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let dir = tempfile::tempdir().unwrap();
+            let own = pki::new_authority().unwrap();
+            let company = pki::authority_named("The company").unwrap();
+            let server = pki::issue_server(&own, &["localhost".into()]).unwrap();
+            let path = |name: &str| dir.path().join(name);
+            std::fs::write(path("cert"), server.cert).unwrap();
+            std::fs::write(path("key"), server.key).unwrap();
+            // The company's comes first: places say nothing.
+            std::fs::write(path("ca"), format!("{}{}", company.cert, own.cert)).unwrap();
+            let files = crate::tls::TlsFiles {
+                cert: path("cert"),
+                key: path("key"),
+                client_ca: path("ca"),
+            };
+            let tls = watch::channel(Arc::new(files.load().unwrap())).1;
+            Self { own, company, _dir: dir, tls }
+        }
+
+        fn role(&self, authority: &pki::Pair, subject: &pki::Subject, rules: &str) -> Option<Role> {
+            let rules: AuthConfig = toml::from_str(rules).unwrap();
+            let auth = Auth::new(Some(self.tls.clone()), watch::channel(Arc::new(rules)).1);
+            let pair = pki::issue_client(authority, subject).unwrap();
+            let der = CertificateDer::from_pem_slice(pair.cert.as_bytes()).unwrap();
+            auth.identify_chain(Some(Arc::new(vec![der]))).ok()?.role
+        }
+    }
+
+    /// An organisational unit of any authority in client_ca made an administrator.
+    #[test]
+    fn a_unit_counts_only_for_the_servers_own_authority_or_where_units_are_trusted() {
+        let two = Two::new();
+        let roles = [Role::Observer, Role::Operator, Role::Admin];
+        for role in roles {
+            let subject = pki::Subject::Person("ops".into(), role.name());
+            assert_eq!(two.role(&two.own, &subject, ""), Some(role.clone()));
+            assert_eq!(two.role(&two.company, &subject, ""), None);
+            assert_eq!(two.role(&two.company, &subject, "trust_units = true"), Some(role.clone()));
+            let mapped = "map = [{ common_name = \"ops\", role = \"observer\" }]";
+            assert_eq!(two.role(&two.own, &subject, mapped), Some(Role::Observer));
+            assert_eq!(two.role(&two.company, &subject, mapped), Some(Role::Observer));
+        }
+        // With a unit that does not count it is what its name says, and no more.
+        let subject = pki::Subject::Person("klio@a".into(), RoleName::Admin);
+        let tenant = Some(Role::Tenant("a".parse().unwrap()));
+        assert_eq!(two.role(&two.company, &subject, ""), tenant);
+    }
+
+    #[test]
+    fn the_common_name_decides_the_tenant() {
+        let two = Two::new();
+        let role = |name: &str| two.role(&two.company, &pki::Subject::Client(name.into()), "");
+        assert_eq!(role("app@pg-1"), Some(Role::Tenant("pg-1".parse().unwrap())));
+        for refused in ["ops", "a@", "a@B", "a@b@c"] {
+            assert_eq!(role(refused), None, "{refused:?}");
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The base-backup service: translates, calls, translates back.
 
-use super::auth::{Access, Auth, permit};
+use super::{
+    auth::{Auth, permit},
+    roles::Rpc,
+};
 use crate::{
     base::{BaseStore, Caller, Lease, ListedBackup},
     maintenance::{Maintenance, Request as VerifyRequest, Step},
@@ -119,11 +122,8 @@ impl Base for BaseService {
         &self,
         request: Request<v1::OpenRepositoryRequest>,
     ) -> Result<Response<v1::OpenRepositoryResponse>, Status> {
-        let access = match request.get_ref().system_identifier {
-            0 => Access::Read,
-            _ => Access::Write,
-        };
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, access)?;
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::OpenRepository)?;
         let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
         let secret = self.base.open_repository(&cluster, asked.system).await?;
         Ok(Response::new(v1::OpenRepositoryResponse {
@@ -141,7 +141,7 @@ impl Base for BaseService {
         let first = self.next(&mut inbound).await?;
         let first =
             first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
-        let cluster = permit(&identity, &first.cluster, Access::Write)?;
+        let cluster = permit(&identity, &first.cluster, Rpc::PutFile)?;
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
@@ -157,7 +157,7 @@ impl Base for BaseService {
         &self,
         request: Request<v1::GetFileRequest>,
     ) -> Result<Response<Self::GetFileStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::GetFile)?;
         let asked = GetFileRequest::try_from(request.into_inner())?;
         let file = file_of(&asked.name)?;
         let found = self.base.find_file(&cluster, file, asked.part).await?;
@@ -170,7 +170,7 @@ impl Base for BaseService {
         &self,
         request: Request<v1::ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListFiles)?;
         let kind = kind_of(FileKind::read(request.get_ref().kind)?);
         let files = self.base.list_files(&cluster, kind).await?;
         let listed = files.into_iter().map(move |(file, size)| {
@@ -191,11 +191,7 @@ impl Base for BaseService {
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<Self::ReserveStream>, Status> {
         let identity = self.auth.identify(&request)?;
-        let access = match request.get_ref().purpose() {
-            v1::reserve_request::Purpose::Restore => Access::Read,
-            _ => Access::Write,
-        };
-        let cluster = permit(&identity, &request.get_ref().cluster, access)?;
+        let cluster = permit(&identity, &request.get_ref().cluster, Rpc::Reserve)?;
         let caller = caller(&request, identity.name.clone());
         let asked = ReserveRequest::try_from(request.into_inner())?;
         let lease = match asked.purpose {
@@ -219,7 +215,7 @@ impl Base for BaseService {
         request: Request<v1::CommitBackupRequest>,
     ) -> Result<Response<v1::CommitBackupResponse>, Status> {
         let (identity, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::CommitBackup)?;
         let caller = caller(&request, identity.name);
         let record = document("record", request.into_inner().record)?;
         self.base.commit(&cluster, &record, &caller).await?;
@@ -230,7 +226,7 @@ impl Base for BaseService {
         &self,
         request: Request<v1::ListBackupsRequest>,
     ) -> Result<Response<v1::ListBackupsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListBackups)?;
         let found = self.base.backups(&cluster).await?;
         let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
         Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
@@ -240,7 +236,7 @@ impl Base for BaseService {
         &self,
         request: Request<v1::HoldingsRequest>,
     ) -> Result<Response<v1::HoldingsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Holdings)?;
         let holdings = self.base.holdings_known(&cluster).await?;
         Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
     }
@@ -250,7 +246,7 @@ impl Base for BaseService {
         request: Request<v1::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
         let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Verify)?;
         let asked = request.into_inner();
         let read_percent = percent("read_percent", asked.read_percent)?;
         let backup = match asked.backup_name.as_str() {
@@ -282,7 +278,7 @@ impl Base for BaseService {
         request: Request<v1::MaintainRequest>,
     ) -> Result<Response<Self::MaintainStream>, Status> {
         let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Maintain)?;
         let maintenance = self.maintenance.clone();
         let answers = self.follow(
             move |steps| async move {
@@ -303,7 +299,7 @@ impl Base for BaseService {
         &self,
         request: Request<v1::PlanRetentionRequest>,
     ) -> Result<Response<v1::PlanRetentionResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::PlanRetention)?;
         let plan = self.maintenance.plan(&cluster).await?;
         Ok(Response::new(v1::PlanRetentionResponse { plan: json("a plan", &plan)? }))
     }
@@ -313,7 +309,7 @@ impl Base for BaseService {
         request: Request<v1::RecordDrillRequest>,
     ) -> Result<Response<v1::RecordDrillResponse>, Status> {
         let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Operate)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::RecordDrill)?;
         let outcome = document("outcome", request.into_inner().outcome)?;
         self.maintenance.record_drill(&cluster, &outcome).await?;
         Ok(Response::new(v1::RecordDrillResponse {}))

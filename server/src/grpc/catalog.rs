@@ -1,6 +1,6 @@
 //! The catalogue service: what exists, and how it goes.
 
-use super::auth::{Access, Auth};
+use super::{auth::Auth, roles::Rpc};
 use crate::{
     errors,
     status::{ClusterView, StatusBoard, now_unix},
@@ -49,7 +49,7 @@ impl Catalog for CatalogService {
         let identity = self.auth.identify(&request)?;
         let only = match request.get_ref().cluster.as_str() {
             "" => None,
-            name => Some(super::auth::permit(&identity, name, Access::Read)?),
+            name => Some(super::auth::permit(&identity, name, Rpc::Status)?),
         };
         let board = self.board.clone();
         let views = read(move || board.clusters()).await?;
@@ -70,7 +70,7 @@ impl Catalog for CatalogService {
         &self,
         request: Request<v1::ListWalRequest>,
     ) -> Result<Response<v1::ListWalResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListWal)?;
         let store = self.board.store.clone();
         let Some(pinned) = store.pinned(&cluster) else {
             return Err(Code::NotFound.status(format!("cluster {cluster} has no WAL here")));
@@ -99,7 +99,7 @@ impl Catalog for CatalogService {
         request: Request<v1::CheckRequest>,
     ) -> Result<Response<v1::CheckResponse>, Status> {
         let (identity, _) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Check)?;
         let board = self.board.clone();
         let (space, problems) = read(move || (board.store.free_space(), board.readiness())).await?;
         let (free, total) = space.unwrap_or((0, 0));

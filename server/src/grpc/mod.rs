@@ -4,6 +4,7 @@ pub mod auth;
 mod base;
 mod catalog;
 mod fetch;
+pub mod roles;
 pub mod trace;
 mod wal;
 

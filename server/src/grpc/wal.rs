@@ -1,8 +1,9 @@
 //! The WAL service: translates, calls, translates back.
 
 use super::{
-    auth::{Access, Auth, permit},
+    auth::{Auth, permit},
     fetch,
+    roles::Rpc,
 };
 use crate::{
     fetch::Source,
@@ -55,7 +56,7 @@ impl Wal for WalService {
         request: Request<v1::PositionRequest>,
     ) -> Result<Response<v1::PositionResponse>, Status> {
         let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Position)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
         self.receiver.base.check_system(&cluster, asked.system).await?;
@@ -76,7 +77,7 @@ impl Wal for WalService {
         request: Request<v1::PutHistoryRequest>,
     ) -> Result<Response<v1::PutHistoryResponse>, Status> {
         let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Access::Write)?;
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::PutHistory)?;
         let PutHistoryRequest { system, timeline, content, .. } =
             PutHistoryRequest::try_from(request.into_inner())?;
         let (store, name) = (self.receiver.store.clone(), cluster.clone());
@@ -110,7 +111,7 @@ impl Wal for WalService {
         let Some(receive_request::Kind::Open(open)) = first.and_then(|m| m.kind) else {
             return Err(Code::Invalid.status("open stream: expected an open message first"));
         };
-        let cluster = permit(&identity, &open.cluster, Access::Write)?;
+        let cluster = permit(&identity, &open.cluster, Rpc::Receive)?;
         let open = Open::try_from(open)?;
         let (responses, outbound) = mpsc::channel(RESPONSES_MAX);
         let receiver = self.receiver.clone();
@@ -123,7 +124,7 @@ impl Wal for WalService {
         &self,
         request: Request<v1::FetchRequest>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Access::Read)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Fetch)?;
         let file: WalFile = request
             .get_ref()
             .name

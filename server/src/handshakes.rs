@@ -1,0 +1,196 @@
+//! Connections whose handshake is not over: strangers can make them, so their number has bounds, and none of these keeps
+//! others out.
+//!
+//! - Of one address (of IPv6: of one /64) only so many are kept, and so many of all. When one more comes, the oldest silent
+//!   one of the address with the most goes: a client that was just accepted and speaks is never the one.
+//! - Nobody waits for a place: an honest client is not queued behind strangers.
+//! - What was closed so is said once in a while, by address.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv6Addr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Of one address. Sidecars behind one address that all come back at once are through in milliseconds each.
+const OF_ADDRESS_MAX: usize = 64;
+/// Of all. With the default limit of 1024 open files most are left for clients.
+const ALL_MAX: usize = 256;
+/// Between two warnings.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// All of them. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Handshakes(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    /// By arrival: the first is the oldest.
+    open: BTreeMap<u64, Open>,
+    /// Closed since the last warning, by address.
+    closed: BTreeMap<IpAddr, u64>,
+    told: Option<Instant>,
+}
+
+struct Open {
+    address: IpAddr,
+    spoke: bool,
+    close: CancellationToken,
+}
+
+/// The place of a connection; dropping it gives it back.
+pub struct Place {
+    all: Handshakes,
+    number: u64,
+    /// Cancelled when the place is needed for another one.
+    pub close: CancellationToken,
+}
+
+impl Place {
+    /// Its first byte came.
+    pub fn spoke(&self) {
+        if let Some(open) = self.all.lock().open.get_mut(&self.number) {
+            open.spoke = true;
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.all.lock().open.remove(&self.number);
+    }
+}
+
+impl Handshakes {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for a connection from this address; another one may go for it.
+    pub fn enter(&self, address: IpAddr) -> Place {
+        let (number, close) = {
+            let mut state = self.lock();
+            state.make_room(network_of(address));
+            let close = CancellationToken::new();
+            let number = state.next;
+            state.next += 1;
+            let address = network_of(address);
+            state.open.insert(number, Open { address, spoke: false, close: close.clone() });
+            (number, close)
+        };
+        Place { all: self.clone(), number, close }
+    }
+
+    /// What was closed, by address, if it is time to say so.
+    pub fn to_tell(&self, now: Instant) -> Vec<(IpAddr, u64)> {
+        let mut state = self.lock();
+        let early = state.told.is_some_and(|told| now.duration_since(told) < TELL_EVERY);
+        if early || state.closed.is_empty() {
+            return Vec::new();
+        }
+        state.told = Some(now);
+        std::mem::take(&mut state.closed).into_iter().collect()
+    }
+}
+
+impl State {
+    fn make_room(&mut self, comer: IpAddr) {
+        let mut counts: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        for open in self.open.values() {
+            *counts.entry(open.address).or_default() += 1;
+        }
+        let own = counts.get(&comer).copied().unwrap_or(0);
+        let victim = if own >= OF_ADDRESS_MAX {
+            Some(comer)
+        } else if self.open.len() >= ALL_MAX {
+            counts.into_iter().max_by_key(|(_, count)| *count).map(|(address, _)| address)
+        } else {
+            None
+        };
+        let Some(address) = victim else { return };
+        let of = |open: &Open| open.address == address;
+        let silent = self.open.iter().find(|(_, open)| of(open) && !open.spoke);
+        let oldest = silent.or_else(|| self.open.iter().find(|(_, open)| of(open)));
+        let Some(number) = oldest.map(|(number, _)| *number) else { return };
+        if let Some(open) = self.open.remove(&number) {
+            open.close.cancel();
+            // Its number is bounded by what can be warned of in a minute, and by this.
+            if self.closed.len() < ALL_MAX || self.closed.contains_key(&address) {
+                *self.closed.entry(address).or_default() += 1;
+            }
+        }
+    }
+}
+
+/// One who has an IPv6 address mostly has the /64 around it.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => {
+            let bits = u128::from(address) & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from(bits))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
+    }
+
+    fn closed(places: &[Place]) -> usize {
+        places.iter().filter(|place| place.close.is_cancelled()).count()
+    }
+
+    /// 256 silent connections of one stranger kept everybody out.
+    #[test]
+    fn one_address_has_a_bound_and_its_oldest_silent_connection_goes() {
+        let all = Handshakes::default();
+        let client = all.enter(address(9));
+        let speaking = all.enter(address(1));
+        speaking.spoke();
+        let silent: Vec<Place> = (0..300).map(|_| all.enter(address(1))).collect();
+        assert!(!client.close.is_cancelled() && !speaking.close.is_cancelled());
+        assert_eq!(closed(&silent), 300 - (OF_ADDRESS_MAX - 1));
+        assert!(silent[0].close.is_cancelled() && !silent[299].close.is_cancelled());
+        let late = all.enter(address(1));
+        assert!(!late.close.is_cancelled(), "who comes last is let in");
+        let now = Instant::now();
+        assert_eq!(all.to_tell(now), [(address(1), 300 - 63 + 1)]);
+        drop(all.enter(address(1)));
+        assert!(all.to_tell(now).is_empty(), "said once in a minute");
+    }
+
+    #[test]
+    fn many_addresses_do_not_keep_another_one_out() {
+        let all = Handshakes::default();
+        let strangers: Vec<Place> =
+            (0..8).flat_map(|n| vec![n; 50]).map(|n| all.enter(address(n))).collect();
+        let client = all.enter(address(99));
+        client.spoke();
+        let more: Vec<Place> = (100..200).map(|n| all.enter(address(n))).collect();
+        assert!(!client.close.is_cancelled());
+        assert!(more.iter().all(|place| !place.close.is_cancelled()));
+        assert_eq!(closed(&strangers), 400 + 1 + 100 - ALL_MAX);
+    }
+
+    #[test]
+    fn a_place_is_given_back_and_an_ipv6_neighbourhood_is_one_address() {
+        let all = Handshakes::default();
+        for _ in 0..1000 {
+            drop(all.enter(address(1)));
+        }
+        assert!(all.to_tell(Instant::now()).is_empty());
+        let host = |n: u16| IpAddr::from([0x2001, 0xdb8, 0, 1, 0, 0, 0, n]);
+        let places: Vec<Place> = (0..100).map(|n| all.enter(host(n))).collect();
+        assert_eq!(closed(&places), 100 - OF_ADDRESS_MAX);
+        let mapped: IpAddr = "::ffff:10.0.0.1".parse().unwrap();
+        assert_eq!(network_of(mapped), address(1));
+    }
+}
