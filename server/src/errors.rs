@@ -9,7 +9,7 @@ pub fn code(error: &Error) -> Code {
     match error.kind {
         Kind::NotFound => Code::NotFound,
         Kind::Conflict => Code::WriterConflict,
-        Kind::Invalid => Code::Invalid,
+        Kind::Invalid | Kind::Newer => Code::Invalid,
         Kind::Corrupt => Code::Corrupt,
         Kind::Full => Code::DiskFull,
         Kind::Poisoned | Kind::Io => Code::StorageFailed,
@@ -23,7 +23,7 @@ pub fn status(error: &Error) -> Status {
     let code = code(error);
     match error.kind {
         // These speak of the caller's own request: it needs the text.
-        Kind::Conflict | Kind::Invalid | Kind::NotFound => code.status(error),
+        Kind::Conflict | Kind::Invalid | Kind::Newer | Kind::NotFound => code.status(error),
         _ => {
             tracing::error!(code = code.name(), %error, "storage failed");
             code.status(format!("{} failed on the server's storage", error.op))

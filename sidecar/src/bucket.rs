@@ -80,7 +80,7 @@ impl Bucket {
 pub fn of_storage(error: &klio_storage::Error) -> Error {
     let failure = match error.kind {
         Kind::NotFound => Failure::Code(Code::NotFound),
-        Kind::Conflict => Failure::Code(Code::Invalid),
+        Kind::Conflict | Kind::Newer => Failure::Code(Code::Invalid),
         Kind::Invalid => Failure::Config,
         Kind::Corrupt => Failure::Code(Code::Corrupt),
         Kind::Denied => Failure::Code(Code::Forbidden),

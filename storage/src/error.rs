@@ -15,6 +15,8 @@ pub enum Kind {
     Invalid,
     /// Stored bytes are not what was stored. Never returned for a torn tail after a crash.
     Corrupt,
+    /// Written by a newer Klio in a format that this one does not know. Nothing is wrong with it; it is left as it is.
+    Newer,
     /// No space left; goes away when space returns.
     Full,
     /// A write or an fsync failed: the handle is poisoned (P3); reopen to recover.
@@ -29,11 +31,12 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 9] = [
+    pub const ALL: [Kind; 10] = [
         Kind::NotFound,
         Kind::Conflict,
         Kind::Invalid,
         Kind::Corrupt,
+        Kind::Newer,
         Kind::Full,
         Kind::Poisoned,
         Kind::Transient,
@@ -48,6 +51,7 @@ impl Kind {
             Kind::Conflict => "conflict",
             Kind::Invalid => "invalid",
             Kind::Corrupt => "corrupt",
+            Kind::Newer => "newer",
             Kind::Full => "full",
             Kind::Poisoned => "poisoned",
             Kind::Transient => "transient",

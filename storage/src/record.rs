@@ -3,21 +3,37 @@
 //!
 //! | field | what |
 //! |---|---|
-//! | `format` | version of the file's format, 1 |
-//! | `crc32c` | checksum of `body` written without white space, eight hexadecimal digits |
+//! | `format` | version of the file's format, 2 |
+//! | `crc32c` | checksum of the text of `body` exactly as it is stored, eight hexadecimal digits |
 //! | `body` | the record |
 //!
-//! Read by hand with any JSON tool (P10). Replaced as a whole, durably, never written into. A record
-//! that cannot be read is `Corrupt`, never "not there" (P6).
+//! In format 1 the checksum is that of `body` written without white space; such files are read, and no more written.
+//!
+//! - The checksum does not depend on which fields a program knows, so a record may gain and lose fields within a format
+//!   (P10): what is new has a default, what is unknown is kept by whoever writes the record again (`unknown.rs`). A new
+//!   format is only for what an older program would get wrong, and such a program refuses it as `Newer`, not as damage.
+//! - Read by hand with any JSON tool. Replaced as a whole, durably, never written into. A record that cannot be read is
+//!   `Corrupt` or `Newer`, never "not there" (P6).
+
+mod text;
+mod unknown;
+
+#[cfg(test)]
+mod tests;
+
+pub use unknown::Unknown;
 
 use crate::{
     Error, Kind, Op,
     disk::{Disk, durable, read_small},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{io, path::Path};
+use std::{fmt::Display, io, path::Path};
 
-const FORMAT: u32 = 1;
+/// The checksum is of the body without white space.
+const COMPACT: u32 = 1;
+/// The checksum is of the body as it is stored.
+const FORMAT: u32 = 2;
 /// Far more than any record ever takes.
 pub const LIMIT_BYTES: u64 = 16 << 20;
 
@@ -26,61 +42,72 @@ struct Version {
     format: u32,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Stamped<T> {
-    format: u32,
+#[derive(Deserialize)]
+struct Stamp {
     crc32c: String,
-    body: T,
 }
 
-fn stamp<T: Serialize>(body: &T) -> Result<String, serde_json::Error> {
-    Ok(format!("{:08x}", crc32c::crc32c(&serde_json::to_vec(body)?)))
+fn sum(text: &str) -> String {
+    format!("{:08x}", crc32c::crc32c(text.as_bytes()))
+}
+
+/// The text of the body, if it is as it was stored.
+fn checked<'a>(bytes: &'a [u8], place: &dyn Display) -> Result<&'a str, Error> {
+    let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Read, place, detail);
+    let version: Version = serde_json::from_slice(bytes).map_err(|e| corrupt(e.to_string()))?;
+    let found = version.format;
+    if found > FORMAT {
+        let detail = format!(
+            "expected format version {FORMAT} or older, found {found}: it was written by a newer Klio"
+        );
+        let hint = "use a Klio at least as new as the one that wrote it; the file is left as it is";
+        return Err(Error::new(Kind::Newer, Op::Read, place, detail).hint(hint));
+    }
+    if found < COMPACT {
+        return Err(corrupt(format!("expected format version 1 or {FORMAT}, found {found}")));
+    }
+    let stamp: Stamp = serde_json::from_slice(bytes).map_err(|e| corrupt(e.to_string()))?;
+    let document = std::str::from_utf8(bytes).map_err(|e| corrupt(e.to_string()))?;
+    let body = text::member(document, "body")
+        .ok_or_else(|| corrupt("expected a body, found none".into()))?;
+    let expected = if found == COMPACT { sum(&text::compact(body)) } else { sum(body) };
+    if stamp.crc32c == expected {
+        return Ok(body);
+    }
+    let found = stamp.crc32c;
+    Err(corrupt(format!("expected checksum {expected}, found {found:?}")))
 }
 
 /// Reads a record's bytes. `place` is for the error.
 ///
 /// # Errors
-/// `Corrupt`: not JSON, another version, or another checksum.
-pub fn decode<T: Serialize + DeserializeOwned>(
-    bytes: &[u8],
-    place: impl std::fmt::Display,
-) -> Result<T, Error> {
-    let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Read, &place, detail);
-    let version: Version = serde_json::from_slice(bytes).map_err(|e| corrupt(e.to_string()))?;
-    if version.format != FORMAT {
-        let found = version.format;
-        return Err(corrupt(format!("expected format version {FORMAT}, found {found}")));
-    }
-    let record: Stamped<T> = serde_json::from_slice(bytes).map_err(|e| corrupt(e.to_string()))?;
-    let expected = stamp(&record.body).map_err(|e| corrupt(e.to_string()))?;
-    if record.crc32c != expected {
-        let found = record.crc32c;
-        return Err(corrupt(format!("expected checksum {expected}, found {found:?}")));
-    }
-    Ok(record.body)
+/// `Newer` for a format of later; `Corrupt`: not JSON, or another checksum.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8], place: impl Display) -> Result<T, Error> {
+    let body = checked(bytes, &place)?;
+    serde_json::from_str(body).map_err(|e| Error::new(Kind::Corrupt, Op::Read, place, e))
 }
 
 /// A record's bytes.
 ///
 /// # Errors
 /// `Invalid` for a body that JSON cannot hold.
-pub fn encode<T: Serialize>(body: &T, place: impl std::fmt::Display) -> Result<Vec<u8>, Error> {
-    let failed = |e| Error::new(Kind::Invalid, Op::Write, &place, e);
-    let crc32c = stamp(body).map_err(failed)?;
-    let stamped = Stamped { format: FORMAT, crc32c, body };
-    let mut text = serde_json::to_vec_pretty(&stamped).map_err(failed)?;
-    text.push(b'\n');
-    Ok(text)
+pub fn encode<T: Serialize>(body: &T, place: impl Display) -> Result<Vec<u8>, Error> {
+    let pretty = serde_json::to_string_pretty(body)
+        .map_err(|e| Error::new(Kind::Invalid, Op::Write, &place, e))?;
+    // Only for the eye; inside strings there are no newlines.
+    let body = pretty.replace('\n', "\n  ");
+    let crc32c = sum(&body);
+    let text = format!(
+        "{{\n  \"format\": {FORMAT},\n  \"crc32c\": \"{crc32c}\",\n  \"body\": {body}\n}}\n"
+    );
+    Ok(text.into_bytes())
 }
 
 /// Reads a record's file; `None` when there is none.
 ///
 /// # Errors
 /// As [`decode`], and as the disk fails.
-pub fn load<T: Serialize + DeserializeOwned>(
-    disk: &dyn Disk,
-    path: &Path,
-) -> Result<Option<T>, Error> {
+pub fn load<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, Error> {
     match read_small(disk, path, LIMIT_BYTES) {
         Ok(bytes) => decode(&bytes, path.display()).map(Some),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -94,4 +121,18 @@ pub fn load<T: Serialize + DeserializeOwned>(
 /// As [`encode`], and as the disk fails; then the old one is still there.
 pub fn store<T: Serialize>(disk: &dyn Disk, path: &Path, body: &T) -> Result<(), Error> {
     durable::overwrite(disk, path, &encode(body, path.display())?)
+}
+
+/// Makes sure of a record that start found: its rename may not be durable. The bytes stay as they are, whoever wrote them.
+///
+/// # Errors
+/// As [`decode`], and as the disk fails.
+pub fn prove(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
+    let bytes = match read_small(disk, path, LIMIT_BYTES) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(Op::Read, path, e)),
+    };
+    checked(&bytes, &path.display())?;
+    durable::overwrite(disk, path, &bytes)
 }

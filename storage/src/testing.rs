@@ -6,6 +6,7 @@
 use crate::{
     catalog::{BackupRecord, PagesRecord},
     layout::BackupName,
+    record::Unknown,
     wal::Pinned,
 };
 use klio_pg::{Lsn, PAGE_BYTES, SegmentSize, TimelineHistory, TimelineId};
@@ -45,6 +46,7 @@ pub fn backup_record(
         label: None,
         keep: false,
         klio_version: String::new(),
+        unknown: Unknown::default(),
     }
 }
 

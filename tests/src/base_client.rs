@@ -388,6 +388,7 @@ pub fn record(name: &str, snapshot: String, start: Lsn, stop: Lsn) -> BackupReco
         label: None,
         keep: false,
         klio_version: "test".into(),
+        unknown: Default::default(),
     }
 }
 

@@ -839,6 +839,7 @@ async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
         check_seconds: 0.5,
         recovered_lsn: None,
         problems: vec![],
+        unknown: Default::default(),
     };
     let request = |drill: &DrillOutcome| RecordDrillRequest {
         cluster: "main".into(),

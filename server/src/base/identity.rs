@@ -141,9 +141,9 @@ impl BaseStore {
     }
 }
 
-/// It came, and is damaged: a person has to look at it, as what it said is not known any more.
+/// It came, and is damaged or of a newer version: a person has to look at it, as what it said is not known any more.
 fn is_unreadable(error: &Error) -> bool {
-    error.kind == Kind::Corrupt && error.op != Op::Download
+    matches!(error.kind, Kind::Corrupt | Kind::Newer) && error.op != Op::Download
 }
 
 fn as_in(tier2: &Tier2) -> String {

@@ -181,6 +181,7 @@ mod tests {
             to: lsn(to),
             reason: "removed".into(),
             recorded_unix: 70.0,
+            unknown: Default::default(),
         };
         known.gaps.push(gap(7, 8));
         let before = [backup(2, 3, 20.0), backup(5, 6, 50.0)];

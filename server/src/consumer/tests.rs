@@ -62,7 +62,14 @@ fn lsn(segments: f64) -> Lsn {
 
 fn gap(timeline: u32, from: f64, to: f64) -> Gap {
     let timeline = TimelineId::new(timeline).unwrap();
-    Gap { timeline, from: lsn(from), to: lsn(to), reason: "lost".into(), recorded_unix: 1.0 }
+    Gap {
+        timeline,
+        from: lsn(from),
+        to: lsn(to),
+        reason: "lost".into(),
+        recorded_unix: 1.0,
+        unknown: Default::default(),
+    }
 }
 
 fn position(timeline: u32, start: f64, sealed: f64, flushed: f64) -> Position {

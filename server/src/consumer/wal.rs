@@ -176,7 +176,7 @@ impl WalWork {
 pub(super) const fn attempt_of(error: &Error) -> Attempt {
     match error.kind {
         Kind::NotFound => Attempt::Missing,
-        Kind::Corrupt => Attempt::Corrupt,
+        Kind::Corrupt | Kind::Newer => Attempt::Corrupt,
         Kind::Conflict => Attempt::Conflict,
         Kind::Denied => Attempt::Denied,
         Kind::Invalid => Attempt::Invalid,

@@ -239,6 +239,7 @@ mod tests {
             check_seconds: 1.0,
             recovered_lsn: None,
             problems: vec![],
+            unknown: Default::default(),
         }
     }
 
@@ -264,7 +265,7 @@ mod tests {
         run(&verified("new", 30.0, &["x"]));
         assert_eq!(damaged(), Some(2.0));
         let others = verified("none", 30.0, &["pg/wal"]).damaged;
-        metrics.known(&pg, &KnownDamage { packs: vec![], others });
+        metrics.known(&pg, &KnownDamage { packs: vec![], others, ..KnownDamage::default() });
         assert_eq!(damaged(), Some(3.0));
         metrics.known(&pg, &KnownDamage::default());
         let new = "new".parse().unwrap();

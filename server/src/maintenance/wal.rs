@@ -161,8 +161,9 @@ impl Inner {
     ) -> Result<Option<Horizon>, Status> {
         let store = self.base.wal();
         let known = store.horizons(cluster).into_iter().find(|h| h.timeline == timeline);
-        if let Some(known) = known.filter(|h| local <= h.local_from && held <= h.held_from) {
-            return Ok(Some(known));
+        let raised = known.as_ref().filter(|h| local <= h.local_from && held <= h.held_from);
+        if let Some(known) = raised {
+            return Ok(Some(known.clone()));
         }
         let position = store.positions(cluster).into_iter().find(|p| p.timeline == timeline);
         if position.is_none_or(|p| known.is_none() && local.max(held) <= p.start) {

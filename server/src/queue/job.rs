@@ -287,6 +287,14 @@ mod tests {
     }
 
     #[test]
+    fn a_field_of_a_version_to_come_passes() {
+        let good = job("00000002.history");
+        let text = String::from_utf8(good.encode()).unwrap();
+        let later = text.replacen('{', "{\"of_a_version_to_come\":[1],", 1);
+        assert_eq!(Job::decode(later.as_bytes()), Ok(good));
+    }
+
+    #[test]
     fn jobs_of_base_backups_round_trip_on_subjects_of_their_own() {
         let id = "ab".repeat(32);
         let mut subjects = std::collections::BTreeSet::new();

@@ -101,6 +101,7 @@ impl PageCheck {
             checked: self.checked.load(Relaxed),
             bad: found.bad,
             examples: found.examples.clone(),
+            ..PagesRecord::default()
         }
     }
 

@@ -21,6 +21,7 @@ use klio_pg::{BackupLabel, Lsn, TABLESPACE_MAP_FILE};
 use klio_proto::{Code, v1};
 use klio_storage::{
     catalog::{BackupRecord, PagesRecord, TablespaceRecord},
+    record::Unknown,
     repository::{Adopted, Part, Repository, Secret, SnapshotId, SnapshotMeta, SnapshotSummary},
 };
 use std::{
@@ -279,6 +280,7 @@ impl Run<'_> {
         let tablespaces = copied.tablespaces.iter().map(|tablespace| TablespaceRecord {
             oid: tablespace.oid,
             location: tablespace.location.display().to_string(),
+            unknown: Unknown::default(),
         });
         Ok(BackupRecord {
             name,
@@ -309,6 +311,7 @@ impl Run<'_> {
             label: self.order.label.clone(),
             keep: self.order.keep,
             klio_version: env!("CARGO_PKG_VERSION").to_owned(),
+            unknown: Unknown::default(),
         })
     }
 

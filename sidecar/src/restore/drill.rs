@@ -19,6 +19,7 @@ use klio_pg::Lsn;
 use klio_storage::{
     catalog::{DrillOutcome, Target, TimelineChoice},
     layout::BackupName,
+    record::Unknown,
 };
 use programs::Programs;
 use server::Server;
@@ -70,6 +71,7 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
             check_seconds: 0.0,
             recovered_lsn: None,
             problems: Vec::new(),
+            unknown: Unknown::default(),
         },
         rows: Vec::new(),
     };

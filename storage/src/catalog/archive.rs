@@ -20,7 +20,6 @@ mod tests;
 
 /// What is known to be archived of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Archive {
     segment_size: SegmentSize,
     timelines: BTreeMap<u32, Run>,
@@ -35,7 +34,6 @@ pub struct Archive {
 
 /// What tier 2 holds of a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Totals {
     /// WAL files of all kinds.
     pub files: u64,
@@ -56,7 +54,6 @@ pub struct Frontier {
 
 /// Segments of one timeline as numbers (position divided by segment size).
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Run {
     /// The first whole segment held in either tier.
     start: Option<u64>,

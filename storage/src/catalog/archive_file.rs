@@ -7,7 +7,7 @@
 //! | 2 | JSON: the `Archive` |
 //!
 //! Read it with `tail -1 archive.json | jq` (P10). Replaced by temporary file, fsync, rename, fsync of
-//! the folder: after a crash the old or the new one is there, whole.
+//! the folder: after a crash the old or the new one is there, whole. Fields may come within a version: unknown ones are passed over.
 
 use super::Archive;
 use crate::{
@@ -72,6 +72,10 @@ fn decode(bytes: &[u8]) -> Result<Archive, String> {
     let (header, body) = text.split_once('\n').ok_or("expected two lines, found one")?;
     let body = body.strip_suffix('\n').ok_or("expected a newline at the end: it is cut off")?;
     let header: Header = serde_json::from_str(header).map_err(|error| error.to_string())?;
+    if header.format == FORMAT && header.version > VERSION {
+        let found = header.version;
+        return Err(format!("expected version {VERSION}, found {found}: written by a newer Klio"));
+    }
     if header.format != FORMAT || header.version != VERSION {
         return Err(format!(
             "expected {FORMAT} version {VERSION}, found {} version {}",
@@ -119,6 +123,19 @@ mod tests {
         let text = String::from_utf8(encode(&archive(&[1])).unwrap()).unwrap();
         let error = decode(text.replace("\"version\":1", "\"version\":2").as_bytes()).unwrap_err();
         assert!(error.contains("version 2"), "{error}");
+    }
+
+    #[test]
+    fn a_field_of_a_version_to_come_passes() {
+        let archive = archive(&[1, 2]);
+        let mut body = serde_json::to_value(&archive).unwrap();
+        body["of_a_version_to_come"] = 1.into();
+        body["totals"]["of_a_version_to_come"] = "x".into();
+        let body = body.to_string();
+        let crc32c = format!("{:08x}", crc32c::crc32c(body.as_bytes()));
+        let header = Header { format: FORMAT.into(), version: VERSION, crc32c };
+        let text = format!("{}\n{body}\n", serde_json::to_string(&header).unwrap());
+        assert_eq!(decode(text.as_bytes()), Ok(archive));
     }
 
     proptest! {

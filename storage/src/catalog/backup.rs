@@ -5,7 +5,7 @@
 //! is kept beside it. Times are Unix seconds: of PostgreSQL's clock where the name says `postgres`,
 //! because recovery targets are in that clock, else of the server's.
 
-use crate::layout::BackupName;
+use crate::{layout::BackupName, record::Unknown};
 use klio_pg::{Lsn, TimelineId};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,9 @@ pub struct BackupRecord {
     pub keep: bool,
     /// Version of the klio that took it.
     pub klio_version: String,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// A tablespace.
@@ -79,6 +82,9 @@ pub struct TablespaceRecord {
     pub oid: u32,
     /// Where it lay.
     pub location: String,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// Page checksums seen while reading.
@@ -93,6 +99,9 @@ pub struct PagesRecord {
     /// The first hundred of them.
     #[serde(default)]
     pub examples: Vec<BadPage>,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// A page whose checksum is wrong.
@@ -161,6 +170,9 @@ pub struct DrillOutcome {
     pub recovered_lsn: Option<Lsn>,
     /// What was wrong.
     pub problems: Vec<String>,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// Result of maintenance.

@@ -11,7 +11,7 @@ use crate::{
     Error, Kind,
     disk::{Disk, durable},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
-    record,
+    record::{self, Unknown},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -28,6 +28,9 @@ pub struct KnownDamage {
     /// Whatever else is no single backup's: records that cannot be read, WAL that is lost behind the backups.
     #[serde(default)]
     pub others: Vec<Damage>,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl KnownDamage {
@@ -103,8 +106,11 @@ mod tests {
             format!("pg2/base/data/ab/{id}"),
             "pg/wal/00000001/000000010000000000000001.zst".into(),
         ];
-        let known =
-            KnownDamage { packs: keys.map(damage).into(), others: vec![damage("pg/wal".into())] };
+        let known = KnownDamage {
+            packs: keys.map(damage).into(),
+            others: vec![damage("pg/wal".into())],
+            unknown: Unknown::default(),
+        };
         store(&disk, root, &cluster, &known).unwrap();
         assert_eq!(load(&disk, root, &cluster).unwrap(), known);
         let packs = known.pack_files(&cluster);

@@ -150,6 +150,7 @@ mod tests {
             check_seconds: 0.1,
             recovered_lsn: None,
             problems: vec![],
+            unknown: record::Unknown::default(),
         }
     }
 

@@ -8,6 +8,7 @@
 //! - What is missing is either streamed first or declared as a gap, which is recorded; never skipped in silence.
 
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
+use crate::record::Unknown;
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// A timeline as far as it matters here.
@@ -50,6 +51,7 @@ fn gap_of(request: &OpenRequest, gap: &GapDeclaration) -> Gap {
         to: gap.to,
         reason: gap.reason.clone(),
         recorded_unix: request.now_unix,
+        unknown: Unknown::default(),
     }
 }
 
@@ -276,6 +278,7 @@ mod tests {
             to: Lsn::new(5 * MIB),
             reason: "lost".into(),
             recorded_unix: 1.0,
+            unknown: Unknown::default(),
         };
         let again = request(1, 5 * MIB, Some((3 * MIB + 77, 5 * MIB)));
         let root = history(1, &[]);

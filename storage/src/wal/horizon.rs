@@ -22,7 +22,7 @@ use crate::{
     Error, Kind, Op,
     disk::Disk,
     layout::{ClusterName, Form, WalFile},
-    record,
+    record::{self, Unknown},
 };
 use klio_pg::{Lsn, SegmentName, TimelineId};
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ use std::{collections::BTreeMap, io, path::PathBuf};
 const FILE: &str = "horizon.json";
 
 /// What was removed of a timeline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Horizon {
     /// Which.
     pub timeline: TimelineId,
@@ -41,6 +41,9 @@ pub struct Horizon {
     pub held_from: Lsn,
     /// Below this tier 1 may have nothing.
     pub local_from: Lsn,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// Why a segment is not on tier 1.
@@ -95,7 +98,7 @@ impl WalStore {
     /// What was removed of each timeline, ascending.
     pub fn horizons(&self, name: &ClusterName) -> Vec<Horizon> {
         let cluster = self.find(name);
-        cluster.map(|c| lock(&c.state).horizons.values().copied().collect()).unwrap_or_default()
+        cluster.map(|c| lock(&c.state).horizons.values().cloned().collect()).unwrap_or_default()
     }
 
     /// What a file's absence on tier 1 means, if it was removed on purpose.
@@ -138,12 +141,13 @@ impl WalStore {
             first,
             held_from: first,
             local_from: first,
+            unknown: Unknown::default(),
         });
         horizon.local_from = horizon.local_from.max(local_from.segment_start(size));
         let held_from = held_from.segment_start(size).min(horizon.local_from);
         horizon.held_from = horizon.held_from.max(held_from);
-        let horizon = *horizon;
-        let all: Vec<Horizon> = horizons.values().copied().collect();
+        let horizon = horizon.clone();
+        let all: Vec<&Horizon> = horizons.values().collect();
         record::store(self.disk(), &path(&cluster), &all)?;
         lock(&cluster.state).horizons = horizons;
         Ok(horizon)

@@ -45,6 +45,8 @@ pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
 pub use reader::OpenSegment;
+#[cfg(test)]
+pub(crate) use record::store_pinned;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
     Sealed, StoredFile, WalOptions, open_stored,

@@ -69,21 +69,17 @@ impl Cluster {
     /// Writes the small files that start found once more, before the first writer relies on them: their renames may not
     /// be durable. Call with `op` held.
     pub(super) fn prove_records(&self) -> Result<(), Error> {
-        let (pinned, gaps, timelines) = {
+        let timelines = {
             let state = lock(&self.state);
             if state.records_proven {
                 return Ok(());
             }
             let with_history = state.lines.iter().filter(|(_, line)| line.history.is_some());
-            let timelines: Vec<TimelineId> = with_history.map(|(timeline, _)| *timeline).collect();
-            (state.pinned, state.gaps.clone(), timelines)
+            with_history.map(|(timeline, _)| *timeline).collect::<Vec<TimelineId>>()
         };
         let disk = self.disk();
-        if let Some(pinned) = pinned {
-            record::store_pinned(disk, &self.folder().join("cluster.json"), &pinned)?;
-        }
-        if !gaps.is_empty() {
-            record::store_gaps(disk, &self.folder().join("gaps.json"), &gaps)?;
+        for name in ["cluster.json", "gaps.json"] {
+            crate::record::prove(disk, &self.folder().join(name))?;
         }
         for timeline in timelines {
             let Some(stored) = self.stored(WalFile::History(timeline))? else { continue };

@@ -5,6 +5,7 @@ use crate::{
     Error, Op,
     crypt::{AtRest, Keys},
     layout::{Form, WalFile},
+    record::Unknown,
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use serde::{Deserialize, Serialize};
@@ -55,6 +56,9 @@ pub struct Gap {
     pub reason: String,
     /// When, in seconds since 1970.
     pub recorded_unix: f64,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// A gap that a sidecar declares when it opens a writer.

@@ -121,7 +121,14 @@ fn partial(timeline: u32, number: u64) -> WalFile {
 fn gap(timeline: u32, from: u64, to: u64) -> Gap {
     let lsn = |sixteenths: u64| Lsn::new(sixteenths << 20);
     let timeline = TimelineId::new(timeline).unwrap();
-    Gap { timeline, from: lsn(from), to: lsn(to), reason: "lost".into(), recorded_unix: 1.0 }
+    Gap {
+        timeline,
+        from: lsn(from),
+        to: lsn(to),
+        reason: "lost".into(),
+        recorded_unix: 1.0,
+        unknown: Default::default(),
+    }
 }
 
 /// Start and end of the run, in segments.
