@@ -200,6 +200,7 @@ pub struct RecordWalker {
     first_page: bool,
     last: Option<Lsn>,
     end: Option<Lsn>,
+    first_prev: Option<Lsn>,
 }
 
 impl RecordWalker {
@@ -217,6 +218,7 @@ impl RecordWalker {
             first_page: true,
             last: None,
             end: None,
+            first_prev: None,
         }
     }
 
@@ -231,6 +233,10 @@ impl RecordWalker {
     /// One past the last whole record, as PostgreSQL rounds it.
     pub const fn records_end(&self) -> Option<Lsn> {
         self.end
+    }
+    /// xl_prev of the first record whose header was read: where the record before it began.
+    pub const fn first_prev(&self) -> Option<Lsn> {
+        self.first_prev
     }
     /// Why no more records are looked for; `None` while they are.
     pub const fn ended(&self) -> Option<&'static str> {
@@ -363,8 +369,11 @@ impl RecordWalker {
                 && let Err(why) = partial.check_header(self.last)
             {
                 self.state = State::Ended(why);
-            } else if partial.got == partial.total {
-                self.finish(take, found);
+            } else if partial.got == RECORD_HEADER as u64 {
+                self.first_prev = self.first_prev.or(Some(partial.prev()));
+                if partial.got == partial.total {
+                    self.finish(take, found);
+                }
             }
             return take;
         }

@@ -67,6 +67,8 @@ codes! {
     Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended, or its connection is gone" }
     /// A backup that needs something which is not held; its record was not written.
     Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if it stays so, look at the server's log" }
+    /// PostgreSQL's WAL is not the one that is held under the same numbers (P11).
+    Diverged { name: "DIVERGED", grpc: FailedPrecondition, retry: false, exit: 25, hint: "klio generation list shows the histories; klio generation follow or retire decides, docs/runbooks/KlioHistoryDiverged.md" }
     /// Something that should not happen.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }

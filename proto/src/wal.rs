@@ -4,7 +4,7 @@
 //! what a twin accepts may still be refused by the store, which knows what it holds.
 
 use crate::{Code, v1};
-use klio_pg::{Lsn, SegmentSize, TimelineId};
+use klio_pg::{Lsn, PAGE_BYTES, SegmentSize, TimelineHistory, TimelineId};
 use tonic::Status;
 
 /// Longest text a peer may send for a name or reason; longer is an attack or a bug.
@@ -42,13 +42,35 @@ pub struct PositionRequest {
     pub cluster: String,
     /// The PostgreSQL.
     pub system: System,
+    /// See the message.
+    pub knows_generations: bool,
 }
 
 impl TryFrom<v1::PositionRequest> for PositionRequest {
     type Error = Status;
     fn try_from(raw: v1::PositionRequest) -> Result<Self, Status> {
         let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
-        Ok(Self { cluster: raw.cluster, system })
+        let knows_generations = raw.knows_generations;
+        Ok(Self { cluster: raw.cluster, system, knows_generations })
+    }
+}
+
+/// A request for a new generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BeginGenerationRequest {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+    /// As in [`Open`].
+    pub writer_id: String,
+}
+
+impl TryFrom<v1::BeginGenerationRequest> for BeginGenerationRequest {
+    type Error = Status;
+    fn try_from(raw: v1::BeginGenerationRequest) -> Result<Self, Status> {
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        Ok(Self { cluster: raw.cluster, system, writer_id: raw.writer_id })
     }
 }
 
@@ -71,6 +93,70 @@ impl TryFrom<v1::PutHistoryRequest> for PutHistoryRequest {
         let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
         let timeline = timeline(raw.timeline)?;
         Ok(Self { cluster: raw.cluster, system, timeline, content: raw.content })
+    }
+}
+
+/// The first message of `Compare`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CompareBegin {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+    /// As in [`Open`].
+    pub writer_id: String,
+    /// The timeline whose WAL is compared.
+    pub timeline: TimelineId,
+    /// PostgreSQL's history of it; `None` where it has no file.
+    pub history: Option<TimelineHistory>,
+    /// The start of a page.
+    pub start: Lsn,
+    /// Where the comparison ends.
+    pub end: Lsn,
+    /// Where new WAL will begin.
+    pub next: Lsn,
+    /// The durable position that the server gave.
+    pub held: Lsn,
+    /// Where PostgreSQL's WAL of this timeline ends, where that says something.
+    pub postgres_end: Option<Lsn>,
+}
+
+impl TryFrom<v1::CompareBegin> for CompareBegin {
+    type Error = Status;
+    fn try_from(raw: v1::CompareBegin) -> Result<Self, Status> {
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let timeline = timeline(raw.timeline)?;
+        if raw.writer_id.is_empty() || raw.writer_id.len() > TEXT_BYTES_MAX {
+            return Err(invalid("writer_id length", "1 to 512 bytes", raw.writer_id.len()));
+        }
+        let history = match raw.history.is_empty() {
+            true => None,
+            false => {
+                let parsed = TimelineHistory::parse(timeline, &raw.history);
+                Some(parsed.map_err(|e| Code::Invalid.status(format!("read request: {e}")))?)
+            }
+        };
+        let (start, end, next) =
+            (Lsn::new(raw.start_lsn), Lsn::new(raw.end_lsn), Lsn::new(raw.next_lsn));
+        if !raw.start_lsn.is_multiple_of(PAGE_BYTES) && start != end || start > end {
+            let found = format!("{start} to {end}");
+            return Err(invalid("range", "the start of a page and an end behind it", found));
+        }
+        let held = Lsn::new(raw.held_lsn);
+        let postgres_end = (raw.postgres_end_lsn > 0).then_some(Lsn::new(raw.postgres_end_lsn));
+        let (cluster, writer_id) = (raw.cluster, raw.writer_id);
+        Ok(Self {
+            cluster,
+            system,
+            writer_id,
+            timeline,
+            history,
+            start,
+            end,
+            next,
+            held,
+            postgres_end,
+        })
     }
 }
 

@@ -14,14 +14,14 @@ use crate::{
     encryption::KeyProblem,
     fetch::Source,
     grpc::{
-        BaseService, CatalogService, WalService,
+        BaseService, CatalogService, Histories, WalService,
         auth::{self, Auth},
         trace::TraceLayer,
     },
     maintenance::{self, Maintenance, MaintenanceMetrics},
     metrics::{self, Metrics, Snapshots},
     queue::{Publisher, Queue, Started},
-    receive::{Receiver, ReceiverOptions, Registry, as_of},
+    receive::{Comparer, Receiver, ReceiverOptions, Registry, as_of},
     seal,
     status::{StatusBoard, now_unix},
     tls::{self, Loaded},
@@ -157,14 +157,20 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
 
     let keeping = as_of::run(store.clone(), registry.clone(), now_unix, back.clone());
     let keeping = spawn(telemetry.polls().watch(keeping));
+    let comparer = Comparer::new(base.clone());
+    let histories = Histories { base: base.clone(), registry: registry.clone() };
     let receiver = Receiver {
         store: store.clone(),
         base: base.clone(),
+        comparer: comparer.clone(),
         registry,
         sealer,
         auth: auth.clone(),
         metrics,
-        options: ReceiverOptions { window: config.wal.window_bytes },
+        options: ReceiverOptions {
+            window: config.wal.window_bytes,
+            on_divergence: config.wal.on_divergence,
+        },
         shutdown: front.clone(),
     };
     let source = Source { store, tier2: tier2.clone(), readers: base.readers().clone() };
@@ -178,11 +184,12 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let base = BaseService {
         auth: auth.clone(),
         base,
+        comparer,
         maintenance: maintenance.clone(),
         tasks: sessions.clone(),
         shutdown: front.clone(),
     };
-    let catalog = CatalogService { auth, board: board.clone(), tier2 };
+    let catalog = CatalogService { auth, histories, board: board.clone(), tier2 };
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
     let router = router(rpc, wal, catalog, base).await?;
     let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);

@@ -95,11 +95,28 @@ pub struct WalConfig {
     pub window_bytes: ByteSize,
     /// Segments sealed at once.
     pub seal_workers: usize,
+    /// What becomes of a history that is not the one held.
+    pub on_divergence: OnDivergence,
+}
+
+/// What becomes of a history that is not the one held under its cluster's name (P11).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDivergence {
+    /// It is received as a generation of its own, and a person decides.
+    #[default]
+    KeepBoth,
+    /// It is refused, and a person decides.
+    Refuse,
 }
 
 impl Default for WalConfig {
     fn default() -> Self {
-        Self { window_bytes: ByteSize::mib(8), seal_workers: 2 }
+        Self {
+            window_bytes: ByteSize::mib(8),
+            seal_workers: 2,
+            on_divergence: OnDivergence::KeepBoth,
+        }
     }
 }
 
@@ -165,6 +182,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ),
     ("wal.window_bytes", "8388608", "most WAL a sidecar sends beyond what is acknowledged"),
     ("wal.seal_workers", "2", "segments sealed at once"),
+    (
+        "wal.on_divergence",
+        "keep-both",
+        "a history that is not the one held: \"keep-both\" receives it as an undecided generation, \"refuse\" does not",
+    ),
     ("base.chunk_size", "73728", "bytes of a chunk; fixed when a repository is made"),
     (
         "base.compression_level",

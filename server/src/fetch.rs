@@ -64,6 +64,15 @@ impl Source {
         Ok(found)
     }
 
+    /// The same for a look of our own: no reader is remembered.
+    pub(crate) async fn find_quietly(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+    ) -> Result<Located, Status> {
+        self.find_anywhere(cluster, file).await
+    }
+
     async fn find_anywhere(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;

@@ -13,6 +13,7 @@ use crate::{
 };
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
+    generations::Generation,
     layout::{ClusterName, WalFile},
     wal::{Gap, Pinned, WalStore},
 };
@@ -125,6 +126,7 @@ impl StatusBoard {
         problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
         let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
         problems.extend(base.into_iter().flatten());
+        problems.extend(self.undecided(name));
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),
@@ -147,8 +149,36 @@ impl StatusBoard {
 
     /// The clusters whose folder is there: one that was taken away by hand is gone, whatever is remembered of it.
     fn present(&self) -> BTreeSet<ClusterName> {
-        let there = |name: &ClusterName| self.store.root().join(name.as_str()).is_dir();
+        let there = |name: &ClusterName| {
+            self.store.root().join(name.as_str()).is_dir() && !self.is_closed(name)
+        };
         self.store.clusters().into_iter().filter(there).collect()
+    }
+
+    /// Whether a person has decided that this history of its cluster takes nothing any more: nothing is expected of it.
+    fn is_closed(&self, name: &ClusterName) -> bool {
+        let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
+        let own = all.and_then(|all| all.get(name.number().unwrap_or(1)));
+        own.is_some_and(|own| !own.state.is_open())
+    }
+
+    /// What a person has to decide about the cluster's histories, told at the current one.
+    fn undecided(&self, name: &ClusterName) -> Vec<String> {
+        let all = match self.base.as_ref().map(|base| base.generations_here(name)) {
+            None => return Vec::new(),
+            Some(Ok(all)) => all,
+            Some(Err(error)) => return vec![error.to_string()],
+        };
+        if name.number().unwrap_or(1) != all.current() {
+            return Vec::new();
+        }
+        let tell = |g: &Generation| {
+            let (number, state, reason) = (g.number, g.state.word(), &g.reason);
+            format!(
+                "another history of this cluster is {state} as generation {number}: {reason}; klio generation follow {number} or klio generation retire {number} decides"
+            )
+        };
+        all.undecided().map(tell).collect()
     }
 
     /// Every value of every observed instrument.
@@ -200,6 +230,8 @@ impl StatusBoard {
         let waits = self.store.unsealed_since(&view.name);
         put("klio.wal.seal_lag_time", waits.map_or(0.0, |since| (now_unix - since).max(0.0)));
         put("klio.wal.gaps", view.gaps.len() as f64);
+        let undecided = self.undecided(&view.name).len();
+        put("klio.cluster.undecided_generations", undecided as f64);
         if let Some(unix) = view.latest_written {
             put("klio.wal.latest_written_time", unix);
         }

@@ -12,6 +12,9 @@ use klio_proto::Code;
 use klio_storage::{
     Kind,
     crypt::Keys,
+    generations::Generations,
+    layout::{BaseObject, ClusterName},
+    record,
     tier2::{Tier2, Tier2Config},
 };
 
@@ -73,6 +76,33 @@ impl Bucket {
             })?)
         };
         Ok(Some(Self { tier2, keys }))
+    }
+}
+
+impl Bucket {
+    /// Where the history lies that a name stands for: `<name>@<number>` for itself, a plain name for the current one.
+    ///
+    /// # Errors
+    /// As the bucket answers; a number there is none of.
+    pub async fn resolve(&self, named: &ClusterName) -> Result<ClusterName, Error> {
+        let key = BaseObject::Generations.key(&named.base());
+        let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let bytes = bytes.map_err(|e| of_storage(&e))?;
+        let all: Option<Generations> = bytes
+            .map(|bytes| record::decode(&bytes, &key).map_err(|e| of_storage(&e)))
+            .transpose()?;
+        let all = all.unwrap_or_default();
+        let number = named.number().unwrap_or_else(|| all.current());
+        if all.get(number).is_none() {
+            let known: Vec<_> = all.all().iter().map(|g| g.number.to_string()).collect();
+            let message = format!(
+                "read --generation: cluster {} has generations {} in this bucket, found {number}",
+                named.base(),
+                known.join(", ")
+            );
+            return Err(Error::new(Failure::Config, message));
+        }
+        Ok(Generations::place(named, number))
     }
 }
 

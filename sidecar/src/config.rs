@@ -26,6 +26,8 @@ use std::{
 pub struct Config {
     /// The cluster's name on the server.
     cluster: Option<String>,
+    /// One of its histories by its number; empty for the current one.
+    generation: String,
     /// Where the server is and how to prove who we are.
     pub server: Server,
     /// Where PostgreSQL is.
@@ -395,7 +397,11 @@ impl Config {
     /// Missing or not a name.
     pub fn cluster(&self) -> Result<ClusterName, Error> {
         let text = self.cluster.as_deref().unwrap_or_default();
-        text.parse().map_err(|error| {
+        let numbered = match self.generation.as_str() {
+            "" => text.to_owned(),
+            number => format!("{text}@{number}"),
+        };
+        ClusterName::parse_generation(&numbered).map_err(|error| {
             Error::new(Failure::Config, format!("read setting cluster: {error}"))
                 .hint("set cluster in klio.toml, KLIO_CLUSTER or --cluster")
         })

@@ -6,8 +6,9 @@
 use klio_pg::Lsn;
 use klio_proto::{
     Code,
-    v1::{self, receive_request, receive_response, wal_server},
+    v1::{self, compare_request, receive_request, receive_response, wal_server},
 };
+use klio_storage::wal::overlap::PageDigests;
 use std::{
     collections::BTreeMap,
     pin::Pin,
@@ -56,6 +57,16 @@ pub(crate) struct Script {
     pub files: BTreeMap<String, Vec<v1::FetchResponse>>,
     pub fetch_error: Option<Code>,
     pub fetches: usize,
+    /// Comparisons that were asked for.
+    pub compares: Vec<v1::CompareBegin>,
+    /// As a server of before: it knows no comparison.
+    pub compares_nothing: bool,
+    /// What it tells of generations.
+    pub generations: Vec<v1::GenerationPosition>,
+    /// Names whose bytes are another history's.
+    pub others: Vec<String>,
+    /// The number of the next generation; without one it is refused.
+    pub begins: Option<u32>,
     pub empty_appends: usize,
     /// Those of them that tell how far PostgreSQL is.
     pub told: usize,
@@ -169,7 +180,18 @@ impl wal_server::Wal for Service {
                 has_history: script.histories.contains_key(timeline),
             })
             .collect();
-        Ok(Response::new(v1::PositionResponse { timelines }))
+        let generations = script.generations.clone();
+        Ok(Response::new(v1::PositionResponse { timelines, generations }))
+    }
+
+    async fn begin_generation(
+        &self,
+        _: Request<v1::BeginGenerationRequest>,
+    ) -> Result<Response<v1::BeginGenerationResponse>, Status> {
+        match self.0.script.lock().unwrap().begins {
+            Some(number) => Ok(Response::new(v1::BeginGenerationResponse { number })),
+            None => Err(Code::Diverged.status("as told")),
+        }
     }
 
     async fn put_history(
@@ -180,6 +202,39 @@ impl wal_server::Wal for Service {
         let mut script = self.0.script.lock().unwrap();
         script.histories.insert(request.timeline, request.content.to_vec());
         Ok(Response::new(v1::PutHistoryResponse {}))
+    }
+
+    async fn compare(
+        &self,
+        request: Request<Streaming<v1::CompareRequest>>,
+    ) -> Result<Response<v1::CompareResponse>, Status> {
+        let mut messages = request.into_inner();
+        let Some(v1::CompareRequest { kind: Some(compare_request::Kind::Begin(begin)) }) =
+            messages.message().await?
+        else {
+            return Err(Code::Invalid.status("expected begin"));
+        };
+        let mut digests = Vec::new();
+        while let Some(message) = messages.message().await? {
+            if let Some(compare_request::Kind::Digests(data)) = message.kind {
+                digests.extend_from_slice(&data);
+            }
+        }
+        let mut script = self.0.script.lock().unwrap();
+        if script.compares_nothing {
+            return Err(Status::unimplemented("as a server of before"));
+        }
+        let (start, end) = (begin.start_lsn, begin.end_lsn);
+        let behind = (1..begin.held_lsn).contains(&begin.postgres_end_lsn);
+        let other = script.others.contains(&begin.cluster);
+        script.compares.push(begin);
+        let mut ours = PageDigests::new(Lsn::new(start));
+        ours.push(&(start..end).map(byte_at).collect::<Vec<_>>());
+        let same = ours.finish() == digests && !behind && !other;
+        let verdict =
+            if same { v1::CompareVerdict::Same } else { v1::CompareVerdict::Diverged }.into();
+        let (at_lsn, detail) = (start, "as told".to_owned());
+        Ok(Response::new(v1::CompareResponse { verdict, proven: end > start, at_lsn, detail }))
     }
 
     type ReceiveStream = Answers<v1::ReceiveResponse>;

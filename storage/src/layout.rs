@@ -5,6 +5,8 @@
 //! | key | what |
 //! |---|---|
 //! | `<cluster>/cluster.json` | what was pinned at first contact |
+//! | `<cluster>/generations.json` | which histories of the cluster there are (`generations.rs`) |
+//! | `<cluster>@<number>/…` | the same of its second generation and later ones |
 //! | `<cluster>/wal/<timeline>/<segment>.zst[.age]` | sealed segment |
 //! | `<cluster>/wal/<timeline>/<segment>.partial.zst[.age]` | last, unfinished segment of an ended timeline |
 //! | `<cluster>/wal/<timeline>.history[.age]` | history file of a timeline |
@@ -38,10 +40,42 @@ pub struct ClusterNameError {
     found: String,
 }
 
+/// Between a cluster's name and the number of one of its generations.
+const GENERATION_MARK: char = '@';
+
 impl ClusterName {
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The name without a generation's number.
+    pub fn base(&self) -> Self {
+        Self(self.0.split(GENERATION_MARK).next().unwrap_or_default().to_owned())
+    }
+
+    /// The number of the generation it names, if it names one.
+    pub fn number(&self) -> Option<u32> {
+        self.0.split_once(GENERATION_MARK)?.1.parse().ok()
+    }
+
+    /// Where a generation of this cluster lies: the first under the plain name, another one under `<name>@<number>`.
+    pub fn generation(&self, number: u32) -> Self {
+        let base = self.base();
+        if number <= 1 { base } else { Self(format!("{base}{GENERATION_MARK}{number}")) }
+    }
+
+    /// Reads `<name>` or `<name>@<number>`: what a caller may name, and what a folder may be called.
+    ///
+    /// # Errors
+    /// As for a plain name; a number is 1 or more, without leading zeros.
+    pub fn parse_generation(text: &str) -> Result<Self, ClusterNameError> {
+        let Some((base, number)) = text.split_once(GENERATION_MARK) else { return text.parse() };
+        let fail = || ClusterNameError { found: text.chars().take(70).collect() };
+        let base: ClusterName = base.parse().map_err(|_| fail())?;
+        let parsed: u32 = number.parse().map_err(|_| fail())?;
+        let good = parsed > 0 && parsed.to_string() == number;
+        if good { Ok(Self(format!("{base}{GENERATION_MARK}{parsed}"))) } else { Err(fail()) }
     }
 }
 
@@ -62,8 +96,9 @@ impl FromStr for ClusterName {
 
 impl TryFrom<String> for ClusterName {
     type Error = ClusterNameError;
+    /// Records and jobs name generations as well; what a user makes up goes through `FromStr`, which refuses them.
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
+        Self::parse_generation(&text)
     }
 }
 

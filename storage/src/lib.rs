@@ -7,6 +7,7 @@ pub mod catalog;
 pub mod crypt;
 pub mod disk;
 pub mod error;
+pub mod generations;
 pub mod layout;
 pub mod record;
 pub mod repository;

@@ -220,7 +220,11 @@ impl Base {
     /// Never: a record is JSON.
     pub async fn commit(&self, record: &BackupRecord) -> Result<(), Status> {
         let record = serde_json::to_vec(record).expect("JSON").into();
-        let request = v1::CommitBackupRequest { cluster: self.cluster.clone(), record };
+        let request = v1::CommitBackupRequest {
+            cluster: self.cluster.clone(),
+            record,
+            writer_id: String::new(),
+        };
         self.client.clone().commit_backup(request).await.map(drop)
     }
 

@@ -142,7 +142,11 @@ async fn another_clusters_certificate_is_refused_on_every_method() {
     for purpose in [Purpose::Backup, Purpose::Restore] {
         expect(other.reserve(purpose, "").await.map(drop), Code::Forbidden, &["other"]);
     }
-    let record = v1::CommitBackupRequest { cluster: cluster(), record: "{}".into() };
+    let record = v1::CommitBackupRequest {
+        cluster: cluster(),
+        record: "{}".into(),
+        writer_id: String::new(),
+    };
     expect(client.commit_backup(record).await.map(drop), Code::Forbidden, &["other"]);
     expect(other.backups().await.map(drop), Code::Forbidden, &["other"]);
     expect(other.holdings().await.map(drop), Code::Forbidden, &["other"]);

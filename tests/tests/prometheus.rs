@@ -104,6 +104,7 @@ const ALSO: &[Expected] = &[
     ("klio_consumer_offloads_total", "counter", &["cluster_name", "outcome"]),
     ("klio_base_offloads_total", "counter", &["cluster_name", "outcome"]),
     ("klio_wal_gaps", "gauge", OF),
+    ("klio_cluster_undecided_generations", "gauge", OF),
     ("klio_queue_oldest_age_seconds", "gauge", &[]),
     ("klio_recovery_earliest_time_seconds", "gauge", OF),
     ("klio_recovery_latest_time_seconds", "gauge", OF),

@@ -31,6 +31,8 @@ const CALLERS: [&str; 5] = ["tenant", "stranger", "observer", "operator", "admin
 const ALLOWED: &[(&str, &[&str])] = &[
     ("Wal/Position", &["tenant"]),
     ("Wal/PutHistory", &["tenant"]),
+    ("Wal/Compare", &["tenant"]),
+    ("Wal/BeginGeneration", &["tenant"]),
     ("Wal/Receive", &["tenant"]),
     ("Wal/Fetch", &["tenant", "admin"]),
     ("Base/OpenRepository", &["tenant"]),
@@ -45,6 +47,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("Base/Maintain", &["tenant", "operator", "admin"]),
     ("Base/PlanRetention", &["tenant", "observer", "operator", "admin"]),
     ("Base/RecordDrill", &["tenant", "operator", "admin"]),
+    ("Catalog/ListGenerations", &["tenant", "observer", "operator", "admin"]),
+    ("Catalog/DecideGeneration", &["operator", "admin"]),
     ("Catalog/Status", &["tenant", "observer", "operator", "admin"]),
     ("Catalog/ListWal", &["tenant", "observer", "operator", "admin"]),
     ("Catalog/Check", &["tenant", "observer", "operator", "admin"]),
@@ -129,8 +133,8 @@ impl Decoder for Raw {
 fn request(call: &str, cluster: &str) -> Vec<u8> {
     let mut message = vec![0x0a, u8::try_from(cluster.len()).expect("a short name")];
     message.extend(cluster.as_bytes());
-    if call == "Wal/Receive" {
-        // In the open message, which is field 1.
+    if call == "Wal/Receive" || call == "Wal/Compare" {
+        // In the first message, which is field 1.
         let length = u8::try_from(message.len()).expect("a short message");
         message = [vec![0x0a, length], message].concat();
     }
@@ -217,7 +221,9 @@ async fn roles_of_a_foreign_authority_come_and_go_with_the_configuration_file() 
     let config = site.dir().join("klio-server.toml");
     let before = std::fs::read_to_string(&config).expect("the configuration");
     let change = |text: &str| std::fs::write(&config, format!("{before}\n{text}")).expect("write");
-    change("[auth]\ntrust_units = true\nmap = [{ common_name = \"watch.example.com\", role = \"observer\" }]\n");
+    change(
+        "[auth]\ntrust_units = true\nmap = [{ common_name = \"watch.example.com\", role = \"observer\" }]\n",
+    );
     for bundle in [&unit, &named] {
         eventually("the new roles", PATIENCE, || async {
             let code = status(&site, bundle).await;
@@ -227,8 +233,10 @@ async fn roles_of_a_foreign_authority_come_and_go_with_the_configuration_file() 
     }
     // What cannot be used changes nothing and is said.
     change("[auth]\nmap = [{ common_name = \"watch.example.com\", role = \"king\" }]\n");
-    eventually("the warning", PATIENCE, || async { site.log().contains("the former [auth] stays") })
-        .await;
+    eventually("the warning", PATIENCE, || async {
+        site.log().contains("the former [auth] stays")
+    })
+    .await;
     assert_eq!(status(&site, &named).await, Some(0));
     change("");
     for bundle in [&unit, &named] {

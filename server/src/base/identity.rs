@@ -55,6 +55,7 @@ impl BaseStore {
     /// As [`BaseStore::check_system`], and as the disk fails.
     pub async fn pin(&self, cluster: &ClusterName, system: System) -> Result<(), Status> {
         self.check_system(cluster, system).await?;
+        self.adopt_generations(cluster).await?;
         let (store, name) = (self.wal().clone(), cluster.clone());
         run(move || store.pin(&name, pinned(system))).await?;
         let object = BaseObject::Cluster;
@@ -121,7 +122,7 @@ impl BaseStore {
     }
 
     /// The bucket's answer at first contact, or why there is none.
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         cluster: &ClusterName,
         tier2: &Tier2,

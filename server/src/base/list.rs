@@ -128,6 +128,7 @@ impl BaseStore {
         }
         for object in [
             BaseObject::Cluster,
+            BaseObject::Generations,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {
@@ -153,6 +154,7 @@ impl BaseStore {
         let mut found = Vec::new();
         for object in [
             BaseObject::Cluster,
+            BaseObject::Generations,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {

@@ -18,6 +18,7 @@ mod commit;
 mod config;
 mod damage;
 mod gauges;
+mod generations;
 mod get;
 mod holdings;
 mod identity;
@@ -32,6 +33,7 @@ mod window;
 pub use archive::{BaseArchiveState, BaseArchives};
 pub use backups::{Backups, ListedBackup};
 pub use config::BaseConfig;
+pub(crate) use generations::decided;
 pub use get::FileBytes;
 pub use put::Incoming;
 pub use reserve::{Caller, Lease, Removal, Reservations, Running};
@@ -101,6 +103,7 @@ struct Inner {
     records: backups::RecordCache,
     needs: needs::NeedsCache,
     gauges: gauges::Summaries,
+    generations: generations::Known,
     /// One change of what is known to be damaged at a time.
     damage: Mutex<()>,
 }
@@ -132,6 +135,7 @@ impl BaseStore {
             records: backups::RecordCache::default(),
             needs: needs::NeedsCache::default(),
             gauges: gauges::Summaries::default(),
+            generations: generations::Known::default(),
             damage: Mutex::default(),
             parts,
         }));

@@ -25,6 +25,7 @@ use klio_storage::{
     Error, Kind, Op,
     catalog::BackupRecord,
     disk::read_small,
+    generations::Generations,
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
     record,
     repository::{decode_secret, secret_objects},
@@ -177,7 +178,9 @@ impl BaseWork {
                 self.upload(object, sha256).await
             }
             BaseObject::Record(name) => self.record(object, name).await,
-            BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
+            BaseObject::Cluster | BaseObject::Generations | BaseObject::Secret { .. } => {
+                self.keep_current(object).await
+            }
         }
     }
 
@@ -295,6 +298,14 @@ impl BaseWork {
             Some(theirs) if theirs == ours => {
                 return Ok(Done::Proven { size, written: 0, attempt: Attempt::AlreadyThere });
             }
+            Some(theirs) if self.is_later(object, &ours, &theirs)? => {
+                let written = theirs.len() as u64;
+                return Ok(Done::Proven {
+                    size: written,
+                    written: 0,
+                    attempt: Attempt::AlreadyThere,
+                });
+            }
             Some(theirs) if !self.may_replace(object, &ours, &theirs)? => {
                 let detail = "the object in tier 2 is of another cluster or repository";
                 return Err(Error::new(Kind::Conflict, Op::Upload, key, detail).hint(
@@ -314,6 +325,21 @@ impl BaseWork {
         Ok(Done::Proven { size, written: size, attempt: Attempt::Stored })
     }
 
+    /// What the bucket knows of the cluster's histories is later than tier 1's, which was set back: it is taken over.
+    fn is_later(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
+        if *object != BaseObject::Generations {
+            return Ok(false);
+        }
+        let place = object.relative();
+        let ours: Generations = record::decode(ours, &place)?;
+        let theirs: Generations = record::decode(theirs, &place)?;
+        let later = theirs.version > ours.version;
+        if later {
+            self.base.take_over_generations(&self.cluster, theirs)?;
+        }
+        Ok(later)
+    }
+
     /// Whether tier 1's content is a later form of what tier 2 has: another wrapping of the same secret,
     /// another version of the same PostgreSQL.
     fn may_replace(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
@@ -323,6 +349,11 @@ impl BaseWork {
                 let (ours, theirs) =
                     (Pinned::decode(ours, &place)?, Pinned::decode(theirs, &place)?);
                 Ok(ours.system_identifier == theirs.system_identifier)
+            }
+            BaseObject::Generations => {
+                let ours: Generations = record::decode(ours, &place)?;
+                let theirs: Generations = record::decode(theirs, &place)?;
+                Ok(ours.version > theirs.version)
             }
             BaseObject::Secret { encrypted } => {
                 let at_rest = self.base.at_rest();
@@ -373,7 +404,7 @@ pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<()
 /// What opens the repository first, records last.
 const fn rank(object: &BaseObject) -> u8 {
     match object {
-        BaseObject::Cluster => 0,
+        BaseObject::Cluster | BaseObject::Generations => 0,
         BaseObject::Secret { .. } => 1,
         BaseObject::File(BaseFile { kind: BaseKind::Config | BaseKind::Key, .. }) => 2,
         BaseObject::File(BaseFile { kind: BaseKind::Data, .. }) => 3,

@@ -224,8 +224,7 @@ impl Auth {
         let rules = Arc::clone(&self.rules.borrow());
         if let Some(entry) = rules.map.iter().find(|e| e.common_name == name) {
             // An entry with nothing is refused by the configuration's validation; here it means nobody.
-            let nothing =
-                || Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing"));
+            let nothing = || Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing"));
             return entry.given().ok_or_else(nothing);
         }
         let own = || self.tls.as_ref().is_some_and(|tls| tls.borrow().is_of_own_authority(chain));
@@ -254,15 +253,15 @@ fn stranger(name: &str, unit: Option<RoleName>) -> String {
 
 /// The cluster that a call names, when this caller may make the call for it.
 pub fn permit(identity: &Identity, cluster: &str, rpc: Rpc) -> Result<ClusterName, Status> {
-    let cluster: ClusterName =
-        cluster.parse().map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
+    let cluster = ClusterName::parse_generation(cluster)
+        .map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
     let Some(role) = &identity.role else { return Ok(cluster) };
     if role.may(rpc, &cluster) {
         return Ok(cluster);
     }
     let name = &identity.name;
     Err(Code::Forbidden.status(match role {
-        Role::Tenant(own) if *own != cluster => {
+        Role::Tenant(own) if *own != cluster.base() => {
             format!("certificate {name:?} allows cluster {own}, the call names cluster {cluster}")
         }
         _ => {

@@ -7,6 +7,7 @@ use super::{
 use crate::{
     base::{BaseStore, Caller, Lease, ListedBackup},
     maintenance::{Maintenance, Request as VerifyRequest, Step},
+    receive::Comparer,
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
@@ -43,6 +44,8 @@ pub struct BaseService {
     pub auth: Auth,
     /// Does it.
     pub base: BaseStore,
+    /// Knows which history a caller's PostgreSQL continues.
+    pub comparer: Comparer,
     /// Removes and proves.
     pub maintenance: Maintenance,
     /// Owns what sends bytes.
@@ -124,6 +127,7 @@ impl Base for BaseService {
     ) -> Result<Response<v1::OpenRepositoryResponse>, Status> {
         let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::OpenRepository)?;
+        let cluster = self.base.resolve(cluster).await?;
         let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
         let secret = self.base.open_repository(&cluster, asked.system).await?;
         Ok(Response::new(v1::OpenRepositoryResponse {
@@ -141,7 +145,8 @@ impl Base for BaseService {
         let first = self.next(&mut inbound).await?;
         let first =
             first.ok_or_else(|| Code::Invalid.status("store a file: expected a message"))?;
-        let cluster = permit(&identity, &first.cluster, Rpc::PutFile)?;
+        let named = permit(&identity, &first.cluster, Rpc::PutFile)?;
+        let cluster = self.base.resolve_open(named).await?;
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
@@ -158,6 +163,7 @@ impl Base for BaseService {
         request: Request<v1::GetFileRequest>,
     ) -> Result<Response<Self::GetFileStream>, Status> {
         let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::GetFile)?;
+        let cluster = self.base.resolve(cluster).await?;
         let asked = GetFileRequest::try_from(request.into_inner())?;
         let file = file_of(&asked.name)?;
         let found = self.base.find_file(&cluster, file, asked.part).await?;
@@ -170,7 +176,9 @@ impl Base for BaseService {
         &self,
         request: Request<v1::ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListFiles)?;
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::ListFiles)?;
+        let cluster = self.base.resolve(cluster).await?;
         let kind = kind_of(FileKind::read(request.get_ref().kind)?);
         let files = self.base.list_files(&cluster, kind).await?;
         let listed = files.into_iter().map(move |(file, size)| {
@@ -191,7 +199,8 @@ impl Base for BaseService {
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<Self::ReserveStream>, Status> {
         let identity = self.auth.identify(&request)?;
-        let cluster = permit(&identity, &request.get_ref().cluster, Rpc::Reserve)?;
+        let named = permit(&identity, &request.get_ref().cluster, Rpc::Reserve)?;
+        let cluster = self.base.resolve(named).await?;
         let caller = caller(&request, identity.name.clone());
         let asked = ReserveRequest::try_from(request.into_inner())?;
         let lease = match asked.purpose {
@@ -216,8 +225,11 @@ impl Base for BaseService {
     ) -> Result<Response<v1::CommitBackupResponse>, Status> {
         let (identity, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::CommitBackup)?;
+        let cluster = self.base.resolve_open(cluster).await?;
         let caller = caller(&request, identity.name);
-        let record = document("record", request.into_inner().record)?;
+        let asked = request.into_inner();
+        let record = document("record", asked.record)?;
+        self.comparer.may_commit(&cluster, &asked.writer_id, &record).await?;
         self.base.commit(&cluster, &record, &caller).await?;
         Ok(Response::new(v1::CommitBackupResponse {}))
     }
@@ -226,7 +238,9 @@ impl Base for BaseService {
         &self,
         request: Request<v1::ListBackupsRequest>,
     ) -> Result<Response<v1::ListBackupsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListBackups)?;
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::ListBackups)?;
+        let cluster = self.base.resolve(cluster).await?;
         let found = self.base.backups(&cluster).await?;
         let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
         Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
@@ -236,7 +250,9 @@ impl Base for BaseService {
         &self,
         request: Request<v1::HoldingsRequest>,
     ) -> Result<Response<v1::HoldingsResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Holdings)?;
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Holdings)?;
+        let cluster = self.base.resolve(cluster).await?;
         let holdings = self.base.holdings_known(&cluster).await?;
         Ok(Response::new(v1::HoldingsResponse { holdings: json("holdings", &holdings)? }))
     }
@@ -245,8 +261,8 @@ impl Base for BaseService {
         &self,
         request: Request<v1::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
-        let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Rpc::Verify)?;
+        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Verify)?;
+        let cluster = self.base.resolve(cluster).await?;
         let asked = request.into_inner();
         let read_percent = percent("read_percent", asked.read_percent)?;
         let backup = match asked.backup_name.as_str() {
@@ -279,6 +295,7 @@ impl Base for BaseService {
     ) -> Result<Response<Self::MaintainStream>, Status> {
         let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::Maintain)?;
+        let cluster = self.base.resolve(cluster).await?;
         let maintenance = self.maintenance.clone();
         let answers = self.follow(
             move |steps| async move {
@@ -299,7 +316,9 @@ impl Base for BaseService {
         &self,
         request: Request<v1::PlanRetentionRequest>,
     ) -> Result<Response<v1::PlanRetentionResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::PlanRetention)?;
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::PlanRetention)?;
+        let cluster = self.base.resolve(cluster).await?;
         let plan = self.maintenance.plan(&cluster).await?;
         Ok(Response::new(v1::PlanRetentionResponse { plan: json("a plan", &plan)? }))
     }
@@ -310,6 +329,7 @@ impl Base for BaseService {
     ) -> Result<Response<v1::RecordDrillResponse>, Status> {
         let (_, cluster) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::RecordDrill)?;
+        let cluster = self.base.resolve(cluster).await?;
         let outcome = document("outcome", request.into_inner().outcome)?;
         self.maintenance.record_drill(&cluster, &outcome).await?;
         Ok(Response::new(v1::RecordDrillResponse {}))

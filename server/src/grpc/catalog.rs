@@ -1,6 +1,6 @@
 //! The catalogue service: what exists, and how it goes.
 
-use super::{auth::Auth, roles::Rpc};
+use super::{auth::Auth, generations::Histories, roles::Rpc};
 use crate::{
     errors,
     status::{ClusterView, StatusBoard, now_unix},
@@ -27,6 +27,8 @@ use tonic::{Request, Response, Status};
 pub struct CatalogService {
     /// Who may look.
     pub auth: Auth,
+    /// The histories of clusters.
+    pub histories: Histories,
     /// What is known.
     pub board: Arc<StatusBoard>,
     /// For listings of the bucket.
@@ -49,14 +51,17 @@ impl Catalog for CatalogService {
         let identity = self.auth.identify(&request)?;
         let only = match request.get_ref().cluster.as_str() {
             "" => None,
-            name => Some(super::auth::permit(&identity, name, Rpc::Status)?),
+            name => {
+                let named = super::auth::permit(&identity, name, Rpc::Status)?;
+                Some(self.histories.base.resolve_here(&named)?)
+            }
         };
         let board = self.board.clone();
         let views = read(move || board.clusters()).await?;
         let wanted = |view: &ClusterView| {
             identity.sees(&view.name) && only.as_ref().is_none_or(|name| *name == view.name)
         };
-        let clusters = views.iter().filter(|v| wanted(v)).map(status_of).collect();
+        let clusters = views.iter().filter(|v| wanted(v)).map(|v| self.status_of(v)).collect();
         let queue = self.board.queue.stats();
         let queue = v1::QueueStatus {
             connected: queue.connected,
@@ -70,7 +75,8 @@ impl Catalog for CatalogService {
         &self,
         request: Request<v1::ListWalRequest>,
     ) -> Result<Response<v1::ListWalResponse>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListWal)?;
+        let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListWal)?;
+        let cluster = self.histories.base.resolve(named).await?;
         let store = self.board.store.clone();
         let Some(pinned) = store.pinned(&cluster) else {
             return Err(Code::NotFound.status(format!("cluster {cluster} has no WAL here")));
@@ -94,12 +100,32 @@ impl Catalog for CatalogService {
         Ok(Response::new(v1::ListWalResponse { ranges, gaps, histories }))
     }
 
+    async fn list_generations(
+        &self,
+        request: Request<v1::ListGenerationsRequest>,
+    ) -> Result<Response<v1::ListGenerationsResponse>, Status> {
+        let (_, named) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::ListGenerations)?;
+        let generations = self.histories.list(&named.base()).await?;
+        Ok(Response::new(v1::ListGenerationsResponse { generations }))
+    }
+
+    async fn decide_generation(
+        &self,
+        request: Request<v1::DecideGenerationRequest>,
+    ) -> Result<Response<v1::DecideGenerationResponse>, Status> {
+        let (identity, named) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::DecideGeneration)?;
+        let asked = request.into_inner();
+        let effects = self.histories.decide(&identity, &named.base(), &asked).await?;
+        Ok(Response::new(v1::DecideGenerationResponse { effects }))
+    }
+
     async fn check(
         &self,
         request: Request<v1::CheckRequest>,
     ) -> Result<Response<v1::CheckResponse>, Status> {
-        let (identity, _) =
-            self.auth.require(&request, &request.get_ref().cluster, Rpc::Check)?;
+        let (identity, _) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Check)?;
         let board = self.board.clone();
         let (space, problems) = read(move || (board.store.free_space(), board.readiness())).await?;
         let (free, total) = space.unwrap_or((0, 0));
@@ -119,6 +145,27 @@ impl Catalog for CatalogService {
 }
 
 impl CatalogService {
+    /// With the histories of the cluster, where this is its current one.
+    fn status_of(&self, view: &ClusterView) -> v1::ClusterStatus {
+        let mut status = status_of(view);
+        let Ok(all) = self.histories.base.generations_here(&view.name) else { return status };
+        let own = view.name.number().unwrap_or(1);
+        if own == all.current() {
+            let outline = |g| self.histories.outline(&view.name, g);
+            status.generations = all.generations.iter().map(outline).collect();
+        }
+        let unproven = all.unproven.iter().filter(|u| u.generation == own);
+        status.unproven = unproven
+            .map(|u| v1::Unproven {
+                timeline: u.timeline.get(),
+                at_lsn: u.at.as_u64(),
+                reason: u.reason.clone(),
+                recorded_time: u.recorded_unix,
+            })
+            .collect();
+        status
+    }
+
     async fn remote(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
         let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
         let listed = tier2.list_wal(cluster).await.map_err(|error| {
@@ -169,6 +216,8 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
         gaps: view.gaps.iter().map(gap_of).collect(),
         problems: view.problems.clone(),
         tier2_configured: view.archive.is_some(),
+        generations: Vec::new(),
+        unproven: Vec::new(),
     }
 }
 

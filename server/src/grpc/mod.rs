@@ -4,10 +4,12 @@ pub mod auth;
 mod base;
 mod catalog;
 mod fetch;
+mod generations;
 pub mod roles;
 pub mod trace;
 mod wal;
 
 pub use base::BaseService;
 pub use catalog::CatalogService;
+pub use generations::Histories;
 pub use wal::WalService;

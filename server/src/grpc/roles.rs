@@ -8,7 +8,9 @@
 use klio_storage::layout::ClusterName;
 
 /// The kinds of callers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum RoleName {
     /// The sidecar of one cluster: everything on that cluster that adds to it, reads it or restores it.
@@ -83,7 +85,7 @@ impl Role {
     /// Whether it is this cluster's or everybody's.
     pub fn sees(&self, cluster: &ClusterName) -> bool {
         match self {
-            Self::Tenant(own) => own == cluster,
+            Self::Tenant(own) => *own == cluster.base(),
             Self::Observer | Self::Operator | Self::Admin => true,
         }
     }
@@ -113,6 +115,8 @@ macro_rules! table {
 table! {
     Position       "klio.v1.Wal/Position":        Tenant;
     PutHistory     "klio.v1.Wal/PutHistory":      Tenant;
+    Compare        "klio.v1.Wal/Compare":         Tenant;
+    BeginGeneration "klio.v1.Wal/BeginGeneration": Tenant;
     Receive        "klio.v1.Wal/Receive":         Tenant;
     Fetch          "klio.v1.Wal/Fetch":           Tenant Admin;
     OpenRepository "klio.v1.Base/OpenRepository": Tenant;
@@ -127,6 +131,8 @@ table! {
     Maintain       "klio.v1.Base/Maintain":       Tenant Operator Admin;
     PlanRetention  "klio.v1.Base/PlanRetention":  Tenant Observer Operator Admin;
     RecordDrill    "klio.v1.Base/RecordDrill":    Tenant Operator Admin;
+    ListGenerations "klio.v1.Catalog/ListGenerations": Tenant Observer Operator Admin;
+    DecideGeneration "klio.v1.Catalog/DecideGeneration": Operator Admin;
     Status         "klio.v1.Catalog/Status":      Tenant Observer Operator Admin;
     ListWal        "klio.v1.Catalog/ListWal":     Tenant Observer Operator Admin;
     Check          "klio.v1.Catalog/Check":       Tenant Observer Operator Admin;

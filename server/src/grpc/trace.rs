@@ -44,6 +44,8 @@ macro_rules! methods {
 methods! {
     "klio.v1.Wal/Position" => "wal.position"
     "klio.v1.Wal/PutHistory" => "wal.put_history"
+    "klio.v1.Wal/Compare" => "wal.compare"
+    "klio.v1.Wal/BeginGeneration" => "wal.begin_generation"
     "klio.v1.Wal/Receive" => "wal.stream"
     "klio.v1.Wal/Fetch" => "wal.fetch"
     "klio.v1.Base/OpenRepository" => "base.open_repository"
@@ -58,6 +60,8 @@ methods! {
     "klio.v1.Base/Maintain" => "base.maintain"
     "klio.v1.Base/PlanRetention" => "base.plan_retention"
     "klio.v1.Base/RecordDrill" => "base.record_drill"
+    "klio.v1.Catalog/ListGenerations" => "catalog.list_generations"
+    "klio.v1.Catalog/DecideGeneration" => "catalog.decide_generation"
     "klio.v1.Catalog/Status" => "catalog.status"
     "klio.v1.Catalog/ListWal" => "catalog.list_wal"
     "klio.v1.Catalog/Check" => "catalog.check"

@@ -6,17 +6,22 @@ use super::{
     roles::Rpc,
 };
 use crate::{
+    base::decided,
+    config::OnDivergence,
     fetch::Source,
     queue,
-    receive::{Receiver, open::blocking},
+    receive::{Inbound, Receiver, Verdict, open::blocking},
 };
 use futures::{Stream, StreamExt};
 use klio_proto::{
     Code,
-    v1::{self, receive_request, wal_server::Wal},
-    wal::{Open, PositionRequest, PutHistoryRequest},
+    v1::{self, compare_request, receive_request, wal_server::Wal},
+    wal::{BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest, System},
 };
-use klio_storage::layout::WalFile;
+use klio_storage::{
+    generations::{Generations, State},
+    layout::{ClusterName, WalFile},
+};
 use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,8 +31,23 @@ use tracing::Instrument;
 
 /// A client that opens a stream and says nothing is let go after this.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
+/// PostgreSQL may have to read a segment between two messages.
+const COMPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Acknowledgements waiting for the network. A client that does not read them stalls only itself.
 const RESPONSES_MAX: usize = 16;
+
+/// The messages of a comparison, of a client that does not fall silent.
+struct Messages(Streaming<v1::CompareRequest>);
+
+impl Inbound for Messages {
+    async fn next(&mut self) -> Result<Option<v1::CompareRequest>, Status> {
+        let next = tokio::time::timeout(COMPARE_TIMEOUT, self.0.message()).await;
+        next.map_err(|_| {
+            let seconds = COMPARE_TIMEOUT.as_secs();
+            Code::Invalid.status(format!("compare WAL: expected a message within {seconds} s"))
+        })?
+    }
+}
 
 /// The service.
 #[derive(Clone)]
@@ -46,6 +66,50 @@ pub struct WalService {
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+impl WalService {
+    /// How far each timeline of one generation is.
+    async fn positions(&self, cluster: &ClusterName) -> Result<Vec<v1::TimelinePosition>, Status> {
+        let timelines = self.receiver.store.positions(cluster).into_iter();
+        let timelines = timelines.map(|p| v1::TimelinePosition {
+            timeline: p.timeline.get(),
+            start_lsn: p.start.as_u64(),
+            flushed_lsn: p.flushed.as_u64(),
+            has_history: p.has_history,
+        });
+        Ok(timelines.collect())
+    }
+
+    /// Every generation, in the order in which a PostgreSQL looks for its own.
+    async fn generation_positions(
+        &self,
+        named: &ClusterName,
+        system: System,
+    ) -> Result<Vec<v1::GenerationPosition>, Status> {
+        let base = &self.receiver.base;
+        let mut found = Vec::new();
+        for generation in base.generations(named).await?.by_rank() {
+            let place = Generations::place(named, generation.number);
+            let same_system = match base.check_system(&place, system).await {
+                Ok(()) => generation.is_of(system.system_identifier),
+                Err(other) if Code::of(&other) == Code::WrongSystem => false,
+                Err(trouble) => return Err(trouble),
+            };
+            let timelines = match same_system {
+                true => self.positions(&place).await?,
+                false => Vec::new(),
+            };
+            found.push(v1::GenerationPosition {
+                number: generation.number,
+                state: generation.state.word().into(),
+                same_system,
+                timelines,
+                decided: decided(&generation),
+            });
+        }
+        Ok(found)
+    }
+}
+
 #[tonic::async_trait]
 impl Wal for WalService {
     type ReceiveStream = Answers<v1::ReceiveResponse>;
@@ -55,29 +119,49 @@ impl Wal for WalService {
         &self,
         request: Request<v1::PositionRequest>,
     ) -> Result<Response<v1::PositionResponse>, Status> {
-        let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Rpc::Position)?;
+        let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Position)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
+        if asked.knows_generations && named.number().is_none() {
+            let generations = self.generation_positions(&named, asked.system).await?;
+            let current = generations.iter().find(|g| g.state == State::Current.word());
+            let timelines = current.map(|g| g.timelines.clone()).unwrap_or_default();
+            return Ok(Response::new(v1::PositionResponse { timelines, generations }));
+        }
+        let cluster = self.receiver.base.resolve_open(named).await?;
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
         self.receiver.base.check_system(&cluster, asked.system).await?;
-        let timelines = self.receiver.store.positions(&cluster).into_iter();
-        let timelines = timelines
-            .map(|p| v1::TimelinePosition {
-                timeline: p.timeline.get(),
-                start_lsn: p.start.as_u64(),
-                flushed_lsn: p.flushed.as_u64(),
-                has_history: p.has_history,
-            })
-            .collect();
-        Ok(Response::new(v1::PositionResponse { timelines }))
+        let timelines = self.positions(&cluster).await?;
+        Ok(Response::new(v1::PositionResponse { timelines, generations: Vec::new() }))
+    }
+
+    async fn begin_generation(
+        &self,
+        request: Request<v1::BeginGenerationRequest>,
+    ) -> Result<Response<v1::BeginGenerationResponse>, Status> {
+        let (_, named) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::BeginGeneration)?;
+        let asked = BeginGenerationRequest::try_from(request.into_inner())?;
+        let base = &self.receiver.base;
+        let current = base.resolve(named.base()).await?;
+        let refuses = self.receiver.options.on_divergence == OnDivergence::Refuse;
+        let reason = match base.check_system(&current, asked.system).await {
+            Err(other) if Code::of(&other) == Code::WrongSystem && refuses => return Err(other),
+            Err(other) if Code::of(&other) == Code::WrongSystem => other.message().to_owned(),
+            Err(trouble) => return Err(trouble),
+            Ok(()) => self.receiver.comparer.why_another(&asked.writer_id, &current)?,
+        };
+        let system = asked.system.system_identifier;
+        let number = base.begin_generation(&current, reason, system, !refuses).await?;
+        Ok(Response::new(v1::BeginGenerationResponse { number }))
     }
 
     async fn put_history(
         &self,
         request: Request<v1::PutHistoryRequest>,
     ) -> Result<Response<v1::PutHistoryResponse>, Status> {
-        let (_, cluster) =
+        let (_, named) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::PutHistory)?;
+        let cluster = self.receiver.base.resolve_open(named).await?;
         let PutHistoryRequest { system, timeline, content, .. } =
             PutHistoryRequest::try_from(request.into_inner())?;
         let (store, name) = (self.receiver.store.clone(), cluster.clone());
@@ -91,6 +175,35 @@ impl Wal for WalService {
             self.queue.publish_path(&cluster, WalFile::History(timeline), size);
         }
         Ok(Response::new(v1::PutHistoryResponse {}))
+    }
+
+    async fn compare(
+        &self,
+        request: Request<Streaming<v1::CompareRequest>>,
+    ) -> Result<Response<v1::CompareResponse>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let mut inbound = Messages(request.into_inner());
+        let first = inbound.next().await?;
+        let Some(compare_request::Kind::Begin(begin)) = first.and_then(|m| m.kind) else {
+            return Err(Code::Invalid.status("compare WAL: expected a begin message first"));
+        };
+        let named = permit(&identity, &begin.cluster, Rpc::Compare)?;
+        let cluster = self.receiver.base.resolve(named).await?;
+        let begin = CompareBegin::try_from(begin)?;
+        let verdict = self.receiver.comparer.compare(&cluster, begin, inbound).await?;
+        Ok(Response::new(match verdict {
+            Verdict::Same { proven } => v1::CompareResponse {
+                verdict: v1::CompareVerdict::Same.into(),
+                proven,
+                ..v1::CompareResponse::default()
+            },
+            Verdict::Diverged { at, detail } => v1::CompareResponse {
+                verdict: v1::CompareVerdict::Diverged.into(),
+                proven: false,
+                at_lsn: at.as_u64(),
+                detail,
+            },
+        }))
     }
 
     async fn receive(
@@ -111,7 +224,8 @@ impl Wal for WalService {
         let Some(receive_request::Kind::Open(open)) = first.and_then(|m| m.kind) else {
             return Err(Code::Invalid.status("open stream: expected an open message first"));
         };
-        let cluster = permit(&identity, &open.cluster, Rpc::Receive)?;
+        let named = permit(&identity, &open.cluster, Rpc::Receive)?;
+        let cluster = self.receiver.base.resolve_open(named).await?;
         let open = Open::try_from(open)?;
         let (responses, outbound) = mpsc::channel(RESPONSES_MAX);
         let receiver = self.receiver.clone();
@@ -124,7 +238,8 @@ impl Wal for WalService {
         &self,
         request: Request<v1::FetchRequest>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        let (_, cluster) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Fetch)?;
+        let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Fetch)?;
+        let cluster = self.receiver.base.resolve(named).await?;
         let file: WalFile = request
             .get_ref()
             .name

@@ -40,7 +40,8 @@ impl RetentionConfig {
             tier1: default.tier1.with(&self.tier1),
             tier2: default.tier2.with(&self.tier2),
         };
-        match self.clusters.get(cluster) {
+        // A generation has its cluster's, unless it has its own.
+        match self.clusters.get(cluster).or_else(|| self.clusters.get(&cluster.base())) {
             Some(own) => {
                 Policies { tier1: all.tier1.with(&own.tier1), tier2: all.tier2.with(&own.tier2) }
             }

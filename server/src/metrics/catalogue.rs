@@ -88,6 +88,12 @@ pub const CATALOGUE: &[Row] = &[
     ),
     of_cluster("klio.wal.gaps", Gauge, "", "recorded gaps in the cluster's WAL"),
     of_cluster(
+        "klio.cluster.undecided_generations",
+        Gauge,
+        "",
+        "other histories of the cluster about which nobody has decided",
+    ),
+    of_cluster(
         "klio.consumer.written_size",
         Counter,
         "By",

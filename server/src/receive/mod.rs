@@ -9,10 +9,12 @@
 
 pub(crate) mod as_of;
 mod batch;
+mod compare;
 pub(crate) mod open;
 mod registry;
 mod session;
 mod trace;
 
+pub use compare::{Comparer, Inbound, Verdict};
 pub use registry::{Claim, ClusterState, Place, Progress, Registry};
 pub use session::{Receiver, ReceiverOptions};

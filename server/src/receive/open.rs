@@ -3,13 +3,16 @@
 //! Order: pinned system, stale timeline, place (fences an earlier session), writer. Nothing but the name's system is
 //! written before all but the last have agreed. Who the cluster is, over both tiers, is `base`'s to say (P8).
 
-use super::registry::{Claim, Place, Registry};
+use super::{
+    compare::{Comparer, Continuity},
+    registry::{Claim, Place, Registry},
+};
 use crate::{base::BaseStore, errors};
 use klio_pg::SegmentSize;
 use klio_proto::{Code, wal::Open};
 use klio_storage::{
     layout::ClusterName,
-    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Writer},
+    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Seam, Writer},
 };
 use std::sync::Arc;
 use tonic::Status;
@@ -22,6 +25,10 @@ pub struct Opened {
     pub writer: Writer,
     /// wal_segment_size.
     pub segment_size: SegmentSize,
+    /// Looks at the first new record, where nothing else proved that it continues what is held (P11).
+    pub seam: Option<Seam>,
+    /// Why nothing proved it, to be recorded with the first byte.
+    pub unproven: Option<String>,
 }
 
 /// Runs blocking work of the store and translates its error.
@@ -39,10 +46,11 @@ pub async fn blocking<T: Send + 'static>(
 /// Opens `cluster` for the caller `who`.
 ///
 /// # Errors
-/// `WRONG_SYSTEM`, `STALE_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says; `UNAVAILABLE` when the bucket
+/// `WRONG_SYSTEM`, `DIVERGED`, `STALE_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says; `UNAVAILABLE` when the bucket
 /// has to be asked at first contact and does not answer.
 pub async fn open(
     base: &BaseStore,
+    comparer: &Comparer,
     registry: &Arc<Registry>,
     cluster: &ClusterName,
     who: String,
@@ -56,6 +64,8 @@ pub async fn open(
     let place = registry.claim(cluster, claim).await?;
     // Again: the session that was fenced may have been a newer timeline's.
     base.check_timeline_here(cluster, open.timeline)?;
+    // After the fence: nobody else appends from here on.
+    let Continuity { seam, unproven } = comparer.continuity(cluster, &open).await?;
     let request = OpenRequest {
         timeline: open.timeline,
         start: open.start,
@@ -69,7 +79,7 @@ pub async fn open(
         OpenError::Refused { refusal, .. } => refusal_code(refusal).status(&error),
         OpenError::Failed(error) => errors::status(error),
     })?;
-    Ok(Opened { place, writer, segment_size })
+    Ok(Opened { place, writer, segment_size, seam, unproven })
 }
 
 fn refusal_code(refusal: &OpenRefusal) -> Code {

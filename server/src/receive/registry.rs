@@ -213,6 +213,13 @@ impl Registry {
         lock(&self.clusters).iter().map(|(n, s)| (n.clone(), s.clone())).collect()
     }
 
+    /// Ends what streams into a cluster; it is told so, and may come again.
+    pub fn end(&self, name: &ClusterName) {
+        if let Some(live) = lock(&self.cluster(name).live).as_ref() {
+            live.cancel.cancel();
+        }
+    }
+
     /// Takes the cluster's one place.
     ///
     /// # Errors

@@ -5,12 +5,14 @@
 
 use super::{
     batch::{Chunk, Pending},
+    compare::Comparer,
     open::{self, Opened},
     registry::{Place, Registry},
     trace::SegmentSpans,
 };
 use crate::{
     base::BaseStore,
+    config::OnDivergence,
     errors,
     grpc::auth::{Auth, Identity},
     metrics::Metrics,
@@ -24,7 +26,7 @@ use klio_proto::{
 };
 use klio_storage::{
     layout::ClusterName,
-    wal::{FlushedLsn, WalStore, Writer},
+    wal::{FlushedLsn, Seam, WalStore, Writer},
 };
 use std::{
     collections::VecDeque,
@@ -46,6 +48,8 @@ const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 pub struct ReceiverOptions {
     /// Most bytes a client may send beyond what is acknowledged.
     pub window: ByteSize,
+    /// What becomes of another history.
+    pub on_divergence: OnDivergence,
 }
 
 /// Makes sessions; cheap to clone.
@@ -61,6 +65,8 @@ pub struct Receiver {
     pub sealer: Sealer,
     /// Checks certificates again while streaming.
     pub auth: Auth,
+    /// Whether new WAL continues what is held.
+    pub comparer: Comparer,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// Settings.
@@ -95,12 +101,14 @@ impl Receiver {
         inbound: Streaming<v1::ReceiveRequest>,
         responses: Responses,
     ) {
-        let timeline = open.timeline;
+        let (timeline, writer_id) = (open.timeline, open.writer_id.clone());
+        let comparer = self.comparer.clone();
         let (metrics, shutdown) = (Arc::clone(&self.metrics), self.shutdown.clone());
         let store = self.store.clone();
         let started = async {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-            open::open(&self.base, &self.registry, &cluster, who.clone(), open, now).await
+            open::open(&self.base, &self.comparer, &self.registry, &cluster, who.clone(), open, now)
+                .await
         };
         let outcome = match started.await {
             Err(status) => {
@@ -124,6 +132,9 @@ impl Receiver {
             }
         };
         if let Err(status) = outcome {
+            if Code::of(&status) == Code::Diverged {
+                comparer.found(&writer_id, &cluster, status.message());
+            }
             // Of a name that was never pinned there are no series; our own end is no failure.
             if store.pinned(&cluster).is_some() && !shutdown.is_cancelled() {
                 metrics.session_failed(&cluster, Code::of(&status));
@@ -148,11 +159,13 @@ struct Session {
     pending: Pending,
     flushed: Lsn,
     spans: SegmentSpans,
+    seam: Option<Seam>,
+    unproven: Option<String>,
 }
 
 impl Session {
     fn new(with: Receiver, identity: Identity, cluster: ClusterName, opened: Opened) -> Self {
-        let Opened { place, writer, segment_size } = opened;
+        let Opened { place, writer, segment_size, seam, unproven } = opened;
         let start = writer.position();
         let timeline = writer.timeline();
         let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
@@ -170,6 +183,8 @@ impl Session {
             preparing: None,
             flushed: start,
             spans,
+            seam,
+            unproven,
         }
     }
 
@@ -215,7 +230,10 @@ impl Session {
                     }
                 }
                 message = inbound.message(), if !half_closed && self.pending.has_room() => match message? {
-                    Some(message) => self.take(message)?,
+                    Some(message) => {
+                        self.take(message)?;
+                        self.note_unproven().await?;
+                    }
                     None => half_closed = true,
                 },
                 () = auth.changed() => self.with.auth.recheck(&self.identity)?,
@@ -240,6 +258,7 @@ impl Session {
         let length = append.data.len() as u64;
         if length > 0 {
             let start = Lsn::new(append.start_lsn);
+            self.check_seam(start, &append.data)?;
             let chunk = Chunk { start, data: append.data, traceparent: append.traceparent };
             self.pending.accept(chunk, self.flushed, |chunk| self.spans.arrive(chunk))?;
         }
@@ -252,6 +271,29 @@ impl Session {
             }
         });
         self.with.metrics.received(&self.cluster, length);
+        Ok(())
+    }
+
+    /// New WAL has come of which nothing proved that it continues what is held: on record before it is acknowledged.
+    async fn note_unproven(&mut self) -> Result<(), Status> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let Some(reason) = self.unproven.take() else { return Ok(()) };
+        let (timeline, at) = (writer.timeline(), self.flushed);
+        let (base, now) = (&self.with.base, self.with.base.now_unix());
+        base.note_unproven(&self.cluster, timeline, at, reason, now).await
+    }
+
+    /// P11: of another history not one byte is taken.
+    fn check_seam(&mut self, start: Lsn, data: &[u8]) -> Result<(), Status> {
+        let Some(seam) = self.seam.as_mut().filter(|_| start == self.pending.end()) else {
+            return Ok(());
+        };
+        if seam.push(data).map_err(|broken| Code::Diverged.status(&broken))? {
+            self.seam = None;
+        }
         Ok(())
     }
 

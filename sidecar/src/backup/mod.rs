@@ -4,6 +4,8 @@
 //! B2  the record is committed last, by the server: until then there is no backup, and nothing to clean up.
 //!     What was sent is in the repository, and the next backup uses it;
 //! B3  pg_control is read after everything else, backup_label comes from pg_backup_stop;
+//! B6  it belongs to the history that its WAL belongs to: which one PostgreSQL continues is found by content before the first
+//!     file and again before the record is committed (P11);
 //! B4  committed is restorable: all WAL from start to stop is durable on the server;
 //! B5  a failure of what follows (verification, maintenance) never unmakes a backup.
 
@@ -32,8 +34,11 @@ use crate::{
     config::{self, Checkpoint},
     conninfo::ConnInfo,
     error::Error,
+    replication::SlotName,
     server_link::{BaseLink, ServerLink},
+    streamer::{self, Postgres},
 };
+use klio_pg::Lsn;
 use klio_storage::{
     catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome},
     layout::{BackupName, ClusterName},
@@ -66,6 +71,10 @@ pub struct Backup {
     pub metrics: Metrics,
     /// For whoever watches.
     pub progress: Arc<Progress>,
+    /// Random: the server knows by it what was compared.
+    pub writer_id: String,
+    /// That of klio stream: it is not made and not moved.
+    pub slot: SlotName,
     /// Ends it.
     pub stop: CancellationToken,
 }
@@ -130,7 +139,38 @@ impl Backup {
         result
     }
 
+    /// The same for one history of the cluster.
+    fn of(&self, cluster: ClusterName) -> Self {
+        Self {
+            cluster,
+            info: Arc::clone(&self.info),
+            link: self.link.clone(),
+            settings: self.settings.clone(),
+            data_directory: self.data_directory.clone(),
+            metrics: self.metrics.clone(),
+            progress: Arc::clone(&self.progress),
+            writer_id: self.writer_id.clone(),
+            slot: self.slot.clone(),
+            stop: self.stop.clone(),
+        }
+    }
+
+    /// B6. The history that PostgreSQL continues, as far back as `from`.
+    async fn history(&self, from: Option<Lsn>) -> Result<ClusterName, Error> {
+        let primary = Postgres::new(Arc::clone(&self.info), self.slot.clone(), false);
+        streamer::history_of(&primary, &self.link, &self.cluster, &self.writer_id, from).await
+    }
+
     async fn phases(&self, order: &Order, backup: &Span) -> Result<Done, Error> {
+        let found = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(copy::stopped()),
+            found = self.history(None) => found,
+        };
+        self.of(found?).phases_there(order, backup).await
+    }
+
+    async fn phases_there(&self, order: &Order, backup: &Span) -> Result<Done, Error> {
         let span = step!("backup_run");
         let record = take::take(self, order, backup).instrument(span.clone()).await;
         let record = record.inspect_err(|error| mark(&span, error))?;

@@ -130,6 +130,7 @@ pub(super) async fn take(
     backup.progress.enter("waiting for WAL");
     let patience = backup.settings.wal_timeout;
     ends.unless(wal::wait(&run.base, &backup.cluster, needed, patience)).await?;
+    ends.unless(run.prove(record.start_lsn)).await?;
     let record = run.commit(record, &mut ends).await?;
     // Only now may the server let maintenance in.
     drop(reservation);
@@ -315,6 +316,20 @@ impl Run<'_> {
         })
     }
 
+    /// B6: what was read is of the history that the backup goes to.
+    async fn prove(&self, from: Lsn) -> Result<(), Error> {
+        let found = self.backup.history(Some(from)).await?;
+        if found == self.backup.cluster {
+            return Ok(());
+        }
+        let expected = &self.backup.cluster;
+        let message = format!(
+            "commit backup: expected WAL of {expected}, as at its beginning, found that of {found}"
+        );
+        Err(Error::new(Failure::Code(Code::Diverged), message)
+            .hint("PostgreSQL was set back or replaced during the backup: take it again"))
+    }
+
     /// B2. The same record may be sent again: the server takes it once.
     async fn commit(
         &self,
@@ -327,7 +342,11 @@ impl Run<'_> {
         let json = serde_json::to_vec(&record)
             .map_err(|e| Error::new(Failure::Code(Code::Internal), format!("{DOING}: {e}")))?;
         let cluster = self.backup.cluster.to_string();
-        let request = v1::CommitBackupRequest { cluster, record: json.into() };
+        let request = v1::CommitBackupRequest {
+            cluster,
+            record: json.into(),
+            writer_id: self.backup.writer_id.clone(),
+        };
         let send = self
             .base
             .call(DOING, async |mut client| client.commit_backup(request.clone()).await.map(drop));

@@ -27,6 +27,9 @@ pub struct Global {
     /// Name of the PostgreSQL cluster on the server
     #[arg(long, global = true, value_name = "NAME")]
     pub cluster: Option<String>,
+    /// One of the cluster's histories by its number [default: the current one; klio generation list]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub generation: Option<u32>,
     /// Address of klio-server
     #[arg(long, global = true, value_name = "URL")]
     pub server: Option<String>,
@@ -69,6 +72,9 @@ pub enum Command {
     /// Show or apply what the retention policy lets go
     #[command(subcommand)]
     Retention(RetentionCommand),
+    /// Show the histories of the cluster, or decide which one its name stands for
+    #[command(subcommand)]
+    Generation(GenerationCommand),
     /// Fetch a WAL file for PostgreSQL: restore_command = 'klio wal-fetch %f "%p"'
     WalFetch(WalFetchArgs),
     /// What wal-fetch starts to read WAL ahead
@@ -392,6 +398,35 @@ impl SourceArgs {
     }
 }
 
+/// `klio generation`
+#[derive(Debug, Subcommand)]
+pub enum GenerationCommand {
+    /// Every history of the cluster, what is held of it, and who decided about it
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let the cluster's name stand for another history; for administrators
+    Follow(DecideArgs),
+    /// Take no more WAL of a history, for good; for administrators
+    Retire(DecideArgs),
+}
+
+/// A decision about a history.
+#[derive(Debug, Args)]
+pub struct DecideArgs {
+    /// Its number
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub number: u32,
+    /// Only say what would happen
+    #[arg(long)]
+    pub dry_run: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `klio slot`
 #[derive(Debug, Subcommand)]
 pub enum SlotCommand {
@@ -428,6 +463,7 @@ impl Command {
             Command::Drill(_) => "drill",
             Command::Verify(_) => "verify",
             Command::Retention(_) => "retention",
+            Command::Generation(_) => "generation",
             Command::WalFetch(_) => "wal-fetch",
             Command::WalAgent(_) => "wal-agent",
             Command::Slot(_) => "slot",
@@ -472,6 +508,7 @@ impl Cli {
         let mut flags = Flags::new();
         let global = &self.global;
         flags.extend(global.cluster.clone().map(|v| ("cluster", v)));
+        flags.extend(global.generation.map(|n| ("generation", n.to_string())));
         flags.extend(global.server.clone().map(|v| ("server.address", v)));
         flags.extend(global.log_format.map(|format| {
             let text = if format == LogFormat::Json { "json" } else { "text" };

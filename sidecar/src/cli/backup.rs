@@ -60,6 +60,8 @@ pub(super) fn backup(
         data_directory: config.postgres.data_directory.clone(),
         metrics,
         progress: Progress::new(),
+        writer_id: uuid::Uuid::new_v4().to_string(),
+        slot: super::slot::name(config)?,
         stop: stop.clone(),
     })
 }

@@ -54,6 +54,8 @@ async fn system(connection: &Connection, cluster: String, pg: Identity, report: 
         system_identifier: pg.system_identifier,
         segment_size: pg.segment_size.as_u32(),
         postgres_version: pg.version,
+        // Whether this PostgreSQL is the one that the name stands for is what is asked.
+        knows_generations: false,
     };
     match connection.wal().position(request).await {
         Ok(answer) => {

@@ -30,12 +30,10 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
         dir: args.in_dir.as_deref().map(restore::absolute).transpose()?,
     };
     let stop = CancellationToken::new();
-    let engine = Restore {
-        source: Source::open(config, &stop)?,
-        progress: Arc::default(),
-        stop: stop.clone(),
-        invocation: restore::invocation(config, cli, args.source.from.is_some())?,
-    };
+    let source = Source::open(config, &stop)?.settle(config).await?;
+    let typed = args.source.from.is_some();
+    let invocation = restore::invocation(config, cli, typed, source.told())?;
+    let engine = Restore { source, progress: Arc::default(), stop: stop.clone(), invocation };
     let shown = display::show(args.quiet, || restore::view(&engine.progress.seen()));
     let work = drill::run(&engine, config, &exercise);
     let report = display::watched(&stop, "stopping", shown, work).await;

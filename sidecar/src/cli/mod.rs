@@ -11,6 +11,7 @@ mod check_server;
 mod display;
 mod drill;
 pub mod exit;
+mod generation;
 mod help;
 mod list;
 mod reference;
@@ -120,6 +121,7 @@ const fn needs(command: &Command) -> Needs {
         }
         Command::List(ListArgs { what: Some(ListCommand::Wal { .. }), .. })
         | Command::Verify(_)
+        | Command::Generation(_)
         | Command::Retention(_) => {
             Needs { server: true, cluster: true, postgres: false, source: false }
         }
@@ -196,6 +198,7 @@ async fn verb(
         Command::Drill(args) => drill::run(config, cli, args).await,
         Command::Verify(args) => verify::run(config, args).await,
         Command::Retention(command) => retention::run(config, command).await,
+        Command::Generation(command) => generation::run(config, command).await,
         Command::WalFetch(args) => wal_fetch::run(config, cli, args).await,
         Command::WalAgent(args) => wal_agent::run(config, args).await,
         Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,

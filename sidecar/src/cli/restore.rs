@@ -16,7 +16,10 @@ use crate::{
     },
 };
 use klio_pg::TimelineId;
-use klio_storage::catalog::{Stop, Target, TimelineChoice};
+use klio_storage::{
+    catalog::{Stop, Target, TimelineChoice},
+    layout::ClusterName,
+};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -28,12 +31,9 @@ use tokio_util::sync::CancellationToken;
 pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Result<u8, Error> {
     let order = order(args)?;
     let stop = CancellationToken::new();
-    let restore = Restore {
-        source: Source::open(config, &stop)?,
-        progress: Arc::default(),
-        stop: stop.clone(),
-        invocation: invocation(config, cli, args.source.from.is_some())?,
-    };
+    let source = Source::open(config, &stop)?.settle(config).await?;
+    let invocation = invocation(config, cli, args.source.from.is_some(), source.told())?;
+    let restore = Restore { source, progress: Arc::default(), stop: stop.clone(), invocation };
     let shown = display::show(args.quiet || args.dry_run, || view(&restore.progress.seen()));
     let work = display::watched(&stop, "stopping", shown, async {
         let planned = restore.plan(&order).await?;
@@ -149,6 +149,7 @@ pub(super) fn invocation(
     config: &Config,
     cli: &Cli,
     from_typed: bool,
+    cluster: &ClusterName,
 ) -> Result<Invocation, Error> {
     let program = std::env::current_exe()
         .map_err(|error| Error::new(Failure::Local, format!("find this program: {error}")))?;
@@ -160,7 +161,7 @@ pub(super) fn invocation(
             "note: no configuration file was used: PostgreSQL needs the same KLIO_ variables for restore_command",
         ),
     }
-    add("--cluster", config.cluster()?.to_string());
+    add("--cluster", cluster.to_string());
     if let Some(server) = &cli.global.server {
         add("--server", server.clone());
     }

@@ -1,8 +1,8 @@
 //! `klio status`: how far each cluster is, as a table or JSON. Ends with 3 when there is a problem or gap.
 
-use super::{args::StatusArgs, connect, exit, print, say, table, text};
+use super::{args::StatusArgs, connect, exit, generation, print, say, table, text};
 use crate::{config::Config, error::Error};
-use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse};
+use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse, Unproven};
 use serde_json::{Value, json};
 
 /// Runs it.
@@ -62,6 +62,9 @@ fn to_table(answer: &StatusResponse) -> String {
         for gap in &cluster.gaps {
             out += &format!("{}: {}\n", cluster.cluster, gap_text(gap));
         }
+        for place in &cluster.unproven {
+            out += &format!("{}: {}\n", cluster.cluster, unproven_text(place));
+        }
     }
     out
 }
@@ -94,6 +97,17 @@ pub(super) fn gap_text(gap: &GapRecord) -> String {
     )
 }
 
+/// A place that was not proven, for people.
+fn unproven_text(place: &Unproven) -> String {
+    format!(
+        "note: continuity is not proven at {} on timeline {}, {}: {}; a base backup taken since then does not need the WAL before it",
+        text::lsn(place.at_lsn),
+        place.timeline,
+        text::time(place.recorded_time),
+        place.reason
+    )
+}
+
 /// One gap for programs.
 pub(super) fn gap_json(gap: &GapRecord) -> Value {
     json!({
@@ -103,6 +117,15 @@ pub(super) fn gap_json(gap: &GapRecord) -> Value {
         "bytes": gap.to_lsn.saturating_sub(gap.from_lsn),
         "reason": gap.reason,
         "recorded_time": text::time(gap.recorded_time),
+    })
+}
+
+fn unproven_json(place: &Unproven) -> Value {
+    json!({
+        "timeline": place.timeline,
+        "at_lsn": text::lsn(place.at_lsn),
+        "reason": place.reason,
+        "recorded_time": text::time(place.recorded_time),
     })
 }
 
@@ -132,6 +155,8 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "tier2_configured": c.tier2_configured,
                 "gaps": c.gaps.iter().map(gap_json).collect::<Vec<_>>(),
                 "problems": c.problems,
+                "generations": c.generations.iter().map(generation::to_json).collect::<Vec<_>>(),
+                "continuity_not_proven": c.unproven.iter().map(unproven_json).collect::<Vec<_>>(),
             })
         })
         .collect();

@@ -32,7 +32,8 @@ const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Error> {
-    let cluster = config.cluster()?;
+    // Which of its histories this PostgreSQL continues is found out.
+    let cluster = config.cluster()?.base();
     let info = Arc::new(conninfo(config)?);
     let slot = slot::name(config)?;
     let link = ServerLink::new(&config.server)?.metered(&telemetry.meter());

@@ -43,6 +43,11 @@ const fn flag(path: &'static str, default: &'static str, doc: &'static str) -> K
 /// The table.
 pub const KEYS: &[Key] = &[
     text("cluster", "", "name of this PostgreSQL cluster on the server"),
+    text(
+        "generation",
+        "",
+        "one of the histories of the cluster by its number, for reading; empty: the current one",
+    ),
     text("server.address", "", "https://host:port of klio-server"),
     text("server.ca", "ca.crt", "authority of the server's certificate; relative to the file"),
     text("server.cert", "client.crt", "client certificate; read anew on each connection"),

@@ -124,6 +124,8 @@ enum Place {
 /// A place to restore from.
 pub struct Source {
     cluster: ClusterName,
+    /// Where wal-fetch has to be told another name.
+    told: Option<ClusterName>,
     place: Place,
     wal: Arc<dyn WalSource>,
     stop: CancellationToken,
@@ -148,7 +150,56 @@ impl Source {
             }
         };
         let (cluster, wal) = (config.cluster()?, wal_source::open(config)?);
-        Ok(Self { cluster, place, wal, stop: stop.clone() })
+        Ok(Self { cluster, told: None, place, wal, stop: stop.clone() })
+    }
+
+    /// Holds on to the history that the cluster's name stands for now: what a person decides during a restore must not
+    /// give it another one (P11).
+    ///
+    /// # Errors
+    /// As the place fails.
+    pub async fn settle(mut self, config: &Config) -> Result<Self, Error> {
+        let place = match &self.place {
+            Place::Bucket(bucket) => {
+                let place = bucket.resolve(&self.cluster).await?;
+                let first = place == self.cluster.base();
+                // Its objects lie under the plain name; a caller of wal-fetch names it with its number.
+                self.told = (!first || self.cluster.number().is_some()).then(|| place.clone());
+                place
+            }
+            Place::Server(_, link) if self.cluster.number().is_none() => {
+                match self.current(link).await? {
+                    Some(place) => place,
+                    None => return Ok(self),
+                }
+            }
+            Place::Server(..) => return Ok(self),
+        };
+        self.cluster = place;
+        self.wal = wal_source::open_as(config, self.cluster.clone())?;
+        Ok(self)
+    }
+
+    /// What wal-fetch is to be told as the cluster's name.
+    pub fn told(&self) -> &ClusterName {
+        self.told.as_ref().unwrap_or(&self.cluster)
+    }
+
+    /// `None`: there is only one, or the server knows none.
+    async fn current(&self, link: &ServerLink) -> Result<Option<ClusterName>, Error> {
+        let request = v1::ListGenerationsRequest { cluster: self.cluster.to_string() };
+        let answer = link.connect().await?.catalog().list_generations(request).await;
+        let found = match answer {
+            Ok(answer) => answer.into_inner().generations,
+            Err(status) if status.code() == tonic::Code::Unimplemented => return Ok(None),
+            Err(status) => return Err(Error::from_status("ask for generations", &status)),
+        };
+        let current = found.iter().find(|g| g.state == "current").filter(|_| found.len() > 1);
+        let name = |g: &v1::Generation| {
+            ClusterName::parse_generation(&format!("{}@{}", self.cluster, g.number))
+                .map_err(|e| Error::new(Failure::Config, e))
+        };
+        current.map(name).transpose()
     }
 
     /// In words.

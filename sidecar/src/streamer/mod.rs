@@ -8,9 +8,11 @@
 
 mod backoff;
 mod batch;
+mod choice;
 pub mod disk;
 mod flow;
 mod metrics;
+mod overlap;
 mod plan;
 mod pump;
 mod session;
@@ -21,6 +23,7 @@ mod tests;
 mod trace;
 
 pub use backoff::Backoff;
+pub use choice::history_of;
 pub use metrics::{CATALOGUE, Metrics, State};
 pub use source::{Event, Identity, Postgres, Primary, Session, Wal, sort};
 

@@ -57,6 +57,27 @@ pub struct Plan {
     pub gap: Option<Gap>,
 }
 
+/// A cluster's slot is that far behind only when it is not Klio's; comparing it all would take too long.
+const OVERLAP_BYTES_MAX: u64 = 8 << 30;
+/// How many segments before the newest are tried when no whole record lies in it.
+const SEGMENTS_BEFORE: u64 = 3;
+
+/// WAL that both ends have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlap {
+    /// Of this timeline.
+    pub timeline: TimelineId,
+    /// One past its last byte.
+    pub end: Lsn,
+    /// The server's durable position.
+    pub held: Lsn,
+    /// PostgreSQL is on this timeline.
+    pub is_current: bool,
+    /// Where it may begin, in the order to be tried: from what the slot keeps, as a copied slot does of the time of the
+    /// copy; then the newest segment, and those before it.
+    pub starts: Vec<Lsn>,
+}
+
 /// Why there is no plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -128,6 +149,29 @@ impl Facts {
         let gap = (!self.held.is_empty()).then_some(Gap { from, to: oldest });
         let durable = plan.durable.filter(|_| timeline == plan.timeline);
         Ok(Plan { timeline, start: oldest, durable, gap })
+    }
+
+    /// Whether PostgreSQL has less of its own timeline than the server.
+    pub fn is_behind(&self) -> bool {
+        matches!(self.plan(), Err(Refusal::Behind { .. }))
+    }
+
+    /// The WAL that both ends have before the stream goes on: of the newest timeline on PostgreSQL's path that the server
+    /// holds. `None` when it holds none of it.
+    pub fn overlap(&self) -> Option<Overlap> {
+        let on_path = self.held.iter().filter(|h| self.is_on_path(h.timeline));
+        let Held { timeline, flushed, .. } = *on_path.max_by_key(|h| h.timeline)?;
+        let ended = self.history.end_of(timeline);
+        let end = flushed.min(ended.unwrap_or(self.postgres_end));
+        let last = Lsn::new(end.as_u64().checked_sub(1)?);
+        let first = self.slot_restart.map_or(last, |slot| slot.min(last));
+        let nearest = self.segment(last);
+        let furthest = Lsn::new(end.as_u64().saturating_sub(OVERLAP_BYTES_MAX));
+        let mut starts = vec![self.segment(first.max(furthest)), nearest];
+        let before = |n: u64| nearest.as_u64().checked_sub(n * self.segment_size.bytes());
+        starts.extend((1..=SEGMENTS_BEFORE).filter_map(before).map(Lsn::new));
+        starts.dedup();
+        Some(Overlap { timeline, end, held: flushed, is_current: ended.is_none(), starts })
     }
 
     /// The timelines from `plan` on whose history files the server lacks, and which PostgreSQL has to

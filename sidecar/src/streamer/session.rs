@@ -1,14 +1,15 @@
 //! One session: from connecting both ends to the end of one stream.
 //!
-//! Nothing is remembered from an earlier session but the fact that WAL was found removed: the server is
+//! Nothing is remembered from an earlier session but that WAL was found removed, or its first record another history's: the server is
 //! asked where to go on (P2). The slot is made sure of before the plan, so that PostgreSQL keeps what
 //! the plan needs.
 
 use super::{
     Options,
+    choice::{Chosen, Ground},
     flow::Flow,
     metrics::Metrics,
-    plan::{Facts, Held, Plan, Refusal},
+    plan::{Facts, Plan, Refusal},
     pump::{Ended, Pump},
     source::{Identity, Primary, Session},
     trace::SegmentTrace,
@@ -49,6 +50,8 @@ pub(super) struct Stream<'a, P> {
 pub(super) struct Memory {
     /// PostgreSQL said that it no longer has the WAL at this position.
     removed: Option<(TimelineId, Lsn)>,
+    /// Generations that the first new record showed not to be this PostgreSQL's.
+    pub diverged: Vec<Option<u32>>,
     /// Acknowledged in any session; progress resets the backoff.
     pub flushed: Lsn,
 }
@@ -62,6 +65,16 @@ struct Prepared<W> {
     timeline: TimelineId,
     /// PostgreSQL's end of WAL: an idle one says nothing for half a minute.
     end: Lsn,
+    /// The generation it goes to.
+    number: Option<u32>,
+}
+
+/// What every message to the server begins with.
+#[derive(Clone, Copy)]
+struct Told<'a> {
+    /// The generation, as the server is to be told.
+    place: &'a str,
+    identity: Identity,
 }
 
 impl<P: Primary> Stream<'_, P> {
@@ -72,7 +85,7 @@ impl<P: Primary> Stream<'_, P> {
             () = stop.cancelled() => return Ok(Ended::Stopped),
             prepared = self.prepare(memory) => prepared?,
         };
-        let Prepared { wal, requests, answers, flow, trace, timeline, end } = prepared;
+        let Prepared { wal, requests, answers, flow, trace, timeline, end, number } = prepared;
         let (received, flushed) = flow.report();
         self.metrics.state.set_positions(received, flushed);
         self.metrics.state.set_connected(true);
@@ -94,7 +107,14 @@ impl<P: Primary> Stream<'_, P> {
         if matches!(&result, Err(error) if error.failure == Failure::WalRemoved) {
             memory.removed = Some((timeline, pump.flow.sent()));
         }
-        result
+        match result {
+            // Seen in the first new record, where nothing could be compared before it: the next session asks anew.
+            Err(error) if error.failure == Failure::Code(Code::Diverged) && number.is_some() => {
+                memory.diverged.push(number);
+                Err(Error::new(Failure::Postgres, error.message))
+            }
+            result => result,
+        }
     }
 
     async fn prepare(
@@ -106,30 +126,38 @@ impl<P: Primary> Stream<'_, P> {
         let connection = self.link.connect().await?;
         self.metrics.state.set_expiry(connection.expiry);
         let mut server = connection.wal();
-        let held = self.positions(&mut server, identity).await?;
+        let candidates = self.candidates(&mut server, identity).await?;
         let slot_restart = postgres.slot().await?;
         let mut histories = Histories::default();
-        let facts = Facts {
-            held,
-            history: histories.path(&mut postgres, identity.timeline).await?,
-            postgres_end: identity.end,
+        let history = histories.path(&mut postgres, identity.timeline).await?;
+        let mut ground = Ground {
+            identity,
+            history,
             slot_restart,
-            segment_size: identity.segment_size,
+            histories: &mut histories,
+            server: &mut server,
+            memory,
         };
-        let plan = self.decide(&facts, identity, memory)?;
-        self.put_histories(&mut postgres, &mut server, &facts, &plan, identity, histories).await?;
+        let chosen;
+        (postgres, chosen) = self.choose(postgres, &candidates, &mut ground).await?;
+        let identity = ground.identity;
+        let Chosen { place, number, facts, plan } = chosen;
+        self.tell_gap(&plan);
+        let told = Told { place: &place, identity };
+        self.put_histories(&mut postgres, &mut server, &facts, &plan, told, histories).await?;
         // That WAL was removed PostgreSQL says here or with the first read, depending on the reason.
         let wal = postgres.start(plan.timeline, plan.start).await.inspect_err(|error| {
             if error.failure == Failure::WalRemoved {
                 memory.removed = Some((plan.timeline, plan.start));
             }
         })?;
-        let (requests, answers, window) = self.open(&connection, identity, plan).await?;
+        let (requests, answers, window) = self.open(&connection, told, plan).await?;
         memory.removed = None;
         if let Some(gap) = plan.gap {
             self.metrics.on_gap(gap.to.bytes_since(gap.from));
         }
         tracing::info!(
+            place,
             timeline = plan.timeline.get(),
             start = %plan.start,
             postgres_end = %identity.end,
@@ -139,38 +167,16 @@ impl<P: Primary> Stream<'_, P> {
         let trace = SegmentTrace::new(cluster, plan.timeline, identity.segment_size);
         let flow = Flow::new(plan.start, plan.durable, window);
         let (timeline, end) = (plan.timeline, identity.end);
-        Ok(Prepared { wal, requests, answers, flow, trace, timeline, end })
-    }
-
-    async fn positions(
-        &self,
-        server: &mut WalClient<Traced>,
-        identity: Identity,
-    ) -> Result<Vec<Held>, Error> {
-        let request = v1::PositionRequest {
-            cluster: self.options.cluster.to_string(),
-            system_identifier: identity.system_identifier,
-            segment_size: identity.segment_size.as_u32(),
-            postgres_version: identity.version,
-        };
-        let answer = server
-            .position(request)
-            .await
-            .map_err(|status| Error::from_status("ask the server for its position", &status))?;
-        let read = |p: &v1::TimelinePosition| {
-            let timeline = TimelineId::new(p.timeline)?;
-            let flushed = Lsn::new(p.flushed_lsn);
-            Some(Held { timeline, flushed, has_history: p.has_history })
-        };
-        let timelines = answer.into_inner().timelines;
-        timelines.iter().map(read).collect::<Option<Vec<_>>>().ok_or_else(|| {
-            let message = "ask the server for its position: expected timelines from 1 up, found 0";
-            Error::new(Failure::Code(Code::Invalid), message)
-        })
+        Ok(Prepared { wal, requests, answers, flow, trace, timeline, end, number })
     }
 
     /// The plan, changed when the last session found its WAL removed.
-    fn decide(&self, facts: &Facts, identity: Identity, memory: &Memory) -> Result<Plan, Error> {
+    pub fn decide(
+        &self,
+        facts: &Facts,
+        identity: Identity,
+        memory: &Memory,
+    ) -> Result<Plan, Error> {
         let refuse = |refusal| refused(refusal, identity);
         let plan = facts.plan().map_err(refuse)?;
         let plan = if memory.removed == Some((plan.timeline, plan.start)) {
@@ -188,9 +194,13 @@ impl<P: Primary> Stream<'_, P> {
                 "take a new base backup; stream.on_gap = \"record\" records the gap and goes on",
             ));
         }
-        tracing::error!(from = %gap.from, to = %gap.to, bytes = gap.to.bytes_since(gap.from),
-            "{message}: recording the gap and going on; recovery across it is impossible, take a new base backup");
         Ok(plan)
+    }
+
+    fn tell_gap(&self, plan: &Plan) {
+        let Some(gap) = plan.gap else { return };
+        tracing::error!(from = %gap.from, to = %gap.to, bytes = gap.to.bytes_since(gap.from),
+            "PostgreSQL has removed WAL before the server received it: recording the gap and going on; recovery across it is impossible, take a new base backup");
     }
 
     /// The server gets the history of every timeline on the path before their WAL.
@@ -200,7 +210,7 @@ impl<P: Primary> Stream<'_, P> {
         server: &mut WalClient<Traced>,
         facts: &Facts,
         plan: &Plan,
-        identity: Identity,
+        told: Told<'_>,
         mut histories: Histories,
     ) -> Result<(), Error> {
         for timeline in facts.histories_wanted(plan) {
@@ -212,12 +222,12 @@ impl<P: Primary> Stream<'_, P> {
                 continue;
             };
             let request = v1::PutHistoryRequest {
-                cluster: self.options.cluster.to_string(),
-                system_identifier: identity.system_identifier,
+                cluster: told.place.to_owned(),
+                system_identifier: told.identity.system_identifier,
                 timeline: timeline.get(),
                 content,
-                segment_size: identity.segment_size.as_u32(),
-                postgres_version: identity.version,
+                segment_size: told.identity.segment_size.as_u32(),
+                postgres_version: told.identity.version,
             };
             server.put_history(request).await.map_err(|status| {
                 Error::from_status(&format!("store history of timeline {timeline:?}"), &status)
@@ -229,17 +239,17 @@ impl<P: Primary> Stream<'_, P> {
     async fn open(
         &self,
         connection: &Connection,
-        identity: Identity,
+        told: Told<'_>,
         plan: Plan,
     ) -> Result<(mpsc::Sender<v1::ReceiveRequest>, Streaming<v1::ReceiveResponse>, u64), Error>
     {
         const DOING: &str = "open stream";
         let (requests, queue) = mpsc::channel(MESSAGES_IN_FLIGHT);
         let open = v1::Open {
-            cluster: self.options.cluster.to_string(),
-            system_identifier: identity.system_identifier,
-            segment_size: identity.segment_size.as_u32(),
-            postgres_version: identity.version,
+            cluster: told.place.to_owned(),
+            system_identifier: told.identity.system_identifier,
+            segment_size: told.identity.segment_size.as_u32(),
+            postgres_version: told.identity.version,
             timeline: plan.timeline.get(),
             start_lsn: plan.start.as_u64(),
             writer_id: self.writer_id.to_owned(),
@@ -298,10 +308,10 @@ fn refused(refusal: Refusal, identity: Identity) -> Error {
 
 /// History files read in this session.
 #[derive(Default)]
-struct Histories(BTreeMap<TimelineId, Option<Bytes>>);
+pub(super) struct Histories(BTreeMap<TimelineId, Option<Bytes>>);
 
 impl Histories {
-    async fn get(
+    pub async fn get(
         &mut self,
         postgres: &mut impl Session,
         timeline: TimelineId,
@@ -315,7 +325,7 @@ impl Histories {
     }
 
     /// The path to PostgreSQL's timeline. A cluster that began on this timeline has no history file.
-    async fn path(
+    pub async fn path(
         &mut self,
         postgres: &mut impl Session,
         timeline: TimelineId,

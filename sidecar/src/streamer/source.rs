@@ -62,6 +62,16 @@ pub trait Session: Send {
         &mut self,
         timeline: TimelineId,
     ) -> impl Future<Output = Result<Option<Bytes>, Error>> + Send;
+    /// Reads WAL from `start` up to `end`, or up to the end of the timeline, without the slot, and gives the connection back.
+    fn read(
+        self,
+        timeline: TimelineId,
+        start: Lsn,
+        end: Lsn,
+        take: &mut (dyn FnMut(&[u8]) + Send),
+    ) -> impl Future<Output = Result<Self, Error>> + Send
+    where
+        Self: Sized;
     /// Begins to stream.
     fn start(
         self,
@@ -144,6 +154,45 @@ impl Session for PostgresSession {
             Ok(content) => Ok(Some(content)),
             Err(e) if e.kind() == ErrorKind::TimelineMissing => Ok(None),
             Err(e) => Err(sort(&e)),
+        }
+    }
+
+    async fn read(
+        self,
+        timeline: TimelineId,
+        start: Lsn,
+        end: Lsn,
+        take: &mut (dyn FnMut(&[u8]) + Send),
+    ) -> Result<Self, Error> {
+        let Self { client, slot } = self;
+        let mut wal = client.start(None, timeline, start).await.map_err(|e| sort(&e))?;
+        let mut at = start;
+        while at < end {
+            match event(wal.next().await.map_err(|e| sort(&e))?) {
+                Event::Message(ReplicationMessage::XLogData(piece)) => {
+                    let wanted = usize::try_from(end.bytes_since(at)).unwrap_or(usize::MAX);
+                    take(&piece.data[..wanted.min(piece.data.len())]);
+                    at = piece.start.advance(piece.data.len() as u64);
+                }
+                // PostgreSQL ends a connection that it thinks dead; it hears of no position.
+                Event::Message(ReplicationMessage::Keepalive(alive)) => {
+                    if alive.reply_requested {
+                        let (written, flushed) = (Lsn::ZERO, Lsn::ZERO);
+                        let nothing = StatusUpdate {
+                            written,
+                            flushed,
+                            sent_unix_micros: 0,
+                            reply_requested: false,
+                        };
+                        wal.send_status(&nothing).await.map_err(|e| sort(&e))?;
+                    }
+                }
+                Event::TimelineEnded | Event::Shutdown => break,
+            }
+        }
+        match wal.finish().await.map_err(|e| sort(&e))?.client {
+            Some(client) => Ok(Self { client, slot }),
+            None => Err(Error::new(Failure::Postgres, "read WAL: PostgreSQL shuts down")),
         }
     }
 

@@ -225,6 +225,109 @@ async fn an_unfinished_ancestor_is_finished_from_the_new_primary() {
     assert_eq!(rig.stop().await.script().timelines[&1].flushed, switch);
 }
 
+/// P11. Its own history goes on past the point that is held.
+#[tokio::test]
+async fn another_history_is_never_appended() {
+    let held = START + SEGMENT + 5000;
+    let postgres = FakePostgres::new(START, START + 4 * SEGMENT);
+    postgres.change(|inner| inner.other_from = Some(START + 20_000));
+    let mut rig = Rig::new(postgres, |server, _| {
+        let held = HeldWal { start: START, received: held, flushed: held };
+        server.change(|s| s.hold(1, held));
+    })
+    .await;
+    let error = rig.ended().await.unwrap_err();
+    assert_eq!(crate::cli::exit::of(&error), 25);
+    let script = rig.server.script();
+    assert!(script.opens.is_empty(), "opened nevertheless");
+    // From where the slot is: a copy has it of the time when it was copied.
+    assert_eq!(script.compares[0].start_lsn, START);
+    drop(script);
+}
+
+fn generation(
+    number: u32,
+    state: &str,
+    flushed: Option<u64>,
+) -> klio_proto::v1::GenerationPosition {
+    let position = |flushed_lsn| klio_proto::v1::TimelinePosition {
+        timeline: 1,
+        start_lsn: START,
+        flushed_lsn,
+        has_history: false,
+    };
+    klio_proto::v1::GenerationPosition {
+        number,
+        state: state.into(),
+        same_system: true,
+        timelines: flushed.into_iter().map(position).collect(),
+        decided: String::new(),
+    }
+}
+
+/// Which one it is is found out by content, at every connection.
+#[tokio::test]
+async fn the_generation_whose_bytes_are_postgresqls_is_taken() {
+    let held = START + SEGMENT + 5000;
+    let rig = Rig::new(FakePostgres::new(START, START + 4 * SEGMENT), |server, _| {
+        let found = HeldWal { start: START, received: held, flushed: held };
+        server.change(|s| {
+            s.hold(1, found);
+            s.generations = vec![
+                generation(1, "current", Some(held + 77)),
+                generation(3, "undecided", Some(held)),
+                generation(2, "retired", Some(held)),
+            ];
+            s.others = vec!["pg-1@1".into(), "pg-1@2".into()];
+        });
+    })
+    .await;
+    rig.flushed(START + 4 * SEGMENT).await;
+    let server = rig.stop().await;
+    assert_eq!(server.script().opens[0].cluster, "pg-1@3");
+}
+
+#[tokio::test]
+async fn a_history_that_a_person_has_closed_ends_the_program() {
+    let held = START + SEGMENT + 5000;
+    let mut rig = Rig::new(FakePostgres::new(START, START + 4 * SEGMENT), |server, _| {
+        server.change(|s| {
+            s.generations =
+                vec![generation(1, "current", Some(held)), generation(2, "retired", Some(held))];
+            s.others = vec!["pg-1@1".into()];
+            s.begins = Some(3);
+        });
+    })
+    .await;
+    let error = rig.ended().await.unwrap_err();
+    assert_eq!(error.failure, Failure::Code(Code::Diverged));
+    assert!(error.message.contains("generation 2") && error.message.contains("retired"), "{error}");
+}
+
+/// Nothing that PostgreSQL still has can be compared: with one history there is no other it could be, with several it
+/// must not be guessed.
+#[tokio::test]
+async fn what_cannot_be_compared_goes_on_only_where_there_is_no_choice() {
+    for (others, expected) in [(vec![], "pg-1@1"), (vec![2], "pg-1@3")] {
+        let held = START + SEGMENT;
+        let postgres = FakePostgres::new(START + SEGMENT, START + 3 * SEGMENT);
+        let rig = Rig::new(postgres, |server, _| {
+            server.change(|s| {
+                let found = HeldWal { start: START, received: held, flushed: held };
+                s.hold(1, found);
+                s.generations = vec![generation(1, "current", Some(held))];
+                let other = |number: &u32| generation(*number, "undecided", Some(held));
+                s.generations.extend(others.iter().map(other));
+                s.begins = Some(3);
+            });
+        })
+        .await;
+        rig.flushed(START + 3 * SEGMENT).await;
+        let server = rig.stop().await;
+        assert_eq!(server.script().opens[0].cluster, expected);
+    }
+}
+
 /// P8.
 #[tokio::test]
 async fn an_old_primary_ends_with_stale_timeline() {
@@ -246,6 +349,13 @@ async fn a_primary_that_lost_wal_is_refused_and_a_lagging_standby_is_waited_for(
         server.change(|s| s.hold(1, held));
     };
     let mut rig = Rig::new(FakePostgres::new(START, START + 10), setup).await;
+    assert_eq!(rig.ended().await.unwrap_err().failure, Failure::Code(Code::Diverged));
+    // A server of before compares nothing; then it is refused as ever.
+    let before = |server: &FakeServer, options: &mut Options| {
+        setup(server, options);
+        server.change(|s| s.compares_nothing = true);
+    };
+    let mut rig = Rig::new(FakePostgres::new(START, START + 10), before).await;
     assert_eq!(rig.ended().await.unwrap_err().failure, Failure::PostgresRefused);
     let standby = FakePostgres::new(START, START + 10);
     standby.change(|inner| inner.in_recovery = true);

@@ -5,6 +5,7 @@
 
 mod bucket;
 mod fetch;
+mod named;
 mod place;
 mod server;
 mod shape;
@@ -19,7 +20,10 @@ pub use shape::Shape;
 use crate::{bucket::Bucket, config::Config, error::Error, server_link::ServerLink};
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use klio_storage::{crypt::Keys, layout::WalFile};
+use klio_storage::{
+    crypt::Keys,
+    layout::{ClusterName, WalFile},
+};
 use std::sync::Arc;
 
 /// Gives WAL files.
@@ -54,9 +58,16 @@ impl std::fmt::Debug for Answer {
 /// # Errors
 /// Wrong settings, and files that cannot be read.
 pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
-    let cluster = config.cluster()?;
+    open_as(config, config.cluster()?)
+}
+
+/// The same for a history that is known already.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_as(config: &Config, cluster: ClusterName) -> Result<Arc<dyn WalSource>, Error> {
     Ok(match Bucket::open(config)? {
-        Some(bucket) => Arc::new(bucket::FromBucket::new(bucket, cluster)),
+        Some(bucket) => Arc::new(named::Named::new(bucket, cluster)),
         None => Arc::new(server::FromServer::new(ServerLink::new(&config.server)?, &cluster)),
     })
 }

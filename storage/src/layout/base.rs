@@ -171,6 +171,9 @@ impl fmt::Display for BackupName {
 pub enum BaseObject {
     /// `cluster.json`: what was pinned at first contact. The PostgreSQL version in it may change.
     Cluster,
+    /// `generations.json`: which histories of the cluster there are. It changes when one is found, and when a person
+    /// decides.
+    Generations,
     /// `repository.json[.age]`; the wrapping may change, the secret inside does not.
     Secret {
         /// Age-wrapped.
@@ -187,6 +190,7 @@ impl BaseObject {
     pub fn relative(&self) -> String {
         match self {
             BaseObject::Cluster => "cluster.json".to_owned(),
+            BaseObject::Generations => "generations.json".to_owned(),
             BaseObject::Secret { encrypted: true } => "repository.json.age".to_owned(),
             BaseObject::Secret { encrypted: false } => "repository.json".to_owned(),
             BaseObject::File(file) => format!("base/{}", file.relative()),
@@ -208,6 +212,7 @@ impl BaseObject {
     pub fn parse_relative(text: &str) -> Option<Self> {
         match text {
             "cluster.json" => return Some(BaseObject::Cluster),
+            "generations.json" => return Some(BaseObject::Generations),
             "repository.json" => return Some(BaseObject::Secret { encrypted: false }),
             "repository.json.age" => return Some(BaseObject::Secret { encrypted: true }),
             _ => {}

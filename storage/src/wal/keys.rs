@@ -78,7 +78,7 @@ pub fn locked(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Vec
 /// `Denied`, with the file and for whom it is; as the disk fails.
 pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), Error> {
     for entry in names(disk, root)?.iter().filter(|entry| entry.is_dir) {
-        if entry.name.parse::<ClusterName>().is_err() {
+        if ClusterName::parse_generation(&entry.name).is_err() {
             continue;
         }
         let folder = root.join(&entry.name);

@@ -29,11 +29,13 @@ mod frame;
 mod horizon;
 mod journal;
 mod keys;
+pub mod overlap;
 mod reader;
 mod record;
 mod recover;
 mod scratch;
 mod seal;
+mod seam;
 mod stored;
 mod types;
 mod writer;
@@ -47,6 +49,7 @@ pub use keys::{Locked, check_keys, locked};
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
+pub use seam::{Broken, Seam};
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
     Sealed, StoredFile, WalOptions, open_stored,
@@ -112,7 +115,7 @@ impl WalStore {
         let shared = Arc::new(Shared { disk, root, options, pool, _lock: guard });
         let mut clusters = BTreeMap::new();
         for entry in entries.into_iter().filter(|entry| entry.is_dir) {
-            let Ok(name) = entry.name.parse::<ClusterName>() else { continue };
+            let Ok(name) = ClusterName::parse_generation(&entry.name) else { continue };
             let cluster = Arc::new(Cluster::new(name.clone(), shared.clone()));
             let recovered = cluster.load().and_then(|()| cluster.prove_all());
             if let Err(error) = recovered {
@@ -524,10 +527,26 @@ impl WalStore {
     /// `Corrupt` when it does not decode, or I/O errors.
     pub fn plain_bytes(&self, found: Found) -> Result<Vec<u8>, Error> {
         let mut plain = Vec::new();
+        self.plain_pieces(found, &mut |piece| {
+            plain.extend_from_slice(piece);
+            Ok(())
+        })?;
+        Ok(plain)
+    }
+
+    /// The same, piece by piece.
+    ///
+    /// # Errors
+    /// As [`WalStore::plain_bytes`], and what `put` fails with.
+    pub fn plain_pieces(
+        &self,
+        found: Found,
+        put: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         match found {
             Found::Open(mut open) => {
                 while let Some(chunk) = open.next_chunk()? {
-                    plain.extend_from_slice(chunk);
+                    put(chunk)?;
                 }
             }
             Found::Stored { path, plain_size, encoding, keys, .. } => {
@@ -539,15 +558,12 @@ impl WalStore {
                     Some(keys) => Box::new(keys.decrypt(reader).map_err(|e| e.at(path.display()))?),
                 };
                 if encoding == Encoding::Plain {
+                    let mut plain = Vec::new();
                     let read = reader.read_to_end(&mut plain);
                     read.map_err(|e| payload_error(path.display(), &e))?;
-                    return Ok(plain);
+                    return put(&plain);
                 }
-                let mut put = |piece: &[u8]| {
-                    plain.extend_from_slice(piece);
-                    Ok(())
-                };
-                let count = decode::decode_reader(&mut reader, plain_size, &mut put)
+                let count = decode::decode_reader(&mut reader, plain_size, put)
                     .map_err(|e| e.at(path.display()))?;
                 if count != plain_size {
                     let detail = format!("expected {plain_size} bytes, found {count}");
@@ -555,7 +571,7 @@ impl WalStore {
                 }
             }
         }
-        Ok(plain)
+        Ok(())
     }
 }
 

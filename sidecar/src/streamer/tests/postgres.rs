@@ -31,12 +31,23 @@ pub struct Inner {
     pub oldest: u64,
     pub chunk: u64,
     pub starts: Vec<(u32, u64)>,
+    /// What was read to be compared.
+    pub reads: Vec<(u32, u64)>,
+    /// Bytes from here on are another history's.
+    pub other_from: Option<u64>,
     pub reports: Vec<StatusUpdate>,
     pub sent: u64,
     pub shutdown: bool,
     pub in_recovery: bool,
     pub ask_reply: bool,
     pub crashed: bool,
+}
+
+impl Inner {
+    fn bytes(&self, from: u64, to: u64) -> Vec<u8> {
+        let other = |at: u64| self.other_from.is_some_and(|from| at >= from);
+        (from..to).map(|at| byte_at(at) ^ u8::from(other(at))).collect()
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -58,6 +69,8 @@ impl FakePostgres {
             oldest: start - start % SEGMENT,
             chunk: 128 << 10,
             starts: vec![],
+            reads: vec![],
+            other_from: None,
             reports: vec![],
             sent: 0,
             shutdown: false,
@@ -132,6 +145,23 @@ impl Session for FakePostgres {
     async fn history(&mut self, timeline: TimelineId) -> Result<Option<Bytes>, Error> {
         Ok(self.inner().histories.get(&timeline.get()).cloned().map(Bytes::from))
     }
+    async fn read(
+        self,
+        timeline: TimelineId,
+        start: Lsn,
+        end: Lsn,
+        take: &mut (dyn FnMut(&[u8]) + Send),
+    ) -> Result<Self, Error> {
+        let mut inner = self.inner();
+        inner.reads.push((timeline.get(), start.as_u64()));
+        if start.as_u64() < inner.oldest {
+            return Err(Error::new(Failure::WalRemoved, "has already been removed"));
+        }
+        let data = inner.bytes(start.as_u64(), end.as_u64());
+        drop(inner);
+        data.chunks(5000).for_each(|piece| take(piece));
+        Ok(self)
+    }
     async fn start(self, timeline: TimelineId, start: Lsn) -> Result<FakeWal, Error> {
         let (timeline, position) = (timeline.get(), start.as_u64());
         {
@@ -172,7 +202,7 @@ impl FakeWal {
         let start = self.position;
         self.position += bytes;
         inner.sent = inner.sent.max(self.position);
-        let data: Vec<u8> = (start..start + bytes).map(byte_at).collect();
+        let data = inner.bytes(start, start + bytes);
         Some(Event::Message(ReplicationMessage::XLogData(XLogData {
             start: Lsn::new(start),
             wal_end: Lsn::new(inner.end),

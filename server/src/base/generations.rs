@@ -1,0 +1,249 @@
+//! Which histories a cluster has, on this server (P11): reads and writes `generations.json`, and says what a name stands for.
+//!
+//! - Tier 1's record is the current one. A server that has nothing of a cluster asks the bucket before it answers.
+//! - A change is durable before anybody hears of it, and one is made at a time.
+//! - What cannot be read is an error, never "there is only one".
+
+use super::{BaseStore, lock, run};
+use klio_pg::{Lsn, TimelineId};
+use klio_proto::Code;
+use klio_storage::{
+    Error,
+    generations::{Generation, Generations, Refusal, Unproven},
+    layout::{BaseObject, ClusterName},
+    record,
+};
+use std::{collections::BTreeMap, sync::Mutex};
+use tonic::Status;
+
+/// What was read, by the cluster's plain name.
+#[derive(Default)]
+pub(super) struct Known {
+    read: Mutex<BTreeMap<ClusterName, Generations>>,
+    /// One change at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl BaseStore {
+    /// The histories of a cluster, as far as this server knows without asking anybody. Blocking at the first time.
+    pub fn generations_here(&self, cluster: &ClusterName) -> Result<Generations, Error> {
+        let base = cluster.base();
+        if let Some(known) = lock(&self.0.generations.read).get(&base) {
+            return Ok(known.clone());
+        }
+        let path = self.path(&base, &BaseObject::Generations);
+        let found: Option<Generations> = record::load(self.disk().as_ref(), &path)?;
+        let known = found.is_some() || self.wal().pinned(&base).is_some();
+        let found = found.unwrap_or_default();
+        if known {
+            lock(&self.0.generations.read).insert(base, found.clone());
+        }
+        Ok(found)
+    }
+
+    /// The histories of a cluster; of one that is not on tier 1, by the bucket.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when the bucket has to be asked and does not answer; `CORRUPT`.
+    pub async fn generations(&self, cluster: &ClusterName) -> Result<Generations, Status> {
+        let (this, name) = (self.clone(), cluster.base());
+        let here = run(move || this.generations_here(&name)).await?;
+        if here != Generations::default() || self.wal().pinned(&cluster.base()).is_some() {
+            return Ok(here);
+        }
+        let Some(tier2) = self.tier2() else { return Ok(here) };
+        let key = BaseObject::Generations.key(&cluster.base());
+        let question = async {
+            let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;
+            bytes.map(|bytes| record::decode::<Generations>(&bytes, &key)).transpose()
+        };
+        let found = self.ask(cluster, tier2, question).await?;
+        Ok(found.unwrap_or_default())
+    }
+
+    /// What a name stands for: `<name>@<number>` for itself, a plain name for the current generation.
+    ///
+    /// # Errors
+    /// `INVALID` for a number there is none of; as [`BaseStore::generations`].
+    pub async fn resolve(&self, named: ClusterName) -> Result<ClusterName, Status> {
+        let all = self.generations(&named).await?;
+        let number = named.number().unwrap_or_else(|| all.current());
+        match all.get(number) {
+            Some(_) => Ok(Generations::place(&named, number)),
+            None => {
+                let known: Vec<_> = all.all().iter().map(|g| g.number.to_string()).collect();
+                Err(Code::Invalid.status(format!(
+                    "read request: cluster {} has generations {}, found {number}",
+                    named.base(),
+                    known.join(", ")
+                )))
+            }
+        }
+    }
+
+    /// The same by what this server knows without asking anybody.
+    pub fn resolve_here(&self, named: &ClusterName) -> Result<ClusterName, Status> {
+        let all = self.generations_here(named).map_err(|e| crate::errors::status(&e))?;
+        Ok(Generations::place(named, named.number().unwrap_or_else(|| all.current())))
+    }
+
+    /// Takes over what the bucket says at first contact, so that a new tier 1 knows which histories there are.
+    ///
+    /// # Errors
+    /// As [`BaseStore::generations`], and as the disk fails.
+    pub(super) async fn adopt_generations(&self, cluster: &ClusterName) -> Result<(), Status> {
+        if self.wal().pinned(cluster).is_some() {
+            return Ok(());
+        }
+        let found = self.generations(cluster).await?;
+        let (this, name) = (self.clone(), cluster.base());
+        run(move || this.take_over_generations(&name, found)).await
+    }
+
+    /// Keeps a record of the bucket that is later than tier 1's: this tier 1 is new, or was set back. Blocking.
+    ///
+    /// # Errors
+    /// As the disk fails.
+    pub fn take_over_generations(
+        &self,
+        cluster: &ClusterName,
+        found: Generations,
+    ) -> Result<(), Error> {
+        let base = cluster.base();
+        if found.version <= self.generations_here(&base)?.version {
+            return Ok(());
+        }
+        let path = self.path(&base, &BaseObject::Generations);
+        if let Some(folder) = path.parent() {
+            klio_storage::disk::durable::create_dir(self.disk().as_ref(), folder)?;
+        }
+        record::store(self.disk().as_ref(), &path, &found)?;
+        tracing::warn!(cluster = %base, version = found.version, "what tier 2 knows of the cluster's histories is later than what tier 1 had: taken over");
+        lock(&self.0.generations.read).insert(base, found);
+        Ok(())
+    }
+
+    /// The same for a caller that adds to it.
+    ///
+    /// # Errors
+    /// `DIVERGED` for a generation that takes nothing any more.
+    pub async fn resolve_open(&self, named: ClusterName) -> Result<ClusterName, Status> {
+        let place = self.resolve(named).await?;
+        let all = self.generations(&place).await?;
+        match all.get(place.number().unwrap_or(1)) {
+            Some(found) if !found.state.is_open() => Err(Code::Diverged.status(format!(
+                "open cluster {}: generation {} is {}{}",
+                place.base(),
+                found.number,
+                found.state.word(),
+                decided(&found)
+            ))),
+            _ => Ok(place),
+        }
+    }
+
+    /// A generation for a history that is none of the cluster's.
+    ///
+    /// # Errors
+    /// `DIVERGED` when it is not taken, or a person has decided so; `INVALID` when there are too many.
+    pub async fn begin_generation(
+        &self,
+        cluster: &ClusterName,
+        reason: String,
+        system_identifier: u64,
+        taken: bool,
+    ) -> Result<u32, Status> {
+        let now = self.now_unix();
+        let made = self
+            .change_generations(cluster, move |all| {
+                all.begin(reason, system_identifier, now, taken)
+            })
+            .await?;
+        let base = cluster.base();
+        let Generation { number, state, reason, .. } = &made;
+        if state.is_open() {
+            tracing::error!(cluster = %base, generation = number, reason, "another history of the cluster is received, undecided: a person has to decide");
+            return Ok(*number);
+        }
+        Err(Code::Diverged.status(format!(
+            "open cluster {base}: another history, which is {} as generation {number}{}: {reason}",
+            state.word(),
+            decided(&made)
+        )))
+    }
+
+    /// Remembers a place where nothing showed that new WAL continues the old. Told once.
+    ///
+    /// # Errors
+    /// As the disk fails.
+    pub async fn note_unproven(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        at: Lsn,
+        reason: String,
+        now_unix: f64,
+    ) -> Result<(), Status> {
+        let generation = cluster.number().unwrap_or(1);
+        let found = Unproven {
+            generation,
+            timeline,
+            at,
+            reason: reason.clone(),
+            recorded_unix: now_unix,
+            unknown: record::Unknown::default(),
+        };
+        let new = self.change_generations(cluster, move |all| Ok(all.note_unproven(found)));
+        if new.await? {
+            tracing::warn!(%cluster, timeline = timeline.get(), %at, reason, "continuity is not proven: new WAL begins here");
+        }
+        Ok(())
+    }
+
+    /// Changes what is known of a cluster's histories, durably.
+    ///
+    /// # Errors
+    /// `INVALID` with the refusal; as the disk fails.
+    pub async fn change_generations<T: Send + 'static>(
+        &self,
+        cluster: &ClusterName,
+        change: impl FnOnce(&mut Generations) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Status> {
+        let _one = self.0.generations.changing.lock().await;
+        let before = self.generations(cluster).await?;
+        let mut after = before.clone();
+        let made = change(&mut after).map_err(|refusal| {
+            Code::Invalid.status(format!("change generations of {}: {refusal}", cluster.base()))
+        })?;
+        if after == before {
+            return Ok(made);
+        }
+        after.version = before.version + 1;
+        let (this, name) = (self.clone(), cluster.base());
+        run(move || {
+            let path = this.path(&name, &BaseObject::Generations);
+            if let Some(folder) = path.parent() {
+                klio_storage::disk::durable::create_dir(this.disk().as_ref(), folder)?;
+            }
+            record::store(this.disk().as_ref(), &path, &after)?;
+            lock(&this.0.generations.read).insert(name, after);
+            Ok(())
+        })
+        .await?;
+        self.announce(&cluster.base(), BaseObject::Generations, 0);
+        Ok(made)
+    }
+}
+
+/// Who decided about a generation and when, as the rest of a sentence; empty when nobody has.
+pub(crate) fn decided(generation: &Generation) -> String {
+    if generation.decided_by.is_empty() {
+        return String::new();
+    }
+    let at = generation.decided_unix as i64;
+    let at = time::OffsetDateTime::from_unix_timestamp(at)
+        .ok()
+        .and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
+    let at = at.map(|at| format!(" at {at}")).unwrap_or_default();
+    format!(", decided by {}{at}", generation.decided_by)
+}

@@ -1,0 +1,611 @@
+//! Whether a PostgreSQL's WAL is the one that is held, before a stream goes on there (P11).
+//!
+//! - The server compares: with the bytes it holds, of tier 1, else of tier 2. A client's word decides nothing but which
+//!   WAL it has now (P13).
+//! - The same bytes prove something only with a whole record among them: page headers and zeros are alike everywhere.
+//! - What cannot be read or is not there is not compared, and says nothing.
+//! - Bounded: the digests of one segment a comparison, and a few comparisons at once.
+
+use crate::{
+    base::BaseStore,
+    fetch::{Located, Source},
+    receive::open::blocking,
+};
+use bytes::Bytes;
+use futures::StreamExt;
+use klio_pg::{
+    Lsn, PAGE_BYTES, RecordWalker, SegmentName, SegmentSize, TimelineHistory, TimelineId,
+};
+use klio_proto::{
+    Code,
+    v1::{self, compare_request::Kind},
+    wal::{CompareBegin, Gap, Open},
+};
+use klio_storage::{
+    Error,
+    catalog::BackupRecord,
+    layout::{ClusterName, WalFile},
+    wal::{
+        SealedDecoder, Seam,
+        overlap::{self, DIGEST_BYTES, PageDigests},
+    },
+};
+use std::{
+    collections::VecDeque,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+};
+use tokio::sync::Semaphore;
+use tonic::Status;
+
+/// Each reads a segment from disk and sends nothing.
+const AT_ONCE: usize = 4;
+/// A writer opens its stream right after its comparison; of more writers than this the oldest compares again.
+const PROOFS_MAX: usize = 4096;
+/// Of what a client may send ahead of a record's end.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+
+/// What a comparison found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// No difference; `proven` with a whole record among what was compared.
+    Same {
+        /// See above.
+        proven: bool,
+    },
+    /// Two histories.
+    Diverged {
+        /// The first place that shows it.
+        at: Lsn,
+        /// Both sides.
+        detail: String,
+    },
+}
+
+/// What a writer has compared last.
+#[derive(Debug)]
+struct Proof {
+    writer_id: String,
+    cluster: ClusterName,
+    timeline: TimelineId,
+    end: Lsn,
+    proven: bool,
+}
+
+/// How a stream may begin.
+#[derive(Debug, Default)]
+pub struct Continuity {
+    /// Looks at the first new record.
+    pub seam: Option<Seam>,
+    /// Why nothing was proven; `None` when it was, or when there is nothing to continue.
+    pub unproven: Option<String>,
+}
+
+/// Compares. Cheap to clone.
+#[derive(Clone)]
+pub struct Comparer {
+    base: BaseStore,
+    source: Source,
+    turns: Arc<Semaphore>,
+    proofs: Arc<Mutex<VecDeque<Proof>>>,
+    findings: Arc<Mutex<VecDeque<Finding>>>,
+}
+
+/// That a writer's history is not this cluster's.
+#[derive(Debug)]
+struct Finding {
+    writer_id: String,
+    cluster: ClusterName,
+    detail: String,
+}
+
+impl Comparer {
+    /// Over both tiers.
+    pub fn new(base: BaseStore) -> Self {
+        let (store, tier2) = (base.wal().clone(), base.tier2().cloned());
+        let source = Source { store, tier2, readers: base.readers().clone() };
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        let (proofs, findings) = (Arc::default(), Arc::default());
+        Self { base, source, turns, proofs, findings }
+    }
+
+    /// Compares what `inbound` tells with what `cluster` holds.
+    ///
+    /// # Errors
+    /// `WRONG_SYSTEM`; `INVALID` for messages that cannot be right.
+    pub async fn compare(
+        &self,
+        cluster: &ClusterName,
+        begin: CompareBegin,
+        inbound: impl Inbound,
+    ) -> Result<Verdict, Status> {
+        self.base.check_system(cluster, begin.system).await?;
+        let verdict = self.judge(cluster, &begin, inbound).await?;
+        match &verdict {
+            Verdict::Diverged { at, detail } => {
+                tracing::warn!(%cluster, timeline = begin.timeline.get(), %at, detail, "PostgreSQL's history is not the one that is held");
+                self.found(&begin.writer_id, cluster, detail);
+            }
+            Verdict::Same { proven } => self.remember(Proof {
+                writer_id: begin.writer_id,
+                cluster: cluster.clone(),
+                timeline: begin.timeline,
+                end: begin.end,
+                proven: *proven,
+            }),
+        }
+        Ok(verdict)
+    }
+
+    async fn judge(
+        &self,
+        cluster: &ClusterName,
+        begin: &CompareBegin,
+        inbound: impl Inbound,
+    ) -> Result<Verdict, Status> {
+        if let Some(verdict) = self.compare_history(cluster, begin) {
+            return Ok(verdict);
+        }
+        let mut inbox = Inbox { inbound, digests: Vec::new(), head: Vec::new(), ended: false };
+        let mut held = Held::new(begin.system.segment_size, major(begin), begin.start);
+        let mut at = begin.start;
+        while at < begin.end {
+            let segment = SegmentName::containing(begin.timeline, at, begin.system.segment_size);
+            let end = next_segment(at, begin.system.segment_size).min(begin.end);
+            let theirs = inbox.digests(overlap::pages(at, end)).await?;
+            let ours = self.read_into(cluster, segment, at..end, &mut held).await?;
+            if let Some(page) = overlap::first_difference(at, &ours, &theirs) {
+                return Ok(different(begin.timeline, page, at, &ours, &theirs));
+            }
+            at = end;
+        }
+        if let Some(end) = begin.postgres_end.filter(|end| *end < begin.held) {
+            let (timeline, held) = (begin.timeline, begin.held);
+            let detail = format!(
+                "timeline {timeline:?} is held up to {held}, and PostgreSQL, which is not in recovery, has it only up to {end}: it was set back"
+            );
+            return Ok(Verdict::Diverged { at: end, detail });
+        }
+        let head = inbox.head().await?;
+        if !held.proven && !head.is_empty() {
+            let seam = self.seam(cluster, begin.system.segment_size, major(begin), begin).await?;
+            if let Some(Err(broken)) = seam.map(|mut seam| seam.push(&head)) {
+                return Ok(Verdict::Diverged { at: broken.at, detail: broken.to_string() });
+            }
+        }
+        Ok(Verdict::Same { proven: held.proven })
+    }
+
+    /// A timeline's number is no identity: where it left its ancestors has to be the same, too.
+    fn compare_history(&self, cluster: &ClusterName, begin: &CompareBegin) -> Option<Verdict> {
+        let held = self.base.wal().history(cluster, begin.timeline).ok()?;
+        let theirs = begin.history.as_ref()?;
+        let (a, b) = (held.entries(), theirs.entries());
+        if a == b {
+            return None;
+        }
+        let part = a.iter().zip(b).find(|(a, b)| a != b);
+        let at = part.map(|(a, b)| a.end.min(b.end)).or(held.switch_point());
+        let show = |history: &TimelineHistory| {
+            let path =
+                history.entries().iter().map(|e| format!("{:?} up to {}", e.timeline, e.end));
+            let path: Vec<_> = path.collect();
+            if path.is_empty() { "no ancestors".to_owned() } else { path.join(", ") }
+        };
+        let detail = format!(
+            "the history of timeline {:?} is held with {}, and PostgreSQL's has {}",
+            begin.timeline,
+            show(&held),
+            show(theirs)
+        );
+        Some(Verdict::Diverged { at: at.unwrap_or(Lsn::ZERO), detail })
+    }
+
+    /// The held bytes of a part of a segment, as digests of whole pages; `held` walks their records.
+    async fn read_into(
+        &self,
+        cluster: &ClusterName,
+        segment: SegmentName,
+        range: std::ops::Range<Lsn>,
+        held: &mut Held,
+    ) -> Result<Vec<u8>, Status> {
+        let size = held.size;
+        let part = Part::new(segment, size, range.clone(), held.walker_at(range.start));
+        let Some(part) = self.read(cluster, segment, size, part).await? else {
+            held.walker = None;
+            return Ok(Vec::new());
+        };
+        let Part { digests, walker, .. } = part;
+        let reached = digests.position();
+        held.proven |= walker.last_record().is_some();
+        held.walker = (reached == range.end).then_some(walker);
+        let whole = match reached == range.end {
+            true => overlap::pages(range.start, range.end),
+            false => reached.bytes_since(range.start) / PAGE_BYTES,
+        };
+        let mut digests = digests.finish();
+        digests.truncate(usize::try_from(whole).unwrap_or(usize::MAX).saturating_mul(DIGEST_BYTES));
+        Ok(digests)
+    }
+
+    /// Reads what is held of a segment; `None` when it cannot be had.
+    async fn read(
+        &self,
+        cluster: &ClusterName,
+        segment: SegmentName,
+        size: SegmentSize,
+        mut part: Part,
+    ) -> Result<Option<Part>, Status> {
+        // Only while reading: a client that is slow holds nobody's turn (P13).
+        let _turn = self.turns.acquire().await;
+        let found = match self.source.find_quietly(cluster, WalFile::Segment(segment)).await {
+            Ok(found) => found,
+            Err(status) => {
+                tracing::debug!(%cluster, %segment, error = status.message(), "not compared");
+                return Ok(None);
+            }
+        };
+        let read = match found {
+            Located::Tier1 { found, .. } => {
+                let store = self.base.wal().clone();
+                blocking(move || {
+                    let read = store.plain_pieces(found, &mut |piece| {
+                        part.push(piece);
+                        Ok(())
+                    });
+                    Ok(read.map(|()| part))
+                })
+                .await?
+            }
+            Located::Tier2 { file, download, keys, .. } => {
+                from_bucket(file, download, keys, size, part).await
+            }
+        };
+        Ok(read
+            .inspect_err(|error| tracing::warn!(%cluster, %segment, %error, "not compared"))
+            .ok())
+    }
+
+    /// What looks at new WAL from `begin.next` on, by the last segment that is held.
+    async fn seam(
+        &self,
+        cluster: &ClusterName,
+        size: SegmentSize,
+        major: u32,
+        begin: &CompareBegin,
+    ) -> Result<Option<Seam>, Status> {
+        self.seam_at(cluster, size, major, begin.timeline, begin.end, begin.next).await
+    }
+
+    async fn seam_at(
+        &self,
+        cluster: &ClusterName,
+        size: SegmentSize,
+        major: u32,
+        timeline: TimelineId,
+        end: Lsn,
+        next: Lsn,
+    ) -> Result<Option<Seam>, Status> {
+        if end == Lsn::ZERO {
+            return Ok(None);
+        }
+        let last = Lsn::new(end.as_u64() - 1);
+        let segment = SegmentName::containing(timeline, last, size);
+        let start = last.segment_start(size);
+        let walker = RecordWalker::new(size, major, start);
+        let part = Part::new(segment, size, start..end, walker);
+        let Some(part) = self.read(cluster, segment, size, part).await? else { return Ok(None) };
+        if part.digests.position() != end {
+            return Ok(None);
+        }
+        Ok(match next == end {
+            true => Seam::continues(part.walker, next),
+            false => Seam::behind(&part.walker, size, major, next),
+        })
+    }
+
+    fn remember(&self, proof: Proof) {
+        let mut proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        proofs.retain(|p| p.writer_id != proof.writer_id || p.cluster != proof.cluster);
+        proofs.push_back(proof);
+        if proofs.len() > PROOFS_MAX {
+            proofs.pop_front();
+        }
+    }
+
+    /// Remembers that a writer's history is not this cluster's.
+    pub fn found(&self, writer_id: &str, cluster: &ClusterName, detail: &str) {
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        findings.retain(|f| f.writer_id != writer_id || f.cluster != *cluster);
+        let (writer_id, cluster) = (writer_id.to_owned(), cluster.clone());
+        findings.push_back(Finding { writer_id, cluster, detail: detail.to_owned() });
+        if findings.len() > PROOFS_MAX {
+            findings.pop_front();
+        }
+    }
+
+    /// What was found about a writer and a cluster, if they do not fit.
+    pub fn finding(&self, writer_id: &str, cluster: &ClusterName) -> Option<String> {
+        let findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |f: &&Finding| f.writer_id == writer_id && f.cluster == *cluster;
+        findings.iter().find(fits).map(|f| f.detail.clone())
+    }
+
+    /// Why a writer's history is none of the current generation `cluster`.
+    ///
+    /// # Errors
+    /// `INVALID` when it was not compared.
+    pub fn why_another(&self, writer_id: &str, cluster: &ClusterName) -> Result<String, Status> {
+        if let Some(detail) = self.finding(writer_id, cluster) {
+            return Ok(detail);
+        }
+        if self.is_unproven(writer_id, cluster) {
+            let why = "PostgreSQL no longer has the WAL that would show which history it continues";
+            return Ok(why.to_owned());
+        }
+        Err(Code::Invalid.status(format!(
+            "begin a generation of {}: expected a comparison with the current one first",
+            cluster.base()
+        )))
+    }
+
+    /// Whether a backup may be committed beside the WAL of `cluster`: its PostgreSQL was compared with it up to its stop.
+    ///
+    /// # Errors
+    /// `DIVERGED` when it is another history's; `INVALID` when it was not compared and there are several.
+    pub async fn may_commit(
+        &self,
+        cluster: &ClusterName,
+        writer_id: &str,
+        document: &[u8],
+    ) -> Result<(), Status> {
+        // What is no record is refused where it is read.
+        let Ok(record) = serde_json::from_slice::<BackupRecord>(document) else { return Ok(()) };
+        let refuse = |code: Code, detail: &str| {
+            Err(code.status(format!("commit backup {} of {cluster}: {detail}", record.name)))
+        };
+        if writer_id.is_empty() {
+            let open = self.base.generations(cluster).await?;
+            let open = open.all().iter().filter(|g| g.state.is_open()).count();
+            return match open > 1 {
+                true => refuse(
+                    Code::Invalid,
+                    "the cluster has several histories, and this sidecar does not say which one it read; use the server's version",
+                ),
+                false => Ok(()),
+            };
+        }
+        if self.compared_up_to(writer_id, cluster).is_some_and(|end| end >= record.stop_lsn) {
+            return Ok(());
+        }
+        match self.finding(writer_id, cluster) {
+            Some(detail) => refuse(Code::Diverged, &detail),
+            None => refuse(Code::Incomplete, "its WAL was not compared with what is held"),
+        }
+    }
+
+    /// Whether a writer compared itself with a cluster, and neither was the same history proven nor another.
+    pub fn is_unproven(&self, writer_id: &str, cluster: &ClusterName) -> bool {
+        let proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        proofs.iter().any(|p| p.writer_id == writer_id && p.cluster == *cluster && !p.proven)
+    }
+
+    fn compared_up_to(&self, writer_id: &str, cluster: &ClusterName) -> Option<Lsn> {
+        let proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |p: &&Proof| p.writer_id == writer_id && p.cluster == *cluster;
+        proofs.iter().find(fits).map(|proof| proof.end)
+    }
+
+    /// What the writer compared with this cluster; it counts once.
+    fn take(&self, writer_id: &str, cluster: &ClusterName) -> Option<Proof> {
+        let mut proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |p: &Proof| p.writer_id == writer_id && p.cluster == *cluster;
+        let found = proofs.iter().position(fits).and_then(|at| proofs.remove(at));
+        proofs.retain(|p| p.writer_id != writer_id);
+        found
+    }
+
+    /// How the stream that `open` asks for may begin, by what its writer compared before.
+    ///
+    /// # Errors
+    /// `DIVERGED` when nothing can be proven while a history that was refused may be this one.
+    pub async fn continuity(
+        &self,
+        cluster: &ClusterName,
+        open: &Open,
+    ) -> Result<Continuity, Status> {
+        let proof = self.take(&open.writer_id, cluster);
+        let positions = self.base.wal().positions(cluster);
+        if positions.is_empty() {
+            return Ok(Continuity::default());
+        }
+        let held = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
+        // Of a timeline that is new here its ancestor was compared, whose bytes come again with it.
+        let fits = |proof: &Proof| match held {
+            Some(held) => proof.timeline == open.timeline && proof.end == held,
+            None => proof.timeline < open.timeline,
+        };
+        let unproven = match &proof {
+            Some(proof) if proof.proven && open.gap.is_none() && fits(proof) => {
+                return Ok(Continuity::default());
+            }
+            Some(_) => "PostgreSQL no longer has the WAL before it",
+            None => "the sidecar is older than the server, and compares nothing",
+        };
+        let seam = match held {
+            Some(held) => {
+                let end = open.gap.as_ref().map_or(held, |gap: &Gap| gap.from);
+                let (size, major) =
+                    (open.system.segment_size, open.system.postgres_version / 10_000);
+                self.seam_at(cluster, size, major, open.timeline, end, open.start).await?
+            }
+            None => None,
+        };
+        let all = self.base.generations(cluster).await?;
+        if seam.is_none()
+            && let Some(refused) = all.undecided().find(|g| !g.taken)
+        {
+            return Err(Code::Diverged.status(format!(
+                "open cluster {cluster}: {unproven}, and another history was refused under this name: {}",
+                refused.reason
+            )));
+        }
+        Ok(Continuity { seam, unproven: Some(unproven.to_owned()) })
+    }
+}
+
+async fn from_bucket(
+    file: WalFile,
+    download: klio_storage::tier2::Download,
+    keys: Option<klio_storage::crypt::Keys>,
+    size: SegmentSize,
+    mut part: Part,
+) -> Result<Part, Error> {
+    let mut plain = match keys {
+        None => download.boxed(),
+        Some(keys) => keys.decrypt_stream(download, file.to_string()).await?.boxed(),
+    };
+    let mut decoder = SealedDecoder::new(size.bytes())?;
+    while let Some(piece) = plain.next().await {
+        decoder.push(&piece?, &mut |piece| {
+            part.push(piece);
+            Ok(())
+        })?;
+    }
+    decoder.finish()?;
+    Ok(part)
+}
+
+const fn major(begin: &CompareBegin) -> u32 {
+    begin.system.postgres_version / 10_000
+}
+
+fn next_segment(at: Lsn, size: SegmentSize) -> Lsn {
+    at.segment_start(size).advance(size.bytes())
+}
+
+fn different(timeline: TimelineId, page: Lsn, start: Lsn, ours: &[u8], theirs: &[u8]) -> Verdict {
+    let index = usize::try_from(page.bytes_since(start) / PAGE_BYTES).unwrap_or(0) * DIGEST_BYTES;
+    let show = |digests: &[u8]| {
+        let bytes = digests.get(index..index + DIGEST_BYTES).unwrap_or_default();
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    let (ours, theirs) = (show(ours), show(theirs));
+    let detail = format!(
+        "the WAL page at {page} of timeline {timeline:?} is held with digest {ours}, and PostgreSQL's has {theirs}"
+    );
+    Verdict::Diverged { at: page, detail }
+}
+
+/// The records of what is held, over all segments that were read without a hole.
+struct Held {
+    size: SegmentSize,
+    major: u32,
+    walker: Option<RecordWalker>,
+    proven: bool,
+}
+
+impl Held {
+    fn new(size: SegmentSize, major: u32, start: Lsn) -> Self {
+        let walker = Some(RecordWalker::new(size, major, start));
+        Self { size, major, walker, proven: false }
+    }
+
+    fn walker_at(&mut self, at: Lsn) -> RecordWalker {
+        let walker = self.walker.take().filter(|walker| walker.position() == at);
+        walker.unwrap_or_else(|| RecordWalker::new(self.size, self.major, at))
+    }
+}
+
+/// A part of a segment, as it is read from its beginning.
+struct Part {
+    /// Before the part.
+    skip: u64,
+    /// Of the part.
+    left: u64,
+    digests: PageDigests,
+    walker: RecordWalker,
+}
+
+impl Part {
+    fn new(
+        segment: SegmentName,
+        size: SegmentSize,
+        range: std::ops::Range<Lsn>,
+        walker: RecordWalker,
+    ) -> Self {
+        let start = segment.start_lsn(size).unwrap_or(range.start);
+        let (skip, left) = (range.start.bytes_since(start), range.end.bytes_since(range.start));
+        Self { skip, left, digests: PageDigests::new(range.start), walker }
+    }
+
+    fn push(&mut self, piece: &[u8]) {
+        let skip = usize::try_from(self.skip).map_or(piece.len(), |skip| skip.min(piece.len()));
+        self.skip -= skip as u64;
+        let piece = &piece[skip..];
+        let take = usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
+        self.left -= take as u64;
+        self.digests.push(&piece[..take]);
+        self.walker.push(&piece[..take], &mut |_| {});
+    }
+}
+
+/// Where the messages of a comparison come from.
+pub trait Inbound: Send {
+    /// The next one; `None` at the end.
+    fn next(&mut self) -> impl Future<Output = Result<Option<v1::CompareRequest>, Status>> + Send;
+}
+
+struct Inbox<I> {
+    inbound: I,
+    digests: Vec<u8>,
+    head: Vec<u8>,
+    ended: bool,
+}
+
+impl<I: Inbound> Inbox<I> {
+    /// The digests of the next pages.
+    async fn digests(&mut self, pages: u64) -> Result<Vec<u8>, Status> {
+        let bytes = usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(DIGEST_BYTES);
+        while self.digests.len() < bytes {
+            if !self.more().await? {
+                let found = self.digests.len() / DIGEST_BYTES;
+                let detail = format!("compare WAL: expected {pages} more digests, found {found}");
+                return Err(Code::Invalid.status(detail));
+            }
+        }
+        let rest = self.digests.split_off(bytes);
+        Ok(std::mem::replace(&mut self.digests, rest))
+    }
+
+    async fn head(&mut self) -> Result<Vec<u8>, Status> {
+        while self.more().await? {}
+        Ok(std::mem::take(&mut self.head))
+    }
+
+    async fn more(&mut self) -> Result<bool, Status> {
+        if self.ended {
+            return Ok(false);
+        }
+        let add = |into: &mut Vec<u8>, data: Bytes| {
+            into.extend_from_slice(&data);
+            Ok(true)
+        };
+        match self.inbound.next().await?.map(|message| message.kind) {
+            None => {
+                self.ended = true;
+                Ok(false)
+            }
+            Some(Some(Kind::Digests(data))) if data.len() % DIGEST_BYTES == 0 => {
+                add(&mut self.digests, data)
+            }
+            Some(Some(Kind::Head(data))) if self.head.len() + data.len() <= HEAD_BYTES_MAX => {
+                add(&mut self.head, data)
+            }
+            Some(_) => {
+                Err(Code::Invalid
+                    .status("compare WAL: expected digests, then at most 64 KiB of WAL"))
+            }
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! Which of the cluster's histories this PostgreSQL continues (P11): found by content at every connection, never remembered.
+//!
+//! - The generation whose bytes are proven to be PostgreSQL's is the one. Where none is, the only one there is goes on
+//!   unproven, as there is nothing else that it could be; with several, or when all are other histories, a new one begins.
+//! - A generation that a person has closed takes nothing, and says who closed it.
+
+use super::{
+    Metrics, Options,
+    overlap::{Compared, Side},
+    plan::{Facts, Held, Plan},
+    session::{Histories, Memory, Stream},
+    source::{Identity, Primary, Session},
+};
+use crate::{
+    config,
+    error::{Error, Failure},
+    server_link::{ServerLink, Traced},
+};
+use klio_pg::{Lsn, TimelineHistory, TimelineId};
+use klio_proto::{
+    Code,
+    v1::{self, wal_client::WalClient},
+};
+use klio_storage::layout::ClusterName;
+use opentelemetry::metrics::{MeterProvider, noop::NoopMeterProvider};
+
+/// A generation as the server tells of it.
+#[derive(Debug, Clone)]
+pub(super) struct Candidate {
+    /// `None`: the server knows no generations.
+    pub number: Option<u32>,
+    pub state: String,
+    pub same_system: bool,
+    pub held: Vec<Held>,
+    pub decided: String,
+}
+
+impl Candidate {
+    fn is_open(&self) -> bool {
+        matches!(self.state.as_str(), "current" | "undecided")
+    }
+
+    fn is_current(&self) -> bool {
+        self.state == "current"
+    }
+}
+
+/// Where the stream goes.
+#[derive(Debug, Clone)]
+pub(super) struct Chosen {
+    /// As the server is to be told.
+    pub place: String,
+    pub number: Option<u32>,
+    pub facts: Facts,
+    pub plan: Plan,
+}
+
+/// What is the same for all generations.
+pub(super) struct Ground<'a> {
+    pub identity: Identity,
+    pub history: TimelineHistory,
+    pub slot_restart: Option<Lsn>,
+    pub histories: &'a mut Histories,
+    pub server: &'a mut WalClient<Traced>,
+    pub memory: &'a Memory,
+}
+
+/// What a look at one generation gave.
+enum Found {
+    /// No sign of another history; `proven` with a whole record among what was compared.
+    Same { proven: bool, chosen: Result<Chosen, Error> },
+    /// Another history.
+    Another,
+    /// Nothing was compared, for this reason.
+    Refused(Error),
+}
+
+/// What a look at all of them gave.
+#[derive(Default)]
+struct Surveyed {
+    /// The one whose bytes are PostgreSQL's.
+    proven: Option<(Candidate, Result<Chosen, Error>)>,
+    /// An open one that could not be compared.
+    unproven: Option<Chosen>,
+    /// An open one that holds nothing yet.
+    fresh: Option<Candidate>,
+    /// Why the current one is not taken.
+    refusal: Option<Error>,
+}
+
+impl<P: Primary> Stream<'_, P> {
+    /// Finds it, or lets one begin. Gives the connection back.
+    pub async fn choose(
+        &self,
+        postgres: P::Session,
+        candidates: &[Candidate],
+        ground: &mut Ground<'_>,
+    ) -> Result<(P::Session, Chosen), Error> {
+        let (postgres, surveyed) = self.survey(postgres, candidates, ground).await?;
+        let Surveyed { proven, unproven, fresh, refusal } = surveyed;
+        match proven {
+            Some((candidate, chosen)) if candidate.is_open() => return Ok((postgres, chosen?)),
+            Some((candidate, _)) => return Err(closed(&candidate)),
+            None => {}
+        }
+        if let Some(error) = refusal {
+            return Err(error);
+        }
+        if let Some(chosen) = unproven.filter(|_| !several(candidates)) {
+            return Ok((postgres, chosen));
+        }
+        let number = match fresh {
+            Some(candidate) => candidate.number,
+            None => Some(self.begin_generation(ground).await?),
+        };
+        let facts = self.facts(Vec::new(), ground);
+        let plan = self.decide(&facts, ground.identity, ground.memory)?;
+        Ok((postgres, Chosen { place: self.place(number), number, facts, plan }))
+    }
+
+    /// The generation that PostgreSQL continues, without changing anything: for a backup, which compares from where it
+    /// began. `None`: the server knows no generations, or there is only one.
+    pub async fn find(&self, from: Option<Lsn>) -> Result<Option<u32>, Error> {
+        let mut postgres = self.primary.connect().await?;
+        let identity = postgres.identify().await?;
+        let mut server = self.link.connect().await?.wal();
+        let candidates = self.candidates(&mut server, identity).await?;
+        let mut histories = Histories::default();
+        let history = histories.path(&mut postgres, identity.timeline).await?;
+        let (memory, histories, server) = (&Memory::default(), &mut histories, &mut server);
+        let mut ground =
+            Ground { identity, history, slot_restart: from, histories, server, memory };
+        let (_, surveyed) = self.survey(postgres, &candidates, &mut ground).await?;
+        let only = candidates.len() == 1;
+        let number = |number: Option<u32>| number.filter(|_| !only);
+        match surveyed.proven {
+            Some((candidate, _)) if candidate.is_open() => return Ok(number(candidate.number)),
+            Some((candidate, _)) => return Err(closed(&candidate)),
+            None => {}
+        }
+        let unproven = surveyed.unproven.map(|chosen| chosen.number);
+        let fresh = surveyed.fresh.map(|candidate| candidate.number);
+        match unproven.or(fresh).filter(|_| !several(&candidates)) {
+            Some(found) => Ok(number(found)),
+            None => Err(surveyed.refusal.unwrap_or_else(none_of_them)),
+        }
+    }
+
+    async fn survey(
+        &self,
+        mut postgres: P::Session,
+        candidates: &[Candidate],
+        ground: &mut Ground<'_>,
+    ) -> Result<(P::Session, Surveyed), Error> {
+        let mut surveyed = Surveyed::default();
+        for candidate in candidates {
+            if !candidate.same_system || ground.memory.diverged.contains(&candidate.number) {
+                continue;
+            }
+            if candidate.held.is_empty() {
+                let open = candidate.is_open().then(|| candidate.clone());
+                surveyed.fresh = surveyed.fresh.or(open);
+                continue;
+            }
+            let found;
+            (postgres, found) = self.look(postgres, candidate, ground).await?;
+            match found {
+                Found::Same { proven: true, chosen } => {
+                    surveyed.proven = Some((candidate.clone(), chosen));
+                    break;
+                }
+                Found::Same { chosen: Ok(chosen), .. } if candidate.is_open() => {
+                    surveyed.unproven = surveyed.unproven.or(Some(chosen));
+                }
+                Found::Same { chosen: Err(error), .. } | Found::Refused(error)
+                    if candidate.is_current() =>
+                {
+                    surveyed.refusal = Some(error);
+                }
+                Found::Same { .. } | Found::Another | Found::Refused(_) => {}
+            }
+        }
+        Ok((postgres, surveyed))
+    }
+
+    /// As the server is to be told.
+    fn place(&self, number: Option<u32>) -> String {
+        let cluster = &self.options.cluster;
+        number.map_or_else(|| cluster.to_string(), |number| format!("{cluster}@{number}"))
+    }
+
+    fn facts(&self, held: Vec<Held>, ground: &Ground<'_>) -> Facts {
+        Facts {
+            held,
+            history: ground.history.clone(),
+            postgres_end: ground.identity.end,
+            slot_restart: ground.slot_restart,
+            segment_size: ground.identity.segment_size,
+        }
+    }
+
+    async fn look(
+        &self,
+        mut postgres: P::Session,
+        candidate: &Candidate,
+        ground: &mut Ground<'_>,
+    ) -> Result<(P::Session, Found), Error> {
+        let mut facts = self.facts(candidate.held.clone(), ground);
+        if facts.is_behind() && !ground.identity.in_recovery {
+            // Its end was asked for before the position: another writer may have gone on meanwhile.
+            ground.identity = postgres.identify().await?;
+            facts.postgres_end = ground.identity.end;
+        }
+        let plan = self.decide(&facts, ground.identity, ground.memory);
+        let overlap = facts.overlap().filter(|_| plan.is_ok() || facts.is_behind());
+        let place = self.place(candidate.number);
+        let chosen = |plan| Chosen { place: place.clone(), number: candidate.number, facts, plan };
+        let Some(overlap) = overlap else {
+            let found = match plan {
+                Ok(plan) => Found::Same { proven: false, chosen: Ok(chosen(plan)) },
+                Err(error) => Found::Refused(error),
+            };
+            return Ok((postgres, found));
+        };
+        let on_it = |plan: &&Plan| plan.timeline == overlap.timeline;
+        let next = plan.as_ref().ok().filter(on_it).map(|plan| plan.start);
+        let history = match overlap.timeline.get() {
+            1 => None,
+            _ => ground.histories.get(&mut postgres, overlap.timeline).await?,
+        };
+        let mut side = Side {
+            place: &place,
+            identity: ground.identity,
+            history,
+            next,
+            server: &mut *ground.server,
+        };
+        let (postgres, compared) = self.compare(postgres, &overlap, &mut side).await?;
+        let found = match compared {
+            Compared::Diverged(detail) => {
+                tracing::warn!(place, detail, "PostgreSQL does not continue this history");
+                Found::Another
+            }
+            compared => {
+                let proven = matches!(compared, Compared::Proven);
+                Found::Same { proven, chosen: plan.map(chosen) }
+            }
+        };
+        Ok((postgres, found))
+    }
+
+    async fn begin_generation(&self, ground: &mut Ground<'_>) -> Result<u32, Error> {
+        let request = v1::BeginGenerationRequest {
+            cluster: self.options.cluster.to_string(),
+            system_identifier: ground.identity.system_identifier,
+            segment_size: ground.identity.segment_size.as_u32(),
+            postgres_version: ground.identity.version,
+            writer_id: self.writer_id.to_owned(),
+        };
+        let answer = ground.server.begin_generation(request).await;
+        let number = answer
+            .map_err(|status| Error::from_status("begin a generation of the cluster", &status))?
+            .into_inner()
+            .number;
+        tracing::error!(
+            generation = number,
+            "this PostgreSQL's history is not the one that the server holds: it is received as an undecided generation, and a person has to decide (klio generation list)"
+        );
+        Ok(number)
+    }
+
+    /// What the server holds of each generation.
+    pub async fn candidates(
+        &self,
+        server: &mut WalClient<Traced>,
+        identity: Identity,
+    ) -> Result<Vec<Candidate>, Error> {
+        let request = v1::PositionRequest {
+            cluster: self.options.cluster.to_string(),
+            system_identifier: identity.system_identifier,
+            segment_size: identity.segment_size.as_u32(),
+            postgres_version: identity.version,
+            knows_generations: true,
+        };
+        let answer = server
+            .position(request)
+            .await
+            .map_err(|status| Error::from_status("ask the server for its position", &status))?
+            .into_inner();
+        if answer.generations.is_empty() {
+            return Ok(vec![Candidate {
+                number: None,
+                state: "current".into(),
+                same_system: true,
+                held: held(&answer.timelines)?,
+                decided: String::new(),
+            }]);
+        }
+        let read = |g: v1::GenerationPosition| {
+            let held = held(&g.timelines)?;
+            let (number, state) = (Some(g.number), g.state);
+            Ok(Candidate { number, state, same_system: g.same_system, held, decided: g.decided })
+        };
+        answer.generations.into_iter().map(read).collect()
+    }
+}
+
+/// The history of `cluster` that this PostgreSQL continues, for a backup of it: its name, with a number where there are
+/// several. The server remembers what `writer_id` compared.
+///
+/// # Errors
+/// `DIVERGED` when it continues none; as both ends answer.
+pub async fn history_of<P: Primary>(
+    primary: &P,
+    link: &ServerLink,
+    cluster: &ClusterName,
+    writer_id: &str,
+    from: Option<Lsn>,
+) -> Result<ClusterName, Error> {
+    let options = Options::new(cluster.base(), &config::Stream::default());
+    let metrics = Metrics::new(&NoopMeterProvider::new().meter("klio"), cluster.as_str());
+    let stream = Stream { primary, link, options: &options, metrics: &metrics, writer_id };
+    let Some(number) = stream.find(from).await? else { return Ok(cluster.clone()) };
+    ClusterName::parse_generation(&format!("{}@{number}", cluster.base()))
+        .map_err(|error| Error::new(Failure::Config, error))
+}
+
+fn held(timelines: &[v1::TimelinePosition]) -> Result<Vec<Held>, Error> {
+    let read = |p: &v1::TimelinePosition| {
+        let timeline = TimelineId::new(p.timeline)?;
+        let flushed = Lsn::new(p.flushed_lsn);
+        Some(Held { timeline, flushed, has_history: p.has_history })
+    };
+    timelines.iter().map(read).collect::<Option<Vec<_>>>().ok_or_else(|| {
+        let message = "ask the server for its position: expected timelines from 1 up, found 0";
+        Error::new(Failure::Code(Code::Invalid), message)
+    })
+}
+
+/// More than one history may be streamed into.
+fn several(candidates: &[Candidate]) -> bool {
+    candidates.iter().filter(|candidate| candidate.is_open()).count() > 1
+}
+
+fn none_of_them() -> Error {
+    let message = "compare WAL with the server's: this PostgreSQL continues none of the histories that the server holds";
+    Error::new(Failure::Code(Code::Diverged), message)
+        .hint("klio stream on this machine has to run first: what it sends becomes a generation")
+}
+
+fn closed(candidate: &Candidate) -> Error {
+    let number = candidate.number.unwrap_or(1);
+    let (state, decided) = (&candidate.state, &candidate.decided);
+    let message = format!(
+        "compare WAL with the server's: this PostgreSQL continues generation {number} of the cluster, which is {state}{decided}"
+    );
+    Error::new(Failure::Code(Code::Diverged), message).hint(format!(
+        "if this is the cluster after all, an administrator says so with klio generation follow {number}; else stop klio stream here"
+    ))
+}

@@ -1,0 +1,31 @@
+//! The history that a cluster's name stands for in a bucket, found out with the first file and then kept: a decision that
+//! is made during a recovery must not give it another history's WAL (P11).
+
+use super::{Answer, WalSource, bucket::FromBucket};
+use crate::{bucket::Bucket, error::Error};
+use klio_storage::layout::{ClusterName, WalFile};
+use tokio::sync::OnceCell;
+
+/// Reads a bucket by a name.
+pub(super) struct Named {
+    bucket: Bucket,
+    named: ClusterName,
+    found: OnceCell<FromBucket>,
+}
+
+impl Named {
+    pub fn new(bucket: Bucket, named: ClusterName) -> Self {
+        Self { bucket, named, found: OnceCell::new() }
+    }
+}
+
+#[tonic::async_trait]
+impl WalSource for Named {
+    async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
+        let find = async || {
+            let place = self.bucket.resolve(&self.named).await?;
+            Ok::<_, Error>(FromBucket::new(self.bucket.clone(), place))
+        };
+        self.found.get_or_try_init(find).await?.ask(file, other_copy).await
+    }
+}
