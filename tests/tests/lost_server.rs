@@ -93,6 +93,7 @@ async fn a_stranger_and_an_old_primary_are_refused_though_only_the_bucket_knows_
     let (pg, stranger) = (Postgres::builder().segment_mib(1).start().await, Postgres::new().await);
     let mut site = Site::new().await.tier2(&s3);
     site.set("KLIO_TIER2__RETRY_TIMEOUT_SECONDS", "1");
+    site.set("KLIO_WAL__ON_DIVERGENCE", "refuse");
     site.start().await;
     let stream = site.stream(&pg);
     archive_some(&site, &pg).await;
