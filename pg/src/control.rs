@@ -11,6 +11,7 @@
 //! | 16 | state of the cluster |
 //! | 32 | LSN of the latest checkpoint |
 //! | 48 | its timeline |
+//! | 180, 184, 188, 192, 196 | max_connections and its kin: see [`ControlFile::needed`] |
 //! | 208 | the double 1234567.0, by which a machine of another kind is told |
 //! | 216 | block size |
 //! | 220 | blocks in a relation segment |
@@ -44,6 +45,8 @@ pub struct ControlFile {
     pub segment_size: SegmentSize,
     /// Pages have checksums.
     pub checksums: bool,
+    /// What a recovery has to be set to at least, by the names of the settings: what the server that wrote it was set to.
+    pub needed: [(&'static str, u32); 5],
 }
 
 /// Not a control file that can be read.
@@ -108,6 +111,13 @@ impl ControlFile {
             relation_segment_blocks: u32_at(220),
             segment_size,
             checksums: u32_at(252) != 0,
+            needed: [
+                ("max_connections", u32_at(180)),
+                ("max_worker_processes", u32_at(184)),
+                ("max_wal_senders", u32_at(188)),
+                ("max_prepared_transactions", u32_at(192)),
+                ("max_locks_per_transaction", u32_at(196)),
+            ],
         })
     }
 
@@ -156,8 +166,11 @@ mod tests {
         assert_eq!((control.timeline.get(), control.segment_size.bytes()), (1, 16 << 20));
         assert_eq!((control.relation_segment_blocks, control.checksums), (131_072, true));
         assert_eq!(control.tablespace_folder(15), "PG_15_202209061");
+        let numbers = |control: &ControlFile| control.needed.map(|(_, number)| number);
+        assert_eq!(numbers(&control), [100, 8, 10, 0, 64]);
         let control = ControlFile::parse(include_bytes!("../testdata/pg_control_18.bin")).unwrap();
         assert_eq!((control.format, control.block_size, control.checksums), (1800, 8192, true));
+        assert_eq!(numbers(&control), [100, 8, 10, 0, 64]);
     }
 
     #[test]

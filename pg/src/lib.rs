@@ -15,6 +15,7 @@ mod segment_header;
 mod size;
 mod timeline;
 mod wal_change;
+mod wal_edit;
 mod wal_record;
 mod wal_xact;
 
@@ -36,4 +37,5 @@ pub use segment_header::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentHeaderError
 pub use size::ByteSize;
 pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};
 pub use wal_change::{WalLevel, WalParameters};
+pub use wal_edit::{Edit, TABLESPACE_RECORD_SPAN, edit_segment, tablespace_in_place};
 pub use wal_record::{Found, Landmark, RecordWalker};

@@ -198,7 +198,10 @@ pub struct RecordWalker {
     header_len: usize,
     state: State,
     first_page: bool,
+    first: Option<Lsn>,
     last: Option<Lsn>,
+    /// The next record's xl_prev is `last`: not behind a record that a crash cut off.
+    chained: bool,
     end: Option<Lsn>,
     first_prev: Option<Lsn>,
 }
@@ -216,7 +219,9 @@ impl RecordWalker {
             header_len: 0,
             state: State::Record(Partial::new()),
             first_page: true,
+            first: None,
             last: None,
+            chained: true,
             end: None,
             first_prev: None,
         }
@@ -225,6 +230,10 @@ impl RecordWalker {
     /// Where the next byte belongs.
     pub const fn position(&self) -> Lsn {
         self.position
+    }
+    /// Start of the first record that begins here, whole or not.
+    pub const fn first_record(&self) -> Option<Lsn> {
+        self.first
     }
     /// Start of the last whole record.
     pub const fn last_record(&self) -> Option<Lsn> {
@@ -314,7 +323,7 @@ impl RecordWalker {
                 };
                 if flags & OVERWRITES != 0 {
                     self.state = State::Record(Partial::new());
-                    self.last = None;
+                    self.chained = false;
                 } else if !continues || remaining != left {
                     return Err("a record that does not continue");
                 }
@@ -351,6 +360,7 @@ impl RecordWalker {
                     return (pad as usize).min(data.len());
                 }
                 partial.start = self.position;
+                self.first.get_or_insert(self.position);
                 self.take_record(data, found)
             }
             State::Record(_) => self.take_record(data, found),
@@ -366,7 +376,7 @@ impl RecordWalker {
             partial.header[got..got + take].copy_from_slice(&data[..take]);
             partial.got += take as u64;
             if partial.got == RECORD_HEADER as u64
-                && let Err(why) = partial.check_header(self.last)
+                && let Err(why) = partial.check_header(self.last.filter(|_| self.chained))
             {
                 self.state = State::Ended(why);
             } else if partial.got == RECORD_HEADER as u64 {
@@ -398,7 +408,7 @@ impl RecordWalker {
         }
         let end = self.position.advance(taken as u64);
         let end = Lsn::new(end.as_u64().next_multiple_of(8));
-        (self.last, self.end) = (Some(partial.start), Some(end));
+        (self.last, self.end, self.chained) = (Some(partial.start), Some(end), true);
         if (partial.rmid(), partial.info()) == (RM_XLOG, XLOG_SWITCH) {
             let whole = end.offset_in(self.size) == 0;
             self.end = Some(if whole {

@@ -2,19 +2,21 @@
 //!
 //! Commands run as the user who runs PostgreSQL. How restored content compares with a recorded workload is `proof.rs`.
 
-use klio_pg::Lsn;
+#[path = "restore/rig.rs"]
+mod rig;
+
 use klio_tests::{
-    install_crypto,
     mount::SmallDisk,
     postgres::{Postgres, Stop, install},
     process::Running,
-    programs::{self, Outcome},
-    proof::{Restorer, Source},
-    s3::{Fault, Rule, S3},
+    programs,
+    proof::Source,
+    s3::{Fault, Rule},
     scratch::Scratch,
-    site::{PATIENCE, Site},
+    site::PATIENCE,
     wait::eventually,
 };
+use rig::{LOCAL, Rig, UNREACHABLE, recover, rows, state};
 use serde_json::Value;
 use std::{
     fs,
@@ -22,138 +24,6 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
-
-/// The target cannot be reached.
-const UNREACHABLE: Option<i32> = Some(30);
-/// The directory is not fit.
-const LOCAL: Option<i32> = Some(6);
-
-struct Rig {
-    site: Site,
-    s3: S3,
-    pg: Postgres,
-    stream: Option<Running>,
-    scratch: Scratch,
-}
-
-/// A moment of the original: how many rows it had.
-#[derive(Debug, Clone)]
-struct Moment {
-    rows: u32,
-    time: String,
-    lsn: Lsn,
-    xid: String,
-}
-
-impl Rig {
-    async fn new(major: u32, tier2: bool) -> Self {
-        install_crypto();
-        let s3 = S3::new();
-        let mut site = Site::new().await;
-        if tier2 {
-            site.set_tier2(&s3);
-        }
-        site.start().await;
-        let pg = Postgres::builder()
-            .major(major)
-            .segment_mib(1)
-            .initdb("-k")
-            .set("track_commit_timestamp", "on")
-            .start()
-            .await;
-        let stream = site.stream(&pg);
-        pg.wait_true("select count(*) = 1 from pg_stat_replication where state = 'streaming'")
-            .await;
-        pg.execute("create table t (id int, filler text)").await;
-        let scratch = Scratch::new("restore");
-        install::give(scratch.path());
-        Self { site, s3, pg, stream: Some(stream), scratch }
-    }
-
-    async fn backup(&self, name: &str) {
-        let outcome = self.site.klio(Some(&self.pg), &["backup", "--name", name]).await;
-        assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
-    }
-
-    /// Adds a row and says when that was.
-    async fn row(&self, rows: u32) -> Moment {
-        let session = self.pg.session().await;
-        let sql = format!("insert into t values ({rows}, repeat('x', 1000)) returning xmin");
-        let xid = session.rows(&sql).await.expect("insert")[0][0].clone();
-        let sql = format!("select pg_xact_commit_timestamp('{xid}'), pg_current_wal_insert_lsn()");
-        let row = session.rows(&sql).await.expect("ask").swap_remove(0);
-        Moment { rows, time: row[0].clone(), lsn: row[1].parse().expect("an LSN"), xid }
-    }
-
-    async fn flushed(&self) {
-        let end = self.pg.flush_lsn().await;
-        self.site.wait_flushed(end).await;
-    }
-
-    fn restorer(&self, source: Source) -> Restorer {
-        Restorer::new(&self.site, &self.s3, source, &self.scratch)
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        self.scratch.join(name)
-    }
-
-    async fn klio(&self, source: Source, args: &[&str]) -> Outcome {
-        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
-        programs::run(self.restorer(source).command(&args)).await
-    }
-
-    /// Restores, recovers and promotes.
-    async fn restored(&self, source: Source, args: &[&str]) -> Postgres {
-        let mut pg = Postgres::empty(self.pg.major());
-        let to = pg.data_dir().display().to_string();
-        let mut all = vec!["restore", "--to", &to, "--target-action", "promote"];
-        all.extend(args);
-        let outcome = self.klio(source, &all).await;
-        assert_eq!(outcome.code, Some(0), "{args:?}: {}{}", outcome.stdout, outcome.stderr);
-        assert!(!pg.data_dir().join("klio-restore.unfinished").exists());
-        recover(&mut pg).await;
-        pg
-    }
-
-    /// Refused with this code and these words, and the directory is as it was.
-    async fn refused(&self, args: &[&str], code: Option<i32>, words: &[&str]) {
-        let to = self.dir("refused");
-        let path = to.display().to_string();
-        let mut all = vec!["restore", "--to", &path];
-        all.extend(args);
-        let outcome = self.klio(Source::Server, &all).await;
-        assert_eq!(outcome.code, code, "{args:?}: {}{}", outcome.stdout, outcome.stderr);
-        for word in words {
-            assert!(outcome.stderr.contains(word), "{args:?}: no {word:?} in {}", outcome.stderr);
-        }
-        assert!(!to.exists(), "{args:?} touched the directory");
-    }
-}
-
-async fn recover(pg: &mut Postgres) {
-    pg.adopt();
-    pg.start().await;
-    pg.wait_true("select not pg_is_in_recovery()").await;
-}
-
-async fn rows(pg: &Postgres) -> u32 {
-    pg.value("select coalesce(max(id), 0) from t").await.parse().expect("a number")
-}
-
-/// Files with their content and links, to see that nothing was touched.
-fn state(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() && !path.is_symlink() {
-            all.extend(state(&path));
-        }
-        all.push((path.clone(), fs::read(&path).unwrap_or_default()));
-    }
-    all.sort();
-    all
-}
 
 async fn story(major: u32) {
     let rig = Rig::new(major, false).await;

@@ -238,6 +238,9 @@ pub struct RestoreArgs {
     /// Use what is in the directory: rewrite what differs, remove what is not in the backup
     #[arg(long)]
     pub delta: bool,
+    /// A copy to look at: no archiving, subscriptions, preloaded libraries, synchronous standbys or TCP, also once promoted
+    #[arg(long)]
+    pub harmless: bool,
     /// Show the plan and touch nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -299,6 +302,9 @@ pub struct DrillArgs {
     /// Below which directory to restore [default: drill.dir, else the system's temporary directory]
     #[arg(long = "in", value_name = "DIR")]
     pub in_dir: Option<PathBuf>,
+    /// How long all of it may take; a drill that takes longer has failed
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
+    pub timeout: Duration,
     /// The result as JSON
     #[arg(long)]
     pub json: bool,

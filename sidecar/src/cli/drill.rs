@@ -28,12 +28,14 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
         query: args.query.clone(),
         database: args.database.clone(),
         dir: args.in_dir.as_deref().map(restore::absolute).transpose()?,
+        limit: args.timeout,
     };
     let stop = CancellationToken::new();
     let source = Source::open(config, &stop)?.settle(config).await?;
     let typed = args.source.from.is_some();
     let invocation = restore::invocation(config, cli, typed, source.told())?;
-    let engine = Restore { source, progress: Arc::default(), stop: stop.clone(), invocation };
+    // Its own stop: a limit ends the work, and the server is told all the same.
+    let engine = Restore { source, progress: Arc::default(), stop: stop.child_token(), invocation };
     let shown = display::show(args.quiet, || restore::view(&engine.progress.seen()));
     let work = drill::run(&engine, config, &exercise);
     let report = display::watched(&stop, "stopping", shown, work).await;

@@ -28,6 +28,7 @@ mod text;
 mod verify;
 mod wal_agent;
 mod wal_fetch;
+mod wal_tablespaces;
 mod work;
 
 use crate::{
@@ -49,11 +50,13 @@ const FETCH_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 /// Runs the program with these arguments; gives its exit status.
 pub fn main(arguments: Vec<OsString>) -> u8 {
     // Whatever the rest looks like, this is what PostgreSQL started.
-    let fetching = arguments.iter().any(|a| a == "wal-fetch");
+    let editing = arguments.get(1).is_some_and(|verb| verb == wal_tablespaces::VERB);
+    let fetching = editing || arguments.iter().any(|a| a == "wal-fetch");
     let outcome = std::panic::catch_unwind(|| match arguments.get(1) {
         Some(verb) if verb == "wal-agent" && wal_agent::is_outer(&arguments) => {
             wal_agent::supervise(&arguments)
         }
+        _ if editing => wal_tablespaces::run(&arguments[2..]),
         _ if fetching => wal_fetch::quickly(&arguments).unwrap_or_else(run),
         _ => run(arguments),
     });

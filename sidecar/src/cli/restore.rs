@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     error::{Error, Failure},
     restore::{
-        Action, Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
+        Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
         parse_time, show_time,
     },
 };
@@ -73,16 +73,17 @@ fn order(args: &RestoreArgs) -> Result<Order, Error> {
     let backup = args.backup.as_deref().map(str::parse).transpose();
     let backup = backup.map_err(|error| wrong(format!("read --backup: {error}")))?;
     let action = args.target_action;
-    let stop_at_end =
-        target == Target::Latest && action.is_some_and(|action| action != Action::Promote);
     let maps: Result<Vec<(String, PathBuf)>, Error> =
         args.tablespace_map.iter().map(|map| tablespace(map)).collect();
     Ok(Order {
-        wish: Wish { target, timeline, backup, stop_at_end },
+        wish: Wish { target, timeline, backup, stop_at_end: true },
         to: absolute(&args.to)?,
         maps: maps?,
         action,
         delta: args.delta,
+        beside: None,
+        harmless: args.harmless,
+        alone: false,
     })
 }
 
@@ -207,7 +208,7 @@ fn describe(planned: &Planned) -> String {
         text::size(planned.bytes),
         planned.files,
     );
-    for (oid, place) in &planned.places.tablespaces {
+    for (oid, place) in planned.places.linked() {
         out += &format!("  tablespace   {oid} to {}\n", place.display());
     }
     out
@@ -217,8 +218,7 @@ fn to_json(planned: &Planned) -> Value {
     let plan = &planned.decision.plan;
     let tablespaces: Vec<Value> = planned
         .places
-        .tablespaces
-        .iter()
+        .linked()
         .map(|(oid, place)| json!({ "oid": oid, "location": place }))
         .collect();
     let settings: serde_json::Map<String, Value> = planned
@@ -280,7 +280,12 @@ pub(super) fn view(seen: &Seen) -> View {
         total_bytes: seen.total_bytes,
         files: format!("{} of {} files", seen.files, seen.total_files),
     });
-    View { phase: seen.phase, moved }
+    let replay = seen.replay.map(|replay| Moved {
+        bytes: replay.at.bytes_since(replay.from),
+        total_bytes: replay.to.bytes_since(replay.from),
+        files: format!("replayed to {} of {}", replay.at, replay.to),
+    });
+    View { phase: seen.phase, moved: moved.or(replay) }
 }
 
 #[cfg(test)]

@@ -42,6 +42,7 @@ pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(),
     } else {
         empty(&places.data)?;
         places.tablespaces.values().try_for_each(|place| empty(place))?;
+        places.new_places().try_for_each(|(_, place)| new_place(place))?;
     }
     places.all().try_for_each(writable)
 }
@@ -105,6 +106,18 @@ fn empty(place: &Path) -> Result<(), Error> {
     }
 }
 
+/// Where replay makes a tablespace: what is there is another PostgreSQL's, most likely the one that still runs.
+fn new_place(place: &Path) -> Result<(), Error> {
+    empty(place).map_err(|error| {
+        let message = format!(
+            "a tablespace is made at {} on the way to the target, after the backup: {}",
+            place.display(),
+            error.message
+        );
+        Error { message, ..error }
+    })
+}
+
 /// `--delta` removes what is not in the backup, so it has to be a data directory of this cluster, or what an
 /// unfinished restore left.
 fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
@@ -142,9 +155,11 @@ fn own_tablespaces(places: &Places) -> Result<(), Error> {
     let links = fs::read_dir(places.data.join("pg_tblspc")).into_iter().flatten().flatten();
     // By location: a tablespace that was dropped and made again at the same place has another OID.
     let own: Vec<PathBuf> = links.filter_map(|link| fs::canonicalize(link.path()).ok()).collect();
-    for (oid, place) in &places.tablespaces {
+    for (oid, place) in
+        places.tablespaces.iter().map(|(o, p)| (*o, p.as_path())).chain(places.new_places())
+    {
         let linked = fs::canonicalize(place).is_ok_and(|place| own.contains(&place));
-        let said = super::finish::tablespace_line(*oid, place);
+        let said = super::finish::tablespace_line(oid, place);
         if linked || unfinished.lines().any(|line| line == said) {
             continue;
         }
@@ -228,7 +243,8 @@ mod tests {
     fn a_marker_that_never_got_its_name_is_in_nobodys_way() {
         let scratch = tempfile::tempdir().unwrap();
         let data = scratch.path().join("data");
-        let places = Places { data: data.clone(), tablespaces: BTreeMap::new() };
+        let places =
+            Places { data: data.clone(), tablespaces: BTreeMap::new(), made: BTreeMap::new() };
         fs::create_dir(&data).unwrap();
         fs::write(durable::tmp_path(&data.join(MARKER)), "klio rest").unwrap();
         assert!(empty(&data).is_ok());
@@ -246,7 +262,7 @@ mod tests {
         fs::create_dir_all(place.join("PG_15_202209061/5")).unwrap();
         fs::write(place.join("PG_15_202209061/5/16384"), "rows").unwrap();
         let tablespaces = BTreeMap::from([(7, place.clone())]);
-        let places = Places { data: data.clone(), tablespaces };
+        let places = Places { data: data.clone(), tablespaces, made: BTreeMap::new() };
         assert!(own_tablespaces(&places).is_err());
         fs::create_dir_all(data.join("pg_tblspc")).unwrap();
         assert!(own_tablespaces(&places).is_err());
@@ -261,6 +277,13 @@ mod tests {
         fs::rename(data.join("pg_tblspc/7"), data.join("pg_tblspc/9")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
         let elsewhere = BTreeMap::from([(7, scratch.path().join("none yet"))]);
-        assert!(own_tablespaces(&Places { data, tablespaces: elsewhere }).is_ok());
+        let none = BTreeMap::new();
+        let elsewhere = Places { data: data.clone(), tablespaces: elsewhere, made: none.clone() };
+        assert!(own_tablespaces(&elsewhere).is_ok());
+        // What replay makes there is no other than what was restored.
+        let live = scratch.path().join("other");
+        fs::create_dir_all(live.join("PG_15_202209061")).unwrap();
+        let made = BTreeMap::from([(11, live)]);
+        assert!(own_tablespaces(&Places { data, tablespaces: none, made }).is_err());
     }
 }

@@ -10,12 +10,13 @@ mod programs;
 mod server;
 mod trace;
 
-use super::{Action, Invocation, Known, Order, Restore, Scratch, Wish, settings::Settings};
+use super::{Action, Invocation, Known, Order, Replay, Restore, Scratch, Wish};
 use crate::{
     config::Config,
     error::{Error, Failure},
 };
 use klio_pg::Lsn;
+use klio_proto::Code;
 use klio_storage::{
     catalog::{DrillOutcome, Target, TimelineChoice},
     layout::BackupName,
@@ -23,7 +24,10 @@ use klio_storage::{
 };
 use programs::Programs;
 use server::Server;
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 /// What is to be practised.
 #[derive(Debug, Clone, Default)]
@@ -36,6 +40,8 @@ pub struct Exercise {
     pub database: String,
     /// Below which directory.
     pub dir: Option<PathBuf>,
+    /// How long all of it may take.
+    pub limit: Duration,
 }
 
 /// How it went.
@@ -75,10 +81,6 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
         },
         rows: Vec::new(),
     };
-    let maps = record.tablespaces.iter().map(|tablespace| {
-        let oid = tablespace.oid;
-        (oid.to_string(), scratch.join(&format!("tablespace-{oid}")))
-    });
     let order = Order {
         wish: Wish {
             target: Target::Latest,
@@ -87,26 +89,47 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
             stop_at_end: true,
         },
         to: scratch.join("data"),
-        maps: maps.collect(),
+        maps: Vec::new(),
+        // Also those that are made after the backup: nothing outside is touched (P12).
+        beside: Some(scratch.path().to_owned()),
         action: Some(Action::Promote),
         delta: false,
+        harmless: true,
+        alone: true,
     };
     let steps = Steps { restore, programs: &programs, scratch: &scratch, what, config };
     let result = tokio::select! {
         biased;
         () = restore.stop.cancelled() => Err(super::stopped()),
+        () = tokio::time::sleep(what.limit) => {
+            // What still writes files ends, too.
+            restore.stop.cancel();
+            report.outcome.problems.push(steps.too_long());
+            Ok(())
+        }
         result = steps.all(&catalog, &order, invocation, &mut report) => result,
     };
     match result {
         Err(error) if error.failure == Failure::Stopped || restore.stop.is_cancelled() => {
             return Err(super::stopped());
         }
-        Err(error) => report.outcome.problems.push(error.message),
+        Err(error) if is_of_the_backup(&error) => report.outcome.problems.push(error.message),
+        Err(error) => return Err(error),
         Ok(()) => {}
     }
     report.outcome.ok = report.outcome.problems.is_empty();
     report.outcome.finished_unix = jiff::Timestamp::now().as_microsecond() as f64 / 1e6;
     Ok(report)
+}
+
+/// What says something about the backup; anything else (no room, no server, a wrong setting) only means that there was no
+/// drill.
+fn is_of_the_backup(error: &Error) -> bool {
+    match error.failure {
+        Failure::Unreachable | Failure::Postgres | Failure::PostgresRefused => true,
+        Failure::Code(code) => matches!(code, Code::Corrupt | Code::NotFound),
+        _ => false,
+    }
 }
 
 fn choose<'a>(backups: &'a [Known], name: Option<&BackupName>) -> Result<&'a Known, Error> {
@@ -131,6 +154,16 @@ struct Steps<'a> {
 }
 
 impl Steps<'_> {
+    /// The limit came first.
+    fn too_long(&self) -> String {
+        let seen = self.restore.progress.seen();
+        let at = seen.replay.map_or_else(String::new, |replay| {
+            format!(", replayed to {} of {}", replay.at, replay.to)
+        });
+        let limit = self.what.limit;
+        format!("the drill did not end within {limit:?} (--timeout): it was {}{at}", seen.phase)
+    }
+
     async fn all(
         &self,
         catalog: &super::Catalog,
@@ -139,9 +172,10 @@ impl Steps<'_> {
         report: &mut Report,
     ) -> Result<(), Error> {
         let begun = Instant::now();
-        let mut planned = self.restore.plan_from(catalog, order).await?;
-        let restore_command = invocation.restore_command();
-        planned.settings = Settings { restore_command, ..planned.settings };
+        let planned = self.restore.plan_from(catalog, order).await?.fetching(&invocation);
+        let backup = &planned.decision.plan.backup;
+        let (major, from, to) =
+            (backup.postgres_version / 10_000, backup.start_lsn, planned.decision.plan.reach.end);
         let has_checksums = planned.decision.plan.backup.pages.enabled;
         self.restore.carry_out(planned).await?;
         let programs = self.programs.clone();
@@ -154,8 +188,12 @@ impl Steps<'_> {
         let begun = Instant::now();
         let data = order.to.as_path();
         let role = &self.config.drill.user;
-        let mut server = Server::start(self.programs, data, self.scratch, role).await?;
-        let recovered = server.recovered().await;
+        let mut server = Server::start(self.programs, data, self.scratch, role, major).await?;
+        let progress = &self.restore.progress;
+        let recovered = server
+            .recovered(|at| progress.replayed(Some(Replay { from, at: at.max(from), to })))
+            .await;
+        progress.replayed(None);
         report.outcome.recovery_seconds = begun.elapsed().as_secs_f64();
         report.outcome.recovered_lsn = redo_done(&server.log());
         recovered?;

@@ -1,15 +1,17 @@
 //! The last steps: recovery settings, then everything on disk, then pg_control, then the marker goes (D2).
 
 use super::{
-    MARKER,
+    EDITS, MARKER,
     delta::remove,
-    local, of_storage,
+    local,
+    neutral::Neutral,
+    of_storage,
     place::{Places, tablespace_map},
     pour::dress,
     settings::Settings,
 };
 use crate::error::{Error, Failure};
-use klio_pg::ControlFile;
+use klio_pg::{ControlFile, Edit};
 use klio_proto::Code;
 use klio_storage::{
     disk::durable,
@@ -35,8 +37,8 @@ pub fn begin(places: &Places, backup: &str) -> Result<(), Error> {
         "klio restore of backup {backup} has not finished: this is no data directory yet.\n\
          Continue with klio restore --delta, or remove the directory.\n"
     );
-    for (oid, place) in &places.tablespaces {
-        text.push_str(&tablespace_line(*oid, place));
+    for (oid, place) in places.linked() {
+        text.push_str(&tablespace_line(oid, place));
         text.push('\n');
     }
     let marker = data.join(MARKER);
@@ -60,26 +62,28 @@ pub fn finish(
     reader: &Reader,
     control: &Entry,
     settings: &Settings,
+    neutral: &Neutral,
+    edits: &[Edit],
 ) -> Result<(), Error> {
     let data = &places.data;
-    let auto = data.join("postgresql.auto.conf");
-    let read = |path: &Path| match fs::read(path) {
-        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(local("read", path, &error)),
+    let write = |path: &Path, bytes: &[u8]| {
+        put(path, bytes)
+            .and_then(|()| own(path, control))
+            .map_err(|error| local("write", path, &error))
     };
-    let text = settings.auto_conf(&read(&auto)?, &read(&data.join("postgresql.conf"))?);
-    let write = |name: &str, bytes: &[u8]| {
-        let path = data.join(name);
-        put(&path, bytes)
-            .and_then(|()| own(&path, control))
-            .map_err(|error| local("write", &path, &error))
-    };
-    write("postgresql.auto.conf", text.as_bytes())?;
-    write("recovery.signal", b"")?;
+    for (path, content) in &neutral.rewritten {
+        // In place of a link, if it is one: what is behind it is not ours.
+        write(&data.join(path), content)?;
+    }
+    write(&data.join("postgresql.auto.conf"), &settings.auto_conf(&neutral.auto))?;
+    write(&data.join("recovery.signal"), b"")?;
     let content = read_control(reader, control)?;
-    if !places.tablespaces.is_empty() {
-        write("tablespace_map", tablespace_map(places).as_bytes())?;
+    if !edits.is_empty() {
+        let lines: String = edits.iter().map(|edit| format!("{edit}\n")).collect();
+        write(&data.join(EDITS), lines.as_bytes())?;
+    }
+    if places.linked().next().is_some() {
+        write(&data.join("tablespace_map"), tablespace_map(places).as_bytes())?;
         link_tablespaces(places, &version_folder(data, &content)?)?;
     }
     places.all().try_for_each(sync_all)?;
@@ -108,7 +112,12 @@ fn version_folder(data: &Path, control: &[u8]) -> Result<String, Error> {
 /// the link only where it finds the folder (`destroy_tablespace_directories` in tablespace.c), so there must be one.
 fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
     let folder = places.data.join("pg_tblspc");
-    for (oid, place) in &places.tablespaces {
+    for (_, place) in places.new_places() {
+        // Replay begins with nothing there: what a delta restore finds is newer than what it writes.
+        let own = place.join(version);
+        remove(&own).map_err(|error| local("remove", &own, &error))?;
+    }
+    for (oid, place) in places.linked() {
         let own = place.join(version);
         if !own.exists() {
             let mut builder = fs::DirBuilder::new();
@@ -207,7 +216,8 @@ mod tests {
     fn a_marker_that_is_written_again_is_there_at_every_moment() {
         let scratch = tempfile::tempdir().unwrap();
         let data = scratch.path().join("data");
-        let places = Places { data: data.clone(), tablespaces: BTreeMap::new() };
+        let places =
+            Places { data: data.clone(), tablespaces: BTreeMap::new(), made: BTreeMap::new() };
         begin(&places, "one").unwrap();
         let (done, missed) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
@@ -234,7 +244,7 @@ mod tests {
         fs::create_dir_all(data.join("pg_tblspc")).unwrap();
         let place = scratch.path().join("elsewhere/place");
         let tablespaces = BTreeMap::from([(7, place.clone())]);
-        let places = Places { data: data.clone(), tablespaces };
+        let places = Places { data: data.clone(), tablespaces, made: BTreeMap::new() };
         link_tablespaces(&places, "PG_15_202209061").unwrap();
         assert!(place.join("PG_15_202209061").is_dir());
         assert_eq!(fs::read_link(data.join("pg_tblspc/7")).unwrap(), place);

@@ -12,22 +12,28 @@
 //! Recovery itself is PostgreSQL's, through `klio wal-fetch` (P7).
 
 mod check;
+mod conf;
 mod delta;
 pub mod drill;
 mod finish;
+mod included;
+mod links;
 mod missing;
+mod neutral;
 mod place;
 mod pour;
 mod run;
 mod scratch;
 mod settings;
 mod source;
+mod stored;
 mod strip;
 mod target;
 mod wal;
+mod way;
 
 pub use check::Room;
-pub use pour::{Progress, Seen};
+pub use pour::{Progress, Replay, Seen};
 pub use run::{Done, Order, Planned, Restore};
 pub use scratch::Scratch;
 pub use settings::{Action, Invocation};
@@ -43,6 +49,9 @@ use klio_proto::Code;
 
 /// In the target directory while it is not whole.
 pub const MARKER: &str = "klio-restore.unfinished";
+
+/// In the target directory: what `klio wal-tablespaces` changes in the copy's WAL.
+pub const EDITS: &str = "klio-restore.tablespaces";
 
 /// What the user asked for while it ran.
 pub(crate) fn stopped() -> Error {

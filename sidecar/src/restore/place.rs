@@ -1,5 +1,6 @@
 //! Where each file of a snapshot goes: `data/` to the target directory, `tablespaces/<oid>/` to its place.
 
+use super::way::Made;
 use crate::error::{Error, Failure};
 use klio_pg::{TablespaceEntry, format_tablespace_map};
 use klio_storage::catalog::{BackupRecord, TablespaceRecord};
@@ -15,6 +16,17 @@ pub struct Places {
     pub data: PathBuf,
     /// By OID.
     pub tablespaces: BTreeMap<u32, PathBuf>,
+    /// By OID: those that the backup has not, and replay makes.
+    pub made: BTreeMap<u32, PathBuf>,
+}
+
+/// Where the user wants tablespaces.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Maps<'a> {
+    /// OLD is a location or an OID.
+    pub named: &'a [(String, PathBuf)],
+    /// Where all others go, each in a directory of its own.
+    pub beside: Option<&'a Path>,
 }
 
 /// What a path of the snapshot means.
@@ -29,38 +41,47 @@ pub enum Meaning {
 }
 
 impl Places {
-    /// From the record and `--tablespace-map OLD=NEW`; OLD is a location or an OID.
+    /// From the record, what replay makes, and `--tablespace-map OLD=NEW`.
     ///
     /// # Errors
     /// A map that fits no tablespace, or places that lie in each other.
     pub fn new(
         data: PathBuf,
         record: &BackupRecord,
-        maps: &[(String, PathBuf)],
+        made: &[Made],
+        maps: Maps<'_>,
     ) -> Result<Self, Error> {
-        let mut tablespaces = BTreeMap::new();
-        let mut used = vec![false; maps.len()];
-        for tablespace in &record.tablespaces {
-            let oid = tablespace.oid.to_string();
-            let fits = |old: &str| old == oid || Path::new(old) == Path::new(&tablespace.location);
-            let map = maps.iter().position(|(old, _)| fits(old));
-            let place = map
-                .map_or_else(|| PathBuf::from(&tablespace.location), |index| maps[index].1.clone());
+        let mut used = vec![false; maps.named.len()];
+        let mut place = |oid: u32, location: &Path| {
+            let number = oid.to_string();
+            let fits = |old: &str| old == number || Path::new(old) == location;
+            let map = maps.named.iter().position(|(old, _)| fits(old));
             if let Some(index) = map {
                 used[index] = true;
+                return maps.named[index].1.clone();
             }
-            tablespaces.insert(tablespace.oid, place);
-        }
+            let beside = maps.beside.map(|folder| folder.join(format!("tablespace-{oid}")));
+            beside.unwrap_or_else(|| location.to_owned())
+        };
+        let recorded = record.tablespaces.iter();
+        let tablespaces: BTreeMap<u32, PathBuf> =
+            recorded.map(|t| (t.oid, place(t.oid, Path::new(&t.location)))).collect();
+        // One that was made while the backup ran is in both.
+        let made: BTreeMap<u32, PathBuf> = made
+            .iter()
+            .map(|made| (made.oid, place(made.oid, &made.location)))
+            .filter(|(oid, _)| !tablespaces.contains_key(oid))
+            .collect();
         if let Some(unused) = used.iter().position(|used| !used) {
             let known: Vec<&str> = record.tablespaces.iter().map(|t| t.location.as_str()).collect();
-            let old = &maps[unused].0;
+            let old = &maps.named[unused].0;
             return Err(config(format!(
-                "--tablespace-map {old}: backup {} has no such tablespace; it has: {}",
+                "--tablespace-map {old}: backup {} has no such tablespace, nor is one made on the way; it has: {}",
                 record.name,
                 if known.is_empty() { "none".to_owned() } else { known.join(", ") }
             )));
         }
-        let places = Self { data, tablespaces };
+        let places = Self { data, tablespaces, made };
         for (n, one) in record.tablespaces.iter().enumerate() {
             // A crash in CREATE TABLESPACE leaves a link behind, so that two can have one location; never two places.
             let same = |other: &&TablespaceRecord| {
@@ -78,9 +99,22 @@ impl Places {
 
     /// The data directory first; each once.
     pub fn all(&self) -> impl Iterator<Item = &Path> {
-        let tablespaces: BTreeSet<&Path> =
-            self.tablespaces.values().map(PathBuf::as_path).collect();
+        let tablespaces: BTreeSet<&Path> = self.linked().map(|(_, place)| place).collect();
         std::iter::once(self.data.as_path()).chain(tablespaces)
+    }
+
+    /// Every tablespace, with its place.
+    pub fn linked(&self) -> impl Iterator<Item = (u32, &Path)> {
+        self.tablespaces.iter().chain(&self.made).map(|(oid, place)| (*oid, place.as_path()))
+    }
+
+    /// Where replay makes what the backup has nothing of.
+    pub fn new_places(&self) -> impl Iterator<Item = (u32, &Path)> {
+        let recorded = |place: &Path| self.tablespaces.values().any(|known| known == place);
+        self.made
+            .iter()
+            .map(|(oid, place)| (*oid, place.as_path()))
+            .filter(move |(_, p)| !recorded(p))
     }
 
     /// Of tablespaces in one place, the newest: all of them have the same files.
@@ -149,11 +183,11 @@ fn config(message: String) -> Error {
 
 /// `tablespace_map` as PostgreSQL reads it.
 pub fn tablespace_map(places: &Places) -> String {
-    let entry = |(oid, place): (&u32, &PathBuf)| TablespaceEntry {
-        oid: *oid,
+    let entry = |(oid, place): (u32, &Path)| TablespaceEntry {
+        oid,
         location: place.to_string_lossy().into_owned(),
     };
-    let entries: Vec<_> = places.tablespaces.iter().map(entry).collect();
+    let entries: Vec<_> = places.linked().map(entry).collect();
     format_tablespace_map(&entries)
 }
 
@@ -162,7 +196,8 @@ mod tests {
     use super::*;
 
     fn places(tablespace: &str) -> Places {
-        Places { data: "/new".into(), tablespaces: BTreeMap::from([(7, tablespace.into())]) }
+        let tablespaces = BTreeMap::from([(7, tablespace.into())]);
+        Places { data: "/new".into(), tablespaces, made: BTreeMap::new() }
     }
 
     #[test]
@@ -193,6 +228,18 @@ mod tests {
         assert_eq!(places.meaning(Path::new("tablespaces/7/x")), Meaning::Nothing);
         assert_eq!(places.meaning(Path::new("tablespaces/9/x")), Meaning::At("/ts/x".into()));
         assert_eq!(tablespace_map(&places), "7 /ts\n9 /ts\n");
+    }
+
+    #[test]
+    fn what_replay_makes_has_a_place_of_its_own() {
+        let mut places = places("/ts");
+        places.made = BTreeMap::from([(8, "/later".into()), (9, "/ts".into())]);
+        let all: Vec<&Path> = places.all().collect();
+        assert_eq!(all, [Path::new("/new"), Path::new("/later"), Path::new("/ts")]);
+        // Dropped and made again at the same place: that is restored to already.
+        assert_eq!(places.new_places().collect::<Vec<_>>(), [(8, Path::new("/later"))]);
+        assert_eq!(places.meaning(Path::new("tablespaces/7/x")), Meaning::At("/ts/x".into()));
+        assert_eq!(tablespace_map(&places), "7 /ts\n8 /later\n9 /ts\n");
     }
 
     #[test]

@@ -15,9 +15,11 @@ use super::{
     strip::{self, Blocks, Strip},
 };
 use crate::error::{Error, Failure};
+use klio_pg::Lsn;
 use klio_proto::Code;
 use klio_storage::repository::{ChunkId, Entry, StoredKind};
 use std::{
+    collections::BTreeSet,
     fs::{self, File, FileTimes, OpenOptions, Permissions},
     io,
     ops::Range,
@@ -50,6 +52,18 @@ pub struct Progress {
     written: AtomicU64,
     total_bytes: AtomicU64,
     total_files: AtomicU64,
+    replay: Mutex<Option<Replay>>,
+}
+
+/// How far PostgreSQL is in a recovery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replay {
+    /// Where it began.
+    pub from: Lsn,
+    /// Where it is.
+    pub at: Lsn,
+    /// Where it ends.
+    pub to: Lsn,
 }
 
 /// A look at it.
@@ -67,6 +81,8 @@ pub struct Seen {
     pub total_bytes: u64,
     /// All files.
     pub total_files: u64,
+    /// Of a drill, while it recovers.
+    pub replay: Option<Replay>,
 }
 
 impl Progress {
@@ -79,12 +95,17 @@ impl Progress {
             written: self.written.load(Relaxed),
             total_bytes: self.total_bytes.load(Relaxed),
             total_files: self.total_files.load(Relaxed),
+            replay: *self.replay.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 
     pub(super) fn enter(&self, phase: &'static str) {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
         tracing::debug!(phase, "restore");
+    }
+
+    pub(super) fn replayed(&self, replay: Option<Replay>) {
+        *self.replay.lock().unwrap_or_else(PoisonError::into_inner) = replay;
     }
 
     pub(super) fn expect(&self, files: u64, bytes: u64) {
@@ -99,6 +120,8 @@ pub struct Pour {
     pub(super) chunks: Chunks,
     /// The places.
     pub places: Places,
+    /// Links that become directories of the copy's own.
+    pub folders: BTreeSet<PathBuf>,
     /// Something may be there already.
     pub delta: bool,
     /// Workers.
@@ -198,13 +221,11 @@ impl Pour {
             failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             halt.cancel();
         };
-        let (sender, receiver) = sync_channel::<Piece>(QUEUE * self.threads);
-        let receiver = Mutex::new(receiver);
         let span = tracing::Span::current();
-        let work = || {
+        let work = |pieces: &Mutex<Receiver<Piece>>| {
             let _span = span.enter();
             let (mut buffer, mut strip) = (Blocks::default(), Strip::default());
-            while let Some(piece) = next(&receiver) {
+            while let Some(piece) = next(pieces) {
                 // Goes on receiving after a failure, or the other side would wait for ever.
                 if !halt.is_cancelled()
                     && let Err(error) = self.write(&piece, &mut strip, &mut buffer, &halt)
@@ -213,14 +234,7 @@ impl Pour {
                 }
             }
         };
-        let poured = thread::scope(|scope| {
-            for _ in 0..self.threads {
-                scope.spawn(work);
-            }
-            let fed = self.feed(&sender, &halt);
-            drop(sender);
-            fed
-        });
+        let poured = crew(self.threads, work, |sender| self.feed(sender, &halt));
         if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
@@ -258,11 +272,14 @@ impl Pour {
                 Meaning::Nothing => continue,
             };
             let failed = |error: io::Error| local("write", &path, &error);
-            let is_dir = entry.kind == StoredKind::Dir;
+            let own_folder = self.folders.contains(&path);
+            let is_dir = own_folder || entry.kind == StoredKind::Dir;
             if self.delta {
                 leftovers.pass(&path, is_dir).map_err(failed)?;
                 if path == self.places.data {
                     leftovers.keep(&path.join(MARKER));
+                } else if own_folder {
+                    keep_all(&mut leftovers, &path).map_err(failed)?;
                 } else if self.places.tablespaces.values().any(|place| *place == path) {
                     // Beside this PostgreSQL's folder lies that of another version, as pg_upgrade leaves it.
                     keep_all(&mut leftovers, &path).map_err(failed)?;
@@ -272,6 +289,9 @@ impl Pour {
                 StoredKind::Dir => {
                     self.make_dir(&path).map_err(failed)?;
                     directories.push((path, entry));
+                }
+                StoredKind::Symlink(_) if own_folder => {
+                    self.make_dir(&path).and_then(|()| give(&path, &entry)).map_err(failed)?;
                 }
                 StoredKind::Symlink(to) => {
                     if self.delta {
@@ -417,7 +437,27 @@ fn keep_all(leftovers: &mut Leftovers, folder: &Path) -> io::Result<()> {
     }
 }
 
-fn next(receiver: &Mutex<Receiver<Piece>>) -> Option<Piece> {
+/// Workers, and one who feeds them. Each holds the receiving side, so that the feeder meets an error, not a wait without
+/// end, when the last of them is gone: a panic of one becomes a panic here.
+fn crew<T: Send, R>(
+    threads: usize,
+    work: impl Fn(&Mutex<Receiver<T>>) + Sync,
+    feed: impl FnOnce(&SyncSender<T>) -> R,
+) -> R {
+    let (sender, receiver) = sync_channel::<T>(QUEUE * threads);
+    let receiver = Arc::new(Mutex::new(receiver));
+    thread::scope(|scope| {
+        let work = &work;
+        for receiver in vec![receiver; threads] {
+            scope.spawn(move || work(&receiver));
+        }
+        let fed = feed(&sender);
+        drop(sender);
+        fed
+    })
+}
+
+fn next<T>(receiver: &Mutex<Receiver<T>>) -> Option<T> {
     receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
 }
 
@@ -433,6 +473,14 @@ fn is_there(read: &[u8], length: u64, id: &ChunkId) -> bool {
     read.is_some_and(|bytes| !bytes.is_empty() && ChunkId::of(bytes) == *id)
 }
 
+/// As root: to the owner.
+fn give(path: &Path, entry: &Entry) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(path, Some(entry.uid), Some(entry.gid))?;
+    }
+    Ok(())
+}
+
 /// Mode, owner (as root) and time.
 pub fn dress(file: &File, entry: &Entry) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
@@ -446,6 +494,26 @@ pub fn dress(file: &File, entry: &Entry) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_feeder_does_not_wait_for_workers_that_are_gone() {
+        let ended = std::panic::catch_unwind(|| {
+            let work = |pieces: &Mutex<Receiver<u32>>| {
+                let piece = next(pieces).unwrap();
+                panic!("piece {piece}");
+            };
+            crew(2, work, |sender| (0..).find(|piece| sender.send(*piece).is_err()))
+        });
+        assert!(ended.is_err());
+        let sum = AtomicU64::new(0);
+        let add = |pieces: &Mutex<Receiver<u64>>| {
+            while let Some(piece) = next(pieces) {
+                sum.fetch_add(piece, Relaxed);
+            }
+        };
+        crew(3, add, |sender| (0..1000).for_each(|piece| sender.send(piece).unwrap()));
+        assert_eq!(sum.into_inner(), 499_500);
+    }
 
     #[test]
     fn a_tablespace_keeps_the_folders_of_other_versions_and_loses_its_own_leftovers() {

@@ -4,20 +4,28 @@ use super::{
     Scratch, check,
     check::Room,
     finish,
+    included::Configuration,
+    links,
     missing::Chunks,
-    place::{Meaning, Places},
+    neutral::{self, Neutral},
+    place::{Maps, Meaning, Places},
     pour::{Pour, Progress},
     settings::{Action, Invocation, Settings},
     source::{Catalog, Known, Source},
+    stored::{self, Stored},
     target::{Decider, Decision, Verdict, Wish},
+    wal::Wal,
+    way::{self, Way},
 };
 use crate::error::{Error, Failure};
+use klio_pg::Edit;
 use klio_proto::Code;
 use klio_storage::{
     catalog::{BackupRecord, Survey, Target},
     repository::{Reader, Repository, StoredKind},
 };
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -43,6 +51,12 @@ pub struct Order {
     pub action: Option<Action>,
     /// Use what is there.
     pub delta: bool,
+    /// Below it go all tablespaces without a map (a drill).
+    pub beside: Option<PathBuf>,
+    /// It is only looked at: nothing of it acts on the world (P12).
+    pub harmless: bool,
+    /// It has settings of its own beside ours (a drill): what the cluster's own files say counts for nothing.
+    pub alone: bool,
 }
 
 /// Restores.
@@ -74,8 +88,20 @@ pub struct Planned {
     pub bytes: u64,
     /// What the reader should know.
     pub notes: Vec<String>,
+    neutral: Neutral,
+    edits: Vec<Edit>,
+    folders: BTreeSet<PathBuf>,
     delta: bool,
     chunks: Chunks,
+}
+
+impl Planned {
+    /// The same with another way to fetch WAL.
+    #[must_use]
+    pub fn fetching(mut self, invocation: &Invocation) -> Self {
+        self.settings.restore_command = invocation.restore_command(!self.edits.is_empty());
+        self
+    }
 }
 
 /// What was done.
@@ -94,14 +120,13 @@ pub struct Done {
 }
 
 /// Of a snapshot, against what is in the places.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Measured {
     files: u64,
     bytes: u64,
     /// More bytes than there are now, by place.
     growth: Vec<(PathBuf, u64)>,
-    has_conf: bool,
-    has_control: bool,
+    stored: Stored,
 }
 
 impl Restore {
@@ -185,7 +210,7 @@ impl Restore {
         decision: Decision,
     ) -> Result<Planned, Error> {
         let record = &decision.plan.backup;
-        let places = Places::new(order.to.clone(), record, &order.maps)?;
+        let (way, places, edits) = self.way(order, &decision).await?;
         check::places(&places, record, order.delta)?;
         self.progress.enter("reading the backup's list of files");
         let (repository, server) = self.source.repository(order.delta).await?;
@@ -193,25 +218,33 @@ impl Restore {
         let (measuring, at, delta) = (reader.clone(), places.clone(), order.delta);
         let measured = tokio::task::spawn_blocking(move || measure(&measuring, &at, delta)).await;
         let measured = super::joined(measured)?;
-        if !measured.has_control {
-            let message = format!("backup {} has no pg_control", record.name);
-            return Err(Error::new(Failure::Code(Code::Corrupt), message));
-        }
         let room = check::room(&measured.growth)?;
         let timeline = decision.plan.path.timeline();
         let action = order.action.unwrap_or(match order.wish.target {
             Target::Latest => Action::Promote,
             _ => Action::Pause,
         });
+        let Measured { files, bytes, stored, .. } = measured;
+        let (at, wanted) = (places.clone(), (action, order.harmless, order.alone, order.delta));
+        let on_the_way = way.clone();
+        let surroundings =
+            stored::blocking(move || surroundings(&stored, &at, &on_the_way, wanted)).await?;
+        let Surroundings { neutral, folders, has_conf } = surroundings;
         let settings = Settings {
-            restore_command: self.invocation.restore_command(),
+            major: record.postgres_version / 10_000,
+            restore_command: self.invocation.restore_command(!edits.is_empty()),
             recovery: decision.recovery.clone(),
             timeline: decision.plan.path.has_history.then_some(timeline),
             action,
+            left_set: neutral.left_set,
+            corrected: neutral.corrected.clone(),
+            harmless: order.harmless || order.alone,
+            alone: order.alone,
         };
         let mut notes = decision.notes.clone();
-        notes.extend(self.notes(record, &measured, survey, catalog));
-        let Measured { files, bytes, .. } = measured;
+        notes.extend(way.notes);
+        notes.extend(neutral.notes.iter().cloned());
+        notes.extend(self.notes(record, has_conf, survey, catalog));
         Ok(Planned {
             decision,
             places,
@@ -220,25 +253,52 @@ impl Restore {
             files,
             bytes,
             notes,
+            neutral,
+            edits,
+            folders,
             delta: order.delta,
             // A whole restore reads what lies side by side, which windows are made for.
             chunks: Chunks { reader, server: server.filter(|_| order.delta) },
         })
     }
 
+    /// What is on the way to the target, and so where everything goes.
+    async fn way(
+        &self,
+        order: &Order,
+        decision: &Decision,
+    ) -> Result<(Way, Places, Vec<Edit>), Error> {
+        self.progress.enter("reading WAL");
+        let plan = &decision.plan;
+        let scratch = Scratch::new(None)?;
+        let wal = Wal {
+            source: &self.source,
+            scratch: &scratch,
+            path: &plan.path,
+            postgres_major: plan.backup.postgres_version / 10_000,
+        };
+        let way = way::look(&wal, plan, &decision.recovery).await?;
+        let maps = Maps { named: &order.maps, beside: order.beside.as_deref() };
+        let places = Places::new(order.to.clone(), &plan.backup, &way.made, maps)?;
+        let linked = places.linked().map(|(oid, place)| (oid, place.to_owned())).collect();
+        let edits = way.edits(&wal, &linked).await?;
+        Ok((way, places, edits))
+    }
+
     fn notes(
         &self,
         record: &BackupRecord,
-        measured: &Measured,
+        has_conf: bool,
         survey: &Survey,
         catalog: &Catalog,
     ) -> Vec<String> {
         let mut notes = doubts(record, catalog);
-        if !measured.has_conf {
+        if !has_conf {
             notes.push(
                 "postgresql.conf is not in the data directory that was backed up (Debian keeps it in \
-                 /etc/postgresql, with pg_hba.conf and pg_ident.conf): bring it back from elsewhere, and start \
-                 PostgreSQL with -c config_file=..."
+                 /etc/postgresql, with pg_hba.conf and pg_ident.conf): bring it back from elsewhere, without \
+                 data_directory, external_pid_file and recovery targets, which may be the original's; where it stays \
+                 elsewhere, start PostgreSQL with -c config_file=... -c data_directory=..."
                     .to_owned(),
             );
         }
@@ -330,21 +390,20 @@ async fn open(repository: Repository, record: &BackupRecord) -> Result<Reader, E
 
 fn measure(reader: &Reader, places: &Places, delta: bool) -> Result<Measured, klio_storage::Error> {
     let mut measured = Measured {
+        files: 0,
+        bytes: 0,
         growth: places.all().map(|place| (place.to_owned(), 0)).collect(),
-        ..Measured::default()
+        stored: Stored::new(reader.clone()),
     };
     for entry in reader.entries()? {
         let entry = entry?;
+        measured.stored.see(&entry);
         let StoredKind::File { size, .. } = entry.kind else { continue };
         let path = match places.meaning(&entry.path) {
             Meaning::At(path) => path,
-            Meaning::Control => {
-                measured.has_control = true;
-                places.data.join("global/pg_control")
-            }
+            Meaning::Control => places.data.join("global/pg_control"),
             Meaning::Nothing => continue,
         };
-        measured.has_conf |= path == places.data.join("postgresql.conf");
         measured.files += 1;
         measured.bytes += size;
         let there =
@@ -357,24 +416,59 @@ fn measure(reader: &Reader, places: &Places, delta: bool) -> Result<Measured, kl
     Ok(measured)
 }
 
+/// What a copy would meet beside its data, and what is done about it.
+struct Surroundings {
+    neutral: Neutral,
+    folders: BTreeSet<PathBuf>,
+    has_conf: bool,
+}
+
+fn surroundings(
+    stored: &Stored,
+    places: &Places,
+    way: &Way,
+    (action, harmless, alone, delta): (Action, bool, bool, bool),
+) -> Result<Surroundings, Error> {
+    let control = stored.control()?;
+    let conf = match alone {
+        true => Configuration::default(),
+        false => Configuration::read(&places.data, stored)?,
+    };
+    let links = links::links(&stored.links, places, &conf.folders, delta)?;
+    let mut neutral = neutral::neutral(
+        &conf,
+        neutral::Asked {
+            data: &places.data,
+            action,
+            harmless: harmless || alone,
+            subscriptions: stored.subscriptions()?,
+            needed: &way.needed(&control.needed),
+            rules: ["pg_hba.conf", "pg_ident.conf"].map(|file| stored.has(file)),
+        },
+    )?;
+    neutral.notes.extend(links.notes);
+    Ok(Surroundings { neutral, folders: links.folders, has_conf: conf.found })
+}
+
 fn carry_out(
     planned: Planned,
     progress: Arc<Progress>,
     stop: CancellationToken,
 ) -> Result<Done, Error> {
-    let Planned { decision, places, settings, files, bytes, delta, chunks, .. } = planned;
+    let Planned { decision, places, settings, neutral, edits, files, bytes, .. } = planned;
     let name = &decision.plan.backup.name;
     // Once more, as planning may have taken a while (D3).
-    check::places(&places, &decision.plan.backup, delta)?;
+    check::places(&places, &decision.plan.backup, planned.delta)?;
     finish::begin(&places, name.as_str())?;
     progress.expect(files, bytes);
     progress.enter("restoring");
     // Twice the cores: half of them wait for the network or the disk.
     let threads = std::thread::available_parallelism().map_or(2, usize::from) * 2;
     let pour = Pour {
-        chunks,
+        chunks: planned.chunks,
         places: places.clone(),
-        delta,
+        folders: planned.folders,
+        delta: planned.delta,
         threads,
         progress: Arc::clone(&progress),
         stop,
@@ -384,7 +478,7 @@ fn carry_out(
     let control = poured.control.ok_or_else(|| {
         Error::new(Failure::Code(Code::Corrupt), format!("backup {name} has no pg_control"))
     })?;
-    finish::finish(&places, &pour.chunks.reader, &control, &settings)?;
+    finish::finish(&places, &pour.chunks.reader, &control, &settings, &neutral, &edits)?;
     let written = progress.seen().written;
     Ok(Done { files, bytes, written, removed: poured.removed, seconds: 0.0 })
 }

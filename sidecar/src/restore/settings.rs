@@ -1,10 +1,17 @@
-//! `postgresql.auto.conf` of a restored cluster: how it recovers.
+//! `postgresql.auto.conf` of a restored cluster: how it recovers, and what of its old settings must not act (P12).
 //!
-//! Old recovery settings go, the new ones follow. No secret is written: `restore_command` names files.
-//! Text goes through three readers: PostgreSQL's configuration (quotes doubled), PostgreSQL's `%` in
-//! restore_command (doubled), and the shell (single quotes).
+//! PostgreSQL takes settings in the order of its files, `postgresql.auto.conf` last (only the command line beats it). A
+//! recovery target that is set while another one is, be it to nothing, is FATAL (`error_multiple_recovery_targets`): so all
+//! others are emptied first, beginning with the one that is set, and ours comes last. Every setting that could end a copy
+//! elsewhere, run a command of the cluster or lead out of the directory is written, empty where it is not ours.
+//! No secret is written: `restore_command` names files. Text goes through three readers: PostgreSQL's configuration (quotes
+//! doubled), PostgreSQL's `%` in restore_command (doubled), and the shell (single quotes).
 
-use super::{show_time, target::Recovery};
+use super::{
+    conf::{line, name_of},
+    show_time,
+    target::Recovery,
+};
 use klio_pg::TimelineId;
 use std::path::PathBuf;
 
@@ -41,13 +48,18 @@ pub struct Invocation {
 }
 
 impl Invocation {
-    /// What a shell runs; `%f` and `%p` are PostgreSQL's.
-    pub fn restore_command(&self) -> String {
-        let program = self.program.display().to_string();
-        let words = [program, "wal-fetch".to_owned()];
-        let words = words.iter().chain(&self.arguments).map(|word| shell(word).replace('%', "%%"));
-        let words: Vec<String> = words.collect();
-        format!("{} %f \"%p\"", words.join(" "))
+    /// What a shell runs; `%f` and `%p` are PostgreSQL's. `edited`: the copy's WAL is not quite the original's, and a
+    /// failure of either program is the failure of both.
+    pub fn restore_command(&self, edited: bool) -> String {
+        let word = |word: &str| shell(word).replace('%', "%%");
+        let program = word(&self.program.display().to_string());
+        let arguments: Vec<String> = self.arguments.iter().map(|argument| word(argument)).collect();
+        let words = [&[program.clone(), "wal-fetch".to_owned()][..], &arguments].concat();
+        let fetch = format!("{} %f \"%p\"", words.join(" "));
+        match edited {
+            true => format!("{fetch} && {program} wal-tablespaces %f \"%p\""),
+            false => fetch,
+        }
     }
 }
 
@@ -63,6 +75,8 @@ pub fn shell(word: &str) -> String {
 /// The settings of one recovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
+    /// Of the cluster: PostgreSQL does not start with a setting that it does not know.
+    pub major: u32,
     /// `restore_command`.
     pub restore_command: String,
     /// Where it ends.
@@ -71,13 +85,28 @@ pub struct Settings {
     pub timeline: Option<TimelineId>,
     /// What then; of no effect without a target.
     pub action: Action,
+    /// The target that files outside the directory leave set; it is emptied first.
+    pub left_set: Option<&'static str>,
+    /// What the cluster's own files ask for and must not get, or must get more of.
+    pub corrected: Vec<(&'static str, String)>,
+    /// Nothing of it acts on the world, also after a promotion.
+    pub harmless: bool,
+    /// Nothing of the old `postgresql.auto.conf` is kept.
+    pub alone: bool,
 }
 
-/// Settings of PostgreSQL that decide how a recovery goes.
-const OURS: [&str; 11] = [
+/// A recovery target is one of these.
+pub const TARGETS: [&str; 5] = [
+    "recovery_target",
+    "recovery_target_lsn",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_xid",
+];
+
+/// What never stays in `postgresql.auto.conf`: settings of an older recovery, and files that PostgreSQL would include.
+const NEVER_KEPT: [&str; 13] = [
     "restore_command",
-    "recovery_end_command",
-    "archive_cleanup_command",
     "recovery_target",
     "recovery_target_action",
     "recovery_target_inclusive",
@@ -86,15 +115,59 @@ const OURS: [&str; 11] = [
     "recovery_target_time",
     "recovery_target_timeline",
     "recovery_target_xid",
+    "promote_trigger_file",
+    "include",
+    "include_if_exists",
+    "include_dir",
+];
+
+/// A copy runs no command but ours, waits for nobody and follows nobody.
+const EMPTY: [(&str, &str); 5] = [
+    ("archive_cleanup_command", ""),
+    ("recovery_end_command", ""),
+    ("recovery_min_apply_delay", "0"),
+    ("primary_conninfo", ""),
+    ("primary_slot_name", ""),
+];
+
+/// `--harmless`, and drills: no archiving, no subscriptions, no workers or code of extensions beside what is asked for, no
+/// waiting for standbys, reachable on this machine only, no message elsewhere.
+pub const HARMLESS: [(&str, &str); 13] = [
+    ("archive_mode", "off"),
+    ("archive_command", ""),
+    ("archive_library", ""),
+    ("max_logical_replication_workers", "0"),
+    ("max_sync_workers_per_subscription", "0"),
+    ("synchronous_standby_names", ""),
+    ("shared_preload_libraries", ""),
+    ("session_preload_libraries", ""),
+    ("local_preload_libraries", ""),
+    ("listen_addresses", ""),
+    ("bonjour", "off"),
+    ("log_destination", "stderr"),
+    ("ssl", "off"),
 ];
 
 impl Settings {
-    /// Names and values, in order.
+    /// Names and values, in the order in which they are written.
     pub fn pairs(&self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![("restore_command", self.restore_command.clone())];
-        let timeline = self.timeline.map_or("current".to_owned(), |t| t.get().to_string());
-        pairs.push(("recovery_target_timeline", timeline));
-        let target = match &self.recovery {
+        pairs.extend(EMPTY.map(|(name, value)| (name, value.to_owned())));
+        if self.major < 16 {
+            pairs.push(("promote_trigger_file", String::new()));
+        }
+        pairs.extend(self.corrected.iter().cloned());
+        if self.harmless {
+            let new = |(name, _): &(&str, &str)| pairs.iter().all(|(known, _)| known != name);
+            let harmless = HARMLESS.into_iter().filter(new).collect::<Vec<_>>();
+            pairs.extend(harmless.into_iter().map(|(name, value)| (name, value.to_owned())));
+        }
+        pairs.extend(self.target());
+        pairs
+    }
+
+    fn target(&self) -> Vec<(&'static str, String)> {
+        let ours = match &self.recovery {
             Recovery::End => None,
             Recovery::Immediate => Some(("recovery_target", "immediate".to_owned())),
             Recovery::Time(time) => Some(("recovery_target_time", show_time(*time))),
@@ -102,58 +175,44 @@ impl Settings {
             Recovery::Name(name) => Some(("recovery_target_name", name.clone())),
             Recovery::Xid(xid) => Some(("recovery_target_xid", xid.to_string())),
         };
-        if let Some(target) = target {
-            pairs.push(target);
-            pairs.push(("recovery_target_action", self.action.name().to_owned()));
+        let mut emptied: Vec<&str> = self.left_set.into_iter().chain(TARGETS).collect();
+        let is_ours = |name: &str| ours.as_ref().is_some_and(|(ours, _)| *ours == name);
+        emptied.retain(|name| !is_ours(name));
+        let mut pairs: Vec<(&'static str, String)> = Vec::new();
+        for name in emptied {
+            if pairs.iter().all(|(known, _)| *known != name) {
+                pairs.push((name, String::new()));
+            }
         }
+        let timeline = self.timeline.map_or("current".to_owned(), |t| t.get().to_string());
+        pairs.push(("recovery_target_timeline", timeline));
+        pairs.push(("recovery_target_inclusive", "true".to_owned()));
+        pairs.push(("recovery_target_action", self.action.name().to_owned()));
+        pairs.extend(ours);
         pairs
     }
 
-    /// The new content of `postgresql.auto.conf`. `conf` is `postgresql.conf`: a target that is set there would
-    /// be a second one, so it is emptied, before ours, because PostgreSQL takes them in order.
-    pub fn auto_conf(&self, old: &str, conf: &str) -> String {
-        let kept = old.lines().filter(|line| name_of(line).is_none_or(|name| !is_ours(&name)));
-        let mut text: String = kept.map(|line| format!("{line}\n")).collect();
-        if text.is_empty() {
-            text = "# Do not edit this file manually!\n\
-                    # It will be overwritten by the ALTER SYSTEM command.\n"
-                .to_owned();
-        }
+    /// The new content of `postgresql.auto.conf`.
+    pub fn auto_conf(&self, old: &[u8]) -> Vec<u8> {
         let pairs = self.pairs();
-        let set = |name: &str| pairs.iter().any(|(ours, _)| *ours == name);
-        let mut emptied: Vec<String> = conf.lines().filter_map(name_of).collect();
-        emptied.sort();
-        emptied.dedup();
-        let target = |name: &str| OURS.contains(&name) && name.starts_with("recovery_target");
-        for name in emptied {
-            let choice = matches!(
-                name.as_str(),
-                "recovery_target_action" | "recovery_target_inclusive" | "recovery_target_timeline"
-            );
-            if target(&name) && !choice && !set(&name) {
-                text += &format!("{name} = ''\n");
-            }
-            if name == "recovery_target_inclusive" {
-                text += "recovery_target_inclusive = 'true'\n";
+        let goes =
+            |name: &str| NEVER_KEPT.contains(&name) || pairs.iter().any(|(ours, _)| *ours == name);
+        let mut text = Vec::new();
+        let old = if self.alone { &[][..] } else { old };
+        for kept in old.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            if name_of(&String::from_utf8_lossy(kept)).is_none_or(|(name, _)| !goes(&name)) {
+                text.extend_from_slice(kept);
+                text.push(b'\n');
             }
         }
-        for (name, value) in pairs {
-            text += &format!("{name} = '{}'\n", value.replace('\\', r"\\").replace('\'', "''"));
+        if text.is_empty() {
+            text = b"# Do not edit this file manually!\n\
+                     # It will be overwritten by the ALTER SYSTEM command.\n"
+                .to_vec();
         }
+        pairs.iter().for_each(|(name, value)| text.extend(line(name, value).into_bytes()));
         text
     }
-}
-
-/// The setting's name of a line of a configuration file, in lower case.
-fn name_of(line: &str) -> Option<String> {
-    let line = line.trim_start();
-    let end = line.find(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '.');
-    let name = &line[..end.unwrap_or(line.len())];
-    (!name.is_empty()).then(|| name.to_ascii_lowercase())
-}
-
-fn is_ours(name: &str) -> bool {
-    OURS.contains(&name)
 }
 
 #[cfg(test)]
@@ -164,16 +223,25 @@ mod tests {
         let program = "/opt/it's here/klio".into();
         let arguments = vec!["--config".into(), "/etc/100%/klio.toml".into()];
         Settings {
-            restore_command: Invocation { program, arguments }.restore_command(),
+            major: 15,
+            restore_command: Invocation { program, arguments }.restore_command(false),
             recovery,
             timeline: TimelineId::new(2),
             action: Action::Pause,
+            left_set: None,
+            corrected: Vec::new(),
+            harmless: false,
+            alone: false,
         }
+    }
+
+    fn text(settings: &Settings, old: &str) -> String {
+        String::from_utf8(settings.auto_conf(old.as_bytes())).unwrap()
     }
 
     #[test]
     fn the_command_survives_configuration_percent_and_shell() {
-        let text = settings(Recovery::End).auto_conf("", "");
+        let text = text(&settings(Recovery::Immediate), "");
         let line = text.lines().find(|l| l.starts_with("restore_command")).unwrap();
         // As PostgreSQL unquotes it.
         let value = line.split_once(" = '").unwrap().1.strip_suffix('\'').unwrap();
@@ -185,23 +253,69 @@ mod tests {
     }
 
     #[test]
-    fn stale_recovery_settings_go_and_others_stay() {
-        let old = "# comment\nwork_mem = '8MB'\nRECOVERY_TARGET_TIME = 'x'\nrestore_command='y'\n";
-        let text = settings(Recovery::Xid(7)).auto_conf(old, "");
-        assert!(text.starts_with("# comment\nwork_mem = '8MB'\nrestore_command = "), "{text}");
-        assert!(!text.contains("RECOVERY_TARGET_TIME") && !text.contains("'y'"), "{text}");
-        assert!(text.contains("recovery_target_xid = '7'\nrecovery_target_action = 'pause'\n"));
-        assert_eq!(settings(Recovery::Xid(7)).auto_conf(&text, ""), text);
+    fn wal_that_is_changed_goes_through_both_programs() {
+        let invocation = Invocation { program: "/opt/a b/klio".into(), arguments: Vec::new() };
+        let expected =
+            "'/opt/a b/klio' wal-fetch %f \"%p\" && '/opt/a b/klio' wal-tablespaces %f \"%p\"";
+        assert_eq!(invocation.restore_command(true), expected);
     }
 
     #[test]
-    fn a_target_of_postgresql_conf_is_emptied_before_ours() {
-        let conf =
-            "recovery_target_lsn = '0/1'\nrecovery_target_name='a'\n# recovery_target_time\n";
-        let text = settings(Recovery::Name("it's".into())).auto_conf("", conf);
-        let emptied = text.find("recovery_target_lsn = ''").unwrap();
-        assert!(emptied < text.find("recovery_target_name = 'it''s'").unwrap(), "{text}");
-        assert_eq!(text.matches("recovery_target_name").count(), 1);
-        assert!(!text.contains("recovery_target_time "));
+    fn stale_recovery_settings_go_and_others_stay() {
+        let old = "# comment\nwork_mem = '8MB'\nRECOVERY_TARGET_TIME = 'x'\nrestore_command='y'\n\
+                   include '/live'\nArchive_Cleanup_Command 'rm'\nlast = 'no line end'";
+        let ours = settings(Recovery::Xid(7));
+        let new = text(&ours, old);
+        let kept = "# comment\nwork_mem = '8MB'\nlast = 'no line end'\nrestore_command = ";
+        assert!(new.starts_with(kept), "{new}");
+        assert!(!new.contains("RECOVERY_TARGET_TIME") && !new.contains("'y'"), "{new}");
+        assert!(!new.contains("'rm'") && !new.contains("include '"), "{new}");
+        assert!(new.ends_with("recovery_target_action = 'pause'\nrecovery_target_xid = '7'\n"));
+        assert_eq!(text(&ours, &new), new);
+        assert_eq!(ours.auto_conf(b"a = '\xff'\n")[..9], *b"a = '\xff'\nr");
+    }
+
+    #[test]
+    fn every_other_target_is_emptied_before_ours_the_one_that_is_set_first() {
+        let mut ours = settings(Recovery::Name("it's".into()));
+        ours.left_set = Some("recovery_target_time");
+        let names: Vec<&str> = ours.target().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(
+            names,
+            [
+                "recovery_target_time",
+                "recovery_target",
+                "recovery_target_lsn",
+                "recovery_target_xid",
+                "recovery_target_timeline",
+                "recovery_target_inclusive",
+                "recovery_target_action",
+                "recovery_target_name",
+            ]
+        );
+        assert!(text(&ours, "").ends_with("recovery_target_name = 'it''s'\n"));
+    }
+
+    #[test]
+    fn commands_of_the_cluster_are_emptied_and_only_what_the_version_knows_is_written() {
+        let mut ours = settings(Recovery::Immediate);
+        for name in ["archive_cleanup_command", "recovery_end_command", "primary_conninfo"] {
+            assert!(text(&ours, "").contains(&format!("{name} = ''\n")), "{name}");
+        }
+        assert!(text(&ours, "").contains("promote_trigger_file = ''"));
+        ours.major = 16;
+        assert!(!text(&ours, "promote_trigger_file = 'x'").contains("promote_trigger_file"));
+    }
+
+    #[test]
+    fn harmless_beats_what_is_there() {
+        let mut ours = settings(Recovery::Immediate);
+        ours.harmless = true;
+        let new =
+            text(&ours, "archive_command = 'cp %p /live/%f'\nshared_preload_libraries = 'cron'");
+        assert!(!new.contains("/live") && !new.contains("cron"), "{new}");
+        assert!(new.contains("archive_mode = 'off'\n"), "{new}");
+        ours.alone = true;
+        assert!(!text(&ours, "statement_timeout = '1ms'").contains("statement_timeout"));
     }
 }

@@ -24,7 +24,7 @@ use std::time::Duration;
 /// `recovery_target_*` of the restored cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovery {
-    /// None: to the end of WAL.
+    /// None: to the end of WAL, which any break would be (P7).
     End,
     /// `recovery_target = 'immediate'`
     Immediate,
@@ -47,7 +47,7 @@ pub struct Wish {
     pub timeline: TimelineChoice,
     /// From which backup.
     pub backup: Option<BackupName>,
-    /// The end has to be a target, because something else than a promotion is to happen there.
+    /// The end of WAL has to be a target (P7), so that a break in WAL is none: always, but for what goes on as a standby.
     pub stop_at_end: bool,
 }
 
@@ -195,7 +195,7 @@ impl Decider<'_> {
         if !stop_at_end {
             return Ok(decided);
         }
-        let tail = self.end_of(&decided.plan).await?;
+        let tail = self.end_of(&decided.plan).await?.whole()?;
         let recovery = end_as_target(&decided.plan, &tail);
         Ok(Decision { recovery, ..decided })
     }
@@ -212,7 +212,7 @@ impl Decider<'_> {
             return Ok(decided);
         }
         // PostgreSQL stops after a record that begins there or later, and none does.
-        let recovery = end_as_target(&decided.plan, &tail);
+        let recovery = end_as_target(&decided.plan, &tail.whole()?);
         Ok(Decision { recovery, ..decided })
     }
 
@@ -220,7 +220,7 @@ impl Decider<'_> {
         let mut clock = None;
         for plan in plans {
             let wal = self.wal(&plan);
-            let before = wal.tail(plan.backup.start_lsn, plan.backup.stop_lsn).await?;
+            let before = wal.tail(plan.backup.start_lsn, plan.backup.stop_lsn).await?.whole()?;
             let before = before.last_ending.and_then(|found| found.landmark.unix_micros());
             if let Some(later) = before.filter(|before| *before > wanted) {
                 clock.get_or_insert_with(|| {
@@ -246,6 +246,7 @@ impl Decider<'_> {
         if last.is_some_and(|(time, _)| time > wanted) {
             return Ok(decided(decision(plan, Recovery::Time(wanted))));
         }
+        tail.whole()?;
         let exact = last.is_some_and(|(time, _)| time == wanted);
         let idle_until = match &plan.reach.stop {
             Stop::End { idle_until_unix: Some(until) } => Some((until * 1e6) as i64),
@@ -259,7 +260,7 @@ impl Decider<'_> {
             {
                 return Ok(Verdict::Wait(Duration::from_micros(missing.unsigned_abs())));
             }
-            let tail = self.end_of(&plan).await?;
+            let tail = self.end_of(&plan).await?.whole()?;
             let recovery = end_as_target(&plan, &tail);
             let mut decision = decision(plan, recovery);
             if !exact {

@@ -1,7 +1,7 @@
 //! Looks into WAL itself: for the last commit before a position, for a restore point, for a transaction.
 //!
-//! P7: WAL that is listed and cannot be read is an error, never an end. What lies behind a way's reach is
-//! not looked at: it may be zeros, or another timeline's.
+//! P7: WAL that is listed and cannot be read is an error, never an end, and so are records that break off before
+//! the end of what is held. What lies behind a way's reach is not looked at: it may be zeros, or another timeline's.
 
 use super::{Scratch, source::Source};
 use crate::error::{Error, Failure};
@@ -11,7 +11,8 @@ use klio_proto::Code;
 use klio_storage::{catalog::Path, layout::WalFile};
 use std::{
     fs::File,
-    io::Read,
+    io::{Read, Seek, SeekFrom},
+    ops::Range,
     path::{Path as FilePath, PathBuf},
 };
 
@@ -34,14 +35,64 @@ pub struct Wal<'a> {
 /// The end of a stretch of WAL.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tail {
-    /// Start of the last whole record.
+    /// Start of the last whole record: PostgreSQL compares `recovery_target_lsn` with where records start.
     pub last_record: Option<Lsn>,
     /// The last commit or abort.
     pub last_ending: Option<Found>,
+    /// Its records break off before the stretch does; what is behind that counts for nothing above.
+    pub broken: Option<Break>,
+}
+
+/// Where records break off in WAL that is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Break {
+    /// No record can be read from here on.
+    pub at: Lsn,
+    /// In words.
+    pub why: &'static str,
+    /// Up to where WAL is held.
+    pub to: Lsn,
+}
+
+impl Break {
+    /// Nothing behind it can be reached (P7): it is no end of WAL.
+    pub fn refusal(&self) -> Error {
+        let Self { at, why, to } = self;
+        let message = format!(
+            "WAL breaks off at {at} ({why}), though it is held up to {to}: what is behind cannot be replayed"
+        );
+        Error::new(Failure::Unreachable, message).hint(format!(
+            "a --target-lsn or --target-time before {at} can be reached; klio verify --wal tells what is damaged; \
+             nothing was touched"
+        ))
+    }
+}
+
+impl Tail {
+    /// The same, of a stretch that has to be whole.
+    ///
+    /// # Errors
+    /// Where its records break off.
+    pub fn whole(self) -> Result<Self, Error> {
+        match &self.broken {
+            Some(broken) => Err(broken.refusal()),
+            None => Ok(self),
+        }
+    }
+}
+
+/// What a walk met.
+struct Seen {
+    /// Where its first record begins, whole or not.
+    first: Option<Lsn>,
+    /// Where its last whole record begins.
+    last: Option<Lsn>,
+    broken: Option<Break>,
 }
 
 impl Wal<'_> {
-    /// The end of `[floor, to)`: looks backwards from `to`, no further than needed.
+    /// The end of `[floor, to)`: looks backwards from `to`, no further than needed. A record may be longer than a
+    /// segment: it is looked at from where it begins to where the next one does.
     ///
     /// # Errors
     /// WAL that cannot be read.
@@ -51,10 +102,11 @@ impl Wal<'_> {
         if to <= floor {
             return Ok(tail);
         }
-        let mut start = Lsn::new(to.as_u64() - 1).segment_start(size);
+        let lowest = page_of(floor);
+        let mut start = Lsn::new(to.as_u64() - 1).segment_start(size).max(lowest);
+        // Where a record begins that was looked at already, or WAL ends.
+        let mut next = to;
         loop {
-            // A record may begin in a segment and end in the next.
-            let end = to.min(start.advance(2 * size.bytes()));
             let mut ending = None;
             let mut keep = |found: Found| {
                 if found.lsn >= floor && found.landmark.stops_by_time() {
@@ -62,22 +114,27 @@ impl Wal<'_> {
                 }
                 false
             };
-            let last = self.walk(start, end, &mut keep).await?;
-            tail.last_record = tail.last_record.max(last.filter(|last| *last >= floor));
+            let seen = self.walk(start, next, Begin::InFirstSegment, &mut keep).await?;
+            if let Some(broken) = seen.broken {
+                tail = Tail { broken: Some(Break { to, ..broken }), ..Tail::default() };
+                next = start;
+            }
+            tail.last_record = tail.last_record.or(seen.last.filter(|last| *last >= floor));
             tail.last_ending = tail.last_ending.or(ending);
+            next = seen.first.unwrap_or(next);
             let done = tail.last_record.is_some() && tail.last_ending.is_some();
-            if done || start <= floor {
+            if done || start <= lowest {
                 return Ok(tail);
             }
             self.scratch.trim(3);
-            start = Lsn::new(start.as_u64() - size.bytes());
+            start = Lsn::new(start.segment_start(size).as_u64() - size.bytes()).max(lowest);
         }
     }
 
     /// The first landmark in `[from, to)` that fits.
     ///
     /// # Errors
-    /// WAL that cannot be read.
+    /// WAL that cannot be read; records that break off before it is found.
     pub async fn find(
         &self,
         from: Lsn,
@@ -85,43 +142,86 @@ impl Wal<'_> {
         fits: &mut dyn FnMut(&Found) -> bool,
     ) -> Result<Option<Found>, Error> {
         let mut hit = None;
-        self.walk(from.segment_start(self.path.segment_size()), to, &mut |found| {
+        let mut each = |found: Found| {
             if found.lsn >= from && fits(&found) {
                 hit = Some(found);
             }
             hit.is_some()
-        })
-        .await?;
-        Ok(hit)
+        };
+        let seen = self.walk(page_of(from), to, Begin::Anywhere, &mut each).await?;
+        match (hit, seen.broken) {
+            (None, Some(broken)) => Err(broken.refusal()),
+            (hit, _) => Ok(hit),
+        }
     }
 
-    /// Walks whole segments from `start`, the start of one, up to `to`, until `each` says that it is enough.
-    /// Gives the start of the last whole record.
+    /// Shows every landmark in `[from, to)` until `each` says that it is enough; where records break off before.
+    ///
+    /// # Errors
+    /// WAL that cannot be read.
+    pub async fn scan(
+        &self,
+        from: Lsn,
+        to: Lsn,
+        each: &mut dyn FnMut(Found) -> bool,
+    ) -> Result<Option<Break>, Error> {
+        let mut each = |found: Found| found.lsn >= from && each(found);
+        Ok(self.walk(page_of(from), to, Begin::Anywhere, &mut each).await?.broken)
+    }
+
+    /// So many bytes from `from` on, or as many as there are.
+    ///
+    /// # Errors
+    /// WAL that cannot be read.
+    pub async fn bytes(&self, from: Lsn, length: u64) -> Result<Vec<u8>, Error> {
+        let size = self.path.segment_size();
+        let mut bytes = Vec::new();
+        let mut at = from;
+        while at < from.advance(length) && !(at > from && self.path.names(at).is_empty()) {
+            let file = self.segment(at).await?;
+            let content = std::fs::read(&file).map_err(|e| super::local("read", &file, &e))?;
+            let begin = usize::try_from(at.offset_in(size)).unwrap_or(usize::MAX);
+            bytes.extend_from_slice(content.get(begin..).unwrap_or_default());
+            at = at.segment_start(size).advance(size.bytes());
+        }
+        bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+        Ok(bytes)
+    }
+
+    /// Walks from `start`, the start of a page, up to `to`, until `each` says that it is enough.
     async fn walk(
         &self,
         start: Lsn,
         to: Lsn,
+        begin: Begin,
         each: &mut dyn FnMut(Found) -> bool,
-    ) -> Result<Option<Lsn>, Error> {
+    ) -> Result<Seen, Error> {
         let size = self.path.segment_size();
         let mut walker = RecordWalker::new(size, self.postgres_major, start);
-        let starts = (start.as_u64()..to.as_u64()).step_by(size.bytes() as usize).map(Lsn::new);
+        let first = start.segment_start(size);
+        let starts = (first.as_u64()..to.as_u64()).step_by(size.bytes() as usize).map(Lsn::new);
         let files = stream::iter(starts)
             .map(|at| async move { Ok::<_, Error>((at, self.segment(at).await?)) });
         let mut files = std::pin::pin!(files.buffered(AHEAD));
         let mut enough = false;
         while let Some((at, file)) = files.try_next().await? {
-            let limit = size.bytes().min(to.bytes_since(at));
-            let fed = feed(&mut walker, &file, limit, &mut |found| enough |= each(found));
+            let part = start.bytes_since(at)..size.bytes().min(to.bytes_since(at));
+            let fed = feed(&mut walker, &file, part, &mut |found| enough |= each(found));
             fed.map_err(|error| super::local("read", &file, &error))?;
-            if at.advance(2 * size.bytes()) < to {
+            if at.advance(2 * size.bytes()) < to && begin == Begin::Anywhere {
                 let _ = std::fs::remove_file(&file);
             }
-            if enough {
+            let none = begin == Begin::InFirstSegment && walker.first_record().is_none();
+            if enough || none || walker.ended().is_some() {
                 break;
             }
         }
-        Ok(walker.last_record())
+        let broken = walker.ended().map(|why| Break {
+            at: walker.records_end().or(walker.first_record()).unwrap_or(start),
+            why,
+            to,
+        });
+        Ok(Seen { first: walker.first_record(), last: walker.last_record(), broken })
     }
 
     async fn segment(&self, at: Lsn) -> Result<PathBuf, Error> {
@@ -139,13 +239,28 @@ impl Wal<'_> {
     }
 }
 
+/// Where the record has to begin that a walk looks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begin {
+    /// In the first segment: without one, the walk ends there.
+    InFirstSegment,
+    Anywhere,
+}
+
+/// Records that begin on a page can be read from its start.
+fn page_of(at: Lsn) -> Lsn {
+    Lsn::new(at.as_u64() - at.as_u64() % klio_pg::PAGE_BYTES)
+}
+
 fn feed(
     walker: &mut RecordWalker,
     file: &FilePath,
-    limit: u64,
+    part: Range<u64>,
     each: &mut dyn FnMut(Found),
 ) -> std::io::Result<()> {
-    let mut file = File::open(file)?.take(limit);
+    let mut file = File::open(file)?;
+    file.seek(SeekFrom::Start(part.start))?;
+    let mut file = file.take(part.end.saturating_sub(part.start));
     let mut buffer = vec![0; READ_BYTES];
     loop {
         match file.read(&mut buffer)? {
@@ -172,7 +287,11 @@ pub async fn partial_end(
         // Zeros behind the last byte that came; what is before them counts, even half a record.
         let content = std::fs::read(&file)?;
         let used = content.iter().rposition(|byte| *byte != 0).map_or(0, |at| at as u64 + 1);
-        let used = used.next_multiple_of(8).min(size.bytes());
+        // A record may end with zeros; PostgreSQL's version matters to what it says only.
+        let mut walker = RecordWalker::new(size, 0, start);
+        walker.push(&content, &mut |_| {});
+        let records = walker.records_end().map_or(0, |end| end.bytes_since(start));
+        let used = used.next_multiple_of(8).max(records).min(size.bytes());
         Ok((used > 0).then(|| start.advance(used)))
     };
     end().map_err(|error| super::local("read", &file, &error))

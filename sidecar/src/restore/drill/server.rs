@@ -6,6 +6,7 @@ use crate::{
     error::{Error, Failure, local},
     replication::Client,
 };
+use klio_pg::Lsn;
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs::{self, File},
@@ -22,8 +23,20 @@ const LOOK: Duration = Duration::from_millis(100);
 const STOP: Duration = Duration::from_secs(300);
 /// A query of a drill may take a while; a dead session is noticed all the same, as the process ends.
 const QUERY: Duration = Duration::from_secs(24 * 3600);
+/// In its log, once it answers.
+const READY: &str = "database system is ready to accept";
+/// Lines of its log that say why it ended, or waits.
+const ENDS: [&str; 4] = ["FATAL:", "PANIC:", "ERROR:", "klio wal-fetch:"];
+const PAUSES: [&str; 4] = ["WARNING:", "DETAIL:", "HINT:", "paus"];
 /// Lines of PostgreSQL's log in a problem.
 const LOG_LINES: usize = 5;
+
+/// What it is at.
+enum Standing {
+    Replaying(Lsn),
+    Paused(Lsn),
+    Over,
+}
 
 /// A running PostgreSQL; killed when dropped.
 pub struct Server<'a> {
@@ -34,6 +47,8 @@ pub struct Server<'a> {
     socket: PathBuf,
     log: PathBuf,
     role: String,
+    /// For each session.
+    options: String,
 }
 
 fn problem(message: String) -> Error {
@@ -50,11 +65,13 @@ impl<'a> Server<'a> {
         data: &Path,
         scratch: &Scratch,
         role: &str,
+        major: u32,
     ) -> Result<Self, Error> {
         let socket = scratch.join("s");
-        let hba = scratch.join("pg_hba.conf");
-        let ident = scratch.join("pg_ident.conf");
-        let (log, conf) = (scratch.join("postgresql.log"), data.join("postgresql.conf"));
+        let file = |name: &str| scratch.join(name);
+        let (conf, hba, ident) =
+            (file("postgresql.conf"), file("pg_hba.conf"), file("pg_ident.conf"));
+        let log = file("postgresql.log");
         let write = |path: &Path, text: &str| {
             fs::write(path, text).map_err(|error| local("write", path, &error))?;
             programs.give(path)
@@ -64,9 +81,9 @@ impl<'a> Server<'a> {
         // Only who may enter the directory gets to the socket.
         write(&hba, "local all all trust\n")?;
         write(&ident, "")?;
-        if !conf.exists() {
-            write(&conf, &limits(programs, data).await)?;
-        }
+        // In place of the cluster's own, with its limits, includes and libraries: what recovery needs is in
+        // postgresql.auto.conf, which has nothing else either.
+        write(&conf, "")?;
         let out = File::create(&log).map_err(|error| local("make", &log, &error))?;
         let err = out.try_clone().map_err(|error| local("make", &log, &error))?;
         let postgres = programs
@@ -77,6 +94,7 @@ impl<'a> Server<'a> {
         command.arg("-D").arg(data);
         let path = |path: &Path| path.display().to_string();
         for (name, value) in [
+            ("config_file", path(&conf)),
             ("data_directory", path(data)),
             ("hba_file", path(&hba)),
             ("ident_file", path(&ident)),
@@ -87,16 +105,12 @@ impl<'a> Server<'a> {
             ("ssl", "off".to_owned()),
             // Nothing leaves this directory.
             ("archive_mode", "off".to_owned()),
-            ("synchronous_standby_names", String::new()),
-            ("primary_conninfo", String::new()),
-            ("max_logical_replication_workers", "0".to_owned()),
-            ("shared_preload_libraries", String::new()),
-            ("session_preload_libraries", String::new()),
-            ("local_preload_libraries", String::new()),
             ("logging_collector", "off".to_owned()),
             ("log_destination", "stderr".to_owned()),
             ("log_min_messages", "log".to_owned()),
             ("hot_standby", "on".to_owned()),
+            // A cluster may have some; PostgreSQL panics over them without this.
+            ("allow_in_place_tablespaces", "on".to_owned()),
             // It is thrown away, and must fit beside what else runs here.
             ("fsync", "off".to_owned()),
             ("shared_buffers", "128MB".to_owned()),
@@ -105,9 +119,14 @@ impl<'a> Server<'a> {
         ] {
             command.arg("-c").arg(format!("{name}={value}"));
         }
+        if major >= 17 {
+            // A trigger on login would run before the first question.
+            command.args(["-c", "event_triggers=off"]);
+        }
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(|error| local("start", &postgres, &error))?;
-        Ok(Self { programs, child, span, socket, log, role: role.to_owned() })
+        let role = role.to_owned();
+        Ok(Self { programs, child, span, socket, log, role, options: session_options(major) })
     }
 
     /// Its log so far.
@@ -115,34 +134,45 @@ impl<'a> Server<'a> {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// What a person needs of it.
-    fn last_words(&self) -> String {
+    /// What a person needs of it, without what questions met that came too early or too late.
+    fn last_words(&self, kinds: &[&str]) -> String {
         let log = self.log();
         let bad = log.lines().filter(|line| {
-            ["FATAL:", "PANIC:", "ERROR:", "klio"].iter().any(|word| line.contains(word))
+            kinds.iter().any(|word| line.contains(word))
+                && !line.contains("the database system is ")
         });
         let bad: Vec<&str> = bad.collect();
         bad[bad.len().saturating_sub(LOG_LINES)..].join("; ")
     }
 
-    /// Waits until recovery has ended and it is a primary.
+    /// Waits until recovery has ended and it is a primary; `replayed` is told how far it is.
     ///
     /// # Errors
-    /// Its end.
-    pub async fn recovered(&mut self) -> Result<(), Error> {
+    /// Its end, or that it waits for a person.
+    pub async fn recovered(&mut self, replayed: impl Fn(Lsn)) -> Result<(), Error> {
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
-                let words = self.last_words();
+                let words = self.last_words(&ENDS);
                 return Err(problem(format!("PostgreSQL ended in recovery ({status}): {words}")));
             }
-            if let Ok(mut client) = self.client("postgres").await
-                && let Ok(rows) = client.query("SELECT pg_is_in_recovery()").await
-                && rows.first().and_then(|row| row.text(0)) == Some("f")
-            {
-                return Ok(());
+            let log = self.log();
+            // Before, every question would be a FATAL line in its log.
+            if log.contains(READY) {
+                match self.standing().await {
+                    Ok(Standing::Over) => return Ok(()),
+                    Ok(Standing::Paused(at)) => {
+                        let words = self.last_words(&PAUSES);
+                        return Err(problem(format!(
+                            "PostgreSQL paused recovery at {at}: {words}"
+                        )));
+                    }
+                    Ok(Standing::Replaying(at)) => replayed(at),
+                    // It answers in a moment, or its log says why not.
+                    Err(_) => {}
+                }
             }
             if let Some(line) =
-                self.log().lines().find(|l| l.contains("role \"") && l.contains("does not exist"))
+                log.lines().find(|l| l.contains("role \"") && l.contains("does not exist"))
             {
                 return Err(problem(format!(
                     "{line}: drill.user names a superuser of the cluster"
@@ -152,13 +182,33 @@ impl<'a> Server<'a> {
         }
     }
 
+    async fn standing(&self) -> Result<Standing, Error> {
+        let mut client = match self.client("postgres").await {
+            Ok(client) => client,
+            // Not every cluster has kept it.
+            Err(_) => self.client("template1").await?,
+        };
+        let sql = "SELECT pg_is_in_recovery(), \
+                   CASE WHEN pg_is_in_recovery() THEN pg_get_wal_replay_pause_state() END, \
+                   pg_last_wal_replay_lsn()";
+        let rows = client.query(sql).await.map_err(|error| problem(error.to_string()))?;
+        let cell = |n| rows.first().and_then(|row| row.text(n));
+        let at = cell(2).and_then(|lsn| lsn.parse().ok()).unwrap_or(Lsn::ZERO);
+        Ok(match (cell(0), cell(1)) {
+            (Some("f"), _) => Standing::Over,
+            (_, Some("paused")) => Standing::Paused(at),
+            _ => Standing::Replaying(at),
+        })
+    }
+
     async fn client(&self, database: &str) -> Result<Client, Error> {
         let quote = |text: &str| text.replace('\\', r"\\").replace('\'', r"\'");
         let text = format!(
-            "host='{}' port=5432 user='{}' dbname='{}' sslmode=disable connect_timeout=10",
+            "host='{}' port=5432 user='{}' dbname='{}' options='{}' sslmode=disable connect_timeout=10",
             quote(&self.socket.display().to_string()),
             quote(&self.role),
-            quote(database)
+            quote(database),
+            quote(&self.options)
         );
         let info = ConnInfo::parse(&text, &|_| None).map_err(|error| problem(error.to_string()))?;
         Client::connect_sql(&info).await.map_err(|error| problem(error.to_string()))
@@ -188,6 +238,7 @@ impl<'a> Server<'a> {
         let mut command = self.programs.command(&program);
         command.args(["--all", "--install-missing", "--no-strict-names", "--username", &self.role]);
         command.arg("--host").arg(&self.socket).args(["--port", "5432"]);
+        command.env("PGOPTIONS", &self.options);
         ran(command, "pg_amcheck").await
     }
 
@@ -202,7 +253,7 @@ impl<'a> Server<'a> {
         match ended {
             Ok(Ok(status)) if status.success() => Vec::new(),
             Ok(Ok(status)) => {
-                vec![format!("PostgreSQL did not stop well ({status}): {}", self.last_words())]
+                vec![format!("PostgreSQL did not stop well ({status}): {}", self.last_words(&ENDS))]
             }
             Ok(Err(error)) => vec![format!("wait for PostgreSQL's end: {error}")],
             Err(_) => vec![format!("PostgreSQL did not stop within {STOP:?}")],
@@ -247,28 +298,26 @@ async fn ran(mut command: tokio::process::Command, name: &str) -> Vec<String> {
     }
 }
 
-/// A configuration for a data directory without one (Debian keeps it elsewhere): what recovery insists on
-/// is in pg_control.
-async fn limits(programs: &Programs, data: &Path) -> String {
-    let Some(program) = programs.path("pg_controldata") else { return String::new() };
-    let span = trace::span("pg_controldata");
-    let output = programs.command(&program).arg(data).output().instrument(span.clone()).await;
-    trace::ended(&span, output.as_ref().ok().map(|output| output.status));
-    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-    let mut conf = String::new();
-    for line in text.lines() {
-        let Some((name, value)) = line.split_once(" setting:") else { continue };
-        let known = [
-            "max_connections",
-            "max_worker_processes",
-            "max_wal_senders",
-            "max_prepared_xacts",
-            "max_locks_per_xact",
-        ];
-        if known.contains(&name) {
-            let name = name.replace("_xacts", "_transactions").replace("_xact", "_transaction");
-            conf += &format!("{name} = {}\n", value.trim());
-        }
+/// Against what roles and databases are set to (`ALTER ROLE … SET`), which comes before what a session asks for: no limit of
+/// time, nothing that makes a good backup look bad, and nothing that makes a bad one look good.
+fn session_options(major: u32) -> String {
+    let mut options: Vec<&str> = vec![
+        "statement_timeout=0",
+        "lock_timeout=0",
+        "idle_in_transaction_session_timeout=0",
+        "idle_session_timeout=0",
+        "temp_file_limit=-1",
+        "default_transaction_read_only=off",
+        "session_preload_libraries=",
+        "local_preload_libraries=",
+        "session_replication_role=origin",
+        "role=none",
+        "ignore_checksum_failure=off",
+        "zero_damaged_pages=off",
+        "ignore_system_indexes=off",
+    ];
+    if major >= 17 {
+        options.push("transaction_timeout=0");
     }
-    conf
+    options.iter().map(|option| format!("-c {option}")).collect::<Vec<_>>().join(" ")
 }

@@ -1,0 +1,121 @@
+//! Links of the data directory that lead out of it: a copy must not write where the original does (P12).
+//!
+//! What is only read (settings, certificates) stays a link. A directory, such as `log`, becomes an empty directory of the
+//! copy's own. A link in place of tables is refused: what is behind it is not in the backup. A link that the directory has
+//! already, in a delta restore, is that directory's own.
+
+use super::{included::plain, place::Places};
+use crate::error::{Error, Failure};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Where PostgreSQL keeps what a backup must have.
+const TABLES: [&str; 6] =
+    ["base", "global", "pg_xact", "pg_multixact", "pg_commit_ts", "pg_twophase"];
+
+/// What becomes of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Links {
+    /// Links of the backup that become directories, absolute.
+    pub folders: BTreeSet<PathBuf>,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+}
+
+/// Decides. `read`: directories outside that settings are read from.
+///
+/// # Errors
+/// A link in place of tables.
+pub fn links(
+    links: &BTreeMap<PathBuf, PathBuf>,
+    places: &Places,
+    read: &[PathBuf],
+    delta: bool,
+) -> Result<Links, Error> {
+    let mut done = Links::default();
+    for (path, to) in links {
+        let at = places.data.join(path);
+        let dest = plain(&at.parent().unwrap_or(&places.data).join(to));
+        let first = path.iter().next().unwrap_or_default().to_string_lossy().into_owned();
+        let own = delta && fs::read_link(&at).is_ok_and(|there| there == *to);
+        if own || first == "pg_tblspc" || places.all().any(|place| dest.starts_with(place)) {
+            continue;
+        }
+        let temporary = path.file_name().is_some_and(|name| name == "pgsql_tmp");
+        if TABLES.contains(&first.as_str()) && !temporary {
+            let message = format!(
+                "the backup has a link {} -> {} in place of files of the database: what is behind it was not backed up",
+                path.display(),
+                to.display()
+            );
+            return Err(Error::new(Failure::Unreachable, message).hint(
+                "PostgreSQL writes through such a link: on the original use a tablespace; nothing was touched",
+            ));
+        }
+        if is_folder(path, &dest) && !read.contains(&dest) {
+            done.notes.push(format!(
+                "{} led to {}: the copy gets an empty directory of its own",
+                path.display(),
+                to.display()
+            ));
+            done.folders.insert(at);
+        }
+    }
+    Ok(done)
+}
+
+/// What is behind it is a directory, or was one on another machine.
+fn is_folder(path: &Path, dest: &Path) -> bool {
+    match fs::metadata(dest) {
+        Ok(meta) => meta.is_dir(),
+        Err(_) => path.extension().is_none() || path.starts_with("log"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_become_the_copy_s_own_and_what_is_read_stays_a_link() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (live, data) = (scratch.path().join("live"), scratch.path().join("new"));
+        fs::create_dir_all(live.join("conf.d")).unwrap();
+        fs::write(live.join("postgresql.conf"), "").unwrap();
+        let (tablespaces, made) = (BTreeMap::new(), BTreeMap::new());
+        let places = Places { data: data.clone(), tablespaces, made };
+        let links_of = |all: &[(&str, PathBuf)]| {
+            all.iter().map(|(a, b)| (PathBuf::from(a), b.clone())).collect::<BTreeMap<_, _>>()
+        };
+        let all = links_of(&[
+            ("log", live.clone()),
+            ("old_log", "/nowhere/log".into()),
+            ("inside", "log/x".into()),
+            ("conf.d", live.join("conf.d")),
+            ("postgresql.conf", live.join("postgresql.conf")),
+            ("server.crt", "/nowhere/server.crt".into()),
+            ("up", "../live".into()),
+        ]);
+        let done = links(&all, &places, &[live.join("conf.d")], false).unwrap();
+        let expected = ["log", "old_log", "up"].map(|name| data.join(name));
+        assert_eq!(done.folders, BTreeSet::from(expected));
+        assert_eq!(done.notes.len(), 3);
+
+        // Onto a directory that has the link.
+        fs::create_dir(&data).unwrap();
+        std::os::unix::fs::symlink(&live, data.join("log")).unwrap();
+        let done = links(&links_of(&[("log", live.clone())]), &places, &[], true).unwrap();
+        assert_eq!(done, Links::default());
+        for path in ["base/5", "global", "base/5/16384", "pg_xact"] {
+            assert!(
+                links(&links_of(&[(path, live.clone())]), &places, &[], false).is_err(),
+                "{path}"
+            );
+        }
+        let temporary = links_of(&[("base/pgsql_tmp", live)]);
+        assert_eq!(links(&temporary, &places, &[], false).unwrap().folders.len(), 1);
+    }
+}

@@ -1,0 +1,366 @@
+//! What the files of a cluster would make a copy do, and what is done about it, before anything is written (P12).
+//!
+//! In files of the data directory, settings that `postgresql.auto.conf` cannot answer become comments: where the data and its
+//! rules lie, and recovery targets (one after the other they are FATAL before ours is read). Those that stand in files
+//! elsewhere are answered where PostgreSQL allows it, else refused: such files belong to somebody. What a copy may do by
+//! right once it is a primary is named. Pure.
+
+use super::{
+    conf::{boolean, line, silence},
+    included::{At, Configuration, plain},
+    settings::{Action, TARGETS},
+};
+use crate::error::{Error, Failure};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+/// What is to be done about the files of a cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Neutral {
+    /// New content of files of the data directory.
+    pub rewritten: BTreeMap<PathBuf, Vec<u8>>,
+    /// The old `postgresql.auto.conf`.
+    pub auto: Vec<u8>,
+    /// The recovery target that files elsewhere leave set.
+    pub left_set: Option<&'static str>,
+    /// For `postgresql.auto.conf`.
+    pub corrected: Vec<(&'static str, String)>,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+}
+
+/// What decides it, besides the files.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// The directory that it will be.
+    pub data: &'a Path,
+    /// What PostgreSQL does at the target.
+    pub action: Action,
+    /// Nothing may act on the world.
+    pub harmless: bool,
+    /// The cluster has, or had, subscriptions.
+    pub subscriptions: bool,
+    /// What recovery needs at least.
+    pub needed: &'a [(&'static str, u32)],
+    /// The backup has a `pg_hba.conf` and a `pg_ident.conf`.
+    pub rules: [bool; 2],
+}
+
+/// The files with the rules of access.
+const RULES: [(&str, &str); 2] = [("hba_file", "pg_hba.conf"), ("ident_file", "pg_ident.conf")];
+
+/// Where PostgreSQL starts with them: what the settings are when nothing sets them.
+const DEFAULTS: [(&str, u32); 5] = [
+    ("max_connections", 100),
+    ("max_worker_processes", 8),
+    ("max_wal_senders", 10),
+    ("max_prepared_transactions", 0),
+    ("max_locks_per_transaction", 64),
+];
+
+/// Decides.
+///
+/// # Errors
+/// What cannot be answered, and where it stands.
+pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error> {
+    let mut done = Neutral {
+        auto: conf.files.get(Path::new("postgresql.auto.conf")).cloned().unwrap_or_default(),
+        left_set: left_set(conf)?,
+        ..Neutral::default()
+    };
+    done.silence(conf, &asked);
+    done.answer(conf, &asked)?;
+    done.log(conf, &asked);
+    done.raise(conf, &asked);
+    if asked.action == Action::Pause && conf.value("hot_standby").and_then(boolean) == Some(false) {
+        done.corrected.push(("hot_standby", "on".to_owned()));
+        done.notes.push(
+            "hot_standby was off: it is on until ALTER SYSTEM RESET, as a recovery that pauses cannot be looked at without"
+                .to_owned(),
+        );
+    }
+    let missing = conf.missing.iter();
+    done.notes.extend(
+        missing.map(|text| {
+            format!("{text}, which is not there: PostgreSQL does not start without it")
+        }),
+    );
+    if !asked.harmless {
+        done.notes.extend(deeds(conf, asked.subscriptions));
+    }
+    Ok(done)
+}
+
+/// Whether a line of the data directory becomes a comment.
+fn is_silenced(name: &str, rules: [bool; 2]) -> bool {
+    let rule = RULES.iter().zip(rules).any(|((rule, _), there)| *rule == name && there);
+    rule || matches!(name, "data_directory" | "external_pid_file") || TARGETS.contains(&name)
+}
+
+/// PostgreSQL takes targets in the order of the files; those of the data directory will be comments.
+fn left_set(conf: &Configuration) -> Result<Option<&'static str>, Error> {
+    let mut set: Option<(&'static str, &At)> = None;
+    for (at, item) in &conf.items {
+        let target = TARGETS.into_iter().find(|target| *target == item.name);
+        let (Some(target), At::Outside(_)) = (target, at) else { continue };
+        if let Some((other, there)) = set.filter(|(other, _)| *other != target) {
+            let message = format!(
+                "{target} in {at} is a second recovery target, beside {other} in {there}: PostgreSQL does not start with \
+                 two, and these files are not in the data directory"
+            );
+            return Err(Error::new(Failure::Local, message).hint(
+                "take the targets of an earlier recovery out of these files; nothing was touched",
+            ));
+        }
+        set = (!item.value.is_empty()).then_some((target, at));
+    }
+    Ok(set.map(|(target, _)| target))
+}
+
+impl Neutral {
+    fn silence(&mut self, conf: &Configuration, asked: &Asked<'_>) {
+        let mut lines: BTreeMap<&Path, Vec<usize>> = BTreeMap::new();
+        for (at, item) in &conf.items {
+            let At::Data(path) = at else { continue };
+            if is_silenced(&item.name, asked.rules) {
+                lines.entry(path).or_default().push(item.line);
+                self.notes.push(format!("{} in {at} was made a comment", item.name));
+            }
+        }
+        for (path, lines) in lines {
+            let content = conf.files.get(path).map_or(&[][..], Vec::as_slice);
+            self.rewritten.insert(path.to_owned(), silence(content, &lines));
+        }
+    }
+
+    /// What stands in files elsewhere.
+    fn answer(&mut self, conf: &Configuration, asked: &Asked<'_>) -> Result<(), Error> {
+        let outside = |name: &str| {
+            let found = conf.items.iter().filter(|(at, item)| {
+                item.name == name && matches!(at, At::Outside(_)) && !item.value.is_empty()
+            });
+            found.last().map(|(at, _)| at)
+        };
+        if let Some(at) = outside("data_directory") {
+            // Read before postgresql.auto.conf is looked for; the last one counts.
+            let main = Path::new("postgresql.conf");
+            let content = conf.files.get(main).cloned().unwrap_or_default();
+            let mut content = self.rewritten.remove(main).unwrap_or(content);
+            let data = asked.data.to_str().ok_or_else(|| {
+                let message = format!(
+                    "data_directory is set in {at}, and {} is no UTF-8",
+                    asked.data.display()
+                );
+                Error::new(Failure::Local, message).hint("restore to another directory")
+            })?;
+            content.extend(b"\n# klio restore: a file that is included says otherwise\n");
+            content.extend(line("data_directory", data).into_bytes());
+            self.rewritten.insert(main.to_owned(), content);
+            self.notes.push(format!(
+                "data_directory in {at} is overruled at the end of postgresql.conf, which names this directory"
+            ));
+        }
+        if let Some(at) = outside("external_pid_file") {
+            self.corrected.push(("external_pid_file", String::new()));
+            self.notes.push(format!("external_pid_file in {at} is overruled: there will be none"));
+        }
+        for ((name, file), there) in RULES.into_iter().zip(asked.rules) {
+            let Some(at) = outside(name).filter(|_| there) else { continue };
+            let own = asked.data.join(file);
+            self.corrected.push((name, own.display().to_string()));
+            self.notes.push(format!("{name} in {at} is overruled: the copy has its own {file}"));
+        }
+        let ruled =
+            conf.items.iter().any(|(_, item)| RULES.iter().any(|(name, _)| *name == item.name));
+        if ruled && asked.rules.contains(&true) {
+            self.notes.push(
+                "the rules of access lay outside of what was backed up: look at pg_hba.conf of the copy before others may \
+                 connect"
+                    .to_owned(),
+            );
+        }
+        Ok(())
+    }
+
+    /// A copy writes no log into a directory that is not its own.
+    fn log(&mut self, conf: &Configuration, asked: &Asked<'_>) {
+        let folder = conf.value("log_directory");
+        let own = |folder: &str| plain(&asked.data.join(folder)).starts_with(asked.data);
+        if !conf.found || folder.is_some_and(|folder| !own(folder)) {
+            self.corrected.push(("log_directory", "log".to_owned()));
+        }
+        if let Some(folder) = folder.filter(|folder| !own(folder)) {
+            self.notes.push(format!(
+                "log_directory was {folder:?}, where the original writes: the copy writes to its own directory log until \
+                 ALTER SYSTEM RESET log_directory"
+            ));
+        }
+        if conf.value("log_filename").is_some_and(|name| name.contains('/')) {
+            self.corrected.push(("log_filename", "postgresql-%Y-%m-%d_%H%M%S.log".to_owned()));
+        }
+    }
+
+    /// Recovery ends or pauses where the primary had more of these than the copy.
+    fn raise(&mut self, conf: &Configuration, asked: &Asked<'_>) {
+        for (name, needed) in asked.needed {
+            let default = DEFAULTS.iter().find(|(known, _)| known == name).map_or(0, |(_, d)| *d);
+            let set = conf.value(name).map_or(default, |value| value.trim().parse().unwrap_or(0));
+            if *needed > set {
+                self.corrected.push((name, needed.to_string()));
+                if conf.found {
+                    self.notes.push(format!(
+                        "{name} is {needed}, not {set}: the WAL on the way needs it"
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// What a copy does once it is a primary, as the original does.
+fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
+    let set = |name: &str| conf.value(name).filter(|value| !value.is_empty());
+    let mut deeds = Vec::new();
+    let archives = conf.value("archive_mode").is_some_and(|mode| boolean(mode) != Some(false));
+    for name in ["archive_command", "archive_library"] {
+        if archives && set(name).is_some() {
+            deeds.push(format!(
+                "archives with the original's {name}, beside or over what the original archives"
+            ));
+        }
+    }
+    if subscriptions {
+        deeds.push(
+            "takes rows from publishers for its subscriptions, in place of the original".to_owned(),
+        );
+    }
+    if let Some(names) = set("synchronous_standby_names") {
+        deeds.push(format!(
+            "waits at its first COMMIT for synchronous_standby_names = {names:?} (for klio: until klio stream runs beside it)"
+        ));
+    }
+    if let Some(libraries) = set("shared_preload_libraries") {
+        deeds.push(format!(
+            "loads shared_preload_libraries = {libraries:?}, without which it does not start, and runs their jobs (pg_cron)"
+        ));
+    }
+    if set("log_destination").is_some_and(|to| to.contains("syslog") || to.contains("eventlog")) {
+        deeds.push("logs to the system's log, as the original does".to_owned());
+    }
+    if set("ssl_passphrase_command").is_some() {
+        deeds.push("runs ssl_passphrase_command when it starts".to_owned());
+    }
+    let note = |deed| format!("once it is a primary the copy {deed}; --harmless turns that off");
+    deeds.into_iter().map(note).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::included::tests::Fake, *};
+
+    fn asked(needed: &'static [(&'static str, u32)]) -> Asked<'static> {
+        Asked {
+            data: Path::new("/new"),
+            action: Action::Promote,
+            harmless: false,
+            subscriptions: false,
+            needed,
+            rules: [true, true],
+        }
+    }
+
+    fn done(files: &[(&str, &str)]) -> Neutral {
+        neutral(&Fake::new(files, &[]).read(), asked(&[])).unwrap()
+    }
+
+    #[test]
+    fn what_would_lead_to_the_original_becomes_a_comment() {
+        let done = done(&[
+            (
+                "/new/postgresql.conf",
+                "a = 1\nData_Directory '/live'\ninclude 'x.conf'\nhba_file = '/etc/hba'\n",
+            ),
+            (
+                "/new/x.conf",
+                "recovery_target_time = 'x'\nrecovery_target_name = 'y'\nexternal_pid_file = '/run/p'",
+            ),
+        ]);
+        let text = |name: &str| String::from_utf8(done.rewritten[Path::new(name)].clone()).unwrap();
+        let main = "a = 1\n# klio restore: Data_Directory '/live'\ninclude 'x.conf'\n# klio restore: hba_file = '/etc/hba'\n";
+        assert_eq!(text("postgresql.conf"), main);
+        assert_eq!(text("x.conf").matches("# klio restore: ").count(), 3);
+        assert_eq!((done.left_set, done.corrected), (None, vec![]));
+        assert!(done.notes.iter().any(|note| note.contains("data_directory in postgresql.conf")));
+    }
+
+    #[test]
+    fn what_stands_elsewhere_is_answered_or_refused() {
+        let main = ("/new/postgresql.conf", "include '/etc/x.conf'\n");
+        let outside = "data_directory = '/live'\nhba_file = '/h'\nexternal_pid_file = '/p'\nrecovery_target_xid = '5'";
+        let done = done(&[main, ("/etc/x.conf", outside)]);
+        let text = String::from_utf8(done.rewritten[Path::new("postgresql.conf")].clone()).unwrap();
+        assert!(text.ends_with("data_directory = '/new'\n"), "{text}");
+        assert_eq!(done.left_set, Some("recovery_target_xid"));
+        let expected =
+            [("external_pid_file", String::new()), ("hba_file", "/new/pg_hba.conf".to_owned())];
+        assert_eq!(done.corrected, expected);
+        let two = "recovery_target_xid = '5'\nrecovery_target_name = 'x'";
+        let error =
+            neutral(&Fake::new(&[main, ("/etc/x.conf", two)], &[]).read(), asked(&[])).unwrap_err();
+        assert!(error.message.contains("/etc/x.conf") && error.message.contains("two"), "{error}");
+        let emptied =
+            "recovery_target_xid = '5'\nrecovery_target_xid = ''\nrecovery_target_name = 'x'";
+        let one =
+            neutral(&Fake::new(&[main, ("/etc/x.conf", emptied)], &[]).read(), asked(&[])).unwrap();
+        assert_eq!(one.left_set, Some("recovery_target_name"));
+    }
+
+    #[test]
+    fn a_link_to_the_live_configuration_is_replaced_where_it_must_be_changed_and_kept_where_not() {
+        let link = [("postgresql.conf", "/etc/pg.conf")];
+        let read = |text| neutral(&Fake::new(&[("/etc/pg.conf", text)], &link).read(), asked(&[]));
+        assert_eq!(read("a = 1").unwrap().rewritten.len(), 0);
+        let text = read("data_directory = '/live'").unwrap().rewritten;
+        assert_eq!(text[Path::new("postgresql.conf")], b"# klio restore: data_directory = '/live'");
+    }
+
+    #[test]
+    fn settings_that_recovery_needs_are_raised_never_lowered() {
+        let needed =
+            &[("max_connections", 300), ("max_wal_senders", 5), ("max_worker_processes", 9)];
+        let conf = Fake::new(
+            &[("/new/postgresql.conf", "max_connections = 200\nmax_worker_processes = 20")],
+            &[],
+        );
+        let done = neutral(&conf.read(), asked(needed)).unwrap();
+        assert_eq!(done.corrected, [("max_connections", "300".to_owned())]);
+    }
+
+    #[test]
+    fn a_copy_logs_into_its_own_directory() {
+        for (text, expected) in [
+            ("log_directory = 'pg_log'", 0),
+            ("log_directory = '/var/log'", 1),
+            ("log_directory = '../log'", 1),
+        ] {
+            assert_eq!(done(&[("/new/postgresql.conf", text)]).corrected.len(), expected, "{text}");
+        }
+        // The configuration lies elsewhere, and nobody knows what it says.
+        assert_eq!(done(&[]).corrected, [("log_directory", "log".to_owned())]);
+    }
+
+    #[test]
+    fn what_the_copy_will_do_is_named_unless_it_is_harmless() {
+        let text = "archive_mode = on\narchive_command = 'cp'\nsynchronous_standby_names = 'klio'\n\
+                    shared_preload_libraries = 'pg_cron'\nlog_destination = 'syslog'";
+        let notes = done(&[("/new/postgresql.conf", text)]).notes;
+        for word in ["archive_command", "first COMMIT", "pg_cron", "system's log"] {
+            assert!(notes.iter().any(|note| note.contains(word)), "{word}: {notes:?}");
+        }
+        let conf = Fake::new(&[("/new/postgresql.conf", text)], &[]).read();
+        let asked = Asked { harmless: true, subscriptions: true, ..asked(&[]) };
+        assert_eq!(neutral(&conf, asked).unwrap().notes, Vec::<String>::new());
+    }
+}

@@ -1,0 +1,172 @@
+//! What a backup has that a restore looks at before it begins: the files outside of PostgreSQL's own directories, every link,
+//! pg_control, and what `global` tells of subscriptions.
+//!
+//! Bounded (D5): no file of a database, none that is larger than [`FILE_MAX`].
+
+use super::{included::Read, joined, of_storage};
+use crate::error::{Error, Failure};
+use klio_pg::ControlFile;
+use klio_proto::Code;
+use klio_storage::repository::{Entry, Reader, StoredKind};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// A file with settings is smaller.
+const FILE_MAX: u64 = 1 << 20;
+/// `pg_subscription`, and the first word of `pg_filenode.map` (`relmapper.c`).
+const SUBSCRIPTIONS: (u32, u32) = (6100, 0x0059_2717);
+
+/// See above; paths are those in the data directory.
+#[derive(Debug)]
+pub struct Stored {
+    reader: Reader,
+    files: BTreeMap<PathBuf, Entry>,
+    /// Every link, and where it leads to.
+    pub links: BTreeMap<PathBuf, PathBuf>,
+    control: Option<Entry>,
+}
+
+impl Stored {
+    /// Nothing yet.
+    pub fn new(reader: Reader) -> Self {
+        Self { reader, files: BTreeMap::new(), links: BTreeMap::new(), control: None }
+    }
+
+    /// The next entry of the snapshot.
+    pub fn see(&mut self, entry: &Entry) {
+        let Ok(path) = entry.path.strip_prefix("data") else { return };
+        match &entry.kind {
+            StoredKind::Symlink(to) => drop(self.links.insert(path.to_owned(), to.clone())),
+            StoredKind::File { .. } if path == Path::new(ControlFile::PATH) => {
+                self.control = Some(entry.clone());
+            }
+            StoredKind::File { size, .. } if *size <= FILE_MAX && is_looked_at(path) => {
+                self.files.insert(path.to_owned(), entry.clone());
+            }
+            // Only that it is there.
+            StoredKind::File { .. } if path.starts_with("global") => {
+                self.files.insert(path.to_owned(), entry.clone());
+            }
+            _ => {}
+        }
+    }
+
+    /// pg_control.
+    ///
+    /// # Errors
+    /// `Corrupt`, or as the repository fails.
+    pub fn control(&self) -> Result<ControlFile, Error> {
+        let corrupt = |what: String| Error::new(Failure::Code(Code::Corrupt), what);
+        let entry = self.control.as_ref();
+        let entry = entry.ok_or_else(|| corrupt("the backup has no pg_control".into()))?;
+        ControlFile::parse(&self.content(entry)?)
+            .map_err(|error| corrupt(format!("the snapshot's pg_control: {error}")))
+    }
+
+    /// Whether a file is there.
+    pub fn has(&self, path: &str) -> bool {
+        let path = Path::new(path);
+        self.files.contains_key(path) || self.links.contains_key(path)
+    }
+
+    /// Whether `pg_subscription` has rows, or had some.
+    ///
+    /// # Errors
+    /// As the repository fails.
+    pub fn subscriptions(&self) -> Result<bool, Error> {
+        let Some(map) = self.stored(Path::new("global/pg_filenode.map"))? else { return Ok(false) };
+        let file = filenode(&map, SUBSCRIPTIONS.0);
+        let entry = file.and_then(|file| self.files.get(Path::new(&format!("global/{file}"))));
+        Ok(entry
+            .is_some_and(|entry| matches!(entry.kind, StoredKind::File { size, .. } if size > 0)))
+    }
+
+    fn content(&self, entry: &Entry) -> Result<Vec<u8>, Error> {
+        let StoredKind::File { chunks, .. } = &entry.kind else { return Ok(Vec::new()) };
+        let mut content = Vec::new();
+        for id in chunks {
+            content.extend_from_slice(&self.reader.chunk(id).map_err(|e| of_storage(&e))?);
+        }
+        Ok(content)
+    }
+}
+
+/// Runs on a thread that may block.
+///
+/// # Errors
+/// As `work`.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    joined(tokio::task::spawn_blocking(move || Ok(work())).await)?
+}
+
+/// Outside of the directories that PostgreSQL fills.
+fn is_looked_at(path: &Path) -> bool {
+    let first = path.iter().next().map(|name| name.to_string_lossy().into_owned());
+    let first = first.unwrap_or_default();
+    path.components().count() == 1 || (first != "base" && !first.starts_with("pg_"))
+}
+
+/// Where a mapped relation lies: pairs of OID and number behind a magic word and their count.
+fn filenode(map: &[u8], oid: u32) -> Option<u32> {
+    let mut words =
+        map.chunks_exact(4).map(|word| word.iter().rev().fold(0, |n, b| n << 8 | u32::from(*b)));
+    let (magic, count) = (words.next()?, words.next()?);
+    let pairs: Vec<u32> = words.take(usize::try_from(count).ok()?.min(64) * 2).collect();
+    let found = pairs.chunks_exact(2).find(|pair| pair[0] == oid)?;
+    (magic == SUBSCRIPTIONS.1).then_some(found[1])
+}
+
+impl Read for Stored {
+    fn stored(&self, path: &Path) -> Result<Option<Vec<u8>>, Error> {
+        self.files.get(path).map(|entry| self.content(entry)).transpose()
+    }
+    fn link(&self, path: &Path) -> Option<PathBuf> {
+        self.links.get(path).cloned()
+    }
+    fn stored_names(&self, folder: &Path) -> Vec<PathBuf> {
+        let all = self.files.keys().chain(self.links.keys());
+        all.filter(|path| path.parent() == Some(folder)).cloned().collect()
+    }
+    fn outside(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let meta = fs::metadata(path)?;
+        // A pipe or a device would be waited for.
+        if !meta.is_file() || meta.len() > FILE_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        fs::read(path)
+    }
+    fn outside_names(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapped_relation_is_found() {
+        let words = [0x0059_2717_u32, 2, 1262, 1262, 6100, 16_401, 0, 0];
+        let map: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        assert_eq!(filenode(&map, 6100), Some(16_401));
+        assert_eq!(filenode(&map, 6000), None);
+        assert_eq!(filenode(&map[..12], 6100), None);
+        assert_eq!(filenode(b"", 6100), None);
+    }
+
+    #[test]
+    fn files_with_settings_are_looked_at_and_tables_are_not() {
+        for path in ["postgresql.conf", "pg_hba.conf", "conf.d/x.conf", "certs/a/b", "global/6100"]
+        {
+            assert!(is_looked_at(Path::new(path)), "{path}");
+        }
+        for path in ["base/5/1259", "pg_xact/0000", "pg_wal/x"] {
+            assert!(!is_looked_at(Path::new(path)), "{path}");
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! What replay meets on the way to the target, read before anything is written: tablespaces that are made, settings that
+//! recovery needs, commit times out of order.
+//!
+//! All WAL between the backup and the target is read for it, once, several segments at a time (D5).
+
+use super::{
+    show_time,
+    target::Recovery,
+    wal::{Break, Wal},
+};
+use crate::error::{Error, Failure};
+use klio_pg::{Edit, Found, Landmark, Lsn, TABLESPACE_RECORD_SPAN, WalParameters};
+use klio_proto::Code;
+use klio_storage::catalog::Plan;
+use std::{collections::BTreeMap, ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
+
+/// Behind the record of an LSN target: nothing there is replayed, and the record itself is shorter, if it matters here.
+const RECORD: u64 = 1 << 16;
+/// How far behind the end of a recovery to a time transactions are looked for that ended before it.
+const LOOK_BEHIND: u64 = 256 << 20;
+
+/// A tablespace that replay makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// Its OID.
+    pub oid: u32,
+    /// Where the original lay.
+    pub location: PathBuf,
+    /// Its record.
+    pub at: Lsn,
+}
+
+/// See above.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Way {
+    /// In the order of WAL; none of those inside the data directory.
+    pub made: Vec<Made>,
+    /// The highest of each setting.
+    pub needed: BTreeMap<&'static str, u32>,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+}
+
+impl Way {
+    fn raise(&mut self, to: &WalParameters) {
+        for (name, number) in [
+            ("max_connections", to.max_connections),
+            ("max_worker_processes", to.max_worker_processes),
+            ("max_wal_senders", to.max_wal_senders),
+            ("max_prepared_transactions", to.max_prepared_transactions),
+            ("max_locks_per_transaction", to.max_locks_per_transaction),
+        ] {
+            let known = self.needed.entry(name).or_default();
+            *known = number.max(*known);
+        }
+    }
+
+    /// What recovery needs, with what pg_control says.
+    pub fn needed(&self, control: &[(&'static str, u32)]) -> Vec<(&'static str, u32)> {
+        let higher = |name| self.needed.get(name).copied().unwrap_or_default();
+        control.iter().map(|(name, number)| (*name, (*number).max(higher(name)))).collect()
+    }
+
+    /// What is to be changed in the copy's WAL so that replay puts these tablespaces where their links lead.
+    ///
+    /// # Errors
+    /// WAL that cannot be read, or is another now.
+    pub async fn edits(
+        &self,
+        wal: &Wal<'_>,
+        places: &BTreeMap<u32, PathBuf>,
+    ) -> Result<Vec<Edit>, Error> {
+        let mut edits = Vec::new();
+        let elsewhere = |made: &&Made| places.get(&made.oid).is_some_and(|to| *to != made.location);
+        for made in self.made.iter().filter(elsewhere) {
+            let bytes = wal.bytes(made.at, TABLESPACE_RECORD_SPAN).await?;
+            let size = wal.path.segment_size();
+            let found = klio_pg::tablespace_in_place(size, made.at, &bytes).ok_or_else(|| {
+                let message =
+                    format!("read WAL at {}: expected CREATE TABLESPACE there still", made.at);
+                Error::new(Failure::Code(Code::Corrupt), message)
+            })?;
+            edits.extend(found);
+        }
+        Ok(edits)
+    }
+}
+
+/// How an eye goes along the way.
+struct Eye<'a> {
+    recovery: &'a Recovery,
+    /// Records that begin behind it are not replayed.
+    last: Lsn,
+    way: Way,
+    /// Where a recovery to a time, a name or a transaction ends.
+    end: Option<Found>,
+    /// Transactions behind the end that ended before the target's time, and the last of them.
+    late: Option<(u64, Lsn)>,
+}
+
+impl Eye<'_> {
+    /// Whether that is enough.
+    fn see(&mut self, found: Found) -> bool {
+        if found.lsn > self.last {
+            return true;
+        }
+        if let Some(end) = &self.end {
+            if let (Recovery::Time(wanted), true) = (self.recovery, found.landmark.stops_by_time())
+                && found.landmark.unix_micros().is_some_and(|time| time <= *wanted)
+            {
+                let (number, _) = self.late.unwrap_or((0, found.lsn));
+                self.late = Some((number + 1, found.lsn));
+            }
+            return found.lsn > end.lsn.advance(LOOK_BEHIND);
+        }
+        match &found.landmark {
+            Landmark::Parameters(parameters) => self.way.raise(parameters),
+            Landmark::TablespaceCreated { oid, path } if !path.is_empty() => {
+                let location = PathBuf::from(OsString::from_vec(path.clone()));
+                self.way.made.push(Made { oid: *oid, location, at: found.lsn });
+            }
+            _ => {}
+        }
+        if !self.ends_with(&found.landmark) {
+            return false;
+        }
+        self.end = Some(found);
+        !matches!(self.recovery, Recovery::Time(_))
+    }
+
+    fn ends_with(&self, landmark: &Landmark) -> bool {
+        match (self.recovery, landmark) {
+            (Recovery::Time(wanted), landmark) => {
+                landmark.stops_by_time()
+                    && landmark.unix_micros().is_some_and(|time| time > *wanted)
+            }
+            (Recovery::Name(wanted), Landmark::RestorePoint { name, .. }) => name == wanted,
+            (Recovery::Xid(wanted), Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. }) => {
+                xid == wanted
+            }
+            _ => false,
+        }
+    }
+
+    fn done(mut self, broken: Option<Break>) -> Result<Way, Error> {
+        if let Some(broken) = broken.filter(|broken| self.end.is_none() && broken.at <= self.last) {
+            return Err(broken.refusal());
+        }
+        if let (Some(end), Some((number, last)), Recovery::Time(wanted)) =
+            (&self.end, self.late, self.recovery)
+        {
+            self.way.notes.push(format!(
+                "commit times are not in order: the transaction at {} ended at {}, after the target, and {number} behind it \
+                 ended at or before {} (a clock was wrong for a while): recovery ends before {} and leaves them out; \
+                 --target-lsn {last} has them all",
+                end.lsn,
+                end.landmark.unix_micros().map_or_else(String::new, show_time),
+                show_time(*wanted),
+                end.lsn,
+            ));
+        }
+        Ok(self.way)
+    }
+}
+
+/// Looks.
+///
+/// # Errors
+/// WAL that cannot be read; records that break off before the target.
+pub async fn look(wal: &Wal<'_>, plan: &Plan, recovery: &Recovery) -> Result<Way, Error> {
+    let end = plan.reach.end;
+    let last = match recovery {
+        Recovery::Lsn(lsn) => *lsn,
+        Recovery::Immediate => plan.backup.stop_lsn,
+        _ => end,
+    };
+    let to = if last == end { end } else { end.min(last.advance(RECORD)) };
+    let mut eye = Eye { recovery, last, way: Way::default(), end: None, late: None };
+    let broken = wal.scan(plan.backup.start_lsn, to, &mut |found| eye.see(found)).await?;
+    eye.done(broken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(lsn: u64, landmark: Landmark) -> Found {
+        Found { lsn: Lsn::new(lsn), end: Lsn::new(lsn + 50), landmark }
+    }
+    fn commit(lsn: u64, unix_micros: i64) -> Found {
+        found(lsn, Landmark::Commit { xid: 700, unix_micros })
+    }
+    fn made(lsn: u64, oid: u32) -> Found {
+        found(lsn, Landmark::TablespaceCreated { oid, path: b"/live".to_vec() })
+    }
+    fn way(recovery: &Recovery, last: u64, all: &[Found]) -> Way {
+        let last = Lsn::new(last);
+        let mut eye = Eye { recovery, last, way: Way::default(), end: None, late: None };
+        let _ = all.iter().any(|found| eye.see(found.clone()));
+        eye.done(None).unwrap()
+    }
+
+    #[test]
+    fn only_what_is_replayed_counts() {
+        let all = [made(10, 1), commit(20, 100), made(30, 2), commit(40, 300), made(50, 3)];
+        let oids = |recovery, last| {
+            let way = way(&recovery, last, &all);
+            way.made.iter().map(|made| made.oid).collect::<Vec<_>>()
+        };
+        assert_eq!(oids(Recovery::Lsn(Lsn::new(30)), 30), [1, 2]);
+        assert_eq!(oids(Recovery::Time(200), 1000), [1, 2]);
+        assert_eq!(oids(Recovery::Time(50), 1000), [1]);
+        assert_eq!(oids(Recovery::Xid(700), 1000), [1]);
+        assert_eq!(oids(Recovery::Immediate, 15), [1]);
+        assert_eq!(oids(Recovery::End, 1000), [1, 2, 3]);
+    }
+
+    #[test]
+    fn commit_times_that_go_back_are_told_when_they_leave_something_out() {
+        let all =
+            [commit(20, 100), commit(30, 3600), commit(40, 120), commit(50, 130), commit(60, 200)];
+        let notes = way(&Recovery::Time(150), 1000, &all).notes;
+        assert!(notes[0].contains("0/1E") && notes[0].contains("and 2 behind"), "{notes:?}");
+        assert!(notes[0].contains("--target-lsn 0/32"), "{notes:?}");
+        assert!(way(&Recovery::Time(4000), 1000, &all).notes.is_empty());
+        assert!(way(&Recovery::Time(110), 1000, &all).notes.is_empty());
+        assert!(
+            way(&Recovery::Time(150), 1000, &[commit(20, 100), commit(30, 160)]).notes.is_empty()
+        );
+    }
+
+    #[test]
+    fn a_break_on_the_way_is_refused_and_one_behind_it_is_not() {
+        let of = |at: u64, recovery: &Recovery, last: u64, all: &[Found]| {
+            let mut eye =
+                Eye { recovery, last: Lsn::new(last), way: Way::default(), end: None, late: None };
+            let _ = all.iter().any(|found| eye.see(found.clone()));
+            eye.done(Some(Break { at: Lsn::new(at), why: "zeros", to: Lsn::new(999) })).is_ok()
+        };
+        assert!(!of(500, &Recovery::End, 1000, &[]));
+        assert!(!of(500, &Recovery::Lsn(Lsn::new(500)), 500, &[]));
+        assert!(of(500, &Recovery::Lsn(Lsn::new(499)), 499, &[]));
+        assert!(of(500, &Recovery::Time(150), 1000, &[commit(20, 160)]));
+    }
+}
