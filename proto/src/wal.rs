@@ -186,6 +186,8 @@ pub struct Open {
     pub writer_id: String,
     /// A hole the sidecar declares.
     pub gap: Option<Gap>,
+    /// What PostgreSQL was told was flushed, as its slot says.
+    pub slot_restart: Option<Lsn>,
 }
 
 impl TryFrom<v1::Open> for Open {
@@ -198,7 +200,9 @@ impl TryFrom<v1::Open> for Open {
         }
         let start = Lsn::new(raw.start_lsn);
         let gap = raw.gap.map(|gap| read_gap(gap, start)).transpose()?;
-        Ok(Self { cluster: raw.cluster, system, timeline, start, writer_id: raw.writer_id, gap })
+        let slot_restart = Some(Lsn::new(raw.slot_restart_lsn)).filter(|lsn| *lsn > Lsn::ZERO);
+        let (cluster, writer_id) = (raw.cluster, raw.writer_id);
+        Ok(Self { cluster, system, timeline, start, writer_id, gap, slot_restart })
     }
 }
 
@@ -241,6 +245,7 @@ mod tests {
             start_lsn: 0x0300_0000,
             writer_id: "w".into(),
             gap: None,
+            slot_restart_lsn: 0,
         }
     }
 

@@ -247,7 +247,7 @@ mod tests {
         store.pin(&cluster, wal.pinned()).unwrap();
         let timeline = TimelineId::new(1).unwrap();
         let (start, end) = (Lsn::new(1 << 20), Lsn::new((2 << 20) + 8192));
-        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0 };
+        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
         let mut writer = store.open_writer(&cluster, &request).unwrap();
         let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
         writer.append(start, &bytes).unwrap();
@@ -286,7 +286,7 @@ mod tests {
         store.pin(&cluster, wal.pinned()).unwrap();
         let timeline = TimelineId::new(1).unwrap();
         let (start, end) = (Lsn::new(1 << 20), Lsn::new((4 << 20) + 8192));
-        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0 };
+        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
         let mut writer = store.open_writer(&cluster, &request).unwrap();
         let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
         writer.append(start, &bytes).unwrap();

@@ -232,6 +232,8 @@ impl StatusBoard {
         put("klio.wal.gaps", view.gaps.len() as f64);
         let undecided = self.undecided(&view.name).len();
         put("klio.cluster.undecided_generations", undecided as f64);
+        let damaged = self.store.damaged_journals(&view.name);
+        put("klio.wal.damaged_journals", damaged as f64);
         if let Some(unix) = view.latest_written {
             put("klio.wal.latest_written_time", unix);
         }

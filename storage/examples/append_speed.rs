@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     store.pin(&cluster, pinned)?;
     let start = segment.start_lsn(size).ok_or("expected a segment of that size")?;
     let timeline = segment.timeline();
-    let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0 };
+    let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
     let mut writer = store.open_writer(&cluster, &request)?;
     let (mut append, mut flush, mut seal, mut bytes) = (0.0, 0.0, 0.0, 0u64);
     let (mut sealed_bytes, mut flushes) = (0u64, 0u64);

@@ -11,6 +11,7 @@
 //! | `<cluster>/wal/<timeline>/<segment>.partial.zst[.age]` | last, unfinished segment of an ended timeline |
 //! | `<cluster>/wal/<timeline>.history[.age]` | history file of a timeline |
 //! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
+//! | `<cluster>/wal/<timeline>/<segment>.open.damaged-<n>` | tier 1 only: such a file that lost what was acknowledged, as it was found |
 //! | `<cluster>/open.key.age` | tier 1 only: the key of the segments being received, wrapped |
 //! | `<cluster>/base/…`, `<cluster>/backups/…` | base backups: `layout/base.rs` |
 //!
@@ -22,6 +23,11 @@ pub use base::{BackupName, BackupNameError, BaseFile, BaseKind, BaseObject};
 
 use klio_pg::{SegmentName, TimelineId};
 use std::{fmt, str::FromStr};
+
+/// The name of a segment's journal that was found to be damaged: the how manieth of that segment.
+pub fn damaged_journal(segment: SegmentName, number: u32) -> String {
+    format!("{segment}.open.damaged-{number}")
+}
 
 /// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue
 /// subject, a metric attribute and a folder.

@@ -329,7 +329,8 @@ mod tests {
         let store = WalStore::open(disk, "/tier1".into(), WalOptions::default()).unwrap();
         let (wal, timeline) = (SimulatedWal::small(7), TimelineId::new(1).unwrap());
         store.pin(cluster, wal.pinned()).unwrap();
-        let request = OpenRequest { timeline, start: lsn(1), gap: None, now_unix: 0.0 };
+        let request =
+            OpenRequest { timeline, start: lsn(1), gap: None, now_unix: 0.0, slot_restart: None };
         let mut writer = store.open_writer(cluster, &request).unwrap();
         for number in 1..10 {
             let (from, to) = (lsn(number), lsn(number + 1));

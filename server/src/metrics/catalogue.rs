@@ -94,6 +94,12 @@ pub const CATALOGUE: &[Row] = &[
         "other histories of the cluster about which nobody has decided",
     ),
     of_cluster(
+        "klio.wal.damaged_journals",
+        Gauge,
+        "",
+        "stretches of acknowledged WAL that are damaged on tier 1 and not held again",
+    ),
+    of_cluster(
         "klio.consumer.written_size",
         Counter,
         "By",

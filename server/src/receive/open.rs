@@ -71,6 +71,7 @@ pub async fn open(
         start: open.start,
         gap: open.gap.map(|g| GapDeclaration { from: g.from, to: g.to, reason: g.reason }),
         now_unix,
+        slot_restart: open.slot_restart,
     };
     let (at, name) = (base.wal().clone(), cluster.clone());
     let opened = tokio::task::spawn_blocking(move || at.open_writer(&name, &request)).await;

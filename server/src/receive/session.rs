@@ -1,5 +1,7 @@
 //! One live stream: a loop that reads messages while the disk is busy, and acknowledges as syncs end.
 //!
+//! A stream that rests for [`REST_AFTER`] has the journal say that all of it is durable. No byte waits for that: nothing is on its
+//! way then, and what comes meanwhile goes its own way.
 //! The append of one batch may overlap the sync of the one before; two syncs of a file never do (the
 //! store sees to it), and acknowledgements are sent in order.
 
@@ -79,6 +81,9 @@ pub struct Receiver {
 /// synced. Below it everything that arrives during a sync goes into the next one: for small commits
 /// that is the shorter way.
 const OVERLAP_BYTES: u64 = 512 << 10;
+/// How long nothing comes before the journal is closed behind the last batch: below the second within which damage to it shall be
+/// told from a torn tail.
+const REST_AFTER: Duration = Duration::from_millis(700);
 /// One being synced, one being appended.
 const WRITES_MAX: usize = 2;
 
@@ -156,6 +161,9 @@ struct Session {
     /// Oldest first.
     syncing: VecDeque<JoinHandle<Synced>>,
     preparing: Option<JoinHandle<()>>,
+    /// Since when nothing comes, until the journal says so.
+    busy: Option<tokio::time::Instant>,
+    resting: Option<JoinHandle<()>>,
     pending: Pending,
     flushed: Lsn,
     spans: SegmentSpans,
@@ -181,6 +189,8 @@ impl Session {
             appending: None,
             syncing: VecDeque::with_capacity(WRITES_MAX),
             preparing: None,
+            busy: None,
+            resting: None,
             flushed: start,
             spans,
             seam,
@@ -236,6 +246,7 @@ impl Session {
                     }
                     None => half_closed = true,
                 },
+                () = rest_due(self.busy), if self.is_settled() => self.rest(),
                 () = auth.changed() => self.with.auth.recheck(&self.identity)?,
                 _ = recheck.tick() => self.with.auth.recheck(&self.identity)?,
             }
@@ -304,6 +315,7 @@ impl Session {
             return;
         }
         let Some(mut writer) = self.writer.take() else { return };
+        self.busy = Some(tokio::time::Instant::now());
         let batch = self.pending.take_batch();
         let (home, appending) = oneshot::channel();
         self.appending = Some(appending);
@@ -315,6 +327,19 @@ impl Session {
             // A session that is gone does not take its writer back: dropping it closes it.
             drop(home.send((writer, appended)));
             (flusher.flush(), began.elapsed())
+        }));
+    }
+
+    /// Has the journal say that all of it is durable: once for each rest.
+    fn rest(&mut self) {
+        self.busy = None;
+        let Some(writer) = &self.writer else { return };
+        let flusher = writer.flusher();
+        self.resting = Some(tokio::task::spawn_blocking(move || {
+            // The next append hears of it, too, and ends the session.
+            if let Err(error) = flusher.rest() {
+                tracing::warn!(%error, "close the journal of a stream that rests");
+            }
         }));
     }
 
@@ -352,6 +377,7 @@ impl Session {
         if flushed.lsn() <= self.flushed {
             return Ok(None); // An earlier sync covered these bytes as well.
         }
+        self.busy = Some(tokio::time::Instant::now());
         self.flushed = flushed.lsn();
         let lsn = self.flushed;
         self.place.state().update(|p| p.flushed = lsn);
@@ -381,6 +407,9 @@ impl Session {
         for syncing in std::mem::take(&mut self.syncing) {
             let _ = syncing.await;
         }
+        if let Some(resting) = self.resting.take() {
+            let _ = resting.await;
+        }
         self.seal_finished();
         // Closing takes the journal's lock: not on a runtime's worker.
         let writer = self.writer.take();
@@ -408,6 +437,14 @@ async fn appended(home: &mut Option<Home>) -> (Writer, Result<(), klio_storage::
 async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Result<Synced, JoinError> {
     match syncing.front_mut() {
         Some(handle) => handle.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When a stream that was busy last at this time has rested; never for one whose journal says so. Cancel-safe.
+async fn rest_due(busy: Option<tokio::time::Instant>) {
+    match busy {
+        Some(since) => tokio::time::sleep_until(since + REST_AFTER).await,
         None => std::future::pending().await,
     }
 }

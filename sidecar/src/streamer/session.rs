@@ -128,6 +128,7 @@ impl<P: Primary> Stream<'_, P> {
         let mut server = connection.wal();
         let candidates = self.candidates(&mut server, identity).await?;
         let slot_restart = postgres.slot().await?;
+        let acknowledged = postgres.acknowledged(slot_restart);
         let mut histories = Histories::default();
         let history = histories.path(&mut postgres, identity.timeline).await?;
         let mut ground = Ground {
@@ -151,7 +152,8 @@ impl<P: Primary> Stream<'_, P> {
                 memory.removed = Some((plan.timeline, plan.start));
             }
         })?;
-        let (requests, answers, window) = self.open(&connection, told, plan).await?;
+        let opened = self.open(&connection, told, plan, acknowledged).await?;
+        let (requests, answers, window) = opened;
         memory.removed = None;
         if let Some(gap) = plan.gap {
             self.metrics.on_gap(gap.to.bytes_since(gap.from));
@@ -241,10 +243,13 @@ impl<P: Primary> Stream<'_, P> {
         connection: &Connection,
         told: Told<'_>,
         plan: Plan,
+        acknowledged: Option<Lsn>,
     ) -> Result<(mpsc::Sender<v1::ReceiveRequest>, Streaming<v1::ReceiveResponse>, u64), Error>
     {
         const DOING: &str = "open stream";
         let (requests, queue) = mpsc::channel(MESSAGES_IN_FLIGHT);
+        // Of an ancestor's WAL the slot says nothing.
+        let acknowledged = acknowledged.filter(|_| plan.timeline == told.identity.timeline);
         let open = v1::Open {
             cluster: told.place.to_owned(),
             system_identifier: told.identity.system_identifier,
@@ -258,6 +263,7 @@ impl<P: Primary> Stream<'_, P> {
                 to_lsn: gap.to.as_u64(),
                 reason: "PostgreSQL removed the WAL before it was received".into(),
             }),
+            slot_restart_lsn: acknowledged.unwrap_or(Lsn::ZERO).as_u64(),
         };
         let first = v1::ReceiveRequest { kind: Some(v1::receive_request::Kind::Open(open)) };
         // The queue is empty and ours: this cannot fail.

@@ -12,7 +12,7 @@ use crate::{
 use klio_pg::Lsn;
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 /// The slot's name and what we learnt about it.
@@ -22,6 +22,8 @@ pub(super) struct SlotKeeper {
     create: bool,
     /// PostgreSQL said at START_REPLICATION that the slot is invalid, though it names a position.
     invalid: Arc<AtomicBool>,
+    /// Where it began when it was created here: as long as it is there, it says of nothing that it was acknowledged.
+    created_at: Arc<AtomicU64>,
 }
 
 /// object_not_in_prerequisite_state: what PostgreSQL answers for an invalidated slot.
@@ -29,7 +31,7 @@ const INVALIDATED: &str = "55000";
 
 impl SlotKeeper {
     pub fn new(name: SlotName, create: bool) -> Self {
-        Self { name, create, invalid: Arc::default() }
+        Self { name, create, invalid: Arc::default(), created_at: Arc::default() }
     }
 
     pub const fn name(&self) -> &SlotName {
@@ -43,6 +45,11 @@ impl SlotKeeper {
             self.invalid.store(true, Relaxed);
         }
         is
+    }
+
+    /// Up to where PostgreSQL was told that WAL is flushed, as a slot that is at `restart` says; `None` where it says nothing.
+    pub fn acknowledged(&self, restart: Option<Lsn>) -> Option<Lsn> {
+        restart.filter(|lsn| lsn.as_u64() != self.created_at.load(Relaxed))
     }
 
     /// The oldest WAL that the slot keeps.
@@ -71,6 +78,7 @@ impl SlotKeeper {
         }
         let created = client.create_slot(name).await.map_err(|e| sort(&e))?;
         self.invalid.store(false, Relaxed);
+        self.created_at.store(created.restart_lsn.as_u64(), Relaxed);
         tracing::info!(slot = %name, restart_lsn = %created.restart_lsn, "replication slot created");
         Ok(Some(created.restart_lsn))
     }

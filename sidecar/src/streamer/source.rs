@@ -57,6 +57,10 @@ pub trait Session: Send {
     fn identify(&mut self) -> impl Future<Output = Result<Identity, Error>> + Send;
     /// Makes sure that the slot is there and keeps WAL; gives the oldest position it keeps.
     fn slot(&mut self) -> impl Future<Output = Result<Option<Lsn>, Error>> + Send;
+    /// Up to where PostgreSQL was told that WAL is flushed, as a slot at `restart` says; nothing says it of one just made.
+    fn acknowledged(&self, restart: Option<Lsn>) -> Option<Lsn> {
+        restart
+    }
     /// A history file; `None` when PostgreSQL has none for the timeline.
     fn history(
         &mut self,
@@ -143,6 +147,10 @@ impl Session for PostgresSession {
             end: system.flush_lsn,
             in_recovery: client.in_hot_standby(),
         })
+    }
+
+    fn acknowledged(&self, restart: Option<Lsn>) -> Option<Lsn> {
+        self.slot.acknowledged(restart)
     }
 
     async fn slot(&mut self) -> Result<Option<Lsn>, Error> {

@@ -9,6 +9,8 @@
 //!   names may exist, or neither.
 //! - A sync that fails leaves some of the sectors unwritten and marks them clean. They stay readable, or are
 //!   dropped from the cache, and the next sync succeeds without having written them ("fsyncgate", 2018).
+//! - Only where a test asks for it, the medium lies: a sync that succeeds leaves a sector as it was, or writes it to another place
+//!   of the file; a file cannot be read; a bit is another.
 //! - Space is the sum of all lengths plus one block a file; writing beyond it writes a part and fails.
 //!
 //! Deterministic: the same seed and the same calls give the same disk. Used only in tests, also of other crates.
@@ -75,9 +77,20 @@ struct Inner {
     crash_at: Option<u64>,
     fail_sync_at: BTreeSet<u64>,
     fail_write_at: BTreeSet<u64>,
+    lies_at: BTreeMap<u64, Lie>,
+    unreadable: BTreeSet<u64>,
     capacity: Option<u64>,
     crashed: bool,
     locked: BTreeSet<u64>,
+}
+
+/// How a sync lies that says it succeeded.
+#[derive(Debug, Clone, Copy)]
+enum Lie {
+    /// A sector stays as it was on the medium.
+    Lost,
+    /// A sector is written to another place of the file.
+    Misdirected,
 }
 
 fn power_is_off() -> io::Error {
@@ -250,6 +263,9 @@ impl Inner {
             return Err(power_is_off());
         }
         let fails = self.sync_fails();
+        if let Some(lie) = self.lies_at.remove(&self.syncs) {
+            self.lie(node, lie)?;
+        }
         let evict = self.one_in(2);
         let keep_one_in = 1 + self.random() % 3;
         for sector in self.file(node)?.dirty_sectors() {
@@ -265,6 +281,27 @@ impl Inner {
         let file = self.file(node)?;
         let length = file.cache.len();
         file.disk.resize(length, 0);
+        Ok(())
+    }
+
+    /// One of the sectors that are about to be synced goes wrong, in silence.
+    fn lie(&mut self, node: u64, lie: Lie) -> io::Result<()> {
+        let dirty = self.file(node)?.dirty_sectors();
+        if dirty.is_empty() {
+            return Ok(());
+        }
+        let sector = dirty[self.random() as usize % dirty.len()];
+        let luck = self.random() as usize;
+        let file = self.file(node)?;
+        let moved = file.cache[file.range(sector)].to_vec();
+        file.forget(sector, true);
+        if let Lie::Misdirected = lie {
+            let to = luck % file.dirty.len();
+            let range = file.range(to);
+            let count = range.len().min(moved.len());
+            file.write(&moved[..count], range.start, 0);
+            file.store(to);
+        }
         Ok(())
     }
 
@@ -407,6 +444,8 @@ impl SimDisk {
             crash_at: None,
             fail_sync_at: BTreeSet::new(),
             fail_write_at: BTreeSet::new(),
+            lies_at: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             capacity: None,
             crashed: false,
             locked: BTreeSet::new(),
@@ -453,9 +492,36 @@ impl SimDisk {
         inner.fail_write_at.insert(at);
     }
 
-    /// Forgets planned failures that did not come; a planned crash stays.
+    /// The sync after the next `n` leaves a sector as it was, and says it succeeded.
+    pub fn lose_in_sync_after(&self, n: u64) {
+        let mut inner = self.inner();
+        let at = inner.syncs + n + 1;
+        inner.lies_at.insert(at, Lie::Lost);
+    }
+
+    /// The sync after the next `n` writes a sector to another place of the file, and says it succeeded.
+    pub fn misdirect_in_sync_after(&self, n: u64) {
+        let mut inner = self.inner();
+        let at = inner.syncs + n + 1;
+        inner.lies_at.insert(at, Lie::Misdirected);
+    }
+
+    /// Every read of a file fails from now on.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn fail_reads(&self, path: &Path) -> io::Result<()> {
+        let mut inner = self.inner();
+        let node = inner.find(path)?;
+        inner.unreadable.insert(node);
+        Ok(())
+    }
+
+    /// Forgets planned failures that did not come, and lets files be read again; a planned crash stays.
     pub fn clear_faults(&self) {
         let mut inner = self.inner();
+        inner.lies_at.clear();
+        inner.unreadable.clear();
         inner.fail_sync_at.clear();
         inner.fail_write_at.clear();
     }
@@ -533,6 +599,9 @@ impl SimFile {
 impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut inner = self.inner()?;
+        if inner.unreadable.contains(&self.node) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         let content = &inner.file(self.node)?.cache;
         let from = (offset as usize).min(content.len());
         let count = buf.len().min(content.len() - from);

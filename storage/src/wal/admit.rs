@@ -161,7 +161,13 @@ mod tests {
             to: Lsn::new(to),
             reason: "lost".into(),
         });
-        OpenRequest { timeline: tli(timeline), start: Lsn::new(start), gap, now_unix: 5.0 }
+        OpenRequest {
+            timeline: tli(timeline),
+            start: Lsn::new(start),
+            gap,
+            now_unix: 5.0,
+            slot_restart: None,
+        }
     }
     fn history(timeline: u32, switches: &[(u32, u64)]) -> TimelineHistory {
         let text: String =

@@ -8,14 +8,12 @@
 //!   0..48 of its header. Every new journal has a new random salt and id, so its key was never used before; a header
 //!   that was changed, or belongs to another cluster, gives another key, which opens nothing.
 //! - AES-256-GCM; the nonce is the frame's offset in the file as 8 bytes, little endian, then 4 zeros; all ones for the
-//!   header's tag. A journal is only ever written forward: what a crash left behind the last acknowledged frame is cut
-//!   off by copying into a new journal (`recover.rs`), so no offset is written twice under one key.
+//!   header's tag. A journal is only ever written forward, closing frames included: what a crash or a failed write left behind the
+//!   last acknowledged frame is cut off by copying into a new journal (`recover.rs`), so no offset is written twice under one key.
 //! - The data key is wrapped by age for the identity and every recipient, and never leaves tier 1: it opens nothing that
 //!   tier 2 holds. Changing the identity wraps it again; journals stay as they are.
 
-use super::frame::{
-    self, FRAME_FIELDS, FRAME_HEADER_MAX, FrameHeader, JournalHeader, KeyInfo, SIGNED_BYTES, TAG,
-};
+use super::frame::{self, Format, FrameHeader, JournalHeader, KeyInfo, SIGNED_BYTES, TAG};
 use crate::{
     Error, Kind, Op,
     crypt::Keys,
@@ -225,8 +223,8 @@ fn hex(bytes: &[u8]) -> String {
 pub(super) fn finish(header: &FrameHeader, frame: &mut [u8], offset: u64, cipher: Option<&Cipher>) {
     match cipher {
         Some(cipher) => {
-            frame[..FRAME_FIELDS].copy_from_slice(&header.fields());
-            cipher.seal(offset, frame);
+            header.put_fields(frame);
+            cipher.seal(offset, header.format, frame);
         }
         None => frame::finish_plain(header, frame),
     }
@@ -270,17 +268,23 @@ impl Cipher {
     }
 
     /// Encrypts a frame where it lies: its fields are written, its stored bytes are behind the place of the tag.
-    pub(super) fn seal(&self, offset: u64, frame: &mut [u8]) {
-        let (header, stored) = frame.split_at_mut(FRAME_HEADER_MAX);
-        let (fields, tag) = header.split_at_mut(FRAME_FIELDS);
+    pub(super) fn seal(&self, offset: u64, format: Format, frame: &mut [u8]) {
+        let (header, stored) = frame.split_at_mut(format.header_bytes(true));
+        let (fields, tag) = header.split_at_mut(format.fields());
         let made = self.0.seal_in_place_separate_tag(nonce(offset), Aad::from(&*fields), stored);
         tag.copy_from_slice(made.expect("1 MiB is far below the limit of GCM").as_ref());
     }
 
     /// Decrypts a frame where it lies; on failure its stored bytes are lost.
-    pub(super) fn open(&self, offset: u64, frame: &mut [u8]) -> Result<(), Unspecified> {
-        let (header, stored) = frame.split_at_mut_checked(FRAME_HEADER_MAX).ok_or(Unspecified)?;
-        let (fields, tag) = header.split_at(FRAME_FIELDS);
+    pub(super) fn open(
+        &self,
+        offset: u64,
+        format: Format,
+        frame: &mut [u8],
+    ) -> Result<(), Unspecified> {
+        let (header, stored) =
+            frame.split_at_mut_checked(format.header_bytes(true)).ok_or(Unspecified)?;
+        let (fields, tag) = header.split_at(format.fields());
         let tag: Tag = tag.try_into()?;
         self.0.open_in_place_separate_tag(nonce(offset), Aad::from(fields), tag, stored, 0..)?;
         Ok(())

@@ -6,7 +6,8 @@
 use super::{
     admit::Held,
     cipher::{DataKey, JournalKeys},
-    frame::JournalHeader,
+    damage::{DamagedWal, Harm},
+    frame::{FIRST_FRAME, Format, JournalHeader},
     horizon::Horizons,
     journal::{self, Journal},
     scratch::ScratchPool,
@@ -53,6 +54,12 @@ pub(super) struct Unsealed {
     pub(super) end: Lsn,
     pub(super) path: PathBuf,
     durable: AtomicU64,
+    /// While it is not proven: the bytes below this are known to be on the medium, as a frame says so.
+    known: AtomicU64,
+    /// One past the last byte of the file that was ever written: nothing is written below it again (`cipher.rs`).
+    used: AtomicU64,
+    /// What start found behind its good frames, until it is put aside.
+    harm: Mutex<Option<Harm>>,
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
     /// before anything is written behind it (P3).
     proven: AtomicBool,
@@ -68,6 +75,9 @@ impl Unsealed {
             end: header.end(),
             path,
             durable: AtomicU64::new(durable.as_u64()),
+            known: AtomicU64::new(durable.as_u64()),
+            used: AtomicU64::new(FIRST_FRAME),
+            harm: Mutex::new(None),
             proven: AtomicBool::new(proven),
             work: Mutex::new(()),
         }
@@ -78,6 +88,27 @@ impl Unsealed {
     /// Only a writer's flush moves it on.
     pub(super) fn set_durable(&self, lsn: Lsn) {
         self.durable.store(lsn.as_u64(), Ordering::Release);
+        self.known.store(lsn.as_u64(), Ordering::Release);
+    }
+    /// What start saw, of which only a part is known to be on the medium.
+    pub(super) fn set_known(&self, lsn: Lsn) {
+        self.known.store(lsn.as_u64(), Ordering::Release);
+    }
+    /// One past the last byte that may be told to a client.
+    pub(super) fn known(&self) -> Lsn {
+        if self.is_proven() { self.durable() } else { Lsn::new(self.known.load(Ordering::Acquire)) }
+    }
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Acquire)
+    }
+    pub(super) fn set_used(&self, offset: u64) {
+        self.used.store(offset, Ordering::Release);
+    }
+    pub(super) fn harm(&self) -> Option<Harm> {
+        *lock(&self.harm)
+    }
+    pub(super) fn set_harm(&self, harm: Option<Harm>) {
+        *lock(&self.harm) = harm;
     }
     pub(super) fn is_proven(&self) -> bool {
         self.proven.load(Ordering::Acquire)
@@ -120,6 +151,12 @@ impl Line {
         self.sealed.is_some() || self.held_journals().next().is_some()
     }
 
+    /// One past the last byte that is known to be on the medium.
+    fn known_end(&self) -> Option<Lsn> {
+        let last = self.held_journals().last().map(|journal| journal.known());
+        self.sealed.map(|sealed| sealed.1).into_iter().chain(last).max()
+    }
+
     fn start(&self) -> Option<Lsn> {
         let first = self.held_journals().next().map(|journal| journal.start);
         self.sealed.map(|sealed| sealed.0).into_iter().chain(first).min()
@@ -160,6 +197,8 @@ pub(super) struct State {
     pub(super) spares_made: u64,
     pub(super) prepared: Option<Prepared>,
     pub(super) writer: Option<Arc<Slot>>,
+    /// What was acknowledged and is not here any more (`damage.rs`).
+    pub(super) damaged: Vec<DamagedWal>,
     /// What is wrong now, by place.
     pub(super) problems: BTreeMap<String, String>,
 }
@@ -168,12 +207,16 @@ impl State {
     /// Where the stream of a timeline resumes; `None` when nothing of it is known.
     pub(super) fn resume_at(&self, timeline: TimelineId) -> Option<Lsn> {
         let end = self.lines.get(&timeline).and_then(Line::end);
+        self.behind_gaps(timeline, end.or_else(|| self.lost_from(timeline)))
+    }
+
+    fn behind_gaps(&self, timeline: TimelineId, end: Option<Lsn>) -> Option<Lsn> {
         let gap = self.gaps.iter().filter(|g| g.timeline == timeline).map(|g| g.to);
         gap.chain(end).max()
     }
 
     pub(super) fn newest(&self) -> Option<TimelineId> {
-        self.lines.iter().filter(|(_, line)| line.has_wal()).map(|(t, _)| *t).next_back()
+        self.lines.keys().copied().rfind(|timeline| self.has_wal(*timeline))
     }
 
     /// The timelines with WAL or a gap, for the rules.
@@ -182,7 +225,7 @@ impl State {
             self.lines.keys().copied().chain(self.gaps.iter().map(|g| g.timeline)).collect();
         let held = |timeline| {
             let position = self.resume_at(timeline)?;
-            let has_wal = self.lines.get(&timeline).is_some_and(Line::has_wal);
+            let has_wal = self.has_wal(timeline);
             Some(Held { timeline, has_wal, position })
         };
         known.into_iter().filter_map(held).collect()
@@ -190,10 +233,11 @@ impl State {
 
     pub(super) fn positions(&self) -> Vec<Position> {
         let position = |(timeline, line): (&TimelineId, &Line)| {
-            let flushed = self.resume_at(*timeline)?;
+            let lost_from = self.lost_from(*timeline);
+            let flushed = self.behind_gaps(*timeline, line.known_end().or(lost_from))?;
             // What only tier 2 has still counts: the beginning does not jump when tier 1 lets it go.
             let kept = self.horizons.get(timeline).map(|horizon| horizon.held_from);
-            let start = kept.into_iter().chain([line.start()?]).min()?;
+            let start = kept.into_iter().chain([line.start().or(lost_from)?]).min()?;
             let unsealed = line.held_journals().next().map(|journal| journal.start);
             let sealed = unsealed.unwrap_or(flushed);
             let has_history = line.history.is_some();
@@ -232,6 +276,15 @@ impl State {
             && line.end().is_some_and(|end| start < end);
         let in_gap = |g: &Gap| g.timeline == timeline && g.from <= start && start < g.to;
         within && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
+    }
+
+    /// Whether WAL of this segment was acknowledged and is damaged here.
+    pub(super) fn has_lost(&self, file: WalFile) -> bool {
+        let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return false };
+        let size = self.pinned.map(|p| p.segment_size);
+        let start = size.and_then(|size| segment.start_lsn(size));
+        let (Some(size), Some(start)) = (size, start) else { return false };
+        self.is_lost(segment.timeline(), start, start.advance(size.bytes()))
     }
 
     /// What is ready to be sealed.
@@ -359,6 +412,7 @@ impl Cluster {
         let pinned = self.pinned()?;
         let keys = self.writing_keys()?;
         let mut header = JournalHeader {
+            format: Format::Current,
             system_identifier: pinned.system_identifier,
             timeline,
             segment_size: pinned.segment_size,

@@ -5,73 +5,111 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0..8 | magic `KLIOJRNL` |
-//! | 8..12 | format version: 1 plain, 2 encrypted |
+//! | 8..12 | format version: 3; 1 (plain) and 2 (encrypted) are read |
 //! | 12..16 | timeline |
 //! | 16..24 | system identifier |
 //! | 24..32 | LSN of the segment's first byte |
 //! | 32..36 | segment size |
-//! | 36..40 | 0 |
+//! | 36..40 | version 3: 1 encrypted, 0 plain; versions 1 and 2: 0 |
 //! | 40..48 | journal id: random, new each time a file becomes a journal |
-//! | 48..52 | CRC-32C of bytes 0..48 |
-//! | 52..56 | 0; this and what follows in version 2 only |
+//! | 48..52 | CRC-32C of bytes 0..48: in every version, so that a damaged version is told from a newer one |
+//! | 52..56 | 0; this and what follows in encrypted ones only |
 //! | 56..64 | id of the cluster's data key (`cipher.rs`) |
 //! | 64..80 | salt: random, new with the journal id |
 //! | 80..96 | AES-256-GCM tag of bytes 0..80, under the journal's own key |
 //!
-//! Frame, one after the other from byte 4096 on, version 1:
+//! Frame, one after the other from byte 4096 on:
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0..4 | magic `KWF1` |
-//! | 4 | codec: 0 raw, 1 one zstd frame with content size and content checksum |
+//! | 0..4 | magic `KWF3`, encrypted `KWE3` |
+//! | 4 | codec: 0 raw, 1 one zstd frame with content size and content checksum, 2 a closing frame: no WAL |
 //! | 5..8 | 0 |
 //! | 8..16 | journal id |
-//! | 16..24 | LSN of the first byte |
-//! | 24..28 | raw length, 1 to 1 MiB |
+//! | 16..24 | LSN of the first byte; of a closing frame, of the byte that comes next |
+//! | 24..28 | raw length, 1 to 1 MiB; 0 in a closing frame |
 //! | 28..32 | stored length, at most the raw length |
-//! | 32..36 | CRC-32C of bytes 0..32 and the stored bytes |
-//! | 36.. | stored bytes |
+//! | 32..40 | flushed LSN: all WAL below it was synced before this frame was written |
+//! | 40..44 | plain: CRC-32C of bytes 0..40 and the stored bytes, which follow at 44 |
+//! | 40..56 | encrypted: AES-256-GCM tag of the stored bytes and, as associated data, of bytes 0..40; the nonce is where in the file the frame begins; the stored bytes follow at 56 |
 //!
-//! Version 2: magic `KWF2`, the same up to byte 32, then
+//! Frames of version 1 (`KWF1`) and 2 (`KWF2`, encrypted) have no flushed LSN and no closing ones: checksum or tag are at byte 32,
+//! the stored bytes at 36 or 48.
 //!
-//! | bytes | field |
-//! |---|---|
-//! | 32..48 | AES-256-GCM tag of the stored bytes and, as associated data, of bytes 0..32 |
-//! | 48.. | stored bytes, encrypted; the nonce is where in the file the frame begins |
+//! The flushed LSN tells rot from a torn tail. Write-back has no order, so a good frame behind a bad one proves nothing by
+//! itself; but when it says that WAL at the bad one's place was flushed, the medium lost what was acknowledged. A closing frame,
+//! written when a stream rests, says it of the last batch.
 //!
 //! Files are recycled, so what follows the last frame may be frames of an earlier use. None of them passes: its
 //! journal id differs, and it is compared exactly; besides, each frame must begin at the LSN where the one before
-//! it ended, and it is looked for only where that one ended, never searched for. A frame of version 1 never passes in a
-//! journal of version 2, nor the other way round.
+//! it ended. WAL is looked for only where that one ended; what is searched for behind a bad frame is only evidence. A frame of one
+//! version never passes in a journal of another.
 //!
-//! By hand: cut the stored bytes out at the offsets the table gives, decrypt those of version 2 (docs/formats.md has a
+//! By hand: cut the stored bytes out at the offsets the table gives, decrypt those of encrypted ones (docs/formats.md has a
 //! program for it); raw ones are WAL, the others pass through `zstd -d`.
 
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// Where the first frame begins.
 pub(crate) const FIRST_FRAME: u64 = 4096;
-/// A plain frame's own bytes before the stored ones.
-const PLAIN_HEADER: usize = 36;
-/// The same of an encrypted one: the most of both.
-pub(crate) const FRAME_HEADER_MAX: usize = 48;
-/// The part of a frame's header that is the same in both, and that checksum and tag cover.
-pub(crate) const FRAME_FIELDS: usize = 32;
+/// The longest header of a frame.
+pub(crate) const FRAME_HEADER_MAX: usize = FIELDS_MAX + TAG;
+/// Bytes of a plain frame's checksum.
+const SUM: usize = 4;
 /// Bytes of an AES-256-GCM tag.
 pub(crate) const TAG: usize = 16;
 /// The most WAL in one frame: bounds the memory of every reader.
 pub(crate) const FRAME_RAW_MAX: usize = 1 << 20;
+/// What checksum and tag cover: without a flushed LSN, and with it.
+const FIELDS_FIRST: usize = 32;
+const FIELDS_MAX: usize = 40;
 
 const FILE_MAGIC: &[u8; 8] = b"KLIOJRNL";
-const PLAIN_MAGIC: &[u8; 4] = b"KWF1";
-const SEALED_MAGIC: &[u8; 4] = b"KWF2";
-const PLAIN: u32 = 1;
-const ENCRYPTED: u32 = 2;
-/// The part of both versions.
+/// The part of the file header that is the same in every version.
 const COMMON_BYTES: usize = 52;
 /// What the tag of an encrypted journal's header covers.
 pub(crate) const SIGNED_BYTES: usize = 80;
 const HEADER_BYTES: usize = SIGNED_BYTES + TAG;
+const NEWEST: u32 = 3;
+
+/// Which frames a journal has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// Versions 1 and 2: read, and continued as a copy in the current one.
+    First,
+    /// Version 3: frames say what was flushed.
+    Current,
+}
+
+impl Format {
+    const fn magic(self, encrypted: bool) -> &'static [u8; 4] {
+        match (self, encrypted) {
+            (Format::First, false) => b"KWF1",
+            (Format::First, true) => b"KWF2",
+            (Format::Current, false) => b"KWF3",
+            (Format::Current, true) => b"KWE3",
+        }
+    }
+
+    /// What checksum or tag cover of a frame's header; they follow it.
+    pub(crate) const fn fields(self) -> usize {
+        match self {
+            Format::First => FIELDS_FIRST,
+            Format::Current => FIELDS_MAX,
+        }
+    }
+
+    /// Bytes of a frame before the stored ones.
+    pub(crate) const fn header_bytes(self, encrypted: bool) -> usize {
+        self.fields() + if encrypted { TAG } else { SUM }
+    }
+
+    fn of_frame(magic: &[u8]) -> Option<(Self, bool)> {
+        let all =
+            [Format::First, Format::Current].into_iter().flat_map(|f| [(f, false), (f, true)]);
+        all.into_iter().find(|(format, encrypted)| magic == format.magic(*encrypted))
+    }
+}
 
 /// What an encrypted journal says of its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +123,7 @@ pub(crate) struct KeyInfo {
 /// What a journal is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct JournalHeader {
+    pub(crate) format: Format,
     pub(crate) system_identifier: u64,
     pub(crate) timeline: TimelineId,
     pub(crate) segment_size: SegmentSize,
@@ -100,8 +139,10 @@ pub(crate) struct JournalHeader {
 pub(crate) enum HeaderError {
     #[error("expected a journal header, found other bytes")]
     Absent,
-    #[error("expected journal format version {PLAIN} or {ENCRYPTED}, found {0}")]
-    Version(u32),
+    #[error(
+        "expected journal format version 1 to {NEWEST}, found {0}: it was written by a newer Klio"
+    )]
+    Newer(u32),
     #[error("expected the header's checksum {expected:08x}, found {found:08x}")]
     Checksum { expected: u32, found: u32 },
     #[error("expected a {0}, found none that can be")]
@@ -129,19 +170,25 @@ impl JournalHeader {
 
     /// Bytes of each frame before the stored ones.
     pub(crate) const fn frame_header(&self) -> usize {
-        if self.key.is_some() { FRAME_HEADER_MAX } else { PLAIN_HEADER }
+        self.format.header_bytes(self.key.is_some())
     }
 
     /// The whole first block; of an encrypted journal without its tag, which goes to [`SIGNED_BYTES`] and on.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut block = vec![0; FIRST_FRAME as usize];
-        let version = if self.key.is_some() { ENCRYPTED } else { PLAIN };
+        let version: u32 = match (self.format, self.key) {
+            (Format::First, None) => 1,
+            (Format::First, Some(_)) => 2,
+            (Format::Current, _) => NEWEST,
+        };
         block[0..8].copy_from_slice(FILE_MAGIC);
         block[8..12].copy_from_slice(&version.to_le_bytes());
         block[12..16].copy_from_slice(&self.timeline.get().to_le_bytes());
         block[16..24].copy_from_slice(&self.system_identifier.to_le_bytes());
         block[24..32].copy_from_slice(&self.start.as_u64().to_le_bytes());
         block[32..36].copy_from_slice(&self.segment_size.as_u32().to_le_bytes());
+        let flagged = self.format == Format::Current && self.key.is_some();
+        block[36..40].copy_from_slice(&u32::from(flagged).to_le_bytes());
         block[40..48].copy_from_slice(&self.id.to_le_bytes());
         let crc = crc32c::crc32c(&block[..48]);
         block[48..52].copy_from_slice(&crc.to_le_bytes());
@@ -157,19 +204,24 @@ impl JournalHeader {
         if bytes.len() < COMMON_BYTES || &bytes[0..8] != FILE_MAGIC {
             return Err(HeaderError::Absent);
         }
-        let key = match u32_at(bytes, 8) {
-            PLAIN => None,
-            ENCRYPTED if bytes.len() < HEADER_BYTES => return Err(HeaderError::Absent),
-            ENCRYPTED => Some(KeyInfo {
-                key_id: std::array::from_fn(|n| bytes[56 + n]),
-                salt: std::array::from_fn(|n| bytes[64 + n]),
-            }),
-            other => return Err(HeaderError::Version(other)),
-        };
         let (expected, found) = (crc32c::crc32c(&bytes[..48]), u32_at(bytes, 48));
         if expected != found {
             return Err(HeaderError::Checksum { expected, found });
         }
+        let (format, encrypted) = match (u32_at(bytes, 8), u32_at(bytes, 36)) {
+            (1, _) => (Format::First, false),
+            (2, _) => (Format::First, true),
+            (NEWEST, flags @ (0 | 1)) => (Format::Current, flags == 1),
+            (newer, _) if newer >= NEWEST => return Err(HeaderError::Newer(newer)),
+            _ => return Err(HeaderError::Field("version")),
+        };
+        if encrypted && bytes.len() < HEADER_BYTES {
+            return Err(HeaderError::Absent);
+        }
+        let key = encrypted.then(|| KeyInfo {
+            key_id: std::array::from_fn(|n| bytes[56 + n]),
+            salt: std::array::from_fn(|n| bytes[64 + n]),
+        });
         let timeline = TimelineId::new(u32_at(bytes, 12)).ok_or(HeaderError::Field("timeline"))?;
         let segment_size =
             SegmentSize::new(u32_at(bytes, 32)).map_err(|_| HeaderError::Field("segment size"))?;
@@ -178,7 +230,7 @@ impl JournalHeader {
             return Err(HeaderError::Field("segment start"));
         }
         let (system_identifier, id) = (u64_at(bytes, 16), u64_at(bytes, 40));
-        Ok(Self { system_identifier, timeline, segment_size, start, id, key })
+        Ok(Self { format, system_identifier, timeline, segment_size, start, id, key })
     }
 }
 
@@ -187,64 +239,92 @@ impl JournalHeader {
 pub(crate) enum Codec {
     Raw,
     Zstd,
+    /// There are none.
+    Closing,
 }
 
 /// What a frame says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FrameHeader {
+    pub(crate) format: Format,
     pub(crate) encrypted: bool,
     pub(crate) codec: Codec,
     pub(crate) journal: u64,
     pub(crate) start: Lsn,
     pub(crate) raw_len: u32,
     pub(crate) stored_len: u32,
+    /// All WAL below it was durable when the frame was written; zero in the first format, which does not say.
+    pub(crate) flushed: Lsn,
 }
 
 impl FrameHeader {
-    /// The first part of the header; checksum or tag come behind it.
-    pub(crate) fn fields(&self) -> [u8; FRAME_FIELDS] {
-        let mut out = [0; FRAME_FIELDS];
-        out[0..4].copy_from_slice(if self.encrypted { SEALED_MAGIC } else { PLAIN_MAGIC });
-        out[4] = u8::from(self.codec == Codec::Zstd);
-        out[8..16].copy_from_slice(&self.journal.to_le_bytes());
-        out[16..24].copy_from_slice(&self.start.as_u64().to_le_bytes());
-        out[24..28].copy_from_slice(&self.raw_len.to_le_bytes());
-        out[28..32].copy_from_slice(&self.stored_len.to_le_bytes());
-        out
+    /// The frame that says of a journal's WAL up to `at` that it is durable.
+    pub(crate) fn closing(journal: &JournalHeader, at: Lsn) -> Self {
+        Self {
+            format: journal.format,
+            encrypted: journal.key.is_some(),
+            codec: Codec::Closing,
+            journal: journal.id,
+            start: at,
+            raw_len: 0,
+            stored_len: 0,
+            flushed: at,
+        }
+    }
+
+    /// Writes the first part of the header; checksum or tag come behind it.
+    pub(crate) fn put_fields(&self, frame: &mut [u8]) {
+        frame[0..4].copy_from_slice(self.format.magic(self.encrypted));
+        frame[4..8].copy_from_slice(&[self.codec as u8, 0, 0, 0]);
+        frame[8..16].copy_from_slice(&self.journal.to_le_bytes());
+        frame[16..24].copy_from_slice(&self.start.as_u64().to_le_bytes());
+        frame[24..28].copy_from_slice(&self.raw_len.to_le_bytes());
+        frame[28..32].copy_from_slice(&self.stored_len.to_le_bytes());
+        if self.format == Format::Current {
+            frame[32..40].copy_from_slice(&self.flushed.as_u64().to_le_bytes());
+        }
     }
 
     /// Reads a header; `None` for anything that cannot be one. Checksum and tag are not looked at yet.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() < PLAIN_HEADER || bytes[5..8] != [0; 3] {
+        let (format, encrypted) = Format::of_frame(bytes.get(0..4)?)?;
+        if bytes.len() < format.header_bytes(encrypted) || bytes[5..8] != [0; 3] {
             return None;
         }
-        let encrypted = match &bytes[0..4] {
-            magic if magic == PLAIN_MAGIC => false,
-            magic if magic == SEALED_MAGIC => true,
-            _ => return None,
-        };
-        let codec = match bytes[4] {
-            0 => Codec::Raw,
-            1 => Codec::Zstd,
+        let codec = match (bytes[4], format) {
+            (0, _) => Codec::Raw,
+            (1, _) => Codec::Zstd,
+            (2, Format::Current) => Codec::Closing,
             _ => return None,
         };
         let (raw_len, stored_len) = (u32_at(bytes, 24), u32_at(bytes, 28));
-        let lengths = (1..=FRAME_RAW_MAX as u32).contains(&raw_len)
-            && (1..=raw_len).contains(&stored_len)
-            && (codec == Codec::Zstd || stored_len == raw_len);
+        let lengths = match codec {
+            Codec::Closing => (raw_len, stored_len) == (0, 0),
+            _ => {
+                (1..=FRAME_RAW_MAX as u32).contains(&raw_len)
+                    && (1..=raw_len).contains(&stored_len)
+                    && (codec == Codec::Zstd || stored_len == raw_len)
+            }
+        };
+        let flushed = match format {
+            Format::First => Lsn::ZERO,
+            Format::Current => Lsn::new(u64_at(bytes, 32)),
+        };
         lengths.then(|| Self {
+            format,
             encrypted,
             codec,
             journal: u64_at(bytes, 8),
             start: Lsn::new(u64_at(bytes, 16)),
             raw_len,
             stored_len,
+            flushed,
         })
     }
 
     /// Bytes before the stored ones.
     pub(crate) const fn header_bytes(&self) -> usize {
-        if self.encrypted { FRAME_HEADER_MAX } else { PLAIN_HEADER }
+        self.format.header_bytes(self.encrypted)
     }
 
     /// One past the last byte.
@@ -260,18 +340,34 @@ impl FrameHeader {
 
 /// Puts the header of a plain frame before its stored bytes, which are in their place in `frame` already.
 pub(crate) fn finish_plain(header: &FrameHeader, frame: &mut [u8]) {
-    frame[..FRAME_FIELDS].copy_from_slice(&header.fields());
-    let crc = plain_sum(frame);
-    frame[FRAME_FIELDS..PLAIN_HEADER].copy_from_slice(&crc.to_le_bytes());
+    header.put_fields(frame);
+    let fields = header.format.fields();
+    let crc = plain_sum(fields, frame);
+    frame[fields..fields + SUM].copy_from_slice(&crc.to_le_bytes());
 }
 
 /// Whether a plain frame is as it was written.
-pub(crate) fn is_intact(frame: &[u8]) -> bool {
-    frame.len() > PLAIN_HEADER && plain_sum(frame) == u32_at(frame, FRAME_FIELDS)
+pub(crate) fn is_intact(format: Format, frame: &[u8]) -> bool {
+    let fields = format.fields();
+    frame.len() >= fields + SUM && plain_sum(fields, frame) == u32_at(frame, fields)
 }
 
-fn plain_sum(frame: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&frame[..FRAME_FIELDS]), &frame[PLAIN_HEADER..])
+fn plain_sum(fields: usize, frame: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&frame[..fields]), &frame[fields + SUM..])
+}
+
+/// Whether a journal's number and place make these bytes one of its frames, however damaged: two of three must agree. `start`
+/// is where it would have to begin.
+pub(crate) fn resembles(bytes: &[u8], journal: u64, start: Lsn) -> bool {
+    if bytes.len() < FIELDS_FIRST {
+        return false;
+    }
+    let signs = [
+        Format::of_frame(&bytes[..4]).is_some(),
+        u64_at(bytes, 8) == journal,
+        u64_at(bytes, 16) == start.as_u64(),
+    ];
+    signs.into_iter().filter(|sign| *sign).count() >= 2
 }
 
 #[cfg(test)]
@@ -282,6 +378,7 @@ mod tests {
     fn header(id: u64, start: u64) -> JournalHeader {
         let segment_size = SegmentSize::new(1 << 20).unwrap();
         JournalHeader {
+            format: Format::Current,
             system_identifier: 7,
             timeline: TimelineId::new(3).unwrap(),
             segment_size,
@@ -291,47 +388,77 @@ mod tests {
         }
     }
 
-    fn frame(id: u64, start: u64, payload: &[u8]) -> Vec<u8> {
+    fn frame_of(format: Format, id: u64, start: u64, payload: &[u8]) -> Vec<u8> {
         let len = payload.len() as u32;
         let header = FrameHeader {
+            format,
             encrypted: false,
-            codec: Codec::Raw,
+            codec: if len == 0 { Codec::Closing } else { Codec::Raw },
             journal: id,
             start: Lsn::new(start),
             raw_len: len,
             stored_len: len,
+            flushed: if format == Format::First { Lsn::ZERO } else { Lsn::new(start / 2) },
         };
-        let mut out = vec![0; PLAIN_HEADER];
+        let mut out = vec![0; format.header_bytes(false)];
         out.extend(payload);
         finish_plain(&header, &mut out);
+        assert!(FrameHeader::decode(&out).is_none_or(|found| found == header));
         out
+    }
+
+    fn frame(id: u64, start: u64, payload: &[u8]) -> Vec<u8> {
+        frame_of(Format::Current, id, start, payload)
     }
 
     fn read(bytes: &[u8]) -> Option<FrameHeader> {
         let header = FrameHeader::decode(bytes).filter(|header| !header.encrypted)?;
         let whole = bytes.get(..header.file_bytes() as usize)?;
-        is_intact(whole).then_some(header)
+        is_intact(header.format, whole).then_some(header)
     }
 
     #[test]
-    fn an_unknown_version_is_named() {
+    fn a_newer_version_is_told_from_a_damaged_one() {
         let mut block = header(1, 0).encode();
-        block[8] = 3;
-        assert_eq!(JournalHeader::decode(&block), Err(HeaderError::Version(3)));
+        block[8] = 4;
+        assert!(matches!(JournalHeader::decode(&block), Err(HeaderError::Checksum { .. })));
+        let crc = crc32c::crc32c(&block[..48]);
+        block[48..52].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(JournalHeader::decode(&block), Err(HeaderError::Newer(4)));
+    }
+
+    /// As the first builds wrote them, byte for byte.
+    #[test]
+    fn headers_and_frames_of_the_first_versions_are_read() {
+        let old = JournalHeader { format: Format::First, ..header(9, 5 << 20) };
+        let block = old.encode();
+        assert_eq!((block[8], &block[36..40]), (1, &[0; 4][..]));
+        assert_eq!(JournalHeader::decode(&block), Ok(old));
+        let key = Some(KeyInfo { key_id: [1; 8], salt: [2; 16] });
+        let old = JournalHeader { key, ..old };
+        let block = old.encode();
+        assert_eq!((block[8], &block[36..40]), (2, &[0; 4][..]));
+        assert_eq!(JournalHeader::decode(&block), Ok(old));
+        let bytes = frame_of(Format::First, 7, 100, b"abc");
+        assert_eq!((&bytes[..4], bytes.len()), (&b"KWF1"[..], 36 + 3));
+        assert_eq!(crc32c::crc32c(&[&bytes[..32], b"abc"].concat()), u32_at(&bytes, 32));
+        assert_eq!(read(&bytes).unwrap().flushed, Lsn::ZERO);
+        assert_eq!(read(&frame_of(Format::First, 7, 100, b"")), None, "no closing ones then");
     }
 
     #[test]
     fn an_unknown_codec_is_not_a_frame() {
         let mut bytes = frame(1, 2, b"abc");
-        bytes[4] = 2;
+        bytes[4] = 3;
         assert_eq!(read(&bytes), None);
     }
 
     proptest! {
         #[test]
-        fn a_journal_header_round_trips(id: u64, start in 0u64..1 << 60, key: Option<([u8; 8], [u8; 16])>) {
+        fn a_journal_header_round_trips(id: u64, start in 0u64..1 << 60, key: Option<([u8; 8], [u8; 16])>, first: bool) {
             let key = key.map(|(key_id, salt)| KeyInfo { key_id, salt });
-            let written = JournalHeader { key, ..header(id, start) };
+            let format = if first { Format::First } else { Format::Current };
+            let written = JournalHeader { key, format, ..header(id, start) };
             prop_assert_eq!(JournalHeader::decode(&written.encode()), Ok(written));
         }
 
@@ -343,21 +470,23 @@ mod tests {
         }
 
         #[test]
-        fn a_frame_round_trips(id: u64, start: u64, payload in prop::collection::vec(any::<u8>(), 1..500)) {
+        fn a_frame_round_trips(id: u64, start: u64, payload in prop::collection::vec(any::<u8>(), 0..500)) {
             let found = read(&frame(id, start, &payload)).unwrap();
             prop_assert_eq!((found.journal, found.start), (id, Lsn::new(start)));
+            prop_assert_eq!(found.flushed, Lsn::new(start / 2));
+            prop_assert_eq!(found.codec == Codec::Closing, payload.is_empty());
             prop_assert_eq!(found.raw_len as usize, payload.len());
         }
 
         #[test]
-        fn a_truncated_frame_is_none(payload in prop::collection::vec(any::<u8>(), 1..300), cut in 0.0f64..1.0) {
+        fn a_truncated_frame_is_none(payload in prop::collection::vec(any::<u8>(), 0..300), cut in 0.0f64..1.0) {
             let bytes = frame(1, 2, &payload);
             let keep = (bytes.len() as f64 * cut) as usize;
             prop_assert_eq!(read(&bytes[..keep]), None);
         }
 
         #[test]
-        fn a_bit_flip_in_a_frame_is_found(payload in prop::collection::vec(any::<u8>(), 1..300), at: prop::sample::Index) {
+        fn a_bit_flip_in_a_frame_is_found(payload in prop::collection::vec(any::<u8>(), 0..300), at: prop::sample::Index) {
             let mut bytes = frame(1, 2, &payload);
             let bit = at.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -366,7 +495,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_it_panic(bytes: Vec<u8>) {
-            let _ = read(&bytes);
+            let _ = (read(&bytes), resembles(&bytes, 1, Lsn::ZERO));
             let _ = JournalHeader::decode(&bytes);
         }
     }

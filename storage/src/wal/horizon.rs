@@ -235,7 +235,13 @@ mod tests {
         let (store, wal) = (open(disk), SimulatedWal::small(7));
         store.pin(cluster, wal.pinned()).unwrap();
         let start = Lsn::new(SEGMENT);
-        let request = OpenRequest { timeline: timeline(), start, gap: None, now_unix: 0.0 };
+        let request = OpenRequest {
+            timeline: timeline(),
+            start,
+            gap: None,
+            now_unix: 0.0,
+            slot_restart: None,
+        };
         let mut writer = store.open_writer(cluster, &request).unwrap();
         let mut at = start;
         while at < Lsn::new(6 * SEGMENT + SEGMENT / 2) {
@@ -325,7 +331,13 @@ mod tests {
             store.problems(&cluster)
         );
         let start = store.positions(&cluster)[0].flushed;
-        let request = OpenRequest { timeline: timeline(), start, gap: None, now_unix: 0.0 };
+        let request = OpenRequest {
+            timeline: timeline(),
+            start,
+            gap: None,
+            now_unix: 0.0,
+            slot_restart: None,
+        };
         assert!(store.open_writer(&cluster, &request).is_ok());
     }
 }

@@ -4,10 +4,12 @@
 //!   written into it.
 //! - Space is written (zeros), not only reserved, ahead of the frames, so that syncing a frame changes no metadata.
 //! - A copy gets a new journal id, and a new key where it is encrypted, so that nothing beyond its end in any older file can ever be taken for its continuation.
+//!   It ends with a closing frame: all of it is synced before it gets its name.
+//! - Where the good frames end early, what lies behind them is evidence ([`Tail`]): it is never taken for WAL.
 
 use super::{
     cipher::{self, Cipher, JournalKeys},
-    frame::{self, FIRST_FRAME, FrameHeader, JournalHeader},
+    frame::{self, Codec, FIRST_FRAME, Format, FrameHeader, HeaderError, JournalHeader},
 };
 use crate::{
     Error, Kind, Op,
@@ -37,6 +39,16 @@ pub(super) struct Journal {
     pub(super) offset: u64,
     /// Bytes of the file that have been written at least once.
     pub(super) allocated: u64,
+}
+
+impl Journal {
+    /// The frame that says of everything up to `at` that it is durable, to be written at the end.
+    pub(super) fn closing_frame(&self, at: Lsn) -> Vec<u8> {
+        let mut frame = vec![0; self.header.frame_header()];
+        let fields = FrameHeader::closing(&self.header, at);
+        cipher::finish(&fields, &mut frame, self.offset, self.cipher.as_deref());
+        frame
+    }
 }
 
 /// Writes zeros from `from` to `to`.
@@ -103,6 +115,8 @@ pub(super) struct Frames {
     /// Where the next frame must begin, in the file and in the WAL.
     offset: u64,
     position: Lsn,
+    /// The furthest that a good frame says was flushed.
+    flushed: Lsn,
     window: Vec<u8>,
     window_at: u64,
     window_len: usize,
@@ -114,6 +128,17 @@ pub(super) struct Frame<'a> {
     pub(super) header: FrameHeader,
     /// Its bytes as the codec left them, decrypted.
     pub(super) stored: &'a [u8],
+}
+
+/// What lies behind the good frames of a journal that is not full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tail {
+    /// Nothing of this journal.
+    Clean,
+    /// Frames of this journal that are not whole, or that do not follow. As far as the file tells, never acknowledged.
+    Torn,
+    /// A good frame says that WAL up to here was flushed: the medium lost or changed it.
+    Lost(Lsn),
 }
 
 impl Frames {
@@ -128,8 +153,11 @@ impl Frames {
         let mut block = vec![0; FIRST_FRAME as usize];
         let got =
             read_full(file.as_ref(), &mut block, 0).map_err(|e| Error::io(Op::Read, path, e))?;
-        let header = JournalHeader::decode(&block[..got])
-            .map_err(|e| Error::new(Kind::Corrupt, Op::Open, path.display(), e))?;
+        let header = JournalHeader::decode(&block[..got]).map_err(|e| {
+            let newer = matches!(e, HeaderError::Newer(_));
+            let kind = if newer { Kind::Newer } else { Kind::Corrupt };
+            Error::new(kind, Op::Open, path.display(), e)
+        })?;
         let cipher = keys.cipher(&header, &block[..got], path)?;
         Ok(Self {
             file,
@@ -138,6 +166,7 @@ impl Frames {
             cipher,
             offset: FIRST_FRAME,
             position: header.start,
+            flushed: header.start,
             window: Vec::new(),
             window_at: 0,
             window_len: 0,
@@ -153,6 +182,10 @@ impl Frames {
     /// The end of the valid frames seen so far, in the WAL.
     pub(super) const fn position(&self) -> Lsn {
         self.position
+    }
+    /// How far the good frames seen so far say that WAL was flushed.
+    pub(super) const fn flushed(&self) -> Lsn {
+        self.flushed
     }
     /// The same, in the file.
     pub(super) const fn offset(&self) -> u64 {
@@ -185,15 +218,15 @@ impl Frames {
     }
 
     /// Whether the frame in the window is as it was written; one that is encrypted is decrypted there.
-    fn check(&mut self, offset: u64, len: usize) -> bool {
+    fn check(&mut self, format: Format, offset: u64, len: usize) -> bool {
         let range = self.range(offset, len);
         let whole = &mut self.window[range];
         if whole.len() < len {
             return false;
         }
         let good = match &self.cipher {
-            Some(cipher) => cipher.open(offset, whole).is_ok(),
-            None => frame::is_intact(whole),
+            Some(cipher) => cipher.open(offset, format, whole).is_ok(),
+            None => frame::is_intact(format, whole),
         };
         if !good {
             // Decrypting has spoilt it, and the file may get more: it is read again.
@@ -202,39 +235,114 @@ impl Frames {
         good
     }
 
-    /// The next frame, or `None` where the valid ones end: a torn tail, zeros, or an earlier use of the file.
+    fn belongs(&self, header: &FrameHeader) -> bool {
+        header.journal == self.header.id
+            && header.format == self.header.format
+            && header.encrypted == self.cipher.is_some()
+            && header.end() <= self.header.end()
+    }
+
+    /// What a frame at `offset` says of itself, if one of this journal could begin there.
+    fn header_at(&mut self, offset: u64) -> Result<Option<FrameHeader>, Error> {
+        let room = self.header.frame_header();
+        self.fill(offset, room).map_err(|e| Error::io(Op::Read, &self.path, e))?;
+        let header = FrameHeader::decode(self.window(offset, room));
+        Ok(header.filter(|header| self.belongs(header)))
+    }
+
+    /// Whether the frame at `offset` is as it was written.
+    fn is_whole(&mut self, offset: u64, header: &FrameHeader) -> Result<bool, Error> {
+        let len = header.file_bytes() as usize;
+        self.fill(offset, len).map_err(|e| Error::io(Op::Read, &self.path, e))?;
+        Ok(self.check(header.format, offset, len))
+    }
+
+    /// Goes past the next frame of any kind; gives it and where it begins.
+    fn step(&mut self) -> Result<Option<(FrameHeader, u64)>, Error> {
+        let offset = self.offset;
+        let header = self.header_at(offset)?.filter(|header| header.start == self.position);
+        let Some(header) = header else { return Ok(None) };
+        if !self.is_whole(offset, &header)? {
+            return Ok(None);
+        }
+        self.offset += header.file_bytes();
+        self.position = header.end();
+        self.flushed = self.flushed.max(header.flushed);
+        Ok(Some((header, offset)))
+    }
+
+    /// The next frame with WAL, or `None` where the valid ones end: a torn tail, zeros, or an earlier use of the file.
     ///
     /// # Errors
     /// Only when the file cannot be read: that is not the end of it.
     pub(super) fn next(&mut self) -> Result<Option<Frame<'_>>, Error> {
-        let failed = |path: &Path, e| Error::io(Op::Read, path, e);
-        let header_bytes = self.header.frame_header();
-        self.fill(self.offset, header_bytes).map_err(|e| failed(&self.path, e))?;
-        let Some(header) = FrameHeader::decode(self.window(self.offset, header_bytes)) else {
-            return Ok(None);
-        };
-        let continues = header.journal == self.header.id
-            && header.encrypted == self.cipher.is_some()
-            && header.start == self.position
-            && header.end() <= self.header.end();
-        if !continues {
-            return Ok(None);
+        loop {
+            let Some((header, offset)) = self.step()? else { return Ok(None) };
+            if header.codec == Codec::Closing {
+                continue;
+            }
+            let stored =
+                &self.window(offset, header.file_bytes() as usize)[header.header_bytes()..];
+            return Ok(Some(Frame { header, stored }));
         }
-        let (offset, len) = (self.offset, header.file_bytes() as usize);
-        self.fill(offset, len).map_err(|e| failed(&self.path, e))?;
-        if !self.check(offset, len) {
-            return Ok(None);
-        }
-        self.offset += len as u64;
-        self.position = header.end();
-        let stored = &self.window(offset, len)[header_bytes..];
-        Ok(Some(Frame { header, stored }))
     }
 
     /// Walks to the end of the valid frames, or to `limit`.
     pub(super) fn skip_to(&mut self, limit: Lsn) -> Result<(), Error> {
-        while self.position < limit && self.next()?.is_some() {}
+        while self.position < limit && self.step()?.is_some() {}
         Ok(())
+    }
+
+    /// Walks past closing frames.
+    pub(super) fn skip_closing(&mut self) -> Result<(), Error> {
+        let closing = |header: FrameHeader| header.codec == Codec::Closing;
+        while self.header_at(self.offset)?.is_some_and(closing) && self.step()?.is_some() {}
+        Ok(())
+    }
+
+    /// Judges what lies behind the good frames; call it when there are no more.
+    pub(super) fn tail(&mut self) -> Result<Tail, Error> {
+        if self.position == self.header.end() {
+            return Ok(Tail::Clean);
+        }
+        let failed = |path: &Path, e| Error::io(Op::Read, path, e);
+        let (room, bad) = (self.header.frame_header(), self.offset);
+        self.fill(bad, room).map_err(|e| failed(&self.path, e))?;
+        let mut torn = frame::resembles(self.window(bad, room), self.header.id, self.position);
+        let (mut at, mut lost) = (bad, self.position);
+        while let Some(offset) = self.find_frame(at)? {
+            at = offset + 1;
+            let header = self.header_at(offset)?.filter(|header| header.start >= self.position);
+            let Some(header) = header else { continue };
+            if self.is_whole(offset, &header)? {
+                (torn, at) = (true, offset + header.file_bytes());
+                lost = lost.max(header.flushed);
+            }
+        }
+        Ok(match (lost > self.position, torn) {
+            (true, _) => Tail::Lost(lost),
+            (false, true) => Tail::Torn,
+            (false, false) => Tail::Clean,
+        })
+    }
+
+    /// Where, from `at` on, bytes stand that begin a frame with this journal's number.
+    fn find_frame(&mut self, at: u64) -> Result<Option<u64>, Error> {
+        const NUMBER_AT: usize = 8;
+        let (room, number) = (NUMBER_AT + 8, self.header.id.to_le_bytes());
+        let mut at = at;
+        loop {
+            self.fill(at, READ_BYTES).map_err(|e| Error::io(Op::Read, &self.path, e))?;
+            let piece = self.window(at, READ_BYTES);
+            if piece.len() < room {
+                return Ok(None);
+            }
+            if let Some(found) = find(&piece[NUMBER_AT..], &number) {
+                return Ok(Some(at + found as u64));
+            }
+            // The last bytes again with the next piece: a number may be cut in two.
+            at += (piece.len() - room + 1) as u64;
+        }
     }
 
     /// Where the frames end is short of what was acknowledged: the medium lost or changed bytes.
@@ -243,6 +351,51 @@ impl Frames {
             format!("expected WAL up to {expected}, found it whole up to {}", self.position);
         Error::new(Kind::Corrupt, Op::Read, self.path.display(), detail)
             .hint("the disk lost or changed synced bytes; check it before writing to it again")
+    }
+}
+
+/// Where `wanted` first is. Most of what is looked through is zeros, which go by in blocks.
+fn find(bytes: &[u8], wanted: &[u8; 8]) -> Option<usize> {
+    let mut at = 0;
+    while at + wanted.len() <= bytes.len() {
+        let block = bytes.get(at..at + FIRST_FRAME as usize);
+        if block.is_some_and(|block| block == &ZEROS[..block.len()]) && wanted != &[0; 8] {
+            // Less a few: the number may begin in its last bytes.
+            at += FIRST_FRAME as usize - wanted.len();
+            continue;
+        }
+        let end = bytes.len().min(at + FIRST_FRAME as usize);
+        let here = bytes[at..end].windows(wanted.len()).position(|window| window == wanted);
+        if let Some(here) = here {
+            return Some(at + here);
+        }
+        at = end + 1 - wanted.len();
+    }
+    None
+}
+
+/// How far the frames go in a journal whose header is damaged, of WAL from `start` to `end`; `start` where there are none. Their
+/// journal's number and key are not known, so encrypted ones are taken at their word: it is only reported. The last
+/// of them may not have been acknowledged; that cannot be told.
+pub(super) fn evidence(disk: &dyn Disk, path: &Path, start: Lsn, end: Lsn) -> Result<Lsn, Error> {
+    let failed = |e| Error::io(Op::Read, path, e);
+    let file = disk.open(path, false).map_err(failed)?;
+    let (mut offset, mut upto) = (FIRST_FRAME, start);
+    let mut frame = vec![0; frame::FRAME_HEADER_MAX + frame::FRAME_RAW_MAX];
+    loop {
+        let got = read_full(file.as_ref(), &mut frame[..frame::FRAME_HEADER_MAX], offset);
+        let got = got.map_err(failed)?;
+        let inside = |header: &FrameHeader| header.start == upto && header.end() <= end;
+        let Some(header) = FrameHeader::decode(&frame[..got]).filter(inside) else {
+            return Ok(upto);
+        };
+        let len = header.file_bytes() as usize;
+        let got = read_full(file.as_ref(), &mut frame[..len], offset).map_err(failed)?;
+        if got < len || (!header.encrypted && !frame::is_intact(header.format, &frame[..len])) {
+            return Ok(upto);
+        }
+        upto = upto.max(header.end()).max(header.flushed.min(end));
+        offset += len as u64;
     }
 }
 
@@ -259,7 +412,7 @@ pub(super) fn copy_up_to(
     next_id: &dyn Fn() -> u64,
 ) -> Result<Journal, Error> {
     let mut frames = Frames::open(disk, path, keys)?;
-    let mut header = *frames.header();
+    let mut header = JournalHeader { format: Format::Current, ..*frames.header() };
     let cipher = keys.begin(&mut header, next_id)?;
     let tmp = durable::tmp_path(path);
     durable::remove_if_there(disk, &tmp)?;
@@ -269,8 +422,9 @@ pub(super) fn copy_up_to(
         let mut written = 0;
         while frames.position() < limit {
             let Some(frame) = frames.next()? else { break };
-            let (journal, encrypted) = (header.id, cipher.is_some());
-            let fields = FrameHeader { journal, encrypted, ..frame.header };
+            let (format, journal, encrypted) = (header.format, header.id, cipher.is_some());
+            let flushed = frame.header.flushed.max(header.start);
+            let fields = FrameHeader { format, journal, encrypted, flushed, ..frame.header };
             let at = out.len();
             out.resize(at + header.frame_header(), 0);
             out.extend(frame.stored);
@@ -284,6 +438,10 @@ pub(super) fn copy_up_to(
         if frames.position() != limit {
             return Err(frames.lost(limit));
         }
+        let at = out.len();
+        out.resize(at + header.frame_header(), 0);
+        let closing = FrameHeader::closing(&header, limit);
+        cipher::finish(&closing, &mut out[at..], written + at as u64, cipher.as_deref());
         file.write_all_at(&out, written).map_err(|e| Error::io(Op::Write, &tmp, e))?;
         file.sync_all().map_err(|e| Error::io(Op::Sync, &tmp, e))?;
         durable::rename(disk, &tmp, path)?;
@@ -304,6 +462,7 @@ mod tests {
 
     fn header(id: u64) -> JournalHeader {
         JournalHeader {
+            format: Format::Current,
             system_identifier: 1,
             timeline: TimelineId::new(1).unwrap(),
             segment_size: SegmentSize::new(1 << 20).unwrap(),
@@ -334,7 +493,9 @@ mod tests {
     fn put(journal: &mut Journal, at: u64, raw: &[u8]) {
         ScratchPool::new(1).with(|scratch| {
             let cipher = journal.cipher.as_deref();
-            let frame = scratch.frame(&journal.header, cipher, journal.offset, Lsn::new(at), raw);
+            // Each batch is synced before the next one, as of a slow stream.
+            let places = (Lsn::new(at), Lsn::new(at));
+            let frame = scratch.frame(&journal.header, cipher, journal.offset, places, raw);
             journal.file.write_all_at(frame, journal.offset).unwrap();
             journal.offset += frame.len() as u64;
         });
@@ -389,11 +550,137 @@ mod tests {
             assert_eq!(first.header.codec, Codec::Zstd);
             assert_eq!(zstd::bulk::decompress(first.stored, 1 << 20).unwrap(), [0; 40_000]);
             frames.skip_to(Lsn::new(u64::MAX)).unwrap();
-            assert_eq!(frames.offset(), copy.offset);
+            assert_eq!((frames.offset(), frames.flushed()), (copy.offset, end(80_000)));
             let error = copy_up_to(&disk, path, end(90_000), &then, &|| 9).unwrap_err();
             assert_eq!(error.kind, Kind::Corrupt);
             let kept = lengths(&disk, path, &then);
             assert_eq!(kept, [40_000, 40_000], "a failed copy leaves what was there");
+        }
+    }
+
+    /// Closes the journal at the end of its WAL.
+    fn close(journal: &mut Journal, at: u64) {
+        let frame = journal.closing_frame(Lsn::new(at));
+        journal.file.write_all_at(&frame, journal.offset).unwrap();
+        journal.offset += frame.len() as u64;
+    }
+
+    fn tail(disk: &SimDisk, path: &Path, keys: &JournalKeys) -> (u64, Tail) {
+        let mut frames = Frames::open(disk, path, keys).unwrap();
+        frames.skip_to(frames.header().end()).unwrap();
+        (frames.position().as_u64() - (3 << 20), frames.tail().unwrap())
+    }
+
+    /// F5's heart: which frame is bad, and what comes behind it, tells rot from a torn tail.
+    #[test]
+    fn a_bad_frame_is_rot_only_where_a_later_one_says_that_it_was_flushed() {
+        let base = 3 << 20;
+        let lost = |bytes: u64| Tail::Lost(Lsn::new(base + bytes));
+        for keys in both() {
+            let disk = SimDisk::new(1);
+            let path = Path::new("/a.open");
+            let mut journal = make(&disk, path, &keys, 1, None);
+            let mut begins = Vec::new();
+            for n in 0..3 {
+                begins.push(journal.offset);
+                put(&mut journal, base + n * 100, &[7; 100]);
+            }
+            assert_eq!(tail(&disk, path, &keys), (300, Tail::Clean));
+            let flip = |at: u64| disk.flip_bit(path, at, 3).unwrap();
+            // Each byte of a frame counts, that of its number or length, too.
+            for inside in [0, 5, 9, 17, 25, 29, 33, 41, 50, 99] {
+                for (bad, expected) in [
+                    (0, (0, lost(200))),
+                    // Of the last one only, nothing tells.
+                    (2, (200, Tail::Torn)),
+                ] {
+                    flip(begins[bad] + inside);
+                    assert_eq!(tail(&disk, path, &keys), expected, "frame {bad} byte {inside}");
+                    flip(begins[bad] + inside);
+                }
+                // What the second one covers was not known to be flushed when the third was written ... but it was.
+                flip(begins[1] + inside);
+                assert_eq!(tail(&disk, path, &keys), (100, lost(200)), "byte {inside}");
+                flip(begins[1] + inside);
+            }
+            // A closing frame covers the last batch.
+            close(&mut journal, base + 300);
+            assert_eq!(tail(&disk, path, &keys), (300, Tail::Clean));
+            flip(begins[2] + 60);
+            assert_eq!(tail(&disk, path, &keys), (200, lost(300)));
+        }
+    }
+
+    /// One sync for two frames: the disk may have written the second only, and nobody was told anything.
+    #[test]
+    fn a_good_frame_behind_a_bad_one_of_the_same_sync_proves_nothing() {
+        for keys in both() {
+            let disk = SimDisk::new(1);
+            let path = Path::new("/a.open");
+            let mut journal = make(&disk, path, &keys, 1, None);
+            let start = Lsn::new(3 << 20);
+            ScratchPool::new(1).with(|scratch| {
+                for n in 0..2 {
+                    let cipher = journal.cipher.as_deref();
+                    let places = (start.advance(n * 50), start);
+                    let frame =
+                        scratch.frame(&journal.header, cipher, journal.offset, places, &[1; 50]);
+                    journal.file.write_all_at(frame, journal.offset).unwrap();
+                    journal.offset += frame.len() as u64;
+                }
+            });
+            disk.flip_bit(path, FIRST_FRAME + 70, 1).unwrap();
+            assert_eq!(tail(&disk, path, &keys), (0, Tail::Torn));
+        }
+    }
+
+    #[test]
+    fn a_closing_frame_holds_no_wal_and_the_stream_goes_on_behind_it() {
+        for keys in both() {
+            let disk = SimDisk::new(1);
+            let path = Path::new("/a.open");
+            let mut journal = make(&disk, path, &keys, 1, None);
+            put(&mut journal, 3 << 20, &[1; 10]);
+            close(&mut journal, (3 << 20) + 10);
+            put(&mut journal, (3 << 20) + 10, &[2; 20]);
+            close(&mut journal, (3 << 20) + 30);
+            assert_eq!(lengths(&disk, path, &keys), [10, 20]);
+            let mut frames = Frames::open(&disk, path, &keys).unwrap();
+            frames.skip_to(Lsn::new((3 << 20) + 30)).unwrap();
+            assert_ne!(frames.offset(), journal.offset);
+            frames.skip_closing().unwrap();
+            assert_eq!(frames.offset(), journal.offset);
+        }
+    }
+
+    #[test]
+    fn a_journal_of_the_first_builds_is_read_and_copied_into_the_current_format() {
+        for keys in both() {
+            let disk = SimDisk::new(1);
+            let path = Path::new("/a.open");
+            let mut header = JournalHeader { format: Format::First, ..header(1) };
+            let cipher = keys.begin(&mut header, &|| 1).unwrap();
+            let mut journal = create(&disk, path, header, cipher, None, 8192).unwrap();
+            put(&mut journal, 3 << 20, &[1; 10]);
+            put(&mut journal, (3 << 20) + 10, &[2; 20]);
+            assert_eq!(lengths(&disk, path, &keys), [10, 20]);
+            let end = Lsn::new((3 << 20) + 30);
+            let copy = copy_up_to(&disk, path, end, &keys, &|| 2).unwrap();
+            assert_eq!(copy.header.format, Format::Current);
+            assert_eq!(lengths(&disk, path, &keys), [10, 20]);
+            assert_eq!(tail(&disk, path, &keys), (30, Tail::Clean));
+        }
+    }
+
+    #[test]
+    fn a_number_is_found_wherever_it_stands() {
+        let number = [1, 2, 3, 4, 5, 6, 7, 8];
+        for at in [0, 1, 4080, 4088, 4089, 4092, 4095, 4096, 8185, 9000, 12_280] {
+            let mut bytes = vec![0; 12_288];
+            bytes[at..at + 8].copy_from_slice(&number);
+            assert_eq!(find(&bytes, &number), Some(at));
+            bytes[at] = 0;
+            assert_eq!(find(&bytes, &number), None);
         }
     }
 

@@ -13,9 +13,11 @@
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
 //! | `gaps.json` | WAL that will never be here (`record.rs`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
+//! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
 //! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
 //! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
+//! | `wal/<timeline>/<segment>.open.damaged-<n>` | a journal that lost acknowledged WAL, as it was found: kept (`damage.rs`) |
 //! | `wal/<timeline>/<segment>.zst[.age]` | sealed: standard zstd, exactly the segment (`seal.rs`) |
 //! | `wal/<timeline>/<segment>.partial.zst[.age]` | the same of a segment that ended early |
 //! | `wal/spare/` | files to recycle; emptied at start |
@@ -24,6 +26,7 @@
 mod admit;
 mod cipher;
 mod cluster;
+mod damage;
 pub mod decode;
 mod frame;
 mod horizon;
@@ -43,6 +46,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use damage::DamagedWal;
 pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
@@ -175,7 +179,24 @@ impl WalStore {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
         let broken = state.broken.iter().map(|(_, text)| text.clone());
-        broken.chain(state.problems.values().cloned()).collect()
+        let damaged = state.damaged.iter().filter(|d| d.is_loss()).map(DamagedWal::sentence);
+        broken.chain(state.problems.values().cloned()).chain(damaged).collect()
+    }
+
+    /// WAL that was acknowledged, is damaged on this disk, and is not held again yet.
+    pub fn damaged(&self, name: &ClusterName) -> Vec<DamagedWal> {
+        let Some(cluster) = self.find(name) else { return Vec::new() };
+        let state = lock(&cluster.state);
+        state.damaged.iter().filter(|d| d.is_loss()).cloned().collect()
+    }
+
+    /// Journals that lost acknowledged WAL: those of [`WalStore::damaged`], and those that end early although more follows.
+    pub fn damaged_journals(&self, name: &ClusterName) -> u64 {
+        let Some(cluster) = self.find(name) else { return 0 };
+        let state = lock(&cluster.state);
+        let journals = state.lines.values().flat_map(|line| line.journals.values());
+        let cut = journals.filter(|journal| state.has_lost_bytes(journal)).count();
+        (cut + state.damaged.iter().filter(|d| d.is_loss()).count()) as u64
     }
 
     /// Binds a name to a PostgreSQL at first contact, durably; later checks that it is the same (P8). Another version of
@@ -327,6 +348,7 @@ impl WalStore {
         }
         cluster.prove_all()?;
         cluster.prove_records()?;
+        cluster.judge_by_slot(request)?;
         let (pinned, history, admission) = {
             let state = lock(&cluster.state);
             let pinned = state.pinned.ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
@@ -441,7 +463,10 @@ impl WalStore {
     /// `NotFound` only when there is definitively none (P7); `Corrupt` when that cannot be told.
     pub fn read(&self, name: &ClusterName, file: WalFile) -> Result<Found, Error> {
         let cluster = self.need(name, Op::Read)?;
-        let held = lock(&cluster.state).has_held(file);
+        let (held, lost) = {
+            let state = lock(&cluster.state);
+            (state.has_held(file), state.has_lost(file))
+        };
         // A segment can be sealed between looking for its journal and opening it; then it is found the next time.
         for _ in 0..3 {
             if let Some(found) = self.read_once(&cluster, file)? {
@@ -450,7 +475,7 @@ impl WalStore {
         }
         match &lock(&cluster.state).broken {
             // It was durable and nobody recorded a gap: that is a loss, not an absence.
-            None if held => {
+            None if held || lost => {
                 let detail = "expected a file of WAL that was received, found none";
                 Err(Error::new(Kind::Corrupt, Op::Read, cluster.path_of(file).display(), detail))
             }
@@ -601,14 +626,6 @@ impl cluster::State {
 }
 
 impl Cluster {
-    fn record_gap(&self, gap: Gap) -> Result<(), Error> {
-        let mut gaps = lock(&self.state).gaps.clone();
-        gaps.push(gap);
-        record::store_gaps(self.disk(), &self.folder().join("gaps.json"), &gaps)?;
-        lock(&self.state).gaps = gaps;
-        Ok(())
-    }
-
     /// The journal in which the byte at `start` goes, opened at its end, or made.
     fn journal_at(
         &self,
@@ -641,7 +658,8 @@ impl Cluster {
             let all = state.lines.values().flat_map(|line| line.journals.values());
             let unused =
                 |j: &&Arc<Unsealed>| j.is_empty() && j.segment(pinned.segment_size) != wanted;
-            all.filter(unused).cloned().collect()
+            let lost = |j: &&Arc<Unsealed>| j.harm().is_some() || state.has_lost_bytes(j);
+            all.filter(unused).filter(|j| !lost(j)).cloned().collect()
         };
         for entry in unused {
             durable::remove_if_there(self.disk(), &entry.path)?;
@@ -659,6 +677,14 @@ impl Cluster {
         frames.skip_to(start)?;
         if frames.position() != start {
             return Err(frames.lost(start));
+        }
+        frames.skip_closing()?;
+        if frames.offset() != entry.used() {
+            // Something behind the WAL is not as it was written. No place is written twice under one key.
+            let (keys, next_id) = (self.writing_keys()?, &*self.shared.options.next_id);
+            let copy = journal::copy_up_to(self.disk(), path, start, &keys, next_id)?;
+            entry.set_used(copy.offset);
+            return Ok(copy);
         }
         let (header, cipher, offset) = (*frames.header(), frames.cipher(), frames.offset());
         Ok(Journal { file, path: path.clone(), header, cipher, offset, allocated })

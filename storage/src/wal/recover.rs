@@ -4,7 +4,10 @@
 //!   new file, never by truncating.
 //! - Of each timeline's journals, all but the last were synced before the next one got its first frame. The last is
 //!   only *seen*: the page cache may show bytes that a failed fsync never wrote. So it is copied and synced before its
-//!   end counts as durable (P3). A copy that fails, for want of space above all, is tried again when a writer opens.
+//!   end counts as durable (P3), and until then only what a frame says was flushed. A copy that fails, for want of space above
+//!   all, is tried again when a writer opens.
+//! - A tail that is not whole, or a header that is not, is put aside before anything takes its place (`damage.rs`). A bad frame
+//!   or header never removes a journal.
 //! - A journal beside its sealed file is the truth, as the rename of the sealed file may not be durable: it is sealed
 //!   again. Where it is not what its name says, its file had been recycled, which happens only after the sealed file
 //!   was durable: the name goes.
@@ -12,8 +15,11 @@
 
 use super::{
     cluster::{Cluster, Line, State, Unsealed, lock},
-    decode, horizon,
-    journal::{self, Frames},
+    damage::{self, Harm},
+    decode,
+    frame::{Format, JournalHeader},
+    horizon,
+    journal::{self, Frames, Tail},
     record,
     stored::StoredAt,
     types::Pinned,
@@ -93,6 +99,7 @@ impl Cluster {
 
     fn prove(&self, entry: &Unsealed) -> Result<(), Error> {
         let _one = lock(&entry.work);
+        self.keep_aside(entry)?;
         if entry.is_empty() {
             // Nothing to keep; the name must not come back with frames that were never acknowledged.
             durable::remove_if_there(self.disk(), &entry.path)?;
@@ -103,11 +110,14 @@ impl Cluster {
         if lock(&self.state).holds(entry) {
             let (keys, next_id) = (self.writing_keys()?, &*self.shared.options.next_id);
             let before = self.disk().stat(&entry.path);
-            journal::copy_up_to(self.disk(), &entry.path, entry.durable(), &keys, next_id)?;
+            let copy =
+                journal::copy_up_to(self.disk(), &entry.path, entry.durable(), &keys, next_id)?;
+            entry.set_used(copy.offset);
             // When its last byte came is known by nothing else. Only shown, so a failure is none.
             let kept = before.and_then(|b| self.disk().set_modified(&entry.path, b.modified_unix));
             drop(kept);
         }
+        entry.set_known(entry.durable());
         entry.set_proven(true);
         Ok(())
     }
@@ -128,6 +138,10 @@ impl Cluster {
             // Receiving needs none of it; retention removes nothing while there is a problem (P6).
             Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
         }
+        match damage::load(self) {
+            Ok(damaged) => state.damaged = damaged,
+            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
+        }
         let entries = list(self, &self.wal_folder())?;
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";
@@ -144,6 +158,7 @@ impl Cluster {
         for entry in entries {
             self.scan_entry(&entry, &pinned, &mut state)?;
         }
+        state.forget_healed();
         Ok(state)
     }
 
@@ -213,10 +228,17 @@ impl Cluster {
                 empty.push(start);
             }
         }
-        if let Some(last) = line.journals.values().next_back() {
+        // Behind the last one with WAL there may be one whose first frame is damaged. What is sealed was synced before.
+        let sealed_to = line.sealed.map_or(Lsn::ZERO, |(_, end)| end);
+        for last in line.journals.values().rev().take_while(|last| last.start >= sealed_to) {
             last.set_proven(false);
+            if !last.is_empty() {
+                break;
+            }
         }
+        let harms = harms_of(&line);
         state.lines.insert(timeline, line);
+        harms.into_iter().for_each(|harm| state.found_harm(timeline, harm));
         Self::check_holes(timeline, state);
         self.settle_empty(timeline, &empty, state)
     }
@@ -260,7 +282,7 @@ impl Cluster {
                 format!("expected the journal of {name}, found that of {}", header.segment());
             Err(Error::new(Kind::Corrupt, Op::Open, path.display(), detail))
         });
-        let frames = match (frames, redundant) {
+        let mut frames = match (frames, redundant) {
             (Ok(frames), None) => frames,
             (Ok(frames), Some(bytes)) if frames.position().bytes_since(start) >= bytes => frames,
             (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
@@ -268,15 +290,45 @@ impl Cluster {
                 line.extend_sealed(start, start.advance(bytes));
                 return durable::remove_if_there(self.disk(), &path).map(|()| false);
             }
+            (Err(e), None) if e.kind == Kind::Corrupt => {
+                tracing::error!(cluster = %self.name, error = %e, "a journal cannot be read: it is put aside as it is");
+                line.journals.insert(start, Arc::new(self.unreadable(timeline, start, pinned)?));
+                return Ok(false);
+            }
             (Err(e), None) => return Err(e),
         };
         let end = frames.position();
-        if end == start {
+        let harm = match frames.tail()? {
+            Tail::Clean => None,
+            Tail::Torn => Some(Harm { from: end, to: end }),
+            Tail::Lost(to) => Some(Harm { from: end, to }),
+        };
+        if end == start && harm.is_none() {
             return Ok(true);
         }
         let entry = Unsealed::new(frames.header(), path, end, true);
+        entry.set_known(frames.flushed().min(end));
+        entry.set_harm(harm);
         line.journals.insert(start, Arc::new(entry));
         Ok(false)
+    }
+
+    /// The entry of a journal of which not even the header can be read.
+    fn unreadable(
+        &self,
+        timeline: TimelineId,
+        start: Lsn,
+        pinned: &Pinned,
+    ) -> Result<Unsealed, Error> {
+        let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
+        let (format, id, key) = (Format::Current, 0, None);
+        let header =
+            JournalHeader { format, system_identifier, timeline, segment_size, start, id, key };
+        let path = self.open_path(header.segment());
+        let to = journal::evidence(self.disk(), &path, start, header.end())?;
+        let entry = Unsealed::new(&header, path, start, true);
+        entry.set_harm(Some(Harm { from: start, to }));
+        Ok(entry)
     }
 
     /// Journals without a single whole frame: nothing was ever synced into them, unless more follows.
@@ -331,6 +383,21 @@ impl State {
             line.journals.remove(&entry.start);
         }
     }
+}
+
+/// What the journals at a timeline's end lost. Where something was flushed in a later one, all of the earlier one was.
+fn harms_of(line: &Line) -> Vec<Harm> {
+    let (mut harms, mut later) = (Vec::new(), false);
+    for journal in line.journals.values().rev().filter(|journal| !journal.is_proven()) {
+        if later && !journal.is_full() {
+            let from = journal.durable();
+            journal.set_harm(Some(Harm { from, to: journal.end }));
+        }
+        let harm = journal.harm();
+        later |= harm.is_some_and(|harm| harm.to > harm.from);
+        harms.extend(harm);
+    }
+    harms
 }
 
 fn list(cluster: &Cluster, folder: &Path) -> Result<Vec<Entry>, Error> {

@@ -51,13 +51,14 @@ impl Scratch {
         context.compress2(&mut out[at..at + limit], raw).ok()
     }
 
-    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL, to be written at `offset`. Encrypted where it lies.
+    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL, to be written at `offset` when all up to `flushed` is
+    /// durable. Encrypted where it lies.
     pub(super) fn frame(
         &mut self,
         journal: &JournalHeader,
         cipher: Option<&Cipher>,
         offset: u64,
-        start: Lsn,
+        (start, flushed): (Lsn, Lsn),
         raw: &[u8],
     ) -> &[u8] {
         debug_assert!(!raw.is_empty() && raw.len() <= FRAME_RAW_MAX);
@@ -73,12 +74,14 @@ impl Scratch {
             }
         };
         let header = FrameHeader {
+            format: journal.format,
             encrypted: cipher.is_some(),
             codec,
             journal: journal.id,
             start,
             raw_len: raw.len() as u32,
             stored_len: len as u32,
+            flushed,
         };
         let frame = &mut self.out[..room + len];
         cipher::finish(&header, frame, offset, cipher);
@@ -133,10 +136,11 @@ mod tests {
     fn read(bytes: &[u8]) -> (FrameHeader, Vec<u8>) {
         let header = FrameHeader::decode(bytes).unwrap();
         let stored = &bytes[header.header_bytes()..];
-        assert!(frame::is_intact(bytes));
+        assert!(frame::is_intact(header.format, bytes));
         let raw = match header.codec {
             Codec::Raw => stored.to_vec(),
             Codec::Zstd => zstd::bulk::decompress(stored, FRAME_RAW_MAX).unwrap(),
+            Codec::Closing => panic!("expected WAL, found a closing frame"),
         };
         (header, raw)
     }
@@ -145,6 +149,7 @@ mod tests {
     fn large_batches_are_compressed_and_small_or_random_ones_are_not() {
         let pool = ScratchPool::new(1);
         let journal = JournalHeader {
+            format: frame::Format::Current,
             system_identifier: 1,
             timeline: klio_pg::TimelineId::new(1).unwrap(),
             segment_size: klio_pg::SegmentSize::new(1 << 20).unwrap(),
@@ -167,7 +172,8 @@ mod tests {
             (noise[..noise.len().min(30_000)].to_vec(), Codec::Raw),
         ] {
             pool.with(|scratch| {
-                let (header, back) = read(scratch.frame(&journal, None, 4096, Lsn::new(4), &raw));
+                let (header, back) =
+                    read(scratch.frame(&journal, None, 4096, (Lsn::new(4), Lsn::ZERO), &raw));
                 assert_eq!((header.codec, header.journal, header.start), (codec, 9, Lsn::new(4)));
                 assert_eq!(back, raw);
             });

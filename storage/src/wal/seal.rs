@@ -132,6 +132,8 @@ fn encode(
                 }
                 run.extend_from_slice(frame.stored);
             }
+            // Walking passes over them.
+            Codec::Closing => {}
             Codec::Zstd => {
                 join(&mut run, scratch, &mut target)?;
                 check_length(frame.stored, frame.header.raw_len, &entry.path)?;

@@ -83,6 +83,8 @@ pub struct OpenRequest {
     pub gap: Option<GapDeclaration>,
     /// Now, in seconds since 1970: for the gap's record.
     pub now_unix: f64,
+    /// Where the client's slot keeps WAL from, where it had one before: PostgreSQL was told that all below was flushed.
+    pub slot_restart: Option<Lsn>,
 }
 
 /// Why a writer may not be opened there. Trying the same again will not help, except for `WriterPresent`.

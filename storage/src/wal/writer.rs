@@ -71,6 +71,8 @@ struct Core {
     finished: Vec<WalFile>,
     /// The older timelines' partial segments were reported as finished.
     announced: bool,
+    /// The journal says of all of it that it is durable.
+    closed: bool,
 }
 
 impl Core {
@@ -99,6 +101,36 @@ impl Core {
             let partial = |file: &WalFile| matches!(file, WalFile::Partial(_));
             self.finished.extend(lock(&cluster.state).finished().into_iter().filter(partial));
         }
+    }
+
+    /// Writes a frame that says of all of the journal that it is durable, unless the journal says so; true when it has to be
+    /// synced. It only makes damage easier to find: without space it is left out.
+    fn close(&mut self) -> Result<bool, Error> {
+        if self.closed || self.written != self.flushed.0 {
+            return Ok(false);
+        }
+        self.closed = true;
+        if self.entry.is_full() || self.entry.is_empty() {
+            return Ok(false);
+        }
+        let frame = self.journal.closing_frame(self.written);
+        match self.reserve(frame.len() as u64, 0) {
+            Ok(()) => {}
+            Err(e) if e.kind == Kind::Full => return Ok(false),
+            Err(e) => return Err(e),
+        }
+        if let Err(e) = self.journal.file.write_all_at(&frame, self.journal.offset) {
+            return Err(self.poison(Op::Write, e));
+        }
+        self.journal.offset += frame.len() as u64;
+        Ok(true)
+    }
+
+    fn close_durably(&mut self) -> Result<(), Error> {
+        if self.close()? {
+            self.journal.file.sync_data().map_err(|e| self.poison(Op::Sync, e))?;
+        }
+        Ok(())
     }
 
     /// Makes room for `bytes` more at the end of the file. No space is no failure: the file is as it was.
@@ -181,13 +213,34 @@ impl Slot {
         Ok(core.flushed)
     }
 
+    /// Has the journal say, durably, that all of it is durable.
+    fn rest(&self) -> Result<(), Error> {
+        let _one = lock(&self.sync);
+        let file: FileHandle = {
+            let mut guard = lock(&self.core);
+            let core = live(self, &mut guard, Op::Write)?;
+            if !core.close()? {
+                return Ok(());
+            }
+            core.journal.file.clone()
+        };
+        file.sync_data().map_err(|e| match live(self, &mut lock(&self.core), Op::Sync) {
+            Ok(core) => core.poison(Op::Sync, e),
+            Err(earlier) => earlier,
+        })
+    }
+
     /// Takes the journal from the writer; waits for what it is doing.
     pub(super) fn release(self: &Arc<Self>, cluster: &Cluster) {
         self.fenced.store(true, Ordering::Release);
         let _one = lock(&self.sync);
         let core = lock(&self.core).take();
-        if let Some(core) = core.filter(|c| c.poisoned.is_some() || c.written != c.flushed.0) {
-            core.entry.set_proven(false);
+        if let Some(mut core) = core {
+            let whole = core.poisoned.is_none() && core.written == core.flushed.0;
+            if !whole || core.close_durably().is_err() {
+                core.entry.set_proven(false);
+            }
+            core.entry.set_used(core.journal.offset);
         }
         let mut state = lock(&cluster.state);
         if state.writer.as_ref().is_some_and(|slot| Arc::ptr_eq(slot, self)) {
@@ -221,7 +274,18 @@ impl Flusher {
     /// # Errors
     /// As [`Writer::flush`].
     pub fn flush(&self) -> Result<FlushedLsn, Error> {
-        self.slot.flush(&self.cluster)
+        let flushed = self.slot.flush(&self.cluster)?;
+        self.cluster.heal();
+        Ok(flushed)
+    }
+
+    /// For a stream that rests: has the journal say, durably, that all of it is durable, so that damage to the last batch is told
+    /// from a torn tail. Changes nothing while bytes wait for their flush.
+    ///
+    /// # Errors
+    /// As [`Writer::flush`].
+    pub fn rest(&self) -> Result<(), Error> {
+        self.slot.rest()
     }
 }
 
@@ -271,6 +335,7 @@ impl Writer {
             poisoned: None,
             finished,
             announced: false,
+            closed: false,
         });
         lock(&cluster.state).writer = Some(slot.clone());
         let expect = PageExpectation {
@@ -368,7 +433,9 @@ impl Writer {
         cluster.shared.pool.with(|scratch| {
             for raw in part.chunks(FRAME_RAW_MAX) {
                 let Journal { header, cipher, offset, .. } = &core.journal;
-                let frame = scratch.frame(header, cipher.as_deref(), *offset, core.written, raw);
+                let places = (core.written, core.flushed.0);
+                let frame = scratch.frame(header, cipher.as_deref(), *offset, places, raw);
+                core.closed = false;
                 core.reserve(frame.len() as u64, ahead)?;
                 if let Err(e) = core.journal.file.write_all_at(frame, core.journal.offset) {
                     return Err(core.poison(Op::Write, e));
@@ -389,8 +456,10 @@ impl Writer {
         let core = live(&self.slot, &mut guard, Op::Append)?;
         let (journal, entry) = self.cluster.next_journal(self.slot.timeline, self.segment_end)?;
         self.segment_end = journal.header.end();
+        core.entry.set_used(core.journal.offset);
         core.journal = journal;
         core.entry = entry;
+        core.closed = false;
         Ok(())
     }
 
@@ -401,7 +470,7 @@ impl Writer {
     /// - `Full`: as `Poisoned`, for want of space.
     /// - `Conflict`: another writer took over.
     pub fn flush(&mut self) -> Result<FlushedLsn, Error> {
-        self.slot.flush(&self.cluster)
+        self.flusher().flush()
     }
 
     /// Files completed since the last call, ready to be sealed: also the partial segments that the start of this

@@ -109,7 +109,9 @@ impl History {
             let from = self.resume_at(store);
             let timeline = self.timeline.timeline();
             let acked = self.acked.get(&timeline).copied().unwrap_or(from);
-            assert!(from >= acked, "P2: resumes at {from}, acknowledged was {acked}");
+            // What could not be proven yet counts only as far as it is known; then no writer opens.
+            let proven = store.problems(&self.rig.name).is_empty();
+            assert!(from >= acked || !proven, "P2: resumes at {from}, acknowledged was {acked}");
             let has_wal = store.positions(&self.rig.name).iter().any(|p| p.timeline == timeline);
             let gap = gap.filter(|to| *to > from && has_wal);
             let declared = gap.map(|to| GapDeclaration { from, to, reason: "test".into() });
@@ -130,6 +132,7 @@ impl History {
                         self.gaps.push((g.timeline, g.from, g.to));
                     }
                 }
+                Err(OpenError::Refused { .. }) if !proven => {}
                 Err(refused) => panic!("{refused}"),
             }
         }

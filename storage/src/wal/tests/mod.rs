@@ -6,6 +6,7 @@ mod keys;
 mod life;
 mod real;
 mod refusal;
+mod rot;
 mod timeline;
 
 use super::*;
@@ -88,7 +89,8 @@ impl Rig {
     }
 
     pub(super) fn request(timeline: u32, start: u64) -> OpenRequest {
-        OpenRequest { timeline: tli(timeline), start: at(start), gap: None, now_unix: 1.5 }
+        let (timeline, start) = (tli(timeline), at(start));
+        OpenRequest { timeline, start, gap: None, now_unix: 1.5, slot_restart: None }
     }
 
     pub(super) fn writer(&self, store: &WalStore, timeline: u32, start: u64) -> Writer {

@@ -1,0 +1,346 @@
+//! `<cluster>/damaged-wal.json`: WAL that was acknowledged and is not on this disk any more, until it is held again.
+//!
+//! | field | what |
+//! |---|---|
+//! | `timeline` | which |
+//! | `from` | where the good WAL ends: the position went back to here |
+//! | `to` | up to here it is known to have been acknowledged; equal to `from` where nothing proves a loss |
+//! | `kept` | the journal as it was found, below `wal/<timeline>/`; absent where nothing is left of it |
+//!
+//! A list, in the shape of `crate::record`. Written before the journal it speaks of is touched.
+//!
+//! - A torn tail after a crash and rot look alike. A later frame that says more was flushed proves rot (`frame.rs`), and so
+//!   does the client's slot: what PostgreSQL was told was flushed. Until the client has come, a torn tail is kept, too, in
+//!   silence; when its slot says nothing else, it goes.
+//! - What is proven to be damaged is kept as it was found, and never removed or written to by this program (P6).
+//! - An entry goes when the bytes are held again, or are a recorded gap, or retention has let go of them. Then only the kept
+//!   file is left.
+
+use super::{
+    OpenRequest,
+    cluster::{Cluster, Line, State, Unsealed, lock},
+    types::Gap,
+};
+use crate::{
+    Error, Kind, Op,
+    disk::{durable, read_full},
+    layout,
+    record::{self, Unknown},
+};
+use klio_pg::{Lsn, TimelineId};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "damaged-wal.json";
+const COPY_BYTES: usize = 256 << 10;
+
+/// WAL that was acknowledged and is damaged here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedWal {
+    /// Which timeline.
+    pub timeline: TimelineId,
+    /// Where the good WAL ends.
+    pub from: Lsn,
+    /// One past the last byte that is known to have been acknowledged.
+    pub to: Lsn,
+    /// The damaged journal's name in its timeline's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
+    /// What a newer version says besides.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl DamagedWal {
+    /// Whether a loss is proven.
+    pub(super) fn is_loss(&self) -> bool {
+        self.to > self.from
+    }
+
+    fn is_of(&self, timeline: TimelineId, harm: Harm) -> bool {
+        (self.timeline, self.from, self.to) == (timeline, harm.from, harm.to)
+    }
+
+    /// For a person.
+    pub(super) fn sentence(&self) -> String {
+        let Self { timeline, from, to, kept, .. } = self;
+        let kept = match kept {
+            Some(kept) => format!("the journal is kept as wal/{timeline}/{kept}"),
+            None => "nothing is left of it".into(),
+        };
+        format!(
+            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged and cannot be read; {kept}; \
+             PostgreSQL is asked for it again; hint: check the disk"
+        )
+    }
+}
+
+/// What was found behind the good frames of a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Harm {
+    /// Where the good WAL ends.
+    pub(super) from: Lsn,
+    /// As in [`DamagedWal`].
+    pub(super) to: Lsn,
+}
+
+fn path(cluster: &Cluster) -> PathBuf {
+    cluster.folder().join(FILE)
+}
+
+/// Reads the file; empty when there is none.
+pub(super) fn load(cluster: &Cluster) -> Result<Vec<DamagedWal>, Error> {
+    Ok(record::load(cluster.disk(), &path(cluster))?.unwrap_or_default())
+}
+
+impl State {
+    /// A loss that start has just found: shown at once, whether it can be put on record now or not.
+    pub(super) fn found_harm(&mut self, timeline: TimelineId, harm: Harm) {
+        if harm.to > harm.from && !self.damaged.iter().any(|known| known.is_of(timeline, harm)) {
+            let (from, to) = (harm.from, harm.to);
+            tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk: the position goes back, and PostgreSQL is asked for it again");
+            let unknown = Unknown::default();
+            self.damaged.push(DamagedWal { timeline, from, to, kept: None, unknown });
+        }
+    }
+
+    /// Where the stream of a timeline goes on of which nothing is left but what was lost.
+    pub(super) fn lost_from(&self, timeline: TimelineId) -> Option<Lsn> {
+        let lost = self.damaged.iter().filter(|d| d.timeline == timeline && d.is_loss());
+        lost.map(|d| d.from).min()
+    }
+
+    /// Whether any WAL of a timeline was acknowledged, even if it is lost.
+    pub(super) fn has_wal(&self, timeline: TimelineId) -> bool {
+        self.lines.get(&timeline).is_some_and(Line::has_wal) || self.lost_from(timeline).is_some()
+    }
+
+    /// Whether WAL of a segment that begins at `start` was acknowledged, and is lost.
+    pub(super) fn is_lost(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> bool {
+        let touches = |d: &&DamagedWal| d.is_loss() && d.from < end && start < d.to;
+        self.damaged.iter().filter(|d| d.timeline == timeline).any(|d| touches(&d))
+    }
+
+    /// What is over: held again, a recorded gap, or removed on purpose.
+    fn is_over(&self, entry: &DamagedWal) -> bool {
+        let held = self.resume_at(entry.timeline).is_some_and(|at| at >= entry.to);
+        let horizon = self.horizons.get(&entry.timeline);
+        entry.is_loss() && (held || horizon.is_some_and(|h| h.held_from >= entry.to))
+    }
+
+    /// Forgets what is over. True when there was any.
+    pub(super) fn forget_healed(&mut self) -> bool {
+        let over: Vec<bool> = self.damaged.iter().map(|entry| self.is_over(entry)).collect();
+        let mut over_now = over.iter();
+        self.damaged.retain(|_| !over_now.next().is_some_and(|over| *over));
+        over.contains(&true)
+    }
+}
+
+impl Cluster {
+    /// Replaces the file by what is known now.
+    fn store_damaged(&self) -> Result<(), Error> {
+        let known = lock(&self.state).damaged.clone();
+        let path = path(self);
+        if known.is_empty() {
+            return durable::remove_if_there(self.disk(), &path);
+        }
+        record::store(self.disk(), &path, &known)
+    }
+
+    /// Puts a journal's harm on record and the journal as it is aside. Call with its `work` held, before it is copied or
+    /// removed.
+    pub(super) fn keep_aside(&self, entry: &Unsealed) -> Result<(), Error> {
+        let Some(harm) = entry.harm() else { return Ok(()) };
+        let aside = self.put_on_record(entry, harm)?;
+        if self.disk().stat(&aside).is_err() {
+            self.copy_file(&entry.path, &aside)?;
+        }
+        entry.set_harm(None);
+        Ok(())
+    }
+
+    /// Where the journal is kept. The same harm found again, after a crash, has its place already.
+    fn put_on_record(&self, entry: &Unsealed, harm: Harm) -> Result<PathBuf, Error> {
+        let folder = durable::parent(&entry.path);
+        let timeline = entry.timeline;
+        let known = {
+            let state = lock(&self.state);
+            let known = state.damaged.iter().find(|known| known.is_of(timeline, harm));
+            known.and_then(|known| known.kept.clone())
+        };
+        if let Some(kept) = known {
+            return Ok(folder.join(kept));
+        }
+        let kept = self.free_name(entry)?;
+        {
+            let mut state = lock(&self.state);
+            state.damaged.retain(|known| !known.is_of(timeline, harm));
+            let (from, to, unknown) = (harm.from, harm.to, Unknown::default());
+            let kept = Some(kept.clone());
+            state.damaged.push(DamagedWal { timeline, from, to, kept, unknown });
+        }
+        self.store_damaged()?;
+        Ok(folder.join(kept))
+    }
+
+    /// A name that nothing has: not on disk, and not on record.
+    fn free_name(&self, entry: &Unsealed) -> Result<String, Error> {
+        let segment = entry.segment(self.pinned()?.segment_size);
+        let folder = durable::parent(&entry.path);
+        let taken: Vec<String> = {
+            let state = lock(&self.state);
+            state.damaged.iter().filter_map(|known| known.kept.clone()).collect()
+        };
+        for number in 1..=u32::MAX {
+            let name = layout::damaged_journal(segment, number);
+            match self.disk().stat(&folder.join(&name)) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Ok(_) => continue,
+                Err(e) => return Err(Error::io(Op::Recover, folder, e)),
+            }
+            if !taken.contains(&name) {
+                return Ok(name);
+            }
+        }
+        let detail = "expected a free name for a damaged journal, found none";
+        Err(Error::new(Kind::Conflict, Op::Recover, folder.display(), detail))
+    }
+
+    /// Copies a file, durably: it is whole or absent.
+    fn copy_file(&self, from: &Path, to: &Path) -> Result<(), Error> {
+        let disk = self.disk();
+        let tmp = durable::tmp_path(to);
+        durable::remove_if_there(disk, &tmp)?;
+        let source = disk.open(from, false).map_err(|e| Error::io(Op::Open, from, e))?;
+        let target = disk.create_new(&tmp).map_err(|e| Error::io(Op::Create, &tmp, e))?;
+        let copy = || {
+            let (mut piece, mut at) = (vec![0; COPY_BYTES], 0);
+            loop {
+                let count = read_full(source.as_ref(), &mut piece, at)
+                    .map_err(|e| Error::io(Op::Read, from, e))?;
+                if count == 0 {
+                    break;
+                }
+                target
+                    .write_all_at(&piece[..count], at)
+                    .map_err(|e| Error::io(Op::Write, &tmp, e))?;
+                at += count as u64;
+            }
+            target.sync_all().map_err(|e| Error::io(Op::Sync, &tmp, e))?;
+            durable::rename(disk, &tmp, to)
+        };
+        copy().inspect_err(|_| {
+            // The first error is the one to report; start removes what is left.
+            let _ = disk.remove(&tmp);
+        })
+    }
+
+    /// What a client says when it opens: its slot is at `slot`, so PostgreSQL was told that all below it was flushed. Call with
+    /// `op` held and every journal proven. What nothing contradicts now was a torn tail.
+    pub(super) fn judge_by_slot(&self, request: &OpenRequest) -> Result<(), Error> {
+        let timeline = request.timeline;
+        let torn = {
+            let mut state = lock(&self.state);
+            if let Some(slot) = request.slot_restart {
+                state.judge(timeline, slot);
+            }
+            let torn = |d: &DamagedWal| !d.is_loss();
+            let gone: Vec<DamagedWal> = state.damaged.iter().filter(|d| torn(d)).cloned().collect();
+            state.damaged.retain(|d| !torn(d));
+            gone
+        };
+        // Written every time: an earlier one may not have been put on record.
+        if torn.is_empty() && lock(&self.state).damaged.is_empty() {
+            return Ok(());
+        }
+        self.store_damaged()?;
+        for entry in torn {
+            let folder = self.wal_folder().join(entry.timeline.to_string());
+            if let Some(kept) = entry.kept {
+                durable::remove_if_there(self.disk(), &folder.join(kept))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a declared gap on record; where the WAL was here once, the gap says so. The rest of an entry stays to be asked for.
+    pub(super) fn record_gap(&self, mut gap: Gap) -> Result<(), Error> {
+        let (explained, to) = (self.explain(&mut gap), gap.to);
+        let mut gaps = lock(&self.state).gaps.clone();
+        gaps.push(gap);
+        super::record::store_gaps(self.disk(), &self.folder().join("gaps.json"), &gaps)?;
+        let any = !explained.is_empty();
+        {
+            let mut state = lock(&self.state);
+            state.gaps = gaps;
+            state.damaged.retain(|d| !explained.contains(d));
+            let rest = explained.into_iter().map(|d| DamagedWal { from: d.from.max(to), ..d });
+            state.damaged.extend(rest.filter(DamagedWal::is_loss));
+        }
+        if any { self.store_damaged() } else { Ok(()) }
+    }
+
+    /// The entries that it touches.
+    fn explain(&self, gap: &mut Gap) -> Vec<DamagedWal> {
+        let touched = |d: &&DamagedWal| {
+            d.is_loss() && d.timeline == gap.timeline && d.from < gap.to && gap.from < d.to
+        };
+        let found: Vec<DamagedWal> =
+            lock(&self.state).damaged.iter().filter(touched).cloned().collect();
+        if !found.is_empty() {
+            gap.reason = format!("damaged on tier 1: {}", gap.reason);
+        }
+        found
+    }
+
+    /// After a flush: what is held again is no longer missed.
+    pub(super) fn heal(&self) {
+        {
+            let mut state = lock(&self.state);
+            if state.damaged.is_empty() || !state.forget_healed() {
+                return;
+            }
+        }
+        tracing::info!(cluster = %self.name, "WAL that was damaged on this disk is held again");
+        // It is found to be over again at the next start.
+        if let Err(error) = self.store_damaged() {
+            tracing::warn!(cluster = %self.name, %error, "that damaged WAL is held again is not on record");
+        }
+    }
+}
+
+impl State {
+    /// Adds what the slot proves beyond what is known to be lost.
+    fn judge(&mut self, timeline: TimelineId, slot: Lsn) {
+        let of_it = |d: &&DamagedWal| d.timeline == timeline;
+        let torn = self.damaged.iter().filter(of_it).map(|d| d.from).min();
+        let Some(from) = self.resume_at(timeline).or(torn) else { return };
+        let known = || self.damaged.iter().filter(of_it).filter(|d| d.from >= from);
+        // As far as it is known already without a hole.
+        let mut upto = from;
+        while let Some(next) = known().filter(|d| d.from <= upto).map(|d| d.to).max()
+            && next > upto
+        {
+            upto = next;
+        }
+        if slot <= upto {
+            return;
+        }
+        tracing::error!(%timeline, from = %upto, to = %slot, "PostgreSQL was told that WAL was flushed which this disk does not have: the position went back, and PostgreSQL is asked for it again");
+        let there = self.damaged.iter_mut().find(|d| d.timeline == timeline && d.to == upto);
+        match there {
+            Some(entry) => entry.to = slot,
+            None => {
+                let unknown = Unknown::default();
+                self.damaged.push(DamagedWal {
+                    timeline,
+                    from: upto,
+                    to: slot,
+                    kept: None,
+                    unknown,
+                });
+            }
+        }
+    }
+}
