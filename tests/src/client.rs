@@ -48,6 +48,7 @@ pub fn open(cluster: &str, size: SegmentSize, start: Lsn) -> v1::Open {
         start_lsn: start.as_u64(),
         writer_id: "test".into(),
         gap: None,
+        slot_restart_lsn: 0,
     }
 }
 

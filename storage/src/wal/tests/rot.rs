@@ -117,7 +117,8 @@ impl Life {
                 let size = self.rig.disk.stat(path).unwrap().size;
                 for _ in 0..1 + self.random.below(3) {
                     let byte = self.random.below(size);
-                    self.rig.disk.flip_bit(path, byte, (byte % 8) as u8).unwrap();
+                    // Behind what ever reached the medium there is nothing to rot.
+                    let _ = self.rig.disk.flip_bit(path, byte, (byte % 8) as u8);
                 }
             }
             Fault::ReadError => self.rig.disk.fail_reads(path).unwrap(),
