@@ -98,6 +98,35 @@ impl Source {
         }
     }
 
+    /// Whether what was found is the beginning of a segment whose rest was lost, and WAL of its timeline goes on behind it:
+    /// filled up to a segment it would look like the end of WAL (P7).
+    pub async fn before_hole(&self, cluster: &ClusterName, file: WalFile, found: &Located) -> bool {
+        let partial = match found {
+            Located::Tier1 { found: Found::Open(_), .. } => true,
+            Located::Tier1 { found: Found::Stored { file, .. }, .. }
+            | Located::Tier2 { file, .. } => matches!(file, WalFile::Partial(_)),
+        };
+        let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { return false };
+        let pinned = self.store.pinned(cluster);
+        if let (true, Some(pinned)) = (partial, pinned)
+            && let Some(start) = name.start_lsn(pinned.segment_size)
+        {
+            let end = start.advance(pinned.segment_size.bytes());
+            let inside = |timeline, lsn| timeline == name.timeline() && start <= lsn && lsn < end;
+            let gaps = self.store.gaps(cluster);
+            let lost = self.store.damaged(cluster);
+            if gaps.iter().any(|gap| inside(gap.timeline, gap.from))
+                || lost.iter().any(|lost| inside(lost.timeline, lost.from))
+            {
+                return true;
+            }
+        }
+        let (true, Located::Tier2 { .. }, Some(tier2)) = (partial, found, &self.tier2) else {
+            return false;
+        };
+        tier2.wal_at(cluster, name).await.is_ok_and(|at| at.later)
+    }
+
     /// The copy of tier 2, for a caller to whom that of tier 1 came damaged.
     ///
     /// # Errors
@@ -270,6 +299,40 @@ mod tests {
         let source = Source { store, tier2: None, readers: Readers::default() };
         let code = Code::of(&source.find(&cluster, held).await.err().unwrap());
         assert_eq!(code, Code::Corrupt);
+    }
+
+    /// F7's kind: padded to a segment, what lies before a gap would look like the end of WAL.
+    #[tokio::test]
+    async fn a_partial_segment_says_whether_it_is_before_a_hole() {
+        let dir = tempfile::tempdir().unwrap();
+        let store =
+            WalStore::open(Arc::new(RealDisk), dir.path().join("tier1"), WalOptions::default())
+                .unwrap();
+        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
+        store.pin(&cluster, wal.pinned()).unwrap();
+        let timeline = TimelineId::new(1).unwrap();
+        let root = klio_pg::TimelineHistory::root(timeline);
+        let stream = |from: u64, to: u64, gap| {
+            let (start, end) = (Lsn::new(from), Lsn::new(to));
+            let request = OpenRequest { timeline, start, gap, now_unix: 0.0, slot_restart: None };
+            let mut writer = store.open_writer(&cluster, &request).unwrap();
+            writer.append(start, &wal.bytes(&root, start, end)).unwrap();
+            writer.flush().unwrap();
+        };
+        let source = Source { store: store.clone(), tier2: None, readers: Readers::default() };
+        let file: WalFile = "000000010000000000000001".parse().unwrap();
+        let before_hole = async || {
+            let found = source.find(&cluster, file).await.ok().unwrap();
+            source.before_hole(&cluster, file, &found).await
+        };
+        stream(1 << 20, (1 << 20) + 8192, None);
+        assert!(!before_hole().await, "it is the end");
+        let (from, to) = (Lsn::new((1 << 20) + 8192), Lsn::new(3 << 20));
+        let gap = klio_storage::wal::GapDeclaration { from, to, reason: "lost".into() };
+        stream(3 << 20, (3 << 20) + 8192, Some(gap));
+        assert!(before_hole().await, "as a journal");
+        store.seal(&cluster, "000000010000000000000001.partial".parse().unwrap()).unwrap();
+        assert!(before_hole().await, "as a sealed one");
     }
 
     /// P7: WAL that was acknowledged and is gone, and a hole in tier 2, are not the end of the archive.

@@ -33,17 +33,18 @@ type Pieces = mpsc::Sender<Result<v1::FetchResponse, Status>>;
 type Answers = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Status>> + Send>>;
 
 /// The answer to a fetch.
-pub fn stream(found: Located, tasks: &TaskTracker) -> Answers {
+pub fn stream(found: Located, before_hole: bool, tasks: &TaskTracker) -> Answers {
     let (pieces, outbound) = mpsc::channel(PIECES_MAX);
     match found {
         Located::Tier1 { found, segment_size } => {
             Span::current().record("tier", "tier1");
-            tasks.spawn(from_disk(found, segment_size, pieces).in_current_span());
+            tasks.spawn(from_disk(found, segment_size, before_hole, pieces).in_current_span());
         }
         Located::Tier2 { file, download, keys, segment_size } => {
             Span::current().record("tier", "tier2");
             Span::current().record("bytes", download.size);
-            let sending = from_bucket(file, download, keys, segment_size, pieces);
+            let facts = (segment_size, before_hole);
+            let sending = from_bucket(file, download, keys, facts, pieces);
             tasks.spawn(sending.in_current_span());
         }
     }
@@ -58,22 +59,23 @@ fn kind_of(file: WalFile) -> FetchKind {
     }
 }
 
-fn header_of(file: WalFile, segment_size: u32) -> v1::FetchHeader {
+fn header_of(file: WalFile, segment_size: u32, before_hole: bool) -> v1::FetchHeader {
     let plain_size = match file {
         WalFile::Segment(_) => u64::from(segment_size),
         _ => 0,
     };
-    v1::FetchHeader { kind: kind_of(file).into(), plain_size, segment_size, tier: "tier2".into() }
+    let (kind, tier) = (kind_of(file).into(), "tier2".into());
+    v1::FetchHeader { kind, plain_size, segment_size, tier, before_hole }
 }
 
 async fn from_bucket(
     file: WalFile,
     download: Download,
     keys: Option<Keys>,
-    segment_size: u32,
+    (segment_size, before_hole): (u32, bool),
     pieces: Pieces,
 ) {
-    let header = header_of(file, segment_size);
+    let header = header_of(file, segment_size, before_hole);
     let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
     if pieces.send(Ok(first)).await.is_err() {
         return;
@@ -97,14 +99,15 @@ async fn from_bucket(
     }
 }
 
-async fn from_disk(found: Found, segment_size: u32, pieces: Pieces) {
+async fn from_disk(found: Found, segment_size: u32, before_hole: bool, pieces: Pieces) {
     let (kind, plain_size) = match &found {
         Found::Stored { file, plain_size, .. } => (kind_of(*file), *plain_size),
         Found::Open(open) => (FetchKind::PartialRaw, open.plain_size()),
     };
     Span::current().record("bytes", plain_size);
     let tier = "tier1".into();
-    let header = v1::FetchHeader { kind: kind.into(), plain_size, segment_size, tier };
+    let kind = kind.into();
+    let header = v1::FetchHeader { kind, plain_size, segment_size, tier, before_hole };
     let first = v1::FetchResponse { header: Some(header), data: Bytes::new() };
     if pieces.send(Ok(first)).await.is_err() {
         return;
@@ -199,7 +202,8 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let tasks = TaskTracker::new();
-            let mut unread: Vec<_> = (0..3).map(|_| stream(stored(path.clone()), &tasks)).collect();
+            let mut unread: Vec<_> =
+                (0..3).map(|_| stream(stored(path.clone()), false, &tasks)).collect();
             for _ in 0..20 {
                 let other = tokio::task::spawn_blocking(|| ());
                 tokio::time::timeout(Duration::from_secs(10), other).await.unwrap().unwrap();
@@ -216,7 +220,7 @@ mod tests {
     #[tokio::test]
     async fn a_file_that_vanished_after_it_was_found_is_not_not_found() {
         let tasks = TaskTracker::new();
-        let mut answer = stream(stored("/nonexistent/x".into()), &tasks);
+        let mut answer = stream(stored("/nonexistent/x".into()), false, &tasks);
         assert!(answer.next().await.unwrap().is_ok());
         let status = answer.next().await.unwrap().unwrap_err();
         assert_eq!(Code::of(&status), Code::Unavailable);

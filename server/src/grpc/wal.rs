@@ -250,6 +250,7 @@ impl Wal for WalService {
         } else {
             self.source.find(&cluster, file).await?
         };
-        Ok(Response::new(fetch::stream(found, &self.tasks)))
+        let before_hole = self.source.before_hole(&cluster, file, &found).await;
+        Ok(Response::new(fetch::stream(found, before_hole, &self.tasks)))
     }
 }

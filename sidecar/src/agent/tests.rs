@@ -45,7 +45,7 @@ impl Agent {
         let (source, folder) = (Arc::new(source), tempfile::tempdir().unwrap());
         let spool = Spool::claim(&folder.path().join(".klio")).await.unwrap().unwrap();
         let listener = UnixListener::bind(spool.socket()).unwrap();
-        let expected = Expected { system_identifier: Some(SYSTEM) };
+        let expected = Expected { system_identifier: Some(SYSTEM), has_target: false };
         let limits = Limits { bytes_max: segments_max * MIB, ..Limits::default() };
         let leave = CancellationToken::new();
         let engine =
@@ -343,7 +343,7 @@ async fn wal_of_another_postgresql_is_not_handed_over() {
     let folder = tempfile::tempdir().unwrap();
     let source = Arc::new(FakeSource::new(0..3));
     let spool = Spool::claim(&folder.path().join(".klio")).await.unwrap().unwrap();
-    let expected = Expected { system_identifier: Some(SYSTEM + 1) };
+    let expected = Expected { system_identifier: Some(SYSTEM + 1), has_target: false };
     let leave = CancellationToken::new();
     let engine = Engine::new(source, expected, spool.files(), Limits::default(), leave.clone());
     let (asks, queue) = mpsc::channel(1);

@@ -42,6 +42,7 @@ fn segment() -> (Vec<u8>, Vec<FetchResponse>) {
         plain_size: 1 << 20,
         segment_size: 1 << 20,
         tier: "tier1".into(),
+        before_hole: false,
     };
     let mut messages = vec![FetchResponse { header: Some(header), data: bytes::Bytes::new() }];
     let pieces = stored.chunks(500).map(bytes::Bytes::copy_from_slice);

@@ -364,7 +364,9 @@ impl Source {
             return Ok(path);
         }
         let target = Arc::new(FetchTarget::beside(&path)?);
-        let fetch = Fetch { source: Arc::clone(&self.wal), file, expected: Expected::default() };
+        // The planner knows where it ends.
+        let expected = Expected { has_target: true, ..Expected::default() };
+        let fetch = Fetch { source: Arc::clone(&self.wal), file, expected };
         let fetched = fetch.until(&target, Instant::now() + Duration::from_secs(60));
         tokio::select! {
             biased;

@@ -77,7 +77,8 @@ impl FromBucket {
         // A whole segment before its partial one.
         at.held.sort_by_key(|(held, _)| matches!(held, WalFile::Partial(_)));
         for (held, form) in at.held {
-            if let Some(answer) = self.open(held, form).await? {
+            if let Some(mut answer) = self.open(held, form).await? {
+                answer.shape.before_hole = at.later && matches!(held, WalFile::Partial(_));
                 return Ok(answer);
             }
         }

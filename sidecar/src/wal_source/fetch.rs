@@ -29,6 +29,8 @@ const PIECES_IN_FLIGHT: usize = 4;
 pub struct Expected {
     /// Of the data directory that it is for; `None` where that is not known.
     pub system_identifier: Option<u64>,
+    /// Who reads it has an end of its own, and fails when it does not get there: PostgreSQL with a recovery target.
+    pub has_target: bool,
 }
 
 impl Expected {
@@ -36,8 +38,25 @@ impl Expected {
     pub fn of_data_dir(folder: &Path) -> Self {
         let bytes = std::fs::read(folder.join("global/pg_control")).unwrap_or_default();
         let control = ControlFile::parse(&bytes).ok();
-        Self { system_identifier: control.map(|control| control.system_identifier) }
+        let has_target = ["postgresql.conf", "postgresql.auto.conf"].iter().any(|name| {
+            sets_target(&std::fs::read_to_string(folder.join(name)).unwrap_or_default())
+        });
+        Self { system_identifier: control.map(|control| control.system_identifier), has_target }
     }
+}
+
+/// Whether a configuration file sets a recovery target. One that is set and taken back again in an included file is not
+/// known: then PostgreSQL is given what it asks for, as before.
+fn sets_target(text: &str) -> bool {
+    text.lines().any(|line| {
+        let line = line.trim_start().to_ascii_lowercase();
+        let Some(rest) = line.strip_prefix("recovery_target") else { return false };
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+        let (name, value) = rest.split_at(end);
+        let value = value.trim_matches(|c: char| c.is_whitespace() || c == '=');
+        let is_end = matches!(name, "" | "_lsn" | "_time" | "_xid" | "_name");
+        is_end && !value.is_empty() && !value.starts_with("''")
+    })
 }
 
 /// A file that came, whole and checked.
@@ -125,6 +144,16 @@ impl Fetch {
         if final_only && !shape.is_final() {
             return Ok(None);
         }
+        if shape.before_hole && !self.expected.has_target {
+            // PostgreSQL would take the padding for the end of WAL (P7).
+            let message = format!(
+                "{} ends early: WAL behind it was lost, and later WAL of its timeline is there",
+                self.file
+            );
+            return Err(Error::new(Failure::Code(Code::Gap), message).hint(
+                "recover to a target before the gap (klio list shows it), or from a later base backup",
+            ));
+        }
         let filling = Filling { file: self.file, shape, keys, expected: self.expected };
         let (sender, queue) = mpsc::channel::<Bytes>(PIECES_IN_FLIGHT);
         let target = Arc::clone(target);
@@ -192,4 +221,27 @@ async fn pass_on(
 /// All but a definitive answer. `Local` is not: the disk of the data directory is the caller's to mend.
 fn worth_retrying(error: &Error) -> bool {
     error.failure != Failure::Local && error.failure.retryable()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_target_that_is_set_ends_a_recovery_by_itself() {
+        for (text, expected) in [
+            ("", false),
+            ("recovery_target_timeline = 'latest'", false),
+            ("recovery_target_action = 'promote'\nrecovery_target_inclusive = on", false),
+            ("#recovery_target_lsn = '0/1'", false),
+            ("recovery_target_lsn = ''", false),
+            ("recovery_target_lsn = '0/1'", true),
+            ("  Recovery_Target_Time='2026-01-01'", true),
+            ("recovery_target 'immediate'", true),
+            ("recovery_target_time'2026-01-01'", true),
+            ("recovery_target_xid = ''\nrecovery_target_name = 'x'", true),
+        ] {
+            assert_eq!(sets_target(text), expected, "{text}");
+        }
+    }
 }

@@ -38,6 +38,8 @@ pub struct Shape {
     pub plain: Option<u64>,
     /// `None` where the source does not know it.
     pub segment: Option<SegmentSize>,
+    /// A partial segment behind whose hole WAL goes on.
+    pub before_hole: bool,
 }
 
 impl Shape {
@@ -49,7 +51,7 @@ impl Shape {
             WalFile::History(_) => Content::History,
         };
         let compressed = content != Content::History;
-        Self { content, compressed, plain: None, segment: None }
+        Self { content, compressed, plain: None, segment: None, before_hole: false }
     }
 
     /// Of a server's answer.
@@ -79,7 +81,8 @@ impl Shape {
                 return Err(wrong("a file this klio knows", format!("{header:?}")));
             }
         };
-        let shape = Self { content, compressed, plain, segment };
+        let before_hole = header.before_hole;
+        let shape = Self { content, compressed, plain, segment, before_hole };
         if plain.is_some_and(|plain| plain > shape.limit()) {
             return Err(wrong("no more than a segment", format!("{header:?}")));
         }
@@ -125,7 +128,8 @@ mod tests {
     use klio_pg::{Lsn, TimelineId};
 
     fn shape(kind: FetchKind, plain_size: u64, segment_size: u32) -> Result<Shape, Error> {
-        Shape::of(&FetchHeader { kind: kind.into(), plain_size, segment_size, tier: String::new() })
+        let kind = kind.into();
+        Shape::of(&FetchHeader { kind, plain_size, segment_size, ..FetchHeader::default() })
     }
 
     fn header(size: u32) -> SegmentHeader {

@@ -55,7 +55,7 @@ impl Archive {
         let fetch = Fetch {
             source: Arc::new(source),
             file: WalFile::Segment(segment(1, number)),
-            expected: Expected { system_identifier: Some(SYSTEM) },
+            expected: Expected { system_identifier: Some(SYSTEM), has_target: false },
         };
         fetch.once(&target, false).await.map(|_| std::fs::read(path).unwrap())
     }
@@ -75,6 +75,22 @@ async fn both_forms_and_a_partial_segment_are_read() {
         assert!(found[..bytes] == archive.wal.plain(segment(1, number))[..bytes], "{number}");
         assert!(found[bytes..].iter().all(|byte| *byte == 0));
     }
+}
+
+/// F7: padded to a segment it would look like the end of WAL.
+#[tokio::test]
+async fn a_partial_segment_before_a_hole_is_for_those_who_know_their_end() {
+    let archive = Archive::new();
+    archive.store(WalFile::Partial(segment(1, 3)), Form::Plain, 100_000);
+    assert!(archive.fetch(archive.source("pg", None), 3).await.is_ok(), "it is the end");
+    archive.store(WalFile::Segment(segment(1, 5)), Form::Plain, 1 << 20);
+    let error = archive.fetch(archive.source("pg", None), 3).await.unwrap_err();
+    assert_eq!(error.failure, Failure::Code(Code::Gap), "{error}");
+    let expected = Expected { system_identifier: Some(SYSTEM), has_target: true };
+    let target = Arc::new(Target::create(archive.path("with a target")).unwrap());
+    let source = Arc::new(archive.source("pg", None));
+    let fetch = Fetch { source, file: WalFile::Segment(segment(1, 3)), expected };
+    assert!(fetch.once(&target, false).await.is_ok());
 }
 
 #[tokio::test]

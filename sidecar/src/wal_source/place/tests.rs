@@ -22,7 +22,13 @@ fn compressed() -> Vec<u8> {
 
 fn partial(compressed: bool) -> Filling {
     let segment = klio_pg::SegmentSize::new(1 << 20).ok();
-    let shape = Shape { content: Content::Partial, compressed, plain: Some(PLAIN as u64), segment };
+    let shape = Shape {
+        content: Content::Partial,
+        compressed,
+        plain: Some(PLAIN as u64),
+        segment,
+        before_hole: false,
+    };
     Filling { file: name(), shape, keys: None, expected: Expected::default() }
 }
 
@@ -115,10 +121,10 @@ fn wal_of_another_place_or_postgresql_is_refused() {
     let failure = |filling: Filling| put(&bytes, &filling, true).0.unwrap_err().failure;
     let elsewhere = Filling { file: WalFile::Segment(segment(1, 6)), ..partial(true) };
     assert_eq!(failure(elsewhere), Failure::Code(Code::Corrupt));
-    let expected = Expected { system_identifier: Some(SYSTEM + 1) };
+    let expected = Expected { system_identifier: Some(SYSTEM + 1), has_target: false };
     let stranger = Filling { expected, ..partial(true) };
     assert_eq!(failure(stranger), Failure::Code(Code::WrongSystem));
-    let ours = Expected { system_identifier: Some(SYSTEM) };
+    let ours = Expected { system_identifier: Some(SYSTEM), has_target: false };
     assert!(put(&bytes, &Filling { expected: ours, ..partial(true) }, true).0.is_ok());
 }
 
