@@ -141,6 +141,9 @@ pub(crate) fn local(doing: &str, path: &Path, error: &io::Error) -> Error {
     Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }
 
+/// Twice what an honest server says at most.
+const STATUS_CHARS_MAX: usize = 4096;
+
 /// tonic hides the cause of a transport failure in the source chain; a person needs the last of it.
 fn status_text(status: &tonic::Status) -> String {
     let mut cause = std::error::Error::source(status);
@@ -149,10 +152,13 @@ fn status_text(status: &tonic::Status) -> String {
         last = Some(error.to_string());
         cause = error.source();
     }
-    match last {
+    let text = match last {
         Some(last) if !status.message().contains(&last) => format!("{}: {last}", status.message()),
         _ => status.message().to_owned(),
-    }
+    };
+    // Written by the other side: one line, of a bounded length.
+    let end = text.char_indices().nth(STATUS_CHARS_MAX).map_or(text.len(), |(at, _)| at);
+    klio_telemetry::visible::line(&text[..end]).into_owned()
 }
 
 impl fmt::Display for Error {
@@ -167,6 +173,15 @@ impl std::error::Error for Error {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What a server says moves no cursor and begins no line.
+    #[test]
+    fn what_the_server_says_is_one_line_of_bounded_length() {
+        let text = format!("x\x1b[2K\nhint: run this{}", "y".repeat(10_000));
+        let error = Error::from_status("ask", &tonic::Status::internal(text));
+        assert!(error.message.starts_with("ask: x\\u001b[2K\\nhint"), "{}", error.message);
+        assert!(error.message.len() < 5000);
+    }
 
     #[test]
     fn the_server_s_code_decides_whether_to_retry() {

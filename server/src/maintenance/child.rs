@@ -1,7 +1,7 @@
 //! Starts the child for work on a repository, and follows it.
 //!
 //! The child ends with its [`Child`]: the pipe to it closes and it is killed. A child that ends without a
-//! result is an error, never a result.
+//! result is an error, never a result, and so is one that tells of no progress for [`SILENCE_MAX`]: its turn is another's.
 
 use super::{
     Inner,
@@ -9,13 +9,16 @@ use super::{
 };
 use klio_proto::Code;
 use klio_storage::layout::{BaseObject, ClusterName};
-use std::process::Stdio;
+use std::{process::Stdio, time::Duration};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::Command,
 };
 use tonic::Status;
 use tracing::{Instrument, field::Empty};
+
+/// The longest step that tells nothing is the reading of a large index from a slow bucket.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
 /// Told how far the work is; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);
@@ -109,7 +112,10 @@ impl Inner {
         input.write_all(&line).await.map_err(|e| failed("give the job to the child", e))?;
         input.flush().await.map_err(|e| failed("give the job to the child", e))?;
         let mut lines = BufReader::new(output).lines();
-        while let Some(text) = lines.next_line().await.map_err(|e| failed("read the child", e))? {
+        loop {
+            let told = tokio::time::timeout(SILENCE_MAX, lines.next_line()).await;
+            let told = told.map_err(|_| Code::Internal.status(silent()))?;
+            let Some(text) = told.map_err(|e| failed("read the child", e))? else { break };
             let line: Line = serde_json::from_str(&text)
                 .map_err(|e| Code::Internal.status(format!("read the child: {e}")))?;
             match line {
@@ -135,6 +141,11 @@ impl Inner {
         let status = child.wait().await.map_err(|e| failed("wait for the child", e))?;
         Err(Code::Internal.status(format!("the child process ended without a result: {status}")))
     }
+}
+
+fn silent() -> String {
+    let seconds = SILENCE_MAX.as_secs();
+    format!("the child process told of no progress for {seconds} s and was ended")
 }
 
 fn unexpected(line: &Line) -> Status {
