@@ -23,7 +23,7 @@ use crate::{
     metrics::{self, Metrics, Snapshots},
     private,
     queue::{Publisher, Queue, Started},
-    quota::Quotas,
+    quota::{Quotas, Whose},
     receive::{Comparer, Receiver, ReceiverOptions, Registry, as_of},
     seal,
     status::{StatusBoard, now_unix},
@@ -202,8 +202,12 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let catalog = CatalogService { auth: auth.clone(), histories, board: board.clone(), tier2 };
     let count = CountLayer { auth: auth.clone(), quotas: quotas.clone() };
     let admit: tls::Admit = Arc::new(move |chain| {
-        let Some(whose) = counted::whose(&auth.identify_chain(chain)?) else { return Ok(None) };
-        quotas.connection(whose).map(Some)
+        // One who has no role is told so by the first call; until then all of those share one quota.
+        let whose = match auth.identify_chain(chain) {
+            Ok(identity) => counted::whose(&identity),
+            Err(_) => Some(Whose::Person(String::new())),
+        };
+        whose.map(|whose| quotas.connection(whose)).transpose()
     });
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
     let (router, health) = router(rpc, count, wal, catalog, base).await?;

@@ -212,9 +212,8 @@ impl Quotas {
     /// # Errors
     /// `QUOTA`.
     pub fn call(&self, whose: Whose, method: &str) -> Result<Counted, Status> {
-        let brings_wal = ["Receive", "Position", "PutHistory"]
-            .iter()
-            .any(|name| method.strip_prefix("klio.v1.Wal/") == Some(name));
+        // All of the WAL service but what reads.
+        let brings_wal = method.starts_with("klio.v1.Wal/") && method != "klio.v1.Wal/Fetch";
         if brings_wal {
             return self.take(whose, What::WalCalls, WAL_CALLS_MAX);
         }

@@ -246,9 +246,7 @@ impl StatusBoard {
         if let Some(unix) = view.latest_written {
             put("klio.wal.latest_written_time", unix);
         }
-        if let Some(ratio) = view.quota_used {
-            put("klio.quota.used_ratio", ratio);
-        }
+        put("klio.quota.used_ratio", view.quota_used.unwrap_or(0.0));
         if let Some(archive) = &view.archive {
             put("klio.wal.archived_lsn", archive.archived_lsn.as_u64() as f64);
             put("klio.wal.archive_lag_size", view.archive_lag_bytes() as f64);

@@ -11,7 +11,6 @@ use crate::{
     pki,
     quota::Counted,
 };
-use klio_proto::Code;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
@@ -271,17 +270,15 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Counts a connection whose handshake succeeded. One too many is closed; one of an unknown name is let in, and is told why by
-/// its first call.
+/// Counts a connection whose handshake succeeded; one too many is closed.
 fn count(admit: &Admit, stream: TlsStream<TcpStream>, peer: SocketAddr) -> Option<Connection> {
     let chain = stream.connect_info().peer_certs();
     match admit(chain) {
         Ok(place) => Some(Connection { stream, _place: place }),
-        Err(status) if Code::of(&status) == Code::Quota => {
+        Err(status) => {
             tracing::warn!(%peer, reason = status.message(), "a connection too many is closed");
             None
         }
-        Err(_) => Some(Connection { stream, _place: None }),
     }
 }
 

@@ -171,7 +171,7 @@ impl CatalogService {
         let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
         let listed = tier2.list_wal(cluster).await.map_err(|error| {
             tracing::warn!(%cluster, %error, "list tier 2");
-            Code::Unavailable.status("list WAL: tier 2 did not answer")
+            Code::Unavailable.status(format!("list WAL: {}", errors::of_tier2(&error)))
         })?;
         Ok(listed.into_iter().map(|o| (o.file, o.size)).collect())
     }

@@ -74,6 +74,17 @@ impl Inner {
         result
     }
 
+    /// Trouble of the bucket is no bug.
+    fn failed(&self, error: String) -> Status {
+        let url = self.base.tier2().map(|tier2| tier2.url().trim_end_matches('/'));
+        match url {
+            Some(url) if error.contains(url) => {
+                Code::Unavailable.status(format!("tier 2 could not be used: {error}"))
+            }
+            _ => Code::Internal.status(error),
+        }
+    }
+
     async fn follow(
         &self,
         cluster: &ClusterName,
@@ -130,7 +141,7 @@ impl Inner {
                         self.base.archives().removed(cluster, &object);
                     }
                 }
-                Line::Failed { error } => return Err(Code::Internal.status(error)),
+                Line::Failed { error } => return Err(self.failed(error)),
                 done @ (Line::Pruned(_) | Line::Verified(_)) => {
                     drop(input);
                     let _ = child.wait().await;

@@ -90,7 +90,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.quota.used_ratio",
         Gauge,
         "1",
-        "what a cluster stores of what it may (quota.stored_bytes); above 1 base backups are refused",
+        "what a cluster stores of what it may (quota.stored_bytes), 0 where that has no bound; above 1 base backups are refused",
     ),
     of_cluster("klio.wal.gaps", Gauge, "", "recorded gaps in the cluster's WAL"),
     of_cluster(
