@@ -69,6 +69,8 @@ codes! {
     Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if it stays so, look at the server's log" }
     /// PostgreSQL's WAL is not the one that is held under the same numbers (P11).
     Diverged { name: "DIVERGED", grpc: FailedPrecondition, retry: false, exit: 25, hint: "klio generation list shows the histories; klio generation follow or retire decides, docs/runbooks/KlioHistoryDiverged.md" }
+    /// More than this cluster may use of what all clusters share; WAL is received all the same.
+    Quota { name: "QUOTA", grpc: ResourceExhausted, retry: true, exit: 28, hint: "let other work of this cluster end, or have the server's [quota] changed" }
     /// Something that should not happen.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }

@@ -198,6 +198,9 @@ impl TryFrom<v1::Open> for Open {
         if raw.writer_id.is_empty() || raw.writer_id.len() > TEXT_BYTES_MAX {
             return Err(invalid("writer_id length", "1 to 512 bytes", raw.writer_id.len()));
         }
+        if raw.writer_id.chars().any(|c| !(c.is_ascii_graphic() || c == ' ')) {
+            return Err(invalid("writer_id", "printable ASCII", format!("{:?}", raw.writer_id)));
+        }
         let start = Lsn::new(raw.start_lsn);
         let gap = raw.gap.map(|gap| read_gap(gap, start)).transpose()?;
         let slot_restart = Some(Lsn::new(raw.slot_restart_lsn)).filter(|lsn| *lsn > Lsn::ZERO);

@@ -1,7 +1,7 @@
 //! HTTP for probes and scrapers: /livez (and /healthz), /readyz, /metrics. No secrets, no changes.
 
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
-use klio_telemetry::{Prometheus, Telemetry};
+use klio_telemetry::{Prometheus, Telemetry, visible};
 use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -61,7 +61,8 @@ pub fn router(readiness: Readiness, prometheus: Option<Prometheus>) -> Router {
                 if problems.is_empty() {
                     return (StatusCode::OK, "ok\n".to_owned());
                 }
-                (StatusCode::SERVICE_UNAVAILABLE, problems.join("\n") + "\n")
+                let lines = problems.iter().map(|text| visible::line(text) + "\n");
+                (StatusCode::SERVICE_UNAVAILABLE, lines.collect())
             }
         }),
     );

@@ -16,11 +16,14 @@ use crate::{
     grpc::{
         BaseService, CatalogService, Histories, WalService,
         auth::{self, Auth},
+        counted::{self, CountLayer},
         trace::TraceLayer,
     },
     maintenance::{self, Maintenance, MaintenanceMetrics},
     metrics::{self, Metrics, Snapshots},
+    private,
     queue::{Publisher, Queue, Started},
+    quota::{Quotas, Whose},
     receive::{Comparer, Receiver, ReceiverOptions, Registry, as_of},
     seal,
     status::{StatusBoard, now_unix},
@@ -52,6 +55,7 @@ use tokio_stream::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::Router};
+use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::util::{Identity, Stack};
 
 /// All of the way out, but telemetry's flush.
@@ -62,6 +66,8 @@ const MESSAGE_BYTES_MAX: usize = 4 << 20;
 const STREAMS_PER_CONNECTION_MAX: u32 = 64;
 /// Finds a peer that is gone without a word, so that its place is free for the next.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How often gRPC health is brought up to what /readyz says; each look writes a byte to tier 1.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A running server.
 pub struct Running {
@@ -84,6 +90,7 @@ pub struct Running {
 /// A port, a certificate or tier 1 that cannot be used.
 pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Running> {
     let listener = bind(config.listen.to_string(), "gRPC").await?;
+    private::warn_of_readable_secrets(&config);
     let admin_listener = match config.admin.listen {
         Some(address) => Some(bind(address.to_string(), "health and metrics").await?),
         None => None,
@@ -137,6 +144,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
 
     let (roles, rules) = watch::channel(Arc::new(config.auth.clone()));
     let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), rules);
+    let quotas = Quotas::new(config.quota.clone());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
     let maintenance_metrics = Arc::new(MaintenanceMetrics::default());
@@ -148,6 +156,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         archives,
         base: Some(base.clone()),
         maintenance: Some(maintenance_metrics),
+        quotas: quotas.clone(),
         queue: queue.clone(),
         certificate_expiry: Box::new(move || expiry.as_ref().map(|e| e.borrow().expires_unix)),
         snapshots: Snapshots::default(),
@@ -186,13 +195,23 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         base,
         comparer,
         maintenance: maintenance.clone(),
+        quotas: quotas.clone(),
         tasks: sessions.clone(),
         shutdown: front.clone(),
     };
-    let catalog = CatalogService { auth, histories, board: board.clone(), tier2 };
+    let catalog = CatalogService { auth: auth.clone(), histories, board: board.clone(), tier2 };
+    let count = CountLayer { auth: auth.clone(), quotas: quotas.clone() };
+    let admit: tls::Admit = Arc::new(move |chain| {
+        // One who has no role is told so by the first call; until then all of those share one quota.
+        let whose = match auth.identify_chain(chain) {
+            Ok(identity) => counted::whose(&identity),
+            Err(_) => Some(Whose::Person(String::new())),
+        };
+        whose.map(|whose| quotas.connection(whose)).transpose()
+    });
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
-    let router = router(rpc, wal, catalog, base).await?;
-    let mut tasks = serve(router, listener, certificates, config.tls.clone(), &front);
+    let (router, health) = router(rpc, count, wal, catalog, base).await?;
+    let mut tasks = serve(router, listener, certificates, config.tls.clone(), admit, &front);
     let reloading = auth::reload(config.file.clone(), roles, front.clone());
     tasks.push(("roles", spawn(reloading)));
 
@@ -203,6 +222,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
             read.unwrap_or_else(|error| vec![error.to_string()])
         })
     });
+    tasks.push(("health", spawn(health.follow(readiness.clone(), front.clone()))));
     if let Some(listener) = admin_listener {
         tracing::info!(address = %listener.local_addr()?, "serving /livez, /readyz and, with OTEL_METRICS_EXPORTER=prometheus, /metrics");
         let router = admin::router(readiness, page.clone());
@@ -230,8 +250,7 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
         tracing::warn!("encryption at rest is OFF: [encryption] off = true");
     }
     let store = tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&root)
-            .with_context(|| format!("create folder {}", root.display()))?;
+        private::folder(&root).with_context(|| format!("create folder {}", root.display()))?;
         // Before anything is touched.
         check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
         let options = WalOptions { at_rest, ..WalOptions::default() };
@@ -306,23 +325,22 @@ async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow
 }
 
 /// Every service behind the layers that measure calls and make spans of them.
-type Services = Router<Stack<TraceLayer, Stack<RpcLayer, Identity>>>;
+type Services = Router<Stack<CountLayer, Stack<TraceLayer, Stack<RpcLayer, Identity>>>>;
 
 async fn router(
     rpc: RpcMeter,
+    count: CountLayer,
     wal: WalService,
     catalog: CatalogService,
     base: BaseService,
-) -> anyhow::Result<Services> {
+) -> anyhow::Result<(Services, Health)> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<WalServer<WalService>>().await;
-    health.set_serving::<CatalogServer<CatalogService>>().await;
-    health.set_serving::<BaseServer<BaseService>>().await;
+    Health(health.clone()).set(false).await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("prepare gRPC reflection")?;
-    Ok(Server::builder()
+    let router = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
@@ -331,11 +349,37 @@ async fn router(
         .max_frame_size(256 << 10)
         .layer(rpc.layer())
         .layer(TraceLayer)
+        .layer(count)
         .add_service(WalServer::new(wal).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(CatalogServer::new(catalog).max_decoding_message_size(64 << 10))
         .add_service(BaseServer::new(base).max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(health_service)
-        .add_service(reflection))
+        .add_service(reflection);
+    Ok((router, Health(health)))
+}
+
+/// What gRPC's own health service answers: the same as /readyz, for all services and for the server as a whole.
+struct Health(HealthReporter);
+
+impl Health {
+    async fn set(&self, ready: bool) {
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", "klio.v1.Wal", "klio.v1.Catalog", "klio.v1.Base"] {
+            self.0.set_service_status(service, status).await;
+        }
+    }
+
+    /// Follows readiness until cancelled; a server that stops is not serving.
+    async fn follow(self, readiness: admin::Readiness, cancel: CancellationToken) {
+        loop {
+            self.set(readiness().await.is_empty()).await;
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = tokio::time::sleep(HEALTH_INTERVAL) => {}
+            }
+        }
+        self.set(false).await;
+    }
 }
 
 fn serve(
@@ -343,6 +387,7 @@ fn serve(
     listener: TcpListener,
     certificates: Option<watch::Sender<Arc<Loaded>>>,
     files: Option<tls::TlsFiles>,
+    admit: tls::Admit,
     front: &CancellationToken,
 ) -> Vec<(&'static str, JoinHandle<()>)> {
     let stop = front.clone().cancelled_owned();
@@ -357,7 +402,7 @@ fn serve(
     };
     tracing::info!(%address, "receiving WAL over TLS 1.3 with client certificates");
     let (ready, accepted) = mpsc::channel(64);
-    let accepting = tls::accept(listener, certificates.subscribe(), ready, front.clone());
+    let accepting = tls::accept(listener, certificates.subscribe(), admit, ready, front.clone());
     let incoming = ReceiverStream::new(accepted);
     let served = async move { report(router.serve_with_incoming_shutdown(incoming, stop).await) };
     vec![

@@ -11,6 +11,7 @@ use crate::{
     grpc::auth::AuthConfig,
     maintenance::{self, MaintenanceConfig, RetentionConfig, VerifyConfig},
     queue::QueueConfig,
+    quota::QuotaConfig,
     tls::TlsFiles,
 };
 use klio_pg::ByteSize;
@@ -24,8 +25,15 @@ use std::{
 use toml::{Table, Value};
 
 /// Variables that begin with `KLIO_` and are no settings.
-const NOT_SETTINGS: [&str; 4] =
-    ["KLIO_CONFIG", "KLIO_OTEL_STRICT", "KLIO_LOG_FORMAT", "KLIO_BIN_DIR"];
+const NOT_SETTINGS: [&str; 6] = [
+    "KLIO_CONFIG",
+    "KLIO_OTEL_STRICT",
+    "KLIO_LOG_FORMAT",
+    // Of the tests.
+    "KLIO_BIN_DIR",
+    "KLIO_TEST_DIR",
+    "KLIO_TEST_SEED",
+];
 
 /// First words of the sidecar's variables: one shell may hold the settings of both programs.
 const SIDECAR_SECTIONS: [&str; 7] =
@@ -71,6 +79,9 @@ pub struct Config {
     /// What is read back.
     #[serde(default)]
     pub verify: VerifyConfig,
+    /// What one cluster may use.
+    #[serde(default)]
+    pub quota: QuotaConfig,
     /// The job queue.
     #[serde(default)]
     pub queue: QueueConfig,
@@ -220,6 +231,25 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("maintenance.wait_for_backup_seconds", "600", "for a running backup, before doing without"),
     ("verify.after_backup", "true", "read back what a backup brought to tier 2"),
     ("verify.read_percent", "10", "share of its packs that is read then; the rest of it always is"),
+    (
+        "quota.stored_bytes",
+        "0",
+        "bytes that a cluster may store in a tier, WAL and base backups together; beyond it base backups are refused and WAL is received on; 0 is no bound",
+    ),
+    ("quota.backup_bytes", "0", "bytes that one base backup may store; 0 is no bound"),
+    ("quota.calls", "256", "calls of a cluster at once, but those that bring WAL; 0 is no bound"),
+    ("quota.connections", "64", "connections of a cluster at once; 0 is no bound"),
+    ("quota.restores", "16", "restores of a cluster at once; 0 is no bound"),
+    (
+        "quota.keep_free_percent",
+        "5",
+        "share of tier 1's disk that base backups leave to WAL; 0 leaves nothing",
+    ),
+    (
+        "quota.clusters",
+        "",
+        "[quota.clusters.NAME] with any of these but keep_free_percent: overrides for a cluster",
+    ),
     ("queue.url", "", "an existing NATS instead of the embedded one"),
     (
         "queue.executable",
@@ -249,9 +279,18 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("tier2.storage_class", "", "storage class of new objects"),
     ("tier2.encryption", "", "server-side encryption (S3)"),
     ("tier2.kms_key_id", "", "key for encryption by KMS"),
+    (
+        "tier2.checksum",
+        "sha256",
+        "what proves an upload (S3): the checksum header, or \"none\" for stores that refuse it; uploads are read back then",
+    ),
     ("tier2.upload_memory", "67108864", "bound of memory of all uploads, bytes"),
     ("tier2.connect_timeout_seconds", "5", "until a connection must stand"),
-    ("tier2.request_timeout_seconds", "60", "one request with its body"),
+    (
+        "tier2.request_timeout_seconds",
+        "60",
+        "until a request is answered, beside 1 s for each 16 KiB that it sends; also the longest pause of an answer",
+    ),
     ("tier2.retry_timeout_seconds", "30", "retries inside one attempt"),
     ("admin.listen", "127.0.0.1:7424", "/livez, /readyz, /metrics"),
     ("telemetry.enabled", "true", "false turns OpenTelemetry off"),
@@ -386,6 +425,7 @@ impl Config {
         if let Some(tier2) = &self.tier2 {
             problems.extend(tier2.validate().into_iter().map(|p| format!("[tier2] {p}")));
         }
+        problems.extend(self.quota.validate());
         problems.extend(self.queue.validate());
         problems.extend(self.consumer.validate());
         problems

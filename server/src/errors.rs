@@ -31,6 +31,21 @@ pub fn status(error: &Error) -> Status {
     }
 }
 
+/// Why tier 2 cannot be used, in words that a caller may see: no place, no text of the store, and the hint, which is ours.
+pub fn of_tier2(error: &Error) -> String {
+    let what = match error.kind {
+        Kind::Denied => "tier 2 refuses the server's credentials",
+        Kind::Invalid => "tier 2 refuses the request",
+        Kind::Full => "tier 2 is full",
+        Kind::Corrupt => "what tier 2 holds is damaged",
+        _ => "tier 2 did not answer",
+    };
+    match error.hint {
+        Some(hint) => format!("{what}; hint: {hint}"),
+        None => what.to_owned(),
+    }
+}
+
 /// For a failed append: WAL that does not belong where it was sent is the client's affair, and it needs
 /// to be told what is wrong with it.
 pub fn append_status(error: &Error) -> Status {

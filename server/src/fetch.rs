@@ -138,6 +138,14 @@ impl Source {
     ) -> Result<Located, Status> {
         tracing::error!(%cluster, %file, "a copy came damaged; giving that of tier 2");
         match self.find_in_tier2(cluster, file).await {
+            // Let go meanwhile, or asked for by somebody who never had a copy.
+            Err(absent)
+                if Code::of(&absent) == Code::NotFound
+                    && self.store.removed(cluster, file) == Some(Removed::Expired) =>
+            {
+                Err(Code::Gap
+                    .status(format!("{file} was removed: no backup that is kept needs it")))
+            }
             Err(absent) if Code::of(&absent) == Code::NotFound => Err(Code::Corrupt
                 .status(format!("{file} came damaged, and tier 2 has no other copy of it"))),
             answer => answer,
@@ -155,7 +163,9 @@ impl Source {
             return match stored {
                 Ok(0) => Code::Invalid.status(format!("no WAL of a cluster {cluster} is here")),
                 Ok(_) => self.hole_in_tier2(cluster, file).await.unwrap_or(absent),
-                Err(_) => Code::Unavailable.status(format!("read {file}: tier 2 did not answer")),
+                Err(error) => {
+                    Code::Unavailable.status(format!("read {file}: {}", errors::of_tier2(&error)))
+                }
             };
         };
         let WalFile::Segment(name) = file else { return absent };
@@ -201,7 +211,9 @@ impl Source {
                     .status(format!("{file} is not in tier 2, but later WAL of its timeline is")),
             ),
             Ok(_) => None,
-            Err(_) => Some(Code::Unavailable.status(format!("read {file}: tier 2 did not answer"))),
+            Err(error) => {
+                Some(Code::Unavailable.status(format!("read {file}: {}", errors::of_tier2(&error))))
+            }
         }
     }
 
@@ -237,9 +249,8 @@ impl Source {
                 Err(error) if error.kind == Kind::NotFound => {}
                 Err(error) => {
                     tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
-                    return Err(
-                        Code::Unavailable.status(format!("read {file}: tier 2 did not answer"))
-                    );
+                    let why = errors::of_tier2(&error);
+                    return Err(Code::Unavailable.status(format!("read {file}: {why}")));
                 }
             }
         }

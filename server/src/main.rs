@@ -13,7 +13,7 @@ fn main() -> ExitCode {
     match dispatch(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("klio-server: {error:#}");
+            eprintln!("klio-server: {}", klio_telemetry::visible::lines(&format!("{error:#}")));
             if is_about_keys(&error) { ExitCode::from(NO_KEY) } else { ExitCode::FAILURE }
         }
     }

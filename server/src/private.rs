@@ -5,8 +5,7 @@
 
 use crate::config::Config;
 use std::{
-    fs,
-    io,
+    fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -33,7 +32,9 @@ pub fn folder(path: &Path) -> io::Result<()> {
         fs::set_permissions(path, fs::Permissions::from_mode(mode & !NOT_OWNER))?;
         tracing::warn!("{place} could be read by others (mode {mode:03o}); it was closed to them");
     } else if mode & OTHERS != 0 {
-        tracing::warn!("{place} can be read by others (mode {mode:03o}) and is not ours to close; hint: chmod o-rwx {place}");
+        tracing::warn!(
+            "{place} can be read by others (mode {mode:03o}) and is not ours to close; hint: chmod o-rwx {place}"
+        );
     }
     Ok(())
 }
@@ -43,7 +44,9 @@ pub fn warn_of_readable_secrets(config: &Config) {
     for path in secrets(config) {
         let Some(mode) = others_may_read(&path) else { continue };
         let place = path.display();
-        tracing::warn!("{place} holds a secret and can be read by others (mode {mode:03o}); hint: chmod o-rwx {place}");
+        tracing::warn!(
+            "{place} holds a secret and can be read by others (mode {mode:03o}); hint: chmod o-rwx {place}"
+        );
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     maintenance::MaintenanceMetrics,
     metrics::{Metrics, Reading, Snapshots, Table},
     queue::Queue,
+    quota::Quotas,
     receive::{Progress, Registry},
 };
 use klio_pg::{Lsn, TimelineId};
@@ -50,6 +51,8 @@ pub struct ClusterView {
     pub latest_written: Option<f64>,
     /// What is wrong.
     pub problems: Vec<String>,
+    /// What it stores of what it may, where that is bounded.
+    pub quota_used: Option<f64>,
 }
 
 impl ClusterView {
@@ -102,6 +105,8 @@ pub struct StatusBoard {
     pub maintenance: Option<Arc<MaintenanceMetrics>>,
     /// Base backups.
     pub base: Option<BaseStore>,
+    /// What each cluster may use.
+    pub quotas: Quotas,
     /// The queue.
     pub queue: Queue,
     /// When the server's certificate ends, Unix seconds; `None` with plaintext.
@@ -127,6 +132,9 @@ impl StatusBoard {
         let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
         problems.extend(base.into_iter().flatten());
         problems.extend(self.undecided(name));
+        let tier2_wal = archive.as_ref().map_or(0, |archive| archive.totals.bytes);
+        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name, tier2_wal));
+        problems.extend(used.and_then(|used| used.problem()));
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),
@@ -138,6 +146,7 @@ impl StatusBoard {
             gaps: self.store.gaps(name),
             latest_written: self.metrics.latest_written(name),
             problems,
+            quota_used: used.map(|used| used.ratio()),
             name: name.clone(),
         }
     }
@@ -237,10 +246,12 @@ impl StatusBoard {
         if let Some(unix) = view.latest_written {
             put("klio.wal.latest_written_time", unix);
         }
+        put("klio.quota.used_ratio", view.quota_used.unwrap_or(0.0));
         if let Some(archive) = &view.archive {
             put("klio.wal.archived_lsn", archive.archived_lsn.as_u64() as f64);
             put("klio.wal.archive_lag_size", view.archive_lag_bytes() as f64);
             put("klio.wal.archive_lag_time", view.archive_lag_seconds(now_unix));
+            put("klio.consumer.stalled_time", archive.stalled_seconds);
             if let Some(unix) = archive.latest_archived_unix {
                 put("klio.consumer.latest_written_time", unix);
             }

@@ -6,21 +6,37 @@
 //! - [`Loaded::verify`] checks a certificate against the authorities of *now*: long streams are
 //!   checked again after each reload and by the minute (expiry).
 
-use crate::pki;
+use crate::{
+    handshakes::{Handshakes, Place},
+    pki,
+    quota::Counted,
+};
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
     server::{WebPkiClientVerifier, danger::ClientCertVerifier},
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
+use tonic::{
+    Status,
+    transport::server::{Connected, TcpConnectInfo, TlsConnectInfo},
+};
 
 /// How often the files are looked at. Kubernetes and cert-manager swap symlinks, which file
 /// notifications miss; reading three small files is cheap.
@@ -28,8 +44,6 @@ const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A refused client has this long to hang up.
 const PARTING_TIMEOUT: Duration = Duration::from_secs(1);
-/// Handshakes at once: strangers can connect, so their number has a bound.
-const HANDSHAKES_MAX: usize = 256;
 
 /// Where the certificates are.
 #[derive(Debug, Clone, serde::Deserialize, PartialEq, Eq)]
@@ -108,6 +122,9 @@ impl TlsFiles {
         let private = PrivateKeyDer::from_pem_slice(&key)
             .map_err(|e| fail(&self.key, format!("expected a PEM private key: {e}")))?;
         let authorities = certs(&self.client_ca, &ca)?;
+        for problem in authorities.iter().filter_map(|a| out_of_time(a, now_unix())) {
+            tracing::warn!("{}: {problem}", self.client_ca.display());
+        }
         let verifier = |authorities: &[CertificateDer<'static>]| {
             client_verifier(authorities).map_err(|detail| fail(&self.client_ca, detail))
         };
@@ -126,6 +143,26 @@ impl TlsFiles {
         let fingerprint = [cert, key, ca].concat();
         Ok(Loaded { config: Arc::new(config), verifier, own, fingerprint, expires_unix })
     }
+}
+
+fn now_unix() -> i64 {
+    i64::try_from(UnixTime::now().as_secs()).unwrap_or(i64::MAX)
+}
+
+/// What is to be said of an authority whose own certificate is not valid now. What it issued is accepted all the same: a root is
+/// trusted because it was put there, as in every TLS library.
+fn out_of_time(certificate: &CertificateDer<'static>, now_unix: i64) -> Option<String> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let (from, to) = (parsed.validity().not_before, parsed.validity().not_after);
+    let subject = parsed.subject();
+    if now_unix > to.timestamp() {
+        return Some(format!(
+            "the authority {subject} ended at {to}, and clients of it are still accepted; hint: take it out, or renew it"
+        ));
+    }
+    (now_unix < from.timestamp()).then(|| {
+        format!("the authority {subject} begins at {from} only; hint: is the clock right?")
+    })
 }
 
 fn client_verifier(
@@ -177,14 +214,83 @@ pub async fn reload(
     }
 }
 
+/// Says whether a client with this chain may have one more connection; what it gives back is kept as long as that lasts.
+pub type Admit = Arc<
+    dyn Fn(Option<Arc<Vec<CertificateDer<'static>>>>) -> Result<Option<Counted>, Status>
+        + Send
+        + Sync,
+>;
+
+/// A connection that counts until it is dropped.
+pub struct Connection {
+    stream: TlsStream<TcpStream>,
+    _place: Option<Counted>,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = TlsConnectInfo<TcpConnectInfo>;
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.stream.connect_info()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        to: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, to)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        from: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, from)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        from: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, from)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+/// Counts a connection whose handshake succeeded; one too many is closed.
+fn count(admit: &Admit, stream: TlsStream<TcpStream>, peer: SocketAddr) -> Option<Connection> {
+    let chain = stream.connect_info().peer_certs();
+    match admit(chain) {
+        Ok(place) => Some(Connection { stream, _place: place }),
+        Err(status) => {
+            tracing::warn!(%peer, reason = status.message(), "a connection too many is closed");
+            None
+        }
+    }
+}
+
 /// Accepts connections and gives on those whose handshake succeeds.
 pub async fn accept(
     listener: TcpListener,
     current: watch::Receiver<Arc<Loaded>>,
-    ready: mpsc::Sender<std::io::Result<TlsStream<TcpStream>>>,
+    admit: Admit,
+    ready: mpsc::Sender<io::Result<Connection>>,
     cancel: CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let all = Handshakes::default();
     let mut handshakes = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -201,22 +307,53 @@ pub async fn accept(
                 continue;
             }
         };
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let place = all.enter(peer.ip());
+        for (address, count) in all.to_tell(Instant::now()) {
+            tracing::warn!(%address, count, "connections that said nothing were closed, as there were too many of them; hint: who is at this address?");
+        }
         let acceptor = TlsAcceptor::from(current.borrow().config.clone());
-        let ready = ready.clone();
+        let (ready, admit) = (ready.clone(), Arc::clone(&admit));
         handshakes.spawn(async move {
-            let _slot = slot;
-            let _ = tcp.set_nodelay(true);
-            let accept = acceptor.accept(tcp).into_fallible();
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, accept).await {
-                Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
-                Ok(Err((error, tcp))) => {
-                    tracing::warn!(%peer, %error, "TLS handshake refused");
-                    part(tcp).await;
+            let close = place.close.clone();
+            let greeted =
+                tokio::time::timeout(HANDSHAKE_TIMEOUT, greet(acceptor, tcp, peer, place));
+            let greeted = tokio::select! {
+                () = close.cancelled() => return,
+                greeted = greeted => greeted,
+            };
+            match greeted {
+                Ok(Some(stream)) => {
+                    if let Some(connection) = count(&admit, stream, peer) {
+                        drop(ready.send(Ok(connection)).await);
+                    }
                 }
+                Ok(None) => {}
                 Err(_) => tracing::debug!(%peer, "TLS handshake timed out"),
             }
         });
+    }
+}
+
+/// The handshake; `None` when it was refused. The place is given back at its end.
+async fn greet(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    place: Place,
+) -> Option<TlsStream<TcpStream>> {
+    let _ = tcp.set_nodelay(true);
+    // A client speaks first. Whoever closes at once, as probes do, is no news.
+    if !matches!(tcp.peek(&mut [0]).await, Ok(1)) {
+        return None;
+    }
+    place.spoke();
+    match acceptor.accept(tcp).into_fallible().await {
+        Ok(stream) => Some(stream),
+        Err((error, tcp)) => {
+            tracing::warn!(%peer, %error, "TLS handshake refused");
+            part(tcp).await;
+            None
+        }
     }
 }
 
@@ -257,6 +394,17 @@ mod tests {
         let chain = [CertificateDer::from_pem_slice(client.cert.as_bytes()).unwrap()];
         assert!(write_set(dir.path(), &old).load().unwrap().verify(&chain).is_ok());
         assert!(write_set(dir.path(), &new).load().unwrap().verify(&chain).is_err());
+    }
+
+    #[test]
+    fn an_authority_that_ended_is_told_of() {
+        let authority = pki::new_authority().unwrap();
+        let der = CertificateDer::from_pem_slice(authority.cert.as_bytes()).unwrap();
+        let (now, year) = (now_unix(), 366 * 86_400);
+        assert_eq!(out_of_time(&der, now), None);
+        let ended = out_of_time(&der, now + 11 * year).unwrap();
+        assert!(ended.contains("Klio local authority") && ended.contains("ended"), "{ended}");
+        assert!(out_of_time(&der, now - year).unwrap().contains("clock"));
     }
 
     #[test]

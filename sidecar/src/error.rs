@@ -3,7 +3,7 @@
 //! A [`Failure`] exists only where a caller acts differently: retry or end, and with which exit status.
 //! The message names place, expected and found; the hint says what the reader can do.
 
-use klio_proto::Code;
+use klio_proto::{Code, code::CODE_KEY};
 use std::{fmt, io, path::Path};
 
 /// What went wrong, as far as a caller acts on it.
@@ -121,7 +121,18 @@ impl Error {
 
     /// From an answer of the server.
     pub fn from_status(doing: &str, status: &tonic::Status) -> Self {
-        Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)))
+        let error =
+            Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)));
+        match error.failure {
+            Failure::Code(Code::Unavailable) if answered(status) => {
+                let text = &error.message;
+                let hint = if text.contains("tier 2") { BUCKET } else { ANSWERED };
+                // One that the server gave with its reason is better.
+                let hint = if text.contains("hint: ") { String::new() } else { hint.to_owned() };
+                Self { hint, ..error }
+            }
+            _ => error,
+        }
     }
 
     /// From the storage crate, with its hint.
@@ -141,6 +152,19 @@ pub(crate) fn local(doing: &str, path: &Path, error: &io::Error) -> Error {
     Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }
 
+/// Twice what an honest server says at most.
+const STATUS_CHARS_MAX: usize = 4096;
+
+/// For trouble that a server tells of: it runs, and is reachable.
+const ANSWERED: &str = "the server answered and cannot do it now: klio status and its log say why";
+const BUCKET: &str =
+    "look at the bucket: klio status and the server's log say what is wrong with it";
+
+/// Whether a klio-server said this, and not the way to it.
+fn answered(status: &tonic::Status) -> bool {
+    status.metadata().contains_key(CODE_KEY)
+}
+
 /// tonic hides the cause of a transport failure in the source chain; a person needs the last of it.
 fn status_text(status: &tonic::Status) -> String {
     let mut cause = std::error::Error::source(status);
@@ -149,10 +173,13 @@ fn status_text(status: &tonic::Status) -> String {
         last = Some(error.to_string());
         cause = error.source();
     }
-    match last {
+    let text = match last {
         Some(last) if !status.message().contains(&last) => format!("{}: {last}", status.message()),
         _ => status.message().to_owned(),
-    }
+    };
+    // Written by the other side: one line, of a bounded length.
+    let end = text.char_indices().nth(STATUS_CHARS_MAX).map_or(text.len(), |(at, _)| at);
+    klio_telemetry::visible::line(&text[..end]).into_owned()
 }
 
 impl fmt::Display for Error {
@@ -168,6 +195,15 @@ impl std::error::Error for Error {}
 mod tests {
     use super::*;
 
+    /// What a server says moves no cursor and begins no line.
+    #[test]
+    fn what_the_server_says_is_one_line_of_bounded_length() {
+        let text = format!("x\x1b[2K\nhint: run this{}", "y".repeat(10_000));
+        let error = Error::from_status("ask", &tonic::Status::internal(text));
+        assert!(error.message.starts_with("ask: x\\u001b[2K\\nhint"), "{}", error.message);
+        assert!(error.message.len() < 5000);
+    }
+
     #[test]
     fn the_server_s_code_decides_whether_to_retry() {
         for code in Code::ALL {
@@ -175,5 +211,17 @@ mod tests {
             assert_eq!(error.retryable(), code.retryable(), "{code:?}");
             assert!(error.to_string().contains("hint: "), "{error}");
         }
+    }
+
+    /// A bucket that is down was "is klio-server running?".
+    #[test]
+    fn a_server_that_answers_is_not_asked_whether_it_runs() {
+        let said = |text| Error::from_status("ask", &Code::Unavailable.status(text)).to_string();
+        assert!(said("tier 2 did not answer").contains("look at the bucket"));
+        assert!(said("the server is stopping").contains("the server answered"));
+        let own = said("tier 2 refuses the server's credentials; hint: check them");
+        assert_eq!(own.matches("hint: ").count(), 1, "{own}");
+        let way = Error::from_status("ask", &tonic::Status::unavailable("connection refused"));
+        assert!(way.hint.contains("is klio-server running"), "{way}");
     }
 }

@@ -27,6 +27,7 @@ mod scrub;
 #[cfg(test)]
 mod tests;
 mod traces;
+pub mod visible;
 mod watch;
 
 pub use env::Problem;

@@ -202,14 +202,20 @@ async fn health_and_reflection_answer() {
     };
     let (site, _) = site().await;
     let channel = client::connect(&site, &site.bundle()).await.expect("connect");
-    let mut health = HealthClient::new(channel.clone());
-    for service in ["", "klio.v1.Wal", "klio.v1.Catalog"] {
-        let request = HealthCheckRequest { service: service.into() };
-        let answer = health.check(request).await.expect("an answer").into_inner();
-        assert_eq!(answer.status(), ServingStatus::Serving, "{service:?}");
+    let health = HealthClient::new(channel.clone());
+    for service in ["", "klio.v1.Wal", "klio.v1.Catalog", "klio.v1.Base"] {
+        eventually(&format!("{service:?} to be serving"), PATIENCE, || async {
+            let request = HealthCheckRequest { service: service.into() };
+            let answer = health.clone().check(request).await.expect("an answer").into_inner();
+            (answer.status() == ServingStatus::Serving).then_some(()).ok_or(answer)
+        })
+        .await;
     }
     let unknown = HealthCheckRequest { service: "klio.v1.None".into() };
-    assert_eq!(health.check(unknown).await.expect_err("none").code(), tonic::Code::NotFound);
+    assert_eq!(
+        health.clone().check(unknown).await.expect_err("none").code(),
+        tonic::Code::NotFound
+    );
     let message = Some(MessageRequest::ListServices(String::new()));
     let request = ServerReflectionRequest { host: String::new(), message_request: message };
     let mut answers = ServerReflectionClient::new(channel)

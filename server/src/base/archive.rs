@@ -18,6 +18,9 @@ use tokio::sync::OwnedMutexGuard;
 /// Problems listed for one cluster; a thousand say no more than ten.
 const PROBLEMS_SHOWN: usize = 10;
 
+/// The problem of the queue, among those of objects: no object's name.
+const QUEUE: &str = "queue";
+
 /// A cheap handle on the state of all clusters.
 #[derive(Clone, Default)]
 pub struct BaseArchives(Arc<Mutex<BTreeMap<ClusterName, State>>>);
@@ -68,6 +71,14 @@ impl BaseArchives {
             if state.size(&object).is_none() || !object.is_fixed() {
                 state.pending.entry(object).or_insert(now_unix);
             }
+        });
+    }
+
+    /// Says that archiving stands, and why; `None` when it goes on.
+    pub fn stands(&self, cluster: &ClusterName, why: Option<String>) {
+        self.with(cluster, |state| match why {
+            Some(why) => drop(state.problems.insert(QUEUE.into(), why)),
+            None => drop(state.problems.remove(QUEUE)),
         });
     }
 

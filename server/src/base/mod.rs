@@ -243,5 +243,5 @@ async fn run<T: Send + 'static>(
 /// Trouble with tier 2 as a caller may see it.
 fn tier2_status(what: &str, cluster: &ClusterName, error: &Error) -> Status {
     tracing::warn!(%cluster, %error, "{what}: tier 2 could not be asked");
-    Code::Unavailable.status(format!("{what} of {cluster}: tier 2 did not answer"))
+    Code::Unavailable.status(format!("{what} of {cluster}: {}", crate::errors::of_tier2(error)))
 }

@@ -71,7 +71,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         write(IDENTITY_FILE, identity.expose(), true)?;
     }
     let address = address(host, args.listen.port());
-    write(CONFIG_FILE, &config_text(args, &address), false)?;
+    // Credentials of the bucket are written into it.
+    write(CONFIG_FILE, &config_text(args, &address), true)?;
     let subject = Subject::Client(format!("klio@{cluster}"));
     let bundle = bundle(&args.dir, &authority, &subject, Some(&cluster), &address)?;
     let dir = args.dir.display();
@@ -260,6 +261,8 @@ mod tests {
         assert!(config.at_rest().unwrap().is_on());
         let identity = fs::metadata(target.join(IDENTITY_FILE)).unwrap();
         assert_eq!(identity.permissions().mode() & 0o777, 0o600);
+        let config_mode = fs::metadata(target.join(CONFIG_FILE)).unwrap().permissions().mode();
+        assert_eq!(config_mode & 0o777, 0o600, "credentials of the bucket are written into it");
         assert!(config.tls.unwrap().load().is_ok());
         assert_eq!(config.data_dir, target.join("data"));
         assert!(target.join("clients/klio@pg-1/klio.toml").exists());

@@ -17,11 +17,19 @@ use klio_storage::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 use tokio::sync::Notify;
 
 /// Problems listed for one cluster; a thousand say no more than ten.
 const PROBLEMS_SHOWN: usize = 10;
+
+/// The problem of the queue, among those of files: no file's name.
+const QUEUE: &str = "queue";
+/// Nothing archived for so long while files wait is a problem by itself.
+const STALLED_SECONDS: f64 = 45.0;
+/// One upload over a slow link may take a while; one that takes longer is no excuse.
+const SLOW_UPLOAD: Duration = Duration::from_secs(600);
 
 /// A cheap handle on the state of all clusters.
 #[derive(Clone)]
@@ -51,6 +59,20 @@ struct State {
     problems: BTreeMap<String, String>,
     /// Proven since the running comparison began (R2).
     since: Option<BTreeSet<WalFile>>,
+    /// When something was last archived, or began to wait for it.
+    progress: Option<Instant>,
+    /// Uploads under way.
+    moving: usize,
+}
+
+/// An upload that is under way; dropping it ends it.
+pub(super) struct Moving(Arc<Cluster>);
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.moving = state.moving.saturating_sub(1);
+    }
 }
 
 /// What a comparison found.
@@ -95,7 +117,9 @@ impl Archives {
     pub fn state(&self, name: &ClusterName) -> ArchiveState {
         let (gaps, positions) = (self.files.gaps(name), self.files.positions(name));
         let cluster = self.cluster(name);
-        let state = lock(&cluster.state);
+        let mut state = lock(&cluster.state);
+        let stalled_seconds = state.stalled_seconds(Instant::now());
+        let state = &*state;
         let archive = state.archive.as_ref();
         let frontiers = archive.map(|archive| archive.frontiers(&gaps)).unwrap_or_default();
         let newest = archive.and_then(|archive| state.newest(archive, &frontiers, &positions));
@@ -104,7 +128,14 @@ impl Archives {
         if state.problems.len() > PROBLEMS_SHOWN {
             problems.push(format!("and {} more", state.problems.len() - PROBLEMS_SHOWN));
         }
+        if stalled_seconds > STALLED_SECONDS && problems.is_empty() {
+            let waiting = state.pending.len();
+            problems.push(format!(
+                "archiving stands: nothing was archived for {stalled_seconds:.0} s while {waiting} files wait"
+            ));
+        }
         ArchiveState {
+            stalled_seconds,
             archived_lsn: newest.map(|f| f.archived).unwrap_or_default(),
             timeline: newest.map(|f| f.timeline),
             latest_archived_unix: archive.and_then(Archive::latest_archived_unix).map(|t| t as f64),
@@ -140,6 +171,28 @@ impl Archives {
                 })
         };
         state.pending.keys().find(needed).map(|file| format!("{file} is not in tier 2"))
+    }
+
+    /// Whether finished files wait.
+    pub(super) fn waits(&self, name: &ClusterName) -> bool {
+        !lock(&self.cluster(name).state).pending.is_empty()
+    }
+
+    /// Says that archiving stands, and why; `None` when it goes on.
+    pub(super) fn stands(&self, name: &ClusterName, why: Option<String>) {
+        let cluster = self.cluster(name);
+        let mut state = lock(&cluster.state);
+        match why {
+            Some(why) => drop(state.problems.insert(QUEUE.into(), why)),
+            None => drop(state.problems.remove(QUEUE)),
+        }
+    }
+
+    /// An upload begins; it ends with what is given back.
+    pub(super) fn moving(&self, name: &ClusterName) -> Moving {
+        let cluster = self.cluster(name);
+        lock(&cluster.state).moving += 1;
+        Moving(cluster)
     }
 
     /// A finished file that tier 2 does not have yet.
@@ -191,6 +244,8 @@ impl Archives {
             state.pending.remove(&file);
             state.problems.remove(&file.to_string());
             state.problems.remove("");
+            state.problems.remove(QUEUE);
+            state.progress = Some(Instant::now());
             if let Some(since) = &mut state.since {
                 since.insert(file);
             }
@@ -277,6 +332,17 @@ impl Archives {
 }
 
 impl State {
+    /// See [`ArchiveState::stalled_seconds`]. By a clock that does not jump: what waited before this run began to wait with it.
+    fn stalled_seconds(&mut self, now: Instant) -> f64 {
+        if self.pending.is_empty() {
+            self.progress = None;
+            return 0.0;
+        }
+        let since = *self.progress.get_or_insert(now);
+        let stalled = now.saturating_duration_since(since);
+        if self.moving > 0 && stalled < SLOW_UPLOAD { 0.0 } else { stalled.as_secs_f64() }
+    }
+
     /// How far the newest timeline is archived. One of which nothing is sealed yet begins with nothing
     /// to archive. It needs what it came from: WAL of an older timeline that is not archived and lies
     /// before its first segment holds it.

@@ -78,6 +78,14 @@ impl Process for BaseWork {
         (format!("base-{}", self.cluster), what, base_subjects_of(&self.cluster))
     }
 
+    fn waits(&self) -> bool {
+        self.base.archives().state(&self.cluster).unarchived_files > 0
+    }
+
+    fn stands(&self, why: Option<String>) {
+        self.base.archives().stands(&self.cluster, why);
+    }
+
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind> {
         self.process_job(message, delivered).boxed()
     }

@@ -96,6 +96,8 @@ pub struct ArchiveState {
     pub oldest_unarchived_unix: Option<f64>,
     /// How many wait.
     pub unarchived_files: u64,
+    /// How long files have waited now with none of them archived; 0 when none waits, and for a while of a slow upload.
+    pub stalled_seconds: f64,
     /// WAL files in tier 2.
     pub totals: Totals,
     /// What keeps files from tier 2, in words.

@@ -572,3 +572,89 @@ async fn one_trace_follows_a_segment_to_the_bucket() {
     test.stop().await;
     queue.stop().await;
 }
+
+/// Every file of the embedded server's store, but its folders.
+fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.path().is_dir() {
+            true => found.extend(files_below(&entry.path())),
+            false => found.push(entry.path()),
+        }
+    }
+    found.sort();
+    found
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// P4: zeros in a consumer's state stopped archiving for ever (nats-server 4758, 6333).
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let template = folder.path().join("template");
+    seal_many(root.path(), "pg-1", 3..6);
+    let queue = TestQueue::up(&template).await;
+    let test = Test::start(root.path(), &queue, &s3);
+    test.archived("pg-1", 6).await;
+    // The bucket is down: jobs are in the store, some of them given out.
+    s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
+    seal_many(root.path(), "pg-1", 6..9);
+    test.archives.load(&name("pg-1"));
+    queue.queue.want(&name("pg-1"));
+    eventually("three jobs are given out", || {
+        queue.queue.stats().messages == 3 && !test.state("pg-1").problems.is_empty()
+    })
+    .await;
+    test.stop().await;
+    queue.stop().await;
+    let store = template.join("jetstream");
+    let files = files_below(&store);
+    assert!(files.iter().any(|file| file.ends_with("o.dat")), "{files:?}");
+    let damages: [(&str, fn(&[u8]) -> Option<Vec<u8>>); 4] = [
+        ("zeros", |old| Some(vec![0; old.len()])),
+        ("garbage", |old| Some((0..old.len()).map(|at| (at * 131 + 7) as u8).collect())),
+        ("cut", |old| Some(old[..old.len() / 2].to_vec())),
+        ("gone", |_| None),
+    ];
+    let mut next = 9;
+    for file in files {
+        let relative = file.strip_prefix(&store).unwrap();
+        for (how, damage) in damages {
+            let place = folder.path().join("damaged");
+            let _ = std::fs::remove_dir_all(&place);
+            copy_folder(&template, &place);
+            let victim = place.join("jetstream").join(relative);
+            match damage(&std::fs::read(&file).unwrap()) {
+                Some(content) => std::fs::write(&victim, content).unwrap(),
+                None => std::fs::remove_file(&victim).unwrap(),
+            }
+            s3.heal();
+            // One that waits from before, and one that is finished while it runs.
+            seal(root.path(), "pg-1", segment(next));
+            let queue = TestQueue::start(&place).await;
+            let test = Test::start(root.path(), &queue, &s3);
+            let publisher =
+                crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
+            seal(root.path(), "pg-1", segment(next + 1));
+            publisher.publish_path(&name("pg-1"), segment(next + 1), 1);
+            let what = format!("archiving goes on with {} {how}", relative.display());
+            eventually(&what, || test.state("pg-1").archived_lsn == lsn((next + 2) as f64)).await;
+            eventually(&format!("{what}: no problem"), || test.state("pg-1").problems.is_empty())
+                .await;
+            test.stop().await;
+            queue.stop().await;
+            next += 2;
+        }
+    }
+}

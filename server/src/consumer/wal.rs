@@ -37,6 +37,14 @@ impl Process for WalWork {
         (format!("wal-{}", self.cluster), what, subjects_of(&self.cluster))
     }
 
+    fn waits(&self) -> bool {
+        self.parts.archives.waits(&self.cluster)
+    }
+
+    fn stands(&self, why: Option<String>) {
+        self.parts.archives.stands(&self.cluster, why);
+    }
+
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind> {
         self.process_job(message, delivered).boxed()
     }
@@ -74,7 +82,11 @@ impl WalWork {
     }
 
     async fn offload(&self, job: &Job, delivered: i64) -> AckKind {
-        let Some(result) = self.turns.take(self.upload(job)).await else {
+        let moving = async {
+            let _under_way = self.parts.archives.moving(&self.cluster);
+            self.upload(job).await
+        };
+        let Some(result) = self.turns.take(moving).await else {
             return AckKind::Nak(None);
         };
         let (attempt, result) = match result {

@@ -3,8 +3,10 @@
 //! W1  acknowledged only after the work is proven and recorded.
 //! W2  redelivered without end; the pause doubles up to five minutes, with jitter.
 //! W3  a long upload, or a wait for a slot, tells the queue that it goes on.
+//! W4  what the queue does not give is made anew, however it is damaged (P4): while files wait and no job comes, the remedies
+//!     of [`Remedy`] are tried one after the other, and it is said.
 
-use crate::queue::{Connection, JobError, Queue, STREAM};
+use crate::queue::{Connection, JobError, Queue, Repair, STREAM};
 use async_nats::jetstream::{
     AckKind, Message,
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
@@ -14,7 +16,7 @@ use klio_storage::layout::ClusterName;
 use std::{
     future::Future,
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -22,6 +24,7 @@ use std::{
 use tokio::{
     sync::{Mutex, Semaphore},
     task::JoinSet,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -31,8 +34,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 /// Jobs out at once, delayed ones included: so many files of one cluster may fail without stopping
 /// the others of that cluster.
 const OUT_MAX: i64 = 10_000;
-/// How long one question for jobs stays open.
-const PULL_EXPIRES: Duration = Duration::from_secs(30);
+/// How long one question for jobs stays open; after each that had no answer it is asked whether there should have been one.
+const PULL_EXPIRES: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
+/// Errors of the queue in a row, a second apart, before something is done about them.
+const ERRORS_MAX: u32 = 3;
+/// All remedies were tried: something else is wrong, and trying again at once would only lose jobs.
+const TRIED_ALL_PAUSE: Duration = Duration::from_secs(600);
 pub(super) const RETRY_MIN: Duration = Duration::from_secs(1);
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(300);
 /// Between two tries to follow a queue that answers with errors.
@@ -46,26 +53,94 @@ pub(super) trait Process: Send + Sync + 'static {
     fn queue(&self) -> &Queue;
     /// Name of the durable consumer, what it is for, and its subjects.
     fn consumer(&self) -> (String, &'static str, String);
+    /// Whether finished files wait for tier 2.
+    fn waits(&self) -> bool;
+    /// Says that archiving stands, and why; `None` when it goes on.
+    fn stands(&self, why: Option<String>);
     /// Does a job, delivered for the `delivered`-th time, and says what becomes of it.
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind>;
+}
+
+/// What is done about a queue that gives no jobs, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Remedy {
+    /// Jobs may be lost: the tiers are compared, which queues them again.
+    Compare,
+    /// The consumer forgot what it owes: it is made anew, and gives everything.
+    Consumer,
+    /// The stream is made anew, for all clusters.
+    Stream,
+    /// The store on disk is thrown away.
+    Store,
+}
+
+/// What was tried since a job came.
+#[derive(Default)]
+struct Tried {
+    errors: u32,
+    remedies: usize,
+    /// Since when files wait and no job comes.
+    since: Option<Instant>,
+    pause_until: Option<Instant>,
+}
+
+impl Tried {
+    const ALL: [Remedy; 4] = [Remedy::Compare, Remedy::Consumer, Remedy::Stream, Remedy::Store];
+
+    /// The next one, if it is time for one.
+    fn next(&mut self, now: Instant) -> Option<Remedy> {
+        if self.pause_until.is_some_and(|until| now < until) {
+            return None;
+        }
+        let next = Self::ALL[self.remedies % Self::ALL.len()];
+        self.remedies += 1;
+        self.pause_until = (next == Remedy::Store).then(|| now + TRIED_ALL_PAUSE);
+        Some(next)
+    }
+
+    /// The queue answers with an error once more; comparing would not help.
+    fn failed(&mut self, now: Instant) -> Option<Remedy> {
+        self.errors += 1;
+        if self.errors < ERRORS_MAX {
+            return None;
+        }
+        self.errors = 0;
+        self.remedies = self.remedies.max(1);
+        self.next(now)
+    }
+
+    /// No job came. Files must have waited through the whole of the question before.
+    fn nothing_came(&mut self, waits: bool, now: Instant) -> Option<Remedy> {
+        self.errors = 0;
+        match self.since {
+            _ if !waits => *self = Self::default(),
+            None => self.since = Some(now),
+            Some(_) => return self.next(now),
+        }
+        None
+    }
 }
 
 /// The worker of a cluster.
 pub(super) struct Worker {
     shared: Arc<dyn Process>,
+    /// Until when jobs stay away because they failed: no sign that the queue does not give them.
+    delayed: Arc<std::sync::Mutex<Option<Instant>>>,
     own_slots: Arc<Semaphore>,
     own_slots_max: usize,
 }
 
 impl Worker {
     pub(super) fn new(shared: Arc<dyn Process>, own_slots_max: usize) -> Self {
-        Self { shared, own_slots: Arc::new(Semaphore::new(own_slots_max)), own_slots_max }
+        let own_slots = Arc::new(Semaphore::new(own_slots_max));
+        Self { shared, delayed: Arc::default(), own_slots, own_slots_max }
     }
 
     /// Until cancelled. Uploads outlive a reconnect; only their acknowledgement may get lost.
     pub(super) async fn run(self, cancel: CancellationToken) {
         let mut uploads = JoinSet::new();
         let mut connections = self.shared.queue().connection();
+        let mut tried = Tried::default();
         loop {
             let connection = tokio::select! {
                 () = cancel.cancelled() => break,
@@ -78,13 +153,20 @@ impl Worker {
             let generation = connection.generation;
             let ended = tokio::select! {
                 () = cancel.cancelled() => break,
-                ended = self.follow(&connection, &mut uploads) => ended,
+                ended = self.follow(&connection, &mut uploads, &mut tried) => ended,
                 _ = connections.wait_for(|c| c.as_ref().is_none_or(|c| c.generation != generation)) => {
                     continue;
                 }
             };
             if let Err(error) = ended {
                 tracing::debug!(cluster = %self.shared.cluster(), %error, "jobs cannot be pulled");
+                if let Some(remedy) = tried.failed(Instant::now()) {
+                    let why = format!("the queue gives no jobs: {error}");
+                    tokio::select! {
+                        () = cancel.cancelled() => break,
+                        () = self.mend(&connection, remedy, why) => {}
+                    }
+                }
                 tokio::select! {
                     () = cancel.cancelled() => break,
                     () = tokio::time::sleep(FOLLOW_PAUSE) => {}
@@ -99,6 +181,7 @@ impl Worker {
         &self,
         connection: &Connection,
         uploads: &mut JoinSet<()>,
+        tried: &mut Tried,
     ) -> Result<(), async_nats::Error> {
         let consumer: PullConsumer = connection
             .jetstream
@@ -117,18 +200,64 @@ impl Worker {
             let mut messages = batch.messages().await?;
             let mut any = false;
             while let Some(message) = messages.next().await {
-                any = true;
                 let Some(slot) = free.pop() else { break };
                 let (shared, message) = (Arc::clone(&self.shared), message?);
+                if !any {
+                    any = true;
+                    *tried = Tried::default();
+                    shared.stands(None);
+                }
+                let delayed = Arc::clone(&self.delayed);
                 uploads.spawn(async move {
-                    handle(shared.as_ref(), message).await;
+                    if let Some(pause) = handle(shared.as_ref(), message).await {
+                        let until = Instant::now() + pause;
+                        let mut delayed = delayed.lock().unwrap_or_else(PoisonError::into_inner);
+                        *delayed = Some(delayed.map_or(until, |d| d.max(until)));
+                    }
                     drop(slot);
                 });
             }
+            drop(free);
             if !any {
                 // Somebody may have removed it: then nothing would ever come.
                 consumer.get_info().await?;
+                if let Some(remedy) = tried.nothing_came(self.waits_for_jobs(), Instant::now()) {
+                    let why = "the queue has no job for files that wait".to_owned();
+                    self.mend(connection, remedy, why).await;
+                }
             }
+        }
+    }
+
+    /// Files wait, none is being moved, and none was put off because it failed.
+    fn waits_for_jobs(&self) -> bool {
+        let idle = self.own_slots.available_permits() == self.own_slots_max;
+        let delayed = *self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
+        let put_off = delayed.is_some_and(|until| Instant::now() < until + PULL_EXPIRES);
+        let waits = idle && !put_off && self.shared.waits();
+        if idle && !put_off && !waits {
+            self.shared.stands(None);
+        }
+        waits
+    }
+
+    async fn mend(&self, connection: &Connection, remedy: Remedy, why: String) {
+        let (cluster, queue) = (self.shared.cluster(), self.shared.queue());
+        tracing::warn!(%cluster, ?remedy, why, "archiving stands; the queue is mended");
+        self.shared.stands(Some(format!("archiving stands: {why}; the queue is being mended")));
+        match remedy {
+            Remedy::Compare => queue.want(cluster),
+            Remedy::Consumer => {
+                let (name, ..) = self.shared.consumer();
+                let removed = connection.jetstream.delete_consumer_from_stream(&name, STREAM);
+                // What cannot be removed is left to the next remedy.
+                if let Ok(Err(error)) = tokio::time::timeout(ACK_WAIT, removed).await {
+                    tracing::debug!(%cluster, %error, "the consumer could not be removed");
+                }
+                queue.want(cluster);
+            }
+            Remedy::Stream => queue.repair(connection.generation, Repair::Stream),
+            Remedy::Store => queue.repair(connection.generation, Repair::Store),
         }
     }
 }
@@ -148,7 +277,8 @@ fn consumer_config(work: &dyn Process) -> pull::Config {
     }
 }
 
-async fn handle(work: &dyn Process, message: Message) {
+/// Gives back for how long the job stays away because it failed.
+async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
     let delivered = message.info().map_or(1, |info| info.delivered.max(1));
     let mut processing = work.process(&message, delivered);
     let answer = loop {
@@ -160,10 +290,15 @@ async fn handle(work: &dyn Process, message: Message) {
         }
     };
     drop(processing);
+    let pause = match answer {
+        AckKind::Nak(pause) => pause,
+        _ => None,
+    };
     // Lost: the job comes again, and finds its work done.
     if let Err(error) = message.ack_with(answer).await {
         tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
     }
+    pause
 }
 
 /// The job in a message, or what becomes of a message without one of this cluster. `problem` is told why one is left
@@ -230,6 +365,29 @@ pub(super) fn pause(delivered: i64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn remedies_come_one_after_the_other_and_then_there_is_a_pause() {
+        let (mut tried, now) = (Tried::default(), Instant::now());
+        let mut look = |waits| tried.nothing_came(waits, now);
+        assert_eq!(look(false), None);
+        assert_eq!(look(true), None, "the first look only notes it");
+        let found: Vec<_> = (0..5).map(|_| look(true)).collect();
+        assert_eq!(found[..4], Tried::ALL.map(Some));
+        assert_eq!(found[4], None);
+        assert_eq!(look(false), None, "nothing waits any more: all is forgotten");
+        assert_eq!((look(true), look(true)), (None, Some(Remedy::Compare)));
+    }
+
+    #[test]
+    fn a_queue_that_answers_with_errors_gets_a_new_consumer_first() {
+        let (mut tried, now) = (Tried::default(), Instant::now());
+        let found: Vec<_> = (0..9).map(|_| tried.failed(now)).collect();
+        let expected = [None, None, Some(Remedy::Consumer)];
+        assert_eq!(found[..3], expected);
+        assert_eq!(found.iter().flatten().count(), 3);
+        assert_eq!(found[8], Some(Remedy::Store));
+    }
 
     #[test]
     fn pauses_double_with_jitter_and_end_at_five_minutes() {

@@ -145,11 +145,15 @@ impl Auth {
 
     /// Who is calling, from a request's extensions.
     pub fn identify_by(&self, extensions: &Extensions) -> Result<Identity, Status> {
+        if let Some(identity) = extensions.get::<Identity>() {
+            return Ok(identity.clone());
+        }
         let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
         self.identify_chain(info.and_then(|info| info.peer_certs()))
     }
 
-    fn identify_chain(
+    /// Who has this certificate chain.
+    pub fn identify_chain(
         &self,
         chain: Option<Arc<Vec<CertificateDer<'static>>>>,
     ) -> Result<Identity, Status> {

@@ -7,6 +7,7 @@ use super::{
 use crate::{
     base::{BaseStore, Caller, Lease, ListedBackup},
     maintenance::{Maintenance, Request as VerifyRequest, Step},
+    quota::Quotas,
     receive::Comparer,
 };
 use bytes::Bytes;
@@ -22,11 +23,11 @@ use klio_proto::{
 use klio_storage::layout::{BaseFile, BaseKind};
 use serde::Serialize;
 use std::{future::Future, pin::Pin, time::Duration};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
-use tracing::Span;
+use tracing::{Instrument, Span};
 
 /// A client that says nothing is let go after this.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -48,6 +49,8 @@ pub struct BaseService {
     pub comparer: Comparer,
     /// Removes and proves.
     pub maintenance: Maintenance,
+    /// What a cluster may use.
+    pub quotas: Quotas,
     /// Owns what sends bytes.
     pub tasks: TaskTracker,
     /// Ends reservations.
@@ -149,6 +152,7 @@ impl Base for BaseService {
         let cluster = self.base.resolve_open(named).await?;
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
+        self.quotas.put(&self.base, &cluster, size).await?;
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
         incoming.add(data).await?;
         while let Some(message) = self.next(&mut inbound).await? {
@@ -211,6 +215,8 @@ impl Base for BaseService {
                 self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
             }
             Purpose::Restore(backup) => {
+                let running = self.base.reservations().running(&cluster).restores;
+                self.quotas.restore(&cluster, running)?;
                 self.base.reserve_restore(&cluster, backup.as_deref()).await
             }
         };
@@ -353,7 +359,8 @@ fn teller(steps: mpsc::Sender<Step>) -> impl Fn(Step) + Send + Sync {
 }
 
 impl BaseService {
-    /// Work that goes on for as long as the caller listens and the server runs: its steps, then its result.
+    /// Work that goes on for as long as the caller is connected and the server runs: its steps, then its result. It runs on a
+    /// task of its own and never waits for the caller: one who does not read gets fewer steps, and holds nothing (P13).
     fn follow<T, W>(
         &self,
         work: impl FnOnce(mpsc::Sender<Step>) -> W,
@@ -364,16 +371,30 @@ impl BaseService {
         W: Future<Output = Result<Bytes, Status>> + Send + 'static,
     {
         let (sender, steps) = mpsc::channel(STEPS_MAX);
-        let (work, shutdown) = (work(sender), self.shutdown.clone());
-        let done = async move {
-            tokio::select! {
-                done = work => done.map(Found::Outcome),
+        let (tell, done) = oneshot::channel();
+        let (work, shutdown, left) =
+            (work(sender), self.shutdown.clone(), CancellationToken::new());
+        // Goes with the answer, and ends the work when the caller is gone.
+        let here = left.clone().drop_guard();
+        let work = async move {
+            let done = tokio::select! {
+                done = work => done,
+                () = left.cancelled() => return,
                 () = shutdown.cancelled() => Err(Code::Unavailable.status("the server is stopping")),
-            }
+            };
+            // Nobody has to wait for it.
+            drop(tell.send(done));
         };
+        self.tasks.spawn(work.in_current_span());
         // The sender goes with the work, so the steps end when it does.
         let steps = ReceiverStream::new(steps).map(|step| Ok(Found::Step(step)));
-        let all = stream::select(steps, stream::once(done));
+        let last = async move {
+            let done = done.await;
+            drop(here);
+            let died = |_| Err(Code::Internal.status("the work ended without a result"));
+            done.unwrap_or_else(died).map(Found::Outcome)
+        };
+        let all = steps.chain(stream::once(last));
         all.map(move |found| found.map(&answer)).boxed()
     }
 }

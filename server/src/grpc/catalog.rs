@@ -15,6 +15,7 @@ use klio_storage::{
     tier2::Tier2,
     wal::Gap,
 };
+use klio_telemetry::visible;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -170,7 +171,7 @@ impl CatalogService {
         let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
         let listed = tier2.list_wal(cluster).await.map_err(|error| {
             tracing::warn!(%cluster, %error, "list tier 2");
-            Code::Unavailable.status("list WAL: tier 2 did not answer")
+            Code::Unavailable.status(format!("list WAL: {}", errors::of_tier2(&error)))
         })?;
         Ok(listed.into_iter().map(|o| (o.file, o.size)).collect())
     }
@@ -181,7 +182,8 @@ fn gap_of(gap: &Gap) -> v1::GapRecord {
         timeline: gap.timeline.get(),
         from_lsn: gap.from.as_u64(),
         to_lsn: gap.to.as_u64(),
-        reason: gap.reason.clone(),
+        // Also what an earlier build kept as it came.
+        reason: visible::line(&gap.reason).into_owned(),
         recorded_time: gap.recorded_unix,
     }
 }
@@ -214,7 +216,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
             .and_then(|a| a.latest_archived_unix)
             .unwrap_or(0.0),
         gaps: view.gaps.iter().map(gap_of).collect(),
-        problems: view.problems.clone(),
+        problems: view.problems.iter().map(|text| visible::line(text).into_owned()).collect(),
         tier2_configured: view.archive.is_some(),
         generations: Vec::new(),
         unproven: Vec::new(),

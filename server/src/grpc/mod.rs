@@ -3,6 +3,7 @@
 pub mod auth;
 mod base;
 mod catalog;
+pub mod counted;
 mod fetch;
 mod generations;
 pub mod roles;

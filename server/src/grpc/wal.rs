@@ -22,6 +22,7 @@ use klio_storage::{
     generations::{Generations, State},
     layout::{ClusterName, WalFile},
 };
+use klio_telemetry::visible;
 use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -226,7 +227,11 @@ impl Wal for WalService {
         };
         let named = permit(&identity, &open.cluster, Rpc::Receive)?;
         let cluster = self.receiver.base.resolve_open(named).await?;
-        let open = Open::try_from(open)?;
+        let mut open = Open::try_from(open)?;
+        if let Some(gap) = &mut open.gap {
+            // Kept for years and shown to others: one line, and nothing that a terminal obeys.
+            gap.reason = visible::line(&gap.reason).into_owned();
+        }
         let (responses, outbound) = mpsc::channel(RESPONSES_MAX);
         let receiver = self.receiver.clone();
         let session = receiver.serve(identity, cluster, open, who, inbound, responses);

@@ -8,6 +8,7 @@ use super::{
     Inner,
     child::Tell,
     protocol::{PruneJob, PruneResult, Step},
+    turns::Turn,
 };
 use crate::{base::Removal, errors};
 use klio_proto::Code;
@@ -28,17 +29,16 @@ const ORPHAN_SECONDS: f64 = 86_400.0;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 impl Inner {
-    /// Plans and applies. Serialised over all clusters.
+    /// Plans and applies. A running backup is waited for before the turn is taken, so that the turn is never held idle.
     pub(super) async fn apply(
         &self,
         cluster: &ClusterName,
         tell: Tell<'_>,
     ) -> Result<MaintenanceOutcome, Status> {
-        tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
-        let _turn = self.turn.lock().await;
-        let began = tokio::time::Instant::now();
         let mut outcome = MaintenanceOutcome::default();
-        let result = match self.wait_for_backup(cluster, tell).await {
+        let (_turn, alone) = self.turn_beside_no_backup(cluster, tell).await;
+        let began = tokio::time::Instant::now();
+        let result = match alone {
             Ok(_alone) => self.apply_plan(cluster, &mut outcome, tell).await,
             Err(running) => {
                 let text = format!("backup {running} is running; nothing was removed beside it");
@@ -75,23 +75,28 @@ impl Inner {
         }
     }
 
-    /// M1. The backup that still runs when patience is over.
-    async fn wait_for_backup(
+    /// M1. The turn, and with it either the word that no backup runs or the one that still does when patience is over. Nothing
+    /// is held while a backup is waited for: neither the turn, nor new backups.
+    async fn turn_beside_no_backup(
         &self,
         cluster: &ClusterName,
         tell: Tell<'_>,
-    ) -> Result<Removal, BackupName> {
+    ) -> (Turn, Result<Removal, BackupName>) {
         let until = tokio::time::Instant::now() + self.settings.maintenance.wait_for_backup();
         loop {
-            let running = match self.base.reservations().removal(cluster) {
-                Ok(alone) => return Ok(alone),
-                Err(running) => running,
-            };
-            if tokio::time::Instant::now() >= until {
-                return Err(running);
+            while let Some(running) = self.base.reservations().running(cluster).backup
+                && tokio::time::Instant::now() < until
+            {
+                tell(Step { phase: format!("wait for backup {running}"), ..Step::default() });
+                tokio::time::sleep(LOOK_EVERY).await;
             }
-            tell(Step { phase: format!("wait for backup {running}"), ..Step::default() });
-            tokio::time::sleep(LOOK_EVERY).await;
+            tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
+            let turn = self.turns.take(cluster).await;
+            let alone = self.base.reservations().removal(cluster);
+            // One that began while the turn was waited for is waited for as well.
+            if alone.is_ok() || tokio::time::Instant::now() >= until {
+                return (turn, alone);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Starts the child for work on a repository, and follows it.
 //!
 //! The child ends with its [`Child`]: the pipe to it closes and it is killed. A child that ends without a
-//! result is an error, never a result.
+//! result is an error, never a result, and so is one that tells of no progress for [`SILENCE_MAX`]: its turn is another's.
 
 use super::{
     Inner,
@@ -9,13 +9,16 @@ use super::{
 };
 use klio_proto::Code;
 use klio_storage::layout::{BaseObject, ClusterName};
-use std::process::Stdio;
+use std::{process::Stdio, time::Duration};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::Command,
 };
 use tonic::Status;
 use tracing::{Instrument, field::Empty};
+
+/// The longest step that tells nothing is the reading of a large index from a slow bucket.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
 /// Told how far the work is; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);
@@ -71,6 +74,17 @@ impl Inner {
         result
     }
 
+    /// Trouble of the bucket is no bug.
+    fn failed(&self, error: String) -> Status {
+        let url = self.base.tier2().map(|tier2| tier2.url().trim_end_matches('/'));
+        match url {
+            Some(url) if error.contains(url) => {
+                Code::Unavailable.status(format!("tier 2 could not be used: {error}"))
+            }
+            _ => Code::Internal.status(error),
+        }
+    }
+
     async fn follow(
         &self,
         cluster: &ClusterName,
@@ -109,7 +123,10 @@ impl Inner {
         input.write_all(&line).await.map_err(|e| failed("give the job to the child", e))?;
         input.flush().await.map_err(|e| failed("give the job to the child", e))?;
         let mut lines = BufReader::new(output).lines();
-        while let Some(text) = lines.next_line().await.map_err(|e| failed("read the child", e))? {
+        loop {
+            let told = tokio::time::timeout(SILENCE_MAX, lines.next_line()).await;
+            let told = told.map_err(|_| Code::Internal.status(silent()))?;
+            let Some(text) = told.map_err(|e| failed("read the child", e))? else { break };
             let line: Line = serde_json::from_str(&text)
                 .map_err(|e| Code::Internal.status(format!("read the child: {e}")))?;
             match line {
@@ -124,7 +141,7 @@ impl Inner {
                         self.base.archives().removed(cluster, &object);
                     }
                 }
-                Line::Failed { error } => return Err(Code::Internal.status(error)),
+                Line::Failed { error } => return Err(self.failed(error)),
                 done @ (Line::Pruned(_) | Line::Verified(_)) => {
                     drop(input);
                     let _ = child.wait().await;
@@ -135,6 +152,11 @@ impl Inner {
         let status = child.wait().await.map_err(|e| failed("wait for the child", e))?;
         Err(Code::Internal.status(format!("the child process ended without a result: {status}")))
     }
+}
+
+fn silent() -> String {
+    let seconds = SILENCE_MAX.as_secs();
+    format!("the child process told of no progress for {seconds} s and was ended")
 }
 
 fn unexpected(line: &Line) -> Status {

@@ -1,6 +1,7 @@
 //! Takes away what retention lets go, and proves what stays. The only part of Klio that removes (P8).
 //!
-//! M1  one cluster at a time, and not beside a running backup of it;
+//! M1  one piece of work at a time for a cluster, not beside a running backup of it, and few over all clusters; who waits
+//!     holds nothing that another cluster needs;
 //! M2  a plan is made from what both tiers say now; what is in doubt empties it (P6);
 //! M3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it back (P5);
 //! M4  any step may be the last one before a crash: every backup that has a record can be restored;
@@ -13,6 +14,7 @@ mod facts;
 pub mod metrics;
 mod protocol;
 mod schedule;
+mod turns;
 mod verify;
 mod wal;
 pub mod worker;
@@ -63,7 +65,7 @@ struct Inner {
     program: PathBuf,
     metrics: Arc<MaintenanceMetrics>,
     /// M1.
-    turn: tokio::sync::Mutex<()>,
+    turns: turns::Turns,
 }
 
 /// Clocks that differ by less are as good as clocks get without help: no reason for a warning.
@@ -108,7 +110,6 @@ impl Maintenance {
                 }
             }
         }
-        let turn = tokio::sync::Mutex::new(());
         Self(Arc::new(Inner {
             base,
             archives,
@@ -117,7 +118,7 @@ impl Maintenance {
             config_path,
             program,
             metrics,
-            turn,
+            turns: turns::Turns::default(),
         }))
     }
 

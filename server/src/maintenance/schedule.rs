@@ -1,9 +1,11 @@
 //! Maintenance and verification by themselves: after backups, and from time to time.
 //!
 //! What a backup brought is read back from tier 2 once its record is there; then retention is applied. A
-//! failure is logged and tried again at the next look that finds it due, with a growing pause.
+//! failure is logged and tried again at the next look that finds it due, with a growing pause. Clusters are looked after side
+//! by side: one whose turn is taken, by a client that asks for verification without end, delays no other (P13).
 
 use super::{Inner, Maintenance, verify::Request};
+use futures::{StreamExt, stream::FuturesUnordered};
 use klio_storage::{
     layout::{BackupName, ClusterName},
     record,
@@ -18,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::Instrument;
 
+/// Clusters that are looked after side by side; most of them wait for their turn.
+const CLUSTERS_AT_ONCE: usize = 64;
 /// How often it is asked whether something is due. Reads what is known in memory.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// A cluster that was never looked after, after a start.
@@ -59,11 +63,24 @@ impl Maintenance {
 
 impl Inner {
     async fn look(&self) {
+        // Of the clusters that nobody looks after now.
         let mut known: BTreeMap<ClusterName, Known> = BTreeMap::new();
+        let mut busy: BTreeSet<ClusterName> = BTreeSet::new();
+        let mut running = FuturesUnordered::new();
         let mut tick = tokio::time::interval(LOOK_EVERY);
         loop {
-            tick.tick().await;
+            tokio::select! {
+                _ = tick.tick() => {}
+                Some((cluster, entry)) = running.next() => {
+                    busy.remove(&cluster);
+                    known.insert(cluster, entry);
+                    continue;
+                }
+            }
             for cluster in self.base.wal().clusters() {
+                if busy.contains(&cluster) || busy.len() >= CLUSTERS_AT_ONCE {
+                    continue;
+                }
                 let Some(there) = self.in_tier2(&cluster) else { continue };
                 let entry = known.entry(cluster.clone()).or_insert_with(|| Known {
                     seen: self.load_seen(&cluster),
@@ -75,8 +92,14 @@ impl Inner {
                 let new: Vec<BackupName> = there.difference(&entry.seen).cloned().collect();
                 let now = Instant::now();
                 if now >= entry.not_before && (!new.is_empty() || now >= entry.next) {
+                    let Some(mut entry) = known.remove(&cluster) else { continue };
                     let span = tracing::info_span!(parent: None, "maintenance", %cluster);
-                    self.look_after(&cluster, new, entry).instrument(span).await;
+                    busy.insert(cluster.clone());
+                    let work = async move {
+                        self.look_after(&cluster, new, &mut entry).await;
+                        (cluster, entry)
+                    };
+                    running.push(work.instrument(span));
                 }
             }
         }

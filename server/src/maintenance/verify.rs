@@ -44,7 +44,7 @@ impl Inner {
         tell: Tell<'_>,
     ) -> Result<VerifyOutcome, Status> {
         tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
-        let _turn = self.turn.lock().await;
+        let _turn = self.turns.take(cluster).await;
         let began = tokio::time::Instant::now();
         let listed = self.base.backups(cluster).await?;
         let chosen = choose(cluster, &listed.backups, request)?;

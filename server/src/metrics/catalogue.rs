@@ -86,6 +86,12 @@ pub const CATALOGUE: &[Row] = &[
         "s",
         "age of the oldest finished WAL file not in tier 2",
     ),
+    of_cluster(
+        "klio.quota.used_ratio",
+        Gauge,
+        "1",
+        "what a cluster stores of what it may (quota.stored_bytes), 0 where that has no bound; above 1 base backups are refused",
+    ),
     of_cluster("klio.wal.gaps", Gauge, "", "recorded gaps in the cluster's WAL"),
     of_cluster(
         "klio.cluster.undecided_generations",
@@ -111,6 +117,12 @@ pub const CATALOGUE: &[Row] = &[
         Gauge,
         "s",
         "Unix time of the newest WAL file written to tier 2",
+    ),
+    of_cluster(
+        "klio.consumer.stalled_time",
+        Gauge,
+        "s",
+        "how long finished WAL files have waited with none of them archived; 0 when none waits",
     ),
     of_cluster(
         "klio.consumer.offloads",

@@ -48,6 +48,9 @@ pub(super) const USER: &str = "klio";
 /// User of the system account: asks the server for its settings, nothing else.
 pub(super) const SYSTEM_USER: &str = "klio-system";
 
+/// The folder that it makes below its `store_dir`.
+pub(super) const STORE: &str = "jetstream";
+
 /// The configuration file of one run.
 pub(super) fn render(folder: &Path, max_bytes: u64, credentials: &Credentials) -> String {
     // JSON strings are valid strings of the NATS configuration format.

@@ -49,6 +49,9 @@ pub enum Error {
         /// What came back.
         detail: String,
     },
+    /// A consumer asked for it.
+    #[error("use the queue's store: it does not give the jobs that it has")]
+    Store,
     /// A setting.
     #[error("configure queue: {0}")]
     Config(String),

@@ -64,7 +64,18 @@ pub struct QueueStats {
     pub connected: bool,
 }
 
+/// What is made anew of a queue that does not give what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Repair {
+    /// The stream, and with it all consumers and jobs; all clusters are compared then.
+    Stream,
+    /// The embedded server's store on disk; of an existing NATS the stream.
+    Store,
+}
+
 struct Shared {
+    /// What is asked for, and the generation in which it is.
+    repair: Mutex<Option<(u64, Repair)>>,
     connection: watch::Sender<Option<Connection>>,
     generation: AtomicU64,
     wanted: wanted::WantedSet,
@@ -131,6 +142,7 @@ impl Queue {
         }
         let (inbox, waiting) = mpsc::channel(publish::WAITING_MAX);
         let shared = Arc::new(Shared {
+            repair: Mutex::default(),
             connection: watch::Sender::new(None),
             generation: AtomicU64::new(0),
             wanted: wanted::WantedSet::default(),
@@ -170,6 +182,12 @@ impl Queue {
     /// The queue is down, full or slow. A job that is queued already is no error.
     pub async fn publish_and_wait(&self, job: impl Into<Task>) -> Result<(), Error> {
         publish::publish_now(&self.shared, &Waiting::new(job.into())).await
+    }
+
+    /// Asks for a repair of the connection of this generation; a newer one has been repaired since. Loses nothing (Q1).
+    pub fn repair(&self, generation: u64, what: Repair) {
+        let mut repair = self.shared.repair.lock().unwrap_or_else(PoisonError::into_inner);
+        *repair = (*repair).max(Some((generation, what)));
     }
 
     /// Marks a cluster for reconciliation.

@@ -1,13 +1,17 @@
 //! Keeps a connection: to a child that is started again whenever it dies, or to an existing NATS.
 //!
+//! A store that the embedded server cannot use is thrown away: after runs that end soon, one after the other, and when a
+//! consumer asks for it. The queue is a hint (P4).
+//!
 //! Each new connection has a new generation; whoever works on an older one starts again, and all
 //! clusters are compared once (P4: the queue may have lost anything).
 
 use super::{
-    Connection, Error, QueueConfig, Shared,
+    Connection, Error, QueueConfig, Repair, Shared,
     child::{self, Credentials, Forker, SYSTEM_USER, USER},
     stream,
 };
+use crate::private;
 use async_nats::{Client, ConnectOptions, Event, jetstream};
 use std::{
     path::{Path, PathBuf},
@@ -21,6 +25,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// A run that lasted this long was good: the next failure begins with a short pause again.
 const GOOD_RUN: Duration = Duration::from_secs(60);
+/// Runs in a row that were not good, after which the store is taken for the reason.
+const BAD_RUNS_MAX: u32 = 3;
 /// How often counts are refreshed and the stream's existence is looked at.
 const TEND_INTERVAL: Duration = Duration::from_secs(2);
 /// Publishes that failed without one that did not, over at least this time.
@@ -41,14 +47,44 @@ pub(super) async fn embedded(
         Err(error) => return shared.set_problem(Some(error.to_string())),
     };
     let mut backoff = Backoff::new();
+    let mut bad_runs = 0;
     while !cancel.is_cancelled() {
         let begun = Instant::now();
+        let before = shared.generation.load(Ordering::Relaxed);
         let run = run_child(&shared, &config, &executable, &folder, &forker, &cancel).await;
         shared.disconnected();
         if let Err(error) = run {
             tracing::warn!(%error, "the queue is down; it is started again");
             shared.set_problem(Some(error.to_string()));
+            let came_up = shared.generation.load(Ordering::Relaxed) != before;
+            let good = came_up && begun.elapsed() > GOOD_RUN;
+            bad_runs = if good { 0 } else { bad_runs + 1 };
+            if bad_runs >= BAD_RUNS_MAX || matches!(error, Error::Store) {
+                bad_runs = 0;
+                discard_store(&folder).await;
+            }
             backoff.pause(begun, &cancel).await;
+        }
+    }
+}
+
+/// Takes the store away, or at least out of the way.
+async fn discard_store(folder: &Path) {
+    let store = folder.join(child::STORE);
+    let aside = folder.join("jetstream.damaged");
+    let gone = tokio::fs::remove_dir_all(&store).await;
+    let gone = match gone {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tokio::fs::rename(&store, &aside).await
+        }
+        _ => Ok(()),
+    };
+    match gone {
+        Ok(()) => {
+            tracing::warn!("the queue begins anew with an empty store; the tiers are compared")
+        }
+        Err(error) => {
+            tracing::error!(%error, store = %store.display(), "the queue's store can neither be removed nor moved; hint: look at the disk")
         }
     }
 }
@@ -61,7 +97,7 @@ async fn run_child(
     forker: &Forker,
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
-    tokio::fs::create_dir_all(folder).await.map_err(Error::file("create", folder))?;
+    private::folder(folder).map_err(Error::file("create", folder))?;
     let credentials = Credentials::random();
     let mut log = JoinSet::new();
     let max_bytes = config.max_bytes.bytes();
@@ -174,6 +210,16 @@ async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<()
             return Err(fail(&"it answers, and takes no job"));
         }
         let jetstream = shared.jetstream().ok_or_else(|| fail(&"not connected"))?;
+        match shared.wanted_repair() {
+            Some(Repair::Store) if config.url.is_none() => return Err(Error::Store),
+            Some(_) => {
+                tracing::warn!("the stream of jobs is made anew; the tiers are compared");
+                if let Err(error) = jetstream.delete_stream(stream::STREAM).await {
+                    tracing::warn!(%error, "the stream of jobs could not be removed");
+                }
+            }
+            None => {}
+        }
         match jetstream.get_stream(stream::STREAM).await {
             Ok(stream) => shared.count(stream.cached_info()),
             Err(error) => {
@@ -210,6 +256,13 @@ impl Shared {
             *failing = None;
         }
         stuck
+    }
+
+    /// What is asked for of the connection that is there now.
+    fn wanted_repair(&self) -> Option<Repair> {
+        let wanted = self.repair.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (generation, what) = wanted?;
+        (generation == self.generation.load(Ordering::Relaxed)).then_some(what)
     }
 
     fn next_generation(&self) {

@@ -39,6 +39,7 @@ use crate::{
 };
 use args::{Cli, Command, ListArgs, ListCommand, SlotCommand};
 use clap::Parser;
+use klio_telemetry::visible;
 use std::{ffi::OsString, io::Write, time::Duration};
 use tracing::Instrument;
 
@@ -103,14 +104,14 @@ fn run(arguments: Vec<OsString>) -> u8 {
     }
 }
 
-/// A closed stderr must not become a panic.
+/// A closed stderr must not become a panic. Much of what is said was written by others: it moves no cursor.
 fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", visible::lines(text));
 }
 
-/// Prints a result. A reader that went away (`klio status | head`) is no error.
+/// Prints a result, as [`say`] does. A reader that went away (`klio status | head`) is no error.
 fn print(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    let _ = std::io::stdout().write_all(visible::lines(text).as_bytes());
 }
 
 const fn needs(command: &Command) -> Needs {

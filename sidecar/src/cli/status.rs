@@ -3,6 +3,7 @@
 use super::{args::StatusArgs, connect, exit, generation, print, say, table, text};
 use crate::{config::Config, error::Error};
 use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse, Unproven};
+use klio_telemetry::visible::line;
 use serde_json::{Value, json};
 
 /// Runs it.
@@ -57,10 +58,10 @@ fn to_table(answer: &StatusResponse) -> String {
     }
     for cluster in &answer.clusters {
         for problem in &cluster.problems {
-            out += &format!("{}: problem: {problem}\n", cluster.cluster);
+            out += &format!("{}: problem: {}\n", line(&cluster.cluster), line(problem));
         }
         for gap in &cluster.gaps {
-            out += &format!("{}: {}\n", cluster.cluster, gap_text(gap));
+            out += &format!("{}: {}\n", line(&cluster.cluster), gap_text(gap));
         }
         for place in &cluster.unproven {
             out += &format!("{}: {}\n", cluster.cluster, unproven_text(place));
@@ -93,7 +94,7 @@ pub(super) fn gap_text(gap: &GapRecord) -> String {
         text::lsn(gap.to_lsn),
         text::size(gap.to_lsn.saturating_sub(gap.from_lsn)),
         text::time(gap.recorded_time),
-        gap.reason
+        line(&gap.reason)
     )
 }
 
@@ -115,7 +116,7 @@ pub(super) fn gap_json(gap: &GapRecord) -> Value {
         "from_lsn": text::lsn(gap.from_lsn),
         "to_lsn": text::lsn(gap.to_lsn),
         "bytes": gap.to_lsn.saturating_sub(gap.from_lsn),
-        "reason": gap.reason,
+        "reason": line(&gap.reason),
         "recorded_time": text::time(gap.recorded_time),
     })
 }
@@ -154,7 +155,7 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "latest_archived_time": (c.latest_archived_time > 0.0).then_some(c.latest_archived_time),
                 "tier2_configured": c.tier2_configured,
                 "gaps": c.gaps.iter().map(gap_json).collect::<Vec<_>>(),
-                "problems": c.problems,
+                "problems": c.problems.iter().map(|problem| line(problem)).collect::<Vec<_>>(),
                 "generations": c.generations.iter().map(generation::to_json).collect::<Vec<_>>(),
                 "continuity_not_proven": c.unproven.iter().map(unproven_json).collect::<Vec<_>>(),
             })

@@ -1,9 +1,13 @@
-//! Aligned text tables, without colour or borders.
+//! Aligned text tables, without colour or borders. A cell is one line, whoever wrote it.
+
+use klio_telemetry::visible::line;
 
 /// Columns are as wide as their widest cell; numbers go to the right.
 pub fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     let columns = header.len();
-    let cell = |row: &[String], column: usize| row.get(column).cloned().unwrap_or_default();
+    let cell = |row: &[String], column: usize| {
+        row.get(column).map(|text| line(text).into_owned()).unwrap_or_default()
+    };
     let width = |column: usize| {
         let cells = rows.iter().map(|row| cell(row, column).chars().count());
         cells.chain([header[column].len()]).max().unwrap_or(0)
@@ -13,7 +17,7 @@ pub fn render(header: &[&str], rows: &[Vec<String>]) -> String {
         !rows.is_empty() && cells.all(|c| c.starts_with(|f: char| f.is_ascii_digit()))
     };
     let layout: Vec<(usize, bool)> = (0..columns).map(|c| (width(c), right(c))).collect();
-    let line = |cells: &[String]| {
+    let row = |cells: &[String]| {
         let parts: Vec<String> = layout
             .iter()
             .enumerate()
@@ -26,7 +30,7 @@ pub fn render(header: &[&str], rows: &[Vec<String>]) -> String {
         format!("{}\n", parts.join("  ").trim_end())
     };
     let head: Vec<String> = header.iter().map(|h| (*h).to_owned()).collect();
-    [line(&head)].into_iter().chain(rows.iter().map(|row| line(row))).collect()
+    [row(&head)].into_iter().chain(rows.iter().map(|cells| row(cells))).collect()
 }
 
 #[cfg(test)]
@@ -43,6 +47,12 @@ mod tests {
         let expected =
             "CLUSTER          SIZE  LSN\npg-1              7 B  0/1\na-longer-name  1024 B\n";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_cell_of_others_begins_no_line_and_moves_no_cursor() {
+        let text = render(&["LABEL"], &[vec!["a\nb: problem\x1b[2K".into()]]);
+        assert_eq!(text, "LABEL\na\\nb: problem\\u001b[2K\n");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::{say, stream, text};
 use crate::error::{Error, Failure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use klio_proto::{Code, v1::Progress};
+use klio_telemetry::visible;
 use serde::de::DeserializeOwned;
 use std::{
     io::IsTerminal,
@@ -93,7 +94,7 @@ impl Shown {
                 }
                 bar.set_length(step.total_bytes);
                 bar.set_position(step.done_bytes);
-                bar.set_message(step.phase.clone());
+                bar.set_message(visible::line(&step.phase).into_owned());
                 bar.tick();
             }
             Shown::Lines { next, phase } => {
@@ -118,10 +119,10 @@ impl Drop for Shown {
 
 fn line(step: &Progress) -> String {
     match step.total_files {
-        0 => step.phase.clone(),
+        0 => visible::line(&step.phase).into_owned(),
         files => format!(
             "{}: {} of {}, {} of {files} files",
-            step.phase,
+            visible::line(&step.phase),
             text::size(step.done_bytes),
             text::size(step.total_bytes),
             step.done_files,

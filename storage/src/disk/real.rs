@@ -1,14 +1,18 @@
-//! The Disk of the operating system.
+//! The Disk of the operating system. What it makes can be read and locked by its owner alone, whatever the umask.
 
 use super::{Disk, DiskFile, DiskLock, Entry, FileHandle, Stat};
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
     path::Path,
     sync::Arc,
     time::{Duration, UNIX_EPOCH},
 };
+
+/// WAL and backups hold everything that the database does.
+const FILE_MODE: u32 = 0o600;
+const FOLDER_MODE: u32 = 0o700;
 
 /// Files of this machine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,7 +53,9 @@ impl Disk for RealDisk {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<FileHandle> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(FILE_MODE);
+        let file = options.open(path)?;
         Ok(Arc::new(RealFile(file)))
     }
 
@@ -62,7 +68,7 @@ impl Disk for RealDisk {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
+        fs::DirBuilder::new().mode(FOLDER_MODE).create(path)
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
@@ -104,12 +110,32 @@ impl Disk for RealDisk {
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>> {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(FILE_MODE);
+        let file = options.open(path)?;
         match file.try_lock() {
             Ok(()) => Ok(Box::new(RealLock { _file: file })),
             Err(TryLockError::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
             Err(TryLockError::Error(e)) => Err(e),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// Tier 1 was world-readable under the usual umask, and any local user could hold its lock.
+    #[test]
+    fn nobody_but_the_owner_may_read_or_lock_what_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let (folder, file, lock) =
+            (dir.path().join("d"), dir.path().join("d/f"), dir.path().join("d/LOCK"));
+        RealDisk.create_dir(&folder).unwrap();
+        RealDisk.create_new(&file).unwrap();
+        let _lock = RealDisk.lock(&lock).unwrap();
+        assert_eq!((mode(&folder), mode(&file), mode(&lock)), (0o700, 0o600, 0o600));
     }
 }

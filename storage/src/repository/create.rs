@@ -2,7 +2,8 @@
 //!
 //! The master key comes from the secret, not from a password: opening derives nothing. The key file is for stock
 //! restic, which derives the same master key from the password (P10). It is written after the config and again
-//! where it is missing, so that a crash between the two is repaired by the next `create`.
+//! where it is missing, so that a crash between the two is repaired by the next `create`. Deriving its key takes 128 MiB for a
+//! moment: one at a time in the whole process, however many clusters begin at once.
 
 use super::{Files, Key, Repository, Secret, Settings, Snapshots, read_checked, sealer};
 use crate::{
@@ -16,13 +17,16 @@ use rustic_core::{
     repofile::{Chunker, ConfigFile, MasterKey},
 };
 use sealer::Sealer;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use zeroize::Zeroizing;
 
 /// Bytes of randomness in a password: as much as the AES key that it leads to.
 const PASSWORD_BYTES: usize = 32;
 /// Trees are small and read often; rustic's own default.
 const TREE_PACK: ByteSize = ByteSize::mib(4);
+
+/// Held while scrypt runs.
+static DERIVING: Mutex<()> = Mutex::new(());
 
 impl Secret {
     /// A new one, from the operating system's randomness.
@@ -163,6 +167,8 @@ impl Repository {
             return Ok(());
         }
         let (opened, _) = self.rustic(Snapshots::Save)?;
+        // What was left half done by a panic is nothing: the key is written by the last step.
+        let _one = DERIVING.lock().unwrap_or_else(PoisonError::into_inner);
         let options = KeyOptions::default().hostname("klio".to_owned()).username("klio".to_owned());
         opened.add_key(&secret.password, &options).map_err(|e| self.fail(Op::Create, e))?;
         Ok(())

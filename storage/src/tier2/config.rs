@@ -55,6 +55,10 @@ pub struct Tier2Config {
     /// Key for `encryption = "kms"`; the account's default key when absent.
     #[serde(default)]
     pub kms_key_id: Option<String>,
+    /// What proves an upload (S3): the checksum that the store compares on arrival, or, for stores that refuse its header,
+    /// reading back.
+    #[serde(default)]
+    pub checksum: Checksums,
     /// Bound of the memory all uploads together may hold; at least 8 MiB.
     #[serde(default = "default_upload_memory")]
     pub upload_memory: ByteSize,
@@ -121,6 +125,17 @@ impl serde::Serialize for Secret {
     }
 }
 
+/// What goes with an upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Checksums {
+    /// S3's checksum header with SHA-256.
+    #[default]
+    Sha256,
+    /// None: each upload is read back and compared.
+    None,
+}
+
 /// Which kind of store a URL names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Provider {
@@ -148,6 +163,7 @@ impl Tier2Config {
             storage_class: None,
             encryption: None,
             kms_key_id: None,
+            checksum: Checksums::default(),
             upload_memory: default_upload_memory(),
             connect_timeout_seconds: default_connect_timeout(),
             request_timeout_seconds: default_request_timeout(),
@@ -175,6 +191,7 @@ impl Tier2Config {
         only(self.region.is_some(), "region", &[Provider::S3]);
         only(self.path_style.is_some(), "path_style", &[Provider::S3]);
         only(self.encryption.is_some(), "encryption", &[Provider::S3]);
+        only(self.checksum != Checksums::default(), "checksum", &[Provider::S3]);
         only(self.storage_class.is_some(), "storage_class", &[Provider::S3, Provider::Google]);
         only(self.service_account_file.is_some(), "service_account_file", &[Provider::Google]);
         only(self.account.is_some(), "account", &[Provider::Azure]);

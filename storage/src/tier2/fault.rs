@@ -12,6 +12,23 @@ const DENIED: &str = "check the credentials and that they may read, write and li
 const CONNECT: &str =
     "is tier2.endpoint right and reachable? A private certificate authority needs tier2.ca_file";
 
+const CLOCK: &str =
+    "set the clock of this machine (NTP): the store refuses requests of another time";
+const EXPIRED: &str =
+    "the session token expired: give a new one, or let ambient credentials renew it";
+const QUOTA: &str = "the bucket's quota is used up: raise it, or keep less";
+const CHECKSUMS: &str = "this store does not take S3's checksum header: set tier2.checksum = \"none\"; uploads are read back then";
+
+/// Codes that a store puts into the body of its answer, where the status says too little or something else.
+const CODES: [(&str, Kind, &str); 6] = [
+    ("RequestTimeTooSkewed", Kind::Transient, CLOCK),
+    ("RequestExpired", Kind::Transient, CLOCK),
+    ("ExpiredToken", Kind::Denied, EXPIRED),
+    ("TokenRefreshRequired", Kind::Denied, EXPIRED),
+    ("QuotaExceeded", Kind::Full, QUOTA),
+    ("NoSuchBucket", Kind::Invalid, NO_BUCKET),
+];
+
 /// Turns a failure of the store into ours.
 pub(super) fn classify(op: Op, place: &str, error: object_store::Error) -> Error {
     let (kind, hint) = kind_of(&error);
@@ -22,8 +39,23 @@ pub(super) fn classify(op: Op, place: &str, error: object_store::Error) -> Error
     }
 }
 
+/// Whether the store refused a request for its checksum header.
+pub(super) fn refuses_checksums(error: &object_store::Error) -> bool {
+    let text = chain(error).to_lowercase();
+    let refused = matches!(status(&text), Some(400 | 501)) || text.contains("notimplemented");
+    refused && text.contains("checksum") && !text.contains("badd") && !text.contains("mismatch")
+}
+
 fn kind_of(error: &object_store::Error) -> (Kind, Option<&'static str>) {
     use object_store::Error as E;
+    if refuses_checksums(error) {
+        return (Kind::Invalid, Some(CHECKSUMS));
+    }
+    let text = chain(error);
+    let said = CODES.iter().find(|(code, ..)| text.contains(&format!("<Code>{code}</Code>")));
+    if let Some((_, kind, hint)) = said {
+        return (*kind, Some(*hint));
+    }
     match error {
         E::NotFound { .. } => (Kind::Invalid, Some(NO_BUCKET)),
         E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => {
@@ -108,6 +140,33 @@ mod tests {
     fn a_full_local_disk_is_full() {
         let error = generic(io::Error::from(io::ErrorKind::StorageFull));
         assert_eq!(classify(Op::Upload, "x", error).kind, Kind::Full);
+    }
+
+    /// A wrong clock was "check the credentials", a refused header "the store said it exists".
+    #[test]
+    fn the_stores_own_code_decides_where_the_status_says_something_else() {
+        let denied = |code: &str| object_store::Error::PermissionDenied {
+            path: "x".into(),
+            source: format!("status code: 403 Forbidden: <Error><Code>{code}</Code></Error>")
+                .into(),
+        };
+        let classified = |error| {
+            let error = classify(Op::Upload, "x", error);
+            (error.kind, error.hint.unwrap_or_default())
+        };
+        let (kind, hint) = classified(denied("RequestTimeTooSkewed"));
+        assert!(kind == Kind::Transient && hint.contains("clock"), "{kind:?} {hint}");
+        assert_eq!(classified(denied("QuotaExceeded")), (Kind::Full, QUOTA));
+        assert_eq!(classified(denied("ExpiredToken")), (Kind::Denied, EXPIRED));
+        assert_eq!(classified(denied("AccessDenied")), (Kind::Denied, DENIED));
+        for answer in [
+            "status code: 501 Not Implemented: <Error><Code>NotImplemented</Code><Message>Header 'x-amz-checksum-sha256' not implemented</Message></Error>",
+            "status code: 400 Bad Request: <Error><Code>InvalidRequest</Code><Message>Unsupported header 'x-amz-sdk-checksum-algorithm'</Message></Error>",
+        ] {
+            assert_eq!(classified(generic(answer)), (Kind::Invalid, CHECKSUMS));
+        }
+        let damaged = "status code: 400 Bad Request: <Error><Code>BadDigest</Code><Message>The checksum did not match</Message></Error>";
+        assert_ne!(classified(generic(damaged)).1, CHECKSUMS);
     }
 
     #[test]

@@ -2,9 +2,13 @@
 //!
 //! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, folder of
 //! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
+//!
+//! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
+//! November 2024, and once more without where a store says that it does not know it (U4).
 
-use super::attempts::Attempts;
+use super::{attempts::Attempts, link};
 use async_trait::async_trait;
+use http::{HeaderValue, Method, StatusCode, header::IF_NONE_MATCH};
 use object_store::{
     ClientOptions,
     client::{
@@ -12,19 +16,23 @@ use object_store::{
         HttpService, ReqwestConnector,
     },
 };
+use std::time::Duration;
 use tracing::{Instrument, Span, field::Empty};
 
 /// Makes clients whose requests are spans.
 #[derive(Debug, Clone)]
 pub(super) struct TracedConnector {
     pub(super) bucket: String,
+    /// For an answer, beside the time for sending.
+    pub(super) patience: Duration,
 }
 
 impl HttpConnector for TracedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
         let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
-        Ok(HttpClient::new(TracedService { inner, bucket, attempts }))
+        let patience = self.patience;
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts, patience }))
     }
 }
 
@@ -33,6 +41,7 @@ struct TracedService {
     inner: HttpClient,
     bucket: String,
     attempts: Attempts,
+    patience: Duration,
 }
 
 #[async_trait]
@@ -41,7 +50,7 @@ impl HttpService for TracedService {
         let span = request_span(&request, &self.bucket);
         let mut attempt = self.attempts.begin(&request);
         span.record("retries", attempt.retries());
-        let result = self.inner.execute(request).instrument(span.clone()).await;
+        let result = self.send(request).instrument(span.clone()).await;
         match &result {
             Ok(response) => {
                 let status = response.status().as_u16();
@@ -55,6 +64,35 @@ impl HttpService for TracedService {
         }
         result
     }
+}
+
+impl TracedService {
+    async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        if !completes_upload(&request) {
+            return self.execute(request).await;
+        }
+        let (parts, body) = request.into_parts();
+        let (mut conditional, body_again) = (parts.clone(), body.clone());
+        conditional.headers.insert(IF_NONE_MATCH, HeaderValue::from_static("*"));
+        let answer = self.execute(HttpRequest::from_parts(conditional, body)).await?;
+        if answer.status() != StatusCode::NOT_IMPLEMENTED {
+            return Ok(answer);
+        }
+        self.execute(HttpRequest::from_parts(parts, body_again)).await
+    }
+
+    async fn execute(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let within = link::patience_for(&request, self.patience);
+        let answer = link::answered(self.inner.execute(request), within).await?;
+        Ok(link::patient(answer, self.patience))
+    }
+}
+
+/// `POST key?uploadId=...`, of S3 alone.
+fn completes_upload(request: &HttpRequest) -> bool {
+    let query = request.uri().query().unwrap_or_default();
+    let names_upload = query.split('&').any(|pair| pair.starts_with("uploadId="));
+    request.method() == Method::POST && names_upload
 }
 
 fn request_span(request: &HttpRequest, bucket: &str) -> Span {

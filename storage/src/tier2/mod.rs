@@ -18,6 +18,7 @@ mod digest;
 mod fault;
 mod fetch;
 mod http;
+mod link;
 mod list;
 mod local;
 mod objects;
@@ -29,7 +30,7 @@ mod transfer;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use config::{Encryption, Secret, Tier2Config};
+pub use config::{Checksums, Encryption, Secret, Tier2Config};
 pub use digest::{Hasher, Sha256Sum, Sha256SumError};
 pub use fetch::Download;
 pub use list::StoredObject;
@@ -53,6 +54,8 @@ pub struct Tier2 {
     attributes: Attributes,
     budget: Arc<Semaphore>,
     budget_kib: u32,
+    /// U2: the store compares nothing on arrival.
+    reads_back: bool,
 }
 
 impl std::fmt::Debug for Tier2 {
@@ -81,6 +84,7 @@ impl Tier2 {
             attributes,
             budget: Arc::new(Semaphore::new(budget_kib as usize)),
             budget_kib,
+            reads_back: config.checksum == Checksums::None,
         })
     }
 

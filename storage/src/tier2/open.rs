@@ -5,7 +5,7 @@
 //! and request timeouts and bounded retries; `file://` fsyncs files and folders.
 
 use super::{
-    config::{Encryption, Provider, Tier2Config},
+    config::{Checksums, Encryption, Provider, Tier2Config},
     http::TracedConnector,
 };
 use crate::{Error, Kind, Op};
@@ -94,14 +94,19 @@ fn s3(config: &Tier2Config, bucket: &str) -> Result<object_store::aws::AmazonS3,
         (Some(Encryption::Kms), Some(key)) => builder.with_sse_kms_encryption(key),
         (Some(Encryption::Kms), None) => sse(builder, "aws:kms"),
     };
+    if config.checksum == Checksums::Sha256 {
+        // The store compares this with what arrived, so a damaged upload is refused, not kept (P5).
+        builder = builder.with_checksum_algorithm(Checksum::SHA256);
+    }
     builder
         .with_bucket_name(bucket)
         .with_virtual_hosted_style_request(!path_style)
-        // The store compares this with what arrived, so a damaged upload is refused, not kept (P5).
-        .with_checksum_algorithm(Checksum::SHA256)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: bucket.to_owned() })
+        .with_http_connector(TracedConnector {
+            bucket: bucket.to_owned(),
+            patience: config.request_timeout(),
+        })
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -129,7 +134,10 @@ fn google(
         .with_bucket_name(bucket)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: bucket.to_owned() })
+        .with_http_connector(TracedConnector {
+            bucket: bucket.to_owned(),
+            patience: config.request_timeout(),
+        })
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -152,7 +160,10 @@ fn azure(
         .with_container_name(container)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: container.to_owned() })
+        .with_http_connector(TracedConnector {
+            bucket: container.to_owned(),
+            patience: config.request_timeout(),
+        })
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -177,7 +188,8 @@ fn client_options(config: &Tier2Config) -> Result<ClientOptions, Error> {
     let mut options = ClientOptions::new()
         .with_allow_http(plain)
         .with_connect_timeout(config.connect_timeout())
-        .with_timeout(config.request_timeout())
+        // The time of a request is that of `link`.
+        .with_timeout_disabled()
         .with_pool_idle_timeout(Duration::from_secs(30));
     if let Some(file) = &config.ca_file {
         let pem = std::fs::read(file).map_err(|error| {

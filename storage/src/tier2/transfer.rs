@@ -7,7 +7,7 @@
 use super::{
     Sha256Sum, Source, Tier2,
     digest::Hasher,
-    fault::{classify, status},
+    fault::{classify, refuses_checksums, status},
     local::{Local, Wrapping},
 };
 use crate::{Error, Kind, Op};
@@ -147,9 +147,15 @@ impl Tier2 {
         }
     }
 
-    /// U1: asks for what was written.
+    /// U1: asks for what was written, and reads it where the store compared nothing (U2).
     async fn look_back(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
-        let found = self.find(key, path).await?.map(|meta| meta.size);
+        let meta = self.find(key, path).await?;
+        let found = meta.as_ref().map(|meta| meta.size);
+        if let Some(meta) = meta.filter(|meta| self.reads_back && meta.size == local.size) {
+            let age = local.source.wrapping.age;
+            let read = self.compare(key, path, &meta, local, age).await?;
+            return Ok(Uploaded { outcome: Outcome::Stored, ..read });
+        }
         if found == Some(local.size) {
             let (size, sha256) = (local.size, local.sha256);
             return Ok(Uploaded { size, sha256, outcome: Outcome::Stored });
@@ -198,6 +204,10 @@ impl Tier2 {
         match self.store.put_opts(path, payload, options).await {
             Ok(_) => Ok(()),
             Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
+            // Of the checksum's header, not of the condition.
+            Err(error) if refuses_checksums(&error) => {
+                Err(Refused::Failed(classify(Op::Upload, &self.place(key), error)))
+            }
             Err(E::NotImplemented { .. }) => Err(Refused::Unconditional),
             Err(error) if status(&error.to_string()) == Some(501) => Err(Refused::Unconditional),
             Err(error) => Err(Refused::Failed(classify(Op::Upload, &self.place(key), error))),
@@ -205,6 +215,7 @@ impl Tier2 {
     }
 
     async fn put_parts(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
+        use object_store::Error as E;
         let options = PutMultipartOptions {
             attributes: self.attributes.clone(),
             ..PutMultipartOptions::default()
@@ -216,7 +227,12 @@ impl Tier2 {
             // Completing overwrites, so look once more: the parts may have taken minutes.
             Ok(()) => match self.find(key, path).await {
                 Ok(Some(_)) => Err(Refused::Exists),
-                Ok(None) => upload.complete().await.map(|_| ()).map_err(fail),
+                // The store is asked to complete it only if still nothing is there, where it understands (http.rs).
+                Ok(None) => match upload.complete().await {
+                    Ok(_) => Ok(()),
+                    Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
+                    Err(error) => Err(fail(error)),
+                },
                 Err(error) => Err(Refused::Failed(error)),
             },
         };

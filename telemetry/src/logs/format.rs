@@ -3,12 +3,14 @@
 //! Text: `time LEVEL target: span{fields}: message field=value trace_id=… span_id=… trace_flags=…`.
 //! JSON: one object, the event's fields beside `timestamp`, `level`, `target` and `message`; spans, outermost
 //! first, under `spans`. A field that would hide one of ours is renamed `field.<name>`.
-//! Secrets are taken out of fields and messages, whoever wrote them there.
+//! Secrets are taken out of fields and messages, whoever wrote them there, and what would move a cursor or begin a line of its own
+//! is shown as an escape: much of what is logged was written by others.
 //! The ids are there exactly when the event happened inside a span.
 
 use crate::{
     LogFormat, ids,
     redact::{is_secret_name, redact},
+    visible,
 };
 use serde_json::{Map, Value};
 use std::{
@@ -89,13 +91,13 @@ where
         writer.write_str(span.name())?;
         let extensions = span.extensions();
         match extensions.get::<FormattedFields<N>>().filter(|f| !f.is_empty()) {
-            Some(fields) => write!(writer, "{{{}}}: ", redact(&fields.fields))?,
+            Some(fields) => write!(writer, "{{{}}}: ", visible::line(&redact(&fields.fields)))?,
             None => writer.write_str(": ")?,
         }
     }
     let mut fields = String::new();
     ctx.format_fields(Writer::new(&mut fields), event)?;
-    writer.write_str(&redact(&fields))?;
+    writer.write_str(&visible::line(&redact(&fields)))?;
     if let Some(ids) = ids {
         write!(
             writer,
@@ -155,7 +157,7 @@ where
         let taken = line.contains_key(&name);
         line.insert(if taken { format!("field.{name}") } else { name }, value);
     }
-    writeln!(writer, "{}", Value::Object(line))
+    writeln!(writer, "{}", visible::line(&Value::Object(line).to_string()))
 }
 
 fn described<S, N>(span: &SpanRef<'_, S>) -> Value

@@ -7,6 +7,7 @@ use crate::{
     restore::{Catalog, Known, Scratch, Source, Wal, show_time},
 };
 use klio_storage::catalog::{Hole, Line, Stop, Survey, Window};
+use klio_telemetry::visible;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tokio_util::sync::CancellationToken;
@@ -130,7 +131,7 @@ fn to_text(catalog: &Catalog, survey: &Survey, lines: &[Line], ends: &Ends) -> S
         out += "  nothing\n";
     }
     for problem in catalog.problems.iter().chain(survey.problems()) {
-        out += &format!("problem: {problem}\n");
+        out += &format!("problem: {}\n", visible::line(problem));
     }
     out
 }
@@ -152,7 +153,8 @@ fn line_text(line: &Line, ends: &Ends) -> String {
         );
     }
     for Hole { timeline, from, to, reason } in &line.holes {
-        out += &format!("    hole from {from} to {to} on timeline {}: {reason}\n", timeline.get());
+        let (number, reason) = (timeline.get(), visible::line(reason));
+        out += &format!("    hole from {from} to {to} on timeline {number}: {reason}\n");
     }
     for run in &line.unserved {
         out += &format!(

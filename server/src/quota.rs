@@ -1,0 +1,488 @@
+//! What one caller may use of what all share (P13): calls, connections, restores and stored bytes of each cluster.
+//!
+//! - WAL is never refused for a quota: its calls are counted apart from the others, and what it stores counts, is said, and
+//!   stops base backups only. Acknowledged WAL is never dropped for one.
+//! - Base backups leave a share of tier 1's disk to the WAL of all clusters.
+//! - A place that is taken is given back when its value is dropped: no clock and no file can leave one behind.
+
+use crate::base::BaseStore;
+use klio_pg::ByteSize;
+use klio_proto::Code;
+use klio_storage::layout::{BackupName, BaseObject, ClusterName};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tonic::Status;
+
+/// Calls of the WAL service at once: one stream, its predecessor on its way out, and questions before it.
+const WAL_CALLS_MAX: usize = 16;
+/// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
+const MEASURE_EVERY: Duration = Duration::from_secs(600);
+/// Highest share of the disk that may be left to WAL.
+const KEEP_FREE_MAX: f64 = 90.0;
+
+/// `[quota]`: for every cluster. 0 is no bound.
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuotaConfig {
+    /// Bytes that a cluster may store in a tier, WAL and base backups together; more stops base backups.
+    pub stored_bytes: ByteSize,
+    /// Bytes that one base backup may store.
+    pub backup_bytes: ByteSize,
+    /// Calls at once, but those that bring WAL.
+    pub calls: usize,
+    /// Connections at once.
+    pub connections: usize,
+    /// Restores at once.
+    pub restores: usize,
+    /// Percent of tier 1's disk that base backups leave to WAL.
+    pub keep_free_percent: f64,
+    /// For single clusters.
+    pub clusters: BTreeMap<ClusterName, QuotaPatch>,
+}
+
+impl Default for QuotaConfig {
+    fn default() -> Self {
+        Self {
+            stored_bytes: ByteSize::new(0),
+            backup_bytes: ByteSize::new(0),
+            // A restore with 16 workers takes some dozens.
+            calls: 256,
+            connections: 64,
+            restores: 16,
+            keep_free_percent: 5.0,
+            clusters: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[quota.clusters.NAME]`: replaces what it names.
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuotaPatch {
+    /// As in `[quota]`.
+    pub stored_bytes: Option<ByteSize>,
+    /// As in `[quota]`.
+    pub backup_bytes: Option<ByteSize>,
+    /// As in `[quota]`.
+    pub calls: Option<usize>,
+    /// As in `[quota]`.
+    pub connections: Option<usize>,
+    /// As in `[quota]`.
+    pub restores: Option<usize>,
+}
+
+impl QuotaConfig {
+    /// Every problem.
+    pub fn validate(&self) -> Vec<String> {
+        let percent = self.keep_free_percent;
+        if (0.0..=KEEP_FREE_MAX).contains(&percent) {
+            return Vec::new();
+        }
+        vec![format!("quota.keep_free_percent: expected 0 to {KEEP_FREE_MAX}, found {percent}")]
+    }
+
+    /// The quota of a cluster; of a caller without one the general one.
+    fn of(&self, cluster: Option<&ClusterName>) -> Self {
+        let mut all = Self { clusters: BTreeMap::new(), ..self.clone() };
+        let Some(own) = cluster.and_then(|cluster| self.clusters.get(cluster)) else { return all };
+        all.stored_bytes = own.stored_bytes.unwrap_or(all.stored_bytes);
+        all.backup_bytes = own.backup_bytes.unwrap_or(all.backup_bytes);
+        all.calls = own.calls.unwrap_or(all.calls);
+        all.connections = own.connections.unwrap_or(all.connections);
+        all.restores = own.restores.unwrap_or(all.restores);
+        all
+    }
+}
+
+/// What is counted of a caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Connections,
+    Calls,
+    WalCalls,
+}
+
+/// Whose: the cluster of a tenant, the name of anybody else.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Whose {
+    /// A tenant's.
+    Cluster(ClusterName),
+    /// Somebody's without a cluster.
+    Person(String),
+}
+
+impl Whose {
+    const fn cluster(&self) -> Option<&ClusterName> {
+        match self {
+            Self::Cluster(cluster) => Some(cluster),
+            Self::Person(_) => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Whose {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cluster(cluster) => write!(f, "cluster {cluster}"),
+            Self::Person(name) => write!(f, "{name:?}"),
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    counts: BTreeMap<(Whose, What), usize>,
+    stored: BTreeMap<ClusterName, Stored>,
+}
+
+/// Bytes of a cluster on tier 1.
+struct Stored {
+    measured: Instant,
+    tier1: u64,
+    /// What the running backup has stored.
+    backup: Option<(BackupName, u64)>,
+}
+
+/// All quotas. Cheap to clone.
+#[derive(Clone)]
+pub struct Quotas {
+    config: Arc<QuotaConfig>,
+    state: Arc<Mutex<State>>,
+}
+
+/// A counted thing; dropping it gives its place back.
+pub struct Counted {
+    state: Arc<Mutex<State>>,
+    key: (Whose, What),
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        if let Some(count) = state.counts.get_mut(&self.key) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                state.counts.remove(&self.key);
+            }
+        }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Quotas {
+    /// By this configuration.
+    pub fn new(config: QuotaConfig) -> Self {
+        Self { config: Arc::new(config), state: Arc::default() }
+    }
+
+    fn take(&self, whose: Whose, what: What, most: usize) -> Result<Counted, Status> {
+        let mut state = lock(&self.state);
+        let count = state.counts.entry((whose.clone(), what)).or_default();
+        if most != 0 && *count >= most {
+            let (name, key) = match what {
+                What::Connections => ("connections", "quota.connections"),
+                What::Calls => ("calls", "quota.calls"),
+                What::WalCalls => ("calls for WAL", "the bound for WAL"),
+            };
+            return Err(Code::Quota
+                .status(format!("{whose} has {count} {name} open, as many as {key} allows")));
+        }
+        *count += 1;
+        Ok(Counted { state: Arc::clone(&self.state), key: (whose, what) })
+    }
+
+    /// A connection of this caller.
+    ///
+    /// # Errors
+    /// `QUOTA`.
+    pub fn connection(&self, whose: Whose) -> Result<Counted, Status> {
+        let most = self.config.of(whose.cluster()).connections;
+        self.take(whose, What::Connections, most)
+    }
+
+    /// A call of this caller, `package.Service/Method`.
+    ///
+    /// # Errors
+    /// `QUOTA`.
+    pub fn call(&self, whose: Whose, method: &str) -> Result<Counted, Status> {
+        // All of the WAL service but what reads.
+        let brings_wal = method.starts_with("klio.v1.Wal/") && method != "klio.v1.Wal/Fetch";
+        if brings_wal {
+            return self.take(whose, What::WalCalls, WAL_CALLS_MAX);
+        }
+        let most = self.config.of(whose.cluster()).calls;
+        self.take(whose, What::Calls, most)
+    }
+
+    /// One more restore beside so many.
+    ///
+    /// # Errors
+    /// `QUOTA`.
+    pub fn restore(&self, cluster: &ClusterName, running: usize) -> Result<(), Status> {
+        let most = self.config.of(Some(cluster)).restores;
+        if most == 0 || running < most {
+            return Ok(());
+        }
+        Err(Code::Quota.status(format!(
+            "cluster {cluster} has {running} restores running, as many as quota.restores allows"
+        )))
+    }
+
+    /// So many bytes of a base backup, before they are taken.
+    ///
+    /// # Errors
+    /// `QUOTA`, or `DISK_FULL` where what is left of the disk is for WAL.
+    pub async fn put(
+        &self,
+        base: &BaseStore,
+        cluster: &ClusterName,
+        size: u64,
+    ) -> Result<(), Status> {
+        let quota = self.config.of(Some(cluster));
+        if let Ok((free, total)) = base.wal().free_space() {
+            room_for(free, total, quota.keep_free_percent, size)?;
+        }
+        let used = match quota.stored_bytes.bytes() {
+            0 => 0,
+            _ => self.stored(base, cluster).await,
+        };
+        let running = base.reservations().running(cluster).backup;
+        let mut state = lock(&self.state);
+        let stored = state.stored.entry(cluster.clone()).or_insert_with(Stored::unmeasured);
+        let backup = stored.of_backup(running);
+        within("quota.stored_bytes", cluster, quota.stored_bytes, used, size)?;
+        within("quota.backup_bytes", cluster, quota.backup_bytes, backup, size)?;
+        stored.add(size);
+        Ok(())
+    }
+
+    /// Bytes of a cluster in the tier that holds more of it.
+    async fn stored(&self, base: &BaseStore, cluster: &ClusterName) -> u64 {
+        let known = lock(&self.state).stored.get(cluster).and_then(Stored::fresh);
+        let tier1 = match known {
+            Some(bytes) => bytes,
+            None => {
+                let folder = base.root().join(cluster.as_str());
+                let measured = tokio::task::spawn_blocking(move || bytes_below(&folder)).await;
+                let measured = measured.unwrap_or(0);
+                let mut state = lock(&self.state);
+                let stored = state.stored.entry(cluster.clone()).or_insert_with(Stored::unmeasured);
+                (stored.measured, stored.tier1) = (Instant::now(), measured);
+                measured
+            }
+        };
+        tier1.max(bytes_in_tier2(base, cluster))
+    }
+
+    /// What is to be said of a cluster that stores more than it may; and what it stores, with its quota.
+    pub fn used(&self, base: &BaseStore, cluster: &ClusterName, tier2_wal: u64) -> Option<Used> {
+        let quota = self.config.of(Some(cluster)).stored_bytes;
+        if quota.bytes() == 0 {
+            return None;
+        }
+        let tier1 = lock(&self.state).stored.get(cluster).map_or(0, |stored| stored.tier1);
+        let bytes = tier1.max(bytes_in_tier2(base, cluster).saturating_add(tier2_wal));
+        Some(Used { bytes, quota })
+    }
+}
+
+/// What a cluster stores of what it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    bytes: u64,
+    quota: ByteSize,
+}
+
+impl Used {
+    /// 1 is all of it.
+    pub fn ratio(&self) -> f64 {
+        self.bytes as f64 / self.quota.bytes().max(1) as f64
+    }
+
+    /// In words, when it is more than may be.
+    pub fn problem(&self) -> Option<String> {
+        (self.bytes > self.quota.bytes()).then(|| {
+            let (used, quota) = (ByteSize::new(self.bytes), self.quota);
+            format!("{used} are stored, more than quota.stored_bytes of {quota}: base backups are refused, WAL is received on")
+        })
+    }
+}
+
+impl Stored {
+    fn unmeasured() -> Self {
+        Self { measured: Instant::now(), tier1: 0, backup: None }
+    }
+
+    fn fresh(&self) -> Option<u64> {
+        let known = self.tier1 > 0 && self.measured.elapsed() < MEASURE_EVERY;
+        known.then_some(self.tier1)
+    }
+
+    /// What the backup that runs has stored; another one begins at 0.
+    fn of_backup(&mut self, running: Option<BackupName>) -> u64 {
+        let Some(running) = running else { return self.backup.take().map_or(0, |_| 0) };
+        match &self.backup {
+            Some((name, bytes)) if *name == running => *bytes,
+            _ => {
+                self.backup = Some((running, 0));
+                0
+            }
+        }
+    }
+
+    fn add(&mut self, size: u64) {
+        self.tier1 = self.tier1.saturating_add(size);
+        if let Some((_, bytes)) = &mut self.backup {
+            *bytes = bytes.saturating_add(size);
+        }
+    }
+}
+
+fn within(
+    key: &str,
+    cluster: &ClusterName,
+    quota: ByteSize,
+    used: u64,
+    size: u64,
+) -> Result<(), Status> {
+    if quota.bytes() == 0 || used.saturating_add(size) <= quota.bytes() {
+        return Ok(());
+    }
+    let used = ByteSize::new(used);
+    Err(Code::Quota.status(format!(
+        "store a file of cluster {cluster}: {used} are used, and {key} is {quota}"
+    )))
+}
+
+fn room_for(free: u64, total: u64, keep_percent: f64, size: u64) -> Result<(), Status> {
+    let keep = (total as f64 * keep_percent / 100.0) as u64;
+    if keep_percent == 0.0 || free.saturating_sub(size) >= keep {
+        return Ok(());
+    }
+    let (free, keep) = (ByteSize::new(free), ByteSize::new(keep));
+    Err(Code::DiskFull.status(format!(
+        "store a file: {free} are free on the server's tier-1 disk, of which base backups leave {keep} to WAL (quota.keep_free_percent)"
+    )))
+}
+
+fn bytes_in_tier2(base: &BaseStore, cluster: &ClusterName) -> u64 {
+    let objects: Option<BTreeMap<BaseObject, u64>> = base.archives().objects(cluster);
+    objects.map_or(0, |objects| objects.values().sum())
+}
+
+fn bytes_below(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(found) if found.is_dir() => bytes_below(&entry.path()),
+            Ok(found) => found.len(),
+            Err(_) => 0, // just removed
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cluster(name: &str) -> ClusterName {
+        name.parse().unwrap()
+    }
+
+    fn quotas(text: &str) -> Quotas {
+        Quotas::new(toml::from_str(text).unwrap())
+    }
+
+    fn code<T>(result: Result<T, Status>) -> Option<Code> {
+        result.err().map(|status| Code::of(&status))
+    }
+
+    #[test]
+    fn a_cluster_has_its_bounds_and_no_other_one_feels_them() {
+        let quotas = quotas("calls = 2\nconnections = 1\n[clusters.big]\ncalls = 3\n");
+        let call = |name: &str| quotas.call(Whose::Cluster(cluster(name)), "klio.v1.Base/GetFile");
+        let mut open: Vec<_> = (0..2).map(|_| call("a").unwrap()).collect();
+        assert_eq!(code(call("a")), Some(Code::Quota));
+        let _others: Vec<_> = (0..2).map(|_| call("b").unwrap()).collect();
+        let _big: Vec<_> = (0..3).map(|_| call("big").unwrap()).collect();
+        assert_eq!(code(call("big")), Some(Code::Quota));
+        open.pop();
+        assert!(call("a").is_ok(), "a place that is given back is free");
+        let connection = |name: &str| quotas.connection(Whose::Cluster(cluster(name)));
+        let _first = connection("a").unwrap();
+        assert_eq!(code(connection("a")), Some(Code::Quota));
+        assert!(connection("b").is_ok());
+        assert!(quotas.connection(Whose::Person("a".into())).is_ok());
+    }
+
+    /// WAL goes on whatever else the cluster does.
+    #[test]
+    fn calls_for_wal_have_places_of_their_own() {
+        let quotas = quotas("calls = 1\n");
+        let whose = || Whose::Cluster(cluster("a"));
+        let _all = quotas.call(whose(), "klio.v1.Base/GetFile").unwrap();
+        assert_eq!(code(quotas.call(whose(), "klio.v1.Wal/Fetch")), Some(Code::Quota));
+        let wal: Vec<_> =
+            (0..WAL_CALLS_MAX).map(|_| quotas.call(whose(), "klio.v1.Wal/Receive")).collect();
+        assert!(wal.iter().all(Result::is_ok));
+        assert_eq!(code(quotas.call(whose(), "klio.v1.Wal/Receive")), Some(Code::Quota));
+    }
+
+    #[test]
+    fn zero_is_no_bound_and_nonsense_is_refused() {
+        let none = quotas("calls = 0\nconnections = 0\nrestores = 0\n");
+        let open: Vec<_> = (0..1000)
+            .map(|_| none.call(Whose::Person("x".into()), "klio.v1.Base/Verify"))
+            .collect();
+        assert!(open.iter().all(Result::is_ok));
+        assert!(none.restore(&cluster("a"), 1000).is_ok());
+        assert_eq!(code(quotas("restores = 2").restore(&cluster("a"), 2)), Some(Code::Quota));
+        assert!(toml::from_str::<QuotaConfig>("cals = 1").is_err());
+        let bad: QuotaConfig = toml::from_str("keep_free_percent = 95").unwrap();
+        assert_eq!(bad.validate().len(), 1);
+        assert!(QuotaConfig::default().validate().is_empty());
+    }
+
+    #[test]
+    fn base_backups_leave_a_share_of_the_disk_to_wal() {
+        assert!(room_for(100, 1000, 5.0, 50).is_ok());
+        assert_eq!(code(room_for(100, 1000, 5.0, 51)), Some(Code::DiskFull));
+        assert_eq!(code(room_for(10, 1000, 5.0, 1)), Some(Code::DiskFull));
+        assert!(room_for(10, 1000, 0.0, 11).is_ok());
+    }
+
+    #[test]
+    fn stored_bytes_stop_base_backups_and_are_said() {
+        let (a, quota) = (cluster("a"), ByteSize::new(100));
+        assert!(within("quota.stored_bytes", &a, quota, 60, 40).is_ok());
+        let refused = within("quota.stored_bytes", &a, quota, 60, 41).unwrap_err();
+        assert!(refused.message().contains("quota.stored_bytes"), "{refused:?}");
+        assert_eq!(Used { bytes: 100, quota }.problem(), None);
+        assert!(Used { bytes: 101, quota }.problem().unwrap().contains("WAL is received on"));
+        let mut stored = Stored::unmeasured();
+        let [one, two] = ["one", "two"].map(|name| name.parse::<BackupName>().ok());
+        assert_eq!(stored.of_backup(one.clone()), 0);
+        stored.add(7);
+        assert_eq!(stored.of_backup(one), 7);
+        assert_eq!(stored.of_backup(two), 0, "each backup begins at 0");
+        assert_eq!(stored.tier1, 7);
+    }
+
+    #[test]
+    fn a_folder_is_measured_with_all_below_it() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        std::fs::write(dir.path().join("d/x"), [0; 10]).unwrap();
+        std::fs::write(dir.path().join("y"), [0; 5]).unwrap();
+        assert_eq!(bytes_below(dir.path()), 15);
+        assert_eq!(bytes_below(&dir.path().join("none")), 0);
+    }
+}
