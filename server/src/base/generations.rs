@@ -13,13 +13,22 @@ use klio_storage::{
     layout::{BaseObject, ClusterName},
     record,
 };
-use std::{collections::BTreeMap, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 use tonic::Status;
+
+/// A restore from a server that has nothing but the bucket asks for each file: not each time for this as well.
+const ASKED_FOR: Duration = Duration::from_secs(10);
 
 /// What was read, by the cluster's plain name.
 #[derive(Default)]
 pub(super) struct Known {
     read: Mutex<BTreeMap<ClusterName, Generations>>,
+    /// What the bucket said of clusters that are not on tier 1, and when.
+    asked: Mutex<BTreeMap<ClusterName, (Instant, Generations)>>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
 }
@@ -52,13 +61,22 @@ impl BaseStore {
             return Ok(here);
         }
         let Some(tier2) = self.tier2() else { return Ok(here) };
+        let fresh = |asked: &&(Instant, Generations)| asked.0.elapsed() < ASKED_FOR;
+        if let Some((_, known)) = lock(&self.0.generations.asked).get(&cluster.base()).filter(fresh)
+        {
+            return Ok(known.clone());
+        }
         let key = BaseObject::Generations.key(&cluster.base());
         let question = async {
             let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;
             bytes.map(|bytes| record::decode::<Generations>(&bytes, &key)).transpose()
         };
-        let found = self.ask(cluster, tier2, question).await?;
-        Ok(found.unwrap_or_default())
+        let found = self.ask(cluster, tier2, question).await?.unwrap_or_default();
+        let mut asked = lock(&self.0.generations.asked);
+        // Callers of any name may ask: what is old goes.
+        asked.retain(|_, (at, _)| at.elapsed() < ASKED_FOR);
+        asked.insert(cluster.base(), (Instant::now(), found.clone()));
+        Ok(found)
     }
 
     /// What a name stands for: `<name>@<number>` for itself, a plain name for the current generation.

@@ -42,6 +42,8 @@ use tonic::Status;
 const AT_ONCE: usize = 4;
 /// A writer opens its stream right after its comparison; of more writers than this the oldest compares again.
 const PROOFS_MAX: usize = 4096;
+/// How far back the last whole record is looked for.
+const SEAM_SEGMENTS: u64 = 4;
 /// Of what a client may send ahead of a record's end.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
@@ -289,19 +291,52 @@ impl Comparer {
         if end == Lsn::ZERO {
             return Ok(None);
         }
-        let last = Lsn::new(end.as_u64() - 1);
-        let segment = SegmentName::containing(timeline, last, size);
-        let start = last.segment_start(size);
-        let walker = RecordWalker::new(size, major, start);
-        let part = Part::new(segment, size, start..end, walker);
-        let Some(part) = self.read(cluster, segment, size, part).await? else { return Ok(None) };
-        if part.digests.position() != end {
-            return Ok(None);
+        let nearest = Lsn::new(end.as_u64() - 1).segment_start(size);
+        let mut walked = None;
+        // A record may be longer than a segment: the last whole one began before.
+        for back in 0..SEAM_SEGMENTS {
+            let before = back.saturating_mul(size.bytes());
+            let Some(start) = nearest.as_u64().checked_sub(before) else { break };
+            let from = Lsn::new(start);
+            match self.walk(cluster, size, timeline, from..end, major).await? {
+                Some(walker) if walker.last_record().is_some() => {
+                    walked = Some(walker);
+                    break;
+                }
+                Some(_) => {}
+                None => break,
+            }
         }
         Ok(match next == end {
-            true => Seam::continues(part.walker, next),
-            false => Seam::behind(&part.walker, size, major, next),
+            true => walked.and_then(|walker| Seam::continues(walker, next)),
+            false => Some(Seam::behind(walked.as_ref(), size, major, next)),
         })
+    }
+
+    /// The records of what is held in a range; `None` when not all of it can be read.
+    async fn walk(
+        &self,
+        cluster: &ClusterName,
+        size: SegmentSize,
+        timeline: TimelineId,
+        range: std::ops::Range<Lsn>,
+        major: u32,
+    ) -> Result<Option<RecordWalker>, Status> {
+        let mut walker = RecordWalker::new(size, major, range.start);
+        let mut at = range.start;
+        while at < range.end {
+            let segment = SegmentName::containing(timeline, at, size);
+            let end = next_segment(at, size).min(range.end);
+            let part = Part::new(segment, size, at..end, walker);
+            let Some(part) = self.read(cluster, segment, size, part).await? else {
+                return Ok(None);
+            };
+            if part.digests.position() != end {
+                return Ok(None);
+            }
+            (walker, at) = (part.walker, end);
+        }
+        Ok(Some(walker))
     }
 
     fn remember(&self, proof: Proof) {
@@ -442,7 +477,8 @@ impl Comparer {
             None => None,
         };
         let all = self.base.generations(cluster).await?;
-        if seam.is_none()
+        // Behind a gap the first record says next to nothing.
+        if (seam.is_none() || open.gap.is_some())
             && let Some(refused) = all.undecided().find(|g| !g.taken)
         {
             return Err(Code::Diverged.status(format!(

@@ -33,7 +33,7 @@ pub use schedule::{Planner, Schedule};
 use crate::{
     config::{self, Checkpoint},
     conninfo::ConnInfo,
-    error::Error,
+    error::{Error, Failure},
     replication::SlotName,
     server_link::{BaseLink, ServerLink},
     streamer::{self, Postgres},
@@ -167,7 +167,19 @@ impl Backup {
             () = self.stop.cancelled() => Err(copy::stopped()),
             found = self.history(None) => found,
         };
-        self.of(found?).phases_there(order, backup).await
+        match found {
+            Ok(cluster) => self.of(cluster).phases_there(order, backup).await,
+            // A role without REPLICATION can take a backup; the server refuses it where there are several histories.
+            Err(error) if matches!(error.failure, Failure::Postgres | Failure::PostgresRefused) => {
+                tracing::warn!(
+                    "{}; the backup is taken without showing which history it is of; hint: ALTER ROLE ... REPLICATION, and a line for replication in pg_hba.conf",
+                    error.message
+                );
+                let unproven = Self { writer_id: String::new(), ..self.of(self.cluster.clone()) };
+                unproven.phases_there(order, backup).await
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn phases_there(&self, order: &Order, backup: &Span) -> Result<Done, Error> {

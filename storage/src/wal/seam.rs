@@ -42,10 +42,11 @@ impl Seam {
         good.then_some(Self { walker, rule: Rule::Continues { last, end } })
     }
 
-    /// Behind a gap: the same walker, and where WAL is there again, at a segment's start.
-    pub fn behind(held: &RecordWalker, size: SegmentSize, major: u32, next: Lsn) -> Option<Self> {
-        let last = held.last_record()?;
-        Some(Self { walker: RecordWalker::new(size, major, next), rule: Rule::Behind { last } })
+    /// Behind a gap: the same walker, if there is one, and where WAL is there again, at a segment's start. A record that
+    /// points to nothing, as after pg_resetwal, follows no record that is held, whichever that is.
+    pub fn behind(held: Option<&RecordWalker>, size: SegmentSize, major: u32, next: Lsn) -> Self {
+        let last = held.and_then(RecordWalker::last_record).unwrap_or(Lsn::new(1));
+        Self { walker: RecordWalker::new(size, major, next), rule: Rule::Behind { last } }
     }
 
     /// Looks at the next bytes; `true` when nothing is left to look at.
@@ -200,9 +201,14 @@ mod tests {
         let last = held.last_record().unwrap().as_u64();
         let next = BASE + 4 * SEGMENT;
         for (previous, good) in [(last, true), (next - 500, true), (last - 8, false), (0, false)] {
-            let seam = Seam::behind(&held, size(), 15, Lsn::new(next)).unwrap();
+            let seam = Seam::behind(Some(&held), size(), 15, Lsn::new(next));
             let found = through(seam, &Wal::new(next, previous, &[50], 1).bytes, 1000);
             assert_eq!(found.is_ok(), good, "xl_prev {previous:x}: {found:?}");
+        }
+        for (previous, good) in [(0, false), (8, true)] {
+            let seam = Seam::behind(None, size(), 15, Lsn::new(next));
+            let found = through(seam, &Wal::new(next, previous, &[50], 1).bytes, 1000);
+            assert_eq!(found.is_ok(), good, "nothing whole is held: {found:?}");
         }
     }
 
