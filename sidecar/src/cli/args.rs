@@ -359,6 +359,9 @@ pub struct WalFetchArgs {
     /// How long to try when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
+    /// What is left of a standby's patience
+    #[arg(long, hide = true, value_parser = parse_duration)]
+    pub answer_within: Option<Duration>,
     /// Neither start nor ask a read-ahead agent
     #[arg(long)]
     pub no_agent: bool,

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Failure},
     restore::{
         Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
-        parse_time, show_time,
+        explain_time, parse_time, show_time,
     },
 };
 use klio_pg::TimelineId;
@@ -37,9 +37,9 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
     let shown = display::show(args.quiet || args.dry_run, || view(&restore.progress.seen()));
     let work = display::watched(&stop, "stopping", shown, async {
         let planned = restore.plan(&order).await?;
-        let plan = to_json(&planned);
+        let plan = to_json(&planned, &order);
         if !args.json && !args.quiet {
-            print(&describe(&planned));
+            print(&describe(&planned, &order));
         }
         planned.notes.iter().for_each(|note| say(&format!("note: {note}")));
         if args.dry_run {
@@ -188,7 +188,7 @@ pub(super) fn recovery(recovery: &Recovery) -> String {
     }
 }
 
-fn describe(planned: &Planned) -> String {
+fn describe(planned: &Planned, order: &Order) -> String {
     let Decision { plan, recovery: target, .. } = &planned.decision;
     let record = &plan.backup;
     let mut out = format!(
@@ -208,13 +208,16 @@ fn describe(planned: &Planned) -> String {
         text::size(planned.bytes),
         planned.files,
     );
+    if let Target::Time { unix_micros } = order.wish.target {
+        out += &format!("  asked for    {}\n", explain_time(unix_micros));
+    }
     for (oid, place) in planned.places.linked() {
         out += &format!("  tablespace   {oid} to {}\n", place.display());
     }
     out
 }
 
-fn to_json(planned: &Planned) -> Value {
+fn to_json(planned: &Planned, order: &Order) -> Value {
     let plan = &planned.decision.plan;
     let tablespaces: Vec<Value> = planned
         .places
@@ -240,6 +243,10 @@ fn to_json(planned: &Planned) -> Value {
         "wal_to": plan.reach.end,
         "hole": hole,
         "target": recovery(&planned.decision.recovery),
+        "asked_time": match order.wish.target {
+            Target::Time { unix_micros } => json!(show_time(unix_micros)),
+            _ => Value::Null,
+        },
         "action": planned.settings.action,
         "settings": settings,
         "files": planned.files,

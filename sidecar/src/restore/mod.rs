@@ -29,6 +29,7 @@ mod source;
 mod stored;
 mod strip;
 mod target;
+mod time;
 mod wal;
 mod way;
 
@@ -38,7 +39,8 @@ pub use run::{Done, Order, Planned, Restore};
 pub use scratch::Scratch;
 pub use settings::{Action, Invocation};
 pub use source::{Catalog, Known, Source};
-pub use target::{Decision, Recovery, Wish, parse_time, show_time};
+pub use target::{Decision, Recovery, Wish};
+pub use time::{explain_time, parse_time, show_time};
 pub use wal::{Tail, Wal};
 
 use crate::{

@@ -8,7 +8,7 @@
 //! checked against the commits before the backup's end.
 
 use super::{
-    Scratch,
+    Scratch, show_time,
     source::Source,
     wal::{Tail, Wal},
 };
@@ -72,49 +72,6 @@ pub fn refused(refusal: &Refusal) -> Error {
         None => "klio list shows what can be recovered; nothing was touched".to_owned(),
     };
     Error::new(Failure::Unreachable, refusal).hint(hint)
-}
-
-/// A time as PostgreSQL reads and prints it, in UTC.
-pub fn show_time(unix_micros: i64) -> String {
-    jiff::Timestamp::from_microsecond(unix_micros).map_or_else(
-        |_| format!("{unix_micros} microseconds after 1970"),
-        |time| time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string(),
-    )
-}
-
-/// Reads `2026-11-21 14:03:00.5+01`, RFC 3339, or a time without a zone, which is in this machine's.
-///
-/// # Errors
-/// In words.
-pub fn parse_time(text: &str) -> Result<i64, String> {
-    let wrong = || {
-        format!(
-            "expected a time such as '2026-11-21 14:03:00+01' or 2026-11-21T13:03:00Z, found {text:?}"
-        )
-    };
-    let text = text.trim();
-    if let Some(date) = text.strip_suffix(" UTC").or_else(|| text.strip_suffix(" GMT")) {
-        return parse_time(&format!("{date}Z"));
-    }
-    if let Ok(time) = text.parse::<jiff::Timestamp>() {
-        return Ok(time.as_microsecond());
-    }
-    // jiff wants minutes in an offset; PostgreSQL prints +01.
-    let tail = text.char_indices().rev().nth(2).map(|(at, _)| &text[at..]);
-    let short =
-        tail.filter(|t| t.starts_with(['+', '-']) && t[1..].bytes().all(|b| b.is_ascii_digit()));
-    if short.is_some() && text.contains(':') {
-        return format!("{text}:00")
-            .parse::<jiff::Timestamp>()
-            .map(|t| t.as_microsecond())
-            .map_err(|_| wrong());
-    }
-    let local: jiff::civil::DateTime = text.parse().map_err(|_| wrong())?;
-    let zone = jiff::tz::TimeZone::system();
-    let time = zone.to_ambiguous_zoned(local).unambiguous();
-    time.map(|time| time.timestamp().as_microsecond()).map_err(|_| {
-        format!("{text} happens twice or never in this time zone: say the offset, as in +01")
-    })
 }
 
 /// What comes of a wish.
@@ -352,28 +309,5 @@ fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
     match tail.last_record.filter(|last| *last >= plan.backup.stop_lsn) {
         Some(last) => Recovery::Lsn(last),
         None => Recovery::Immediate,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_read_as_postgres_prints_them_and_as_rfc_3339() {
-        let expected = Ok(1_795_266_180_500_000);
-        for text in [
-            "2026-11-21 14:03:00.5+01",
-            "2026-11-21 14:03:00.5+01:00",
-            "2026-11-21T13:03:00.5Z",
-            "2026-11-21 13:03:00.500000+00",
-            " 2026-11-21 13:03:00.5 UTC ",
-        ] {
-            assert_eq!(parse_time(text), expected, "{text}");
-        }
-        assert_eq!(show_time(1_795_266_180_500_000), "2026-11-21 13:03:00.500000+00");
-        for bad in ["", "yesterday", "14:03", "2026-13-01 00:00:00+00", "1795266180"] {
-            assert!(parse_time(bad).is_err(), "{bad}");
-        }
     }
 }
