@@ -63,7 +63,7 @@ pub(super) const fn of_wal_fetch(error: &Error, asker: Asker) -> u8 {
 pub(super) const fn of_trouble(asker: Asker) -> u8 {
     match asker {
         Asker::Once => STOP_RECOVERY,
-        Asker::Standby | Asker::Promoting => ASK_AGAIN,
+        Asker::Standby | Asker::Content => ASK_AGAIN,
     }
 }
 
@@ -117,12 +117,12 @@ mod tests {
         for failure in Failure::all() {
             let status = |asker| of_wal_fetch(&Error::new(failure, "x"), asker);
             let absent = failure == Failure::Code(Code::NotFound);
-            for asker in [Asker::Once, Asker::Standby, Asker::Promoting] {
+            for asker in [Asker::Once, Asker::Standby, Asker::Content] {
                 assert_eq!(status(asker) == 1, absent, "{failure:?}");
             }
             assert!(absent || status(Asker::Once) > 125, "{failure:?}");
             assert!(status(Asker::Standby) < 126, "{failure:?}");
-            assert!(status(Asker::Promoting) < 126, "{failure:?}");
+            assert!(status(Asker::Content) < 126, "{failure:?}");
         }
     }
 

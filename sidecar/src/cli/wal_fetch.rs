@@ -110,7 +110,7 @@ async fn directly(
     let target = Arc::new(Target::beside(path)?);
     match patience.asker {
         Asker::Once => fetch.until(&target, patience.deadline.into()).await?,
-        Asker::Standby | Asker::Promoting => {
+        Asker::Standby | Asker::Content => {
             let (begun, longest) = (patience.deadline.into(), patience.longest.into());
             fetch.promptly(&target, begun, asker::STANDBY_QUIET_MAX, longest).await?
         }

@@ -18,6 +18,7 @@ pub mod drill;
 mod finish;
 mod included;
 mod links;
+mod lived;
 mod missing;
 mod neutral;
 mod place;

@@ -6,16 +6,13 @@
 //! promoted nor started while the archive is away (RestoreArchivedFile() in src/backend/access/transam/xlogarchive.c,
 //! WaitForWALToBecomeAvailable() in xlogrecovery.c).
 //!
-//! A promotion asks once more when the signal files have gone already: for the history of the timeline it comes from
+//! A promotion asks once more when standby.signal has gone already: for the history of the timeline it comes from
 //! (writeTimeLineHistory() in timeline.c). Stopped there, PostgreSQL would start again as a primary on the old timeline.
-//! Where it needs nothing from the archive for that, because its own copy lies in pg_wal or the timeline is the first, it
-//! gets a short answer too.
+//! It needs no archive for that where its own copy lies in pg_wal, to which RestoreArchivedFile() falls back, or where the
+//! timeline is the first, which has no history: then it gets a short answer too.
 
 use super::{data_dir, is_postgresql_s};
-use crate::{
-    agent::signalled,
-    error::{Error, Failure},
-};
+use crate::error::{Error, Failure};
 use klio_proto::Code;
 use klio_storage::layout::WalFile;
 use std::{
@@ -43,8 +40,8 @@ pub(in crate::cli) enum Asker {
     Once,
     /// PostgreSQL as a standby.
     Standby,
-    /// PostgreSQL that has ended recovery, and asks for what it can do without.
-    Promoting,
+    /// PostgreSQL that asks for a history which it does not need from anybody.
+    Content,
 }
 
 /// How long a call may take.
@@ -77,9 +74,9 @@ impl Asker {
             }
             WalFile::Segment(_) | WalFile::Partial(_) => false,
         };
-        let promoting = |data: &Path| !signalled(data) && files().any(|file| needless(data, file));
-        match own.filter_map(data_dir).any(promoting) {
-            true => Asker::Promoting,
+        let content = |data: &Path| files().any(|file| needless(data, file));
+        match own.filter_map(data_dir).any(content) {
+            true => Asker::Content,
             false => Asker::Once,
         }
     }
@@ -90,7 +87,7 @@ impl Asker {
         let longest = now + timeout;
         let deadline = match self {
             Asker::Once => longest,
-            Asker::Standby | Asker::Promoting => {
+            Asker::Standby | Asker::Content => {
                 longest.min(now + within.unwrap_or(STANDBY_PATIENCE))
             }
         };
@@ -107,10 +104,8 @@ impl Asker {
         if self == Asker::Once || error.failure == Failure::Code(Code::NotFound) {
             return error;
         }
-        if self == Asker::Promoting {
-            return error.hint(
-                "PostgreSQL has ended recovery, and goes on with the history that it has in pg_wal",
-            );
+        if self == Asker::Content {
+            return error.hint("PostgreSQL goes on with the history that it has itself");
         }
         let missing = match file.parse() {
             Ok(WalFile::History(timeline)) => format!(
@@ -191,13 +186,12 @@ mod tests {
         let of = |file: &str, path: &str| {
             Asker::of(&words(&format!("klio wal-fetch {file} {}/pg_wal/{path}", data.display())))
         };
-        assert_eq!(of("00000001.history", "RECOVERYHISTORY"), Asker::Promoting);
+        assert_eq!(of("00000001.history", "RECOVERYHISTORY"), Asker::Content);
         assert_eq!(of("00000003.history", "RECOVERYHISTORY"), Asker::Once);
         assert_eq!(of("000000010000000000000001", "RECOVERYXLOG"), Asker::Once);
         std::fs::write(data.join("pg_wal/00000003.history"), "").unwrap();
-        assert_eq!(of("00000003.history", "RECOVERYHISTORY"), Asker::Promoting);
-        std::fs::write(data.join("recovery.signal"), "").unwrap();
-        assert_eq!(of("00000003.history", "RECOVERYHISTORY"), Asker::Once);
+        assert_eq!(of("00000003.history", "RECOVERYHISTORY"), Asker::Content);
+        assert_eq!(of("00000004.history", "RECOVERYHISTORY"), Asker::Once);
     }
 
     #[test]
