@@ -161,7 +161,7 @@ impl StatusBoard {
     }
 
     /// Whether a person has decided that this history of its cluster takes nothing any more: nothing is expected of it.
-    fn is_closed(&self, name: &ClusterName) -> bool {
+    pub fn is_closed(&self, name: &ClusterName) -> bool {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
         let own = all.and_then(|all| all.get(name.number().unwrap_or(1)));
         own.is_some_and(|own| !own.state.is_open())

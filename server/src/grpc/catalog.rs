@@ -57,7 +57,14 @@ impl Catalog for CatalogService {
             }
         };
         let board = self.board.clone();
-        let views = read(move || board.clusters()).await?;
+        // A history that takes nothing any more is told of at the current one: nobody is to stream it.
+        let of = only.clone();
+        let views = read(move || {
+            let mut views = board.clusters();
+            views.retain(|view| of.as_ref() == Some(&view.name) || !board.is_closed(&view.name));
+            views
+        })
+        .await?;
         let wanted = |view: &ClusterView| {
             identity.sees(&view.name) && only.as_ref().is_none_or(|name| *name == view.name)
         };
