@@ -11,6 +11,7 @@
 //! | 16 | state of the cluster |
 //! | 32 | LSN of the latest checkpoint |
 //! | 48 | its timeline |
+//! | 64 | the next transaction then, with its epoch, 64 bits |
 //! | 180, 184, 188, 192, 196 | max_connections and its kin: see [`ControlFile::needed`] |
 //! | 208 | the double 1234567.0, by which a machine of another kind is told |
 //! | 216 | block size |
@@ -37,6 +38,8 @@ pub struct ControlFile {
     pub checkpoint: Lsn,
     /// Its timeline.
     pub timeline: TimelineId,
+    /// The transaction that came next at that checkpoint, with its epoch: as `pg_current_xact_id()` counts.
+    pub next_xid: u64,
     /// Bytes of a data page.
     pub block_size: u32,
     /// Blocks in a file of a relation.
@@ -107,6 +110,7 @@ impl ControlFile {
             catalog_version: u32_at(12),
             checkpoint: Lsn::new(u64_at(32)),
             timeline,
+            next_xid: u64_at(64),
             block_size,
             relation_segment_blocks: u32_at(220),
             segment_size,
@@ -163,6 +167,8 @@ mod tests {
     fn a_real_one_is_read() {
         let control = ControlFile::parse(include_bytes!("../testdata/pg_control_15.bin")).unwrap();
         assert_eq!((control.format, control.block_size), (1300, 8192));
+        // Those of bootstrap are behind it.
+        assert!((700..800).contains(&control.next_xid), "{}", control.next_xid);
         assert_eq!((control.timeline.get(), control.segment_size.bytes()), (1, 16 << 20));
         assert_eq!((control.relation_segment_blocks, control.checksums), (131_072, true));
         assert_eq!(control.tablespace_folder(15), "PG_15_202209061");

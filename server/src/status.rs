@@ -43,6 +43,8 @@ pub struct ClusterView {
     pub connected: bool,
     /// The session's view.
     pub progress: Progress,
+    /// All that PostgreSQL had at this time is durable; `None`: nobody knows.
+    pub durable_as_of_unix: Option<f64>,
     /// Tier 2's view; `None` without tier 2.
     pub archive: Option<ArchiveState>,
     /// Recorded holes.
@@ -135,13 +137,16 @@ impl StatusBoard {
         let tier2_wal = archive.as_ref().map_or(0, |archive| archive.totals.bytes);
         let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name, tier2_wal));
         problems.extend(used.and_then(|used| used.problem()));
+        problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
+        let progress = state.progress();
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),
             flushed: newest.map_or(Lsn::ZERO, |p| p.flushed),
             sealed: newest.map_or(Lsn::ZERO, |p| p.sealed),
             connected: state.connected(),
-            progress: state.progress(),
+            durable_as_of_unix: self.durable_as_of(name, &progress, now_unix()),
+            progress,
             archive,
             gaps: self.store.gaps(name),
             latest_written: self.metrics.latest_written(name),
@@ -165,7 +170,7 @@ impl StatusBoard {
     }
 
     /// Whether a person has decided that this history of its cluster takes nothing any more: nothing is expected of it.
-    fn is_closed(&self, name: &ClusterName) -> bool {
+    pub fn is_closed(&self, name: &ClusterName) -> bool {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
         let own = all.and_then(|all| all.get(name.number().unwrap_or(1)));
         own.is_some_and(|own| !own.state.is_open())
@@ -231,10 +236,15 @@ impl StatusBoard {
         put("klio.wal.received_lsn", view.progress.received.max(view.flushed).as_u64() as f64);
         put("klio.wal.flushed_lsn", view.flushed.as_u64() as f64);
         put("klio.wal.sealed_lsn", view.sealed.as_u64() as f64);
-        put("klio.wal.receive_lag_size", view.progress.receive_lag_bytes() as f64);
-        put("klio.wal.receive_lag_time", view.progress.receive_lag_seconds(now));
-        put("klio.wal.flush_lag_size", view.progress.lag_bytes() as f64);
-        put("klio.wal.flush_lag_time", view.progress.lag_seconds(now));
+        if view.connected {
+            put("klio.wal.receive_lag_size", view.progress.receive_lag_bytes() as f64);
+            put("klio.wal.receive_lag_time", view.progress.receive_lag_seconds(now));
+            put("klio.wal.flush_lag_size", view.progress.lag_bytes() as f64);
+            put("klio.wal.flush_lag_time", view.progress.lag_seconds(now));
+        } else if let Some(since) = view.durable_as_of_unix {
+            // Nobody says how far PostgreSQL went on; a 0 would say that it did not.
+            put("klio.wal.flush_lag_time", (now_unix - since).max(0.0));
+        }
         put("klio.wal.seal_lag_size", self.seal_lag_bytes(view) as f64);
         let waits = self.store.unsealed_since(&view.name);
         put("klio.wal.seal_lag_time", waits.map_or(0.0, |since| (now_unix - since).max(0.0)));
@@ -258,15 +268,15 @@ impl StatusBoard {
         }
         if let Some(base) = &self.base {
             let frontiers = view.archive.as_ref().map_or(&[][..], |archive| &archive.frontiers);
-            base.read_window(&view.name, frontiers, self.durable_as_of(view, now_unix), out);
+            base.read_window(&view.name, frontiers, view.durable_as_of_unix, out);
         }
     }
 
     /// All that PostgreSQL had at this time is durable. Before anybody streams: what was known before.
-    fn durable_as_of(&self, view: &ClusterView, now_unix: f64) -> Option<f64> {
-        match view.progress.durable_as_of {
+    fn durable_as_of(&self, name: &ClusterName, progress: &Progress, now_unix: f64) -> Option<f64> {
+        match progress.durable_as_of {
             Some(at) => Some(now_unix - at.elapsed().as_secs_f64()),
-            None => self.metrics.held_at_start(&view.name),
+            None => self.metrics.held_at_start(name),
         }
     }
 

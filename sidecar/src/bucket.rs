@@ -182,7 +182,6 @@ mod tests {
         ] {
             let error = Bucket::open(&config(&text)).unwrap_err();
             assert!(matches!(error.failure, Failure::Config | Failure::Local), "{error:?}");
-            assert_eq!(crate::cli::exit::of_wal_fetch(&error), crate::cli::exit::STOP_RECOVERY);
         }
         let missing = format!("{from}identity = \"{place}/none\"\n");
         let error = Bucket::open(&config(&missing)).unwrap_err();

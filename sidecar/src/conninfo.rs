@@ -1,25 +1,33 @@
 //! How to reach PostgreSQL: libpq connection strings, `PG*` variables and password files.
 //!
 //! Pure: text and an environment lookup in, [`ConnInfo`] out. The only files read are the password
-//! file (by [`ConnInfo::password_for`], when a connection is made, so a rotated password is seen)
-//! and, through [`os_user`], the system's list of users.
+//! file (by [`ConnInfo::password_for`], when a connection is made, so a rotated password is seen), a
+//! service file where a service is named and, through [`os_user`], the system's list of users.
 //! Precedence: connection string, then environment, then default; an empty value is "not given".
 //! A keyword that libpq knows and Klio cannot honour is refused by name, never ignored.
 //! A password never appears in `Debug`, `Display` or an error
 //! (<https://www.postgresql.org/docs/current/libpq-connect.html>).
 
+mod auth;
 mod build;
 mod host;
 mod keyword;
 mod passfile;
 mod password;
+mod service;
 mod show;
 #[cfg(test)]
 mod tests;
 mod text;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
+pub use auth::RequireAuth;
 pub use build::os_user;
 pub use host::{Host, HostTarget};
 pub use passfile::{PassFile, PassFileWarning};
@@ -55,6 +63,8 @@ pub struct ConnInfo {
     pub tls: TlsSettings,
     /// Binding of SCRAM to the TLS channel.
     pub channel_binding: ChannelBinding,
+    /// Which ways of logging in are acceptable.
+    pub require_auth: RequireAuth,
     /// Which of several hosts will do.
     pub target_session_attrs: TargetSessionAttrs,
     /// TCP keepalives; `None` when switched off.
@@ -113,6 +123,8 @@ pub struct TlsSettings {
     pub cert: Option<ClientFile>,
     /// Our private key, PEM, unencrypted.
     pub key: Option<ClientFile>,
+    /// `sslnegotiation=direct`: TLS from the first byte, as PostgreSQL 17 can.
+    pub direct: bool,
     /// Whether to name the host in the TLS handshake.
     pub sni: bool,
     /// TLS 1.3 only (`ssl_min_protocol_version=TLSv1.3`). TLS 1.2 is the floor in any case.
@@ -199,12 +211,18 @@ pub enum ConnInfoError {
     /// Values that contradict each other.
     #[error("read connection string: {0}")]
     Conflict(String),
+    /// A service that cannot be found or read.
+    #[error("{0}")]
+    Service(String),
     /// Nothing says who we are.
     #[error(
         "find the user name: none given and the operating system names none\nhint: add user=NAME or set PGUSER"
     )]
     NoUser,
 }
+
+/// What was said of password files already: a daemon connects every few seconds, with the same file.
+static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 impl ConnInfo {
     /// Reads `text` (`host=db user=klio …` or `postgresql://klio@db/…`; may be empty) over `env`.
@@ -229,7 +247,7 @@ impl ConnInfo {
 
     /// The password for `host`: the one given, else the password file's. Reads the file each time.
     /// `database` is the name to look up: `replication` for a physical replication connection.
-    /// A file that others may read is skipped, with a warning in the log.
+    /// A file that cannot be used is skipped, with one warning in the log for as long as it stays the same.
     pub fn password_for(&self, host: &Host, database: &str) -> Option<Password> {
         if let Some(password) = &self.password {
             return Some(password.clone());
@@ -240,7 +258,11 @@ impl ConnInfo {
                 file?.lookup(&host.passfile_name(), host.port, database, &self.user).cloned()
             }
             Err(warning) => {
-                tracing::warn!(path = %path.display(), "password file ignored: {warning}");
+                let text = format!("{}: {warning}", path.display());
+                let mut said = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
+                if said.insert(text) {
+                    tracing::warn!(path = %path.display(), "password file ignored: {warning}");
+                }
                 None
             }
         }

@@ -88,7 +88,9 @@ async fn a_certificate_out_of_its_time_is_refused_and_named() {
     let good = authority.client("klio@main", None, Validity::Now);
     let good = bundle::write(&site, "good", &good, "main");
     let outcome = klio(&site, &good, &["status"]).await;
-    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    // 3: nothing streams there.
+    assert_eq!(outcome.code, Some(3), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("nothing has streamed"), "{}", outcome.stderr);
     assert!(!site.tier1().join("main").exists(), "something was written");
 }
 

@@ -256,20 +256,78 @@ async fn a_hole_in_the_bucket_stops_recovery() {
     assert!(!copy.pg_wal().join("00000002.history").exists(), "{log}");
 }
 
+/// Adds to a copy's postgresql.conf.
+fn configure(copy: &Postgres, settings: &str) {
+    use std::io::Write;
+    fs::OpenOptions::new()
+        .append(true)
+        .open(copy.data_dir().join("postgresql.conf"))
+        .and_then(|mut file| file.write_all(settings.as_bytes()))
+        .expect("write settings");
+}
+
+/// Waits until it was told once more than before that the archive cannot be asked.
+async fn told_to_ask_again(standby: &mut Postgres) {
+    let told = |pg: &Postgres| pg.log().matches("asks again by itself").count();
+    let before = told(standby);
+    eventually_now("the standby to be told to ask again", PATIENCE, || {
+        let running = standby.running().is_some_and(Running::is_running);
+        assert!(running, "the standby ended:\n{}", standby.log());
+        (told(standby) > before).then_some(())
+    })
+    .await;
+}
+
+/// P7's exception: the archive's trouble must not take away the last PostgreSQL there is. With both signal files it
+/// is a standby, by PostgreSQL's own rule.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_starts_and_is_promoted_while_its_primary_and_the_archive_are_away() {
+    let mut rig = Rig::new(true).await;
+    let mut standby = rig.copy(Source::Server, "standby.signal", "").await;
+    fs::write(standby.data_dir().join("recovery.signal"), "").expect("write recovery.signal");
+    let primary = rig.primary.conninfo();
+    configure(
+        &standby,
+        &format!("wal_retrieve_retry_interval = '200ms'\nprimary_conninfo = '{primary}'\n"),
+    );
+    standby.start().await;
+    standby
+        .wait_true("SELECT count(*) = 1 FROM pg_stat_wal_receiver WHERE status = 'streaming'")
+        .await;
+    rig.site.kill9();
+    rig.primary.execute(&format!("INSERT INTO t (x) VALUES ('{LAST}')")).await;
+    standby.wait_true(&format!("SELECT count(*) = 1 FROM t WHERE x = '{LAST}'")).await;
+    rig.primary.kill9();
+    told_to_ask_again(&mut standby).await;
+    standby.restart().await;
+    told_to_ask_again(&mut standby).await;
+    assert!(standby.log().contains("promoted now, this standby lacks"), "{}", standby.log());
+    standby.promote().await;
+    assert_eq!(standby.value("SELECT pg_is_in_recovery()").await, "f");
+    assert_eq!(standby.value(&format!("SELECT count(*) FROM t WHERE x = '{LAST}'")).await, "1");
+}
+
+/// P7's exception.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_goes_on_from_the_archive_when_the_server_is_back() {
+    let mut rig = Rig::new(true).await;
+    let mut standby = rig.copy(Source::Server, "standby.signal", "").await;
+    configure(&standby, "wal_retrieve_retry_interval = '200ms'\n");
+    standby.start().await;
+    rig.site.kill9();
+    told_to_ask_again(&mut standby).await;
+    rig.primary.execute(&format!("INSERT INTO t (x) VALUES ('{LAST}')")).await;
+    rig.site.start().await;
+    standby.wait_true(&format!("SELECT count(*) = 1 FROM t WHERE x = '{LAST}'")).await;
+}
+
 /// The agent must not remember that something is not there yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_that_polls_sees_new_wal() {
     let rig = Rig::new(true).await;
     let more = "--timeout 5s";
     let mut standby = rig.copy(Source::Server, "standby.signal", more).await;
-    fs::OpenOptions::new()
-        .append(true)
-        .open(standby.data_dir().join("postgresql.conf"))
-        .and_then(|mut file| {
-            use std::io::Write;
-            file.write_all(b"wal_retrieve_retry_interval = '200ms'\n")
-        })
-        .expect("write a setting");
+    configure(&standby, "wal_retrieve_retry_interval = '200ms'\n");
     rig.load().await;
     standby.start().await;
     standby.wait_true(&format!("SELECT count(*) = 1 FROM t WHERE x = '{LAST}'")).await;

@@ -46,7 +46,8 @@ pub struct Args {
 /// Writes the folder.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let cluster: ClusterName = args.cluster.parse()?;
-    let Some(host) = args.hosts.first() else { bail!("--host: expected at least one name") };
+    let hosts: Vec<String> = args.hosts.iter().map(|host| bare(host)).collect();
+    let Some(host) = hosts.first() else { bail!("--host: expected at least one name") };
     for name in [CONFIG_FILE, IDENTITY_FILE, CA_CERT, CA_KEY, "server.crt", "server.key"] {
         let path = args.dir.join(name);
         if path.exists() {
@@ -60,7 +61,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Keys::of(&identity, &args.recipients, "--recipient")?;
     private_dir(&args.dir)?;
     let authority = pki::new_authority()?;
-    let server = pki::issue_server(&authority, &args.hosts)?;
+    let server = pki::issue_server(&authority, &hosts)?;
     let write =
         |name: &str, content: &str, secret| pki::write_new(&args.dir.join(name), content, secret);
     write(CA_CERT, &authority.cert, false)?;
@@ -80,7 +81,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     println!(
         "wrote {dir}/{CA_CERT}, {CA_KEY}          a local certificate authority: keep {CA_KEY} secret"
     );
-    println!("wrote {dir}/server.crt, server.key  for {}", args.hosts.join(", "));
+    println!("wrote {dir}/server.crt, server.key  for {}", hosts.join(", "));
     println!("wrote {}/  the client bundle of cluster {cluster}", bundle.display());
     if args.unencrypted {
         println!("encryption at rest is OFF");
@@ -104,6 +105,12 @@ pub fn address(host: &str, port: u16) -> String {
     } else {
         format!("https://{host}:{port}")
     }
+}
+
+/// A host as a certificate has it: the brackets of an IPv6 address belong to a URL only.
+fn bare(host: &str) -> String {
+    let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    inner.filter(|inner| inner.contains(':')).unwrap_or(host).to_owned()
 }
 
 fn private_dir(dir: &Path) -> anyhow::Result<()> {
@@ -301,6 +308,8 @@ mod tests {
     #[test]
     fn an_ipv6_host_gets_brackets() {
         assert_eq!(address("::1", 7), "https://[::1]:7");
+        assert_eq!(address(&bare("[::1]"), 7), "https://[::1]:7");
+        assert_eq!((bare("[db]"), bare("db")), ("[db]".into(), "db".into()));
         assert_eq!(address("db", 7), "https://db:7");
     }
 }

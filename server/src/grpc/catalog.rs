@@ -58,7 +58,14 @@ impl Catalog for CatalogService {
             }
         };
         let board = self.board.clone();
-        let views = read(move || board.clusters()).await?;
+        // A history that takes nothing any more is told of at the current one: nobody is to stream it.
+        let of = only.clone();
+        let views = read(move || {
+            let mut views = board.clusters();
+            views.retain(|view| of.as_ref() == Some(&view.name) || !board.is_closed(&view.name));
+            views
+        })
+        .await?;
         let wanted = |view: &ClusterView| {
             identity.sees(&view.name) && only.as_ref().is_none_or(|name| *name == view.name)
         };
@@ -189,10 +196,10 @@ fn gap_of(gap: &Gap) -> v1::GapRecord {
 }
 
 fn status_of(view: &ClusterView) -> v1::ClusterStatus {
-    let flush_lag = v1::Lag {
+    let flush_lag = view.connected.then(|| v1::Lag {
         bytes: view.progress.lag_bytes(),
         seconds: view.progress.lag_seconds(Instant::now()),
-    };
+    });
     let archive_lag =
         v1::Lag { bytes: view.archive_lag_bytes(), seconds: view.archive_lag_seconds(now_unix()) };
     v1::ClusterStatus {
@@ -207,7 +214,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
         sealed_lsn: view.sealed.as_u64(),
         archived_lsn: view.archived().as_u64(),
         wal_end_lsn: view.progress.wal_end.as_u64(),
-        flush_lag: Some(flush_lag),
+        flush_lag,
         archive_lag: Some(archive_lag),
         latest_written_time: view.latest_written.unwrap_or(0.0),
         latest_archived_time: view
@@ -220,6 +227,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
         tier2_configured: view.archive.is_some(),
         generations: Vec::new(),
         unproven: Vec::new(),
+        durable_as_of_time: view.durable_as_of_unix.unwrap_or(0.0),
     }
 }
 

@@ -172,6 +172,25 @@ impl MaintenanceMetrics {
         self.last().entry(cluster.clone()).or_default().alarm = Some(alarm);
     }
 
+    /// What stays bad until a drill or a verification ends well, in words.
+    pub fn problems(&self, cluster: &ClusterName) -> Vec<String> {
+        let last = self.last();
+        let Some(last) = last.get(cluster) else { return Vec::new() };
+        let mut problems = Vec::new();
+        if let Some(drill) = last.drilled.as_ref().filter(|drill| !drill.ok) {
+            let first = drill.problems.first().map_or("", String::as_str);
+            let first = first.lines().next().unwrap_or_default();
+            problems.push(format!("the newest drill failed, of backup {}: {first}", drill.backup));
+        }
+        let damage = last.damage();
+        if damage > 0 {
+            problems.push(format!(
+                "verification found {damage} damaged files that could not be repaired: klio list and klio verify name them"
+            ));
+        }
+        problems
+    }
+
     /// All that there is of these clusters.
     pub fn read(&self, clusters: &BTreeSet<ClusterName>, now_unix: f64, out: &mut Vec<Reading>) {
         let zeros = ZEROS.iter().filter(|(name, _)| !name.starts_with("klio.wal."));
@@ -247,6 +266,21 @@ mod tests {
         let mut out = Vec::new();
         metrics.read(&BTreeSet::from(["pg".parse().unwrap()]), 1000.0, &mut out);
         out.iter().find(|reading| reading.name == name).map(|reading| reading.value)
+    }
+
+    #[test]
+    fn a_failed_drill_and_known_damage_are_problems_until_they_are_not() {
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        assert!(metrics.problems(&pg).is_empty());
+        let problems = vec!["PostgreSQL ended\nlog".to_owned()];
+        metrics.drilled(&pg, &DrillOutcome { problems, ..drill(10.0, false) });
+        metrics.kept(&pg, &verified("b", 20.0, &["x", "y"]));
+        let found = metrics.problems(&pg);
+        assert!(found[0].ends_with("of backup b: PostgreSQL ended"), "{found:?}");
+        assert!(found[1].contains("2 damaged files"), "{found:?}");
+        metrics.drilled(&pg, &drill(30.0, true));
+        metrics.kept(&pg, &verified("b", 40.0, &[]));
+        assert!(metrics.problems(&pg).is_empty());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::{
 const START_PATIENCE: Duration = Duration::from_secs(3);
 const START_LOOK_EVERY: Duration = Duration::from_millis(2);
 /// An agent says every second that it is at work; one that is stopped or stuck does not.
-const SILENCE_MAX: Duration = Duration::from_secs(5);
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// What is wanted.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub(crate) struct Errand<'a> {
     pub file: WalFile,
     pub path: &'a Path,
     pub deadline: Instant,
+    /// How long an agent may say nothing.
+    pub silence_max: Duration,
 }
 
 /// How it went.
@@ -63,7 +65,7 @@ fn attempt(
 ) -> io::Result<Option<Outcome>> {
     let parent = rustix::process::getppid();
     let mut stream = connect(errand.spool, errand.deadline, start)?;
-    stream.set_write_timeout(Some(SILENCE_MAX))?;
+    stream.set_write_timeout(Some(errand.silence_max))?;
     let fingerprint = errand.fingerprint.to_owned();
     let mut traceparent = String::new();
     klio_telemetry::propagate::inject(&mut |key, value| {
@@ -79,7 +81,7 @@ fn attempt(
         if left.is_zero() {
             return Err(io::Error::other("not done within --timeout"));
         }
-        stream.set_read_timeout(Some(left.min(SILENCE_MAX)))?;
+        stream.set_read_timeout(Some(left.min(errand.silence_max)))?;
         let mut line = String::new();
         (&mut lines).take(LINE_BYTES_MAX as u64).read_line(&mut line)?;
         match Line::parse(&line) {

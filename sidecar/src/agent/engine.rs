@@ -12,10 +12,14 @@ use klio_pg::SegmentName;
 use klio_proto::Code;
 use klio_storage::layout::WalFile;
 use opentelemetry::trace::{SpanContext, TraceContextExt};
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+};
 use tokio::{
     sync::{mpsc, oneshot},
-    task::{AbortHandle, JoinSet},
+    task::{self, AbortHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -36,6 +40,10 @@ impl Default for Limits {
         Self { bytes_max: 512 << 20, parallel: 6 }
     }
 }
+
+/// Fetches that were asked for at a time. A standby leaves after some seconds and asks again, while its first question
+/// still waits for a server that is away (A4).
+const ASKING_MAX: usize = 8;
 
 /// One question of a caller.
 #[derive(Debug)]
@@ -90,6 +98,8 @@ pub(super) struct Engine {
     /// Who waits for one of those.
     waiting: BTreeMap<SegmentName, Ask>,
     tasks: JoinSet<Done>,
+    /// Those of them that were asked for.
+    asking: BTreeSet<task::Id>,
     /// Ends the agent: what it runs with does not work, and a new one reads its settings anew.
     leave: CancellationToken,
 }
@@ -161,6 +171,7 @@ impl Engine {
             coming: BTreeMap::new(),
             waiting: BTreeMap::new(),
             tasks: JoinSet::new(),
+            asking: BTreeSet::new(),
             leave,
         }
     }
@@ -173,11 +184,17 @@ impl Engine {
                     Some(ask) => self.asked(ask),
                     None => return,
                 },
-                Some(done) = self.tasks.join_next() => match done {
-                    Ok(Done::Ahead(name, fetched)) => self.came(name, fetched),
-                    Ok(Done::Asked(ask, fetched)) => self.answer(ask, fetched),
+                Some(done) = self.tasks.join_next_with_id() => match done {
+                    Ok((_, Done::Ahead(name, fetched))) => self.came(name, fetched),
+                    Ok((id, Done::Asked(ask, fetched))) => {
+                        self.asking.remove(&id);
+                        self.answer(ask, fetched);
+                    }
                     // Aborted, or a bug; the caller who waits for it sees that nobody answers.
-                    Err(error) => self.coming.retain(|_, task| task.id() != error.id()),
+                    Err(error) => {
+                        self.asking.remove(&error.id());
+                        self.coming.retain(|_, task| task.id() != error.id());
+                    }
                 },
             }
         }
@@ -200,11 +217,16 @@ impl Engine {
     }
 
     fn fetch_now(&mut self, ask: Ask) {
+        if self.asking.len() >= ASKING_MAX {
+            let busy = "what was asked for before is still being fetched";
+            return drop(ask.reply.send(Reply::Failed(busy.into())));
+        }
         let fetch = self.fetch.clone();
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             let fetched = fetch.run(ask.file, false, &ask.traceparent).await;
             Done::Asked(ask, fetched)
         });
+        self.asking.insert(task.id());
     }
 
     /// Hands a whole segment over; keeps it when the caller has gone.

@@ -1,7 +1,7 @@
 //! The agent against a source in memory: order, bounds, absences, trouble, and callers that go away.
 
 use super::{
-    client::{self, Errand, Outcome},
+    client::{self, Errand, Outcome, SILENCE_MAX},
     engine::{Engine, Limits},
     life::Life,
     serve::{self, Served},
@@ -78,7 +78,14 @@ impl Agent {
         let (spool, path) = (self.spool(), self.path());
         let asking = tokio::task::spawn_blocking(move || {
             let deadline = Instant::now() + Duration::from_secs(20);
-            let errand = Errand { spool: &spool, fingerprint, file, path: &path, deadline };
+            let errand = Errand {
+                spool: &spool,
+                fingerprint,
+                file,
+                path: &path,
+                deadline,
+                silence_max: SILENCE_MAX,
+            };
             client::ask(&errand, || Err(std::io::Error::other("none is started here")))
         });
         asking.await.unwrap()
@@ -296,7 +303,14 @@ async fn an_agent_that_dies_never_answers_wrongly() {
     let waiting = tokio::task::spawn_blocking(move || {
         let file = asked_for(segment(1, 1));
         let deadline = Instant::now() + Duration::from_secs(20);
-        let errand = Errand { spool: &spool, fingerprint: OURS, file, path: &path, deadline };
+        let errand = Errand {
+            spool: &spool,
+            fingerprint: OURS,
+            file,
+            path: &path,
+            deadline,
+            silence_max: SILENCE_MAX,
+        };
         client::ask(&errand, || Err(std::io::Error::other("none is started here")))
     });
     let line = Question {
@@ -326,7 +340,14 @@ async fn two_callers_of_one_file_both_get_it() {
         tokio::task::spawn_blocking(move || {
             let file = asked_for(segment(1, 3));
             let deadline = Instant::now() + Duration::from_secs(20);
-            let errand = Errand { spool: &spool, fingerprint: OURS, file, path: &path, deadline };
+            let errand = Errand {
+                spool: &spool,
+                fingerprint: OURS,
+                file,
+                path: &path,
+                deadline,
+                silence_max: SILENCE_MAX,
+            };
             client::ask(&errand, || Err(std::io::Error::other("none is started here")))
         })
     };

@@ -51,6 +51,8 @@ const LEFT: [&str; 12] = [
     "backup_label.old",
 ];
 
+/// What fsck finds, at the top of a file system: root's, and nobody else may look into it.
+pub const LOST_AND_FOUND: &str = "lost+found";
 /// Klio's own spool.
 const SPOOL: &str = ".klio";
 /// Directories in pg_wal that PostgreSQL expects or makes.
@@ -70,7 +72,9 @@ pub fn at_root(name: &str) -> Verdict {
 /// Of a name in any directory.
 pub fn anywhere(name: &str) -> Verdict {
     // Caches of the catalogue with a process's number behind the name while they are written.
-    let gone = name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init");
+    let gone = name.starts_with("pgsql_tmp")
+        || name.starts_with("pg_internal.init")
+        || name == LOST_AND_FOUND;
     if gone { Verdict::Leave } else { Verdict::Take }
 }
 
@@ -95,9 +99,14 @@ mod tests {
 
     #[test]
     fn what_the_manual_names_is_left_out() {
-        for name in
-            ["postmaster.pid", "backup_label", "pgsql_tmp123", "pg_internal.init.42", ".klio"]
-        {
+        for name in [
+            "postmaster.pid",
+            "backup_label",
+            "pgsql_tmp123",
+            "pg_internal.init.42",
+            ".klio",
+            "lost+found",
+        ] {
             assert_eq!(at_root(name), Verdict::Leave, "{name}");
         }
         for name in ["pg_replslot", "pg_subtrans", "pg_stat_tmp"] {

@@ -26,6 +26,7 @@ mod walk;
 
 pub use after::After;
 pub use daemon::Daemon;
+pub use exclude::LOST_AND_FOUND;
 pub use metrics::{CATALOGUE, Metrics};
 pub use progress::{Progress, Seen};
 pub use schedule::{Planner, Schedule};

@@ -70,13 +70,16 @@ fn unreadable(data: &Path, error: &klio_storage::Error) -> Error {
 /// Where the links of pg_tblspc point. A tablespace in place of a link is part of the data directory.
 ///
 /// # Errors
-/// `Local` when a tablespace cannot be read.
+/// `Local` when a tablespace cannot be read, or when its location is no text: a record could not name it.
 pub fn tablespaces(place: &Place, oids: &[u32]) -> Result<Vec<Tablespace>, Error> {
     let mut found = Vec::new();
     for oid in oids {
         let link = place.data.join("pg_tblspc").join(oid.to_string());
         match std::fs::read_link(&link) {
             Ok(location) => {
+                if location.to_str().is_none() {
+                    return Err(no_text(*oid, &location));
+                }
                 let target = place.data.join("pg_tblspc").join(&location);
                 std::fs::read_dir(&target).map_err(|e| tablespace(*oid, &target, &e))?;
                 found.push(Tablespace { oid: *oid, location });
@@ -93,8 +96,30 @@ pub fn tablespaces(place: &Place, oids: &[u32]) -> Result<Vec<Tablespace>, Error
     Ok(found)
 }
 
+fn no_text(oid: u32, location: &Path) -> Error {
+    let message = format!(
+        "back up tablespace {oid}: expected a location in UTF-8, found {}",
+        location.as_os_str().as_encoded_bytes().escape_ascii()
+    );
+    Error::new(Failure::Local, message).hint(
+        "stop PostgreSQL, rename the folder, and let the link in pg_tblspc lead to its new name; nothing was sent",
+    )
+}
+
 fn tablespace(oid: u32, path: &Path, error: &std::io::Error) -> Error {
     let message = format!("read tablespace {oid} at {}: {error}", path.display());
     Error::new(Failure::Local, message)
         .hint("klio must be able to read every tablespace, under the same path as PostgreSQL")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
+    #[test]
+    fn a_location_that_is_no_text_is_refused_by_its_bytes() {
+        let error = no_text(7, Path::new(OsStr::from_bytes(b"/ts caf\xe9")));
+        assert!(error.message.contains(r"/ts caf\xe9"), "{error}");
+    }
 }

@@ -4,6 +4,8 @@
 //! ends, for whatever reason (<https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-LOWLEVEL-BASE-BACKUP>):
 //! so there is nothing to clean up but the connection, and dropping a [`Session`] always suffices. One that is
 //! still waiting for its checkpoint is cancelled through a second connection, or it would wait to the end.
+//! So it has to be a session of PostgreSQL's own: behind a connection pooler it would outlive us in backup mode, and the
+//! backup could be ended in another one. One is told by its process number, and refused before anything is set.
 //! Not cancel-safe: after a call was dropped half way, nothing but [`Session::abandon`] may follow.
 
 use crate::{
@@ -83,6 +85,7 @@ impl Session {
     pub async fn open(info: Arc<ConnInfo>) -> Result<(Self, Facts), Error> {
         let mut client = Client::connect_sql(&info).await.map_err(|e| sort(&e))?;
         client.set_patience(SHORT_PATIENCE);
+        own_session(&mut client).await?;
         let version = client.server_version().await.map_err(|e| sort(&e))?;
         if version.major() < 15 {
             let message =
@@ -122,12 +125,13 @@ impl Session {
         self.starting = true;
         self.client.set_patience(PATIENCE);
         let sql = format!(
-            "SELECT pg_backup_start({}, {fast}), extract(epoch FROM clock_timestamp())",
+            "SELECT pg_backup_start({}, {fast}), extract(epoch FROM clock_timestamp()), pg_backend_pid()",
             quote(label)
         );
         let row = one(&mut self.client, "begin backup", &sql).await?;
         self.client.set_patience(SHORT_PATIENCE);
         self.starting = false;
+        self.is_the_same(&row, 2)?;
         let at_unix = number_f64(&row, 1)?;
         Ok(Started { start_lsn: lsn(&row, 0)?, at_unix })
     }
@@ -152,7 +156,7 @@ impl Session {
     pub async fn stop(&mut self, facts: &Facts) -> Result<Stopped, Error> {
         let op = "end backup";
         let before = self.followed_timeline(facts).await?;
-        let sql = "SELECT lsn, labelfile, spcmapfile, extract(epoch FROM clock_timestamp()) \
+        let sql = "SELECT lsn, labelfile, spcmapfile, extract(epoch FROM clock_timestamp()), pg_backend_pid() \
                    FROM pg_backup_stop(false)";
         let stopped = one(&mut self.client, op, sql).await;
         let row = match stopped {
@@ -160,15 +164,32 @@ impl Session {
             Err(_) if facts.in_recovery && self.ping(true).await.is_err() => return Err(promoted()),
             other => other?,
         };
+        self.is_the_same(&row, 4)?;
         let timeline = the_same(before, self.followed_timeline(facts).await?)?;
-        let text = |column| row.text(column).unwrap_or_default().to_owned();
+        // A map that is no text would be taken for none.
+        let text = |column, expected| {
+            let text = row.text(column).map(str::to_owned);
+            text.ok_or_else(|| wrong(expected, None))
+        };
         Ok(Stopped {
             stop_lsn: lsn(&row, 0)?,
             timeline,
-            backup_label: text(1),
-            tablespace_map: text(2),
+            backup_label: text(1, "a backup label in UTF-8")?,
+            tablespace_map: text(2, "a tablespace map in UTF-8")?,
             at_unix: number_f64(&row, 3)?,
         })
+    }
+
+    /// Whether the session that began the backup answers.
+    fn is_the_same(&self, row: &Row, column: usize) -> Result<(), Error> {
+        let pid = number(row, column, "a process id")?;
+        if pid == u64::from(self.pid) {
+            return Ok(());
+        }
+        Err(pooled(
+            &format!("session {} answered instead of {}", pid, self.pid),
+            self.client.host(),
+        ))
     }
 
     /// The timeline that PostgreSQL is on: a standby may have followed its primary to another one.
@@ -215,6 +236,28 @@ impl Session {
             tracing::warn!(pid, "the PostgreSQL session that waits for a checkpoint ends after it");
         }
     }
+}
+
+/// The login names the process that serves us (BackendKeyData); a pooler names one of its own making.
+async fn own_session(client: &mut Client) -> Result<(), Error> {
+    let row = one(client, "ask which session this is", "SELECT pg_backend_pid()").await?;
+    let pid = number(&row, 0, "a process id")?;
+    let told = client.peer_pid().map(u64::from);
+    match told.filter(|told| *told != pid) {
+        None => Ok(()),
+        Some(told) => Err(pooled(
+            &format!("the login was answered by process {told}, a query by {pid}"),
+            client.host(),
+        )),
+    }
+}
+
+fn pooled(why: &str, host: &crate::conninfo::Host) -> Error {
+    let message = format!(
+        "back up PostgreSQL: expected a session of its own, found a connection pooler such as PgBouncer at {host} ({why})"
+    );
+    Error::new(Failure::Config, message)
+        .hint("postgres.dsn must lead to PostgreSQL itself, best over its unix socket; the pooler stays for everybody else")
 }
 
 /// pg_backup_stop does not say the timeline of the position that it gives: it is known where it was the same before and

@@ -68,6 +68,8 @@ pub(super) async fn take(
     let engine = backup.stop.child_token();
     let prepared = async {
         let place = place::find(&backup.data_directory, &facts)?;
+        // Before anything is sent; those that are made meanwhile are looked at later.
+        place::tablespaces(&place, &session.tablespaces().await?)?;
         let link = &backup.link;
         let base = BaseLink::new(link.clone(), engine.clone());
         let reservation = Reservation::take(link, &backup.cluster, order.name.as_ref()).await?;

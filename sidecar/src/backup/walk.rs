@@ -6,6 +6,7 @@
 //! size of the old one and bytes of the new one would be neither. Relations are read later, by several
 //! threads; what is appended to them meanwhile is cut off, and comes from WAL.
 //! A link other than a tablespace's is kept as a link, with a warning: what it points to is not in the backup.
+//! What cannot be read ends the backup, by its name: a backup without it would look like a whole one.
 
 use super::{
     exclude::{self, IN_WAL, Verdict},

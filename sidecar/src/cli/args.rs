@@ -226,6 +226,9 @@ pub struct RestoreArgs {
     /// Which timeline to follow: a number, latest or current (that of the backup) [default: latest]
     #[arg(long, value_name = "TIMELINE")]
     pub target_timeline: Option<String>,
+    /// End before the time, position or transaction, not behind it
+    #[arg(long)]
+    pub exclusive: bool,
     /// What PostgreSQL does at the target [default: pause; with --latest: promote]
     #[arg(long, value_name = "ACTION", value_parser = parse_action)]
     pub target_action: Option<Action>,
@@ -279,9 +282,9 @@ pub struct TargetArgs {
     /// A restore point (pg_create_restore_point)
     #[arg(long, value_name = "NAME")]
     pub target_name: Option<String>,
-    /// The end of a transaction
+    /// The end of a transaction; as xmin shows it, or as pg_current_xact_id() does, with the epoch
     #[arg(long, value_name = "XID")]
-    pub target_xid: Option<u32>,
+    pub target_xid: Option<u64>,
     /// As soon as the backup is consistent
     #[arg(long)]
     pub target_immediate: bool,
@@ -359,6 +362,9 @@ pub struct WalFetchArgs {
     /// How long to try when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
+    /// What is left of a standby's patience
+    #[arg(long, hide = true, value_parser = parse_duration)]
+    pub answer_within: Option<Duration>,
     /// Neither start nor ask a read-ahead agent
     #[arg(long)]
     pub no_agent: bool,

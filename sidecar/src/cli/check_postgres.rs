@@ -14,6 +14,8 @@ use crate::{
 
 /// Clocks further apart make times in status and logs misleading.
 pub(super) const SKEW_WARN_SECONDS: f64 = 5.0;
+/// Further apart, one of them is wrong, and retention, schedules and target times go by it.
+const SKEW_FAIL_SECONDS: f64 = 3600.0;
 
 /// Looks at everything that can be reached; gives the identity for the server's half.
 pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<Identity>, Error> {
@@ -105,7 +107,8 @@ const LIMITS: &str = "SELECT \
     (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots'), \
     current_setting('synchronous_standby_names'), extract(epoch FROM clock_timestamp())::float8, \
     (SELECT string_agg(application_name, ', ') FROM pg_stat_replication), \
-    current_setting('wal_level')";
+    current_setting('wal_level'), \
+    (SELECT setting FROM pg_settings WHERE name = 'wal_segment_size')";
 
 /// `alone`: there is no replication connection that has told wal_level.
 async fn sql(
@@ -139,7 +142,8 @@ async fn sql(
         format!("{used} of {limit} in use"),
         "drop a slot that nobody needs, or raise max_replication_slots and restart PostgreSQL",
     );
-    slot_item(&slot.to_string(), found, config.postgres.create_slot, report);
+    let segment = number(8).max(1);
+    slot_item(&slot.to_string(), found, config.postgres.create_slot, segment, report);
     let names = row.text(4).unwrap_or_default();
     let connected = row.text(6).unwrap_or("none");
     let sync = match names {
@@ -153,35 +157,58 @@ async fn sql(
     Ok(())
 }
 
-fn slot_item(name: &str, found: Option<slot::SlotRow>, create: bool, report: &mut Report) {
+/// `segment`: its size. As little as that also an idle PostgreSQL writes while klio stream is started again.
+fn slot_item(
+    name: &str,
+    found: Option<slot::SlotRow>,
+    create: bool,
+    segment: u64,
+    report: &mut Report,
+) {
     let Some(row) = found else {
         let mark = if create { Mark::Ok } else { Mark::Fail };
         let text = format!("{name} does not exist yet; klio stream creates it");
         return report.add(mark, "slot", text, "postgres.create_slot is false: create it by hand");
     };
-    let state = if row.active { "streaming" } else { "idle" };
     let kept = row.retained_bytes.map_or_else(|| "nothing".into(), text::size);
+    let unreceived = row.retained_bytes.filter(|_| !row.active).unwrap_or(0);
+    let state = match (row.active, unreceived) {
+        (true, _) => format!("streaming, keeps {kept}"),
+        (false, 0) => "idle, keeps nothing".to_owned(),
+        (false, _) => format!("nobody receives, keeps {kept} that klio-server may not have"),
+    };
     let (mark, hint) = match row.wal_status.as_str() {
         "lost" => {
             (Mark::Fail, "WAL was lost; klio stream records the gap and creates the slot anew")
         }
         "unreserved" => (Mark::Warn, "WAL is about to be lost: max_slot_wal_keep_size is exceeded"),
         "extended" if !row.active => {
-            (Mark::Warn, "nobody reads the slot: start klio stream, or klio slot drop")
+            (Mark::Fail, "nobody reads the slot: start klio stream, or klio slot drop")
         }
+        _ if unreceived >= segment => (
+            Mark::Fail,
+            "start klio stream or look at its log; klio slot drop, if it is not to come back",
+        ),
+        _ if unreceived > 0 => (Mark::Warn, "start klio stream"),
         _ => (Mark::Ok, ""),
     };
     let status = if row.wal_status.is_empty() { "no WAL reserved" } else { &row.wal_status };
-    report.add(mark, "slot", format!("{name}: {state}, {status}, keeps {kept}"), hint);
+    report.add(mark, "slot", format!("{name}: {state}, {status}"), hint);
 }
 
 /// Compares a clock with ours.
 pub(super) fn clock(name: &'static str, theirs: f64, report: &mut Report) {
     let skew = theirs - text::now();
-    let mark = if skew.abs() > SKEW_WARN_SECONDS { Mark::Warn } else { Mark::Ok };
     let side = if skew < 0.0 { "behind" } else { "ahead of" };
     let text = format!("{} {side} ours", text::duration(skew.abs()));
-    report.add(mark, name, text, "synchronise the clocks (NTP)");
+    if skew.abs() < SKEW_FAIL_SECONDS {
+        let mark = if skew.abs() > SKEW_WARN_SECONDS { Mark::Warn } else { Mark::Ok };
+        return report.add(mark, name, text, "synchronise the clocks (NTP)");
+    }
+    // Which of them is right, a person has to say.
+    let text = format!("{} there, {} here: {text}", text::time(theirs), text::time(text::now()));
+    let hint = "one of the two is wrong: set it, and synchronise the clocks (NTP); retention, schedules and --target-time go by them";
+    report.add(Mark::Fail, name, text, hint);
 }
 
 #[cfg(test)]
@@ -196,22 +223,35 @@ mod tests {
             restart_lsn: None,
             retained_bytes: None,
         };
-        let mark = |found, create| {
+        let idle = |retained| slot::SlotRow { retained_bytes: Some(retained), ..row("reserved") };
+        let item = |found, create| {
             let mut report = Report::default();
-            slot_item("klio", found, create, &mut report);
-            report.0[0].mark
+            slot_item("klio", found, create, 1 << 20, &mut report);
+            report.0[0].clone()
         };
+        let mark = |found, create| item(found, create).mark;
         assert_eq!(mark(Some(row("lost")), true), Mark::Fail);
         assert_eq!(mark(Some(row("reserved")), true), Mark::Ok);
         assert_eq!(mark(None, true), Mark::Ok);
         assert_eq!(mark(None, false), Mark::Fail);
+        assert_eq!(mark(Some(idle(0)), true), Mark::Ok);
+        assert_eq!(mark(Some(idle(4096)), true), Mark::Warn);
+        let dead = item(Some(idle(22 << 20)), true);
+        assert_eq!(dead.mark, Mark::Fail);
+        assert!(dead.text.contains("nobody receives, keeps 22"), "{dead:?}");
+        let live = slot::SlotRow { active: true, ..idle(22 << 20) };
+        assert_eq!(mark(Some(live), true), Mark::Ok);
     }
 
     #[test]
-    fn clocks_far_apart_are_a_warning() {
+    fn clocks_that_differ_are_a_warning_and_a_wrong_one_fails_with_both_times() {
         let mut report = Report::default();
-        clock("x", text::now() + 60.0, &mut report);
-        clock("x", text::now(), &mut report);
-        assert_eq!((report.0[0].mark, report.0[1].mark), (Mark::Warn, Mark::Ok));
+        for skew in [60.0, 0.0, -400.0 * 86400.0] {
+            clock("x", text::now() + skew, &mut report);
+        }
+        let marks: Vec<_> = report.0.iter().map(|item| item.mark).collect();
+        assert_eq!(marks, [Mark::Warn, Mark::Ok, Mark::Fail]);
+        let both = report.0[2].text.split(" there, ").collect::<Vec<_>>();
+        assert!(both.len() == 2 && both[0] != both[1], "{both:?}");
     }
 }

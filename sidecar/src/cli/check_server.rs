@@ -132,7 +132,9 @@ mod tests {
     fn a_full_disk_and_an_expired_certificate_fail() {
         let mut report = Report::default();
         certificates(Some(Expiry { client: Some(1), server: None }), &mut report);
-        answered("pg-1", &CheckResponse { ready: true, ..CheckResponse::default() }, &mut report);
+        let answer =
+            CheckResponse { ready: true, server_time: text::now(), ..CheckResponse::default() };
+        answered("pg-1", &answer, &mut report);
         let failed: Vec<_> =
             report.0.iter().filter(|i| i.mark == Mark::Fail).map(|i| i.name).collect();
         assert_eq!(failed, ["client certificate", "tier 1"]);

@@ -3,7 +3,9 @@
 //! P7: PostgreSQL takes 1 to 125 from restore_command as "the archive has no such file" and then ends
 //! recovery. So `wal-fetch` answers 1 only when the server said NOT_FOUND, and 200 for all other
 //! trouble; wrong usage is 200 for every command, because a misspelt restore_command is wrong usage.
+//! A standby, which would stop for good at 200, gets 75 in both cases: it asks again by itself.
 
+use super::wal_fetch::Asker;
 use crate::error::{Error, Failure};
 use klio_proto::Code;
 
@@ -31,6 +33,8 @@ pub const STOPPED: u8 = 9;
 pub const UNREACHABLE: u8 = 30;
 /// Wrong usage, and every failure of `wal-fetch` but a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
+/// The same where a standby asks: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of sysexits.h.
+pub const ASK_AGAIN: u8 = 75;
 
 /// The status of a command that failed; `wal-fetch` has its own.
 pub const fn of(error: &Error) -> u8 {
@@ -48,10 +52,18 @@ pub const fn of(error: &Error) -> u8 {
 }
 
 /// P7: the status of a failed `wal-fetch`.
-pub const fn of_wal_fetch(error: &Error) -> u8 {
+pub(super) const fn of_wal_fetch(error: &Error, asker: Asker) -> u8 {
     match error.failure {
         Failure::Code(Code::NotFound) => Code::NotFound.exit(),
-        _ => STOP_RECOVERY,
+        _ => of_trouble(asker),
+    }
+}
+
+/// The status where PostgreSQL asked and nobody can say whether there is such a file.
+pub(super) const fn of_trouble(asker: Asker) -> u8 {
+    match asker {
+        Asker::Once => STOP_RECOVERY,
+        Asker::Standby | Asker::Content => ASK_AGAIN,
     }
 }
 
@@ -80,6 +92,10 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (DAMAGED, "verify: found damage that could not be repaired"),
         (REPAIRED, "verify: found damage, and repaired all of it from the other tier"),
         (STOPPED, "ended by a signal before it was done"),
+        (
+            ASK_AGAIN,
+            "wal-fetch on a standby: any failure but NOT_FOUND, wrong usage too (PostgreSQL asks again by itself)",
+        ),
         (STOP_RECOVERY, "wrong usage; wal-fetch: any failure but NOT_FOUND (stops PostgreSQL, P7)"),
     ];
     let mut rows: Vec<(u8, String)> =
@@ -98,13 +114,15 @@ mod tests {
     /// P7.
     #[test]
     fn wal_fetch_answers_one_only_for_not_found() {
-        for code in Code::ALL {
-            let status = of_wal_fetch(&Error::new(Failure::Code(*code), "x"));
-            assert_eq!(status == 1, *code == Code::NotFound, "{code:?}");
-            assert!(status == 1 || status > 125, "{code:?}");
-        }
-        for failure in Failure::all().filter(|failure| !matches!(failure, Failure::Code(_))) {
-            assert!(of_wal_fetch(&Error::new(failure, "x")) > 125, "{failure:?}");
+        for failure in Failure::all() {
+            let status = |asker| of_wal_fetch(&Error::new(failure, "x"), asker);
+            let absent = failure == Failure::Code(Code::NotFound);
+            for asker in [Asker::Once, Asker::Standby, Asker::Content] {
+                assert_eq!(status(asker) == 1, absent, "{failure:?}");
+            }
+            assert!(absent || status(Asker::Once) > 125, "{failure:?}");
+            assert!(status(Asker::Standby) < 126, "{failure:?}");
+            assert!(status(Asker::Content) < 126, "{failure:?}");
         }
     }
 
@@ -122,6 +140,7 @@ mod tests {
             DAMAGED,
             REPAIRED,
             STOP_RECOVERY,
+            ASK_AGAIN,
         ] {
             assert!(Code::ALL.iter().all(|code| code.exit() != own), "{own}");
         }

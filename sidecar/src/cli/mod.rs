@@ -1,7 +1,7 @@
 //! The command line: parse, load the configuration, start telemetry, run one verb, give its exit status.
 //!
 //! No business decision here. P7: no way out of `wal-fetch` but success and a definitive "not found" is
-//! below 126, not even a panic or wrong usage.
+//! below 126, not even a panic or wrong usage; where a standby asks, none is above.
 
 mod args;
 mod backup;
@@ -42,6 +42,7 @@ use clap::Parser;
 use klio_telemetry::visible;
 use std::{ffi::OsString, io::Write, time::Duration};
 use tracing::Instrument;
+use wal_fetch::Asker;
 
 /// How long the way out may wait for telemetry.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
@@ -53,29 +54,32 @@ pub fn main(arguments: Vec<OsString>) -> u8 {
     // Whatever the rest looks like, this is what PostgreSQL started.
     let editing = arguments.get(1).is_some_and(|verb| verb == wal_tablespaces::VERB);
     let fetching = editing || arguments.iter().any(|a| a == "wal-fetch");
+    let asker = Asker::of(&arguments);
     let outcome = std::panic::catch_unwind(|| match arguments.get(1) {
         Some(verb) if verb == "wal-agent" && wal_agent::is_outer(&arguments) => {
             wal_agent::supervise(&arguments)
         }
         _ if editing => wal_tablespaces::run(&arguments[2..]),
-        _ if fetching => wal_fetch::quickly(&arguments).unwrap_or_else(run),
-        _ => run(arguments),
+        _ if fetching => {
+            wal_fetch::quickly(&arguments, asker).unwrap_or_else(|longer| run(longer, asker))
+        }
+        _ => run(arguments, asker),
     });
     outcome.unwrap_or(if fetching {
-        exit::STOP_RECOVERY
+        exit::of_trouble(asker)
     } else {
         klio_proto::Code::Internal.exit()
     })
 }
 
-fn run(arguments: Vec<OsString>) -> u8 {
+fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
     // A provider that is already installed stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
-            return if error.use_stderr() { exit::STOP_RECOVERY } else { exit::OK };
+            return if error.use_stderr() { exit::of_trouble(asker) } else { exit::OK };
         }
     };
     // Also a command that fails because of its configuration is a trace.
@@ -91,15 +95,18 @@ fn run(arguments: Vec<OsString>) -> u8 {
         Command::Help { .. } | Command::Reference { .. } => None,
         _ => problem,
     };
-    let result = execute(&cli, &config, problem, &arguments);
+    let result = execute(&cli, &config, problem, &arguments, asker);
     match result {
         Ok(status) => status,
         Err(error) => {
+            let (status, error) = match &cli.command {
+                Command::WalFetch(args) => {
+                    (exit::of_wal_fetch(&error, asker), asker.explain(&args.name, error))
+                }
+                _ => (exit::of(&error), error),
+            };
             say(&format!("klio {}: {error}", cli.command.name()));
-            match cli.command {
-                Command::WalFetch(_) => exit::of_wal_fetch(&error),
-                _ => exit::of(&error),
-            }
+            status
         }
     }
 }
@@ -147,6 +154,7 @@ fn execute(
     config: &Config,
     problem: Option<Error>,
     arguments: &[OsString],
+    asker: Asker,
 ) -> Result<u8, Error> {
     // One thread: a commit crosses this program twice, and every hand-over between threads costs it tens
     // of microseconds (measured: docs/benchmarks.md). Telemetry exports on threads of its own.
@@ -162,7 +170,7 @@ fn execute(
         let result = match problem {
             Some(problem) => Err(problem),
             None => {
-                let work = verb(cli, config, &telemetry);
+                let work = verb(cli, config, &telemetry, asker);
                 telemetry::to_its_end(&cli.command, work).instrument(span.clone()).await
             }
         };
@@ -185,6 +193,7 @@ async fn verb(
     cli: &Cli,
     config: &Config,
     telemetry: &klio_telemetry::Telemetry,
+    asker: Asker,
 ) -> Result<u8, Error> {
     match &cli.command {
         Command::Stream(_) => stream::run(config, telemetry).await,
@@ -203,7 +212,7 @@ async fn verb(
         Command::Verify(args) => verify::run(config, args).await,
         Command::Retention(command) => retention::run(config, command).await,
         Command::Generation(command) => generation::run(config, command).await,
-        Command::WalFetch(args) => wal_fetch::run(config, cli, args).await,
+        Command::WalFetch(args) => wal_fetch::run(config, cli, args, asker).await,
         Command::WalAgent(args) => wal_agent::run(config, args).await,
         Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,
         Command::Slot(SlotCommand::Drop(_)) => slot::drop_slot(config).await,

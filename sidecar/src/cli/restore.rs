@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Failure},
     restore::{
         Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
-        parse_time, show_time,
+        explain_time, parse_time, show_time,
     },
 };
 use klio_pg::TimelineId;
@@ -37,9 +37,9 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
     let shown = display::show(args.quiet || args.dry_run, || view(&restore.progress.seen()));
     let work = display::watched(&stop, "stopping", shown, async {
         let planned = restore.plan(&order).await?;
-        let plan = to_json(&planned);
+        let plan = to_json(&planned, &order);
         if !args.json && !args.quiet {
-            print(&describe(&planned));
+            print(&describe(&planned, &order));
         }
         planned.notes.iter().for_each(|note| say(&format!("note: {note}")));
         if args.dry_run {
@@ -76,7 +76,15 @@ fn order(args: &RestoreArgs) -> Result<Order, Error> {
     let maps: Result<Vec<(String, PathBuf)>, Error> =
         args.tablespace_map.iter().map(|map| tablespace(map)).collect();
     Ok(Order {
-        wish: Wish { target, timeline, backup, stop_at_end: true },
+        wish: Wish {
+            exclusive: exclusive(args, &target)?,
+            full_xid: args.target.target_xid.filter(|xid| *xid > u64::from(u32::MAX)),
+            timeline_typed: args.target_timeline.is_some(),
+            target,
+            timeline,
+            backup,
+            stop_at_end: true,
+        },
         to: absolute(&args.to)?,
         maps: maps?,
         action,
@@ -85,6 +93,16 @@ fn order(args: &RestoreArgs) -> Result<Order, Error> {
         harmless: args.harmless,
         alone: false,
     })
+}
+
+fn exclusive(args: &RestoreArgs, target: &Target) -> Result<bool, Error> {
+    let fits = matches!(target, Target::Time { .. } | Target::Lsn(_) | Target::Xid(_));
+    match args.exclusive && !fits {
+        false => Ok(args.exclusive),
+        true => Err(wrong(
+            "read --exclusive: expected --target-time, --target-lsn or --target-xid beside it",
+        )),
+    }
 }
 
 /// Without the slash at the end and without `.`; links stay, as the user may mean them.
@@ -121,7 +139,8 @@ fn target(args: &TargetArgs) -> Result<Target, Error> {
         return Ok(Target::Name(name.clone()));
     }
     Ok(match args.target_xid {
-        Some(xid) => Target::Xid(xid),
+        // PostgreSQL's recovery_target_xid has no epoch; it is compared with the backup's.
+        Some(xid) => Target::Xid(xid as u32),
         None if args.target_immediate => Target::Immediate,
         None => Target::Latest,
     })
@@ -177,19 +196,21 @@ pub(super) fn invocation(
 }
 
 /// The recovery target in words.
-pub(super) fn recovery(recovery: &Recovery) -> String {
-    match recovery {
+pub(super) fn recovery(recovery: &Recovery, inclusive: bool) -> String {
+    let before = if inclusive { "" } else { "before " };
+    let end = match recovery {
         Recovery::End => "the end of WAL".into(),
         Recovery::Immediate => "as soon as it is consistent".into(),
         Recovery::Time(time) => format!("{} in PostgreSQL's clock", show_time(*time)),
         Recovery::Lsn(lsn) => format!("the record at {lsn}"),
         Recovery::Name(name) => format!("restore point {name:?}"),
         Recovery::Xid(xid) => format!("transaction {xid}"),
-    }
+    };
+    format!("{before}{end}")
 }
 
-fn describe(planned: &Planned) -> String {
-    let Decision { plan, recovery: target, .. } = &planned.decision;
+fn describe(planned: &Planned, order: &Order) -> String {
+    let Decision { plan, recovery: target, inclusive, .. } = &planned.decision;
     let record = &plan.backup;
     let mut out = format!(
         "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {}, then {}\n  timeline     {}\n  WAL          from {}, held to {}{}\n  size         {} in {} files\n",
@@ -199,7 +220,7 @@ fn describe(planned: &Planned) -> String {
         text::time(record.stopped_postgres_unix),
         record.stop_lsn,
         record.stop_timeline.get(),
-        recovery(target),
+        recovery(target, *inclusive),
         planned.settings.action.name(),
         plan.path.timeline().get(),
         record.start_lsn,
@@ -208,13 +229,16 @@ fn describe(planned: &Planned) -> String {
         text::size(planned.bytes),
         planned.files,
     );
+    if let Target::Time { unix_micros } = order.wish.target {
+        out += &format!("  asked for    {}\n", explain_time(unix_micros));
+    }
     for (oid, place) in planned.places.linked() {
         out += &format!("  tablespace   {oid} to {}\n", place.display());
     }
     out
 }
 
-fn to_json(planned: &Planned) -> Value {
+fn to_json(planned: &Planned, order: &Order) -> Value {
     let plan = &planned.decision.plan;
     let tablespaces: Vec<Value> = planned
         .places
@@ -239,7 +263,11 @@ fn to_json(planned: &Planned) -> Value {
         "wal_from": plan.backup.start_lsn,
         "wal_to": plan.reach.end,
         "hole": hole,
-        "target": recovery(&planned.decision.recovery),
+        "target": recovery(&planned.decision.recovery, planned.decision.inclusive),
+        "asked_time": match order.wish.target {
+            Target::Time { unix_micros } => json!(show_time(unix_micros)),
+            _ => Value::Null,
+        },
         "action": planned.settings.action,
         "settings": settings,
         "files": planned.files,

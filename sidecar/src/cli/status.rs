@@ -1,4 +1,7 @@
 //! `klio status`: how far each cluster is, as a table or JSON. Ends with 3 when there is a problem or gap.
+//!
+//! A cluster that nobody streams has a problem. How far behind it is, nobody knows: never 0, in bytes unknown, in
+//! time since all was last known to be here.
 
 use super::{args::StatusArgs, connect, exit, generation, print, say, table, text};
 use crate::{config::Config, error::Error};
@@ -23,15 +26,50 @@ pub(super) async fn run(config: &Config, args: &StatusArgs) -> Result<u8, Error>
         );
     }
     print(&out);
-    let bad = answer.clusters.iter().any(|c| !c.problems.is_empty() || !c.gaps.is_empty());
-    Ok(if bad { exit::PROBLEM } else { exit::OK })
+    Ok(if is_bad(&answer) { exit::PROBLEM } else { exit::OK })
 }
 
-fn lag(lag: Option<&Lag>) -> String {
-    lag.map_or_else(
-        || "-".into(),
-        |lag| format!("{}, {}", text::size(lag.bytes), text::duration(lag.seconds)),
-    )
+/// Whether somebody has to look. A server that has nothing protects nothing.
+fn is_bad(answer: &StatusResponse) -> bool {
+    let bad = |c: &ClusterStatus| !problems(c).is_empty() || !c.gaps.is_empty();
+    answer.clusters.is_empty() || answer.clusters.iter().any(bad)
+}
+
+/// What the server says, and what it does not: that nothing streams.
+fn problems(c: &ClusterStatus) -> Vec<String> {
+    let mut problems = c.problems.clone();
+    if !c.connected {
+        let since = durable_as_of(c).map_or_else(
+            || "and how far PostgreSQL went on is not known".to_owned(),
+            |time| format!("and what PostgreSQL wrote after {} is not here", text::time(time)),
+        );
+        problems.push(format!(
+            "nothing streams, {since}: start klio stream beside PostgreSQL, or look at its log"
+        ));
+    }
+    problems
+}
+
+fn durable_as_of(c: &ClusterStatus) -> Option<f64> {
+    (c.durable_as_of_time > 0.0).then_some(c.durable_as_of_time)
+}
+
+/// How far tier 1 is behind PostgreSQL: bytes and seconds, where they are known. Older servers said 0 without a stream.
+fn flush_lag(c: &ClusterStatus, now: f64) -> (Option<u64>, Option<f64>) {
+    match (&c.flush_lag, c.connected) {
+        (Some(lag), true) => (Some(lag.bytes), Some(lag.seconds)),
+        _ => (None, durable_as_of(c).map(|time| (now - time).max(0.0))),
+    }
+}
+
+fn lag(bytes: Option<u64>, seconds: Option<f64>) -> String {
+    match (bytes, seconds) {
+        (Some(bytes), Some(seconds)) => {
+            format!("{}, {}", text::size(bytes), text::duration(seconds))
+        }
+        (None, Some(seconds)) => format!("unknown for {}", text::duration(seconds)),
+        _ => "unknown".into(),
+    }
 }
 
 fn to_table(answer: &StatusResponse) -> String {
@@ -57,8 +95,8 @@ fn to_table(answer: &StatusResponse) -> String {
         );
     }
     for cluster in &answer.clusters {
-        for problem in &cluster.problems {
-            out += &format!("{}: problem: {}\n", line(&cluster.cluster), line(problem));
+        for problem in problems(cluster) {
+            out += &format!("{}: problem: {}\n", line(&cluster.cluster), line(&problem));
         }
         for gap in &cluster.gaps {
             out += &format!("{}: {}\n", line(&cluster.cluster), gap_text(gap));
@@ -71,7 +109,12 @@ fn to_table(answer: &StatusResponse) -> String {
 }
 
 fn row(c: &ClusterStatus) -> Vec<String> {
-    let archive = if c.tier2_configured { lag(c.archive_lag.as_ref()) } else { "no tier 2".into() };
+    let (bytes, seconds) = flush_lag(c, text::now());
+    let archive = match (&c.archive_lag, c.tier2_configured) {
+        (_, false) => "no tier 2".into(),
+        (None, true) => lag(None, None),
+        (Some(known), true) => lag(Some(known.bytes), Some(known.seconds)),
+    };
     vec![
         c.cluster.clone(),
         if c.connected { "connected" } else { "not connected" }.into(),
@@ -80,7 +123,7 @@ fn row(c: &ClusterStatus) -> Vec<String> {
         text::lsn(c.flushed_lsn),
         text::lsn(c.sealed_lsn),
         text::lsn(c.archived_lsn),
-        lag(c.flush_lag.as_ref()),
+        lag(bytes, seconds),
         archive,
     ]
 }
@@ -137,6 +180,7 @@ fn to_json(answer: &StatusResponse) -> Value {
         .clusters
         .iter()
         .map(|c| {
+            let (bytes, seconds) = flush_lag(c, text::now());
             json!({
                 "cluster": c.cluster,
                 "system_identifier": c.system_identifier.to_string(),
@@ -149,13 +193,14 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "sealed_lsn": known(c.sealed_lsn),
                 "archived_lsn": known(c.archived_lsn),
                 "wal_end_lsn": known(c.wal_end_lsn),
-                "flush_lag": lag(c.flush_lag.as_ref()),
+                "flush_lag": { "bytes": bytes, "seconds": seconds },
+                "durable_as_of_time": durable_as_of(c),
                 "archive_lag": lag(c.archive_lag.as_ref()),
                 "latest_written_time": (c.latest_written_time > 0.0).then_some(c.latest_written_time),
                 "latest_archived_time": (c.latest_archived_time > 0.0).then_some(c.latest_archived_time),
                 "tier2_configured": c.tier2_configured,
                 "gaps": c.gaps.iter().map(gap_json).collect::<Vec<_>>(),
-                "problems": c.problems.iter().map(|problem| line(problem)).collect::<Vec<_>>(),
+                "problems": problems(c).iter().map(|problem| line(problem)).collect::<Vec<_>>(),
                 "generations": c.generations.iter().map(generation::to_json).collect::<Vec<_>>(),
                 "continuity_not_proven": c.unproven.iter().map(unproven_json).collect::<Vec<_>>(),
             })
@@ -207,5 +252,34 @@ mod tests {
         assert_eq!(value["clusters"][0]["flushed_lsn"], "0/3000060");
         assert_eq!(value["clusters"][0]["archived_lsn"], Value::Null);
         assert_eq!(value["clusters"][0]["gaps"][0]["bytes"], 1 << 20);
+    }
+
+    /// Whatever the server says of a stream that ended: an older one says 0.
+    #[test]
+    fn a_cluster_that_nobody_streams_is_a_problem_with_an_unknown_lag() {
+        let mut cluster = ClusterStatus {
+            cluster: "pg-1".into(),
+            connected: true,
+            flush_lag: Some(Lag { bytes: 0, seconds: 0.0 }),
+            ..ClusterStatus::default()
+        };
+        let answer = |cluster: &ClusterStatus| StatusResponse {
+            clusters: vec![cluster.clone()],
+            queue: None,
+        };
+        assert!(!is_bad(&answer(&cluster)));
+        assert_eq!(to_json(&answer(&cluster))["clusters"][0]["flush_lag"]["bytes"], 0);
+        cluster.connected = false;
+        assert!(is_bad(&answer(&cluster)));
+        let value = to_json(&answer(&cluster))["clusters"][0].clone();
+        assert_eq!(value["flush_lag"], json!({ "bytes": null, "seconds": null }));
+        assert!(value["problems"][0].as_str().unwrap().contains("nothing streams"), "{value}");
+        let table = to_table(&answer(&cluster));
+        assert!(table.contains("unknown") && !table.contains("0 B"), "{table}");
+        cluster.durable_as_of_time = text::now() - 90.0;
+        let value = to_json(&answer(&cluster))["clusters"][0].clone();
+        assert!(value["flush_lag"]["seconds"].as_f64() >= Some(90.0), "{value}");
+        assert!(to_table(&answer(&cluster)).contains("unknown for 1"), "{value}");
+        assert!(is_bad(&StatusResponse::default()), "a server that has nothing");
     }
 }

@@ -123,6 +123,61 @@ async fn every_wrong_way_to_call_it_stops_recovery() {
     assert!(!Path::new(&path).exists());
 }
 
+/// P7's exception: a status above 125 takes a standby down, and then it can be neither promoted nor started while the
+/// archive is away. Absence stays 1.
+#[tokio::test]
+async fn no_trouble_and_no_wrong_call_stops_a_standby() {
+    let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());
+    let config = configure(folder.path(), &server.address);
+    let data = folder.path().join("data");
+    std::fs::create_dir_all(data.join("pg_wal")).unwrap();
+    std::fs::write(data.join("recovery.signal"), "").unwrap();
+    let path = data.join("pg_wal/RECOVERYXLOG");
+    let text = path.display().to_string();
+    let bucket = format!("file://{}", folder.path().display());
+    let wrong = [
+        &["wal-fetch", SEGMENT, &text, "extra"][..],
+        &["wal-fetch", SEGMENT, &text, "--nonsense"],
+        &["wal-ftech", SEGMENT, &text],
+        &["--config", "/does/not/exist", "wal-fetch", SEGMENT, &text],
+        &["--config", &config, "wal-fetch", "../../etc/passwd", &text],
+        &["--config", &config, "wal-fetch", SEGMENT, &text, "--from", "file:///does/not/exist"],
+        &["-c", &config, "wal-fetch", SEGMENT, &text, "--from", &bucket, "--identity", "/none"],
+    ];
+    for arguments in wrong {
+        assert_eq!(klio(arguments).await, 200, "{arguments:?}");
+    }
+    std::fs::write(data.join("standby.signal"), "").unwrap();
+    for arguments in wrong {
+        assert_eq!(klio(arguments).await, 75, "{arguments:?}");
+    }
+    for code in Code::ALL.iter().filter(|code| **code != Code::NotFound) {
+        server.change(|s| s.fetch_error = Some(*code));
+        assert_eq!(fetch(&config, SEGMENT, &path).await, 75, "{code:?}");
+    }
+    server.change(|s| s.fetch_error = None);
+    assert_eq!(fetch(&config, SEGMENT, &path).await, 1);
+    let (plain, messages) = segment();
+    server.change(|s| drop(s.files.insert(SEGMENT.into(), messages)));
+    assert_eq!(fetch(&config, SEGMENT, &path).await, 0);
+    assert!(std::fs::read(&path).unwrap() == plain);
+}
+
+/// A firewall that drops what comes: nobody answers, nobody refuses.
+#[tokio::test]
+async fn a_server_that_is_silent_holds_a_standby_for_less_than_it_waits_anyway() {
+    let folder = tempfile::tempdir().unwrap();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = configure(folder.path(), &format!("http://{}", silent.local_addr().unwrap()));
+    let data = folder.path().join("data");
+    std::fs::create_dir_all(data.join("pg_wal")).unwrap();
+    std::fs::write(data.join("standby.signal"), "").unwrap();
+    let path = data.join("pg_wal/RECOVERYXLOG").display().to_string();
+    let begun = std::time::Instant::now();
+    assert_eq!(klio(&["--config", &config, "wal-fetch", SEGMENT, &path]).await, 75);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn help_is_not_a_failure() {
     for arguments in [

@@ -1,7 +1,8 @@
 //! `klio wal-fetch %f "%p"`: what restore_command runs.
 //!
 //! P7: only a source's definitive NOT_FOUND is "no such file"; everything else is tried again until the
-//! timeout and then stops recovery. PATH appears complete and of the exact size, or not at all.
+//! timeout and then stops recovery. Where a standby asks, it is tried once, for some seconds, and PostgreSQL asks again
+//! (asker.rs). PATH appears complete and of the exact size, or not at all.
 //!
 //! PostgreSQL's own %p is not fsynced: a file that it keeps goes through durable_rename(), which fsyncs it first
 //! (KeepFileRestoredFromArchive() in src/backend/access/transam/xlogarchive.c), and after a crash it deletes what is
@@ -27,19 +28,24 @@ use std::{
     time::Instant,
 };
 
+mod asker;
 mod quick;
 mod resident;
 
+pub(super) use asker::Asker;
+use asker::Patience;
 use resident::Resident;
 
 const NO_AGENT: &str = "--no-agent";
+const ANSWER_WITHIN: &str = "--answer-within";
 
 /// The way of almost every call: ask the agent, without what a longer way needs. `Err` gives the arguments for that.
-pub(super) fn quickly(arguments: &[OsString]) -> Result<u8, Vec<OsString>> {
+pub(super) fn quickly(arguments: &[OsString], asker: Asker) -> Result<u8, Vec<OsString>> {
     let mut longer = arguments.to_vec();
     let Some(request) = quick::Request::read(arguments) else { return Err(longer) };
     let Some(resident) = request.resident() else { return Err(longer) };
-    match resident.ask(request.file, &request.path, Instant::now() + request.timeout) {
+    let patience = asker.patience(request.timeout, None);
+    match resident.ask(request.file, &request.path, &patience) {
         Outcome::Placed => Ok(exit::OK),
         Outcome::Absent(message) => {
             super::say(&format!("klio wal-fetch: {message}"));
@@ -50,24 +56,34 @@ pub(super) fn quickly(arguments: &[OsString]) -> Result<u8, Vec<OsString>> {
                 super::say(&format!("klio wal-fetch: read-ahead agent: {why}; fetching directly"));
             }
             longer.push(NO_AGENT.into());
+            if asker != Asker::Once {
+                // What is left of it, for both ways together.
+                let left = patience.deadline.saturating_duration_since(Instant::now());
+                longer.extend([ANSWER_WITHIN.into(), format!("{}ms", left.as_millis()).into()]);
+            }
             Err(longer)
         }
     }
 }
 
 /// Runs it.
-pub(super) async fn run(config: &Config, cli: &Cli, args: &WalFetchArgs) -> Result<u8, Error> {
+pub(super) async fn run(
+    config: &Config,
+    cli: &Cli,
+    args: &WalFetchArgs,
+    asker: Asker,
+) -> Result<u8, Error> {
     let file: WalFile = args.name.parse().map_err(|error| {
         Error::new(Failure::Config, format!("read file name: {error}"))
             .hint("restore_command = 'klio wal-fetch %f \"%p\"'")
     })?;
-    let deadline = Instant::now() + args.timeout;
+    let patience = asker.patience(args.timeout, args.answer_within);
     if !args.no_agent
         && let Some(resident) =
             Resident::of(config, cli.global.config.as_deref(), &cli.flags(), &args.path)
     {
         // Blocks this thread, which has nothing else to do.
-        match resident.ask(file, &args.path, deadline) {
+        match resident.ask(file, &args.path, &patience) {
             Outcome::Placed => return Ok(exit::OK),
             Outcome::Absent(message) => {
                 return Err(Error::new(Failure::Code(Code::NotFound), message));
@@ -78,7 +94,7 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &WalFetchArgs) -> Resu
             }
         }
     }
-    directly(config, file, &args.path, deadline).await?;
+    directly(config, file, &args.path, &patience).await?;
     Ok(exit::OK)
 }
 
@@ -87,12 +103,18 @@ async fn directly(
     config: &Config,
     file: WalFile,
     path: &Path,
-    deadline: Instant,
+    patience: &Patience,
 ) -> Result<(), Error> {
     let expected = data_dir(path).map(Expected::of_data_dir).unwrap_or_default();
     let fetch = Fetch { source: wal_source::open(config)?, file, expected };
     let target = Arc::new(Target::beside(path)?);
-    fetch.until(&target, deadline.into()).await?;
+    match patience.asker {
+        Asker::Once => fetch.until(&target, patience.deadline.into()).await?,
+        Asker::Standby | Asker::Content => {
+            let (begun, longest) = (patience.deadline.into(), patience.longest.into());
+            fetch.promptly(&target, begun, asker::STANDBY_QUIET_MAX, longest).await?
+        }
+    };
     target.commit(path, !is_postgresql_s(path))
 }
 

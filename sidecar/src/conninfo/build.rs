@@ -3,8 +3,10 @@
 use super::{
     ChannelBinding, ClientFile, ConnInfo, ConnInfoError, Env, Host, HostTarget, Keepalive,
     Password, RootCert, SslMode, TargetSessionAttrs, TlsSettings,
+    auth::RequireAuth,
     host::DEFAULT_SOCKET_DIRS,
     keyword::{self, KEYWORDS, Use},
+    service,
     text::Pairs,
 };
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
@@ -70,6 +72,11 @@ pub(super) fn build(
                 ],
             )?
             .unwrap_or(ChannelBinding::Prefer),
+        require_auth: match values.text("require_auth") {
+            None => RequireAuth::default(),
+            Some(text) => RequireAuth::parse(&text)
+                .ok_or_else(|| values.bad("require_auth", RequireAuth::expected()))?,
+        },
         target_session_attrs: values
             .choice(
                 "target_session_attrs",
@@ -99,6 +106,18 @@ impl Values {
                 && let Some(value) = env(variable)
             {
                 values.insert(keyword.name, (value, variable.to_owned()));
+            }
+        }
+        let typed = |keyword: &str| {
+            let last = pairs.iter().rev().find(|(name, _)| name == keyword);
+            let set = values.get(keyword).map(|(value, _): &(String, String)| value.clone());
+            last.map(|(_, value)| value.clone()).or(set).filter(|value| !value.is_empty())
+        };
+        if let Some(name) = typed("service") {
+            for (keyword, value) in service::load(&name, typed("servicefile"), env)? {
+                if let Some(keyword) = keyword::find(&keyword) {
+                    values.insert(keyword.name, (value, format!("service {name}")));
+                }
             }
         }
         for (name, value) in pairs {
@@ -251,11 +270,20 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
         None => in_home(default).map(|path| ClientFile { path, explicit: false }),
     };
     let (tls13_only, tls12_only) = versions(values)?;
+    let direct =
+        values.choice("sslnegotiation", &[("postgres", false), ("direct", true)])?.unwrap_or(false);
+    // libpq: a server that does not speak first cannot be asked whether it would.
+    if direct && matches!(mode, SslMode::Disable | SslMode::Allow | SslMode::Prefer) {
+        return Err(
+            values.bad("sslnegotiation", "sslmode=require or stronger beside direct".into())
+        );
+    }
     Ok(TlsSettings {
         mode,
         root,
         cert: file("sslcert", "postgresql.crt"),
         key: file("sslkey", "postgresql.key"),
+        direct,
         sni: values.choice("sslsni", &[("0", false), ("1", true)])?.unwrap_or(true),
         tls13_only,
         tls12_only,

@@ -39,7 +39,6 @@ const fn ignored(name: &'static str) -> Keyword {
 }
 
 const NO_GSS: &str = "klio speaks TLS, not GSSAPI";
-const NO_SERVICE: &str = "put the service's settings into the connection string";
 const NO_CRL: &str = "klio does not check revocation lists; remove the authority instead";
 const NO_KEYS: &str = "give the password itself";
 const NO_OAUTH: &str = "use a password or a client certificate";
@@ -73,7 +72,10 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     plain("keepalives_count"),
     plain("tcp_user_timeout"),
     only("gssencmode", "PGGSSENCMODE", &["disable", "prefer"]),
-    only("sslnegotiation", "PGSSLNEGOTIATION", &["postgres"]),
+    read("sslnegotiation", "PGSSLNEGOTIATION"),
+    read("require_auth", "PGREQUIREAUTH"),
+    read("service", "PGSERVICE"),
+    read("servicefile", "PGSERVICEFILE"),
     only("sslcertmode", "PGSSLCERTMODE", &["allow"]),
     only("sslcompression", "PGSSLCOMPRESSION", &["0"]),
     only("min_protocol_version", "PGMINPROTOCOLVERSION", &["3.0"]),
@@ -85,15 +87,12 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     ignored("krbsrvname"),
     ignored("gsslib"),
     ignored("gssdelegation"),
-    refused("service", "PGSERVICE", NO_SERVICE),
-    refused("servicefile", "PGSERVICEFILE", NO_SERVICE),
     refused("sslpassword", "PGSSLPASSWORD", "store the key unencrypted, mode 0600"),
     refused("sslcrl", "PGSSLCRL", NO_CRL),
     refused("sslcrldir", "PGSSLCRLDIR", NO_CRL),
     refused("sslkeylogfile", "PGSSLKEYLOGFILE", "session keys are not written to files"),
     refused("requirepeer", "PGREQUIREPEER", "use TLS with sslmode=verify-full"),
     refused("requiressl", "PGREQUIRESSL", "use sslmode=require"),
-    refused("require_auth", "PGREQUIREAUTH", "use channel_binding=require or sslmode=verify-full"),
     refused("scram_client_key", "PGSCRAMCLIENTKEY", NO_KEYS),
     refused("scram_server_key", "PGSCRAMSERVERKEY", NO_KEYS),
     refused("oauth_issuer", "PGOAUTHISSUER", NO_OAUTH),

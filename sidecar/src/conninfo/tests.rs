@@ -96,8 +96,19 @@ fn unknown_keyword_is_named() {
 fn unsupported_keyword_is_named_with_what_to_do_instead() {
     assert!(refused("sslcrl=/x").contains("sslcrl is not supported"));
     assert!(refused("gssencmode=require").contains("expected disable or prefer"));
-    let err = parse_env("", &[("PGSERVICE", "prod")]).unwrap_err();
-    assert!(err.to_string().starts_with("PGSERVICE: service is not supported"), "{err}");
+    let err = parse_env("", &[("PGREQUIREPEER", "postgres")]).unwrap_err();
+    assert!(err.to_string().starts_with("PGREQUIREPEER: requirepeer is not supported"), "{err}");
+}
+
+#[test]
+fn direct_tls_and_ways_to_log_in_are_understood_or_refused_with_what_would_do() {
+    assert!(parse("sslmode=verify-full sslnegotiation=direct").tls.direct);
+    assert!(!parse("sslmode=require sslnegotiation=postgres").tls.direct);
+    assert!(refused("sslnegotiation=direct").contains("sslmode=require"));
+    assert!(parse("require_auth=scram-sha-256").require_auth.allows(3).is_err());
+    assert!(parse("").require_auth.allows(3).is_ok());
+    assert!(refused("require_auth=scram").contains("scram-sha-256"));
+    assert!(parse_env("", &[("PGREQUIREAUTH", "!md5")]).unwrap().require_auth.allows(5).is_err());
 }
 
 #[test]

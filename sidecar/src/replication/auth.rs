@@ -2,14 +2,15 @@
 //!
 //! A password leaves this process in the clear only over TLS or a unix socket.
 //! A server that starts SCRAM must finish it: it proves that it knows the password too.
-//! With `channel_binding=require` no other method gets as far as sending anything.
+//! With `channel_binding=require` no other method gets as far as sending anything, and with `require_auth` none that it
+//! does not name.
 
 use super::{
     error::{Error, ErrorKind, ServerError},
     rows::unexpected,
     wire::Wire,
 };
-use crate::conninfo::{ChannelBinding, Password};
+use crate::conninfo::{ChannelBinding, Password, RequireAuth};
 use bytes::{Buf, Bytes};
 use postgres_protocol::{
     authentication::{md5_hash, sasl},
@@ -23,6 +24,7 @@ pub(super) struct Login<'a> {
     pub user: &'a str,
     pub password: Option<Password>,
     pub channel_binding: ChannelBinding,
+    pub require_auth: &'a RequireAuth,
     /// The `tls-server-end-point` of this connection, where it has one.
     pub end_point: Option<Vec<u8>>,
 }
@@ -40,7 +42,10 @@ pub(super) async fn log_in(
         let frame = wire.receive(OP).await?;
         match frame.tag {
             b'Z' => return Ok(()),
-            b'K' => {}
+            b'K' => {
+                let pid = frame.body.get(..4).and_then(|pid| pid.try_into().ok());
+                wire.set_peer_pid(pid.map(u32::from_be_bytes));
+            }
             b'E' => return Err(Error::from_server(OP, ServerError::parse(&frame.body))),
             tag => return Err(unexpected(OP, "the server to be ready", tag)),
         }
@@ -49,6 +54,7 @@ pub(super) async fn log_in(
 
 async fn authenticate(wire: &mut Wire, login: &Login<'_>) -> Result<(), Error> {
     let (code, body) = request(wire).await?;
+    login.require_auth.allows(code).map_err(refuse)?;
     if code != 10 && login.channel_binding == ChannelBinding::Require {
         return Err(refuse(format!(
             "channel_binding=require: expected SCRAM-SHA-256-PLUS, found {}",

@@ -101,6 +101,11 @@ impl Client {
         self.wire.set_patience(patience);
     }
 
+    /// The process that answered the login: PostgreSQL's own session, or whatever a pooler made up for us.
+    pub const fn peer_pid(&self) -> Option<u32> {
+        self.wire.peer_pid()
+    }
+
     /// Whether the server was in recovery at its last word about it.
     pub fn in_hot_standby(&self) -> bool {
         self.wire.parameter("in_hot_standby") == Some("on")

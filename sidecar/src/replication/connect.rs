@@ -221,6 +221,7 @@ async fn attempt(
         user: &info.user,
         password: password(info, host, database).await?,
         channel_binding: info.channel_binding,
+        require_auth: &info.require_auth,
         end_point,
     };
     let mut parameters = vec![
@@ -292,6 +293,9 @@ async fn negotiate(
 ) -> Result<Negotiated, Error> {
     if encryption == Encryption::Never {
         return Ok((Transport::Tcp(stream), None));
+    }
+    if info.tls.direct {
+        return handshake(info, host, stream).await;
     }
     let broken = |e| Error::caused(ErrorKind::Connect, "ask for TLS", e);
     let mut request = BytesMut::new();

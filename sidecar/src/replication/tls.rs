@@ -20,6 +20,8 @@ use x509_parser::{
 };
 
 const OP: &str = "prepare TLS";
+/// PG_ALPN_PROTOCOL in src/include/libpq/pqcomm.h.
+const ALPN: &[u8] = b"postgresql";
 
 /// Reads the files and makes the configuration. Blocking.
 pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
@@ -42,6 +44,8 @@ pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Erro
         None => builder.with_no_client_auth(),
     };
     config.enable_sni = settings.sni;
+    // PostgreSQL demands it of TLS that begins without having been asked for.
+    config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
 }
 

@@ -48,6 +48,8 @@ pub(super) struct Wire {
     /// A failed write, after which nothing more is written.
     deaf: Option<Error>,
     parameters: BTreeMap<String, String>,
+    /// Of the process that says it serves us.
+    peer_pid: Option<u32>,
     /// How long a silence or a stuck write may last.
     patience: Duration,
 }
@@ -62,6 +64,7 @@ impl Wire {
             unflushed: false,
             deaf: None,
             parameters: BTreeMap::new(),
+            peer_pid: None,
             patience,
         }
     }
@@ -74,6 +77,13 @@ impl Wire {
     }
     pub(super) fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+
+    pub(super) const fn peer_pid(&self) -> Option<u32> {
+        self.peer_pid
+    }
+    pub(super) fn set_peer_pid(&mut self, pid: Option<u32>) {
+        self.peer_pid = pid;
     }
 
     /// The last value the server reported of a setting.

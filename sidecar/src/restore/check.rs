@@ -1,7 +1,10 @@
 //! Whether the places can take a restore. Reads only (D1).
 
 use super::{MARKER, local, place::Places};
-use crate::error::{Error, Failure};
+use crate::{
+    backup::LOST_AND_FOUND,
+    error::{Error, Failure},
+};
 use klio_pg::ByteSize;
 use klio_storage::{catalog::BackupRecord, disk::durable};
 use rustix::fs::Access;
@@ -74,7 +77,9 @@ fn occupied(place: &Path) -> Result<bool, Error> {
         Ok(entries) => {
             for entry in entries {
                 let entry = entry.map_err(|error| local("look into", place, &error))?;
-                if Path::new(&entry.file_name()) != begun {
+                let name = entry.file_name();
+                // A mount point has it, and it is nobody's data.
+                if Path::new(&name) != begun && name != LOST_AND_FOUND {
                     return Ok(true);
                 }
             }
@@ -236,6 +241,15 @@ mod tests {
             assert!(error.message.contains("expected a directory, found a file"), "{error}");
         }
         assert!(empty(&scratch.path().join("none")).is_ok());
+    }
+
+    #[test]
+    fn a_new_mount_point_is_empty() {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::create_dir(scratch.path().join(LOST_AND_FOUND)).unwrap();
+        assert!(empty(scratch.path()).is_ok());
+        fs::write(scratch.path().join("file"), "").unwrap();
+        assert!(empty(scratch.path()).is_err());
     }
 
     /// Killed between writing the marker and giving it its name, a restore has done nothing yet.

@@ -1,8 +1,9 @@
 //! What a directory has and the backup has not: removed, one directory at a time.
 //!
 //! Names of the directories that are open at the moment are kept, no more (D5). A symbolic link is removed,
-//! never followed; only `pg_wal` may be one, because it may lie on another disk.
+//! never followed; only `pg_wal` may be one, because it may lie on another disk. A file system's lost+found stays.
 
+use crate::backup::LOST_AND_FOUND;
 use std::{
     collections::HashSet,
     ffi::OsString,
@@ -72,7 +73,8 @@ impl Leftovers {
     fn clean(&mut self, folder: &Path, names: &HashSet<OsString>) -> io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
-            if !names.contains(&entry.file_name()) {
+            let name = entry.file_name();
+            if !names.contains(&name) && name != LOST_AND_FOUND {
                 let path = entry.path();
                 remove(&path).map_err(|error| {
                     let text = format!("remove {}: {error}", path.display());
@@ -109,6 +111,7 @@ mod tests {
         fs::create_dir_all(root.join("base/1")).unwrap();
         fs::create_dir_all(root.join("old/deep")).unwrap();
         fs::create_dir_all(&outside).unwrap();
+        fs::create_dir(root.join(LOST_AND_FOUND)).unwrap();
         for file in ["data/a", "data/stale", "data/base/1/kept", "data/base/1/gone", "outside/safe"]
         {
             fs::write(folder.path().join(file), "x").unwrap();
@@ -132,7 +135,7 @@ mod tests {
         let mut left: Vec<_> =
             fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["a", "base", "late"]);
+        assert_eq!(left, ["a", "base", "late", LOST_AND_FOUND]);
         assert!(root.join("base/1/kept").exists() && !root.join("base/1/gone").exists());
         assert!(outside.join("safe").exists());
         assert_eq!(leftovers.removed, 4);

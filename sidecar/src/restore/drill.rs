@@ -85,6 +85,9 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
         wish: Wish {
             target: Target::Latest,
             timeline: TimelineChoice::Latest,
+            timeline_typed: true,
+            exclusive: false,
+            full_xid: None,
             backup: Some(record.name.clone()),
             stop_at_end: true,
         },

@@ -18,6 +18,7 @@ pub mod drill;
 mod finish;
 mod included;
 mod links;
+mod lived;
 mod missing;
 mod neutral;
 mod place;
@@ -29,6 +30,7 @@ mod source;
 mod stored;
 mod strip;
 mod target;
+mod time;
 mod wal;
 mod way;
 
@@ -38,7 +40,8 @@ pub use run::{Done, Order, Planned, Restore};
 pub use scratch::Scratch;
 pub use settings::{Action, Invocation};
 pub use source::{Catalog, Known, Source};
-pub use target::{Decision, Recovery, Wish, parse_time, show_time};
+pub use target::{Decision, Recovery, Wish};
+pub use time::{explain_time, parse_time, show_time};
 pub use wal::{Tail, Wal};
 
 use crate::{

@@ -13,7 +13,7 @@ use super::{
     settings::{Action, Invocation, Settings},
     source::{Catalog, Known, Source},
     stored::{self, Stored},
-    target::{Decider, Decision, Verdict, Wish},
+    target::{Decider, Decision, Verdict, Wish, check_epoch},
     wal::Wal,
     way::{self, Way},
 };
@@ -226,14 +226,21 @@ impl Restore {
         });
         let Measured { files, bytes, stored, .. } = measured;
         let (at, wanted) = (places.clone(), (action, order.harmless, order.alone, order.delta));
-        let on_the_way = way.clone();
+        let (on_the_way, full_xid) = (way.clone(), order.wish.full_xid);
         let surroundings =
-            stored::blocking(move || surroundings(&stored, &at, &on_the_way, wanted)).await?;
+            stored::blocking(move || {
+                if let Some(full_xid) = full_xid {
+                    check_epoch(full_xid, stored.control()?.next_xid)?;
+                }
+                surroundings(&stored, &at, &on_the_way, wanted)
+            })
+            .await?;
         let Surroundings { neutral, folders, has_conf } = surroundings;
         let settings = Settings {
             major: record.postgres_version / 10_000,
             restore_command: self.invocation.restore_command(!edits.is_empty()),
             recovery: decision.recovery.clone(),
+            inclusive: decision.inclusive,
             timeline: decision.plan.path.has_history.then_some(timeline),
             action,
             left_set: neutral.left_set,

@@ -81,6 +81,8 @@ pub struct Settings {
     pub restore_command: String,
     /// Where it ends.
     pub recovery: Recovery,
+    /// `recovery_target_inclusive`.
+    pub inclusive: bool,
     /// Which timeline; `None`: that of the backup, whose history file is not held.
     pub timeline: Option<TimelineId>,
     /// What then; of no effect without a target.
@@ -186,7 +188,7 @@ impl Settings {
         }
         let timeline = self.timeline.map_or("current".to_owned(), |t| t.get().to_string());
         pairs.push(("recovery_target_timeline", timeline));
-        pairs.push(("recovery_target_inclusive", "true".to_owned()));
+        pairs.push(("recovery_target_inclusive", self.inclusive.to_string()));
         pairs.push(("recovery_target_action", self.action.name().to_owned()));
         pairs.extend(ours);
         pairs
@@ -226,6 +228,7 @@ mod tests {
             major: 15,
             restore_command: Invocation { program, arguments }.restore_command(false),
             recovery,
+            inclusive: true,
             timeline: TimelineId::new(2),
             action: Action::Pause,
             left_set: None,

@@ -8,7 +8,7 @@
 //! checked against the commits before the backup's end.
 
 use super::{
-    Scratch,
+    Scratch, lived, show_time,
     source::Source,
     wal::{Tail, Wal},
 };
@@ -45,6 +45,12 @@ pub struct Wish {
     pub target: Target,
     /// Along which timeline.
     pub timeline: TimelineChoice,
+    /// Somebody said which timeline: a moment of another one is not meant.
+    pub timeline_typed: bool,
+    /// Before the target, not behind it: `recovery_target_inclusive = off`.
+    pub exclusive: bool,
+    /// Of a transaction target, as `pg_current_xact_id()` counts; `None` where the epoch was not said.
+    pub full_xid: Option<u64>,
     /// From which backup.
     pub backup: Option<BackupName>,
     /// The end of WAL has to be a target (P7), so that a break in WAL is none: always, but for what goes on as a standby.
@@ -58,6 +64,8 @@ pub struct Decision {
     pub plan: Plan,
     /// PostgreSQL's part.
     pub recovery: Recovery,
+    /// Whether what is at the target belongs to the result.
+    pub inclusive: bool,
     /// What the reader should know.
     pub notes: Vec<String>,
 }
@@ -72,49 +80,6 @@ pub fn refused(refusal: &Refusal) -> Error {
         None => "klio list shows what can be recovered; nothing was touched".to_owned(),
     };
     Error::new(Failure::Unreachable, refusal).hint(hint)
-}
-
-/// A time as PostgreSQL reads and prints it, in UTC.
-pub fn show_time(unix_micros: i64) -> String {
-    jiff::Timestamp::from_microsecond(unix_micros).map_or_else(
-        |_| format!("{unix_micros} microseconds after 1970"),
-        |time| time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string(),
-    )
-}
-
-/// Reads `2026-11-21 14:03:00.5+01`, RFC 3339, or a time without a zone, which is in this machine's.
-///
-/// # Errors
-/// In words.
-pub fn parse_time(text: &str) -> Result<i64, String> {
-    let wrong = || {
-        format!(
-            "expected a time such as '2026-11-21 14:03:00+01' or 2026-11-21T13:03:00Z, found {text:?}"
-        )
-    };
-    let text = text.trim();
-    if let Some(date) = text.strip_suffix(" UTC").or_else(|| text.strip_suffix(" GMT")) {
-        return parse_time(&format!("{date}Z"));
-    }
-    if let Ok(time) = text.parse::<jiff::Timestamp>() {
-        return Ok(time.as_microsecond());
-    }
-    // jiff wants minutes in an offset; PostgreSQL prints +01.
-    let tail = text.char_indices().rev().nth(2).map(|(at, _)| &text[at..]);
-    let short =
-        tail.filter(|t| t.starts_with(['+', '-']) && t[1..].bytes().all(|b| b.is_ascii_digit()));
-    if short.is_some() && text.contains(':') {
-        return format!("{text}:00")
-            .parse::<jiff::Timestamp>()
-            .map(|t| t.as_microsecond())
-            .map_err(|_| wrong());
-    }
-    let local: jiff::civil::DateTime = text.parse().map_err(|_| wrong())?;
-    let zone = jiff::tz::TimeZone::system();
-    let time = zone.to_ambiguous_zoned(local).unambiguous();
-    time.map(|time| time.timestamp().as_microsecond()).map_err(|_| {
-        format!("{text} happens twice or never in this time zone: say the offset, as in +01")
-    })
 }
 
 /// What comes of a wish.
@@ -152,11 +117,12 @@ impl Decider<'_> {
     pub async fn decide(&self, wish: &Wish) -> Result<Verdict, Error> {
         let plans = self.survey.plans(&wish.target, wish.timeline, wish.backup.as_ref());
         let plans = plans.map_err(|refusal| refused(&refusal))?;
+        let exclusive = wish.exclusive;
         let decided = match &wish.target {
             Target::Latest => self.latest(plans, wish.stop_at_end).await,
             Target::Immediate => self.first(plans, Recovery::Immediate),
-            Target::Lsn(lsn) => self.lsn(plans, *lsn).await,
-            Target::Time { unix_micros } => return self.time(plans, *unix_micros).await,
+            Target::Lsn(lsn) => self.lsn(plans, *lsn, exclusive).await,
+            Target::Time { unix_micros } => return self.time(plans, *unix_micros, wish).await,
             Target::Name(name) => {
                 let what = format!("a restore point {name:?}");
                 self.find(plans, &what, Recovery::Name(name.clone()), &mut |landmark| {
@@ -166,10 +132,9 @@ impl Decider<'_> {
             }
             Target::Xid(wanted) => {
                 let what = format!("the end of transaction {wanted}");
-                self.find(plans, &what, Recovery::Xid(*wanted), &mut |landmark| {
-                    matches!(landmark, Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. } if xid == wanted)
-                })
-                .await
+                let mut fits = |landmark: &Landmark| matches!(landmark, Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. } if xid == wanted);
+                let found = self.find(plans, &what, Recovery::Xid(*wanted), &mut fits).await;
+                found.map(|decision| Decision { inclusive: !exclusive, ..decision })
             }
         };
         decided.map(|decision| Verdict::Decided(Box::new(decision)))
@@ -205,24 +170,26 @@ impl Decider<'_> {
         self.wal(plan).tail(plan.backup.start_lsn, plan.reach.end).await
     }
 
-    async fn lsn(&self, plans: Vec<Plan>, wanted: Lsn) -> Result<Decision, Error> {
+    /// What is before a record is reached in front of it, and at the end of WAL behind the last one.
+    async fn lsn(&self, plans: Vec<Plan>, wanted: Lsn, exclusive: bool) -> Result<Decision, Error> {
         let decided = self.first(plans, Recovery::Lsn(wanted))?;
         let tail = self.end_of(&decided.plan).await?;
         if tail.last_record.is_some_and(|last| wanted <= last) {
-            return Ok(decided);
+            return Ok(Decision { inclusive: !exclusive, ..decided });
         }
         // PostgreSQL stops after a record that begins there or later, and none does.
         let recovery = end_as_target(&decided.plan, &tail.whole()?);
         Ok(Decision { recovery, ..decided })
     }
 
-    async fn time(&self, plans: Vec<Plan>, wanted: i64) -> Result<Verdict, Error> {
+    async fn time(&self, plans: Vec<Plan>, wanted: i64, wish: &Wish) -> Result<Verdict, Error> {
+        let is_behind = |time: i64| time > wanted || (wish.exclusive && time == wanted);
         let mut clock = None;
         for plan in plans {
             let wal = self.wal(&plan);
             let before = wal.tail(plan.backup.start_lsn, plan.backup.stop_lsn).await?.whole()?;
             let before = before.last_ending.and_then(|found| found.landmark.unix_micros());
-            if let Some(later) = before.filter(|before| *before > wanted) {
+            if let Some(later) = before.filter(|before| is_behind(*before)) {
                 clock.get_or_insert_with(|| {
                     format!(
                         "{} is before the end of backup {}: a transaction in it ended at {}",
@@ -233,18 +200,31 @@ impl Decider<'_> {
                 });
                 continue;
             }
-            return self.time_with(plan, wanted).await;
+            let lived =
+                lived::elsewhere(self.source, self.scratch, self.survey, &plan, wanted).await?;
+            let chosen = plan.path.timeline();
+            if let Some(only) = lived.iter().find(|other| !other.beside)
+                && !wish.timeline_typed
+            {
+                return Err(only.refusal(chosen, wanted));
+            }
+            let mut verdict = self.time_with(plan, wanted, wish.exclusive).await?;
+            if let Verdict::Decided(decision) = &mut verdict {
+                decision.notes.extend(lived.iter().map(|other| other.note(chosen, wanted)));
+            }
+            return Ok(verdict);
         }
         let problem = clock.unwrap_or_else(|| "no backup ended before the target".to_owned());
         Err(refused(&self.survey.refusal(problem, None)))
     }
 
-    async fn time_with(&self, plan: Plan, wanted: i64) -> Result<Verdict, Error> {
+    async fn time_with(&self, plan: Plan, wanted: i64, exclusive: bool) -> Result<Verdict, Error> {
         let tail = self.wal(&plan).tail(plan.backup.stop_lsn, plan.reach.end).await?;
         let last = tail.last_ending.as_ref();
         let last = last.and_then(|found| Some((found.landmark.unix_micros()?, found.lsn)));
-        if last.is_some_and(|(time, _)| time > wanted) {
-            return Ok(decided(decision(plan, Recovery::Time(wanted))));
+        if last.is_some_and(|(time, _)| time > wanted || (exclusive && time == wanted)) {
+            let inclusive = !exclusive;
+            return Ok(decided(Decision { inclusive, ..decision(plan, Recovery::Time(wanted)) }));
         }
         tail.whole()?;
         let exact = last.is_some_and(|(time, _)| time == wanted);
@@ -344,7 +324,7 @@ fn decided(decision: Decision) -> Verdict {
 
 fn decision(plan: Plan, recovery: Recovery) -> Decision {
     let notes = plan.notes.clone();
-    Decision { plan, recovery, notes }
+    Decision { plan, recovery, inclusive: true, notes }
 }
 
 /// The last record as a target; one from before the backup's end is where it becomes consistent.
@@ -355,25 +335,42 @@ fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
     }
 }
 
+/// Whether a transaction with its epoch is one that WAL behind a backup can hold: PostgreSQL keeps ids within two billions
+/// of the next one, which the backup's pg_control tells.
+///
+/// # Errors
+/// The id belongs to another epoch.
+pub fn check_epoch(full_xid: u64, next_xid: u64) -> Result<(), Error> {
+    const WINDOW: u64 = 1 << 31;
+    if full_xid.abs_diff(next_xid) < WINDOW {
+        return Ok(());
+    }
+    let message = format!(
+        "transaction {full_xid} (epoch {}) is not in reach of this backup, at which {next_xid} (epoch {}) came next",
+        full_xid >> 32,
+        next_xid >> 32
+    );
+    Err(Error::new(Failure::Unreachable, message).hint(
+        "--target-xid takes what pg_current_xact_id() gave, or xmin as it is shown in rows, which has no epoch; nothing was touched",
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn times_are_read_as_postgres_prints_them_and_as_rfc_3339() {
-        let expected = Ok(1_795_266_180_500_000);
-        for text in [
-            "2026-11-21 14:03:00.5+01",
-            "2026-11-21 14:03:00.5+01:00",
-            "2026-11-21T13:03:00.5Z",
-            "2026-11-21 13:03:00.500000+00",
-            " 2026-11-21 13:03:00.5 UTC ",
-        ] {
-            assert_eq!(parse_time(text), expected, "{text}");
+    fn a_transaction_of_another_epoch_is_refused() {
+        const EPOCH: u64 = 1 << 32;
+        for (full, next) in
+            [(EPOCH + 700, EPOCH + 650), (EPOCH + 3, EPOCH - 5), (2 * EPOCH - 9, 2 * EPOCH)]
+        {
+            assert!(check_epoch(full, next).is_ok(), "{full} {next}");
         }
-        assert_eq!(show_time(1_795_266_180_500_000), "2026-11-21 13:03:00.500000+00");
-        for bad in ["", "yesterday", "14:03", "2026-13-01 00:00:00+00", "1795266180"] {
-            assert!(parse_time(bad).is_err(), "{bad}");
+        for (full, next) in [(EPOCH + 700, 750), (EPOCH + 700, 2 * EPOCH + 750)] {
+            let error = check_epoch(full, next).unwrap_err();
+            assert_eq!(error.failure, Failure::Unreachable);
+            assert!(error.message.contains("epoch 1"), "{error}");
         }
     }
 }

@@ -143,7 +143,8 @@ impl Wal<'_> {
     ) -> Result<Option<Found>, Error> {
         let mut hit = None;
         let mut each = |found: Found| {
-            if found.lsn >= from && fits(&found) {
+            // More may come from bytes that were read already: PostgreSQL stops at the first.
+            if hit.is_none() && found.lsn >= from && fits(&found) {
                 hit = Some(found);
             }
             hit.is_some()

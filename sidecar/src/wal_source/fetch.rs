@@ -1,4 +1,4 @@
-//! One file from a source into a target: one attempt, or attempts until a deadline.
+//! One file from a source into a target: one attempt, one that is soon over, or attempts until a deadline.
 //!
 //! P7: only a source's own `NotFound` is one. A damaged copy is asked for once more from the other tier or in the
 //! other form, and is an error for good after that.
@@ -6,6 +6,7 @@
 use super::{
     Answer, WalSource,
     place::{self, Filling, Target},
+    prompt::Prompt,
 };
 use crate::{
     error::{Error, Failure},
@@ -113,6 +114,36 @@ impl Fetch {
         result
     }
 
+    /// Once, and soon: for who asks again by itself. The first bytes are here when it has `begun`; then each pause
+    /// between them is at most `quiet_max`, and the whole ends before `longest`.
+    ///
+    /// # Errors
+    /// `NotFound` is definitive.
+    pub async fn promptly(
+        self,
+        target: &Arc<Target>,
+        begun: Instant,
+        quiet_max: Duration,
+        longest: Instant,
+    ) -> Result<Received, Error> {
+        let source = Arc::new(Prompt { inner: self.source, begun, quiet_max });
+        let fetch = Self { source, ..self };
+        let span = span(fetch.file);
+        let once = tokio::time::timeout_at(longest, fetch.once(target, false));
+        let result = match once.instrument(span.clone()).await {
+            Ok(Ok(Some(received))) => Ok(received),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(None)) | Err(_) => Err(fetch.too_long()),
+        };
+        ended(&span, result.as_ref().map(Some));
+        result
+    }
+
+    fn too_long(&self) -> Error {
+        let message = format!("fetch {}: not done within --timeout", self.file);
+        Error::new(Failure::Code(Code::Unavailable), message)
+    }
+
     async fn persist(&self, target: &Arc<Target>, deadline: Instant) -> Result<Received, Error> {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         let mut rng = StdRng::from_os_rng();
@@ -120,10 +151,7 @@ impl Fetch {
             let error = match tokio::time::timeout_at(deadline, self.once(target, false)).await {
                 Ok(Ok(Some(received))) => return Ok(received),
                 Ok(Err(error)) => error,
-                Ok(Ok(None)) | Err(_) => {
-                    let message = format!("fetch {}: not done within --timeout", self.file);
-                    return Err(Error::new(Failure::Code(Code::Unavailable), message));
-                }
+                Ok(Ok(None)) | Err(_) => return Err(self.too_long()),
             };
             let pause = backoff.pause(&mut rng);
             if !worth_retrying(&error) || Instant::now() + pause >= deadline {

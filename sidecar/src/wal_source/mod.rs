@@ -7,6 +7,7 @@ mod bucket;
 mod fetch;
 mod named;
 mod place;
+mod prompt;
 mod server;
 mod shape;
 #[cfg(test)]

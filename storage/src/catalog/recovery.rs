@@ -99,6 +99,10 @@ impl Survey {
     pub fn path(&self, timeline: TimelineId) -> Option<&Path> {
         self.paths.get(&timeline)
     }
+    /// Which timelines there are, ascending.
+    pub fn timelines(&self) -> impl Iterator<Item = TimelineId> {
+        self.paths.keys().copied()
+    }
     /// The newest timeline there is.
     pub fn newest(&self) -> Option<TimelineId> {
         self.paths.keys().next_back().copied()

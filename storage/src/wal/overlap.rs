@@ -85,7 +85,7 @@ mod tests {
             length in 1usize..70_000, at in any::<prop::sample::Index>(), a in 1usize..20_000, b in 1usize..20_000,
         ) {
             let start = Lsn::new(3 << 20);
-            let bytes: Vec<u8> = (0..length).map(|n| (n * n >> 5) as u8).collect();
+            let bytes: Vec<u8> = (0..length).map(|n| ((n * n) >> 5) as u8).collect();
             let ours = digests(start, &bytes, a);
             prop_assert_eq!(ours.len() as u64, pages(start, start.advance(length as u64)) * DIGEST_BYTES as u64);
             prop_assert_eq!(first_difference(start, &ours, &digests(start, &bytes, b)), None);

@@ -1,6 +1,6 @@
 //! The agent that belongs to a call of `wal-fetch`, and how to start it with the same settings.
 
-use super::{data_dir, is_postgresql_s};
+use super::{Patience, data_dir, is_postgresql_s};
 use crate::{
     agent::{
         client::{self, Errand, Outcome},
@@ -12,7 +12,6 @@ use klio_storage::layout::WalFile;
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
-    time::Instant,
 };
 
 /// Settings that may come from flags, and the flags.
@@ -65,9 +64,11 @@ impl Resident {
     }
 
     /// Asks it, and starts it if it is not there.
-    pub fn ask(&self, file: WalFile, path: &Path, deadline: Instant) -> Outcome {
+    pub fn ask(&self, file: WalFile, path: &Path, patience: &Patience) -> Outcome {
         let Self { spool, fingerprint, arguments, data_dir } = self;
-        let errand = Errand { spool, fingerprint, file, path, deadline };
+        let (deadline, silence_max) = (patience.deadline, patience.asker.silence_max());
+        let silence_max = silence_max.unwrap_or(client::SILENCE_MAX);
+        let errand = Errand { spool, fingerprint, file, path, deadline, silence_max };
         client::ask(&errand, || {
             // PostgreSQL asks for a history file when it has ended recovery; nobody needs an agent for
             // that, and nothing has to be said about it.

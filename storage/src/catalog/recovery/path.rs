@@ -159,6 +159,19 @@ impl Path {
     pub const fn segment_size(&self) -> SegmentSize {
         self.size
     }
+    /// Up to where this way and another one are the same; `None` when one way is nothing but the other.
+    pub fn parts_from(&self, other: &Self) -> Option<Lsn> {
+        for (ours, theirs) in self.lines.iter().zip(&other.lines) {
+            if ours.timeline != theirs.timeline {
+                return Some(ours.begin.min(theirs.begin));
+            }
+            if ours.end != theirs.end {
+                return [ours.end, theirs.end].into_iter().flatten().min();
+            }
+        }
+        None
+    }
+
     /// Where this timeline left its parent; `None` without one.
     pub fn switch_point(&self) -> Option<Lsn> {
         self.lines.last().filter(|_| self.lines.len() > 1).map(|line| line.begin)

@@ -84,6 +84,24 @@ fn the_newest_backup_that_ended_before_the_target_is_chosen() {
 
 /// P7, V2.
 #[test]
+fn ways_part_where_the_first_of_them_left_the_other() {
+    let timelines = [
+        held(1, None, &[(1.0, 20.0)]),
+        held(2, Some(&history(&[(1, 8.5)])), &[(8.0, 12.0)]),
+        held(3, Some(&history(&[(1, 8.5), (2, 10.5)])), &[(10.0, 15.0)]),
+        held(4, Some(&history(&[(1, 6.5)])), &[(6.0, 15.0)]),
+    ];
+    let survey = Survey::new(&holdings(timelines.to_vec()), Vec::new());
+    let path = |timeline| survey.path(tli(timeline)).unwrap();
+    for (one, other, at) in [(1, 2, 8.5), (1, 3, 8.5), (2, 3, 10.5), (3, 4, 6.5), (1, 4, 6.5)] {
+        assert_eq!(path(one).parts_from(path(other)), Some(lsn(at)), "{one} {other}");
+        assert_eq!(path(other).parts_from(path(one)), Some(lsn(at)), "{other} {one}");
+    }
+    assert_eq!(path(3).parts_from(path(3)), None);
+    assert_eq!(survey.timelines().map(TimelineId::get).collect::<Vec<_>>(), [1, 2, 3, 4]);
+}
+
+#[test]
 fn latest_is_refused_in_front_of_a_hole_and_the_refusal_names_it() {
     let mut held = holdings(vec![held(1, None, &[(1.0, 5.0), (7.0, 9.0)])]);
     held.gaps.push(KnownGap {
