@@ -139,6 +139,7 @@ impl StatusBoard {
         problems.extend(used.and_then(|used| used.problem()));
         problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
+        problems.extend(self.base.iter().flat_map(|base| base.clock_doubts()));
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),

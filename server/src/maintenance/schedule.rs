@@ -78,6 +78,7 @@ impl Inner {
                 }
             }
             for cluster in self.base.wal().clusters() {
+                self.watch_clock(&cluster);
                 if busy.contains(&cluster) || busy.len() >= CLUSTERS_AT_ONCE {
                     continue;
                 }
@@ -102,6 +103,15 @@ impl Inner {
                     running.push(work.instrument(span));
                 }
             }
+        }
+    }
+
+    /// An alarm stands for as long as there is a doubt, not only when a plan is made.
+    fn watch_clock(&self, cluster: &ClusterName) {
+        let doubts = self.clock_doubts(cluster);
+        if self.metrics.doubted(cluster, !doubts.is_empty()) {
+            let doubts = doubts.join("; ");
+            tracing::error!(%cluster, doubts, "the clock cannot be believed");
         }
     }
 

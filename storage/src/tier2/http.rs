@@ -6,7 +6,7 @@
 //! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
 //! November 2024, and once more without where a store says that it does not know it (U4).
 
-use super::{attempts::Attempts, link};
+use super::{attempts::Attempts, date::Dates, link};
 use async_trait::async_trait;
 use http::{HeaderValue, Method, StatusCode, header::IF_NONE_MATCH};
 use object_store::{
@@ -25,14 +25,15 @@ pub(super) struct TracedConnector {
     pub(super) bucket: String,
     /// For an answer, beside the time for sending.
     pub(super) patience: Duration,
+    pub(super) dates: Dates,
 }
 
 impl HttpConnector for TracedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
         let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
-        let patience = self.patience;
-        Ok(HttpClient::new(TracedService { inner, bucket, attempts, patience }))
+        let (dates, patience) = (self.dates.clone(), self.patience);
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates, patience }))
     }
 }
 
@@ -42,6 +43,7 @@ struct TracedService {
     bucket: String,
     attempts: Attempts,
     patience: Duration,
+    dates: Dates,
 }
 
 #[async_trait]
@@ -53,6 +55,7 @@ impl HttpService for TracedService {
         let result = self.send(request).instrument(span.clone()).await;
         match &result {
             Ok(response) => {
+                self.dates.hear(response);
                 let status = response.status().as_u16();
                 record_status(&span, status);
                 attempt.ended(status >= 500 || status == 429);
