@@ -37,6 +37,31 @@ pub enum Located {
     },
 }
 
+impl Located {
+    /// Whether it is only the beginning of a segment.
+    pub fn beginning(&self) -> Beginning {
+        match self {
+            Located::Tier1 { found: Found::Open(_), .. }
+            | Located::Tier1 { found: Found::Stored { file: WalFile::Partial(_), .. }, .. } => {
+                Beginning::Tier1
+            }
+            Located::Tier2 { file: WalFile::Partial(_), .. } => Beginning::Tier2,
+            _ => Beginning::Not,
+        }
+    }
+}
+
+/// Whether what was found is only the beginning of a segment, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// It is a whole file.
+    Not,
+    /// On tier 1.
+    Tier1,
+    /// In tier 2.
+    Tier2,
+}
+
 /// Reads both tiers; cheap to clone.
 #[derive(Clone)]
 pub struct Source {
@@ -99,16 +124,18 @@ impl Source {
     }
 
     /// Whether what was found is the beginning of a segment whose rest was lost, and WAL of its timeline goes on behind it:
-    /// filled up to a segment it would look like the end of WAL (P7).
-    pub async fn before_hole(&self, cluster: &ClusterName, file: WalFile, found: &Located) -> bool {
-        let partial = match found {
-            Located::Tier1 { found: Found::Open(_), .. } => true,
-            Located::Tier1 { found: Found::Stored { file, .. }, .. }
-            | Located::Tier2 { file, .. } => matches!(file, WalFile::Partial(_)),
-        };
+    /// filled up to a segment it would look like the end of WAL (P7). In doubt it is.
+    pub async fn before_hole(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+        found: Beginning,
+    ) -> bool {
         let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { return false };
-        let pinned = self.store.pinned(cluster);
-        if let (true, Some(pinned)) = (partial, pinned)
+        if found == Beginning::Not {
+            return false;
+        }
+        if let Some(pinned) = self.store.pinned(cluster)
             && let Some(start) = name.start_lsn(pinned.segment_size)
         {
             let end = start.advance(pinned.segment_size.bytes());
@@ -121,10 +148,12 @@ impl Source {
                 return true;
             }
         }
-        let (true, Located::Tier2 { .. }, Some(tier2)) = (partial, found, &self.tier2) else {
-            return false;
-        };
-        tier2.wal_at(cluster, name).await.is_ok_and(|at| at.later)
+        match (&self.tier2, found) {
+            (Some(tier2), Beginning::Tier2) => {
+                tier2.wal_at(cluster, name).await.map_or(true, |at| at.later)
+            }
+            _ => false,
+        }
     }
 
     /// The copy of tier 2, for a caller to whom that of tier 1 came damaged.
@@ -334,7 +363,7 @@ mod tests {
         let file: WalFile = "000000010000000000000001".parse().unwrap();
         let before_hole = async || {
             let found = source.find(&cluster, file).await.ok().unwrap();
-            source.before_hole(&cluster, file, &found).await
+            source.before_hole(&cluster, file, found.beginning()).await
         };
         stream(1 << 20, (1 << 20) + 8192, None);
         assert!(!before_hole().await, "it is the end");

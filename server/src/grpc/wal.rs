@@ -255,7 +255,7 @@ impl Wal for WalService {
         } else {
             self.source.find(&cluster, file).await?
         };
-        let before_hole = self.source.before_hole(&cluster, file, &found).await;
+        let before_hole = self.source.before_hole(&cluster, file, found.beginning()).await;
         Ok(Response::new(fetch::stream(found, before_hole, &self.tasks)))
     }
 }

@@ -227,14 +227,13 @@ impl Restore {
         let Measured { files, bytes, stored, .. } = measured;
         let (at, wanted) = (places.clone(), (action, order.harmless, order.alone, order.delta));
         let (on_the_way, full_xid) = (way.clone(), order.wish.full_xid);
-        let surroundings =
-            stored::blocking(move || {
-                if let Some(full_xid) = full_xid {
-                    check_epoch(full_xid, stored.control()?.next_xid)?;
-                }
-                surroundings(&stored, &at, &on_the_way, wanted)
-            })
-            .await?;
+        let surroundings = stored::blocking(move || {
+            if let Some(full_xid) = full_xid {
+                check_epoch(full_xid, stored.control()?.next_xid)?;
+            }
+            surroundings(&stored, &at, &on_the_way, wanted)
+        })
+        .await?;
         let Surroundings { neutral, folders, has_conf } = surroundings;
         let settings = Settings {
             major: record.postgres_version / 10_000,
