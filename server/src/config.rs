@@ -206,9 +206,14 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ),
     ("retention.tier1.last", "1", "of these this server keeps copies; the same rules as for tier2"),
     (
+        "retention.minimum_age",
+        "7d",
+        "a backup that is younger displaces no other, and stays itself; as 7d, 12h, 90s; 0: the newest counts at once",
+    ),
+    (
         "retention.clusters",
         "",
-        "[retention.clusters.NAME] with tier1 and tier2: overrides for a cluster",
+        "[retention.clusters.NAME] with tier1, tier2 and minimum_age: overrides for a cluster",
     ),
     ("maintenance.enabled", "true", "apply retention after backups and from time to time"),
     ("maintenance.interval_seconds", "86400", "between two runs for a cluster"),

@@ -2,8 +2,12 @@
 
 use anyhow::Context;
 use clap::Parser;
-use klio_server::cli::{Cli, Command, client, init, key, keygen, reference, run, telemetry};
-use klio_server::{config::ConfigError, encryption::KeyProblem, maintenance::worker};
+use klio_server::cli::{
+    Cli, Command, backup, client, init, key, keygen, reference, run, telemetry,
+};
+use klio_server::{
+    config::ConfigError, encryption::KeyProblem, maintenance::worker, status::now_unix,
+};
 use std::{process::ExitCode, time::Duration};
 
 fn main() -> ExitCode {
@@ -55,6 +59,7 @@ async fn verb(command: &Command) -> anyhow::Result<()> {
         Command::Init(args) => init::run(args),
         Command::Keygen(args) => keygen::run(args),
         Command::Key(verb) => key::run(verb).await,
+        Command::Backup(verb) => backup::run(verb, now_unix()).await,
         Command::Client(args) => client::run(args),
         Command::Reference(args) => {
             reference::run(args);

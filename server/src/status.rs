@@ -127,6 +127,7 @@ impl StatusBoard {
         let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
         problems.extend(base.into_iter().flatten());
         problems.extend(self.undecided(name));
+        problems.extend(self.base.iter().flat_map(|base| base.clock_doubts()));
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),

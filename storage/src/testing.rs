@@ -3,6 +3,7 @@
 //! A pure function of timeline and position, so a test needs no copy of what it sent: it asks again. Page headers are
 //! those of a real server, the rest is noise and zeros that compress about as WAL does.
 
+pub use crate::repository::{Forge, ForgedPiece};
 use crate::{
     catalog::{BackupRecord, PagesRecord},
     layout::BackupName,
@@ -45,6 +46,7 @@ pub fn backup_record(
         pages: PagesRecord::default(),
         label: None,
         keep: false,
+        redated_unix: None,
         klio_version: String::new(),
         unknown: Unknown::default(),
     }

@@ -2,16 +2,24 @@
 //!
 //! Backups are made for real: by the repository's own code, in a scratch folder, and then put file by file.
 
-use crate::client::{SYSTEM, Stream, open, wal};
+use crate::{
+    client::{SYSTEM, Stream, open, wal},
+    site::PATIENCE,
+    wait::eventually,
+};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
-use klio_proto::v1::{self, FileKind, base_client::BaseClient, reserve_request::Purpose};
+use klio_proto::{
+    Code,
+    v1::{self, FileKind, base_client::BaseClient, reserve_request::Purpose},
+};
 use klio_storage::{
     Error,
     catalog::{BackupRecord, Holdings, PagesRecord},
     disk::RealDisk,
     layout::{BaseFile, BaseKind, ClusterName},
     repository::{
-        EntryKind, Files, LocalFiles, Repository, Secret, Silent, SnapshotMeta, Source, SourceEntry,
+        EntryKind, Files, Forge, ForgedPiece, LocalFiles, Repository, Secret, Silent, SnapshotMeta,
+        Source, SourceEntry,
     },
     tier2::Sha256Sum,
 };
@@ -62,6 +70,18 @@ pub fn name_of(file: BaseFile) -> v1::FileName {
 #[must_use]
 pub fn pack(bytes: &[u8]) -> BaseFile {
     BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(bytes) }
+}
+
+/// A pack with these bytes as its only piece, as a server takes it.
+///
+/// # Panics
+/// When the secret is none.
+#[must_use]
+pub fn real_pack(secret: &Secret, bytes: &[u8]) -> (BaseFile, Vec<u8>) {
+    let forge = Forge::new(secret).expect("a secret");
+    let piece = ForgedPiece { says: None, ..ForgedPiece::good(bytes) };
+    let (sealed, _) = forge.pack(&[piece]).expect("a pack");
+    (pack(&sealed), sealed)
 }
 
 /// What is asked at first contact.
@@ -211,6 +231,30 @@ impl Base {
         Ok((first.backup_name, stream))
     }
 
+    /// Reserves a backup as soon as an earlier reservation has ended.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub async fn reserve_backup(&self, name: &str) -> Streaming<v1::ReserveResponse> {
+        let reserved = eventually("a reservation", PATIENCE, || async {
+            match self.reserve(Purpose::Backup, name).await {
+                Ok((_, lease)) => Ok(Ok(lease)),
+                Err(status) if Code::of(&status) == Code::Busy => Err(status),
+                Err(status) => Ok(Err(status)),
+            }
+        });
+        reserved.await.expect("reserved")
+    }
+
+    /// Reserves the record's name and commits it.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub async fn commit_reserved(&self, record: &BackupRecord) {
+        let _lease = self.reserve_backup(record.name.as_str()).await;
+        self.commit(record).await.expect("committed");
+    }
+
     /// Commits a record.
     ///
     /// # Errors
@@ -293,14 +337,25 @@ impl Made {
         self.files.iter().filter(|(file, _)| file.kind == kind).cloned().collect()
     }
 
-    /// Puts all but `without`.
+    /// Reserves its name and puts all of it; the reservation lives as long as what this gives.
     ///
     /// # Panics
     /// When the server refuses.
-    pub async fn put(&self, base: &Base, without: Option<BaseFile>) {
-        for (file, bytes) in self.files.iter().filter(|(file, _)| Some(*file) != without) {
+    pub async fn put(&self, base: &Base) -> Streaming<v1::ReserveResponse> {
+        let lease = base.reserve_backup(self.record.name.as_str()).await;
+        for (file, bytes) in &self.files {
             base.put(*file, bytes).await.expect("stored");
         }
+        lease
+    }
+
+    /// Puts all of it and commits it.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub async fn commit(&self, base: &Base) {
+        let _lease = self.put(base).await;
+        base.commit(&self.record).await.expect("committed");
     }
 }
 
@@ -364,6 +419,7 @@ fn archive(
 #[must_use]
 pub fn record(name: &str, snapshot: String, start: Lsn, stop: Lsn) -> BackupRecord {
     let timeline = TimelineId::new(1).expect("a timeline");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64();
     BackupRecord {
         name: name.parse().expect("a name"),
         system_identifier: SYSTEM.to_string(),
@@ -373,9 +429,9 @@ pub fn record(name: &str, snapshot: String, start: Lsn, stop: Lsn) -> BackupReco
         start_lsn: start,
         stop_timeline: timeline,
         stop_lsn: stop,
-        started_postgres_unix: 1_800_000_000.25,
-        stopped_postgres_unix: 1_800_000_003.5,
-        begun_unix: 1_800_000_000.0,
+        started_postgres_unix: now - 3.25,
+        stopped_postgres_unix: now,
+        begun_unix: now - 3.5,
         committed_unix: 0.0,
         duration_seconds: 3.5,
         from_standby: false,
@@ -391,6 +447,7 @@ pub fn record(name: &str, snapshot: String, start: Lsn, stop: Lsn) -> BackupReco
         pages: PagesRecord::default(),
         label: None,
         keep: false,
+        redated_unix: None,
         klio_version: "test".into(),
         unknown: Default::default(),
     }

@@ -10,7 +10,7 @@ use klio_storage::{
     tier2::Sha256Sum,
 };
 use klio_tests::{
-    base_client::{Base, make, name_of, open_request, pack, segment_size},
+    base_client::{Base, make, name_of, open_request, pack, real_pack, segment_size},
     client::{self, SYSTEM},
     install_crypto,
     mount::SmallDisk,
@@ -69,8 +69,11 @@ async fn files_are_put_once_listed_and_given_back_in_ranges() {
     let secret = base.open().await.expect("a repository");
     let again = base.open().await.expect("the same");
     assert_eq!(secret.password, again.password);
-    let bytes: Vec<u8> = (0..5_000_000_u32).map(|n| (n * 7 / 5) as u8).collect();
-    let file = pack(&bytes);
+    let plain: Vec<u8> = (0..4_999_895_u32).map(|n| (n * 7 / 5) as u8).collect();
+    // With nonces, tags and the list of what is in it.
+    let (file, bytes) = real_pack(&secret, &plain);
+    assert_eq!(bytes.len(), 5_000_000, "for the ranges below");
+    let _lease = base.reserve_backup("mine").await;
     assert!(!base.put(file, &bytes).await.expect("stored"));
     assert!(base.put(file, &bytes).await.expect("there already"));
     assert_eq!(
@@ -96,25 +99,44 @@ async fn files_are_put_once_listed_and_given_back_in_ranges() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lies_about_a_file_leave_nothing() {
     let (site, base, _) = started(None).await;
+    expect(base.put(pack(b"early"), b"early").await, Code::Unavailable, &["reservation"]);
+    let lease = base.reserve_backup("mine").await;
     expect(base.put(pack(b"early"), b"early").await, Code::Invalid, &["opened first"]);
     expect(base.open_as(0).await, Code::NotFound, &["no repository"]);
-    base.open().await.expect("a repository");
+    let secret = base.open().await.expect("a repository");
     let before = files(&site);
-    let good = pack(b"the right bytes");
-    expect(base.put(good, b"other bytes----").await, Code::Invalid, &["SHA-256"]);
-    expect(base.put_as(good, 99, b"the right bytes").await, Code::Invalid, &["99", "15"]);
-    expect(base.put_as(good, 7, b"the right bytes").await, Code::Invalid, &["7 bytes"]);
+    let (good, right) = real_pack(&secret, b"the right bytes");
+    let (size, other) = (right.len(), vec![b'-'; right.len()]);
+    let size = size.to_string();
+    expect(base.put(good, &other).await, Code::Invalid, &["SHA-256"]);
+    expect(base.put_as(good, 999, &right).await, Code::Invalid, &["999", &size]);
+    expect(base.put_as(good, 7, &right).await, Code::Invalid, &["7 bytes"]);
     expect(base.put_as(good, 0, b"").await, Code::Invalid, &["file size"]);
     expect(base.put_as(good, 5 << 30, b"x").await, Code::Invalid, &["file size"]);
+    // P13: bytes with the right name that are no pack, no index and no snapshot.
+    for kind in [BaseKind::Data, BaseKind::Index, BaseKind::Snapshot] {
+        let file = BaseFile { kind, id: Sha256Sum::of(b"garbage of any kind") };
+        expect(base.put(file, b"garbage of any kind").await, Code::Invalid, &["store"]);
+    }
     // P8: config and keys are the server's own.
     expect(base.put(BaseFile::CONFIG, b"{}").await, Code::Forbidden, &["config"]);
     let key = BaseFile { kind: BaseKind::Key, id: Sha256Sum::of(b"mine") };
     expect(base.put(key, b"mine").await, Code::Forbidden, &["keys"]);
     assert_eq!(files(&site), before);
     // And nothing can put other bytes over what is there.
-    base.put(good, b"the right bytes").await.expect("stored");
-    expect(base.put(good, b"other bytes----").await, Code::Invalid, &["SHA-256"]);
-    assert_eq!(base.get(good, 0, 0).await.expect("still"), b"the right bytes");
+    base.put(good, &right).await.expect("stored");
+    expect(base.put(good, &other).await, Code::Invalid, &["SHA-256"]);
+    assert_eq!(base.get(good, 0, 0).await.expect("still"), right);
+    // Only for as long as the reservation lives.
+    drop(lease);
+    let (late, bytes) = real_pack(&secret, b"late");
+    eventually("the reservation to end", PATIENCE, || async {
+        match base.put(late, &bytes).await {
+            Err(status) if Code::of(&status) == Code::Unavailable => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
     // A stranger's PostgreSQL.
     expect(base.open_as(SYSTEM + 1).await, Code::WrongSystem, &["7000000000000000002"]);
 }
@@ -185,8 +207,17 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
     let (mut site, base, channel) = started(None).await;
     let (start, stop) = (START.advance(8192), START.advance(20_000));
     let made = make(&base, &site.scratch("made"), "first", start, stop).await;
-    let lost = made.of(BaseKind::Data)[0].0;
-    made.put(&base, Some(lost)).await;
+    let (lost, bytes) = made.of(BaseKind::Data).remove(0);
+    let lease = base.reserve_backup("first").await;
+    // What the index names must be there before it, and all that a snapshot needs before that (P13).
+    for kind in [BaseKind::Index, BaseKind::Snapshot] {
+        let (file, bytes) = made.of(kind).remove(0);
+        expect(base.put(file, &bytes).await, Code::Invalid, &[]);
+    }
+    drop(lease);
+    let lease = made.put(&base).await;
+    let pack = site.tier1().join(lost.key(&"main".parse().expect("a name")));
+    std::fs::remove_file(&pack).expect("lost");
     let holdings = base.holdings().await.expect("holdings");
     assert_eq!(holdings.timelines, []);
     expect(base.commit(&made.record).await, Code::Incomplete, &["0/1002000", "0/1004E20"]);
@@ -196,17 +227,15 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
     let _stream = base.stream_wal(&channel, START.advance(16384), 16384).await;
     expect(base.commit(&made.record).await, Code::Incomplete, &["first"]);
     assert_eq!(base.backups().await.expect("a list").backups, []);
-    let bytes = &made.of(BaseKind::Data)[0].1;
-    base.put(lost, bytes).await.expect("stored");
+    base.put(lost, &bytes).await.expect("stored");
     // A disk cut it short: it is there, and not whole.
-    let pack = site.tier1().join(lost.key(&"main".parse().expect("a name")));
     let whole = bytes.len() as u64;
     let cut = std::fs::OpenOptions::new().write(true).open(&pack).expect("stored on tier 1");
     cut.set_len(whole - 1).expect("cut");
     let sizes = [format!("expected {whole} bytes"), format!("found {}", whole - 1)];
     let words = [sizes[0].as_str(), sizes[1].as_str()];
     expect(base.commit(&made.record).await, Code::Incomplete, &words);
-    std::fs::write(&pack, bytes).expect("whole again");
+    std::fs::write(&pack, &bytes).expect("whole again");
     let mut wrong = made.record.clone();
     wrong.system_identifier = "5".into();
     expect(base.commit(&wrong).await, Code::WrongSystem, &[]);
@@ -216,7 +245,16 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
     wrong = made.record.clone();
     wrong.snapshot = "ab".repeat(32);
     expect(base.commit(&wrong).await, Code::Incomplete, &["snapshot"]);
+    wrong = made.record.clone();
+    wrong.name = "second".parse().expect("a name");
+    expect(base.commit(&wrong).await, Code::Busy, &["first"]);
     base.commit(&made.record).await.expect("committed");
+    drop(lease);
+    eventually("the reservation to end", PATIENCE, || async {
+        let refused = base.commit(&wrong).await.map_err(|status| Code::of(&status));
+        if refused == Err(Code::Unavailable) { Ok(()) } else { Err(refused) }
+    })
+    .await;
     base.commit(&made.record).await.expect("idempotent");
     wrong = made.record.clone();
     wrong.size_bytes += 1;
@@ -247,19 +285,20 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_leaves_only_whole_files() {
     let (mut site, base, _) = started(None).await;
-    base.open().await.expect("a repository");
+    let secret = base.open().await.expect("a repository");
     let mut promised = Vec::new();
     for round in 0..6_u64 {
         let (base, _) = connect(&site).await;
+        let _lease = base.reserve_backup("mine").await;
         let mut putting = tokio::task::JoinSet::new();
         for number in 0..4_u64 {
-            let base = base.clone();
+            let (base, secret) = (base.clone(), secret.clone());
             putting.spawn(async move {
                 let mut kept = Vec::new();
                 for n in 0_u64.. {
                     let seed = (round << 32 | number << 16 | n).to_le_bytes();
-                    let bytes = Sha256Sum::of(&seed).bytes().repeat(40_000);
-                    let file = pack(&bytes);
+                    let plain = Sha256Sum::of(&seed).bytes().repeat(40_000);
+                    let (file, bytes) = real_pack(&secret, &plain);
                     match base.put(file, &bytes).await {
                         Ok(_) => kept.push(file),
                         Err(_) => break,
@@ -302,8 +341,7 @@ async fn a_backup_is_archived_only_after_all_it_needs_and_survives_the_loss_of_t
     let stream = base.stream_wal(&channel, START, 3 << 20).await;
     // The bucket takes no packs: the record must wait.
     s3.faults().inject(Rule::always(Fault::SlowDown).path("base/data/"));
-    made.put(&base, None).await;
-    base.commit(&made.record).await.expect("committed although the bucket fails");
+    made.commit(&base).await;
     eventually("the index to be in the bucket", PATIENCE, || async {
         let keys = s3.keys("klio/main/base/index");
         if keys.is_empty() { Err(s3.keys("")) } else { Ok(()) }
@@ -424,8 +462,7 @@ async fn a_record_waits_for_the_wal_of_its_backup() {
     s3.faults().inject(Rule::always(Fault::SlowDown).path("main/wal/"));
     // Two finished segments; the backup needs both.
     let _stream = base.stream_wal(&channel, START, 2 * size as usize + 8192).await;
-    made.put(&base, None).await;
-    base.commit(&made.record).await.expect("committed although the bucket takes no WAL");
+    made.commit(&base).await;
     eventually("all files of the backup to be in the bucket", PATIENCE, || async {
         let keys = s3.keys("klio/main/base");
         let there = |file: &BaseFile| keys.iter().any(|key| key.ends_with(&file.relative()));
@@ -453,8 +490,7 @@ async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
     let (start, stop) = (START.advance(8192), START.advance(20_000));
     let made = make(&base, &site.scratch("made"), "first", start, stop).await;
     let _stream = base.stream_wal(&channel, START, 32768).await;
-    made.put(&base, None).await;
-    base.commit(&made.record).await.expect("committed");
+    made.commit(&base).await;
     eventually("the backup to be in tier 2", PATIENCE, || async {
         base.entry("first").await.0.tier2
     })
@@ -485,13 +521,12 @@ async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
     assert_eq!(holdings.timelines[0].runs[0].end, START.advance(32768));
     // A backup goes on without the bucket (P4); only a first repository needs its word.
     base.open().await.expect("the repository of tier 1");
-    let (name, _lease) = base.reserve(Purpose::Backup, "").await.expect("reserved");
-    assert!(name.ends_with('Z'));
+    let lease = base.reserve_backup("second").await;
     let made = make(&base, &site.scratch("second"), "second", start, stop).await;
-    made.put(&base, None).await;
     // A chunk of it may be in the pack that only tier 2 has: then it would have to wait.
     base.put(file, &bytes).await.expect("back on tier 1");
-    base.commit(&made.record).await.expect("committed");
+    drop(lease);
+    made.commit(&base).await;
     s3.faults().heal();
 }
 
@@ -503,12 +538,13 @@ async fn a_full_disk_refuses_base_backups_and_still_takes_wal() {
     let disk = SmallDisk::mount(&site.tier1(), 40);
     site.start().await;
     let (base, channel) = connect(&site).await;
-    base.open().await.expect("a repository");
-    let bytes = |seed: u8| Sha256Sum::of(&[seed]).bytes().repeat(250_000);
+    let secret = base.open().await.expect("a repository");
+    let _lease = base.reserve_backup("mine").await;
+    let bytes = |seed: u8| real_pack(&secret, &Sha256Sum::of(&[seed]).bytes().repeat(250_000));
     let mut stored = 0;
     let refused = loop {
-        let bytes = bytes(stored);
-        match base.put(pack(&bytes), &bytes).await {
+        let (file, bytes) = bytes(stored);
+        match base.put(file, &bytes).await {
             Ok(_) => stored += 1,
             Err(status) => break status,
         }
@@ -518,9 +554,9 @@ async fn a_full_disk_refuses_base_backups_and_still_takes_wal() {
     let _stream = base.stream_wal(&channel, START, 32768).await;
     // Full to the last byte while a file is on its way: it leaves nothing.
     disk.fill();
-    let small = b"small".repeat(1000);
-    expect(base.put(pack(&small), &small).await, Code::DiskFull, &[]);
+    let (file, small) = real_pack(&secret, &b"small".repeat(1000));
+    expect(base.put(file, &small).await, Code::DiskFull, &[]);
     assert!(files(&site).iter().all(|path| path.extension().is_none()), "{:?}", files(&site));
     disk.relieve();
-    assert!(!base.put(pack(&small), &small).await.expect("stored"));
+    assert!(!base.put(file, &small).await.expect("stored"));
 }

@@ -28,7 +28,7 @@ impl BaseStore {
     ///
     /// # Errors
     /// `INVALID` for one that cannot be right, `INCOMPLETE` when something it needs is not held, `BUSY` when
-    /// the name is somebody else's.
+    /// another backup is reserved, `UNAVAILABLE` when none is.
     pub async fn commit(
         &self,
         cluster: &ClusterName,
@@ -39,15 +39,17 @@ impl BaseStore {
             .map_err(|e| Code::Invalid.status(format!("commit a backup of {cluster}: {e}")))?;
         // Before anything is compared: the same record again is brought in order the same way.
         let record = in_order(cluster, record);
-        self.reservations().may_commit(cluster, &record.name, caller)?;
         let part = self.cluster(cluster);
         let _one = part.committing.lock().await;
         if self.is_committed(cluster, &record).await? {
             return Ok(());
         }
+        self.reservations().may_commit(cluster, &record.name, caller)?;
         let snapshot = self.check_fields(cluster, &record)?;
         self.check_wal(cluster, &record).await?;
         self.check_snapshot(cluster, &record, snapshot).await?;
+        // It may have ended, and a prune begun, while all that was read.
+        self.reservations().may_commit(cluster, &record.name, caller)?;
         let record = BackupRecord { committed_unix: self.now_unix(), ..record };
         self.write_record(cluster, record).await
     }

@@ -7,15 +7,18 @@
 //!     everything it needs is proven there (`consumer/base.rs`);
 //! S4  what only tier 2 has can be listed and read: tier 1 may be empty;
 //! S5  "not found" means that both tiers were asked and both have no such thing (P7);
+//! S7  what a client sends is opened before it counts (P13, `admit.rs`);
 //! S6  a name is of one PostgreSQL, in both tiers: whoever brings another, or an older timeline, is refused (P8,
 //!     `identity.rs`).
 //!
 //! Removes nothing: that is `maintenance`, through [`BaseStore::repository`].
 
+mod admit;
 mod archive;
 mod backups;
 mod commit;
 mod config;
+mod coverage;
 mod damage;
 mod gauges;
 mod generations;
@@ -40,6 +43,7 @@ pub use reserve::{Caller, Lease, Removal, Reservations, Running};
 pub use server_files::ServerFiles;
 
 use crate::{
+    clock::{self, ClockWatch},
     queue::{BaseJob, Queue},
     readers::Readers,
     receive::Registry,
@@ -65,6 +69,11 @@ use tonic::Status;
 /// Files of one cluster that are received at once. A sidecar that wants more waits: each takes memory of
 /// a few messages, and one fast disk is not made faster by ten writers.
 const PUTS_MAX: usize = 4;
+
+/// Files of clients that are opened at once, over all clusters: half of the processors, and some are for WAL.
+fn admitted_at_once() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get() / 2).clamp(1, 4)
+}
 
 /// Unix seconds, from outside: tests have their own.
 pub type Clock = Arc<dyn Fn() -> f64 + Send + Sync>;
@@ -106,6 +115,10 @@ struct Inner {
     generations: generations::Known,
     /// One change of what is known to be damaged at a time.
     damage: Mutex<()>,
+    /// Files of clients that are opened at once.
+    admitting: Arc<Semaphore>,
+    /// Since the start.
+    watch: ClockWatch,
 }
 
 /// One cluster's part of tier 1.
@@ -137,6 +150,8 @@ impl BaseStore {
             gauges: gauges::Summaries::default(),
             generations: generations::Known::default(),
             damage: Mutex::default(),
+            admitting: Arc::new(Semaphore::new(admitted_at_once())),
+            watch: ClockWatch::new((parts.clock)(), clock::since_boot()),
             parts,
         }));
         for cluster in this.wal().clusters() {
@@ -192,6 +207,16 @@ impl BaseStore {
     /// Now, Unix seconds.
     pub fn now_unix(&self) -> f64 {
         (self.0.parts.clock)()
+    }
+
+    /// Why `now_unix` cannot be believed, in words; nothing where there is no reason.
+    pub fn clock_doubts(&self) -> Vec<String> {
+        self.0.watch.doubts(&clock::Reading {
+            wall_unix: self.now_unix(),
+            since_boot: clock::since_boot(),
+            bucket: self.tier2().and_then(Tier2::heard_date),
+            now: std::time::Instant::now(),
+        })
     }
 
     /// Tier 1's folder.

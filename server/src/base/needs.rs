@@ -128,6 +128,27 @@ impl BaseStore {
         snapshot: SnapshotId,
         held: &Held,
     ) -> Result<Needed, Status> {
+        self.needs_with(cluster, snapshot, None, held).await
+    }
+
+    /// As `needs`, of a snapshot that is to be stored: these are the bytes of its file.
+    pub(super) async fn needs_of_new(
+        &self,
+        cluster: &ClusterName,
+        snapshot: SnapshotId,
+        bytes: Bytes,
+    ) -> Result<Needed, Status> {
+        let held = self.held(cluster).await?;
+        self.needs_with(cluster, snapshot, Some(bytes), &held).await
+    }
+
+    async fn needs_with(
+        &self,
+        cluster: &ClusterName,
+        snapshot: SnapshotId,
+        new: Option<Bytes>,
+        held: &Held,
+    ) -> Result<Needed, Status> {
         let id = (cluster.clone(), snapshot);
         if let Some(known) = self.0.needs.get(&id, held) {
             return Ok(known);
@@ -137,7 +158,8 @@ impl BaseStore {
         for kind in BaseKind::ALL {
             listed.insert(kind, self.list_files(cluster, kind).await?);
         }
-        let files: Arc<dyn Files> = Arc::new(ReadOnly { files: self.files(cluster), listed });
+        let new = new.map(|bytes| (snapshot.file(), bytes));
+        let files: Arc<dyn Files> = Arc::new(ReadOnly { files: self.files(cluster), listed, new });
         let needed = run(move || Repository::open(files, &secret)?.needed_by(&[snapshot])).await?;
         let needed = Arc::new(needed);
         self.0.needs.put(id, needed.clone());
@@ -150,6 +172,8 @@ impl BaseStore {
 struct ReadOnly {
     files: ServerFiles,
     listed: BTreeMap<BaseKind, BTreeMap<BaseFile, u64>>,
+    /// A file that is to be stored.
+    new: Option<(BaseFile, Bytes)>,
 }
 
 impl ReadOnly {
@@ -170,7 +194,10 @@ impl Files for ReadOnly {
     }
 
     fn read(&self, file: BaseFile) -> Result<Bytes, Error> {
-        self.files.read(file)
+        match &self.new {
+            Some((new, bytes)) if *new == file => Ok(bytes.clone()),
+            _ => self.files.read(file),
+        }
     }
 
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {

@@ -3,10 +3,15 @@
 //! R1: the file is whole or absent, and durable when the answer goes out. R2: its bytes have the SHA-256 of
 //! its name, or nothing of it stays. S2: config and keys are the server's own; a file that is there stays
 //! what it is (one whose size is wrong, or that verification found damaged, is replaced by bytes that have the name's sum).
+//! P13: it is judged before it is renamed (`admit.rs`), and comes only while its sender's reservation lives.
 //! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is taken for each
 //! piece: a client that does not send holds none (P8).
 
-use super::{BaseStore, run};
+use super::{
+    BaseStore, Caller,
+    admit::{Candidate, size_max},
+    run,
+};
 use crate::errors;
 use bytes::Bytes;
 use klio_proto::Code;
@@ -15,7 +20,7 @@ use klio_storage::{
     catalog::KnownDamage,
     disk::{Disk, FileHandle, durable},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
-    tier2::{Hasher, Sha256Sum},
+    tier2::Hasher,
 };
 use std::{
     io,
@@ -40,6 +45,7 @@ pub struct Incoming {
     base: BaseStore,
     cluster: ClusterName,
     file: BaseFile,
+    caller: Caller,
     size: u64,
     received: u64,
     waiting: Vec<Bytes>,
@@ -103,17 +109,25 @@ impl BaseStore {
     /// Begins to receive a file of `size` bytes; waits for its turn.
     ///
     /// # Errors
-    /// `FORBIDDEN` for what only the server writes, `INVALID` before the repository is opened, `DISK_FULL`.
+    /// `FORBIDDEN` for what only the server writes, `INVALID` before the repository is opened, `DISK_FULL`, `UNAVAILABLE`
+    /// without the caller's reservation of a backup.
     pub async fn begin_put(
         &self,
         cluster: &ClusterName,
         file: BaseFile,
         size: u64,
+        caller: &Caller,
     ) -> Result<Incoming, Status> {
         if matches!(file.kind, BaseKind::Config | BaseKind::Key) {
             let detail = "only the server writes a repository's config and keys";
             return Err(refuse(Code::Forbidden, cluster, file, detail));
         }
+        let most = size_max(file.kind);
+        if size > most {
+            let detail = format!("expected at most {most} bytes, found {size}");
+            return Err(refuse(Code::Invalid, cluster, file, detail));
+        }
+        self.reservations().may_put(cluster, caller)?;
         let part = self.cluster(cluster);
         let turn = part.puts.clone().acquire_owned().await;
         let turn = turn.map_err(|e| Code::Internal.status(e))?;
@@ -143,6 +157,7 @@ impl BaseStore {
             base: self.clone(),
             cluster: cluster.clone(),
             file,
+            caller: caller.clone(),
             size,
             received: 0,
             waiting: Vec::new(),
@@ -203,18 +218,6 @@ impl Writing {
         }
         Ok(())
     }
-
-    /// The sum, and whether the file was there already.
-    fn finish(self, expected: Sha256Sum) -> Result<(Sha256Sum, bool), Error> {
-        let found = self.hasher.finish();
-        let existed = self.to.is_none();
-        if found == expected
-            && let Some(to) = self.to
-        {
-            to.finish()?;
-        }
-        Ok((found, existed))
-    }
 }
 
 impl Incoming {
@@ -257,18 +260,26 @@ impl Incoming {
     /// Makes it a file of the repository, durably, and queues it. True when it was there already.
     ///
     /// # Errors
-    /// `INVALID` when it is not what was announced: too short, or not the bytes of its name.
+    /// `INVALID` when it is not what was announced: too short, or not the bytes of its name; as `admit`.
     pub async fn finish(mut self) -> Result<bool, Status> {
         if self.received != self.size {
             let detail = format!("expected {} bytes, found {}", self.size, self.received);
             return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
         }
         self.write().await?;
-        let (writing, expected) = (self.take()?, self.file.id);
-        let (found, existed) = run(move || writing.finish(expected)).await?;
-        if found != expected {
+        let Writing { hasher, to } = self.take()?;
+        let found = hasher.finish();
+        if found != self.file.id {
             let detail = format!("expected bytes with the SHA-256 of the name, found {found}");
             return Err(refuse(Code::Invalid, &self.cluster, self.file, detail));
+        }
+        let existed = to.is_none();
+        if let Some(to) = to {
+            let (file, size, handle) = (self.file, self.size, to.handle.clone());
+            self.base.admit(&self.cluster, Candidate { file, size, handle }).await?;
+            // V4: it may have ended while the bytes came.
+            self.base.reservations().may_put(&self.cluster, &self.caller)?;
+            run(move || to.finish()).await?;
         }
         let object = BaseObject::File(self.file);
         if self.damaged {

@@ -10,6 +10,7 @@ use crate::errors;
 use klio_proto::{Code, wal::System};
 use klio_storage::{
     Error, Kind, Op,
+    catalog::coverage::{self, Coverage},
     disk::{durable, read_small},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     repository::{
@@ -154,7 +155,14 @@ impl BaseStore {
             return Ok(());
         }
         let (secret, settings, name) = (secret.clone(), self.0.parts.settings, cluster.clone());
+        let base = self.clone();
         run(move || {
+            // A repository that begins here has only what was opened when it came.
+            let new = files.list(BaseKind::Config)?.is_empty();
+            let known = Coverage { opened_from_the_start: true, ..Coverage::default() };
+            if new {
+                coverage::store(base.disk().as_ref(), base.root(), &name, &known)?;
+            }
             // What tier 2 has is what it was made with.
             for kind in [BaseKind::Config, BaseKind::Key] {
                 for (file, _) in files.list(kind)? {

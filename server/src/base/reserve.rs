@@ -194,10 +194,26 @@ impl Reservations {
         Ok(Some(Lease { reservations, cluster, backup: Some(name), restoring: None }))
     }
 
-    /// Whether `caller` may commit a backup of that name: it has reserved it, or nobody has.
+    /// Whether `caller` may send files: it has reserved a backup. By its name alone: one client may come by several ways.
     ///
     /// # Errors
-    /// `BUSY` when somebody else has.
+    /// `UNAVAILABLE` without one: a client whose reservation was lost takes it again and goes on. `BUSY` when it is
+    /// somebody else's.
+    pub fn may_put(&self, cluster: &ClusterName, caller: &Caller) -> Result<(), Status> {
+        match lock(&self.0).get(cluster).and_then(|work| work.backup.as_ref()) {
+            Some((_, who)) if who.name == caller.name => Ok(()),
+            Some((reserved, who)) => Err(Code::Busy
+                .status(format!("store a file of {cluster}: {who} is taking backup {reserved}"))),
+            None => Err(Code::Unavailable.status(format!(
+                "store a file of {cluster}: expected a reservation of a backup, found none"
+            ))),
+        }
+    }
+
+    /// Whether `caller` may commit a backup of that name: it has reserved it.
+    ///
+    /// # Errors
+    /// `BUSY` when somebody else has, `UNAVAILABLE` when nobody has.
     pub fn may_commit(
         &self,
         cluster: &ClusterName,
@@ -205,10 +221,13 @@ impl Reservations {
         caller: &Caller,
     ) -> Result<(), Status> {
         match lock(&self.0).get(cluster).and_then(|work| work.backup.as_ref()) {
-            Some((reserved, who)) if reserved == name && who != caller => Err(Code::Busy.status(
-                format!("commit backup {name} of {cluster}: {who} has reserved that name"),
-            )),
-            _ => Ok(()),
+            Some((reserved, who)) if reserved == name && who.name == caller.name => Ok(()),
+            Some((reserved, who)) => Err(Code::Busy.status(format!(
+                "commit backup {name} of {cluster}: {who} has reserved {reserved}"
+            ))),
+            None => Err(Code::Unavailable.status(format!(
+                "commit backup {name} of {cluster}: expected a reservation of that name, found none"
+            ))),
         }
     }
 }
@@ -366,12 +385,25 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_somebody_else_reserved_is_not_committed() {
+    fn files_and_records_come_only_from_who_reserved() {
         let all = Reservations::default();
-        let name = "a".parse().unwrap();
-        let _lease = all.backup(&cluster(), "a".parse().unwrap(), caller("x"), false).unwrap();
-        assert!(all.may_commit(&cluster(), &name, &caller("x")).is_ok());
-        assert!(all.may_commit(&cluster(), &name, &caller("y")).is_err());
-        assert!(all.may_commit(&cluster(), &"free".parse().unwrap(), &caller("y")).is_ok());
+        let (name, free) = ("a".parse().unwrap(), "free".parse().unwrap());
+        let code = |result: Result<(), Status>| result.map_err(|status| Code::of(&status));
+        assert_eq!(code(all.may_put(&cluster(), &caller("x"))), Err(Code::Unavailable));
+        assert_eq!(code(all.may_commit(&cluster(), &name, &caller("x"))), Err(Code::Unavailable));
+        let restore = all.restore(&cluster());
+        assert_eq!(code(all.may_put(&cluster(), &caller("x"))), Err(Code::Unavailable));
+        let lease = all.backup(&cluster(), "a".parse().unwrap(), caller("x"), false).unwrap();
+        let elsewhere = Caller { name: "x".into(), address: "127.0.0.9".parse().ok() };
+        for who in [caller("x"), elsewhere] {
+            assert_eq!(code(all.may_put(&cluster(), &who)), Ok(()));
+            assert_eq!(code(all.may_commit(&cluster(), &name, &who)), Ok(()));
+            assert_eq!(code(all.may_commit(&cluster(), &free, &who)), Err(Code::Busy));
+        }
+        assert_eq!(code(all.may_put(&cluster(), &caller("y"))), Err(Code::Busy));
+        assert_eq!(code(all.may_commit(&cluster(), &name, &caller("y"))), Err(Code::Busy));
+        assert!(all.may_put(&"other".parse().unwrap(), &caller("x")).is_err());
+        drop((lease, restore));
+        assert_eq!(code(all.may_put(&cluster(), &caller("x"))), Err(Code::Unavailable));
     }
 }

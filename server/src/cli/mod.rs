@@ -1,5 +1,6 @@
 //! The commands of `klio-server`: one verb a file.
 
+pub mod backup;
 pub mod client;
 pub mod init;
 pub mod key;
@@ -38,6 +39,9 @@ pub enum Command {
     /// Keys of encryption at rest: which opens what, a new one.
     #[command(subcommand)]
     Key(key::Verb),
+    /// A backup's record: another time, or none at all, where a clock was wrong.
+    #[command(subcommand)]
+    Backup(backup::Verb),
     /// Run the server in the foreground until SIGTERM or SIGINT.
     Run(RunArgs),
     /// Issue a client bundle: certificate, key and configuration for one `klio`.
@@ -64,6 +68,7 @@ impl Command {
         match self {
             Command::Key(key::Verb::Show(args)) => Some(&args.config),
             Command::Key(key::Verb::Rotate(args) | key::Verb::Rewrap(args)) => Some(&args.config),
+            Command::Backup(verb) => Some(&verb.which().config),
             Command::Run(args) | Command::Repository(args) => Some(&args.config),
             Command::Client(args) => Some(&args.config),
             Command::Init(_) | Command::Keygen(_) | Command::Reference(_) => None,

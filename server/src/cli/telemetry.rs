@@ -65,6 +65,7 @@ pub fn root_span(command: &Command) -> Span {
         Command::Init(_) => span!("cli.init"),
         Command::Keygen(_) => span!("cli.keygen"),
         Command::Key(_) => span!("cli.key"),
+        Command::Backup(_) => span!("cli.backup"),
         Command::Run(_) => span!("cli.run"),
         Command::Client(_) => span!("cli.client"),
         Command::Repository(_) => span!("cli.repository"),

@@ -141,6 +141,7 @@ impl Base for BaseService {
         request: Request<Streaming<v1::PutFileRequest>>,
     ) -> Result<Response<v1::PutFileResponse>, Status> {
         let identity = self.auth.identify(&request)?;
+        let caller = caller(&request, identity.name.clone());
         let mut inbound = request.into_inner();
         let first = self.next(&mut inbound).await?;
         let first =
@@ -149,7 +150,7 @@ impl Base for BaseService {
         let cluster = self.base.resolve_open(named).await?;
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
-        let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size).await?;
+        let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size, &caller).await?;
         incoming.add(data).await?;
         while let Some(message) = self.next(&mut inbound).await? {
             incoming.add(piece(message.data)?).await?;

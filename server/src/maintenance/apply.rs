@@ -22,8 +22,8 @@ use klio_storage::{
 use std::{collections::BTreeSet, time::Duration};
 use tonic::Status;
 
-/// A snapshot without a record that is younger may be of a backup that is just being committed.
-const ORPHAN_SECONDS: f64 = 86_400.0;
+/// For so long a snapshot must have been without a record, in every listing of that time, before it is forgotten.
+const ORPHAN_SECONDS: f64 = 3.0 * 86_400.0;
 /// How often a running backup is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
@@ -165,7 +165,8 @@ impl Inner {
         PruneJob {
             forget,
             recorded,
-            orphans_before_unix: self.base.now_unix() - ORPHAN_SECONDS,
+            now_unix: self.base.now_unix(),
+            orphan_seconds: ORPHAN_SECONDS,
             prune: true,
             keep_marked_seconds: self.settings.maintenance.keep_marked_seconds,
             near: evicts.then_some(near),

@@ -8,7 +8,10 @@ use super::{
     protocol::{Job, Line, PruneJob, PruneResult, Step, VerifyJob, VerifyResult, Work},
 };
 use klio_proto::Code;
-use klio_storage::layout::{BaseObject, ClusterName};
+use klio_storage::{
+    catalog::{Damage, KnownDamage},
+    layout::{BaseObject, ClusterName},
+};
 use std::process::Stdio;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -31,9 +34,27 @@ impl Inner {
         let damaged = self.known_damage(cluster).await?.packs;
         let job = PruneJob { damaged: damaged.into_iter().map(|d| d.key).collect(), ..job };
         match self.child(cluster, Work::Prune(job), tell).await? {
-            Line::Pruned(result) => Ok(result),
+            Line::Pruned(result) => {
+                self.learn_bad(cluster, &result.bad).await?;
+                Ok(result)
+            }
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Packs that a prune has opened and found bad are known to be damaged, as those that a verification finds.
+    async fn learn_bad(&self, cluster: &ClusterName, bad: &[Damage]) -> Result<(), Status> {
+        if bad.is_empty() {
+            return Ok(());
+        }
+        let bad = bad.to_vec();
+        let change = move |known: &mut KnownDamage| {
+            known.packs.retain(|old| bad.iter().all(|new| new.key != old.key));
+            known.packs.extend(bad);
+        };
+        let known = self.base.change_damage(cluster, change).await?;
+        self.metrics.known(cluster, &known);
+        Ok(())
     }
 
     /// Reads what is stored.

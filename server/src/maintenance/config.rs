@@ -18,8 +18,49 @@ pub struct RetentionConfig {
     pub tier1: PolicyPatch,
     /// What exists at all.
     pub tier2: PolicyPatch,
+    /// How old a backup must be to displace others.
+    pub minimum_age: Option<MinimumAge>,
     /// For single clusters.
     pub clusters: BTreeMap<ClusterName, ClusterRetention>,
+}
+
+/// A time as `7d`, `12h`, `30m`, `90s`, or a number of seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MinimumAge(Duration);
+
+impl std::str::FromStr for MinimumAge {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("expected a time such as \"7d\", \"12h\" or \"90s\", found {text:?}");
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let factor = match &text[digits.len()..] {
+            "" | "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 86_400,
+            _ => return Err(bad()),
+        };
+        let seconds = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+        let seconds = seconds.filter(|seconds| *seconds <= 10 * SECONDS_MAX).ok_or_else(bad)?;
+        Ok(Self(Duration::from_secs(seconds)))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for MinimumAge {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Seconds(u64),
+            Text(String),
+        }
+        let text = match <Form as serde::Deserialize>::deserialize(deserializer)? {
+            Form::Seconds(seconds) => seconds.to_string(),
+            Form::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 /// `[retention.clusters.NAME]`
@@ -30,21 +71,28 @@ pub struct ClusterRetention {
     pub tier1: PolicyPatch,
     /// As in `[retention]`.
     pub tier2: PolicyPatch,
+    /// As in `[retention]`.
+    pub minimum_age: Option<MinimumAge>,
 }
 
 impl RetentionConfig {
     /// The policies of a cluster.
     pub fn of(&self, cluster: &ClusterName) -> Policies {
         let default = Policies::default();
+        let age =
+            |own: &Option<MinimumAge>, otherwise| own.map_or(otherwise, |age| age.0.as_secs());
         let all = Policies {
             tier1: default.tier1.with(&self.tier1),
             tier2: default.tier2.with(&self.tier2),
+            minimum_age_seconds: age(&self.minimum_age, default.minimum_age_seconds),
         };
         // A generation has its cluster's, unless it has its own.
         match self.clusters.get(cluster).or_else(|| self.clusters.get(&cluster.base())) {
-            Some(own) => {
-                Policies { tier1: all.tier1.with(&own.tier1), tier2: all.tier2.with(&own.tier2) }
-            }
+            Some(own) => Policies {
+                tier1: all.tier1.with(&own.tier1),
+                tier2: all.tier2.with(&own.tier2),
+                minimum_age_seconds: age(&own.minimum_age, all.minimum_age_seconds),
+            },
             None => all,
         }
     }
@@ -175,6 +223,20 @@ mod tests {
         assert_eq!((all.tier2.daily, all.tier2.last, all.tier2.recovery_window_days), (7, 2, 30));
         assert_eq!((big.tier2.daily, big.tier2.last, big.tier2.recovery_window_days), (7, 2, 3));
         assert_eq!(big.tier1, Policies::default().tier1);
+    }
+
+    #[test]
+    fn the_minimum_age_is_a_week_and_can_be_said_in_several_ways() {
+        let of = |text: &str| read(text).of(&"pg".parse().unwrap()).minimum_age_seconds;
+        assert_eq!(of(""), 7 * 86_400);
+        for text in ["minimum_age = \"12h\"", "minimum_age = 43200", "minimum_age = \"720m\""] {
+            assert_eq!(of(text), 43_200, "{text}");
+        }
+        assert_eq!(of("minimum_age = \"7d\"\nclusters.pg.minimum_age = 0"), 0);
+        for bad in ["\"7w\"", "\"d\"", "\"-1d\"", "\"99999999d\"", "true", "\"\""] {
+            let text = format!("minimum_age = {bad}");
+            assert!(toml::from_str::<RetentionConfig>(&text).is_err(), "{bad}");
+        }
     }
 
     #[test]

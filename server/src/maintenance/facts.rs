@@ -8,7 +8,7 @@ use klio_pg::{SegmentSize, TimelineHistory};
 use klio_storage::{
     catalog::{
         BackupRecord, Holdings, RetentionPlan, Survey,
-        retention::{self, Facts, KnownBackup, KnownTimeline},
+        retention::{self, Facts, KnownBackup, KnownTimeline, TIMES_DIFFER_SECONDS},
     },
     layout::ClusterName,
 };
@@ -23,6 +23,20 @@ impl Inner {
         let facts = self.facts(cluster).await?;
         let policies = self.settings.retention.of(cluster);
         Ok(retention::plan(&facts, &policies, self.base.now_unix()))
+    }
+
+    /// Why the clock cannot be believed.
+    pub(super) fn clock_doubts(&self, cluster: &ClusterName) -> Vec<String> {
+        let (now_unix, mut doubts) = (self.base.now_unix(), self.base.clock_doubts());
+        // What was done last was done before now.
+        if let Some(last) = self.metrics.latest_maintenance(cluster)
+            && last > now_unix + TIMES_DIFFER_SECONDS
+        {
+            doubts.push(format!(
+                "the server's clock says {now_unix:.0}, and the last maintenance ended at {last:.0}; nothing is removed meanwhile; hint: set the clock right; the next run believes it when it is"
+            ));
+        }
+        doubts
     }
 
     async fn facts(&self, cluster: &ClusterName) -> Result<Facts, Status> {
@@ -51,6 +65,7 @@ impl Inner {
         Ok(Facts {
             backups: listed.backups.into_iter().map(known).collect(),
             problems,
+            clock: self.clock_doubts(cluster),
             timelines,
             segment_size,
             has_tier2: self.base.tier2().is_some(),

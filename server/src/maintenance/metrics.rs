@@ -6,7 +6,7 @@
 
 use crate::metrics::{Reading, Tallies, ZEROS};
 use klio_storage::{
-    catalog::{Damage, DrillOutcome, KnownDamage, MaintenanceOutcome, VerifyOutcome},
+    catalog::{Coverage, Damage, DrillOutcome, KnownDamage, MaintenanceOutcome, VerifyOutcome},
     layout::{BackupName, ClusterName},
 };
 use std::{
@@ -24,6 +24,10 @@ struct Last {
     others: Vec<Damage>,
     drilled: Option<DrillOutcome>,
     maintained: Option<f64>,
+    /// All data was read since then.
+    all_read_since: Option<f64>,
+    /// The clock cannot be believed.
+    doubt: Option<bool>,
     /// `None` while nobody knows.
     alarm: Option<bool>,
 }
@@ -68,6 +72,19 @@ impl MaintenanceMetrics {
         for name in &outcome.backups {
             entry.damaged.insert(name.clone(), outcome.damaged.clone());
         }
+    }
+
+    /// How far the data was read.
+    pub(super) fn covered(&self, cluster: &ClusterName, coverage: &Coverage) {
+        self.last().entry(cluster.clone()).or_default().all_read_since =
+            coverage.all_read_since_unix;
+    }
+
+    /// Whether the clock cannot be believed; true when that is news.
+    pub(super) fn doubted(&self, cluster: &ClusterName, doubt: bool) -> bool {
+        let mut last = self.last();
+        let before = last.entry(cluster.clone()).or_default().doubt.replace(doubt);
+        doubt && before != Some(true)
     }
 
     /// What is known of a cluster besides.
@@ -187,6 +204,12 @@ impl MaintenanceMetrics {
             if let Some(time) = last.verified {
                 put("klio.verify.latest_age", (now_unix - time).max(0.0));
             }
+            if let Some(doubt) = last.doubt {
+                put("klio.maintenance.clock_doubt", f64::from(u8::from(doubt)));
+            }
+            if let Some(time) = last.all_read_since {
+                put("klio.verify.coverage_age", (now_unix - time).max(0.0));
+            }
             if last.verified.is_some() || last.damage() > 0 {
                 put("klio.verify.damaged", last.damage() as f64);
             }
@@ -222,6 +245,7 @@ mod tests {
             finished_unix,
             duration_seconds: 1.0,
             read_percent: 1.0,
+            all_read_since_unix: None,
             read_bytes: 0,
             files: 0,
             damaged: damaged.iter().map(damage).collect(),
@@ -301,6 +325,29 @@ mod tests {
         }
         assert_eq!(value(&metrics, "klio.drill.latest_success"), Some(0.0));
         assert_eq!(value(&metrics, "klio.verify.latest_age"), Some(100.0));
+    }
+
+    #[test]
+    fn a_doubt_of_the_clock_is_news_once_and_shown_while_it_stands() {
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        let shown = || value(&metrics, "klio.maintenance.clock_doubt");
+        assert_eq!(shown(), None);
+        for (doubt, news, value) in
+            [(false, false, 0.0), (true, true, 1.0), (true, false, 1.0), (false, false, 0.0)]
+        {
+            assert_eq!(metrics.doubted(&pg, doubt), news);
+            assert_eq!(shown(), Some(value));
+        }
+    }
+
+    #[test]
+    fn how_far_the_data_was_read_is_shown_as_an_age() {
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        metrics.covered(&pg, &Coverage::default());
+        assert_eq!(value(&metrics, "klio.verify.coverage_age"), None);
+        let coverage = Coverage { all_read_since_unix: Some(100.0), ..Coverage::default() };
+        metrics.covered(&pg, &coverage);
+        assert_eq!(value(&metrics, "klio.verify.coverage_age"), Some(900.0));
     }
 
     #[test]

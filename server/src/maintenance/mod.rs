@@ -97,6 +97,7 @@ impl Maintenance {
                     tracing::error!(%cluster, %error, "what is known to be damaged cannot be read")
                 }
             }
+            metrics.covered(&cluster, &base.coverage_on_disk(&cluster));
             let (disk, root, now) = (base.disk().as_ref(), base.root(), base.now_unix());
             // Also of backups that only tier 2 has; expiring one removes what is known of it.
             for name in outcomes::names(disk, root, &cluster).unwrap_or_default() {

@@ -6,9 +6,10 @@
 
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
-    catalog::{BackupRecord, Damage},
+    catalog::{BackupRecord, Damage, coverage::Advance},
     layout::{BackupName, ClusterName},
     repository::SnapshotId,
+    tier2::Sha256Sum,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, path::PathBuf};
@@ -44,11 +45,13 @@ pub enum Work {
 pub struct PruneJob {
     /// Snapshots whose records are gone.
     pub forget: Vec<SnapshotId>,
-    /// Snapshots that have a record. Any other is of a backup that never came to be; it is forgotten
-    /// when it began before `orphans_before_unix`.
+    /// Snapshots that have a record. Any other is of a backup that never came to be; it is marked, and forgotten when it has
+    /// borne the mark for `orphan_seconds`.
     pub recorded: Vec<SnapshotId>,
-    /// Unix seconds.
-    pub orphans_before_unix: f64,
+    /// The server's clock, Unix seconds.
+    pub now_unix: f64,
+    /// Seconds.
+    pub orphan_seconds: f64,
     /// Look for packs that nobody needs.
     pub prune: bool,
     /// Seconds for which a pack stays after it was marked.
@@ -78,6 +81,9 @@ pub struct PruneResult {
     pub freed_tier2_bytes: u64,
     /// Why less was done.
     pub held_back: Vec<String>,
+    /// Packs that were opened because another one holds the same, and that are not good.
+    #[serde(default)]
+    pub bad: Vec<Damage>,
 }
 
 /// A backup to verify.
@@ -115,8 +121,11 @@ pub struct VerifyJob {
     /// Keys that an earlier verification found damaged: these are read whatever the share.
     #[serde(default)]
     pub again: BTreeSet<String>,
-    /// Share of packs that is read, 0 to 100.
+    /// Share of packs that is read, 0 to 100. Below 100 it is of all packs, in the order of their names.
     pub read_percent: f64,
+    /// The pack that the last run read last: this one goes on behind it.
+    #[serde(default)]
+    pub read_after: Option<Sha256Sum>,
     /// Read this share of the WAL behind the backups, too. WAL from start to stop of a backup is always read.
     pub wal: bool,
     /// What must be in tier 2.
@@ -153,6 +162,9 @@ pub struct VerifyResult {
     pub read_bytes: u64,
     /// In both tiers.
     pub files: u64,
+    /// How far the packs were read; nothing where they were not come to.
+    #[serde(default)]
+    pub advance: Advance,
 }
 
 /// How far it is.

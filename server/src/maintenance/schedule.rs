@@ -64,6 +64,7 @@ impl Inner {
         loop {
             tick.tick().await;
             for cluster in self.base.wal().clusters() {
+                self.watch_clock(&cluster);
                 let Some(there) = self.in_tier2(&cluster) else { continue };
                 let entry = known.entry(cluster.clone()).or_insert_with(|| Known {
                     seen: self.load_seen(&cluster),
@@ -79,6 +80,15 @@ impl Inner {
                     self.look_after(&cluster, new, entry).instrument(span).await;
                 }
             }
+        }
+    }
+
+    /// An alarm stands for as long as there is a doubt, not only when a plan is made.
+    fn watch_clock(&self, cluster: &ClusterName) {
+        let doubts = self.clock_doubts(cluster);
+        if self.metrics.doubted(cluster, !doubts.is_empty()) {
+            let doubts = doubts.join("; ");
+            tracing::error!(%cluster, doubts, "the clock cannot be believed");
         }
     }
 

@@ -45,7 +45,7 @@ impl Inner {
     ) -> Result<VerifyOutcome, Status> {
         tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
         let _turn = self.turn.lock().await;
-        let began = tokio::time::Instant::now();
+        let (began, began_unix) = (tokio::time::Instant::now(), self.base.now_unix());
         let listed = self.base.backups(cluster).await?;
         let chosen = choose(cluster, &listed.backups, request)?;
         let known = self.known_damage(cluster).await?;
@@ -60,8 +60,15 @@ impl Inner {
         let others = listed.backups.iter().filter(|b| !names.contains(&b.record.name));
         let others: Vec<ListedBackup> = others.cloned().collect();
         let all = request.backup.is_none();
-        let job = self.job(cluster, &chosen, &others, again, request);
+        let coverage = self.base.coverage(cluster).await?;
+        let job = VerifyJob {
+            read_after: coverage.last_read,
+            ..self.job(cluster, &chosen, &others, again, request)
+        };
         let result = self.read_back(cluster, job, tell).await?;
+        let coverage = coverage.after(&result.advance, began_unix);
+        self.base.keep_coverage(cluster, coverage).await?;
+        self.metrics.covered(cluster, &coverage);
         // Asked again: a record that could not be read may be good by now.
         let problems = self.base.backups(cluster).await?.problems;
         let mut result = complete(cluster, result, &chosen, &holdings, &problems);
@@ -78,7 +85,8 @@ impl Inner {
                 || finding.backups.is_empty() && !is_pack
         };
         result.damaged.retain(is_theirs);
-        result.repaired.retain(is_theirs);
+        // A share is of all packs: what was made good in one of them is told, whoever needs it.
+        result.repaired.retain(|finding| request.read_percent < 100.0 || is_theirs(finding));
         let outcome =
             |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
                 backups,
@@ -86,6 +94,7 @@ impl Inner {
                 finished_unix: self.base.now_unix(),
                 duration_seconds: seconds,
                 read_percent: request.read_percent,
+                all_read_since_unix: coverage.all_read_since_unix,
                 read_bytes: result.read_bytes,
                 files: result.files,
                 damaged,
@@ -157,6 +166,7 @@ impl Inner {
             again,
             all: request.backup.is_none(),
             read_percent: request.read_percent,
+            read_after: None,
             wal: request.wal,
             archived: self.archived(cluster),
             segment_size: pinned.map_or(0, |p| p.segment_size.as_u32()),
@@ -238,6 +248,7 @@ impl Inner {
             finished_unix: self.base.now_unix(),
             duration_seconds: 0.0,
             read_percent: 0.0,
+            all_read_since_unix: None,
             read_bytes: 0,
             files: 0,
             damaged: Vec::new(),

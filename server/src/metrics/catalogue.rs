@@ -186,8 +186,20 @@ pub const CATALOGUE: &[Row] = &[
         "",
         "1 while something is in doubt and nothing is removed",
     ),
+    of_cluster(
+        "klio.maintenance.clock_doubt",
+        Gauge,
+        "",
+        "1 while the server's clock disagrees with what else tells the time, so that nothing is removed by age",
+    ),
     of_cluster("klio.maintenance.latest_time", Gauge, "s", "Unix time of the last maintenance"),
     of_cluster("klio.verify.latest_age", Gauge, "s", "age of the last verification"),
+    of_cluster(
+        "klio.verify.coverage_age",
+        Gauge,
+        "s",
+        "all data was read within so long: age of the beginning of the last round over all packs",
+    ),
     of_cluster(
         "klio.verify.damaged",
         Gauge,

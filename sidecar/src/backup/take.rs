@@ -311,6 +311,7 @@ impl Run<'_> {
             pages,
             label: self.order.label.clone(),
             keep: self.order.keep,
+            redated_unix: None,
             klio_version: env!("CARGO_PKG_VERSION").to_owned(),
             unknown: Unknown::default(),
         })

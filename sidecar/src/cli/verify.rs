@@ -77,13 +77,25 @@ fn summary(outcome: &VerifyOutcome) -> String {
         (damaged, repaired) => format!("{damaged} DAMAGED, {repaired} repaired"),
     };
     out + &format!(
-        "{} backups: {verdict}; {} files, {} read, {} % of the packs, in {}\n",
+        "{} backups: {verdict}; {} files, {} read, {} % of the packs, in {}; {}\n",
         outcome.backups.len(),
         outcome.files,
         text::size(outcome.read_bytes),
         outcome.read_percent,
         text::duration(outcome.duration_seconds),
+        coverage(outcome),
     )
+}
+
+/// A server of before does not say it.
+fn coverage(outcome: &VerifyOutcome) -> String {
+    match outcome.all_read_since_unix {
+        Some(since) => {
+            let within = (outcome.finished_unix - since).max(0.0);
+            format!("all data read within {}", text::duration(within))
+        }
+        None => "not all data was read yet".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -100,6 +112,7 @@ mod tests {
             finished_unix: 1.0,
             duration_seconds: 2.0,
             read_percent: 10.0,
+            all_read_since_unix: None,
             read_bytes: 5,
             files: 3,
             damaged: vec![damage.clone(); damaged],
@@ -112,6 +125,13 @@ mod tests {
         let all = [(0, 0), (0, 2), (2, 0), (1, 1)].map(|(d, r)| status(&outcome(d, r)));
         assert_eq!(all, [exit::OK, exit::REPAIRED, exit::DAMAGED, exit::DAMAGED]);
         assert!(summary(&outcome(1, 1)).contains("1 DAMAGED, 1 repaired"));
+        assert!(summary(&outcome(0, 0)).contains("not all data was read yet"));
+        let read = VerifyOutcome {
+            all_read_since_unix: Some(100.0),
+            finished_unix: 100.0 + 9.0 * 86_400.0,
+            ..outcome(0, 0)
+        };
+        assert!(summary(&read).contains("all data read within 9"), "{}", summary(&read));
     }
 
     #[test]

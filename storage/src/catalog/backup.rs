@@ -68,6 +68,9 @@ pub struct BackupRecord {
     /// Never expires by policy.
     #[serde(default)]
     pub keep: bool,
+    /// When a person gave it the time that is in `committed_unix`: the server's clock had been wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redated_unix: Option<f64>,
     /// Version of the klio that took it.
     pub klio_version: String,
     /// What a newer version says besides.
@@ -130,6 +133,10 @@ pub struct VerifyOutcome {
     pub duration_seconds: f64,
     /// Share of the data that was read, 0 to 100.
     pub read_percent: f64,
+    /// All data of the repository was read since then, in this run or in the ones before it, Unix seconds; `None` while that
+    /// was never come to its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub all_read_since_unix: Option<f64>,
     /// Bytes read in both tiers.
     pub read_bytes: u64,
     /// Files looked at in both tiers.

@@ -6,6 +6,7 @@
 pub mod archive;
 pub mod archive_file;
 pub mod backup;
+pub mod coverage;
 pub mod damage;
 pub mod holdings;
 pub mod outcomes;
@@ -17,6 +18,7 @@ pub use backup::{
     BackupRecord, BadPage, Damage, DrillOutcome, MaintenanceOutcome, PagesRecord, TablespaceRecord,
     VerifyOutcome,
 };
+pub use coverage::Coverage;
 pub use damage::KnownDamage;
 pub use holdings::{Holdings, KnownGap, Run, TimelineHoldings};
 pub use recovery::{

@@ -7,15 +7,20 @@
 //! - A backup that cannot be given back whole, not even by both tiers together, as when the bucket that holds it
 //!   was taken out of the configuration, counts for no rule, and while there is one nothing goes: it may come back.
 //!   Nobody is told to take away a record that tier 2 does not have yet.
-//! - The newest backup without known damage always stays. A damaged one takes no place from a good one.
-//! - Time alone expires nothing: a recovery window ends at the newest backup, not now. When backups stop,
-//!   so does expiring.
+//! - A backup that is younger than the minimum age displaces nothing, and stays itself: whoever can take backups cannot
+//!   push out the good ones with new ones before a person has had the time to see it (P13).
+//! - A time that jumps against what is known is a doubt, too: a record whose two clocks differ by more than a day
+//!   (`clock.rs`), and whatever the server knows of its own clock.
+//! - The newest backup without known damage always stays, and so does the newest that is old enough to displace others. A damaged one takes no place from a good one.
+//! - Time alone expires little: a recovery window ends at the newest backup that is old enough, not now. When backups stop,
+//!   so does expiring, a minimum age later.
 //! - WAL goes only below the start of every kept backup that can lead to its timeline, and never what is
 //!   newer than the newest backup. LSNs never fall along a path of timelines, so a kept backup needs
 //!   nothing below its start on any of them.
 //!
 //! The plan says what may go; P5 is proven by those who remove, at the moment they do.
 
+mod clock;
 mod days;
 mod policy;
 mod rules;
@@ -24,7 +29,8 @@ mod wal;
 #[cfg(test)]
 mod tests;
 
-pub use policy::{Policies, Policy, PolicyPatch};
+pub use clock::TIMES_DIFFER_SECONDS;
+pub use policy::{MINIMUM_AGE_SECONDS, Policies, Policy, PolicyPatch};
 
 use super::BackupRecord;
 use crate::layout::BackupName;
@@ -72,6 +78,8 @@ pub struct Facts {
     pub backups: Vec<KnownBackup>,
     /// What could not be read, in words.
     pub problems: Vec<String>,
+    /// Why the server's clock cannot be believed, in words.
+    pub clock: Vec<String>,
     /// In any order.
     pub timelines: Vec<KnownTimeline>,
     /// Of the WAL.
@@ -161,7 +169,7 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
     let mut backups: Vec<&KnownBackup> = facts.backups.iter().collect();
     backups.sort_by(|a, b| rules::order(&a.record).total_cmp(&rules::order(&b.record)));
     let alarms = alarms(facts, &backups, now_unix);
-    let mut decided = rules::decide(&backups, facts, policies);
+    let mut decided = rules::decide(&backups, facts, policies, now_unix);
     if !alarms.is_empty() {
         let why = "something is in doubt, so nothing goes";
         for plan in &mut decided {
@@ -173,7 +181,9 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
         }
     }
     let wal = match alarms.is_empty() {
-        true => wal::horizons(&backups, &decided, facts),
+        true => {
+            wal::horizons(&backups, &decided, facts, &|b| rules::is_aged(b, policies, now_unix))
+        }
         false => wal::nothing(facts, "something is in doubt, so nothing goes"),
     };
     let (policies, has_tier2) = (policies.clone(), facts.has_tier2);
@@ -210,6 +220,8 @@ fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String>
         |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
     let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
     alarms.extend(out_of_reach(facts, backups));
+    alarms.extend(facts.clock.iter().cloned());
+    alarms.extend(clock::doubts(backups));
     let newest = backups.iter().map(|b| &b.record).rfind(|r| rules::has_time(r));
     // A time that is no number is in doubt as well.
     let behind = |r: &&BackupRecord| {
@@ -217,7 +229,7 @@ fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String>
     };
     if let Some(newest) = newest.filter(behind) {
         alarms.push(format!(
-            "the clock says {now_unix:.0}, and backup {} was committed at {:.0}; hint: set the server's clock right",
+            "the clock says {now_unix:.0}, and backup {} was committed at {:.0}; hint: set the server's clock right; where it was wrong when the backup was committed, klio-server backup redate gives the record the right time",
             newest.name, newest.committed_unix
         ));
     }

@@ -17,8 +17,8 @@
 
 use super::{
     Repository, SnapshotId,
-    assemble::contents,
     index::{Index, IndexIds, retried},
+    needed::needed,
     reader::{Reader, tree_of},
     sealer::Sealer,
 };
@@ -125,8 +125,8 @@ impl Repository {
             let id = SnapshotId::new(file.id);
             let root = tree_of(&self.snapshot_file(id)?)?;
             let reader = Reader::new(self.clone(), Arc::clone(index), root);
-            match contents(&reader) {
-                Ok(found) if found.packs.iter().all(|&p| !index.packs[p as usize].absent) => {}
+            match needed(&reader) {
+                Ok(packs) if packs.iter().all(|&p| !index.packs[p as usize].absent) => {}
                 Ok(_) => torn.push(id),
                 Err(error) if matches!(error.kind, Kind::NotFound | Kind::Corrupt) => torn.push(id),
                 Err(error) => return Err(error),

@@ -14,8 +14,9 @@
 //! the work for nothing. A pack whose list does not open is left to `check`.
 
 use super::{
-    Repository,
+    ReadPart, Repository,
     index::{BlobJson, BlobKind, IndexJson, PackJson},
+    sealer::Sealer,
 };
 use crate::{
     Error,
@@ -27,7 +28,7 @@ use std::collections::BTreeSet;
 /// Read at first: the list of a pack with 1500 pieces.
 const TAIL_BYTES: u64 = 64 << 10;
 /// Nonce and tag.
-const SEAL_BYTES: usize = 32;
+pub(super) const SEAL_BYTES: usize = 32;
 /// Pieces in one index file, as rustic does it.
 const PIECES: usize = 50_000;
 
@@ -79,21 +80,32 @@ impl Repository {
 
     /// What is in a pack, by its own list.
     fn pieces_of(&self, file: BaseFile, size: u64) -> Result<Option<Vec<BlobJson>>, Error> {
-        let read = |bytes: u64| self.files.read_range(file, size - bytes, bytes);
-        let mut tail = read(size.min(TAIL_BYTES))?;
-        let Some(length) = tail.last_chunk().map(|b| u64::from(u32::from_le_bytes(*b))) else {
-            return Ok(None);
-        };
-        let Some(whole) = length.checked_add(4).filter(|whole| *whole <= size) else {
-            return Ok(None);
-        };
-        if whole > tail.len() as u64 {
-            tail = read(whole)?;
-        }
-        let from = tail.len() - whole as usize;
-        let list = self.key.sealer.open(&tail[from..tail.len() - 4]);
-        Ok(list.and_then(|list| parse(&list, size - whole)))
+        let read = |offset, length| self.files.read_range(file, offset, length);
+        list_of(&self.key.sealer, size, u64::MAX, &read)
     }
+}
+
+/// The list of a pack of `size` bytes; `None` when it does not open, or has more than `list_max` bytes.
+pub(super) fn list_of(
+    sealer: &Sealer,
+    size: u64,
+    list_max: u64,
+    read: ReadPart<'_>,
+) -> Result<Option<Vec<BlobJson>>, Error> {
+    let last = |bytes: u64| read(size - bytes, bytes);
+    let mut tail = last(size.min(TAIL_BYTES))?;
+    let Some(length) = tail.last_chunk().map(|b| u64::from(u32::from_le_bytes(*b))) else {
+        return Ok(None);
+    };
+    let Some(whole) = length.checked_add(4).filter(|whole| *whole <= size.min(list_max)) else {
+        return Ok(None);
+    };
+    if whole > tail.len() as u64 {
+        tail = last(whole)?;
+    }
+    let from = tail.len() - whole as usize;
+    let list = sealer.open(&tail[from..tail.len() - 4]);
+    Ok(list.and_then(|list| parse(&list, size - whole)))
 }
 
 /// The list of a pack whose pieces take `end` bytes.

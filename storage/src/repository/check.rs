@@ -6,8 +6,8 @@
 
 use super::{
     Progress, Repository, SnapshotId,
-    assemble::contents,
     index::{BlobKind, Index, Place},
+    needed::needed,
     read_checked,
     reader::{Reader, open_blob, tree_of},
 };
@@ -214,19 +214,19 @@ impl Check<'_> {
 
     /// Every tree of every snapshot can be read, and every chunk is in the index. Gives the packs that they need.
     fn snapshots(&mut self, index: &Arc<Index>) -> Result<Needed, Error> {
-        let mut needed = Needed { packs: BTreeSet::new(), all: true };
+        let mut all = Needed { packs: BTreeSet::new(), all: true };
         for (file, _) in self.repository.files.list(BaseKind::Snapshot)? {
             let snapshot = self.repository.snapshot_file(SnapshotId::new(file.id));
             let Some(snapshot) = self.note(Some(file), snapshot)? else {
-                needed.all = false;
+                all.all = false;
                 continue;
             };
             let reader =
                 Reader::new(self.repository.clone(), Arc::clone(index), tree_of(&snapshot)?);
-            match contents(&reader) {
-                Ok(found) => needed.packs.extend(&found.packs),
+            match needed(&reader) {
+                Ok(packs) => all.packs.extend(packs),
                 Err(error) if is_finding(&error) => {
-                    needed.all = false;
+                    all.all = false;
                     let snapshot = Some(SnapshotId::new(file.id));
                     let detail = format!("snapshot {}: {error}", file.id);
                     self.problems.push(Problem { file: None, snapshot, detail });
@@ -234,7 +234,7 @@ impl Check<'_> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(needed)
+        Ok(all)
     }
 
     /// Reads packs whole.

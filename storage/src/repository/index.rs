@@ -32,7 +32,7 @@ pub(super) struct PackJson {
     pub(super) blobs: Vec<BlobJson>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BlobJson {
     pub(super) id: Sha256Sum,
     #[serde(rename = "type")]
@@ -146,6 +146,26 @@ impl Index {
 
     pub(super) fn pack(&self, place: &Place) -> &Pack {
         &self.packs[place.pack as usize]
+    }
+
+    /// Of every piece that is in two packs or more, those packs.
+    pub(super) fn sharing(&self) -> BTreeSet<Sha256Sum> {
+        let mut found = BTreeSet::new();
+        for same in self.blobs.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            let packs: BTreeSet<Sha256Sum> =
+                same.iter().map(|(_, _, place)| self.pack(place).id).collect();
+            if packs.len() > 1 {
+                found.extend(packs);
+            }
+        }
+        found
+    }
+
+    /// The packs, and every piece, sorted by pack and offset; in the same memory.
+    pub(super) fn into_by_pack(self) -> (Vec<Pack>, Vec<(BlobKind, Sha256Sum, Place)>) {
+        let mut blobs = self.blobs;
+        blobs.sort_unstable_by_key(|(_, _, place)| (place.pack, place.offset));
+        (self.packs, blobs)
     }
 
     /// Every piece, sorted by pack and offset.

@@ -7,7 +7,7 @@
 
 use super::{
     Repository, SnapshotId, Snapshots,
-    assemble::contents,
+    needed::needed,
     reader::{Reader, tree_of},
 };
 use crate::{
@@ -102,7 +102,7 @@ impl Repository {
         for (file, _) in now {
             let root = tree_of(&self.snapshot_file(SnapshotId::new(file.id))?)?;
             let reader = Reader::new(self.clone(), Arc::clone(&index), root);
-            self.put_back(&index, &contents(&reader)?.packs)?;
+            self.put_back(&index, &needed(&reader)?)?;
         }
         Ok(())
     }
@@ -126,18 +126,18 @@ impl Repository {
         snapshots: &[SnapshotId],
     ) -> Result<BTreeMap<BaseFile, Option<u64>>, Error> {
         let index = Arc::new(self.index()?);
-        let mut needed = BTreeMap::from([(BaseFile::CONFIG, None)]);
-        needed.extend(self.files.list(BaseKind::Key)?.into_iter().map(|(file, _)| (file, None)));
+        let mut files = BTreeMap::from([(BaseFile::CONFIG, None)]);
+        files.extend(self.files.list(BaseKind::Key)?.into_iter().map(|(file, _)| (file, None)));
         for id in snapshots {
-            needed.insert(id.file(), None);
+            files.insert(id.file(), None);
             let root = tree_of(&self.snapshot_file(*id)?)?;
             let reader = Reader::new(self.clone(), Arc::clone(&index), root);
-            for pack in contents(&reader)?.packs {
+            for pack in needed(&reader)? {
                 let pack = &index.packs[pack as usize];
-                needed.insert(pack.file(), Some(pack.size));
-                needed.insert(BaseFile { kind: BaseKind::Index, id: pack.index }, None);
+                files.insert(pack.file(), Some(pack.size));
+                files.insert(BaseFile { kind: BaseKind::Index, id: pack.index }, None);
             }
         }
-        Ok(needed)
+        Ok(files)
     }
 }

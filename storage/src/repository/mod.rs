@@ -17,8 +17,11 @@ mod check;
 mod create;
 mod fault;
 pub mod files;
+mod forge;
 mod index;
 mod maintain;
+mod needed;
+mod prove;
 mod reader;
 mod sealer;
 pub mod secret;
@@ -27,17 +30,21 @@ mod source;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod unpack;
 
 pub use absent::AbsentPacks;
 pub use adopt::Adopted;
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;
 pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed, Without};
+pub use forge::{Forge, ForgedPiece};
 pub use maintain::PruneOutcome;
+pub use prove::PackProof;
 pub use reader::{ChunkId, ChunkLocation, Entries, Entry, Reader, StoredKind};
 pub use secret::{SECRET_LIMIT_BYTES, decode_secret, encode_secret, secret_objects};
 pub use snapshot::{Part, YOUNG};
 pub use source::{EntryKind, Open, Progress, Silent, Source, SourceEntries, SourceEntry};
+pub use unpack::{Claim, INDEX_BYTES_MAX, ReadPart, SNAPSHOT_BYTES_MAX};
 
 use crate::{
     Error, Kind, Op,

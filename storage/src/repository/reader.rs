@@ -133,6 +133,10 @@ impl Reader {
         Self { repository, index, root }
     }
 
+    pub(super) const fn root(&self) -> &Sha256Sum {
+        &self.root
+    }
+
     pub(super) fn index(&self) -> &Index {
         &self.index
     }
@@ -192,12 +196,12 @@ impl Reader {
         opened.or_else(|error| self.elsewhere(BlobKind::Data, &id.0, error))
     }
 
-    fn tree(&self, id: &Sha256Sum) -> Result<Vec<TreeNode>, Error> {
+    pub(super) fn tree(&self, id: &Sha256Sum) -> Result<Vec<TreeNode>, Error> {
         let json = self.blob(BlobKind::Tree, id)?;
         tree::parse(&json).map_err(|detail| self.broken(id, &detail))
     }
 
-    fn place(&self, kind: BlobKind, id: &Sha256Sum) -> Result<&Place, Error> {
+    pub(super) fn place(&self, kind: BlobKind, id: &Sha256Sum) -> Result<&Place, Error> {
         self.index.find(kind, id).ok_or_else(|| self.broken(id, "no index names this piece"))
     }
 

@@ -20,6 +20,8 @@ use zeroize::Zeroizing;
 const NONCE_BYTES: usize = 16;
 /// Before the zstd stream of a compressed index or snapshot.
 const COMPRESSED: u8 = 2;
+/// Of the JSON of an index or a snapshot: more is no file of ours, but one that was made to fill the memory of its readers (P13).
+const JSON_BYTES_MAX: u64 = 256 << 20;
 
 /// Opens and makes encrypted pieces.
 #[derive(Clone)]
@@ -69,15 +71,16 @@ impl Sealer {
         Ok(sealed)
     }
 
-    /// The JSON of an index or a snapshot.
+    /// The JSON of an index or a snapshot; `None` for one beyond `JSON_BYTES_MAX`, too.
     pub(super) fn open_file(&self, sealed: &[u8]) -> Option<Vec<u8>> {
         let plain = self.open(sealed)?;
         match plain.first() {
             Some(b'{' | b'[') => Some(plain),
             Some(&COMPRESSED) => {
                 let mut json = Vec::new();
-                zstd::Decoder::new(&plain[1..]).ok()?.read_to_end(&mut json).ok()?;
-                Some(json)
+                let decoder = zstd::Decoder::new(&plain[1..]).ok()?;
+                decoder.take(JSON_BYTES_MAX + 1).read_to_end(&mut json).ok()?;
+                (json.len() as u64 <= JSON_BYTES_MAX).then_some(json)
             }
             _ => None,
         }

@@ -3,7 +3,7 @@
 //! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, folder of
 //! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
 
-use super::attempts::Attempts;
+use super::{attempts::Attempts, date::Dates};
 use async_trait::async_trait;
 use object_store::{
     ClientOptions,
@@ -18,13 +18,15 @@ use tracing::{Instrument, Span, field::Empty};
 #[derive(Debug, Clone)]
 pub(super) struct TracedConnector {
     pub(super) bucket: String,
+    pub(super) dates: Dates,
 }
 
 impl HttpConnector for TracedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
         let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
-        Ok(HttpClient::new(TracedService { inner, bucket, attempts }))
+        let dates = self.dates.clone();
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates }))
     }
 }
 
@@ -33,6 +35,7 @@ struct TracedService {
     inner: HttpClient,
     bucket: String,
     attempts: Attempts,
+    dates: Dates,
 }
 
 #[async_trait]
@@ -44,6 +47,7 @@ impl HttpService for TracedService {
         let result = self.inner.execute(request).instrument(span.clone()).await;
         match &result {
             Ok(response) => {
+                self.dates.hear(response);
                 let status = response.status().as_u16();
                 record_status(&span, status);
                 attempt.ended(status >= 500 || status == 429);

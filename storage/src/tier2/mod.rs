@@ -14,6 +14,7 @@
 mod attempts;
 mod compare;
 mod config;
+mod date;
 mod digest;
 mod fault;
 mod fetch;
@@ -30,6 +31,7 @@ mod transfer;
 pub(crate) mod tests;
 
 pub use config::{Encryption, Secret, Tier2Config};
+pub use date::HeardDate;
 pub use digest::{Hasher, Sha256Sum, Sha256SumError};
 pub use fetch::Download;
 pub use list::StoredObject;
@@ -50,6 +52,7 @@ pub struct Tier2 {
     url: Arc<str>,
     /// Of `file://` only: it must exist for a missing file to mean anything.
     folder: Option<PathBuf>,
+    dates: date::Dates,
     attributes: Attributes,
     budget: Arc<Semaphore>,
     budget_kib: u32,
@@ -78,6 +81,7 @@ impl Tier2 {
             store: opened.store,
             url: config.url.as_str().into(),
             folder: opened.folder,
+            dates: opened.dates,
             attributes,
             budget: Arc::new(Semaphore::new(budget_kib as usize)),
             budget_kib,
@@ -87,6 +91,11 @@ impl Tier2 {
     /// The URL it was opened with: holds no secret.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// What the bucket's answers said last of the time; `None` for a folder.
+    pub fn heard_date(&self) -> Option<HeardDate> {
+        self.dates.last()
     }
 
     /// Asks whether bucket and credentials work, by listing.

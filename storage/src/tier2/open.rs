@@ -6,6 +6,7 @@
 
 use super::{
     config::{Encryption, Provider, Tier2Config},
+    date::Dates,
     http::TracedConnector,
 };
 use crate::{Error, Kind, Op};
@@ -25,6 +26,8 @@ use url::Url;
 pub(super) struct Opened {
     pub(super) store: Arc<dyn ObjectStore>,
     pub(super) folder: Option<PathBuf>,
+    /// What its answers say of the time.
+    pub(super) dates: Dates,
 }
 
 /// Opens without talking to the store.
@@ -38,10 +41,11 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
         return open_folder(config, &url);
     }
     let bucket = url.host_str().unwrap_or_default().to_owned();
+    let dates = Dates::default();
     let store: Arc<dyn ObjectStore> = match provider {
-        Provider::S3 => Arc::new(s3(config, &bucket)?),
-        Provider::Google => Arc::new(google(config, &bucket)?),
-        Provider::Azure | Provider::File => Arc::new(azure(config, &bucket)?),
+        Provider::S3 => Arc::new(s3(config, &bucket, &dates)?),
+        Provider::Google => Arc::new(google(config, &bucket, &dates)?),
+        Provider::Azure | Provider::File => Arc::new(azure(config, &bucket, &dates)?),
     };
     let prefix = Path::from_url_path(url.path()).map_err(|error| invalid(config, error))?;
     let store = if prefix.as_ref().is_empty() {
@@ -49,7 +53,7 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
     } else {
         Arc::new(PrefixStore::new(store, prefix)) as Arc<dyn ObjectStore>
     };
-    Ok(Opened { store, folder: None })
+    Ok(Opened { store, folder: None, dates })
 }
 
 fn invalid(config: &Tier2Config, problem: impl std::fmt::Display) -> Error {
@@ -68,10 +72,14 @@ fn open_folder(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
     let store = LocalFileSystem::new_with_prefix(&folder)
         .map_err(|error| invalid(config, error))?
         .with_fsync(true);
-    Ok(Opened { store: Arc::new(store), folder: Some(folder) })
+    Ok(Opened { store: Arc::new(store), folder: Some(folder), dates: Dates::default() })
 }
 
-fn s3(config: &Tier2Config, bucket: &str) -> Result<object_store::aws::AmazonS3, Error> {
+fn s3(
+    config: &Tier2Config,
+    bucket: &str,
+    dates: &Dates,
+) -> Result<object_store::aws::AmazonS3, Error> {
     let mut builder = match (&config.access_key_id, &config.secret_access_key) {
         (Some(id), Some(secret)) => {
             AmazonS3Builder::new().with_access_key_id(id).with_secret_access_key(secret.expose())
@@ -101,7 +109,7 @@ fn s3(config: &Tier2Config, bucket: &str) -> Result<object_store::aws::AmazonS3,
         .with_checksum_algorithm(Checksum::SHA256)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: bucket.to_owned() })
+        .with_http_connector(TracedConnector { bucket: bucket.to_owned(), dates: dates.clone() })
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -116,6 +124,7 @@ fn sse(builder: AmazonS3Builder, value: &str) -> AmazonS3Builder {
 fn google(
     config: &Tier2Config,
     bucket: &str,
+    dates: &Dates,
 ) -> Result<object_store::gcp::GoogleCloudStorage, Error> {
     let mut builder = match &config.service_account_file {
         Some(file) => GoogleCloudStorageBuilder::new()
@@ -129,7 +138,7 @@ fn google(
         .with_bucket_name(bucket)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: bucket.to_owned() })
+        .with_http_connector(TracedConnector { bucket: bucket.to_owned(), dates: dates.clone() })
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -137,6 +146,7 @@ fn google(
 fn azure(
     config: &Tier2Config,
     container: &str,
+    dates: &Dates,
 ) -> Result<object_store::azure::MicrosoftAzure, Error> {
     let mut builder = match &config.account_key {
         Some(key) => MicrosoftAzureBuilder::new().with_access_key(key.expose()),
@@ -152,7 +162,7 @@ fn azure(
         .with_container_name(container)
         .with_retry(retries(config))
         .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector { bucket: container.to_owned() })
+        .with_http_connector(TracedConnector { bucket: container.to_owned(), dates: dates.clone() })
         .build()
         .map_err(|error| invalid(config, error))
 }

@@ -5,6 +5,7 @@
 //! of whatever it does, which every step of it allows.
 
 mod files;
+mod orphans;
 mod prune;
 mod verify;
 mod verify_wal;

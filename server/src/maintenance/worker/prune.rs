@@ -2,23 +2,20 @@
 //!
 //! In this order: snapshots without a record, packs that an index names in vain (A3), packs and indexes in two phases
 //! (R4), then tier 1's copies.
+//! P13: what is held twice is opened before one of the two may go, and the one that opens stays.
 //! P5: a pack leaves tier 1 only after the one in tier 2 was read back and has the SHA-256 of its name.
 
-use super::{Ground, files::Both};
+use super::{Ground, files::Both, orphans};
 use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
 use anyhow::{Context, bail};
 use klio_storage::{
-    catalog::{BackupRecord, damage::pack_of},
+    catalog::{BackupRecord, Damage, damage::pack_of},
     layout::{BaseFile, BaseKind, BaseObject},
     record,
     repository::{Files, Repository, SnapshotId, Without},
     tier2::{Source, Wrapping},
 };
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult> {
     let mut result = PruneResult::default();
@@ -29,7 +26,16 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     let repository = Repository::open(files.clone(), &secret).context("open the repository")?;
     phase(ground, "look for snapshots without a backup");
     let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
-    forget.extend(orphans(ground, &repository, job)?);
+    let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
+    let all = repository.snapshots().context("list snapshots")?;
+    let known: BTreeSet<SnapshotId> = recorded.union(&forget).copied().collect();
+    forget.extend(orphans::due(ground, &all, &known, job.now_unix, job.orphan_seconds)?);
+    for (id, name) in orphans::asked_for(ground, &all, &forget)? {
+        forget.remove(&id);
+        result.held_back.push(format!(
+            "snapshot {id} stays: the listing of backups left out the record of {name}, which is there when it is asked for by its name; hint: a bucket that forgets objects in its listings is not to be trusted with removals"
+        ));
+    }
     if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
         bail!(
             "forget snapshot {needed}: expected one without a record, found one that a backup has"
@@ -43,16 +49,22 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     }
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")?;
-    let damaged: BTreeSet<BaseFile> =
+    let mut damaged: BTreeSet<BaseFile> =
         job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
     // A1: what a damaged pack has and another one, too, is needed of the other one.
-    let knowing = repository.with_files(Arc::new(Without::new(files.clone(), damaged.clone())));
     let mut held = None;
     if job.prune {
         if let Some(why) = drop_absent(&repository, job)? {
             result.held_back.push(why);
             return Ok(result);
         }
+        phase(ground, "open what is held twice");
+        let bad = repository.prove_duplicates().context("open what is held twice")?;
+        damaged.extend(bad.keys());
+        result.bad = bad.into_iter().map(|(file, problem)| damage(ground, file, problem)).collect();
+    }
+    let knowing = repository.with_files(Arc::new(Without::new(files.clone(), damaged.clone())));
+    if job.prune {
         held = drop_damaged(&knowing, &damaged)?;
     }
     if job.prune && held.is_none() {
@@ -72,6 +84,12 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     Ok(result)
 }
 
+fn damage(ground: &Ground, file: BaseFile, problem: String) -> Damage {
+    let key = file.key(&ground.cluster);
+    tracing::error!(key, problem, "held twice, and this one is damaged");
+    Damage { tier: "both".to_owned(), key, problem }
+}
+
 fn phase(ground: &Ground, text: &str) {
     ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
 }
@@ -88,7 +106,7 @@ fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option
     }
     if let Some(id) = found.torn.first() {
         return Ok(Some(format!(
-            "{count} packs that the index names are not whole on tier 1, or in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, a day after it was made"
+            "{count} packs that the index names are not whole on tier 1, or in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, three days after it was first found without one"
         )));
     }
     if count > 0 {
@@ -123,32 +141,6 @@ fn drop_damaged(
     Ok(Some(format!(
         "{count} packs are damaged, with a good copy in no tier, and {torn} backups need them: no pack is removed until they are whole again or have expired; hint: klio verify names them; klio backup --full-read stores again what PostgreSQL still has"
     )))
-}
-
-/// What backups left that never came to be. A young one may be of a backup that is about to be committed:
-/// young by the clock of who took it, or by ours, since when its file is here.
-fn orphans(
-    ground: &Ground,
-    repository: &Repository,
-    job: &PruneJob,
-) -> anyhow::Result<Vec<SnapshotId>> {
-    let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
-    let all = repository.snapshots().context("list snapshots")?;
-    let mut old = Vec::new();
-    for snapshot in all.into_iter().filter(|snapshot| !recorded.contains(&snapshot.id)) {
-        let here = std::fs::metadata(ground.local.path(snapshot.id.file()))
-            .and_then(|meta| meta.modified());
-        if is_old(snapshot.began, here.ok(), job.orphans_before_unix) {
-            old.push(snapshot.id);
-        }
-    }
-    Ok(old)
-}
-
-/// By both clocks; without a file on tier 1, by the only one there is.
-fn is_old(began: SystemTime, here_since: Option<SystemTime>, before_unix: f64) -> bool {
-    let unix = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-    unix(began) < before_unix && here_since.is_none_or(|since| unix(since) < before_unix)
 }
 
 /// The snapshots of every record on tier 1 at this moment. P6: one that cannot be read stops the work.
@@ -222,23 +214,4 @@ fn evict(
     }
     result.evicted = true;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The two clocks may differ by years: one that is behind makes no young snapshot old.
-    #[test]
-    fn a_snapshot_is_an_orphan_only_when_both_clocks_say_that_it_is_old() {
-        let at = |unix: u64| UNIX_EPOCH + Duration::from_secs(unix);
-        let (old, young) = (at(1_000), at(3_000));
-        let before = 2_000.0;
-        assert!(is_old(old, Some(old), before));
-        assert!(!is_old(old, Some(young), before), "the sidecar's clock is behind");
-        assert!(!is_old(young, Some(old), before), "the sidecar's clock is ahead");
-        assert!(!is_old(young, Some(young), before));
-        assert!(is_old(old, None, before) && !is_old(young, None, before));
-        assert!(!is_old(at(2_000), Some(at(2_000)), before), "not a moment too early");
-    }
 }

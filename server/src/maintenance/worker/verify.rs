@@ -6,6 +6,9 @@
 //! read for other reasons (a bucket that does not answer) ends the run: it says nothing about the data.
 //! Where the good copy has another form (encrypted or not), what it holds is written in the form of the bad one.
 //!
+//! A pack that is read is opened: every piece in it is decrypted, decompressed and compared with its name, and with what the index
+//! says, which is what a restore goes by (`PackProof`). The share goes on where the last run ended (`Coverage`).
+//!
 //! What an earlier verification found damaged is read first, whatever the share. Packs with a good copy in no tier are left
 //! out of the repository from then on: a backup needs such a pack only where nothing else has what is in it.
 
@@ -15,18 +18,17 @@ use anyhow::Context;
 use bytes::Bytes;
 use klio_storage::{
     Error, Kind,
-    catalog::{BackupRecord, Damage, damage::pack_of},
+    catalog::{BackupRecord, Damage, coverage::Advance, damage::pack_of},
     disk::durable,
     layout::{BackupName, BaseFile, BaseKind, BaseObject},
     record,
     repository::{
-        Files, Progress, Repository, Secret, SnapshotId, Tiered, Without, decode_secret,
+        Files, PackProof, Progress, Repository, Secret, SnapshotId, Tiered, Without, decode_secret,
         secret_objects,
     },
     tier2::Sha256Sum,
     wal::Pinned,
 };
-use rand::seq::SliceRandom;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -57,7 +59,7 @@ pub(super) enum Copy {
 }
 
 /// Whether bytes are what they should be; the text says what is wrong.
-pub(super) type Judge<'a> = &'a dyn Fn(&[u8]) -> Result<(), String>;
+pub(super) type Judge<'a> = &'a dyn Fn(&Bytes) -> Result<(), String>;
 
 /// Makes a good copy of something else.
 pub(super) type Instead<'a> = &'a mut dyn FnMut(&mut Checker<'_>) -> Result<Option<Bytes>, Error>;
@@ -245,7 +247,7 @@ impl Checker<'_> {
         for backup in backups {
             let name = &backup.record.name;
             let key = name.record_key(&self.ground.cluster);
-            let judge = |bytes: &[u8]| {
+            let judge = |bytes: &Bytes| {
                 let read: BackupRecord = record::decode(bytes, &key).map_err(|e| e.detail)?;
                 match read.name == *name {
                     true => Ok(()),
@@ -266,7 +268,7 @@ impl Checker<'_> {
         let all = || job.backups.iter().chain(&job.others);
         let needed = [all().any(|b| b.tier1), all().any(|b| b.tier2)];
         let key = BaseObject::Cluster.key(&self.ground.cluster);
-        let judge = |bytes: &[u8]| Pinned::decode(bytes, &key).map(drop).map_err(|e| e.detail);
+        let judge = |bytes: &Bytes| Pinned::decode(bytes, &key).map(drop).map_err(|e| e.detail);
         self.prove(&key, needed, &owners, &judge)?;
         let objects = secret_objects(&self.ground.at_rest);
         let keys = objects.each_ref().map(|object| object.key(&self.ground.cluster));
@@ -280,7 +282,7 @@ impl Checker<'_> {
             let key = object.key(&self.ground.cluster);
             let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
             let at_rest = self.ground.at_rest.clone();
-            let judge = |bytes: &[u8]| {
+            let judge = |bytes: &Bytes| {
                 let read = decode_secret(bytes, encrypted, &at_rest, &key);
                 read.map(drop).map_err(|e| e.detail)
             };
@@ -321,7 +323,7 @@ impl Checker<'_> {
                 if !job.all && owners.is_empty() {
                     continue;
                 }
-                let judge = |bytes: &[u8]| match file.kind {
+                let judge = |bytes: &Bytes| match file.kind {
                     BaseKind::Config => opens(&files, secret, bytes),
                     _ => named(file, bytes),
                 };
@@ -414,9 +416,10 @@ impl Checker<'_> {
         repository: &Repository,
         files: &Arc<dyn Files>,
     ) -> Result<Vec<Needs>, Error> {
-        self.again(job)?;
+        let proof = repository.pack_proof()?;
+        self.again(job, &proof)?;
         let needs = Self::needs(&self.without_lost(repository, files), job.backups.iter());
-        self.share(job, &needs)?;
+        self.share(job, &needs, &proof)?;
         if self.lost_packs().is_empty() {
             self.give_to_owners(&needs);
             return Ok(needs);
@@ -429,13 +432,13 @@ impl Checker<'_> {
     }
 
     /// Packs that an earlier verification found damaged. One that is gone since is for the check to miss.
-    fn again(&mut self, job: &VerifyJob) -> Result<(), Error> {
+    fn again(&mut self, job: &VerifyJob, proof: &PackProof) -> Result<(), Error> {
         self.phase("read again what was found damaged");
         let cluster = &self.ground.cluster;
         let packs: Vec<BaseFile> =
             job.again.iter().filter_map(|key| pack_of(cluster, key)).collect();
         for file in &packs {
-            let judge = |bytes: &[u8]| named(*file, bytes);
+            let judge = |bytes: &Bytes| proof.check(*file, bytes);
             self.prove(&file.key(&self.ground.cluster), [false, false], &Vec::new, &judge)?;
         }
         let lost = self.lost_packs();
@@ -455,45 +458,73 @@ impl Checker<'_> {
         }
     }
 
-    fn share(&mut self, job: &VerifyJob, needs: &[Needs]) -> Result<(), Error> {
+    fn share(&mut self, job: &VerifyJob, needs: &[Needs], proof: &PackProof) -> Result<(), Error> {
         let listed = self.listed(BaseKind::Data)?;
         let known = self.lost_packs();
-        let needed = |file: &BaseFile| needs.iter().any(|n| n.files.contains(file));
         let archived = |file: &BaseFile| needs.iter().any(|n| n.tier2 && n.files.contains(file));
-        // Whatever is proven by the listing alone to be wrong is read; of the rest, a share.
-        let mut chosen: Vec<(BaseFile, u64)> = Vec::new();
-        let mut rest = Vec::new();
-        for (file, (one, two)) in listed.iter().filter(|(file, _)| !known.contains(file)) {
-            let size = one.or(*two).unwrap_or(0);
-            let differ = one.zip(*two).is_some_and(|(one, two)| one != two);
-            let lost = two.is_none() && archived(file);
-            if differ || lost {
-                chosen.push((*file, size));
-            } else if job.all || needed(file) {
-                rest.push((*file, size));
+        let size = |(one, two): &(Option<u64>, Option<u64>)| one.or(*two).unwrap_or(0);
+        // Whatever is proven by the listing alone to be wrong is read.
+        let odd = |file: &BaseFile, (one, two): &(Option<u64>, Option<u64>)| {
+            one.zip(*two).is_some_and(|(one, two)| one != two) || two.is_none() && archived(file)
+        };
+        let mut chosen: BTreeMap<BaseFile, u64> = BTreeMap::new();
+        chosen.extend(listed.iter().filter(|(f, s)| odd(f, s)).map(|(f, s)| (*f, size(s))));
+        let all: Vec<(BaseFile, u64)> = listed.iter().map(|(f, s)| (*f, size(s))).collect();
+        let mut advance = Advance::default();
+        if job.read_percent >= 100.0 {
+            let needed = |file: &BaseFile| needs.iter().any(|n| n.files.contains(file));
+            chosen.extend(all.iter().filter(|(file, _)| job.all || needed(file)).copied());
+            if job.all {
+                advance = Advance { began: true, came_round: true, last_read: None };
             }
+        } else {
+            let (turn, passed) = next_share(&all, job.read_percent, job.read_after);
+            chosen.extend(turn.iter().copied());
+            advance = passed;
         }
-        rest.shuffle(&mut rand::rng());
-        let total: u64 = rest.iter().map(|(_, size)| size).sum();
-        let mut left = total as f64 * job.read_percent.clamp(0.0, 100.0) / 100.0;
-        for (file, size) in rest {
-            if left <= 0.0 {
-                break;
-            }
-            left -= size as f64;
-            chosen.push((file, size));
-        }
+        chosen.retain(|file, _| !known.contains(file));
         self.phase("read packs");
-        self.step.total_bytes = chosen.iter().map(|(_, size)| size).sum();
+        self.step.total_bytes = chosen.values().sum();
         self.step.total_files = chosen.len() as u64;
         for (file, size) in chosen {
             let key = file.key(&self.ground.cluster);
-            let judge = |bytes: &[u8]| named(file, bytes);
+            let judge = |bytes: &Bytes| proof.check(file, bytes);
             self.prove(&key, [false, archived(&file)], &Vec::new, &judge)?;
             self.done(size);
         }
+        self.result.advance = advance;
         Ok(())
     }
+}
+
+/// The packs whose turn it is, of all in the order of their names: behind the last one read, until there is a share of the bytes.
+/// A run ends at the last pack, so that what it has proven is one stretch.
+fn next_share(
+    all: &[(BaseFile, u64)],
+    percent: f64,
+    after: Option<Sha256Sum>,
+) -> (&[(BaseFile, u64)], Advance) {
+    let total: u64 = all.iter().map(|(_, size)| size).sum();
+    let wanted = total as f64 * percent.clamp(0.0, 100.0) / 100.0;
+    if wanted <= 0.0 {
+        return (&[], Advance::default());
+    }
+    let from = after.map_or(0, |last| all.partition_point(|(file, _)| file.id <= last));
+    // What was behind the last one read is gone: the pass has come round, and the next one begins.
+    let from = if from == all.len() { 0 } else { from };
+    let mut count = 0;
+    let mut bytes = 0.0;
+    while from + count < all.len() && bytes < wanted {
+        bytes += all[from + count].1 as f64;
+        count += 1;
+    }
+    let turn = &all[from..from + count];
+    let advance = Advance {
+        began: from == 0,
+        came_round: from + count == all.len(),
+        last_read: turn.last().map(|(file, _)| file.id),
+    };
+    (turn, advance)
 }
 
 /// Which forms of the secret must be in which tiers, for `[form][tier]` that is there: one of them in each that needs it, as the
@@ -581,6 +612,39 @@ impl Files for OnlyConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whatever the share, and whatever comes and goes between two runs.
+    #[test]
+    fn every_pack_is_read_in_turn() {
+        let pack = |n: u32| {
+            let id = Sha256Sum::of(&n.to_le_bytes());
+            (BaseFile { kind: BaseKind::Data, id }, 10 + u64::from(n % 7))
+        };
+        let mut all: Vec<_> = (0..100).map(pack).collect();
+        all.sort();
+        for percent in [0.1, 7.0, 10.0, 33.0, 99.0] {
+            let (mut read, mut after, mut runs) = (BTreeSet::new(), None, 0);
+            loop {
+                let (turn, advance) = next_share(&all, percent, after);
+                assert_eq!(advance.began, runs == 0);
+                assert!(!turn.is_empty());
+                read.extend(turn.iter().copied());
+                (after, runs) = (advance.last_read, runs + 1);
+                if advance.came_round {
+                    break;
+                }
+            }
+            assert_eq!(read.len(), 100);
+            assert!(runs <= (100.0 / percent).ceil() as usize, "{runs} runs of {percent} %");
+        }
+        // The pack that was read last went, and so did all behind it.
+        let last = all[60].0.id;
+        let fewer: Vec<_> = all[..60].to_vec();
+        assert!(next_share(&fewer, 10.0, Some(last)).1.began);
+        assert_eq!(next_share(&all, 0.0, Some(last)), (&[][..], Advance::default()));
+        assert_eq!(next_share(&[], 10.0, None), (&[][..], Advance::default()));
+        assert_eq!(next_share(&all, 10.0, Some(last)).0[0], all[61]);
+    }
 
     #[test]
     fn a_tier_with_records_must_have_the_secret_in_one_of_its_forms() {

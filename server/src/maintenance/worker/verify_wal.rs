@@ -52,7 +52,7 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
         .collect();
     for (file, form, expected, bytes, owners) in chosen {
         let key = file.key_in(&checker.ground.cluster, form);
-        let judge = |stored: &[u8]| judge(file, form, stored, size, job, &at_rest);
+        let judge = |stored: &Bytes| judge(file, form, stored, size, job, &at_rest);
         let mut instead =
             |checker: &mut Checker<'_>| in_form(checker, file, form, size, job, &at_rest);
         checker.prove_or(&key, expected, &|| owners.clone(), &judge, &mut instead)?;
@@ -76,7 +76,7 @@ fn compare_copies(
     let mut texts = Vec::new();
     for form in [Form::Plain, Form::Age] {
         let key = file.key_in(&checker.ground.cluster, form);
-        let judge = |stored: &[u8]| judge(file, form, stored, size, job, at_rest);
+        let judge = |stored: &Bytes| judge(file, form, stored, size, job, at_rest);
         for tier in [Tier::One, Tier::Two] {
             let Copy::Good(bytes) = checker.copy(tier, &key, &judge)? else { continue };
             let text = plain(file, form, &bytes, at_rest).and_then(|read| text(file, read));
@@ -143,7 +143,7 @@ fn in_form(
     at_rest: &AtRest,
 ) -> Result<Option<Bytes>, Error> {
     let key = file.key_in(&checker.ground.cluster, form.other());
-    let fits = |stored: &[u8]| judge(file, form.other(), stored, size, job, at_rest);
+    let fits = |stored: &Bytes| judge(file, form.other(), stored, size, job, at_rest);
     for tier in [Tier::One, Tier::Two] {
         let Copy::Good(bytes) = checker.copy(tier, &key, &fits)? else { continue };
         let keys = at_rest.need(file)?;

@@ -49,7 +49,13 @@ pub struct Policies {
     pub tier1: Policy,
     /// What exists at all.
     pub tier2: Policy,
+    /// A backup that is younger displaces nothing (P13). 0 in a plan of an older server.
+    #[serde(default)]
+    pub minimum_age_seconds: u64,
 }
+
+/// A week: long enough for a person to see that something is wrong with what is backed up now.
+pub const MINIMUM_AGE_SECONDS: u64 = 7 * 86_400;
 
 /// Safe: a month can be recovered, two backups stay whatever their age, and the newest is near.
 impl Default for Policies {
@@ -57,6 +63,7 @@ impl Default for Policies {
         Self {
             tier1: Policy { last: 1, ..Policy::default() },
             tier2: Policy { last: 2, recovery_window_days: 30, ..Policy::default() },
+            minimum_age_seconds: MINIMUM_AGE_SECONDS,
         }
     }
 }

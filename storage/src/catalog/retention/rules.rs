@@ -24,12 +24,19 @@ pub(super) fn order(record: &BackupRecord) -> f64 {
     if has_time(record) { record.committed_unix } else { 0.0 }
 }
 
+/// Old enough to displace others.
+pub(super) fn is_aged(record: &BackupRecord, policies: &Policies, now_unix: f64) -> bool {
+    record.committed_unix + policies.minimum_age_seconds as f64 <= now_unix
+}
+
 /// Decides about each backup; `backups` are oldest first.
 pub(super) fn decide(
     backups: &[&KnownBackup],
     facts: &Facts,
     policies: &Policies,
+    now_unix: f64,
 ) -> Vec<BackupPlan> {
+    let aged = |backup: &KnownBackup| is_aged(&backup.record, policies, now_unix);
     let everything: Vec<usize> = (0..backups.len()).collect();
     let timed = |only: &dyn Fn(&KnownBackup) -> bool| -> Vec<usize> {
         let fits = |i: &usize| has_time(&backups[*i].record) && only(backups[*i]);
@@ -47,9 +54,23 @@ pub(super) fn decide(
         reasons
     };
     let by1 = named(&policies.tier1, &KnownBackup::is_within_reach);
-    let by2 = named(&policies.tier2, &|b| b.tier2 || !facts.has_tier2 && b.is_within_reach());
-    let newest_good = timed(&|b| !b.damaged && b.is_within_reach()).last().copied();
-    let newest_good2 = timed(&|b| !b.damaged && b.tier2).last().copied();
+    // What tier 1 asks for exists in tier 2, too: a young one takes the near copy from an older one, not its existence.
+    let by1_aged = named(&policies.tier1, &|b| b.is_within_reach() && aged(b));
+    let exists = |b: &KnownBackup| b.tier2 || !facts.has_tier2 && b.is_within_reach();
+    let mut by2 = named(&policies.tier2, &|b| exists(b) && aged(b));
+    let all = named(&policies.tier2, &exists);
+    for ((backup, own), all) in backups.iter().zip(&mut by2).zip(all) {
+        // Of an old one: only what old ones leave to it.
+        if has_time(&backup.record) && !aged(backup) {
+            own.push(young(policies));
+            own.extend(all);
+        }
+    }
+    let newest = |fits: &dyn Fn(&KnownBackup) -> bool| timed(fits).last().copied();
+    let newest_good = newest(&|b| !b.damaged && b.is_within_reach());
+    let newest_good2 = newest(&|b| !b.damaged && b.tier2);
+    let newest_aged = newest(&|b| !b.damaged && b.is_within_reach() && aged(b));
+    let newest_aged2 = newest(&|b| !b.damaged && b.tier2 && aged(b));
     let always = |index: usize| {
         let mut reasons = Vec::new();
         if !has_time(&backups[index].record) {
@@ -65,16 +86,27 @@ pub(super) fn decide(
         match newest_good {
             None => reasons.push("no backup is known to be good".to_owned()),
             Some(newest) if newest == index => reasons.push("newest good backup".to_owned()),
+            // The good one that there is displaces nothing yet, also not one of which damage is known.
+            Some(_) if newest_aged.is_none() => {
+                reasons
+                    .push(format!("no backup is known to be good that is not {}", young(policies)));
+            }
             Some(_) if newest_good2 == Some(index) => {
                 reasons.push("newest good backup in tier 2".to_owned());
+            }
+            Some(_) if [newest_aged, newest_aged2].contains(&Some(index)) => {
+                reasons.push(format!("newest good backup that is not {}", young(policies)));
             }
             Some(_) => {}
         }
         reasons
     };
     let plan = |index: usize| {
-        let (backup, by1, by2) = (backups[index], &by1[index], &by2[index]);
-        decide_one(backup, facts.has_tier2, by1, by2, always(index), policies)
+        let mut far = by2[index].clone();
+        if far.is_empty() {
+            far.extend(by1_aged[index].iter().map(|reason| format!("tier 1: {reason}")));
+        }
+        decide_one(backups[index], facts.has_tier2, &by1[index], &far, always(index), policies)
     };
     everything.iter().map(|index| plan(*index)).collect()
 }
@@ -104,7 +136,7 @@ fn decide_one(
         }
         let mut two = always;
         two.extend(by2.to_vec());
-        if two.is_empty() && !one.is_empty() {
+        if two.is_empty() {
             two.extend(asked(&one, "tier 1"));
         }
         let evicted = "it is proven in tier 2 and no rule of tier 1 names it".to_owned();
@@ -112,7 +144,8 @@ fn decide_one(
     } else {
         let mut all = always;
         all.extend(by2.to_vec());
-        all.extend(asked(by1, "tier 1"));
+        let more = asked(by1, "tier 1").into_iter().filter(|reason| !by2.contains(reason));
+        all.extend(more);
         let both = why(all, unnamed(&policies.tier2));
         (both.clone(), both)
     };
@@ -122,6 +155,14 @@ fn decide_one(
         committed_unix: backup.record.committed_unix,
         tier1: Decision { present: backup.tier1, keep: tier1.0, reasons: tier1.1 },
         tier2: Decision { present: present2, keep: tier2.0, reasons: tier2.1 },
+    }
+}
+
+fn young(policies: &Policies) -> String {
+    let seconds = policies.minimum_age_seconds;
+    match seconds % 86_400 {
+        0 => format!("younger than {} d", seconds / 86_400),
+        _ => format!("younger than {seconds} s"),
     }
 }
 

@@ -39,6 +39,7 @@ fn facts(backups: Vec<KnownBackup>) -> Facts {
     Facts {
         backups,
         problems: vec![],
+        clock: vec![],
         timelines: vec![line(1, "", 100 * SEGMENT)],
         segment_size: SegmentSize::new(SEGMENT as u32).unwrap(),
         has_tier2: true,
@@ -55,7 +56,7 @@ fn daily(days: u32) -> Facts {
 }
 
 fn policies(tier1: Policy, tier2: Policy) -> Policies {
-    Policies { tier1, tier2 }
+    Policies { tier1, tier2, minimum_age_seconds: 0 }
 }
 
 fn last(last: u32) -> Policy {
@@ -132,9 +133,81 @@ fn a_clock_behind_the_newest_record_expires_nothing() {
 #[test]
 fn a_clock_far_ahead_expires_no_more_than_a_right_one() {
     let facts = daily(40);
-    let right = plan(&facts, &Policies::default(), BEGIN + 39.0 * DAY);
-    let ahead = plan(&facts, &Policies::default(), BEGIN + 3900.0 * DAY);
+    let policies = Policies { minimum_age_seconds: 0, ..Policies::default() };
+    let right = plan(&facts, &policies, BEGIN + 39.0 * DAY);
+    let ahead = plan(&facts, &policies, BEGIN + 3900.0 * DAY);
     assert_eq!(expired(&right), expired(&ahead));
+    // Whatever has the minimum age counts; all the same nothing goes by its age alone.
+    let ahead_default = plan(&facts, &Policies::default(), BEGIN + 3900.0 * DAY);
+    assert_eq!(expired(&ahead_default), expired(&ahead));
+}
+
+/// F17: three tiny valid backups within a minute.
+#[test]
+fn backups_of_this_week_push_out_none_that_is_older() {
+    let mut facts = daily(30);
+    let now = BEGIN + 29.5 * DAY;
+    for number in 0..3 {
+        let at = now - 30.0 + f64::from(number);
+        facts.backups.push(known(record(&format!("tiny{number}"), at, 1, 90 * SEGMENT)));
+    }
+    let policies = Policies { minimum_age_seconds: 7 * 86_400, ..policies(last(1), last(2)) };
+    let plan = plan(&facts, &policies, now);
+    // d22 is of seven and a half days ago: the last two of those that count.
+    assert_eq!(expired(&plan), (0..21).map(|day| format!("d{day}")).collect::<Vec<_>>());
+    let reasons = |name: &str| {
+        let found = plan.backups.iter().find(|b| b.name.as_str() == name).unwrap();
+        found.tier2.reasons.join(", ")
+    };
+    assert!(reasons("d25").contains("younger than 7 d"), "{}", reasons("d25"));
+    assert!(reasons("tiny2").contains("newest good backup, younger"), "{}", reasons("tiny2"));
+    assert!(
+        reasons("d22").contains("newest good backup that is not younger"),
+        "{}",
+        reasons("d22")
+    );
+    assert_eq!(plan.wal[0].tier2_below, Some(Lsn::new(22 * SEGMENT)));
+    let later = super::plan(&facts, &policies, now + 8.0 * DAY);
+    assert_eq!(expired(&later).len(), 31, "a person had a week");
+}
+
+/// F21: the server's clock was 400 days ahead while two of four backups were committed.
+#[test]
+fn a_record_whose_clocks_are_far_apart_holds_everything_until_a_person_dates_it() {
+    let mut facts = daily(4);
+    for backup in &mut facts.backups[2..] {
+        backup.record.committed_unix += 400.0 * DAY;
+    }
+    let policies = policies(last(1), last(1));
+    for now in [BEGIN + 404.0 * DAY, BEGIN + 5.0 * DAY, BEGIN + 900.0 * DAY] {
+        let plan = plan(&facts, &policies, now);
+        assert!(plan.is_empty(), "{now}");
+        let told = plan.alarms.join("; ");
+        assert!(
+            told.contains("d2") && told.contains("400.0 days") && told.contains("redate"),
+            "{told}"
+        );
+    }
+    for backup in &mut facts.backups[2..] {
+        backup.record.committed_unix -= 400.0 * DAY;
+        backup.record.redated_unix = Some(BEGIN + 5.0 * DAY);
+    }
+    assert_eq!(expired(&plan(&facts, &policies, BEGIN + 5.0 * DAY)), ["d0", "d1", "d2"]);
+    // Whoever says which clock is right is believed, also where PostgreSQL's is the wrong one.
+    facts.backups[3].record.stopped_postgres_unix += 9000.0 * DAY;
+    assert_eq!(plan(&facts, &policies, BEGIN + 5.0 * DAY).alarms, [""; 0]);
+    facts.backups[3].record.redated_unix = None;
+    assert_eq!(plan(&facts, &policies, BEGIN + 5.0 * DAY).alarms.len(), 1);
+}
+
+#[test]
+fn what_the_server_doubts_of_its_clock_empties_the_plan() {
+    let mut facts = daily(4);
+    let policies = policies(last(1), last(1));
+    assert!(!plan(&facts, &policies, NOW).is_empty());
+    facts.clock.push("the clock jumped".into());
+    let plan = plan(&facts, &policies, NOW);
+    assert!(plan.is_empty() && plan.alarms == ["the clock jumped"], "{:?}", plan.alarms);
 }
 
 #[test]
@@ -334,7 +407,11 @@ fn any_policy() -> impl Strategy<Value = Policy> {
 }
 
 fn any_policies() -> impl Strategy<Value = Policies> {
-    (any_policy(), any_policy()).prop_map(|(tier1, tier2)| Policies { tier1, tier2 })
+    (any_policy(), any_policy(), 0..20u64).prop_map(|(tier1, tier2, days)| Policies {
+        tier1,
+        tier2,
+        minimum_age_seconds: days * 86_400,
+    })
 }
 
 fn more(a: &Policy, b: &Policy) -> Policy {
@@ -418,7 +495,8 @@ proptest! {
 
     #[test]
     fn asking_for_more_never_removes_more(facts in any_facts(), a in any_policies(), b in any_policies()) {
-        let both = Policies { tier1: more(&a.tier1, &b.tier1), tier2: more(&a.tier2, &b.tier2) };
+        let (tier1, tier2) = (more(&a.tier1, &b.tier1), more(&a.tier2, &b.tier2));
+        let both = Policies { tier1, tier2, ..a.clone() };
         let (few, many) = (plan(&facts, &a, NOW), plan(&facts, &both, NOW));
         prop_assert!(names(many.expired()).is_subset(&names(few.expired())));
         for (few, many) in few.backups.iter().zip(&many.backups) {
@@ -455,7 +533,40 @@ proptest! {
         let (first, second) = (plan(&facts, &policies, now), plan(&facts, &policies, now + later));
         prop_assert!(names(first.expired()).is_subset(&names(second.expired())));
         for (first, second) in first.wal.iter().zip(&second.wal) {
-            prop_assert!(first.tier2_below <= second.tier2_below);
+            // A timeline to which only young backups lead any more is left alone until they are old.
+            prop_assert!(second.tier2_below.is_none() || first.tier2_below <= second.tier2_below);
+        }
+    }
+
+    /// P13: whatever a client with a valid certificate commits now, nothing goes that would not have gone without.
+    #[test]
+    fn young_backups_displace_nothing(
+        facts in any_facts(),
+        policies in any_policies(),
+        more in prop::collection::vec((0.0..1.0f64, 1..4u32, 1..45u64, any::<[bool; 3]>()), 1..6),
+        early in 0.0..2e7f64,
+    ) {
+        let now = BEGIN + early;
+        let before = plan(&facts, &policies, now);
+        let mut attacked = facts.clone();
+        for (index, (age, line, segment, [tier1, tier2, damaged])) in more.into_iter().enumerate() {
+            let at = now - age * policies.minimum_age_seconds as f64 * 0.999 + 1e-3;
+            let record = record(&format!("x{index}"), at.min(now), line, segment * SEGMENT + 40);
+            if rules::is_aged(&record, &policies, now) {
+                continue;
+            }
+            let tier2 = tier2 && facts.has_tier2;
+            let tier1 = tier1 || !tier2;
+            attacked.backups.push(KnownBackup { record, tier1, tier2, together: true, damaged });
+        }
+        let after = plan(&attacked, &policies, now);
+        for decided in before.backups.iter().filter(|b| b.tier1.keep || b.tier2.keep) {
+            let now = after.backups.iter().find(|b| b.name == decided.name).unwrap();
+            prop_assert!(now.tier1.keep || now.tier2.keep, "{decided:?} {now:?}");
+            prop_assert!(!decided.tier2.keep || now.tier2.keep, "{decided:?} {now:?}");
+        }
+        for (before, after) in before.wal.iter().zip(&after.wal) {
+            prop_assert!(after.tier2_below <= before.tier2_below, "{before:?} {after:?}");
         }
     }
 }

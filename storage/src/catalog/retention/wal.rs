@@ -12,6 +12,7 @@ pub(super) fn horizons(
     backups: &[&KnownBackup],
     decided: &[BackupPlan],
     facts: &Facts,
+    is_aged: &dyn Fn(&BackupRecord) -> bool,
 ) -> Vec<WalPlan> {
     let kept = |which: &dyn Fn(&BackupPlan) -> bool| -> Vec<&BackupRecord> {
         let fits = backups.iter().zip(decided).filter(|(_, plan)| which(plan));
@@ -22,10 +23,12 @@ pub(super) fn horizons(
     // Tier 1 may keep no backup at all; what came after the newest good one stays anyway.
     let good = backups.iter().rfind(|b| !b.damaged && rules::has_time(&b.record));
     near.extend(good.or(backups.last()).map(|b| &b.record));
-    // Of all backups, not only of those that stay: otherwise keeping one more could let WAL go.
-    let last = backups.iter().map(|b| b.record.start_timeline).max();
+    // Of all backups, not only of those that stay: otherwise keeping one more could let WAL go. A young one displaces nothing,
+    // neither another timeline's WAL (P13).
+    let old = backups.iter().map(|b| &b.record).filter(|record| is_aged(record));
+    let last = old.map(|record| record.start_timeline).max();
     let plan = |line: &KnownTimeline| {
-        let (tier2_below, tier2_reason) = horizon(line, &any, last, facts);
+        let (tier2_below, tier2_reason) = for_good(line, &any, last, facts, is_aged);
         // What may go for good may go here too.
         let both = (tier2_below, tier2_reason.clone());
         let own = facts.has_tier2.then(|| horizon(line, &near, last, facts));
@@ -54,22 +57,41 @@ fn sorted(facts: &Facts) -> Vec<&KnownTimeline> {
     lines
 }
 
+/// As `horizon`, but what only young backups need is left alone: below them there may be what none of them says (P13).
+fn for_good(
+    line: &KnownTimeline,
+    kept: &[&BackupRecord],
+    last: Option<TimelineId>,
+    facts: &Facts,
+    is_aged: &dyn Fn(&BackupRecord) -> bool,
+) -> Horizon {
+    let mut needing =
+        kept.iter().filter(|record| may_read(record, line.timeline, facts)).peekable();
+    if needing.peek().is_some() && !needing.any(|record| is_aged(record)) {
+        return (
+            None,
+            "every backup that leads to it is too young to displace anything".to_owned(),
+        );
+    }
+    horizon(line, kept, last, facts)
+}
+
 fn horizon(
     line: &KnownTimeline,
     kept: &[&BackupRecord],
     last: Option<TimelineId>,
     facts: &Facts,
 ) -> Horizon {
-    let Some(last) = last.filter(|_| !kept.is_empty()) else {
+    if kept.is_empty() {
         return (None, "there is no backup: nothing goes".to_owned());
-    };
+    }
     let needing = kept.iter().filter(|record| may_read(record, line.timeline, facts));
     match needing.min_by_key(|record| record.start_lsn) {
         Some(first) => {
             let below = first.start_lsn.segment_start(facts.segment_size);
             (Some(below), format!("backup {} needs it from {} on", first.name, first.start_lsn))
         }
-        None if line.timeline < last => {
+        None if last.is_some_and(|last| line.timeline < last) => {
             let below = line.end.segment_start(facts.segment_size);
             (Some(below), "it ended, and no kept backup leads to it".to_owned())
         }

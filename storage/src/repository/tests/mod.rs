@@ -7,8 +7,10 @@ mod damage;
 mod failures;
 mod maintenance;
 mod parent;
+mod prove;
 mod restic;
 mod round_trip;
+mod unpack;
 
 use super::{
     Entry, EntryKind, Files, LocalFiles, Open, Part, Repository, Secret, Settings, Silent,

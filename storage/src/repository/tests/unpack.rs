@@ -1,0 +1,151 @@
+//! What a client sends is opened before it counts: a pack that claims what it does not hold is told (P13).
+
+use super::{Fake, back_up, home, noise};
+use crate::{
+    Error, Kind,
+    layout::{BaseFile, BaseKind},
+    repository::{Files, Forge, ForgedPiece, Repository},
+    tier2::Sha256Sum,
+};
+use bytes::Bytes;
+
+fn open(repository: &Repository, pack: &[u8]) -> Result<u64, Error> {
+    let (pack, file) = (Bytes::copy_from_slice(pack), file(BaseKind::Data, pack));
+    let read =
+        |offset: u64, length: u64| Ok(pack.slice(offset as usize..(offset + length) as usize));
+    repository.open_pack(file, pack.len() as u64, &read)
+}
+
+fn file(kind: BaseKind, bytes: &[u8]) -> BaseFile {
+    BaseFile { kind, id: Sha256Sum::of(bytes) }
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>, words: &str) {
+    let error = result.expect_err("refused");
+    assert!(error.to_string().contains(words), "{words:?} is missing in {error}");
+}
+
+#[test]
+fn every_pack_of_a_real_backup_opens() {
+    let home = home();
+    let tree = Fake::new().file("data/a", &noise(1, 300_000)).file("data/b", &[0; 100_000]);
+    back_up(&home.repository, &tree, None, "b1");
+    let mut pieces = 0;
+    for (file, size) in home.files.list(BaseKind::Data).unwrap() {
+        let read = |offset, length| home.files.read_range(file, offset, length);
+        pieces += home.repository.open_pack(file, size, &read).unwrap();
+    }
+    assert!(pieces > 30, "{pieces}");
+    for (file, size) in home.files.list(BaseKind::Index).unwrap() {
+        let sealed = home.files.read(file).unwrap();
+        assert_eq!(sealed.len() as u64, size);
+        for claim in home.repository.read_claims(file, &sealed).unwrap() {
+            let pack = claim.pack();
+            let size = home.files.read(pack).unwrap().len() as u64;
+            let read = |offset, length| home.files.read_range(pack, offset, length);
+            home.repository.check_claim(claim, size, &read).unwrap();
+        }
+    }
+    for (file, _) in home.files.list(BaseKind::Snapshot).unwrap() {
+        home.repository.check_snapshot_file(file, &home.files.read(file).unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn a_pack_that_claims_what_it_does_not_hold_does_not_open() {
+    let home = home();
+    let forge = Forge::new(&home.secret).unwrap();
+    let (repository, good) = (&home.repository, ForgedPiece::good(b"some bytes of a file"));
+    let pack = |pieces: &[ForgedPiece]| forge.pack(pieces).unwrap().0;
+    assert_eq!(open(repository, &pack(&[good.clone(), good.clone()])).unwrap(), 2);
+    let plain = ForgedPiece { says: None, ..good.clone() };
+    assert_eq!(open(repository, &pack(&[plain])).unwrap(), 1);
+
+    refused(open(repository, &noise(3, 5_000)), "list");
+    refused(open(repository, &[0; 3]), "list");
+    refused(open(repository, &pack(&[])), "list");
+    let swapped = ForgedPiece { id: Sha256Sum::of(b"another"), ..good.clone() };
+    refused(open(repository, &pack(&[good.clone(), swapped])), "SHA-256");
+    for says in [1, 19, 21, 8 << 20] {
+        let lies = ForgedPiece { says: Some(says), ..good.clone() };
+        refused(open(repository, &pack(&[lies])), "length");
+    }
+    for (says, word) in [(0, "found 0"), (9 << 20, "at most"), (u32::MAX, "at most")] {
+        let lies = ForgedPiece { says: Some(says), ..good.clone() };
+        refused(open(repository, &pack(&[lies])), word);
+    }
+    let mut flipped = pack(std::slice::from_ref(&good));
+    flipped[20] ^= 1;
+    refused(open(repository, &flipped), "authentication");
+    // The bytes of one pack before the list of another.
+    let (long, short) = (pack(&[good.clone(), good.clone()]), pack(std::slice::from_ref(&good)));
+    let mixed = [&long[..30], &short].concat();
+    refused(open(repository, &mixed), "list");
+    let other = super::super::Secret::generate();
+    let strange = Forge::new(&other).unwrap().pack(&[good]).unwrap().0;
+    refused(open(repository, &strange), "list");
+}
+
+/// A gigabyte of zeros in a few kilobytes is told without being made.
+#[test]
+fn a_piece_that_would_fill_the_memory_is_told_by_its_size() {
+    let home = home();
+    let forge = Forge::new(&home.secret).unwrap();
+    let says = Some(20_000);
+    let bomb = ForgedPiece { plain: vec![0; 64 << 20], says, ..ForgedPiece::good(b"x") };
+    refused(open(&home.repository, &forge.pack(std::slice::from_ref(&bomb)).unwrap().0), "length");
+    let json = zstd::bulk::compress(&vec![b' '; 300 << 20], 1).unwrap();
+    let sealed = forge.seal(&[&[2], json.as_slice()].concat()).unwrap();
+    refused(home.repository.read_claims(file(BaseKind::Index, &sealed), &sealed), "open it");
+}
+
+#[test]
+fn an_index_says_of_a_pack_what_the_pack_says_and_nothing_else() {
+    let home = home();
+    let forge = Forge::new(&home.secret).unwrap();
+    let pieces = [ForgedPiece::good(b"one"), ForgedPiece::good(b"two")];
+    let (pack, entry) = forge.pack(&pieces).unwrap();
+    let check = |index: serde_json::Value| -> Result<(), Error> {
+        let sealed = forge.seal(index.to_string().as_bytes()).unwrap();
+        let claims = home.repository.read_claims(file(BaseKind::Index, &sealed), &sealed)?;
+        for claim in claims {
+            let pack = Bytes::copy_from_slice(&pack);
+            let read = |offset: u64, length: u64| {
+                Ok(pack.slice(offset as usize..(offset + length) as usize))
+            };
+            home.repository.check_claim(claim, pack.len() as u64, &read)?;
+        }
+        Ok(())
+    };
+    check(serde_json::json!({"packs": [entry]})).unwrap();
+    check(serde_json::json!({"packs": [entry], "supersedes": [], "packs_to_delete": []})).unwrap();
+    let changed = |at: usize, key: &str, value: serde_json::Value| {
+        let mut entry = entry.clone();
+        entry["blobs"][at][key] = value;
+        serde_json::json!({"packs": [entry]})
+    };
+    let existing = serde_json::json!(Sha256Sum::of(b"of an earlier backup"));
+    refused(check(changed(0, "id", existing)), "own list");
+    refused(check(changed(0, "length", 33.into())), "own list");
+    refused(check(changed(1, "offset", 0.into())), "own list");
+    refused(check(changed(1, "type", "tree".into())), "own list");
+    let mut fewer = entry.clone();
+    fewer["blobs"].as_array_mut().unwrap().pop();
+    refused(check(serde_json::json!({"packs": [fewer]})), "own list");
+
+    let id = Sha256Sum::of(b"an index of an earlier backup");
+    let denied = [
+        (serde_json::json!({"packs": [entry], "supersedes": [id]}), "supersedes"),
+        (serde_json::json!({"packs": [], "packs_to_delete": [entry]}), "removal"),
+        (serde_json::json!({"packs": [entry], "packs_to_delete": [entry]}), "removal"),
+        (serde_json::json!({"packs": []}), "none in it"),
+        (serde_json::json!({"packs": [entry, entry]}), "once"),
+    ];
+    for (index, word) in denied {
+        let error = check(index).expect_err("refused");
+        assert_eq!(error.kind, Kind::Denied, "{error}");
+        assert!(error.to_string().contains(word), "{word:?} is missing in {error}");
+    }
+    refused(check(serde_json::json!({"nothing": 1})), "JSON of an index");
+}
