@@ -452,7 +452,8 @@ mod tests {
         let (wal, acknowledged) = (SimulatedWal::small(7), lsn(10).advance(5000 * 8));
         let history = TimelineHistory::root(timeline);
         let write = |gap: Option<GapDeclaration>, from: Lsn, to: Lsn| {
-            let request = OpenRequest { timeline, start: from, gap, now_unix: 0.0 };
+            let request =
+                OpenRequest { timeline, start: from, gap, now_unix: 0.0, slot_restart: None };
             let mut writer = store.open_writer(&cluster, &request).unwrap();
             writer.append(from, &wal.bytes(&history, from, to)).unwrap();
             writer.flush().unwrap();

@@ -159,7 +159,13 @@ mod tests {
     }
 
     fn write(store: &WalStore, cluster: &ClusterName, from: Lsn, to: Lsn) {
-        let request = OpenRequest { timeline: timeline(), start: from, gap: None, now_unix: 0.0 };
+        let request = OpenRequest {
+            timeline: timeline(),
+            start: from,
+            gap: None,
+            now_unix: 0.0,
+            slot_restart: None,
+        };
         let mut writer = store.open_writer(cluster, &request).unwrap();
         let history = TimelineHistory::root(timeline());
         writer.append(from, &SimulatedWal::small(7).bytes(&history, from, to)).unwrap();
@@ -185,8 +191,13 @@ mod tests {
                 let kind = store.read(&cluster, segment(number)).unwrap_err().kind;
                 assert_eq!(kind, crate::Kind::NotFound, "{number}");
             }
-            let request =
-                OpenRequest { timeline: timeline(), start: lsn(9), gap: None, now_unix: 0.0 };
+            let request = OpenRequest {
+                timeline: timeline(),
+                start: lsn(9),
+                gap: None,
+                now_unix: 0.0,
+                slot_restart: None,
+            };
             assert!(store.open_writer(&cluster, &request).is_err(), "WAL is left out");
             drop(store);
             disk.restart(Restart::Kill);
