@@ -80,6 +80,12 @@ impl BaseStore {
         }
         let Some(tier2) = self.tier2() else { return Ok(()) };
         let newest = self.ask(cluster, tier2, tier2.newest_timeline(cluster)).await?;
+        // One that came from this timeline, and whose history this tier 1 was given: its PostgreSQL finishes the older first.
+        let leads = |newest: &TimelineId| {
+            let history = self.wal().history(cluster, *newest).ok();
+            history.is_some_and(|history| history.end_of(found).is_some())
+        };
+        let newest = newest.filter(|newest| !leads(newest));
         not_older(cluster, newest, found, &as_in(tier2))
     }
 

@@ -27,7 +27,7 @@ use klio_proto::{
     wal::Open,
 };
 use klio_storage::{
-    layout::ClusterName,
+    layout::{BaseObject, ClusterName},
     wal::{FlushedLsn, Seam, WalStore, Writer},
 };
 use std::{
@@ -169,6 +169,8 @@ struct Session {
     spans: SegmentSpans,
     seam: Option<Seam>,
     unproven: Option<String>,
+    /// Changes of `wal_level` that tier 2 was told of.
+    levels: usize,
 }
 
 impl Session {
@@ -179,7 +181,9 @@ impl Session {
         let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
         place.state().update(|p| p.begin(timeline, start));
         let window = with.options.window.bytes();
+        let levels = with.store.levels(&cluster).len();
         Self {
+            levels,
             pending: Pending::new(start, window),
             with,
             identity,
@@ -359,6 +363,11 @@ impl Session {
         }
         self.writer = Some(writer);
         self.seal_finished();
+        let levels = self.with.store.levels(&self.cluster).len();
+        if levels != self.levels {
+            self.levels = levels;
+            self.with.base.announce(&self.cluster, BaseObject::WalLevels, 0);
+        }
         outcome.map_err(|error| errors::append_status(&error))
     }
 

@@ -14,6 +14,8 @@
 //! | `gaps.json` | WAL that will never be here (`record.rs`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
+//! | `wal_levels.json` | where WAL was written with `wal_level = minimal` (`levels.rs`) |
+//! | `taken_over.json` | WAL that only tier 2 had when the stream went on behind it (`takeover.rs`) |
 //! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
 //! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
@@ -32,6 +34,7 @@ mod frame;
 mod horizon;
 mod journal;
 mod keys;
+mod levels;
 pub mod overlap;
 mod reader;
 mod record;
@@ -40,6 +43,7 @@ mod scratch;
 mod seal;
 mod seam;
 mod stored;
+mod takeover;
 mod types;
 mod writer;
 
@@ -50,10 +54,12 @@ pub use damage::DamagedWal;
 pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
+pub use levels::{LEVELS, LevelChange, join_levels};
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
 pub use seam::{Broken, Seam};
+pub use takeover::TakenOver;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
     Sealed, StoredFile, WalOptions, open_stored,
@@ -241,6 +247,12 @@ impl WalStore {
     /// How far each timeline with WAL is, oldest first.
     pub fn positions(&self, name: &ClusterName) -> Vec<Position> {
         self.find(name).map(|cluster| lock(&cluster.state).positions()).unwrap_or_default()
+    }
+
+    /// The durable bytes that lie in no sealed file yet: of each journal its timeline, first byte and one past the
+    /// last. What lies between two journals may be a recorded gap, which nobody holds.
+    pub fn open_runs(&self, name: &ClusterName) -> Vec<(TimelineId, Lsn, Lsn)> {
+        self.find(name).map(|cluster| lock(&cluster.state).open_runs()).unwrap_or_default()
     }
 
     /// The recorded gaps, in the order they were declared.

@@ -20,8 +20,9 @@ use super::{
     frame::{Format, JournalHeader},
     horizon,
     journal::{self, Frames, Tail},
-    record,
+    levels, record,
     stored::StoredAt,
+    takeover,
     types::Pinned,
 };
 use crate::{
@@ -140,6 +141,13 @@ impl Cluster {
         }
         match damage::load(self) {
             Ok(damaged) => state.damaged = damaged,
+            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
+        }
+        // Without it a hole would look like a loss, or the stream would go on where it must not.
+        state.taken_over = takeover::load(disk, self)?;
+        match levels::load(disk, self) {
+            Ok(known) => state.levels = known,
+            // Receiving needs none of it; what was noted in it is seen again by whoever walks the WAL.
             Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
         }
         let entries = list(self, &self.wal_folder())?;
