@@ -52,6 +52,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("Catalog/Status", &["tenant", "observer", "operator", "admin"]),
     ("Catalog/ListWal", &["tenant", "observer", "operator", "admin"]),
     ("Catalog/Check", &["tenant", "observer", "operator", "admin"]),
+    ("Catalog/Timelines", &["tenant", "observer", "operator", "admin"]),
+    ("Catalog/DecideTimeline", &["operator", "admin"]),
 ];
 
 /// What is needed of `google.protobuf.FileDescriptorSet`.

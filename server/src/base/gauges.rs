@@ -149,6 +149,7 @@ impl BaseStore {
             frontiers: frontiers.to_vec(),
             gaps: self.wal().gaps(cluster),
             segment_size: pinned.segment_size,
+            timelines: self.wal().timelines(cluster),
         };
         let all = lock(&self.0.gauges);
         let Some(backups) = all.get(cluster) else { return };

@@ -121,6 +121,7 @@ impl BaseStore {
             if parts.segment_size.is_none()
                 && let Some(pinned) = self.pinned_in_tier2(cluster).await?
             {
+                parts.marks = self.timelines(cluster).await?;
                 parts.segment_size = Some(pinned.segment_size);
                 parts.system_identifier = Some(pinned.system_identifier);
             }
@@ -280,6 +281,7 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         tier1,
         open,
         gaps: gaps.iter().cloned().map(known).chain(expired(store, cluster)).collect(),
+        marks: store.timelines(cluster),
         ..Parts::default()
     })
 }

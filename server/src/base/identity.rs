@@ -66,24 +66,24 @@ impl BaseStore {
         Ok(())
     }
 
-    /// A new timeline wins over an old one, never the other way round.
+    /// The timeline that is followed, by tier 1 or else by the bucket, and in which of them that stands, for a message.
     ///
     /// # Errors
-    /// `STALE_TIMELINE`; `UNAVAILABLE` when the bucket has to be asked and does not answer.
-    pub async fn check_timeline(
+    /// `UNAVAILABLE` when the bucket has to be asked and does not answer.
+    pub async fn followed_timeline(
         &self,
         cluster: &ClusterName,
-        found: TimelineId,
-    ) -> Result<(), Status> {
-        if self.newest_on_tier1(cluster).is_some() {
-            return self.check_timeline_here(cluster, found);
+    ) -> Result<Option<(TimelineId, String)>, Status> {
+        if let Some(followed) = self.wal().followed(cluster) {
+            return Ok(Some((followed, String::new())));
         }
-        let Some(tier2) = self.tier2() else { return Ok(()) };
-        let newest = self.ask(cluster, tier2, tier2.newest_timeline(cluster)).await?;
-        not_older(cluster, newest, found, &as_in(tier2))
+        let Some(tier2) = self.tier2() else { return Ok(None) };
+        let held = self.ask(cluster, tier2, tier2.timelines(cluster)).await?;
+        let followed = self.wal().timelines(cluster).followed(held);
+        Ok(followed.map(|followed| (followed, as_in(tier2))))
     }
 
-    /// The same by tier 1 alone.
+    /// A new timeline wins over an old one, never the other way round; unless the old one is undecided. By tier 1 alone.
     ///
     /// # Errors
     /// `STALE_TIMELINE`.
@@ -92,11 +92,10 @@ impl BaseStore {
         cluster: &ClusterName,
         found: TimelineId,
     ) -> Result<(), Status> {
-        not_older(cluster, self.newest_on_tier1(cluster), found, "")
-    }
-
-    fn newest_on_tier1(&self, cluster: &ClusterName) -> Option<TimelineId> {
-        self.wal().positions(cluster).iter().map(|position| position.timeline).max()
+        if self.wal().timelines(cluster).is_aside(found) {
+            return Ok(());
+        }
+        not_older(cluster, self.wal().followed(cluster), found)
     }
 
     /// What tier 2's `cluster.json` says.
@@ -143,7 +142,7 @@ impl BaseStore {
 }
 
 /// It came, and is damaged or of a newer version: a person has to look at it, as what it said is not known any more.
-fn is_unreadable(error: &Error) -> bool {
+pub(super) fn is_unreadable(error: &Error) -> bool {
     matches!(error.kind, Kind::Corrupt | Kind::Newer) && error.op != Op::Download
 }
 
@@ -177,11 +176,10 @@ fn not_older(
     cluster: &ClusterName,
     newest: Option<TimelineId>,
     found: TimelineId,
-    place: &str,
 ) -> Result<(), Status> {
     match newest {
         Some(newest) if newest > found => Err(Code::StaleTimeline.status(format!(
-            "open cluster {cluster}: expected timeline {newest:?} or newer{place}, found {found:?}"
+            "open cluster {cluster}: expected timeline {newest:?} or newer, found {found:?}"
         ))),
         _ => Ok(()),
     }

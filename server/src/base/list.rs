@@ -129,6 +129,7 @@ impl BaseStore {
         for object in [
             BaseObject::Cluster,
             BaseObject::Generations,
+            BaseObject::Timelines,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {
@@ -155,6 +156,7 @@ impl BaseStore {
         for object in [
             BaseObject::Cluster,
             BaseObject::Generations,
+            BaseObject::Timelines,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {

@@ -31,6 +31,7 @@ mod put;
 mod repository;
 mod reserve;
 mod server_files;
+mod timelines;
 mod window;
 
 pub use archive::{BaseArchiveState, BaseArchives};
@@ -41,6 +42,7 @@ pub use get::FileBytes;
 pub use put::Incoming;
 pub use reserve::{Caller, Lease, Removal, Reservations, Running};
 pub use server_files::ServerFiles;
+pub use timelines::decision;
 
 use crate::{
     clock::{self, ClockWatch},

@@ -9,6 +9,7 @@ use crate::{
 use futures::TryStreamExt;
 use klio_pg::{SegmentName, TimelineId};
 use object_store::path::Path;
+use std::collections::BTreeSet;
 
 /// What lies under a segment's name, and whether anything of its timeline lies behind it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -64,6 +65,14 @@ impl Tier2 {
         &self,
         cluster: &ClusterName,
     ) -> Result<Option<TimelineId>, Error> {
+        Ok(self.timelines(cluster).await?.into_iter().next_back())
+    }
+
+    /// Every timeline of which there is WAL or a history.
+    ///
+    /// # Errors
+    /// As the store fails; a missing bucket is an error, an empty one is not.
+    pub async fn timelines(&self, cluster: &ClusterName) -> Result<BTreeSet<TimelineId>, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_folder(Op::List, &prefix)?;
         let place = Path::from(prefix.as_str());
@@ -75,7 +84,7 @@ impl Tier2 {
             _ => None,
         };
         let files = listed.objects.iter().filter_map(|meta| history(meta.location.filename()?));
-        Ok(folders.chain(files).max())
+        Ok(folders.chain(files).collect())
     }
 
     /// Whether there is any WAL of this cluster.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     Error, Kind, Op,
+    catalog::{Standing, Timelines},
     disk::{Disk, DiskLock, durable},
     layout::{self, ClusterName, WalFile},
 };
@@ -63,6 +64,9 @@ pub(super) struct Unsealed {
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
     /// before anything is written behind it (P3).
     proven: AtomicBool,
+    /// Its beginning is sealed as a partial segment already, which is never written again: tier 2 may have it (P5). It is
+    /// sealed when it is full, and stays a journal until then.
+    resumed: AtomicBool,
     /// Held while the file is sealed or replaced.
     pub(super) work: Mutex<()>,
 }
@@ -79,6 +83,7 @@ impl Unsealed {
             used: AtomicU64::new(FIRST_FRAME),
             harm: Mutex::new(None),
             proven: AtomicBool::new(proven),
+            resumed: AtomicBool::new(false),
             work: Mutex::new(()),
         }
     }
@@ -115,6 +120,12 @@ impl Unsealed {
     }
     pub(super) fn set_proven(&self, proven: bool) {
         self.proven.store(proven, Ordering::Release);
+    }
+    pub(super) fn set_resumed(&self) {
+        self.resumed.store(true, Ordering::Release);
+    }
+    fn is_resumed(&self) -> bool {
+        self.resumed.load(Ordering::Acquire)
     }
     pub(super) fn is_empty(&self) -> bool {
         self.durable() == self.start
@@ -172,7 +183,6 @@ impl Line {
 /// An empty journal made ahead of need.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    pub(super) timeline: TimelineId,
     pub(super) start: Lsn,
     pub(super) journal: Journal,
 }
@@ -195,8 +205,12 @@ pub(super) struct State {
     pub(super) horizons: Horizons,
     pub(super) spares: Vec<PathBuf>,
     pub(super) spares_made: u64,
-    pub(super) prepared: Option<Prepared>,
-    pub(super) writer: Option<Arc<Slot>>,
+    /// By timeline, as each has its own stream.
+    pub(super) prepared: BTreeMap<TimelineId, Prepared>,
+    /// At most one for each timeline (I3).
+    pub(super) writers: BTreeMap<TimelineId, Arc<Slot>>,
+    /// Which timelines are in conflict, and what was decided.
+    pub(super) marks: Timelines,
     /// What was acknowledged and is not here any more (`damage.rs`).
     pub(super) damaged: Vec<DamagedWal>,
     /// What is wrong now, by place.
@@ -215,8 +229,25 @@ impl State {
         gap.chain(end).max()
     }
 
-    pub(super) fn newest(&self) -> Option<TimelineId> {
-        self.lines.keys().copied().rfind(|timeline| self.has_wal(*timeline))
+    /// The timelines of which there is WAL.
+    pub(super) fn with_wal(&self) -> impl Iterator<Item = TimelineId> {
+        self.lines.keys().copied().filter(|timeline| self.has_wal(*timeline))
+    }
+
+    /// The newest timeline with WAL that is not left aside.
+    pub(super) fn followed(&self) -> Option<TimelineId> {
+        self.marks.followed(self.with_wal())
+    }
+
+    /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
+    fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
+        let older = || self.followed().is_some_and(|followed| followed > timeline);
+        !self.writers.contains_key(&timeline)
+            && match self.marks.standing(timeline) {
+                Some(Standing::Retired) => true,
+                Some(Standing::Undecided) => false,
+                Some(Standing::Followed) | None => older(),
+            }
     }
 
     /// The timelines with WAL or a gap, for the rules.
@@ -248,11 +279,15 @@ impl State {
 
     /// A journal to which nothing will be added although it is not full.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
-        let newer = self.newest().is_some_and(|newest| newest > journal.timeline)
-            && !self.has_lost_bytes(journal);
+        if journal.is_resumed() {
+            return false;
+        }
+        let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         let at = journal.durable();
-        newer
-            || self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
+        over || self
+            .gaps
+            .iter()
+            .any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
     }
 
     /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
@@ -403,7 +438,7 @@ impl Cluster {
         })
     }
 
-    fn create_journal(
+    pub(super) fn create_journal(
         &self,
         timeline: TimelineId,
         start: Lsn,
@@ -451,11 +486,9 @@ impl Cluster {
         start: Lsn,
     ) -> Result<(Journal, Arc<Unsealed>), Error> {
         let _one = lock(&self.prepare);
-        let prepared = lock(&self.state).prepared.take();
+        let prepared = lock(&self.state).prepared.remove(&timeline);
         let journal = match prepared {
-            Some(prepared) if (prepared.timeline, prepared.start) == (timeline, start) => {
-                prepared.journal
-            }
+            Some(prepared) if prepared.start == start => prepared.journal,
             other => {
                 other.into_iter().for_each(|other| self.discard(other));
                 self.create_journal(timeline, start, self.shared.options.preallocate)?
@@ -479,7 +512,7 @@ impl Cluster {
             return Ok(());
         }
         let journal = self.create_journal(timeline, start, preallocate)?;
-        lock(&self.state).prepared = Some(Prepared { timeline, start, journal });
+        lock(&self.state).prepared.insert(timeline, Prepared { start, journal });
         Ok(())
     }
 
@@ -513,8 +546,8 @@ impl State {
     fn wants_prepared(&self, timeline: TimelineId, start: Lsn) -> bool {
         let Some(line) = self.lines.get(&timeline) else { return false };
         let last = line.journals.values().next_back();
-        self.prepared.is_none()
-            && self.writer.as_ref().is_some_and(|slot| slot.timeline() == timeline)
+        !self.prepared.contains_key(&timeline)
+            && self.writers.contains_key(&timeline)
             && last.is_some_and(|journal| journal.end == start)
             // The segment may have been received and sealed meanwhile, before the one below it was.
             && line.sealed.is_none_or(|(_, end)| end <= start)

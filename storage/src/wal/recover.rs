@@ -27,7 +27,7 @@ use super::{
 use crate::{
     Error, Kind, Op,
     disk::{Entry, durable, read_small},
-    layout::WalFile,
+    layout::{self, WalFile},
 };
 use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use std::{collections::BTreeSet, io, path::Path, sync::Arc};
@@ -57,12 +57,14 @@ impl Cluster {
         }
     }
 
-    /// Makes sure of every journal that is only seen. Call with `op` held and no writer alive.
+    /// Makes sure of every journal that is only seen. Call with `op` held. What a live writer has is its own: it was made
+    /// sure of before that was opened.
     pub(super) fn prove_all(&self) -> Result<(), Error> {
         let unproven: Vec<Arc<Unsealed>> = {
             let state = lock(&self.state);
             let all = state.lines.values().flat_map(|line| line.journals.values());
-            all.filter(|journal| !journal.is_proven()).cloned().collect()
+            let free = |journal: &&Arc<Unsealed>| !state.writers.contains_key(&journal.timeline);
+            all.filter(free).filter(|journal| !journal.is_proven()).cloned().collect()
         };
         for entry in unproven {
             let outcome = self.prove(&entry);
@@ -84,7 +86,7 @@ impl Cluster {
             with_history.map(|(timeline, _)| *timeline).collect::<Vec<TimelineId>>()
         };
         let disk = self.disk();
-        for name in ["cluster.json", "gaps.json"] {
+        for name in ["cluster.json", "gaps.json", layout::TIMELINES] {
             crate::record::prove(disk, &self.folder().join(name))?;
         }
         for timeline in timelines {
@@ -133,6 +135,7 @@ impl Cluster {
         state.keys = self.load_keys()?;
         lock(&self.state).keys = state.keys.clone();
         state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
+        state.marks = record::load_timelines(disk, &folder.join(layout::TIMELINES))?;
         match horizon::load(disk, self) {
             Ok(horizons) => state.horizons = horizons,
             // Receiving needs none of it; retention removes nothing while there is a problem (P6).
@@ -309,6 +312,10 @@ impl Cluster {
         let entry = Unsealed::new(frames.header(), path, end, true);
         entry.set_known(frames.flushed().min(end));
         entry.set_harm(harm);
+        // Exactly as long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
+        if redundant.is_some_and(|bytes| bytes < end.bytes_since(start)) {
+            entry.set_resumed();
+        }
         line.journals.insert(start, Arc::new(entry));
         Ok(false)
     }
