@@ -16,6 +16,7 @@ mod size;
 mod timeline;
 mod wal_change;
 mod wal_edit;
+mod wal_level_scan;
 mod wal_record;
 mod wal_xact;
 
@@ -38,4 +39,5 @@ pub use size::ByteSize;
 pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHistory, TimelineId};
 pub use wal_change::{WalLevel, WalParameters};
 pub use wal_edit::{Edit, TABLESPACE_RECORD_SPAN, edit_segment, tablespace_in_place};
+pub use wal_level_scan::LevelScan;
 pub use wal_record::{Found, Landmark, RecordWalker};

@@ -248,7 +248,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "quota.keep_free_percent",
         "5",
-        "share of tier 1's disk that base backups leave to WAL; 0 leaves nothing",
+        "share of tier 1's disk that base backups leave to WAL, of which 1 GiB is enough; 0 leaves nothing",
     ),
     (
         "quota.clusters",

@@ -11,7 +11,7 @@ use klio_storage::{
     crypt::{AtRest, Keys},
     layout::{ClusterName, Form, WalFile},
     tier2::{Download, Tier2},
-    wal::{Found, Removed, WalStore},
+    wal::{Found, Position, Removed, WalStore},
 };
 use tonic::Status;
 
@@ -199,6 +199,15 @@ impl Source {
         };
         let WalFile::Segment(name) = file else { return absent };
         let Some(start) = name.start_lsn(pinned.segment_size) else { return absent };
+        let gaps = self.store.gaps(cluster);
+        if let Some(gap) =
+            gaps.iter().find(|g| g.timeline == name.timeline() && g.from <= start && start < g.to)
+        {
+            return Code::Gap.status(format!(
+                "{file} was lost: WAL from {} to {} is on record as missing: {}",
+                gap.from, gap.to, gap.reason
+            ));
+        }
         match self.store.removed(cluster, file) {
             Some(Removed::Expired) => {
                 return Code::Gap
@@ -211,18 +220,33 @@ impl Source {
             }
             None => {}
         }
-        let gaps = self.store.gaps(cluster);
-        match gaps.iter().find(|g| g.timeline == name.timeline() && g.from <= start && start < g.to)
-        {
-            Some(gap) => Code::Gap.status(format!(
-                "{file} was lost: PostgreSQL removed WAL from {} to {} before it was received",
-                gap.from, gap.to
-            )),
-            None if self.received(cluster, name.timeline(), start) => {
-                Code::Corrupt.status(format!("{file} was received, and is not there any more"))
-            }
-            None => self.hole_in_tier2(cluster, file).await.unwrap_or(absent),
+        if self.received(cluster, name.timeline(), start) {
+            return Code::Corrupt.status(format!("{file} was received, and is not there any more"));
         }
+        if let Some(behind) = self.behind(cluster, name.timeline(), start) {
+            return Code::Gap.status(format!(
+                "{file} is in neither tier, but WAL behind it is: timeline {behind:?}"
+            ));
+        }
+        self.hole_in_tier2(cluster, file).await.unwrap_or(absent)
+    }
+
+    /// The timeline of which tier 1 holds WAL behind this position, on a way that passes it: a tier 1 that begins in the
+    /// middle, or a promotion behind it, shows that it was there.
+    fn behind(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        start: Lsn,
+    ) -> Option<TimelineId> {
+        let positions = self.store.positions(cluster);
+        let passes = |other: TimelineId| {
+            let history = self.store.history(cluster, other).ok();
+            history.and_then(|h| h.end_of(timeline)).is_some_and(|end| start < end)
+        };
+        let behind = |p: &&Position| p.timeline == timeline && p.flushed > start;
+        let found = positions.iter().find(|p| behind(p) || passes(p.timeline));
+        found.map(|p| p.timeline)
     }
 
     /// Whether the byte at `lsn` was acknowledged on this timeline.
@@ -231,16 +255,20 @@ impl Source {
         positions.iter().any(|p| p.timeline == timeline && p.start <= lsn && lsn < p.flushed)
     }
 
-    /// An absence with later WAL of its timeline behind it in tier 2 is no end.
+    /// An absence with later WAL of its timeline, or of one that came from it, behind it in tier 2 is no end.
     async fn hole_in_tier2(&self, cluster: &ClusterName, file: WalFile) -> Option<Status> {
         let (WalFile::Segment(name), Some(tier2)) = (file, &self.tier2) else { return None };
-        match tier2.wal_at(cluster, name).await {
-            Ok(at) if at.later => Some(
-                Code::Unavailable
-                    .status(format!("{file} is not in tier 2, but later WAL of its timeline is")),
-            ),
-            Ok(_) => None,
+        let size = match self.store.pinned(cluster) {
+            Some(pinned) => Some(pinned.segment_size),
+            None => tier2.segment_size_of(cluster).await.ok().flatten(),
+        };
+        match tier2.hole_at(cluster, name, size, self.store.at_rest()).await {
+            Ok(Some(why)) => {
+                Some(Code::Unavailable.status(format!("{file} is not in tier 2, but {why}")))
+            }
+            Ok(None) => None,
             Err(error) => {
+                tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
                 Some(Code::Unavailable.status(format!("read {file}: {}", errors::of_tier2(&error))))
             }
         }
@@ -412,6 +440,8 @@ mod tests {
         }
         assert_eq!(code(2).await, Code::Corrupt);
         assert_eq!(code(5).await, Code::NotFound);
+        // P7: below where this tier 1 begins, with WAL of it behind; the start of its cluster is no end either.
+        assert_eq!(code(0).await, Code::Gap);
         // What was not given is nobody's to keep; what was, stays (P6).
         assert_eq!(readers.hold(&cluster), None);
         assert!(source.find(&cluster, file(3)).await.is_ok());

@@ -21,6 +21,8 @@ use tonic::Status;
 const WAL_CALLS_MAX: usize = 16;
 /// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
 const MEASURE_EVERY: Duration = Duration::from_secs(600);
+/// More than this is not left of a large disk: 64 segments while somebody makes room.
+const KEEP_FREE_BYTES_MAX: u64 = 1 << 30;
 /// Highest share of the disk that may be left to WAL.
 const KEEP_FREE_MAX: f64 = 90.0;
 
@@ -362,7 +364,7 @@ fn within(
 }
 
 fn room_for(free: u64, total: u64, keep_percent: f64, size: u64) -> Result<(), Status> {
-    let keep = (total as f64 * keep_percent / 100.0) as u64;
+    let keep = ((total as f64 * keep_percent / 100.0) as u64).min(KEEP_FREE_BYTES_MAX);
     if keep_percent == 0.0 || free.saturating_sub(size) >= keep {
         return Ok(());
     }
@@ -457,6 +459,7 @@ mod tests {
         assert_eq!(code(room_for(100, 1000, 5.0, 51)), Some(Code::DiskFull));
         assert_eq!(code(room_for(10, 1000, 5.0, 1)), Some(Code::DiskFull));
         assert!(room_for(10, 1000, 0.0, 11).is_ok());
+        assert!(room_for(2 << 30, 100 << 30, 5.0, 1 << 30).is_ok(), "1 GiB at most");
     }
 
     #[test]

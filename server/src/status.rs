@@ -14,10 +14,13 @@ use crate::{
 };
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
-    catalog::Mark,
+    catalog::{
+        Mark, Run,
+        holdings::{MINIMAL, minimal},
+    },
     generations::Generation,
     layout::{ClusterName, WalFile},
-    wal::{Gap, Pinned, WalStore},
+    wal::{Gap, LevelChange, Pinned, Position, WalStore},
 };
 use std::{
     collections::BTreeSet,
@@ -50,6 +53,8 @@ pub struct ClusterView {
     pub archive: Option<ArchiveState>,
     /// Recorded holes.
     pub gaps: Vec<Gap>,
+    /// WAL that is held and that no recovery passes.
+    pub unpassed: Vec<Gap>,
     /// Unix time of the newest WAL file on tier 1.
     pub latest_written: Option<f64>,
     /// Timelines about which a person has to decide.
@@ -90,6 +95,23 @@ fn undecided(mark: &Mark) -> String {
         mark.timeline.get(),
         mark.reason
     )
+}
+
+/// Stretches of `wal_level = minimal`: holes to a recovery, though every byte of them is held.
+fn unpassed(levels: &[LevelChange], positions: &[Position]) -> Vec<Gap> {
+    let of = |p: &Position| {
+        let held = Run { start: p.start, end: p.flushed };
+        let gap = |run: Run| Gap {
+            timeline: p.timeline,
+            from: run.start,
+            to: run.end,
+            reason: MINIMAL.to_owned(),
+            recorded_unix: 0.0,
+            unknown: Default::default(),
+        };
+        minimal(levels, p.timeline, &[held]).into_iter().map(gap).collect::<Vec<_>>()
+    };
+    positions.iter().flat_map(of).collect()
 }
 
 /// Writes and syncs a byte: what a full or read-only disk refuses.
@@ -166,6 +188,7 @@ impl StatusBoard {
             progress,
             archive,
             gaps: self.store.gaps(name),
+            unpassed: unpassed(&self.store.levels(name), &positions),
             latest_written: self.metrics.latest_written(name),
             undecided_timelines: timelines.undecided().count() as u64,
             problems,
@@ -266,7 +289,7 @@ impl StatusBoard {
         put("klio.wal.seal_lag_size", self.seal_lag_bytes(view) as f64);
         let waits = self.store.unsealed_since(&view.name);
         put("klio.wal.seal_lag_time", waits.map_or(0.0, |since| (now_unix - since).max(0.0)));
-        put("klio.wal.gaps", view.gaps.len() as f64);
+        put("klio.wal.gaps", (view.gaps.len() + view.unpassed.len()) as f64);
         let undecided = self.undecided(&view.name).len();
         put("klio.cluster.undecided_generations", undecided as f64);
         let damaged = self.store.damaged_journals(&view.name);

@@ -49,6 +49,10 @@ pub(crate) struct Script {
     pub prove_at_open: Option<u64>,
     pub prove_while_open: Option<u64>,
     pub proofs: Vec<v1::Alive>,
+    /// Of those, with tier 2.
+    pub tier2_asked: usize,
+    /// What positions say is missing.
+    pub missing: Vec<v1::Stretch>,
     /// Answers to the next `Receive` calls; when empty, they succeed.
     pub refuse_opens: Vec<Code>,
     pub window: u64,
@@ -172,10 +176,11 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl wal_server::Wal for Service {
     async fn position(
         &self,
-        _: Request<v1::PositionRequest>,
+        request: Request<v1::PositionRequest>,
     ) -> Result<Response<v1::PositionResponse>, Status> {
         let mut script = self.0.script.lock().unwrap();
         script.positions_asked += 1;
+        script.tier2_asked += usize::from(request.get_ref().with_tier2);
         let timelines = script
             .timelines
             .iter()
@@ -184,6 +189,7 @@ impl wal_server::Wal for Service {
                 start_lsn: held.start,
                 flushed_lsn: held.flushed,
                 has_history: script.histories.contains_key(timeline),
+                missing: script.missing.clone(),
             })
             .collect();
         let generations = script.generations.clone();
@@ -308,7 +314,8 @@ impl Service {
             return Err(code.status("as told"));
         }
         let held = script.timelines.get(&open.timeline).copied();
-        let gap = open.gap.is_some();
+        let fills = script.missing.iter().any(|m| m.from_lsn == open.start_lsn);
+        let gap = open.gap.is_some() || fills;
         if held.is_some_and(|held| held.flushed != open.start_lsn) && !gap {
             let text = format!("start {} is not {held:?}", open.start_lsn);
             script.wrong.push(text.clone());

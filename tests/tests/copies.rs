@@ -181,8 +181,8 @@ async fn tablespaces_after_the_backup(major: u32) {
     assert!(state(&live) == before, "the restore touched the original's tablespace");
 
     // A target before it needs none of that.
-    let copy = rig.restored(Source::Server, &["--target-immediate"]).await;
-    assert_eq!(copy.value("select count(*) from pg_tablespace").await, "2");
+    let early = rig.restored(Source::Server, &["--target-immediate"]).await;
+    assert_eq!(early.value("select count(*) from pg_tablespace").await, "2");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,7 @@
 //! kept apart, remembered, and decided by a person.
 
 use klio_tests::{
-    install_crypto,
+    client, install_crypto,
     postgres::{Postgres, Stop, install},
     programs,
     site::{PATIENCE, Site},
@@ -330,4 +330,28 @@ async fn another_postgresql_under_the_same_name_is_a_generation_of_its_own() {
     let end = new.write_wal(1 << 20).await;
     acknowledged(&new, end).await;
     drop(upgraded);
+}
+
+/// It sends no digests: its stream goes on, and status says what nobody has proven.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sidecar_of_before_is_admitted_and_what_was_not_proven_is_shown() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let channel = client::connect(&site, &site.bundle()).await.expect("connect");
+    let size = klio_pg::SegmentSize::new(1 << 20).expect("PostgreSQL allows 1 MiB");
+    let start = klio_pg::Lsn::new(3 << 20);
+    for round in 0..2 {
+        let at = start.advance(round * 16384);
+        let open = client::open("main", size, at);
+        let mut stream = client::Stream::open(&channel, open).await.expect("admitted");
+        stream.append(at, client::wal(at, 16384, size, 1)).await;
+        stream.flushed(at.advance(16384)).await.expect("acknowledged");
+    }
+    let status = site.status().await.expect("status");
+    let unproven = status["continuity_not_proven"].as_array().expect("a list").clone();
+    assert_eq!(unproven.len(), 1, "not at first contact: {status}");
+    assert_eq!(unproven[0]["at_lsn"], start.advance(16384).to_string());
+    assert!(unproven[0]["reason"].as_str().is_some_and(|r| r.contains("older")), "{status}");
+    assert_eq!(site.klio(None, &["status"]).await.code, Some(0), "a note is no problem");
 }

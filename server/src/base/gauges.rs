@@ -148,6 +148,7 @@ impl BaseStore {
             positions: positions.clone(),
             frontiers: frontiers.to_vec(),
             gaps: self.wal().gaps(cluster),
+            levels: self.wal().levels(cluster),
             segment_size: pinned.segment_size,
             timelines: self.wal().timelines(cluster),
         };

@@ -1,8 +1,9 @@
 //! What WAL is held of a cluster, over both tiers and the open segment.
 //!
-//! Histories never change, so they are read once. Tier 2's listing is kept for a while: it only grows by
-//! what tier 1 has too. Who takes WAL from tier 1 says so ([`BaseStore::forget_wal_listing`]), and who finds
-//! something missing asks again.
+//! Histories and partial segments never change, so they are read once: a listing does not tell where a partial segment
+//! ends, and what it holds was acknowledged and counts to its last byte (P2). Tier 2's listing is kept for a while: it
+//! only grows by what tier 1 has too. Who takes WAL from tier 1 says so ([`BaseStore::forget_wal_listing`]), and who
+//! finds something missing asks again. What is in a recorded gap is held by nobody, whatever is on its way to be sealed.
 
 use super::{BaseStore, lock, run, tier2_status};
 use crate::errors;
@@ -14,8 +15,10 @@ use klio_storage::{
         Holdings, KnownGap,
         holdings::{HeldFile, OpenWal, Parts},
     },
-    layout::{ClusterName, Form, WalFile},
-    wal::{Found, WalStore},
+    layout::{BaseObject, ClusterName, Form, WalFile},
+    record,
+    tier2::{StoredObject, Tier2},
+    wal::{Found, LevelChange, WalStore, join_levels},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,7 +38,11 @@ const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 #[derive(Default)]
 pub(super) struct HistoryCache {
     histories: Mutex<BTreeMap<(ClusterName, TimelineId), String>>,
+    /// Plain bytes of tier 2's partial segments, by the object's size: another object is read again.
+    partials: Mutex<BTreeMap<(ClusterName, WalFile, u64), u64>>,
     listings: Mutex<BTreeMap<ClusterName, Listing>>,
+    /// Tier 2's `wal_levels.json`, and when it was asked for.
+    levels: Mutex<BTreeMap<ClusterName, (Instant, Vec<LevelChange>)>>,
     /// When the bucket last gave no listing.
     failed: Mutex<BTreeMap<ClusterName, Instant>>,
 }
@@ -101,6 +108,8 @@ impl BaseStore {
             ..*held
         };
         parts.tier2 = listed.iter().map(with_end).collect();
+        let far = self.levels_in_tier2(cluster, Tier2Use::Cached).await?;
+        parts.levels = join_levels(&parts.levels, &far);
         self.with_histories(cluster, parts).await
     }
 
@@ -114,10 +123,22 @@ impl BaseStore {
         cluster: &ClusterName,
         tier2: Tier2Use,
     ) -> Result<Holdings, Status> {
+        let parts = self.parts_with(cluster, tier2).await?;
+        self.with_histories(cluster, parts).await
+    }
+
+    /// All but histories.
+    pub(super) async fn parts_with(
+        &self,
+        cluster: &ClusterName,
+        tier2: Tier2Use,
+    ) -> Result<Parts, Status> {
         let (store, name) = (self.wal().clone(), cluster.clone());
         let mut parts = run(move || tier1_parts(&store, &name)).await?;
         if tier2 != Tier2Use::Not {
             parts.tier2 = self.wal_in_tier2(cluster, tier2).await?.to_vec();
+            let far = self.levels_in_tier2(cluster, tier2).await?;
+            parts.levels = join_levels(&parts.levels, &far);
             if parts.segment_size.is_none()
                 && let Some(pinned) = self.pinned_in_tier2(cluster).await?
             {
@@ -126,7 +147,7 @@ impl BaseStore {
                 parts.system_identifier = Some(pinned.system_identifier);
             }
         }
-        self.with_histories(cluster, parts).await
+        Ok(parts)
     }
 
     async fn with_histories(
@@ -179,10 +200,74 @@ impl BaseStore {
         let at = Instant::now();
         let listed = tier2.list_wal(cluster).await;
         let listed = listed.map_err(|e| tier2_status("list WAL", cluster, &e))?;
-        let files: Vec<HeldFile> = listed.into_iter().map(|object| object.file.into()).collect();
+        let mut files = Vec::with_capacity(listed.len());
+        for object in listed {
+            let end = self.partial_end(tier2, cluster, &object).await?;
+            files.push(HeldFile { file: object.file, end });
+        }
         let files = Arc::new(files);
         lock(&self.0.histories.listings).insert(cluster.clone(), (at, files.clone()));
         Ok(files)
+    }
+
+    /// Where tier 2 knows of WAL that no recovery passes: a tier 1 that was lost knew it, too.
+    pub(super) async fn levels_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        how: Tier2Use,
+    ) -> Result<Vec<LevelChange>, Status> {
+        let Some(tier2) = self.tier2() else { return Ok(Vec::new()) };
+        let known = lock(&self.0.histories.levels).get(cluster).cloned();
+        match (how, known) {
+            (Tier2Use::Not, _) | (Tier2Use::Known, None) => return Ok(Vec::new()),
+            (Tier2Use::Known, Some((_, known))) => return Ok(known),
+            (Tier2Use::Cached, Some((at, known))) if at.elapsed() < LISTING_AGE => {
+                return Ok(known);
+            }
+            _ => {}
+        }
+        let (at, key) = (Instant::now(), BaseObject::WalLevels.key(cluster));
+        let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let bytes = bytes.map_err(|e| tier2_status("read wal_levels.json", cluster, &e))?;
+        let levels = match bytes {
+            Some(bytes) => LevelChange::decode_all(&bytes, &key).map_err(|e| errors::status(&e))?,
+            None => Vec::new(),
+        };
+        lock(&self.0.histories.levels).insert(cluster.clone(), (at, levels.clone()));
+        Ok(levels)
+    }
+
+    /// One past the last byte of a partial segment in tier 2; `None` for other files, and for one that is damaged.
+    async fn partial_end(
+        &self,
+        tier2: &Tier2,
+        cluster: &ClusterName,
+        object: &StoredObject,
+    ) -> Result<Option<Lsn>, Status> {
+        let WalFile::Partial(name) = object.file else { return Ok(None) };
+        let size = match self.wal().pinned(cluster) {
+            Some(pinned) => Some(pinned),
+            None => self.pinned_in_tier2(cluster).await?,
+        };
+        let Some(size) = size.map(|pinned| pinned.segment_size) else { return Ok(None) };
+        let Some(start) = name.start_lsn(size) else { return Ok(None) };
+        let id = (cluster.clone(), object.file, object.size);
+        if let Some(bytes) = lock(&self.0.histories.partials).get(&id).copied() {
+            return Ok(Some(start.advance(bytes)));
+        }
+        let key = object.file.key_in(cluster, object.form);
+        match tier2.plain_size(&key, object.form, self.at_rest(), size.bytes()).await {
+            Ok(bytes) => {
+                lock(&self.0.histories.partials).insert(id, bytes);
+                Ok(Some(start.advance(bytes)))
+            }
+            // Removed since it was listed, or not to be had by anybody: it counts for nothing.
+            Err(error) if matches!(error.kind, Kind::NotFound | Kind::Corrupt | Kind::Denied) => {
+                tracing::warn!(%cluster, %error, "a partial segment of tier 2 cannot be read");
+                Ok(None)
+            }
+            Err(error) => Err(tier2_status("read a partial segment", cluster, &error)),
+        }
     }
 
     /// A history file's content, from either tier.
@@ -246,6 +331,10 @@ impl BaseStore {
 /// What tier 1 says. Blocking.
 fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> {
     let pinned = store.pinned(cluster);
+    // Before the files: a journal that is sealed in between is then counted twice, and not missed.
+    let open = store.open_runs(cluster);
+    let open = open.into_iter().map(|(timeline, start, end)| OpenWal { timeline, start, end });
+    let open = open.collect();
     let listed = match store.list(cluster) {
         Ok(listed) => listed,
         Err(error) if error.kind == Kind::NotFound => Vec::new(),
@@ -262,13 +351,6 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         tier1.push(HeldFile { file: stored.file, end });
     }
     let gaps = store.gaps(cluster);
-    let open = store.positions(cluster).into_iter().flat_map(|p| {
-        // A recorded gap may be where the next byte is expected: nobody holds it.
-        let ends = gaps.iter().filter(move |g| g.timeline == p.timeline && g.to == p.flushed);
-        let end = ends.map(|g| g.from).min().unwrap_or(p.flushed);
-        (p.sealed < end).then_some(OpenWal { timeline: p.timeline, start: p.sealed, end })
-    });
-    let open = open.collect();
     let known = |g: klio_storage::wal::Gap| KnownGap {
         timeline: g.timeline,
         from: g.from,
@@ -280,6 +362,7 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         system_identifier: pinned.map(|p| p.system_identifier),
         tier1,
         open,
+        levels: store.levels(cluster),
         gaps: gaps.iter().cloned().map(known).chain(expired(store, cluster)).collect(),
         marks: store.timelines(cluster),
         ..Parts::default()
@@ -315,7 +398,7 @@ mod tests {
         catalog::recovery::Path,
         disk::{Disk, SimDisk},
         testing::SimulatedWal,
-        wal::{OpenRequest, WalOptions},
+        wal::{GapDeclaration, OpenRequest, WalOptions},
     };
 
     const SEGMENT: u64 = 1 << 20;
@@ -360,6 +443,37 @@ mod tests {
         let holes = path.unwrap().holes(lsn(1));
         assert_eq!((holes.len(), holes[0].from, holes[0].to), (1, lsn(2), lsn(5)));
         holes[0].reason.clone()
+    }
+
+    /// A recorded gap is held by nobody, also before the partial segment in front of it is sealed: else a backup whose
+    /// WAL is lost could be committed.
+    #[test]
+    fn a_recorded_gap_is_never_held_and_what_came_before_it_is_to_its_last_byte() {
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let (store, timeline) = (store(&cluster), TimelineId::new(1).unwrap());
+        let (wal, acknowledged) = (SimulatedWal::small(7), lsn(10).advance(5000 * 8));
+        let history = TimelineHistory::root(timeline);
+        let write = |gap: Option<GapDeclaration>, from: Lsn, to: Lsn| {
+            let request =
+                OpenRequest { timeline, start: from, gap, now_unix: 0.0, slot_restart: None };
+            let mut writer = store.open_writer(&cluster, &request).unwrap();
+            writer.append(from, &wal.bytes(&history, from, to)).unwrap();
+            writer.flush().unwrap();
+        };
+        write(None, lsn(10), acknowledged);
+        let gap = GapDeclaration { from: acknowledged, to: lsn(13), reason: "lost".into() };
+        write(Some(gap), lsn(13), lsn(14).advance(8192));
+        let runs = || {
+            let parts = tier1_parts(&store, &cluster).unwrap();
+            let runs = Holdings::from_parts(parts).timelines[0].runs.clone();
+            runs.iter().map(|run| (run.start, run.end)).collect::<Vec<_>>()
+        };
+        let expected = [(lsn(1), acknowledged), (lsn(13), lsn(14).advance(8192))];
+        assert_eq!(runs(), expected);
+        for file in store.unsealed(&cluster) {
+            store.seal(&cluster, file).unwrap();
+            assert_eq!(runs(), expected, "{file} is sealed");
+        }
     }
 
     #[test]

@@ -83,6 +83,25 @@ impl BaseStore {
         Ok(followed.map(|followed| (followed, as_in(tier2))))
     }
 
+    /// The same, where it is newer than `found`. By the bucket alone one that came from `found`, and whose history this
+    /// tier 1 was given, is none: its PostgreSQL finishes the older first.
+    ///
+    /// # Errors
+    /// As [`BaseStore::followed_timeline`].
+    pub async fn newer_timeline(
+        &self,
+        cluster: &ClusterName,
+        found: TimelineId,
+    ) -> Result<Option<(TimelineId, String)>, Status> {
+        let by_bucket = self.wal().followed(cluster).is_none();
+        let comes_from_it = |newest: TimelineId| {
+            let history = self.wal().history(cluster, newest).ok();
+            history.is_some_and(|history| history.end_of(found).is_some())
+        };
+        let followed = self.followed_timeline(cluster).await?;
+        Ok(followed.filter(|(newest, _)| *newest > found && !(by_bucket && comes_from_it(*newest))))
+    }
+
     /// A new timeline wins over an old one, never the other way round; unless the old one is undecided. By tier 1 alone.
     ///
     /// # Errors

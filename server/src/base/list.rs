@@ -130,6 +130,7 @@ impl BaseStore {
             BaseObject::Cluster,
             BaseObject::Generations,
             BaseObject::Timelines,
+            BaseObject::WalLevels,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {
@@ -157,6 +158,7 @@ impl BaseStore {
             BaseObject::Cluster,
             BaseObject::Generations,
             BaseObject::Timelines,
+            BaseObject::WalLevels,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
         ] {

@@ -9,9 +9,10 @@ use klio_pg::{HistoryEntry, SegmentSize, TimelineHistory, TimelineId};
 use klio_storage::{
     catalog::{
         Frontier, Holdings, KnownGap, Run, TimelineHoldings, Timelines,
+        holdings::{MINIMAL, minimal, without},
         recovery::{Path, Reach, Stop},
     },
-    wal::{Gap, Position},
+    wal::{Gap, LevelChange, Position},
 };
 use std::collections::BTreeMap;
 
@@ -22,6 +23,8 @@ pub(super) struct Known {
     /// Tier 2.
     pub frontiers: Vec<Frontier>,
     pub gaps: Vec<Gap>,
+    /// WAL that no recovery passes.
+    pub levels: Vec<LevelChange>,
     pub histories: Vec<TimelineHistory>,
     pub segment_size: SegmentSize,
     /// Which timelines are left aside.
@@ -75,12 +78,29 @@ fn holdings(known: &Known) -> Holdings {
         lines.entry(timeline).or_default().push(Run { start, end });
     }
     let history = |timeline| known.histories.iter().find(|h| h.timeline() == timeline);
-    let timelines = lines.into_iter().map(|(timeline, runs)| TimelineHoldings {
-        timeline,
-        history: history(timeline).map(text),
-        runs: without_gaps(merge(runs), known.gaps.iter().filter(|g| g.timeline == timeline)),
-        caught_up: false,
-    });
+    let mut unpassed: Vec<KnownGap> = Vec::new();
+    let timelines: Vec<_> = lines
+        .into_iter()
+        .map(|(timeline, runs)| {
+            let runs = merge(runs);
+            let minimal = minimal(&known.levels, timeline, &runs);
+            unpassed.extend(minimal.iter().map(|run| KnownGap {
+                timeline,
+                from: run.start,
+                to: run.end,
+                reason: MINIMAL.to_owned(),
+            }));
+            // A frontier passes over recorded gaps; nobody holds them.
+            let gaps = known.gaps.iter().filter(|g| g.timeline == timeline);
+            let missing = gaps.map(|g| Run { start: g.from, end: g.to }).chain(minimal);
+            TimelineHoldings {
+                timeline,
+                history: history(timeline).map(text),
+                runs: without(runs, &missing.collect::<Vec<_>>()),
+                caught_up: false,
+            }
+        })
+        .collect();
     let gap = |gap: &Gap| KnownGap {
         timeline: gap.timeline,
         from: gap.from,
@@ -89,8 +109,8 @@ fn holdings(known: &Known) -> Holdings {
     };
     Holdings {
         segment_size: known.segment_size.as_u32(),
-        timelines: timelines.collect(),
-        gaps: known.gaps.iter().map(gap).collect(),
+        timelines,
+        gaps: known.gaps.iter().map(gap).chain(unpassed).collect(),
         ..Holdings::default()
     }
 }
@@ -112,19 +132,6 @@ fn merge(mut runs: Vec<Run>) -> Vec<Run> {
         }
     }
     merged
-}
-
-/// A frontier passes over recorded gaps; nobody holds them.
-fn without_gaps<'a>(runs: Vec<Run>, gaps: impl Iterator<Item = &'a Gap>) -> Vec<Run> {
-    gaps.fold(runs, |runs, gap| {
-        let cut = |run: Run| {
-            let before = Run { start: run.start, end: run.end.min(gap.from) };
-            let after = Run { start: run.start.max(gap.to), end: run.end };
-            let overlaps = gap.from < run.end && run.start < gap.to;
-            if overlaps { vec![before, after] } else { vec![run] }
-        };
-        runs.into_iter().flat_map(cut).filter(|run: &Run| run.start < run.end).collect()
-    })
 }
 
 #[cfg(test)]
@@ -152,6 +159,7 @@ mod tests {
             positions: vec![position],
             frontiers: Vec::new(),
             gaps: Vec::new(),
+            levels: Vec::new(),
             histories: Vec::new(),
             segment_size: SegmentSize::new(1 << 20).unwrap(),
             timelines: Timelines::default(),
@@ -194,6 +202,24 @@ mod tests {
         assert_eq!(both(&known, &before, 1000.0), Some((20.0, 50.0)));
         let behind = [backup(2, 3, 20.0), backup(9, 10, 90.0)];
         assert_eq!(both(&known, &behind, 1000.0), Some((90.0, 1000.0)));
+    }
+
+    #[test]
+    fn what_comes_after_minimal_wal_counts_only_with_a_backup_behind_it() {
+        let mut known = known(1, 20);
+        let at = |at, minimal| LevelChange {
+            timeline: tli(1),
+            lsn: lsn(at),
+            minimal,
+            unknown: Default::default(),
+        };
+        known.levels = vec![at(7, true), at(8, false)];
+        let before = [backup(2, 3, 20.0), backup(5, 6, 50.0)];
+        assert_eq!(both(&known, &before, 1000.0), Some((20.0, 50.0)));
+        let behind = [backup(2, 3, 20.0), backup(9, 10, 90.0)];
+        assert_eq!(both(&known, &behind, 1000.0), Some((90.0, 1000.0)));
+        known.levels.pop();
+        assert_eq!(both(&known, &behind, 1000.0), Some((20.0, 20.0)));
     }
 
     #[test]

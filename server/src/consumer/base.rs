@@ -30,7 +30,7 @@ use klio_storage::{
     record,
     repository::{decode_secret, secret_objects},
     tier2::{Outcome, Source, Wrapping},
-    wal::Pinned,
+    wal::{LevelChange, Pinned},
 };
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 use tokio::sync::Semaphore;
@@ -186,6 +186,10 @@ impl BaseWork {
                 self.upload(object, sha256).await
             }
             BaseObject::Record(name) => self.record(object, name).await,
+            BaseObject::WalLevels => {
+                self.join_levels(object).await?;
+                self.keep_current(object).await
+            }
             BaseObject::Cluster
             | BaseObject::Generations
             | BaseObject::Timelines
@@ -349,6 +353,17 @@ impl BaseWork {
         Ok(later)
     }
 
+    /// Takes over what only tier 2 knows, so that tier 1's file has all of it.
+    async fn join_levels(&self, object: &BaseObject) -> Result<(), Error> {
+        let key = object.key(&self.cluster);
+        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
+        let Some(theirs) = theirs else { return Ok(()) };
+        let theirs = LevelChange::decode_all(&theirs, &key)?;
+        let (store, cluster) = (self.base.wal().clone(), self.cluster.clone());
+        let added = tokio::task::spawn_blocking(move || store.add_levels(&cluster, &theirs)).await;
+        added.map_err(|e| Error::new(Kind::Io, Op::Write, key, e))?.map(drop)
+    }
+
     /// Whether tier 1's content is a later form of what tier 2 has: another wrapping of the same secret,
     /// another version of the same PostgreSQL.
     fn may_replace(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
@@ -376,6 +391,8 @@ impl BaseWork {
                 let theirs = decode_secret(theirs, *encrypted, at_rest, &place)?;
                 Ok(ours.master_key == theirs.master_key)
             }
+            // Joined a moment ago: ours has all of theirs.
+            BaseObject::WalLevels => Ok(true),
             BaseObject::File(_) | BaseObject::Record(_) => Ok(false),
         }
     }
@@ -419,7 +436,10 @@ pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<()
 /// What opens the repository first, records last.
 const fn rank(object: &BaseObject) -> u8 {
     match object {
-        BaseObject::Cluster | BaseObject::Generations | BaseObject::Timelines => 0,
+        BaseObject::Cluster
+        | BaseObject::Generations
+        | BaseObject::Timelines
+        | BaseObject::WalLevels => 0,
         BaseObject::Secret { .. } => 1,
         BaseObject::File(BaseFile { kind: BaseKind::Config | BaseKind::Key, .. }) => 2,
         BaseObject::File(BaseFile { kind: BaseKind::Data, .. }) => 3,

@@ -251,7 +251,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
             .as_ref()
             .and_then(|a| a.latest_archived_unix)
             .unwrap_or(0.0),
-        gaps: view.gaps.iter().map(gap_of).collect(),
+        gaps: view.gaps.iter().chain(&view.unpassed).map(gap_of).collect(),
         problems: view.problems.iter().map(|text| visible::line(text).into_owned()).collect(),
         tier2_configured: view.archive.is_some(),
         generations: Vec::new(),

@@ -6,7 +6,7 @@ use super::{
     roles::Rpc,
 };
 use crate::{
-    base::decided,
+    base::{Line, decided},
     config::OnDivergence,
     fetch::Source,
     queue,
@@ -19,6 +19,7 @@ use klio_proto::{
     wal::{BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest, System},
 };
 use klio_storage::{
+    catalog::Run,
     generations::{Generations, State},
     layout::{ClusterName, WalFile},
 };
@@ -69,15 +70,13 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl WalService {
     /// How far each timeline of one generation is.
-    async fn positions(&self, cluster: &ClusterName) -> Result<Vec<v1::TimelinePosition>, Status> {
-        let timelines = self.receiver.store.positions(cluster).into_iter();
-        let timelines = timelines.map(|p| v1::TimelinePosition {
-            timeline: p.timeline.get(),
-            start_lsn: p.start.as_u64(),
-            flushed_lsn: p.flushed.as_u64(),
-            has_history: p.has_history,
-        });
-        Ok(timelines.collect())
+    async fn positions(
+        &self,
+        cluster: &ClusterName,
+        with_tier2: bool,
+    ) -> Result<Vec<v1::TimelinePosition>, Status> {
+        let lines = self.receiver.base.positions(cluster, with_tier2).await?;
+        Ok(lines.iter().map(position_of).collect())
     }
 
     /// Every generation, in the order in which a PostgreSQL looks for its own.
@@ -85,10 +84,18 @@ impl WalService {
         &self,
         named: &ClusterName,
         system: System,
+        with_tier2: bool,
     ) -> Result<Vec<v1::GenerationPosition>, Status> {
         let base = &self.receiver.base;
         let mut found = Vec::new();
-        for generation in base.generations(named).await?.by_rank() {
+        let generations = base.generations(named).await?;
+        let holds = |number| {
+            let place = Generations::place(named, number);
+            !self.receiver.store.positions(&place).is_empty()
+        };
+        // Tier 1 was lost, or this is first contact. One that holds nothing yet beside others needs no bucket (P4).
+        let with_tier2 = with_tier2 || !generations.all().iter().any(|g| holds(g.number));
+        for generation in generations.by_rank() {
             let place = Generations::place(named, generation.number);
             let same_system = match base.check_system(&place, system).await {
                 Ok(()) => generation.is_of(system.system_identifier),
@@ -96,7 +103,7 @@ impl WalService {
                 Err(trouble) => return Err(trouble),
             };
             let timelines = match same_system {
-                true => self.positions(&place).await?,
+                true => self.positions(&place, with_tier2).await?,
                 false => Vec::new(),
             };
             found.push(v1::GenerationPosition {
@@ -123,7 +130,8 @@ impl Wal for WalService {
         let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Position)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
         if asked.knows_generations && named.number().is_none() {
-            let generations = self.generation_positions(&named, asked.system).await?;
+            let generations =
+                self.generation_positions(&named, asked.system, asked.with_tier2).await?;
             let current = generations.iter().find(|g| g.state == State::Current.word());
             let timelines = current.map(|g| g.timelines.clone()).unwrap_or_default();
             return Ok(Response::new(v1::PositionResponse {
@@ -135,7 +143,8 @@ impl Wal for WalService {
         let cluster = self.receiver.base.resolve_open(named).await?;
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
         self.receiver.base.check_system(&cluster, asked.system).await?;
-        let timelines = self.positions(&cluster).await?;
+        let with_tier2 = asked.with_tier2 || self.receiver.store.positions(&cluster).is_empty();
+        let timelines = self.positions(&cluster, with_tier2).await?;
         Ok(Response::new(v1::PositionResponse { timelines, generations: Vec::new(), beside: true }))
     }
 
@@ -264,5 +273,17 @@ impl Wal for WalService {
         };
         let before_hole = self.source.before_hole(&cluster, file, found.beginning()).await;
         Ok(Response::new(fetch::stream(found, before_hole, &self.tasks)))
+    }
+}
+
+fn position_of(line: &Line) -> v1::TimelinePosition {
+    let missing =
+        |run: &Run| v1::Stretch { from_lsn: run.start.as_u64(), to_lsn: run.end.as_u64() };
+    v1::TimelinePosition {
+        timeline: line.timeline.get(),
+        start_lsn: line.start.as_u64(),
+        flushed_lsn: line.flushed.as_u64(),
+        has_history: line.has_history,
+        missing: line.missing.iter().map(missing).collect(),
     }
 }

@@ -28,7 +28,7 @@ pub(super) struct Settled {
 }
 
 /// The other side of a conflict that was found.
-struct Found {
+pub(super) struct Found {
     against: TimelineId,
     reason: String,
 }
@@ -45,29 +45,53 @@ fn unproven(answer: Option<AlivePostgres>, lives_on: TimelineId) -> Option<Strin
     }
 }
 
-/// Settles a claim against what is known and who is live. `prove` asks the claimant's own PostgreSQL.
+/// How a claim stands to the other timelines, before anything is written.
+pub(super) enum Stands {
+    /// It is left aside already, or retired.
+    Aside,
+    /// It is to be.
+    Against(Found),
+    /// It is the newest.
+    Newest,
+}
+
+/// Looks at what is known. `prove` asks the claimant's own PostgreSQL. Writes nothing.
 ///
 /// # Errors
-/// `STALE_TIMELINE`; what the bucket or the disk says.
-pub(super) async fn settle(
+/// `STALE_TIMELINE`; what the bucket says.
+pub(super) async fn look(
     base: &BaseStore,
-    registry: &Registry,
     cluster: &ClusterName,
     claim: &Claim,
-    now_unix: f64,
     prove: impl Future<Output = Option<AlivePostgres>>,
-) -> Result<Settled, Status> {
+) -> Result<Stands, Status> {
     let marks = base.wal().timelines(cluster);
     if marks.is_aside(claim.lives_on) {
-        return Ok(Settled { aside: true, displaced: Vec::new() });
+        return Ok(Stands::Aside);
     }
     let found = match inherited(base, cluster, &marks, claim) {
         Some(found) => Some(found),
         None => older(base, cluster, claim, prove).await?,
     };
-    match found {
-        Some(found) => record(base, cluster, claim, found, now_unix).await,
-        None => ask_rivals(base, registry, cluster, claim, now_unix).await,
+    Ok(found.map_or(Stands::Newest, Stands::Against))
+}
+
+/// Settles a claim that would be admitted: puts a conflict on record, or asks who is live.
+///
+/// # Errors
+/// As the disk fails.
+pub(super) async fn settle(
+    base: &BaseStore,
+    registry: &Registry,
+    cluster: &ClusterName,
+    claim: &Claim,
+    stands: Stands,
+    now_unix: f64,
+) -> Result<Settled, Status> {
+    match stands {
+        Stands::Aside => Ok(Settled { aside: true, displaced: Vec::new() }),
+        Stands::Against(found) => record(base, cluster, claim, found, now_unix).await,
+        Stands::Newest => ask_rivals(base, registry, cluster, claim, now_unix).await,
     }
 }
 
@@ -142,10 +166,8 @@ async fn older(
     claim: &Claim,
     prove: impl Future<Output = Option<AlivePostgres>>,
 ) -> Result<Option<Found>, Status> {
-    let Some((newest, place)) = base.followed_timeline(cluster).await? else { return Ok(None) };
-    if newest <= claim.lives_on {
-        return Ok(None);
-    }
+    let newer = base.newer_timeline(cluster, claim.lives_on).await?;
+    let Some((newest, place)) = newer else { return Ok(None) };
     let answer = prove.await;
     if let Some(why) = unproven(answer, claim.lives_on) {
         return Err(Code::StaleTimeline.status(format!(

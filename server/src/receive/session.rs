@@ -30,7 +30,7 @@ use klio_proto::{
 };
 use klio_storage::{
     catalog::Standing,
-    layout::ClusterName,
+    layout::{BaseObject, ClusterName},
     wal::{FlushedLsn, Seam, WalStore, Writer},
 };
 use std::{
@@ -176,6 +176,8 @@ struct Session {
     spans: SegmentSpans,
     seam: Option<Seam>,
     unproven: Option<String>,
+    /// Changes of `wal_level` that tier 2 was told of.
+    levels: usize,
 }
 
 impl Session {
@@ -193,7 +195,9 @@ impl Session {
         let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
         place.begin(start);
         let window = with.options.window.bytes();
+        let levels = with.store.levels(&cluster).len();
         Self {
+            levels,
             pending: Pending::new(start, window),
             with,
             identity,
@@ -393,6 +397,11 @@ impl Session {
         }
         self.slot.take_home(lent);
         self.seal_finished();
+        let levels = self.with.store.levels(&self.cluster).len();
+        if levels != self.levels {
+            self.levels = levels;
+            self.with.base.announce(&self.cluster, BaseObject::WalLevels, 0);
+        }
         outcome.map_err(|error| errors::append_status(&error))
     }
 

@@ -56,6 +56,7 @@ async fn system(connection: &Connection, cluster: String, pg: Identity, report: 
         postgres_version: pg.version,
         // Whether this PostgreSQL is the one that the name stands for is what is asked.
         knows_generations: false,
+        with_tier2: false,
     };
     match connection.wal().position(request).await {
         Ok(answer) => {

@@ -38,16 +38,28 @@ fn no(message: String, hint: &str) -> Error {
 /// # Errors
 /// Why not.
 pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(), Error> {
-    not_running(&places.data)?;
+    directory(&places.data, record, delta)?;
     if delta {
-        same_cluster(&places.data, record)?;
         own_tablespaces(places)?;
     } else {
-        empty(&places.data)?;
         places.tablespaces.values().try_for_each(|place| empty(place))?;
         places.new_places().try_for_each(|(_, place)| new_place(place))?;
     }
     places.all().try_for_each(writable)
+}
+
+/// The part of it that needs no look at WAL, which may take long: the data directory.
+///
+/// # Errors
+/// Why not.
+pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), Error> {
+    not_running(data)?;
+    if delta {
+        same_cluster(data, record)?
+    } else {
+        empty(data)?
+    }
+    writable(data)
 }
 
 /// D3. A file that a crash left looks the same as one of a PostgreSQL in another container.

@@ -210,6 +210,7 @@ impl Restore {
         decision: Decision,
     ) -> Result<Planned, Error> {
         let record = &decision.plan.backup;
+        check::directory(&order.to, record, order.delta)?;
         let (way, places, edits) = self.way(order, &decision).await?;
         check::places(&places, record, order.delta)?;
         self.progress.enter("reading the backup's list of files");

@@ -10,7 +10,7 @@ use crate::{
     server_link::{BaseLink, GrpcFiles, ServerLink},
     wal_source::{self, Expected, Fetch, Target as FetchTarget, WalSource},
 };
-use klio_pg::{ByteSize, SegmentSize, TimelineId};
+use klio_pg::{ByteSize, Lsn, SegmentName, SegmentSize, TimelineId};
 use klio_proto::{
     Code,
     v1::{self, reserve_request::Purpose},
@@ -27,7 +27,8 @@ use klio_storage::{
         BucketFiles, Files, Repository, SECRET_LIMIT_BYTES, Secret, Windowed, decode_secret,
         secret_objects,
     },
-    wal::Pinned,
+    tier2::StoredObject,
+    wal::{LevelChange, Pinned},
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{runtime::Handle, sync::watch, task::JoinSet, time::Instant};
@@ -323,6 +324,11 @@ impl Source {
             marks: bucket.timelines(cluster).await?,
             ..Parts::default()
         };
+        let key = BaseObject::WalLevels.key(cluster);
+        let levels = tier2.read_small(&key, record::LIMIT_BYTES).await.map_err(failed)?;
+        let levels =
+            levels.map(|b| LevelChange::decode_all(&b, &key).map_err(failed)).transpose()?;
+        parts.levels = levels.unwrap_or_default();
         let scratch = super::Scratch::new(None)?;
         for object in tier2.list_wal(cluster).await.map_err(failed)? {
             let mut held = HeldFile::from(object.file);
@@ -332,7 +338,8 @@ impl Source {
                     parts.histories.insert(timeline, text);
                 }
                 WalFile::Partial(name) => {
-                    held.end = super::wal::partial_end(self, name, &scratch).await?;
+                    held.end =
+                        partial_end(bucket, cluster, &object, name, parts.segment_size).await?;
                 }
                 WalFile::Segment(_) => {}
             }
@@ -477,6 +484,22 @@ impl Source {
         })
         .await
     }
+}
+
+/// One past the last byte of a partial segment: what it holds was acknowledged, and counts to its last byte.
+async fn partial_end(
+    bucket: &Bucket,
+    cluster: &ClusterName,
+    object: &StoredObject,
+    name: SegmentName,
+    size: Option<SegmentSize>,
+) -> Result<Option<Lsn>, Error> {
+    let Some(size) = size else { return Ok(None) };
+    let Some(start) = name.start_lsn(size) else { return Ok(None) };
+    let at_rest = bucket.keys.clone().map_or(AtRest::Off, AtRest::On);
+    let key = object.file.key_in(cluster, object.form);
+    let bytes = bucket.tier2.plain_size(&key, object.form, &at_rest, size.bytes()).await;
+    bytes.map(|bytes| Some(start.advance(bytes))).map_err(|e| of_storage(&e))
 }
 
 /// For as long as the connection lives.

@@ -6,7 +6,7 @@
 use super::{Scratch, source::Source};
 use crate::error::{Error, Failure};
 use futures::{StreamExt, TryStreamExt, stream};
-use klio_pg::{Found, Lsn, RecordWalker, SegmentName};
+use klio_pg::{Found, Lsn, RecordWalker};
 use klio_proto::Code;
 use klio_storage::{catalog::Path, layout::WalFile};
 use std::{
@@ -269,31 +269,4 @@ fn feed(
             bytes => walker.push(&buffer[..bytes], each),
         }
     }
-}
-
-/// Where the records of a partial segment end: a listing of the bucket does not tell.
-///
-/// # Errors
-/// WAL that cannot be read.
-pub async fn partial_end(
-    source: &Source,
-    name: SegmentName,
-    scratch: &Scratch,
-) -> Result<Option<Lsn>, Error> {
-    let file = source.fetch(WalFile::Partial(name), scratch).await?;
-    let end = || -> std::io::Result<Option<Lsn>> {
-        let length = u32::try_from(std::fs::metadata(&file)?.len()).unwrap_or(0);
-        let Ok(size) = klio_pg::SegmentSize::new(length) else { return Ok(None) };
-        let Some(start) = name.start_lsn(size) else { return Ok(None) };
-        // Zeros behind the last byte that came; what is before them counts, even half a record.
-        let content = std::fs::read(&file)?;
-        let used = content.iter().rposition(|byte| *byte != 0).map_or(0, |at| at as u64 + 1);
-        // A record may end with zeros; PostgreSQL's version matters to what it says only.
-        let mut walker = RecordWalker::new(size, 0, start);
-        walker.push(&content, &mut |_| {});
-        let records = walker.records_end().map_or(0, |end| end.bytes_since(start));
-        let used = used.next_multiple_of(8).max(records).min(size.bytes());
-        Ok((used > 0).then(|| start.advance(used)))
-    };
-    end().map_err(|error| super::local("read", &file, &error))
 }

@@ -118,7 +118,7 @@ impl<P: Primary> Stream<'_, P> {
             None => Some(self.begin_generation(ground).await?),
         };
         let facts = self.facts(Vec::new(), ground);
-        let plan = self.decide(&facts, ground.identity, ground.memory)?;
+        let plan = self.decide(&facts, ground.identity, ground.memory).await?;
         Ok((postgres, Chosen { place: self.place(number), number, facts, plan }))
     }
 
@@ -128,7 +128,7 @@ impl<P: Primary> Stream<'_, P> {
         let mut postgres = self.primary.connect().await?;
         let identity = postgres.identify().await?;
         let mut server = self.link.connect().await?.wal();
-        let candidates = self.candidates(&mut server, identity).await?;
+        let candidates = self.candidates(&mut server, identity, false).await?;
         let mut histories = Histories::default();
         let history = histories.path(&mut postgres, identity.timeline).await?;
         let (memory, histories, server) = (&Memory::default(), &mut histories, &mut server);
@@ -217,7 +217,7 @@ impl<P: Primary> Stream<'_, P> {
             ground.identity = postgres.identify().await?;
             facts.postgres_end = ground.identity.end;
         }
-        let plan = self.decide(&facts, ground.identity, ground.memory);
+        let plan = self.decide(&facts, ground.identity, ground.memory).await;
         let overlap = facts.overlap().filter(|_| plan.is_ok() || facts.is_behind());
         let place = self.place(candidate.number);
         let chosen = |plan| Chosen { place: place.clone(), number: candidate.number, facts, plan };
@@ -229,7 +229,9 @@ impl<P: Primary> Stream<'_, P> {
             return Ok((postgres, found));
         };
         let on_it = |plan: &&Plan| plan.timeline == overlap.timeline;
+        // What fills a hole below is no new WAL.
         let next = plan.as_ref().ok().filter(on_it).map(|plan| plan.start);
+        let next = next.filter(|next| *next >= overlap.end);
         let history = match overlap.timeline.get() {
             1 => None,
             _ => ground.histories.get(&mut postgres, overlap.timeline).await?,
@@ -275,11 +277,12 @@ impl<P: Primary> Stream<'_, P> {
         Ok(number)
     }
 
-    /// What the server holds of each generation.
+    /// What the server holds of each generation; `with_tier2`: as far as both tiers know.
     pub async fn candidates(
         &self,
         server: &mut WalClient<Traced>,
         identity: Identity,
+        with_tier2: bool,
     ) -> Result<Vec<Candidate>, Error> {
         let request = v1::PositionRequest {
             cluster: self.options.cluster.to_string(),
@@ -287,6 +290,7 @@ impl<P: Primary> Stream<'_, P> {
             segment_size: identity.segment_size.as_u32(),
             postgres_version: identity.version,
             knows_generations: true,
+            with_tier2,
         };
         let answer = server
             .position(request)
@@ -338,7 +342,8 @@ fn held(timelines: &[v1::TimelinePosition]) -> Result<Vec<Held>, Error> {
     let read = |p: &v1::TimelinePosition| {
         let timeline = TimelineId::new(p.timeline)?;
         let flushed = Lsn::new(p.flushed_lsn);
-        Some(Held { timeline, flushed, has_history: p.has_history })
+        let missing = p.missing.iter().map(|m| Lsn::new(m.from_lsn)).collect();
+        Some(Held { timeline, flushed, has_history: p.has_history, missing })
     };
     timelines.iter().map(read).collect::<Option<Vec<_>>>().ok_or_else(|| {
         let message = "ask the server for its position: expected timelines from 1 up, found 0";

@@ -5,12 +5,12 @@
 //! - The next timeline comes from history, never from adding one. It begins at the start of the
 //!   segment that holds the switch point, as pg_receivewal does.
 //! - Whether an old timeline may go on beside a newer one the server decides (P8); one of an earlier version never lets it.
-//! - WAL is skipped only as a declared gap.
+//! - WAL is skipped only as a declared gap, and only what PostgreSQL was found not to have any more.
 
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// What the server holds of one timeline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// The timeline.
     pub timeline: TimelineId,
@@ -18,6 +18,8 @@ pub struct Held {
     pub flushed: Lsn,
     /// Whether its history file is there too.
     pub has_history: bool,
+    /// First bytes of what is missing below, which PostgreSQL may still have; ascending.
+    pub missing: Vec<Lsn>,
 }
 
 /// What both ends say before streaming begins.
@@ -130,29 +132,56 @@ impl Facts {
         }
         let on_path = self.held.iter().filter(|h| self.is_on_path(h.timeline));
         match (on_path.max_by_key(|h| h.timeline), newest) {
-            (Some(last), Some(newest)) => self.after(*last, newest),
+            (Some(last), Some(newest)) => self.after(last, newest),
             (None, newest) => Ok(self.first_contact(newest)),
             (Some(_), None) => Ok(self.first_contact(None)),
         }
     }
 
-    /// The plan for when PostgreSQL answered that the WAL at `plan.start` has been removed.
+    /// Earlier starts than `plan`'s that fill what the server misses, if PostgreSQL still has it; oldest first.
+    pub fn earlier(&self, plan: &Plan) -> Vec<Plan> {
+        let line = self.held.iter().find(|held| held.timeline == plan.timeline);
+        let missing = line.map_or(&[][..], |line| &line.missing);
+        let earlier = missing.iter().map(|lsn| self.segment(*lsn)).filter(|lsn| *lsn < plan.start);
+        let at = |start| Plan { start, durable: Some(start), gap: None, ..*plan };
+        earlier.map(at).collect()
+    }
+
+    /// What PostgreSQL has for sure when it no longer has the WAL at `plan.start`: older WAL may be there, too, and is
+    /// looked for between the two.
     ///
     /// # Errors
     /// Nothing newer is there.
-    pub fn after_removal(&self, plan: Plan) -> Result<Plan, Refusal> {
+    pub fn sure(&self, plan: &Plan) -> Result<Lsn, Refusal> {
         let slot = self.slot_restart.map(|lsn| self.segment(lsn));
-        let oldest = [slot, Some(self.segment(self.postgres_end))]
+        [slot, Some(self.segment(self.postgres_end))]
             .into_iter()
             .flatten()
             .find(|lsn| *lsn > plan.start)
-            .ok_or(Refusal::NothingLeft { timeline: plan.timeline, from: plan.start })?;
-        let timeline = self.history.timeline_at(oldest).max(plan.timeline);
+            .ok_or(Refusal::NothingLeft { timeline: plan.timeline, from: plan.start })
+    }
+
+    /// The timeline on which PostgreSQL has the segment at `lsn`, seen from `plan`.
+    pub fn timeline_of(&self, plan: &Plan, lsn: Lsn) -> TimelineId {
+        self.history.timeline_at(lsn).max(plan.timeline)
+    }
+
+    /// The segment in the middle of `(removed, there]`; `None` when there is none between them.
+    pub fn between(&self, removed: Lsn, there: Lsn) -> Option<Lsn> {
+        let (from, to) = (self.segment(removed), self.segment(there));
+        let segments = to.bytes_since(from) / self.segment_size.bytes();
+        (segments > 1).then(|| from.advance(segments / 2 * self.segment_size.bytes()))
+    }
+
+    /// The plan for when PostgreSQL answered that the WAL at `plan.start` has been removed; `oldest` is what it still
+    /// has, a segment's start.
+    pub fn after_removal(&self, plan: Plan, oldest: Lsn) -> Plan {
+        let timeline = self.timeline_of(&plan, oldest);
         // At first contact nothing was promised, so nothing is missing.
         let from = plan.gap.map_or(plan.start, |gap| gap.from);
         let gap = (!self.held.is_empty()).then_some(Gap { from, to: oldest });
         let durable = plan.durable.filter(|_| timeline == plan.timeline);
-        Ok(Plan { timeline, start: oldest, durable, gap })
+        Plan { timeline, start: oldest, durable, gap }
     }
 
     /// Whether PostgreSQL has less of its own timeline than the server.
@@ -178,19 +207,16 @@ impl Facts {
         Some(Overlap { timeline, end, held: flushed, is_current: ended.is_none(), starts })
     }
 
-    /// The timelines from `plan` on whose history files the server lacks, and which PostgreSQL has to
-    /// give: the plan's own and its ancestors'. The root has none.
-    pub fn histories_wanted(&self, plan: &Plan) -> Vec<TimelineId> {
+    /// The timelines of PostgreSQL's path whose history files the server lacks; the root has none. Its own, too, while an
+    /// ancestor is finished: a server that lost its disk then knows it from an old primary.
+    pub fn histories_wanted(&self) -> Vec<TimelineId> {
         let held = |t: TimelineId| self.held.iter().any(|h| h.timeline == t && h.has_history);
         let root = self.path().next();
-        self.path()
-            .take_while(|t| *t <= plan.timeline)
-            .filter(|t| Some(*t) != root && !held(*t))
-            .collect()
+        self.path().filter(|t| Some(*t) != root && !held(*t)).collect()
     }
 
-    fn after(&self, last: Held, newest: TimelineId) -> Result<Plan, Refusal> {
-        let Held { timeline, flushed, .. } = last;
+    fn after(&self, last: &Held, newest: TimelineId) -> Result<Plan, Refusal> {
+        let Held { timeline, flushed, .. } = *last;
         let Some(end) = self.history.end_of(timeline) else {
             if flushed > self.postgres_end {
                 let (server, postgres) = (flushed, self.postgres_end);

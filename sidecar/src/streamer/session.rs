@@ -128,7 +128,8 @@ impl<P: Primary> Stream<'_, P> {
         let connection = self.link.connect().await?;
         self.metrics.state.set_expiry(connection.expiry);
         let mut server = connection.wal();
-        let candidates = self.candidates(&mut server, identity).await?;
+        let with_tier2 = memory.removed.is_some();
+        let candidates = self.candidates(&mut server, identity, with_tier2).await?;
         let slot_restart = postgres.slot().await?;
         let acknowledged = postgres.acknowledged(slot_restart);
         let mut histories = Histories::default();
@@ -148,7 +149,7 @@ impl<P: Primary> Stream<'_, P> {
         let Chosen { place, number, facts, plan } = chosen;
         self.tell_gap(&plan);
         let told = Told { place: &place, identity };
-        self.put_histories(&mut postgres, &mut server, &facts, &plan, told, histories).await?;
+        self.put_histories(&mut postgres, &mut server, &facts, told, histories).await?;
         // That WAL was removed PostgreSQL says here or with the first read, depending on the reason.
         let wal = postgres.start(plan.timeline, plan.start).await.inspect_err(|error| {
             if error.failure == Failure::WalRemoved {
@@ -175,20 +176,24 @@ impl<P: Primary> Stream<'_, P> {
         Ok(Prepared { wal, requests, answers, flow, trace, timeline, end, number })
     }
 
-    /// The plan, changed when the last session found its WAL removed.
-    pub fn decide(
+    /// The plan, changed when the last session found its WAL removed, or when PostgreSQL has what the server misses.
+    pub async fn decide(
         &self,
         facts: &Facts,
         identity: Identity,
         memory: &Memory,
     ) -> Result<Plan, Error> {
         let refuse = |refusal| refused(refusal, identity);
-        let plan = facts.plan().map_err(refuse)?;
-        let plan = if memory.removed == Some((plan.timeline, plan.start)) {
-            facts.after_removal(plan).map_err(refuse)?
-        } else {
-            plan
-        };
+        let mut plan = facts.plan().map_err(refuse)?;
+        for earlier in facts.earlier(&plan) {
+            if self.has(earlier.timeline, earlier.start).await? {
+                return Ok(earlier);
+            }
+        }
+        if memory.removed == Some((plan.timeline, plan.start)) {
+            let sure = facts.sure(&plan).map_err(refuse)?;
+            plan = facts.after_removal(plan, self.oldest(facts, &plan, sure).await?);
+        }
         let Some(gap) = plan.gap else { return Ok(plan) };
         let message = format!(
             "PostgreSQL has removed WAL from {} to {} before the server received it",
@@ -200,6 +205,23 @@ impl<P: Primary> Stream<'_, P> {
             ));
         }
         Ok(plan)
+    }
+
+    async fn has(&self, timeline: TimelineId, at: Lsn) -> Result<bool, Error> {
+        self.primary.connect().await?.has(timeline, at).await
+    }
+
+    /// The oldest segment that PostgreSQL still has behind `plan.start`, where it has none, up to `sure`: it keeps more
+    /// than the slot makes it keep, and removes the oldest first.
+    async fn oldest(&self, facts: &Facts, plan: &Plan, sure: Lsn) -> Result<Lsn, Error> {
+        let (mut removed, mut there) = (plan.start, sure);
+        while let Some(middle) = facts.between(removed, there) {
+            match self.has(facts.timeline_of(plan, middle), middle).await? {
+                true => there = middle,
+                false => removed = middle,
+            }
+        }
+        Ok(there)
     }
 
     fn tell_gap(&self, plan: &Plan) {
@@ -214,11 +236,10 @@ impl<P: Primary> Stream<'_, P> {
         postgres: &mut P::Session,
         server: &mut WalClient<Traced>,
         facts: &Facts,
-        plan: &Plan,
         told: Told<'_>,
         mut histories: Histories,
     ) -> Result<(), Error> {
-        for timeline in facts.histories_wanted(plan) {
+        for timeline in facts.histories_wanted() {
             let Some(content) = histories.get(postgres, timeline).await? else {
                 tracing::warn!(
                     timeline = timeline.get(),

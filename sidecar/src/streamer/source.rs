@@ -11,7 +11,10 @@ use crate::{
 };
 use bytes::Bytes;
 use klio_pg::{Lsn, ReplicationMessage, SegmentSize, StatusUpdate, TimelineId};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+/// WAL that is there is sent at once.
+const HAS_WITHIN: Duration = Duration::from_secs(20);
 
 /// What identifies a PostgreSQL and where it is now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +85,10 @@ pub trait Session: Send {
         timeline: TimelineId,
         start: Lsn,
     ) -> impl Future<Output = Result<Self::Wal, Error>> + Send;
+    /// Whether PostgreSQL still has the WAL at a position before its end. Only trying tells: what the slot keeps is
+    /// less. Leaves the slot alone, and takes the connection with it.
+    fn has(self, timeline: TimelineId, at: Lsn)
+    -> impl Future<Output = Result<bool, Error>> + Send;
 }
 
 /// A WAL stream. `next` is cancel-safe.
@@ -212,6 +219,22 @@ impl Session for PostgresSession {
             }
             sort(&e)
         })
+    }
+
+    async fn has(self, timeline: TimelineId, at: Lsn) -> Result<bool, Error> {
+        let first = async {
+            let mut wal = self.client.start(None, timeline, at).await?;
+            wal.next().await.map(drop)
+        };
+        match tokio::time::timeout(HAS_WITHIN, first).await {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(error)) if error.kind() == ErrorKind::WalRemoved => Ok(false),
+            Ok(Err(error)) => Err(sort(&error)),
+            Err(_) => {
+                let message = format!("look for WAL at {at}: no answer within {HAS_WITHIN:?}");
+                Err(Error::new(Failure::Postgres, message))
+            }
+        }
     }
 }
 

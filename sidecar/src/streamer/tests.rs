@@ -255,6 +255,7 @@ fn generation(
         start_lsn: START,
         flushed_lsn,
         has_history: false,
+        missing: vec![],
     };
     klio_proto::v1::GenerationPosition {
         number,
@@ -386,6 +387,43 @@ async fn removed_wal_is_declared_as_a_gap_never_skipped_silently() {
     assert_eq!(script.opens.len(), 2, "removal is found out once");
     let gap = script.opens[1].gap.clone().unwrap();
     assert_eq!((gap.from_lsn, gap.to_lsn), (held.flushed, START + 4 * SEGMENT));
+}
+
+/// PostgreSQL keeps more than the slot makes it keep.
+#[tokio::test]
+async fn a_gap_ends_at_the_oldest_wal_that_postgresql_has_and_not_at_the_slot() {
+    let (postgres, held) = removed();
+    postgres.change(|inner| {
+        inner.end = START + 20 * SEGMENT;
+        inner.slot = START + 19 * SEGMENT;
+    });
+    let rig = Rig::new(postgres, |server, _| server.change(|s| s.hold(1, held))).await;
+    rig.flushed(START + 20 * SEGMENT).await;
+    assert!(rig.postgres.inner().looked.len() <= 5, "{:?}", rig.postgres.inner().looked);
+    let server = rig.stop().await;
+    let script = server.script();
+    let gap = script.opens.last().unwrap().gap.clone().unwrap();
+    assert_eq!((gap.from_lsn, gap.to_lsn), (held.flushed, START + 4 * SEGMENT));
+    // Before a gap is declared tier 2 is asked, and not otherwise (P4).
+    assert_eq!((script.positions_asked, script.tier2_asked), (2, 1));
+}
+
+/// A tier 1 was lost while a later segment was in tier 2 already.
+#[tokio::test]
+async fn what_the_server_misses_is_asked_for_again_while_postgresql_has_it() {
+    let end = START + 9 * SEGMENT;
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        let at = START + 5 * SEGMENT;
+        let stretch = |from, to| klio_proto::v1::Stretch { from_lsn: from, to_lsn: to };
+        server.change(|s| {
+            s.hold(1, HeldWal { start: START, received: at, flushed: at });
+            s.missing = vec![stretch(START - SEGMENT, START), stretch(START + SEGMENT, at)];
+        });
+    })
+    .await;
+    rig.flushed(end).await;
+    assert_eq!(rig.postgres.inner().starts, [(1, START + SEGMENT)]);
+    rig.stop().await;
 }
 
 #[tokio::test]

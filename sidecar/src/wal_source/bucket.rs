@@ -13,6 +13,7 @@ use futures::{StreamExt, TryStreamExt};
 use klio_proto::Code;
 use klio_storage::{
     Kind,
+    crypt::AtRest,
     layout::{ClusterName, Form, WalFile},
 };
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,9 +85,13 @@ impl FromBucket {
                 return Ok(answer);
             }
         }
-        if at.later {
+        let why = match at.later {
+            true => Some("later WAL of its timeline is".to_owned()),
+            false => self.hole(name).await?,
+        };
+        if let Some(why) = why {
             self.known.store(true, Ordering::Relaxed);
-            let message = format!("{file} is not in the bucket, but later WAL of its timeline is");
+            let message = format!("{file} is not in the bucket, but {why}");
             return Err(Error::new(Failure::Code(Code::Unavailable), message).hint(
                 "it is being uploaded, or lost: klio list shows what is there, and what can be reached",
             ));
@@ -109,6 +114,19 @@ impl FromBucket {
         let Some(followed) = marks.followed(held) else { return Ok(true) };
         let path = self.bucket.history(&self.cluster, followed).await?;
         Ok(!marks.shown_to_standbys(timeline, path.as_ref()))
+    }
+
+    /// Why a segment that is not there must have been there, of which a later timeline tells.
+    async fn hole(&self, name: klio_pg::SegmentName) -> Result<Option<String>, Error> {
+        let (tier2, cluster) = (&self.bucket.tier2, &self.cluster);
+        let size = tier2.segment_size_of(cluster).await.map_err(|e| of_storage(&e))?;
+        let at_rest = self.bucket.keys.clone().map_or(AtRest::Off, AtRest::On);
+        let hole = tier2.hole_at(cluster, name, size, &at_rest).await;
+        hole.map_err(|error| match error.kind {
+            // Of a history that went meanwhile: never this segment's (P7).
+            Kind::NotFound => Error::of_storage(Failure::Code(Code::Unavailable), &error),
+            _ => of_storage(&error),
+        })
     }
 
     /// The error for a file that is not there.

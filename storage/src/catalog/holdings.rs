@@ -4,7 +4,7 @@
 //! A run is contiguous: every byte between its ends can be given back.
 
 use super::{Mark, Standing, Timelines};
-use crate::{Error, Kind, Op, layout::WalFile};
+use crate::{Error, Kind, Op, layout::WalFile, wal::LevelChange};
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -109,6 +109,8 @@ pub struct Parts {
     pub gaps: Vec<KnownGap>,
     /// On record about timelines.
     pub marks: Timelines,
+    /// Where WAL was written that no recovery passes.
+    pub levels: Vec<LevelChange>,
     /// The timeline that is being received, when all of it that PostgreSQL has is here.
     pub caught_up: Option<TimelineId>,
     /// Now.
@@ -131,19 +133,30 @@ impl Holdings {
             timelines.entry(*timeline).or_default();
         }
         let mut histories = parts.histories;
-        let line = |(timeline, runs)| TimelineHoldings {
-            timeline,
-            history: histories.remove(&timeline),
-            runs: merge(runs),
-            caught_up: parts.caught_up == Some(timeline),
+        let mut gaps = parts.gaps;
+        let line = |(timeline, runs)| {
+            let runs = merge(runs);
+            let minimal = minimal(&parts.levels, timeline, &runs);
+            // It may be received to its end, and still the state of now cannot be recovered.
+            let caught_up = parts.caught_up == Some(timeline)
+                && !minimal.iter().any(|m| runs.last().is_some_and(|last| m.end >= last.end));
+            let runs = without(runs, &minimal);
+            gaps.extend(minimal.into_iter().map(|run| KnownGap {
+                timeline,
+                from: run.start,
+                to: run.end,
+                reason: MINIMAL.to_owned(),
+            }));
+            TimelineHoldings { timeline, history: histories.remove(&timeline), runs, caught_up }
         };
+        let timelines = timelines.into_iter().map(line).collect();
         Self {
             segment_size: parts.segment_size.map_or(0, SegmentSize::as_u32),
             system_identifier: parts
                 .system_identifier
                 .map_or_else(String::new, |id| id.to_string()),
-            timelines: timelines.into_iter().map(line).collect(),
-            gaps: parts.gaps,
+            timelines,
+            gaps,
             marks: parts.marks.marks().to_vec(),
             as_of_unix: parts.as_of_unix,
         }
@@ -177,7 +190,9 @@ impl Holdings {
     }
 
     /// The first stretch of WAL that is missing between `start` and `stop` on the way to `timeline`, over
-    /// every timeline it passes; `None` when every byte is held.
+    /// every timeline it passes; `None` when every byte is held. The first segment of a timeline repeats its
+    /// parent's bytes, and counts for them: of a promotion in the middle of a segment the child's copy may be
+    /// all that ever comes.
     ///
     /// # Errors
     /// As [`Holdings::history`].
@@ -187,22 +202,52 @@ impl Holdings {
         start: Lsn,
         stop: Lsn,
     ) -> Result<Option<(TimelineId, Run)>, Error> {
-        let history = self.history(timeline)?;
+        let way = self.way(timeline, stop)?;
         let mut at = start;
-        let ancestors = history.entries().iter().map(|entry| (entry.timeline, entry.end));
-        for (line, end) in ancestors.chain([(timeline, stop)]) {
-            let end = end.min(stop);
-            while at < end {
-                let runs = self.timeline(line).map_or(&[][..], |line| &line.runs);
-                let Some(run) = runs.iter().find(|run| run.start <= at && at < run.end) else {
-                    let next = runs.iter().map(|run| run.start).find(|start| *start > at);
-                    let end = next.map_or(end, |next| next.min(end));
-                    return Ok(Some((line, Run { start: at, end })));
+        for (index, leg) in way.iter().enumerate() {
+            while at < leg.end {
+                let held = way[index..].iter().filter_map(|later| later.holds_to(at)).max();
+                let Some(end) = held else {
+                    let next = leg.runs.iter().map(|run| run.start).find(|start| *start > at);
+                    let end = next.map_or(leg.end, |next| next.min(leg.end));
+                    return Ok(Some((leg.timeline, Run { start: at, end })));
                 };
-                at = run.end.min(end);
+                at = end.min(leg.end);
             }
         }
         Ok(None)
+    }
+
+    /// The timelines on the way to `timeline`, each up to where it was left, none further than `stop`.
+    fn way(&self, timeline: TimelineId, stop: Lsn) -> Result<Vec<Leg<'_>>, Error> {
+        let history = self.history(timeline)?;
+        let size = SegmentSize::new(self.segment_size).ok();
+        let ancestors = history.entries().iter().map(|entry| (entry.timeline, entry.end));
+        let mut from = Lsn::ZERO;
+        let mut way = Vec::new();
+        for (line, end) in ancestors.chain([(timeline, stop)]) {
+            let runs = self.timeline(line).map_or(&[][..], |line| &line.runs);
+            let begin = size.map_or(from, |size| from.segment_start(size));
+            way.push(Leg { timeline: line, begin, end: end.min(stop), runs });
+            from = end;
+        }
+        Ok(way)
+    }
+}
+
+/// A timeline on a way.
+struct Leg<'a> {
+    timeline: TimelineId,
+    /// The start of its first segment.
+    begin: Lsn,
+    end: Lsn,
+    runs: &'a [Run],
+}
+
+impl Leg<'_> {
+    fn holds_to(&self, at: Lsn) -> Option<Lsn> {
+        let run = self.runs.iter().find(|run| run.start <= at && at < run.end)?;
+        (self.begin <= at && at < self.end).then_some(run.end)
     }
 }
 
@@ -218,6 +263,43 @@ fn run_of(held: HeldFile, size: SegmentSize) -> Option<Run> {
         }
         WalFile::History(_) => None,
     }
+}
+
+/// Why WAL that is held is still a hole.
+pub const MINIMAL: &str = "written with wal_level = minimal: no recovery passes it";
+
+/// The stretches of a timeline that no recovery passes. One that has not ended goes to the end of what is held.
+pub fn minimal(levels: &[LevelChange], timeline: TimelineId, runs: &[Run]) -> Vec<Run> {
+    let mut own: Vec<&LevelChange> = levels.iter().filter(|c| c.timeline == timeline).collect();
+    own.sort_by_key(|change| change.lsn);
+    let last = runs.last().map_or(Lsn::ZERO, |run| run.end);
+    let mut found: Vec<Run> = Vec::new();
+    let mut begun = None;
+    for change in own {
+        match (begun, change.minimal) {
+            (None, true) => begun = Some(change.lsn),
+            (Some(start), false) => {
+                found.push(Run { start, end: change.lsn });
+                begun = None;
+            }
+            _ => {}
+        }
+    }
+    found.extend(begun.filter(|start| *start < last).map(|start| Run { start, end: last }));
+    found
+}
+
+/// What is left of runs without these stretches.
+pub fn without(runs: Vec<Run>, stretches: &[Run]) -> Vec<Run> {
+    stretches.iter().fold(runs, |runs, stretch| {
+        let cut = |run: Run| {
+            let before = Run { start: run.start, end: run.end.min(stretch.start) };
+            let after = Run { start: run.start.max(stretch.end), end: run.end };
+            let overlaps = stretch.start < run.end && run.start < stretch.end;
+            if overlaps { vec![before, after] } else { vec![run] }
+        };
+        runs.into_iter().flat_map(cut).filter(|run| run.start < run.end).collect()
+    })
 }
 
 /// Ascending, with those that touch or overlap made one.
@@ -310,6 +392,48 @@ mod tests {
         more.push(segment(3, 4));
         let holdings = Holdings::from_parts(Parts { tier2: more, histories, ..parts() });
         assert_eq!(missing(&holdings), None);
+    }
+
+    /// What is held and cannot be replayed is a hole with that reason; behind it all is as ever.
+    #[test]
+    fn a_stretch_of_minimal_wal_is_a_hole() {
+        let at = |segments: f64, minimal| LevelChange {
+            timeline: tli(1),
+            lsn: lsn(segments),
+            minimal,
+            unknown: Default::default(),
+        };
+        let tier1 = vec![segment(1, 1), segment(1, 2), segment(1, 3)];
+        let with = |levels: Vec<LevelChange>| {
+            let (tier1, caught_up) = (tier1.clone(), Some(tli(1)));
+            Holdings::from_parts(Parts { tier1, levels, caught_up, ..parts() })
+        };
+        let ended = with(vec![at(1.5, true), at(2.25, false)]);
+        assert_eq!(ended.timelines[0].runs, [run(1.0, 1.5), run(2.25, 4.0)]);
+        assert!(ended.timelines[0].caught_up);
+        let gap = &ended.gaps[0];
+        assert_eq!((gap.from, gap.to, gap.reason.as_str()), (lsn(1.5), lsn(2.25), MINIMAL));
+        let lasts = with(vec![at(2.5, true)]);
+        assert_eq!(lasts.timelines[0].runs, [run(1.0, 2.5)]);
+        assert!(!lasts.timelines[0].caught_up && lasts.gaps.len() == 1);
+        // One that lies behind what is held is of no other timeline's concern.
+        assert_eq!(with(vec![at(9.0, true)]).gaps, []);
+    }
+
+    /// The parent's last bytes came to nobody before the promotion; the child's first segment repeats them.
+    #[test]
+    fn the_child_s_copy_of_a_segment_counts_for_its_parent() {
+        let histories = BTreeMap::from([(tli(2), format!("1\t{}\tx\n", lsn(2.75)))]);
+        let ended = HeldFile { end: Some(lsn(2.25)), ..file("000000010000000000000002.partial") };
+        let tier1 = vec![segment(1, 1), ended, segment(2, 2)];
+        let whole = Parts { tier1, histories: histories.clone(), ..parts() };
+        let holdings = Holdings::from_parts(whole);
+        let missing = |h: &Holdings, stop| h.first_missing(tli(2), lsn(1.0), lsn(stop)).unwrap();
+        assert_eq!(missing(&holdings, 2.9), None);
+        // A child's segment before its first one is nobody's history.
+        let tier1 = vec![segment(1, 1), segment(2, 1), segment(2, 3)];
+        let holdings = Holdings::from_parts(Parts { tier1, histories, ..parts() });
+        assert_eq!(missing(&holdings, 2.9), Some((tli(1), run(2.0, 2.75))));
     }
 
     proptest! {

@@ -6,13 +6,14 @@
 //! | `<cluster>/base/data/<first two digits>/<id>` | its packs |
 //! | `<cluster>/timelines.json` | timelines of which more than one is written, and what was decided |
 //! | `<cluster>/repository.json[.age]` | what opens the repository: password and master key |
+//! | `<cluster>/wal_levels.json` | where WAL was written with `wal_level = minimal` |
 //! | `<cluster>/backups/<name>.json` | one record for each base backup |
 //!
 //! The repository layout is restic's (<https://restic.readthedocs.io/en/stable/100_references.html#repository-layout>).
 //! An id is the SHA-256 of the file's bytes, which is how every reader of it can check them.
 
 use super::ClusterName;
-use crate::tier2::Sha256Sum;
+use crate::{tier2::Sha256Sum, wal::LEVELS};
 use std::{fmt, str::FromStr};
 
 /// The kinds of files in a repository.
@@ -182,6 +183,8 @@ pub enum BaseObject {
         /// Age-wrapped.
         encrypted: bool,
     },
+    /// `wal_levels.json`: where WAL was written that no recovery passes. Entries are only added.
+    WalLevels,
     /// A file of the repository.
     File(BaseFile),
     /// The record of a backup. In tier 2 it says that all the backup needs is there.
@@ -195,6 +198,7 @@ impl BaseObject {
             BaseObject::Cluster => "cluster.json".to_owned(),
             BaseObject::Generations => "generations.json".to_owned(),
             BaseObject::Timelines => super::TIMELINES.to_owned(),
+            BaseObject::WalLevels => LEVELS.to_owned(),
             BaseObject::Secret { encrypted: true } => "repository.json.age".to_owned(),
             BaseObject::Secret { encrypted: false } => "repository.json".to_owned(),
             BaseObject::File(file) => format!("base/{}", file.relative()),
@@ -218,6 +222,7 @@ impl BaseObject {
             "cluster.json" => return Some(BaseObject::Cluster),
             "generations.json" => return Some(BaseObject::Generations),
             super::TIMELINES => return Some(BaseObject::Timelines),
+            LEVELS => return Some(BaseObject::WalLevels),
             "repository.json" => return Some(BaseObject::Secret { encrypted: false }),
             "repository.json.age" => return Some(BaseObject::Secret { encrypted: true }),
             _ => {}
@@ -263,6 +268,7 @@ mod tests {
     fn objects_are_told_apart_and_nothing_else_is_one() {
         for text in [
             "cluster.json",
+            "wal_levels.json",
             "repository.json",
             "repository.json.age",
             "base/config",

@@ -100,13 +100,13 @@ impl Tier2 {
 }
 
 /// Chunks from a channel as a blocking reader.
-struct ChunkReader {
+pub(super) struct ChunkReader {
     receiver: mpsc::Receiver<Bytes>,
     chunk: Bytes,
 }
 
 impl ChunkReader {
-    fn new(receiver: mpsc::Receiver<Bytes>) -> Self {
+    pub(super) fn new(receiver: mpsc::Receiver<Bytes>) -> Self {
         Self { receiver, chunk: Bytes::new() }
     }
 }

@@ -22,6 +22,7 @@ mod http;
 mod link;
 mod list;
 mod local;
+mod measure;
 mod objects;
 mod open;
 mod payload;

@@ -3,13 +3,19 @@
 
 use super::{Tier2, fault::classify};
 use crate::{
-    Error, Op,
-    layout::{ClusterName, Form, WalFile},
+    Error, Kind, Op,
+    crypt::AtRest,
+    layout::{BaseObject, ClusterName, Form, WalFile},
+    record,
+    wal::Pinned,
 };
 use futures::TryStreamExt;
-use klio_pg::{SegmentName, TimelineId};
+use klio_pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use object_store::path::Path;
 use std::collections::BTreeSet;
+
+/// PostgreSQL's own take a line for each ancestor.
+const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
 /// What lies under a segment's name, and whether anything of its timeline lies behind it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -87,6 +93,88 @@ impl Tier2 {
         Ok(folders.chain(files).collect())
     }
 
+    /// Why a segment that is not there must once have been, in words: later WAL of its timeline is there, or of a timeline
+    /// that came from it further on. `None`: nothing is known to come after it. Without `size` only its own timeline
+    /// is looked at.
+    ///
+    /// # Errors
+    /// As the store fails; `Denied` and `Corrupt` of histories.
+    pub async fn hole_at(
+        &self,
+        cluster: &ClusterName,
+        name: SegmentName,
+        size: Option<SegmentSize>,
+        at_rest: &AtRest,
+    ) -> Result<Option<String>, Error> {
+        if self.wal_at(cluster, name).await?.later {
+            return Ok(Some("later WAL of its timeline is".to_owned()));
+        }
+        let Some(start) = size.and_then(|size| name.start_lsn(size)) else { return Ok(None) };
+        for (timeline, form) in self.histories(cluster).await? {
+            if timeline <= name.timeline() {
+                continue;
+            }
+            let Some(history) = self.read_history(cluster, timeline, form, at_rest).await? else {
+                continue;
+            };
+            if history.end_of(name.timeline()).is_some_and(|end| start < end) {
+                return Ok(Some(format!("timeline {timeline:?} came from it behind that")));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The histories that are there, ascending; in one form each.
+    async fn histories(&self, cluster: &ClusterName) -> Result<Vec<(TimelineId, Form)>, Error> {
+        let prefix = format!("{cluster}/wal");
+        self.require_folder(Op::List, &prefix)?;
+        let place = Path::from(prefix.as_str());
+        let listed = self.store.list_with_delimiter(Some(&place)).await;
+        let listed = listed.map_err(|error| classify(Op::List, &self.place(&prefix), error))?;
+        let history = |name: &str| match WalFile::parse_stored(name)? {
+            (WalFile::History(timeline), form) => Some((timeline, form)),
+            _ => None,
+        };
+        let names = listed.objects.iter().filter_map(|meta| meta.location.filename());
+        let mut found: Vec<_> = names.filter_map(history).collect();
+        found.sort_by_key(|(timeline, form)| (*timeline, *form == Form::Age));
+        found.dedup_by_key(|(timeline, _)| *timeline);
+        Ok(found)
+    }
+
+    async fn read_history(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        form: Form,
+        at_rest: &AtRest,
+    ) -> Result<Option<TimelineHistory>, Error> {
+        let key = WalFile::History(timeline).key_in(cluster, form);
+        let Some(bytes) = self.read_small(&key, HISTORY_LIMIT_BYTES).await? else {
+            return Ok(None);
+        };
+        let corrupt = |e| Error::new(Kind::Corrupt, Op::Read, self.place(&key), e);
+        let parsed = match form {
+            Form::Plain => TimelineHistory::parse(timeline, &bytes),
+            Form::Age => TimelineHistory::parse(timeline, &at_rest.need(&key)?.unwrap(&bytes)?),
+        };
+        parsed.map(Some).map_err(corrupt)
+    }
+
+    /// The segment size that the bucket's `cluster.json` tells; `None` when there is none.
+    ///
+    /// # Errors
+    /// As the store fails; `Corrupt`.
+    pub async fn segment_size_of(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Option<SegmentSize>, Error> {
+        let key = BaseObject::Cluster.key(cluster);
+        let bytes = self.read_small(&key, record::LIMIT_BYTES).await?;
+        let pinned = bytes.map(|bytes| Pinned::decode(&bytes, &key)).transpose()?;
+        Ok(pinned.map(|pinned| pinned.segment_size))
+    }
+
     /// Whether there is any WAL of this cluster.
     ///
     /// # Errors
@@ -105,6 +193,32 @@ impl Tier2 {
 #[cfg(test)]
 mod tests {
     use super::{super::Tier2Config, *};
+
+    /// P7: a timeline that was left behind a segment shows that the segment was there.
+    #[tokio::test]
+    async fn a_promotion_behind_a_missing_segment_makes_it_a_hole() {
+        let folder = tempfile::tempdir().unwrap();
+        let wal = folder.path().join("pg/wal");
+        std::fs::create_dir_all(wal.join("00000001")).unwrap();
+        std::fs::write(wal.join("00000001/000000010000000000000001.zst"), "x").unwrap();
+        std::fs::write(wal.join("00000002.history"), "1\t0/3800000\tx\n").unwrap();
+        let url = format!("file://{}", folder.path().display());
+        let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
+        let cluster: ClusterName = "pg".parse().unwrap();
+        let hole = async |number: u32, size: Option<u32>| {
+            let name: SegmentName = format!("0000000100000000{number:08X}").parse().unwrap();
+            let size = size.map(|size| SegmentSize::new(size).unwrap());
+            tier2.hole_at(&cluster, name, size, &AtRest::Off).await.unwrap().is_some()
+        };
+        // Left at 3.5: segment 3 was there, 4 never was.
+        assert!(hole(2, Some(16 << 20)).await && hole(3, Some(16 << 20)).await);
+        assert!(!hole(4, Some(16 << 20)).await && !hole(3, None).await);
+        // One that cannot be read is no answer.
+        std::fs::write(wal.join("00000003.history"), "?").unwrap();
+        let name = "000000010000000000000004".parse().unwrap();
+        let size = SegmentSize::new(16 << 20).ok();
+        assert!(tier2.hole_at(&cluster, name, size, &AtRest::Off).await.is_err());
+    }
 
     #[tokio::test]
     async fn a_hole_differs_from_the_end() {

@@ -143,7 +143,17 @@ impl Tier2 {
         match self.store.head(path).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(classify(Op::Upload, &self.place(key), error)),
+            Err(error) => {
+                let told = classify(Op::Upload, &self.place(key), error);
+                // The answer to a HEAD has no body that says why; that to a listing has.
+                if told.kind == Kind::Denied
+                    && let Err(why) = self.probe().await
+                    && why.kind != Kind::Denied
+                {
+                    return Err(why);
+                }
+                Err(told)
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 //!   that segment itself come again with the new timeline, so an ancestor may end anywhere in it.
 //! - What is missing is either streamed first or declared as a gap, which is recorded; never skipped in silence.
 
+use super::takeover::TakenOver;
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
 use crate::catalog::{Standing, Timelines};
 use crate::record::Unknown;
@@ -21,6 +22,19 @@ pub(super) struct Held {
     pub(super) has_wal: bool,
     /// Where its stream resumes.
     pub(super) position: Lsn,
+}
+
+/// Adds to what is held what is about to be taken over from tier 2.
+pub(super) fn take_over(held: &mut Vec<Held>, taken: &[TakenOver]) {
+    for TakenOver { timeline, end, .. } in taken {
+        match held.iter_mut().find(|line| line.timeline == *timeline) {
+            Some(line) => {
+                line.has_wal = true;
+                line.position = line.position.max(*end);
+            }
+            None => held.push(Held { timeline: *timeline, has_wal: true, position: *end }),
+        }
+    }
 }
 
 /// What has to be recorded before the writer begins.

@@ -1,7 +1,7 @@
 //! One cluster's WAL as it is known in memory. Small: nothing here grows with the number of sealed segments.
 //!
 //! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, `prepare`, a journal's `work`,
-//! `making_key`, `state`. `state` is held for moments only, never across a write or a sync.
+//! `making_key`, `noting`, `state`. `state` is held for moments only, never across a write or a sync.
 
 use super::{
     admit::Held,
@@ -10,7 +10,9 @@ use super::{
     frame::{FIRST_FRAME, Format, JournalHeader},
     horizon::Horizons,
     journal::{self, Journal},
+    levels::LevelChange,
     scratch::ScratchPool,
+    takeover,
     types::{Gap, Pinned, Position, WalOptions},
     writer::Slot,
 };
@@ -22,7 +24,7 @@ use crate::{
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -203,6 +205,10 @@ pub(super) struct State {
     pub(super) gaps: Vec<Gap>,
     /// What was removed on purpose.
     pub(super) horizons: Horizons,
+    /// What only tier 2 had when the stream went on behind it.
+    pub(super) taken_over: takeover::All,
+    /// Where `wal_level = minimal` began and ended.
+    pub(super) levels: Vec<LevelChange>,
     pub(super) spares: Vec<PathBuf>,
     pub(super) spares_made: u64,
     /// By timeline, as each has its own stream.
@@ -226,17 +232,25 @@ impl State {
 
     fn behind_gaps(&self, timeline: TimelineId, end: Option<Lsn>) -> Option<Lsn> {
         let gap = self.gaps.iter().filter(|g| g.timeline == timeline).map(|g| g.to);
-        gap.chain(end).max()
+        let taken = self.taken_over.get(&timeline).map(|taken| taken.end);
+        gap.chain(end).chain(taken).max()
     }
 
-    /// The timelines of which there is WAL.
-    pub(super) fn with_wal(&self) -> impl Iterator<Item = TimelineId> {
-        self.lines.keys().copied().filter(|timeline| self.has_wal(*timeline))
+    /// The timelines of which there is WAL here, or was in tier 2 when the stream went on behind it.
+    fn with_wal(&self) -> impl Iterator<Item = TimelineId> {
+        let held = self.lines.keys().copied().filter(|timeline| self.has_wal(*timeline));
+        held.chain(self.taken_over.keys().copied())
     }
 
     /// The newest timeline with WAL that is not left aside.
     pub(super) fn followed(&self) -> Option<TimelineId> {
         self.marks.followed(self.with_wal())
+    }
+
+    /// Every timeline of which there is a file, a gap or a taken over stretch.
+    fn timelines(&self) -> BTreeSet<TimelineId> {
+        let gaps = self.gaps.iter().map(|g| g.timeline);
+        self.lines.keys().chain(self.taken_over.keys()).copied().chain(gaps).collect()
     }
 
     /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
@@ -252,29 +266,43 @@ impl State {
 
     /// The timelines with WAL or a gap, for the rules.
     pub(super) fn held(&self) -> Vec<Held> {
-        let known: std::collections::BTreeSet<TimelineId> =
-            self.lines.keys().copied().chain(self.gaps.iter().map(|g| g.timeline)).collect();
         let held = |timeline| {
             let position = self.resume_at(timeline)?;
-            let has_wal = self.has_wal(timeline);
+            let has_wal = self.has_wal(timeline) || self.taken_over.contains_key(&timeline);
             Some(Held { timeline, has_wal, position })
         };
-        known.into_iter().filter_map(held).collect()
+        self.timelines().into_iter().filter_map(held).collect()
     }
 
     pub(super) fn positions(&self) -> Vec<Position> {
-        let position = |(timeline, line): (&TimelineId, &Line)| {
-            let lost_from = self.lost_from(*timeline);
-            let flushed = self.behind_gaps(*timeline, line.known_end().or(lost_from))?;
+        let none = Line::default();
+        let position = |timeline: TimelineId| {
+            let line = self.lines.get(&timeline).unwrap_or(&none);
+            let lost_from = self.lost_from(timeline);
+            let flushed = self.behind_gaps(timeline, line.known_end().or(lost_from))?;
             // What only tier 2 has still counts: the beginning does not jump when tier 1 lets it go.
-            let kept = self.horizons.get(timeline).map(|horizon| horizon.held_from);
-            let start = kept.into_iter().chain([line.start().or(lost_from)?]).min()?;
+            let first = line.start().or(lost_from);
+            let taken = self.taken_over.get(&timeline).map(|taken| taken.start);
+            let own = first.into_iter().chain(taken).min()?;
+            let kept = self.horizons.get(&timeline).map(|horizon| horizon.held_from);
+            let start = match (kept, first) {
+                // Retention has spoken of what was taken over, too.
+                (Some(kept), Some(first)) => kept.min(first),
+                (Some(kept), None) => kept,
+                (None, _) => own,
+            };
             let unsealed = line.held_journals().next().map(|journal| journal.start);
             let sealed = unsealed.unwrap_or(flushed);
             let has_history = line.history.is_some();
-            Some(Position { timeline: *timeline, start, flushed, sealed, has_history })
+            Some(Position { timeline, start, flushed, sealed, has_history })
         };
-        self.lines.iter().filter_map(position).collect()
+        self.timelines().into_iter().filter_map(position).collect()
+    }
+
+    /// What every journal holds durably.
+    pub(super) fn open_runs(&self) -> Vec<(TimelineId, Lsn, Lsn)> {
+        let journals = self.lines.values().flat_map(Line::held_journals);
+        journals.map(|journal| (journal.timeline, journal.start, journal.durable())).collect()
     }
 
     /// A journal to which nothing will be added although it is not full.
@@ -284,10 +312,9 @@ impl State {
         }
         let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         let at = journal.durable();
-        over || self
-            .gaps
-            .iter()
-            .any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
+        let skipped = |g: &Gap| g.timeline == journal.timeline && g.from == at && g.to > at;
+        // Tier 2 may have more of it, and the stream went on behind that.
+        over || self.is_taken_over(journal.timeline, at) || self.gaps.iter().any(skipped)
     }
 
     /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
@@ -297,7 +324,8 @@ impl State {
         let followed = line.held_journals().any(|other| other.start > journal.start)
             || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
         let at = journal.durable();
-        let declared = self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at);
+        let declared = self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at)
+            || self.is_taken_over(journal.timeline, at);
         followed && !journal.is_full() && !declared
     }
 
@@ -350,6 +378,8 @@ pub(super) struct Cluster {
     prepare: Mutex<()>,
     /// One new data key at a time.
     making_key: Mutex<()>,
+    /// One change of `wal_levels.json` at a time.
+    pub(super) noting: Mutex<()>,
     pub(super) state: Mutex<State>,
 }
 
@@ -361,6 +391,7 @@ impl Cluster {
             op: Mutex::new(()),
             prepare: Mutex::new(()),
             making_key: Mutex::new(()),
+            noting: Mutex::new(()),
             state: Mutex::new(State::default()),
         }
     }

@@ -71,9 +71,10 @@ fn path(cluster: &Cluster) -> PathBuf {
 impl State {
     /// What a segment's absence means, if it was removed on purpose.
     pub(super) fn removed(&self, timeline: TimelineId, start: Lsn) -> Option<Removed> {
-        let horizon = self.horizons.get(&timeline)?;
+        let taken = || self.is_taken_over(timeline, start).then_some(Removed::Tier2Only);
+        let Some(horizon) = self.horizons.get(&timeline) else { return taken() };
         match start {
-            start if start < horizon.first || start >= horizon.local_from => None,
+            start if start < horizon.first || start >= horizon.local_from => taken(),
             start if start < horizon.held_from => Some(Removed::Expired),
             _ => Some(Removed::Tier2Only),
         }

@@ -17,6 +17,8 @@
 //! | `timelines.json` | timelines of which more than one is written (`catalog::timelines`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
+//! | `wal_levels.json` | where WAL was written with `wal_level = minimal` (`levels.rs`) |
+//! | `taken_over.json` | WAL that only tier 2 had when the stream went on behind it (`takeover.rs`) |
 //! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
 //! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
@@ -35,6 +37,7 @@ mod frame;
 mod horizon;
 mod journal;
 mod keys;
+mod levels;
 pub mod overlap;
 mod reader;
 mod record;
@@ -44,6 +47,7 @@ mod scratch;
 mod seal;
 mod seam;
 mod stored;
+mod takeover;
 mod timelines;
 mod types;
 mod writer;
@@ -55,10 +59,12 @@ pub use damage::DamagedWal;
 pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
+pub use levels::{LEVELS, LevelChange, join_levels};
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
 pub use seam::{Broken, Seam};
+pub use takeover::TakenOver;
 pub use types::{
     Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
     Sealed, StoredFile, WalOptions, open_stored,
@@ -248,6 +254,12 @@ impl WalStore {
         self.find(name).map(|cluster| lock(&cluster.state).positions()).unwrap_or_default()
     }
 
+    /// The durable bytes that lie in no sealed file yet: of each journal its timeline, first byte and one past the
+    /// last. What lies between two journals may be a recorded gap, which nobody holds.
+    pub fn open_runs(&self, name: &ClusterName) -> Vec<(TimelineId, Lsn, Lsn)> {
+        self.find(name).map(|cluster| lock(&cluster.state).open_runs()).unwrap_or_default()
+    }
+
     /// The recorded gaps, in the order they were declared.
     pub fn gaps(&self, name: &ClusterName) -> Vec<Gap> {
         self.find(name).map(|cluster| lock(&cluster.state).gaps.clone()).unwrap_or_default()
@@ -333,23 +345,29 @@ impl WalStore {
     }
 
     /// Whether a writer would be opened there, as far as that can be known before an earlier one is ended: nobody is
-    /// ended for one that is refused. `lives_on` is the timeline of its PostgreSQL, which may be a descendant. Writes
-    /// nothing.
+    /// ended for one that is refused. `lives_on` is the timeline of its PostgreSQL, which may be a descendant; `taken` is
+    /// what would be taken over first. Whether an older timeline is stale is left to whoever asks its PostgreSQL. Writes nothing.
     ///
     /// # Errors
-    /// As [`WalStore::open_writer`], without `WriterPresent`.
+    /// As [`WalStore::open_writer`], without `WriterPresent` and `Stale`.
     pub fn check_writer(
         &self,
         name: &ClusterName,
         request: &OpenRequest,
         lives_on: TimelineId,
+        taken: &[TakenOver],
     ) -> Result<(), OpenError> {
         let refuse = |refusal| OpenError::Refused { cluster: name.to_string(), refusal };
         let cluster = self.find(name).ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
         let _one = lock(&cluster.op);
         cluster.ensure_loaded()?;
         let state = lock(&cluster.state);
-        admitted(&state, request, lives_on).map(drop).map_err(refuse)
+        match admit::may_stream(&state.marks, state.followed(), lives_on) {
+            // It may prove that it writes.
+            Ok(()) | Err(OpenRefusal::Stale { .. }) => {}
+            Err(refusal) => return Err(refuse(refusal)),
+        }
+        placed(&state, request, taken).map(drop).map_err(refuse)
     }
 
     /// Opens the writer of a timeline. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else is
@@ -387,7 +405,8 @@ impl WalStore {
         cluster.judge_by_slot(request)?;
         let (pinned, history, admission) = {
             let state = lock(&cluster.state);
-            admitted(&state, request, lives_on).map_err(refuse)?
+            admit::may_stream(&state.marks, state.followed(), lives_on).map_err(refuse)?;
+            placed(&state, request, &[]).map_err(refuse)?
         };
         if let Some(gap) = admission {
             cluster.record_gap(gap)?;
@@ -647,16 +666,16 @@ fn check_same(name: &ClusterName, before: &Pinned, found: &Pinned) -> Result<(),
     Ok(())
 }
 
-/// What a writer that may begin there begins with.
-fn admitted(
+/// What a writer that may begin there begins with, once `taken` is on record.
+fn placed(
     state: &cluster::State,
     request: &OpenRequest,
-    lives_on: TimelineId,
+    taken: &[TakenOver],
 ) -> Result<(Pinned, TimelineHistory, admit::Admission), OpenRefusal> {
     let pinned = state.pinned.ok_or(OpenRefusal::NotPinned)?;
-    admit::may_stream(&state.marks, state.followed(), lives_on)?;
     let history = state.history(request.timeline);
-    let (size, held) = (pinned.segment_size, state.held());
+    let (size, mut held) = (pinned.segment_size, state.held());
+    admit::take_over(&mut held, taken);
     let admission = admit::admit(size, &held, &state.gaps, history.as_ref(), request)?;
     let history = history.ok_or(OpenRefusal::NoHistory(request.timeline))?;
     Ok((pinned, history, admission))

@@ -20,8 +20,9 @@ use super::{
     frame::{Format, JournalHeader},
     horizon,
     journal::{self, Frames, Tail},
-    record,
+    levels, record,
     stored::StoredAt,
+    takeover,
     types::Pinned,
 };
 use crate::{
@@ -145,6 +146,13 @@ impl Cluster {
             Ok(damaged) => state.damaged = damaged,
             Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
         }
+        // Without it a hole would look like a loss, or the stream would go on where it must not.
+        state.taken_over = takeover::load(disk, self)?;
+        match levels::load(disk, self) {
+            Ok(known) => state.levels = known,
+            // Receiving needs none of it; what was noted in it is seen again by whoever walks the WAL.
+            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
+        }
         let entries = list(self, &self.wal_folder())?;
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";
@@ -219,7 +227,8 @@ impl Cluster {
             line.extend_sealed(*start, start.advance(length));
         }
         let mut empty = Vec::new();
-        for start in open {
+        // The last one first: whether more follows decides what a short one means.
+        for start in open.into_iter().rev() {
             let redundant = if sealed.contains(&start) {
                 Some(size)
             } else if partial.contains(&start) {
@@ -289,9 +298,11 @@ impl Cluster {
             (Ok(frames), None) => frames,
             (Ok(frames), Some(bytes)) if frames.position().bytes_since(start) >= bytes => frames,
             (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
-            (_, Some(bytes)) => {
-                line.extend_sealed(start, start.advance(bytes));
-                return durable::remove_if_there(self.disk(), &path).map(|()| false);
+            (frames, Some(bytes)) => {
+                let sealed = start.advance(bytes);
+                line.extend_sealed(start, sealed);
+                let shorter = Shorter { timeline, start, sealed, frames: frames.ok() };
+                return self.scan_shorter(shorter, pinned, line).map(|()| false);
             }
             (Err(e), None) if e.kind == Kind::Corrupt => {
                 tracing::error!(cluster = %self.name, error = %e, "a journal cannot be read: it is put aside as it is");
@@ -320,6 +331,50 @@ impl Cluster {
         Ok(false)
     }
 
+    /// A journal with less than the sealed file beside it: it was being filled again from that (`resume.rs`) when the machine
+    /// stopped, or the medium lost the beginning of what was acknowledged behind it. The sealed bytes are good either way.
+    fn scan_shorter(
+        &self,
+        shorter: Shorter,
+        pinned: &Pinned,
+        line: &mut Line,
+    ) -> Result<(), Error> {
+        let Shorter { timeline, start, sealed, frames } = shorter;
+        let header = match &frames {
+            Some(frames) => *frames.header(),
+            None => assumed_header(timeline, start, pinned),
+        };
+        let (path, end) = (self.open_path(header.segment()), header.end());
+        let entry = |durable, proven| {
+            let entry = Unsealed::new(&header, path.clone(), durable, proven);
+            entry.set_resumed();
+            entry
+        };
+        let more = line.journals.values().any(|j| j.start > start && !j.is_empty())
+            || line.sealed.is_some_and(|(_, last)| last > end);
+        if sealed < end && more {
+            // It was full once: what is missing is a hole, and the file is kept as it is.
+            line.journals.insert(start, Arc::new(entry(sealed, true)));
+            return Ok(());
+        }
+        let to = match frames {
+            Some(mut frames) => match frames.tail()? {
+                Tail::Clean => None,
+                Tail::Torn => Some(sealed),
+                Tail::Lost(to) => Some(to.max(sealed)),
+            },
+            None => Some(journal::evidence(self.disk(), &path, start, end)?.max(sealed)),
+        };
+        let Some(to) = to.filter(|_| sealed < end) else {
+            return durable::remove_if_there(self.disk(), &path);
+        };
+        // Put aside before it goes; the stream goes on behind the sealed bytes.
+        let entry = entry(start, false);
+        entry.set_harm(Some(Harm { from: sealed, to }));
+        line.journals.insert(start, Arc::new(entry));
+        Ok(())
+    }
+
     /// The entry of a journal of which not even the header can be read.
     fn unreadable(
         &self,
@@ -327,10 +382,7 @@ impl Cluster {
         start: Lsn,
         pinned: &Pinned,
     ) -> Result<Unsealed, Error> {
-        let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
-        let (format, id, key) = (Format::Current, 0, None);
-        let header =
-            JournalHeader { format, system_identifier, timeline, segment_size, start, id, key };
+        let header = assumed_header(timeline, start, pinned);
         let path = self.open_path(header.segment());
         let to = journal::evidence(self.disk(), &path, start, header.end())?;
         let entry = Unsealed::new(&header, path, start, true);
@@ -375,6 +427,23 @@ impl Cluster {
             state.problems.insert(place, error.to_string());
         }
     }
+}
+
+/// A journal with less than its sealed file.
+struct Shorter {
+    timeline: TimelineId,
+    start: Lsn,
+    /// One past the last sealed byte.
+    sealed: Lsn,
+    /// `None` when not even the header can be read.
+    frames: Option<Frames>,
+}
+
+/// Of a journal whose own cannot be read.
+fn assumed_header(timeline: TimelineId, start: Lsn, pinned: &Pinned) -> JournalHeader {
+    let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
+    let (format, id, key) = (Format::Current, 0, None);
+    JournalHeader { format, system_identifier, timeline, segment_size, start, id, key }
 }
 
 impl State {

@@ -17,7 +17,9 @@ use super::{
     types::Pinned,
 };
 use crate::{Error, Kind, Op, disk::FileHandle, layout::WalFile};
-use klio_pg::{Lsn, PAGE_BYTES, PageChecker, PageExpectation, TimelineHistory, TimelineId};
+use klio_pg::{
+    LevelScan, Lsn, PAGE_BYTES, PageChecker, PageExpectation, TimelineHistory, TimelineId,
+};
 use std::{
     fmt, io,
     sync::{
@@ -252,6 +254,8 @@ pub struct Writer {
     slot: Arc<Slot>,
     expect: PageExpectation,
     checker: Option<PageChecker>,
+    /// Sees where WAL begins that no recovery passes.
+    levels: LevelScan,
     written: Lsn,
     /// One past the last byte of the current segment.
     segment_end: Lsn,
@@ -340,7 +344,8 @@ impl Writer {
             postgres_major: pinned.postgres_version / 10_000,
             history,
         };
-        Self { cluster, slot, expect, checker: None, written: at, segment_end }
+        let levels = LevelScan::new(pinned.segment_size);
+        Self { cluster, slot, expect, checker: None, levels, written: at, segment_end }
     }
 
     /// The timeline it writes.
@@ -389,6 +394,12 @@ impl Writer {
         checker.check(data).map_err(|e| {
             Error::new(Kind::Invalid, Op::Append, &self.cluster.name, &e).with_source(e)
         })?;
+        let mut changes = Vec::new();
+        self.levels.push(start, data, &mut |lsn, parameters| changes.push((lsn, parameters)));
+        if !changes.is_empty() {
+            // Before the bytes are acknowledged, and though they are not yet durable: they come again.
+            self.cluster.note_levels(self.slot.timeline, &changes)?;
+        }
         let mut rest = data;
         while !rest.is_empty() {
             if self.written == self.segment_end {

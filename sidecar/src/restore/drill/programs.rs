@@ -84,10 +84,14 @@ impl Programs {
         Ok(Self { bin_dir, run_as })
     }
 
+    /// A program of the very same version.
+    pub fn beside(&self, name: &str) -> Option<PathBuf> {
+        Some(self.bin_dir.join(name)).filter(|program| program.is_file())
+    }
+
     /// A program; one that is not beside `postgres` may be on PATH, or with another version of PostgreSQL.
     pub fn path(&self, name: &str) -> Option<PathBuf> {
-        let beside = self.bin_dir.join(name);
-        if beside.is_file() {
+        if let Some(beside) = self.beside(name) {
             return Some(beside);
         }
         let path = environment("PATH").unwrap_or_default();

@@ -14,7 +14,7 @@ fn lsn(n: u64) -> Lsn {
 }
 
 fn held(timeline: u32, flushed: u64) -> Held {
-    Held { timeline: tli(timeline), flushed: lsn(flushed), has_history: false }
+    Held { timeline: tli(timeline), flushed: lsn(flushed), has_history: false, missing: vec![] }
 }
 
 /// A history such as `[(1, 5 MiB), (3, 7 MiB)]` leading to `own`.
@@ -120,7 +120,9 @@ fn a_fork_beside_a_received_timeline_declares_what_is_missing() {
 #[test]
 fn removed_wal_becomes_a_declared_gap_up_to_what_the_slot_keeps() {
     let facts = facts(history(1, &[]), vec![held(1, 2 * MIB + 9)], 9 * MIB, Some(6 * MIB + 3));
-    let plan = facts.after_removal(facts.plan().unwrap()).unwrap();
+    let plan = facts.plan().unwrap();
+    let sure = facts.sure(&plan).unwrap();
+    let plan = facts.after_removal(plan, sure);
     assert_eq!(plan.gap, Some(Gap { from: lsn(2 * MIB + 9), to: lsn(6 * MIB) }));
     assert_eq!((plan.start, plan.durable), (lsn(6 * MIB), Some(lsn(2 * MIB + 9))));
 }
@@ -129,14 +131,32 @@ fn removed_wal_becomes_a_declared_gap_up_to_what_the_slot_keeps() {
 fn removed_wal_at_first_contact_is_no_gap() {
     let facts = facts(history(1, &[]), vec![], 9 * MIB, None);
     let first = Plan { timeline: tli(1), start: lsn(2 * MIB), durable: None, gap: None };
-    let plan = facts.after_removal(first).unwrap();
+    let plan = facts.after_removal(first, facts.sure(&first).unwrap());
     assert_eq!((plan.start, plan.gap), (lsn(9 * MIB), None));
+}
+
+#[test]
+fn what_the_server_misses_is_streamed_first_if_postgresql_has_it() {
+    let mut line = held(1, 8 * MIB);
+    line.missing = vec![lsn(3 * MIB + 77), lsn(6 * MIB)];
+    let facts = facts(history(1, &[]), vec![line], 9 * MIB, None);
+    let starts: Vec<_> = facts.earlier(&facts.plan().unwrap());
+    let at = |n: u64| Plan { timeline: tli(1), start: lsn(n), durable: Some(lsn(n)), gap: None };
+    assert_eq!(starts, [at(3 * MIB), at(6 * MIB)]);
+}
+
+#[test]
+fn the_oldest_segment_is_found_by_halves() {
+    let facts = facts(history(1, &[]), vec![], 9 * MIB, None);
+    assert_eq!(facts.between(lsn(2 * MIB + 9), lsn(9 * MIB)), Some(lsn(5 * MIB)));
+    assert_eq!(facts.between(lsn(2 * MIB + 9), lsn(4 * MIB)), Some(lsn(3 * MIB)));
+    assert_eq!(facts.between(lsn(2 * MIB + 9), lsn(3 * MIB)), None);
 }
 
 #[test]
 fn removal_with_nothing_newer_waits() {
     let facts = facts(history(1, &[]), vec![held(1, 5 * MIB + 9)], 5 * MIB + 100, None);
-    let refused = facts.after_removal(facts.plan().unwrap());
+    let refused = facts.sure(&facts.plan().unwrap());
     assert!(matches!(refused, Err(Refusal::NothingLeft { .. })), "{refused:?}");
 }
 
@@ -145,10 +165,9 @@ fn only_missing_history_files_are_asked_for_and_never_the_root_s() {
     let path = history(7, &[(1, 5 * MIB), (4, 7 * MIB)]);
     let mut facts = facts(path, vec![held(1, 5 * MIB), held(4, 7 * MIB)], 9 * MIB, None);
     facts.held[1].has_history = true;
-    let plan = facts.plan().unwrap();
-    assert_eq!(facts.histories_wanted(&plan), vec![tli(7)]);
+    assert_eq!(facts.histories_wanted(), vec![tli(7)]);
     facts.held[1].has_history = false;
-    assert_eq!(facts.histories_wanted(&plan), vec![tli(4), tli(7)]);
+    assert_eq!(facts.histories_wanted(), vec![tli(4), tli(7)]);
 }
 
 /// Ascending switch points and timelines, some numbers skipped.
@@ -179,7 +198,7 @@ proptest! {
         let size = SegmentSize::new(MIB as u32).unwrap();
         let at = lsn(MIB + ((end - MIB) as f64 * start_part) as u64);
         let mut server = if has_some {
-            vec![Held { timeline: path.timeline_at(at), flushed: at, has_history: false }]
+            vec![held(path.timeline_at(at).get(), at.as_u64())]
         } else {
             vec![]
         };
@@ -194,7 +213,7 @@ proptest! {
             }
             // PostgreSQL always has what the slot keeps; below that it may have removed.
             if plan.start < lsn(removed_below.min(slot)).segment_start(size) {
-                plan = facts.after_removal(plan).unwrap();
+                plan = facts.after_removal(plan, facts.sure(&plan).unwrap());
             }
             prop_assert!(plan.timeline <= own);
             prop_assert!(server.iter().all(|h| h.timeline <= plan.timeline), "P8");
@@ -210,7 +229,8 @@ proptest! {
             }
             let reach = path.end_of(plan.timeline).unwrap_or(lsn(end)).max(plan.start);
             server.retain(|h| h.timeline != plan.timeline);
-            server.push(Held { timeline: plan.timeline, flushed: reach, has_history: true });
+            let line = held(plan.timeline.get(), reach.as_u64());
+            server.push(Held { has_history: true, ..line });
             covered = covered.max(Some(reach));
             rounds += 1;
             prop_assert!(rounds <= path.entries().len() + 2, "does not come to an end");

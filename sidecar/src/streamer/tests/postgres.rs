@@ -35,6 +35,8 @@ pub struct Inner {
     pub reads: Vec<(u32, u64)>,
     /// Bytes from here on are another history's.
     pub other_from: Option<u64>,
+    /// Positions that were looked for.
+    pub looked: Vec<u64>,
     pub reports: Vec<StatusUpdate>,
     pub sent: u64,
     pub shutdown: bool,
@@ -73,6 +75,7 @@ impl FakePostgres {
             starts: vec![],
             reads: vec![],
             other_from: None,
+            looked: vec![],
             reports: vec![],
             sent: 0,
             shutdown: false,
@@ -176,6 +179,11 @@ impl Session for FakePostgres {
             assert!(position <= inner.end, "starts beyond the end");
         }
         Ok(FakeWal { postgres: self, timeline, position })
+    }
+    async fn has(self, _: TimelineId, at: Lsn) -> Result<bool, Error> {
+        let mut inner = self.inner();
+        inner.looked.push(at.as_u64());
+        Ok(at.as_u64() >= inner.oldest)
     }
 }
 

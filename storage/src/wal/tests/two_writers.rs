@@ -153,6 +153,58 @@ fn an_older_timeline_that_comes_back_goes_on_behind_its_sealed_partial() {
     }
 }
 
+/// Rot in the part of a journal that is sealed beside it takes nothing in silence that was acknowledged behind it.
+#[test]
+fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence() {
+    const PARTIAL: u64 = SWITCH + 5000;
+    let journal = Rig::path(&format!("wal/00000001/{}.open", segment(1, 3)));
+    // Its own last bytes, or all of it and some of the next segment.
+    for upto in [3 * MIB + 900_000, 4 * MIB + 9000] {
+        for byte in [20, 4096 + 60] {
+            let rig = Rig::new(7);
+            let store = rig.open();
+            let mut production = rig.writer(&store, 1, MIB);
+            rig.append_and_flush(&mut production, PARTIAL);
+            drop(production);
+            store.put_history(&rig.name, tli(2), &child().0).unwrap();
+            let mut copy = rig.writer(&store, 2, 3 * MIB);
+            append_child(&rig, &mut copy, 4 * MIB).unwrap();
+            copy.flush().unwrap();
+            for file in store.unsealed(&rig.name) {
+                store.seal(&rig.name, file).unwrap();
+            }
+            store.mark(&rig.name, undecided(1, 2)).unwrap();
+            let mut production = rig.writer(&store, 1, PARTIAL);
+            rig.append_and_flush(&mut production, upto - 4000);
+            rig.append_and_flush(&mut production, upto);
+            drop((production, copy, store));
+            rig.disk.flip_bit(&journal, byte, 1).unwrap();
+            let store = rig.open();
+            if upto > 4 * MIB {
+                // More follows: a hole, which is neither the end of WAL nor absent.
+                let problems = store.problems(&rig.name);
+                assert!(problems[0].contains("found it whole up to"), "{problems:?}");
+                let kind = store.read(&rig.name, WalFile::Segment(segment(1, 3))).unwrap_err().kind;
+                assert_eq!(kind, Kind::Corrupt);
+                assert!(rig.disk.stat(&journal).is_ok());
+                continue;
+            }
+            let position = store.positions(&rig.name)[0];
+            assert_eq!(position.flushed, at(PARTIAL), "byte {byte}");
+            let mut again = Rig::request(1, PARTIAL);
+            again.slot_restart = Some(at(upto - 4000));
+            let mut production = store.open_writer(&rig.name, &again).unwrap();
+            let lost = store.damaged(&rig.name);
+            assert!(lost[0].from == at(PARTIAL) && lost[0].to >= at(upto - 4000), "{lost:?}");
+            rig.append_and_flush(&mut production, upto);
+            assert!(store.damaged(&rig.name).is_empty());
+            rig.check_readable(&store, &root_history());
+            let kept = format!("wal/00000001/{}.open.damaged-1", segment(1, 3));
+            assert!(rig.disk.stat(&Rig::path(&kept)).is_ok(), "byte {byte}");
+        }
+    }
+}
+
 #[test]
 fn what_is_retired_is_refused_for_good_and_its_end_is_sealed() {
     let rig = Rig::new(5);
@@ -192,7 +244,7 @@ fn nobody_is_asked_to_give_way_to_a_writer_that_would_be_refused() {
     let mut live = rig.writer(&store, 1, MIB);
     rig.append_and_flush(&mut live, SWITCH);
     let ask = |timeline: u32, start, lives_on: u32| {
-        store.check_writer(&rig.name, &Rig::request(timeline, start), tli(lives_on))
+        store.check_writer(&rig.name, &Rig::request(timeline, start), tli(lives_on), &[])
     };
     let refusal = |outcome: Result<(), OpenError>| match outcome {
         Err(OpenError::Refused { refusal, .. }) => refusal,
