@@ -138,7 +138,7 @@ mod tests {
         let doubts = watch().doubts(&reading(10.0, 0.0, Some(-400.0 * DAY)));
         assert!(doubts[0].contains("400.0 days behind it"), "{doubts:?}");
         let mut old = reading(10.0, 0.0, Some(-400.0 * DAY));
-        old.now = old.now + HEARD_LATELY;
+        old.now += HEARD_LATELY;
         assert_eq!(watch().doubts(&old), [""; 0], "what was said long ago says nothing of now");
     }
 }

@@ -218,13 +218,11 @@ fn missing(runs: &[Run], holdings: &Holdings, timeline: TimelineId, after: Lsn) 
     found
 }
 
+/// What is taken over of tier 2, and the runs that are missing in it.
+type Taken = (Vec<TakenOver>, Vec<(TimelineId, Run)>);
+
 /// What to put on record for a stream of `timeline` that goes on at `from`; where it may go on otherwise. Pure.
-fn taken(
-    lines: &[Line],
-    timeline: TimelineId,
-    from: Lsn,
-    size: SegmentSize,
-) -> Result<(Vec<TakenOver>, Vec<(TimelineId, Run)>), Lsn> {
+fn taken(lines: &[Line], timeline: TimelineId, from: Lsn, size: SegmentSize) -> Result<Taken, Lsn> {
     let (mut taken, mut gaps) = (Vec::new(), Vec::new());
     for line in lines.iter().filter(|line| line.from_tier2) {
         let own = line.timeline == timeline;

@@ -621,7 +621,8 @@ async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
     let store = template.join("jetstream");
     let files = files_below(&store);
     assert!(files.iter().any(|file| file.ends_with("o.dat")), "{files:?}");
-    let damages: [(&str, fn(&[u8]) -> Option<Vec<u8>>); 4] = [
+    type Damage = fn(&[u8]) -> Option<Vec<u8>>;
+    let damages: [(&str, Damage); 4] = [
         ("zeros", |old| Some(vec![0; old.len()])),
         ("garbage", |old| Some((0..old.len()).map(|at| (at * 131 + 7) as u8).collect())),
         ("cut", |old| Some(old[..old.len() / 2].to_vec())),

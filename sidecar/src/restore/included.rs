@@ -92,8 +92,8 @@ impl Configuration {
 
     /// What a setting is when PostgreSQL starts; `None` where nothing sets it.
     pub fn value(&self, name: &str) -> Option<&str> {
-        let items = self.items.iter().map(|(_, item)| item).chain(&self.auto);
-        items.filter(|item| item.name == name).last().map(|item| item.value.as_str())
+        let mut items = self.items.iter().map(|(_, item)| item).chain(&self.auto).rev();
+        items.find(|item| item.name == name).map(|item| item.value.as_str())
     }
 }
 

@@ -138,10 +138,10 @@ impl Neutral {
     /// What stands in files elsewhere.
     fn answer(&mut self, conf: &Configuration, asked: &Asked<'_>) -> Result<(), Error> {
         let outside = |name: &str| {
-            let found = conf.items.iter().filter(|(at, item)| {
+            let found = conf.items.iter().rfind(|(at, item)| {
                 item.name == name && matches!(at, At::Outside(_)) && !item.value.is_empty()
             });
-            found.last().map(|(at, _)| at)
+            found.map(|(at, _)| at)
         };
         if let Some(at) = outside("data_directory") {
             // Read before postgresql.auto.conf is looked for; the last one counts.

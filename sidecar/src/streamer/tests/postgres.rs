@@ -168,7 +168,7 @@ impl Session for FakePostgres {
         }
         let data = inner.bytes(start.as_u64(), end.as_u64());
         drop(inner);
-        data.chunks(5000).for_each(|piece| take(piece));
+        data.chunks(5000).for_each(take);
         Ok(self)
     }
     async fn start(self, timeline: TimelineId, start: Lsn) -> Result<FakeWal, Error> {
