@@ -122,7 +122,7 @@ mod tests {
     fn a_later_version_is_refused_by_name() {
         let text = String::from_utf8(encode(&archive(&[1])).unwrap()).unwrap();
         let error = decode(text.replace("\"version\":1", "\"version\":2").as_bytes()).unwrap_err();
-        assert!(error.contains("version 2"), "{error}");
+        assert!(error.contains("found 2: written by a newer Klio"), "{error}");
     }
 
     #[test]
