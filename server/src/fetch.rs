@@ -104,7 +104,9 @@ impl Source {
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
         let trouble = match read {
             Ok(found) => {
-                return Ok(Located::Tier1 { found, segment_size: self.segment_size(cluster) });
+                let here = Located::Tier1 { found, segment_size: self.segment_size(cluster) };
+                let whole = self.whole_in_tier2(cluster, file, here.beginning()).await;
+                return Ok(whole.unwrap_or(here));
             }
             Err(error) if error.kind == Kind::NotFound => None,
             // A damaged or unreadable copy: the other tier may have a good one.
@@ -121,6 +123,27 @@ impl Source {
             }
             (answer, _) => answer,
         }
+    }
+
+    /// The whole segment, where tier 1 has only its beginning and the stream went on behind it: a tier 1 that was set back.
+    /// Filled up, the beginning would look like the end of WAL (P7).
+    async fn whole_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+        here: Beginning,
+    ) -> Option<Located> {
+        let (WalFile::Segment(name), Beginning::Tier1) = (file, here) else {
+            return None;
+        };
+        let size = self.store.pinned(cluster)?.segment_size;
+        let end = name.start_lsn(size)?.advance(size.bytes());
+        let positions = self.store.positions(cluster);
+        if !positions.iter().any(|p| p.timeline == name.timeline() && p.flushed >= end) {
+            return None;
+        }
+        let there = self.find_in_tier2(cluster, file).await.ok()?;
+        (there.beginning() == Beginning::Not).then_some(there)
     }
 
     /// Whether what was found is the beginning of a segment whose rest was lost, and WAL of its timeline goes on behind it:

@@ -549,7 +549,7 @@ async fn a_full_disk_refuses_base_backups_and_still_takes_wal() {
             Err(status) => break status,
         }
     };
-    expect(Err::<(), _>(refused), Code::DiskFull, &["kept for WAL"]);
+    expect(Err::<(), _>(refused), Code::DiskFull, &["to WAL (quota.keep_free_percent)"]);
     assert!((2..5).contains(&stored), "{stored}");
     let _stream = base.stream_wal(&channel, START, 32768).await;
     // Full to the last byte while a file is on its way: it leaves nothing.

@@ -109,13 +109,13 @@ impl Rig {
     /// The same from the bucket, with nothing but the key.
     async fn plan_from_bucket(&self, target: &[&str]) -> (Option<i32>, String) {
         let to = self.site.scratch("planned").display().to_string();
-        let planned =
-            self.from_bucket(&["restore", "--dry-run", "--backup", "first", "--to", &to], target);
+        let planned = self
+            .bucket_command(&["restore", "--dry-run", "--backup", "first", "--to", &to], target);
         let planned = klio_tests::programs::run(planned).await;
         (planned.code, format!("{}{}", planned.stdout, planned.stderr))
     }
 
-    fn from_bucket(&self, args: &[&str], more: &[&str]) -> Command {
+    fn bucket_command(&self, args: &[&str], more: &[&str]) -> Command {
         let settings = self.s3.settings();
         let mut command = self.site.klio_command(None, &[args, more].concat());
         command
@@ -209,7 +209,7 @@ async fn what_was_acknowledged_and_nobody_has_any_more_is_a_gap_lost_with_tier_1
         assert!(code.is_some_and(|code| code > 125), "{round}: {code:?}");
         rig.archive().await;
         let to = rig.site.scratch("from-bucket").display().to_string();
-        let fetched = rig.from_bucket(&["wal-fetch", &missing, &to], &[]);
+        let fetched = rig.bucket_command(&["wal-fetch", &missing, &to], &[]);
         let fetched = klio_tests::programs::run(fetched).await;
         assert!(fetched.code.is_some_and(|code| code > 125), "{round}: {}", fetched.stderr);
         rig.stop().await;

@@ -422,7 +422,7 @@ async fn whatever_a_hostile_client_sends_every_backup_restores() {
         let result = setup.attack(what, &mut random).await;
         drop(lease);
         *seen.entry(what).or_default() += 1;
-        match (&result, TRUE.contains(&what)) {
+        match (&result, TRUE.contains(what)) {
             (Ok(_), true) => {}
             (Err(status), false) => {
                 assert!(

@@ -157,7 +157,7 @@ impl Job {
     pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
         let wire: Wire = read(payload, "wal")?;
         Ok(Self {
-            cluster: wire.cluster.parse().map_err(|e| malformed(&e))?,
+            cluster: ClusterName::parse_generation(&wire.cluster).map_err(|e| malformed(&e))?,
             file: wire.file.parse().map_err(|e| malformed(&e))?,
             size: wire.size,
             sha256: wire.sha256,
@@ -207,7 +207,7 @@ impl BaseJob {
         let object = BaseObject::parse_relative(&wire.object).ok_or_else(|| {
             malformed(&format_args!("expected an object, found {:?}", wire.object))
         })?;
-        let cluster = wire.cluster.parse().map_err(|e| malformed(&e))?;
+        let cluster = ClusterName::parse_generation(&wire.cluster).map_err(|e| malformed(&e))?;
         Ok(Self { cluster, object, size: wire.size })
     }
 
@@ -311,6 +311,9 @@ mod tests {
             "backups/a.json".into(),
         ] {
             let object = BaseObject::parse_relative(&object).unwrap();
+            let generation = ClusterName::parse_generation("pg-1@2").unwrap();
+            let job = BaseJob { cluster: generation, object: object.clone(), size: 9 };
+            assert_eq!(BaseJob::decode(&job.encode()), Ok(job));
             let job = BaseJob { cluster: "pg-1".parse().unwrap(), object, size: 9 };
             assert_eq!(BaseJob::decode(&job.encode()), Ok(job.clone()));
             assert!(job.subject().starts_with("klio.jobs.base.pg-1."));
@@ -328,7 +331,7 @@ mod tests {
     proptest! {
         #[test]
         fn round_trips(
-            cluster in "[a-z0-9][a-z0-9_-]{0,62}",
+            cluster in "[a-z0-9][a-z0-9_-]{0,62}(@[1-9][0-9]{0,3})?",
             timeline in 1u32..,
             position: u64,
             kind in 0..3,
@@ -342,7 +345,7 @@ mod tests {
                 _ => format!("{timeline:08X}.history"),
             };
             let job = Job {
-                cluster: cluster.parse().unwrap(),
+                cluster: ClusterName::parse_generation(&cluster).unwrap(),
                 file: file.parse().unwrap(),
                 size,
                 sha256: sum.map(Sha256Sum::new),

@@ -52,7 +52,8 @@ impl Tier2 {
         self.require_folder(Op::List, "")?;
         let listing = self.store.list_with_delimiter(None).await;
         let listing = listing.map_err(|error| classify(Op::List, &self.url, error))?;
-        let name = |path: &Path| path.filename().and_then(|name| name.parse().ok());
+        let name =
+            |path: &Path| path.filename().and_then(|n| ClusterName::parse_generation(n).ok());
         Ok(listing.common_prefixes.iter().filter_map(name).collect())
     }
 }
