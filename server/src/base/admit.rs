@@ -198,6 +198,8 @@ impl BaseStore {
             Ok(repository.check_snapshot_file(file, &sealed).map(|()| sealed))
         };
         let sealed = run(read).await?.map_err(|error| judged(cluster, file, &error))?;
+        // Trees are held in memory while they are read.
+        let _turn = self.turn().await?;
         let whole = self.needs_of_new(cluster, SnapshotId::new(file.id), sealed).await;
         whole.map(drop).map_err(|error| match Code::of(&error) {
             Code::NotFound | Code::Corrupt => {

@@ -20,8 +20,9 @@ use tokio::{
 use tonic::Status;
 use tracing::{Instrument, field::Empty};
 
-/// The longest step that tells nothing is the reading of a large index from a slow bucket.
-const SILENCE_MAX: Duration = Duration::from_secs(3600);
+/// Some steps tell nothing while they read: all trees of all snapshots, all pieces that are held twice. Of many terabytes in a slow
+/// bucket that takes hours; a child that hangs holds up its own cluster only.
+const SILENCE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Told how far the work is; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);

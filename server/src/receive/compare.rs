@@ -89,6 +89,8 @@ pub struct Comparer {
     base: BaseStore,
     source: Source,
     turns: Arc<Semaphore>,
+    /// Of those that read the bucket.
+    far_turns: Arc<Semaphore>,
     proofs: Arc<Mutex<VecDeque<Proof>>>,
     findings: Arc<Mutex<VecDeque<Finding>>>,
 }
@@ -107,8 +109,9 @@ impl Comparer {
         let (store, tier2) = (base.wal().clone(), base.tier2().cloned());
         let source = Source { store, tier2, readers: base.readers().clone() };
         let turns = Arc::new(Semaphore::new(AT_ONCE));
+        let far_turns = Arc::new(Semaphore::new(AT_ONCE));
         let (proofs, findings) = (Arc::default(), Arc::default());
-        Self { base, source, turns, proofs, findings }
+        Self { base, source, turns, far_turns, proofs, findings }
     }
 
     /// Compares what `inbound` tells with what `cluster` holds.
@@ -214,12 +217,14 @@ impl Comparer {
         let size = held.size;
         let part = Part::new(segment, size, range.clone(), held.walker_at(range.start));
         let Some(part) = self.read(cluster, segment, size, part).await? else {
-            held.walker = None;
+            (held.walker, held.proven) = (None, false);
             return Ok(Vec::new());
         };
         let Part { digests, walker, .. } = part;
         let reached = digests.position();
-        held.proven |= walker.last_record().is_some();
+        // What could not be compared up to its end is not proven by what lies before it.
+        let proven = held.proven || walker.last_record().is_some();
+        held.proven = proven && reached == range.end;
         held.walker = (reached == range.end).then_some(walker);
         let whole = match reached == range.end {
             true => overlap::pages(range.start, range.end),
@@ -238,8 +243,6 @@ impl Comparer {
         size: SegmentSize,
         mut part: Part,
     ) -> Result<Option<Part>, Status> {
-        // Only while reading: a client that is slow holds nobody's turn (P13).
-        let _turn = self.turns.acquire().await;
         let found = match self.source.find_quietly(cluster, WalFile::Segment(segment)).await {
             Ok(found) => found,
             Err(status) => {
@@ -247,6 +250,10 @@ impl Comparer {
                 return Ok(None);
             }
         };
+        // Only while reading: a client that is slow holds nobody's turn (P13), and a slow bucket none of tier 1's (P4).
+        let is_far = matches!(found, Located::Tier2 { .. });
+        let turns = if is_far { &self.far_turns } else { &self.turns };
+        let _turn = turns.acquire().await;
         let read = match found {
             Located::Tier1 { found, .. } => {
                 let store = self.base.wal().clone();

@@ -200,8 +200,16 @@ impl Decider<'_> {
                 });
                 continue;
             }
-            let lived =
-                lived::elsewhere(self.source, self.scratch, self.survey, &plan, wanted).await?;
+            let elsewhere = lived::elsewhere(self.source, self.scratch, self.survey, &plan, wanted);
+            let lived = match elsewhere.await {
+                Ok(lived) => lived,
+                // Whoever names a timeline needs nothing of the others.
+                Err(_) if wish.timeline_typed => Vec::new(),
+                Err(error) => {
+                    let hint = "with --target-timeline no other timeline's WAL is needed";
+                    return Err(error.hint(hint));
+                }
+            };
             let chosen = plan.path.timeline();
             if let Some(only) = lived.iter().find(|other| !other.beside)
                 && !wish.timeline_typed
