@@ -11,7 +11,7 @@ use klio_tests::{
 use std::{collections::BTreeSet, path::Path};
 
 /// Each verb with arguments that end it soon: most without a configuration, as a person who tries.
-const KLIO: [&str; 14] = [
+const KLIO: [&str; 15] = [
     "stream",
     "backup",
     "check --dsn postgres://klio:hunter2@localhost/x",
@@ -21,6 +21,7 @@ const KLIO: [&str; 14] = [
     "drill",
     "verify",
     "retention plan",
+    "generation list",
     "wal-fetch 000000010000000000000001 /nonexistent/x",
     "wal-agent --spool /nonexistent/spool --fingerprint x --serve",
     "slot show --dsn password=hunter2",
@@ -28,12 +29,13 @@ const KLIO: [&str; 14] = [
     "help status",
 ];
 
-const SERVER: [&str; 7] = [
+const SERVER: [&str; 8] = [
     "init DIR/made",
     "keygen",
     "key show -c DIR/absent.toml",
     "run -c DIR/absent.toml",
     "client x@y -c DIR/absent.toml",
+    "backup remove x --cluster y -c DIR/absent.toml",
     "reference errors",
     // Hidden: the server starts it, with a job. traces_backup.rs sees its span.
     "repository",
