@@ -103,12 +103,21 @@ fn unpassed(levels: &[LevelChange], positions: &[Position]) -> Vec<Gap> {
     positions.iter().flat_map(of).collect()
 }
 
-/// Writes and syncs a byte: what a full or read-only disk refuses.
+/// Writes and syncs a byte: what a full or read-only disk refuses. Nothing is left: into the space of a file that is there already
+/// a full disk would take it.
 fn probe(root: &Path) -> std::io::Result<()> {
     let path = root.join(".probe");
-    let mut file = std::fs::File::create(&path)?;
-    file.write_all(b"k")?;
-    file.sync_data()
+    let write = || {
+        let mut file = std::fs::File::create(&path)?;
+        file.write_all(b"k")?;
+        file.sync_data()
+    };
+    let written = write();
+    match std::fs::remove_file(&path) {
+        // Two looks at once.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => written,
+        removed => written.and(removed),
+    }
 }
 
 /// Now, in Unix seconds.

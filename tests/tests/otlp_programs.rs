@@ -25,6 +25,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Exit status of `klio status` against a server to which nothing has streamed.
+const NOTHING_YET: i32 = 3;
 /// What `klio` and `klio-server` give their flush.
 const FLUSH: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(5)];
 /// What a loaded machine of two cores may add to that in a debug build.
@@ -305,7 +307,7 @@ async fn no_collector_changes_what_klio_does_or_its_exit_status() {
     site.start().await;
     site.wait_ready(200).await;
     let plain = programs::run(status(&site, &[])).await;
-    assert_eq!(plain.code, Some(0), "{plain:?}");
+    assert_eq!(plain.code, Some(NOTHING_YET), "{plain:?}");
     let fail = |site: &Site, variables: &[(&str, String)]| {
         let mut command = status(site, variables);
         command.env("KLIO_SERVER__ADDRESS", format!("https://127.0.0.1:{}", ports::free()));
@@ -349,7 +351,7 @@ async fn no_collector_changes_what_the_server_does_or_its_exit_status() {
         let so_far = site.log().len();
         site.start().await;
         let outcome = programs::run(status(&site, &[])).await;
-        assert_eq!(outcome.code, Some(0), "{each:?}: {outcome:?}");
+        assert_eq!(outcome.code, Some(NOTHING_YET), "{each:?}: {outcome:?}");
         let begin = Instant::now();
         site.stop().await; // asserts status 0
         let took = begin.elapsed();
@@ -369,12 +371,12 @@ async fn a_collector_that_dies_in_the_middle_and_comes_back_is_said_once_each() 
     );
     site.set("OTEL_BSP_SCHEDULE_DELAY", "50");
     site.start().await;
-    assert_eq!(programs::run(status(&site, &[])).await.code, Some(0));
+    assert_eq!(programs::run(status(&site, &[])).await.code, Some(NOTHING_YET));
     eventually_now("spans at the first collector", PATIENCE, || !first.spans().is_empty()).await;
     let port = first.port();
     drop(first);
     for _ in 0..3 {
-        assert_eq!(programs::run(status(&site, &[])).await.code, Some(0));
+        assert_eq!(programs::run(status(&site, &[])).await.code, Some(NOTHING_YET));
     }
     eventually_now("a warning", PATIENCE, || !warnings(&site.log()).is_empty()).await;
     let second = Receiver::on(port, Protocol::Http, None, Answer::Accept).await;
@@ -433,7 +435,7 @@ async fn strictness_and_a_taken_port_for_both_programs() {
         site.set(name, value);
     }
     site.start().await;
-    assert_eq!(programs::run(status(&site, &[])).await.code, Some(0));
+    assert_eq!(programs::run(status(&site, &[])).await.code, Some(NOTHING_YET));
     let log = site.log();
     let found = warnings(&log);
     assert!(found.len() == 1 && found[0].contains("OTEL_EXPORTER_PROMETHEUS_PORT"), "{found:?}");
