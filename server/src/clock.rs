@@ -115,7 +115,7 @@ mod tests {
         }
     }
 
-    /// F21: 400 days ahead, and back again.
+    /// A clock that was once 400 days ahead expired good backups: ahead, and back again.
     #[test]
     fn a_step_is_a_doubt_until_the_bucket_agrees() {
         for (step, word) in [(400.0 * DAY, "forward by 9600.0 hours"), (-2.0 * DAY, "back by 48.0")]

@@ -79,7 +79,7 @@ impl Source {
     /// # Errors
     /// `NOT_FOUND` is definitive.
     pub async fn find(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
-        let found = self.find_anywhere(cluster, file).await?;
+        let found = self.find_quietly(cluster, file).await?;
         if let (WalFile::Segment(name) | WalFile::Partial(name), Some(pinned)) =
             (file, self.store.pinned(cluster))
             && let Some(start) = name.start_lsn(pinned.segment_size)
@@ -95,10 +95,6 @@ impl Source {
         cluster: &ClusterName,
         file: WalFile,
     ) -> Result<Located, Status> {
-        self.find_anywhere(cluster, file).await
-    }
-
-    async fn find_anywhere(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
@@ -392,7 +388,7 @@ mod tests {
         assert_eq!(code, Code::Corrupt);
     }
 
-    /// F7's kind: padded to a segment, what lies before a gap would look like the end of WAL.
+    /// Padded to a segment, what lies before a gap would look like the end of WAL.
     #[tokio::test]
     async fn a_partial_segment_says_whether_it_is_before_a_hole() {
         let dir = tempfile::tempdir().unwrap();

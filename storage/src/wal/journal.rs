@@ -571,7 +571,7 @@ mod tests {
         (frames.position().as_u64() - (3 << 20), frames.tail().unwrap())
     }
 
-    /// F5's heart: which frame is bad, and what comes behind it, tells rot from a torn tail.
+    /// Which frame is bad, and what comes behind it, tells rot from a torn tail.
     #[test]
     fn a_bad_frame_is_rot_only_where_a_later_one_says_that_it_was_flushed() {
         let base = 3 << 20;
