@@ -44,7 +44,7 @@ codes! {
     /// Another writer is streaming this cluster.
     WriterConflict { name: "WRITER_CONFLICT", grpc: Aborted, retry: true, exit: 13, hint: "stop the other klio stream of this cluster, or wait until its connection is gone" }
     /// The server already holds a newer timeline of this cluster.
-    StaleTimeline { name: "STALE_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 14, hint: "this PostgreSQL is an old primary: rebuild it as a standby of the new one" }
+    StaleTimeline { name: "STALE_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 14, hint: "either this PostgreSQL is an old primary: rebuild it as a standby of the new one; or the newer timeline is that of a copy that was promoted and streams by mistake: stop its klio stream, then klio timeline follow the timeline of this PostgreSQL" }
     /// The certificate does not allow this cluster or call.
     Forbidden { name: "FORBIDDEN", grpc: PermissionDenied, retry: false, exit: 15, hint: "use the client bundle that was issued for this cluster" }
     /// No usable client certificate.
@@ -71,6 +71,8 @@ codes! {
     Diverged { name: "DIVERGED", grpc: FailedPrecondition, retry: false, exit: 25, hint: "klio generation list shows the histories; klio generation follow or retire decides, docs/runbooks/KlioHistoryDiverged.md" }
     /// More than this cluster may use of what all clusters share; WAL is received all the same.
     Quota { name: "QUOTA", grpc: ResourceExhausted, retry: true, exit: 28, hint: "let other work of this cluster end, or have the server's [quota] changed" }
+    /// A person decided against this timeline of the cluster.
+    RetiredTimeline { name: "RETIRED_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 26, hint: "klio timeline list says who decided, and when; stop the klio stream of this PostgreSQL, or decide again with klio timeline follow" }
     /// Something that should not happen.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }

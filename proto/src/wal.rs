@@ -191,6 +191,10 @@ pub struct Open {
     pub gap: Option<Gap>,
     /// What PostgreSQL was told was flushed, as its slot says.
     pub slot_restart: Option<Lsn>,
+    /// The timeline that PostgreSQL is on: the one to be streamed, or a descendant.
+    pub lives_on: TimelineId,
+    /// The sidecar answers `Prove`.
+    pub can_prove: bool,
 }
 
 impl TryFrom<v1::Open> for Open {
@@ -207,8 +211,58 @@ impl TryFrom<v1::Open> for Open {
         let start = Lsn::new(raw.start_lsn);
         let gap = raw.gap.map(|gap| read_gap(gap, start)).transpose()?;
         let slot_restart = Some(Lsn::new(raw.slot_restart_lsn)).filter(|lsn| *lsn > Lsn::ZERO);
-        let (cluster, writer_id) = (raw.cluster, raw.writer_id);
-        Ok(Self { cluster, system, timeline, start, writer_id, gap, slot_restart })
+        let lives_on = TimelineId::new(raw.postgres_timeline).unwrap_or(timeline);
+        if lives_on < timeline {
+            let expected = format!("{} or newer", timeline.get());
+            return Err(invalid("PostgreSQL's timeline", &expected, lives_on.get()));
+        }
+        let (cluster, writer_id, can_prove) = (raw.cluster, raw.writer_id, raw.can_prove);
+        Ok(Self {
+            cluster,
+            system,
+            timeline,
+            start,
+            writer_id,
+            gap,
+            slot_restart,
+            lives_on,
+            can_prove,
+        })
+    }
+}
+
+/// What PostgreSQL says of itself when it is asked to prove that it writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Alive {
+    /// As in the question.
+    pub nonce: u64,
+    /// `None` when PostgreSQL did not answer.
+    pub postgres: Option<AlivePostgres>,
+}
+
+/// Its own words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AlivePostgres {
+    /// A standby, which writes nothing.
+    pub in_recovery: bool,
+    /// Where it is.
+    pub timeline: TimelineId,
+    /// The end of its WAL.
+    pub position: Lsn,
+}
+
+impl TryFrom<v1::Alive> for Alive {
+    type Error = Status;
+    fn try_from(raw: v1::Alive) -> Result<Self, Status> {
+        let postgres = match raw.answered {
+            false => None,
+            true => Some(AlivePostgres {
+                in_recovery: raw.in_recovery,
+                timeline: timeline(raw.timeline)?,
+                position: Lsn::new(raw.position_lsn),
+            }),
+        };
+        Ok(Self { nonce: raw.nonce, postgres })
     }
 }
 
@@ -252,6 +306,8 @@ mod tests {
             writer_id: "w".into(),
             gap: None,
             slot_restart_lsn: 0,
+            postgres_timeline: 0,
+            can_prove: false,
         }
     }
 

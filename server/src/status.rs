@@ -15,7 +15,7 @@ use crate::{
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{
     catalog::{
-        Run,
+        Mark, Run,
         holdings::{MINIMAL, minimal},
     },
     generations::Generation,
@@ -37,7 +37,7 @@ pub struct ClusterView {
     pub name: ClusterName,
     /// What was pinned at first contact.
     pub pinned: Option<Pinned>,
-    /// The newest timeline held.
+    /// The timeline that is followed: the newest held that is not left aside.
     pub timeline: Option<TimelineId>,
     /// Durable on tier 1, of that timeline.
     pub flushed: Lsn,
@@ -57,6 +57,8 @@ pub struct ClusterView {
     pub unpassed: Vec<Gap>,
     /// Unix time of the newest WAL file on tier 1.
     pub latest_written: Option<f64>,
+    /// Timelines about which a person has to decide.
+    pub undecided_timelines: u64,
     /// What is wrong.
     pub problems: Vec<String>,
     /// What it stores of what it may, where that is bounded.
@@ -84,6 +86,15 @@ impl ClusterView {
         let oldest = self.archive.as_ref().and_then(|a| a.oldest_unarchived_unix);
         oldest.map_or(0.0, |since| (now_unix - since).max(0.0))
     }
+}
+
+/// A conflict that a person has to decide, as a problem.
+fn undecided(mark: &Mark) -> String {
+    format!(
+        "timeline {} is undecided: {}; all of it is received; klio timeline list shows both sides, klio timeline follow or retire decides",
+        mark.timeline.get(),
+        mark.reason
+    )
 }
 
 /// Stretches of `wal_level = minimal`: holes to a recovery, though every byte of them is held.
@@ -158,7 +169,9 @@ impl StatusBoard {
     /// One cluster, read now.
     pub fn cluster(&self, name: &ClusterName) -> ClusterView {
         let positions = self.store.positions(name);
-        let newest = positions.iter().max_by_key(|p| p.timeline);
+        // What is left aside says nothing about how the cluster is.
+        let followed = self.store.followed(name);
+        let newest = positions.iter().find(|p| Some(p.timeline) == followed);
         let state = self.registry.cluster(name);
         let archive = self.archives.as_ref().map(|archives| archives.state(name));
         let mut problems = self.store.problems(name);
@@ -172,6 +185,8 @@ impl StatusBoard {
         problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
         problems.extend(self.base.iter().flat_map(|base| base.clock_doubts()));
+        let timelines = self.store.timelines(name);
+        problems.extend(timelines.undecided().map(undecided));
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),
@@ -184,6 +199,7 @@ impl StatusBoard {
             gaps: self.store.gaps(name),
             unpassed: unpassed(&self.store.levels(name), &positions),
             latest_written: self.metrics.latest_written(name),
+            undecided_timelines: timelines.undecided().count() as u64,
             problems,
             quota_used: used.map(|used| used.ratio()),
             name: name.clone(),
@@ -287,6 +303,7 @@ impl StatusBoard {
         put("klio.cluster.undecided_generations", undecided as f64);
         let damaged = self.store.damaged_journals(&view.name);
         put("klio.wal.damaged_journals", damaged as f64);
+        put("klio.cluster.undecided_timelines", view.undecided_timelines as f64);
         if let Some(unix) = view.latest_written {
             put("klio.wal.latest_written_time", unix);
         }

@@ -8,12 +8,14 @@ use crate::{
     config::Config,
     error::{Error, Failure},
 };
+use klio_pg::{TimelineHistory, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     Kind,
+    catalog::Timelines,
     crypt::Keys,
     generations::Generations,
-    layout::{BaseObject, ClusterName},
+    layout::{BaseObject, ClusterName, Form, WalFile},
     record,
     tier2::{Tier2, Tier2Config},
 };
@@ -103,6 +105,51 @@ impl Bucket {
             return Err(Error::new(Failure::Config, message));
         }
         Ok(Generations::place(named, number))
+    }
+
+    /// What is on record about a cluster's timelines; nothing where no two were ever written at once.
+    ///
+    /// # Errors
+    /// As the store fails; `Corrupt`.
+    pub async fn timelines(&self, cluster: &ClusterName) -> Result<Timelines, Error> {
+        let key = BaseObject::Timelines.key(cluster);
+        let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let bytes = bytes.map_err(|e| of_storage(&e))?;
+        let read = |bytes: bytes::Bytes| Timelines::decode(&bytes, &key);
+        Ok(bytes.map(read).transpose().map_err(|e| of_storage(&e))?.unwrap_or_default())
+    }
+
+    /// The ancestors of a timeline; `None` where its history is not there.
+    ///
+    /// # Errors
+    /// As the store fails; `Denied` without an identity that opens it, `Corrupt`.
+    pub async fn history(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Option<TimelineHistory>, Error> {
+        for form in Form::BOTH {
+            let key = WalFile::History(timeline).key_in(cluster, form);
+            let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
+            let Some(bytes) = bytes.map_err(|e| of_storage(&e))? else { continue };
+            let plain = match (form, &self.keys) {
+                (Form::Plain, _) => bytes.to_vec(),
+                (Form::Age, Some(keys)) => {
+                    keys.unwrap(&bytes).map_err(|e| of_storage(&e))?.to_vec()
+                }
+                (Form::Age, None) => {
+                    let message = format!("{key} is encrypted, and no identity is given");
+                    return Err(
+                        Error::new(Failure::Config, message).hint("restore.identity (--identity)")
+                    );
+                }
+            };
+            let history = TimelineHistory::parse(timeline, &plain);
+            return history
+                .map(Some)
+                .map_err(|e| Error::new(Failure::Code(Code::Corrupt), format!("read {key}: {e}")));
+        }
+        Ok(None)
     }
 }
 

@@ -43,6 +43,12 @@ pub(crate) struct Script {
     pub histories: BTreeMap<u32, Vec<u8>>,
     pub opens: Vec<v1::Open>,
     pub positions_asked: usize,
+    /// It takes each timeline for itself.
+    pub beside: bool,
+    /// Asked before the stream is opened, and while it runs; taken when it is.
+    pub prove_at_open: Option<u64>,
+    pub prove_while_open: Option<u64>,
+    pub proofs: Vec<v1::Alive>,
     /// Of those, with tier 2.
     pub tier2_asked: usize,
     /// What positions say is missing.
@@ -187,7 +193,7 @@ impl wal_server::Wal for Service {
             })
             .collect();
         let generations = script.generations.clone();
-        Ok(Response::new(v1::PositionResponse { timelines, generations }))
+        Ok(Response::new(v1::PositionResponse { timelines, generations, beside: script.beside }))
     }
 
     async fn begin_generation(
@@ -261,9 +267,22 @@ impl wal_server::Wal for Service {
         let shared = Arc::clone(&self.0);
         let start_lsn = shared.script.lock().unwrap().timelines[&timeline].flushed;
         let opened = v1::Opened { start_lsn, window_bytes: window };
-        answers.try_send(Ok(answer(receive_response::Kind::Opened(opened)))).unwrap();
+        let asked = shared.script.lock().unwrap().prove_at_open.take();
         #[allow(clippy::disallowed_methods, reason = "ends with its connection")]
         tokio::spawn(async move {
+            if let Some(nonce) = asked {
+                let prove = receive_response::Kind::Prove(v1::Prove { nonce });
+                let _ = answers.send(Ok(answer(prove))).await;
+                let Ok(Some(v1::ReceiveRequest {
+                    kind: Some(receive_request::Kind::Alive(alive)),
+                })) = messages.message().await
+                else {
+                    return;
+                };
+                shared.script.lock().unwrap().proofs.push(alive);
+            }
+            let opened = answer(receive_response::Kind::Opened(opened));
+            let _ = answers.send(Ok(opened)).await;
             if let Err(status) = session(&shared, timeline, messages, &answers).await {
                 let _ = answers.send(Err(status)).await;
             }
@@ -327,6 +346,9 @@ async fn session(
                 Some(v1::ReceiveRequest { kind: Some(receive_request::Kind::Append(append)) }) => {
                     take(&mut shared.script.lock().unwrap(), timeline, &append)?;
                 }
+                Some(v1::ReceiveRequest { kind: Some(receive_request::Kind::Alive(alive)) }) => {
+                    shared.script.lock().unwrap().proofs.push(alive);
+                }
                 Some(_) => return Err(Code::Invalid.status("expected append")),
                 None => {
                     // Half-closed: flush all, acknowledge, end. An order to hold still counts.
@@ -342,6 +364,11 @@ async fn session(
                 }
             },
             () = changed => {}
+        }
+        let asked = shared.script.lock().unwrap().prove_while_open.take();
+        if let Some(nonce) = asked {
+            let prove = receive_response::Kind::Prove(v1::Prove { nonce });
+            let _ = answers.send(Ok(answer(prove))).await;
         }
         acknowledge(shared, timeline, answers).await;
     }

@@ -153,6 +153,9 @@ impl Form {
 /// The key of the journals of a cluster, age-wrapped; in tier 1 only.
 pub const OPEN_KEY: &str = "open.key.age";
 
+/// Which timelines of a cluster are in conflict, and what was decided; the same name in both tiers.
+pub const TIMELINES: &str = "timelines.json";
+
 /// A finished WAL file of a cluster, as it lies in both tiers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WalFile {

@@ -49,6 +49,8 @@ pub fn open(cluster: &str, size: SegmentSize, start: Lsn) -> v1::Open {
         writer_id: "test".into(),
         gap: None,
         slot_restart_lsn: 0,
+        postgres_timeline: 0,
+        can_prove: false,
     }
 }
 

@@ -101,6 +101,7 @@ async fn a_stranger_and_an_old_primary_are_refused_though_only_the_bucket_knows_
         s3.keys("klio/main").contains(&"klio/main/cluster.json".to_owned()).then_some(())
     })
     .await;
+    let standby = pg.standby().await;
     drop(stream);
     site.stop().await;
     fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
@@ -118,7 +119,8 @@ async fn a_stranger_and_an_old_primary_are_refused_though_only_the_bucket_knows_
     // As a promoted standby would have left it.
     let newer = s3.bucket_dir().join("klio/main/wal/00000002.history.age");
     fs::write(&newer, "x").expect("write to the bucket");
-    let mut refused = site.stream(&pg);
+    // One that writes would be received beside it, as undecided; a standby proves nothing.
+    let mut refused = site.stream(&standby);
     let status = refused.wait_exit(PATIENCE).await;
     assert_eq!(status.code(), Some(14), "{}", refused.log());
     assert!(refused.log().contains("s3://"), "{}", refused.log());

@@ -1,4 +1,5 @@
-//! Failover: a promoted standby's timeline continues, the old primary cannot come back over it (P8), gaps are recorded.
+//! Failover: a promoted standby's timeline continues, the old primary cannot come back over it (P8), gaps are recorded. Two
+//! that write at once are `two_writers.rs`.
 
 use klio_tests::{
     install_crypto,
@@ -70,13 +71,17 @@ async fn a_promoted_standby_continues_and_the_old_primary_cannot_come_back() {
     })
     .await;
     let before = s3.keys("klio/main/wal/00000001/");
-    // The old primary comes back, writes, and is refused: nothing changes.
+    // The old primary comes back as a standby of nobody, which writes nothing, and is refused: nothing changes.
+    let signal = old.data_dir().join("standby.signal");
+    std::fs::write(&signal, "").expect("write standby.signal");
+    klio_tests::postgres::install::give(&signal);
     old.start().await;
-    old.write_wal(2 << 20).await;
     let mut refused = site.stream(&old);
     let status = refused.wait_exit(PATIENCE).await;
     assert_eq!(status.code(), Some(14), "{}", refused.log());
-    assert!(refused.log().contains("timeline"), "{}", refused.log());
+    for part in ["in recovery", "rebuild it", "klio timeline follow"] {
+        assert!(refused.log().contains(part), "{part}: {}", refused.log());
+    }
     assert_eq!(s3.keys("klio/main/wal/00000001/"), before);
     let flushed = site.lsn("flushed_lsn").await.expect("a position");
     assert!(flushed >= end);

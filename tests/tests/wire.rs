@@ -130,6 +130,50 @@ async fn first_contact_may_be_on_a_later_timeline() {
     stream.flushed(START.advance(3 * 8192)).await.expect("acknowledged");
 }
 
+/// P8: a claim ends an earlier session only when it would itself be admitted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_is_refused_cuts_the_live_stream_off_in_no_case() {
+    let (_site, channel) = site().await;
+    let mut live = begun(&channel).await;
+    let held = START.advance(16384);
+    let newer = |timeline| v1::Open {
+        timeline,
+        writer_id: "another".into(),
+        ..open("main", size(), START)
+    };
+    let history = |timeline, content: &str| v1::PutHistoryRequest {
+        cluster: "main".into(),
+        system_identifier: client::SYSTEM,
+        timeline,
+        content: content.as_bytes().to_vec().into(),
+        segment_size: size().as_u32(),
+        postgres_version: open("main", size(), START).postgres_version,
+    };
+    let mut wal_client = WalClient::new(channel.clone());
+    // Its history is there, and it lacks WAL on the way; the other one's history is not there at all.
+    wal_client.put_history(history(3, "1\t0/9004000\tx\n")).await.expect("stored");
+    let late = v1::Open { start_lsn: 0x0900_0000, ..newer(3) };
+    let unaligned = v1::Open { start_lsn: START.as_u64() + 8192, ..newer(3) };
+    let same = v1::Open { timeline: 1, start_lsn: START.as_u64(), ..newer(1) };
+    let younger = v1::Open { postgres_timeline: 1, ..newer(2) };
+    let cases = [
+        (newer(2), Code::Invalid),
+        (late, Code::BadPosition),
+        (unaligned, Code::BadPosition),
+        (same, Code::BadPosition),
+        (younger, Code::Invalid),
+        (v1::Open { system_identifier: client::SYSTEM + 1, ..newer(2) }, Code::WrongSystem),
+    ];
+    let mut at = held;
+    for (message, code) in cases {
+        let status = Stream::open(&channel, message).await.err().expect("refused");
+        expect(&status, code, &[]);
+        live.append(at, wal(at, 8192, size(), 1)).await;
+        at = at.advance(8192);
+        live.flushed(at).await.expect("the live stream goes on");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_timeline_after_a_newer_one_is_refused() {
     let (_site, channel) = site().await;

@@ -150,6 +150,7 @@ impl BaseStore {
             gaps: self.wal().gaps(cluster),
             levels: self.wal().levels(cluster),
             segment_size: pinned.segment_size,
+            timelines: self.wal().timelines(cluster),
         };
         let all = lock(&self.0.gauges);
         let Some(backups) = all.get(cluster) else { return };

@@ -142,6 +142,7 @@ impl BaseStore {
             if parts.segment_size.is_none()
                 && let Some(pinned) = self.pinned_in_tier2(cluster).await?
             {
+                parts.marks = self.timelines(cluster).await?;
                 parts.segment_size = Some(pinned.segment_size);
                 parts.system_identifier = Some(pinned.system_identifier);
             }
@@ -363,6 +364,7 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         open,
         levels: store.levels(cluster),
         gaps: gaps.iter().cloned().map(known).chain(expired(store, cluster)).collect(),
+        marks: store.timelines(cluster),
         ..Parts::default()
     })
 }

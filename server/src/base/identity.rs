@@ -66,30 +66,43 @@ impl BaseStore {
         Ok(())
     }
 
-    /// A new timeline wins over an old one, never the other way round.
+    /// The timeline that is followed, by tier 1 or else by the bucket, and in which of them that stands, for a message.
     ///
     /// # Errors
-    /// `STALE_TIMELINE`; `UNAVAILABLE` when the bucket has to be asked and does not answer.
-    pub async fn check_timeline(
+    /// `UNAVAILABLE` when the bucket has to be asked and does not answer.
+    pub async fn followed_timeline(
+        &self,
+        cluster: &ClusterName,
+    ) -> Result<Option<(TimelineId, String)>, Status> {
+        if let Some(followed) = self.wal().followed(cluster) {
+            return Ok(Some((followed, String::new())));
+        }
+        let Some(tier2) = self.tier2() else { return Ok(None) };
+        let held = self.ask(cluster, tier2, tier2.timelines(cluster)).await?;
+        let followed = self.wal().timelines(cluster).followed(held);
+        Ok(followed.map(|followed| (followed, as_in(tier2))))
+    }
+
+    /// The same, where it is newer than `found`. By the bucket alone one that came from `found`, and whose history this
+    /// tier 1 was given, is none: its PostgreSQL finishes the older first.
+    ///
+    /// # Errors
+    /// As [`BaseStore::followed_timeline`].
+    pub async fn newer_timeline(
         &self,
         cluster: &ClusterName,
         found: TimelineId,
-    ) -> Result<(), Status> {
-        if self.newest_on_tier1(cluster).is_some() {
-            return self.check_timeline_here(cluster, found);
-        }
-        let Some(tier2) = self.tier2() else { return Ok(()) };
-        let newest = self.ask(cluster, tier2, tier2.newest_timeline(cluster)).await?;
-        // One that came from this timeline, and whose history this tier 1 was given: its PostgreSQL finishes the older first.
-        let leads = |newest: &TimelineId| {
-            let history = self.wal().history(cluster, *newest).ok();
+    ) -> Result<Option<(TimelineId, String)>, Status> {
+        let by_bucket = self.wal().followed(cluster).is_none();
+        let comes_from_it = |newest: TimelineId| {
+            let history = self.wal().history(cluster, newest).ok();
             history.is_some_and(|history| history.end_of(found).is_some())
         };
-        let newest = newest.filter(|newest| !leads(newest));
-        not_older(cluster, newest, found, &as_in(tier2))
+        let followed = self.followed_timeline(cluster).await?;
+        Ok(followed.filter(|(newest, _)| *newest > found && !(by_bucket && comes_from_it(*newest))))
     }
 
-    /// The same by tier 1 alone.
+    /// A new timeline wins over an old one, never the other way round; unless the old one is undecided. By tier 1 alone.
     ///
     /// # Errors
     /// `STALE_TIMELINE`.
@@ -98,11 +111,10 @@ impl BaseStore {
         cluster: &ClusterName,
         found: TimelineId,
     ) -> Result<(), Status> {
-        not_older(cluster, self.newest_on_tier1(cluster), found, "")
-    }
-
-    fn newest_on_tier1(&self, cluster: &ClusterName) -> Option<TimelineId> {
-        self.wal().positions(cluster).iter().map(|position| position.timeline).max()
+        if self.wal().timelines(cluster).is_aside(found) {
+            return Ok(());
+        }
+        not_older(cluster, self.wal().followed(cluster), found)
     }
 
     /// What tier 2's `cluster.json` says.
@@ -149,7 +161,7 @@ impl BaseStore {
 }
 
 /// It came, and is damaged or of a newer version: a person has to look at it, as what it said is not known any more.
-fn is_unreadable(error: &Error) -> bool {
+pub(super) fn is_unreadable(error: &Error) -> bool {
     matches!(error.kind, Kind::Corrupt | Kind::Newer) && error.op != Op::Download
 }
 
@@ -183,11 +195,10 @@ fn not_older(
     cluster: &ClusterName,
     newest: Option<TimelineId>,
     found: TimelineId,
-    place: &str,
 ) -> Result<(), Status> {
     match newest {
         Some(newest) if newest > found => Err(Code::StaleTimeline.status(format!(
-            "open cluster {cluster}: expected timeline {newest:?} or newer{place}, found {found:?}"
+            "open cluster {cluster}: expected timeline {newest:?} or newer, found {found:?}"
         ))),
         _ => Ok(()),
     }

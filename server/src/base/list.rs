@@ -129,6 +129,7 @@ impl BaseStore {
         for object in [
             BaseObject::Cluster,
             BaseObject::Generations,
+            BaseObject::Timelines,
             BaseObject::WalLevels,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },
@@ -156,6 +157,7 @@ impl BaseStore {
         for object in [
             BaseObject::Cluster,
             BaseObject::Generations,
+            BaseObject::Timelines,
             BaseObject::WalLevels,
             BaseObject::Secret { encrypted: true },
             BaseObject::Secret { encrypted: false },

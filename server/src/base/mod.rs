@@ -32,6 +32,7 @@ mod put;
 mod repository;
 mod reserve;
 mod server_files;
+mod timelines;
 mod window;
 
 pub use archive::{BaseArchiveState, BaseArchives};
@@ -43,6 +44,7 @@ pub use positions::{Line, lost_with_tier1};
 pub use put::Incoming;
 pub use reserve::{Caller, Lease, Removal, Reservations, Running};
 pub use server_files::ServerFiles;
+pub use timelines::decision;
 
 use crate::{
     clock::{self, ClockWatch},

@@ -39,6 +39,15 @@ pub struct Line {
     pub missing: Vec<Run>,
 }
 
+/// What a stream that goes on behind tier 2 puts on record first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Takeover {
+    /// What only tier 2 has, by timeline.
+    pub lines: Vec<TakenOver>,
+    /// What neither tier has.
+    gaps: Vec<(TimelineId, Run)>,
+}
+
 impl From<&Position> for Line {
     fn from(p: &Position) -> Self {
         Self {
@@ -70,33 +79,45 @@ impl BaseStore {
         Ok(lines(&near, &holdings))
     }
 
-    /// Puts on record what only tier 2 has, if `open` goes on behind it, and what is lost in between. False when there is
-    /// nothing to take over.
+    /// What only tier 2 has, if `open` goes on behind it, and what is lost in between. Writes nothing.
     ///
     /// # Errors
-    /// `UNAVAILABLE`; `BAD_POSITION` when it goes on elsewhere; as the disk fails.
+    /// `UNAVAILABLE`; `BAD_POSITION` when it goes on elsewhere.
+    pub async fn to_take_over(
+        &self,
+        cluster: &ClusterName,
+        open: &Open,
+    ) -> Result<Takeover, Status> {
+        if self.tier2().is_none() {
+            return Ok(Takeover::default());
+        }
+        let holdings = self.both_tiers(cluster, Tier2Use::Cached).await?;
+        let lines = lines(&self.wal().positions(cluster), &holdings);
+        let from = open.gap.as_ref().map_or(open.start, |gap| gap.from);
+        let size = open.system.segment_size;
+        let (lines, gaps) = taken(&lines, open.timeline, from, size).map_err(|expected| {
+            Code::BadPosition.status(format!(
+                "open cluster {cluster}: expected a start at {expected}, where tier 2 ends, found {from}"
+            ))
+        })?;
+        Ok(Takeover { lines, gaps })
+    }
+
+    /// Puts it on record, durably, as it is found now. False when there is nothing to take over.
+    ///
+    /// # Errors
+    /// As [`BaseStore::to_take_over`], and as the disk fails.
     pub async fn take_over(
         &self,
         cluster: &ClusterName,
         open: &Open,
         now_unix: f64,
     ) -> Result<bool, Status> {
-        if self.tier2().is_none() {
+        let Takeover { lines, gaps } = self.to_take_over(cluster, open).await?;
+        if lines.is_empty() {
             return Ok(false);
         }
-        let holdings = self.both_tiers(cluster, Tier2Use::Cached).await?;
-        let lines = lines(&self.wal().positions(cluster), &holdings);
-        let from = open.gap.as_ref().map_or(open.start, |gap| gap.from);
-        let size = open.system.segment_size;
-        let (taken, gaps) = taken(&lines, open.timeline, from, size).map_err(|expected| {
-            Code::BadPosition.status(format!(
-                "open cluster {cluster}: expected a start at {expected}, where tier 2 ends, found {from}"
-            ))
-        })?;
-        if taken.is_empty() {
-            return Ok(false);
-        }
-        for line in &taken {
+        for line in &lines {
             tracing::warn!(%cluster, timeline = ?line.timeline, start = %line.start, end = %line.end, "the stream goes on behind what only tier 2 holds");
         }
         let gap = |(timeline, run): (TimelineId, Run)| {
@@ -110,7 +131,7 @@ impl BaseStore {
         let (store, name) = (self.wal().clone(), cluster.clone());
         run(move || {
             store.add_levels(&name, &levels)?;
-            store.take_over(&name, &taken, gaps)
+            store.take_over(&name, &lines, gaps)
         })
         .await?;
         Ok(true)

@@ -8,7 +8,7 @@ use super::gauges::Summary;
 use klio_pg::{HistoryEntry, SegmentSize, TimelineHistory, TimelineId};
 use klio_storage::{
     catalog::{
-        Frontier, Holdings, KnownGap, Run, TimelineHoldings,
+        Frontier, Holdings, KnownGap, Run, TimelineHoldings, Timelines,
         holdings::{MINIMAL, minimal, without},
         recovery::{Path, Reach, Stop},
     },
@@ -27,6 +27,8 @@ pub(super) struct Known {
     pub levels: Vec<LevelChange>,
     pub histories: Vec<TimelineHistory>,
     pub segment_size: SegmentSize,
+    /// Which timelines are left aside.
+    pub timelines: Timelines,
 }
 
 /// Every moment between the two can be recovered. Unix seconds.
@@ -38,7 +40,7 @@ pub struct Window {
     pub latest: f64,
 }
 
-/// The window that reaches furthest on the newest timeline; `None` without a backup that can be recovered.
+/// The window that reaches furthest on the timeline that is followed; `None` without a backup that can be recovered.
 /// `as_of`: all that PostgreSQL had then is held, in the server's clock.
 pub(super) fn window<'a>(
     known: &Known,
@@ -46,7 +48,10 @@ pub(super) fn window<'a>(
     as_of: Option<f64>,
 ) -> Option<Window> {
     let holdings = holdings(known);
-    let newest = holdings.timelines.iter().rfind(|line| !line.runs.is_empty())?;
+    let counts = |line: &&TimelineHoldings| {
+        !line.runs.is_empty() && !known.timelines.is_aside(line.timeline)
+    };
+    let newest = holdings.timelines.iter().rfind(counts)?;
     let path = Path::new(&holdings, newest.timeline, known.segment_size).ok()?;
     let leads = |b: &&Summary| path.passes(b.start.0, b.start.1) && path.passes(b.stop.0, b.stop.1);
     let reached: Vec<(&Summary, Reach)> = backups
@@ -157,6 +162,7 @@ mod tests {
             levels: Vec::new(),
             histories: Vec::new(),
             segment_size: SegmentSize::new(1 << 20).unwrap(),
+            timelines: Timelines::default(),
         }
     }
 

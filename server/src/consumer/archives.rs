@@ -122,7 +122,11 @@ impl Archives {
         let state = &*state;
         let archive = state.archive.as_ref();
         let frontiers = archive.map(|archive| archive.frontiers(&gaps)).unwrap_or_default();
-        let newest = archive.and_then(|archive| state.newest(archive, &frontiers, &positions));
+        // What is left aside is archived like the rest, and is not what the cluster's position means.
+        let counts = |timeline| !self.files.is_aside(name, timeline);
+        let shown: Vec<_> = frontiers.iter().filter(|f| counts(f.timeline)).copied().collect();
+        let held: Vec<_> = positions.into_iter().filter(|p| counts(p.timeline)).collect();
+        let newest = archive.and_then(|archive| state.newest(archive, &shown, &held));
         let mut problems: Vec<String> =
             state.problems.values().take(PROBLEMS_SHOWN).cloned().collect();
         if state.problems.len() > PROBLEMS_SHOWN {

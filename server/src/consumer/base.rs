@@ -23,7 +23,7 @@ use futures::{FutureExt, future::BoxFuture};
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
-    catalog::BackupRecord,
+    catalog::{BackupRecord, Timelines},
     disk::read_small,
     generations::Generations,
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
@@ -190,9 +190,10 @@ impl BaseWork {
                 self.join_levels(object).await?;
                 self.keep_current(object).await
             }
-            BaseObject::Cluster | BaseObject::Generations | BaseObject::Secret { .. } => {
-                self.keep_current(object).await
-            }
+            BaseObject::Cluster
+            | BaseObject::Generations
+            | BaseObject::Timelines
+            | BaseObject::Secret { .. } => self.keep_current(object).await,
         }
     }
 
@@ -378,6 +379,12 @@ impl BaseWork {
                 let theirs: Generations = record::decode(theirs, &place)?;
                 Ok(ours.version > theirs.version)
             }
+            // What is on record never goes: tier 1 knows at least what tier 2 does, or has not adopted it.
+            BaseObject::Timelines => {
+                let ours = Timelines::decode(ours, &place)?;
+                let theirs = Timelines::decode(theirs, &place)?;
+                Ok(theirs.marks().iter().all(|mark| ours.mark(mark.timeline).is_some()))
+            }
             BaseObject::Secret { encrypted } => {
                 let at_rest = self.base.at_rest();
                 let ours = decode_secret(ours, *encrypted, at_rest, &place)?;
@@ -429,7 +436,10 @@ pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<()
 /// What opens the repository first, records last.
 const fn rank(object: &BaseObject) -> u8 {
     match object {
-        BaseObject::Cluster | BaseObject::Generations | BaseObject::WalLevels => 0,
+        BaseObject::Cluster
+        | BaseObject::Generations
+        | BaseObject::Timelines
+        | BaseObject::WalLevels => 0,
         BaseObject::Secret { .. } => 1,
         BaseObject::File(BaseFile { kind: BaseKind::Config | BaseKind::Key, .. }) => 2,
         BaseObject::File(BaseFile { kind: BaseKind::Data, .. }) => 3,

@@ -1,6 +1,6 @@
 //! Finished files of tier 1, as the consumer needs to see them.
 
-use klio_pg::SegmentSize;
+use klio_pg::{SegmentSize, TimelineId};
 use klio_storage::{
     Error,
     crypt::AtRest,
@@ -44,6 +44,10 @@ pub trait Tier1Files: Send + Sync + 'static {
     fn gaps(&self, cluster: &ClusterName) -> Vec<Gap>;
     /// How far each timeline with WAL is, sealed or not. From memory: never waits for a disk.
     fn positions(&self, cluster: &ClusterName) -> Vec<Position>;
+    /// Who does not name it does not get there: undecided or retired. From memory.
+    fn is_aside(&self, _: &ClusterName, _: TimelineId) -> bool {
+        false
+    }
     /// Retention let it go for good, from both tiers. From memory: never waits for a disk.
     fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool;
 }
@@ -87,6 +91,10 @@ impl Tier1Files for WalStore {
 
     fn positions(&self, cluster: &ClusterName) -> Vec<Position> {
         WalStore::positions(self, cluster)
+    }
+
+    fn is_aside(&self, cluster: &ClusterName, timeline: TimelineId) -> bool {
+        self.timelines(cluster).is_aside(timeline)
     }
 
     fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool {

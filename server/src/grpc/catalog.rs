@@ -1,6 +1,6 @@
 //! The catalogue service: what exists, and how it goes.
 
-use super::{auth::Auth, generations::Histories, roles::Rpc};
+use super::{auth::Auth, generations::Histories, roles::Rpc, timelines};
 use crate::{
     errors,
     status::{ClusterView, StatusBoard, now_unix},
@@ -150,12 +150,31 @@ impl Catalog for CatalogService {
             problems,
         }))
     }
+
+    async fn timelines(
+        &self,
+        request: Request<v1::TimelinesRequest>,
+    ) -> Result<Response<v1::TimelinesResponse>, Status> {
+        let (_, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::Timelines)?;
+        Ok(Response::new(self.timelines_of(&cluster).await?))
+    }
+
+    async fn decide_timeline(
+        &self,
+        request: Request<v1::DecideTimelineRequest>,
+    ) -> Result<Response<v1::DecideTimelineResponse>, Status> {
+        let (identity, cluster) =
+            self.auth.require(&request, &request.get_ref().cluster, Rpc::DecideTimeline)?;
+        Ok(Response::new(self.decide(&identity, &cluster, request.get_ref()).await?))
+    }
 }
 
 impl CatalogService {
     /// With the histories of the cluster, where this is its current one.
     fn status_of(&self, view: &ClusterView) -> v1::ClusterStatus {
         let mut status = status_of(view);
+        status.other_timelines = self.other_timelines(&view.name);
         let Ok(all) = self.histories.base.generations_here(&view.name) else { return status };
         let own = view.name.number().unwrap_or(1);
         if own == all.current() {
@@ -172,6 +191,16 @@ impl CatalogService {
             })
             .collect();
         status
+    }
+
+    /// Those that somebody streams or that are undecided, besides the one that is followed.
+    fn other_timelines(&self, cluster: &ClusterName) -> Vec<v1::TimelineRecord> {
+        let Some(base) = &self.board.base else { return Vec::new() };
+        let others = base.other_timelines(cluster);
+        let marks = self.board.store.timelines(cluster);
+        let mut records = timelines::records(&self.board, cluster, &marks);
+        records.retain(|r| TimelineId::new(r.timeline).is_some_and(|t| others.contains(&t)));
+        records
     }
 
     async fn remote(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
@@ -228,6 +257,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
         generations: Vec::new(),
         unproven: Vec::new(),
         durable_as_of_time: view.durable_as_of_unix.unwrap_or(0.0),
+        other_timelines: Vec::new(),
     }
 }
 

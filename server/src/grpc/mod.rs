@@ -7,6 +7,7 @@ pub mod counted;
 mod fetch;
 mod generations;
 pub mod roles;
+mod timelines;
 pub mod trace;
 mod wal;
 

@@ -136,6 +136,8 @@ table! {
     Status         "klio.v1.Catalog/Status":      Tenant Observer Operator Admin;
     ListWal        "klio.v1.Catalog/ListWal":     Tenant Observer Operator Admin;
     Check          "klio.v1.Catalog/Check":       Tenant Observer Operator Admin;
+    Timelines      "klio.v1.Catalog/Timelines":   Tenant Observer Operator Admin;
+    DecideTimeline "klio.v1.Catalog/DecideTimeline": Operator Admin;
 }
 
 #[cfg(test)]

@@ -65,6 +65,8 @@ methods! {
     "klio.v1.Catalog/Status" => "catalog.status"
     "klio.v1.Catalog/ListWal" => "catalog.list_wal"
     "klio.v1.Catalog/Check" => "catalog.check"
+    "klio.v1.Catalog/Timelines" => "catalog.timelines"
+    "klio.v1.Catalog/DecideTimeline" => "catalog.decide_timeline"
 }
 
 /// Wraps a service so that its calls are spans.

@@ -134,14 +134,18 @@ impl Wal for WalService {
                 self.generation_positions(&named, asked.system, asked.with_tier2).await?;
             let current = generations.iter().find(|g| g.state == State::Current.word());
             let timelines = current.map(|g| g.timelines.clone()).unwrap_or_default();
-            return Ok(Response::new(v1::PositionResponse { timelines, generations }));
+            return Ok(Response::new(v1::PositionResponse {
+                timelines,
+                generations,
+                beside: true,
+            }));
         }
         let cluster = self.receiver.base.resolve_open(named).await?;
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
         self.receiver.base.check_system(&cluster, asked.system).await?;
         let with_tier2 = asked.with_tier2 || self.receiver.store.positions(&cluster).is_empty();
         let timelines = self.positions(&cluster, with_tier2).await?;
-        Ok(Response::new(v1::PositionResponse { timelines, generations: Vec::new() }))
+        Ok(Response::new(v1::PositionResponse { timelines, generations: Vec::new(), beside: true }))
     }
 
     async fn begin_generation(
@@ -259,6 +263,9 @@ impl Wal for WalService {
             .name
             .parse()
             .map_err(|e| Code::Invalid.status(format!("fetch WAL: {e}")))?;
+        if request.get_ref().for_standby {
+            self.receiver.base.check_shown(&cluster, file).await?;
+        }
         let found = if request.get_ref().tier2_only {
             self.source.find_other_copy(&cluster, file).await?
         } else {

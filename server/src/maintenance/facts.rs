@@ -7,7 +7,7 @@ use crate::base::ListedBackup;
 use klio_pg::{SegmentSize, TimelineHistory};
 use klio_storage::{
     catalog::{
-        BackupRecord, Holdings, RetentionPlan, Survey,
+        BackupRecord, Holdings, RetentionPlan, Standing, Survey,
         retention::{self, Facts, KnownBackup, KnownTimeline, TIMES_DIFFER_SECONDS},
     },
     layout::ClusterName,
@@ -83,6 +83,10 @@ fn timelines(holdings: &Holdings, problems: &mut Vec<String>) -> Vec<KnownTimeli
     let mut known = Vec::new();
     for line in &holdings.timelines {
         let Some(end) = line.runs.iter().map(|run| run.end).max() else { continue };
+        // A person may decide for it: nothing of it goes (P6).
+        if holdings.standing(line.timeline) == Some(Standing::Undecided) {
+            continue;
+        }
         let history = line.history.as_ref().map(|text| {
             TimelineHistory::parse(line.timeline, text.as_bytes()).map_err(|e| e.to_string())
         });

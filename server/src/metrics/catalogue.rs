@@ -106,6 +106,12 @@ pub const CATALOGUE: &[Row] = &[
         "stretches of acknowledged WAL that are damaged on tier 1 and not held again",
     ),
     of_cluster(
+        "klio.cluster.undecided_timelines",
+        Gauge,
+        "",
+        "timelines that are received and about which a person has to decide",
+    ),
+    of_cluster(
         "klio.consumer.written_size",
         Counter,
         "By",

@@ -26,7 +26,7 @@ use klio_storage::{
     catalog::BackupRecord,
     layout::{ClusterName, WalFile},
     wal::{
-        SealedDecoder, Seam,
+        SealedDecoder, Seam, TakenOver,
         overlap::{self, DIGEST_BYTES, PageDigests},
     },
 };
@@ -447,7 +447,8 @@ impl Comparer {
         found
     }
 
-    /// How the stream that `open` asks for may begin, by what its writer compared before.
+    /// How the stream that `open` asks for may begin, by what its writer compared before; `taken` is what it goes on behind
+    /// in tier 2.
     ///
     /// # Errors
     /// `DIVERGED` when nothing can be proven while a history that was refused may be this one.
@@ -455,13 +456,16 @@ impl Comparer {
         &self,
         cluster: &ClusterName,
         open: &Open,
+        taken: &[TakenOver],
     ) -> Result<Continuity, Status> {
         let proof = self.take(&open.writer_id, cluster);
         let positions = self.base.wal().positions(cluster);
-        if positions.is_empty() {
+        if positions.is_empty() && taken.is_empty() {
             return Ok(Continuity::default());
         }
-        let held = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
+        let here = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
+        let there = taken.iter().find(|t| t.timeline == open.timeline).map(|t| t.end);
+        let held = here.max(there);
         // Of a timeline that is new here its ancestor was compared, whose bytes come again with it.
         let fits = |proof: &Proof| match held {
             Some(held) => proof.timeline == open.timeline && proof.end == held,

@@ -10,11 +10,14 @@
 pub(crate) mod as_of;
 mod batch;
 mod compare;
+mod conflict;
 pub(crate) mod open;
+mod proof;
 mod registry;
 mod session;
+mod slot;
 mod trace;
 
 pub use compare::{Comparer, Inbound, Verdict};
-pub use registry::{Claim, ClusterState, Place, Progress, Registry};
+pub use registry::{Claim, Claimed, ClusterState, Place, Progress, Registry};
 pub use session::{Receiver, ReceiverOptions};

@@ -1,30 +1,39 @@
-//! Opens a session: the caller's claim, what the store holds, and the one place of the cluster.
+//! Opens a session: the caller's claim, what the store holds, and the one place of the cluster's timeline.
 //!
-//! Order: pinned system, stale timeline, place (fences an earlier session), writer. Nothing but the name's system is
-//! written before all but the last have agreed. Who the cluster is, over both tiers, is `base`'s to say (P8).
+//! Order: pinned system, other timelines (`conflict`), position and history, place (ends an earlier session), what only tier 2
+//! holds, writer. Who would be refused ends nobody: all that can be looked at is looked at before the place is taken. Nothing
+//! but the name's system, and a conflict that was found, is written before all but the last have agreed. Who the cluster is,
+//! over both tiers, is `base`'s to say (P8).
 
 use super::{
     compare::{Comparer, Continuity},
-    registry::{Claim, Place, Registry},
+    conflict::{self, Settled},
+    registry::{Claim, Claimed, Registry},
 };
 use crate::{
     base::{BaseStore, lost_with_tier1},
     errors,
 };
-use klio_pg::SegmentSize;
-use klio_proto::{Code, wal::Open};
+use klio_pg::{SegmentSize, TimelineId};
+use klio_proto::{
+    Code,
+    wal::{AlivePostgres, Open},
+};
 use klio_storage::{
     layout::ClusterName,
-    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Seam, Writer},
+    wal::{GapDeclaration, OpenError, OpenRefusal, OpenRequest, Seam, TakenOver, WalStore, Writer},
 };
 use std::sync::Arc;
 use tonic::Status;
 
+/// How often sessions that came while others were asked are asked, too. The client waits meanwhile.
+const ROUNDS_MAX: usize = 2;
+
 /// A session that may begin.
 pub struct Opened {
-    /// The cluster's one place.
-    pub place: Place,
-    /// The store's one writer.
+    /// The place of the cluster's timeline.
+    pub claimed: Claimed,
+    /// The store's writer of it.
     pub writer: Writer,
     /// wal_segment_size.
     pub segment_size: SegmentSize,
@@ -32,6 +41,14 @@ pub struct Opened {
     pub seam: Option<Seam>,
     /// Why nothing proved it, to be recorded with the first byte.
     pub unproven: Option<String>,
+}
+
+/// Who wants to stream.
+pub struct Caller<F> {
+    /// For messages: certificate name and address.
+    pub who: String,
+    /// Asks its PostgreSQL whether it writes now.
+    pub prove: F,
 }
 
 /// Runs blocking work of the store and translates its error.
@@ -49,104 +66,186 @@ pub async fn blocking<T: Send + 'static>(
 /// Opens `cluster` for the caller `who`.
 ///
 /// # Errors
-/// `WRONG_SYSTEM`, `DIVERGED`, `STALE_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says; `UNAVAILABLE` when the bucket
-/// has to be asked at first contact and does not answer.
+/// `WRONG_SYSTEM`, `DIVERGED`, `STALE_TIMELINE`, `RETIRED_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says;
+/// `UNAVAILABLE` when the bucket has to be asked at first contact and does not answer.
 pub async fn open(
     base: &BaseStore,
     comparer: &Comparer,
     registry: &Arc<Registry>,
     cluster: &ClusterName,
-    who: String,
+    caller: Caller<impl Future<Output = Option<AlivePostgres>>>,
     open: Open,
     now_unix: f64,
 ) -> Result<Opened, Status> {
+    let Caller { who, prove } = caller;
     let segment_size = open.system.segment_size;
     base.pin(cluster, open.system).await?;
-    base.check_timeline(cluster, open.timeline).await?;
-    let claim = Claim { writer_id: open.writer_id.clone(), who, timeline: open.timeline };
-    let place = registry.claim(cluster, claim).await?;
-    // Again: the session that was fenced may have been a newer timeline's.
-    base.check_timeline_here(cluster, open.timeline)?;
-    // After the fence: nobody else appends from here on.
-    let mut taken_over = false;
-    if lacks(base, cluster, &open) {
-        taken_over = base.take_over(cluster, &open, now_unix).await?;
-    }
-    let Continuity { seam, unproven } = comparer.continuity(cluster, &open).await?;
-    let lost = taken_over || begins_lost(base, cluster, &open);
-    let writer = match begin(base, cluster, request_of(&open, lost, now_unix)).await {
-        // Tier 2 may hold a timeline that tier 1 has nothing of: its disk was set back.
-        Err(Refused::Position(status)) if !taken_over => {
-            if !base.take_over(cluster, &open, now_unix).await? {
-                return Err(status);
-            }
-            begin(base, cluster, request_of(&open, true, now_unix)).await
+    base.adopt_timelines(cluster).await?;
+    let (timeline, lives_on) = (open.timeline, open.lives_on);
+    let mut claim =
+        Claim { writer_id: open.writer_id.clone(), who, timeline, lives_on, aside: false };
+    let standing = conflict::look(base, cluster, &claim, prove).await?;
+    let bid = Bid { base, cluster, open: &open, now_unix };
+    let taken = bid.check().await?;
+    // Nothing is appended behind it unseen: the writer is opened only where what is held still ends there.
+    let Continuity { seam, unproven } = comparer.continuity(cluster, &open, &taken).await?;
+    let mut settled = conflict::settle(base, registry, cluster, &claim, standing, now_unix).await?;
+    let mut rounds = 0;
+    let claimed = loop {
+        let Settled { aside, displaced } = settled;
+        claim.aside = aside;
+        if let Some(claimed) = registry.claim(cluster, claim.clone(), &displaced).await? {
+            break claimed;
         }
-        other => other,
+        rounds += 1;
+        if rounds == ROUNDS_MAX {
+            let message = format!("open cluster {cluster}: older sessions come and go");
+            return Err(Code::WriterConflict.status(message));
+        }
+        settled = conflict::ask_rivals(base, registry, cluster, &claim, now_unix).await?;
     };
-    let writer = writer.map_err(|refused| match refused {
-        Refused::Position(status) | Refused::Other(status) => status,
-    })?;
-    Ok(Opened { place, writer, segment_size, seam, unproven })
+    // Again: while others were asked, a newer timeline may have come.
+    base.check_timeline_here(cluster, lives_on)?;
+    // Nobody else appends to the timeline from here on.
+    let writer = bid.begin(!taken.is_empty()).await?;
+    Ok(Opened { claimed, writer, segment_size, seam, unproven })
 }
 
-/// Whether tier 1 holds less than what the stream continues: nothing at all, or not up to its beginning.
-fn lacks(base: &BaseStore, cluster: &ClusterName, open: &Open) -> bool {
-    let positions = base.wal().positions(cluster);
-    let held = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
-    let from = open.gap.as_ref().map_or(open.start, |gap| gap.from);
-    positions.is_empty() || held.is_some_and(|held| held < from)
+/// Of a timeline against which a person decided.
+pub(super) fn retired(cluster: &ClusterName, timeline: TimelineId) -> Status {
+    Code::RetiredTimeline
+        .status(format!("stream cluster {cluster}: timeline {} was retired", timeline.get()))
 }
 
-/// Whether a declared gap begins right where what was taken over ends, with nothing received since.
-fn begins_lost(base: &BaseStore, cluster: &ClusterName, open: &Open) -> bool {
-    let from = open.gap.as_ref().map(|gap| gap.from);
-    let taken = base.wal().taken_over(cluster);
-    taken.iter().any(|taken| taken.timeline == open.timeline && Some(taken.end) == from)
+/// Where a stream wants to go on, seen from what both tiers hold.
+struct Bid<'a> {
+    base: &'a BaseStore,
+    cluster: &'a ClusterName,
+    open: &'a Open,
+    now_unix: f64,
 }
 
-/// `lost`: what is declared missing was acknowledged to a tier 1 that is gone.
-fn request_of(open: &Open, lost: bool, now_unix: f64) -> OpenRequest {
-    let gap = open.gap.as_ref().map(|gap| {
-        let reason = match lost {
-            true => lost_with_tier1(&gap.reason),
-            false => gap.reason.clone(),
-        };
-        GapDeclaration { from: gap.from, to: gap.to, reason }
-    });
-    let (timeline, start, slot_restart) = (open.timeline, open.start, open.slot_restart);
-    OpenRequest { timeline, start, gap, now_unix, slot_restart }
-}
-
-/// Why no writer was opened.
+/// Why no writer is opened.
 enum Refused {
     /// It would leave out or overwrite WAL, by what tier 1 knows.
     Position(Status),
     Other(Status),
 }
 
-async fn begin(
-    base: &BaseStore,
-    cluster: &ClusterName,
-    request: OpenRequest,
-) -> Result<Writer, Refused> {
-    let (at, name) = (base.wal().clone(), cluster.clone());
-    let opened = tokio::task::spawn_blocking(move || at.open_writer(&name, &request)).await;
-    let opened =
-        opened.map_err(|e| Refused::Other(Code::Internal.status(format!("open writer: {e}"))))?;
-    opened.map_err(|error| match &error {
-        OpenError::Refused { refusal, .. } => match refusal_code(refusal) {
-            Code::BadPosition => Refused::Position(Code::BadPosition.status(&error)),
-            code => Refused::Other(code.status(&error)),
-        },
-        OpenError::Failed(error) => Refused::Other(errors::status(error)),
-    })
+impl From<Refused> for Status {
+    fn from(refused: Refused) -> Self {
+        let (Refused::Position(status) | Refused::Other(status)) = refused;
+        status
+    }
+}
+
+impl Bid<'_> {
+    /// Whether a writer may be opened there once what is given has been taken over from tier 2. Writes nothing.
+    async fn check(&self) -> Result<Vec<TakenOver>, Status> {
+        let mut taken = Vec::new();
+        if self.lacks() {
+            taken = self.base.to_take_over(self.cluster, self.open).await?.lines;
+        }
+        match self.check_behind(&taken).await {
+            // Tier 2 may hold a timeline that tier 1 has nothing of: its disk was set back.
+            Err(Refused::Position(status)) if taken.is_empty() => {
+                taken = self.base.to_take_over(self.cluster, self.open).await?.lines;
+                if taken.is_empty() {
+                    return Err(status);
+                }
+                self.check_behind(&taken).await?;
+            }
+            other => other?,
+        }
+        Ok(taken)
+    }
+
+    /// Opens the writer. `takes`: tier 2 was found to hold more.
+    async fn begin(&self, takes: bool) -> Result<Writer, Status> {
+        let taken_over = takes && self.take_over().await?;
+        match self.open_writer(taken_over).await {
+            Err(Refused::Position(status)) if !taken_over => {
+                if !self.take_over().await? {
+                    return Err(status);
+                }
+                Ok(self.open_writer(true).await?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Whether tier 1 holds less than what the stream continues: nothing at all, or not up to its beginning.
+    fn lacks(&self) -> bool {
+        let open = self.open;
+        let positions = self.base.wal().positions(self.cluster);
+        let held = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
+        let from = open.gap.as_ref().map_or(open.start, |gap| gap.from);
+        positions.is_empty() || held.is_some_and(|held| held < from)
+    }
+
+    async fn take_over(&self) -> Result<bool, Status> {
+        self.base.take_over(self.cluster, self.open, self.now_unix).await
+    }
+
+    async fn check_behind(&self, taken: &[TakenOver]) -> Result<(), Refused> {
+        let (request, taken) = (self.request(false), taken.to_vec());
+        self.ask(move |store, name, lives_on| store.check_writer(name, &request, lives_on, &taken))
+            .await
+    }
+
+    async fn open_writer(&self, taken_over: bool) -> Result<Writer, Refused> {
+        let request = self.request(taken_over || self.begins_lost());
+        self.ask(move |store, name, lives_on| store.open_writer_of(name, &request, lives_on)).await
+    }
+
+    /// Whether a declared gap begins right where what was taken over ends, with nothing received since.
+    fn begins_lost(&self) -> bool {
+        let open = self.open;
+        let from = open.gap.as_ref().map(|gap| gap.from);
+        let taken = self.base.wal().taken_over(self.cluster);
+        taken.iter().any(|taken| taken.timeline == open.timeline && Some(taken.end) == from)
+    }
+
+    /// `lost`: what is declared missing was acknowledged to a tier 1 that is gone.
+    fn request(&self, lost: bool) -> OpenRequest {
+        let open = self.open;
+        let gap = open.gap.as_ref().map(|gap| {
+            let reason = match lost {
+                true => lost_with_tier1(&gap.reason),
+                false => gap.reason.clone(),
+            };
+            GapDeclaration { from: gap.from, to: gap.to, reason }
+        });
+        let (timeline, start, slot_restart) = (open.timeline, open.start, open.slot_restart);
+        OpenRequest { timeline, start, gap, now_unix: self.now_unix, slot_restart }
+    }
+
+    /// Asks the store, off the runtime's workers.
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&WalStore, &ClusterName, TimelineId) -> Result<T, OpenError>
+        + Send
+        + 'static,
+    ) -> Result<T, Refused> {
+        let (at, name, lives_on) =
+            (self.base.wal().clone(), self.cluster.clone(), self.open.lives_on);
+        let asked = tokio::task::spawn_blocking(move || question(&at, &name, lives_on)).await;
+        let failed = |e| Refused::Other(Code::Internal.status(format!("open writer: {e}")));
+        asked.map_err(failed)?.map_err(|error| match &error {
+            OpenError::Refused { refusal, .. } => match refusal_code(refusal) {
+                Code::BadPosition => Refused::Position(Code::BadPosition.status(&error)),
+                code => Refused::Other(code.status(&error)),
+            },
+            OpenError::Failed(error) => Refused::Other(errors::status(error)),
+        })
+    }
 }
 
 fn refusal_code(refusal: &OpenRefusal) -> Code {
     match refusal {
         OpenRefusal::NotPinned | OpenRefusal::NoHistory(_) => Code::Invalid,
         OpenRefusal::Stale { .. } => Code::StaleTimeline,
+        OpenRefusal::Retired { .. } => Code::RetiredTimeline,
         OpenRefusal::WriterPresent { .. } => Code::WriterConflict,
         OpenRefusal::WrongStart { .. }
         | OpenRefusal::NotSegmentStart { .. }

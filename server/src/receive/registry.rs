@@ -1,12 +1,17 @@
 //! Who is streaming which cluster, and how far each is.
 //!
-//! - At most one live session a cluster (P8). The same writer may come back at once, and a newer
-//!   timeline wins over an older one: the earlier session is cancelled and waited for.
-//! - Positions only describe; the store decides. They outlive the session, for status and metrics.
+//! - At most one live session a cluster and timeline (P8). The same writer may come back at once. A newer timeline wins over
+//!   an older one whose PostgreSQL does not prove that it writes; where it does, both stay (`open` decides).
+//! - Nobody is ended for a claim that is refused.
+//! - Positions only describe; the store decides. They outlive the session, for status and metrics. Those of a cluster are
+//!   those of the timeline that is followed.
 
 use klio_pg::{Lsn, TimelineId};
-use klio_proto::Code;
-use klio_storage::layout::ClusterName;
+use klio_proto::{Code, wal::AlivePostgres};
+use klio_storage::{
+    catalog::{Standing, Timelines},
+    layout::ClusterName,
+};
 use std::{
     collections::BTreeMap,
     sync::{
@@ -15,32 +20,72 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// How long a cancelled session may take to let go: it finishes at most one write and fsync.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a PostgreSQL may take to prove that it writes. A newer timeline waits for that, so it is short.
+pub(crate) const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Nothing panics while it holds one of these locks; if it did, the plain values stay usable.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A question to a live session: what does your PostgreSQL say now? Dropped without an answer when there is none.
+pub(crate) type Question = oneshot::Sender<AlivePostgres>;
+
 struct Live {
     id: u64,
     writer_id: String,
     who: String,
-    timeline: TimelineId,
+    lives_on: TimelineId,
+    /// Its timeline is undecided.
+    aside: bool,
     cancel: CancellationToken,
+    questions: mpsc::Sender<Question>,
 }
 
-/// One cluster's live session and last known positions.
+/// A live session, as another claim sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Rival {
+    pub(crate) id: u64,
+    /// For messages.
+    pub(crate) who: String,
+    /// The timeline of its PostgreSQL.
+    pub(crate) lives_on: TimelineId,
+    questions: mpsc::Sender<Question>,
+}
+
+impl Rival {
+    /// What its PostgreSQL says now; `None` when no answer came in time, or it cannot be asked.
+    pub(crate) async fn ask(&self) -> Option<AlivePostgres> {
+        let (question, answer) = oneshot::channel();
+        let asked = async {
+            self.questions.send(question).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(PROOF_TIMEOUT, asked).await.ok().flatten()
+    }
+}
+
+/// One cluster's live sessions and last known positions.
 #[derive(Default)]
 pub struct ClusterState {
-    live: Mutex<Option<Live>>,
+    /// By the timeline that is streamed.
+    live: Mutex<BTreeMap<TimelineId, Live>>,
     released: Notify,
-    progress: Mutex<Progress>,
+    lines: Mutex<Lines>,
+}
+
+/// Positions by timeline.
+#[derive(Default)]
+struct Lines {
+    /// The one that is followed, once a session of it has begun.
+    current: Option<TimelineId>,
+    progress: BTreeMap<Option<TimelineId>, Progress>,
 }
 
 /// Positions as the last session left them.
@@ -141,21 +186,58 @@ impl Progress {
 }
 
 impl ClusterState {
-    /// A copy of the positions.
+    /// A copy of the positions of the timeline that is followed.
     pub fn progress(&self) -> Progress {
-        *lock(&self.progress)
+        let lines = lock(&self.lines);
+        lines.progress.get(&lines.current).copied().unwrap_or_default()
     }
 
-    /// Whether a session is live.
+    /// Whether a session of the timeline that is followed is live.
     pub fn connected(&self) -> bool {
-        lock(&self.live).is_some()
+        lock(&self.live).values().any(|live| !live.aside)
     }
 
-    /// Changes the positions; keeps the times true to them.
+    /// Whether a session of a PostgreSQL on this timeline is live.
+    pub fn lives(&self, timeline: TimelineId) -> bool {
+        lock(&self.live).values().any(|live| live.lives_on == timeline)
+    }
+
+    /// Changes the positions of the timeline that is followed; keeps the times true to them.
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
-        let mut progress = lock(&self.progress);
-        change(&mut progress);
+        let current = lock(&self.lines).current;
+        self.update_line(current, change);
+    }
+
+    fn update_line(&self, line: Option<TimelineId>, change: impl FnOnce(&mut Progress)) {
+        let mut lines = lock(&self.lines);
+        let progress = lines.progress.entry(line).or_default();
+        change(progress);
         progress.follow();
+    }
+
+    /// The sessions of older timelines that a claim would end, and that are not undecided already.
+    pub(crate) fn rivals(&self, claim: &Claim) -> Vec<Rival> {
+        let rival = |live: &Live| Rival {
+            id: live.id,
+            who: live.who.clone(),
+            lives_on: live.lives_on,
+            questions: live.questions.clone(),
+        };
+        lock(&self.live).values().filter(|live| claim.displaces(live)).map(rival).collect()
+    }
+
+    /// A person decided, or a conflict was found: who is left aside is not followed, who is retired is ended.
+    pub(crate) fn decided(&self, marks: &Timelines, followed: Option<TimelineId>) {
+        for live in lock(&self.live).values_mut() {
+            live.aside = marks.is_aside(live.lives_on);
+            if marks.standing(live.lives_on) == Some(Standing::Retired) {
+                live.cancel.cancel();
+            }
+        }
+        let mut lines = lock(&self.lines);
+        if lines.current.is_some_and(|current| marks.is_aside(current)) {
+            lines.current = followed;
+        }
     }
 }
 
@@ -167,6 +249,7 @@ pub struct Registry {
 }
 
 /// Who wants to stream.
+#[derive(Debug, Clone)]
 pub struct Claim {
     /// Random per sidecar process.
     pub writer_id: String,
@@ -174,32 +257,75 @@ pub struct Claim {
     pub who: String,
     /// The timeline it brings.
     pub timeline: TimelineId,
+    /// The timeline that its PostgreSQL is on: the same, or a descendant.
+    pub lives_on: TimelineId,
+    /// Its timeline is undecided: it is received, and not followed.
+    pub aside: bool,
+}
+
+impl Claim {
+    /// Whether it would end this session, if that proves nothing: an older one, not undecided, of another writer.
+    fn displaces(&self, live: &Live) -> bool {
+        live.lives_on < self.lives_on && live.writer_id != self.writer_id && !live.aside
+    }
 }
 
 /// Keeps the place of a live session; dropping it gives the place back.
 pub struct Place {
     state: Arc<ClusterState>,
     id: u64,
-    /// Cancelled when a newer session takes over.
+    timeline: TimelineId,
+    /// The timeline that its PostgreSQL is on.
+    pub lives_on: TimelineId,
+    /// Cancelled when the session has to end for another.
     pub fenced: CancellationToken,
 }
 
 impl Place {
-    /// The cluster's shared state.
-    pub fn state(&self) -> &ClusterState {
-        &self.state
+    /// Changes the positions of its timeline.
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
+        self.state.update_line(Some(self.timeline), change);
+    }
+
+    /// Its session begins: unless it is left aside, the cluster's positions are its own from now on.
+    pub fn begin(&self, start: Lsn) {
+        let aside = {
+            let live = lock(&self.state.live);
+            live.get(&self.timeline).is_some_and(|live| live.id == self.id && live.aside)
+        };
+        let timeline = self.timeline;
+        {
+            let mut lines = lock(&self.state.lines);
+            if !aside {
+                // What was received before and how far all was durable is the cluster's, not one timeline's.
+                let before = lines.progress.get(&lines.current).copied().unwrap_or_default();
+                let own = lines.progress.entry(Some(timeline)).or_insert(before);
+                own.received_bytes = own.received_bytes.max(before.received_bytes);
+                own.durable_as_of = own.durable_as_of.max(before.durable_as_of);
+                lines.current = Some(timeline);
+            }
+        }
+        self.update(|p| p.begin(timeline, start));
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut live = lock(&self.state.live);
-        if live.as_ref().is_some_and(|l| l.id == self.id) {
-            *live = None;
+        if live.get(&self.timeline).is_some_and(|l| l.id == self.id) {
+            live.remove(&self.timeline);
         }
         drop(live);
         self.state.released.notify_waiters();
     }
+}
+
+/// A place and the questions that come to whoever has it.
+pub struct Claimed {
+    /// The place.
+    pub place: Place,
+    /// To be answered by the session.
+    pub(crate) questions: mpsc::Receiver<Question>,
 }
 
 impl Registry {
@@ -215,16 +341,21 @@ impl Registry {
 
     /// Ends what streams into a cluster; it is told so, and may come again.
     pub fn end(&self, name: &ClusterName) {
-        if let Some(live) = lock(&self.cluster(name).live).as_ref() {
-            live.cancel.cancel();
-        }
+        lock(&self.cluster(name).live).values().for_each(|live| live.cancel.cancel());
     }
 
-    /// Takes the cluster's one place.
+    /// Takes the place of a cluster's timeline: ends the sessions `displaced`, which proved nothing, and those of the same
+    /// writer, and waits for them. The caller has made sure that it would be admitted. `None` when an older session has come
+    /// that was not asked yet: it is to be asked first.
     ///
     /// # Errors
-    /// `WRITER_CONFLICT` when another writer of the same or a newer timeline is live.
-    pub async fn claim(&self, name: &ClusterName, claim: Claim) -> Result<Place, Status> {
+    /// `WRITER_CONFLICT` when another writer of the timeline is live; then nobody was ended.
+    pub async fn claim(
+        &self,
+        name: &ClusterName,
+        claim: Claim,
+        displaced: &[u64],
+    ) -> Result<Option<Claimed>, Status> {
         let shared = self.cluster(name);
         let state = &shared;
         let deadline = tokio::time::Instant::now() + RELEASE_TIMEOUT;
@@ -235,24 +366,32 @@ impl Registry {
             released.as_mut().enable();
             {
                 let mut live = lock(&state.live);
-                match live.as_ref() {
-                    None => {
-                        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-                        let fenced = CancellationToken::new();
-                        let Claim { writer_id, who, timeline } = claim;
-                        *live = Some(Live { id, writer_id, who, timeline, cancel: fenced.clone() });
-                        return Ok(Place { state: shared.clone(), id, fenced });
-                    }
-                    Some(l) if l.writer_id == claim.writer_id || claim.timeline > l.timeline => {
-                        l.cancel.cancel();
-                    }
-                    Some(l) => {
-                        return Err(Code::WriterConflict.status(format!(
-                            "open cluster {name}: {} is streaming timeline {:?} already",
-                            l.who, l.timeline
-                        )));
-                    }
+                let gives_way =
+                    |l: &Live| l.writer_id == claim.writer_id || displaced.contains(&l.id);
+                if let Some(l) = live.get(&claim.timeline).filter(|l| !gives_way(l)) {
+                    return Err(Code::WriterConflict.status(format!(
+                        "open cluster {name}: {} is streaming timeline {:?} already",
+                        l.who, claim.timeline
+                    )));
                 }
+                let unasked = |l: &Live| !claim.aside && claim.displaces(l) && !gives_way(l);
+                if live.values().any(unasked) {
+                    return Ok(None);
+                }
+                let ending: Vec<&Live> = live.values().filter(|l| gives_way(l)).collect();
+                if ending.is_empty() {
+                    let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                    let fenced = CancellationToken::new();
+                    let (asking, questions) = mpsc::channel(1);
+                    let Claim { writer_id, who, timeline, lives_on, aside } = claim;
+                    let cancel = fenced.clone();
+                    let entry =
+                        Live { id, writer_id, who, lives_on, aside, cancel, questions: asking };
+                    live.insert(timeline, entry);
+                    let place = Place { state: shared.clone(), id, timeline, lives_on, fenced };
+                    return Ok(Some(Claimed { place, questions }));
+                }
+                ending.iter().for_each(|live| live.cancel.cancel());
             }
             if tokio::time::timeout_at(deadline, released).await.is_err() {
                 return Err(Code::WriterConflict.status(format!(
@@ -268,43 +407,124 @@ impl Registry {
 mod tests {
     use super::*;
 
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
     fn claim(writer: &str, timeline: u32) -> Claim {
-        let timeline = TimelineId::new(timeline).unwrap();
-        Claim { writer_id: writer.into(), who: format!("{writer} from test"), timeline }
+        let (writer_id, who) = (writer.into(), format!("{writer} from test"));
+        let timeline = tli(timeline);
+        Claim { writer_id, who, timeline, lives_on: timeline, aside: false }
     }
 
     fn name() -> ClusterName {
         "pg".parse().unwrap()
     }
 
-    #[tokio::test]
-    async fn a_second_writer_is_refused_until_the_first_is_gone() {
-        let registry = Registry::default();
-        let first = registry.claim(&name(), claim("a", 1)).await.ok().unwrap();
-        let refused = registry.claim(&name(), claim("b", 1)).await.err().unwrap();
-        assert_eq!(Code::of(&refused), Code::WriterConflict);
-        assert!(refused.message().contains("a from test"), "{refused}");
-        drop(first);
-        assert!(registry.claim(&name(), claim("b", 1)).await.is_ok());
+    async fn take(registry: &Registry, claim: Claim) -> Result<Claimed, Status> {
+        Ok(registry.claim(&name(), claim, &[]).await?.unwrap())
     }
 
     #[tokio::test]
-    async fn a_newer_timeline_and_the_same_writer_take_over_once_the_earlier_let_go() {
-        for (writer, timeline) in [("b", 2), ("a", 1)] {
+    async fn a_second_writer_is_refused_until_the_first_is_gone() {
+        let registry = Registry::default();
+        let first = take(&registry, claim("a", 1)).await.ok().unwrap();
+        let refused = take(&registry, claim("b", 1)).await.err().unwrap();
+        assert_eq!(Code::of(&refused), Code::WriterConflict);
+        assert!(refused.message().contains("a from test"), "{refused}");
+        assert!(!first.place.fenced.is_cancelled(), "nobody is ended for a claim that is refused");
+        drop(first);
+        assert!(take(&registry, claim("b", 1)).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_same_writer_takes_over_once_its_earlier_session_let_go() {
+        for timeline in [1, 2] {
             let registry = Registry::default();
-            let name = name();
-            let first = registry.claim(&name, claim("a", 1)).await.ok().unwrap();
+            let first = take(&registry, claim("a", 1)).await.ok().unwrap().place;
             let fenced = first.fenced.clone();
-            let (second, ()) =
-                tokio::join!(registry.claim(&name, claim(writer, timeline)), async {
-                    fenced.cancelled().await;
-                    drop(first);
-                });
+            let (second, ()) = tokio::join!(take(&registry, claim("a", timeline)), async {
+                fenced.cancelled().await;
+                drop(first);
+            });
             assert!(second.is_ok());
         }
+    }
+
+    #[tokio::test]
+    async fn a_newer_timeline_ends_only_those_that_it_was_allowed_to_end() {
         let registry = Registry::default();
-        let _newer = registry.claim(&name(), claim("a", 2)).await.ok().unwrap();
-        assert!(registry.claim(&name(), claim("b", 1)).await.is_err());
+        let state = registry.cluster(&name());
+        let first = take(&registry, claim("a", 1)).await.ok().unwrap();
+        let newer = claim("b", 2);
+        let rivals = state.rivals(&newer);
+        assert_eq!(rivals.iter().map(|rival| rival.lives_on).collect::<Vec<_>>(), [tli(1)]);
+        // Both: the first one proved that it writes.
+        let second = take(&registry, Claim { aside: true, ..newer.clone() }).await.ok().unwrap();
+        assert!(!first.place.fenced.is_cancelled());
+        assert!(state.lives(tli(1)) && state.lives(tli(2)));
+        drop(second);
+        let unasked = registry.claim(&name(), newer.clone(), &[]).await.unwrap();
+        assert!(unasked.is_none(), "one that was not asked is not ended");
+        assert!(!first.place.fenced.is_cancelled());
+        // It proved nothing: it is ended, and waited for.
+        let fenced = first.place.fenced.clone();
+        let displaced = [rivals[0].id];
+        let cluster = name();
+        let (third, ()) = tokio::join!(registry.claim(&cluster, newer, &displaced), async {
+            fenced.cancelled().await;
+            drop(first);
+        });
+        assert!(third.unwrap().is_some());
+        assert!(state.rivals(&claim("c", 1)).is_empty(), "an older one ends nobody");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_that_does_not_answer_proves_nothing() {
+        let registry = Registry::default();
+        let state = registry.cluster(&name());
+        let Claimed { place, mut questions } = take(&registry, claim("a", 1)).await.ok().unwrap();
+        let rival = state.rivals(&claim("b", 2)).remove(0);
+        let postgres =
+            AlivePostgres { in_recovery: false, timeline: tli(1), position: Lsn::new(7) };
+        let (answer, ()) = tokio::join!(rival.ask(), async {
+            questions.recv().await.unwrap().send(postgres).unwrap();
+        });
+        assert_eq!(answer, Some(postgres));
+        // It dropped the question: an old sidecar, or PostgreSQL is gone.
+        let (answer, ()) = tokio::join!(rival.ask(), async {
+            drop(questions.recv().await.unwrap());
+        });
+        assert_eq!(answer, None);
+        // It says nothing at all.
+        let began = tokio::time::Instant::now();
+        assert_eq!(rival.ask().await, None);
+        assert_eq!(began.elapsed(), PROOF_TIMEOUT);
+        // It is gone.
+        drop((place, questions));
+        assert_eq!(rival.ask().await, None);
+    }
+
+    #[tokio::test]
+    async fn the_positions_of_a_cluster_are_those_of_the_followed_timeline() {
+        let registry = Registry::default();
+        let state = registry.cluster(&name());
+        let one = take(&registry, claim("a", 1)).await.ok().unwrap().place;
+        one.begin(Lsn::new(100));
+        let aside = Claim { aside: true, ..claim("b", 2) };
+        let two = take(&registry, aside).await.ok().unwrap().place;
+        two.begin(Lsn::new(50));
+        two.update(|p| p.flushed = Lsn::new(70));
+        assert_eq!(
+            (state.progress().timeline, state.progress().flushed),
+            (Some(tli(1)), Lsn::new(100))
+        );
+        drop(one);
+        assert!(!state.connected(), "nobody streams the timeline that is followed");
+        // A person decides for the other one.
+        let marks = Timelines::default();
+        state.decided(&marks, Some(tli(2)));
+        assert!(state.connected());
     }
 
     #[test]

@@ -8,8 +8,10 @@
 use super::{
     batch::{Chunk, Pending},
     compare::Comparer,
-    open::{self, Opened},
-    registry::{Place, Registry},
+    open::{self, Caller, Opened},
+    proof::{Claimant, Proof},
+    registry::{Claimed, Registry},
+    slot::{Lent, Slot},
     trace::SegmentSpans,
 };
 use crate::{
@@ -24,9 +26,10 @@ use klio_pg::{ByteSize, Lsn};
 use klio_proto::{
     Code,
     v1::{self, receive_request, receive_response},
-    wal::Open,
+    wal::{Alive, Open},
 };
 use klio_storage::{
+    catalog::Standing,
     layout::{BaseObject, ClusterName},
     wal::{FlushedLsn, Seam, WalStore, Writer},
 };
@@ -90,9 +93,9 @@ const WRITES_MAX: usize = 2;
 /// How long the reason of an end may wait for a client that does not read.
 const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Responses = mpsc::Sender<Result<v1::ReceiveResponse, Status>>;
+pub(super) type Responses = mpsc::Sender<Result<v1::ReceiveResponse, Status>>;
 /// The writer comes home after appending, before its bytes are synced.
-type Home = oneshot::Receiver<(Writer, Result<(), klio_storage::Error>)>;
+type Home = oneshot::Receiver<(Lent, Result<(), klio_storage::Error>)>;
 type Synced = (Result<FlushedLsn, klio_storage::Error>, Duration);
 
 impl Receiver {
@@ -103,16 +106,19 @@ impl Receiver {
         cluster: ClusterName,
         open: Open,
         who: String,
-        inbound: Streaming<v1::ReceiveRequest>,
+        mut inbound: Streaming<v1::ReceiveRequest>,
         responses: Responses,
     ) {
-        let (timeline, writer_id) = (open.timeline, open.writer_id.clone());
+        let (timeline, can_prove) = (open.timeline, open.can_prove);
+        let writer_id = open.writer_id.clone();
         let comparer = self.comparer.clone();
         let (metrics, shutdown) = (Arc::clone(&self.metrics), self.shutdown.clone());
         let store = self.store.clone();
         let started = async {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-            open::open(&self.base, &self.comparer, &self.registry, &cluster, who.clone(), open, now)
+            let mut claimant = Claimant { inbound: &mut inbound, responses: &responses, can_prove };
+            let caller = Caller { who: who.clone(), prove: claimant.prove() };
+            open::open(&self.base, &self.comparer, &self.registry, &cluster, caller, open, now)
                 .await
         };
         let outcome = match started.await {
@@ -123,7 +129,7 @@ impl Receiver {
             Ok(opened) => {
                 let start = opened.writer.position();
                 tracing::info!(%cluster, ?timeline, %start, %who, "stream begins");
-                let mut session = Session::new(self, identity, cluster.clone(), opened);
+                let mut session = Session::new(self, identity, cluster.clone(), opened, can_prove);
                 let outcome = session.run(inbound, &responses).await;
                 let flushed = session.flushed;
                 session.settle().await;
@@ -154,9 +160,10 @@ struct Session {
     with: Receiver,
     identity: Identity,
     cluster: ClusterName,
-    place: Place,
-    /// At home while nothing is being appended.
-    writer: Option<Writer>,
+    /// The writer is at home while nothing is being appended.
+    slot: Slot,
+    /// Asks PostgreSQL whether it writes, for another timeline's sake.
+    proof: Proof,
     appending: Option<Home>,
     /// Oldest first.
     syncing: VecDeque<JoinHandle<Synced>>,
@@ -174,12 +181,19 @@ struct Session {
 }
 
 impl Session {
-    fn new(with: Receiver, identity: Identity, cluster: ClusterName, opened: Opened) -> Self {
-        let Opened { place, writer, segment_size, seam, unproven } = opened;
+    fn new(
+        with: Receiver,
+        identity: Identity,
+        cluster: ClusterName,
+        opened: Opened,
+        can_prove: bool,
+    ) -> Self {
+        let Opened { claimed, writer, segment_size, seam, unproven } = opened;
+        let Claimed { place, questions } = claimed;
         let start = writer.position();
         let timeline = writer.timeline();
         let spans = SegmentSpans::new(cluster.clone(), timeline, segment_size);
-        place.state().update(|p| p.begin(timeline, start));
+        place.begin(start);
         let window = with.options.window.bytes();
         let levels = with.store.levels(&cluster).len();
         Self {
@@ -188,8 +202,8 @@ impl Session {
             with,
             identity,
             cluster,
-            place,
-            writer: Some(writer),
+            slot: Slot::new(writer, place),
+            proof: Proof::new(questions, can_prove),
             appending: None,
             syncing: VecDeque::with_capacity(WRITES_MAX),
             preparing: None,
@@ -212,7 +226,7 @@ impl Session {
         let mut half_closed = false;
         let mut recheck = tokio::time::interval(RECHECK_INTERVAL);
         let mut auth = self.with.auth.clone();
-        let (shutdown, fenced) = (self.with.shutdown.clone(), self.place.fenced.clone());
+        let (shutdown, fenced) = (self.with.shutdown.clone(), self.slot.place.fenced.clone());
         loop {
             self.begin_write();
             if half_closed && self.is_settled() {
@@ -223,9 +237,7 @@ impl Session {
                     return Err(Code::Unavailable.status("the server is shutting down"));
                 }
                 () = fenced.cancelled() => {
-                    return Err(Code::WriterConflict.status(
-                        "a newer session of this cluster has taken over",
-                    ));
+                    return Err(self.why_fenced());
                 }
                 appended = appended(&mut self.appending) => {
                     self.appending = None;
@@ -248,9 +260,13 @@ impl Session {
                         self.take(message)?;
                         self.note_unproven().await?;
                     }
-                    None => half_closed = true,
+                    None => {
+                        half_closed = true;
+                        self.proof.close();
+                    }
                 },
                 () = rest_due(self.busy), if self.is_settled() => self.rest(),
+                () = self.proof.step(responses) => {}
                 () = auth.changed() => self.with.auth.recheck(&self.identity)?,
                 _ = recheck.tick() => self.with.auth.recheck(&self.identity)?,
             }
@@ -265,9 +281,27 @@ impl Session {
         send(responses, receive_response::Kind::Opened(opened)).await
     }
 
+    /// Another session took over, or a person decided against this timeline.
+    fn why_fenced(&self) -> Status {
+        let lives_on = self.slot.place.lives_on;
+        let standing = self.with.store.timelines(&self.cluster).standing(lives_on);
+        if standing == Some(Standing::Retired) {
+            return open::retired(&self.cluster, lives_on);
+        }
+        Code::WriterConflict.status("a newer session of this cluster has taken over")
+    }
+
     fn take(&mut self, message: v1::ReceiveRequest) -> Result<(), Status> {
-        let Some(receive_request::Kind::Append(append)) = message.kind else {
-            return Err(Code::Invalid.status("read stream: expected an append message after open"));
+        let append = match message.kind {
+            Some(receive_request::Kind::Append(append)) => append,
+            Some(receive_request::Kind::Alive(alive)) => {
+                self.proof.answered(Alive::try_from(alive)?);
+                return Ok(());
+            }
+            _ => {
+                let message = "read stream: expected an append message after open";
+                return Err(Code::Invalid.status(message));
+            }
         };
         let wal_end = Lsn::new(append.wal_end_lsn);
         let length = append.data.len() as u64;
@@ -278,7 +312,7 @@ impl Session {
             self.pending.accept(chunk, self.flushed, |chunk| self.spans.arrive(chunk))?;
         }
         let received = self.pending.end();
-        self.place.state().update(|p| {
+        self.slot.place.update(|p| {
             p.received = received;
             p.received_bytes += length;
             if wal_end > Lsn::ZERO {
@@ -294,7 +328,7 @@ impl Session {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let Some(writer) = &self.writer else { return Ok(()) };
+        let Some(writer) = &self.slot.writer else { return Ok(()) };
         let Some(reason) = self.unproven.take() else { return Ok(()) };
         let (timeline, at) = (writer.timeline(), self.flushed);
         let (base, now) = (&self.with.base, self.with.base.now_unix());
@@ -318,18 +352,18 @@ impl Session {
         if self.pending.is_empty() || self.syncing.len() >= WRITES_MAX || !enough {
             return;
         }
-        let Some(mut writer) = self.writer.take() else { return };
+        let Some(mut lent) = self.slot.lend() else { return };
         self.busy = Some(tokio::time::Instant::now());
         let batch = self.pending.take_batch();
         let (home, appending) = oneshot::channel();
         self.appending = Some(appending);
         self.syncing.push_back(tokio::task::spawn_blocking(move || {
             let began = Instant::now();
-            let appended = append(&mut writer, &batch);
+            let appended = append(&mut lent.writer, &batch);
             drop(batch);
-            let flusher = writer.flusher();
+            let flusher = lent.writer.flusher();
             // A session that is gone does not take its writer back: dropping it closes it.
-            drop(home.send((writer, appended)));
+            drop(home.send((lent, appended)));
             (flusher.flush(), began.elapsed())
         }));
     }
@@ -337,7 +371,7 @@ impl Session {
     /// Has the journal say that all of it is durable: once for each rest.
     fn rest(&mut self) {
         self.busy = None;
-        let Some(writer) = &self.writer else { return };
+        let Some(writer) = &self.slot.writer else { return };
         let flusher = writer.flusher();
         self.resting = Some(tokio::task::spawn_blocking(move || {
             // The next append hears of it, too, and ends the session.
@@ -349,10 +383,10 @@ impl Session {
 
     fn after_append(
         &mut self,
-        (writer, outcome): (Writer, Result<(), klio_storage::Error>),
+        (lent, outcome): (Lent, Result<(), klio_storage::Error>),
     ) -> Result<(), Status> {
         if self.preparing.as_ref().is_none_or(JoinHandle::is_finished)
-            && let Some(preparation) = writer.preparation()
+            && let Some(preparation) = lent.writer.preparation()
         {
             // Failure is no loss: the writer makes the next journal itself when it gets there.
             self.preparing = Some(tokio::task::spawn_blocking(move || {
@@ -361,7 +395,7 @@ impl Session {
                 }
             }));
         }
-        self.writer = Some(writer);
+        self.slot.take_home(lent);
         self.seal_finished();
         let levels = self.with.store.levels(&self.cluster).len();
         if levels != self.levels {
@@ -389,7 +423,7 @@ impl Session {
         self.busy = Some(tokio::time::Instant::now());
         self.flushed = flushed.lsn();
         let lsn = self.flushed;
-        self.place.state().update(|p| p.flushed = lsn);
+        self.slot.place.update(|p| p.flushed = lsn);
         self.with.metrics.flushed(took);
         Ok(Some(v1::Ack {
             received_lsn: self.pending.end().as_u64(),
@@ -399,7 +433,7 @@ impl Session {
 
     /// Hands finished segments to the sealer. They are durable, whatever becomes of the session.
     fn seal_finished(&mut self) {
-        let Some(writer) = &mut self.writer else { return };
+        let Some(writer) = &mut self.slot.writer else { return };
         for file in writer.take_finished() {
             let span = self.spans.finish(file);
             self.with.sealer.push(self.cluster.clone(), file, span);
@@ -409,9 +443,9 @@ impl Session {
     /// Waits for what is under way, so that the place is free only when the writer is gone.
     async fn settle(mut self) {
         if let Some(appending) = self.appending.take()
-            && let Ok((writer, _)) = appending.await
+            && let Ok((lent, _)) = appending.await
         {
-            self.writer = Some(writer);
+            self.slot.take_home(lent);
         }
         for syncing in std::mem::take(&mut self.syncing) {
             let _ = syncing.await;
@@ -421,7 +455,7 @@ impl Session {
         }
         self.seal_finished();
         // Closing takes the journal's lock: not on a runtime's worker.
-        let writer = self.writer.take();
+        let writer = self.slot.writer.take();
         let _ = tokio::task::spawn_blocking(move || drop(writer)).await;
     }
 }
@@ -431,7 +465,7 @@ fn append(writer: &mut Writer, batch: &[Chunk]) -> Result<(), klio_storage::Erro
 }
 
 /// The writer, home from appending; never resolves without one. Cancel-safe: the receiver stays.
-async fn appended(home: &mut Option<Home>) -> (Writer, Result<(), klio_storage::Error>) {
+async fn appended(home: &mut Option<Home>) -> (Lent, Result<(), klio_storage::Error>) {
     if let Some(receiver) = home {
         match receiver.await {
             Ok(appended) => return appended,

@@ -75,6 +75,9 @@ pub enum Command {
     /// Show the histories of the cluster, or decide which one its name stands for
     #[command(subcommand)]
     Generation(GenerationCommand),
+    /// Timelines of which more than one is written: look at them, decide which is followed
+    #[command(subcommand)]
+    Timeline(TimelineCommand),
     /// Fetch a WAL file for PostgreSQL: restore_command = 'klio wal-fetch %f "%p"'
     WalFetch(WalFetchArgs),
     /// What wal-fetch starts to read WAL ahead
@@ -352,6 +355,32 @@ pub enum RetentionCommand {
     },
 }
 
+/// `klio timeline`
+#[derive(Debug, Subcommand)]
+pub enum TimelineCommand {
+    /// Every timeline of the cluster: who streams it, what was found, who decided what
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Decide for a timeline: the other side of its conflict is retired (needs an operator's or administrator's bundle)
+    Follow(DecideTimelineArgs),
+    /// Decide against a timeline: its stream is ended, nothing more of it is received (needs an operator's or
+    /// administrator's bundle)
+    Retire(DecideTimelineArgs),
+}
+
+/// `klio timeline follow` and `retire`
+#[derive(Debug, Args)]
+pub struct DecideTimelineArgs {
+    /// Its number, as klio timeline list shows it
+    pub timeline: u32,
+    /// Say what would change, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// `klio wal-fetch`
 #[derive(Debug, Args)]
 pub struct WalFetchArgs {
@@ -476,6 +505,7 @@ impl Command {
             Command::Verify(_) => "verify",
             Command::Retention(_) => "retention",
             Command::Generation(_) => "generation",
+            Command::Timeline(_) => "timeline",
             Command::WalFetch(_) => "wal-fetch",
             Command::WalAgent(_) => "wal-agent",
             Command::Slot(_) => "slot",

@@ -25,6 +25,7 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 mod text;
+mod timeline;
 mod verify;
 mod wal_agent;
 mod wal_fetch;
@@ -133,7 +134,8 @@ const fn needs(command: &Command) -> Needs {
         Command::List(ListArgs { what: Some(ListCommand::Wal { .. }), .. })
         | Command::Verify(_)
         | Command::Generation(_)
-        | Command::Retention(_) => {
+        | Command::Retention(_)
+        | Command::Timeline(_) => {
             Needs { server: true, cluster: true, postgres: false, source: false }
         }
         Command::WalFetch(_)
@@ -212,6 +214,7 @@ async fn verb(
         Command::Verify(args) => verify::run(config, args).await,
         Command::Retention(command) => retention::run(config, command).await,
         Command::Generation(command) => generation::run(config, command).await,
+        Command::Timeline(command) => timeline::run(config, command).await,
         Command::WalFetch(args) => wal_fetch::run(config, cli, args, asker).await,
         Command::WalAgent(args) => wal_agent::run(config, args).await,
         Command::Slot(SlotCommand::Show(_)) => slot::show(config).await,

@@ -3,7 +3,9 @@
 //! A cluster that nobody streams has a problem. How far behind it is, nobody knows: never 0, in bytes unknown, in
 //! time since all was last known to be here.
 
-use super::{args::StatusArgs, connect, exit, generation, print, say, table, text};
+use super::{
+    args::StatusArgs, connect, exit, generation, print, say, table, text, timeline::record_json,
+};
 use crate::{config::Config, error::Error};
 use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse, Unproven};
 use klio_telemetry::visible::line;
@@ -97,6 +99,16 @@ fn to_table(answer: &StatusResponse) -> String {
     for cluster in &answer.clusters {
         for problem in problems(cluster) {
             out += &format!("{}: problem: {}\n", line(&cluster.cluster), line(&problem));
+        }
+        for other in &cluster.other_timelines {
+            let stream = if other.connected { "connected" } else { "not connected" };
+            out += &format!(
+                "{}: beside it timeline {}, {}: {stream}, flushed {}\n",
+                cluster.cluster,
+                other.timeline,
+                other.standing,
+                text::lsn(other.flushed_lsn)
+            );
         }
         for gap in &cluster.gaps {
             out += &format!("{}: {}\n", line(&cluster.cluster), gap_text(gap));
@@ -203,6 +215,7 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "problems": problems(c).iter().map(|problem| line(problem)).collect::<Vec<_>>(),
                 "generations": c.generations.iter().map(generation::to_json).collect::<Vec<_>>(),
                 "continuity_not_proven": c.unproven.iter().map(unproven_json).collect::<Vec<_>>(),
+                "other_timelines": c.other_timelines.iter().map(record_json).collect::<Vec<_>>(),
             })
         })
         .collect();

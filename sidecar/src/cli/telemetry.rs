@@ -69,6 +69,7 @@ pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
         Command::Verify(_) => span!("cli.verify"),
         Command::Retention(_) => span!("cli.retention"),
         Command::Generation(_) => span!("cli.generation"),
+        Command::Timeline(_) => span!("cli.timeline"),
         Command::WalFetch(_) => span!("cli.wal-fetch"),
         Command::WalAgent(_) => span!("cli.wal-agent"),
         Command::Slot(_) => span!("cli.slot"),

@@ -150,7 +150,8 @@ impl Source {
                 Place::Server(base.patience(Duration::from_secs(30)), link)
             }
         };
-        let (cluster, wal) = (config.cluster()?, wal_source::open(config)?);
+        let cluster = config.cluster()?;
+        let wal = wal_source::open_as(config, cluster.clone(), false)?;
         Ok(Self { cluster, told: None, place, wal, stop: stop.clone() })
     }
 
@@ -177,7 +178,7 @@ impl Source {
             Place::Server(..) => return Ok(self),
         };
         self.cluster = place;
-        self.wal = wal_source::open_as(config, self.cluster.clone())?;
+        self.wal = wal_source::open_as(config, self.cluster.clone(), false)?;
         Ok(self)
     }
 
@@ -320,6 +321,7 @@ impl Source {
             segment_size: pinned.as_ref().map(|p| p.segment_size),
             system_identifier: pinned.as_ref().map(|p| p.system_identifier),
             as_of_unix: jiff::Timestamp::now().as_microsecond() as f64 / 1e6,
+            marks: bucket.timelines(cluster).await?,
             ..Parts::default()
         };
         let key = BaseObject::WalLevels.key(cluster);

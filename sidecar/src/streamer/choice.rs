@@ -33,6 +33,8 @@ pub(super) struct Candidate {
     pub same_system: bool,
     pub held: Vec<Held>,
     pub decided: String,
+    /// The server takes each timeline for itself.
+    pub beside: bool,
 }
 
 impl Candidate {
@@ -63,6 +65,8 @@ pub(super) struct Ground<'a> {
     pub histories: &'a mut Histories,
     pub server: &'a mut WalClient<Traced>,
     pub memory: &'a Memory,
+    /// The server takes each timeline for itself.
+    pub beside: bool,
 }
 
 /// What a look at one generation gave.
@@ -128,8 +132,9 @@ impl<P: Primary> Stream<'_, P> {
         let mut histories = Histories::default();
         let history = histories.path(&mut postgres, identity.timeline).await?;
         let (memory, histories, server) = (&Memory::default(), &mut histories, &mut server);
+        let beside = candidates.iter().any(|candidate| candidate.beside);
         let mut ground =
-            Ground { identity, history, slot_restart: from, histories, server, memory };
+            Ground { identity, history, slot_restart: from, histories, server, memory, beside };
         let (_, surveyed) = self.survey(postgres, &candidates, &mut ground).await?;
         let only = candidates.len() == 1;
         let number = |number: Option<u32>| number.filter(|_| !only);
@@ -196,6 +201,7 @@ impl<P: Primary> Stream<'_, P> {
             postgres_end: ground.identity.end,
             slot_restart: ground.slot_restart,
             segment_size: ground.identity.segment_size,
+            beside: ground.beside,
         }
     }
 
@@ -298,12 +304,15 @@ impl<P: Primary> Stream<'_, P> {
                 same_system: true,
                 held: held(&answer.timelines)?,
                 decided: String::new(),
+                beside: answer.beside,
             }]);
         }
+        let beside = answer.beside;
         let read = |g: v1::GenerationPosition| {
             let held = held(&g.timelines)?;
             let (number, state) = (Some(g.number), g.state);
-            Ok(Candidate { number, state, same_system: g.same_system, held, decided: g.decided })
+            let (same_system, decided) = (g.same_system, g.decided);
+            Ok(Candidate { number, state, same_system, held, decided, beside })
         };
         answer.generations.into_iter().map(read).collect()
     }

@@ -14,6 +14,7 @@ mod flow;
 mod metrics;
 mod overlap;
 mod plan;
+mod prove;
 mod pump;
 mod session;
 mod slot;

@@ -4,7 +4,7 @@
 //!   PostgreSQL's path (P2); ancestors are finished before their descendant begins.
 //! - The next timeline comes from history, never from adding one. It begins at the start of the
 //!   segment that holds the switch point, as pg_receivewal does.
-//! - An old timeline never follows a newer one (P8).
+//! - Whether an old timeline may go on beside a newer one the server decides (P8); one of an earlier version never lets it.
 //! - WAL is skipped only as a declared gap, and only what PostgreSQL was found not to have any more.
 
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
@@ -35,6 +35,8 @@ pub struct Facts {
     pub slot_restart: Option<Lsn>,
     /// Both ends agree on it.
     pub segment_size: SegmentSize,
+    /// The server takes each timeline for itself.
+    pub beside: bool,
 }
 
 /// WAL that nobody has any more.
@@ -122,7 +124,9 @@ impl Facts {
     /// See [`Refusal`].
     pub fn plan(&self) -> Result<Plan, Refusal> {
         let own = self.history.timeline();
-        let newest = self.held.iter().map(|h| h.timeline).max();
+        // To a server that takes each timeline for itself, those off our path do not matter.
+        let counts = |h: &&Held| !self.beside || self.is_on_path(h.timeline);
+        let newest = self.held.iter().filter(counts).map(|h| h.timeline).max();
         if let Some(held) = newest.filter(|newest| *newest > own) {
             return Err(Refusal::Stale { held, postgres: own });
         }

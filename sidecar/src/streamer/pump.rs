@@ -14,11 +14,13 @@ use super::{
     batch::Batch,
     flow::Flow,
     metrics::Metrics,
+    prove::Prover,
     source::{Event, Wal},
     trace::SegmentTrace,
 };
 use crate::error::{Error, Failure};
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use klio_pg::{Lsn, ReplicationMessage, StatusUpdate};
 use klio_proto::{
     Code,
@@ -59,6 +61,26 @@ pub(super) struct Pump<'a, W> {
     pub trace: SegmentTrace,
     /// PostgreSQL's end of WAL as it is known at the beginning: the server learns at once whether it is behind.
     pub end: Lsn,
+    /// Answers the server's question whether PostgreSQL writes.
+    pub proof: Proof<'a>,
+}
+
+/// At most one question at a time: a newer one replaces an older one, whose time is over.
+pub(super) struct Proof<'a> {
+    ask: Prover<'a>,
+    asking: Option<BoxFuture<'a, v1::Alive>>,
+    /// To be sent when there is room.
+    unsent: Option<v1::Alive>,
+}
+
+impl<'a> Proof<'a> {
+    pub(super) fn new(ask: Prover<'a>) -> Self {
+        Self { ask, asking: None, unsent: None }
+    }
+
+    fn begin(&mut self, nonce: u64) {
+        self.asking = Some((self.ask)(nonce));
+    }
 }
 
 /// One message in flight whose acknowledgement is timed.
@@ -86,6 +108,7 @@ impl<W: Wal> Pump<'_, W> {
                 self.requests = None;
             }
             let sendable = !batch.is_empty() && self.flow.room() > 0;
+            let provable = self.proof.unsent.is_some() && self.requests.is_some();
             let readable = ended.is_none() && batch.len() < self.batch_bytes;
             tokio::select! {
                 biased;
@@ -101,6 +124,15 @@ impl<W: Wal> Pump<'_, W> {
                 () = &mut deadline, if matches!(ended, Some(Ended::Stopped | Ended::Failed)) => {
                     tracing::warn!("the last acknowledgement did not come in time; the server is asked for it at the next start");
                     return self.failure.take().map_or(Ok(Ended::Stopped), Err);
+                }
+                alive = asked(self.proof.asking.as_mut()) => {
+                    (self.proof.asking, self.proof.unsent) = (None, Some(alive));
+                }
+                open = has_place(self.requests.as_ref()), if provable => {
+                    if !open {
+                        return Err(self.refused().await);
+                    }
+                    self.send_proof();
                 }
                 open = has_place(self.requests.as_ref()), if sendable => {
                     if !open {
@@ -177,9 +209,16 @@ impl<W: Wal> Pump<'_, W> {
         answer: v1::ReceiveResponse,
         probe: &mut Probe,
     ) -> Result<(), Error> {
-        let Some(receive_response::Kind::Ack(ack)) = answer.kind else {
-            let message = "stream WAL: expected an acknowledgement, found another message";
-            return Err(Error::new(Failure::Code(Code::Invalid), message));
+        let ack = match answer.kind {
+            Some(receive_response::Kind::Ack(ack)) => ack,
+            Some(receive_response::Kind::Prove(asked)) => {
+                self.proof.begin(asked.nonce);
+                return Ok(());
+            }
+            _ => {
+                let message = "stream WAL: expected an acknowledgement, found another message";
+                return Err(Error::new(Failure::Code(Code::Invalid), message));
+            }
         };
         let before = self.flow.report();
         let (received, flushed) = (Lsn::new(ack.received_lsn), Lsn::new(ack.flushed_lsn));
@@ -233,6 +272,13 @@ impl<W: Wal> Pump<'_, W> {
         self.metrics.on_sent(bytes);
     }
 
+    fn send_proof(&mut self) {
+        let Some(alive) = self.proof.unsent.take() else { return };
+        if let Some(requests) = &self.requests {
+            let _ = requests.try_send(v1::ReceiveRequest { kind: Some(Kind::Alive(alive)) });
+        }
+    }
+
     /// Tells PostgreSQL how far the server is, and may ask how far it is itself.
     async fn report(&mut self, reply_requested: bool) {
         if self.failure.is_some() {
@@ -284,6 +330,14 @@ impl<W: Wal> Pump<'_, W> {
 async fn next<W: Wal>(wal: Option<&mut W>) -> Result<Event, Error> {
     match wal {
         Some(wal) => wal.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Without a question no answer comes. Cancel-safe.
+async fn asked(asking: Option<&mut BoxFuture<'_, v1::Alive>>) -> v1::Alive {
+    match asking {
+        Some(asking) => asking.await,
         None => std::future::pending().await,
     }
 }

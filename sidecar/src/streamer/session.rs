@@ -10,7 +10,8 @@ use super::{
     flow::Flow,
     metrics::Metrics,
     plan::{Facts, Plan, Refusal},
-    pump::{Ended, Pump},
+    prove,
+    pump::{Ended, Proof, Pump},
     source::{Identity, Primary, Session},
     trace::SegmentTrace,
 };
@@ -101,6 +102,7 @@ impl<P: Primary> Stream<'_, P> {
             metrics: self.metrics,
             trace,
             end,
+            proof: Proof::new(prove::prover(self.primary)),
         };
         let result = pump.run(stop).await;
         self.metrics.state.set_connected(false);
@@ -139,6 +141,7 @@ impl<P: Primary> Stream<'_, P> {
             histories: &mut histories,
             server: &mut server,
             memory,
+            beside: candidates.iter().any(|candidate| candidate.beside),
         };
         let chosen;
         (postgres, chosen) = self.choose(postgres, &candidates, &mut ground).await?;
@@ -285,6 +288,8 @@ impl<P: Primary> Stream<'_, P> {
                 reason: "PostgreSQL removed the WAL before it was received".into(),
             }),
             slot_restart_lsn: acknowledged.unwrap_or(Lsn::ZERO).as_u64(),
+            postgres_timeline: told.identity.timeline.get(),
+            can_prove: true,
         };
         let first = v1::ReceiveRequest { kind: Some(v1::receive_request::Kind::Open(open)) };
         // The queue is empty and ours: this cannot fail.
@@ -292,8 +297,18 @@ impl<P: Primary> Stream<'_, P> {
         let exchange = async {
             let mut server = connection.wal();
             let mut answers = server.receive(ReceiverStream::new(queue)).await?.into_inner();
-            let first = answers.message().await?;
-            Ok::<_, tonic::Status>((answers, first))
+            loop {
+                let first = answers.message().await?;
+                // Another timeline is followed: the server wants to know whether this PostgreSQL writes.
+                let kind = first.as_ref().and_then(|message| message.kind.as_ref());
+                let Some(v1::receive_response::Kind::Prove(asked)) = kind else {
+                    return Ok::<_, tonic::Status>((answers, first));
+                };
+                let alive = prove::ask(self.primary, asked.nonce).await;
+                let kind = Some(v1::receive_request::Kind::Alive(alive));
+                // Should the stream have ended, its answer side says why.
+                let _ = requests.send(v1::ReceiveRequest { kind }).await;
+            }
         };
         let (answers, first) = tokio::time::timeout(OPEN_TIMEOUT, exchange)
             .await

@@ -566,3 +566,40 @@ async fn a_clean_shutdown_of_postgres_leaves_nothing_behind() {
     rig.flushed(end + 1000).await;
     rig.stop().await;
 }
+
+/// P8: another timeline wants to be streamed. The server is told what PostgreSQL says now, WAL goes on meanwhile.
+#[tokio::test]
+async fn the_server_is_told_what_postgres_says_when_it_asks() {
+    let end = START + SEGMENT;
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        server.change(|s| s.prove_at_open = Some(41));
+    })
+    .await;
+    rig.flushed(end).await;
+    let first = rig.server.script().proofs.clone();
+    assert_eq!(first.len(), 1);
+    let said = (first[0].nonce, first[0].answered, first[0].in_recovery, first[0].timeline);
+    assert_eq!((said, first[0].position_lsn), ((41, true, false, 1), end));
+    assert!(rig.server.script().opens[0].can_prove);
+    // Later, in the middle of the stream: it became a standby.
+    rig.postgres.change(|p| p.in_recovery = true);
+    rig.server.change(|s| s.prove_while_open = Some(42));
+    rig.server.until("the second answer", |s| s.proofs.len() == 2).await;
+    let second = rig.server.script().proofs[1];
+    assert!(second.nonce == 42 && second.answered && second.in_recovery, "{second:?}");
+    rig.stop().await;
+}
+
+/// A PostgreSQL that is gone proves nothing, and says so at once.
+#[tokio::test]
+async fn a_postgres_that_does_not_answer_is_said_not_to() {
+    let end = START + SEGMENT;
+    let rig = Rig::new(FakePostgres::new(START, end), |_, _| {}).await;
+    rig.flushed(end).await;
+    rig.postgres.change(|p| p.refuses = true);
+    rig.server.change(|s| s.prove_while_open = Some(43));
+    rig.server.until("the answer", |s| s.proofs.len() == 1).await;
+    assert!(!rig.server.script().proofs[0].answered);
+    rig.postgres.change(|p| p.refuses = false);
+    rig.stop().await;
+}

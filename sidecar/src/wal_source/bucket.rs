@@ -22,6 +22,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(super) struct FromBucket {
     bucket: Bucket,
     cluster: ClusterName,
+    /// PostgreSQL asks, which may be a standby.
+    for_postgresql: bool,
     /// What the last file was: most often the next is the same, which saves a request.
     encrypted: AtomicBool,
     /// The cluster has WAL here.
@@ -29,10 +31,10 @@ pub(super) struct FromBucket {
 }
 
 impl FromBucket {
-    pub fn new(bucket: Bucket, cluster: ClusterName) -> Self {
+    pub fn new(bucket: Bucket, cluster: ClusterName, for_postgresql: bool) -> Self {
         // Whoever gives an identity has something to decrypt.
         let encrypted = AtomicBool::new(bucket.keys.is_some());
-        Self { bucket, cluster, encrypted, known: AtomicBool::new(false) }
+        Self { bucket, cluster, for_postgresql, encrypted, known: AtomicBool::new(false) }
     }
 
     fn likely(&self) -> Form {
@@ -97,6 +99,23 @@ impl FromBucket {
         Err(self.absent(file).await?)
     }
 
+    /// Whether a standby must not see a history: it would follow it.
+    async fn is_hidden(&self, file: WalFile) -> Result<bool, Error> {
+        let WalFile::History(timeline) = file else { return Ok(false) };
+        if !self.for_postgresql || !super::is_standby() {
+            return Ok(false);
+        }
+        let marks = self.bucket.timelines(&self.cluster).await?;
+        if !marks.is_aside(timeline) {
+            return Ok(false);
+        }
+        let tier2 = &self.bucket.tier2;
+        let held = tier2.timelines(&self.cluster).await.map_err(|e| of_storage(&e))?;
+        let Some(followed) = marks.followed(held) else { return Ok(true) };
+        let path = self.bucket.history(&self.cluster, followed).await?;
+        Ok(!marks.shown_to_standbys(timeline, path.as_ref()))
+    }
+
     /// Why a segment that is not there must have been there, of which a later timeline tells.
     async fn hole(&self, name: klio_pg::SegmentName) -> Result<Option<String>, Error> {
         let (tier2, cluster) = (&self.bucket.tier2, &self.cluster);
@@ -131,6 +150,9 @@ impl FromBucket {
 #[tonic::async_trait]
 impl WalSource for FromBucket {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
+        if self.is_hidden(file).await? {
+            return Err(self.absent(file).await?);
+        }
         let first = if other_copy { self.likely().other() } else { self.likely() };
         match file {
             WalFile::Segment(name) if !other_copy => self.segment(file, name).await,

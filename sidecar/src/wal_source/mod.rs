@@ -54,21 +54,34 @@ impl std::fmt::Debug for Answer {
     }
 }
 
-/// The source that the configuration names.
+/// The source that the configuration names, for PostgreSQL: where that is a standby, which follows every history of a
+/// timeline that it is shown, those of undecided and retired timelines are not shown.
 ///
 /// # Errors
 /// Wrong settings, and files that cannot be read.
 pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
-    open_as(config, config.cluster()?)
+    open_as(config, config.cluster()?, true)
 }
 
-/// The same for a history that is known already.
+/// Whether PostgreSQL is a standby. It runs its restore_command in its data directory, and what that starts lives there.
+fn is_standby() -> bool {
+    std::path::Path::new("standby.signal").exists()
+}
+
+/// The same for a history that is known already. `for_postgresql`: it asks, and not a program that has to see everything.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_as(config: &Config, cluster: ClusterName) -> Result<Arc<dyn WalSource>, Error> {
+pub fn open_as(
+    config: &Config,
+    cluster: ClusterName,
+    for_postgresql: bool,
+) -> Result<Arc<dyn WalSource>, Error> {
     Ok(match Bucket::open(config)? {
-        Some(bucket) => Arc::new(named::Named::new(bucket, cluster)),
-        None => Arc::new(server::FromServer::new(ServerLink::new(&config.server)?, &cluster)),
+        Some(bucket) => Arc::new(named::Named::new(bucket, cluster, for_postgresql)),
+        None => {
+            let link = ServerLink::new(&config.server)?;
+            Arc::new(server::FromServer::new(link, &cluster, for_postgresql))
+        }
     })
 }

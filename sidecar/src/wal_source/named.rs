@@ -10,12 +10,13 @@ use tokio::sync::OnceCell;
 pub(super) struct Named {
     bucket: Bucket,
     named: ClusterName,
+    for_postgresql: bool,
     found: OnceCell<FromBucket>,
 }
 
 impl Named {
-    pub fn new(bucket: Bucket, named: ClusterName) -> Self {
-        Self { bucket, named, found: OnceCell::new() }
+    pub fn new(bucket: Bucket, named: ClusterName, for_postgresql: bool) -> Self {
+        Self { bucket, named, for_postgresql, found: OnceCell::new() }
     }
 }
 
@@ -24,7 +25,7 @@ impl WalSource for Named {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
         let find = async || {
             let place = self.bucket.resolve(&self.named).await?;
-            Ok::<_, Error>(FromBucket::new(self.bucket.clone(), place))
+            Ok::<_, Error>(FromBucket::new(self.bucket.clone(), place, self.for_postgresql))
         };
         self.found.get_or_try_init(find).await?.ask(file, other_copy).await
     }

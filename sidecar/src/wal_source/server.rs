@@ -19,12 +19,14 @@ use tonic::Streaming;
 pub(super) struct FromServer {
     link: ServerLink,
     cluster: String,
+    /// PostgreSQL asks, which may be a standby.
+    for_postgresql: bool,
     connection: Mutex<Option<Connection>>,
 }
 
 impl FromServer {
-    pub fn new(link: ServerLink, cluster: &ClusterName) -> Self {
-        Self { link, cluster: cluster.to_string(), connection: Mutex::new(None) }
+    pub fn new(link: ServerLink, cluster: &ClusterName, for_postgresql: bool) -> Self {
+        Self { link, cluster: cluster.to_string(), for_postgresql, connection: Mutex::new(None) }
     }
 
     async fn connection(&self) -> Result<Connection, Error> {
@@ -45,6 +47,7 @@ impl WalSource for FromServer {
             cluster: self.cluster.clone(),
             name: file.to_string(),
             tier2_only: other_copy,
+            for_standby: self.for_postgresql && super::is_standby(),
         };
         let answer = begin(&connection, request).await;
         // A connection never comes back by itself; what the server answers with leaves it as good as it was.

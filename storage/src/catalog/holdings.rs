@@ -3,6 +3,7 @@
 //! The same from a server (both tiers and the open segment) and from a listing of the bucket alone.
 //! A run is contiguous: every byte between its ends can be given back.
 
+use super::{Mark, Standing, Timelines};
 use crate::{Error, Kind, Op, layout::WalFile, wal::LevelChange};
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,9 @@ pub struct Holdings {
     pub timelines: Vec<TimelineHoldings>,
     /// WAL that is known never to come.
     pub gaps: Vec<KnownGap>,
+    /// Timelines of which more than one is written, and what was decided about them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub marks: Vec<Mark>,
     /// Clock of who made this, Unix seconds.
     pub as_of_unix: f64,
 }
@@ -103,6 +107,8 @@ pub struct Parts {
     pub histories: BTreeMap<TimelineId, String>,
     /// On record.
     pub gaps: Vec<KnownGap>,
+    /// On record about timelines.
+    pub marks: Timelines,
     /// Where WAL was written that no recovery passes.
     pub levels: Vec<LevelChange>,
     /// The timeline that is being received, when all of it that PostgreSQL has is here.
@@ -151,6 +157,7 @@ impl Holdings {
                 .map_or_else(String::new, |id| id.to_string()),
             timelines,
             gaps,
+            marks: parts.marks.marks().to_vec(),
             as_of_unix: parts.as_of_unix,
         }
     }
@@ -158,6 +165,16 @@ impl Holdings {
     /// A timeline's holdings.
     pub fn timeline(&self, timeline: TimelineId) -> Option<&TimelineHoldings> {
         self.timelines.iter().find(|line| line.timeline == timeline)
+    }
+
+    /// What is on record about timelines.
+    pub fn timelines_on_record(&self) -> Timelines {
+        Timelines::new(self.marks.clone())
+    }
+
+    /// A timeline's standing, where it has one.
+    pub fn standing(&self, timeline: TimelineId) -> Option<Standing> {
+        self.marks.iter().find(|mark| mark.timeline == timeline).map(|mark| mark.standing)
     }
 
     /// A timeline's ancestors; none for one without a history file.

@@ -12,6 +12,7 @@ pub mod holdings;
 pub mod outcomes;
 pub mod recovery;
 pub mod retention;
+pub mod timelines;
 
 pub use archive::{Archive, Frontier, Totals};
 pub use backup::{
@@ -25,3 +26,4 @@ pub use recovery::{
     Hole, Line, Path, Plan, Reach, Refusal, Stop, Survey, Target, TimelineChoice, Window,
 };
 pub use retention::{Policies, Policy, RetentionPlan};
+pub use timelines::{Decision, DecisionError, Mark, Standing, Timelines};

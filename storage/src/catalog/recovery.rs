@@ -16,7 +16,7 @@ mod tests;
 pub use path::{Hole, Path, Reach, Stop};
 pub use plan::{Plan, Refusal, Target, TimelineChoice};
 
-use super::{BackupRecord, Holdings, Run};
+use super::{BackupRecord, Holdings, Run, Standing, Timelines};
 use crate::layout::BackupName;
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use std::collections::BTreeMap;
@@ -27,6 +27,8 @@ pub struct Survey {
     /// Oldest end first.
     backups: Vec<BackupRecord>,
     paths: BTreeMap<TimelineId, Path>,
+    /// Which timelines are left aside: followed only by who names them.
+    timelines: Timelines,
     problems: Vec<String>,
 }
 
@@ -37,6 +39,8 @@ pub struct Line {
     pub timeline: TimelineId,
     /// The timeline it came from, and where.
     pub parent: Option<(TimelineId, Lsn)>,
+    /// Undecided or retired: a restore gets there only by its number.
+    pub aside: Option<Standing>,
     /// Ascending.
     pub windows: Vec<Window>,
     /// Ascending, behind the first byte held.
@@ -84,7 +88,7 @@ impl Survey {
                 .total_cmp(&b.stopped_postgres_unix)
                 .then(order(a).cmp(&order(b)))
         });
-        Self { backups, paths, problems }
+        Self { backups, paths, timelines: holdings.timelines_on_record(), problems }
     }
 
     /// The backups, oldest end first.
@@ -103,9 +107,14 @@ impl Survey {
     pub fn timelines(&self) -> impl Iterator<Item = TimelineId> {
         self.paths.keys().copied()
     }
-    /// The newest timeline there is.
+    /// The newest timeline that is not undecided or retired.
     pub fn newest(&self) -> Option<TimelineId> {
-        self.paths.keys().next_back().copied()
+        self.timelines.followed(self.paths.keys().copied())
+    }
+
+    /// What is on record about timelines.
+    pub const fn marks(&self) -> &Timelines {
+        &self.timelines
     }
 
     /// Every timeline, ascending.
@@ -145,7 +154,9 @@ impl Survey {
             let before = path.timelines().take_while(|t| *t != path.timeline()).last()?;
             Some((before, at))
         });
-        Line { timeline: path.timeline(), parent, windows, holes, unserved }
+        let timeline = path.timeline();
+        let aside = self.timelines.standing(timeline).filter(|_| self.timelines.is_aside(timeline));
+        Line { timeline, parent, aside, windows, holes, unserved }
     }
 
     /// What is missing of a backup's own WAL, between its start and its stop; `None` when nothing is.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `<cluster>/base/config`, `keys/<id>`, `index/<id>`, `snapshots/<id>` | a restic-format repository |
 //! | `<cluster>/base/data/<first two digits>/<id>` | its packs |
+//! | `<cluster>/timelines.json` | timelines of which more than one is written, and what was decided |
 //! | `<cluster>/repository.json[.age]` | what opens the repository: password and master key |
 //! | `<cluster>/wal_levels.json` | where WAL was written with `wal_level = minimal` |
 //! | `<cluster>/backups/<name>.json` | one record for each base backup |
@@ -175,6 +176,8 @@ pub enum BaseObject {
     /// `generations.json`: which histories of the cluster there are. It changes when one is found, and when a person
     /// decides.
     Generations,
+    /// `timelines.json`: which timelines are in conflict. It changes when one is found, and when a person decides.
+    Timelines,
     /// `repository.json[.age]`; the wrapping may change, the secret inside does not.
     Secret {
         /// Age-wrapped.
@@ -194,6 +197,7 @@ impl BaseObject {
         match self {
             BaseObject::Cluster => "cluster.json".to_owned(),
             BaseObject::Generations => "generations.json".to_owned(),
+            BaseObject::Timelines => super::TIMELINES.to_owned(),
             BaseObject::WalLevels => LEVELS.to_owned(),
             BaseObject::Secret { encrypted: true } => "repository.json.age".to_owned(),
             BaseObject::Secret { encrypted: false } => "repository.json".to_owned(),
@@ -217,6 +221,7 @@ impl BaseObject {
         match text {
             "cluster.json" => return Some(BaseObject::Cluster),
             "generations.json" => return Some(BaseObject::Generations),
+            super::TIMELINES => return Some(BaseObject::Timelines),
             LEVELS => return Some(BaseObject::WalLevels),
             "repository.json" => return Some(BaseObject::Secret { encrypted: false }),
             "repository.json.age" => return Some(BaseObject::Secret { encrypted: true }),

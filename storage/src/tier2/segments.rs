@@ -12,6 +12,7 @@ use crate::{
 use futures::TryStreamExt;
 use klio_pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use object_store::path::Path;
+use std::collections::BTreeSet;
 
 /// PostgreSQL's own take a line for each ancestor.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
@@ -70,6 +71,14 @@ impl Tier2 {
         &self,
         cluster: &ClusterName,
     ) -> Result<Option<TimelineId>, Error> {
+        Ok(self.timelines(cluster).await?.into_iter().next_back())
+    }
+
+    /// Every timeline of which there is WAL or a history.
+    ///
+    /// # Errors
+    /// As the store fails; a missing bucket is an error, an empty one is not.
+    pub async fn timelines(&self, cluster: &ClusterName) -> Result<BTreeSet<TimelineId>, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_folder(Op::List, &prefix)?;
         let place = Path::from(prefix.as_str());
@@ -81,7 +90,7 @@ impl Tier2 {
             _ => None,
         };
         let files = listed.objects.iter().filter_map(|meta| history(meta.location.filename()?));
-        Ok(folders.chain(files).max())
+        Ok(folders.chain(files).collect())
     }
 
     /// Why a segment that is not there must once have been, in words: later WAL of its timeline is there, or of a timeline

@@ -2,12 +2,15 @@
 //!
 //! - The start is exactly the durable position of the timeline, or with none held a segment's start: nothing is
 //!   overwritten and nothing left out (P2).
-//! - A timeline older than the newest that has WAL is refused (P8).
+//! - Who lives on a timeline older than the one that is followed is refused (P8), unless that is on record as undecided:
+//!   both are received then. Who lives on a retired one is refused for good.
 //! - A new timeline needs its history, and its ancestors' WAL up to the segment that holds the switch point. Bytes of
 //!   that segment itself come again with the new timeline, so an ancestor may end anywhere in it.
 //! - What is missing is either streamed first or declared as a gap, which is recorded; never skipped in silence.
 
+use super::takeover::TakenOver;
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
+use crate::catalog::{Standing, Timelines};
 use crate::record::Unknown;
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
@@ -21,10 +24,45 @@ pub(super) struct Held {
     pub(super) position: Lsn,
 }
 
+/// Adds to what is held what is about to be taken over from tier 2.
+pub(super) fn take_over(held: &mut Vec<Held>, taken: &[TakenOver]) {
+    for TakenOver { timeline, end, .. } in taken {
+        match held.iter_mut().find(|line| line.timeline == *timeline) {
+            Some(line) => {
+                line.has_wal = true;
+                line.position = line.position.max(*end);
+            }
+            None => held.push(Held { timeline: *timeline, has_wal: true, position: *end }),
+        }
+    }
+}
+
 /// What has to be recorded before the writer begins.
 pub(super) type Admission = Option<Gap>;
 
-/// The rules.
+/// Whether a PostgreSQL that lives on `timeline` may stream at all.
+pub(super) fn may_stream(
+    marks: &Timelines,
+    followed: Option<TimelineId>,
+    timeline: TimelineId,
+) -> Result<(), OpenRefusal> {
+    if let Some(mark) = marks.mark(timeline) {
+        match mark.standing {
+            Standing::Retired => {
+                return Err(OpenRefusal::Retired { timeline, reason: mark.reason.clone() });
+            }
+            Standing::Undecided => return Ok(()),
+            // Later a newer one may have followed it, as ever.
+            Standing::Followed => {}
+        }
+    }
+    match followed.filter(|followed| *followed > timeline) {
+        Some(newest) => Err(OpenRefusal::Stale { newest, found: timeline }),
+        None => Ok(()),
+    }
+}
+
+/// The rules of where.
 pub(super) fn admit(
     size: SegmentSize,
     held: &[Held],
@@ -33,10 +71,6 @@ pub(super) fn admit(
     request: &OpenRequest,
 ) -> Result<Admission, OpenRefusal> {
     let timeline = request.timeline;
-    let newest = held.iter().filter(|h| h.has_wal).map(|h| h.timeline).max();
-    if let Some(newest) = newest.filter(|newest| *newest > timeline) {
-        return Err(OpenRefusal::Stale { newest, found: timeline });
-    }
     let history = history.ok_or(OpenRefusal::NoHistory(timeline))?;
     match held.iter().find(|h| h.timeline == timeline) {
         Some(line) => resume(size, line.position, gaps, request),
@@ -143,6 +177,7 @@ fn missing(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::Mark;
 
     const MIB: u64 = 1 << 20;
 
@@ -204,15 +239,30 @@ mod tests {
 
     #[test]
     fn an_older_timeline_after_a_newer_one_is_stale() {
-        let lines = [held(1, 3 * MIB), held(2, 4 * MIB)];
-        let refused = ask(&lines, &history(1, &[]), &request(1, 3 * MIB, None));
+        let none = Timelines::default();
+        let refused = may_stream(&none, Some(tli(2)), tli(1));
         assert_eq!(refused, Err(OpenRefusal::Stale { newest: tli(2), found: tli(1) }));
+        assert_eq!(may_stream(&none, Some(tli(2)), tli(3)), Ok(()));
+        assert_eq!(may_stream(&none, None, tli(1)), Ok(()));
     }
 
     #[test]
-    fn a_newer_timeline_without_wal_does_not_make_the_older_one_stale() {
-        let lines = [held(1, 3 * MIB), Held { has_wal: false, ..held(2, 3 * MIB) }];
-        assert_eq!(ask(&lines, &history(1, &[]), &request(1, 3 * MIB, None)), Ok(None));
+    fn what_is_undecided_streams_and_what_is_retired_never() {
+        let mark = |standing| Mark {
+            timeline: tli(1),
+            standing,
+            against: tli(2),
+            reason: "both write".into(),
+            marked_unix: 0.0,
+            decided_unix: None,
+            decided_by: None,
+            unknown: Unknown::default(),
+        };
+        let ask =
+            |standing| may_stream(&Timelines::new(vec![mark(standing)]), Some(tli(2)), tli(1));
+        assert_eq!(ask(Standing::Undecided), Ok(()));
+        assert!(matches!(ask(Standing::Followed), Err(OpenRefusal::Stale { .. })));
+        assert!(matches!(ask(Standing::Retired), Err(OpenRefusal::Retired { .. })));
     }
 
     #[test]

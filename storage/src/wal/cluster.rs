@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     Error, Kind, Op,
+    catalog::{Standing, Timelines},
     disk::{Disk, DiskLock, durable},
     layout::{self, ClusterName, WalFile},
 };
@@ -65,6 +66,9 @@ pub(super) struct Unsealed {
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
     /// before anything is written behind it (P3).
     proven: AtomicBool,
+    /// Its beginning is sealed as a partial segment already, which is never written again: tier 2 may have it (P5). It is
+    /// sealed when it is full, and stays a journal until then.
+    resumed: AtomicBool,
     /// Held while the file is sealed or replaced.
     pub(super) work: Mutex<()>,
 }
@@ -81,6 +85,7 @@ impl Unsealed {
             used: AtomicU64::new(FIRST_FRAME),
             harm: Mutex::new(None),
             proven: AtomicBool::new(proven),
+            resumed: AtomicBool::new(false),
             work: Mutex::new(()),
         }
     }
@@ -117,6 +122,12 @@ impl Unsealed {
     }
     pub(super) fn set_proven(&self, proven: bool) {
         self.proven.store(proven, Ordering::Release);
+    }
+    pub(super) fn set_resumed(&self) {
+        self.resumed.store(true, Ordering::Release);
+    }
+    fn is_resumed(&self) -> bool {
+        self.resumed.load(Ordering::Acquire)
     }
     pub(super) fn is_empty(&self) -> bool {
         self.durable() == self.start
@@ -174,7 +185,6 @@ impl Line {
 /// An empty journal made ahead of need.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    pub(super) timeline: TimelineId,
     pub(super) start: Lsn,
     pub(super) journal: Journal,
 }
@@ -201,8 +211,12 @@ pub(super) struct State {
     pub(super) levels: Vec<LevelChange>,
     pub(super) spares: Vec<PathBuf>,
     pub(super) spares_made: u64,
-    pub(super) prepared: Option<Prepared>,
-    pub(super) writer: Option<Arc<Slot>>,
+    /// By timeline, as each has its own stream.
+    pub(super) prepared: BTreeMap<TimelineId, Prepared>,
+    /// At most one for each timeline (I3).
+    pub(super) writers: BTreeMap<TimelineId, Arc<Slot>>,
+    /// Which timelines are in conflict, and what was decided.
+    pub(super) marks: Timelines,
     /// What was acknowledged and is not here any more (`damage.rs`).
     pub(super) damaged: Vec<DamagedWal>,
     /// What is wrong now, by place.
@@ -222,15 +236,32 @@ impl State {
         gap.chain(end).chain(taken).max()
     }
 
-    pub(super) fn newest(&self) -> Option<TimelineId> {
+    /// The timelines of which there is WAL here, or was in tier 2 when the stream went on behind it.
+    fn with_wal(&self) -> impl Iterator<Item = TimelineId> {
         let held = self.lines.keys().copied().filter(|timeline| self.has_wal(*timeline));
-        held.chain(self.taken_over.keys().copied()).max()
+        held.chain(self.taken_over.keys().copied())
+    }
+
+    /// The newest timeline with WAL that is not left aside.
+    pub(super) fn followed(&self) -> Option<TimelineId> {
+        self.marks.followed(self.with_wal())
     }
 
     /// Every timeline of which there is a file, a gap or a taken over stretch.
     fn timelines(&self) -> BTreeSet<TimelineId> {
         let gaps = self.gaps.iter().map(|g| g.timeline);
         self.lines.keys().chain(self.taken_over.keys()).copied().chain(gaps).collect()
+    }
+
+    /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
+    fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
+        let older = || self.followed().is_some_and(|followed| followed > timeline);
+        !self.writers.contains_key(&timeline)
+            && match self.marks.standing(timeline) {
+                Some(Standing::Retired) => true,
+                Some(Standing::Undecided) => false,
+                Some(Standing::Followed) | None => older(),
+            }
     }
 
     /// The timelines with WAL or a gap, for the rules.
@@ -276,13 +307,14 @@ impl State {
 
     /// A journal to which nothing will be added although it is not full.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
-        let newer = self.newest().is_some_and(|newest| newest > journal.timeline)
-            && !self.has_lost_bytes(journal);
+        if journal.is_resumed() {
+            return false;
+        }
+        let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         let at = journal.durable();
-        // Tier 2 has more of it, and the stream went on behind that.
-        newer
-            || self.is_taken_over(journal.timeline, at)
-            || self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at && g.to > at)
+        let skipped = |g: &Gap| g.timeline == journal.timeline && g.from == at && g.to > at;
+        // Tier 2 may have more of it, and the stream went on behind that.
+        over || self.is_taken_over(journal.timeline, at) || self.gaps.iter().any(skipped)
     }
 
     /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
@@ -437,7 +469,7 @@ impl Cluster {
         })
     }
 
-    fn create_journal(
+    pub(super) fn create_journal(
         &self,
         timeline: TimelineId,
         start: Lsn,
@@ -485,11 +517,9 @@ impl Cluster {
         start: Lsn,
     ) -> Result<(Journal, Arc<Unsealed>), Error> {
         let _one = lock(&self.prepare);
-        let prepared = lock(&self.state).prepared.take();
+        let prepared = lock(&self.state).prepared.remove(&timeline);
         let journal = match prepared {
-            Some(prepared) if (prepared.timeline, prepared.start) == (timeline, start) => {
-                prepared.journal
-            }
+            Some(prepared) if prepared.start == start => prepared.journal,
             other => {
                 other.into_iter().for_each(|other| self.discard(other));
                 self.create_journal(timeline, start, self.shared.options.preallocate)?
@@ -513,7 +543,7 @@ impl Cluster {
             return Ok(());
         }
         let journal = self.create_journal(timeline, start, preallocate)?;
-        lock(&self.state).prepared = Some(Prepared { timeline, start, journal });
+        lock(&self.state).prepared.insert(timeline, Prepared { start, journal });
         Ok(())
     }
 
@@ -547,8 +577,8 @@ impl State {
     fn wants_prepared(&self, timeline: TimelineId, start: Lsn) -> bool {
         let Some(line) = self.lines.get(&timeline) else { return false };
         let last = line.journals.values().next_back();
-        self.prepared.is_none()
-            && self.writer.as_ref().is_some_and(|slot| slot.timeline() == timeline)
+        !self.prepared.contains_key(&timeline)
+            && self.writers.contains_key(&timeline)
             && last.is_some_and(|journal| journal.end == start)
             // The segment may have been received and sealed meanwhile, before the one below it was.
             && line.sealed.is_none_or(|(_, end)| end <= start)

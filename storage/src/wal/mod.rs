@@ -2,7 +2,9 @@
 //!
 //! - I1: flushed <= written, and both only grow; only a flush makes a [`FlushedLsn`] (P1).
 //! - I2: a sealed segment has its full size, its checksums, and never changes.
-//! - I3: at most one writer per cluster; a second is refused, unless the first was fenced (P8).
+//! - I3: at most one writer per cluster and timeline; a second is refused, unless the first was fenced (P8).
+//! - I6: what two PostgreSQLs write on two timelines at once is held side by side, and none of it is followed against a
+//!   person's decision (`timelines.json`).
 //! - I4: a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file (P2).
 //! - I5: one cluster's trouble is one cluster's: the others go on (P8).
 //!
@@ -12,6 +14,7 @@
 //! |---|---|
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
 //! | `gaps.json` | WAL that will never be here (`record.rs`) |
+//! | `timelines.json` | timelines of which more than one is written (`catalog::timelines`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
 //! | `wal_levels.json` | where WAL was written with `wal_level = minimal` (`levels.rs`) |
@@ -39,11 +42,13 @@ pub mod overlap;
 mod reader;
 mod record;
 mod recover;
+mod resume;
 mod scratch;
 mod seal;
 mod seam;
 mod stored;
 mod takeover;
+mod timelines;
 mod types;
 mod writer;
 
@@ -330,19 +335,43 @@ impl WalStore {
         state.history(timeline).ok_or_else(|| not_found(Op::Read, path.display()))
     }
 
-    /// Ends the writer of a cluster, if there is one: waits for the write or sync that is under way, after which every call
-    /// of it fails. For a sidecar that came back, or a newer timeline. True when there was one.
+    /// Ends the writers of a cluster: waits for the writes and syncs that are under way, after which every call of theirs
+    /// fails. True when there was one.
     pub fn fence(&self, name: &ClusterName) -> bool {
         let Some(cluster) = self.find(name) else { return false };
-        let slot = lock(&cluster.state).writer.clone();
-        match slot {
-            Some(slot) => slot.release(&cluster),
-            None => return false,
-        }
-        true
+        let slots: Vec<_> = lock(&cluster.state).writers.values().cloned().collect();
+        slots.iter().for_each(|slot| slot.release(&cluster));
+        !slots.is_empty()
     }
 
-    /// Opens the cluster's writer. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else is done.
+    /// Whether a writer would be opened there, as far as that can be known before an earlier one is ended: nobody is
+    /// ended for one that is refused. `lives_on` is the timeline of its PostgreSQL, which may be a descendant; `taken` is
+    /// what would be taken over first. Whether an older timeline is stale is left to whoever asks its PostgreSQL. Writes nothing.
+    ///
+    /// # Errors
+    /// As [`WalStore::open_writer`], without `WriterPresent` and `Stale`.
+    pub fn check_writer(
+        &self,
+        name: &ClusterName,
+        request: &OpenRequest,
+        lives_on: TimelineId,
+        taken: &[TakenOver],
+    ) -> Result<(), OpenError> {
+        let refuse = |refusal| OpenError::Refused { cluster: name.to_string(), refusal };
+        let cluster = self.find(name).ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
+        let _one = lock(&cluster.op);
+        cluster.ensure_loaded()?;
+        let state = lock(&cluster.state);
+        match admit::may_stream(&state.marks, state.followed(), lives_on) {
+            // It may prove that it writes.
+            Ok(()) | Err(OpenRefusal::Stale { .. }) => {}
+            Err(refusal) => return Err(refuse(refusal)),
+        }
+        placed(&state, request, taken).map(drop).map_err(refuse)
+    }
+
+    /// Opens the writer of a timeline. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else is
+    /// done.
     ///
     /// # Errors
     /// `Refused` with the cause; or `Failed`, of which `Full` and `Io` may pass: try again.
@@ -351,26 +380,34 @@ impl WalStore {
         name: &ClusterName,
         request: &OpenRequest,
     ) -> Result<Writer, OpenError> {
+        self.open_writer_of(name, request, request.timeline)
+    }
+
+    /// The same for a PostgreSQL that lives on another timeline than the one it is to stream first, which is an ancestor.
+    ///
+    /// # Errors
+    /// As [`WalStore::open_writer`].
+    pub fn open_writer_of(
+        &self,
+        name: &ClusterName,
+        request: &OpenRequest,
+        lives_on: TimelineId,
+    ) -> Result<Writer, OpenError> {
         let refuse = |refusal| OpenError::Refused { cluster: name.to_string(), refusal };
         let cluster = self.find(name).ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
         let _one = lock(&cluster.op);
         cluster.ensure_loaded()?;
-        if let Some(slot) = &lock(&cluster.state).writer {
-            return Err(refuse(OpenRefusal::WriterPresent { timeline: slot.timeline() }));
+        if lock(&cluster.state).writers.contains_key(&request.timeline) {
+            return Err(refuse(OpenRefusal::WriterPresent { timeline: request.timeline }));
         }
         cluster.prove_all()?;
         cluster.prove_records()?;
         cluster.judge_by_slot(request)?;
         let (pinned, history, admission) = {
             let state = lock(&cluster.state);
-            let pinned = state.pinned.ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
-            let history = state.history(request.timeline);
-            let size = pinned.segment_size;
-            let admission =
-                admit::admit(size, &state.held(), &state.gaps, history.as_ref(), request);
-            (pinned, history, admission.map_err(refuse)?)
+            admit::may_stream(&state.marks, state.followed(), lives_on).map_err(refuse)?;
+            placed(&state, request, &[]).map_err(refuse)?
         };
-        let history = history.ok_or_else(|| refuse(OpenRefusal::NoHistory(request.timeline)))?;
         if let Some(gap) = admission {
             cluster.record_gap(gap)?;
         }
@@ -629,6 +666,21 @@ fn check_same(name: &ClusterName, before: &Pinned, found: &Pinned) -> Result<(),
     Ok(())
 }
 
+/// What a writer that may begin there begins with, once `taken` is on record.
+fn placed(
+    state: &cluster::State,
+    request: &OpenRequest,
+    taken: &[TakenOver],
+) -> Result<(Pinned, TimelineHistory, admit::Admission), OpenRefusal> {
+    let pinned = state.pinned.ok_or(OpenRefusal::NotPinned)?;
+    let history = state.history(request.timeline);
+    let (size, mut held) = (pinned.segment_size, state.held());
+    admit::take_over(&mut held, taken);
+    let admission = admit::admit(size, &held, &state.gaps, history.as_ref(), request)?;
+    let history = history.ok_or(OpenRefusal::NoHistory(request.timeline))?;
+    Ok((pinned, history, admission))
+}
+
 impl cluster::State {
     fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
         let stored = self.lines.get(&timeline).and_then(|line| line.history.clone());
@@ -653,6 +705,9 @@ impl Cluster {
             return Ok((self.reopen(&entry, start)?, entry));
         }
         if start.offset_in(pinned.segment_size) != 0 {
+            if let Some(resumed) = self.resume_partial(segment, start, pinned)? {
+                return Ok(resumed);
+            }
             let detail = format!(
                 "expected the journal of a segment received up to {start}, found it sealed"
             );
@@ -668,10 +723,12 @@ impl Cluster {
         let unused: Vec<Arc<Unsealed>> = {
             let state = lock(&self.state);
             let all = state.lines.values().flat_map(|line| line.journals.values());
+            // The empty journal of another timeline's live writer is in use.
+            let free = |j: &&Arc<Unsealed>| !state.writers.contains_key(&j.timeline);
             let unused =
                 |j: &&Arc<Unsealed>| j.is_empty() && j.segment(pinned.segment_size) != wanted;
             let lost = |j: &&Arc<Unsealed>| j.harm().is_some() || state.has_lost_bytes(j);
-            all.filter(unused).filter(|j| !lost(j)).cloned().collect()
+            all.filter(free).filter(unused).filter(|j| !lost(j)).cloned().collect()
         };
         for entry in unused {
             durable::remove_if_there(self.disk(), &entry.path)?;

@@ -1,4 +1,4 @@
-//! The small JSON files of a cluster: `cluster.json` and `gaps.json`.
+//! The small JSON files of a cluster: `cluster.json`, `gaps.json` and `timelines.json`.
 //!
 //! The shape is that of `crate::record`.
 //!
@@ -7,6 +7,7 @@
 use super::types::{Gap, Pinned};
 use crate::{
     Error, Kind, Op,
+    catalog::{Mark, Timelines},
     disk::Disk,
     record::{self, Unknown},
 };
@@ -77,6 +78,20 @@ pub(super) fn load_gaps(disk: &dyn Disk, path: &Path) -> Result<Vec<Gap>, Error>
 /// Writes `gaps.json`.
 pub(super) fn store_gaps(disk: &dyn Disk, path: &Path, gaps: &Vec<Gap>) -> Result<(), Error> {
     record::store(disk, path, gaps)
+}
+
+/// Reads `timelines.json`; empty when there is none.
+pub(super) fn load_timelines(disk: &dyn Disk, path: &Path) -> Result<Timelines, Error> {
+    Ok(Timelines::new(load::<Vec<Mark>>(disk, path)?.unwrap_or_default()))
+}
+
+/// Writes `timelines.json`.
+pub(super) fn store_timelines(
+    disk: &dyn Disk,
+    path: &Path,
+    marks: &Timelines,
+) -> Result<(), Error> {
+    record::store(disk, path, &marks.marks())
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     Error, Kind, Op,
     disk::{Entry, durable, read_small},
-    layout::WalFile,
+    layout::{self, WalFile},
 };
 use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
 use std::{collections::BTreeSet, io, path::Path, sync::Arc};
@@ -58,12 +58,14 @@ impl Cluster {
         }
     }
 
-    /// Makes sure of every journal that is only seen. Call with `op` held and no writer alive.
+    /// Makes sure of every journal that is only seen. Call with `op` held. What a live writer has is its own: it was made
+    /// sure of before that was opened.
     pub(super) fn prove_all(&self) -> Result<(), Error> {
         let unproven: Vec<Arc<Unsealed>> = {
             let state = lock(&self.state);
             let all = state.lines.values().flat_map(|line| line.journals.values());
-            all.filter(|journal| !journal.is_proven()).cloned().collect()
+            let free = |journal: &&Arc<Unsealed>| !state.writers.contains_key(&journal.timeline);
+            all.filter(free).filter(|journal| !journal.is_proven()).cloned().collect()
         };
         for entry in unproven {
             let outcome = self.prove(&entry);
@@ -85,7 +87,7 @@ impl Cluster {
             with_history.map(|(timeline, _)| *timeline).collect::<Vec<TimelineId>>()
         };
         let disk = self.disk();
-        for name in ["cluster.json", "gaps.json"] {
+        for name in ["cluster.json", "gaps.json", layout::TIMELINES] {
             crate::record::prove(disk, &self.folder().join(name))?;
         }
         for timeline in timelines {
@@ -134,6 +136,7 @@ impl Cluster {
         state.keys = self.load_keys()?;
         lock(&self.state).keys = state.keys.clone();
         state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
+        state.marks = record::load_timelines(disk, &folder.join(layout::TIMELINES))?;
         match horizon::load(disk, self) {
             Ok(horizons) => state.horizons = horizons,
             // Receiving needs none of it; retention removes nothing while there is a problem (P6).
@@ -224,7 +227,8 @@ impl Cluster {
             line.extend_sealed(*start, start.advance(length));
         }
         let mut empty = Vec::new();
-        for start in open {
+        // The last one first: whether more follows decides what a short one means.
+        for start in open.into_iter().rev() {
             let redundant = if sealed.contains(&start) {
                 Some(size)
             } else if partial.contains(&start) {
@@ -294,9 +298,11 @@ impl Cluster {
             (Ok(frames), None) => frames,
             (Ok(frames), Some(bytes)) if frames.position().bytes_since(start) >= bytes => frames,
             (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
-            (_, Some(bytes)) => {
-                line.extend_sealed(start, start.advance(bytes));
-                return durable::remove_if_there(self.disk(), &path).map(|()| false);
+            (frames, Some(bytes)) => {
+                let sealed = start.advance(bytes);
+                line.extend_sealed(start, sealed);
+                let shorter = Shorter { timeline, start, sealed, frames: frames.ok() };
+                return self.scan_shorter(shorter, pinned, line).map(|()| false);
             }
             (Err(e), None) if e.kind == Kind::Corrupt => {
                 tracing::error!(cluster = %self.name, error = %e, "a journal cannot be read: it is put aside as it is");
@@ -317,8 +323,56 @@ impl Cluster {
         let entry = Unsealed::new(frames.header(), path, end, true);
         entry.set_known(frames.flushed().min(end));
         entry.set_harm(harm);
+        // Exactly as long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
+        if redundant.is_some_and(|bytes| bytes < end.bytes_since(start)) {
+            entry.set_resumed();
+        }
         line.journals.insert(start, Arc::new(entry));
         Ok(false)
+    }
+
+    /// A journal with less than the sealed file beside it: it was being filled again from that (`resume.rs`) when the machine
+    /// stopped, or the medium lost the beginning of what was acknowledged behind it. The sealed bytes are good either way.
+    fn scan_shorter(
+        &self,
+        shorter: Shorter,
+        pinned: &Pinned,
+        line: &mut Line,
+    ) -> Result<(), Error> {
+        let Shorter { timeline, start, sealed, frames } = shorter;
+        let header = match &frames {
+            Some(frames) => *frames.header(),
+            None => assumed_header(timeline, start, pinned),
+        };
+        let (path, end) = (self.open_path(header.segment()), header.end());
+        let entry = |durable, proven| {
+            let entry = Unsealed::new(&header, path.clone(), durable, proven);
+            entry.set_resumed();
+            entry
+        };
+        let more = line.journals.values().any(|j| j.start > start && !j.is_empty())
+            || line.sealed.is_some_and(|(_, last)| last > end);
+        if sealed < end && more {
+            // It was full once: what is missing is a hole, and the file is kept as it is.
+            line.journals.insert(start, Arc::new(entry(sealed, true)));
+            return Ok(());
+        }
+        let to = match frames {
+            Some(mut frames) => match frames.tail()? {
+                Tail::Clean => None,
+                Tail::Torn => Some(sealed),
+                Tail::Lost(to) => Some(to.max(sealed)),
+            },
+            None => Some(journal::evidence(self.disk(), &path, start, end)?.max(sealed)),
+        };
+        let Some(to) = to.filter(|_| sealed < end) else {
+            return durable::remove_if_there(self.disk(), &path);
+        };
+        // Put aside before it goes; the stream goes on behind the sealed bytes.
+        let entry = entry(start, false);
+        entry.set_harm(Some(Harm { from: sealed, to }));
+        line.journals.insert(start, Arc::new(entry));
+        Ok(())
     }
 
     /// The entry of a journal of which not even the header can be read.
@@ -328,10 +382,7 @@ impl Cluster {
         start: Lsn,
         pinned: &Pinned,
     ) -> Result<Unsealed, Error> {
-        let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
-        let (format, id, key) = (Format::Current, 0, None);
-        let header =
-            JournalHeader { format, system_identifier, timeline, segment_size, start, id, key };
+        let header = assumed_header(timeline, start, pinned);
         let path = self.open_path(header.segment());
         let to = journal::evidence(self.disk(), &path, start, header.end())?;
         let entry = Unsealed::new(&header, path, start, true);
@@ -376,6 +427,23 @@ impl Cluster {
             state.problems.insert(place, error.to_string());
         }
     }
+}
+
+/// A journal with less than its sealed file.
+struct Shorter {
+    timeline: TimelineId,
+    start: Lsn,
+    /// One past the last sealed byte.
+    sealed: Lsn,
+    /// `None` when not even the header can be read.
+    frames: Option<Frames>,
+}
+
+/// Of a journal whose own cannot be read.
+fn assumed_header(timeline: TimelineId, start: Lsn, pinned: &Pinned) -> JournalHeader {
+    let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
+    let (format, id, key) = (Format::Current, 0, None);
+    JournalHeader { format, system_identifier, timeline, segment_size, start, id, key }
 }
 
 impl State {

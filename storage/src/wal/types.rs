@@ -93,13 +93,22 @@ pub enum OpenRefusal {
     /// The cluster was never pinned.
     #[error("expected a cluster that was identified first, found none of that name")]
     NotPinned,
-    /// A newer timeline has WAL already; a new timeline wins over an old one, never the other way round (P8).
+    /// A newer timeline is followed; a new timeline wins over an old one, never the other way round (P8). Unless the
+    /// old one is on record as undecided.
     #[error("expected timeline {newest} or newer, found stale timeline {found}")]
     Stale {
-        /// The newest timeline that has WAL.
+        /// The timeline that is followed.
         newest: TimelineId,
         /// The one asked for.
         found: TimelineId,
+    },
+    /// A person decided against the timeline.
+    #[error("expected a timeline that is not retired, found {timeline}: {reason}")]
+    Retired {
+        /// The one its PostgreSQL is on.
+        timeline: TimelineId,
+        /// What was found at the time.
+        reason: String,
     },
     /// The history file of the timeline is not stored yet.
     #[error("expected the history file of timeline {0} to be stored first, found none")]
@@ -141,7 +150,7 @@ pub enum OpenRefusal {
         to: Lsn,
     },
     /// Another writer is alive; fence it first if it is to give way (I3).
-    #[error("expected no other writer of the cluster, found one on timeline {timeline}")]
+    #[error("expected no other writer of timeline {timeline}, found one")]
     WriterPresent {
         /// The timeline it writes.
         timeline: TimelineId,

@@ -1,4 +1,4 @@
-//! Receives one cluster's WAL on one timeline.
+//! Receives one cluster's WAL on one timeline. Each timeline has a writer of its own; they share nothing but the disk.
 //!
 //! - I1: flushed <= written, and both only grow. Only a flush makes a [`FlushedLsn`] (P1).
 //! - Every byte is checked before any byte of the same append is written.
@@ -185,10 +185,6 @@ fn live<'a>(
 }
 
 impl Slot {
-    pub(super) const fn timeline(&self) -> TimelineId {
-        self.timeline
-    }
-
     fn flushed(&self) -> FlushedLsn {
         FlushedLsn(Lsn::new(self.flushed.load(Ordering::Acquire)))
     }
@@ -245,13 +241,13 @@ impl Slot {
             core.entry.set_used(core.journal.offset);
         }
         let mut state = lock(&cluster.state);
-        if state.writer.as_ref().is_some_and(|slot| Arc::ptr_eq(slot, self)) {
-            state.writer = None;
+        if state.writers.get(&self.timeline).is_some_and(|slot| Arc::ptr_eq(slot, self)) {
+            state.writers.remove(&self.timeline);
         }
     }
 }
 
-/// The one live writer of a cluster. Dropping it closes it; unflushed bytes are then given up.
+/// The one live writer of a cluster's timeline. Dropping it closes it; unflushed bytes are then given up.
 #[derive(Debug)]
 pub struct Writer {
     cluster: Arc<Cluster>,
@@ -341,7 +337,7 @@ impl Writer {
             announced: false,
             closed: false,
         });
-        lock(&cluster.state).writer = Some(slot.clone());
+        lock(&cluster.state).writers.insert(slot.timeline, slot.clone());
         let expect = PageExpectation {
             system_identifier: pinned.system_identifier,
             segment_size: pinned.segment_size,
@@ -497,7 +493,8 @@ impl Writer {
     pub fn preparation(&self) -> Option<Preparation> {
         let half = self.expect.segment_size.bytes() / 2;
         let done = half * 2 - self.segment_end.bytes_since(self.written);
-        if done <= half || lock(&self.cluster.state).prepared.is_some() {
+        let timeline = self.slot.timeline;
+        if done <= half || lock(&self.cluster.state).prepared.contains_key(&timeline) {
             return None;
         }
         let guard = lock(&self.slot.core);

@@ -140,7 +140,13 @@ fn line_text(line: &Line, ends: &Ends) -> String {
     let parent = line.parent.map_or_else(String::new, |(timeline, at)| {
         format!(" (left timeline {} at {at})", timeline.get())
     });
-    let mut out = format!("  timeline {}{parent}\n", line.timeline.get());
+    let aside = line.aside.map_or_else(String::new, |standing| {
+        format!(
+            ", {standing}: restored only with --target-timeline {}; klio timeline list",
+            line.timeline.get()
+        )
+    });
+    let mut out = format!("  timeline {}{parent}{aside}\n", line.timeline.get());
     for window in &line.windows {
         let names: Vec<&str> = window.backups.iter().map(|name| name.as_str()).collect();
         out += &format!(
@@ -215,6 +221,7 @@ fn to_json(catalog: &Catalog, survey: &Survey, lines: &[Line], ends: &Ends) -> V
             json!({
                 "timeline": line.timeline,
                 "parent": line.parent.map(|(t, at)| json!({ "timeline": t, "lsn": at })),
+                "standing": line.aside,
                 "windows": windows,
                 "holes": line.holes,
                 "unserved": line.unserved,

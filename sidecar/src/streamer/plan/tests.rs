@@ -30,7 +30,30 @@ fn facts(history: TimelineHistory, held: Vec<Held>, end: u64, slot: Option<u64>)
         postgres_end: lsn(end),
         slot_restart: slot.map(lsn),
         segment_size: SegmentSize::new(MIB as u32).unwrap(),
+        beside: false,
     }
+}
+
+/// The server decides about timelines off our path, one of an earlier version did so by refusing the older.
+#[test]
+fn a_timeline_off_our_path_does_not_matter_to_a_server_that_takes_each_for_itself() {
+    let lines = vec![held(1, 6 * MIB + 7), held(2, 8 * MIB)];
+    let ask = |history, held: &[Held], beside| {
+        Facts { beside, ..facts(history, held.to_vec(), 9 * MIB, Some(3 * MIB)) }.plan()
+    };
+    // The old primary beside a promoted copy.
+    let stale = Refusal::Stale { held: tli(2), postgres: tli(1) };
+    assert_eq!(ask(history(1, &[]), &lines, false), Err(stale));
+    let plan = ask(history(1, &[]), &lines, true).unwrap();
+    assert_eq!((plan.timeline, plan.start), (tli(1), lsn(6 * MIB + 7)));
+    // Production's next timeline beside it: its ancestor is finished first, without a gap.
+    let path = history(3, &[(1, 7 * MIB)]);
+    let plan = ask(path.clone(), &lines, true).unwrap();
+    assert_eq!((plan.timeline, plan.start, plan.gap), (tli(1), lsn(6 * MIB + 7), None));
+    assert!(ask(path, &lines, false).unwrap().gap.is_some());
+    // One of which nothing is held begins as ever.
+    let plan = ask(history(1, &[]), &[held(2, 8 * MIB)], true).unwrap();
+    assert_eq!((plan.timeline, plan.start), (tli(1), lsn(3 * MIB)));
 }
 
 #[test]

@@ -43,6 +43,8 @@ pub struct Inner {
     pub in_recovery: bool,
     pub ask_reply: bool,
     pub crashed: bool,
+    /// New connections are refused.
+    pub refuses: bool,
 }
 
 impl Inner {
@@ -80,6 +82,7 @@ impl FakePostgres {
             in_recovery: false,
             ask_reply: false,
             crashed: false,
+            refuses: false,
         };
         Self { inner: Arc::new(Mutex::new(inner)), changed: Arc::default() }
     }
@@ -125,6 +128,9 @@ impl FakePostgres {
 impl Primary for FakePostgres {
     type Session = Self;
     async fn connect(&self) -> Result<Self, Error> {
+        if self.inner().refuses {
+            return Err(Error::new(Failure::Postgres, "connection refused, as told"));
+        }
         Ok(self.clone())
     }
 }

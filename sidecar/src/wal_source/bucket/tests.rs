@@ -45,7 +45,7 @@ impl Archive {
     fn source(&self, cluster: &str, keys: Option<Keys>) -> FromBucket {
         let url = format!("file://{}", self.folder.path().display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
-        FromBucket::new(Bucket { tier2, keys }, cluster.parse().unwrap())
+        FromBucket::new(Bucket { tier2, keys }, cluster.parse().unwrap(), false)
     }
 
     /// Fetches a file of timeline 1.

@@ -201,12 +201,31 @@ impl Survey {
             TimelineChoice::Current => Some(own),
             TimelineChoice::Latest if *target == Target::Immediate => Some(own),
             TimelineChoice::Latest if by_name => {
-                let leading = self.paths.values().rev().find(|path| path.serves(record));
-                leading.map(Path::timeline)
+                let leading = |path: &&Path| {
+                    path.serves(record)
+                        && (path.timeline() == own || !self.timelines.is_aside(path.timeline()))
+                };
+                self.paths.values().rev().find(leading).map(Path::timeline)
             }
             TimelineChoice::Latest => self.newest(),
         };
         let no = |problem: String| Rejected { why: Unfit::OffTheWay, problem, hole: None };
+        if wanted.is_none() && !by_name && !self.paths.is_empty() {
+            let text = "every timeline that is held is undecided or retired: name one with --target-timeline";
+            return Err(no(text.to_owned()));
+        }
+        let standing = self.timelines.mark(own).filter(|_| self.timelines.is_aside(own));
+        if let Some(mark) = standing.filter(|_| !by_name && wanted == Some(own)) {
+            let named = matches!(choice, TimelineChoice::Number(_));
+            if !named {
+                return Err(no(format!(
+                    "backup {} is of timeline {}, which is {}: name it with --target-timeline",
+                    record.name,
+                    own.get(),
+                    mark.standing
+                )));
+            }
+        }
         let wanted = wanted.unwrap_or(own);
         let Some(path) = self.paths.get(&wanted) else {
             return Err(no(format!("nothing is held of timeline {}", wanted.get())));
@@ -238,6 +257,15 @@ impl Survey {
         let mut notes = Vec::new();
         if let (Stop::Hole(hole), true) = (&reach.stop, *target != Target::Immediate) {
             notes.push(format!("nothing after {} can be reached: {hole}", reach.end));
+        }
+        if !matches!(choice, TimelineChoice::Number(_)) {
+            notes.extend(self.timelines.undecided().map(|mark| {
+                let timeline = mark.timeline.get();
+                format!(
+                    "timeline {timeline} is undecided, and is not followed: {}; --target-timeline {timeline} gets there",
+                    mark.reason
+                )
+            }));
         }
         if let (Target::Time { .. } | Target::Lsn(_), TimelineChoice::Latest) = (target, choice) {
             notes.extend(self.left_aside(path));

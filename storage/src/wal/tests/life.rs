@@ -142,7 +142,7 @@ fn a_preparation_that_comes_late_leaves_the_writers_journal_alone() {
     // The first half of what the writer does when it comes to a new segment.
     let (journal, entry) = cluster.next_journal(tli(1), at(2 * MIB)).unwrap();
     cluster.prepare(tli(1), at(2 * MIB), 0).unwrap();
-    assert!(lock(&cluster.state).prepared.is_none(), "made a second time");
+    assert!(lock(&cluster.state).prepared.is_empty(), "made a second time");
     assert_eq!((&journal.path, journal.header.start), (&entry.path, at(2 * MIB)));
     assert_eq!(lock(&cluster.state).journal(segment(1, 2)).unwrap().path, entry.path);
 }

@@ -1,0 +1,157 @@
+//! What is on record about a cluster's timelines, over both tiers: a server that lost its disk, or a new one, knows what
+//! was found and decided before it takes a byte.
+//!
+//! Tier 1 has the current record. The bucket gets it like `cluster.json`, and gives it back where tier 1 has none.
+
+use super::{BaseStore, identity, run, tier2_status};
+use crate::errors;
+use klio_pg::TimelineId;
+use klio_proto::Code;
+use klio_storage::{
+    Error,
+    catalog::{Decision, DecisionError, Mark, Timelines},
+    layout::{BaseObject, ClusterName, WalFile},
+    record,
+    tier2::Tier2,
+};
+use std::collections::BTreeSet;
+use tonic::Status;
+
+impl BaseStore {
+    /// Takes over what the bucket has on record, where tier 1 holds no WAL and has nothing on record itself.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when the bucket has to be asked and does not answer; as the disk fails.
+    pub async fn adopt_timelines(&self, cluster: &ClusterName) -> Result<(), Status> {
+        let wal = self.wal();
+        let Some(tier2) = self.tier2() else { return Ok(()) };
+        if !wal.timelines(cluster).is_empty() || !wal.positions(cluster).is_empty() {
+            return Ok(());
+        }
+        let Some(theirs) = self.ask(cluster, tier2, read(tier2, cluster)).await? else {
+            return Ok(());
+        };
+        let (store, name) = (wal.clone(), cluster.clone());
+        run(move || {
+            store.change_timelines(&name, |_| Ok::<_, std::convert::Infallible>(Some(theirs)))
+        })
+        .await
+        .map(drop)
+    }
+
+    /// What is on record, by tier 1 where it knows the cluster, else by the bucket.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE`, `CORRUPT`: of the bucket.
+    pub async fn timelines(&self, cluster: &ClusterName) -> Result<Timelines, Status> {
+        let here = self.wal().timelines(cluster);
+        let Some(tier2) = self.tier2() else { return Ok(here) };
+        if !here.is_empty() || self.wal().followed(cluster).is_some() {
+            return Ok(here);
+        }
+        let theirs =
+            read(tier2, cluster).await.map_err(|error| match identity::is_unreadable(&error) {
+                true => errors::status(&error),
+                false => tier2_status("read the record of timelines", cluster, &error),
+            })?;
+        Ok(theirs.unwrap_or_default())
+    }
+
+    /// Puts a conflict on record, durably, and says so once.
+    ///
+    /// # Errors
+    /// As the disk fails: then nothing may be received because of it.
+    pub async fn mark_timeline(&self, cluster: &ClusterName, mark: Mark) -> Result<(), Status> {
+        let (store, name, marked) = (self.wal().clone(), cluster.clone(), mark.clone());
+        if run(move || store.mark(&name, marked)).await? {
+            tracing::error!(%cluster, timeline = mark.timeline.get(), reason = mark.reason,
+                "two PostgreSQLs write: both are received, and a person has to decide (klio timeline list)");
+            self.timelines_changed(cluster);
+        }
+        Ok(())
+    }
+
+    /// Carries out a decision, or says what it would change. Gives the marks before and after.
+    ///
+    /// # Errors
+    /// As the disk fails. The inner one says why the decision cannot be carried out.
+    pub async fn decide_timeline(
+        &self,
+        cluster: &ClusterName,
+        dry_run: bool,
+        decide: impl FnOnce(&Timelines, &[TimelineId]) -> Result<Timelines, DecisionError>
+        + Send
+        + 'static,
+    ) -> Result<Result<(Timelines, Timelines), DecisionError>, Status> {
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let decided = run(move || {
+            let held: Vec<TimelineId> =
+                store.positions(&name).iter().map(|position| position.timeline).collect();
+            let before = store.timelines(&name);
+            let mut after = before.clone();
+            let changed = store.change_timelines(&name, |marks| {
+                after = decide(marks, &held)?;
+                Ok((!dry_run).then(|| after.clone()))
+            })?;
+            Ok(changed.map(|_| (before, after)))
+        })
+        .await?;
+        if decided.is_ok() && !dry_run {
+            self.timelines_changed(cluster);
+        }
+        Ok(decided)
+    }
+
+    /// Whoever streams hears of it, and tier 2 gets the record.
+    fn timelines_changed(&self, cluster: &ClusterName) {
+        let wal = self.wal();
+        let state = self.0.parts.registry.cluster(cluster);
+        state.decided(&wal.timelines(cluster), wal.followed(cluster));
+        self.announce(cluster, BaseObject::Timelines, 0);
+    }
+
+    /// Refuses a history that a standby must not see: it would follow it.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`; as [`BaseStore::timelines`].
+    pub async fn check_shown(&self, cluster: &ClusterName, file: WalFile) -> Result<(), Status> {
+        let WalFile::History(timeline) = file else { return Ok(()) };
+        let marks = self.timelines(cluster).await?;
+        let Some(mark) = marks.mark(timeline).filter(|_| marks.is_aside(timeline)) else {
+            return Ok(());
+        };
+        let followed = self.followed_timeline(cluster).await?;
+        let history = followed.and_then(|(t, _)| self.wal().history(cluster, t).ok());
+        if marks.shown_to_standbys(timeline, history.as_ref()) {
+            return Ok(());
+        }
+        let standing = mark.standing;
+        Err(Code::NotFound.status(format!(
+            "fetch {file} of {cluster}: timeline {} is {standing}, and is not shown to standbys",
+            timeline.get()
+        )))
+    }
+
+    /// The timelines that somebody streams or that are on record, besides the one that is followed.
+    pub fn other_timelines(&self, cluster: &ClusterName) -> BTreeSet<TimelineId> {
+        let wal = self.wal();
+        let followed = wal.followed(cluster);
+        let marks = wal.timelines(cluster);
+        let undecided: Vec<TimelineId> = marks.undecided().map(|mark| mark.timeline).collect();
+        let written = wal.positions(cluster).into_iter().map(|position| position.timeline);
+        let written = written.filter(|timeline| wal.is_written(cluster, *timeline));
+        written.chain(undecided).filter(|timeline| Some(*timeline) != followed).collect()
+    }
+}
+
+/// What tier 2's record says; `None` when there is none.
+async fn read(tier2: &Tier2, cluster: &ClusterName) -> Result<Option<Timelines>, Error> {
+    let key = BaseObject::Timelines.key(cluster);
+    let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;
+    bytes.map(|bytes| Timelines::decode(&bytes, &key)).transpose()
+}
+
+/// For whoever decides.
+pub fn decision(by: &str, at_unix: f64) -> Decision {
+    Decision { by: by.to_owned(), at_unix }
+}

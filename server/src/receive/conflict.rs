@@ -1,0 +1,241 @@
+//! More than one PostgreSQL wants to stream a cluster: who is followed, who gives way, and what a person has to decide.
+//!
+//! - A newer timeline wins over an older one at once, unless the older one's PostgreSQL proves now that it writes: then both
+//!   are received, and the newer one is undecided.
+//! - An older timeline is stale, unless its PostgreSQL proves now that it writes: then both are received, and the older one
+//!   is undecided.
+//! - What was found is on record, durably, before the first byte that is received because of it.
+//! - A proof is what PostgreSQL says when it is asked, never what it said before.
+
+use super::registry::{Claim, Registry, Rival};
+use crate::base::BaseStore;
+use klio_pg::{Lsn, TimelineHistory, TimelineId};
+use klio_proto::{Code, wal::AlivePostgres};
+use klio_storage::{
+    catalog::{Mark, Standing, Timelines},
+    layout::ClusterName,
+    record::Unknown,
+};
+use tonic::Status;
+
+/// What a claim may do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Settled {
+    /// It is received and not followed.
+    pub(super) aside: bool,
+    /// Sessions that proved nothing, and give way.
+    pub(super) displaced: Vec<u64>,
+}
+
+/// The other side of a conflict that was found.
+pub(super) struct Found {
+    against: TimelineId,
+    reason: String,
+}
+
+/// Why an answer proves nothing; `None` when it proves that PostgreSQL writes this timeline.
+fn unproven(answer: Option<AlivePostgres>, lives_on: TimelineId) -> Option<String> {
+    match answer {
+        None => Some("it did not answer".to_owned()),
+        Some(postgres) if postgres.in_recovery => Some("it is in recovery".to_owned()),
+        Some(postgres) if postgres.timeline != lives_on => {
+            Some(format!("it is on timeline {}", postgres.timeline.get()))
+        }
+        Some(_) => None,
+    }
+}
+
+/// How a claim stands to the other timelines, before anything is written.
+pub(super) enum Stands {
+    /// It is left aside already, or retired.
+    Aside,
+    /// It is to be.
+    Against(Found),
+    /// It is the newest.
+    Newest,
+}
+
+/// Looks at what is known. `prove` asks the claimant's own PostgreSQL. Writes nothing.
+///
+/// # Errors
+/// `STALE_TIMELINE`; what the bucket says.
+pub(super) async fn look(
+    base: &BaseStore,
+    cluster: &ClusterName,
+    claim: &Claim,
+    prove: impl Future<Output = Option<AlivePostgres>>,
+) -> Result<Stands, Status> {
+    let marks = base.wal().timelines(cluster);
+    if marks.is_aside(claim.lives_on) {
+        return Ok(Stands::Aside);
+    }
+    let found = match inherited(base, cluster, &marks, claim) {
+        Some(found) => Some(found),
+        None => older(base, cluster, claim, prove).await?,
+    };
+    Ok(found.map_or(Stands::Newest, Stands::Against))
+}
+
+/// Settles a claim that would be admitted: puts a conflict on record, or asks who is live.
+///
+/// # Errors
+/// As the disk fails.
+pub(super) async fn settle(
+    base: &BaseStore,
+    registry: &Registry,
+    cluster: &ClusterName,
+    claim: &Claim,
+    stands: Stands,
+    now_unix: f64,
+) -> Result<Settled, Status> {
+    match stands {
+        Stands::Aside => Ok(Settled { aside: true, displaced: Vec::new() }),
+        Stands::Against(found) => record(base, cluster, claim, found, now_unix).await,
+        Stands::Newest => ask_rivals(base, registry, cluster, claim, now_unix).await,
+    }
+}
+
+/// Asks the live sessions of older timelines to prove that they write.
+///
+/// # Errors
+/// As the disk fails.
+pub(super) async fn ask_rivals(
+    base: &BaseStore,
+    registry: &Registry,
+    cluster: &ClusterName,
+    claim: &Claim,
+    now_unix: f64,
+) -> Result<Settled, Status> {
+    let mut displaced = Vec::new();
+    let rivals = registry.cluster(cluster).rivals(claim);
+    match newer(claim, rivals, &mut displaced).await {
+        Some(found) => record(base, cluster, claim, found, now_unix).await,
+        None => Ok(Settled { aside: false, displaced }),
+    }
+}
+
+/// Puts what was found on record, durably: from now on the claim is received and not followed, and ends nobody.
+async fn record(
+    base: &BaseStore,
+    cluster: &ClusterName,
+    claim: &Claim,
+    found: Found,
+    now_unix: f64,
+) -> Result<Settled, Status> {
+    let Found { against, reason } = found;
+    let mark = Mark {
+        timeline: claim.lives_on,
+        standing: Standing::Undecided,
+        against,
+        reason,
+        marked_unix: now_unix,
+        decided_unix: None,
+        decided_by: None,
+        unknown: Unknown::default(),
+    };
+    base.mark_timeline(cluster, mark).await?;
+    Ok(Settled { aside: true, displaced: Vec::new() })
+}
+
+/// A child of a timeline that is left aside is left aside, too.
+fn inherited(
+    base: &BaseStore,
+    cluster: &ClusterName,
+    marks: &Timelines,
+    claim: &Claim,
+) -> Option<Found> {
+    let wal = base.wal();
+    let own = wal.history(cluster, claim.lives_on).ok()?;
+    let followed: Option<TimelineHistory> =
+        wal.followed(cluster).and_then(|timeline| wal.history(cluster, timeline).ok());
+    let parent = marks.inherits(&own, followed.as_ref())?;
+    let reason = format!(
+        "timeline {} came from {} and continues timeline {}, which is {}",
+        claim.lives_on.get(),
+        claim.who,
+        parent.timeline.get(),
+        parent.standing
+    );
+    Some(Found { against: parent.against, reason })
+}
+
+/// An older one than the one that is followed.
+async fn older(
+    base: &BaseStore,
+    cluster: &ClusterName,
+    claim: &Claim,
+    prove: impl Future<Output = Option<AlivePostgres>>,
+) -> Result<Option<Found>, Status> {
+    let newer = base.newer_timeline(cluster, claim.lives_on).await?;
+    let Some((newest, place)) = newer else { return Ok(None) };
+    let answer = prove.await;
+    if let Some(why) = unproven(answer, claim.lives_on) {
+        return Err(Code::StaleTimeline.status(format!(
+            "open cluster {cluster}: expected timeline {newest:?} or newer{place}, found {:?}, whose PostgreSQL did not prove that it writes: {why}",
+            claim.lives_on
+        )));
+    }
+    let reason = format!(
+        "timeline {} came from {} and proved at {} that its PostgreSQL writes, while timeline {} is followed",
+        claim.lives_on.get(),
+        claim.who,
+        answer.map_or(Lsn::ZERO, |postgres| postgres.position),
+        newest.get()
+    );
+    Ok(Some(Found { against: newest, reason }))
+}
+
+/// A newer one than some that are live.
+async fn newer(claim: &Claim, rivals: Vec<Rival>, displaced: &mut Vec<u64>) -> Option<Found> {
+    let mut found = None;
+    for rival in rivals {
+        let answer = rival.ask().await;
+        let (old, new) = (rival.lives_on.get(), claim.lives_on.get());
+        match unproven(answer, rival.lives_on) {
+            Some(why) => {
+                tracing::info!(
+                    who = rival.who,
+                    timeline = old,
+                    newer = new,
+                    why,
+                    "gives way to a newer timeline"
+                );
+                displaced.push(rival.id);
+            }
+            None => {
+                let reason = format!(
+                    "timeline {new} came from {} while {} streamed timeline {old}, whose PostgreSQL proved at {} that it writes",
+                    claim.who,
+                    rival.who,
+                    answer.map_or(Lsn::ZERO, |postgres| postgres.position),
+                );
+                found = Some(Found { against: rival.lives_on, reason });
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    #[test]
+    fn only_a_primary_on_its_own_timeline_that_answers_now_proves_that_it_writes() {
+        let postgres = |in_recovery, timeline| {
+            Some(AlivePostgres { in_recovery, timeline: tli(timeline), position: Lsn::new(9) })
+        };
+        assert_eq!(unproven(postgres(false, 1), tli(1)), None);
+        for (answer, why) in [
+            (None, "did not answer"),
+            (postgres(true, 1), "in recovery"),
+            (postgres(false, 2), "on timeline 2"),
+        ] {
+            assert!(unproven(answer, tli(1)).unwrap().contains(why));
+        }
+    }
+}

@@ -1,0 +1,428 @@
+//! `<cluster>/timelines.json`: the timelines of which more than one is written, and what a person decided about them.
+//!
+//! - T1  A mark is durable before the first byte that is received because of it is acknowledged.
+//! - T2  Only a person's decision takes a mark away or changes it: never time, never a restart.
+//! - T3  What is undecided or retired is held like any other WAL (P2), and is followed by nobody who did not name it.
+//!
+//! In the shape of `crate::record`, the same in both tiers. A timeline without a mark is an ordinary one: the newest of
+//! those that have WAL is the one that is followed.
+//!
+//! | field | what |
+//! |---|---|
+//! | `timeline` | which |
+//! | `standing` | `undecided`, `retired` or `followed` |
+//! | `against` | the other timeline of the conflict |
+//! | `reason` | what was found, in words |
+//! | `marked_unix` | when it was found, in seconds since 1970, by the server's clock |
+//! | `decided_unix`, `decided_by` | when and by whom it was decided; absent while it is not |
+//!
+//! Pure: the store and the server write the file.
+
+use crate::{
+    Error,
+    record::{self, Unknown},
+};
+use klio_pg::{Lsn, TimelineHistory, TimelineId};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// What a mark says of a timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standing {
+    /// Its PostgreSQL writes, and so does that of another timeline. A person has to decide.
+    Undecided,
+    /// A person decided against it: nothing more of it is received.
+    Retired,
+    /// A person decided for it.
+    Followed,
+}
+
+impl Standing {
+    /// One word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Standing::Undecided => "undecided",
+            Standing::Retired => "retired",
+            Standing::Followed => "followed",
+        }
+    }
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What is on record about one timeline.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Mark {
+    /// Which.
+    pub timeline: TimelineId,
+    /// See above.
+    pub standing: Standing,
+    /// The other timeline of the conflict.
+    pub against: TimelineId,
+    /// What was found, in words.
+    pub reason: String,
+    /// When it was found.
+    pub marked_unix: f64,
+    /// When a person decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided_unix: Option<f64>,
+    /// Who decided: the name in the certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided_by: Option<String>,
+    /// Of later versions.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// Who decides, and when.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// The name in the certificate.
+    pub by: String,
+    /// Seconds since 1970.
+    pub at_unix: f64,
+}
+
+/// Why a decision cannot be carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecisionError {
+    /// Nothing is known of it.
+    #[error("expected a timeline of which WAL is held, found none of timeline {0:?}")]
+    Unknown(TimelineId),
+    /// Following it needs nothing.
+    #[error("timeline {0:?} is followed already, and no other is undecided")]
+    Followed(TimelineId),
+    /// Something must be followed.
+    #[error(
+        "timeline {0:?} is the one that is followed: decide which other timeline to follow instead"
+    )]
+    RetiresFollowed(TimelineId),
+    /// Nothing to do.
+    #[error("timeline {0:?} is retired already")]
+    Retired(TimelineId),
+}
+
+/// All marks of a cluster, one for each timeline at most, ascending.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Timelines(Vec<Mark>);
+
+impl Timelines {
+    /// From what was stored. Of two marks for one timeline the later one counts.
+    pub fn new(marks: Vec<Mark>) -> Self {
+        let mut all = Self::default();
+        marks.into_iter().for_each(|mark| all.put(mark));
+        all
+    }
+
+    /// Reads the bytes of a `timelines.json` of either tier. `place` is for the error.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn decode(bytes: &[u8], place: &str) -> Result<Self, Error> {
+        record::decode::<Vec<Mark>>(bytes, place).map(Self::new)
+    }
+
+    /// Every mark, ascending.
+    pub fn marks(&self) -> &[Mark] {
+        &self.0
+    }
+
+    /// Whether nothing was ever in conflict.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What is on record about a timeline.
+    pub fn mark(&self, timeline: TimelineId) -> Option<&Mark> {
+        self.0.iter().find(|mark| mark.timeline == timeline)
+    }
+
+    /// Its standing, where it has a mark.
+    pub fn standing(&self, timeline: TimelineId) -> Option<Standing> {
+        self.mark(timeline).map(|mark| mark.standing)
+    }
+
+    /// Those that a person has to decide about.
+    pub fn undecided(&self) -> impl Iterator<Item = &Mark> {
+        self.0.iter().filter(|mark| mark.standing == Standing::Undecided)
+    }
+
+    /// Whether a timeline is left aside: only who names it gets there.
+    pub fn is_aside(&self, timeline: TimelineId) -> bool {
+        matches!(self.standing(timeline), Some(Standing::Undecided | Standing::Retired))
+    }
+
+    /// The one that is followed, of those that are held.
+    pub fn followed(&self, held: impl IntoIterator<Item = TimelineId>) -> Option<TimelineId> {
+        held.into_iter().filter(|timeline| !self.is_aside(*timeline)).max()
+    }
+
+    /// Whether a standby may see a timeline's history: it follows whatever it sees. The way to the followed timeline is
+    /// seen in any case.
+    pub fn shown_to_standbys(
+        &self,
+        timeline: TimelineId,
+        followed: Option<&TimelineHistory>,
+    ) -> bool {
+        let on_the_way = |history: &TimelineHistory| {
+            history.timeline() == timeline
+                || history.entries().iter().any(|entry| entry.timeline == timeline)
+        };
+        !self.is_aside(timeline) || followed.is_some_and(on_the_way)
+    }
+
+    /// What a new timeline inherits: it left a timeline that is aside, at a place that the followed one does not share.
+    pub fn inherits(
+        &self,
+        history: &TimelineHistory,
+        followed: Option<&TimelineHistory>,
+    ) -> Option<&Mark> {
+        let parent = history.entries().last()?;
+        let mark = self.mark(parent.timeline).filter(|mark| self.is_aside(mark.timeline))?;
+        let shared = |followed: &TimelineHistory| {
+            let passes = |(timeline, end): (TimelineId, Lsn)| {
+                timeline == parent.timeline && parent.end <= end
+            };
+            followed.entries().iter().any(|entry| passes((entry.timeline, entry.end)))
+        };
+        (!followed.is_some_and(shared)).then_some(mark)
+    }
+
+    /// Puts a mark on record, in place of an earlier one.
+    pub fn put(&mut self, mark: Mark) {
+        self.0.retain(|other| other.timeline != mark.timeline);
+        self.0.push(mark);
+        self.0.sort_by_key(|mark| mark.timeline);
+    }
+
+    /// The marks once a person has decided for a timeline: what is undecided, what was followed and what is newer is
+    /// retired. Its ancestors stay what they are, unless one of them was in conflict with it.
+    ///
+    /// # Errors
+    /// Why it cannot be followed.
+    pub fn follow(
+        &self,
+        timeline: TimelineId,
+        held: &[TimelineId],
+        decision: &Decision,
+    ) -> Result<Self, DecisionError> {
+        if !held.contains(&timeline) {
+            return Err(DecisionError::Unknown(timeline));
+        }
+        let before = self.followed(held.iter().copied());
+        if before == Some(timeline) && self.undecided().next().is_none() {
+            return Err(DecisionError::Followed(timeline));
+        }
+        let mut after = self.clone();
+        for other in held.iter().copied().filter(|other| *other != timeline) {
+            let standing = self.standing(other);
+            let loses = standing == Some(Standing::Undecided)
+                || (standing != Some(Standing::Retired)
+                    && (before == Some(other) || other > timeline));
+            if loses {
+                after.put(self.decided(other, Standing::Retired, timeline, decision));
+            }
+        }
+        let against = self.mark(timeline).map(|mark| mark.against).or(before);
+        let against = against.filter(|against| *against != timeline).or_else(|| {
+            self.undecided().map(|mark| mark.timeline).find(|other| *other != timeline)
+        });
+        let against = against.unwrap_or(timeline);
+        after.put(self.decided(timeline, Standing::Followed, against, decision));
+        Ok(after)
+    }
+
+    /// The marks once a person has decided against a timeline.
+    ///
+    /// # Errors
+    /// Why it cannot be retired.
+    pub fn retire(
+        &self,
+        timeline: TimelineId,
+        held: &[TimelineId],
+        decision: &Decision,
+    ) -> Result<Self, DecisionError> {
+        if !held.contains(&timeline) && self.mark(timeline).is_none() {
+            return Err(DecisionError::Unknown(timeline));
+        }
+        if self.standing(timeline) == Some(Standing::Retired) {
+            return Err(DecisionError::Retired(timeline));
+        }
+        let followed = self.followed(held.iter().copied());
+        if followed == Some(timeline) {
+            return Err(DecisionError::RetiresFollowed(timeline));
+        }
+        let mut after = self.clone();
+        let against = self.mark(timeline).map(|mark| mark.against).or(followed);
+        let against = against.unwrap_or(timeline);
+        after.put(self.decided(timeline, Standing::Retired, against, decision));
+        Ok(after)
+    }
+
+    fn decided(
+        &self,
+        timeline: TimelineId,
+        standing: Standing,
+        against: TimelineId,
+        decision: &Decision,
+    ) -> Mark {
+        let known = self.mark(timeline);
+        let default = match standing {
+            Standing::Retired => format!("timeline {} is followed instead", against.get()),
+            _ => "followed by decision".to_owned(),
+        };
+        Mark {
+            timeline,
+            standing,
+            against,
+            reason: known.map_or(default, |mark| mark.reason.clone()),
+            marked_unix: known.map_or(decision.at_unix, |mark| mark.marked_unix),
+            decided_unix: Some(decision.at_unix),
+            decided_by: Some(decision.by.clone()),
+            unknown: known.map(|mark| mark.unknown.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn undecided(timeline: u32, against: u32) -> Mark {
+        Mark {
+            timeline: tli(timeline),
+            standing: Standing::Undecided,
+            against: tli(against),
+            reason: "both write".into(),
+            marked_unix: 5.25,
+            decided_unix: None,
+            decided_by: None,
+            unknown: Unknown::default(),
+        }
+    }
+
+    fn decision() -> Decision {
+        Decision { by: "ann".into(), at_unix: 9.5 }
+    }
+
+    fn history(timeline: u32, entries: &[(u32, u64)]) -> TimelineHistory {
+        let text: String =
+            entries.iter().map(|(t, at)| format!("{t}\t{}\tx\n", Lsn::new(*at))).collect();
+        TimelineHistory::parse(tli(timeline), text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn the_newest_timeline_that_is_not_aside_is_followed() {
+        let held = [tli(1), tli(2), tli(3)];
+        assert_eq!(Timelines::default().followed(held), Some(tli(3)));
+        let marks = Timelines::new(vec![undecided(3, 2)]);
+        assert_eq!(marks.followed(held), Some(tli(2)));
+        assert_eq!(Timelines::new(vec![undecided(1, 2)]).followed([tli(1)]), None);
+    }
+
+    #[test]
+    fn a_copy_that_is_retired_leaves_production_followed() {
+        let held = [tli(1), tli(2)];
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let after = marks.retire(tli(2), &held, &decision()).unwrap();
+        assert_eq!(after.followed(held), Some(tli(1)));
+        assert_eq!(after.standing(tli(2)), Some(Standing::Retired));
+        assert_eq!(after.undecided().count(), 0);
+        let mark = after.mark(tli(2)).unwrap();
+        assert_eq!((mark.decided_by.as_deref(), mark.marked_unix), (Some("ann"), 5.25));
+        assert_eq!(after.retire(tli(2), &held, &decision()), Err(DecisionError::Retired(tli(2))));
+        assert_eq!(
+            after.retire(tli(1), &held, &decision()),
+            Err(DecisionError::RetiresFollowed(tli(1)))
+        );
+        // A change of mind: what was retired can still be followed.
+        let back = after.follow(tli(2), &held, &decision()).unwrap();
+        assert_eq!(back.followed(held), Some(tli(2)));
+        assert_eq!(back.standing(tli(1)), Some(Standing::Retired));
+    }
+
+    #[test]
+    fn what_is_followed_by_decision_retires_the_other_side() {
+        let held = [tli(1), tli(2), tli(3)];
+        let marks = Timelines::new(vec![undecided(3, 2)]);
+        let after = marks.follow(tli(3), &held, &decision()).unwrap();
+        assert_eq!(after.followed(held), Some(tli(3)));
+        assert_eq!(after.standing(tli(2)), Some(Standing::Retired));
+        assert_eq!(after.standing(tli(1)), None, "an ended ancestor");
+        // The other way round: the newer one was followed, and the older one came back.
+        let marks = Timelines::new(vec![undecided(1, 3)]);
+        let after = marks.follow(tli(1), &held, &decision()).unwrap();
+        assert_eq!(after.followed(held), Some(tli(1)));
+        assert_eq!(after.standing(tli(2)), Some(Standing::Retired));
+        assert_eq!(after.standing(tli(3)), Some(Standing::Retired));
+    }
+
+    #[test]
+    fn following_what_is_followed_retires_what_is_undecided() {
+        let held = [tli(1), tli(2)];
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let after = marks.follow(tli(1), &held, &decision()).unwrap();
+        assert_eq!(after.followed(held), Some(tli(1)));
+        assert_eq!(after.standing(tli(2)), Some(Standing::Retired));
+        let again = after.follow(tli(1), &held, &decision());
+        assert_eq!(again, Err(DecisionError::Followed(tli(1))));
+        let unknown = after.follow(tli(7), &held, &decision());
+        assert_eq!(unknown, Err(DecisionError::Unknown(tli(7))));
+    }
+
+    /// A standby follows whatever history it is shown.
+    #[test]
+    fn standbys_see_the_way_to_the_followed_timeline_and_nothing_aside() {
+        let marks = Timelines::new(vec![undecided(2, 1), undecided(4, 3)]);
+        let followed = history(3, &[(1, 100), (2, 200)]);
+        assert!(marks.shown_to_standbys(tli(2), Some(&followed)));
+        assert!(marks.shown_to_standbys(tli(3), Some(&followed)));
+        assert!(!marks.shown_to_standbys(tli(4), Some(&followed)));
+        assert!(!marks.shown_to_standbys(tli(2), None));
+    }
+
+    #[test]
+    fn a_child_of_what_is_aside_is_aside_too_unless_it_left_before_the_conflict() {
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let one = TimelineHistory::root(tli(1));
+        assert!(marks.inherits(&history(3, &[(1, 100), (2, 200)]), Some(&one)).is_some());
+        assert!(marks.inherits(&history(3, &[(1, 100)]), Some(&one)).is_none());
+        // The old primary, 1, is retired for 2, which left it at 100.
+        let retired = marks.follow(tli(2), &[tli(1), tli(2)], &decision()).unwrap();
+        let two = history(2, &[(1, 100)]);
+        assert!(retired.inherits(&history(3, &[(1, 90)]), Some(&two)).is_none());
+        assert!(retired.inherits(&history(3, &[(1, 110)]), Some(&two)).is_some());
+        assert!(retired.inherits(&history(3, &[(1, 100), (2, 200)]), Some(&two)).is_none());
+    }
+
+    #[test]
+    fn what_a_later_version_knows_of_a_timeline_survives_a_decision() {
+        let body = serde_json::json!([{
+            "timeline": 2, "standing": "undecided", "against": 1, "reason": "both write",
+            "marked_unix": 5.25, "seen_by": "a later version"
+        }]);
+        let marks = Timelines::decode(&record::encode(&body, "x").unwrap(), "x").unwrap();
+        let after = marks.retire(tli(2), &[tli(1), tli(2)], &decision()).unwrap();
+        let bytes = record::encode(&after.marks(), "x").unwrap();
+        assert!(String::from_utf8(bytes).unwrap().contains("a later version"));
+    }
+
+    #[test]
+    fn marks_round_trip() {
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let after = marks.follow(tli(2), &[tli(1), tli(2)], &decision()).unwrap();
+        for marks in [marks, after] {
+            let bytes = record::encode(&marks.marks(), "x").unwrap();
+            assert_eq!(Timelines::decode(&bytes, "x").unwrap(), marks);
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Goes on behind a sealed partial segment: its timeline seemed to be over, and its PostgreSQL came back.
+//!
+//! - The new journal begins with exactly the bytes of the sealed file, synced before any byte is added (P2).
+//! - The sealed file stays. A crash in between leaves a journal with fewer bytes, which start removes as redundant, or one
+//!   with as many or more, which counts.
+//!
+//! Memory: one frame, whatever the segment size.
+
+use super::{
+    cluster::{Cluster, Unsealed, lock},
+    decode,
+    frame::FRAME_RAW_MAX,
+    journal::Journal,
+    types::Pinned,
+};
+use crate::{Error, Kind, Op, disk::durable, layout::WalFile};
+use klio_pg::{Lsn, SegmentName};
+use std::sync::Arc;
+
+impl Cluster {
+    /// The journal of a segment whose sealed partial file ends at `end`; `None` where there is no such file.
+    pub(super) fn resume_partial(
+        &self,
+        segment: SegmentName,
+        end: Lsn,
+        pinned: &Pinned,
+    ) -> Result<Option<(Journal, Arc<Unsealed>)>, Error> {
+        let Some(stored) = self.stored(WalFile::Partial(segment))? else { return Ok(None) };
+        let start = end.segment_start(pinned.segment_size);
+        let limit = pinned.segment_size.bytes();
+        let mut reader = self.open_plain(&stored.path, stored.form)?;
+        let ahead = self.shared.options.preallocate;
+        let mut filling = Filling {
+            cluster: self,
+            journal: self.create_journal(segment.timeline(), start, ahead)?,
+            at: start,
+            waiting: Vec::new(),
+        };
+        let path = filling.journal.path.clone();
+        let decoded = decode::decode_reader(&mut reader, limit, &mut |piece| filling.take(piece));
+        let filled = decoded
+            .map_err(|e| if e.op == Op::Decode { e.at(stored.path.display()) } else { e })
+            .and_then(|_| filling.finish(end));
+        let journal = filled.inspect_err(|_| {
+            // The first error is the one to report; start removes what is left.
+            let _ = durable::remove_if_there(self.disk(), &path);
+        })?;
+        let entry = Arc::new(Unsealed::new(&journal.header, path, end, true));
+        entry.set_resumed();
+        entry.set_used(journal.offset);
+        let mut state = lock(&self.state);
+        let line = state.lines.entry(segment.timeline()).or_default();
+        line.journals.insert(start, Arc::clone(&entry));
+        Ok(Some((journal, entry)))
+    }
+}
+
+/// A journal being filled.
+struct Filling<'a> {
+    cluster: &'a Cluster,
+    journal: Journal,
+    at: Lsn,
+    waiting: Vec<u8>,
+}
+
+impl Filling<'_> {
+    fn take(&mut self, piece: &[u8]) -> Result<(), Error> {
+        for part in piece.chunks(FRAME_RAW_MAX) {
+            if self.waiting.len() + part.len() > FRAME_RAW_MAX {
+                self.write()?;
+            }
+            self.waiting.extend_from_slice(part);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), Error> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let Self { cluster, journal, at, waiting } = self;
+        cluster.shared.pool.with(|scratch| {
+            let Journal { header, cipher, offset, .. } = &*journal;
+            let frame =
+                scratch.frame(header, cipher.as_deref(), *offset, (*at, header.start), waiting);
+            let written = journal.file.write_all_at(frame, journal.offset);
+            journal.offset += frame.len() as u64;
+            written.map_err(|e| Error::io(Op::Write, &journal.path, e))
+        })?;
+        journal.allocated = journal.allocated.max(journal.offset);
+        *at = at.advance(waiting.len() as u64);
+        waiting.clear();
+        Ok(())
+    }
+
+    fn finish(mut self, end: Lsn) -> Result<Journal, Error> {
+        let path = self.journal.path.clone();
+        self.write()?;
+        if self.at != end {
+            let detail =
+                format!("expected a partial segment up to {end}, found one to {}", self.at);
+            return Err(Error::new(Kind::Corrupt, Op::Read, path.display(), detail));
+        }
+        self.journal.file.sync_all().map_err(|e| Error::io(Op::Sync, &path, e))?;
+        Ok(self.journal)
+    }
+}

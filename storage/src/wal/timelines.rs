@@ -1,0 +1,82 @@
+//! The marks of a cluster's timelines on tier 1: kept in memory with the rest, changed durably, one change at a time.
+
+use super::{
+    WalStore,
+    cluster::{Cluster, lock},
+    record,
+};
+use crate::{
+    Error, Op,
+    catalog::{Mark, Timelines},
+    disk::durable,
+    layout::{ClusterName, TIMELINES},
+};
+use klio_pg::TimelineId;
+
+impl WalStore {
+    /// Which timelines are in conflict, and what was decided.
+    pub fn timelines(&self, name: &ClusterName) -> Timelines {
+        self.find(name).map(|cluster| lock(&cluster.state).marks.clone()).unwrap_or_default()
+    }
+
+    /// The newest timeline with WAL on tier 1 that is not left aside.
+    pub fn followed(&self, name: &ClusterName) -> Option<TimelineId> {
+        lock(&self.find(name)?.state).followed()
+    }
+
+    /// Whether somebody writes a timeline now.
+    pub fn is_written(&self, name: &ClusterName, timeline: TimelineId) -> bool {
+        self.find(name).is_some_and(|c| lock(&c.state).writers.contains_key(&timeline))
+    }
+
+    /// Puts a conflict on record, durably (T1). What is on record about the timeline already stays (T2). True when it is new.
+    ///
+    /// # Errors
+    /// `NotFound` for a cluster that was never pinned; as the disk fails, then nothing has changed.
+    pub fn mark(&self, name: &ClusterName, mark: Mark) -> Result<bool, Error> {
+        self.change_timelines(name, |marks| {
+            if marks.is_aside(mark.timeline) {
+                return Ok::<_, std::convert::Infallible>(None);
+            }
+            let mut changed = marks.clone();
+            changed.put(mark);
+            Ok(Some(changed))
+        })
+        .map(|outcome| match outcome {
+            Ok(changed) => changed,
+            Err(never) => match never {},
+        })
+    }
+
+    /// Changes the marks as `change` says, durably; `None` changes nothing. The answer is whether something changed, or why
+    /// `change` would not.
+    ///
+    /// # Errors
+    /// `NotFound` for a cluster that was never pinned; as the disk fails, then nothing has changed.
+    pub fn change_timelines<E>(
+        &self,
+        name: &ClusterName,
+        change: impl FnOnce(&Timelines) -> Result<Option<Timelines>, E>,
+    ) -> Result<Result<bool, E>, Error> {
+        let cluster = self.need(name, Op::Write)?;
+        let _one = lock(&cluster.op);
+        cluster.ensure_loaded()?;
+        cluster.pinned()?;
+        let before = lock(&cluster.state).marks.clone();
+        match change(&before) {
+            Ok(Some(after)) if after != before => cluster.store_timelines(after).map(|()| Ok(true)),
+            Ok(_) => Ok(Ok(false)),
+            Err(why) => Ok(Err(why)),
+        }
+    }
+}
+
+impl Cluster {
+    /// Call with `op` held.
+    fn store_timelines(&self, marks: Timelines) -> Result<(), Error> {
+        durable::create_dir(self.disk(), &self.folder())?;
+        record::store_timelines(self.disk(), &self.folder().join(TIMELINES), &marks)?;
+        lock(&self.state).marks = marks;
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! Two PostgreSQLs of one cluster write at once, on two timelines: a copy that was promoted and streams by mistake, or an old
+//! primary behind a healed network. Both are received and acknowledged, neither evicts the other, a person decides.
+
+use klio_pg::Lsn;
+use klio_tests::{
+    install_crypto,
+    postgres::{Postgres, Stop},
+    programs::{self, Outcome},
+    s3::S3,
+    site::{PATIENCE, Site},
+    wait::eventually,
+};
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// A bundle of somebody who decides.
+async fn operator(site: &Site) -> PathBuf {
+    let config = site.dir().join("klio-server.toml").display().to_string();
+    let args = ["client", "ann", "--role", "operator", "-c", &config];
+    let outcome = site.klio_server(&args).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    site.dir().join("clients/ann/klio.toml")
+}
+
+async fn decide(site: &Site, bundle: &PathBuf, args: &[&str]) -> Outcome {
+    let args = [&["timeline"], args, &["--cluster", "main"]].concat();
+    programs::run(site.klio_command_of(bundle, None, &args)).await
+}
+
+async fn timelines(site: &Site) -> Vec<Value> {
+    let outcome = site.klio(None, &["timeline", "list", "--json"]).await;
+    let value: Value = serde_json::from_str(&outcome.stdout).unwrap_or_default();
+    value["timelines"].as_array().cloned().unwrap_or_default()
+}
+
+/// A timeline as it stands: its standing, whether it streams, and how far it is.
+async fn line(site: &Site, timeline: u32) -> Option<(String, bool, Lsn)> {
+    let all = timelines(site).await;
+    let found = all.iter().find(|line| line["timeline"] == timeline)?;
+    let standing = found["standing"].as_str().unwrap_or_default().to_owned();
+    let flushed = found["flushed_lsn"].as_str()?.parse().ok()?;
+    Some((standing, found["connected"].as_bool()?, flushed))
+}
+
+async fn wait_line(site: &Site, timeline: u32, standing: &str, end: Lsn) {
+    let what = format!("timeline {timeline} to be {standing} and durable up to {end}");
+    eventually(&what, PATIENCE, || async {
+        match line(site, timeline).await {
+            Some((found, true, flushed)) if found == standing && flushed >= end => Ok(()),
+            found => Err(found),
+        }
+    })
+    .await;
+}
+
+/// What a restore without any wish would follow.
+async fn latest(site: &Site) -> (Value, String) {
+    let args = ["restore", "--dry-run", "--json", "--to", "/tmp/klio-nowhere"];
+    let outcome = site.klio(None, &args).await;
+    let plan: Value = serde_json::from_str(&outcome.stdout).unwrap_or_default();
+    (plan["timeline"].clone(), format!("{}{}", outcome.stdout, outcome.stderr))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_production() {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let production = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let mut stream = site.stream(&production);
+    let end = production.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    let backup = site.klio(Some(&production), &["backup", "--checkpoint", "fast"]).await;
+    assert_eq!(backup.code, Some(0), "{}", backup.stderr);
+    // Every commit of production waits for Klio from here on: one that hangs hangs this test.
+    production.set("synchronous_standby_names", "klio").await;
+
+    let copy = production.standby().await;
+    copy.promote().await;
+    assert_eq!(copy.timeline().await.get(), 2);
+    let mut mistake = site.stream(&copy);
+    let theirs = copy.write_wal(1 << 20).await;
+    wait_line(&site, 2, "undecided", theirs).await;
+    let ours = production.write_wal(1 << 20).await;
+    wait_line(&site, 1, "followed", ours).await;
+    assert!(stream.is_running() && mistake.is_running());
+
+    // Both are acknowledged, the cluster is production, and it is not well.
+    copy.wait_true(&format!("select bool_or(flush_lsn >= '{theirs}') from pg_stat_replication"))
+        .await;
+    let status = site.status().await.expect("status");
+    assert_eq!(status["timeline"], 1, "{status}");
+    assert!(status["problems"].to_string().contains("timeline 2 is undecided"), "{status}");
+    assert_eq!(status["other_timelines"][0]["timeline"], 2, "{status}");
+    let code = site.klio(None, &["status"]).await.code;
+    assert_eq!(code, Some(3));
+    let metrics = site.metrics().await;
+    let gauge = "klio_cluster_undecided_timelines";
+    assert_eq!(metrics.value(gauge, &[("cluster_name", "main")]), Some(1.0));
+    let (followed, said) = latest(&site).await;
+    assert_eq!(followed, 1, "{said}");
+    assert!(said.contains("--target-timeline 2"), "{said}");
+    assert!(site.log().contains("two PostgreSQLs write"), "{}", site.log());
+
+    // Neither a restart nor time decides.
+    site.stop().await;
+    site.start().await;
+    let (ours, theirs) = (production.write_wal(1 << 20).await, copy.write_wal(1 << 20).await);
+    wait_line(&site, 1, "followed", ours).await;
+    wait_line(&site, 2, "undecided", theirs).await;
+    eventually("the record in the bucket", PATIENCE, || async {
+        s3.keys("klio/main").contains(&"klio/main/timelines.json".to_owned()).then_some(())
+    })
+    .await;
+
+    // A tenant decides nothing, a dry run changes nothing.
+    let outcome = site.klio(None, &["timeline", "retire", "2"]).await;
+    assert_eq!(outcome.code, Some(15), "{}", outcome.stderr);
+    let ann = operator(&site).await;
+    let outcome = decide(&site, &ann, &["retire", "2", "--dry-run"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("nothing was changed"), "{}", outcome.stdout);
+    assert!(outcome.stdout.contains("undecided -> retired"), "{}", outcome.stdout);
+    assert!(mistake.is_running());
+    let outcome = decide(&site, &ann, &["retire", "1"]).await;
+    assert_eq!(outcome.code, Some(20), "what is followed: {}", outcome.stderr);
+
+    // Retired: its stream ends, and stays ended; production goes on, and all is well.
+    let outcome = decide(&site, &ann, &["retire", "2"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    for _ in 0..2 {
+        let status = mistake.wait_exit(PATIENCE).await;
+        assert_eq!(status.code(), Some(26), "{}", mistake.log());
+        mistake = site.stream(&copy);
+    }
+    let ours = production.write_wal(1 << 20).await;
+    wait_line(&site, 1, "followed", ours).await;
+    let all = timelines(&site).await;
+    assert_eq!(all[1]["decided_by"], "ann", "{all:?}");
+    assert_eq!(latest(&site).await.0, 1);
+    let problems = site.status().await.expect("status")["problems"].clone();
+    assert!(!problems.to_string().contains("undecided"), "{problems}");
+
+    // A change of mind: the other side is ended for good, the copy is the cluster.
+    drop(mistake);
+    let outcome = decide(&site, &ann, &["follow", "2"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    let status = stream.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(26), "{}", stream.log());
+    let _mistake = site.stream(&copy);
+    let theirs = copy.write_wal(1 << 20).await;
+    wait_line(&site, 2, "followed", theirs).await;
+    assert_eq!(site.status().await.expect("status")["timeline"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_primary_that_still_writes_is_received_behind_the_fork_until_a_person_decides() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let old = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let stream = site.stream(&old);
+    let standby = old.standby().await;
+    let end = old.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    // Its network is split off: its stream is gone, and the standby is promoted.
+    drop(stream);
+    standby.promote().await;
+    let _new = site.stream(&standby);
+    let end = standby.write_wal(3 << 20).await;
+    wait_line(&site, 2, "followed", end).await;
+    // Healed: the old one wrote on meanwhile.
+    let split = old.write_wal(2 << 20).await;
+    let mut back = site.stream(&old);
+    wait_line(&site, 1, "undecided", split).await;
+    let end = standby.write_wal(1 << 20).await;
+    wait_line(&site, 2, "followed", end).await;
+    assert!(back.is_running());
+    assert_eq!(site.klio(None, &["timeline", "list"]).await.code, Some(3));
+    let ann = operator(&site).await;
+    let outcome = decide(&site, &ann, &["follow", "2"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    let status = back.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(26), "{}", back.log());
+    let end = standby.write_wal(1 << 20).await;
+    wait_line(&site, 2, "followed", end).await;
+}
+
+/// No hand is needed where the old primary does not write any more, though its sidecar lives on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_switchover_needs_no_hand() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let mut old = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let stream = site.stream(&old);
+    let standby = old.standby().await;
+    let end = old.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    old.stop(Stop::Fast).await;
+    standby.promote().await;
+    let _new = site.stream(&standby);
+    let end = standby.write_wal(2 << 20).await;
+    wait_line(&site, 2, "followed", end).await;
+    assert!(timelines(&site).await.iter().all(|line| line["standing"] != "undecided"));
+    drop(stream);
+}
