@@ -11,7 +11,7 @@ use klio_tests::{
 use std::{collections::BTreeSet, path::Path};
 
 /// Each verb with arguments that end it soon: most without a configuration, as a person who tries.
-const KLIO: [&str; 15] = [
+const KLIO: [&str; 16] = [
     "stream",
     "backup",
     "check --dsn postgres://klio:hunter2@localhost/x",
@@ -22,6 +22,7 @@ const KLIO: [&str; 15] = [
     "verify",
     "retention plan",
     "generation list",
+    "timeline list",
     "wal-fetch 000000010000000000000001 /nonexistent/x",
     "wal-agent --spool /nonexistent/spool --fingerprint x --serve",
     "slot show --dsn password=hunter2",

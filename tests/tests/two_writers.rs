@@ -11,7 +11,7 @@ use klio_tests::{
     wait::eventually,
 };
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A bundle of somebody who decides.
 async fn operator(site: &Site) -> PathBuf {
@@ -22,7 +22,7 @@ async fn operator(site: &Site) -> PathBuf {
     site.dir().join("clients/ann/klio.toml")
 }
 
-async fn decide(site: &Site, bundle: &PathBuf, args: &[&str]) -> Outcome {
+async fn decide(site: &Site, bundle: &Path, args: &[&str]) -> Outcome {
     let args = [&["timeline"], args, &["--cluster", "main"]].concat();
     programs::run(site.klio_command_of(bundle, None, &args)).await
 }

@@ -102,7 +102,7 @@ impl FromBucket {
     /// Whether a standby must not see a history: it would follow it.
     async fn is_hidden(&self, file: WalFile) -> Result<bool, Error> {
         let WalFile::History(timeline) = file else { return Ok(false) };
-        if !self.for_postgresql || !super::is_standby() {
+        if !self.for_postgresql || !super::a_standby_asks() {
             return Ok(false);
         }
         let marks = self.bucket.timelines(&self.cluster).await?;

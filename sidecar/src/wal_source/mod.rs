@@ -25,7 +25,7 @@ use klio_storage::{
     crypt::Keys,
     layout::{ClusterName, WalFile},
 };
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 /// Gives WAL files.
 #[tonic::async_trait]
@@ -63,9 +63,16 @@ pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
     open_as(config, config.cluster()?, true)
 }
 
-/// Whether PostgreSQL is a standby. It runs its restore_command in its data directory, and what that starts lives there.
-fn is_standby() -> bool {
-    std::path::Path::new("standby.signal").exists()
+/// Whether the PostgreSQL of this data directory is a standby; it is one with both signal files, too
+/// (<https://www.postgresql.org/docs/current/runtime-config-wal.html>, "Archive Recovery").
+pub(crate) fn is_standby(data: &Path) -> bool {
+    data.join("standby.signal").exists()
+}
+
+/// Whether the PostgreSQL that asks is one. It runs its restore_command in its data directory, and what that starts
+/// lives there. Looked at for each question: a standby is promoted while its agent lives.
+fn a_standby_asks() -> bool {
+    is_standby(Path::new("."))
 }
 
 /// The same for a history that is known already. `for_postgresql`: it asks, and not a program that has to see everything.

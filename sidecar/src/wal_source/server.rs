@@ -47,7 +47,7 @@ impl WalSource for FromServer {
             cluster: self.cluster.clone(),
             name: file.to_string(),
             tier2_only: other_copy,
-            for_standby: self.for_postgresql && super::is_standby(),
+            for_standby: self.for_postgresql && super::a_standby_asks(),
         };
         let answer = begin(&connection, request).await;
         // A connection never comes back by itself; what the server answers with leaves it as good as it was.

@@ -311,10 +311,13 @@ impl State {
             return false;
         }
         let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
-        let at = journal.durable();
-        let skipped = |g: &Gap| g.timeline == journal.timeline && g.from == at && g.to > at;
-        // Tier 2 may have more of it, and the stream went on behind that.
-        over || self.is_taken_over(journal.timeline, at) || self.gaps.iter().any(skipped)
+        over || self.went_on_behind(journal.timeline, journal.durable())
+    }
+
+    /// Whether the stream left out what comes there, with that on record: a gap, or what tier 2 has.
+    pub(super) fn went_on_behind(&self, timeline: TimelineId, at: Lsn) -> bool {
+        let skipped = |g: &Gap| g.timeline == timeline && g.from == at && g.to > at;
+        self.is_taken_over(timeline, at) || self.gaps.iter().any(skipped)
     }
 
     /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
@@ -323,9 +326,7 @@ impl State {
         let Some(line) = self.lines.get(&journal.timeline) else { return false };
         let followed = line.held_journals().any(|other| other.start > journal.start)
             || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
-        let at = journal.durable();
-        let declared = self.gaps.iter().any(|g| g.timeline == journal.timeline && g.from == at)
-            || self.is_taken_over(journal.timeline, at);
+        let declared = self.went_on_behind(journal.timeline, journal.durable());
         followed && !journal.is_full() && !declared
     }
 

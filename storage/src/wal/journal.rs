@@ -374,27 +374,40 @@ fn find(bytes: &[u8], wanted: &[u8; 8]) -> Option<usize> {
     None
 }
 
-/// How far the frames go in a journal whose header is damaged, of WAL from `start` to `end`; `start` where there are none. Their
-/// journal's number and key are not known, so encrypted ones are taken at their word: it is only reported. The last
-/// of them may not have been acknowledged; that cannot be told.
-pub(super) fn evidence(disk: &dyn Disk, path: &Path, start: Lsn, end: Lsn) -> Result<Lsn, Error> {
+/// What the frames say in a journal whose header is damaged.
+pub(super) struct Evidence {
+    /// One past the last byte of WAL in them. The last of it may not have been acknowledged; that cannot be told.
+    pub(super) upto: Lsn,
+    /// All WAL below it was flushed before the last of them was written.
+    pub(super) flushed: Lsn,
+}
+
+/// Reads the frames of WAL from `start` to `end` in a journal whose header is damaged; `start` where there are none. Their
+/// journal's number and key are not known, so encrypted ones are taken at their word: it is only reported.
+pub(super) fn evidence(
+    disk: &dyn Disk,
+    path: &Path,
+    start: Lsn,
+    end: Lsn,
+) -> Result<Evidence, Error> {
     let failed = |e| Error::io(Op::Read, path, e);
     let file = disk.open(path, false).map_err(failed)?;
-    let (mut offset, mut upto) = (FIRST_FRAME, start);
+    let (mut offset, mut found) = (FIRST_FRAME, Evidence { upto: start, flushed: start });
     let mut frame = vec![0; frame::FRAME_HEADER_MAX + frame::FRAME_RAW_MAX];
     loop {
         let got = read_full(file.as_ref(), &mut frame[..frame::FRAME_HEADER_MAX], offset);
         let got = got.map_err(failed)?;
-        let inside = |header: &FrameHeader| header.start == upto && header.end() <= end;
+        let inside = |header: &FrameHeader| header.start == found.upto && header.end() <= end;
         let Some(header) = FrameHeader::decode(&frame[..got]).filter(inside) else {
-            return Ok(upto);
+            return Ok(found);
         };
         let len = header.file_bytes() as usize;
         let got = read_full(file.as_ref(), &mut frame[..len], offset).map_err(failed)?;
         if got < len || (!header.encrypted && !frame::is_intact(header.format, &frame[..len])) {
-            return Ok(upto);
+            return Ok(found);
         }
-        upto = upto.max(header.end()).max(header.flushed.min(end));
+        found.flushed = found.flushed.max(header.flushed.min(end));
+        found.upto = header.end();
         offset += len as u64;
     }
 }

@@ -236,7 +236,11 @@ impl Cluster {
             } else {
                 None
             };
-            if self.scan_journal(timeline, start, pinned, redundant, &mut line)? {
+            let beside = redundant.map(|bytes| {
+                let end = start.advance(bytes);
+                Beside { end, goes_on_behind: state.went_on_behind(timeline, end) }
+            });
+            if self.scan_journal(timeline, start, pinned, beside, &mut line)? {
                 empty.push(start);
             }
         }
@@ -270,13 +274,13 @@ impl Cluster {
             .map_err(|e| e.at(stored.path.display()))
     }
 
-    /// `redundant`: how many bytes a sealed file beside it has. True when no frame of it is whole.
+    /// `beside`: the sealed file beside it. True when no frame of it is whole.
     fn scan_journal(
         &self,
         timeline: TimelineId,
         start: Lsn,
         pinned: &Pinned,
-        redundant: Option<u64>,
+        beside: Option<Beside>,
         line: &mut Line,
     ) -> Result<bool, Error> {
         let name = SegmentName::containing(timeline, start, pinned.segment_size);
@@ -294,14 +298,13 @@ impl Cluster {
                 format!("expected the journal of {name}, found that of {}", header.segment());
             Err(Error::new(Kind::Corrupt, Op::Open, path.display(), detail))
         });
-        let mut frames = match (frames, redundant) {
+        let mut frames = match (frames, beside) {
             (Ok(frames), None) => frames,
-            (Ok(frames), Some(bytes)) if frames.position().bytes_since(start) >= bytes => frames,
+            (Ok(frames), Some(beside)) if frames.position() >= beside.end => frames,
             (Err(e), Some(_)) if e.kind != Kind::Corrupt => return Err(e),
-            (frames, Some(bytes)) => {
-                let sealed = start.advance(bytes);
-                line.extend_sealed(start, sealed);
-                let shorter = Shorter { timeline, start, sealed, frames: frames.ok() };
+            (frames, Some(beside)) => {
+                line.extend_sealed(start, beside.end);
+                let shorter = Shorter { timeline, start, sealed: beside, frames: frames.ok() };
                 return self.scan_shorter(shorter, pinned, line).map(|()| false);
             }
             (Err(e), None) if e.kind == Kind::Corrupt => {
@@ -324,7 +327,7 @@ impl Cluster {
         entry.set_known(frames.flushed().min(end));
         entry.set_harm(harm);
         // Exactly as long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
-        if redundant.is_some_and(|bytes| bytes < end.bytes_since(start)) {
+        if beside.is_some_and(|beside| beside.end < end) {
             entry.set_resumed();
         }
         line.journals.insert(start, Arc::new(entry));
@@ -350,9 +353,10 @@ impl Cluster {
             entry.set_resumed();
             entry
         };
+        let Beside { end: sealed, goes_on_behind } = sealed;
         let more = line.journals.values().any(|j| j.start > start && !j.is_empty())
             || line.sealed.is_some_and(|(_, last)| last > end);
-        if sealed < end && more {
+        if sealed < end && more && !goes_on_behind {
             // It was full once: what is missing is a hole, and the file is kept as it is.
             line.journals.insert(start, Arc::new(entry(sealed, true)));
             return Ok(());
@@ -363,9 +367,14 @@ impl Cluster {
                 Tail::Torn => Some(sealed),
                 Tail::Lost(to) => Some(to.max(sealed)),
             },
-            None => Some(journal::evidence(self.disk(), &path, start, end)?.max(sealed)),
+            // A file that was used again has another journal's header or half of one, and nothing that was flushed behind
+            // the sealed bytes; frames that nobody was told of, perhaps.
+            None => {
+                let flushed = journal::evidence(self.disk(), &path, start, end)?.flushed;
+                Some(flushed).filter(|flushed| *flushed > sealed)
+            }
         };
-        let Some(to) = to.filter(|_| sealed < end) else {
+        let Some(to) = to.filter(|_| sealed < end && !goes_on_behind) else {
             return durable::remove_if_there(self.disk(), &path);
         };
         // Put aside before it goes; the stream goes on behind the sealed bytes.
@@ -384,7 +393,8 @@ impl Cluster {
     ) -> Result<Unsealed, Error> {
         let header = assumed_header(timeline, start, pinned);
         let path = self.open_path(header.segment());
-        let to = journal::evidence(self.disk(), &path, start, header.end())?;
+        let found = journal::evidence(self.disk(), &path, start, header.end())?;
+        let to = found.upto.max(found.flushed);
         let entry = Unsealed::new(&header, path, start, true);
         entry.set_harm(Some(Harm { from: start, to }));
         Ok(entry)
@@ -433,10 +443,18 @@ impl Cluster {
 struct Shorter {
     timeline: TimelineId,
     start: Lsn,
-    /// One past the last sealed byte.
-    sealed: Lsn,
+    sealed: Beside,
     /// `None` when not even the header can be read.
     frames: Option<Frames>,
+}
+
+/// The sealed file beside a journal.
+#[derive(Clone, Copy)]
+struct Beside {
+    /// One past its last byte.
+    end: Lsn,
+    /// The stream went on further behind, with that on record: nothing was ever acknowledged right behind it.
+    goes_on_behind: bool,
 }
 
 /// Of a journal whose own cannot be read.

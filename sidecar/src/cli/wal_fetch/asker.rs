@@ -12,7 +12,10 @@
 //! timeline is the first, which has no history: then it gets a short answer too.
 
 use super::{data_dir, is_postgresql_s};
-use crate::error::{Error, Failure};
+use crate::{
+    error::{Error, Failure},
+    wal_source::is_standby,
+};
 use klio_proto::Code;
 use klio_storage::layout::WalFile;
 use std::{
@@ -20,10 +23,6 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
-
-/// With both signal files PostgreSQL is a standby
-/// (<https://www.postgresql.org/docs/current/runtime-config-wal.html>, "Archive Recovery").
-const STANDBY_SIGNAL: &str = "standby.signal";
 
 /// A standby asks again every wal_retrieve_retry_interval (5 s), and one that is being promoted asks four or five times
 /// before it serves: it gets its answer within that interval, the way out included.
@@ -64,7 +63,7 @@ impl Asker {
         }
         // PostgreSQL runs the command in its data directory.
         let mut folders = own.clone().filter_map(data_dir).chain([Path::new(".")]);
-        if folders.any(|folder| folder.join(STANDBY_SIGNAL).exists()) {
+        if folders.any(is_standby) {
             return Asker::Standby;
         }
         let files = || words().filter_map(|word| word.to_str()?.parse::<WalFile>().ok());

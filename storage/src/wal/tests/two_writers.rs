@@ -288,6 +288,9 @@ impl Sides {
 
     /// `None` once the machine is off.
     fn open(&mut self, store: &WalStore, timeline: TimelineId) -> Option<Writer> {
+        if self.rig.disk.crashed() {
+            return None;
+        }
         let known = store.positions(&self.rig.name);
         let first = if timeline == tli(1) { at(MIB) } else { at(3 * MIB) };
         let start = known.iter().find(|p| p.timeline == timeline).map_or(first, |p| p.flushed);
