@@ -81,6 +81,7 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
                 .to_owned(),
         );
     }
+    done.archiving(conf, &asked);
     let missing = conf.missing.iter();
     done.notes.extend(
         missing.map(|text| {
@@ -200,6 +201,20 @@ impl Neutral {
         if conf.value("log_filename").is_some_and(|name| name.contains('/')) {
             self.corrected.push(("log_filename", "postgresql-%Y-%m-%d_%H%M%S.log".to_owned()));
         }
+    }
+
+    /// With `always` PostgreSQL archives each file that it restores, the last one filled up with zeros, while it recovers.
+    fn archiving(&mut self, conf: &Configuration, asked: &Asked<'_>) {
+        let always = |mode: &str| mode.eq_ignore_ascii_case("always");
+        if asked.harmless || !conf.value("archive_mode").is_some_and(always) {
+            return;
+        }
+        self.corrected.push(("archive_mode", "on".to_owned()));
+        self.notes.push(
+            "archive_mode was always: it is on until ALTER SYSTEM RESET archive_mode, as the copy would run the original's \
+             archive_command for what it recovers"
+                .to_owned(),
+        );
     }
 
     /// Recovery ends or pauses where the primary had more of these than the copy.
@@ -324,6 +339,25 @@ mod tests {
         assert_eq!(read("a = 1").unwrap().rewritten.len(), 0);
         let text = read("data_directory = '/live'").unwrap().rewritten;
         assert_eq!(text[Path::new("postgresql.conf")], b"# klio restore: data_directory = '/live'");
+    }
+
+    #[test]
+    fn a_copy_archives_nothing_of_what_it_recovers() {
+        for (text, expected) in [
+            ("archive_mode = always", Some("on")),
+            ("Archive_Mode='ALWAYS'", Some("on")),
+            ("archive_mode = always\narchive_mode = on", None),
+            ("archive_mode = on", None),
+        ] {
+            let done = done(&[("/new/postgresql.conf", text)]);
+            let found = done.corrected.iter().find(|(name, _)| *name == "archive_mode");
+            assert_eq!(found.map(|(_, value)| value.as_str()), expected, "{text}");
+        }
+        let auto = done(&[("/new/postgresql.auto.conf", "archive_mode = 'always'")]);
+        assert!(auto.corrected.contains(&("archive_mode", "on".to_owned())));
+        let harmless = Asked { harmless: true, ..asked(&[]) };
+        let conf = Fake::new(&[("/new/postgresql.conf", "archive_mode = always")], &[]).read();
+        assert_eq!(neutral(&conf, harmless).unwrap().corrected, []);
     }
 
     #[test]
