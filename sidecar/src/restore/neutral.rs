@@ -9,6 +9,7 @@ use super::{
     conf::{boolean, line, silence},
     included::{At, Configuration, plain},
     settings::{Action, TARGETS},
+    standby::Standby,
 };
 use crate::error::{Error, Failure};
 use std::{
@@ -38,6 +39,8 @@ pub struct Asked<'a> {
     pub data: &'a Path,
     /// What PostgreSQL does at the target.
     pub action: Action,
+    /// It has no target, and is there to take over from its primary.
+    pub standby: Option<&'a Standby>,
     /// Nothing may act on the world.
     pub harmless: bool,
     /// The cluster has, or had, subscriptions.
@@ -74,7 +77,8 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     done.answer(conf, &asked)?;
     done.log(conf, &asked);
     done.raise(conf, &asked);
-    if asked.action == Action::Pause && conf.value("hot_standby").and_then(boolean) == Some(false) {
+    let pauses = asked.action == Action::Pause && asked.standby.is_none();
+    if pauses && conf.value("hot_standby").and_then(boolean) == Some(false) {
         done.corrected.push(("hot_standby", "on".to_owned()));
         done.notes.push(
             "hot_standby was off: it is on until ALTER SYSTEM RESET, as a recovery that pauses cannot be looked at without"
@@ -88,8 +92,10 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
             format!("{text}, which is not there: PostgreSQL does not start without it")
         }),
     );
-    if !asked.harmless {
-        done.notes.extend(deeds(conf, asked.subscriptions));
+    match asked.standby {
+        Some(standby) => done.notes.extend(standby.notes(conf)),
+        None if asked.harmless => {}
+        None => done.notes.extend(deeds(conf, asked.subscriptions)),
     }
     Ok(done)
 }
@@ -279,6 +285,7 @@ mod tests {
         Asked {
             data: Path::new("/new"),
             action: Action::Promote,
+            standby: None,
             harmless: false,
             subscriptions: false,
             needed,
