@@ -58,12 +58,6 @@ impl Standby {
                 "primary_conninfo of the cluster's own files is emptied: it names another's primary".to_owned(),
             );
         }
-        if set("archive_mode") == Some("always") {
-            notes.push(
-                "archive_mode is always: the standby archives with the original's archive_command, beside its primary"
-                    .to_owned(),
-            );
-        }
         notes
     }
 
@@ -150,8 +144,8 @@ mod tests {
     #[test]
     fn whose_primary_the_files_name_is_said_when_none_was_typed() {
         let alone = Standby::default();
-        let said = notes(&alone, "primary_conninfo = 'host=other'\narchive_mode = always");
-        assert!(said.contains("is emptied") && said.contains("archives with"), "{said}");
+        let said = notes(&alone, "primary_conninfo = 'host=other'");
+        assert!(said.contains("is emptied"), "{said}");
         assert_eq!(alone.pairs()[0].1, "");
         assert!(notes(&alone, "").contains("follows what klio holds"));
     }
