@@ -52,7 +52,7 @@ pub struct PruneJob {
     pub now_unix: f64,
     /// Seconds.
     pub orphan_seconds: f64,
-    /// Look for packs that nobody needs.
+    /// Look for snapshots and packs that nobody needs, which go for good.
     pub prune: bool,
     /// Seconds for which a pack stays after it was marked.
     pub keep_marked_seconds: u64,
