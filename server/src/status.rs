@@ -166,8 +166,7 @@ impl StatusBoard {
         let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
         problems.extend(base.into_iter().flatten());
         problems.extend(self.undecided(name));
-        let tier2_wal = archive.as_ref().map_or(0, |archive| archive.totals.bytes);
-        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name, tier2_wal));
+        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name));
         problems.extend(used.and_then(|used| used.problem()));
         problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
