@@ -45,6 +45,7 @@ mod seam;
 mod stored;
 mod takeover;
 mod types;
+mod unreadable;
 mod writer;
 
 #[cfg(test)]
@@ -360,17 +361,8 @@ impl WalStore {
         }
         cluster.prove_all()?;
         cluster.prove_records()?;
-        cluster.judge_by_slot(request)?;
-        let (pinned, history, admission) = {
-            let state = lock(&cluster.state);
-            let pinned = state.pinned.ok_or_else(|| refuse(OpenRefusal::NotPinned))?;
-            let history = state.history(request.timeline);
-            let size = pinned.segment_size;
-            let admission =
-                admit::admit(size, &state.held(), &state.gaps, history.as_ref(), request);
-            (pinned, history, admission.map_err(refuse)?)
-        };
-        let history = history.ok_or_else(|| refuse(OpenRefusal::NoHistory(request.timeline)))?;
+        let (pinned, history, admission) = cluster.admit(request).map_err(refuse)?;
+        cluster.keep_judgement()?;
         if let Some(gap) = admission {
             cluster.record_gap(gap)?;
         }
@@ -627,6 +619,30 @@ fn check_same(name: &ClusterName, before: &Pinned, found: &Pinned) -> Result<(),
         return differs("WAL segment size", bytes(before), bytes(found));
     }
     Ok(())
+}
+
+impl Cluster {
+    /// What a writer begins with. What the client's slot says counts for where it may begin, and is forgotten when it may not.
+    fn admit(
+        &self,
+        request: &OpenRequest,
+    ) -> Result<(Pinned, TimelineHistory, admit::Admission), OpenRefusal> {
+        let mut state = lock(&self.state);
+        let before = state.damaged.clone();
+        let pinned = state.pinned.ok_or(OpenRefusal::NotPinned)?;
+        state.judge(request, pinned.segment_size);
+        let history = state.history(request.timeline);
+        let size = pinned.segment_size;
+        let admitted = admit::admit(size, &state.held(), &state.gaps, history.as_ref(), request)
+            .and_then(|admission| {
+                let history = history.ok_or(OpenRefusal::NoHistory(request.timeline))?;
+                Ok((pinned, history, admission))
+            });
+        if admitted.is_err() {
+            state.damaged = before;
+        }
+        admitted
+    }
 }
 
 impl cluster::State {

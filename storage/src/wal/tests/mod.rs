@@ -8,6 +8,7 @@ mod real;
 mod refusal;
 mod rot;
 mod timeline;
+mod unreadable;
 
 use super::*;
 use crate::crypt::{AtRest, Keys};
