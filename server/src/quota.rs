@@ -10,7 +10,7 @@ mod stored;
 
 pub use stored::{Coming, Used};
 
-use crate::{base::BaseStore, consumer::Archives};
+use crate::consumer::Archives;
 use klio_pg::ByteSize;
 use klio_proto::Code;
 use klio_storage::layout::ClusterName;

@@ -61,6 +61,8 @@ pub struct ClusterView {
     pub problems: Vec<String>,
     /// What it stores of what it may, where that is bounded.
     pub quota_used: Option<f64>,
+    /// All data of base backups was read since then, Unix seconds.
+    pub all_read_since_unix: Option<f64>,
 }
 
 impl ClusterView {
@@ -185,6 +187,7 @@ impl StatusBoard {
             latest_written: self.metrics.latest_written(name),
             problems,
             quota_used: used.map(|used| used.ratio()),
+            all_read_since_unix: self.maintenance.as_ref().and_then(|m| m.all_read_since(name)),
             name: name.clone(),
         }
     }

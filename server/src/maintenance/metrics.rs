@@ -84,6 +84,11 @@ impl MaintenanceMetrics {
             coverage.all_read_since_unix;
     }
 
+    /// Since when all data was read; `None` when not all was.
+    pub fn all_read_since(&self, cluster: &ClusterName) -> Option<f64> {
+        self.last().get(cluster)?.all_read_since
+    }
+
     /// Whether the clock cannot be believed; true when that is news.
     pub(super) fn doubted(&self, cluster: &ClusterName, doubt: bool) -> bool {
         let mut last = self.last();

@@ -10,6 +10,7 @@ use klio_storage::{
     layout::{BackupName, ClusterName},
     repository::SnapshotId,
     tier2::Sha256Sum,
+    wal::LevelChange,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, path::PathBuf};
@@ -165,6 +166,9 @@ pub struct VerifyResult {
     /// How far the packs were read; nothing where they were not come to.
     #[serde(default)]
     pub advance: Advance,
+    /// What the WAL says of its level, where all of it was read.
+    #[serde(default)]
+    pub levels: Vec<LevelChange>,
 }
 
 /// How far it is.

@@ -107,6 +107,11 @@ fn to_table(answer: &StatusResponse) -> String {
         for problem in problems(cluster) {
             out += &format!("{}: problem: {}\n", line(&cluster.cluster), line(&problem));
         }
+        if cluster.all_read_since_time > 0.0 {
+            let within = (text::now() - cluster.all_read_since_time).max(0.0);
+            let within = text::duration(within);
+            out += &format!("{}: all backup data read within {within}\n", line(&cluster.cluster));
+        }
         for gap in &cluster.gaps {
             out += &format!("{}: {}\n", line(&cluster.cluster), gap_text(gap));
         }
@@ -195,6 +200,8 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "system_identifier": c.system_identifier.to_string(),
                 "segment_size": c.segment_size,
                 "postgres_version": c.postgres_version,
+                "all_read_since_time":
+                    (c.all_read_since_time > 0.0).then(|| text::time(c.all_read_since_time)),
                 "connected": c.connected,
                 "timeline": c.timeline,
                 "received_lsn": known(c.received_lsn),
