@@ -50,7 +50,7 @@ codes! {
     /// No usable client certificate.
     Unauthenticated { name: "UNAUTHENTICATED", grpc: Unauthenticated, retry: false, exit: 16, hint: "check the certificate's expiry and authority, or issue a new bundle with klio-server client" }
     /// Not the PostgreSQL that was pinned at first contact.
-    WrongSystem { name: "WRONG_SYSTEM", grpc: FailedPrecondition, retry: false, exit: 17, hint: "another PostgreSQL needs another cluster name" }
+    WrongSystem { name: "WRONG_SYSTEM", grpc: FailedPrecondition, retry: false, exit: 17, hint: "after pg_upgrade or for a copy klio stream begins a generation of its own, which klio generation follow or retire decides; a PostgreSQL that does not belong here needs another cluster name" }
     /// WAL that does not continue where the last byte ended.
     BadPosition { name: "BAD_POSITION", grpc: OutOfRange, retry: true, exit: 18, hint: "reconnect: the server says where to go on" }
     /// WAL whose pages do not belong where they were sent.

@@ -144,7 +144,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
 
     let (roles, rules) = watch::channel(Arc::new(config.auth.clone()));
     let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), rules);
-    let quotas = Quotas::new(config.quota.clone());
+    let quotas = Quotas::new(config.quota.clone(), archives.clone());
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
     let maintenance_metrics = Arc::new(MaintenanceMetrics::default());

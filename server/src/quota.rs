@@ -4,23 +4,25 @@
 //!   stops base backups only. Acknowledged WAL is never dropped for one.
 //! - Base backups leave a share of tier 1's disk to the WAL of all clusters.
 //! - A place that is taken is given back when its value is dropped: no clock and no file can leave one behind.
+//! - All generations of a cluster share its quota: another history is not another quota.
 
-use crate::base::BaseStore;
+mod stored;
+
+pub use stored::{Coming, Used};
+
+use crate::consumer::Archives;
 use klio_pg::ByteSize;
 use klio_proto::Code;
-use klio_storage::layout::{BackupName, BaseObject, ClusterName};
+use klio_storage::layout::ClusterName;
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
 };
+use stored::Stored;
 use tonic::Status;
 
 /// Calls of the WAL service at once: one stream, its predecessor on its way out, and questions before it.
 const WAL_CALLS_MAX: usize = 16;
-/// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
-const MEASURE_EVERY: Duration = Duration::from_secs(600);
 /// More than this is not left of a large disk: 64 segments while somebody makes room.
 const KEEP_FREE_BYTES_MAX: u64 = 1 << 30;
 /// Highest share of the disk that may be left to WAL.
@@ -87,10 +89,11 @@ impl QuotaConfig {
         vec![format!("quota.keep_free_percent: expected 0 to {KEEP_FREE_MAX}, found {percent}")]
     }
 
-    /// The quota of a cluster; of a caller without one the general one.
+    /// The quota of a cluster, whichever generation is named; of a caller without one the general one.
     fn of(&self, cluster: Option<&ClusterName>) -> Self {
         let mut all = Self { clusters: BTreeMap::new(), ..self.clone() };
-        let Some(own) = cluster.and_then(|cluster| self.clusters.get(cluster)) else { return all };
+        let own = cluster.and_then(|cluster| self.clusters.get(&cluster.base()));
+        let Some(own) = own else { return all };
         all.stored_bytes = own.stored_bytes.unwrap_or(all.stored_bytes);
         all.backup_bytes = own.backup_bytes.unwrap_or(all.backup_bytes);
         all.calls = own.calls.unwrap_or(all.calls);
@@ -141,18 +144,12 @@ struct State {
     stored: BTreeMap<ClusterName, Stored>,
 }
 
-/// Bytes of a cluster on tier 1.
-struct Stored {
-    measured: Instant,
-    tier1: u64,
-    /// What the running backup has stored.
-    backup: Option<(BackupName, u64)>,
-}
-
 /// All quotas. Cheap to clone.
 #[derive(Clone)]
 pub struct Quotas {
     config: Arc<QuotaConfig>,
+    /// What tier 2 has of WAL; `None` without a bucket.
+    archives: Option<Archives>,
     state: Arc<Mutex<State>>,
 }
 
@@ -180,8 +177,8 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl Quotas {
     /// By this configuration.
-    pub fn new(config: QuotaConfig) -> Self {
-        Self { config: Arc::new(config), state: Arc::default() }
+    pub fn new(config: QuotaConfig, archives: Option<Archives>) -> Self {
+        Self { config: Arc::new(config), archives, state: Arc::default() }
     }
 
     fn take(&self, whose: Whose, what: What, most: usize) -> Result<Counted, Status> {
@@ -236,115 +233,6 @@ impl Quotas {
             "cluster {cluster} has {running} restores running, as many as quota.restores allows"
         )))
     }
-
-    /// So many bytes of a base backup, before they are taken.
-    ///
-    /// # Errors
-    /// `QUOTA`, or `DISK_FULL` where what is left of the disk is for WAL.
-    pub async fn put(
-        &self,
-        base: &BaseStore,
-        cluster: &ClusterName,
-        size: u64,
-    ) -> Result<(), Status> {
-        let quota = self.config.of(Some(cluster));
-        if let Ok((free, total)) = base.wal().free_space() {
-            room_for(free, total, quota.keep_free_percent, size)?;
-        }
-        let used = match quota.stored_bytes.bytes() {
-            0 => 0,
-            _ => self.stored(base, cluster).await,
-        };
-        let running = base.reservations().running(cluster).backup;
-        let mut state = lock(&self.state);
-        let stored = state.stored.entry(cluster.clone()).or_insert_with(Stored::unmeasured);
-        let backup = stored.of_backup(running);
-        within("quota.stored_bytes", cluster, quota.stored_bytes, used, size)?;
-        within("quota.backup_bytes", cluster, quota.backup_bytes, backup, size)?;
-        stored.add(size);
-        Ok(())
-    }
-
-    /// Bytes of a cluster in the tier that holds more of it.
-    async fn stored(&self, base: &BaseStore, cluster: &ClusterName) -> u64 {
-        let known = lock(&self.state).stored.get(cluster).and_then(Stored::fresh);
-        let tier1 = match known {
-            Some(bytes) => bytes,
-            None => {
-                let folder = base.root().join(cluster.as_str());
-                let measured = tokio::task::spawn_blocking(move || bytes_below(&folder)).await;
-                let measured = measured.unwrap_or(0);
-                let mut state = lock(&self.state);
-                let stored = state.stored.entry(cluster.clone()).or_insert_with(Stored::unmeasured);
-                (stored.measured, stored.tier1) = (Instant::now(), measured);
-                measured
-            }
-        };
-        tier1.max(bytes_in_tier2(base, cluster))
-    }
-
-    /// What is to be said of a cluster that stores more than it may; and what it stores, with its quota.
-    pub fn used(&self, base: &BaseStore, cluster: &ClusterName, tier2_wal: u64) -> Option<Used> {
-        let quota = self.config.of(Some(cluster)).stored_bytes;
-        if quota.bytes() == 0 {
-            return None;
-        }
-        let tier1 = lock(&self.state).stored.get(cluster).map_or(0, |stored| stored.tier1);
-        let bytes = tier1.max(bytes_in_tier2(base, cluster).saturating_add(tier2_wal));
-        Some(Used { bytes, quota })
-    }
-}
-
-/// What a cluster stores of what it may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Used {
-    bytes: u64,
-    quota: ByteSize,
-}
-
-impl Used {
-    /// 1 is all of it.
-    pub fn ratio(&self) -> f64 {
-        self.bytes as f64 / self.quota.bytes().max(1) as f64
-    }
-
-    /// In words, when it is more than may be.
-    pub fn problem(&self) -> Option<String> {
-        (self.bytes > self.quota.bytes()).then(|| {
-            let (used, quota) = (ByteSize::new(self.bytes), self.quota);
-            format!("{used} are stored, more than quota.stored_bytes of {quota}: base backups are refused, WAL is received on")
-        })
-    }
-}
-
-impl Stored {
-    fn unmeasured() -> Self {
-        Self { measured: Instant::now(), tier1: 0, backup: None }
-    }
-
-    fn fresh(&self) -> Option<u64> {
-        let known = self.tier1 > 0 && self.measured.elapsed() < MEASURE_EVERY;
-        known.then_some(self.tier1)
-    }
-
-    /// What the backup that runs has stored; another one begins at 0.
-    fn of_backup(&mut self, running: Option<BackupName>) -> u64 {
-        let Some(running) = running else { return self.backup.take().map_or(0, |_| 0) };
-        match &self.backup {
-            Some((name, bytes)) if *name == running => *bytes,
-            _ => {
-                self.backup = Some((running, 0));
-                0
-            }
-        }
-    }
-
-    fn add(&mut self, size: u64) {
-        self.tier1 = self.tier1.saturating_add(size);
-        if let Some((_, bytes)) = &mut self.backup {
-            *bytes = bytes.saturating_add(size);
-        }
-    }
 }
 
 fn within(
@@ -374,23 +262,6 @@ fn room_for(free: u64, total: u64, keep_percent: f64, size: u64) -> Result<(), S
     )))
 }
 
-fn bytes_in_tier2(base: &BaseStore, cluster: &ClusterName) -> u64 {
-    let objects: Option<BTreeMap<BaseObject, u64>> = base.archives().objects(cluster);
-    objects.map_or(0, |objects| objects.values().sum())
-}
-
-fn bytes_below(folder: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-    entries
-        .flatten()
-        .map(|entry| match entry.metadata() {
-            Ok(found) if found.is_dir() => bytes_below(&entry.path()),
-            Ok(found) => found.len(),
-            Err(_) => 0, // just removed
-        })
-        .sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -400,7 +271,7 @@ mod tests {
     }
 
     fn quotas(text: &str) -> Quotas {
-        Quotas::new(toml::from_str(text).unwrap())
+        Quotas::new(toml::from_str(text).unwrap(), None)
     }
 
     fn code<T>(result: Result<T, Status>) -> Option<Code> {
@@ -463,29 +334,11 @@ mod tests {
     }
 
     #[test]
-    fn stored_bytes_stop_base_backups_and_are_said() {
-        let (a, quota) = (cluster("a"), ByteSize::new(100));
-        assert!(within("quota.stored_bytes", &a, quota, 60, 40).is_ok());
-        let refused = within("quota.stored_bytes", &a, quota, 60, 41).unwrap_err();
-        assert!(refused.message().contains("quota.stored_bytes"), "{refused:?}");
-        assert_eq!(Used { bytes: 100, quota }.problem(), None);
-        assert!(Used { bytes: 101, quota }.problem().unwrap().contains("WAL is received on"));
-        let mut stored = Stored::unmeasured();
-        let [one, two] = ["one", "two"].map(|name| name.parse::<BackupName>().ok());
-        assert_eq!(stored.of_backup(one.clone()), 0);
-        stored.add(7);
-        assert_eq!(stored.of_backup(one), 7);
-        assert_eq!(stored.of_backup(two), 0, "each backup begins at 0");
-        assert_eq!(stored.tier1, 7);
-    }
-
-    #[test]
-    fn a_folder_is_measured_with_all_below_it() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("d")).unwrap();
-        std::fs::write(dir.path().join("d/x"), [0; 10]).unwrap();
-        std::fs::write(dir.path().join("y"), [0; 5]).unwrap();
-        assert_eq!(bytes_below(dir.path()), 15);
-        assert_eq!(bytes_below(&dir.path().join("none")), 0);
+    fn what_is_set_for_a_cluster_holds_for_each_of_its_generations() {
+        let config: QuotaConfig = toml::from_str("calls = 2\n[clusters.big]\ncalls = 3\n").unwrap();
+        for (name, calls) in [("big", 3), ("big@2", 3), ("small@2", 2)] {
+            let name = ClusterName::parse_generation(name).unwrap();
+            assert_eq!(config.of(Some(&name)).calls, calls, "{name}");
+        }
     }
 }

@@ -63,6 +63,8 @@ pub struct ClusterView {
     pub problems: Vec<String>,
     /// What it stores of what it may, where that is bounded.
     pub quota_used: Option<f64>,
+    /// All data of base backups was read since then, Unix seconds.
+    pub all_read_since_unix: Option<f64>,
 }
 
 impl ClusterView {
@@ -179,8 +181,7 @@ impl StatusBoard {
         let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
         problems.extend(base.into_iter().flatten());
         problems.extend(self.undecided(name));
-        let tier2_wal = archive.as_ref().map_or(0, |archive| archive.totals.bytes);
-        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name, tier2_wal));
+        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name));
         problems.extend(used.and_then(|used| used.problem()));
         problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
@@ -202,6 +203,7 @@ impl StatusBoard {
             undecided_timelines: timelines.undecided().count() as u64,
             problems,
             quota_used: used.map(|used| used.ratio()),
+            all_read_since_unix: self.maintenance.as_ref().and_then(|m| m.all_read_since(name)),
             name: name.clone(),
         }
     }

@@ -19,6 +19,7 @@ mod show;
 #[cfg(test)]
 mod tests;
 mod text;
+mod written;
 
 use std::{
     collections::BTreeSet,
@@ -32,6 +33,7 @@ pub use build::os_user;
 pub use host::{Host, HostTarget};
 pub use passfile::{PassFile, PassFileWarning};
 pub use password::Password;
+pub use written::Written;
 
 /// Environment lookup: the value of a variable, if set.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;

@@ -121,18 +121,16 @@ impl Error {
 
     /// From an answer of the server.
     pub fn from_status(doing: &str, status: &tonic::Status) -> Self {
-        let error =
+        let mut error =
             Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)));
-        match error.failure {
-            Failure::Code(Code::Unavailable) if answered(status) => {
-                let text = &error.message;
-                let hint = if text.contains("tier 2") { BUCKET } else { ANSWERED };
-                // One that the server gave with its reason is better.
-                let hint = if text.contains("hint: ") { String::new() } else { hint.to_owned() };
-                Self { hint, ..error }
-            }
-            _ => error,
+        if error.message.contains("hint: ") {
+            // One that the server gave with its reason is better.
+            error.hint = String::new();
+        } else if error.failure == Failure::Code(Code::Unavailable) && answered(status) {
+            let hint = if error.message.contains("tier 2") { BUCKET } else { ANSWERED };
+            error.hint = hint.to_owned();
         }
+        error
     }
 
     /// From the storage crate, with its hint.
@@ -221,6 +219,9 @@ mod tests {
         assert!(said("the server is stopping").contains("the server answered"));
         let own = said("tier 2 refuses the server's credentials; hint: check them");
         assert_eq!(own.matches("hint: ").count(), 1, "{own}");
+        let role = "the role tenant allows less; hint: docs/access.md has the table";
+        let role = Error::from_status("ask", &Code::Forbidden.status(role)).to_string();
+        assert_eq!(role.matches("hint: ").count(), 1, "{role}");
         let way = Error::from_status("ask", &tonic::Status::unavailable("connection refused"));
         assert!(way.hint.contains("is klio-server running"), "{way}");
     }

@@ -6,6 +6,8 @@
 //! - Numbers are never used twice. Exactly one generation is current; only a person changes which.
 //! - What was found once is never forgotten by time or a restart: an undecided generation, a refused history. A refused
 //!   one has a number, too, so that a person can decide about it the same way; nothing of it is held.
+//! - Two records of one cluster are one when one goes on where the other ends: it has all its generations and all its decisions.
+//!   Anything else is shown to a person (`Apart`), and no decision is lost.
 
 use crate::{layout::ClusterName, record::Unknown};
 use klio_pg::{Lsn, TimelineId};
@@ -76,11 +78,38 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// Whether both are of one finding: a number can be given to another one by a server that did not know the first.
+    fn is_same_history(&self, other: &Self) -> bool {
+        let [one, two] = [self, other].map(|g| (g.reason.as_str(), g.system_identifier.as_str()));
+        one == two && (self.since_unix - other.since_unix).abs() < 1.0
+    }
+
     /// Whether it is of this PostgreSQL, as far as is known.
     pub fn is_of(&self, system_identifier: u64) -> bool {
         self.system_identifier.is_empty() || self.system_identifier == system_identifier.to_string()
     }
 }
+
+/// A decision of a person.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Decided {
+    /// About this generation.
+    pub number: u32,
+    /// What it became.
+    pub state: State,
+    /// Who.
+    pub by: String,
+    /// When, Unix seconds.
+    pub at_unix: f64,
+    /// Of later versions.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// Two records of one cluster of which neither goes on where the other ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expected one record to go on where the other ends, found that {0}")]
+pub struct Apart(String);
 
 /// A place where nothing showed that new WAL continues the old.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -116,6 +145,9 @@ pub struct Generations {
     /// Newest last.
     #[serde(default)]
     pub unproven: Vec<Unproven>,
+    /// Every decision, oldest first. Records of before have none, also where something was decided.
+    #[serde(default)]
+    pub decisions: Vec<Decided>,
     /// Of later versions.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -271,6 +303,64 @@ impl Generations {
         true
     }
 
+    /// The two as one: the later one, with the unproven places of both. `Ok` is later than either where both have something
+    /// that the other lacks.
+    ///
+    /// # Errors
+    /// Where neither has all of the other.
+    pub fn joined(&self, other: &Self) -> Result<Self, Apart> {
+        let (ours, theirs) = (self.lacks(other), other.lacks(self));
+        let mut all = match (ours, theirs) {
+            (None, None) if other.version > self.version => other.clone(),
+            (None, _) => self.clone(),
+            (Some(_), None) => other.clone(),
+            (Some(ours), Some(theirs)) => {
+                return Err(Apart(format!("the first lacks {ours}, and the second {theirs}")));
+            }
+        };
+        let mut more: Vec<Unproven> =
+            self.unproven.iter().chain(&other.unproven).cloned().collect();
+        more.sort_by(|a, b| a.recorded_unix.total_cmp(&b.recorded_unix));
+        all.unproven.clear();
+        for found in more {
+            all.note_unproven(found);
+        }
+        let later = [self, other].into_iter().max_by_key(|record| record.version);
+        all.version = later.map_or(0, |later| later.version);
+        if later.is_none_or(|later| *later != all) && *self != all && *other != all {
+            all.version += 1;
+        }
+        Ok(all)
+    }
+
+    /// What of `other` this one does not have, in words; `None` when it has all of it.
+    fn lacks(&self, other: &Self) -> Option<String> {
+        let Some(more) = self.decisions.strip_prefix(other.decisions.as_slice()) else {
+            let decision = other.decisions.iter().find(|made| !self.decisions.contains(made));
+            return Some(decision.map_or("the order of the decisions".to_owned(), |made| {
+                let Decided { number, state, by, .. } = made;
+                format!("{by}'s decision that generation {number} is {}", state.word())
+            }));
+        };
+        other.generations.iter().find_map(|theirs| {
+            let number = theirs.number;
+            let Some(ours) = self.get(number) else {
+                return Some(format!("generation {number} ({})", theirs.reason));
+            };
+            if !theirs.is_same_history(&ours) {
+                return Some(format!("generation {number} as another history ({})", theirs.reason));
+            }
+            let decided = more.iter().any(|made| made.number == number)
+                || ours.state == theirs.state
+                || (theirs.state, ours.state) == (State::Refused, State::Undecided)
+                // Before decisions were kept, the later one counted.
+                || self.decisions.is_empty() && self.version > other.version
+                    && ours.decided_unix > theirs.decided_unix;
+            let what = || format!("that generation {number} is {}", theirs.state.word());
+            (!decided).then(what)
+        })
+    }
+
     fn check(&self, number: u32, wanted: State) -> Result<(), Refusal> {
         let all = self.all();
         match all.iter().find(|g| g.number == number) {
@@ -290,6 +380,8 @@ impl Generations {
             found.taken |= state == State::Current;
             found.decided_by = by.to_owned();
             found.decided_unix = now_unix;
+            let (by, at_unix, unknown) = (by.to_owned(), now_unix, Unknown::default());
+            self.decisions.push(Decided { number, state, by, at_unix, unknown });
         }
     }
 
@@ -370,6 +462,46 @@ mod tests {
         assert!(!all.is_undecided());
         all.follow(2, "ops", 3.0).unwrap();
         assert_eq!(all.get(2).map(|g| (g.state, g.taken)), Some((State::Current, true)));
+    }
+
+    fn noted(at: u64) -> Unproven {
+        let (timeline, at) = (TimelineId::new(1).unwrap(), Lsn::new(at));
+        let (reason, unknown) = ("removed".into(), Unknown::default());
+        Unproven { generation: 1, timeline, at, reason, recorded_unix: at.as_u64() as f64, unknown }
+    }
+
+    /// Tier 1 was set back to before a decision, or both tiers went on apart.
+    #[test]
+    fn of_two_records_the_one_that_has_all_of_the_other_counts_and_no_decision_is_lost() {
+        let mut old = Generations { version: 1, ..Generations::default() };
+        begin(&mut old, 7, true).unwrap();
+        let mut later = Generations { version: 2, ..old.clone() };
+        later.retire(2, "ann", 9.0).unwrap();
+        assert_eq!(old.joined(&later), Ok(later.clone()));
+        assert_eq!(later.joined(&old), Ok(later.clone()));
+        // Many small changes make a higher version, and no decision: it still gives way to the one that has it.
+        let mut stale = Generations { version: 40, ..old.clone() };
+        assert!(stale.note_unproven(noted(5)));
+        let joined = stale.joined(&later).unwrap();
+        assert_eq!((joined.get(2).map(|g| g.state), joined.version), (Some(State::Retired), 41));
+        assert_eq!(joined.unproven.len(), 1);
+        assert_eq!(joined.joined(&stale), Ok(joined.clone()));
+        assert_eq!(joined.joined(&later), Ok(joined));
+        // Both decided, and not the same: a person has to look.
+        let mut other = Generations { version: 90, ..old.clone() };
+        other.follow(2, "bob", 50.0).unwrap();
+        for (one, two) in [(&other, &later), (&later, &other)] {
+            let apart = one.joined(two).unwrap_err().to_string();
+            assert!(apart.contains("ann's decision") && apart.contains("bob's"), "{apart}");
+        }
+        // The same number for another history.
+        let mut twin = Generations { version: 7, ..Generations::default() };
+        twin.begin("a copy".into(), 8, 1.0, true).unwrap();
+        assert!(twin.joined(&old).unwrap_err().to_string().contains("another history"));
+        // One that was decided before decisions were kept.
+        let before = Generations { decisions: vec![], ..later.clone() };
+        assert_eq!(old.joined(&before), Ok(before.clone()));
+        assert_eq!(before.joined(&old), Ok(before));
     }
 
     proptest! {

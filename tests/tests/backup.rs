@@ -417,6 +417,23 @@ async fn a_role_that_may_not_back_up_is_told_what_to_grant() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
 }
 
+/// The first line was "the backup is taken without showing which history it is of", and a hint to grant REPLICATION.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_a_postgresql_that_cannot_be_reached_says_only_that() {
+    let setup = Setup::new(15).await;
+    for (dsn, text) in [
+        ("host=127.0.0.1 port=1 user=postgres".to_owned(), "is PostgreSQL running"),
+        (setup.pg.conninfo().replace("user=postgres", "user=nobody"), "check the user"),
+    ] {
+        let mut command = setup.site.klio_command(None, &["backup"]);
+        command.env("KLIO_POSTGRES__DSN", &dsn);
+        let outcome = programs::run(command).await;
+        assert_eq!(outcome.code, Some(5), "{outcome:?}");
+        assert!(outcome.stderr.contains(text), "{}", outcome.stderr);
+        assert!(!outcome.stderr.contains("the backup is taken"), "{}", outcome.stderr);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_backup_leaves_postgres_out_of_backup_mode_and_the_next_uses_what_was_sent() {
     let setup = Setup::new(15).await;

@@ -51,7 +51,9 @@ async fn everything_in_the_files(major: u32) {
             "Data_Directory = '{}'\nhba_file '{at}/hba.conf'\nexternal_pid_file = '{at}/pid'\n\
              archive_cleanup_command = 'touch {at}/CLEANUP'\nrecovery_end_command = 'touch {at}/END'\n\
              recovery_min_apply_delay = '2h'\nlog_directory = '{at}/log'\ninclude_dir = 'conf.d'\n\
-             include_if_exists = '{at}/more.conf'\nprimary_conninfo = 'host=nowhere'\n",
+             include_if_exists = '{at}/more.conf'\nprimary_conninfo = 'host=nowhere'\n\
+             Archive_Mode = ALWAYS\narchive_command = 'test ! -e {at}/COPY || test $PWD = {} || touch {at}/ARCHIVED'\n",
+            data.display(),
             data.display()
         ),
     );
@@ -67,6 +69,17 @@ async fn everything_in_the_files(major: u32) {
     rig.backup("only").await;
     rig.row(2).await;
     rig.flushed().await;
+    // A copy that recovers archives nothing; one that was promoted may, and is told so.
+    append(&out.join("COPY"), "");
+    let before = state(&out);
+    let mut copy = Postgres::empty(major);
+    rig.files(Source::Server, &copy, &["--target-immediate", "--target-action", "pause"]).await;
+    copy.adopt();
+    copy.start().await;
+    assert_eq!(copy.value("show archive_mode").await, "on");
+    copy.stop(Stop::Fast).await;
+    assert!(state(&out) == before, "the copy archived what it recovered");
+    fs::remove_file(out.join("COPY")).expect("remove");
     let before = state(&out);
     for (args, harmless) in [(&["--latest"][..], false), (&["--latest", "--harmless"], true)] {
         let mut copy = Postgres::empty(major);

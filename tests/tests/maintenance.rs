@@ -995,7 +995,8 @@ async fn a_person_redates_or_removes_a_record_in_both_tiers() {
 
 /// F21: the server's clock was 400 days ahead when a backup was committed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_record_with_two_times_far_apart_expires_nothing_and_raises_the_alarm() {
+async fn a_record_with_two_times_far_apart_expires_nothing_raises_the_alarm_and_still_lets_tier_1_go()
+ {
     let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
     let start = START.advance(8 * MIB + 40);
     let folder = setup.site.scratch("made-b4");
@@ -1007,7 +1008,13 @@ async fn a_record_with_two_times_far_apart_expires_nothing_and_raises_the_alarm(
     let (code, outcome) = setup.apply().await;
     let told = outcome.held_back.iter().any(|why| why.contains("b4") && why.contains("redate"));
     assert!(code == 3 && told && outcome.expired.is_empty(), "{code} {outcome:?}");
+    // What does not rest on a clock goes on: tier 1 runs full for nobody.
+    let evicted: Vec<&str> = outcome.evicted.iter().map(|name| name.as_str()).collect();
+    assert_eq!(evicted, ["b1", "b2", "b3"], "{outcome:?}");
+    assert!(outcome.wal_removed_tier1 > 0 && outcome.wal_removed_tier2 == 0, "{outcome:?}");
     assert_eq!(setup.names().await, ["b1", "b2", "b3", "b4"]);
+    let status = setup.site.klio(None, &["status"]).await;
+    assert!(status.stdout.contains("--to postgres"), "the way out is shown: {status:?}");
     assert_eq!(setup.site.metrics().await.sum("klio_maintenance_alarm", &[]), 1.0);
 }
 

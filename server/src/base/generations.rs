@@ -1,20 +1,24 @@
 //! Which histories a cluster has, on this server (P11): reads and writes `generations.json`, and says what a name stands for.
 //!
-//! - Tier 1's record is the current one. A server that has nothing of a cluster asks the bucket before it answers.
+//! - Tier 1's record is the current one. A server that has nothing of a cluster asks the bucket before it answers; one that has
+//!   asks it once after each start, as its disk may have been set back (`Known::learned`). Nothing is decided before it answered;
+//!   who streams does not wait for it long (P4).
 //! - A change is durable before anybody hears of it, and one is made at a time.
+//! - What the bucket knows and tier 1 does not is taken over. Where both know something that the other lacks, both stay as they
+//!   are and a person is told.
 //! - What cannot be read is an error, never "there is only one".
 
 use super::{BaseStore, lock, run};
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
-    Error,
+    Error, Kind, Op,
     generations::{Generation, Generations, Refusal, Unproven},
     layout::{BaseObject, ClusterName},
     record,
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -22,6 +26,12 @@ use tonic::Status;
 
 /// A restore from a server that has nothing but the bucket asks for each file: not each time for this as well.
 const ASKED_FOR: Duration = Duration::from_secs(10);
+/// For the bucket's answer before something is decided. Shorter than a sidecar waits, so that it hears why.
+const PATIENCE_TO_DECIDE: Duration = Duration::from_secs(10);
+/// And before a stream goes on by what tier 1 knows.
+const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
+
+const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (generations.json of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
 
 /// What was read, by the cluster's plain name.
 #[derive(Default)]
@@ -29,6 +39,10 @@ pub(super) struct Known {
     read: Mutex<BTreeMap<ClusterName, Generations>>,
     /// What the bucket said of clusters that are not on tier 1, and when.
     asked: Mutex<BTreeMap<ClusterName, (Instant, Generations)>>,
+    /// Whose record in the bucket was joined since the start.
+    learned: Mutex<BTreeSet<ClusterName>>,
+    /// When the bucket did not answer.
+    silent: Mutex<BTreeMap<ClusterName, Instant>>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
 }
@@ -55,6 +69,55 @@ impl BaseStore {
     /// # Errors
     /// `UNAVAILABLE` when the bucket has to be asked and does not answer; `CORRUPT`.
     pub async fn generations(&self, cluster: &ClusterName) -> Result<Generations, Status> {
+        // A bucket that does not answer, or says something else, keeps nobody from streaming: it is shown.
+        if let Err(error) = self.learn(cluster, false).await {
+            tracing::warn!(%cluster, %error, "what the bucket knows of the cluster's histories is not taken over");
+        }
+        self.look(cluster).await
+    }
+
+    /// Joins what the bucket knows, once after each start.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when it does not answer; `CONFLICT` when neither record has all of the other.
+    async fn learn(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
+        let (base, known) = (cluster.base(), &self.0.generations);
+        let Some(tier2) = self.tier2() else { return Ok(()) };
+        if lock(&known.learned).contains(&base) || self.wal().pinned(&base).is_none() {
+            return Ok(());
+        }
+        let lately = |at: &Instant| at.elapsed() < ASKED_FOR;
+        if !must && lock(&known.silent).get(&base).is_some_and(lately) {
+            return Ok(());
+        }
+        let patience = if must { PATIENCE_TO_DECIDE } else { PATIENCE_TO_STREAM };
+        let key = BaseObject::Generations.key(&base);
+        let answer = tokio::time::timeout(patience, tier2.read_small(&key, record::LIMIT_BYTES));
+        let bytes = match answer.await {
+            Ok(Ok(bytes)) => bytes,
+            other => {
+                lock(&known.silent).insert(base.clone(), Instant::now());
+                let why = match other {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => format!("no answer within {} s", patience.as_secs()),
+                };
+                let url = tier2.url();
+                return Err(Code::Unavailable.status(format!(
+                    "change generations of {base}: tier 2 ({url}) has to be asked first what was decided before this server started: {why}"
+                )));
+            }
+        };
+        if let Some(bytes) = bytes {
+            let theirs = record::decode::<Generations>(&bytes, &key);
+            let theirs = theirs.map_err(|error| crate::errors::status(&error))?;
+            let joined = self.join_generations(&base, theirs).await;
+            joined.map_err(|error| crate::errors::status(&error))?;
+        }
+        lock(&known.learned).insert(base);
+        Ok(())
+    }
+
+    async fn look(&self, cluster: &ClusterName) -> Result<Generations, Status> {
         let (this, name) = (self.clone(), cluster.base());
         let here = run(move || this.generations_here(&name)).await?;
         if here != Generations::default() || self.wal().pinned(&cluster.base()).is_some() {
@@ -113,31 +176,48 @@ impl BaseStore {
         if self.wal().pinned(cluster).is_some() {
             return Ok(());
         }
-        let found = self.generations(cluster).await?;
-        let (this, name) = (self.clone(), cluster.base());
-        run(move || this.take_over_generations(&name, found)).await
+        let found = self.look(cluster).await?;
+        let joined = self.join_generations(cluster, found).await;
+        joined.map_err(|error| crate::errors::status(&error))
     }
 
-    /// Keeps a record of the bucket that is later than tier 1's: this tier 1 is new, or was set back. Blocking.
+    /// Joins what the bucket knows to tier 1's record: this tier 1 is new, or was set back.
     ///
     /// # Errors
-    /// As the disk fails.
-    pub fn take_over_generations(
+    /// `Conflict` when neither has all of the other: then nothing is changed. As the disk fails.
+    pub async fn join_generations(
         &self,
         cluster: &ClusterName,
-        found: Generations,
+        theirs: Generations,
     ) -> Result<(), Error> {
-        let base = cluster.base();
-        if found.version <= self.generations_here(&base)?.version {
-            return Ok(());
-        }
+        let _one = self.0.generations.changing.lock().await;
+        let (this, base) = (self.clone(), cluster.base());
+        let joined = tokio::task::spawn_blocking(move || {
+            let ours = this.generations_here(&base)?;
+            let path = this.path(&base, &BaseObject::Generations);
+            let joined = ours.joined(&theirs).map_err(|apart| {
+                Error::new(Kind::Conflict, Op::Read, path.display(), apart).hint(APART_HINT)
+            })?;
+            if joined == ours {
+                return Ok(());
+            }
+            let version = joined.version;
+            this.keep_generations(base.clone(), joined)?;
+            tracing::warn!(cluster = %base, version, "what tier 2 knows of the cluster's histories and tier 1 did not is taken over");
+            this.announce(&base, BaseObject::Generations, 0);
+            Ok(())
+        });
+        joined.await.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
+    }
+
+    /// Durably, and then for everybody. Blocking.
+    fn keep_generations(&self, base: ClusterName, all: Generations) -> Result<(), Error> {
         let path = self.path(&base, &BaseObject::Generations);
         if let Some(folder) = path.parent() {
             klio_storage::disk::durable::create_dir(self.disk().as_ref(), folder)?;
         }
-        record::store(self.disk().as_ref(), &path, &found)?;
-        tracing::warn!(cluster = %base, version = found.version, "what tier 2 knows of the cluster's histories is later than what tier 1 had: taken over");
-        lock(&self.0.generations.read).insert(base, found);
+        record::store(self.disk().as_ref(), &path, &all)?;
+        lock(&self.0.generations.read).insert(base, all);
         Ok(())
     }
 
@@ -211,7 +291,8 @@ impl BaseStore {
             recorded_unix: now_unix,
             unknown: record::Unknown::default(),
         };
-        let new = self.change_generations(cluster, move |all| Ok(all.note_unproven(found)));
+        // No decision, so that it waits for nobody: records are joined with all such places.
+        let new = self.change_here(cluster, move |all| Ok(all.note_unproven(found)));
         if new.await? {
             tracing::warn!(%cluster, timeline = timeline.get(), %at, reason, "continuity is not proven: new WAL begins here");
         }
@@ -227,8 +308,17 @@ impl BaseStore {
         cluster: &ClusterName,
         change: impl FnOnce(&mut Generations) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Status> {
+        self.learn(cluster, true).await?;
+        self.change_here(cluster, change).await
+    }
+
+    async fn change_here<T: Send + 'static>(
+        &self,
+        cluster: &ClusterName,
+        change: impl FnOnce(&mut Generations) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Status> {
         let _one = self.0.generations.changing.lock().await;
-        let before = self.generations(cluster).await?;
+        let before = self.look(cluster).await?;
         let mut after = before.clone();
         let made = change(&mut after).map_err(|refusal| {
             Code::Invalid.status(format!("change generations of {}: {refusal}", cluster.base()))
@@ -238,16 +328,7 @@ impl BaseStore {
         }
         after.version = before.version + 1;
         let (this, name) = (self.clone(), cluster.base());
-        run(move || {
-            let path = this.path(&name, &BaseObject::Generations);
-            if let Some(folder) = path.parent() {
-                klio_storage::disk::durable::create_dir(this.disk().as_ref(), folder)?;
-            }
-            record::store(this.disk().as_ref(), &path, &after)?;
-            lock(&this.0.generations.read).insert(name, after);
-            Ok(())
-        })
-        .await?;
+        run(move || this.keep_generations(name, after)).await?;
         self.announce(&cluster.base(), BaseObject::Generations, 0);
         Ok(made)
     }

@@ -37,6 +37,9 @@ pub struct Line {
     pub from_tier2: bool,
     /// What is missing between what tier 2 holds, and on record as no gap: PostgreSQL may still have it.
     pub missing: Vec<Run>,
+    /// The same right behind tier 1's own end. It was asked for before anything else: whoever goes on farther up, as PostgreSQL
+    /// has it no more, leaves a hole that has to be on record.
+    pub missing_first: Option<Run>,
 }
 
 /// What a stream that goes on behind tier 2 puts on record first.
@@ -57,6 +60,7 @@ impl From<&Position> for Line {
             has_history: p.has_history,
             from_tier2: false,
             missing: Vec::new(),
+            missing_first: None,
         }
     }
 }
@@ -170,9 +174,14 @@ fn lines(near: &[Position], holdings: &Holdings) -> Vec<Line> {
         let far = size.and_then(|size| Some((runs.last()?.end.segment_start(size), runs)));
         match (own, far) {
             (Some(own), Some((end, runs))) if own.flushed < end => {
-                let missing = missing(runs, holdings, timeline, own.flushed);
+                let missing = missing(runs, holdings, timeline);
+                let behind = |run: &Run| run.start <= own.flushed && own.flushed < run.end;
+                let missing_first = missing.iter().find(|run| behind(run)).copied();
+                let missing_first = missing_first.map(|run| Run { start: own.flushed, ..run });
+                let missing = missing.into_iter().filter(|run| run.start > own.flushed).collect();
                 let start = own.start.min(runs[0].start);
-                Some(Line { start, flushed: end, from_tier2: true, missing, ..own.into() })
+                let line = Line { start, flushed: end, from_tier2: true, ..own.into() };
+                Some(Line { missing, missing_first, ..line })
             }
             (Some(own), _) => Some(own.into()),
             (None, Some((end, runs))) => Some(Line {
@@ -181,7 +190,8 @@ fn lines(near: &[Position], holdings: &Holdings) -> Vec<Line> {
                 flushed: end,
                 has_history: false,
                 from_tier2: true,
-                missing: missing(runs, holdings, timeline, Lsn::ZERO),
+                missing: missing(runs, holdings, timeline),
+                missing_first: None,
             }),
             (None, None) => None,
         }
@@ -189,8 +199,8 @@ fn lines(near: &[Position], holdings: &Holdings) -> Vec<Line> {
     all.into_iter().filter_map(line).collect()
 }
 
-/// The parts behind `after` that lie between two runs and in no recorded gap.
-fn missing(runs: &[Run], holdings: &Holdings, timeline: TimelineId, after: Lsn) -> Vec<Run> {
+/// The parts that lie between two runs and in no recorded gap.
+fn missing(runs: &[Run], holdings: &Holdings, timeline: TimelineId) -> Vec<Run> {
     let mut gaps: Vec<Run> = holdings
         .gaps
         .iter()
@@ -214,7 +224,6 @@ fn missing(runs: &[Run], holdings: &Holdings, timeline: TimelineId, after: Lsn) 
             found.push(Run { start: at, end: to });
         }
     }
-    found.retain(|run| run.start > after);
     found
 }
 
@@ -234,7 +243,7 @@ fn taken(lines: &[Line], timeline: TimelineId, from: Lsn, size: SegmentSize) -> 
         let start = line.start.min(end);
         let unknown = Unknown::default();
         taken.push(TakenOver { timeline: line.timeline, start, end, unknown });
-        let lost = line.missing.iter().filter(|run| run.end <= end);
+        let lost = line.missing_first.iter().chain(&line.missing).filter(|run| run.end <= end);
         gaps.extend(lost.map(|run| (line.timeline, *run)));
     }
     Ok((taken, gaps))
@@ -314,11 +323,18 @@ mod tests {
         assert_eq!((lines[0].start, lines[0].flushed), (lsn(10), lsn(90)));
         // What lies right behind tier 1's own end was tried before anybody asked.
         assert_eq!(lines[0].missing, [run(70, 80)]);
+        // Whoever goes on behind it leaves a hole there, which is on record like any other.
+        let first = (tli(1), run(45, 50));
         let (whole, gaps) = taken(&lines, tli(1), lsn(70), size()).unwrap();
-        assert_eq!((whole[0].end, gaps), (lsn(70), vec![]));
+        assert_eq!((whole[0].end, gaps), (lsn(70), vec![first]));
         let (whole, gaps) = taken(&lines, tli(1), lsn(90), size()).unwrap();
-        assert_eq!((whole[0].end, gaps), (lsn(90), vec![(tli(1), run(70, 80))]));
+        assert_eq!((whole[0].end, gaps), (lsn(90), vec![first, (tli(1), run(70, 80))]));
         assert_eq!(taken(&lines, tli(1), lsn(60), size()), Err(lsn(90)));
+        assert_eq!(
+            taken(&lines, tli(1), lsn(45), size()),
+            Err(lsn(90)),
+            "tier 1 goes on by itself"
+        );
     }
 
     #[test]

@@ -221,6 +221,11 @@ impl Writing {
 }
 
 impl Incoming {
+    /// Whether a file of this name and size is there already: then its bytes are only compared.
+    pub fn is_there(&self) -> bool {
+        self.writing.as_ref().is_some_and(|writing| writing.to.is_none())
+    }
+
     /// Takes the next bytes.
     ///
     /// # Errors

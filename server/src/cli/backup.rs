@@ -50,7 +50,7 @@ pub struct RedateArgs {
     /// Which backup.
     #[command(flatten)]
     pub which: Which,
-    /// When it was committed, as 2026-11-30T07:00:00Z; postgres: when PostgreSQL's clock said that it ended.
+    /// When it was committed, as 2026-11-30T07:00:00Z; postgres: when PostgreSQL's clock said that it ended; server: as it is now, by the server's clock.
     #[arg(long, value_name = "TIME")]
     pub to: At,
 }
@@ -68,6 +68,8 @@ pub struct RemoveArgs {
 pub enum At {
     /// The record's own, of PostgreSQL's clock.
     Postgres,
+    /// The record's own, of the server's clock: it is right as it is.
+    Server,
     /// Unix seconds.
     Unix(f64),
 }
@@ -76,13 +78,15 @@ impl std::str::FromStr for At {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "postgres" {
-            return Ok(Self::Postgres);
+        match text {
+            "postgres" => return Ok(Self::Postgres),
+            "server" => return Ok(Self::Server),
+            _ => {}
         }
         OffsetDateTime::parse(text, &Rfc3339)
             .map(|at| Self::Unix(at.unix_timestamp() as f64))
             .map_err(|_| {
-                format!("expected postgres, or a time such as 2026-11-30T07:00:00Z, found {text:?}")
+                format!("expected postgres, server, or a time such as 2026-11-30T07:00:00Z, found {text:?}")
             })
     }
 }
@@ -91,6 +95,7 @@ impl At {
     fn of(self, record: &BackupRecord) -> f64 {
         match self {
             Self::Postgres => record.stopped_postgres_unix,
+            Self::Server => record.committed_unix,
             Self::Unix(seconds) => seconds,
         }
     }
@@ -248,6 +253,7 @@ mod tests {
     #[test]
     fn a_time_is_postgresqls_or_is_said_with_its_zone() {
         assert_eq!("postgres".parse(), Ok(At::Postgres));
+        assert_eq!("server".parse(), Ok(At::Server));
         assert_eq!("2026-11-30T07:00:00Z".parse(), Ok(At::Unix(1_796_022_000.0)));
         assert_eq!("2026-11-30T09:00:00+02:00".parse(), Ok(At::Unix(1_796_022_000.0)));
         for bad in ["2026-11-30 07:00:00", "2026-11-30T07:00:00", "yesterday", ""] {

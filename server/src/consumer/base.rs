@@ -190,10 +190,13 @@ impl BaseWork {
                 self.join_levels(object).await?;
                 self.keep_current(object).await
             }
-            BaseObject::Cluster
-            | BaseObject::Generations
-            | BaseObject::Timelines
-            | BaseObject::Secret { .. } => self.keep_current(object).await,
+            BaseObject::Generations => {
+                self.join_generations(object).await?;
+                self.keep_current(object).await
+            }
+            BaseObject::Cluster | BaseObject::Timelines | BaseObject::Secret { .. } => {
+                self.keep_current(object).await
+            }
         }
     }
 
@@ -311,14 +314,6 @@ impl BaseWork {
             Some(theirs) if theirs == ours => {
                 return Ok(Done::Proven { size, written: 0, attempt: Attempt::AlreadyThere });
             }
-            Some(theirs) if self.is_later(object, &ours, &theirs)? => {
-                let written = theirs.len() as u64;
-                return Ok(Done::Proven {
-                    size: written,
-                    written: 0,
-                    attempt: Attempt::AlreadyThere,
-                });
-            }
             Some(theirs) if !self.may_replace(object, &ours, &theirs)? => {
                 let detail = "the object in tier 2 is of another cluster or repository";
                 return Err(Error::new(Kind::Conflict, Op::Upload, key, detail).hint(
@@ -338,19 +333,13 @@ impl BaseWork {
         Ok(Done::Proven { size, written: size, attempt: Attempt::Stored })
     }
 
-    /// What the bucket knows of the cluster's histories is later than tier 1's, which was set back: it is taken over.
-    fn is_later(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
-        if *object != BaseObject::Generations {
-            return Ok(false);
-        }
-        let place = object.relative();
-        let ours: Generations = record::decode(ours, &place)?;
-        let theirs: Generations = record::decode(theirs, &place)?;
-        let later = theirs.version > ours.version;
-        if later {
-            self.base.take_over_generations(&self.cluster, theirs)?;
-        }
-        Ok(later)
+    /// Takes over decisions that only tier 2 knows: this tier 1 was set back. Where both know what the other does not, nothing is
+    /// changed, and it is shown.
+    async fn join_generations(&self, object: &BaseObject) -> Result<(), Error> {
+        let key = object.key(&self.cluster);
+        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
+        let Some(theirs) = theirs else { return Ok(()) };
+        self.base.join_generations(&self.cluster, record::decode(&theirs, &key)?).await
     }
 
     /// Takes over what only tier 2 knows, so that tier 1's file has all of it.
@@ -377,7 +366,7 @@ impl BaseWork {
             BaseObject::Generations => {
                 let ours: Generations = record::decode(ours, &place)?;
                 let theirs: Generations = record::decode(theirs, &place)?;
-                Ok(ours.version > theirs.version)
+                Ok(ours.joined(&theirs).is_ok_and(|joined| joined == ours))
             }
             // What is on record never goes: tier 1 knows at least what tier 2 does, or has not adopted it.
             BaseObject::Timelines => {

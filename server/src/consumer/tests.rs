@@ -597,6 +597,55 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+type Damage = fn(&Path);
+
+/// What becomes of a file; the last two also of a folder.
+const DAMAGES: [(&str, Damage); 6] = [
+    ("zeros", |file| change(file, |old| vec![0; old.len()])),
+    ("garbage", |file| {
+        change(file, |old| (0..old.len()).map(|at| (at * 131 + 7) as u8).collect());
+    }),
+    ("cut", |file| change(file, |old| old[..old.len() / 2].to_vec())),
+    // As of a medium that gives an error: a folder cannot be read as a file.
+    ("unreadable", |file| {
+        std::fs::remove_file(file).unwrap();
+        std::fs::create_dir_all(file.join("in its place")).unwrap();
+    }),
+    ("gone", |file| {
+        if file.is_dir() {
+            std::fs::remove_dir_all(file).unwrap();
+        } else {
+            std::fs::remove_file(file).unwrap();
+        }
+    }),
+    ("no folder", |place| {
+        if place.is_dir() {
+            std::fs::remove_dir_all(place).unwrap();
+        } else {
+            std::fs::remove_file(place).unwrap();
+            std::fs::create_dir(place).unwrap();
+            return;
+        }
+        std::fs::write(place, "a file in its place").unwrap();
+    }),
+];
+
+fn change(file: &Path, how: impl Fn(&[u8]) -> Vec<u8>) {
+    std::fs::write(file, how(&std::fs::read(file).unwrap())).unwrap();
+}
+
+fn folders_below(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            found.push(entry.path());
+            found.extend(folders_below(&entry.path()));
+        }
+    }
+    found.sort();
+    found
+}
+
 /// P4: zeros in a consumer's state stopped archiving for ever (nats-server 4758, 6333).
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
@@ -621,25 +670,18 @@ async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
     let store = template.join("jetstream");
     let files = files_below(&store);
     assert!(files.iter().any(|file| file.ends_with("o.dat")), "{files:?}");
-    type Damage = fn(&[u8]) -> Option<Vec<u8>>;
-    let damages: [(&str, Damage); 4] = [
-        ("zeros", |old| Some(vec![0; old.len()])),
-        ("garbage", |old| Some((0..old.len()).map(|at| (at * 131 + 7) as u8).collect())),
-        ("cut", |old| Some(old[..old.len() / 2].to_vec())),
-        ("gone", |_| None),
-    ];
+    let folders = folders_below(&store);
+    assert!(folders.len() > 3, "{folders:?}");
     let mut next = 9;
-    for file in files {
+    for file in files.into_iter().chain(folders) {
         let relative = file.strip_prefix(&store).unwrap();
+        let damages = if file.is_dir() { &DAMAGES[4..] } else { &DAMAGES[..] };
         for (how, damage) in damages {
             let place = folder.path().join("damaged");
             let _ = std::fs::remove_dir_all(&place);
             copy_folder(&template, &place);
             let victim = place.join("jetstream").join(relative);
-            match damage(&std::fs::read(&file).unwrap()) {
-                Some(content) => std::fs::write(&victim, content).unwrap(),
-                None => std::fs::remove_file(&victim).unwrap(),
-            }
+            damage(&victim);
             s3.heal();
             // One that waits from before, and one that is finished while it runs.
             seal(root.path(), "pg-1", segment(next));

@@ -153,13 +153,16 @@ impl Base for BaseService {
         let cluster = self.base.resolve_open(named).await?;
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
-        self.quotas.put(&self.base, &cluster, size).await?;
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size, &caller).await?;
+        // What is there takes nothing: a retry whose first answer was lost.
+        let takes = if incoming.is_there() { 0 } else { size };
+        let coming = self.quotas.put(&self.base, &cluster, takes).await?;
         incoming.add(data).await?;
         while let Some(message) = self.next(&mut inbound).await? {
             incoming.add(piece(message.data)?).await?;
         }
         let existed = incoming.finish().await?;
+        coming.stored();
         Ok(Response::new(v1::PutFileResponse { existed }))
     }
 

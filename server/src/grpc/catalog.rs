@@ -258,6 +258,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
         unproven: Vec::new(),
         durable_as_of_time: view.durable_as_of_unix.unwrap_or(0.0),
         other_timelines: Vec::new(),
+        all_read_since_time: view.all_read_since_unix.unwrap_or(0.0),
     }
 }
 

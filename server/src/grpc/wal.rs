@@ -159,7 +159,15 @@ impl Wal for WalService {
         let current = base.resolve(named.base()).await?;
         let refuses = self.receiver.options.on_divergence == OnDivergence::Refuse;
         let reason = match base.check_system(&current, asked.system).await {
-            Err(other) if Code::of(&other) == Code::WrongSystem && refuses => return Err(other),
+            Err(other) if Code::of(&other) == Code::WrongSystem && refuses => {
+                // P11: remembered until a person decides, whatever the settings of the next server say.
+                let system = asked.system.system_identifier;
+                let reason = other.message().to_owned();
+                return match base.begin_generation(&current, reason, system, false).await {
+                    Err(refused) if Code::of(&refused) != Code::Diverged => Err(refused),
+                    _ => Err(other),
+                };
+            }
             Err(other) if Code::of(&other) == Code::WrongSystem => other.message().to_owned(),
             Err(trouble) => return Err(trouble),
             Ok(()) => self.receiver.comparer.why_another(&asked.writer_id, &current)?,

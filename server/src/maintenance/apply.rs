@@ -14,7 +14,7 @@ use crate::{base::Removal, errors};
 use klio_proto::Code;
 use klio_storage::{
     Error,
-    catalog::{BackupRecord, MaintenanceOutcome, RetentionPlan, outcomes},
+    catalog::{BackupRecord, MaintenanceOutcome, RetentionPlan, outcomes, retention::Hold},
     disk::durable,
     layout::{BackupName, BaseObject, ClusterName},
     record,
@@ -109,12 +109,12 @@ impl Inner {
         tell(Step { phase: "plan".into(), ..Step::default() });
         let plan = self.plan(cluster).await?;
         outcome.alarm = !plan.alarms.is_empty();
-        self.metrics.alarmed(cluster, outcome.alarm);
-        if outcome.alarm {
-            for alarm in &plan.alarms {
-                tracing::error!(%cluster, alarm, "nothing is removed");
-            }
-            outcome.held_back.clone_from(&plan.alarms);
+        self.metrics.alarmed(cluster, &plan.alarms);
+        for alarm in &plan.alarms {
+            tracing::error!(%cluster, alarm, "nothing is removed for good");
+        }
+        outcome.held_back.clone_from(&plan.alarms);
+        if plan.hold == Hold::All {
             return Ok(());
         }
         // P6: before anything goes, whether it is known what is damaged.
@@ -172,7 +172,8 @@ impl Inner {
             recorded,
             now_unix: self.base.now_unix(),
             orphan_seconds: ORPHAN_SECONDS,
-            prune: true,
+            // By the same clock packs that nobody needs, and snapshots without a record, go for good.
+            prune: plan.hold == Hold::Nothing,
             keep_marked_seconds: self.settings.maintenance.keep_marked_seconds,
             near: evicts.then_some(near),
             ..PruneJob::default()
@@ -232,6 +233,7 @@ mod tests {
             policies: Policies::default(),
             has_tier2: true,
             alarms: vec![],
+            hold: Hold::Nothing,
             backups: vec![
                 backup("gone-before", decision(false, false)),
                 backup("goes", decision(true, false)),

@@ -20,9 +20,9 @@ use tokio::{
 use tonic::Status;
 use tracing::{Instrument, field::Empty};
 
-/// Some steps tell nothing while they read: all trees of all snapshots, all pieces that are held twice. Of many terabytes in a slow
-/// bucket that takes hours; a child that hangs holds up its own cluster only.
-const SILENCE_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Every file that is read is told of, every ten seconds at most: silence is one read that does not end, as of a pack over a very
+/// slow link, or an index of many millions of pieces being sorted.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
 /// Told how far the work is; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);

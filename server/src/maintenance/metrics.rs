@@ -28,11 +28,15 @@ struct Last {
     all_read_since: Option<f64>,
     /// The clock cannot be believed.
     doubt: Option<bool>,
-    /// `None` while nobody knows.
-    alarm: Option<bool>,
+    /// Why the last plan let less go than the policies do; `None` while nobody knows.
+    alarms: Option<Vec<String>>,
 }
 
 impl Last {
+    fn is_alarmed(&self) -> bool {
+        self.alarms.as_ref().is_some_and(|alarms| !alarms.is_empty())
+    }
+
     fn damage(&self) -> usize {
         self.damaged.values().flatten().chain(&self.others).collect::<BTreeSet<_>>().len()
     }
@@ -78,6 +82,11 @@ impl MaintenanceMetrics {
     pub(super) fn covered(&self, cluster: &ClusterName, coverage: &Coverage) {
         self.last().entry(cluster.clone()).or_default().all_read_since =
             coverage.all_read_since_unix;
+    }
+
+    /// Since when all data was read; `None` when not all was.
+    pub fn all_read_since(&self, cluster: &ClusterName) -> Option<f64> {
+        self.last().get(cluster)?.all_read_since
     }
 
     /// Whether the clock cannot be believed; true when that is news.
@@ -171,7 +180,8 @@ impl MaintenanceMetrics {
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
         entry.maintained = Some(outcome.finished_unix);
-        entry.alarm = Some(outcome.alarm);
+        // An alarm's reasons are what was held back first.
+        entry.alarms = Some(if outcome.alarm { outcome.held_back.clone() } else { Vec::new() });
     }
 
     /// Unix time of the last run; `None` when there was none.
@@ -181,15 +191,15 @@ impl MaintenanceMetrics {
 
     /// Whether the last plan had to be empty, as far as is known.
     pub(super) fn is_alarmed(&self, cluster: &ClusterName) -> bool {
-        self.last().get(cluster).and_then(|last| last.alarm).unwrap_or(false)
+        self.last().get(cluster).is_some_and(Last::is_alarmed)
     }
 
-    /// Whether a plan had to be empty.
-    pub(super) fn alarmed(&self, cluster: &ClusterName, alarm: bool) {
-        self.last().entry(cluster.clone()).or_default().alarm = Some(alarm);
+    /// Why a plan had to let less go; nothing when all is well.
+    pub(super) fn alarmed(&self, cluster: &ClusterName, alarms: &[String]) {
+        self.last().entry(cluster.clone()).or_default().alarms = Some(alarms.to_vec());
     }
 
-    /// What stays bad until a drill or a verification ends well, in words.
+    /// What stays bad until a drill, a verification or maintenance ends well, in words.
     pub fn problems(&self, cluster: &ClusterName) -> Vec<String> {
         let last = self.last();
         let Some(last) = last.get(cluster) else { return Vec::new() };
@@ -199,6 +209,7 @@ impl MaintenanceMetrics {
             let first = first.lines().next().unwrap_or_default();
             problems.push(format!("the newest drill failed, of backup {}: {first}", drill.backup));
         }
+        problems.extend(last.alarms.iter().flatten().map(|alarm| format!("retention: {alarm}")));
         let damage = last.damage();
         if damage > 0 {
             problems.push(format!(
@@ -214,8 +225,8 @@ impl MaintenanceMetrics {
         self.tallies.read(clusters, &zeros.copied().collect::<Vec<_>>(), out);
         for (cluster, last) in self.last().iter().filter(|(name, _)| clusters.contains(name)) {
             let mut put = |name, value| out.push(Reading::of(name, cluster, value));
-            if let Some(alarm) = last.alarm {
-                put("klio.maintenance.alarm", f64::from(u8::from(alarm)));
+            if last.alarms.is_some() {
+                put("klio.maintenance.alarm", f64::from(u8::from(last.is_alarmed())));
             }
             if let Some(time) = last.maintained {
                 put("klio.maintenance.latest_time", time);
@@ -391,6 +402,11 @@ mod tests {
         assert!(!alarm(&outcome));
         outcome.alarm = true;
         assert!(alarm(&outcome));
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        metrics.alarmed(&pg, &["backup b: clocks".to_owned()]);
+        assert_eq!(metrics.problems(&pg), ["retention: backup b: clocks"]);
+        metrics.alarmed(&pg, &[]);
+        assert_eq!(metrics.problems(&pg), [""; 0]);
     }
 
     #[test]

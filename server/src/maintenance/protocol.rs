@@ -10,6 +10,7 @@ use klio_storage::{
     layout::{BackupName, ClusterName},
     repository::SnapshotId,
     tier2::Sha256Sum,
+    wal::LevelChange,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, path::PathBuf};
@@ -52,7 +53,7 @@ pub struct PruneJob {
     pub now_unix: f64,
     /// Seconds.
     pub orphan_seconds: f64,
-    /// Look for packs that nobody needs.
+    /// Look for snapshots and packs that nobody needs, which go for good.
     pub prune: bool,
     /// Seconds for which a pack stays after it was marked.
     pub keep_marked_seconds: u64,
@@ -165,6 +166,9 @@ pub struct VerifyResult {
     /// How far the packs were read; nothing where they were not come to.
     #[serde(default)]
     pub advance: Advance,
+    /// What the WAL says of its level, where all of it was read.
+    #[serde(default)]
+    pub levels: Vec<LevelChange>,
 }
 
 /// How far it is.

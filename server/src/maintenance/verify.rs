@@ -21,6 +21,7 @@ use klio_storage::{
         recovery::{Hole, Path},
     },
     layout::{BackupName, BaseObject, ClusterName},
+    wal::LevelChange,
 };
 use std::collections::BTreeSet;
 use tonic::Status;
@@ -37,6 +38,24 @@ pub struct Request {
 }
 
 impl Inner {
+    /// Stretches of `wal_level = minimal` in WAL that an earlier build received: they are holes from now on.
+    async fn learn_levels(
+        &self,
+        cluster: &ClusterName,
+        found: Vec<LevelChange>,
+    ) -> Result<(), Status> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let (store, name) = (self.base.wal().clone(), cluster.clone());
+        let added = tokio::task::spawn_blocking(move || store.add_levels(&name, &found)).await;
+        let added = added.map_err(|e| Code::Internal.status(format!("note WAL levels: {e}")))?;
+        if added.map_err(|e| errors::status(&e))? {
+            self.base.announce(cluster, BaseObject::WalLevels, 0);
+        }
+        Ok(())
+    }
+
     pub(super) async fn verify(
         &self,
         cluster: &ClusterName,
@@ -66,6 +85,7 @@ impl Inner {
             ..self.job(cluster, &chosen, &others, again, request)
         };
         let result = self.read_back(cluster, job, tell).await?;
+        self.learn_levels(cluster, result.levels.clone()).await?;
         let coverage = coverage.after(&result.advance, began_unix);
         self.base.keep_coverage(cluster, coverage).await?;
         self.metrics.covered(cluster, &coverage);

@@ -27,6 +27,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const GOOD_RUN: Duration = Duration::from_secs(60);
 /// Runs in a row that were not good, after which the store is taken for the reason.
 const BAD_RUNS_MAX: u32 = 3;
+/// Stores that the disk does not let go are moved out of the way, so often.
+const ASIDE_MAX: u32 = 1000;
 /// How often counts are refreshed and the stream's existence is looked at.
 const TEND_INTERVAL: Duration = Duration::from_secs(2);
 /// Publishes that failed without one that did not, over at least this time.
@@ -71,11 +73,13 @@ pub(super) async fn embedded(
 /// Takes the store away, or at least out of the way.
 async fn discard_store(folder: &Path) {
     let store = folder.join(child::STORE);
-    let aside = folder.join("jetstream.damaged");
     let gone = tokio::fs::remove_dir_all(&store).await;
     let gone = match gone {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tokio::fs::rename(&store, &aside).await
+            // What a bad disk did not let go before lies under an earlier number.
+            let aside = |number: u32| folder.join(format!("jetstream.damaged.{number}"));
+            let free = (1..=ASIDE_MAX).map(aside).find(|place| !place.exists());
+            tokio::fs::rename(&store, free.unwrap_or_else(|| aside(ASIDE_MAX))).await
         }
         _ => Ok(()),
     };

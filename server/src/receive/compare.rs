@@ -490,7 +490,8 @@ impl Comparer {
         let all = self.base.generations(cluster).await?;
         // Behind a gap the first record says next to nothing.
         if (seam.is_none() || open.gap.is_some())
-            && let Some(refused) = all.undecided().find(|g| !g.taken)
+            && let Some(refused) =
+                all.undecided().find(|g| !g.taken && g.is_of(open.system.system_identifier))
         {
             return Err(Code::Diverged.status(format!(
                 "open cluster {cluster}: {unproven}, and another history was refused under this name: {}",

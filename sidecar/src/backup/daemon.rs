@@ -14,7 +14,7 @@ use crate::{
 };
 use jiff::Timestamp;
 use klio_proto::Code;
-use klio_storage::catalog::BackupRecord;
+use klio_storage::{catalog::BackupRecord, layout::ClusterName};
 use rand::{SeedableRng, rngs::StdRng};
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -73,12 +73,15 @@ struct Loop<C> {
     base: BaseLink,
     clock: C,
     rng: StdRng,
+    /// The history that PostgreSQL continued when it was asked last.
+    place: ClusterName,
 }
 
 impl<C: Fn() -> Timestamp> Loop<C> {
     fn new(backup: Backup, clock: C) -> Self {
         let base = BaseLink::new(backup.link.clone(), backup.stop.child_token());
-        Self { backup, base, clock, rng: StdRng::from_os_rng() }
+        let place = backup.cluster.clone();
+        Self { backup, base, clock, rng: StdRng::from_os_rng(), place }
     }
 
     async fn run(mut self, schedule: Option<Schedule>) {
@@ -144,8 +147,14 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
     }
 
-    async fn newest(&self) -> Result<Option<BackupRecord>, Error> {
-        let newest = take::newest(&self.backup, &self.base).await?;
+    /// The newest backup of the history that PostgreSQL continues: those of another one do not lead to what it writes now. One
+    /// that cannot say which it is, is taken for the one of before.
+    async fn newest(&mut self) -> Result<Option<BackupRecord>, Error> {
+        match self.backup.history(None).await {
+            Ok(place) => self.place = place,
+            Err(error) => tracing::debug!("{}", error.message),
+        }
+        let newest = take::newest(&self.backup.of(self.place.clone()), &self.base).await?;
         if let Some(record) = &newest {
             self.backup.metrics.known(record);
         }
@@ -154,7 +163,11 @@ impl<C: Fn() -> Timestamp> Loop<C> {
 
     /// A backup that somebody else took counts as well.
     async fn refresh(&mut self, planner: &mut Planner) {
+        let before = self.place.clone();
         match self.newest().await {
+            Ok(newest) if self.place != before => {
+                planner.moved(newest.as_ref().and_then(begun), &mut self.rng);
+            }
             Ok(newest) => planner.saw(newest.as_ref().and_then(begun), &mut self.rng),
             Err(error) => tracing::debug!("{}", error.message),
         }

@@ -172,6 +172,8 @@ impl Backup {
             Ok(cluster) => self.of(cluster).phases_there(order, backup).await,
             // A role without REPLICATION can take a backup; the server refuses it where there are several histories.
             Err(error) if matches!(error.failure, Failure::Postgres | Failure::PostgresRefused) => {
+                // One that cannot be reached at all is that, and not one whose history is not shown.
+                drop(session::Session::open(Arc::clone(&self.info)).await?);
                 tracing::warn!(
                     "{}; the backup is taken without showing which history it is of; hint: ALTER ROLE ... REPLICATION, and a line for replication in pg_hba.conf",
                     error.message

@@ -122,6 +122,14 @@ impl Planner {
         }
     }
 
+    /// PostgreSQL continues another history now: only its own backups count, and without one it gets one at once.
+    pub fn moved(&mut self, begun: Option<Timestamp>, rng: &mut impl Rng) {
+        self.newest = begun;
+        self.retry = None;
+        self.backoff.reset();
+        self.delay = draw(self.jitter, rng);
+    }
+
     /// It did not work out; gives the pause until the next attempt.
     pub fn failed(&mut self, now: Timestamp, rng: &mut impl Rng) -> Duration {
         let pause = self.backoff.pause(rng);
@@ -168,6 +176,21 @@ mod tests {
         assert_eq!(next(daily, "2027-10-31T01:10:00Z"), "2027-11-01T01:30:00Z");
         let often = "*/30 * * * * Europe/Berlin";
         assert_eq!(next(often, "2027-03-28T00:30:00Z"), "2027-03-28T01:00:00Z");
+    }
+
+    /// A restore of the primary: the backups of before lead to another history.
+    #[test]
+    fn a_new_history_gets_a_backup_at_once() {
+        let mut rng = StdRng::seed_from_u64(1);
+        let (mut planner, now) =
+            (planner(Some("2026-11-20T01:00:00Z")), at("2026-11-20T12:00:00Z"));
+        assert!(planner.due(now).is_some_and(|due| due > now));
+        planner.moved(None, &mut rng);
+        assert_eq!(planner.due(now), Some(now));
+        planner.succeeded(now, &mut rng);
+        assert!(planner.due(now).is_some_and(|due| due > now));
+        planner.moved(Some(at("2026-11-18T01:00:00Z")), &mut rng);
+        assert!(planner.due(now).is_some_and(|due| due < now), "an older one is overdue");
     }
 
     #[test]

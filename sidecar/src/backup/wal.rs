@@ -55,6 +55,12 @@ fn judge(holdings: &Holdings, needed: &Needed) -> Result<Verdict, klio_storage::
     Ok(if newer { Verdict::Hole(timeline, run) } else { Verdict::Missing(timeline, run) })
 }
 
+/// Changes with whatever comes: a stream that catches up may be far before what is missing.
+fn progress(holdings: &Holdings, (timeline, missing): (TimelineId, Run)) -> (Lsn, Option<Lsn>) {
+    let runs = holdings.timeline(timeline).map(|line| line.runs.as_slice()).unwrap_or_default();
+    (missing.start, runs.iter().map(|run| run.end).max())
+}
+
 /// Waits for it; gives up when nothing more came for `patience`.
 ///
 /// # Errors
@@ -66,8 +72,8 @@ pub async fn wait(
     patience: Duration,
 ) -> Result<(), Error> {
     let mut pause = PAUSE_MIN;
-    let mut at = None;
-    let mut since = Instant::now();
+    let (mut hole_at, mut progress_at) = (None, None);
+    let (mut hole_since, mut progress_since) = (Instant::now(), Instant::now());
     loop {
         let holdings = holdings(base, cluster).await?;
         let verdict = judge(&holdings, &needed)
@@ -77,14 +83,19 @@ pub async fn wait(
             Verdict::Missing(timeline, run) => ((timeline, run), false),
             Verdict::Hole(timeline, run) => ((timeline, run), true),
         };
-        if at != Some(missing.1.start) {
-            at = Some(missing.1.start);
-            since = Instant::now();
+        // What comes behind a hole is no progress for it.
+        let hole_now = hole.then_some(missing.1.start);
+        if hole_at != hole_now {
+            (hole_at, hole_since) = (hole_now, Instant::now());
         }
-        let waited = since.elapsed();
-        if hole && waited >= HOLE.min(patience) {
+        let progress = Some(progress(&holdings, missing));
+        if progress_at != progress {
+            (progress_at, progress_since) = (progress, Instant::now());
+        }
+        if hole && hole_since.elapsed() >= HOLE.min(patience) {
             return Err(never(missing, &needed));
         }
+        let waited = progress_since.elapsed();
         if waited >= patience {
             return Err(not_yet(missing, waited));
         }
@@ -165,5 +176,15 @@ mod tests {
         assert_eq!(verdict(&[]), Verdict::Missing(timeline, run(100, 200)));
         assert_eq!(verdict(&[(150, 300)]), Verdict::Hole(timeline, run(100, 150)));
         assert_eq!(verdict(&[(50, 120), (150, 300)]), Verdict::Hole(timeline, run(120, 150)));
+    }
+
+    #[test]
+    fn a_stream_that_is_still_before_the_backup_comes_nearer() {
+        let missing =
+            (TimelineId::new(1).unwrap(), Run { start: Lsn::new(100), end: Lsn::new(200) });
+        let at = |runs: &[(u64, u64)]| progress(&held(runs), missing);
+        assert_ne!(at(&[(10, 20)]), at(&[(10, 30)]));
+        assert_eq!(at(&[(10, 30)]), at(&[(10, 30)]));
+        assert_eq!(progress(&Holdings::default(), missing).1, None);
     }
 }

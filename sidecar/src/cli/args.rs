@@ -247,6 +247,15 @@ pub struct RestoreArgs {
     /// A copy to look at: no archiving, subscriptions, preloaded libraries, synchronous standbys or TCP, also once promoted
     #[arg(long)]
     pub harmless: bool,
+    /// A standby: standby.signal, no end, always the newest timeline. Without a --target flag
+    #[arg(long)]
+    pub standby: bool,
+    /// Which primary a standby streams from (primary_conninfo) [default: none, it follows what is archived]
+    #[arg(long, value_name = "DSN")]
+    pub primary_conninfo: Option<String>,
+    /// The primary's physical replication slot for this standby (primary_slot_name)
+    #[arg(long, value_name = "NAME")]
+    pub primary_slot_name: Option<String>,
     /// Show the plan and touch nothing
     #[arg(long)]
     pub dry_run: bool,

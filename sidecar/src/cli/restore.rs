@@ -9,9 +9,10 @@ use super::{
 };
 use crate::{
     config::Config,
+    conninfo::Written,
     error::{Error, Failure},
     restore::{
-        Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Wish,
+        Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Standby, Wish,
         explain_time, parse_time, show_time,
     },
 };
@@ -68,6 +69,7 @@ fn wrong(message: impl std::fmt::Display) -> Error {
 }
 
 fn order(args: &RestoreArgs) -> Result<Order, Error> {
+    let standby = standby(args)?;
     let target = target(&args.target)?;
     let timeline = timeline(args.target_timeline.as_deref())?;
     let backup = args.backup.as_deref().map(str::parse).transpose();
@@ -83,16 +85,59 @@ fn order(args: &RestoreArgs) -> Result<Order, Error> {
             target,
             timeline,
             backup,
-            stop_at_end: true,
+            stop_at_end: standby.is_none(),
         },
         to: absolute(&args.to)?,
         maps: maps?,
         action,
+        standby,
         delta: args.delta,
         beside: None,
         harmless: args.harmless,
         alone: false,
     })
+}
+
+/// A standby has no end, and is there to take over.
+fn standby(args: &RestoreArgs) -> Result<Option<Standby>, Error> {
+    if !args.standby {
+        return match (&args.primary_conninfo, &args.primary_slot_name) {
+            (None, None) => Ok(None),
+            (Some(_), _) => Err(wrong("read --primary-conninfo: expected --standby beside it")),
+            (_, Some(_)) => Err(wrong("read --primary-slot-name: expected --standby beside it")),
+        };
+    }
+    let target = &args.target;
+    let follows = args.target_timeline.as_deref().is_none_or(|timeline| timeline == "latest");
+    let no_end =
+        "a standby has no end, it follows its primary: leave that out, or leave --standby out";
+    for (is_set, flag, why) in [
+        (target.target_time.is_some(), "--target-time", no_end),
+        (target.target_lsn.is_some(), "--target-lsn", no_end),
+        (target.target_name.is_some(), "--target-name", no_end),
+        (target.target_xid.is_some(), "--target-xid", no_end),
+        (target.target_immediate, "--target-immediate", no_end),
+        (args.target_action.is_some(), "--target-action", no_end),
+        (args.exclusive, "--exclusive", no_end),
+        (!follows, "--target-timeline", "a standby follows the newest timeline: leave that out"),
+        (
+            args.harmless,
+            "--harmless",
+            "a standby acts on its primary, and may have to take over: to look at a state, restore without --standby",
+        ),
+    ] {
+        if is_set {
+            return Err(wrong(format!("read {flag}: expected none beside --standby")).hint(why));
+        }
+    }
+    let primary = args.primary_conninfo.as_deref().map(Written::parse).transpose();
+    let primary = primary.map_err(|error| wrong(format!("read --primary-conninfo: {error}")))?;
+    let slot = args.primary_slot_name.as_deref().map(str::parse).transpose();
+    let slot = slot.map_err(|error| wrong(format!("read --primary-slot-name: {error}")))?;
+    if slot.is_some() && primary.is_none() {
+        return Err(wrong("read --primary-slot-name: expected --primary-conninfo beside it"));
+    }
+    Ok(Some(Standby { primary, slot }))
 }
 
 fn exclusive(args: &RestoreArgs, target: &Target) -> Result<bool, Error> {
@@ -212,16 +257,20 @@ pub(super) fn recovery(recovery: &Recovery, inclusive: bool) -> String {
 fn describe(planned: &Planned, order: &Order) -> String {
     let Decision { plan, recovery: target, inclusive, .. } = &planned.decision;
     let record = &plan.backup;
+    let settings = planned.settings();
+    let target = match &settings.standby {
+        Some(standby) => standby.describe(),
+        None => format!("{}, then {}", recovery(target, *inclusive), settings.action.name()),
+    };
+    let newest = if settings.standby.is_some() { ", and whichever comes after it" } else { "" };
     let mut out = format!(
-        "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {}, then {}\n  timeline     {}\n  WAL          from {}, held to {}{}\n  size         {} in {} files\n",
+        "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {target}\n  timeline     {}{newest}\n  WAL          from {}, held to {}{}\n  size         {} in {} files\n",
         planned.places.data.display(),
         record.name,
         text::time(record.started_postgres_unix),
         text::time(record.stopped_postgres_unix),
         record.stop_lsn,
         record.stop_timeline.get(),
-        recovery(target, *inclusive),
-        planned.settings.action.name(),
         plan.path.timeline().get(),
         record.start_lsn,
         plan.reach.end,
@@ -245,12 +294,9 @@ fn to_json(planned: &Planned, order: &Order) -> Value {
         .linked()
         .map(|(oid, place)| json!({ "oid": oid, "location": place }))
         .collect();
-    let settings: serde_json::Map<String, Value> = planned
-        .settings
-        .pairs()
-        .into_iter()
-        .map(|(name, value)| (name.into(), value.into()))
-        .collect();
+    let settings = planned.settings();
+    let shown = settings.shown().into_iter().map(|(name, value)| (name.into(), value.into()));
+    let shown: serde_json::Map<String, Value> = shown.collect();
     let hole = match &plan.reach.stop {
         Stop::Hole(hole) => json!(hole),
         Stop::End { .. } => Value::Null,
@@ -263,13 +309,17 @@ fn to_json(planned: &Planned, order: &Order) -> Value {
         "wal_from": plan.backup.start_lsn,
         "wal_to": plan.reach.end,
         "hole": hole,
-        "target": recovery(&planned.decision.recovery, planned.decision.inclusive),
+        "target": if settings.standby.is_some() { Value::Null } else { json!(recovery(&planned.decision.recovery, planned.decision.inclusive)) },
         "asked_time": match order.wish.target {
             Target::Time { unix_micros } => json!(show_time(unix_micros)),
             _ => Value::Null,
         },
-        "action": planned.settings.action,
-        "settings": settings,
+        "action": match settings.standby {
+            Some(_) => Value::Null,
+            None => json!(settings.action),
+        },
+        "standby": settings.standby.is_some(),
+        "settings": shown,
         "files": planned.files,
         "bytes": planned.bytes,
         "notes": planned.notes,
@@ -290,8 +340,18 @@ fn summary(done: &Done, order: &Order, major: u32) -> String {
     let rate = done.bytes as f64 / done.seconds.max(0.001);
     let removed =
         if done.removed > 0 { format!(", {} removed", done.removed) } else { String::new() };
+    let next = match order.standby {
+        Some(_) => "which becomes a standby, and is made a primary by pg_ctl promote only",
+        None => "which recovers by itself",
+    };
+    let slot = order.standby.as_ref().and_then(|standby| standby.slot.as_ref());
+    let slot = slot.map_or_else(String::new, |slot| {
+        format!(
+            "the slot has to be there on the primary: select pg_create_physical_replication_slot('{slot}')\n"
+        )
+    });
     format!(
-        "restored {} in {} files in {} ({}/s); {} written{removed}\nnext: start PostgreSQL {major}, which recovers by itself:\n  pg_ctl -D {} start\n",
+        "restored {} in {} files in {} ({}/s); {} written{removed}\nnext: start PostgreSQL {major}, {next}:\n  pg_ctl -D {} start\n{slot}",
         text::size(done.bytes),
         done.files,
         text::duration(done.seconds),
@@ -319,6 +379,48 @@ pub(super) fn view(seen: &Seen) -> View {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_standby_takes_no_end_and_its_primary_is_checked() {
+        use super::super::args::Command;
+        use clap::Parser;
+        let order = |more: &[&str]| {
+            let words = [&["klio", "restore", "--to", "/new"], more].concat();
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Restore(args) => order(&args),
+                other => panic!("{other:?}"),
+            }
+        };
+        for (more, said) in [
+            (&["--target-time", "2026-01-01 00:00:00Z"][..], "--target-time"),
+            (&["--target-lsn", "0/1"], "--target-lsn"),
+            (&["--target-name", "x"], "--target-name"),
+            (&["--target-xid", "700"], "--target-xid"),
+            (&["--target-immediate"], "--target-immediate"),
+            (&["--target-action", "promote"], "--target-action"),
+            (&["--target-timeline", "2"], "--target-timeline"),
+            (&["--exclusive"], "--exclusive"),
+            (&["--harmless"], "--harmless"),
+            (&["--primary-conninfo", "host=a pasword=geheim"], "\"pasword\""),
+            (&["--primary-conninfo", ""], "--primary-conninfo"),
+            (
+                &["--primary-conninfo", "host=a", "--primary-slot-name", "No'"],
+                "--primary-slot-name",
+            ),
+            (&["--primary-slot-name", "s"], "--primary-conninfo"),
+        ] {
+            let error = order(&[&["--standby"], more].concat()).unwrap_err();
+            assert_eq!(error.failure, Failure::Config, "{more:?}");
+            assert!(error.message.contains(said), "{more:?}: {error}");
+            assert!(!error.to_string().contains("geheim"), "{error}");
+        }
+        for more in [["--primary-conninfo", "host=a"], ["--primary-slot-name", "s"]] {
+            assert!(order(&more).unwrap_err().message.contains("--standby"), "{more:?}");
+        }
+        let made = order(&["--standby", "--latest", "--target-timeline", "latest"]).unwrap();
+        assert_eq!((made.standby, made.wish.stop_at_end), (Some(Standby::default()), false));
+        assert!(order(&[]).unwrap().wish.stop_at_end);
+    }
 
     #[test]
     fn what_is_typed_is_read_or_refused_with_the_flag_s_name() {

@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use klio_storage::catalog::{
         Policies,
-        retention::{BackupPlan, WalPlan},
+        retention::{BackupPlan, Hold, WalPlan},
     };
 
     #[test]
@@ -160,6 +160,7 @@ mod tests {
             policies: Policies::default(),
             has_tier2: true,
             alarms: vec!["a record cannot be read".into()],
+            hold: Hold::All,
             backups: vec![BackupPlan {
                 name: "20261121T051800Z".parse().unwrap(),
                 committed_unix: 1_795_238_280.0,

@@ -41,15 +41,24 @@ fn is_bad(answer: &StatusResponse) -> bool {
 fn problems(c: &ClusterStatus) -> Vec<String> {
     let mut problems = c.problems.clone();
     if !c.connected {
-        let since = durable_as_of(c).map_or_else(
-            || "and how far PostgreSQL went on is not known".to_owned(),
-            |time| format!("and what PostgreSQL wrote after {} is not here", text::time(time)),
-        );
-        problems.push(format!(
-            "nothing streams, {since}: start klio stream beside PostgreSQL, or look at its log"
-        ));
+        problems.push(unstreamed(c));
     }
     problems
+}
+
+/// A stream that goes elsewhere is not one that stands still: PostgreSQL is not to be looked at for it.
+fn unstreamed(c: &ClusterStatus) -> String {
+    if let Some(apart) = c.generations.iter().find(|g| g.connected && g.state != "current") {
+        return format!(
+            "nothing streams into the current generation: klio stream is received apart, into generation {} ({})",
+            apart.number, apart.state
+        );
+    }
+    let since = durable_as_of(c).map_or_else(
+        || "and how far PostgreSQL went on is not known".to_owned(),
+        |time| format!("and what PostgreSQL wrote after {} is not here", text::time(time)),
+    );
+    format!("nothing streams, {since}: start klio stream beside PostgreSQL, or look at its log")
 }
 
 fn durable_as_of(c: &ClusterStatus) -> Option<f64> {
@@ -109,6 +118,11 @@ fn to_table(answer: &StatusResponse) -> String {
                 other.standing,
                 text::lsn(other.flushed_lsn)
             );
+        }
+        if cluster.all_read_since_time > 0.0 {
+            let within = (text::now() - cluster.all_read_since_time).max(0.0);
+            let within = text::duration(within);
+            out += &format!("{}: all backup data read within {within}\n", line(&cluster.cluster));
         }
         for gap in &cluster.gaps {
             out += &format!("{}: {}\n", line(&cluster.cluster), gap_text(gap));
@@ -198,6 +212,8 @@ fn to_json(answer: &StatusResponse) -> Value {
                 "system_identifier": c.system_identifier.to_string(),
                 "segment_size": c.segment_size,
                 "postgres_version": c.postgres_version,
+                "all_read_since_time":
+                    (c.all_read_since_time > 0.0).then(|| text::time(c.all_read_since_time)),
                 "connected": c.connected,
                 "timeline": c.timeline,
                 "received_lsn": known(c.received_lsn),
@@ -265,6 +281,25 @@ mod tests {
         assert_eq!(value["clusters"][0]["flushed_lsn"], "0/3000060");
         assert_eq!(value["clusters"][0]["archived_lsn"], Value::Null);
         assert_eq!(value["clusters"][0]["gaps"][0]["bytes"], 1 << 20);
+    }
+
+    #[test]
+    fn a_stream_into_another_generation_is_no_stream_that_stands_still() {
+        let generation = |number, state: &str, connected| klio_proto::v1::Generation {
+            number,
+            state: state.into(),
+            connected,
+            ..Default::default()
+        };
+        let mut cluster = ClusterStatus {
+            generations: vec![generation(1, "current", false), generation(2, "undecided", true)],
+            ..ClusterStatus::default()
+        };
+        let text = problems(&cluster).join(" ");
+        assert!(text.contains("into generation 2 (undecided)"), "{text}");
+        assert!(!text.contains("start klio stream"), "{text}");
+        cluster.generations[1].connected = false;
+        assert!(problems(&cluster)[0].contains("start klio stream"));
     }
 
     /// Whatever the server says of a stream that ended: an older one says 0.

@@ -1,7 +1,7 @@
 //! `klio wal-fetch %f "%p"`: what restore_command runs.
 //!
-//! P7: only a source's definitive NOT_FOUND is "no such file"; everything else is tried again until the
-//! timeout and then stops recovery. Where a standby asks, it is tried once, for some seconds, and PostgreSQL asks again
+//! P7: only a source's definitive NOT_FOUND is "no such file", and the beginning of a segment of which PostgreSQL has as
+//! much itself (own.rs); everything else is tried again until the timeout and then stops recovery. Where a standby asks, it is tried once, for some seconds, and PostgreSQL asks again
 //! (asker.rs). PATH appears complete and of the exact size, or not at all.
 //!
 //! PostgreSQL's own %p is not fsynced: a file that it keeps goes through durable_rename(), which fsyncs it first
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     agent::client::Outcome,
     config::Config,
-    error::{Error, Failure},
+    error::{Error, Failure, local},
     wal_source::{self, Expected, Fetch, Target},
 };
 use klio_proto::Code;
@@ -29,6 +29,7 @@ use std::{
 };
 
 mod asker;
+mod own;
 mod quick;
 mod resident;
 
@@ -46,7 +47,14 @@ pub(super) fn quickly(arguments: &[OsString], asker: Asker) -> Result<u8, Vec<Os
     let Some(resident) = request.resident() else { return Err(longer) };
     let patience = asker.patience(request.timeout, None);
     match resident.ask(request.file, &request.path, &patience) {
-        Outcome::Placed => Ok(exit::OK),
+        Outcome::Placed => match own::is_enough(request.file, &request.path) {
+            Ok(false) => Ok(exit::OK),
+            Ok(true) => {
+                super::say(&format!("klio wal-fetch: {}", own::message(request.file)));
+                Ok(Code::NotFound.exit())
+            }
+            Err(_) => Err(longer),
+        },
         Outcome::Absent(message) => {
             super::say(&format!("klio wal-fetch: {message}"));
             Ok(Code::NotFound.exit())
@@ -84,7 +92,7 @@ pub(super) async fn run(
     {
         // Blocks this thread, which has nothing else to do.
         match resident.ask(file, &args.path, &patience) {
-            Outcome::Placed => return Ok(exit::OK),
+            Outcome::Placed => return placed(file, &args.path),
             Outcome::Absent(message) => {
                 return Err(Error::new(Failure::Code(Code::NotFound), message));
             }
@@ -95,7 +103,16 @@ pub(super) async fn run(
         }
     }
     directly(config, file, &args.path, &patience).await?;
-    Ok(exit::OK)
+    placed(file, &args.path)
+}
+
+/// It is there; PostgreSQL takes it unless its own is the longer one.
+fn placed(file: WalFile, path: &Path) -> Result<u8, Error> {
+    match own::is_enough(file, path) {
+        Ok(false) => Ok(exit::OK),
+        Ok(true) => Err(Error::new(Failure::Code(Code::NotFound), own::message(file))),
+        Err(error) => Err(local("compare with PostgreSQL's own", path, &error)),
+    }
 }
 
 /// Fetches without an agent.

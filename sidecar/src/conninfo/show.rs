@@ -55,7 +55,7 @@ impl fmt::Display for ConnInfo {
     }
 }
 
-fn quote(value: &str) -> String {
+pub(super) fn quote(value: &str) -> String {
     let plain = |c: char| !c.is_whitespace() && c != '\'' && c != '\\';
     if !value.is_empty() && value.chars().all(plain) {
         return value.to_owned();

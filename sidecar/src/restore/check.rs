@@ -45,7 +45,10 @@ pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(),
         places.tablespaces.values().try_for_each(|place| empty(place))?;
         places.new_places().try_for_each(|(_, place)| new_place(place))?;
     }
-    places.all().try_for_each(writable)
+    places.all().try_for_each(|place| {
+        in_no_other(place, &places.data)?;
+        writable(place)
+    })
 }
 
 /// The part of it that needs no look at WAL, which may take long: the data directory.
@@ -53,6 +56,7 @@ pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(),
 /// # Errors
 /// Why not.
 pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), Error> {
+    in_no_other(data, data)?;
     not_running(data)?;
     if delta {
         same_cluster(data, record)?
@@ -60,6 +64,38 @@ pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), 
         empty(data)?
     }
     writable(data)
+}
+
+/// Within another data directory or its tablespaces a restore would be part of that PostgreSQL, of its backups and of what
+/// a `--delta` cleans. `own`: the directory that is restored to.
+fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
+    let folder = existing(place);
+    let real = |path: &Path| fs::canonicalize(path).map_err(|error| local("look at", path, &error));
+    let real_folder = real(folder)?;
+    let own = fs::canonicalize(own).ok();
+    let above = real_folder.ancestors().skip(usize::from(folder == place));
+    let of = |above: &&Path| Some(*above) != own.as_deref() && is_postgresql(above);
+    match above.into_iter().find(of) {
+        None => Ok(()),
+        Some(other) => Err(no(
+            format!(
+                "restore to {}: expected a place of its own, found that it lies in {}, which is PostgreSQL's",
+                place.display(),
+                other.display()
+            ),
+            "choose a directory outside of any data directory and tablespace",
+        )),
+    }
+}
+
+/// A data directory, one that an unfinished restore makes, or what a tablespace has for a version (`PG_15_202209061`).
+fn is_postgresql(folder: &Path) -> bool {
+    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let version = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    version.is_some_and(|(major, catalog)| number(major) && number(catalog))
+        || folder.join("global/pg_control").exists()
+        || folder.join(MARKER).exists()
 }
 
 /// D3. A file that a crash left looks the same as one of a PostgreSQL in another container.
@@ -97,7 +133,17 @@ fn occupied(place: &Path) -> Result<bool, Error> {
             }
             Ok(false)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(place) {
+            Ok(to) => Err(no(
+                format!(
+                    "restore to {}: expected a directory, found a link to {}, which is not there",
+                    place.display(),
+                    to.display()
+                ),
+                "make what it leads to, or remove the link",
+            )),
+            Err(_) => Ok(false),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
             let place = place.display();
             Err(no(format!("restore to {place}: expected a directory, found a file"), ""))
@@ -253,6 +299,48 @@ mod tests {
             assert!(error.message.contains("expected a directory, found a file"), "{error}");
         }
         assert!(empty(&scratch.path().join("none")).is_ok());
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_called_one() {
+        let scratch = tempfile::tempdir().unwrap();
+        let link = scratch.path().join("link");
+        std::os::unix::fs::symlink(scratch.path().join("none"), &link).unwrap();
+        let error = empty(&link).unwrap_err();
+        assert!(error.message.contains("found a link to") && !error.hint.is_empty(), "{error}");
+    }
+
+    /// The copy would be part of the other PostgreSQL, and of its backups.
+    #[test]
+    fn a_restore_never_goes_into_another_data_directory_or_its_tablespaces() {
+        let scratch = tempfile::tempdir().unwrap();
+        let live = scratch.path().join("live");
+        fs::create_dir_all(live.join("global")).unwrap();
+        fs::write(live.join("global/pg_control"), "").unwrap();
+        fs::create_dir_all(live.join("empty")).unwrap();
+        let space = scratch.path().join("space/PG_15_202209061");
+        fs::create_dir_all(&space).unwrap();
+        let link = scratch.path().join("link");
+        std::os::unix::fs::symlink(&live, &link).unwrap();
+        for inside in [
+            live.join("new"),
+            live.join("new/below"),
+            live.join("empty"),
+            link.join("new"),
+            space.join("new"),
+        ] {
+            let error = in_no_other(&inside, &inside).unwrap_err();
+            assert!(error.message.contains("PostgreSQL's"), "{error}");
+        }
+        // --delta onto it, what lies in it itself, and a place beside it.
+        for (place, own) in [
+            (live.clone(), live.clone()),
+            (link.clone(), link),
+            (live.join("pg_tblspc/1"), live.clone()),
+            (scratch.path().join("new"), scratch.path().join("new")),
+        ] {
+            assert!(in_no_other(&place, &own).is_ok(), "{}", place.display());
+        }
     }
 
     #[test]

@@ -96,6 +96,7 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
         // Also those that are made after the backup: nothing outside is touched (P12).
         beside: Some(scratch.path().to_owned()),
         action: Some(Action::Promote),
+        standby: None,
         delta: false,
         harmless: true,
         alone: true,

@@ -53,18 +53,25 @@ pub(super) fn tablespace_line(oid: u32, place: &Path) -> String {
     format!("tablespace {oid}: {place:?}")
 }
 
+/// What is written beside the backup's files.
+#[derive(Debug)]
+pub struct Last {
+    /// How it recovers.
+    pub settings: Settings,
+    /// What its own files must not say.
+    pub neutral: Neutral,
+    /// Of its copy of WAL.
+    pub edits: Vec<Edit>,
+    /// History files by their names: of timelines up to the one that is recovered to.
+    pub histories: Vec<(String, Vec<u8>)>,
+}
+
 /// All but the files themselves.
 ///
 /// # Errors
 /// As the file system fails; the marker stays then.
-pub fn finish(
-    places: &Places,
-    reader: &Reader,
-    control: &Entry,
-    settings: &Settings,
-    neutral: &Neutral,
-    edits: &[Edit],
-) -> Result<(), Error> {
+pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) -> Result<(), Error> {
+    let Last { settings, neutral, edits, histories } = last;
     let data = &places.data;
     let write = |path: &Path, bytes: &[u8]| {
         put(path, bytes)
@@ -76,7 +83,11 @@ pub fn finish(
         write(&data.join(path), content)?;
     }
     write(&data.join("postgresql.auto.conf"), &settings.auto_conf(&neutral.auto))?;
-    write(&data.join("recovery.signal"), b"")?;
+    write(&data.join(settings.signal()), b"")?;
+    for (name, content) in histories {
+        // PostgreSQL asks restore_command first; these are for a promotion, or a standby of this one, when nobody answers it.
+        write(&data.join("pg_wal").join(name), content)?;
+    }
     let content = read_control(reader, control)?;
     if !edits.is_empty() {
         let lines: String = edits.iter().map(|edit| format!("{edit}\n")).collect();

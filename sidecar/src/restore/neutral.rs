@@ -9,6 +9,7 @@ use super::{
     conf::{boolean, line, silence},
     included::{At, Configuration, plain},
     settings::{Action, TARGETS},
+    standby::Standby,
 };
 use crate::error::{Error, Failure};
 use std::{
@@ -38,6 +39,8 @@ pub struct Asked<'a> {
     pub data: &'a Path,
     /// What PostgreSQL does at the target.
     pub action: Action,
+    /// It has no target, and is there to take over from its primary.
+    pub standby: Option<&'a Standby>,
     /// Nothing may act on the world.
     pub harmless: bool,
     /// The cluster has, or had, subscriptions.
@@ -74,21 +77,25 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     done.answer(conf, &asked)?;
     done.log(conf, &asked);
     done.raise(conf, &asked);
-    if asked.action == Action::Pause && conf.value("hot_standby").and_then(boolean) == Some(false) {
+    let pauses = asked.action == Action::Pause && asked.standby.is_none();
+    if pauses && conf.value("hot_standby").and_then(boolean) == Some(false) {
         done.corrected.push(("hot_standby", "on".to_owned()));
         done.notes.push(
             "hot_standby was off: it is on until ALTER SYSTEM RESET, as a recovery that pauses cannot be looked at without"
                 .to_owned(),
         );
     }
+    done.archiving(conf, &asked);
     let missing = conf.missing.iter();
     done.notes.extend(
         missing.map(|text| {
             format!("{text}, which is not there: PostgreSQL does not start without it")
         }),
     );
-    if !asked.harmless {
-        done.notes.extend(deeds(conf, asked.subscriptions));
+    match asked.standby {
+        Some(standby) => done.notes.extend(standby.notes(conf)),
+        None if asked.harmless => {}
+        None => done.notes.extend(deeds(conf, asked.subscriptions)),
     }
     Ok(done)
 }
@@ -202,6 +209,20 @@ impl Neutral {
         }
     }
 
+    /// With `always` PostgreSQL archives each file that it restores, the last one filled up with zeros, while it recovers.
+    fn archiving(&mut self, conf: &Configuration, asked: &Asked<'_>) {
+        let always = |mode: &str| mode.eq_ignore_ascii_case("always");
+        if asked.harmless || !conf.value("archive_mode").is_some_and(always) {
+            return;
+        }
+        self.corrected.push(("archive_mode", "on".to_owned()));
+        self.notes.push(
+            "archive_mode was always: it is on until ALTER SYSTEM RESET archive_mode, as the copy would run the original's \
+             archive_command for what it recovers"
+                .to_owned(),
+        );
+    }
+
     /// Recovery ends or pauses where the primary had more of these than the copy.
     fn raise(&mut self, conf: &Configuration, asked: &Asked<'_>) {
         for (name, needed) in asked.needed {
@@ -264,6 +285,7 @@ mod tests {
         Asked {
             data: Path::new("/new"),
             action: Action::Promote,
+            standby: None,
             harmless: false,
             subscriptions: false,
             needed,
@@ -324,6 +346,25 @@ mod tests {
         assert_eq!(read("a = 1").unwrap().rewritten.len(), 0);
         let text = read("data_directory = '/live'").unwrap().rewritten;
         assert_eq!(text[Path::new("postgresql.conf")], b"# klio restore: data_directory = '/live'");
+    }
+
+    #[test]
+    fn a_copy_archives_nothing_of_what_it_recovers() {
+        for (text, expected) in [
+            ("archive_mode = always", Some("on")),
+            ("Archive_Mode='ALWAYS'", Some("on")),
+            ("archive_mode = always\narchive_mode = on", None),
+            ("archive_mode = on", None),
+        ] {
+            let done = done(&[("/new/postgresql.conf", text)]);
+            let found = done.corrected.iter().find(|(name, _)| *name == "archive_mode");
+            assert_eq!(found.map(|(_, value)| value.as_str()), expected, "{text}");
+        }
+        let auto = done(&[("/new/postgresql.auto.conf", "archive_mode = 'always'")]);
+        assert!(auto.corrected.contains(&("archive_mode", "on".to_owned())));
+        let harmless = Asked { harmless: true, ..asked(&[]) };
+        let conf = Fake::new(&[("/new/postgresql.conf", "archive_mode = always")], &[]).read();
+        assert_eq!(neutral(&conf, harmless).unwrap().corrected, []);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{
     Scratch, check,
     check::Room,
-    finish,
+    finish::{self, Last},
     included::Configuration,
     links,
     missing::Chunks,
@@ -12,16 +12,18 @@ use super::{
     pour::{Pour, Progress},
     settings::{Action, Invocation, Settings},
     source::{Catalog, Known, Source},
+    standby::{self, Standby},
     stored::{self, Stored},
     target::{Decider, Decision, Verdict, Wish, check_epoch},
     wal::Wal,
     way::{self, Way},
 };
 use crate::error::{Error, Failure};
-use klio_pg::Edit;
+use klio_pg::{Edit, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     catalog::{BackupRecord, Survey, Target},
+    layout::WalFile,
     repository::{Reader, Repository, StoredKind},
 };
 use std::{
@@ -49,6 +51,8 @@ pub struct Order {
     pub maps: Vec<(String, PathBuf)>,
     /// What PostgreSQL does at the target; by default what PostgreSQL does by default, `pause`.
     pub action: Option<Action>,
+    /// It goes on as a standby; then without a target and an action.
+    pub standby: Option<Standby>,
     /// Use what is there.
     pub delta: bool,
     /// Below it go all tablespaces without a map (a drill).
@@ -80,16 +84,14 @@ pub struct Planned {
     pub places: Places,
     /// Of the file systems.
     pub room: Vec<Room>,
-    /// What PostgreSQL is told.
-    pub settings: Settings,
+    /// What is written beside the files.
+    pub last: Last,
     /// Files to be there in the end.
     pub files: u64,
     /// Their bytes.
     pub bytes: u64,
     /// What the reader should know.
     pub notes: Vec<String>,
-    neutral: Neutral,
-    edits: Vec<Edit>,
     folders: BTreeSet<PathBuf>,
     delta: bool,
     chunks: Chunks,
@@ -99,8 +101,14 @@ impl Planned {
     /// The same with another way to fetch WAL.
     #[must_use]
     pub fn fetching(mut self, invocation: &Invocation) -> Self {
-        self.settings.restore_command = invocation.restore_command(!self.edits.is_empty());
+        let edited = !self.last.edits.is_empty();
+        self.last.settings.restore_command = invocation.restore_command(edited);
         self
+    }
+
+    /// What PostgreSQL is told.
+    pub const fn settings(&self) -> &Settings {
+        &self.last.settings
     }
 }
 
@@ -212,6 +220,10 @@ impl Restore {
         let record = &decision.plan.backup;
         check::directory(&order.to, record, order.delta)?;
         let (way, places, edits) = self.way(order, &decision).await?;
+        if order.standby.is_some() {
+            standby::refuse_edits(&edits)?;
+        }
+        let histories = self.histories(&decision).await?;
         check::places(&places, record, order.delta)?;
         self.progress.enter("reading the backup's list of files");
         let (repository, server) = self.source.repository(order.delta).await?;
@@ -226,13 +238,13 @@ impl Restore {
             _ => Action::Pause,
         });
         let Measured { files, bytes, stored, .. } = measured;
-        let (at, wanted) = (places.clone(), (action, order.harmless, order.alone, order.delta));
+        let (at, wanted) = (places.clone(), order.clone());
         let (on_the_way, full_xid) = (way.clone(), order.wish.full_xid);
         let surroundings = stored::blocking(move || {
             if let Some(full_xid) = full_xid {
                 check_epoch(full_xid, stored.control()?.next_xid)?;
             }
-            surroundings(&stored, &at, &on_the_way, wanted)
+            surroundings(&stored, &at, &on_the_way, action, &wanted)
         })
         .await?;
         let Surroundings { neutral, folders, has_conf } = surroundings;
@@ -243,6 +255,7 @@ impl Restore {
             inclusive: decision.inclusive,
             timeline: decision.plan.path.has_history.then_some(timeline),
             action,
+            standby: order.standby.clone(),
             left_set: neutral.left_set,
             corrected: neutral.corrected.clone(),
             harmless: order.harmless || order.alone,
@@ -256,12 +269,10 @@ impl Restore {
             decision,
             places,
             room,
-            settings,
+            last: Last { settings, neutral, edits, histories },
             files,
             bytes,
             notes,
-            neutral,
-            edits,
             folders,
             delta: order.delta,
             // A whole restore reads what lies side by side, which windows are made for.
@@ -290,6 +301,27 @@ impl Restore {
         let linked = places.linked().map(|(oid, place)| (oid, place.to_owned())).collect();
         let edits = way.edits(&wal, &linked).await?;
         Ok((way, places, edits))
+    }
+
+    /// Of the timelines that PostgreSQL passes, and of those numbered between: whoever looks for the newest timeline counts
+    /// up from the backup's, and stops at the first number that nobody has, such as that of a retired one.
+    async fn histories(&self, decision: &Decision) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let (path, backup) = (&decision.plan.path, decision.plan.backup.start_timeline);
+        let between = (backup.get()..=path.timeline().get()).filter_map(TimelineId::new);
+        let all: BTreeSet<TimelineId> = path.timelines().chain(between).collect();
+        let scratch = Scratch::new(None)?;
+        let mut histories = Vec::new();
+        for timeline in all.into_iter().filter(|timeline| timeline.get() > 1) {
+            let file = WalFile::History(timeline);
+            let fetched = match self.source.fetch(file, &scratch).await {
+                Err(error) if error.failure == Failure::Code(Code::NotFound) => continue,
+                other => other?,
+            };
+            let content =
+                fs::read(&fetched).map_err(|error| super::local("read", &fetched, &error))?;
+            histories.push((file.to_string(), content));
+        }
+        Ok(histories)
     }
 
     fn notes(
@@ -434,20 +466,22 @@ fn surroundings(
     stored: &Stored,
     places: &Places,
     way: &Way,
-    (action, harmless, alone, delta): (Action, bool, bool, bool),
+    action: Action,
+    order: &Order,
 ) -> Result<Surroundings, Error> {
     let control = stored.control()?;
-    let conf = match alone {
+    let conf = match order.alone {
         true => Configuration::default(),
         false => Configuration::read(&places.data, stored)?,
     };
-    let links = links::links(&stored.links, places, &conf.folders, delta)?;
+    let links = links::links(&stored.links, places, &conf.folders, order.delta)?;
     let mut neutral = neutral::neutral(
         &conf,
         neutral::Asked {
             data: &places.data,
             action,
-            harmless: harmless || alone,
+            standby: order.standby.as_ref(),
+            harmless: order.harmless || order.alone,
             subscriptions: stored.subscriptions()?,
             needed: &way.needed(&control.needed),
             rules: ["pg_hba.conf", "pg_ident.conf"].map(|file| stored.has(file)),
@@ -462,7 +496,7 @@ fn carry_out(
     progress: Arc<Progress>,
     stop: CancellationToken,
 ) -> Result<Done, Error> {
-    let Planned { decision, places, settings, neutral, edits, files, bytes, .. } = planned;
+    let Planned { decision, places, last, files, bytes, .. } = planned;
     let name = &decision.plan.backup.name;
     // Once more, as planning may have taken a while (D3).
     check::places(&places, &decision.plan.backup, planned.delta)?;
@@ -485,7 +519,7 @@ fn carry_out(
     let control = poured.control.ok_or_else(|| {
         Error::new(Failure::Code(Code::Corrupt), format!("backup {name} has no pg_control"))
     })?;
-    finish::finish(&places, &pour.chunks.reader, &control, &settings, &neutral, &edits)?;
+    finish::finish(&places, &pour.chunks.reader, &control, &last)?;
     let written = progress.seen().written;
     Ok(Done { files, bytes, written, removed: poured.removed, seconds: 0.0 })
 }

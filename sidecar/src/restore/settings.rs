@@ -4,12 +4,14 @@
 //! recovery target that is set while another one is, be it to nothing, is FATAL (`error_multiple_recovery_targets`): so all
 //! others are emptied first, beginning with the one that is set, and ours comes last. Every setting that could end a copy
 //! elsewhere, run a command of the cluster or lead out of the directory is written, empty where it is not ours.
-//! No secret is written: `restore_command` names files. Text goes through three readers: PostgreSQL's configuration (quotes
+//! A standby has no target; its primary is what was typed, with the secrets that it may hold (`shown` hides them). No other
+//! secret is written: `restore_command` names files. Text goes through three readers: PostgreSQL's configuration (quotes
 //! doubled), PostgreSQL's `%` in restore_command (doubled), and the shell (single quotes).
 
 use super::{
     conf::{line, name_of},
     show_time,
+    standby::{PRIMARY, Standby},
     target::Recovery,
 };
 use klio_pg::TimelineId;
@@ -87,6 +89,8 @@ pub struct Settings {
     pub timeline: Option<TimelineId>,
     /// What then; of no effect without a target.
     pub action: Action,
+    /// It has no end, and follows this.
+    pub standby: Option<Standby>,
     /// The target that files outside the directory leave set; it is emptied first.
     pub left_set: Option<&'static str>,
     /// What the cluster's own files ask for and must not get, or must get more of.
@@ -123,13 +127,11 @@ const NEVER_KEPT: [&str; 13] = [
     "include_dir",
 ];
 
-/// A copy runs no command but ours, waits for nobody and follows nobody.
-const EMPTY: [(&str, &str); 5] = [
+/// A copy runs no command but ours and waits for nobody; nor does it follow anybody, unless it was told whom ([`Standby`]).
+const EMPTY: [(&str, &str); 3] = [
     ("archive_cleanup_command", ""),
     ("recovery_end_command", ""),
     ("recovery_min_apply_delay", "0"),
-    ("primary_conninfo", ""),
-    ("primary_slot_name", ""),
 ];
 
 /// `--harmless`, and drills: no archiving, no subscriptions, no workers or code of extensions beside what is asked for, no
@@ -155,6 +157,7 @@ impl Settings {
     pub fn pairs(&self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![("restore_command", self.restore_command.clone())];
         pairs.extend(EMPTY.map(|(name, value)| (name, value.to_owned())));
+        pairs.extend(self.standby.clone().unwrap_or_default().pairs());
         if self.major < 16 {
             pairs.push(("promote_trigger_file", String::new()));
         }
@@ -186,12 +189,31 @@ impl Settings {
                 pairs.push((name, String::new()));
             }
         }
+        if self.standby.is_some() {
+            pairs.push(("recovery_target_timeline", "latest".to_owned()));
+            return pairs;
+        }
         let timeline = self.timeline.map_or("current".to_owned(), |t| t.get().to_string());
         pairs.push(("recovery_target_timeline", timeline));
         pairs.push(("recovery_target_inclusive", self.inclusive.to_string()));
         pairs.push(("recovery_target_action", self.action.name().to_owned()));
         pairs.extend(ours);
         pairs
+    }
+
+    /// The same for people and logs.
+    pub fn shown(&self) -> Vec<(&'static str, String)> {
+        let primary = self.standby.as_ref().and_then(|standby| standby.primary.as_ref());
+        let shown = |(name, value)| match primary {
+            Some(primary) if name == PRIMARY => (name, primary.to_string()),
+            _ => (name, value),
+        };
+        self.pairs().into_iter().map(shown).collect()
+    }
+
+    /// The file that makes PostgreSQL recover.
+    pub fn signal(&self) -> &'static str {
+        if self.standby.is_some() { "standby.signal" } else { "recovery.signal" }
     }
 
     /// The new content of `postgresql.auto.conf`.
@@ -231,6 +253,7 @@ mod tests {
             inclusive: true,
             timeline: TimelineId::new(2),
             action: Action::Pause,
+            standby: None,
             left_set: None,
             corrected: Vec::new(),
             harmless: false,
@@ -308,6 +331,29 @@ mod tests {
         assert!(text(&ours, "").contains("promote_trigger_file = ''"));
         ours.major = 16;
         assert!(!text(&ours, "promote_trigger_file = 'x'").contains("promote_trigger_file"));
+    }
+
+    #[test]
+    fn a_standby_has_no_end_and_the_primary_that_was_typed() {
+        let mut ours = settings(Recovery::End);
+        let primary = crate::conninfo::Written::parse("host=db password='it s'").unwrap();
+        ours.standby = Some(Standby { primary: Some(primary), slot: "s".parse().ok() });
+        ours.left_set = Some("recovery_target_xid");
+        let new = text(&ours, "primary_conninfo = 'host=old'\nhot_standby_feedback = 'on'");
+        assert!(
+            !new.contains("host=old") && new.contains("hot_standby_feedback = 'on'\n"),
+            "{new}"
+        );
+        assert!(new.contains("primary_conninfo = 'host=db password=''it s'''\n"), "{new}");
+        assert!(new.contains("primary_slot_name = 's'\n"), "{new}");
+        assert!(new.contains("archive_cleanup_command = ''\n"), "{new}");
+        for target in TARGETS {
+            assert!(new.contains(&format!("{target} = ''\n")), "{target}: {new}");
+        }
+        assert!(new.ends_with("recovery_target_timeline = 'latest'\n"), "{new}");
+        assert!(!new.contains("recovery_target_action"), "{new}");
+        assert!(!format!("{:?}", ours.shown()).contains("it s"));
+        assert_eq!(ours.signal(), "standby.signal");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Decides what may go. Pure: the same catalogue, policy and time give the same plan.
 //!
-//! - In doubt it keeps (P6): one unreadable record, or a clock that is behind the newest record, empties
-//!   the plan and raises an alarm; a backup of an odd time stays and takes nobody's place.
+//! - In doubt it keeps (P6): one unreadable record empties the plan and raises an alarm; a backup of an odd time stays and
+//!   takes nobody's place. A clock in doubt, of the server or of a record, raises the alarm and lets nothing go for good; what
+//!   tier 2 has still leaves tier 1, since that does not rest on a clock, and one wrong clock must not fill the disk of all.
 //! - A backup that is not proven in tier 2 stays in tier 1, and takes no place in tier 2's counts, so that
 //!   it pushes out none that is. What tier 1 keeps, tier 2 keeps too.
 //! - A backup that cannot be given back whole, not even by both tiers together, as when the bucket that holds it
@@ -9,7 +10,7 @@
 //!   Nobody is told to take away a record that tier 2 does not have yet.
 //! - A backup that is younger than the minimum age displaces nothing, and stays itself: whoever can take backups cannot
 //!   push out the good ones with new ones before a person has had the time to see it (P13).
-//! - A time that jumps against what is known is a doubt, too: a record whose two clocks differ by more than a day
+//! - A time that jumps against what is known is such a doubt, too: a record whose two clocks differ by more than a day
 //!   (`clock.rs`), and whatever the server knows of its own clock.
 //! - The newest backup without known damage always stays, and so does the newest that is old enough to displace others. A damaged one takes no place from a good one.
 //! - Time alone expires little: a recovery window ends at the newest backup that is old enough, not now. When backups stop,
@@ -97,12 +98,28 @@ pub struct RetentionPlan {
     pub policies: Policies,
     /// There is a bucket.
     pub has_tier2: bool,
-    /// Why nothing may go at all; empty when all is well.
+    /// Why less may go than the policies let; empty when all is well.
     pub alarms: Vec<String>,
+    /// What the alarms hold back. A plan of a server of before has alarms only where they hold all.
+    #[serde(default)]
+    pub hold: Hold,
     /// Every backup, oldest first.
     pub backups: Vec<BackupPlan>,
     /// Every timeline, ascending.
     pub wal: Vec<WalPlan>,
+}
+
+/// How much of a plan a doubt takes away.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Hold {
+    /// Nothing: there is no doubt.
+    #[default]
+    Nothing,
+    /// What would go for good. What tier 2 has leaves tier 1 as ever.
+    ForGood,
+    /// All.
+    All,
 }
 
 /// What becomes of a backup.
@@ -168,26 +185,40 @@ impl RetentionPlan {
 pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan {
     let mut backups: Vec<&KnownBackup> = facts.backups.iter().collect();
     backups.sort_by(|a, b| rules::order(&a.record).total_cmp(&rules::order(&b.record)));
-    let alarms = alarms(facts, &backups, now_unix);
+    let (unclear, clocks) = (unclear(facts, &backups), clock_alarms(facts, &backups, now_unix));
+    let hold = match (unclear.is_empty(), clocks.is_empty()) {
+        (false, _) => Hold::All,
+        (true, false) => Hold::ForGood,
+        (true, true) => Hold::Nothing,
+    };
     let mut decided = rules::decide(&backups, facts, policies, now_unix);
-    if !alarms.is_empty() {
-        let why = "something is in doubt, so nothing goes";
-        for plan in &mut decided {
-            for decision in [&mut plan.tier1, &mut plan.tier2] {
-                if !decision.keep {
-                    *decision = Decision { keep: true, reasons: vec![why.into()], ..*decision };
-                }
-            }
+    for (plan, backup) in decided.iter_mut().zip(&backups) {
+        let near = hold == Hold::All || !facts.has_tier2 || clock::is_in_doubt(&backup.record);
+        if hold > Hold::Nothing {
+            stay(&mut plan.tier2);
+        }
+        if hold > Hold::Nothing && near {
+            stay(&mut plan.tier1);
         }
     }
-    let wal = match alarms.is_empty() {
-        true => {
-            wal::horizons(&backups, &decided, facts, &|b| rules::is_aged(b, policies, now_unix))
-        }
-        false => wal::nothing(facts, "something is in doubt, so nothing goes"),
+    let horizons =
+        || wal::horizons(&backups, &decided, facts, &|b| rules::is_aged(b, policies, now_unix));
+    let wal = match hold {
+        Hold::Nothing => horizons(),
+        Hold::ForGood => wal::only_near(horizons(), facts, IN_DOUBT),
+        Hold::All => wal::nothing(facts, IN_DOUBT),
     };
+    let alarms = unclear.into_iter().chain(clocks).collect();
     let (policies, has_tier2) = (policies.clone(), facts.has_tier2);
-    RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, backups: decided, wal }
+    RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, hold, backups: decided, wal }
+}
+
+const IN_DOUBT: &str = "something is in doubt, so nothing goes";
+
+fn stay(decision: &mut Decision) {
+    if !decision.keep {
+        *decision = Decision { keep: true, reasons: vec![IN_DOUBT.into()], ..*decision };
+    }
 }
 
 /// Backups that cannot be given back: of which nobody knows whether they are lost or only elsewhere.
@@ -215,12 +246,15 @@ fn out_of_reach(facts: &Facts, backups: &[&KnownBackup]) -> Option<String> {
 }
 
 /// P6: what makes a plan impossible.
-fn alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
+fn unclear(facts: &Facts, backups: &[&KnownBackup]) -> Vec<String> {
     let unreadable =
         |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
-    let mut alarms: Vec<String> = facts.problems.iter().map(unreadable).collect();
-    alarms.extend(out_of_reach(facts, backups));
-    alarms.extend(facts.clock.iter().cloned());
+    facts.problems.iter().map(unreadable).chain(out_of_reach(facts, backups)).collect()
+}
+
+/// P6: why no time can be believed.
+fn clock_alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
+    let mut alarms = facts.clock.clone();
     alarms.extend(clock::doubts(backups));
     let newest = backups.iter().map(|b| &b.record).rfind(|r| rules::has_time(r));
     // A time that is no number is in doubt as well.

@@ -148,14 +148,16 @@ impl Index {
         &self.packs[place.pack as usize]
     }
 
-    /// Of every piece that is in two packs or more, those packs.
+    /// Of every piece that is in two packs or more, those packs that are to stay. One that is marked goes, and is needed again
+    /// only where those that stay are bad.
     pub(super) fn sharing(&self) -> BTreeSet<Sha256Sum> {
         let mut found = BTreeSet::new();
         for same in self.blobs.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
             let packs: BTreeSet<Sha256Sum> =
                 same.iter().map(|(_, _, place)| self.pack(place).id).collect();
             if packs.len() > 1 {
-                found.extend(packs);
+                let stays = same.iter().map(|(_, _, place)| self.pack(place)).filter(|p| !p.marked);
+                found.extend(stays.map(|pack| pack.id));
             }
         }
         found
@@ -268,5 +270,38 @@ pub(super) fn retried<T>(mut work: impl FnMut() -> Result<T, Error>) -> Result<T
             Err(error) if error.kind == Kind::NotFound && tries < TRIES => tries += 1,
             result => return result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_packs_that_hold_the_same_those_that_are_to_stay_are_opened() {
+        let sum = |n: u8| Sha256Sum::of(&[n]);
+        let piece = |id: &u8| BlobJson {
+            id: sum(*id),
+            blob: BlobKind::Data,
+            offset: 0,
+            length: 100,
+            uncompressed_length: None,
+        };
+        let mut index = Index::default();
+        let packs: [(u8, &[u8], bool); 7] = [
+            (1, &[10], false),
+            (2, &[11], false),
+            (3, &[11, 12], true),
+            (4, &[13], false),
+            (5, &[13], false),
+            (6, &[14], true),
+            (7, &[14], true),
+        ];
+        for (id, pieces, marked) in packs {
+            let blobs = pieces.iter().map(piece).collect();
+            index.add(sum(0), PackJson { id: sum(id), blobs }, marked);
+        }
+        index.sort(&BTreeMap::new());
+        assert_eq!(index.sharing(), BTreeSet::from([2, 4, 5].map(sum)));
     }
 }

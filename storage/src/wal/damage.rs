@@ -27,11 +27,14 @@ use crate::{
     layout,
     record::{self, Unknown},
 };
-use klio_pg::{Lsn, TimelineId};
+use klio_pg::{Lsn, SegmentSize, TimelineId};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-const FILE: &str = "damaged-wal.json";
+pub(super) const FILE: &str = "damaged-wal.json";
+/// So many segments can have been acknowledged and not be sealed, and then be lost with their journals: sealing lags behind by
+/// some segments, and with a full tier 2 by no more. A slot that is farther ahead says something else than lost journals.
+const SLOT_SEGMENTS_MAX: u64 = 256;
 const COPY_BYTES: usize = 256 << 10;
 
 /// WAL that was acknowledged and is damaged here.
@@ -86,11 +89,6 @@ pub(super) struct Harm {
 
 fn path(cluster: &Cluster) -> PathBuf {
     cluster.folder().join(FILE)
-}
-
-/// Reads the file; empty when there is none.
-pub(super) fn load(cluster: &Cluster) -> Result<Vec<DamagedWal>, Error> {
-    Ok(record::load(cluster.disk(), &path(cluster))?.unwrap_or_default())
 }
 
 impl State {
@@ -236,15 +234,11 @@ impl Cluster {
         })
     }
 
-    /// What a client says when it opens: its slot is at `slot`, so PostgreSQL was told that all below it was flushed. Call with
-    /// `op` held and every journal proven. What nothing contradicts now was a torn tail.
-    pub(super) fn judge_by_slot(&self, request: &OpenRequest) -> Result<(), Error> {
-        let timeline = request.timeline;
+    /// Puts on record what [`State::judge`] has found, once the client is admitted. Call with `op` held and every journal
+    /// proven. What nothing contradicts now was a torn tail.
+    pub(super) fn keep_judgement(&self) -> Result<(), Error> {
         let torn = {
             let mut state = lock(&self.state);
-            if let Some(slot) = request.slot_restart {
-                state.judge(timeline, slot);
-            }
             let torn = |d: &DamagedWal| !d.is_loss();
             let gone: Vec<DamagedWal> = state.damaged.iter().filter(|d| torn(d)).cloned().collect();
             state.damaged.retain(|d| !torn(d));
@@ -311,8 +305,12 @@ impl Cluster {
 }
 
 impl State {
-    /// Adds what the slot proves beyond what is known to be lost.
-    fn judge(&mut self, timeline: TimelineId, slot: Lsn) {
+    /// What a client says when it opens: its slot is at `slot`, so PostgreSQL was told that all below it was flushed. Adds what
+    /// that proves beyond what is known to be lost. It is only the client's word: it counts when the client is admitted, and
+    /// only as far as journals can have been lost; beyond that the client brings the WAL, or declares a gap.
+    pub(super) fn judge(&mut self, request: &OpenRequest, size: SegmentSize) {
+        let Some(slot) = request.slot_restart else { return };
+        let timeline = request.timeline;
         let of_it = |d: &&DamagedWal| d.timeline == timeline;
         let torn = self.damaged.iter().filter(of_it).map(|d| d.from).min();
         let Some(from) = self.resume_at(timeline).or(torn) else { return };
@@ -325,6 +323,11 @@ impl State {
             upto = next;
         }
         if slot <= upto {
+            return;
+        }
+        let most = upto.advance(SLOT_SEGMENTS_MAX.saturating_mul(size.bytes()));
+        if slot > most {
+            tracing::error!(%timeline, held = %upto, %slot, "a client says that its slot is far beyond all that is held here: it is not believed; what PostgreSQL has is received, and what it has no more becomes a gap");
             return;
         }
         tracing::error!(%timeline, from = %upto, to = %slot, "PostgreSQL was told that WAL was flushed which this disk does not have: the position went back, and PostgreSQL is asked for it again");

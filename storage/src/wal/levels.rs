@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Op,
-    disk::{Disk, read_small},
+    disk::read_small,
     layout::ClusterName,
     record::{self, Unknown},
 };
@@ -65,11 +65,6 @@ pub fn join_levels(one: &[LevelChange], other: &[LevelChange]) -> Vec<LevelChang
         }
     });
     all
-}
-
-/// Reads the file; empty when there is none.
-pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<Vec<LevelChange>, Error> {
-    Ok(record::load(disk, &path(cluster))?.unwrap_or_default())
 }
 
 fn path(cluster: &Cluster) -> PathBuf {
@@ -141,7 +136,7 @@ impl WalStore {
 mod tests {
     use super::*;
     use crate::{
-        disk::{Restart, SimDisk},
+        disk::{Disk, Restart, SimDisk},
         testing::SimulatedWal,
         wal::WalOptions,
     };

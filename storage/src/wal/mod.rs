@@ -50,6 +50,7 @@ mod stored;
 mod takeover;
 mod timelines;
 mod types;
+mod unreadable;
 mod writer;
 
 #[cfg(test)]
@@ -402,12 +403,8 @@ impl WalStore {
         }
         cluster.prove_all()?;
         cluster.prove_records()?;
-        cluster.judge_by_slot(request)?;
-        let (pinned, history, admission) = {
-            let state = lock(&cluster.state);
-            admit::may_stream(&state.marks, state.followed(), lives_on).map_err(refuse)?;
-            placed(&state, request, &[]).map_err(refuse)?
-        };
+        let (pinned, history, admission) = cluster.admit(request, lives_on).map_err(refuse)?;
+        cluster.keep_judgement()?;
         if let Some(gap) = admission {
             cluster.record_gap(gap)?;
         }
@@ -679,6 +676,26 @@ fn placed(
     let admission = admit::admit(size, &held, &state.gaps, history.as_ref(), request)?;
     let history = history.ok_or(OpenRefusal::NoHistory(request.timeline))?;
     Ok((pinned, history, admission))
+}
+
+impl Cluster {
+    /// What a writer begins with. What the client's slot says counts for where it may begin, and is forgotten when it may not.
+    fn admit(
+        &self,
+        request: &OpenRequest,
+        lives_on: TimelineId,
+    ) -> Result<(Pinned, TimelineHistory, admit::Admission), OpenRefusal> {
+        let mut state = lock(&self.state);
+        admit::may_stream(&state.marks, state.followed(), lives_on)?;
+        let before = state.damaged.clone();
+        let pinned = state.pinned.ok_or(OpenRefusal::NotPinned)?;
+        state.judge(request, pinned.segment_size);
+        let admitted = placed(&state, request, &[]);
+        if admitted.is_err() {
+            state.damaged = before;
+        }
+        admitted
+    }
 }
 
 impl cluster::State {

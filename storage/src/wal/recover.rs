@@ -24,6 +24,7 @@ use super::{
     stored::StoredAt,
     takeover,
     types::Pinned,
+    unreadable,
 };
 use crate::{
     Error, Kind, Op,
@@ -142,17 +143,11 @@ impl Cluster {
             // Receiving needs none of it; retention removes nothing while there is a problem (P6).
             Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
         }
-        match damage::load(self) {
-            Ok(damaged) => state.damaged = damaged,
-            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
-        }
+        // Receiving needs none of both; what they said is kept, and shown as not known while it cannot be read.
+        state.damaged = unreadable::load(self, &mut state, damage::FILE, unreadable::union)?;
+        state.levels = unreadable::load(self, &mut state, levels::LEVELS, levels::join_levels)?;
         // Without it a hole would look like a loss, or the stream would go on where it must not.
         state.taken_over = takeover::load(disk, self)?;
-        match levels::load(disk, self) {
-            Ok(known) => state.levels = known,
-            // Receiving needs none of it; what was noted in it is seen again by whoever walks the WAL.
-            Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
-        }
         let entries = list(self, &self.wal_folder())?;
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";

@@ -28,21 +28,31 @@ use klio_storage::{
 use std::{
     io::{self, BufRead, Read, Write},
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 use tokio::runtime::{Handle, Runtime};
 
 /// A broken pipe means that the server is gone.
 const EXIT_ORPHAN: i32 = 3;
 
-/// Writes lines to the server.
-#[derive(Debug, Clone, Copy)]
-struct Output;
+/// How often a step that only reads says that it goes on.
+const STILL_EVERY: Duration = Duration::from_secs(10);
+
+/// Writes lines to the server. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+struct Output(Arc<Mutex<Told>>);
+
+/// The last step that was told, and when.
+#[derive(Debug, Default)]
+struct Told {
+    at: Option<Instant>,
+    step: Step,
+}
 
 impl Output {
     #[expect(clippy::unused_self, reason = "who has it may write")]
-    fn say(self, line: &Line) {
+    fn say(&self, line: &Line) {
         let Ok(mut text) = serde_json::to_vec(line) else { return };
         text.push(b'\n');
         let mut out = io::stdout().lock();
@@ -51,8 +61,26 @@ impl Output {
         }
     }
 
-    fn progress(self, step: Step) {
+    fn progress(&self, step: Step) {
+        *self.told() = Told { at: Some(Instant::now()), step: step.clone() };
         self.say(&Line::Progress(step));
+    }
+
+    /// Something was read: the step goes on. Says the last one again, from time to time.
+    fn still(&self) {
+        let step = {
+            let mut told = self.told();
+            if told.at.is_some_and(|at| at.elapsed() < STILL_EVERY) {
+                return;
+            }
+            told.at = Some(Instant::now());
+            told.step.clone()
+        };
+        self.say(&Line::Progress(step));
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -91,8 +119,8 @@ pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> 
         .context("watch the server")?;
     // Others first; a system that does not allow it is no reason not to work.
     let _ = rustix::process::nice(10);
-    let out = Output;
-    match traced(command, config, debug, job, runtime) {
+    let out = Output::default();
+    match traced(command, config, debug, job, runtime, &out) {
         Ok(line) => out.say(&line),
         Err(error) => out.say(&Line::Failed { error: format!("{error:#}") }),
     }
@@ -107,6 +135,7 @@ fn traced(
     debug: bool,
     job: Job,
     runtime: &Runtime,
+    out: &Output,
 ) -> anyhow::Result<Line> {
     let config = Config::load(path)?;
     let inside = runtime.enter();
@@ -117,7 +146,7 @@ fn traced(
             (key == "traceparent").then(|| job.traceparent.clone())
         });
     }
-    let result = span.in_scope(|| work(path, config, job, runtime));
+    let result = span.in_scope(|| work(path, config, job, runtime, out));
     if result.is_err() {
         span.record("otel.status_code", "ERROR");
         span.record("error.type", "FAILED");
@@ -127,7 +156,13 @@ fn traced(
     result
 }
 
-fn work(path: &Path, config: Config, job: Job, runtime: &Runtime) -> anyhow::Result<Line> {
+fn work(
+    path: &Path,
+    config: Config,
+    job: Job,
+    runtime: &Runtime,
+    out: &Output,
+) -> anyhow::Result<Line> {
     let url = config.tier2.as_ref().map(|tier2| tier2.url.to_string());
     if config.data_dir != job.data_dir || url != job.tier2_url {
         bail!(
@@ -151,7 +186,7 @@ fn work(path: &Path, config: Config, job: Job, runtime: &Runtime) -> anyhow::Res
         root,
         bucket,
         tier2,
-        out: Output,
+        out: out.clone(),
     };
     Ok(match job.work {
         Work::Prune(job) => Line::Pruned(prune::run(&ground, &job)?),

@@ -24,31 +24,9 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     };
     let files = Arc::new(Both::new(ground));
     let repository = Repository::open(files.clone(), &secret).context("open the repository")?;
-    phase(ground, "look for snapshots without a backup");
-    let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
-    let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
-    let all = repository.snapshots().context("list snapshots")?;
-    let known: BTreeSet<SnapshotId> = recorded.union(&forget).copied().collect();
-    forget.extend(orphans::due(ground, &all, &known, job.now_unix, job.orphan_seconds)?);
-    for (id, name) in orphans::asked_for(ground, &all, &forget)? {
-        forget.remove(&id);
-        result.held_back.push(format!(
-            "snapshot {id} stays: the listing of backups left out the record of {name}, which is there when it is asked for by its name; hint: a bucket that forgets objects in its listings is not to be trusted with removals"
-        ));
+    if job.prune {
+        forget(ground, &repository, job, &mut result)?;
     }
-    if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
-        bail!(
-            "forget snapshot {needed}: expected one without a record, found one that a backup has"
-        );
-    }
-    let committed = recorded_now(ground).context("read the records again")?;
-    if let Some(needed) =
-        committed.iter().find(|id| forget.contains(id) && !job.forget.contains(id))
-    {
-        bail!("forget snapshot {needed}: expected one without a record, found one just committed");
-    }
-    let forget: Vec<SnapshotId> = forget.into_iter().collect();
-    repository.forget(&forget).context("forget snapshots")?;
     let mut damaged: BTreeSet<BaseFile> =
         job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
     // A1: what a damaged pack has and another one, too, is needed of the other one.
@@ -82,6 +60,40 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     }
     result.held_back.extend(held);
     Ok(result)
+}
+
+/// Snapshots that no backup has.
+fn forget(
+    ground: &Ground,
+    repository: &Repository,
+    job: &PruneJob,
+    result: &mut PruneResult,
+) -> anyhow::Result<()> {
+    phase(ground, "look for snapshots without a backup");
+    let mut forget: BTreeSet<SnapshotId> = job.forget.iter().copied().collect();
+    let recorded: BTreeSet<SnapshotId> = job.recorded.iter().copied().collect();
+    let all = repository.snapshots().context("list snapshots")?;
+    let known: BTreeSet<SnapshotId> = recorded.union(&forget).copied().collect();
+    forget.extend(orphans::due(ground, &all, &known, job.now_unix, job.orphan_seconds)?);
+    for (id, name) in orphans::asked_for(ground, &all, &forget)? {
+        forget.remove(&id);
+        result.held_back.push(format!(
+            "snapshot {id} stays: the listing of backups left out the record of {name}, which is there when it is asked for by its name; hint: a bucket that forgets objects in its listings is not to be trusted with removals"
+        ));
+    }
+    if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
+        bail!(
+            "forget snapshot {needed}: expected one without a record, found one that a backup has"
+        );
+    }
+    let committed = recorded_now(ground).context("read the records again")?;
+    if let Some(needed) =
+        committed.iter().find(|id| forget.contains(id) && !job.forget.contains(id))
+    {
+        bail!("forget snapshot {needed}: expected one without a record, found one just committed");
+    }
+    let forget: Vec<SnapshotId> = forget.into_iter().collect();
+    repository.forget(&forget).context("forget snapshots")
 }
 
 fn damage(ground: &Ground, file: BaseFile, problem: String) -> Damage {

@@ -12,7 +12,7 @@
 //! What an earlier verification found damaged is read first, whatever the share. Packs with a good copy in no tier are left
 //! out of the repository from then on: a backup needs such a pack only where nothing else has what is in it.
 
-use super::{Ground, verify_wal};
+use super::{Ground, files::Telling, verify_wal};
 use crate::maintenance::protocol::{Finding, Step, VerifyBackup, VerifyJob, VerifyResult};
 use anyhow::Context;
 use bytes::Bytes;
@@ -98,6 +98,7 @@ impl Checker<'_> {
 
     /// Reads a copy and judges it.
     pub(super) fn copy(&mut self, tier: Tier, key: &str, judge: Judge<'_>) -> Result<Copy, Error> {
+        self.ground.out.still();
         let read = match tier {
             Tier::One => {
                 let path = self.ground.root.join(key);
@@ -312,6 +313,7 @@ impl Checker<'_> {
             Some(bucket) => Arc::new(Tiered::new(near, bucket.clone())),
             None => near,
         };
+        let files = Telling::new(files, &self.ground.out);
         self.phase("read the repository's small files");
         for kind in [BaseKind::Config, BaseKind::Key, BaseKind::Index, BaseKind::Snapshot] {
             for file in self.listed(kind)?.into_keys() {

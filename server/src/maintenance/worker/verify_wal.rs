@@ -4,18 +4,28 @@
 //! A history says nothing by which one could tell that a digit of it is wrong: all its copies must say the same. Where they
 //! differ it is told, and neither is made of the other, as nobody knows which one is right.
 //!
+//! Memory: a piece of a file. Only one that has to be repaired is read whole, as stored: a compressed segment at most.
+//!
+//! Where all WAL is read, what it says of `wal_level = minimal` is told: of WAL that an earlier build received nobody knows.
+//!
 //! From start to stop of each backup all of it; behind that, a share where it was asked for. That nothing
 //! is missing in between is the server's to say, which knows the open segment, too.
 
 use super::verify::{Checker, Copy, Tier};
 use crate::maintenance::protocol::{Archived, VerifyJob};
 use bytes::Bytes;
-use klio_pg::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory};
+use futures::StreamExt;
+use klio_pg::{
+    LevelScan, Lsn, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, SegmentSize, TimelineHistory,
+    WalLevel,
+};
 use klio_storage::{
-    Error, Op,
+    Error, Kind, Op,
     crypt::{AtRest, payload_error},
     layout::{BackupName, Form, WalFile},
-    wal::decode,
+    record::Unknown,
+    tier2::Download,
+    wal::{LevelChange, decode},
 };
 use rand::Rng;
 use std::{
@@ -45,6 +55,8 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
     checker.step.total_bytes = chosen.iter().map(|c| c.3).sum();
     checker.step.total_files = chosen.len() as u64;
     let at_rest = checker.ground.at_rest.clone();
+    let all = job.wal && job.read_percent >= 100.0 && job.all;
+    let mut levels = all.then(|| Levels::new(size));
     let histories: BTreeMap<WalFile, Vec<BackupName>> = chosen
         .iter()
         .filter(|(file, ..)| matches!(file, WalFile::History(_)))
@@ -52,16 +64,167 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
         .collect();
     for (file, form, expected, bytes, owners) in chosen {
         let key = file.key_in(&checker.ground.cluster, form);
-        let judge = |stored: &Bytes| judge(file, form, stored, size, job, &at_rest);
+        let what = What { file, form, size, job, at_rest: &at_rest };
+        if segment_of(file).is_some() && is_good(checker, &key, expected, what, levels.as_mut())? {
+            checker.done(bytes);
+            continue;
+        }
+        let judge = |stored: &Bytes| judge(file, form, stored.as_ref(), size, job, &at_rest);
         let mut instead =
             |checker: &mut Checker<'_>| in_form(checker, file, form, size, job, &at_rest);
         checker.prove_or(&key, expected, &|| owners.clone(), &judge, &mut instead)?;
         checker.done(bytes);
     }
+    checker.result.levels = levels.map(|levels| levels.found).unwrap_or_default();
     for (file, owners) in histories {
         compare_copies(checker, file, size, job, &at_rest, owners)?;
     }
     Ok(())
+}
+
+/// A file that is judged.
+#[derive(Clone, Copy)]
+struct What<'a> {
+    file: WalFile,
+    form: Form,
+    size: SegmentSize,
+    job: &'a VerifyJob,
+    at_rest: &'a AtRest,
+}
+
+/// What WAL that is read says of its level, each segment once.
+struct Levels {
+    scan: LevelScan,
+    upto: Option<SegmentName>,
+    found: Vec<LevelChange>,
+}
+
+impl Levels {
+    const fn new(size: SegmentSize) -> Self {
+        Self { scan: LevelScan::new(size), upto: None, found: Vec::new() }
+    }
+}
+
+/// Whether every copy that is there, or must be, is good. Reads piece by piece, and says nothing of what is not good: that is
+/// read again, and repaired.
+fn is_good(
+    checker: &mut Checker<'_>,
+    key: &str,
+    expected: [bool; 2],
+    what: What<'_>,
+    mut levels: Option<&mut Levels>,
+) -> Result<bool, Error> {
+    for (tier, expected) in [Tier::One, Tier::Two].into_iter().zip(expected) {
+        let Some(mut stored) = Stored::open(checker, tier, key)? else {
+            if expected {
+                return Ok(false);
+            }
+            continue;
+        };
+        let mut found = Vec::new();
+        let mut trial = levels.as_ref().map(|levels| levels.scan.clone());
+        let judged = judge_and_scan(what, &mut stored, trial.as_mut(), &mut found);
+        if let Some(error) = stored.failed.take() {
+            return Err(error);
+        }
+        checker.result.files += 1;
+        checker.result.read_bytes += stored.bytes;
+        if judged.is_err() {
+            return Ok(false);
+        }
+        if let (Some(levels), Some(scan)) = (levels.as_deref_mut(), trial)
+            && levels.upto < segment_of(what.file)
+        {
+            levels.upto = segment_of(what.file);
+            levels.scan = scan;
+            levels.found.append(&mut found);
+        }
+    }
+    Ok(true)
+}
+
+/// A stored file, piece by piece.
+struct Stored {
+    from: From,
+    runtime: tokio::runtime::Handle,
+    out: super::Output,
+    bytes: u64,
+    /// Trouble that says nothing about the file.
+    failed: Option<Error>,
+}
+
+enum From {
+    Disk(std::fs::File),
+    Bucket(Download, Bytes),
+}
+
+impl Stored {
+    /// `None` when it is not there. What the disk cannot give back is lost, and told of when it is read whole.
+    fn open(checker: &Checker<'_>, tier: Tier, key: &str) -> Result<Option<Self>, Error> {
+        let ground = checker.ground;
+        let from = match tier {
+            Tier::One => match std::fs::File::open(ground.root.join(key)) {
+                Ok(file) => From::Disk(file),
+                Err(_) => return Ok(None),
+            },
+            Tier::Two => {
+                let Some(tier2) = &ground.tier2 else { return Ok(None) };
+                match ground.runtime.block_on(tier2.download(key)) {
+                    Ok(download) => From::Bucket(download, Bytes::new()),
+                    Err(error) if error.kind == Kind::NotFound => return Ok(None),
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        let (runtime, out) = (ground.runtime.clone(), ground.out.clone());
+        Ok(Some(Self { from, runtime, out, bytes: 0, failed: None }))
+    }
+}
+
+impl Read for Stored {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.out.still();
+        let count = match &mut self.from {
+            From::Disk(file) => file.read(buffer)?,
+            From::Bucket(download, piece) => {
+                while piece.is_empty() {
+                    match self.runtime.block_on(download.next()) {
+                        None => return Ok(0),
+                        Some(Ok(next)) => *piece = next,
+                        Some(Err(error)) => {
+                            let told = io::Error::other(error.to_string());
+                            self.failed = (error.kind != Kind::Corrupt).then_some(error);
+                            return Err(told);
+                        }
+                    }
+                }
+                let count = piece.len().min(buffer.len());
+                buffer[..count].copy_from_slice(&piece.split_to(count));
+                count
+            }
+        };
+        self.bytes += count as u64;
+        Ok(count)
+    }
+}
+
+fn judge_and_scan(
+    what: What<'_>,
+    stored: impl Read,
+    mut scan: Option<&mut LevelScan>,
+    found: &mut Vec<LevelChange>,
+) -> Result<(), String> {
+    let What { file, form, size, job, at_rest } = what;
+    let mut at = segment_of(file).and_then(|name| name.start_lsn(size)).unwrap_or(Lsn::ZERO);
+    let mut see = |piece: &[u8]| {
+        let Some(scan) = scan.as_deref_mut() else { return };
+        scan.push(at, piece, &mut |lsn, parameters| {
+            let (timeline, minimal) = (file.timeline(), parameters.wal_level == WalLevel::Minimal);
+            found.push(LevelChange { timeline, lsn, minimal, unknown: Unknown::default() });
+        });
+        at = at.advance(piece.len() as u64);
+    };
+    judge_seeing(file, form, stored, size, job, at_rest, &mut see)
 }
 
 /// Whether every copy of a history, in either tier and form, says the same. Bad ones were told of before.
@@ -76,10 +239,10 @@ fn compare_copies(
     let mut texts = Vec::new();
     for form in [Form::Plain, Form::Age] {
         let key = file.key_in(&checker.ground.cluster, form);
-        let judge = |stored: &Bytes| judge(file, form, stored, size, job, at_rest);
+        let judge = |stored: &Bytes| judge(file, form, stored.as_ref(), size, job, at_rest);
         for tier in [Tier::One, Tier::Two] {
             let Copy::Good(bytes) = checker.copy(tier, &key, &judge)? else { continue };
-            let text = plain(file, form, &bytes, at_rest).and_then(|read| text(file, read));
+            let text = plain(file, form, bytes.as_ref(), at_rest).and_then(|read| text(file, read));
             if let Ok(text) = text {
                 texts.push((format!("{} {key}", tier.name()), text));
             }
@@ -113,7 +276,7 @@ fn disagreement(texts: &[(String, Vec<u8>)]) -> Option<String> {
 fn plain<'a>(
     file: WalFile,
     form: Form,
-    stored: &'a [u8],
+    stored: impl Read + 'a,
     at_rest: &AtRest,
 ) -> Result<Box<dyn Read + 'a>, String> {
     Ok(match form {
@@ -143,7 +306,7 @@ fn in_form(
     at_rest: &AtRest,
 ) -> Result<Option<Bytes>, Error> {
     let key = file.key_in(&checker.ground.cluster, form.other());
-    let fits = |stored: &Bytes| judge(file, form.other(), stored, size, job, at_rest);
+    let fits = |stored: &Bytes| judge(file, form.other(), stored.as_ref(), size, job, at_rest);
     for tier in [Tier::One, Tier::Two] {
         let Copy::Good(bytes) = checker.copy(tier, &key, &fits)? else { continue };
         let keys = at_rest.need(file)?;
@@ -247,6 +410,19 @@ fn judge(
     job: &VerifyJob,
     at_rest: &AtRest,
 ) -> Result<(), String> {
+    judge_seeing(file, form, stored, size, job, at_rest, &mut |_| {})
+}
+
+/// The same piece by piece, with all plain WAL shown to `see`.
+fn judge_seeing(
+    file: WalFile,
+    form: Form,
+    stored: impl Read,
+    size: SegmentSize,
+    job: &VerifyJob,
+    at_rest: &AtRest,
+    see: &mut dyn FnMut(&[u8]),
+) -> Result<(), String> {
     let mut plain = plain(file, form, stored, at_rest)?;
     let Some(name) = segment_of(file) else {
         let text = text(file, plain)?;
@@ -256,6 +432,7 @@ fn judge(
     let mut keep = |piece: &[u8]| {
         let missing = SEGMENT_HEADER_BYTES.saturating_sub(header.len()).min(piece.len());
         header.extend_from_slice(&piece[..missing]);
+        see(piece);
         Ok(())
     };
     let found = decode::decode_reader(&mut plain, size.bytes(), &mut keep).map_err(|e| e.detail)?;
@@ -280,6 +457,60 @@ fn judge(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use klio_pg::TimelineId;
+    use klio_storage::testing::SimulatedWal;
+
+    /// Some bytes at a time, and then an error.
+    struct Slow<'a>(&'a [u8], usize);
+
+    impl Read for Slow<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.1 == 0 {
+                return Err(io::Error::other("the link broke"));
+            }
+            let count = self.0.len().min(buffer.len()).min(7).min(self.1);
+            buffer[..count].copy_from_slice(&self.0[..count]);
+            (self.0, self.1) = (&self.0[count..], self.1 - count);
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn wal_is_judged_piece_by_piece_as_it_is_whole() {
+        let wal = SimulatedWal::small(7);
+        let pinned = wal.pinned();
+        let size = pinned.segment_size;
+        let timeline = TimelineId::new(1).unwrap();
+        let from = Lsn::new(2 * size.bytes());
+        let plain = wal.bytes(&TimelineHistory::root(timeline), from, from.advance(size.bytes()));
+        let stored = zstd::encode_all(plain.as_slice(), 1).unwrap();
+        let job = |system_identifier| VerifyJob {
+            backups: vec![],
+            others: vec![],
+            all: true,
+            again: Default::default(),
+            read_percent: 100.0,
+            read_after: None,
+            wal: true,
+            archived: vec![],
+            segment_size: size.as_u32(),
+            system_identifier,
+        };
+        let file = WalFile::Segment(SegmentName::containing(timeline, from, size));
+        let at_rest = AtRest::Off;
+        let judged = |job: &VerifyJob, from: &mut dyn Read| {
+            let what = What { file, form: Form::Plain, size, job, at_rest: &at_rest };
+            let mut scan = LevelScan::new(size);
+            judge_and_scan(what, from, Some(&mut scan), &mut Vec::new())
+        };
+        let (good, other) = (job(pinned.system_identifier), job(8));
+        assert_eq!(judged(&good, &mut Slow(&stored, usize::MAX)), Ok(()));
+        assert!(judged(&other, &mut Slow(&stored, usize::MAX)).is_err());
+        for upto in [1, stored.len() / 2, stored.len() - 1] {
+            assert!(judged(&good, &mut Slow(&stored, upto)).is_err(), "breaks off at {upto}");
+            assert!(judged(&good, &mut &stored[..upto]).is_err(), "ends at {upto}");
+        }
+    }
 
     #[test]
     fn copies_that_differ_are_told_with_their_first_different_line() {

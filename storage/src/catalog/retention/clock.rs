@@ -10,11 +10,16 @@ use crate::catalog::BackupRecord;
 /// By how much times may differ that should be the same.
 pub const TIMES_DIFFER_SECONDS: f64 = 86_400.0;
 
-const HINT: &str = "nothing is removed meanwhile; hint: klio-server backup redate, or remove, with the time that is right";
+const HINT: &str = "nothing is removed for good meanwhile; hint: klio-server backup redate --to postgres when PostgreSQL's clock was right, --to server when the server's was; or klio-server backup remove";
 
 /// In words; `backups` in any order.
 pub(super) fn doubts(backups: &[&KnownBackup]) -> Vec<String> {
     backups.iter().filter_map(|backup| two_clocks(&backup.record)).collect()
+}
+
+/// Whether a record's own times contradict each other.
+pub(super) fn is_in_doubt(record: &BackupRecord) -> bool {
+    two_clocks(record).is_some()
 }
 
 fn two_clocks(record: &BackupRecord) -> Option<String> {

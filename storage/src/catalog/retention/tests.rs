@@ -63,6 +63,11 @@ fn last(last: u32) -> Policy {
     Policy { last, ..Policy::default() }
 }
 
+/// Nothing goes for good.
+fn is_all_there(plan: &RetentionPlan) -> bool {
+    plan.expired().is_empty() && plan.wal.iter().all(|line| line.tier2_below.is_none())
+}
+
 fn expired(plan: &RetentionPlan) -> Vec<String> {
     plan.expired().iter().map(|name| name.as_str().to_owned()).collect()
 }
@@ -124,7 +129,7 @@ fn a_clock_behind_the_newest_record_expires_nothing() {
     let policies = policies(last(1), last(1));
     for now in [0.0, BEGIN + 8.9 * DAY, f64::NAN] {
         let plan = plan(&daily(10), &policies, now);
-        assert!(plan.is_empty(), "{now}");
+        assert!(is_all_there(&plan), "{now}");
         assert!(plan.alarms[0].contains("clock"), "{:?}", plan.alarms);
     }
     assert!(!plan(&daily(10), &policies, BEGIN + 9.0 * DAY).is_empty());
@@ -181,7 +186,7 @@ fn a_record_whose_clocks_are_far_apart_holds_everything_until_a_person_dates_it(
     let policies = policies(last(1), last(1));
     for now in [BEGIN + 404.0 * DAY, BEGIN + 5.0 * DAY, BEGIN + 900.0 * DAY] {
         let plan = plan(&facts, &policies, now);
-        assert!(plan.is_empty(), "{now}");
+        assert!(is_all_there(&plan), "{now}");
         let told = plan.alarms.join("; ");
         assert!(
             told.contains("d2") && told.contains("400.0 days") && told.contains("redate"),
@@ -201,13 +206,40 @@ fn a_record_whose_clocks_are_far_apart_holds_everything_until_a_person_dates_it(
 }
 
 #[test]
-fn what_the_server_doubts_of_its_clock_empties_the_plan() {
+fn what_the_server_doubts_of_its_clock_lets_nothing_go_for_good() {
     let mut facts = daily(4);
     let policies = policies(last(1), last(1));
     assert!(!plan(&facts, &policies, NOW).is_empty());
     facts.clock.push("the clock jumped".into());
     let plan = plan(&facts, &policies, NOW);
-    assert!(plan.is_empty() && plan.alarms == ["the clock jumped"], "{:?}", plan.alarms);
+    assert!(is_all_there(&plan) && plan.alarms == ["the clock jumped"], "{:?}", plan.alarms);
+}
+
+/// One record with an odd clock stopped the eviction of the cluster's WAL, too, and tier 1 ran full for everybody.
+#[test]
+fn what_tier_2_has_leaves_tier_1_whatever_a_clock_says() {
+    let (mut facts, policies) = (daily(6), policies(last(1), last(1)));
+    facts.backups[2].record.stopped_postgres_unix -= 1.5 * DAY;
+    let doubtful = plan(&facts, &policies, NOW);
+    assert_eq!((doubtful.hold, doubtful.alarms.len()), (Hold::ForGood, 1));
+    assert!(is_all_there(&doubtful));
+    let gone: Vec<String> = doubtful.evicted().iter().map(ToString::to_string).collect();
+    assert_eq!(gone, ["d0", "d1", "d3", "d4"], "the one in doubt stays near");
+    assert_eq!(doubtful.wal[0].tier1_below, Some(Lsn::new(3 * SEGMENT)));
+    facts.backups[2].record.redated_unix = Some(NOW);
+    facts.clock.push("the server's clock jumped".into());
+    let doubtful = plan(&facts, &policies, NOW);
+    assert!(is_all_there(&doubtful));
+    assert_eq!(doubtful.wal[0].tier1_below, Some(Lsn::new(6 * SEGMENT)));
+    // Without a bucket, and where a record cannot be read, everything stays.
+    facts.problems.push("read record of d3: not JSON".into());
+    assert!(plan(&facts, &policies, NOW).is_empty());
+    facts.problems.clear();
+    facts.has_tier2 = false;
+    for backup in &mut facts.backups {
+        backup.tier2 = false;
+    }
+    assert!(plan(&facts, &policies, NOW).is_empty());
 }
 
 #[test]

@@ -39,6 +39,16 @@ pub(super) fn horizons(
     sorted(facts).into_iter().map(plan).collect()
 }
 
+/// The same, with nothing that goes for good: only what tier 2 has leaves tier 1.
+pub(super) fn only_near(plans: Vec<WalPlan>, facts: &Facts, reason: &str) -> Vec<WalPlan> {
+    let near =
+        |plan: WalPlan| WalPlan { tier2_below: None, tier2_reason: reason.to_owned(), ..plan };
+    match facts.has_tier2 {
+        true => plans.into_iter().map(near).collect(),
+        false => nothing(facts, reason),
+    }
+}
+
 /// For every timeline: all stays.
 pub(super) fn nothing(facts: &Facts, reason: &str) -> Vec<WalPlan> {
     let keep = |line: &KnownTimeline| WalPlan {

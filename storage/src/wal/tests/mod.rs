@@ -9,6 +9,7 @@ mod refusal;
 mod rot;
 mod timeline;
 mod two_writers;
+mod unreadable;
 
 use super::*;
 use crate::crypt::{AtRest, Keys};

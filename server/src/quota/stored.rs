@@ -1,0 +1,321 @@
+//! What a cluster stores: all its generations together, in the tier that holds more of them.
+//!
+//! - Only what is stored counts. What a caller is sending counts while it comes, and is given back when it is refused, breaks
+//!   off or turns out to be there already: retries cost nothing.
+//! - Tier 1 is measured from time to time, and again before anything is refused: what was removed a moment ago is free.
+
+use super::{QuotaConfig, Quotas, State, lock, room_for, within};
+use crate::base::BaseStore;
+use klio_pg::ByteSize;
+use klio_storage::{
+    disk::durable,
+    layout::{BackupName, ClusterName},
+};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tonic::Status;
+
+/// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
+const MEASURE_EVERY: Duration = Duration::from_secs(600);
+/// Before something is refused: a caller that is refused again and again does not keep the disk busy.
+const MEASURE_AGAIN: Duration = Duration::from_secs(10);
+
+/// Of one cluster.
+#[derive(Default)]
+pub(super) struct Stored {
+    measured: Option<Instant>,
+    tier1: u64,
+    /// On their way.
+    coming: u64,
+    /// Of the backup that runs, by generation.
+    backups: BTreeMap<ClusterName, OfBackup>,
+}
+
+/// Of one backup.
+struct OfBackup {
+    name: BackupName,
+    stored: u64,
+    coming: u64,
+}
+
+impl Stored {
+    fn is_fresh(&self, within: Duration) -> bool {
+        self.measured.is_some_and(|at| at.elapsed() < within)
+    }
+
+    const fn on_tier1(&self) -> u64 {
+        self.tier1.saturating_add(self.coming)
+    }
+
+    /// What the backup that runs has stored and is sending; another one begins at 0.
+    fn of_backup(&mut self, place: &ClusterName, running: Option<&BackupName>) -> u64 {
+        let Some(running) = running else {
+            self.backups.remove(place);
+            return 0;
+        };
+        let begin = || OfBackup { name: running.clone(), stored: 0, coming: 0 };
+        let backup = self.backups.entry(place.clone()).or_insert_with(begin);
+        if backup.name != *running {
+            *backup = begin();
+        }
+        backup.stored.saturating_add(backup.coming)
+    }
+
+    /// These bytes come, or have come.
+    fn change(&mut self, coming: &What, change: impl Fn(&mut u64, &mut u64)) {
+        change(&mut self.tier1, &mut self.coming);
+        let backup = self.backups.get_mut(&coming.place);
+        if let Some(backup) = backup.filter(|b| Some(&b.name) == coming.backup.as_ref()) {
+            change(&mut backup.stored, &mut backup.coming);
+        }
+    }
+}
+
+/// What comes.
+struct What {
+    place: ClusterName,
+    backup: Option<BackupName>,
+    size: u64,
+}
+
+/// Bytes that are on their way; dropping it gives them back.
+pub struct Coming {
+    state: Arc<Mutex<State>>,
+    what: What,
+    stored: bool,
+}
+
+impl Coming {
+    /// They are stored now.
+    pub fn stored(mut self) {
+        self.stored = true;
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        let (size, stored) = (self.what.size, self.stored);
+        let mut state = lock(&self.state);
+        let Some(all) = state.stored.get_mut(&self.what.place.base()) else { return };
+        all.change(&self.what, |there, coming| {
+            *coming = coming.saturating_sub(size);
+            *there = there.saturating_add(if stored { size } else { 0 });
+        });
+    }
+}
+
+impl Quotas {
+    /// So many bytes of a base backup, before they are taken. They count for good when they are said to be stored.
+    ///
+    /// # Errors
+    /// `QUOTA`, or `DISK_FULL` where what is left of the disk is for WAL.
+    pub async fn put(
+        &self,
+        base: &BaseStore,
+        place: &ClusterName,
+        size: u64,
+    ) -> Result<Coming, Status> {
+        let quota = self.config.of(Some(place));
+        if let Ok((free, total)) = base.wal().free_space() {
+            room_for(free, total, quota.keep_free_percent, size)?;
+        }
+        let far = match quota.stored_bytes.bytes() {
+            0 => 0,
+            _ => {
+                self.measure(base, place, MEASURE_EVERY).await;
+                if self.count(base, place, &quota, 0, size).is_err() {
+                    self.measure(base, place, MEASURE_AGAIN).await;
+                }
+                self.in_tier2(base, place)
+            }
+        };
+        self.count(base, place, &quota, far, size)
+    }
+
+    fn count(
+        &self,
+        base: &BaseStore,
+        place: &ClusterName,
+        quota: &QuotaConfig,
+        far: u64,
+        size: u64,
+    ) -> Result<Coming, Status> {
+        let backup = base.reservations().running(place).backup;
+        let mut state = lock(&self.state);
+        let all = state.stored.entry(place.base()).or_default();
+        let of_backup = all.of_backup(place, backup.as_ref());
+        let near = all.on_tier1();
+        within("quota.stored_bytes", place, quota.stored_bytes, near.max(far), size)?;
+        within("quota.backup_bytes", place, quota.backup_bytes, of_backup, size)?;
+        let what = What { place: place.clone(), backup, size };
+        all.change(&what, |_, coming| *coming = coming.saturating_add(size));
+        Ok(Coming { state: Arc::clone(&self.state), what, stored: false })
+    }
+
+    /// Looks at tier 1, unless that was done a moment ago.
+    async fn measure(&self, base: &BaseStore, place: &ClusterName, within: Duration) {
+        let (this, base, place) = (self.clone(), base.clone(), place.clone());
+        let looked =
+            tokio::task::spawn_blocking(move || this.measure_here(&base, &place, within)).await;
+        if let Err(error) = looked {
+            tracing::warn!(%error, "what a cluster stores could not be measured");
+        }
+    }
+
+    fn measure_here(&self, base: &BaseStore, place: &ClusterName, within: Duration) {
+        let name = place.base();
+        if lock(&self.state).stored.get(&name).is_some_and(|known| known.is_fresh(within)) {
+            return;
+        }
+        let folders = places(base, place);
+        let bytes =
+            folders.iter().map(|place| bytes_below(&base.root().join(place.as_str()))).sum();
+        let mut state = lock(&self.state);
+        let all = state.stored.entry(name).or_default();
+        (all.measured, all.tier1) = (Some(Instant::now()), bytes);
+    }
+
+    fn in_tier2(&self, base: &BaseStore, place: &ClusterName) -> u64 {
+        let wal = |place| self.archives.as_ref().map_or(0, |a| a.state(place).totals.bytes);
+        let files = |place| {
+            base.archives().objects(place).map_or(0, |objects| objects.values().sum::<u64>())
+        };
+        places(base, place).iter().map(|place| wal(place).saturating_add(files(place))).sum()
+    }
+
+    /// What a cluster stores of what it may; `None` where there is no bound. Blocking: it may look at tier 1.
+    pub fn used(&self, base: &BaseStore, cluster: &ClusterName) -> Option<Used> {
+        let quota = self.config.of(Some(cluster)).stored_bytes;
+        if quota.bytes() == 0 {
+            return None;
+        }
+        self.measure_here(base, cluster, MEASURE_EVERY);
+        let near = lock(&self.state).stored.get(&cluster.base()).map_or(0, Stored::on_tier1);
+        Some(Used { bytes: near.max(self.in_tier2(base, cluster)), quota })
+    }
+}
+
+/// What a cluster stores of what it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    bytes: u64,
+    quota: ByteSize,
+}
+
+impl Used {
+    /// 1 is all of it.
+    pub fn ratio(&self) -> f64 {
+        self.bytes as f64 / self.quota.bytes().max(1) as f64
+    }
+
+    /// In words, when it is more than may be.
+    pub fn problem(&self) -> Option<String> {
+        (self.bytes > self.quota.bytes()).then(|| {
+            let (used, quota) = (ByteSize::new(self.bytes), self.quota);
+            format!("{used} are stored, more than quota.stored_bytes of {quota}: base backups are refused, WAL is received on")
+        })
+    }
+}
+
+/// All generations of a cluster that are known here.
+fn places(base: &BaseStore, place: &ClusterName) -> Vec<ClusterName> {
+    let mut all = base.wal().clusters();
+    all.retain(|other| other.base() == place.base());
+    if !all.contains(place) {
+        all.push(place.clone());
+    }
+    all
+}
+
+fn bytes_below(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let is_temporary =
+        |name: &std::ffi::OsStr| name.as_encoded_bytes().ends_with(durable::TMP_SUFFIX.as_bytes());
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(found) if found.is_dir() => bytes_below(&entry.path()),
+            // What comes is counted as such.
+            Ok(_) if is_temporary(&entry.file_name()) => 0,
+            Ok(found) => found.len(),
+            Err(_) => 0, // just removed
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_proto::Code;
+
+    fn cluster(name: &str) -> ClusterName {
+        ClusterName::parse_generation(name).unwrap()
+    }
+
+    fn coming(quotas: &Quotas, place: &str, backup: &str, size: u64) -> (u64, Coming) {
+        let what = What { place: cluster(place), backup: backup.parse().ok(), size };
+        let mut state = lock(&quotas.state);
+        let all = state.stored.entry(what.place.base()).or_default();
+        let before = all.of_backup(&what.place, what.backup.as_ref());
+        all.change(&what, |_, coming| *coming += size);
+        drop(state);
+        (before, Coming { state: Arc::clone(&quotas.state), what, stored: false })
+    }
+
+    #[test]
+    fn retries_and_files_that_were_there_count_nothing() {
+        let quotas = Quotas::new(QuotaConfig::default(), None);
+        let near = || lock(&quotas.state).stored[&cluster("a")].on_tier1();
+        for _ in 0..10 {
+            let (stored, broken_off) = coming(&quotas, "a", "one", 7);
+            assert_eq!((stored, near()), (0, 7), "it counts while it comes");
+            drop(broken_off);
+            assert_eq!(near(), 0);
+        }
+        coming(&quotas, "a", "one", 7).1.stored();
+        let (stored, second) = coming(&quotas, "a", "one", 5);
+        assert_eq!((stored, near()), (7, 12));
+        second.stored();
+        assert_eq!(coming(&quotas, "a", "two", 1).0, 0, "each backup begins at 0");
+        assert_eq!(coming(&quotas, "a@2", "two", 1).0, 0, "and each generation has its own");
+        coming(&quotas, "a@2", "two", 3).1.stored();
+        assert_eq!(near(), 15, "and all share the cluster's bytes");
+    }
+
+    #[test]
+    fn one_that_ends_after_its_backup_counts_for_the_cluster_and_no_other_backup() {
+        let quotas = Quotas::new(QuotaConfig::default(), None);
+        let (_, late) = coming(&quotas, "a", "one", 7);
+        let (_, next) = coming(&quotas, "a", "two", 1);
+        late.stored();
+        drop(next);
+        assert_eq!(coming(&quotas, "a", "two", 1).0, 0);
+        assert_eq!(lock(&quotas.state).stored[&cluster("a")].on_tier1(), 7);
+    }
+
+    #[test]
+    fn stored_bytes_stop_base_backups_and_are_said() {
+        let (a, quota) = (cluster("a"), ByteSize::new(100));
+        assert!(within("quota.stored_bytes", &a, quota, 60, 40).is_ok());
+        let refused = within("quota.stored_bytes", &a, quota, 60, 41).unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Quota);
+        assert!(refused.message().contains("quota.stored_bytes"), "{refused:?}");
+        assert_eq!(Used { bytes: 100, quota }.problem(), None);
+        assert!(Used { bytes: 101, quota }.problem().unwrap().contains("WAL is received on"));
+    }
+
+    #[test]
+    fn a_folder_is_measured_with_all_below_it_but_what_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        std::fs::write(dir.path().join("d/x"), [0; 10]).unwrap();
+        std::fs::write(dir.path().join("y"), [0; 5]).unwrap();
+        std::fs::write(durable::tmp_path(&dir.path().join("y")), [0; 50]).unwrap();
+        assert_eq!(bytes_below(dir.path()), 15);
+        assert_eq!(bytes_below(&dir.path().join("none")), 0);
+    }
+}

@@ -1,0 +1,162 @@
+//! PostgreSQL's own copy of an unfinished segment, where it is the longer one.
+//!
+//! What is held of a segment that is being received is the beginning of one, filled up with zeros. A standby has often more of
+//! it, from its primary. PostgreSQL would rename ours over its own (KeepFileRestoredFromArchive() in xlogarchive.c): it would
+//! lose WAL that nobody else may have, and a promotion would not find its last record again and panic (FinishWalRecovery()
+//! in xlogrecovery.c). So what is no more than it has itself is "no such file", which makes it read its own, as it would
+//! anyway where an archive takes only whole segments. Decided by bytes and records: what is longer here, or is another history, is
+//! given as ever.
+
+use super::{data_dir, is_postgresql_s};
+use klio_pg::{Lsn, PAGE_BYTES, RecordWalker, SEGMENT_HEADER_BYTES, SegmentHeader};
+use klio_storage::layout::WalFile;
+use std::{
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom},
+    path::Path,
+};
+
+const READ_BYTES: usize = 256 << 10;
+
+/// After `file` came to `path`: whether PostgreSQL has as much itself. Then what came is removed again.
+///
+/// # Errors
+/// As the file system fails.
+pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
+    let (WalFile::Segment(name), Some(data)) = (file, data_dir(path)) else { return Ok(false) };
+    let own = data.join("pg_wal").join(name.to_string());
+    if !is_postgresql_s(path) || !own.is_file() || !has_as_much(&own, path, data)? {
+        return Ok(false);
+    }
+    fs::remove_file(path)?;
+    Ok(true)
+}
+
+/// In words, for PostgreSQL's log.
+pub(super) fn message(file: WalFile) -> String {
+    format!("what is held of {file} so far is in pg_wal already")
+}
+
+fn has_as_much(own: &Path, came: &Path, data: &Path) -> io::Result<bool> {
+    let (mut own, mut came) = (File::open(own)?, File::open(came)?);
+    let size = came.metadata()?.len();
+    let Some(end) = end_of(&mut came, size)? else { return Ok(false) };
+    if own.metadata()?.len() != size || !begins_alike(&mut own, &mut came, end)? {
+        return Ok(false);
+    }
+    let Ok(major) = fs::read_to_string(data.join("PG_VERSION")) else { return Ok(false) };
+    let Ok(major) = major.trim().parse() else { return Ok(false) };
+    // The last bytes of a record may be zeros: where they come to an end says only the record.
+    let [own, came] = [records_end(&mut own, major)?, records_end(&mut came, major)?];
+    Ok(own >= came)
+}
+
+/// Behind the last byte that is no zero; `None` where that is on the last page, as it is in a full segment.
+fn end_of(file: &mut File, size: u64) -> io::Result<Option<u64>> {
+    let mut page = vec![0; PAGE_BYTES as usize];
+    let mut at = size.saturating_sub(PAGE_BYTES);
+    let mut is_last = true;
+    loop {
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(&mut page)?;
+        if let Some(last) = page.iter().rposition(|byte| *byte != 0) {
+            return Ok((!is_last).then_some(at + last as u64 + 1));
+        }
+        if at == 0 {
+            return Ok(None);
+        }
+        (at, is_last) = (at.saturating_sub(PAGE_BYTES), false);
+    }
+}
+
+fn begins_alike(one: &mut File, other: &mut File, length: u64) -> io::Result<bool> {
+    let (mut left, mut right) = (vec![0; READ_BYTES], vec![0; READ_BYTES]);
+    one.seek(SeekFrom::Start(0))?;
+    other.seek(SeekFrom::Start(0))?;
+    let mut rest = length;
+    while rest > 0 {
+        let part = rest.min(READ_BYTES as u64) as usize;
+        one.read_exact(&mut left[..part])?;
+        other.read_exact(&mut right[..part])?;
+        if left[..part] != right[..part] {
+            return Ok(false);
+        }
+        rest -= part as u64;
+    }
+    Ok(true)
+}
+
+/// Behind the last whole record; `None` where there is none.
+fn records_end(file: &mut File, major: u32) -> io::Result<Option<Lsn>> {
+    file.seek(SeekFrom::Start(0))?;
+    let mut header = [0; SEGMENT_HEADER_BYTES];
+    file.read_exact(&mut header)?;
+    let Ok(header) = SegmentHeader::parse(&header) else { return Ok(None) };
+    file.seek(SeekFrom::Start(0))?;
+    let mut walker = RecordWalker::new(header.segment_size, major, header.start);
+    let mut buffer = vec![0; READ_BYTES];
+    while walker.ended().is_none() {
+        match file.read(&mut buffer)? {
+            0 => break,
+            bytes => walker.push(&buffer[..bytes], &mut |_| {}),
+        }
+    }
+    Ok(walker.records_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether PostgreSQL's own is enough, and whether what came is still there.
+    fn asked(own: Option<&[u8]>, came: &[u8]) -> (bool, bool) {
+        let folder = tempfile::tempdir().unwrap();
+        let wal = folder.path().join("pg_wal");
+        fs::create_dir(&wal).unwrap();
+        fs::write(folder.path().join("PG_VERSION"), "15\n").unwrap();
+        let file: WalFile = "000000010000000000000001".parse().unwrap();
+        own.inspect(|own| fs::write(wal.join(file.to_string()), own).unwrap());
+        let path = wal.join("RECOVERYXLOG");
+        fs::write(&path, came).unwrap();
+        let enough = is_enough(file, &path).unwrap();
+        (enough, path.exists())
+    }
+
+    fn segment(bytes: usize) -> Vec<u8> {
+        let mut all = vec![7; bytes];
+        all.resize(1 << 20, 0);
+        all
+    }
+
+    #[test]
+    fn what_postgresql_has_as_much_of_itself_is_not_put_over_it() {
+        assert_eq!(asked(Some(&segment(600_000)), &segment(500_000)), (true, false));
+        assert_eq!(asked(Some(&segment(500_000)), &segment(500_000)), (true, false));
+    }
+
+    #[test]
+    fn what_is_longer_or_another_is_given() {
+        let mut other = segment(600_000);
+        other[400_000] = 8;
+        for (own, came) in [
+            (None, segment(500_000)),
+            (Some(segment(400_000)), segment(500_000)),
+            (Some(other), segment(500_000)),
+            // A whole one, also beside the same.
+            (Some(segment(1 << 20)), segment(1 << 20)),
+            (Some(segment(600_000)[..700_000].to_vec()), segment(500_000)),
+            (Some(segment(600_000)), vec![0; 1 << 20]),
+        ] {
+            assert_eq!(asked(own.as_deref(), &came), (false, true));
+        }
+    }
+
+    #[test]
+    fn only_postgresql_s_own_question_is_compared() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("somewhere");
+        fs::write(&path, segment(1)).unwrap();
+        assert!(!is_enough("000000010000000000000001".parse().unwrap(), &path).unwrap());
+        assert!(path.exists());
+    }
+}
