@@ -4,7 +4,7 @@ CARGO ?= cargo
 # Programs installed for this tree come first, cargo-deny among them.
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help tools build-tools test-tools lint-tools build test lint bench soak demo collector docs clean
+.PHONY: help tools build-tools test-tools lint-tools build test lint bench soak fuzz mutants demo collector docs clean
 
 help:
 	@echo 'make tools   install what is missing (PostgreSQL 15-18, nats-server, promtool, cargo-deny, ...); nothing is started'
@@ -12,7 +12,9 @@ help:
 	@echo 'make test    everything that can be tested on this machine'
 	@echo 'make lint    formatting, clippy, licences and sources of dependencies'
 	@echo 'make bench   the benchmarks of docs/benchmarks.md (release build)'
-	@echo 'make soak    tests that kill at random moments, then the restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random)'
+	@echo 'make soak    tests that kill at random moments, then the restore proof for ROUNDS random rounds from SEED: workload, kills, targets, comparison (default: 20, random); MOVES=a,b forces moves, LEG=file goes on where a run was broken off'
+	@echo 'make fuzz    what parses foreign bytes, with CASES random ones from SEED (default: 20000, random)'
+	@echo 'make mutants whether the tests notice when the program is wrong; results below target/mutants'
 	@echo 'make demo    a narrated run of the whole on scratch directories'
 	@echo 'make collector  docs/telemetry.md with a real OpenTelemetry Collector: otelcol (contrib) on PATH'
 	@echo 'make docs    write the generated references below docs/'
@@ -54,7 +56,16 @@ bench:
 # Debug programs: their assertions look harder. KLIO_BIN_DIR names others.
 soak: test-tools build
 	KLIO_TEST_SEED=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} $(CARGO) test -p klio-tests --test crash --test maintenance -- kill
-	$(CARGO) run --quiet -p klio-tests --bin klio-soak -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(SOAK_ARGS)
+	$(CARGO) run --quiet -p klio-tests --bin klio-soak -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(MOVES),--moves "$(MOVES)") $(if $(LEG),--leg "$(LEG)") $(SOAK_ARGS)
+
+# What parses bytes of others, with any bytes: `make test` does it with a few hundred cases and a fixed seed.
+fuzz:
+	PROPTEST_RNG_SEED=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} PROPTEST_CASES=$${CASES:-20000} $(CARGO) test --workspace --lib -- no_bytes no_text bit_flip flipped_bit
+
+# Whether the tests notice: calls that make things durable are left out, and cargo-mutants where it is installed. Hours; goes on where it was.
+mutants: test-tools
+	@deploy/tools/mutants.sh syncs
+	@deploy/tools/mutants.sh units $(FILES)
 
 demo: build-tools
 	@deploy/demo.sh $(DEMO_ARGS)

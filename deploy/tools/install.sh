@@ -90,7 +90,7 @@ build_packages() {
 }
 
 test_packages() {
-    programs age=age restic=restic strace=strace diff=diffutils
+    programs age=age restic=restic strace=strace diff=diffutils faketime=faketime
     check_disaster_tools
 }
 

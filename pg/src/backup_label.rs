@@ -180,6 +180,16 @@ mod tests {
 
     proptest! {
         #[test]
+        fn no_text_like_a_label_or_a_map_makes_it_panic(
+            any in "\\PC{0,80}",
+            near in "((START|STOP|CHECKPOINT|BACKUP|LABEL|TIMELINE|WAL|LOCATION|FROM|TIME|METHOD)[ :/()0-9A-F\n]{0,12}){0,8}",
+        ) {
+            for text in [&any, &near] {
+                let _ = (BackupLabel::parse(text), parse_tablespace_map(text));
+            }
+        }
+
+        #[test]
         fn a_map_round_trips(oid: u32, location in "/[a \\\\\n\rü]{1,20}") {
             let entries = vec![
                 TablespaceEntry { oid, location },

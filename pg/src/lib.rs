@@ -17,6 +17,7 @@ mod timeline;
 mod wal_change;
 mod wal_edit;
 mod wal_level_scan;
+mod wal_prepare;
 mod wal_record;
 mod wal_xact;
 
@@ -40,4 +41,5 @@ pub use timeline::{HistoryEntry, HistoryError, ParseTimelineError, TimelineHisto
 pub use wal_change::{WalLevel, WalParameters};
 pub use wal_edit::{Edit, TABLESPACE_RECORD_SPAN, edit_segment, tablespace_in_place};
 pub use wal_level_scan::LevelScan;
+pub use wal_prepare::Prepared;
 pub use wal_record::{Found, Landmark, RecordWalker};

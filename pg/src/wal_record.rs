@@ -22,6 +22,7 @@ use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
     replication::unix_micros_from_pg,
     wal_change::{self, WalParameters},
+    wal_prepare::Prepared,
     wal_xact::{self, Kept},
 };
 
@@ -34,6 +35,8 @@ const OVERWRITES: u16 = 0x0008;
 const RM_XLOG: u8 = 0;
 const RM_XACT: u8 = 1;
 const RM_TBLSPC: u8 = 5;
+const XACT_OPERATION: u8 = 0x70;
+const XACT_PREPARE: u8 = 0x10;
 const XLOG_SWITCH: u8 = 0x40;
 const XLOG_PARAMETER_CHANGE: u8 = 0x60;
 const XLOG_RESTORE_POINT: u8 = 0x70;
@@ -60,6 +63,8 @@ pub enum Landmark {
         /// As of a commit.
         unix_micros: i64,
     },
+    /// A transaction was prepared; it ends as a commit or an abort with its id.
+    Prepared(Prepared),
     /// `pg_create_restore_point`.
     RestorePoint {
         /// Its name.
@@ -91,7 +96,8 @@ impl Landmark {
             Landmark::Commit { unix_micros, .. }
             | Landmark::Abort { unix_micros, .. }
             | Landmark::RestorePoint { unix_micros, .. } => Some(*unix_micros),
-            Landmark::Parameters(_)
+            Landmark::Prepared(_)
+            | Landmark::Parameters(_)
             | Landmark::TablespaceCreated { .. }
             | Landmark::TablespaceDropped { .. } => None,
         }
@@ -113,6 +119,8 @@ pub struct Found {
     pub end: Lsn,
     /// What it is.
     pub landmark: Landmark,
+    /// It ends a transaction that was prepared.
+    pub of_prepared: bool,
 }
 
 /// Where in a record, or between records, the next byte lies.
@@ -421,7 +429,8 @@ impl RecordWalker {
             }
         }
         if let Some(landmark) = self.landmark(&partial) {
-            found(Found { lsn: partial.start, end, landmark });
+            let of_prepared = partial.rmid() == RM_XACT && wal_xact::is_of_prepared(partial.info());
+            found(Found { lsn: partial.start, end, landmark, of_prepared });
         }
     }
 
@@ -441,6 +450,9 @@ impl RecordWalker {
                 Some(Landmark::TablespaceDropped { oid })
             }
             (RM_TBLSPC, _) => None,
+            (RM_XACT, info) if info & XACT_OPERATION == XACT_PREPARE => {
+                Prepared::parse(main).map(Landmark::Prepared)
+            }
             _ => self.ending(partial, main),
         }
     }

@@ -57,6 +57,11 @@ pub(crate) struct Ending {
     pub(crate) prepared_xid: Option<u32>,
 }
 
+/// `COMMIT PREPARED` or `ROLLBACK PREPARED`.
+pub(crate) const fn is_of_prepared(info: u8) -> bool {
+    matches!(info & OPERATION, COMMIT_PREPARED | ABORT_PREPARED)
+}
+
 /// `None` for records that end no transaction.
 pub(crate) fn ending(info: u8, main: &[u8], postgres_major: u32) -> Option<Ending> {
     let operation = info & OPERATION;
@@ -64,7 +69,7 @@ pub(crate) fn ending(info: u8, main: &[u8], postgres_major: u32) -> Option<Endin
     if !committed && !matches!(operation, ABORT | ABORT_PREPARED) {
         return None;
     }
-    let prepared = matches!(operation, COMMIT_PREPARED | ABORT_PREPARED) && info & HAS_INFO != 0;
+    let prepared = is_of_prepared(operation) && info & HAS_INFO != 0;
     let prepared_xid = prepared.then(|| prepared_xid(main, committed, postgres_major)).flatten();
     Some(Ending { committed, prepared_xid })
 }

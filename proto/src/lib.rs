@@ -22,6 +22,9 @@ pub mod v1 {
     pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/klio.v1.bin"));
 }
 
+#[cfg(test)]
+mod foreign;
+
 /// Peers of other versions: fields of a version to come pass, and so do messages of a version gone.
 #[cfg(test)]
 #[allow(clippy::needless_update, reason = "messages will get more fields")]

@@ -21,6 +21,18 @@ pub fn scratch_root() -> PathBuf {
     path("KLIO_TEST_DIR").unwrap_or_else(|| PathBuf::from("/tmp"))
 }
 
+/// Debian's library that gives a program a clock of its own.
+///
+/// # Panics
+/// When it is not installed.
+#[must_use]
+pub fn faketime() -> PathBuf {
+    let folders = std::fs::read_dir("/usr/lib").expect("read /usr/lib").flatten();
+    let library = |folder: std::fs::DirEntry| folder.path().join("faketime/libfaketimeMT.so.1");
+    let found = folders.map(library).find(|library| library.is_file());
+    found.expect("find libfaketimeMT.so.1: hint: run `make tools`")
+}
+
 /// `KLIO_TEST_SEED`, else 1: a run without a wish of its own can be repeated. It is printed, for the log of a failure.
 ///
 /// # Panics

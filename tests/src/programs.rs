@@ -6,10 +6,18 @@ use crate::{env, process::Running};
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::OnceLock,
 };
 
+static CHOSEN: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on the programs of this folder are under test, whatever is built meanwhile.
+pub fn use_from(folder: &Path) {
+    CHOSEN.get_or_init(|| folder.to_owned());
+}
+
 fn find(name: &str) -> PathBuf {
-    let dir = env::bin_dir().unwrap_or_else(|| {
+    let dir = CHOSEN.get().cloned().or_else(env::bin_dir).unwrap_or_else(|| {
         let test = std::env::current_exe().expect("the path of the running test program");
         // target/debug/deps/test-1a2b -> target/debug; target/debug/klio-soak is there already.
         let dir = test.parent().expect("a program lies in a directory");

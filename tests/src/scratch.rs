@@ -17,6 +17,15 @@ pub fn keep_failed() {
     KEEP_FAILED.store(true, Ordering::Relaxed);
 }
 
+/// As root, the tests run PostgreSQL as another user, who has to get in.
+///
+/// # Panics
+/// When the directory is not ours.
+pub fn open_to_others(dir: &Path) {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755))
+        .unwrap_or_else(|e| panic!("open {} to others: {e}", dir.display()));
+}
+
 /// A scratch directory.
 #[derive(Debug)]
 pub struct Scratch {
@@ -35,8 +44,7 @@ impl Scratch {
             .prefix(&format!("klio-{name}-"))
             .tempdir_in(&root)
             .unwrap_or_else(|e| panic!("make scratch directory in {}: {e}", root.display()));
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))
-            .unwrap_or_else(|e| panic!("open {} to others: {e}", dir.path().display()));
+        open_to_others(dir.path());
         guard::delete_in_the_end(dir.path());
         Self { dir }
     }

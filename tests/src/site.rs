@@ -102,6 +102,39 @@ impl Site {
         self.variables.push((name.into(), value.into()));
     }
 
+    /// Gives the server a clock of its own from the next start on, which [`Site::turn_clock`] sets while it runs. Only the time of day
+    /// is another: what measures how long something takes is the machine's.
+    ///
+    /// # Panics
+    /// When libfaketime is not installed.
+    pub fn own_clock(&mut self) {
+        self.turn_clock(0);
+        let (library, file) = (env::faketime(), self.clock_file());
+        for (name, value) in [
+            ("LD_PRELOAD", library.display().to_string()),
+            ("FAKETIME_TIMESTAMP_FILE", file.display().to_string()),
+            ("FAKETIME_NO_CACHE", "1".to_owned()),
+            ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+            ("NO_FAKE_STAT", "1".to_owned()),
+        ] {
+            self.set(name, &value);
+        }
+    }
+
+    fn clock_file(&self) -> PathBuf {
+        self.scratch.join("clock")
+    }
+
+    /// The server's clock is so many seconds ahead of the machine's.
+    ///
+    /// # Panics
+    /// When the scratch directory cannot be written.
+    pub fn turn_clock(&self, seconds_ahead: i64) {
+        let new = self.scratch.join("clock.new");
+        std::fs::write(&new, format!("{seconds_ahead:+}\n")).expect("write the clock");
+        std::fs::rename(&new, self.clock_file()).expect("turn the clock");
+    }
+
     /// The server's folder.
     #[must_use]
     pub fn dir(&self) -> PathBuf {

@@ -3,6 +3,7 @@
 //! - The server compares: with the bytes it holds, of tier 1, else of tier 2. A client's word decides nothing but which
 //!   WAL it has now (P13).
 //! - The same bytes prove something only with a whole record among them: page headers and zeros are alike everywhere.
+//! - Pages that differ in nothing but a tablespace's place, which a restore took out of the copy's WAL, are the same (edited.rs).
 //! - What cannot be read or is not there is not compared, and says nothing.
 //! - Bounded: the digests of one segment a comparison, and a few comparisons at once.
 
@@ -37,6 +38,8 @@ use std::{
 };
 use tokio::sync::Semaphore;
 use tonic::Status;
+
+mod edited;
 
 /// Each reads a segment from disk and sends nothing.
 const AT_ONCE: usize = 4;
@@ -160,7 +163,11 @@ impl Comparer {
             let theirs = inbox.digests(overlap::pages(at, end)).await?;
             let ours = self.read_into(cluster, segment, at..end, &mut held).await?;
             if let Some(page) = overlap::first_difference(at, &ours, &theirs) {
-                return Ok(different(begin.timeline, page, at, &ours, &theirs));
+                let sides = (ours.as_slice(), theirs.as_slice());
+                if !self.is_edited(cluster, segment, at..end, &held, sides).await? {
+                    return Ok(different(begin.timeline, page, at, &ours, &theirs));
+                }
+                tracing::info!(%cluster, %page, "PostgreSQL's WAL is that of a restored copy whose tablespaces lie elsewhere");
             }
             at = end;
         }
@@ -233,6 +240,23 @@ impl Comparer {
         let mut digests = digests.finish();
         digests.truncate(usize::try_from(whole).unwrap_or(usize::MAX).saturating_mul(DIGEST_BYTES));
         Ok(digests)
+    }
+
+    /// Whether what differs is only where tablespaces of a restored copy lie.
+    async fn is_edited(
+        &self,
+        cluster: &ClusterName,
+        segment: SegmentName,
+        range: std::ops::Range<Lsn>,
+        held: &Held,
+        (ours, theirs): (&[u8], &[u8]),
+    ) -> Result<bool, Status> {
+        let Some(kept) = edited::Kept::of(range.start, ours, theirs) else { return Ok(false) };
+        let walker = RecordWalker::new(held.size, held.major, range.start);
+        let mut part = Part::new(segment, held.size, range, walker);
+        part.kept = Some(kept);
+        let read = self.read(cluster, segment, held.size, part).await?;
+        Ok(read.and_then(|part| part.kept).is_some_and(|kept| kept.is_explained(held.size)))
     }
 
     /// Reads what is held of a segment; `None` when it cannot be had.
@@ -573,6 +597,8 @@ struct Part {
     left: u64,
     digests: PageDigests,
     walker: RecordWalker,
+    /// Where what differs is looked at.
+    kept: Option<edited::Kept>,
 }
 
 impl Part {
@@ -584,7 +610,7 @@ impl Part {
     ) -> Self {
         let start = segment.start_lsn(size).unwrap_or(range.start);
         let (skip, left) = (range.start.bytes_since(start), range.end.bytes_since(range.start));
-        Self { skip, left, digests: PageDigests::new(range.start), walker }
+        Self { skip, left, digests: PageDigests::new(range.start), walker, kept: None }
     }
 
     fn push(&mut self, piece: &[u8]) {
@@ -593,8 +619,14 @@ impl Part {
         let piece = &piece[skip..];
         let take = usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
         self.left -= take as u64;
-        self.digests.push(&piece[..take]);
-        self.walker.push(&piece[..take], &mut |_| {});
+        let piece = &piece[..take];
+        if let Some(kept) = &mut self.kept {
+            kept.push(self.digests.position(), piece);
+            self.walker.push(piece, &mut |found| kept.see(&found));
+        } else {
+            self.walker.push(piece, &mut |_| {});
+        }
+        self.digests.push(piece);
     }
 }
 

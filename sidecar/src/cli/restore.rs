@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Failure},
     restore::{
         Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Standby, Wish,
-        explain_time, parse_time, show_time,
+        explain_time, parse_time, shell, show_time,
     },
 };
 use klio_pg::TimelineId;
@@ -46,16 +46,19 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
         if args.dry_run {
             return Ok((plan, None, major(&planned)));
         }
-        let major = major(&planned);
-        restore.carry_out(planned).await.map(|done| (plan, Some(done), major))
+        let (major, start) = (major(&planned), start(&planned, &order));
+        restore.carry_out(planned).await.map(|done| (plan, Some((done, start)), major))
     });
     let (plan, done, major) = work.await.map_err(|error| {
         display::or_stopped(&stop, error, "an unfinished directory is continued with --delta")
     })?;
     if args.json {
-        print(&format!("{:#}\n", json!({ "plan": plan, "done": done.map(done_json) })));
-    } else if let (Some(done), false) = (done, args.quiet) {
-        print(&summary(&done, &order, major));
+        print(&format!(
+            "{:#}\n",
+            json!({ "plan": plan, "done": done.map(|(done, _)| done_json(done)) })
+        ));
+    } else if let (Some((done, start)), false) = (done, args.quiet) {
+        print(&summary(&done, &order, major, &start));
     }
     Ok(exit::OK)
 }
@@ -336,7 +339,18 @@ fn done_json(done: Done) -> Value {
     })
 }
 
-fn summary(done: &Done, order: &Order, major: u32) -> String {
+/// How PostgreSQL is started: with configuration of elsewhere, nothing in that leads to the original's data (P12).
+fn start(planned: &Planned, order: &Order) -> String {
+    let data = shell(&order.to.display().to_string());
+    if planned.has_conf {
+        return format!("pg_ctl -D {data} start");
+    }
+    let conf = format!("/etc/postgresql/{}/main/postgresql.conf", major(planned));
+    let options = format!("-c config_file={conf} -c data_directory={data} -c external_pid_file=");
+    format!("pg_ctl -D {data} -o {} start", shell(&options))
+}
+
+fn summary(done: &Done, order: &Order, major: u32, start: &str) -> String {
     let rate = done.bytes as f64 / done.seconds.max(0.001);
     let removed =
         if done.removed > 0 { format!(", {} removed", done.removed) } else { String::new() };
@@ -351,13 +365,12 @@ fn summary(done: &Done, order: &Order, major: u32) -> String {
         )
     });
     format!(
-        "restored {} in {} files in {} ({}/s); {} written{removed}\nnext: start PostgreSQL {major}, {next}:\n  pg_ctl -D {} start\n{slot}",
+        "restored {} in {} files in {} ({}/s); {} written{removed}\nnext: start PostgreSQL {major}, {next}:\n  {start}\n{slot}",
         text::size(done.bytes),
         done.files,
         text::duration(done.seconds),
         text::size(rate as u64),
         text::size(done.written),
-        order.to.display(),
     )
 }
 

@@ -39,7 +39,7 @@ pub use check::Room;
 pub use pour::{Progress, Replay, Seen};
 pub use run::{Done, Order, Planned, Restore};
 pub use scratch::Scratch;
-pub use settings::{Action, Invocation};
+pub use settings::{Action, Invocation, shell};
 pub use source::{Catalog, Known, Source};
 pub use standby::Standby;
 pub use target::{Decision, Recovery, Wish};

@@ -92,6 +92,8 @@ pub struct Planned {
     pub bytes: u64,
     /// What the reader should know.
     pub notes: Vec<String>,
+    /// Its configuration is in the directory.
+    pub has_conf: bool,
     folders: BTreeSet<PathBuf>,
     delta: bool,
     chunks: Chunks,
@@ -273,6 +275,7 @@ impl Restore {
             files,
             bytes,
             notes,
+            has_conf,
             folders,
             delta: order.delta,
             // A whole restore reads what lies side by side, which windows are made for.
@@ -295,7 +298,7 @@ impl Restore {
             path: &plan.path,
             postgres_major: plan.backup.postgres_version / 10_000,
         };
-        let way = way::look(&wal, plan, &decision.recovery).await?;
+        let way = way::look(&wal, plan, (&decision.recovery, decision.inclusive)).await?;
         let maps = Maps { named: &order.maps, beside: order.beside.as_deref() };
         let places = Places::new(order.to.clone(), &plan.backup, &way.made, maps)?;
         let linked = places.linked().map(|(oid, place)| (oid, place.to_owned())).collect();
@@ -335,9 +338,10 @@ impl Restore {
         if !has_conf {
             notes.push(
                 "postgresql.conf is not in the data directory that was backed up (Debian keeps it in \
-                 /etc/postgresql, with pg_hba.conf and pg_ident.conf): bring it back from elsewhere, without \
-                 data_directory, external_pid_file and recovery targets, which may be the original's; where it stays \
-                 elsewhere, start PostgreSQL with -c config_file=... -c data_directory=..."
+                 /etc/postgresql, with pg_hba.conf and pg_ident.conf), so nothing is known of what it says: start with the \
+                 original's by the command below, which overrules where it says that the data lies; recovery targets in it \
+                 have to go first. A copy of it in this directory must not have data_directory, hba_file, ident_file and \
+                 external_pid_file of the original"
                     .to_owned(),
             );
         }
@@ -488,6 +492,10 @@ fn surroundings(
         },
     )?;
     neutral.notes.extend(links.notes);
+    // A standby goes on to where they end.
+    if order.standby.is_none() {
+        neutral.notes.extend(way.left_prepared(&stored.prepared()?));
+    }
     Ok(Surroundings { neutral, folders: links.folders, has_conf: conf.found })
 }
 

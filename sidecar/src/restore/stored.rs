@@ -1,11 +1,11 @@
 //! What a backup has that a restore looks at before it begins: the files outside of PostgreSQL's own directories, every link,
-//! pg_control, and what `global` tells of subscriptions.
+//! pg_control, prepared transactions, and what `global` tells of subscriptions.
 //!
 //! Bounded (D5): no file of a database, none that is larger than [`FILE_MAX`].
 
 use super::{included::Read, joined, of_storage};
 use crate::error::{Error, Failure};
-use klio_pg::ControlFile;
+use klio_pg::{ControlFile, Prepared};
 use klio_proto::Code;
 use klio_storage::repository::{Entry, Reader, StoredKind};
 use std::{
@@ -16,6 +16,8 @@ use std::{
 
 /// A file with settings is smaller.
 const FILE_MAX: u64 = 1 << 20;
+/// One file for each prepared transaction.
+const TWOPHASE: &str = "pg_twophase";
 /// `pg_subscription`, and the first word of `pg_filenode.map` (`relmapper.c`).
 const SUBSCRIPTIONS: (u32, u32) = (6100, 0x0059_2717);
 
@@ -84,6 +86,16 @@ impl Stored {
             .is_some_and(|entry| matches!(entry.kind, StoredKind::File { size, .. } if size > 0)))
     }
 
+    /// The transactions that were prepared before the backup's checkpoint.
+    ///
+    /// # Errors
+    /// As the repository fails.
+    pub fn prepared(&self) -> Result<Vec<Prepared>, Error> {
+        let files = self.files.iter().filter(|(path, _)| path.starts_with(TWOPHASE));
+        let states = files.map(|(_, entry)| Ok(Prepared::parse(&self.content(entry)?)));
+        states.filter_map(Result::transpose).collect()
+    }
+
     fn content(&self, entry: &Entry) -> Result<Vec<u8>, Error> {
         let StoredKind::File { chunks, .. } = &entry.kind else { return Ok(Vec::new()) };
         let mut content = Vec::new();
@@ -108,7 +120,8 @@ pub async fn blocking<T: Send + 'static>(
 fn is_looked_at(path: &Path) -> bool {
     let first = path.iter().next().map(|name| name.to_string_lossy().into_owned());
     let first = first.unwrap_or_default();
-    path.components().count() == 1 || (first != "base" && !first.starts_with("pg_"))
+    let plain = path.components().count() == 1 || path.starts_with(TWOPHASE);
+    plain || (first != "base" && !first.starts_with("pg_"))
 }
 
 /// Where a mapped relation lies: pairs of OID and number behind a magic word and their count.

@@ -191,6 +191,7 @@ fn agrees(moment: Timestamp, said: &str, second: &Zone) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn berlin() -> TimeZone {
         TimeZone::get("Europe/Berlin").unwrap()
@@ -274,6 +275,24 @@ mod tests {
         }
         let twice = "2026-10-25 02:30:00+01:00[Europe/Berlin]";
         assert_eq!(parse(twice).unwrap(), "2026-10-25 01:30:00.000000+00");
+    }
+
+    proptest! {
+        /// What an operator in a hurry types, or pastes: a moment or an error, and what was shown once is read as the same moment.
+        #[test]
+        fn no_text_makes_it_panic(
+            any in "\\PC{0,40}",
+            near in "[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}[ T][0-9:.]{0,15} ?[-+0-9:Za-zA-Z/\\[\\]=!]{0,20}",
+            micros in -62_000_000_000_000_000i64..253_000_000_000_000_000,
+        ) {
+            for text in [&any, &near] {
+                if let Ok(moment) = parse_in(text, &berlin()) {
+                    prop_assert_eq!(parse_in(&show_time(moment), &berlin()), Ok(moment), "{}", text);
+                }
+            }
+            prop_assert_eq!(parse_in(&show_time(micros), &berlin()), Ok(micros));
+            let _ = (explain_in(micros, berlin()), show_time(micros.wrapping_mul(1000)));
+        }
     }
 
     #[test]

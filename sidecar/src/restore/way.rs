@@ -1,5 +1,5 @@
 //! What replay meets on the way to the target, read before anything is written: tablespaces that are made, settings that
-//! recovery needs, commit times out of order.
+//! recovery needs, transactions that are prepared, commit times out of order.
 //!
 //! All WAL between the backup and the target is read for it, once, several segments at a time (D5).
 
@@ -9,10 +9,15 @@ use super::{
     wal::{Break, Wal},
 };
 use crate::error::{Error, Failure};
-use klio_pg::{Edit, Found, Landmark, Lsn, TABLESPACE_RECORD_SPAN, WalParameters};
+use klio_pg::{Edit, Found, Landmark, Lsn, Prepared, TABLESPACE_RECORD_SPAN, WalParameters};
 use klio_proto::Code;
 use klio_storage::catalog::Plan;
-use std::{collections::BTreeMap, ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    os::unix::ffi::OsStringExt,
+    path::PathBuf,
+};
 
 /// Behind the record of an LSN target: nothing there is replayed, and the record itself is shorter, if it matters here.
 const RECORD: u64 = 1 << 16;
@@ -39,9 +44,48 @@ pub struct Way {
     pub needed: BTreeMap<&'static str, u32>,
     /// What the reader should know.
     pub notes: Vec<String>,
+    /// Prepared on the way and not ended on it, by their ids.
+    pub prepared: BTreeMap<u32, String>,
+    /// Prepared transactions that ended on the way.
+    ended: BTreeSet<u32>,
 }
 
+/// So many names of prepared transactions are listed.
+const NAMED_MAX: usize = 10;
+
 impl Way {
+    /// What is prepared at its end, with what the backup has in `pg_twophase`; `None`: nothing.
+    pub fn left_prepared(&self, stored: &[Prepared]) -> Option<String> {
+        let old = stored.iter().filter(|old| !self.ended.contains(&old.xid));
+        let mut all: BTreeMap<u32, &str> = old.map(|old| (old.xid, old.name.as_str())).collect();
+        all.extend(self.prepared.iter().map(|(xid, name)| (*xid, name.as_str())));
+        if all.is_empty() {
+            return None;
+        }
+        let named = all.iter().take(NAMED_MAX).map(|(xid, name)| format!("{name:?} (xid {xid})"));
+        let named = named.collect::<Vec<_>>().join(", ");
+        let more = all.len().saturating_sub(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Some(format!(
+            "prepared and not ended at the target: {named}{more}: they are prepared in the restored cluster, too, and hold \
+             their locks until COMMIT PREPARED or ROLLBACK PREPARED (pg_prepared_xacts)"
+        ))
+    }
+
+    fn transaction(&mut self, found: &Found) {
+        match &found.landmark {
+            Landmark::Prepared(Prepared { xid, name }) => {
+                self.ended.remove(xid);
+                self.prepared.insert(*xid, name.clone());
+            }
+            Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. } if found.of_prepared => {
+                self.prepared.remove(xid);
+                self.ended.insert(*xid);
+            }
+            _ => {}
+        }
+    }
+
     fn raise(&mut self, to: &WalParameters) {
         for (name, number) in [
             ("max_connections", to.max_connections),
@@ -89,6 +133,8 @@ impl Way {
 /// How an eye goes along the way.
 struct Eye<'a> {
     recovery: &'a Recovery,
+    /// Whether the record at the target is replayed.
+    inclusive: bool,
     /// Records that begin behind it are not replayed.
     last: Lsn,
     way: Way,
@@ -121,11 +167,25 @@ impl Eye<'_> {
             }
             _ => {}
         }
-        if !self.ends_with(&found.landmark) {
+        let ends = self.ends_with(&found.landmark);
+        if self.is_replayed(&found, ends) {
+            self.way.transaction(&found);
+        }
+        if !ends {
             return false;
         }
         self.end = Some(found);
         !matches!(self.recovery, Recovery::Time(_))
+    }
+
+    /// Recovery to a time ends before the record that shows it, to a name behind it, else as it was told.
+    fn is_replayed(&self, found: &Found, ends: bool) -> bool {
+        match self.recovery {
+            Recovery::Time(_) => !ends,
+            Recovery::Xid(_) => !ends || self.inclusive,
+            Recovery::Lsn(lsn) => found.lsn < *lsn || self.inclusive,
+            Recovery::End | Recovery::Immediate | Recovery::Name(_) => true,
+        }
     }
 
     fn ends_with(&self, landmark: &Landmark) -> bool {
@@ -167,7 +227,11 @@ impl Eye<'_> {
 ///
 /// # Errors
 /// WAL that cannot be read; records that break off before the target.
-pub async fn look(wal: &Wal<'_>, plan: &Plan, recovery: &Recovery) -> Result<Way, Error> {
+pub async fn look(
+    wal: &Wal<'_>,
+    plan: &Plan,
+    (recovery, inclusive): (&Recovery, bool),
+) -> Result<Way, Error> {
     let end = plan.reach.end;
     let last = match recovery {
         Recovery::Lsn(lsn) => *lsn,
@@ -175,7 +239,7 @@ pub async fn look(wal: &Wal<'_>, plan: &Plan, recovery: &Recovery) -> Result<Way
         _ => end,
     };
     let to = if last == end { end } else { end.min(last.advance(RECORD)) };
-    let mut eye = Eye { recovery, last, way: Way::default(), end: None, late: None };
+    let mut eye = Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
     let broken = wal.scan(plan.backup.start_lsn, to, &mut |found| eye.see(found)).await?;
     eye.done(broken)
 }
@@ -185,7 +249,7 @@ mod tests {
     use super::*;
 
     fn found(lsn: u64, landmark: Landmark) -> Found {
-        Found { lsn: Lsn::new(lsn), end: Lsn::new(lsn + 50), landmark }
+        Found { lsn: Lsn::new(lsn), end: Lsn::new(lsn + 50), landmark, of_prepared: false }
     }
     fn commit(lsn: u64, unix_micros: i64) -> Found {
         found(lsn, Landmark::Commit { xid: 700, unix_micros })
@@ -195,7 +259,8 @@ mod tests {
     }
     fn way(recovery: &Recovery, last: u64, all: &[Found]) -> Way {
         let last = Lsn::new(last);
-        let mut eye = Eye { recovery, last, way: Way::default(), end: None, late: None };
+        let mut eye =
+            Eye { recovery, inclusive: true, last, way: Way::default(), end: None, late: None };
         let _ = all.iter().any(|found| eye.see(found.clone()));
         eye.done(None).unwrap()
     }
@@ -216,6 +281,40 @@ mod tests {
     }
 
     #[test]
+    fn what_is_prepared_at_the_end_is_known_from_the_backup_and_from_wal() {
+        let prepared = |lsn, xid, name: &str| {
+            let name = name.to_owned();
+            found(lsn, Landmark::Prepared(Prepared { xid, name }))
+        };
+        let ended = |lsn, xid| {
+            let landmark = Landmark::Commit { xid, unix_micros: 100 };
+            Found { of_prepared: true, ..found(lsn, landmark) }
+        };
+        let all = [prepared(10, 5, "a"), prepared(20, 6, "b"), ended(30, 5), ended(40, 3)];
+        let old = [3, 4].map(|xid| Prepared { xid, name: format!("old {xid}") });
+        let named = |recovery: Recovery, last, inclusive| {
+            let last = Lsn::new(last);
+            let recovery = &recovery;
+            let mut eye =
+                Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
+            let _ = all.iter().any(|found| eye.see(found.clone()));
+            eye.done(None).unwrap().left_prepared(&old).unwrap_or_default()
+        };
+        let has = |text: &str, expected: &[&str]| {
+            for name in ["\"a\"", "\"b\"", "old 3", "old 4"] {
+                assert_eq!(text.contains(name), expected.contains(&name), "{name}: {text}");
+            }
+        };
+        has(&named(Recovery::End, 1000, true), &["\"b\"", "old 4"]);
+        has(&named(Recovery::Lsn(Lsn::new(30)), 30, true), &["\"b\"", "old 3", "old 4"]);
+        has(&named(Recovery::Lsn(Lsn::new(30)), 30, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
+        has(&named(Recovery::Xid(5), 1000, true), &["\"b\"", "old 3", "old 4"]);
+        has(&named(Recovery::Xid(5), 1000, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
+        has(&named(Recovery::Time(50), 1000, true), &["\"a\"", "\"b\"", "old 3", "old 4"]);
+        assert_eq!(Way::default().left_prepared(&[]), None);
+    }
+
+    #[test]
     fn commit_times_that_go_back_are_told_when_they_leave_something_out() {
         let all =
             [commit(20, 100), commit(30, 3600), commit(40, 120), commit(50, 130), commit(60, 200)];
@@ -232,8 +331,14 @@ mod tests {
     #[test]
     fn a_break_on_the_way_is_refused_and_one_behind_it_is_not() {
         let of = |at: u64, recovery: &Recovery, last: u64, all: &[Found]| {
-            let mut eye =
-                Eye { recovery, last: Lsn::new(last), way: Way::default(), end: None, late: None };
+            let mut eye = Eye {
+                recovery,
+                inclusive: true,
+                last: Lsn::new(last),
+                way: Way::default(),
+                end: None,
+                late: None,
+            };
             let _ = all.iter().any(|found| eye.see(found.clone()));
             eye.done(Some(Break { at: Lsn::new(at), why: "zeros", to: Lsn::new(999) })).is_ok()
         };

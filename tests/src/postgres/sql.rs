@@ -124,6 +124,12 @@ impl Postgres {
         TimelineId::new(number).expect("a timeline begins at 1")
     }
 
+    /// As `ALTER SYSTEM SET`, for one that does not run.
+    pub fn set_in_file(&self, name: &str, value: &str) {
+        let line = format!("{name} = '{}'\n", value.replace('\'', "''"));
+        super::builder::append(&self.data_dir().join("postgresql.auto.conf"), &line);
+    }
+
     /// `ALTER SYSTEM SET` and reload.
     ///
     /// # Panics

@@ -2,9 +2,11 @@
 //!
 //! A backup that nothing disturbs must succeed; one that is disturbed may end with an error, and must not hang.
 
-use super::{Plan, Report, rig::Rig};
+use super::{Move, Plan, Report, Restorer, Source, hostile, rig::Rig};
 use crate::{
+    postgres::install,
     process::{Running, descendants},
+    programs,
     s3::{Fault, Rule},
     site::PATIENCE,
     workload::Workload,
@@ -16,6 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// A backup of a database that is written to as fast as it goes, on a machine that does much else, takes minutes.
+const BACKUP: Duration = Duration::from_secs(600);
 /// How long a disturbance lasts.
 const WHILE: Duration = Duration::from_millis(700);
 
@@ -32,11 +36,28 @@ enum Event {
     Bucket,
     Hang,
     Quiet,
+    LostTier1,
+    Drill,
+    Clock,
+    Hostile,
 }
+
+/// The moves that are made while the primary lives.
+const LIVE: [(Move, Event); 4] = [
+    (Move::LostTier1, Event::LostTier1),
+    (Move::Tablespaces, Event::Drill),
+    (Move::Clock, Event::Clock),
+    (Move::Hostile, Event::Hostile),
+];
 
 fn choose(rng: &mut StdRng, plan: &Plan) -> Event {
     if !plan.chaos {
         return if rng.random_bool(0.5) { Event::Backup } else { Event::Quiet };
+    }
+    let live = LIVE.map(|(what, _)| what);
+    if let Some(made) = plan.moves.among(rng, &live, 0.2) {
+        let event = LIVE.iter().find(|(what, _)| *what == made);
+        return event.map_or(Event::Quiet, |(_, event)| *event);
     }
     match rng.random_range(0..100) {
         0..20 => Event::Backup,
@@ -70,6 +91,8 @@ pub(super) async fn run(
         if event != Event::Quiet && event != Event::Backup {
             report.faults.push(format!("{event:?}"));
         }
+        // A drill needs a backup.
+        let event = if event == Event::Drill && first.is_none() { Event::Backup } else { event };
         let done = happen(event, rig, rng).await;
         match done {
             Some(true) => {
@@ -94,7 +117,46 @@ fn backup(rig: &Rig) -> Running {
 }
 
 async fn end(mut backup: Running) -> bool {
-    backup.wait_exit(PATIENCE).await.success()
+    backup.wait_exit(BACKUP).await.success()
+}
+
+/// Tier 1 is gone, with what only it had of this primary's WAL: the new one goes on at the bucket's end, and PostgreSQL gives the rest.
+/// One misfortune at a time: backups have reached the bucket, and the primary lives until all of it is acknowledged again.
+async fn lose_tier1(rig: &mut Rig) {
+    rig.backups_archived().await;
+    rig.site.kill9();
+    fs::remove_dir_all(rig.site.dir().join("data")).expect("lose tier 1");
+    rig.site.start().await;
+    rig.acknowledged().await;
+}
+
+/// A drill on the primary's machine, with a tablespace that no backup knows: it is good, and the primary's own files are as they
+/// were (the round looks at them once the workload has ended).
+async fn drill(rig: &mut Rig) {
+    crate::workload::one_more_tablespace(&rig.pg, &rig.places()).await;
+    let inside = rig.kept_folder();
+    fs::create_dir(&inside).expect("make a folder for a drill");
+    install::give(&inside);
+    let restorer = Restorer::new(&rig.site, &rig.s3, Source::Server, rig.hands());
+    let args = ["drill", "--in", &inside.display().to_string(), "--json"].map(str::to_owned);
+    let mut command = restorer.command(&args);
+    command.env("KLIO_DRILL__BIN_DIR", install::bin_dir(rig.pg.major()));
+    let outcome = programs::run(command).await;
+    assert_eq!(outcome.code, Some(0), "a drill: {}{}", outcome.stdout, outcome.stderr);
+    rig.drilled = true;
+}
+
+/// The server's clock jumps far ahead or back in the middle of a backup, and is right again a moment later. Meanwhile the bucket and the
+/// certificates refuse what is of another time, so the backup may end with an error; nothing may expire by it, and all goes on
+/// afterwards.
+async fn clock(rig: &mut Rig, rng: &mut StdRng) -> bool {
+    let backup = backup(rig);
+    tokio::time::sleep(Duration::from_millis(rng.random_range(0..1500))).await;
+    let days = rng.random_range(1..400) * if rng.random_bool(0.7) { 1 } else { -1 };
+    rig.site.turn_clock(days * 86_400);
+    tokio::time::sleep(WHILE * 3).await;
+    rig.site.turn_clock(0);
+    end(backup).await
 }
 
 /// `Some` says whether a backup succeeded.
@@ -104,7 +166,7 @@ async fn happen(event: Event, rig: &mut Rig, rng: &mut StdRng) -> Option<bool> {
         Event::Quiet => None,
         Event::Backup => {
             let mut backup = backup(rig);
-            let status = backup.wait_exit(PATIENCE).await;
+            let status = backup.wait_exit(BACKUP).await;
             assert!(
                 status.success(),
                 "an undisturbed klio backup ended with {status}:\n{}",
@@ -163,6 +225,20 @@ async fn happen(event: Event, rig: &mut Rig, rng: &mut StdRng) -> Option<bool> {
             rig.s3.faults().inject(Rule::always(Fault::SlowDown));
             tokio::time::sleep(WHILE).await;
             rig.s3.faults().heal();
+            None
+        }
+        Event::LostTier1 => {
+            lose_tier1(rig).await;
+            None
+        }
+        Event::Drill => {
+            drill(rig).await;
+            None
+        }
+        Event::Clock if rig.clocked() => Some(clock(rig, rng).await),
+        Event::Clock => None,
+        Event::Hostile => {
+            hostile::attack(&rig.site, rng).await;
             None
         }
         Event::Hang => {

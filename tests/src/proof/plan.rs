@@ -1,5 +1,6 @@
 //! How much a round does, and which targets there are.
 
+use super::Moves;
 use crate::workload::{Kind, Record, Target};
 use klio_pg::Lsn;
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
@@ -14,21 +15,41 @@ pub struct Plan {
     pub chaos: bool,
     /// Restores of each generation.
     pub restores: usize,
-    /// How often a restored cluster may go on and be restored again.
+    /// How often a restored cluster may go on and be restored again, or another history begin.
     pub generations: u32,
+    /// Which moves may be made.
+    pub moves: Moves,
 }
 
 impl Plan {
     /// A round of `make soak`.
     #[must_use]
     pub fn soak() -> Self {
-        Self { load: Duration::from_secs(6), chaos: true, restores: 4, generations: 2 }
+        Self {
+            load: Duration::from_secs(6),
+            chaos: true,
+            restores: 4,
+            generations: 2,
+            moves: Moves::default(),
+        }
+    }
+
+    /// The same with these moves and no others.
+    #[must_use]
+    pub fn with(self, moves: Moves) -> Self {
+        Self { moves, ..self }
     }
 
     /// A round of `make test`.
     #[must_use]
     pub fn test() -> Self {
-        Self { load: Duration::from_secs(3), chaos: true, restores: 2, generations: 1 }
+        Self {
+            load: Duration::from_secs(3),
+            chaos: true,
+            restores: 2,
+            generations: 1,
+            moves: Moves::default(),
+        }
     }
 }
 

@@ -26,8 +26,8 @@ fn setting(target: &Target) -> String {
 }
 
 /// The newest backup that ended before `position`, by its record.
-fn choice(tier1: &Path, position: Lsn) -> String {
-    let records = fs::read_dir(tier1.join("main/backups")).expect("records of backups").flatten();
+fn choice(cluster: &Path, position: Lsn) -> String {
+    let records = fs::read_dir(cluster.join("backups")).expect("records of backups").flatten();
     let mut found: Vec<(Lsn, String)> = records
         .filter(|entry| entry.path().extension().is_some_and(|e| e == "json"))
         .filter_map(|entry| {
@@ -49,6 +49,7 @@ fn choice(tier1: &Path, position: Lsn) -> String {
 pub async fn restore(
     site: &Site,
     s3: &S3,
+    cluster: &str,
     target: &Target,
     position: Lsn,
     scratch: &Scratch,
@@ -65,13 +66,13 @@ pub async fn restore(
     let text = |path: &Path| path.display().to_string();
     let work = pg.socket_dir().join("work");
     let settings = [
-        ("CLUSTER", "main".to_owned()),
+        ("CLUSTER", cluster.to_owned()),
         ("IDENTITY", text(&identity)),
         ("PGBIN", text(&install::bin_dir(install::DEBIAN_MAJOR))),
         ("PGDATA", text(&pg.data_dir())),
         ("WORK", text(&work)),
         ("TARGET", setting(target)),
-        ("CHOICE", choice(&tier1, position)),
+        ("CHOICE", choice(&tier1.join(cluster), position)),
         ("TIER1", text(&tier1)),
     ];
     let file = scratch.join("script");

@@ -39,7 +39,8 @@ const WORKERS: u32 = 4;
 const GRACE: Duration = Duration::from_secs(5);
 /// Tablespaces that stay; `tz0` to `tz2` come and go.
 const STAYING: [&str; 2] = ["ts0", "ts1"];
-const PLACES: [&str; 5] = ["ts0", "ts1", "tz0", "tz1", "tz2"];
+/// `tz3` is for whoever needs one that is made at a certain moment.
+const PLACES: [&str; 6] = ["ts0", "ts1", "tz0", "tz1", "tz2", "tz3"];
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -153,6 +154,22 @@ pub fn make_places(places: &Path) {
         install::give(&place);
     }
     install::give(places);
+}
+
+/// The directories of all tablespaces that there may ever be.
+#[must_use]
+pub fn places(places: &Path) -> Vec<PathBuf> {
+    PLACES.iter().map(|name| places.join(name)).collect()
+}
+
+/// Makes a tablespace that no worker makes, unless it is there; it stays empty. The oracle learns of it from WAL.
+///
+/// # Panics
+/// When PostgreSQL refuses.
+pub async fn one_more_tablespace(pg: &Postgres, places: &Path) {
+    if pg.value("select count(*) from pg_tablespace where spcname = 'tz3'").await == "0" {
+        pg.execute(&sql::tablespace("tz3", places)).await;
+    }
 }
 
 /// A running workload. Dropped, it ends at once.

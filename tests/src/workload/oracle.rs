@@ -144,6 +144,12 @@ impl Oracle {
         count
     }
 
+    /// What the primary itself holds after a crash at its end.
+    #[must_use]
+    pub fn at_end(&self) -> Model {
+        self.after(self.records.len())
+    }
+
     /// What is there after so many records.
     fn after(&self, count: usize) -> Model {
         let mut model = self.base.clone();

@@ -13,6 +13,11 @@ use crate::postgres::Session;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+/// After so many transactions the workload slows down: a round has enough of them, and on a busy machine WAL would else come faster
+/// than it is archived, for as long as a backup waits for that.
+const ENOUGH: usize = 4000;
+/// Between two transactions then.
+const CALM: Duration = Duration::from_millis(100);
 /// Between two attempts to connect to a PostgreSQL that is down.
 const RECONNECT: Duration = Duration::from_millis(50);
 
@@ -55,6 +60,9 @@ impl Worker {
         while !self.shared.stopped() {
             if let Err(Trouble::Refused(why)) = self.step().await {
                 self.shared.note_refusal(&why);
+            }
+            if self.shared.transactions().len() > ENOUGH {
+                tokio::time::sleep(CALM).await;
             }
         }
     }
@@ -272,7 +280,9 @@ pub(super) async fn administrate(mut worker: Worker) {
         if let Err(Trouble::Refused(why)) = global(&mut worker).await {
             worker.shared.note_refusal(&why);
         }
-        tokio::time::sleep(Duration::from_millis(worker.rng.random_range(20..250))).await;
+        let pause = Duration::from_millis(worker.rng.random_range(20..250));
+        let calm = worker.shared.transactions().len() > ENOUGH;
+        tokio::time::sleep(if calm { pause * 10 } else { pause }).await;
     }
 }
 

@@ -26,8 +26,8 @@ pub(super) struct Telling {
 }
 
 impl Telling {
-    pub(super) fn new(files: Arc<dyn Files>, out: &super::Output) -> Arc<dyn Files> {
-        Arc::new(Self { files, out: out.clone() })
+    pub(super) fn new(files: Arc<dyn Files>, out: &super::Output) -> Self {
+        Self { files, out: out.clone() }
     }
 }
 

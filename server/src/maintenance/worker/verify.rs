@@ -313,7 +313,7 @@ impl Checker<'_> {
             Some(bucket) => Arc::new(Tiered::new(near, bucket.clone())),
             None => near,
         };
-        let files = Telling::new(files, &self.ground.out);
+        let files: Arc<dyn Files> = Arc::new(Telling::new(files, &self.ground.out));
         self.phase("read the repository's small files");
         for kind in [BaseKind::Config, BaseKind::Key, BaseKind::Index, BaseKind::Snapshot] {
             for file in self.listed(kind)?.into_keys() {

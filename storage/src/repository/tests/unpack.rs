@@ -8,6 +8,7 @@ use crate::{
     tier2::Sha256Sum,
 };
 use bytes::Bytes;
+use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
 
 fn open(repository: &Repository, pack: &[u8]) -> Result<u64, Error> {
     let (pack, file) = (Bytes::copy_from_slice(pack), file(BaseKind::Data, pack));
@@ -148,4 +149,84 @@ fn an_index_says_of_a_pack_what_the_pack_says_and_nothing_else() {
         assert!(error.to_string().contains(word), "{word:?} is missing in {error}");
     }
     refused(check(serde_json::json!({"nothing": 1})), "JSON of an index");
+}
+
+/// Whoever has the key can seal anything: a pack's list, an index and a snapshot of any bytes are refused or understood, never a panic,
+/// and nothing outside the pack is asked for without an error.
+#[test]
+fn no_bytes_of_a_client_with_the_key_make_it_panic() {
+    let home = home();
+    let forge = Forge::new(&home.secret).unwrap();
+    let repository = &home.repository;
+    let tree = Fake::new().file("data/a", &noise(1, 30_000));
+    back_up(repository, &tree, None, "b1");
+    let texts: Vec<(BaseKind, String)> = [BaseKind::Index, BaseKind::Snapshot]
+        .into_iter()
+        .flat_map(|kind| home.files.list(kind).unwrap())
+        .map(|(file, _)| {
+            let text = forge.open(&home.files.read(file).unwrap()).unwrap();
+            (file.kind, text.to_string())
+        })
+        .collect();
+    let try_pack = |pack: &[u8]| {
+        let read = |offset: u64, length: u64| {
+            let end = offset.checked_add(length).and_then(|end| usize::try_from(end).ok());
+            let part = end.and_then(|end| pack.get(usize::try_from(offset).ok()?..end));
+            let place = file(BaseKind::Data, pack).relative();
+            let outside = || Error::new(Kind::Corrupt, crate::Op::Read, place, "outside");
+            part.map(Bytes::copy_from_slice).ok_or_else(outside)
+        };
+        let _ = repository.open_pack(file(BaseKind::Data, pack), pack.len() as u64, &read);
+    };
+    let try_sealed = |kind: BaseKind, plain: &[u8]| {
+        let sealed = forge.seal(plain).unwrap();
+        let file = file(kind, &sealed);
+        if kind == BaseKind::Snapshot {
+            let _ = repository.check_snapshot_file(file, &sealed);
+            return;
+        }
+        for claim in repository.read_claims(file, &sealed).into_iter().flatten() {
+            let pack = claim.pack();
+            let read = |offset, length| home.files.read_range(pack, offset, length);
+            let _ = repository.check_claim(claim, 10_000, &read);
+        }
+    };
+    // An entry of the list: its kind, lengths, an id; seldom a whole one.
+    let entry = (0u8..5, any::<u32>(), 0u32..500, any::<[u8; 32]>(), 0usize..50);
+    let entries = vec(entry, 0..4);
+    let bytes = || vec(any::<u8>(), 0..400);
+    let place = (any::<prop::sample::Index>(), any::<prop::sample::Index>(), "[\\x00-\\x7f]{0,3}");
+    let strategy = (bytes(), entries, bytes(), any::<u32>(), place);
+    let mut runner = TestRunner::new(ProptestConfig::default());
+    let outcome = runner.run(&strategy, |(pieces, entries, plain, says, (text, at, put))| {
+        let mut list = Vec::new();
+        for (kind, large, small, id, cut) in entries {
+            let length = if cut == 0 { large } else { small };
+            let mut entry = vec![kind];
+            entry.extend(length.to_le_bytes());
+            entry.extend((kind >= 2).then(|| large.to_le_bytes()).into_iter().flatten());
+            entry.extend(id);
+            entry.truncate(if cut == 1 { 7 } else { 100 });
+            list.extend(entry);
+        }
+        for list in [&list, &plain] {
+            let sealed = forge.seal(list).unwrap();
+            let mut pack = [pieces.as_slice(), &sealed].concat();
+            pack.extend((sealed.len() as u32).to_le_bytes());
+            try_pack(&pack);
+            pack.truncate(pack.len() - 4);
+            pack.extend(says.to_le_bytes());
+            try_pack(&pack);
+        }
+        try_pack(&pieces);
+        let (kind, text) = text.get(&texts);
+        let mut changed = text.clone().into_bytes();
+        let at = at.index(changed.len());
+        changed.splice(at..(at + put.len()).min(text.len()), put.bytes());
+        try_sealed(*kind, &changed);
+        try_sealed(BaseKind::Index, &plain);
+        try_sealed(BaseKind::Snapshot, &plain);
+        Ok(())
+    });
+    outcome.unwrap();
 }

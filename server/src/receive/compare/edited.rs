@@ -1,0 +1,213 @@
+//! Pages that differ from what is held in nothing but where `CREATE TABLESPACE` puts its tablespace.
+//!
+//! A restore to other places takes the location out of that record in the copy's WAL (`klio wal-tablespaces`), and PostgreSQL
+//! keeps such WAL: the copy's first segment begins with it. It is the same history all the same: each differing page has
+//! to be, by its digest, exactly the held page with that edit of records that are held there, and every other page the
+//! held one. Whatever else differs is another history.
+//!
+//! Bounded (P13): a few pages, found by the digests; more of them are no such edit.
+
+use klio_pg::{Edit, Found, Landmark, Lsn, PAGE_BYTES, SegmentSize, tablespace_in_place};
+use klio_storage::wal::overlap::{DIGEST_BYTES, PageDigests};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Tablespaces are made one by one and seldom; a divergence makes every page behind it another.
+const PAGES_MAX: usize = 64;
+/// Records on one page of which each may have been edited or not.
+const RECORDS_MAX: usize = 4;
+
+/// What of the held bytes decides it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    /// Where the pages begin that differ, and what the other side has there.
+    differing: BTreeMap<u64, Vec<u8>>,
+    /// Those and their neighbours: a record may begin on the page before.
+    wanted: BTreeSet<u64>,
+    pages: BTreeMap<u64, Vec<u8>>,
+    made: Vec<Lsn>,
+}
+
+impl Kept {
+    /// `None` when too much differs.
+    pub(super) fn of(start: Lsn, ours: &[u8], theirs: &[u8]) -> Option<Self> {
+        let pairs = ours.chunks_exact(DIGEST_BYTES).zip(theirs.chunks_exact(DIGEST_BYTES));
+        let pages = (start.as_u64()..).step_by(PAGE_BYTES as usize);
+        let differing = pairs.zip(pages).filter(|((ours, theirs), _)| ours != theirs);
+        let differing: BTreeMap<u64, Vec<u8>> = differing
+            .take(PAGES_MAX + 1)
+            .map(|((_, theirs), page)| (page, theirs.to_vec()))
+            .collect();
+        if differing.len() > PAGES_MAX {
+            return None;
+        }
+        let around = |page: &u64| [page.saturating_sub(PAGE_BYTES), *page, page + PAGE_BYTES];
+        let wanted = differing.keys().flat_map(around).collect();
+        Some(Self { differing, wanted, pages: BTreeMap::new(), made: Vec::new() })
+    }
+
+    /// The next held bytes, which begin at `position`.
+    pub(super) fn push(&mut self, position: Lsn, mut piece: &[u8]) {
+        let mut at = position.as_u64();
+        while !piece.is_empty() {
+            let offset = at % PAGE_BYTES;
+            let take =
+                usize::try_from(PAGE_BYTES - offset).map_or(piece.len(), |n| n.min(piece.len()));
+            if self.wanted.contains(&(at - offset)) {
+                self.pages.entry(at - offset).or_default().extend_from_slice(&piece[..take]);
+            }
+            (at, piece) = (at + take as u64, &piece[take..]);
+        }
+    }
+
+    /// A record that the held bytes have.
+    pub(super) fn see(&mut self, found: &Found) {
+        let page = found.lsn.as_u64() - found.lsn.as_u64() % PAGE_BYTES;
+        let made =
+            matches!(&found.landmark, Landmark::TablespaceCreated { path, .. } if !path.is_empty());
+        if made && self.wanted.contains(&page) {
+            self.made.push(found.lsn);
+        }
+    }
+
+    /// Whether nothing differs but such records.
+    pub(super) fn is_explained(&self, size: SegmentSize) -> bool {
+        let edits: Vec<Vec<Edit>> =
+            self.made.iter().filter_map(|at| self.edits(size, *at)).collect();
+        self.differing.iter().all(|(page, theirs)| self.fits(*page, theirs, &edits))
+    }
+
+    fn edits(&self, size: SegmentSize, at: Lsn) -> Option<Vec<Edit>> {
+        let offset = at.as_u64() % PAGE_BYTES;
+        let first = at.as_u64() - offset;
+        let mut bytes = self.pages.get(&first)?.get(usize::try_from(offset).ok()?..)?.to_vec();
+        bytes.extend(self.pages.get(&(first + PAGE_BYTES)).into_iter().flatten());
+        tablespace_in_place(size, at, &bytes)
+    }
+
+    fn fits(&self, page: u64, theirs: &[u8], edits: &[Vec<Edit>]) -> bool {
+        let Some(held) = self.pages.get(&page) else { return false };
+        let here = |edit: &&Edit| (page..page + held.len() as u64).contains(&edit.at.as_u64());
+        let records: Vec<Vec<&Edit>> = edits
+            .iter()
+            .map(|record| record.iter().filter(here).collect::<Vec<_>>())
+            .filter(|record| !record.is_empty())
+            .collect();
+        if records.len() > RECORDS_MAX {
+            return false;
+        }
+        (1..1_u32 << records.len()).any(|choice| {
+            let mut edited = held.clone();
+            let chosen = records.iter().enumerate().filter(|(n, _)| choice & (1 << n) != 0);
+            for edit in chosen.flat_map(|(_, record)| record) {
+                edited[(edit.at.as_u64() - page) as usize] = edit.new;
+            }
+            let mut digests = PageDigests::new(Lsn::new(page));
+            digests.push(&edited);
+            digests.finish() == theirs
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use klio_pg::edit_segment;
+
+    const START: u64 = 2 << 20;
+    const PAGES: usize = 100;
+
+    fn size() -> SegmentSize {
+        SegmentSize::new(1 << 20).unwrap()
+    }
+
+    fn crc32c(bytes: &[u8]) -> u32 {
+        let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82F6_3B78 } else { crc >> 1 };
+        !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
+    }
+
+    /// Pages with a `CREATE TABLESPACE` at each of these places; page headers are what lies there.
+    fn held(places: &[u64]) -> (Vec<u8>, Vec<Found>) {
+        let mut wal = vec![0x11; PAGES * PAGE_BYTES as usize];
+        let mut found = Vec::new();
+        for at in places {
+            let main = [&16_400_u32.to_le_bytes()[..], b"/srv/x\0"].concat();
+            let mut record = [&[0; 24][..], &[255, main.len() as u8], &main].concat();
+            record[0] = record.len() as u8;
+            record[17] = 5;
+            let sum = crc32c(&[&record[24..], &record[..20]].concat());
+            record[20..24].copy_from_slice(&sum.to_le_bytes());
+            let mut place = *at;
+            for byte in record {
+                if place.is_multiple_of(PAGE_BYTES) {
+                    place += 24;
+                }
+                wal[place as usize] = byte;
+                place += 1;
+            }
+            let landmark = Landmark::TablespaceCreated { oid: 16_400, path: b"/srv/x".to_vec() };
+            let lsn = Lsn::new(START + at);
+            found.push(Found { lsn, end: lsn.advance(40), landmark, of_prepared: false });
+        }
+        (wal, found)
+    }
+
+    fn edited(wal: &[u8], at: u64) -> Vec<u8> {
+        let edits = tablespace_in_place(size(), Lsn::new(START + at), &wal[at as usize..]).unwrap();
+        let mut copy = wal.to_vec();
+        edit_segment(&edits, Lsn::new(START), &mut copy).unwrap();
+        copy
+    }
+
+    fn is_same(held: &[u8], found: &[Found], theirs: &[u8]) -> bool {
+        let digests = |wal: &[u8]| {
+            let mut digests = PageDigests::new(Lsn::new(START));
+            digests.push(wal);
+            digests.finish()
+        };
+        let Some(mut kept) = Kept::of(Lsn::new(START), &digests(held), &digests(theirs)) else {
+            return false;
+        };
+        let mut at = Lsn::new(START);
+        for piece in held.chunks(5000) {
+            kept.push(at, piece);
+            at = at.advance(piece.len() as u64);
+        }
+        found.iter().for_each(|found| kept.see(found));
+        kept.is_explained(size())
+    }
+
+    #[test]
+    fn a_tablespace_s_place_is_no_other_history_wherever_its_record_lies() {
+        for back in [8, 16, 24, 32, 4000] {
+            let at = 7 * PAGE_BYTES - back;
+            let (wal, found) = held(&[at, 20 * PAGE_BYTES + 80]);
+            assert!(is_same(&wal, &found, &edited(&wal, at)), "{back}");
+            let both = edited(&edited(&wal, at), 20 * PAGE_BYTES + 80);
+            assert!(is_same(&wal, &found, &both), "{back}");
+        }
+        // One of two on a page, whichever.
+        let (wal, found) = held(&[800, 1600]);
+        assert!(is_same(&wal, &found, &edited(&wal, 800)));
+        assert!(is_same(&wal, &found, &edited(&wal, 1600)));
+    }
+
+    #[test]
+    fn whatever_else_differs_is_another_history() {
+        let (wal, found) = held(&[800]);
+        let copy = edited(&wal, 800);
+        let spoilt = |place: usize| {
+            let mut copy = copy.clone();
+            copy[place] ^= 1;
+            copy
+        };
+        for place in [0, 799, 820, 826, 830, 831, 5000, 50 * PAGE_BYTES as usize] {
+            assert!(!is_same(&wal, &found, &spoilt(place)), "{place}");
+        }
+        // Not what is held: the other way round, and a record that is none.
+        assert!(!is_same(&copy, &found, &wal));
+        assert!(!is_same(&wal, &[], &copy));
+        let elsewhere =
+            |byte: u8| [wal[..PAGE_BYTES as usize].to_vec(), vec![byte; 99 * 8192]].concat();
+        assert!(!is_same(&wal, &found, &elsewhere(0x12)));
+    }
+}
