@@ -117,6 +117,7 @@ struct Inner {
     needs: needs::NeedsCache,
     gauges: gauges::Summaries,
     generations: generations::Known,
+    timelines: timelines::Learned,
     /// One change of what is known to be damaged at a time.
     damage: Mutex<()>,
     /// Files of clients that are opened at once.
@@ -153,6 +154,7 @@ impl BaseStore {
             needs: needs::NeedsCache::default(),
             gauges: gauges::Summaries::default(),
             generations: generations::Known::default(),
+            timelines: timelines::Learned::default(),
             damage: Mutex::default(),
             admitting: Arc::new(Semaphore::new(admitted_at_once())),
             watch: ClockWatch::new((parts.clock)(), clock::since_boot()),

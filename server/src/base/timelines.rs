@@ -3,40 +3,112 @@
 //!
 //! Tier 1 has the current record. The bucket gets it like `cluster.json`, and gives it back where tier 1 has none.
 
-use super::{BaseStore, identity, run, tier2_status};
+use super::{BaseStore, identity, lock, run, tier2_status};
 use crate::errors;
 use klio_pg::TimelineId;
 use klio_proto::Code;
 use klio_storage::{
-    Error,
+    Error, Kind, Op,
     catalog::{Decision, DecisionError, Mark, Timelines},
     layout::{BaseObject, ClusterName, WalFile},
     record,
     tier2::Tier2,
 };
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 use tonic::Status;
 
+/// After the bucket did not answer.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
+const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (timelines.json of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
+
+/// Whose record in the bucket was joined since the start, and when the bucket did not answer.
+#[derive(Default)]
+pub(super) struct Learned(Mutex<BTreeMap<ClusterName, Answer>>);
+
+#[derive(Clone, Copy)]
+enum Answer {
+    Joined,
+    NoneAt(Instant),
+}
+
+impl Learned {
+    fn may_ask(&self, cluster: &ClusterName, must: bool) -> bool {
+        match lock(&self.0).get(cluster) {
+            Some(Answer::Joined) => false,
+            Some(Answer::NoneAt(at)) => must || at.elapsed() >= ASK_AGAIN_AFTER,
+            None => true,
+        }
+    }
+
+    fn learned(&self, cluster: &ClusterName) {
+        lock(&self.0).insert(cluster.clone(), Answer::Joined);
+    }
+
+    fn did_not_answer(&self, cluster: &ClusterName) {
+        lock(&self.0).insert(cluster.clone(), Answer::NoneAt(Instant::now()));
+    }
+}
+
 impl BaseStore {
-    /// Takes over what the bucket has on record, where tier 1 holds no WAL and has nothing on record itself.
+    /// Joins what the bucket has on record, once after each start: this tier 1 may be new, or have been set back. Where it holds
+    /// WAL, a stream goes on by what tier 1 knows while the bucket does not answer (P4).
     ///
     /// # Errors
     /// `UNAVAILABLE` when the bucket has to be asked and does not answer; as the disk fails.
     pub async fn adopt_timelines(&self, cluster: &ClusterName) -> Result<(), Status> {
         let wal = self.wal();
+        let is_new = wal.timelines(cluster).is_empty() && wal.positions(cluster).is_empty();
+        match self.learn_timelines(cluster, is_new).await {
+            Err(error) if !is_new => {
+                tracing::warn!(%cluster, %error, "what the bucket knows of the cluster's timelines is not taken over");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    async fn learn_timelines(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
         let Some(tier2) = self.tier2() else { return Ok(()) };
-        if !wal.timelines(cluster).is_empty() || !wal.positions(cluster).is_empty() {
+        if !self.0.timelines.may_ask(cluster, must) {
             return Ok(());
         }
-        let Some(theirs) = self.ask(cluster, tier2, read(tier2, cluster)).await? else {
-            return Ok(());
-        };
-        let (store, name) = (wal.clone(), cluster.clone());
-        run(move || {
-            store.change_timelines(&name, |_| Ok::<_, std::convert::Infallible>(Some(theirs)))
-        })
-        .await
-        .map(drop)
+        let theirs = self.ask(cluster, tier2, read(tier2, cluster)).await;
+        let theirs = theirs.inspect_err(|_| self.0.timelines.did_not_answer(cluster))?;
+        if let Some(theirs) = theirs {
+            self.join_timelines(cluster, theirs).await.map_err(|e| errors::status(&e))?;
+        }
+        self.0.timelines.learned(cluster);
+        Ok(())
+    }
+
+    /// Joins a record of the bucket to tier 1's.
+    ///
+    /// # Errors
+    /// `Conflict` when neither has all decisions of the other: then nothing is changed. As the disk fails.
+    pub async fn join_timelines(
+        &self,
+        cluster: &ClusterName,
+        theirs: Timelines,
+    ) -> Result<(), Error> {
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let joined = tokio::task::spawn_blocking(move || {
+            store.change_timelines(&name, |ours| ours.joined(&theirs).map(Some))
+        });
+        let joined = joined.await.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))??;
+        let changed = joined.map_err(|apart| {
+            let key = BaseObject::Timelines.key(cluster);
+            Error::new(Kind::Conflict, Op::Read, key, apart).hint(APART_HINT)
+        })?;
+        if changed {
+            tracing::warn!(%cluster, "what tier 2 knows of the cluster's timelines and tier 1 did not is taken over");
+            self.timelines_changed(cluster);
+        }
+        Ok(())
     }
 
     /// What is on record, by tier 1 where it knows the cluster, else by the bucket.
@@ -83,6 +155,8 @@ impl BaseStore {
         + Send
         + 'static,
     ) -> Result<Result<(Timelines, Timelines), DecisionError>, Status> {
+        // Nothing is decided on a record that was set back.
+        self.learn_timelines(cluster, true).await?;
         let (store, name) = (self.wal().clone(), cluster.clone());
         let decided = run(move || {
             let held: Vec<TimelineId> =

@@ -190,13 +190,11 @@ impl BaseWork {
                 self.join_levels(object).await?;
                 self.keep_current(object).await
             }
-            BaseObject::Generations => {
-                self.join_generations(object).await?;
+            BaseObject::Generations | BaseObject::Timelines => {
+                self.join_decisions(object).await?;
                 self.keep_current(object).await
             }
-            BaseObject::Cluster | BaseObject::Timelines | BaseObject::Secret { .. } => {
-                self.keep_current(object).await
-            }
+            BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
         }
     }
 
@@ -335,11 +333,17 @@ impl BaseWork {
 
     /// Takes over decisions that only tier 2 knows: this tier 1 was set back. Where both know what the other does not, nothing is
     /// changed, and it is shown.
-    async fn join_generations(&self, object: &BaseObject) -> Result<(), Error> {
+    async fn join_decisions(&self, object: &BaseObject) -> Result<(), Error> {
         let key = object.key(&self.cluster);
         let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
         let Some(theirs) = theirs else { return Ok(()) };
-        self.base.join_generations(&self.cluster, record::decode(&theirs, &key)?).await
+        match object {
+            BaseObject::Timelines => {
+                let theirs = Timelines::decode(&theirs, &key)?;
+                self.base.join_timelines(&self.cluster, theirs).await
+            }
+            _ => self.base.join_generations(&self.cluster, record::decode(&theirs, &key)?).await,
+        }
     }
 
     /// Takes over what only tier 2 knows, so that tier 1's file has all of it.
@@ -368,11 +372,11 @@ impl BaseWork {
                 let theirs: Generations = record::decode(theirs, &place)?;
                 Ok(ours.joined(&theirs).is_ok_and(|joined| joined == ours))
             }
-            // What is on record never goes: tier 1 knows at least what tier 2 does, or has not adopted it.
+            // Joined a moment ago; what is on record never goes.
             BaseObject::Timelines => {
                 let ours = Timelines::decode(ours, &place)?;
                 let theirs = Timelines::decode(theirs, &place)?;
-                Ok(theirs.marks().iter().all(|mark| ours.mark(mark.timeline).is_some()))
+                Ok(ours.joined(&theirs).is_ok_and(|joined| joined == ours))
             }
             BaseObject::Secret { encrypted } => {
                 let at_rest = self.base.at_rest();

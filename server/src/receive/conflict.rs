@@ -131,6 +131,7 @@ async fn record(
         marked_unix: now_unix,
         decided_unix: None,
         decided_by: None,
+        earlier: Vec::new(),
         unknown: Unknown::default(),
     };
     base.mark_timeline(cluster, mark).await?;

@@ -15,6 +15,7 @@
 //! | `reason` | what was found, in words |
 //! | `marked_unix` | when it was found, in seconds since 1970, by the server's clock |
 //! | `decided_unix`, `decided_by` | when and by whom it was decided; absent while it is not |
+//! | `earlier` | what the mark said before, oldest first: who goes on from which record is told by it |
 //!
 //! Pure: the store and the server write the file.
 
@@ -74,10 +75,54 @@ pub struct Mark {
     /// Who decided: the name in the certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<String>,
+    /// What it was before, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<Earlier>,
     /// Of later versions.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
+
+/// What a mark said once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Earlier {
+    /// As of the mark.
+    pub standing: Standing,
+    /// As of the mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided_unix: Option<f64>,
+    /// As of the mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided_by: Option<String>,
+    /// Of later versions.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl Mark {
+    fn now(&self) -> Earlier {
+        let Self { standing, decided_unix, decided_by, .. } = self;
+        let (standing, decided_unix) = (*standing, *decided_unix);
+        let unknown = Unknown::default();
+        Earlier { standing, decided_unix, decided_by: decided_by.clone(), unknown }
+    }
+
+    /// Whether it has all decisions of another one for the same timeline, in their order.
+    fn goes_on_from(&self, other: &Self) -> bool {
+        let decisions = |mark: &Self| -> Vec<Earlier> {
+            let all = mark.earlier.iter().cloned().chain([mark.now()]);
+            all.filter(|said| said.decided_unix.is_some()).collect()
+        };
+        decisions(self).starts_with(&decisions(other))
+    }
+}
+
+/// Two records of which neither has all decisions of the other.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "expected one record to go on where the other ends, found timeline {0:?} decided in two ways"
+)]
+pub struct DecidedApart(TimelineId);
 
 /// Who decides, and when.
 #[derive(Debug, Clone, PartialEq)]
@@ -115,7 +160,7 @@ impl Timelines {
     /// From what was stored. Of two marks for one timeline the later one counts.
     pub fn new(marks: Vec<Mark>) -> Self {
         let mut all = Self::default();
-        marks.into_iter().for_each(|mark| all.put(mark));
+        marks.into_iter().for_each(|mark| all.set(mark));
         all
     }
 
@@ -193,8 +238,32 @@ impl Timelines {
         (!followed.is_some_and(shared)).then_some(mark)
     }
 
-    /// Puts a mark on record, in place of an earlier one.
+    /// Puts a mark on record, in place of an earlier one, which it remembers.
     pub fn put(&mut self, mark: Mark) {
+        let known = self.mark(mark.timeline).filter(|known| known.now() != mark.now());
+        let earlier = known.map(|known| [&known.earlier[..], &[known.now()]].concat());
+        self.set(Mark { earlier: earlier.unwrap_or_else(|| mark.earlier.clone()), ..mark });
+    }
+
+    /// The two as one: of each timeline the mark that has all decisions of the other.
+    ///
+    /// # Errors
+    /// Where neither has.
+    pub fn joined(&self, other: &Self) -> Result<Self, DecidedApart> {
+        let mut all = self.clone();
+        for theirs in &other.0 {
+            match self.mark(theirs.timeline) {
+                Some(ours) if ours.goes_on_from(theirs) => {}
+                Some(ours) if !theirs.goes_on_from(ours) => {
+                    return Err(DecidedApart(theirs.timeline));
+                }
+                _ => all.set(theirs.clone()),
+            }
+        }
+        Ok(all)
+    }
+
+    fn set(&mut self, mark: Mark) {
         self.0.retain(|other| other.timeline != mark.timeline);
         self.0.push(mark);
         self.0.sort_by_key(|mark| mark.timeline);
@@ -284,6 +353,7 @@ impl Timelines {
             marked_unix: known.map_or(decision.at_unix, |mark| mark.marked_unix),
             decided_unix: Some(decision.at_unix),
             decided_by: Some(decision.by.clone()),
+            earlier: known.map(|mark| mark.earlier.clone()).unwrap_or_default(),
             unknown: known.map(|mark| mark.unknown.clone()).unwrap_or_default(),
         }
     }
@@ -306,6 +376,7 @@ mod tests {
             marked_unix: 5.25,
             decided_unix: None,
             decided_by: None,
+            earlier: Vec::new(),
             unknown: Unknown::default(),
         }
     }
@@ -318,6 +389,29 @@ mod tests {
         let text: String =
             entries.iter().map(|(t, at)| format!("{t}\t{}\tx\n", Lsn::new(*at))).collect();
         TimelineHistory::parse(tli(timeline), text.as_bytes()).unwrap()
+    }
+
+    /// A tier 1 that was set back, or two servers that both decided.
+    #[test]
+    fn joined_records_lose_no_decision_and_two_decisions_are_told() {
+        let held = [tli(1), tli(2), tli(3)];
+        let old = Timelines::new(vec![undecided(3, 2)]);
+        let decided = old.retire(tli(3), &held, &decision()).unwrap();
+        assert_eq!(old.joined(&decided), Ok(decided.clone()));
+        assert_eq!(decided.joined(&old), Ok(decided.clone()));
+        let again = Decision { by: "ann".into(), at_unix: 3.0 };
+        let again = decided.follow(tli(3), &held, &again).unwrap();
+        assert_eq!(decided.joined(&again), Ok(again.clone()), "whatever the clock said");
+        let other = Decision { by: "bob".into(), at_unix: 99.0 };
+        let other = old.follow(tli(3), &held, &other).unwrap();
+        assert_eq!(other.joined(&decided), Err(DecidedApart(tli(3))));
+        assert_eq!(decided.joined(&other), Err(DecidedApart(tli(3))));
+        // Found again by a server that knew nothing of the decision.
+        let found =
+            Timelines::new(vec![Mark { marked_unix: 70.0, ..undecided(3, 1) }, undecided(4, 3)]);
+        let joined = found.joined(&decided).unwrap();
+        assert_eq!(joined.standing(tli(3)), Some(Standing::Retired));
+        assert_eq!(joined.standing(tli(4)), Some(Standing::Undecided));
     }
 
     #[test]

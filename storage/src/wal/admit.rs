@@ -256,6 +256,7 @@ mod tests {
             marked_unix: 0.0,
             decided_unix: None,
             decided_by: None,
+            earlier: Vec::new(),
             unknown: Unknown::default(),
         };
         let ask =

@@ -18,6 +18,7 @@ fn undecided(timeline: u32, against: u32) -> Mark {
         marked_unix: 3.5,
         decided_unix: None,
         decided_by: None,
+        earlier: Vec::new(),
         unknown: Default::default(),
     }
 }
