@@ -21,6 +21,8 @@ use std::{
 };
 use tonic::Status;
 
+/// For the bucket's answer before a stream goes on by what tier 1 knows.
+const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
 /// After the bucket did not answer.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
@@ -77,7 +79,14 @@ impl BaseStore {
         if !self.0.timelines.may_ask(cluster, must) {
             return Ok(());
         }
-        let theirs = self.ask(cluster, tier2, read(tier2, cluster)).await;
+        let question = read(tier2, cluster);
+        let theirs = match must {
+            true => self.ask(cluster, tier2, question).await,
+            false => match tokio::time::timeout(PATIENCE_TO_STREAM, question).await {
+                Ok(theirs) => theirs.map_err(|e| tier2_status("read timelines", cluster, &e)),
+                Err(_) => Err(Code::Unavailable.status("read timelines: tier 2 did not answer")),
+            },
+        };
         let theirs = theirs.inspect_err(|_| self.0.timelines.did_not_answer(cluster))?;
         if let Some(theirs) = theirs {
             self.join_timelines(cluster, theirs).await.map_err(|e| errors::status(&e))?;
