@@ -13,6 +13,7 @@ use klio_storage::{
     tier2::{Download, Tier2},
     wal::{Found, Position, Removed, WalStore},
 };
+use std::time::Duration;
 use tonic::Status;
 
 /// Where a file was found.
@@ -50,6 +51,9 @@ impl Located {
         }
     }
 }
+
+/// How long the bucket may take to say whether it has more of a segment: a standby waits a few seconds for its answer.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether what was found is only the beginning of a segment, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,8 +125,9 @@ impl Source {
         }
     }
 
-    /// The whole segment, where tier 1 has only its beginning and the stream went on behind it: a tier 1 that was set back.
-    /// Filled up, the beginning would look like the end of WAL (P7).
+    /// The whole segment, where tier 1 has only its beginning: a tier 1 that was set back, behind which the stream went on,
+    /// or has not come yet. Filled up, the beginning would look like the end of WAL (P7). While its timeline is received the
+    /// newest segment is in no other place, and a bucket that is slow to say so keeps nobody from what is here (P4).
     async fn whole_in_tier2(
         &self,
         cluster: &ClusterName,
@@ -135,10 +140,15 @@ impl Source {
         let size = self.store.pinned(cluster)?.segment_size;
         let end = name.start_lsn(size)?.advance(size.bytes());
         let positions = self.store.positions(cluster);
-        if !positions.iter().any(|p| p.timeline == name.timeline() && p.flushed >= end) {
+        let is_behind = positions.iter().any(|p| p.timeline == name.timeline() && p.flushed >= end);
+        if !is_behind && self.store.is_written(cluster, name.timeline()) {
             return None;
         }
-        let there = self.find_in_tier2(cluster, file).await.ok()?;
+        let asked = self.find_in_tier2(cluster, file);
+        let there = match is_behind {
+            true => asked.await.ok()?,
+            false => tokio::time::timeout(LOOK_TIMEOUT, asked).await.ok()?.ok()?,
+        };
         (there.beginning() == Beginning::Not).then_some(there)
     }
 

@@ -241,6 +241,11 @@ async fn a_tier_1_that_was_set_back_goes_on_behind_what_the_bucket_has() {
     rig.stop().await;
     fs::remove_dir_all(&data).expect("lose the disk");
     copy(&kept, &data);
+    // Before any stream comes, as when the primary is lost, too: what tier 1 has the beginning of the bucket has as a whole.
+    rig.site.start().await;
+    let (code, told) = rig.plan(&["--latest"]).await;
+    assert_eq!(code, Some(0), "{told}");
+    rig.site.stop().await;
     // PostgreSQL has removed what the old disk lacks, and the bucket has it.
     rig.forget().await;
     rig.go_on().await;

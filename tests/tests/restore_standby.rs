@@ -6,8 +6,10 @@ mod rig;
 
 use klio_tests::{
     postgres::{Postgres, Stop},
+    programs,
     proof::Source,
-    site::Site,
+    site::{PATIENCE, Site},
+    wait::eventually,
 };
 use rig::{LOCAL, Rig, rows};
 use std::fs;
@@ -167,4 +169,55 @@ async fn a_standby_takes_nothing_of_the_cluster_s_own_recovery_and_changes_no_wa
     let words =
         ["made after the backup cannot go elsewhere on a standby", "take a base backup now"];
     rig.refused(&["--standby", "--tablespace-map", &map], LOCAL, &words).await;
+}
+
+/// PostgreSQL looks for newer timelines number by number: one that was decided against must not be the end of its way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_comes_past_a_retired_timeline_to_the_one_that_is_followed() {
+    let mut rig = Rig::new(15, false).await;
+    rig.row(1).await;
+    rig.backup("one").await;
+    let copy = rig.pg.standby().await;
+    copy.promote().await;
+    let mistake = rig.site.stream(&copy);
+    eventually("an undecided timeline", PATIENCE, || async {
+        let list = rig.site.klio(None, &["timeline", "list"]).await;
+        list.stdout.contains("undecided").then_some(()).ok_or(list.stdout)
+    })
+    .await;
+    let config = rig.site.dir().join("klio-server.toml").display().to_string();
+    let made = rig.site.klio_server(&["client", "ann", "--role", "operator", "-c", &config]).await;
+    assert_eq!(made.code, Some(0), "{}", made.stderr);
+    let bundle = rig.site.dir().join("clients/ann/klio.toml");
+    let retire = ["timeline", "retire", "2", "--cluster", "main"];
+    let retired = programs::run(rig.site.klio_command_of(&bundle, None, &retire)).await;
+    assert_eq!(retired.code, Some(0), "{}", retired.stderr);
+    drop((mistake, copy));
+
+    // One that has only the archive, and one that streams besides.
+    rig.pg.switch_wal().await;
+    rig.flushed().await;
+    let mut archive = Postgres::empty(15);
+    restore(&rig, &archive, None, &[]).await;
+    archive.start().await;
+    wait_rows(&archive, 1).await;
+
+    // Production is restored: 2 is taken, so it becomes timeline 3.
+    rig.stream = None;
+    rig.pg.stop(Stop::Fast).await;
+    rig.pg = rig.restored(Source::Server, &["--latest"]).await;
+    assert_eq!(rig.pg.timeline().await.get(), 3);
+    rig.stream = Some(rig.site.stream(&rig.pg));
+    rig.row(2).await;
+    rig.pg.switch_wal().await;
+    rig.flushed().await;
+    wait_rows(&archive, 2).await;
+    // Its history of 2 is in no pg_wal of ours: a standby that streams gets over it by the archive, too.
+    archive.stop(Stop::Fast).await;
+    let auto = archive.data_dir().join("postgresql.auto.conf");
+    let text = fs::read_to_string(&auto).expect("read");
+    let streaming = format!("{text}primary_conninfo = '{}'\n", primary(&rig.pg));
+    fs::write(&auto, streaming).expect("write");
+    archive.start().await;
+    streams(&archive, "").await;
 }

@@ -11,7 +11,10 @@ use klio_tests::{
     wait::eventually,
 };
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// A bundle of somebody who decides.
 async fn operator(site: &Site) -> PathBuf {
@@ -58,7 +61,7 @@ async fn latest(site: &Site) -> (Value, String) {
     let args = ["restore", "--dry-run", "--json", "--to", "/tmp/klio-nowhere"];
     let outcome = site.klio(None, &args).await;
     let plan: Value = serde_json::from_str(&outcome.stdout).unwrap_or_default();
-    (plan["timeline"].clone(), format!("{}{}", outcome.stdout, outcome.stderr))
+    (plan["plan"]["timeline"].clone(), format!("{}{}", outcome.stdout, outcome.stderr))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,6 +128,7 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     assert!(mistake.is_running());
     let outcome = decide(&site, &ann, &["retire", "1"]).await;
     assert_eq!(outcome.code, Some(20), "what is followed: {}", outcome.stderr);
+    assert!(outcome.stderr.contains("hint: klio timeline follow T"), "{}", outcome.stderr);
 
     // Retired: its stream ends, and stays ended; production goes on, and all is well.
     let outcome = decide(&site, &ann, &["retire", "2"]).await;
@@ -138,6 +142,9 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     wait_line(&site, 1, "followed", ours).await;
     let all = timelines(&site).await;
     assert_eq!(all[1]["decided_by"], "ann", "{all:?}");
+    let list = site.klio(None, &["generation", "list", "--json"]).await.stdout;
+    let list: Value = serde_json::from_str(&list).expect("JSON");
+    assert_eq!(list["generations"][0]["timeline"], 1, "{list:#}");
     assert_eq!(latest(&site).await.0, 1);
     let problems = site.status().await.expect("status")["problems"].clone();
     assert!(!problems.to_string().contains("undecided"), "{problems}");
@@ -148,10 +155,68 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     let status = stream.wait_exit(PATIENCE).await;
     assert_eq!(status.code(), Some(26), "{}", stream.log());
+    let mistake = site.stream(&copy);
+    let theirs = copy.write_wal(1 << 20).await;
+    wait_line(&site, 2, "followed", theirs).await;
+    assert_eq!(site.status().await.expect("status")["timeline"], 2);
+
+    // The loss of tier 1 takes no decision away: the bucket has them, and a new server goes on by them.
+    let record = s3.bucket_dir().join("klio/main/timelines.json");
+    eventually("the decision in the bucket", PATIENCE, || async {
+        let text = fs::read_to_string(&record).unwrap_or_default();
+        text.contains("followed").then_some(()).ok_or(text)
+    })
+    .await;
+    drop(mistake);
+    site.stop().await;
+    fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
+    site.start().await;
+    let standings: Vec<Value> =
+        timelines(&site).await.iter().map(|line| line["standing"].clone()).collect();
+    assert_eq!(standings, ["retired", "followed"]);
+    let mut refused = site.stream(&production);
+    let status = refused.wait_exit(PATIENCE).await;
+    assert_eq!(status.code(), Some(26), "{}", refused.log());
     let _mistake = site.stream(&copy);
     let theirs = copy.write_wal(1 << 20).await;
     wait_line(&site, 2, "followed", theirs).await;
     assert_eq!(site.status().await.expect("status")["timeline"], 2);
+    assert_eq!(latest(&site).await.0, 2);
+}
+
+/// What its PostgreSQL was on before, and nobody has heard of, is the copy's, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_was_promoted_twice_leaves_nothing_to_follow_on_its_way() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let production = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let _stream = site.stream(&production);
+    let end = production.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    let backup = site.klio(Some(&production), &["backup", "--checkpoint", "fast"]).await;
+    assert_eq!(backup.code, Some(0), "{}", backup.stderr);
+    let copy = production.standby().await;
+    copy.promote().await;
+    copy.write_wal(2 << 20).await;
+    let again = copy.standby().await;
+    again.promote().await;
+    assert_eq!(again.timeline().await.get(), 3);
+
+    let _mistake = site.stream(&again);
+    let theirs = again.write_wal(1 << 20).await;
+    wait_line(&site, 3, "undecided", theirs).await;
+    let ours = production.write_wal(1 << 20).await;
+    wait_line(&site, 1, "followed", ours).await;
+    let all = timelines(&site).await;
+    assert_eq!(all[1]["standing"], "undecided", "{all:?}");
+    let (followed, said) = latest(&site).await;
+    assert_eq!(followed, 1, "{said}");
+    assert_eq!(site.status().await.expect("status")["timeline"], 1);
+    let ann = operator(&site).await;
+    let outcome = decide(&site, &ann, &["follow", "1"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(latest(&site).await.0, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

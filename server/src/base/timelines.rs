@@ -9,7 +9,7 @@ use klio_pg::TimelineId;
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
-    catalog::{Decision, DecisionError, Mark, Timelines},
+    catalog::{Decision, DecisionError, ForStandbys, Mark, PASSED_OVER, Timelines},
     layout::{BaseObject, ClusterName, WalFile},
     record,
     tier2::Tier2,
@@ -193,26 +193,31 @@ impl BaseStore {
         self.announce(cluster, BaseObject::Timelines, 0);
     }
 
-    /// Refuses a history that a standby must not see: it would follow it.
+    /// What a standby gets instead of a file: a history that it must not see, or it would follow it.
     ///
     /// # Errors
     /// `NOT_FOUND`; as [`BaseStore::timelines`].
-    pub async fn check_shown(&self, cluster: &ClusterName, file: WalFile) -> Result<(), Status> {
-        let WalFile::History(timeline) = file else { return Ok(()) };
+    pub async fn instead_for_standbys(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+    ) -> Result<Option<&'static str>, Status> {
+        let WalFile::History(timeline) = file else { return Ok(None) };
         let marks = self.timelines(cluster).await?;
         let Some(mark) = marks.mark(timeline).filter(|_| marks.is_aside(timeline)) else {
-            return Ok(());
+            return Ok(None);
         };
         let followed = self.followed_timeline(cluster).await?;
         let history = followed.and_then(|(t, _)| self.wal().history(cluster, t).ok());
-        if marks.shown_to_standbys(timeline, history.as_ref()) {
-            return Ok(());
+        match marks.for_standbys(timeline, history.as_ref()) {
+            ForStandbys::AsItIs => Ok(None),
+            ForStandbys::PassedOver => Ok(Some(PASSED_OVER)),
+            ForStandbys::Hidden => Err(Code::NotFound.status(format!(
+                "fetch {file} of {cluster}: timeline {} is {}, and is not shown to standbys",
+                timeline.get(),
+                mark.standing
+            ))),
         }
-        let standing = mark.standing;
-        Err(Code::NotFound.status(format!(
-            "fetch {file} of {cluster}: timeline {} is {standing}, and is not shown to standbys",
-            timeline.get()
-        )))
     }
 
     /// The timelines that somebody streams or that are on record, besides the one that is followed.

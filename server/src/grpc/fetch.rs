@@ -51,6 +51,17 @@ pub fn stream(found: Located, before_hole: bool, tasks: &TaskTracker) -> Answers
     ReceiverStream::new(outbound).boxed()
 }
 
+/// A history that is given instead of what is held.
+pub fn history(content: &'static str) -> Answers {
+    let header = v1::FetchHeader {
+        kind: FetchKind::HistoryRaw.into(),
+        plain_size: content.len() as u64,
+        ..v1::FetchHeader::default()
+    };
+    let data = Bytes::from_static(content.as_bytes());
+    futures::stream::iter([Ok(v1::FetchResponse { header: Some(header), data })]).boxed()
+}
+
 fn kind_of(file: WalFile) -> FetchKind {
     match file {
         WalFile::Segment(_) => FetchKind::SegmentZstd,

@@ -42,7 +42,10 @@ impl Histories {
     pub fn outline(&self, cluster: &ClusterName, generation: &Generation) -> v1::Generation {
         let place = Generations::place(cluster, generation.number);
         let positions = self.base.wal().positions(&place);
-        let newest = positions.iter().max_by_key(|p| p.timeline);
+        // What is left aside is not how far a history is.
+        let followed = self.base.wal().followed(&place);
+        let newest = positions.iter().find(|p| Some(p.timeline) == followed);
+        let newest = newest.or_else(|| positions.iter().max_by_key(|p| p.timeline));
         let pinned = self.base.wal().pinned(&place).map(|p| p.system_identifier);
         v1::Generation {
             number: generation.number,
@@ -104,7 +107,10 @@ impl Histories {
         let former = before.current();
         let mut trial = before.clone();
         change(&mut trial).map_err(|refusal| {
-            Code::Invalid.status(format!("change generations of {}: {refusal}", cluster.base()))
+            Code::Invalid.status(format!(
+                "change generations of {}: {refusal}; hint: klio generation list shows them all",
+                cluster.base()
+            ))
         })?;
         let effects = self.effects(cluster, &before, number, decision).await?;
         if asked.dry_run {

@@ -25,6 +25,9 @@ pub(super) fn records(
     let store = &board.store;
     let positions = store.positions(cluster);
     let followed = marks.followed(positions.iter().map(|position| position.timeline));
+    // On a new server, before the first contact.
+    let decided = marks.marks().iter().filter(|mark| mark.standing == Standing::Followed);
+    let followed = followed.or_else(|| decided.map(|mark| mark.timeline).max());
     let live = board.registry.cluster(cluster);
     let held = positions.iter().map(|position| position.timeline);
     let known = held.chain(marks.marks().iter().map(|mark| mark.timeline));
@@ -122,9 +125,17 @@ impl CatalogService {
 }
 
 fn refused(cluster: &ClusterName, why: &DecisionError) -> Status {
-    let code = match why {
-        DecisionError::Unknown(_) => Code::NotFound,
-        _ => Code::Invalid,
+    let (code, hint) = match why {
+        DecisionError::Unknown(_) => {
+            (Code::NotFound, "klio timeline list shows those that are known")
+        }
+        DecisionError::RetiresFollowed(_) => {
+            (Code::Invalid, "klio timeline follow T retires what was followed")
+        }
+        DecisionError::Followed(_) | DecisionError::Retired(_) => (
+            Code::Invalid,
+            "there is nothing to do: klio timeline list shows who decided, and when",
+        ),
     };
-    code.status(format!("decide about a timeline of {cluster}: {why}"))
+    code.status(format!("decide about a timeline of {cluster}: {why}; hint: {hint}"))
 }

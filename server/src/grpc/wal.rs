@@ -271,8 +271,10 @@ impl Wal for WalService {
             .name
             .parse()
             .map_err(|e| Code::Invalid.status(format!("fetch WAL: {e}")))?;
-        if request.get_ref().for_standby {
-            self.receiver.base.check_shown(&cluster, file).await?;
+        if request.get_ref().for_standby
+            && let Some(history) = self.receiver.base.instead_for_standbys(&cluster, file).await?
+        {
+            return Ok(Response::new(fetch::history(history)));
         }
         let found = if request.get_ref().tier2_only {
             self.source.find_other_copy(&cluster, file).await?

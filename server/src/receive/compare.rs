@@ -251,12 +251,48 @@ impl Comparer {
         held: &Held,
         (ours, theirs): (&[u8], &[u8]),
     ) -> Result<bool, Status> {
-        let Some(kept) = edited::Kept::of(range.start, ours, theirs) else { return Ok(false) };
-        let walker = RecordWalker::new(held.size, held.major, range.start);
-        let mut part = Part::new(segment, held.size, range, walker);
-        part.kept = Some(kept);
-        let read = self.read(cluster, segment, held.size, part).await?;
-        Ok(read.and_then(|part| part.kept).is_some_and(|kept| kept.is_explained(held.size)))
+        let (size, whole) = (held.size, edited::around(&range));
+        let Some(mut kept) = edited::Kept::of(range, ours, theirs) else { return Ok(false) };
+        let mut walker = RecordWalker::new(size, held.major, whole.start);
+        let mut at = whole.start;
+        while at < whole.end {
+            let here = self.segment_beside(cluster, segment, at, size);
+            let end = next_segment(at, size).min(whole.end);
+            let mut part = Part::new(here, size, at..end, walker);
+            part.kept = Some(kept.clone());
+            walker = match self.read(cluster, here, size, part).await? {
+                Some(part) => {
+                    kept = part.kept.unwrap_or(kept);
+                    part.walker
+                }
+                None if here == segment => return Ok(false),
+                // A record that is not held as a whole explains nothing.
+                None => RecordWalker::new(size, held.major, end),
+            };
+            at = end;
+            // Zeros behind a switch of segments are the end of no WAL.
+            if walker.ended().is_some() || walker.position() != at {
+                walker = RecordWalker::new(size, held.major, at);
+            }
+        }
+        Ok(kept.is_explained(size))
+    }
+
+    /// The segment of `at`, which lies in `segment` or beside it: before a timeline began its ancestor has it.
+    fn segment_beside(
+        &self,
+        cluster: &ClusterName,
+        segment: SegmentName,
+        at: Lsn,
+        size: SegmentSize,
+    ) -> SegmentName {
+        let beside = SegmentName::containing(segment.timeline(), at, size);
+        let is_before = segment.start_lsn(size).is_some_and(|start| at < start);
+        let history = self.base.wal().history(cluster, segment.timeline()).ok();
+        match history.filter(|_| is_before) {
+            Some(history) => SegmentName::containing(history.timeline_at(at), at, size),
+            None => beside,
+        }
     }
 
     /// Reads what is held of a segment; `None` when it cannot be had.

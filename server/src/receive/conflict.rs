@@ -123,8 +123,8 @@ async fn record(
     now_unix: f64,
 ) -> Result<Settled, Status> {
     let Found { against, reason } = found;
-    let mark = Mark {
-        timeline: claim.lives_on,
+    let mark = |timeline: TimelineId, reason: String| Mark {
+        timeline,
         standing: Standing::Undecided,
         against,
         reason,
@@ -134,7 +134,16 @@ async fn record(
         earlier: Vec::new(),
         unknown: Unknown::default(),
     };
-    base.mark_timeline(cluster, mark).await?;
+    let wal = base.wal();
+    let own = wal.history(cluster, claim.lives_on).ok();
+    let marks = wal.timelines(cluster);
+    let way = own.map(|own| marks.unmarked_on_the_way(&own, wal.followed(cluster)));
+    for timeline in way.unwrap_or_default() {
+        let (between, end) = (timeline.get(), claim.lives_on.get());
+        let reason = format!("timeline {between} lies on the way to timeline {end}: {reason}");
+        base.mark_timeline(cluster, mark(timeline, reason)).await?;
+    }
+    base.mark_timeline(cluster, mark(claim.lives_on, reason)).await?;
     Ok(Settled { aside: true, displaced: Vec::new() })
 }
 

@@ -115,7 +115,7 @@ fn to_table(answer: &StatusResponse) -> String {
                 "{}: beside it timeline {}, {}: {stream}, flushed {}\n",
                 cluster.cluster,
                 other.timeline,
-                other.standing,
+                super::timeline::standing(other),
                 text::lsn(other.flushed_lsn)
             );
         }

@@ -71,10 +71,9 @@ fn to_text(timelines: &[TimelineRecord]) -> String {
             0 => "-".to_owned(),
             parent => format!("{parent} at {}", text::lsn(t.switch_lsn)),
         };
-        let standing = if t.standing.is_empty() { "ended" } else { &t.standing };
         vec![
             t.timeline.to_string(),
-            standing.to_owned(),
+            standing(t).to_owned(),
             if t.connected { "connected" } else { "-" }.to_owned(),
             parent,
             position(t.start_lsn),
@@ -92,6 +91,11 @@ fn to_text(timelines: &[TimelineRecord]) -> String {
         out += "\n";
     }
     out
+}
+
+/// One word; a timeline that nothing was decided about and that is not followed has ended.
+pub(super) fn standing(t: &TimelineRecord) -> &str {
+    if t.standing.is_empty() { "ended" } else { &t.standing }
 }
 
 pub(super) fn record_json(t: &TimelineRecord) -> Value {

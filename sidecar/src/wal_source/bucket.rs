@@ -9,10 +9,12 @@ use crate::{
     bucket::{Bucket, of_storage},
     error::{Error, Failure},
 };
-use futures::{StreamExt, TryStreamExt};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
 use klio_proto::Code;
 use klio_storage::{
     Kind,
+    catalog::{ForStandbys, PASSED_OVER},
     crypt::AtRest,
     layout::{ClusterName, Form, WalFile},
 };
@@ -99,21 +101,21 @@ impl FromBucket {
         Err(self.absent(file).await?)
     }
 
-    /// Whether a standby must not see a history: it would follow it.
-    async fn is_hidden(&self, file: WalFile) -> Result<bool, Error> {
-        let WalFile::History(timeline) = file else { return Ok(false) };
+    /// What a standby sees of a file: it would follow a history that it must not see.
+    async fn seen(&self, file: WalFile) -> Result<ForStandbys, Error> {
+        let WalFile::History(timeline) = file else { return Ok(ForStandbys::AsItIs) };
         if !self.for_postgresql || !super::a_standby_asks() {
-            return Ok(false);
+            return Ok(ForStandbys::AsItIs);
         }
         let marks = self.bucket.timelines(&self.cluster).await?;
         if !marks.is_aside(timeline) {
-            return Ok(false);
+            return Ok(ForStandbys::AsItIs);
         }
         let tier2 = &self.bucket.tier2;
         let held = tier2.timelines(&self.cluster).await.map_err(|e| of_storage(&e))?;
-        let Some(followed) = marks.followed(held) else { return Ok(true) };
+        let Some(followed) = marks.followed(held) else { return Ok(ForStandbys::Hidden) };
         let path = self.bucket.history(&self.cluster, followed).await?;
-        Ok(!marks.shown_to_standbys(timeline, path.as_ref()))
+        Ok(marks.for_standbys(timeline, path.as_ref()))
     }
 
     /// Why a segment that is not there must have been there, of which a later timeline tells.
@@ -150,8 +152,13 @@ impl FromBucket {
 #[tonic::async_trait]
 impl WalSource for FromBucket {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
-        if self.is_hidden(file).await? {
-            return Err(self.absent(file).await?);
+        match self.seen(file).await? {
+            ForStandbys::AsItIs => {}
+            ForStandbys::PassedOver => {
+                let pieces = stream::iter([Ok(Bytes::from_static(PASSED_OVER.as_bytes()))]).boxed();
+                return Ok(Answer { shape: Shape::stored(file), keys: None, pieces });
+            }
+            ForStandbys::Hidden => return Err(self.absent(file).await?),
         }
         let first = if other_copy { self.likely().other() } else { self.likely() };
         match file {

@@ -26,4 +26,4 @@ pub use recovery::{
     Hole, Line, Path, Plan, Reach, Refusal, Stop, Survey, Target, TimelineChoice, Window,
 };
 pub use retention::{Policies, Policy, RetentionPlan};
-pub use timelines::{Decision, DecisionError, Mark, Standing, Timelines};
+pub use timelines::{Decision, DecisionError, ForStandbys, Mark, PASSED_OVER, Standing, Timelines};

@@ -117,6 +117,23 @@ impl Mark {
     }
 }
 
+/// What a standby sees of a timeline's history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForStandbys {
+    /// The history itself.
+    AsItIs,
+    /// [`PASSED_OVER`]: a newer timeline is followed, which a standby would not find without it.
+    PassedOver,
+    /// Nothing: it would follow it.
+    Hidden,
+}
+
+/// In place of the history of a timeline that is left aside. PostgreSQL looks for histories number by number, up to the first
+/// that is missing (`findNewestTimeLine()` in timeline.c), and takes the newest: where one is missing it never comes to the
+/// timeline that is followed. If this one is the newest it sees, because nobody answered for the next, it says of a timeline
+/// that left its ancestor before where any standby is, which none follows (`rescanLatestTimeLine()` in xlogrecovery.c).
+pub const PASSED_OVER: &str = "1\t0/1\tdecided against: a standby passes it over\n";
+
 /// Two records of which neither has all decisions of the other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -207,35 +224,61 @@ impl Timelines {
         held.into_iter().filter(|timeline| !self.is_aside(*timeline)).max()
     }
 
-    /// Whether a standby may see a timeline's history: it follows whatever it sees. The way to the followed timeline is
-    /// seen in any case.
-    pub fn shown_to_standbys(
+    /// What a standby gets that asks for a timeline's history: it follows the newest that it sees. The way to the followed
+    /// timeline is seen in any case.
+    pub fn for_standbys(
         &self,
         timeline: TimelineId,
         followed: Option<&TimelineHistory>,
-    ) -> bool {
+    ) -> ForStandbys {
         let on_the_way = |history: &TimelineHistory| {
             history.timeline() == timeline
                 || history.entries().iter().any(|entry| entry.timeline == timeline)
         };
-        !self.is_aside(timeline) || followed.is_some_and(on_the_way)
+        match followed {
+            _ if !self.is_aside(timeline) => ForStandbys::AsItIs,
+            Some(followed) if on_the_way(followed) => ForStandbys::AsItIs,
+            Some(followed) if followed.timeline() > timeline => ForStandbys::PassedOver,
+            _ => ForStandbys::Hidden,
+        }
     }
 
-    /// What a new timeline inherits: it left a timeline that is aside, at a place that the followed one does not share.
+    /// What a new timeline inherits: it left a timeline that is aside, also over others, at a place that the followed one does not share. One
+    /// with a mark of its own inherits nothing: what a person decided about it counts, also where none of its WAL is held,
+    /// as on a new server (T2).
     pub fn inherits(
         &self,
         history: &TimelineHistory,
         followed: Option<&TimelineHistory>,
     ) -> Option<&Mark> {
-        let parent = history.entries().last()?;
-        let mark = self.mark(parent.timeline).filter(|mark| self.is_aside(mark.timeline))?;
+        if self.mark(history.timeline()).is_some() {
+            return None;
+        }
+        // The nearest of which something was decided or found says what the way behind it is.
+        let mut way = history.entries().iter().rev();
+        let (parent, mark) = way.find_map(|entry| Some((entry, self.mark(entry.timeline)?)))?;
         let shared = |followed: &TimelineHistory| {
             let passes = |(timeline, end): (TimelineId, Lsn)| {
                 timeline == parent.timeline && parent.end <= end
             };
             followed.entries().iter().any(|entry| passes((entry.timeline, entry.end)))
         };
-        (!followed.is_some_and(shared)).then_some(mark)
+        (self.is_aside(mark.timeline) && !followed.is_some_and(shared)).then_some(mark)
+    }
+
+    /// What lies on the way to a timeline that is left aside and would be followed without a mark of its own: its PostgreSQL
+    /// was promoted more than once, and its WAL of each of these timelines is received.
+    pub fn unmarked_on_the_way(
+        &self,
+        history: &TimelineHistory,
+        followed: Option<TimelineId>,
+    ) -> Vec<TimelineId> {
+        let way = || history.entries().iter().map(|entry| entry.timeline);
+        let from = followed.or_else(|| way().find(|timeline| self.is_aside(*timeline)));
+        way()
+            .filter(|timeline| self.mark(*timeline).is_none())
+            .filter(|timeline| from.is_some_and(|from| *timeline > from))
+            .collect()
     }
 
     /// Puts a mark on record, in place of an earlier one, which it remembers.
@@ -280,7 +323,8 @@ impl Timelines {
         held: &[TimelineId],
         decision: &Decision,
     ) -> Result<Self, DecisionError> {
-        if !held.contains(&timeline) {
+        // On a new server nothing is held of what a decision is about: a retired one could never be followed again.
+        if !held.contains(&timeline) && self.mark(timeline).is_none() {
             return Err(DecisionError::Unknown(timeline));
         }
         let before = self.followed(held.iter().copied());
@@ -473,15 +517,26 @@ mod tests {
         assert_eq!(unknown, Err(DecisionError::Unknown(tli(7))));
     }
 
-    /// A standby follows whatever history it is shown.
+    /// A standby follows whatever history it is shown, and looks no further than to the first that is missing.
     #[test]
     fn standbys_see_the_way_to_the_followed_timeline_and_nothing_aside() {
         let marks = Timelines::new(vec![undecided(2, 1), undecided(4, 3)]);
-        let followed = history(3, &[(1, 100), (2, 200)]);
-        assert!(marks.shown_to_standbys(tli(2), Some(&followed)));
-        assert!(marks.shown_to_standbys(tli(3), Some(&followed)));
-        assert!(!marks.shown_to_standbys(tli(4), Some(&followed)));
-        assert!(!marks.shown_to_standbys(tli(2), None));
+        let three = history(3, &[(1, 100), (2, 200)]);
+        let (other, five) = (history(3, &[(1, 300)]), history(5, &[(1, 300), (3, 400)]));
+        let seen = |timeline, followed| marks.for_standbys(tli(timeline), followed);
+        assert_eq!(seen(2, Some(&three)), ForStandbys::AsItIs);
+        assert_eq!(seen(3, Some(&three)), ForStandbys::AsItIs);
+        assert_eq!(seen(4, Some(&three)), ForStandbys::Hidden);
+        assert_eq!(seen(2, None), ForStandbys::Hidden);
+        // Followed is one that left the first timeline, too.
+        assert_eq!(seen(2, Some(&other)), ForStandbys::PassedOver);
+        assert_eq!(seen(4, Some(&five)), ForStandbys::PassedOver);
+    }
+
+    #[test]
+    fn what_is_passed_over_left_its_ancestor_before_any_standby() {
+        let passed = TimelineHistory::parse(tli(2), PASSED_OVER.as_bytes()).unwrap();
+        assert_eq!(passed.switch_point(), Some(Lsn::new(1)));
     }
 
     #[test]
@@ -496,6 +551,34 @@ mod tests {
         assert!(retired.inherits(&history(3, &[(1, 90)]), Some(&two)).is_none());
         assert!(retired.inherits(&history(3, &[(1, 110)]), Some(&two)).is_some());
         assert!(retired.inherits(&history(3, &[(1, 100), (2, 200)]), Some(&two)).is_none());
+        // What was decided stays decided where nothing of it is held yet, for what came from it, too.
+        assert!(retired.inherits(&two, None).is_none());
+        assert!(retired.inherits(&history(3, &[(1, 100), (2, 200)]), None).is_none());
+        // Promoted more than once: over a timeline that nobody has heard of.
+        assert!(marks.inherits(&history(4, &[(1, 100), (2, 200), (3, 300)]), Some(&one)).is_some());
+    }
+
+    #[test]
+    fn what_lies_between_is_left_aside_with_the_timeline_that_comes_over_it() {
+        let none = Timelines::default();
+        let three = history(3, &[(1, 100), (2, 200)]);
+        assert_eq!(none.unmarked_on_the_way(&three, Some(tli(1))), [tli(2)]);
+        assert_eq!(none.unmarked_on_the_way(&three, Some(tli(2))), []);
+        assert_eq!(none.unmarked_on_the_way(&three, None), []);
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let five = history(5, &[(1, 100), (2, 200), (4, 300)]);
+        assert_eq!(marks.unmarked_on_the_way(&five, Some(tli(1))), [tli(4)]);
+        assert_eq!(marks.unmarked_on_the_way(&five, None), [tli(4)]);
+    }
+
+    #[test]
+    fn what_is_on_record_can_be_decided_again_where_nothing_of_it_is_held() {
+        let marks = Timelines::new(vec![undecided(2, 1)]);
+        let retired = marks.retire(tli(2), &[tli(1), tli(2)], &decision()).unwrap();
+        let followed = retired.follow(tli(2), &[], &decision()).unwrap();
+        assert_eq!(followed.standing(tli(2)), Some(Standing::Followed));
+        let unknown = retired.follow(tli(3), &[], &decision());
+        assert_eq!(unknown, Err(DecisionError::Unknown(tli(3))));
     }
 
     #[test]

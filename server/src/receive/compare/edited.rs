@@ -3,22 +3,33 @@
 //! A restore to other places takes the location out of that record in the copy's WAL (`klio wal-tablespaces`), and PostgreSQL
 //! keeps such WAL: the copy's first segment begins with it. It is the same history all the same: each differing page has
 //! to be, by its digest, exactly the held page with that edit of records that are held there, and every other page the
-//! held one. Whatever else differs is another history.
+//! held one. Whatever else differs is another history. The record may begin before what is compared, or end behind it, also in
+//! another segment: one page more is read on each side.
 //!
 //! Bounded (P13): a few pages, found by the digests; more of them are no such edit.
 
 use klio_pg::{Edit, Found, Landmark, Lsn, PAGE_BYTES, SegmentSize, tablespace_in_place};
 use klio_storage::wal::overlap::{DIGEST_BYTES, PageDigests};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// Tablespaces are made one by one and seldom; a divergence makes every page behind it another.
 const PAGES_MAX: usize = 64;
 /// Records on one page of which each may have been edited or not.
 const RECORDS_MAX: usize = 4;
 
+/// What has to be read to explain pages of `range`: a record that touches it has no more than a page outside.
+pub(super) fn around(range: &Range<Lsn>) -> Range<Lsn> {
+    Lsn::new(range.start.as_u64().saturating_sub(PAGE_BYTES))..range.end.advance(PAGE_BYTES)
+}
+
 /// What of the held bytes decides it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Kept {
+    /// Where the last of the compared pages was cut off.
+    end: u64,
     /// Where the pages begin that differ, and what the other side has there.
     differing: BTreeMap<u64, Vec<u8>>,
     /// Those and their neighbours: a record may begin on the page before.
@@ -29,9 +40,9 @@ pub(super) struct Kept {
 
 impl Kept {
     /// `None` when too much differs.
-    pub(super) fn of(start: Lsn, ours: &[u8], theirs: &[u8]) -> Option<Self> {
+    pub(super) fn of(range: Range<Lsn>, ours: &[u8], theirs: &[u8]) -> Option<Self> {
         let pairs = ours.chunks_exact(DIGEST_BYTES).zip(theirs.chunks_exact(DIGEST_BYTES));
-        let pages = (start.as_u64()..).step_by(PAGE_BYTES as usize);
+        let pages = (range.start.as_u64()..).step_by(PAGE_BYTES as usize);
         let differing = pairs.zip(pages).filter(|((ours, theirs), _)| ours != theirs);
         let differing: BTreeMap<u64, Vec<u8>> = differing
             .take(PAGES_MAX + 1)
@@ -42,7 +53,8 @@ impl Kept {
         }
         let around = |page: &u64| [page.saturating_sub(PAGE_BYTES), *page, page + PAGE_BYTES];
         let wanted = differing.keys().flat_map(around).collect();
-        Some(Self { differing, wanted, pages: BTreeMap::new(), made: Vec::new() })
+        let end = range.end.as_u64();
+        Some(Self { end, differing, wanted, pages: BTreeMap::new(), made: Vec::new() })
     }
 
     /// The next held bytes, which begin at `position`.
@@ -86,6 +98,8 @@ impl Kept {
 
     fn fits(&self, page: u64, theirs: &[u8], edits: &[Vec<Edit>]) -> bool {
         let Some(held) = self.pages.get(&page) else { return false };
+        let cut = usize::try_from(self.end.saturating_sub(page)).unwrap_or(usize::MAX);
+        let held = &held[..held.len().min(cut)];
         let here = |edit: &&Edit| (page..page + held.len() as u64).contains(&edit.at.as_u64());
         let records: Vec<Vec<&Edit>> = edits
             .iter()
@@ -96,7 +110,7 @@ impl Kept {
             return false;
         }
         (1..1_u32 << records.len()).any(|choice| {
-            let mut edited = held.clone();
+            let mut edited = held.to_vec();
             let chosen = records.iter().enumerate().filter(|(n, _)| choice & (1 << n) != 0);
             for edit in chosen.flat_map(|(_, record)| record) {
                 edited[(edit.at.as_u64() - page) as usize] = edit.new;
@@ -159,21 +173,58 @@ mod tests {
     }
 
     fn is_same(held: &[u8], found: &[Found], theirs: &[u8]) -> bool {
+        is_same_in(held, found, theirs, 0..PAGES as u64 * PAGE_BYTES)
+    }
+
+    /// Compared is a part only, as of one segment.
+    fn is_same_in(held: &[u8], found: &[Found], theirs: &[u8], part: Range<u64>) -> bool {
+        let range = Lsn::new(START + part.start)..Lsn::new(START + part.end);
         let digests = |wal: &[u8]| {
-            let mut digests = PageDigests::new(Lsn::new(START));
-            digests.push(wal);
+            let mut digests = PageDigests::new(range.start);
+            digests.push(&wal[part.start as usize..part.end as usize]);
             digests.finish()
         };
-        let Some(mut kept) = Kept::of(Lsn::new(START), &digests(held), &digests(theirs)) else {
+        let Some(mut kept) = Kept::of(range.clone(), &digests(held), &digests(theirs)) else {
             return false;
         };
-        let mut at = Lsn::new(START);
-        for piece in held.chunks(5000) {
+        let whole = around(&range);
+        let mut at = whole.start.max(Lsn::new(START));
+        let end = whole.end.as_u64().min(START + held.len() as u64);
+        for piece in held[(at.as_u64() - START) as usize..(end - START) as usize].chunks(5000) {
             kept.push(at, piece);
             at = at.advance(piece.len() as u64);
         }
-        found.iter().for_each(|found| kept.see(found));
+        let is_whole = |f: &&Found| f.lsn >= whole.start && f.end.as_u64() <= end;
+        found.iter().filter(is_whole).for_each(|found| kept.see(found));
         kept.is_explained(size())
+    }
+
+    #[test]
+    fn a_record_across_the_end_of_what_is_compared_is_explained_from_both_sides() {
+        for back in [8, 16, 24, 32] {
+            let border = 8 * PAGE_BYTES;
+            let at = border - back;
+            let (wal, found) = held(&[at]);
+            let copy = edited(&wal, at);
+            assert!(is_same_in(&wal, &found, &copy, 0..border), "{back}");
+            assert!(is_same_in(&wal, &found, &copy, border..PAGES as u64 * PAGE_BYTES), "{back}");
+            let mut spoilt = copy.clone();
+            spoilt[border as usize + 100] ^= 1;
+            assert!(
+                !is_same_in(&wal, &found, &spoilt, border..PAGES as u64 * PAGE_BYTES),
+                "{back}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_held_behind_the_last_compared_byte_changes_nothing() {
+        let (wal, found) = held(&[800]);
+        let copy = edited(&wal, 800);
+        assert!(is_same_in(&wal, &found, &copy, 0..3000));
+        let mut spoilt = copy;
+        spoilt[2999] ^= 1;
+        assert!(!is_same_in(&wal, &found, &spoilt, 0..3000));
     }
 
     #[test]

@@ -6,10 +6,12 @@
 //! in xlogrecovery.c). So what is no more than it has itself is "no such file", which makes it read its own, as it would
 //! anyway where an archive takes only whole segments. Decided by bytes and records: what is longer here, or is another history, is
 //! given as ever.
+//!
+//! The same holds for the history of a timeline that standbys pass over: who has the history itself lives on that timeline.
 
 use super::{data_dir, is_postgresql_s};
 use klio_pg::{Lsn, PAGE_BYTES, RecordWalker, SEGMENT_HEADER_BYTES, SegmentHeader};
-use klio_storage::layout::WalFile;
+use klio_storage::{catalog::PASSED_OVER, layout::WalFile};
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
@@ -23,9 +25,17 @@ const READ_BYTES: usize = 256 << 10;
 /// # Errors
 /// As the file system fails.
 pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
-    let (WalFile::Segment(name), Some(data)) = (file, data_dir(path)) else { return Ok(false) };
-    let own = data.join("pg_wal").join(name.to_string());
-    if !is_postgresql_s(path) || !own.is_file() || !has_as_much(&own, path, data)? {
+    let Some(data) = data_dir(path) else { return Ok(false) };
+    let own = data.join("pg_wal").join(file.to_string());
+    if !is_postgresql_s(path) || !own.is_file() {
+        return Ok(false);
+    }
+    let enough = match file {
+        WalFile::Segment(_) => has_as_much(&own, path, data)?,
+        WalFile::History(_) => fs::read(path)? == PASSED_OVER.as_bytes(),
+        WalFile::Partial(_) => false,
+    };
+    if !enough {
         return Ok(false);
     }
     fs::remove_file(path)?;
@@ -149,6 +159,20 @@ mod tests {
         ] {
             assert_eq!(asked(own.as_deref(), &came), (false, true));
         }
+    }
+
+    #[test]
+    fn its_own_history_is_not_replaced_by_one_that_says_to_pass_over_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let wal = folder.path().join("pg_wal");
+        fs::create_dir(&wal).unwrap();
+        let (file, path) = ("00000002.history".parse().unwrap(), wal.join("RECOVERYHISTORY"));
+        fs::write(&path, PASSED_OVER).unwrap();
+        assert!(!is_enough(file, &path).unwrap());
+        fs::write(wal.join("00000002.history"), "1\t0/3000000\tx\n").unwrap();
+        assert!(is_enough(file, &path).unwrap() && !path.exists());
+        fs::write(&path, "1\t0/3000000\tx\n").unwrap();
+        assert!(!is_enough(file, &path).unwrap());
     }
 
     #[test]
