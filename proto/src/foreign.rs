@@ -20,6 +20,7 @@ fn as_everything(bytes: &[u8]) {
         v1::BeginGenerationRequest => wal::BeginGenerationRequest,
         v1::PutHistoryRequest => wal::PutHistoryRequest,
         v1::CompareBegin => wal::CompareBegin,
+        v1::RefillBegin => wal::RefillBegin,
         v1::Open => wal::Open,
         v1::OpenRepositoryRequest => base::OpenRepositoryRequest,
         v1::PutFileRequest => base::PutFile,

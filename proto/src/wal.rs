@@ -99,6 +99,33 @@ impl TryFrom<v1::PutHistoryRequest> for PutHistoryRequest {
     }
 }
 
+/// The first message of `Refill`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefillBegin {
+    /// As sent; checked against the certificate by the caller.
+    pub cluster: String,
+    /// The PostgreSQL.
+    pub system: System,
+    /// As in [`Open`].
+    pub writer_id: String,
+    /// The timeline of the segment.
+    pub timeline: TimelineId,
+    /// Its first byte.
+    pub start: Lsn,
+}
+
+impl TryFrom<v1::RefillBegin> for RefillBegin {
+    type Error = Status;
+    fn try_from(raw: v1::RefillBegin) -> Result<Self, Status> {
+        let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
+        let (timeline, start) = (timeline(raw.timeline)?, Lsn::new(raw.start_lsn));
+        if start.offset_in(system.segment_size) != 0 {
+            return Err(invalid("start", "the start of a segment", start));
+        }
+        Ok(Self { cluster: raw.cluster, system, writer_id: raw.writer_id, timeline, start })
+    }
+}
+
 /// The first message of `Compare`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CompareBegin {

@@ -6,7 +6,7 @@
 use klio_pg::Lsn;
 use klio_proto::{
     Code,
-    v1::{self, compare_request, receive_request, receive_response, wal_server},
+    v1::{self, compare_request, receive_request, receive_response, refill_request, wal_server},
 };
 use klio_storage::wal::overlap::PageDigests;
 use std::{
@@ -53,6 +53,9 @@ pub(crate) struct Script {
     pub tier2_asked: usize,
     /// What positions say is missing.
     pub missing: Vec<v1::Stretch>,
+    /// What they say is damaged, and what came of it: the start, and how many right bytes.
+    pub damaged: Vec<v1::Stretch>,
+    pub refilled: Vec<(u64, u64)>,
     /// Answers to the next `Receive` calls; when empty, they succeed.
     pub refuse_opens: Vec<Code>,
     pub window: u64,
@@ -190,6 +193,7 @@ impl wal_server::Wal for Service {
                 flushed_lsn: held.flushed,
                 has_history: script.histories.contains_key(timeline),
                 missing: script.missing.clone(),
+                damaged: script.damaged.clone(),
             })
             .collect();
         let generations = script.generations.clone();
@@ -249,6 +253,30 @@ impl wal_server::Wal for Service {
             if same { v1::CompareVerdict::Same } else { v1::CompareVerdict::Diverged }.into();
         let (at_lsn, detail) = (start, "as told".to_owned());
         Ok(Response::new(v1::CompareResponse { verdict, proven: end > start, at_lsn, detail }))
+    }
+
+    async fn refill(
+        &self,
+        request: Request<Streaming<v1::RefillRequest>>,
+    ) -> Result<Response<v1::RefillResponse>, Status> {
+        let mut messages = request.into_inner();
+        let Some(v1::RefillRequest { kind: Some(refill_request::Kind::Begin(begin)) }) =
+            messages.message().await?
+        else {
+            return Err(Code::Invalid.status("expected begin"));
+        };
+        let mut right = 0;
+        while let Some(message) = messages.message().await? {
+            if let Some(refill_request::Kind::Data(data)) = message.kind {
+                let from = begin.start_lsn + right;
+                let same = data.iter().zip(from..).take_while(|(byte, at)| **byte == byte_at(*at));
+                right += same.count() as u64;
+            }
+        }
+        let mut script = self.0.script.lock().unwrap();
+        script.damaged.retain(|damaged| damaged.from_lsn != begin.start_lsn);
+        script.refilled.push((begin.start_lsn, right));
+        Ok(Response::new(v1::RefillResponse {}))
     }
 
     type ReceiveStream = Answers<v1::ReceiveResponse>;

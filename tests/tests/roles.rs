@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("Wal/Position", &["tenant"]),
     ("Wal/PutHistory", &["tenant"]),
     ("Wal/Compare", &["tenant"]),
+    ("Wal/Refill", &["tenant"]),
     ("Wal/BeginGeneration", &["tenant"]),
     ("Wal/Receive", &["tenant"]),
     ("Wal/Fetch", &["tenant", "admin"]),
@@ -135,7 +136,7 @@ impl Decoder for Raw {
 fn request(call: &str, cluster: &str) -> Vec<u8> {
     let mut message = vec![0x0a, u8::try_from(cluster.len()).expect("a short name")];
     message.extend(cluster.as_bytes());
-    if call == "Wal/Receive" || call == "Wal/Compare" {
+    if ["Wal/Receive", "Wal/Compare", "Wal/Refill"].contains(&call) {
         // In the first message, which is field 1.
         let length = u8::try_from(message.len()).expect("a short message");
         message = [vec![0x0a, length], message].concat();

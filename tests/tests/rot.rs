@@ -80,3 +80,46 @@ async fn a_bad_bit_in_the_journal_is_shown_and_its_wal_is_asked_for_again() {
         assert_eq!(journals(&site, ".damaged-").len(), round + 1, "kept");
     }
 }
+
+/// It was reported, and stayed lost although PostgreSQL still had it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_rots_in_the_middle_comes_again_from_postgresql_while_the_stream_goes_on() {
+    install_crypto();
+    let pg = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let mut site = Site::unencrypted().await;
+    site.start().await;
+    let stream = site.stream(&pg);
+    let end = pg.write_wal(50_000).await;
+    site.wait_flushed(end).await;
+    let journal = journals(&site, ".open").pop().expect("a journal");
+    // The server has it open: it finds out when it seals it.
+    flip(&journal, FIRST_WAL + 8);
+    let end = pg.write_wal(3 << 20).await;
+    site.wait_flushed(end).await;
+    eventually("the damage to be seen", PATIENCE, || async {
+        (damaged(&site).await == Some(1.0)).then_some(())
+    })
+    .await;
+    let status = site.status().await.expect("a status").to_string();
+    assert!(status.contains("klio stream asks PostgreSQL for it"), "{status}");
+    drop(stream);
+    site.kill9();
+    site.start().await;
+    let held = site.lsn("flushed_lsn").await.expect("a position");
+    assert!(held >= end, "what was acknowledged does not go back");
+    let _stream = site.stream(&pg);
+    eventually("the segment to be whole again", PATIENCE, || async {
+        (damaged(&site).await == Some(0.0)).then_some(())
+    })
+    .await;
+    assert_eq!(journals(&site, ".damaged-").len(), 1, "kept");
+    let name = journal.file_name().expect("a name").to_string_lossy().replace(".open", "");
+    eventually("the segment to be sealed", PATIENCE, || async {
+        journals(&site, &format!("{name}.zst")).pop()
+    })
+    .await;
+    let status = site.status().await.expect("a status").to_string();
+    assert!(!status.contains(&name), "{status}");
+    let end = pg.write_wal(50_000).await;
+    site.wait_flushed(end).await;
+}

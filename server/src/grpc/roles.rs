@@ -117,6 +117,7 @@ table! {
     PutHistory     "klio.v1.Wal/PutHistory":      Tenant;
     Compare        "klio.v1.Wal/Compare":         Tenant;
     BeginGeneration "klio.v1.Wal/BeginGeneration": Tenant;
+    Refill         "klio.v1.Wal/Refill":          Tenant;
     Receive        "klio.v1.Wal/Receive":         Tenant;
     Fetch          "klio.v1.Wal/Fetch":           Tenant Admin;
     OpenRepository "klio.v1.Base/OpenRepository": Tenant;
@@ -163,6 +164,7 @@ mod tests {
             Rpc::Position,
             Rpc::PutHistory,
             Rpc::Receive,
+            Rpc::Refill,
             Rpc::PutFile,
             Rpc::Reserve,
             Rpc::CommitBackup,

@@ -46,6 +46,7 @@ methods! {
     "klio.v1.Wal/PutHistory" => "wal.put_history"
     "klio.v1.Wal/Compare" => "wal.compare"
     "klio.v1.Wal/BeginGeneration" => "wal.begin_generation"
+    "klio.v1.Wal/Refill" => "wal.refill"
     "klio.v1.Wal/Receive" => "wal.stream"
     "klio.v1.Wal/Fetch" => "wal.fetch"
     "klio.v1.Base/OpenRepository" => "base.open_repository"

@@ -10,18 +10,23 @@ use crate::{
     config::OnDivergence,
     fetch::Source,
     queue,
-    receive::{Inbound, Receiver, Verdict, open::blocking},
+    receive::{Inbound, Pieces, Receiver, Verdict, open::blocking, refill},
 };
+use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use klio_proto::{
     Code,
-    v1::{self, compare_request, receive_request, wal_server::Wal},
-    wal::{BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest, System},
+    v1::{self, compare_request, receive_request, refill_request, wal_server::Wal},
+    wal::{
+        BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest,
+        RefillBegin, System,
+    },
 };
 use klio_storage::{
     catalog::Run,
     generations::{Generations, State},
     layout::{ClusterName, WalFile},
+    wal::Hole,
 };
 use klio_telemetry::visible;
 use std::{pin::Pin, time::Duration};
@@ -35,19 +40,36 @@ use tracing::Instrument;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// PostgreSQL may have to read a segment between two messages.
 const COMPARE_TIMEOUT: Duration = Duration::from_secs(60);
+const REFILLING: &str = "take a damaged segment again";
 /// Acknowledgements waiting for the network. A client that does not read them stalls only itself.
 const RESPONSES_MAX: usize = 16;
 
-/// The messages of a comparison, of a client that does not fall silent.
-struct Messages(Streaming<v1::CompareRequest>);
+/// The messages of a client that does not fall silent.
+struct Messages<T>(Streaming<T>);
 
-impl Inbound for Messages {
-    async fn next(&mut self) -> Result<Option<v1::CompareRequest>, Status> {
+impl<T> Messages<T> {
+    async fn message(&mut self, doing: &str) -> Result<Option<T>, Status> {
         let next = tokio::time::timeout(COMPARE_TIMEOUT, self.0.message()).await;
         next.map_err(|_| {
             let seconds = COMPARE_TIMEOUT.as_secs();
-            Code::Invalid.status(format!("compare WAL: expected a message within {seconds} s"))
+            Code::Invalid.status(format!("{doing}: expected a message within {seconds} s"))
         })?
+    }
+}
+
+impl Inbound for Messages<v1::CompareRequest> {
+    async fn next(&mut self) -> Result<Option<v1::CompareRequest>, Status> {
+        self.message("compare WAL").await
+    }
+}
+
+impl Pieces for Messages<v1::RefillRequest> {
+    async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        match self.message(REFILLING).await?.map(|message| message.kind) {
+            None => Ok(None),
+            Some(Some(refill_request::Kind::Data(data))) => Ok(Some(data)),
+            Some(_) => Err(Code::Invalid.status(format!("{REFILLING}: expected data"))),
+        }
     }
 }
 
@@ -76,7 +98,8 @@ impl WalService {
         with_tier2: bool,
     ) -> Result<Vec<v1::TimelinePosition>, Status> {
         let lines = self.receiver.base.positions(cluster, with_tier2).await?;
-        Ok(lines.iter().map(position_of).collect())
+        let holes = self.receiver.store.holes(cluster);
+        Ok(lines.iter().map(|line| position_of(line, &holes)).collect())
     }
 
     /// Every generation, in the order in which a PostgreSQL looks for its own.
@@ -228,6 +251,25 @@ impl Wal for WalService {
         }))
     }
 
+    async fn refill(
+        &self,
+        request: Request<Streaming<v1::RefillRequest>>,
+    ) -> Result<Response<v1::RefillResponse>, Status> {
+        let identity = self.auth.identify(&request)?;
+        let mut inbound = Messages(request.into_inner());
+        let first = inbound.message(REFILLING).await?;
+        let Some(refill_request::Kind::Begin(begin)) = first.and_then(|m| m.kind) else {
+            return Err(
+                Code::Invalid.status(format!("{REFILLING}: expected a begin message first"))
+            );
+        };
+        let named = permit(&identity, &begin.cluster, Rpc::Refill)?;
+        let cluster = self.receiver.base.resolve_open(named).await?;
+        let begin = RefillBegin::try_from(begin)?;
+        refill::take(&self.receiver, &cluster, begin, inbound).await?;
+        Ok(Response::new(v1::RefillResponse {}))
+    }
+
     async fn receive(
         &self,
         request: Request<Streaming<v1::ReceiveRequest>>,
@@ -286,7 +328,10 @@ impl Wal for WalService {
     }
 }
 
-fn position_of(line: &Line) -> v1::TimelinePosition {
+fn position_of(line: &Line, holes: &[Hole]) -> v1::TimelinePosition {
+    let own = holes.iter().filter(|hole| hole.timeline == line.timeline);
+    let damaged =
+        |hole: &Hole| v1::Stretch { from_lsn: hole.start.as_u64(), to_lsn: hole.end.as_u64() };
     let missing =
         |run: &Run| v1::Stretch { from_lsn: run.start.as_u64(), to_lsn: run.end.as_u64() };
     v1::TimelinePosition {
@@ -295,5 +340,6 @@ fn position_of(line: &Line) -> v1::TimelinePosition {
         flushed_lsn: line.flushed.as_u64(),
         has_history: line.has_history,
         missing: line.missing.iter().map(missing).collect(),
+        damaged: own.map(damaged).collect(),
     }
 }

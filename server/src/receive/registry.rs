@@ -202,6 +202,12 @@ impl ClusterState {
         lock(&self.live).values().any(|live| live.lives_on == timeline)
     }
 
+    /// What PostgreSQL's timeline is, as the live session of this writer says.
+    pub(crate) fn lives_of(&self, writer_id: &str) -> Option<TimelineId> {
+        let live = lock(&self.live);
+        live.values().find(|live| live.writer_id == writer_id).map(|live| live.lives_on)
+    }
+
     /// Changes the positions of the timeline that is followed; keeps the times true to them.
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         let current = lock(&self.lines).current;

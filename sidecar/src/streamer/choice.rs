@@ -343,7 +343,9 @@ fn held(timelines: &[v1::TimelinePosition]) -> Result<Vec<Held>, Error> {
         let timeline = TimelineId::new(p.timeline)?;
         let flushed = Lsn::new(p.flushed_lsn);
         let missing = p.missing.iter().map(|m| Lsn::new(m.from_lsn)).collect();
-        Some(Held { timeline, flushed, has_history: p.has_history, missing })
+        let damaged = p.damaged.iter().map(|d| (Lsn::new(d.from_lsn), Lsn::new(d.to_lsn)));
+        let damaged = damaged.collect();
+        Some(Held { timeline, flushed, has_history: p.has_history, missing, damaged })
     };
     timelines.iter().map(read).collect::<Option<Vec<_>>>().ok_or_else(|| {
         let message = "ask the server for its position: expected timelines from 1 up, found 0";

@@ -16,6 +16,7 @@ mod overlap;
 mod plan;
 mod prove;
 mod pump;
+mod refill;
 mod session;
 mod slot;
 mod source;

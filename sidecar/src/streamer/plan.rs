@@ -20,6 +20,19 @@ pub struct Held {
     pub has_history: bool,
     /// First bytes of what is missing below, which PostgreSQL may still have; ascending.
     pub missing: Vec<Lsn>,
+    /// Segments that lost acknowledged WAL on the server: their first bytes and ends.
+    pub damaged: Vec<(Lsn, Lsn)>,
+}
+
+/// A segment that the server wants again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Of this timeline.
+    pub timeline: TimelineId,
+    /// Its first byte.
+    pub start: Lsn,
+    /// One past its last byte.
+    pub end: Lsn,
 }
 
 /// What both ends say before streaming begins.
@@ -145,6 +158,20 @@ impl Facts {
         let earlier = missing.iter().map(|lsn| self.segment(*lsn)).filter(|lsn| *lsn < plan.start);
         let at = |start| Plan { start, durable: Some(start), gap: None, ..*plan };
         earlier.map(at).collect()
+    }
+
+    /// The damaged segments of `held` that PostgreSQL went through, the newest first: it removes the oldest first.
+    pub fn wanted(&self, held: &[Held]) -> Vec<Wanted> {
+        let mut wanted: Vec<Wanted> = Vec::new();
+        for line in held.iter().filter(|line| self.is_on_path(line.timeline)) {
+            let timeline = line.timeline;
+            let ended = self.history.end_of(timeline);
+            let whole = |end: Lsn| end <= line.flushed && ended.is_none_or(|ended| end <= ended);
+            let own = line.damaged.iter().filter(|(start, end)| start < end && whole(*end));
+            wanted.extend(own.map(|(start, end)| Wanted { timeline, start: *start, end: *end }));
+        }
+        wanted.sort_by_key(|wanted| std::cmp::Reverse((wanted.start, wanted.timeline)));
+        wanted
     }
 
     /// What PostgreSQL has for sure when it no longer has the WAL at `plan.start`: older WAL may be there, too, and is

@@ -12,6 +12,7 @@ use super::{
     plan::{Facts, Plan, Refusal},
     prove,
     pump::{Ended, Proof, Pump},
+    refill::Refilling,
     source::{Identity, Primary, Session},
     trace::SegmentTrace,
 };
@@ -68,6 +69,7 @@ struct Prepared<W> {
     end: Lsn,
     /// The generation it goes to.
     number: Option<u32>,
+    refilling: Refilling,
 }
 
 /// What every message to the server begins with.
@@ -86,7 +88,8 @@ impl<P: Primary> Stream<'_, P> {
             () = stop.cancelled() => return Ok(Ended::Stopped),
             prepared = self.prepare(memory) => prepared?,
         };
-        let Prepared { wal, requests, answers, flow, trace, timeline, end, number } = prepared;
+        let Prepared { wal, requests, answers, flow, trace, timeline, end, number, refilling } =
+            prepared;
         let (received, flushed) = flow.report();
         self.metrics.state.set_positions(received, flushed);
         self.metrics.state.set_connected(true);
@@ -104,7 +107,12 @@ impl<P: Primary> Stream<'_, P> {
             end,
             proof: Proof::new(prove::prover(self.primary)),
         };
-        let result = pump.run(stop).await;
+        // Beside the stream, which waits for none of it.
+        let result = tokio::select! {
+            biased;
+            result = pump.run(stop) => result,
+            never = self.refill(refilling) => match never {},
+        };
         self.metrics.state.set_connected(false);
         if matches!(&result, Err(error) if error.failure == Failure::WalRemoved) {
             memory.removed = Some((timeline, pump.flow.sent()));
@@ -173,7 +181,8 @@ impl<P: Primary> Stream<'_, P> {
         let trace = SegmentTrace::new(cluster, plan.timeline, identity.segment_size);
         let flow = Flow::new(plan.start, plan.durable, window);
         let (timeline, end) = (plan.timeline, identity.end);
-        Ok(Prepared { wal, requests, answers, flow, trace, timeline, end, number })
+        let refilling = Refilling { server, place, identity, number, facts };
+        Ok(Prepared { wal, requests, answers, flow, trace, timeline, end, number, refilling })
     }
 
     /// The plan, changed when the last session found its WAL removed, or when PostgreSQL has what the server misses.

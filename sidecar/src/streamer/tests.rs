@@ -256,6 +256,7 @@ fn generation(
         flushed_lsn,
         has_history: false,
         missing: vec![],
+        damaged: vec![],
     };
     klio_proto::v1::GenerationPosition {
         number,
@@ -423,6 +424,29 @@ async fn what_the_server_misses_is_asked_for_again_while_postgresql_has_it() {
     .await;
     rig.flushed(end).await;
     assert_eq!(rig.postgres.inner().starts, [(1, START + SEGMENT)]);
+    rig.stop().await;
+}
+
+/// A segment in the middle rotted on the server: it comes again, and the stream goes on where it was.
+#[tokio::test]
+async fn what_the_server_lost_in_the_middle_is_given_again_beside_the_stream() {
+    let (end, at) = (START + 9 * SEGMENT, START + 5 * SEGMENT);
+    let stretch = |n: u64| klio_proto::v1::Stretch {
+        from_lsn: START + n * SEGMENT,
+        to_lsn: START + (n + 1) * SEGMENT,
+    };
+    let rig = Rig::new(FakePostgres::new(START, end), |server, _| {
+        server.change(|s| {
+            s.hold(1, HeldWal { start: START, received: at, flushed: at });
+            s.damaged = vec![stretch(1), stretch(3)];
+        });
+    })
+    .await;
+    rig.flushed(end).await;
+    rig.server.until("both segments given again", |s| s.damaged.is_empty()).await;
+    let given = [3, 1].map(|n| (START + n * SEGMENT, SEGMENT));
+    assert_eq!(rig.server.script().refilled, given, "the newest first, whole");
+    assert_eq!(rig.postgres.inner().starts, [(1, at)], "nothing is streamed twice");
     rig.stop().await;
 }
 

@@ -63,6 +63,8 @@ pub(super) struct Unsealed {
     used: AtomicU64,
     /// What start found behind its good frames, until it is put aside.
     harm: Mutex<Option<Harm>>,
+    /// It is being made anew (`refill.rs`).
+    pub(super) refilled: AtomicBool,
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
     /// before anything is written behind it (P3).
     proven: AtomicBool,
@@ -84,6 +86,7 @@ impl Unsealed {
             known: AtomicU64::new(durable.as_u64()),
             used: AtomicU64::new(FIRST_FRAME),
             harm: Mutex::new(None),
+            refilled: AtomicBool::new(false),
             proven: AtomicBool::new(proven),
             resumed: AtomicBool::new(false),
             work: Mutex::new(()),
@@ -126,7 +129,7 @@ impl Unsealed {
     pub(super) fn set_resumed(&self) {
         self.resumed.store(true, Ordering::Release);
     }
-    fn is_resumed(&self) -> bool {
+    pub(super) fn is_resumed(&self) -> bool {
         self.resumed.load(Ordering::Acquire)
     }
     pub(super) fn is_empty(&self) -> bool {
@@ -254,7 +257,7 @@ impl State {
     }
 
     /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
-    fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
+    pub(super) fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
         let older = || self.followed().is_some_and(|followed| followed > timeline);
         !self.writers.contains_key(&timeline)
             && match self.marks.standing(timeline) {

@@ -13,6 +13,8 @@
 //!   does the client's slot: what PostgreSQL was told was flushed. Until the client has come, a torn tail is kept, too, in
 //!   silence; when its slot says nothing else, it goes.
 //! - What is proven to be damaged is kept as it was found, and never removed or written to by this program (P6).
+//! - At the end of a timeline the stream itself brings it again, as the position goes back. In the middle the position stays, and
+//!   the segment is made anew beside the stream (`refill.rs`). Where neither can be, the problem says what helps.
 //! - An entry goes when the bytes are held again, or are a recorded gap, or retention has let go of them. Then only the kept
 //!   file is left.
 
@@ -35,6 +37,10 @@ pub(super) const FILE: &str = "damaged-wal.json";
 /// So many segments can have been acknowledged and not be sealed, and then be lost with their journals: sealing lags behind by
 /// some segments, and with a full tier 2 by no more. A slot that is farther ahead says something else than lost journals.
 const SLOT_SEGMENTS_MAX: u64 = 256;
+/// What helps where nothing brings the WAL again.
+pub(super) const NOT_ASKED: &str = "PostgreSQL is not asked for this again: take a base backup now (klio backup), from which on everything can be restored, and check the disk";
+/// And where it is in the middle of what is held, and PostgreSQL may have its segment still (`refill.rs`).
+pub(super) const ASKED: &str = "klio stream asks PostgreSQL for it as long as that has it; if this stays, take a base backup now (klio backup), from which on everything can be restored, and check the disk";
 const COPY_BYTES: usize = 256 << 10;
 
 /// WAL that was acknowledged and is damaged here.
@@ -64,16 +70,19 @@ impl DamagedWal {
         (self.timeline, self.from, self.to) == (timeline, harm.from, harm.to)
     }
 
-    /// For a person.
-    pub(super) fn sentence(&self) -> String {
+    /// For a person. `asked`: the stream of its timeline goes on here, and brings it again.
+    pub(super) fn sentence(&self, asked: bool) -> String {
         let Self { timeline, from, to, kept, .. } = self;
         let kept = match kept {
             Some(kept) => format!("the journal is kept as wal/{timeline}/{kept}"),
             None => "nothing is left of it".into(),
         };
+        let next = match asked {
+            true => "PostgreSQL is asked for it again; hint: check the disk".to_owned(),
+            false => format!("its timeline is over; hint: {NOT_ASKED}"),
+        };
         format!(
-            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged and cannot be read; {kept}; \
-             PostgreSQL is asked for it again; hint: check the disk"
+            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged and cannot be read; {kept}; {next}"
         )
     }
 }
@@ -96,7 +105,7 @@ impl State {
     pub(super) fn found_harm(&mut self, timeline: TimelineId, harm: Harm) {
         if harm.to > harm.from && !self.damaged.iter().any(|known| known.is_of(timeline, harm)) {
             let (from, to) = (harm.from, harm.to);
-            tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk: the position goes back, and PostgreSQL is asked for it again");
+            tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk: the position goes back; klio status says what helps");
             let unknown = Unknown::default();
             self.damaged.push(DamagedWal { timeline, from, to, kept: None, unknown });
         }
@@ -183,7 +192,7 @@ impl Cluster {
     }
 
     /// A name that nothing has: not on disk, and not on record.
-    fn free_name(&self, entry: &Unsealed) -> Result<String, Error> {
+    pub(super) fn free_name(&self, entry: &Unsealed) -> Result<String, Error> {
         let segment = entry.segment(self.pinned()?.segment_size);
         let folder = durable::parent(&entry.path);
         let taken: Vec<String> = {
@@ -206,7 +215,7 @@ impl Cluster {
     }
 
     /// Copies a file, durably: it is whole or absent.
-    fn copy_file(&self, from: &Path, to: &Path) -> Result<(), Error> {
+    pub(super) fn copy_file(&self, from: &Path, to: &Path) -> Result<(), Error> {
         let disk = self.disk();
         let tmp = durable::tmp_path(to);
         durable::remove_if_there(disk, &tmp)?;

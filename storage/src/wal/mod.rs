@@ -42,6 +42,7 @@ pub mod overlap;
 mod reader;
 mod record;
 mod recover;
+mod refill;
 mod resume;
 mod scratch;
 mod seal;
@@ -64,6 +65,7 @@ pub use levels::{LEVELS, LevelChange, join_levels};
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
+pub use refill::{Hole, Refill};
 pub use seam::{Broken, Seam};
 pub use takeover::TakenOver;
 pub use types::{
@@ -191,7 +193,8 @@ impl WalStore {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
         let broken = state.broken.iter().map(|(_, text)| text.clone());
-        let damaged = state.damaged.iter().filter(|d| d.is_loss()).map(DamagedWal::sentence);
+        let sentence = |d: &DamagedWal| d.sentence(!state.has_come_to_its_end(d.timeline));
+        let damaged = state.damaged.iter().filter(|d| d.is_loss()).map(sentence);
         broken.chain(state.problems.values().cloned()).chain(damaged).collect()
     }
 
@@ -207,7 +210,9 @@ impl WalStore {
         let Some(cluster) = self.find(name) else { return 0 };
         let state = lock(&cluster.state);
         let journals = state.lines.values().flat_map(|line| line.journals.values());
-        let cut = journals.filter(|journal| state.has_lost_bytes(journal)).count();
+        let cut =
+            journals.filter(|journal| state.has_lost_bytes(journal) || state.is_hole(journal));
+        let cut = cut.count();
         (cut + state.damaged.iter().filter(|d| d.is_loss()).count()) as u64
     }
 
@@ -699,7 +704,7 @@ impl Cluster {
 }
 
 impl cluster::State {
-    fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
+    pub(super) fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
         let stored = self.lines.get(&timeline).and_then(|line| line.history.clone());
         let root = (timeline.get() == 1).then(|| TimelineHistory::root(timeline));
         stored.or(root)

@@ -414,6 +414,7 @@ impl Cluster {
             let end = start.advance(size.bytes());
             let detail = format!("expected WAL up to {end}, found none of it whole");
             let error = Error::new(Kind::Corrupt, Op::Recover, path.display(), detail);
+            let error = error.hint(damage::NOT_ASKED);
             state.problems.insert(path.display().to_string(), error.to_string());
         }
         Ok(())
@@ -429,7 +430,8 @@ impl Cluster {
             let (end, at) = (journal.end, journal.durable());
             let detail = format!("expected WAL up to {end}, found it whole up to {at}");
             let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
-            state.problems.insert(place, error.to_string());
+            let helps = if state.is_hole(&journal) { damage::ASKED } else { damage::NOT_ASKED };
+            state.problems.insert(place, error.hint(helps).to_string());
         }
     }
 }

@@ -30,17 +30,14 @@ impl Cluster {
         let limit = pinned.segment_size.bytes();
         let mut reader = self.open_plain(&stored.path, stored.form)?;
         let ahead = self.shared.options.preallocate;
-        let mut filling = Filling {
-            cluster: self,
-            journal: self.create_journal(segment.timeline(), start, ahead)?,
-            at: start,
-            waiting: Vec::new(),
-        };
+        let mut filling =
+            Filling::new(self.create_journal(segment.timeline(), start, ahead)?, start);
         let path = filling.journal.path.clone();
-        let decoded = decode::decode_reader(&mut reader, limit, &mut |piece| filling.take(piece));
+        let decoded =
+            decode::decode_reader(&mut reader, limit, &mut |piece| filling.take(self, piece));
         let filled = decoded
             .map_err(|e| if e.op == Op::Decode { e.at(stored.path.display()) } else { e })
-            .and_then(|_| filling.finish(end));
+            .and_then(|_| filling.finish(self, end));
         let journal = filled.inspect_err(|_| {
             // The first error is the one to report; start removes what is left.
             let _ = durable::remove_if_there(self.disk(), &path);
@@ -56,29 +53,35 @@ impl Cluster {
 }
 
 /// A journal being filled.
-struct Filling<'a> {
-    cluster: &'a Cluster,
+#[derive(Debug)]
+pub(super) struct Filling {
     journal: Journal,
     at: Lsn,
     waiting: Vec<u8>,
 }
 
-impl Filling<'_> {
-    fn take(&mut self, piece: &[u8]) -> Result<(), Error> {
+impl Filling {
+    /// From `at` on, which is its beginning.
+    pub(super) fn new(journal: Journal, at: Lsn) -> Self {
+        Self { journal, at, waiting: Vec::new() }
+    }
+
+    /// Takes the next bytes.
+    pub(super) fn take(&mut self, cluster: &Cluster, piece: &[u8]) -> Result<(), Error> {
         for part in piece.chunks(FRAME_RAW_MAX) {
             if self.waiting.len() + part.len() > FRAME_RAW_MAX {
-                self.write()?;
+                self.write(cluster)?;
             }
             self.waiting.extend_from_slice(part);
         }
         Ok(())
     }
 
-    fn write(&mut self) -> Result<(), Error> {
+    fn write(&mut self, cluster: &Cluster) -> Result<(), Error> {
         if self.waiting.is_empty() {
             return Ok(());
         }
-        let Self { cluster, journal, at, waiting } = self;
+        let Self { journal, at, waiting } = self;
         cluster.shared.pool.with(|scratch| {
             let Journal { header, cipher, offset, .. } = &*journal;
             let frame =
@@ -93,12 +96,12 @@ impl Filling<'_> {
         Ok(())
     }
 
-    fn finish(mut self, end: Lsn) -> Result<Journal, Error> {
+    /// Synced, with all bytes up to `end`.
+    pub(super) fn finish(mut self, cluster: &Cluster, end: Lsn) -> Result<Journal, Error> {
         let path = self.journal.path.clone();
-        self.write()?;
+        self.write(cluster)?;
         if self.at != end {
-            let detail =
-                format!("expected a partial segment up to {end}, found one to {}", self.at);
+            let detail = format!("expected WAL up to {end}, found it up to {}", self.at);
             return Err(Error::new(Kind::Corrupt, Op::Read, path.display(), detail));
         }
         self.journal.file.sync_all().map_err(|e| Error::io(Op::Sync, &path, e))?;

@@ -11,6 +11,7 @@
 
 use super::{
     cluster::{Cluster, Unsealed, lock},
+    damage::{self, Harm},
     frame::{Codec, FRAME_RAW_MAX},
     journal::Frames,
     scratch::Scratch,
@@ -47,10 +48,12 @@ impl Cluster {
             return self.sealed_before(file);
         }
         self.check_finished(file, &entry)?;
-        let frames = Frames::open(self.disk(), &entry.path, &self.keys())?;
-        let (size, sha256) = self.write_stored(file, |sink, tmp| {
-            self.shared.pool.with(|scratch| encode(frames, &entry, scratch, sink, tmp))
-        })?;
+        let written = Frames::open(self.disk(), &entry.path, &self.keys()).and_then(|frames| {
+            self.write_stored(file, |sink, tmp| {
+                self.shared.pool.with(|scratch| encode(frames, &entry, scratch, sink, tmp))
+            })
+        });
+        let (size, sha256) = written.map_err(|error| self.found_rotten(&entry, error))?;
         {
             let mut state = lock(&self.state);
             let line = state.lines.entry(segment.timeline()).or_default();
@@ -61,6 +64,24 @@ impl Cluster {
         // Out of the map nobody new finds it; who has it now keeps the file as it is.
         self.recycle(&entry.path, Arc::strong_count(&entry) == 1);
         Ok(Sealed { file, form: self.form(), size, sha256 })
+    }
+
+    /// A journal that was whole in memory and is not on disk: PostgreSQL may still have what it lost.
+    fn found_rotten(&self, entry: &Unsealed, error: Error) -> Error {
+        if error.kind != Kind::Corrupt || !entry.is_full() {
+            return error;
+        }
+        let good = Frames::open(self.disk(), &entry.path, &self.keys()).and_then(|mut frames| {
+            frames.skip_to(entry.end)?;
+            Ok(frames.position())
+        });
+        let from = good.unwrap_or(entry.start);
+        if from == entry.end {
+            // Every frame is whole; the sealed file itself could not be made.
+            return error;
+        }
+        entry.set_harm(Some(Harm { from, to: entry.end }));
+        error.hint(damage::ASKED)
     }
 
     fn check_finished(&self, file: WalFile, entry: &Unsealed) -> Result<(), Error> {

@@ -13,8 +13,31 @@ fn lsn(n: u64) -> Lsn {
     Lsn::new(n)
 }
 
+#[test]
+fn only_whole_segments_of_postgresqls_own_past_are_given_again() {
+    let (history, mib) = (TimelineHistory::parse(tli(2), b"1\t0/3800000\tx\n").unwrap(), 1 << 24);
+    let facts = Facts {
+        held: vec![],
+        history,
+        postgres_end: lsn(9 * mib),
+        slot_restart: None,
+        segment_size: SegmentSize::new(1 << 24).unwrap(),
+        beside: true,
+    };
+    let damaged = |timeline, starts: &[u64]| {
+        let damaged = starts.iter().map(|n| (lsn(n * mib), lsn((n + 1) * mib))).collect();
+        Held { damaged, ..held(timeline, 7 * mib) }
+    };
+    // Where timeline 1 was left its last segment is not whole; 3 is another branch; 7 is not held.
+    let all = [damaged(1, &[1, 2, 3]), damaged(2, &[3, 5, 7]), damaged(3, &[4])];
+    let wanted: Vec<_> =
+        facts.wanted(&all).iter().map(|w| (w.timeline.get(), w.start.as_u64() / mib)).collect();
+    assert_eq!(wanted, [(2, 5), (2, 3), (1, 2), (1, 1)]);
+}
+
 fn held(timeline: u32, flushed: u64) -> Held {
-    Held { timeline: tli(timeline), flushed: lsn(flushed), has_history: false, missing: vec![] }
+    let (timeline, flushed) = (tli(timeline), lsn(flushed));
+    Held { timeline, flushed, has_history: false, missing: vec![], damaged: vec![] }
 }
 
 /// A history such as `[(1, 5 MiB), (3, 7 MiB)]` leading to `own`.

@@ -311,6 +311,198 @@ fn a_bad_bit_sets_the_position_back_visibly_until_the_bytes_are_held_again() {
     }
 }
 
+/// Two segments, the first of which is full and the second going on, neither sealed.
+fn two_segments(rig: &Rig) -> (WalStore, Writer) {
+    let store = rig.open();
+    let mut writer = rig.writer(&store, 1, 2 * MIB);
+    for to in [2 * MIB + 700, 2 * MIB + 1400, 3 * MIB + 700] {
+        rig.append_and_flush(&mut writer, to);
+    }
+    (store, writer)
+}
+
+fn hole() -> Hole {
+    Hole { timeline: tli(1), start: at(2 * MIB), end: at(3 * MIB) }
+}
+
+/// Gives a segment again in pieces, while the stream goes on; `spoil` changes a byte of it.
+fn fill(
+    rig: &Rig,
+    store: &WalStore,
+    writer: &mut Writer,
+    spoil: Option<usize>,
+) -> Result<WalFile, Error> {
+    let mut refill = store.refill(&rig.name, tli(1), at(2 * MIB))?;
+    let again = store.refill(&rig.name, tli(1), at(2 * MIB)).unwrap_err();
+    assert_eq!(again.kind, Kind::Conflict, "one at a time");
+    let mut bytes = rig.bytes(2 * MIB, 3 * MIB);
+    if let Some(at) = spoil {
+        bytes[at] ^= 1;
+    }
+    for piece in bytes.chunks(100_000) {
+        refill.push(piece)?;
+        rig.append_and_flush(writer, writer.position().as_u64() + 10);
+    }
+    refill.finish()
+}
+
+/// It was reported and stayed lost: the stream goes on at its end and never came back to it.
+#[test]
+fn a_damaged_segment_in_the_middle_is_made_anew_beside_the_stream() {
+    // In its first frame, in a later one, in the header.
+    for byte in [4096 + 44 + 7, 4096 + 1000, 20] {
+        for rig in [Rig::new(1), Rig::encrypted(1)] {
+            drop(two_segments(&rig));
+            rig.disk.flip_bit(&journal(), byte, 2).unwrap();
+            rig.disk.restart(Restart::Kill);
+            let store = rig.open();
+            assert_eq!(flushed(&store, &rig), at(3 * MIB + 700), "nothing goes back");
+            assert_eq!(store.holes(&rig.name), [hole()]);
+            let problems = store.problems(&rig.name).join("\n");
+            assert!(
+                problems.contains("as long as that has it") && problems.contains("klio backup"),
+                "{problems}"
+            );
+            let mut writer = rig.writer(&store, 1, 3 * MIB + 700);
+            let file = fill(&rig, &store, &mut writer, None).unwrap();
+            let position = writer.position();
+            assert_eq!(file, WalFile::Segment(segment(1, 2)));
+            assert_eq!((store.holes(&rig.name), store.problems(&rig.name)), (vec![], vec![]));
+            assert_eq!(store.damaged_journals(&rig.name), 0);
+            assert_eq!(aside(&rig).len(), 1, "what was damaged is kept");
+            drop((writer, store));
+            rig.disk.restart(Restart::PowerLoss);
+            let store = rig.open();
+            assert_eq!(flushed(&store, &rig), position);
+            rig.check_readable(&store, &root_history());
+            store.seal(&rig.name, file).unwrap();
+            rig.check_readable(&store, &root_history());
+        }
+    }
+}
+
+#[test]
+fn other_bytes_than_those_that_are_held_never_take_a_segments_place() {
+    let rig = Rig::new(1);
+    drop(two_segments(&rig));
+    // Behind the first 700 bytes, which are good.
+    rig.disk.flip_bit(&journal(), 4096 + 44 + 700 + 44 + 9, 2).unwrap();
+    rig.disk.restart(Restart::Kill);
+    let store = rig.open();
+    let mut writer = rig.writer(&store, 1, 3 * MIB + 700);
+    let error = fill(&rig, &store, &mut writer, Some(300)).unwrap_err();
+    assert!(matches!(error.kind, Kind::Conflict | Kind::Invalid), "{error}");
+    let mut short = store.refill(&rig.name, tli(1), at(2 * MIB)).unwrap();
+    short.push(&rig.bytes(2 * MIB, 3 * MIB - 1)).unwrap();
+    assert_eq!(short.finish().unwrap_err().kind, Kind::Invalid);
+    let mut long = store.refill(&rig.name, tli(1), at(2 * MIB)).unwrap();
+    assert_eq!(long.push(&rig.bytes(2 * MIB, 3 * MIB + 1)).unwrap_err().kind, Kind::Invalid);
+    drop(long);
+    assert_eq!(store.holes(&rig.name), [hole()], "nothing has changed");
+    let names = rig.disk.list(&Rig::path(FOLDER)).unwrap();
+    assert!(names.iter().all(|entry| !entry.name.ends_with(".tmp")), "{names:?}");
+    let whole = store.refill(&rig.name, tli(1), at(3 * MIB)).unwrap_err();
+    assert_eq!(whole.kind, Kind::NotFound, "what is not damaged is not written over");
+    fill(&rig, &store, &mut writer, None).unwrap();
+    assert_eq!(store.holes(&rig.name), []);
+}
+
+#[test]
+fn a_journal_that_rots_before_it_is_sealed_is_made_anew_without_a_restart() {
+    let rig = Rig::new(1);
+    let (store, mut writer) = two_segments(&rig);
+    let file = WalFile::Segment(segment(1, 2));
+    rig.disk.flip_bit(&journal(), 4096 + 1000, 2).unwrap();
+    assert_eq!(store.seal(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
+    assert_eq!(store.holes(&rig.name), [hole()]);
+    assert!(store.problems(&rig.name)[0].contains("as long as that has it"));
+    fill(&rig, &store, &mut writer, None).unwrap();
+    store.seal(&rig.name, file).unwrap();
+    assert_eq!((store.holes(&rig.name), store.problems(&rig.name)), (vec![], vec![]));
+    rig.check_readable(&store, &root_history());
+}
+
+/// Whenever the power goes, the segment is whole or the hole is still known.
+#[test]
+fn a_crash_while_a_segment_is_made_anew_changes_nothing_or_finishes_it() {
+    let mut finished = 0;
+    for seed in 0..24 {
+        let rig = Rig::new(seed);
+        drop(two_segments(&rig));
+        rig.disk.flip_bit(&journal(), 4096 + 1000, 2).unwrap();
+        rig.disk.restart(Restart::Kill);
+        let store = rig.open();
+        let mut writer = rig.writer(&store, 1, 3 * MIB + 700);
+        rig.disk.fail_sync_after(seed);
+        let filled = fill_quietly(&rig, &store);
+        rig.disk.clear_faults();
+        drop((writer.flush(), writer, store));
+        rig.disk.restart(Restart::PowerLoss);
+        let store = rig.open();
+        finished += u64::from(filled.is_ok());
+        match store.holes(&rig.name).as_slice() {
+            [] => rig.check_readable(&store, &root_history()),
+            holes => assert!(filled.is_err() && holes == [hole()], "{filled:?} {holes:?}"),
+        }
+    }
+    assert!(finished > 0);
+}
+
+fn fill_quietly(rig: &Rig, store: &WalStore) -> Result<WalFile, Error> {
+    let mut refill = store.refill(&rig.name, tli(1), at(2 * MIB))?;
+    refill.push(&rig.bytes(2 * MIB, 3 * MIB))?;
+    refill.finish()
+}
+
+/// What is not sent again must not be waited for: the problem says what helps.
+#[test]
+fn damage_that_is_never_asked_for_again_says_that_a_base_backup_helps() {
+    // In the middle of a timeline, where the rest of the segment is a recorded gap.
+    for byte in [4096 + 44 + 7, 20] {
+        let rig = Rig::new(1);
+        let store = rig.open();
+        let mut writer = rig.writer(&store, 1, 2 * MIB);
+        rig.append_and_flush(&mut writer, 2 * MIB + 700);
+        drop(writer);
+        let reason = "removed".to_owned();
+        let gap = GapDeclaration { from: at(2 * MIB + 700), to: at(3 * MIB), reason };
+        let behind = OpenRequest { gap: Some(gap), ..Rig::request(1, 3 * MIB) };
+        let mut writer = store.open_writer(&rig.name, &behind).unwrap();
+        rig.append_and_flush(&mut writer, 3 * MIB + 700);
+        drop((writer, store));
+        rig.disk.flip_bit(&journal(), byte, 2).unwrap();
+        rig.disk.restart(Restart::Kill);
+        let store = rig.open();
+        assert_eq!(
+            flushed(&store, &rig),
+            at(3 * MIB + 700),
+            "what is acknowledged does not go back"
+        );
+        let problems = store.problems(&rig.name).join("\n");
+        assert!(problems.contains("klio backup"), "{problems}");
+        assert!(problems.contains("PostgreSQL is not asked"), "{problems}");
+        assert_eq!(store.holes(&rig.name), []);
+    }
+    // At the end of a timeline, while it is streamed and when another one has begun.
+    let rig = Rig::new(1);
+    drop(three_batches(&rig));
+    rig.disk.flip_bit(&journal(), 4096 + 44 + 100 + 44 + 7, 2).unwrap();
+    rig.disk.restart(Restart::Kill);
+    let store = rig.open();
+    assert!(store.problems(&rig.name)[0].contains("PostgreSQL is asked for it again"));
+    let history = format!("1\t{}\tx\n", at(2 * MIB + 300));
+    store.put_history(&rig.name, tli(2), history.as_bytes()).unwrap();
+    let child = TimelineHistory::parse(tli(2), history.as_bytes()).unwrap();
+    let mut writer = rig.writer(&store, 2, 2 * MIB);
+    writer.append(at(2 * MIB), &rig.wal.bytes(&child, at(2 * MIB), at(2 * MIB + 900))).unwrap();
+    writer.flush().unwrap();
+    let problems = store.problems(&rig.name).join("\n");
+    assert!(
+        problems.contains("its timeline is over") && problems.contains("klio backup"),
+        "{problems}"
+    );
+}
+
 /// Without a frame behind it, only the client's slot tells rot in the last one.
 #[test]
 fn the_clients_slot_proves_what_the_file_cannot() {

@@ -1,0 +1,137 @@
+//! Gives the server again what it lost: segments in the middle of what it holds that are damaged there (P2).
+//!
+//! - Beside the stream, over a connection of its own and without the slot: the stream waits for none of it, and nothing that
+//!   PostgreSQL was told changes.
+//! - The newest first, as PostgreSQL removes the oldest first. What it has removed is not asked for again in this session.
+//! - A failure is a warning; the next round tries again.
+
+use super::{
+    choice::Candidate,
+    plan::{Facts, Wanted},
+    session::Stream,
+    source::{Identity, Primary, Session},
+};
+use crate::{
+    error::{Error, Failure},
+    server_link::Traced,
+};
+use bytes::Bytes;
+use klio_pg::Lsn;
+use klio_proto::v1::{self, refill_request::Kind, wal_client::WalClient};
+use std::{convert::Infallible, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Damage that is found while the stream runs waits that long.
+const EVERY: Duration = Duration::from_secs(600);
+/// Read from PostgreSQL at once.
+const READ_BYTES: u64 = 4 << 20;
+/// Of one message.
+const MESSAGE_BYTES: usize = 1 << 20;
+
+/// What it needs of the session.
+pub(super) struct Refilling {
+    pub server: WalClient<Traced>,
+    /// The generation, as the server is to be told.
+    pub place: String,
+    pub identity: Identity,
+    pub number: Option<u32>,
+    pub facts: Facts,
+}
+
+impl<P: Primary> Stream<'_, P> {
+    /// Fills what is damaged, now and from time to time.
+    pub async fn refill(&self, mut with: Refilling) -> Infallible {
+        let mut held = with.facts.held.clone();
+        let mut removed = None;
+        loop {
+            for wanted in with.facts.wanted(&held) {
+                if removed.is_some_and(|removed| wanted.start <= removed) {
+                    continue;
+                }
+                let (timeline, start) = (wanted.timeline.get(), wanted.start);
+                match self.refill_one(&with, wanted).await {
+                    Ok(()) => {
+                        tracing::info!(timeline, %start, "the server had lost this segment, and has it again");
+                    }
+                    Err(error) => {
+                        if error.failure == Failure::WalRemoved {
+                            removed = removed.max(Some(wanted.start));
+                        }
+                        tracing::warn!(timeline, %start, %error, "the server lost this segment, and it could not be given again; hint: if it stays lost, take a base backup now");
+                    }
+                }
+            }
+            tokio::time::sleep(EVERY).await;
+            let asked = self.candidates(&mut with.server, with.identity, false).await;
+            let own = |found: &Candidate| found.number == with.number;
+            match asked.map(|all| all.into_iter().find(own)) {
+                Ok(Some(found)) => held = found.held,
+                Ok(None) => held.clear(),
+                Err(error) => tracing::debug!(%error, "not asked what the server has lost"),
+            }
+        }
+    }
+
+    async fn refill_one(&self, with: &Refilling, wanted: Wanted) -> Result<(), Error> {
+        let begin = v1::RefillBegin {
+            cluster: with.place.clone(),
+            system_identifier: with.identity.system_identifier,
+            segment_size: with.identity.segment_size.as_u32(),
+            postgres_version: with.identity.version,
+            writer_id: self.writer_id.to_owned(),
+            timeline: wanted.timeline.get(),
+            start_lsn: wanted.start.as_u64(),
+        };
+        let (pieces, queue) = mpsc::channel(1);
+        let message = |kind| v1::RefillRequest { kind: Some(kind) };
+        // The queue is empty and ours: this cannot fail.
+        let _ = pieces.try_send(message(Kind::Begin(begin)));
+        let (identity, mut server) = (with.identity, with.server.clone());
+        let feeding = async move {
+            let mut postgres = self.primary.connect().await?;
+            let found = postgres.identify().await?;
+            if found.system_identifier != identity.system_identifier {
+                let message = "read WAL: PostgreSQL changed meanwhile";
+                return Err(Error::new(Failure::Postgres, message));
+            }
+            let mut at = wanted.start;
+            while at < wanted.end {
+                let end = wanted.end.min(at.advance(READ_BYTES));
+                let read;
+                (postgres, read) = read_piece(postgres, wanted, at, end).await?;
+                for from in (0..read.len()).step_by(MESSAGE_BYTES) {
+                    let piece = read.slice(from..read.len().min(from + MESSAGE_BYTES));
+                    // The server has ended the call, and says why.
+                    if pieces.send(message(Kind::Data(piece))).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                at = end;
+            }
+            Ok(())
+        };
+        let taking = server.refill(ReceiverStream::new(queue));
+        let (fed, taken) = tokio::join!(feeding, taking);
+        fed?;
+        let failed = |status| Error::from_status("give the server a segment again", &status);
+        taken.map(drop).map_err(failed)
+    }
+}
+
+async fn read_piece<S: Session>(
+    postgres: S,
+    wanted: Wanted,
+    start: Lsn,
+    end: Lsn,
+) -> Result<(S, Bytes), Error> {
+    let mut read = Vec::new();
+    let mut take = |piece: &[u8]| read.extend_from_slice(piece);
+    let postgres = postgres.read(wanted.timeline, start, end, &mut take).await?;
+    if read.len() as u64 == end.bytes_since(start) {
+        return Ok((postgres, Bytes::from(read)));
+    }
+    let found = start.advance(read.len() as u64);
+    let message = format!("read WAL: expected it up to {end}, found {found}");
+    Err(Error::new(Failure::Postgres, message))
+}
