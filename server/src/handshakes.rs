@@ -1,8 +1,11 @@
 //! Connections whose handshake is not over: strangers can make them, so their number has bounds, and none of these keeps
 //! others out.
 //!
-//! - Of one address (of IPv6: of one /64) only so many are kept, and so many of all. When one more comes, the oldest silent
-//!   one of the address with the most goes: a client that was just accepted and speaks is never the one.
+//! - Of one address (of IPv6: of one /64) only so many are kept, and so many of all. When one more comes, one of the address
+//!   with the most goes: who has come least far in the handshake, and of those the oldest. Strangers behind the same address as
+//!   a client go before it, as it says more than they do.
+//! - Who had spoken before it had to go, and was only not seen yet, gets its place again.
+//! - A connection that is through is none of these: nothing here ends it.
 //! - Nobody waits for a place: an honest client is not queued behind strangers.
 //! - What was closed so is said once in a while, by address.
 
@@ -12,18 +15,30 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 /// Of one address. Sidecars behind one address that all come back at once are through in milliseconds each.
 const OF_ADDRESS_MAX: usize = 64;
 /// Of all. With the default limit of 1024 open files most are left for clients.
 const ALL_MAX: usize = 256;
+/// That have to go and have a last chance to speak. With the others this is half of 1024 open files.
+const LEAVING_MAX: usize = 256;
 /// Between two warnings.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// All of them. Cheap to clone.
-#[derive(Clone, Default)]
-pub struct Handshakes(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub struct Handshakes {
+    state: Arc<Mutex<State>>,
+    leaving: Arc<Semaphore>,
+}
+
+impl Default for Handshakes {
+    fn default() -> Self {
+        Self { state: Arc::default(), leaving: Arc::new(Semaphore::new(LEAVING_MAX)) }
+    }
+}
 
 #[derive(Default)]
 struct State {
@@ -35,9 +50,20 @@ struct State {
     told: Option<Instant>,
 }
 
+/// How far a connection has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Nothing was heard of it.
+    Silent,
+    /// Its first byte came.
+    Speaks,
+    /// Its greeting is whole.
+    Greeted,
+}
+
 struct Open {
     address: IpAddr,
-    spoke: bool,
+    stage: Stage,
     close: CancellationToken,
 }
 
@@ -45,16 +71,35 @@ struct Open {
 pub struct Place {
     all: Handshakes,
     number: u64,
-    /// Cancelled when the place is needed for another one.
-    pub close: CancellationToken,
+    address: IpAddr,
+    close: CancellationToken,
 }
 
 impl Place {
-    /// Its first byte came.
-    pub fn spoke(&self) {
-        if let Some(open) = self.all.lock().open.get_mut(&self.number) {
-            open.spoke = true;
+    /// Waits until the place is needed for another one.
+    pub async fn needed(&self) {
+        self.close.cancelled().await;
+    }
+
+    /// For a last chance, when it is needed; `None` when too many have one.
+    pub fn leave(&self) -> Option<SemaphorePermit<'_>> {
+        self.all.leaving.try_acquire().ok()
+    }
+
+    /// It has come so far, whether its place was needed meanwhile or not.
+    pub fn reached(&mut self, stage: Stage) {
+        let mut state = self.all.lock();
+        if let Some(open) = state.open.get_mut(&self.number) {
+            open.stage = open.stage.max(stage);
+            return;
         }
+        state.make_room(self.address);
+        if let Some(count) = state.closed.get_mut(&self.address) {
+            *count = count.saturating_sub(1);
+        }
+        self.close = CancellationToken::new();
+        let (address, close) = (self.address, self.close.clone());
+        state.open.insert(self.number, Open { address, stage, close });
     }
 }
 
@@ -66,22 +111,23 @@ impl Drop for Place {
 
 impl Handshakes {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A place for a connection from this address; another one may go for it.
     pub fn enter(&self, address: IpAddr) -> Place {
+        let address = network_of(address);
         let (number, close) = {
             let mut state = self.lock();
-            state.make_room(network_of(address));
+            state.make_room(address);
             let close = CancellationToken::new();
             let number = state.next;
             state.next += 1;
-            let address = network_of(address);
-            state.open.insert(number, Open { address, spoke: false, close: close.clone() });
+            let stage = Stage::Silent;
+            state.open.insert(number, Open { address, stage, close: close.clone() });
             (number, close)
         };
-        Place { all: self.clone(), number, close }
+        Place { all: self.clone(), number, address, close }
     }
 
     /// What was closed, by address, if it is time to say so.
@@ -92,7 +138,7 @@ impl Handshakes {
             return Vec::new();
         }
         state.told = Some(now);
-        std::mem::take(&mut state.closed).into_iter().collect()
+        std::mem::take(&mut state.closed).into_iter().filter(|(_, count)| *count > 0).collect()
     }
 }
 
@@ -111,10 +157,10 @@ impl State {
             None
         };
         let Some(address) = victim else { return };
-        let of = |open: &Open| open.address == address;
-        let silent = self.open.iter().find(|(_, open)| of(open) && !open.spoke);
-        let oldest = silent.or_else(|| self.open.iter().find(|(_, open)| of(open)));
-        let Some(number) = oldest.map(|(number, _)| *number) else { return };
+        let of_it = self.open.iter().filter(|(_, open)| open.address == address);
+        // By arrival: of those that have come equally far it is the oldest.
+        let least = of_it.min_by_key(|(number, open)| (open.stage, **number));
+        let Some(number) = least.map(|(number, _)| *number) else { return };
         if let Some(open) = self.open.remove(&number) {
             open.close.cancel();
             // Its number is bounded by what can be warned of in a minute, and by this.
@@ -153,8 +199,8 @@ mod tests {
     fn one_address_has_a_bound_and_its_oldest_silent_connection_goes() {
         let all = Handshakes::default();
         let client = all.enter(address(9));
-        let speaking = all.enter(address(1));
-        speaking.spoke();
+        let mut speaking = all.enter(address(1));
+        speaking.reached(Stage::Speaks);
         let silent: Vec<Place> = (0..300).map(|_| all.enter(address(1))).collect();
         assert!(!client.close.is_cancelled() && !speaking.close.is_cancelled());
         assert_eq!(closed(&silent), 300 - (OF_ADDRESS_MAX - 1));
@@ -172,12 +218,33 @@ mod tests {
         let all = Handshakes::default();
         let strangers: Vec<Place> =
             (0..8).flat_map(|n| vec![n; 50]).map(|n| all.enter(address(n))).collect();
-        let client = all.enter(address(99));
-        client.spoke();
+        let mut client = all.enter(address(99));
+        client.reached(Stage::Speaks);
         let more: Vec<Place> = (100..200).map(|n| all.enter(address(n))).collect();
         assert!(!client.close.is_cancelled());
         assert!(more.iter().all(|place| !place.close.is_cancelled()));
         assert_eq!(closed(&strangers), 400 + 1 + 100 - ALL_MAX);
+    }
+
+    /// Behind NAT: strangers and a client have one address.
+    #[test]
+    fn a_client_behind_the_strangers_address_is_the_last_to_go() {
+        let all = Handshakes::default();
+        let mut client = all.enter(address(1));
+        let strangers: Vec<Place> = (0..300).map(|_| all.enter(address(1))).collect();
+        assert!(client.close.is_cancelled(), "nobody had seen it speak");
+        client.reached(Stage::Speaks);
+        assert!(!client.close.is_cancelled(), "it had");
+        assert!(all.lock().open.len() <= OF_ADDRESS_MAX);
+        assert_eq!(all.to_tell(Instant::now()), [(address(1), 300 - 63 + 1 - 1)]);
+        // Those that say a byte and then nothing.
+        client.reached(Stage::Greeted);
+        let mut chatty: Vec<Place> = (0..300).map(|_| all.enter(address(1))).collect();
+        chatty.iter_mut().for_each(|place| place.reached(Stage::Speaks));
+        assert!(!client.close.is_cancelled());
+        assert!(all.lock().open.len() <= OF_ADDRESS_MAX);
+        drop((strangers, chatty));
+        assert_eq!(all.lock().open.len(), 1);
     }
 
     #[test]

@@ -7,10 +7,11 @@
 //!   checked again after each reload and by the minute (expiry).
 
 use crate::{
-    handshakes::{Handshakes, Place},
+    handshakes::{Handshakes, Place, Stage},
     pki,
     quota::Counted,
 };
+use rustix::net::RecvFlags;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
@@ -31,7 +32,7 @@ use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Status,
@@ -42,6 +43,8 @@ use tonic::{
 /// notifications miss; reading three small files is cheap.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client that was connected says its first byte at once, and the network brings it within this.
+const LAST_CHANCE: Duration = Duration::from_secs(1);
 /// A refused client has this long to hang up.
 const PARTING_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -311,17 +314,10 @@ pub async fn accept(
         for (address, count) in all.to_tell(Instant::now()) {
             tracing::warn!(%address, count, "connections that said nothing were closed, as there were too many of them; hint: who is at this address?");
         }
-        let acceptor = TlsAcceptor::from(current.borrow().config.clone());
+        let config = current.borrow().config.clone();
         let (ready, admit) = (ready.clone(), Arc::clone(&admit));
         handshakes.spawn(async move {
-            let close = place.close.clone();
-            let greeted =
-                tokio::time::timeout(HANDSHAKE_TIMEOUT, greet(acceptor, tcp, peer, place));
-            let greeted = tokio::select! {
-                () = close.cancelled() => return,
-                greeted = greeted => greeted,
-            };
-            match greeted {
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, greet(config, tcp, peer, place)).await {
                 Ok(Some(stream)) => {
                     if let Some(connection) = count(&admit, stream, peer) {
                         drop(ready.send(Ok(connection)).await);
@@ -334,27 +330,63 @@ pub async fn accept(
     }
 }
 
-/// The handshake; `None` when it was refused. The place is given back at its end.
+/// The handshake; `None` when it was refused, or its place needed. The place is given back at its end.
 async fn greet(
-    acceptor: TlsAcceptor,
+    config: Arc<ServerConfig>,
     tcp: TcpStream,
     peer: SocketAddr,
-    place: Place,
+    mut place: Place,
 ) -> Option<TlsStream<TcpStream>> {
     let _ = tcp.set_nodelay(true);
     // A client speaks first. Whoever closes at once, as probes do, is no news.
-    if !matches!(tcp.peek(&mut [0]).await, Ok(1)) {
+    if !speaks(&tcp, &place).await {
         return None;
     }
-    place.spoke();
-    match acceptor.accept(tcp).into_fallible().await {
-        Ok(stream) => Some(stream),
-        Err((error, tcp)) => {
-            tracing::warn!(%peer, %error, "TLS handshake refused");
-            part(tcp).await;
-            None
+    place.reached(Stage::Speaks);
+    let mut greeting = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), tcp);
+    let greeted = tokio::select! {
+        biased;
+        greeted = &mut greeting => greeted,
+        () = place.needed() => return None,
+    };
+    let refused = match greeted {
+        Ok(greeted) => {
+            place.reached(Stage::Greeted);
+            let finished = tokio::select! {
+                biased;
+                finished = greeted.into_stream(config).into_fallible() => finished,
+                () = place.needed() => return None,
+            };
+            match finished {
+                Ok(stream) => return Some(stream),
+                Err((error, tcp)) => (error, Some(tcp)),
+            }
         }
+        Err(error) => (error, greeting.take_io()),
+    };
+    let (error, tcp) = refused;
+    tracing::warn!(%peer, %error, "TLS handshake refused");
+    if let Some(tcp) = tcp {
+        part(tcp).await;
     }
+    None
+}
+
+/// Waits for the first byte. Whose place is needed before that has a last chance, as long as not too many have: the byte may be on
+/// its way, or there, and this task have had no turn since it came.
+async fn speaks(tcp: &TcpStream, place: &Place) -> bool {
+    let mut first = [0u8];
+    tokio::select! {
+        biased;
+        heard = tcp.peek(&mut first) => return matches!(heard, Ok(1)),
+        () = place.needed() => {}
+    }
+    let Some(_leaving) = place.leave() else {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let heard = rustix::net::recv(tcp, &mut first[..], flags);
+        return heard.is_ok_and(|(_, heard)| heard > 0);
+    };
+    matches!(tokio::time::timeout(LAST_CHANCE, tcp.peek(&mut first)).await, Ok(Ok(1)))
 }
 
 /// Closes so that the client can still read why: closing with its first request unread would be a reset,
@@ -394,6 +426,54 @@ mod tests {
         let chain = [CertificateDer::from_pem_slice(client.cert.as_bytes()).unwrap()];
         assert!(write_set(dir.path(), &old).load().unwrap().verify(&chain).is_ok());
         assert!(write_set(dir.path(), &new).load().unwrap().verify(&chain).is_err());
+    }
+
+    /// What a good client gets while strangers at its own address dial as fast as they can, and say nothing or one byte.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_client_behind_the_address_of_strangers_gets_through() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let dir = tempfile::tempdir().unwrap();
+        let authority = pki::new_authority().unwrap();
+        let files = write_set(dir.path(), &authority);
+        let (current, certificates) = watch::channel(Arc::new(files.load().unwrap()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (ready, mut accepted) = mpsc::channel(4);
+        let admit: Admit = Arc::new(|_| Ok(None));
+        let cancel = CancellationToken::new();
+        let mut running = JoinSet::new();
+        running.spawn(accept(listener, certificates, admit, ready, cancel.clone()));
+        for number in 0..300 {
+            running.spawn(async move {
+                loop {
+                    let Ok(mut stranger) = TcpStream::connect(address).await else { continue };
+                    if number % 3 == 0 {
+                        let _ = stranger.write_all(&[0x16]).await;
+                    }
+                    let _ = tokio::io::copy(&mut stranger, &mut tokio::io::sink()).await;
+                }
+            });
+        }
+        let subject = pki::Subject::Client("a@pg".into());
+        let client = pki::issue_client(&authority, &subject).unwrap();
+        let chain = CertificateDer::from_pem_slice(client.cert.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(client.key.as_bytes()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(authority.cert.as_bytes()).unwrap()).unwrap();
+        let config = rustls::ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_client_auth_cert(vec![chain], key)
+            .unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        for turn in 0..40 {
+            let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+            let tcp = TcpStream::connect(address).await.unwrap();
+            let stream = connector.connect(name, tcp).await;
+            assert!(stream.is_ok(), "turn {turn}: {:?}", stream.err());
+            let through = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepted.recv()).await;
+            assert!(matches!(through, Ok(Some(Ok(_)))), "turn {turn} was shut out");
+        }
+        drop(current);
     }
 
     #[test]
