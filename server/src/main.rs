@@ -6,7 +6,7 @@ use klio_server::cli::{
     Cli, Command, backup, client, init, key, keygen, reference, run, telemetry,
 };
 use klio_server::{
-    config::ConfigError, encryption::KeyProblem, maintenance::worker, status::now_unix,
+    cli::chain, config::ConfigError, encryption::KeyProblem, maintenance::worker, status::now_unix,
 };
 use std::{process::ExitCode, time::Duration};
 
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     match dispatch(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("klio-server: {}", klio_telemetry::visible::lines(&format!("{error:#}")));
+            eprintln!("klio-server: {}", klio_telemetry::visible::lines(&chain(&error)));
             if is_about_keys(&error) { ExitCode::from(NO_KEY) } else { ExitCode::FAILURE }
         }
     }

@@ -397,6 +397,10 @@ impl Config {
     /// Missing or not a name.
     pub fn cluster(&self) -> Result<ClusterName, Error> {
         let text = self.cluster.as_deref().unwrap_or_default();
+        if text.is_empty() {
+            return Err(Error::new(Failure::Config, format!("read setting cluster: {NOT_SET}"))
+                .hint("set cluster in klio.toml, KLIO_CLUSTER or --cluster"));
+        }
         let numbered = match self.generation.as_str() {
             "" => text.to_owned(),
             number => format!("{text}@{number}"),
@@ -457,7 +461,7 @@ impl Server {
     fn problems(&self, problems: &mut Vec<String>) {
         let address = self.address.as_str();
         if address.is_empty() {
-            problems.push("server.address: not set".into());
+            problems.push(format!("server.address: {NOT_SET}"));
             return;
         }
         let expected = if self.unsafe_plaintext { "http" } else { "https" };
@@ -545,13 +549,18 @@ fn read(path: &Path) -> Result<String, Error> {
     })
 }
 
+/// How a problem ends that a klio.toml would have solved.
+const NOT_SET: &str = "not set";
+
 fn wrong(file: Option<&Path>, problems: &[String]) -> Error {
     let place = file.map_or_else(|| "environment and flags".into(), |f| f.display().to_string());
+    // What is set and wrong was not looked for in vain.
+    let lacks = problems.iter().any(|problem| problem.ends_with(NOT_SET));
     let hint = match file {
-        Some(_) => "klio help config lists every setting",
-        None => {
+        None if lacks => {
             "no klio.toml was found: name one with --config or KLIO_CONFIG; klio help config lists every setting"
         }
+        _ => "klio help config lists every setting",
     };
     Error::new(Failure::Config, format!("read configuration from {place}: {}", problems.join("; ")))
         .hint(hint)

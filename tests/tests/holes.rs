@@ -353,6 +353,21 @@ async fn wal_of_wal_level_minimal_is_a_hole_with_that_reason_wherever_it_lies() 
     rig.stop().await;
     rig.go_on().await;
     check(&rig, "after a restart").await;
+    // As an earlier build left it: it received the WAL and noted nothing. Reading all of it finds the stretch.
+    rig.archive().await;
+    rig.stop().await;
+    let noted = rig.site.tier1().join("main/wal_levels.json");
+    for place in [noted, rig.s3.bucket_dir().join("klio/main/wal_levels.json")] {
+        fs::remove_file(&place).unwrap_or_else(|e| panic!("{}: {e}", place.display()));
+    }
+    rig.go_on().await;
+    assert_eq!(rig.gaps().await, [], "nobody knows");
+    let verified = rig.site.klio(None, &["verify", "--wal", "--read-data", "all"]).await;
+    assert!(verified.code.is_some(), "{verified:?}");
+    let found = rig.gaps().await;
+    assert!(found.len() == 1 && found[0].2.contains(WHY), "{found:?}");
+    assert_eq!((found[0].0, found[0].1), (gaps[0].0, gaps[0].1), "where it was");
+    check(&rig, "after verify").await;
     rig.lose_tier1().await;
     rig.go_on().await;
     check(&rig, "on a new server").await;

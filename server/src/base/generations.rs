@@ -154,7 +154,7 @@ impl BaseStore {
             None => {
                 let known: Vec<_> = all.all().iter().map(|g| g.number.to_string()).collect();
                 Err(Code::Invalid.status(format!(
-                    "read request: cluster {} has generations {}, found {number}",
+                    "read request: cluster {} has generations {}, found {number}; hint: klio generation list shows what each of them is",
                     named.base(),
                     known.join(", ")
                 )))

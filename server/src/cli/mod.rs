@@ -75,3 +75,30 @@ impl Command {
         }
     }
 }
+
+/// What went wrong, with its causes. One that the text before it says already is not said again.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `init` in a folder of somebody else's said "Permission denied" twice.
+    #[test]
+    fn a_cause_is_said_once() {
+        let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let file = crate::pki::Error::File { verb: "write", path: "/x".into(), source: denied() };
+        let once = chain(&anyhow::Error::from(file));
+        assert_eq!(once.matches("permission denied").count(), 1, "{once}");
+        let context = anyhow::Error::from(denied()).context("create folder /x");
+        assert_eq!(chain(&context), "create folder /x: permission denied");
+    }
+}

@@ -24,7 +24,7 @@ pub async fn run(command: &Command, args: &RunArgs, debug: bool) -> anyhow::Resu
         Err(error) => Err(error.into()),
     };
     if let Err(error) = &outcome {
-        tracing::error!(parent: &span, error = format!("{error:#}"), "klio-server ends");
+        tracing::error!(parent: &span, error = super::chain(error), "klio-server ends");
     }
     telemetry::record(&span, &outcome);
     drop(span);

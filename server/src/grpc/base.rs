@@ -253,7 +253,9 @@ impl Base for BaseService {
         let cluster = self.base.resolve(cluster).await?;
         let found = self.base.backups(&cluster).await?;
         let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
-        Ok(Response::new(v1::ListBackupsResponse { backups, problems: found.problems }))
+        // A listing says what status says of the same WAL.
+        let problems = [found.problems, self.base.wal().problems(&cluster)].concat();
+        Ok(Response::new(v1::ListBackupsResponse { backups, problems }))
     }
 
     async fn holdings(

@@ -58,6 +58,22 @@ fn validate_gives_every_problem_at_once() {
     }
 }
 
+/// A wrong --from sent people looking for a klio.toml.
+#[test]
+fn what_is_set_and_wrong_is_not_said_to_be_missing() {
+    let source = Needs { source: true, cluster: true, ..Needs::default() };
+    let flags = |from: &str, cluster: &str| {
+        let flags = [("restore.from", from.to_owned()), ("cluster", cluster.to_owned())];
+        Config::from_layers(None, &[], &flags).unwrap().validate(source).unwrap_err()
+    };
+    let wrong = flags("ftp://x", "main");
+    assert!(wrong.message.contains("--from") && !wrong.hint.contains("klio.toml"), "{wrong}");
+    let missing = flags("file:///x", "");
+    assert!(missing.hint.contains("no klio.toml was found"), "{missing}");
+    let nothing = Config::from_layers(None, &[], &[]).unwrap().validate(ALL).unwrap_err();
+    assert!(nothing.hint.contains("no klio.toml was found"), "{nothing}");
+}
+
 #[test]
 fn plaintext_needs_the_option_that_says_it_is_unsafe() {
     let plain = "[server]\naddress = \"http://127.0.0.1:1\"\n";

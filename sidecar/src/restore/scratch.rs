@@ -21,7 +21,11 @@ impl Scratch {
         let system = std::env::temp_dir();
         let path = parent.unwrap_or(&system).join(format!("klio-{}", uuid::Uuid::new_v4()));
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|error| local("make folder", &path, &error))?;
+        made.map_err(|error| {
+            let parent = parent.unwrap_or(&system).display();
+            local("make folder", &path, &error)
+                .hint(format!("{parent} must be a directory that this user may write to"))
+        })?;
         Ok(Self(path))
     }
 
@@ -47,5 +51,17 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `klio drill --in /nonexistent` said only that a folder could not be made.
+    #[test]
+    fn a_place_that_is_not_there_is_named_with_what_it_must_be() {
+        let error = Scratch::new(Some(Path::new("/nonexistent"))).err().unwrap();
+        assert!(error.hint.starts_with("/nonexistent must be a directory"), "{error}");
     }
 }

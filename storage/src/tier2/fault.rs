@@ -12,8 +12,7 @@ const DENIED: &str = "check the credentials and that they may read, write and li
 const CONNECT: &str =
     "is tier2.endpoint right and reachable? A private certificate authority needs tier2.ca_file";
 
-const CLOCK: &str =
-    "set the clock of this machine (NTP): the store refuses requests of another time";
+const CLOCK: &str = "set the clock (NTP) of the machine that runs klio-server, or klio where that reads the bucket itself (--from): the store refuses requests of another time";
 const EXPIRED: &str =
     "the session token expired: give a new one, or let ambient credentials renew it";
 const QUOTA: &str = "the bucket's quota is used up: raise it, or keep less";
@@ -156,6 +155,8 @@ mod tests {
         };
         let (kind, hint) = classified(denied("RequestTimeTooSkewed"));
         assert!(kind == Kind::Transient && hint.contains("clock"), "{kind:?} {hint}");
+        // A sidecar shows what its server says: whose clock it is must be said.
+        assert!(hint.contains("klio-server") && !hint.contains("this machine"), "{hint}");
         assert_eq!(classified(denied("QuotaExceeded")), (Kind::Full, QUOTA));
         assert_eq!(classified(denied("ExpiredToken")), (Kind::Denied, EXPIRED));
         assert_eq!(classified(denied("AccessDenied")), (Kind::Denied, DENIED));

@@ -122,7 +122,7 @@ pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> 
     let out = Output::default();
     match traced(command, config, debug, job, runtime, &out) {
         Ok(line) => out.say(&line),
-        Err(error) => out.say(&Line::Failed { error: format!("{error:#}") }),
+        Err(error) => out.say(&Line::Failed { error: crate::cli::chain(&error) }),
     }
     Ok(())
 }

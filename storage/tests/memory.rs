@@ -1,0 +1,39 @@
+//! How much memory first contact of many clusters takes at once. Alone in its process: its peak is the measure.
+
+use klio_storage::{
+    disk::RealDisk,
+    repository::{LocalFiles, Repository, Secret, Settings},
+};
+use std::{fs, sync::Arc};
+
+/// scrypt for stock restic's password takes 128 MiB for each derivation.
+const ONE: u64 = 128 << 20;
+const CLUSTERS: usize = 12;
+
+/// Bytes of physical memory: `VmRSS` now, `VmHWM` at most since it was reset.
+fn memory(field: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Twelve new clusters took 1.3 GB.
+#[test]
+fn many_new_repositories_at_once_take_the_memory_of_one_derivation() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = memory("VmRSS");
+    std::thread::scope(|scope| {
+        for number in 0..CLUSTERS {
+            let place = folder.path().join(number.to_string());
+            scope.spawn(move || {
+                let files = LocalFiles::new(Arc::new(RealDisk), place);
+                let secret = Secret::generate();
+                Repository::create(Arc::new(files), &secret, &Settings::default()).unwrap();
+            });
+        }
+    });
+    let most = memory("VmHWM") - before;
+    assert!(most >= ONE / 2, "nothing was derived: {most}");
+    assert!(most < 2 * ONE, "{most} bytes for {CLUSTERS} clusters at once");
+}
