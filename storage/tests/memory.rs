@@ -12,9 +12,10 @@ const CLUSTERS: usize = 12;
 
 /// Bytes of physical memory: `VmRSS` now, `VmHWM` at most since it was reset.
 fn memory(field: &str) -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    let status = fs::read_to_string("/proc/self/status").expect("procfs");
+    let line = status.lines().find(|line| line.starts_with(field)).expect("the field");
+    let kib = line.split_whitespace().nth(1).expect("a number");
+    kib.parse::<u64>().expect("KiB") << 10
 }
 
 /// Twelve new clusters took 1.3 GB.
