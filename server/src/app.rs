@@ -135,7 +135,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let publisher = Publisher::new(queue.clone(), archives.as_ref().map(Archives::listener));
     let (sealer, hints) = seal::channel();
     let sealing = seal::Context {
-        store: store.clone(),
+        base: base.clone(),
         queue: publisher.clone(),
         metrics: metrics.clone(),
         workers: config.wal.seal_workers,

@@ -5,11 +5,11 @@
 //! - A seal that fails is tried again at the next rescan, for ever; the journal stays until then.
 //! - What was sealed is offered to the queue, which never blocks us (P4).
 
-use crate::{errors, metrics::Metrics, queue};
+use crate::{base::BaseStore, errors, metrics::Metrics, queue};
 use klio_storage::{
     layout::{ClusterName, WalFile},
     tier2::Sha256Sum,
-    wal::{Sealed, WalStore},
+    wal::Sealed,
 };
 use std::{
     collections::HashSet,
@@ -58,8 +58,8 @@ impl Sealer {
 /// What sealing needs.
 #[derive(Clone)]
 pub struct Context {
-    /// Tier 1.
-    pub store: WalStore,
+    /// Tier 1, and which of its histories goes on.
+    pub base: BaseStore,
     /// Gets a job for each sealed file.
     pub queue: queue::Publisher,
     /// Counts.
@@ -82,7 +82,7 @@ pub async fn run(context: Context, mut hints: Hints, cancel: CancellationToken) 
             () = cancel.cancelled() => break,
             Some(_) = running.join_next() => continue,
             Some(hint) = hints.0.recv() => vec![hint],
-            _ = rescan.tick() => find_work(&context.store).await,
+            _ = rescan.tick() => find_work(&context.base).await,
         };
         for hint in work {
             if !busy_set(&busy).insert((hint.cluster.clone(), hint.file)) {
@@ -121,10 +121,14 @@ fn busy_set(busy: &Busy) -> std::sync::MutexGuard<'_, HashSet<(ClusterName, WalF
     busy.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn find_work(store: &WalStore) -> Vec<Hint> {
-    let store = store.clone();
+async fn find_work(base: &BaseStore) -> Vec<Hint> {
+    let base = base.clone();
     let found = tokio::task::spawn_blocking(move || {
+        let store = base.wal();
         let files = |cluster: ClusterName| {
+            // Where it cannot be read, nothing is known to be over.
+            let over = base.takes_no_more(&cluster).unwrap_or(false);
+            store.set_over(&cluster, over);
             store.unsealed(&cluster).into_iter().map(move |file| Hint {
                 cluster: cluster.clone(),
                 file,
@@ -151,7 +155,7 @@ async fn seal(context: &Context, hint: Hint) {
 }
 
 async fn seal_one(context: &Context, cluster: ClusterName, file: WalFile) {
-    let (store, name, span) = (context.store.clone(), cluster.clone(), Span::current());
+    let (store, name, span) = (context.base.wal().clone(), cluster.clone(), Span::current());
     let sealed = tokio::task::spawn_blocking(move || span.in_scope(|| store.seal(&name, file)));
     match sealed.await {
         Ok(Ok(sealed)) => {

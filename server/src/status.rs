@@ -18,7 +18,7 @@ use klio_storage::{
         Mark, Run,
         holdings::{MINIMAL, minimal},
     },
-    generations::Generation,
+    generations::{Generation, Generations},
     layout::{ClusterName, WalFile},
     wal::{Gap, LevelChange, Pinned, Position, WalStore},
 };
@@ -178,8 +178,7 @@ impl StatusBoard {
         let archive = self.archives.as_ref().map(|archives| archives.state(name));
         let mut problems = self.store.problems(name);
         problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
-        let base = self.base.as_ref().map(|base| base.archives().state(name).problems);
-        problems.extend(base.into_iter().flatten());
+        problems.extend(self.base_problems(name));
         problems.extend(self.undecided(name));
         let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name));
         problems.extend(used.and_then(|used| used.problem()));
@@ -221,11 +220,35 @@ impl StatusBoard {
         self.store.clusters().into_iter().filter(there).collect()
     }
 
+    /// The history under which a cluster is shown: the one that has its name. As long as there is nothing of that here, the first
+    /// one is all that can be shown.
+    fn shown(&self, name: &ClusterName, all: &Generations) -> ClusterName {
+        let current = Generations::place(name, all.current());
+        if self.store.pinned(&current).is_some() { current } else { name.base() }
+    }
+
+    /// The same for a name with or without a number, by what this server knows.
+    pub fn shown_for(&self, name: &ClusterName) -> ClusterName {
+        let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
+        all.map_or_else(|| name.clone(), |all| self.shown(name, &all))
+    }
+
     /// Whether a person has decided that this history of its cluster takes nothing any more: nothing is expected of it.
     pub fn is_closed(&self, name: &ClusterName) -> bool {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
-        let own = all.and_then(|all| all.get(name.number().unwrap_or(1)));
-        own.is_some_and(|own| !own.state.is_open())
+        let Some(all) = all else { return false };
+        let own = all.get(name.number().unwrap_or(1));
+        own.is_some_and(|own| !own.state.is_open()) && self.shown(name, &all) != *name
+    }
+
+    /// What is wrong with the files of the cluster's base backups, and with what all its histories share.
+    fn base_problems(&self, name: &ClusterName) -> Vec<String> {
+        let Some(base) = &self.base else { return Vec::new() };
+        let mut problems = base.archives().state(name).problems;
+        if name.base() != *name {
+            problems.extend(base.archives().state(&name.base()).problems);
+        }
+        problems
     }
 
     /// What a person has to decide about the cluster's histories, told at the current one.
@@ -235,7 +258,7 @@ impl StatusBoard {
             Some(Ok(all)) => all,
             Some(Err(error)) => return vec![error.to_string()],
         };
-        if name.number().unwrap_or(1) != all.current() {
+        if self.shown(name, &all) != *name {
             return Vec::new();
         }
         let tell = |g: &Generation| {

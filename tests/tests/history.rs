@@ -163,6 +163,12 @@ async fn a_primary_that_was_set_back_is_received_apart_and_a_person_decides() {
     let done = decide(&site, &bundle, &["generation", "follow", "2"]).await;
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     wait_states(&site, &[(1, "older"), (2, "current")]).await;
+    // Nothing more is to come of the first: its end is in the bucket as well, to its last byte.
+    let of_first = || s3.keys("klio/main/wal/");
+    eventually("the end of generation 1 in the bucket", PATIENCE, || async {
+        of_first().iter().any(|key| key.contains(".partial"))
+    })
+    .await;
     let fourth = pg.write_wal(1 << 20).await;
     acknowledged(&pg, fourth).await;
     assert!(stream.is_running(), "{}", stream.log());

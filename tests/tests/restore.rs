@@ -245,6 +245,7 @@ async fn a_time_after_the_last_commit_is_waited_for_until_it_is_certain() {
         (rig.site.status().await?["connected"] == false).then_some(())
     })
     .await;
+    let now = rig.pg.value("select clock_timestamp()").await;
     rig.refused(&["--target-time", &now], UNREACHABLE, &["cannot be reached"]).await;
 }
 

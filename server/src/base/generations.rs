@@ -142,6 +142,16 @@ impl BaseStore {
         Ok(found)
     }
 
+    /// Whether nobody may stream into this history any more, as far as this server knows without asking anybody.
+    ///
+    /// # Errors
+    /// As the disk fails, and a record that cannot be read.
+    pub fn takes_no_more(&self, place: &ClusterName) -> Result<bool, Error> {
+        let all = self.generations_here(place)?;
+        let found = all.get(place.number().unwrap_or(1));
+        Ok(found.is_some_and(|generation| !generation.state.is_open()))
+    }
+
     /// What a name stands for: `<name>@<number>` for itself, a plain name for the current generation.
     ///
     /// # Errors

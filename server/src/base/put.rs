@@ -35,8 +35,6 @@ use tonic::Status;
 
 /// Written and hashed at once.
 const PIECE_BYTES: usize = 1 << 20;
-/// Most of what base backups leave free on tier 1: a minute of WAL of a very busy cluster.
-const RESERVE_BYTES_MAX: u64 = 1 << 30;
 /// Distinguishes temporary names of this process from each other; the letter does from `LocalFiles`'.
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
@@ -92,19 +90,6 @@ fn refuse(
     code.status(format!("store {} of {cluster}: {detail}", file.relative()))
 }
 
-/// WAL comes first: a base backup leaves some of the disk to it. Below a gibibyte a twentieth is left.
-fn refuse_full(disk: &dyn Disk, place: &Path, size: u64) -> Result<(), String> {
-    // A disk that cannot say how full it is says so when it is.
-    let Ok((free, total)) = disk.space(place) else { return Ok(()) };
-    let kept = (total / 20).min(RESERVE_BYTES_MAX);
-    if free >= size.saturating_add(kept) {
-        return Ok(());
-    }
-    Err(format!(
-        "{free} bytes are free on tier 1, of which {kept} are kept for WAL, and it has {size}"
-    ))
-}
-
 impl BaseStore {
     /// Begins to receive a file of `size` bytes; waits for its turn.
     ///
@@ -143,8 +128,6 @@ impl BaseStore {
                 }
                 Err(e) => return Err(errors::status(&Error::io(Op::Read, &config, e))),
             }
-            refuse_full(disk.as_ref(), &config, size)
-                .map_err(|detail| refuse(Code::DiskFull, &name, file, detail))?;
             let damaged = file.kind == BaseKind::Data && this.damaged_packs(&name).contains(&file);
             let begun = Temporary::create(disk, &files, file, (!damaged).then_some(size));
             begun

@@ -54,7 +54,10 @@ impl Catalog for CatalogService {
             "" => None,
             name => {
                 let named = super::auth::permit(&identity, name, Rpc::Status)?;
-                Some(self.histories.base.resolve_here(&named)?)
+                Some(match named.number() {
+                    Some(_) => self.histories.base.resolve_here(&named)?,
+                    None => self.board.shown_for(&named),
+                })
             }
         };
         let board = self.board.clone();
@@ -177,7 +180,7 @@ impl CatalogService {
         status.other_timelines = self.other_timelines(&view.name);
         let Ok(all) = self.histories.base.generations_here(&view.name) else { return status };
         let own = view.name.number().unwrap_or(1);
-        if own == all.current() {
+        if self.board.shown_for(&view.name) == view.name {
             let outline = |g| self.histories.outline(&view.name, g);
             status.generations = all.generations.iter().map(outline).collect();
         }

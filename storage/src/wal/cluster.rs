@@ -218,6 +218,10 @@ pub(super) struct State {
     pub(super) prepared: BTreeMap<TimelineId, Prepared>,
     /// At most one for each timeline (I3).
     pub(super) writers: BTreeMap<TimelineId, Arc<Slot>>,
+    /// The timeline of which a writer is being opened: nothing of it ends meanwhile.
+    pub(super) opening: Option<TimelineId>,
+    /// Nothing more is to come of any timeline: another history has the cluster's name, or a person decided against this one.
+    pub(super) over: bool,
     /// Which timelines are in conflict, and what was decided.
     pub(super) marks: Timelines,
     /// What was acknowledged and is not here any more (`damage.rs`).
@@ -259,12 +263,13 @@ impl State {
     /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
     pub(super) fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
         let older = || self.followed().is_some_and(|followed| followed > timeline);
-        !self.writers.contains_key(&timeline)
-            && match self.marks.standing(timeline) {
-                Some(Standing::Retired) => true,
-                Some(Standing::Undecided) => false,
-                Some(Standing::Followed) | None => older(),
-            }
+        let written = self.writers.contains_key(&timeline) || self.opening == Some(timeline);
+        let ended = || match self.marks.standing(timeline) {
+            Some(Standing::Retired) => true,
+            Some(Standing::Undecided) => false,
+            Some(Standing::Followed) | None => older(),
+        };
+        !written && (self.over || ended())
     }
 
     /// The timelines with WAL or a gap, for the rules.

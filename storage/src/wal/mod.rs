@@ -410,11 +410,20 @@ impl WalStore {
         cluster.prove_records()?;
         let (pinned, history, admission) = cluster.admit(request, lives_on).map_err(refuse)?;
         cluster.keep_judgement()?;
+        let _opening = Opening::begin(&cluster, request.timeline);
         if let Some(gap) = admission {
             cluster.record_gap(gap)?;
         }
         let (journal, entry) = cluster.journal_at(request.timeline, request.start, &pinned)?;
         Ok(Writer::start(cluster.clone(), journal, entry, pinned, history))
+    }
+
+    /// Says whether anything more is to come of a cluster. Where nothing is, its last segments are finished as they are; what
+    /// comes all the same goes on behind them.
+    pub fn set_over(&self, name: &ClusterName, over: bool) {
+        if let Some(cluster) = self.find(name) {
+            lock(&cluster.state).over = over;
+        }
     }
 
     /// What is finished and not sealed: full segments, and partial ones of ended timelines or before gaps.
@@ -711,6 +720,23 @@ impl cluster::State {
     }
 }
 
+/// Keeps a timeline's end open while its writer is opened.
+struct Opening<'a>(&'a Cluster);
+
+impl<'a> Opening<'a> {
+    /// Call with `op` held, until this is dropped.
+    fn begin(cluster: &'a Cluster, timeline: TimelineId) -> Self {
+        lock(&cluster.state).opening = Some(timeline);
+        Self(cluster)
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).opening = None;
+    }
+}
+
 impl Cluster {
     /// The journal in which the byte at `start` goes, opened at its end, or made.
     fn journal_at(
@@ -724,7 +750,11 @@ impl Cluster {
         // Not in the condition: the state would stay locked while the journal is opened again.
         let open = lock(&self.state).journal(segment);
         if let Some(entry) = open {
-            return Ok((self.reopen(&entry, start)?, entry));
+            // It may just be sealed, as its timeline had ended: then the stream goes on behind what is sealed.
+            let _one = lock(&entry.work);
+            if lock(&self.state).holds(&entry) {
+                return Ok((self.reopen(&entry, start)?, Arc::clone(&entry)));
+            }
         }
         if start.offset_in(pinned.segment_size) != 0 {
             if let Some(resumed) = self.resume_partial(segment, start, pinned)? {

@@ -207,6 +207,65 @@ fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence
 }
 
 #[test]
+fn the_end_of_a_history_that_is_over_is_sealed_and_what_comes_all_the_same_goes_on_behind_it() {
+    for rig in [Rig::new(8), Rig::encrypted(8)] {
+        let store = rig.open();
+        let mut writer = rig.writer(&store, 1, MIB);
+        rig.append_and_flush(&mut writer, 2 * MIB + 777);
+        let partial = WalFile::Partial(segment(1, 2));
+        store.set_over(&rig.name, true);
+        assert!(!store.unsealed(&rig.name).contains(&partial), "somebody writes it");
+        drop(writer);
+        assert!(store.unsealed(&rig.name).contains(&partial));
+        for file in store.unsealed(&rig.name) {
+            store.seal(&rig.name, file).unwrap();
+        }
+        assert_eq!(rig.read(&store, partial), rig.bytes(2 * MIB, 2 * MIB + 777));
+        let mut writer = rig.writer(&store, 1, 2 * MIB + 777);
+        rig.append_and_flush(&mut writer, 3 * MIB + 10);
+        drop((writer, store));
+        let store = rig.open();
+        assert_eq!(store.problems(&rig.name), Vec::<String>::new());
+        rig.check_readable(&store, &root_history());
+    }
+}
+
+/// A journal that is being sealed when its writer is opened is waited for, and the writer goes on behind what was sealed.
+#[test]
+fn a_writer_that_is_opened_while_its_journal_is_sealed_loses_nothing() {
+    let rig = Rig::new(9);
+    let store = rig.open();
+    let mut end = MIB;
+    for round in 0..40 {
+        let mut writer = rig.writer(&store, 1, end);
+        end = end.next_multiple_of(MIB) + 900_000;
+        rig.append_and_flush(&mut writer, end);
+        drop(writer);
+        store.set_over(&rig.name, true);
+        let (begun, sealing) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let files = store.unsealed(&rig.name);
+                begun.send(()).unwrap();
+                // The writer may have been faster: then its journal is not finished.
+                files.into_iter().for_each(|file| drop(store.seal(&rig.name, file)));
+            });
+            sealing.recv().unwrap();
+            let mut writer = rig.writer(&store, 1, end);
+            end += 10;
+            rig.append_and_flush(&mut writer, end);
+        });
+        store.set_over(&rig.name, false);
+        assert_eq!(store.positions(&rig.name)[0].flushed, at(end), "round {round}");
+    }
+    drop(store);
+    let store = rig.open();
+    assert_eq!(store.problems(&rig.name), Vec::<String>::new());
+    assert_eq!(store.positions(&rig.name)[0].flushed, at(end));
+    rig.check_readable(&store, &root_history());
+}
+
+#[test]
 fn what_is_retired_is_refused_for_good_and_its_end_is_sealed() {
     let rig = Rig::new(5);
     let store = rig.open();
