@@ -21,6 +21,8 @@ use tonic::Status;
 
 /// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
 const MEASURE_EVERY: Duration = Duration::from_secs(600);
+/// Before it is shown: WAL is not counted as it comes.
+const MEASURE_SHOWN: Duration = Duration::from_secs(60);
 /// Before something is refused: a caller that is refused again and again does not keep the disk busy.
 const MEASURE_AGAIN: Duration = Duration::from_secs(10);
 
@@ -193,7 +195,7 @@ impl Quotas {
         if quota.bytes() == 0 {
             return None;
         }
-        self.measure_here(base, cluster, MEASURE_EVERY);
+        self.measure_here(base, cluster, MEASURE_SHOWN);
         let near = lock(&self.state).stored.get(&cluster.base()).map_or(0, Stored::on_tier1);
         Some(Used { bytes: near.max(self.in_tier2(base, cluster)), quota })
     }
