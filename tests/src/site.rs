@@ -220,6 +220,19 @@ impl Site {
         programs::run(command).await
     }
 
+    /// The bundle of a person who decides, made by the server's own tool at the first call.
+    ///
+    /// # Panics
+    /// When the tool does not make it.
+    pub async fn operator(&self, name: &str) -> PathBuf {
+        let bundle = self.dir().join(format!("clients/{name}/klio.toml"));
+        if !bundle.exists() {
+            let made = self.server_tool(&["client", name, "--role", "operator"]).await;
+            assert_eq!(made.code, Some(0), "{}", made.stderr);
+        }
+        bundle
+    }
+
     /// Forgets a variable that was set.
     pub fn unset(&mut self, name: &str) {
         self.variables.retain(|(n, _)| n != name);

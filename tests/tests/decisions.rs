@@ -43,9 +43,7 @@ impl Setup {
         };
         let begun = WalClient::new(channel).begin_generation(begin).await.expect("begun");
         assert_eq!(begun.into_inner().number, 2);
-        let made = site.server_tool(&["client", "ops", "--role", "operator"]).await;
-        assert_eq!(made.code, Some(0), "{}", made.stderr);
-        let operator = site.dir().join("clients/ops/klio.toml");
+        let operator = site.operator("ops").await;
         let mut setup = Self { site, s3, operator, old: Vec::new() };
         setup.wait_far("undecided").await;
         setup.old = std::fs::read(setup.near()).expect("the record");

@@ -80,13 +80,6 @@ async fn only_nothing_streams(site: &Site) {
     .await;
 }
 
-/// Somebody who decides: an operator's bundle, made by the server's own tool.
-async fn operator(site: &Site) -> PathBuf {
-    let made = site.server_tool(&["client", "ops", "--role", "operator"]).await;
-    assert_eq!(made.code, Some(0), "{}", made.stderr);
-    site.dir().join("clients/ops/klio.toml")
-}
-
 async fn decide(site: &Site, bundle: &Path, words: &[&str]) -> programs::Outcome {
     let mut command = site.klio_command_of(bundle, None, words);
     command.env("KLIO_CLUSTER", "main");
@@ -155,7 +148,7 @@ async fn a_primary_that_was_set_back_is_received_apart_and_a_person_decides() {
     // The cluster's own certificate decides nothing; an operator's does, and the dry run changes nothing.
     let refused = site.klio(None, &["generation", "follow", "2"]).await;
     assert_eq!(refused.code, Some(15), "{}", refused.stderr);
-    let bundle = operator(&site).await;
+    let bundle = site.operator("ops").await;
     let dry = decide(&site, &bundle, &["generation", "follow", "2", "--dry-run"]).await;
     assert_eq!(dry.code, Some(0), "{}", dry.stderr);
     assert!(dry.stdout.contains("1 base backup, b2"), "{}", dry.stdout);
@@ -213,7 +206,7 @@ async fn a_refused_history_stays_refused_whatever_it_writes_and_however_often_it
     wait_states(&site, &[(1, "current"), (2, "refused")]).await;
     assert_eq!(site.lsn("flushed_lsn").await, Some(first));
     assert_eq!(site.klio(None, &["status"]).await.code, Some(3));
-    let bundle = operator(&site).await;
+    let bundle = site.operator("ops").await;
     let done = decide(&site, &bundle, &["generation", "retire", "2"]).await;
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     let mut refused = site.stream(&pg);
@@ -342,7 +335,7 @@ async fn another_postgresql_under_the_same_name_is_a_generation_of_its_own() {
     wait_states(&site, &[(1, "current"), (2, "undecided")]).await;
     let held = old.write_wal(1 << 20).await;
     acknowledged(&old, held).await;
-    let bundle = operator(&site).await;
+    let bundle = site.operator("ops").await;
     let done = decide(&site, &bundle, &["generation", "follow", "2"]).await;
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     // The former one is told so, and comes back for nothing.

@@ -27,8 +27,7 @@ async fn started(quotas: &[(&str, &str)]) -> (Site, PathBuf) {
         site.set(&format!("KLIO_QUOTA__{name}"), value);
     }
     site.start().await;
-    let config = site.dir().join("klio-server.toml").display().to_string();
-    let made = site.klio_server(&["client", "app@other", "-c", &config]).await;
+    let made = site.server_tool(&["client", "app@other"]).await;
     assert_eq!(made.code, Some(0), "{made:?}");
     let bundle = site.dir().join("clients/app@other/klio.toml");
     (site, bundle)

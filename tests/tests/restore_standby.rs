@@ -185,10 +185,7 @@ async fn a_standby_comes_past_a_retired_timeline_to_the_one_that_is_followed() {
         list.stdout.contains("undecided").then_some(()).ok_or(list.stdout)
     })
     .await;
-    let config = rig.site.dir().join("klio-server.toml").display().to_string();
-    let made = rig.site.klio_server(&["client", "ann", "--role", "operator", "-c", &config]).await;
-    assert_eq!(made.code, Some(0), "{}", made.stderr);
-    let bundle = rig.site.dir().join("clients/ann/klio.toml");
+    let bundle = rig.site.operator("ann").await;
     let retire = ["timeline", "retire", "2", "--cluster", "main"];
     let retired = programs::run(rig.site.klio_command_of(&bundle, None, &retire)).await;
     assert_eq!(retired.code, Some(0), "{}", retired.stderr);

@@ -11,19 +11,7 @@ use klio_tests::{
     wait::eventually,
 };
 use serde_json::Value;
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
-
-/// A bundle of somebody who decides.
-async fn operator(site: &Site) -> PathBuf {
-    let config = site.dir().join("klio-server.toml").display().to_string();
-    let args = ["client", "ann", "--role", "operator", "-c", &config];
-    let outcome = site.klio_server(&args).await;
-    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
-    site.dir().join("clients/ann/klio.toml")
-}
+use std::{fs, path::Path};
 
 async fn decide(site: &Site, bundle: &Path, args: &[&str]) -> Outcome {
     let args = [&["timeline"], args, &["--cluster", "main"]].concat();
@@ -120,7 +108,7 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     // A tenant decides nothing, a dry run changes nothing.
     let outcome = site.klio(None, &["timeline", "retire", "2"]).await;
     assert_eq!(outcome.code, Some(15), "{}", outcome.stderr);
-    let ann = operator(&site).await;
+    let ann = site.operator("ann").await;
     let outcome = decide(&site, &ann, &["retire", "2", "--dry-run"]).await;
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     assert!(outcome.stdout.contains("nothing was changed"), "{}", outcome.stdout);
@@ -213,7 +201,7 @@ async fn a_copy_that_was_promoted_twice_leaves_nothing_to_follow_on_its_way() {
     let (followed, said) = latest(&site).await;
     assert_eq!(followed, 1, "{said}");
     assert_eq!(site.status().await.expect("status")["timeline"], 1);
-    let ann = operator(&site).await;
+    let ann = site.operator("ann").await;
     let outcome = decide(&site, &ann, &["follow", "1"]).await;
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     assert_eq!(latest(&site).await.0, 1);
@@ -243,7 +231,7 @@ async fn an_old_primary_that_still_writes_is_received_behind_the_fork_until_a_pe
     wait_line(&site, 2, "followed", end).await;
     assert!(back.is_running());
     assert_eq!(site.klio(None, &["timeline", "list"]).await.code, Some(3));
-    let ann = operator(&site).await;
+    let ann = site.operator("ann").await;
     let outcome = decide(&site, &ann, &["follow", "2"]).await;
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     let status = back.wait_exit(PATIENCE).await;

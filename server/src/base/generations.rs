@@ -8,7 +8,11 @@
 //!   are and a person is told.
 //! - What cannot be read is an error, never "there is only one".
 
-use super::{BaseStore, lock, run};
+use super::{
+    BaseStore,
+    learned::{APART_HINT, Learned},
+    lock, run,
+};
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
@@ -18,7 +22,7 @@ use klio_storage::{
     record,
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -26,23 +30,13 @@ use tonic::Status;
 
 /// A restore from a server that has nothing but the bucket asks for each file: not each time for this as well.
 const ASKED_FOR: Duration = Duration::from_secs(10);
-/// For the bucket's answer before something is decided. Shorter than a sidecar waits, so that it hears why.
-const PATIENCE_TO_DECIDE: Duration = Duration::from_secs(10);
-/// And before a stream goes on by what tier 1 knows.
-const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
-
-const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (generations.json of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
-
 /// What was read, by the cluster's plain name.
 #[derive(Default)]
 pub(super) struct Known {
     read: Mutex<BTreeMap<ClusterName, Generations>>,
     /// What the bucket said of clusters that are not on tier 1, and when.
     asked: Mutex<BTreeMap<ClusterName, (Instant, Generations)>>,
-    /// Whose record in the bucket was joined since the start.
-    learned: Mutex<BTreeSet<ClusterName>>,
-    /// When the bucket did not answer.
-    silent: Mutex<BTreeMap<ClusterName, Instant>>,
+    learned: Learned,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
 }
@@ -70,7 +64,7 @@ impl BaseStore {
     /// `UNAVAILABLE` when the bucket has to be asked and does not answer; `CORRUPT`.
     pub async fn generations(&self, cluster: &ClusterName) -> Result<Generations, Status> {
         // A bucket that does not answer, or says something else, keeps nobody from streaming: it is shown.
-        if let Err(error) = self.learn(cluster, false).await {
+        if let Err(error) = self.learn_generations(cluster, false).await {
             tracing::warn!(%cluster, %error, "what the bucket knows of the cluster's histories is not taken over");
         }
         self.look(cluster).await
@@ -80,41 +74,15 @@ impl BaseStore {
     ///
     /// # Errors
     /// `UNAVAILABLE` when it does not answer; `CONFLICT` when neither record has all of the other.
-    async fn learn(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
-        let (base, known) = (cluster.base(), &self.0.generations);
-        let Some(tier2) = self.tier2() else { return Ok(()) };
-        if lock(&known.learned).contains(&base) || self.wal().pinned(&base).is_none() {
+    async fn learn_generations(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
+        let base = cluster.base();
+        if self.wal().pinned(&base).is_none() {
             return Ok(());
         }
-        let lately = |at: &Instant| at.elapsed() < ASKED_FOR;
-        if !must && lock(&known.silent).get(&base).is_some_and(lately) {
-            return Ok(());
-        }
-        let patience = if must { PATIENCE_TO_DECIDE } else { PATIENCE_TO_STREAM };
-        let key = BaseObject::Generations.key(&base);
-        let answer = tokio::time::timeout(patience, tier2.read_small(&key, record::LIMIT_BYTES));
-        let bytes = match answer.await {
-            Ok(Ok(bytes)) => bytes,
-            other => {
-                lock(&known.silent).insert(base.clone(), Instant::now());
-                let why = match other {
-                    Ok(Err(error)) => error.to_string(),
-                    _ => format!("no answer within {} s", patience.as_secs()),
-                };
-                let url = tier2.url();
-                return Err(Code::Unavailable.status(format!(
-                    "change generations of {base}: tier 2 ({url}) has to be asked first what was decided before this server started: {why}"
-                )));
-            }
-        };
-        if let Some(bytes) = bytes {
-            let theirs = record::decode::<Generations>(&bytes, &key);
-            let theirs = theirs.map_err(|error| crate::errors::status(&error))?;
-            let joined = self.join_generations(&base, theirs).await;
-            joined.map_err(|error| crate::errors::status(&error))?;
-        }
-        lock(&known.learned).insert(base);
-        Ok(())
+        let join = |theirs| self.join_generations(&base, theirs);
+        let of = (&base, &BaseObject::Generations);
+        let decode = |bytes: &[u8], key: &str| record::decode(bytes, key);
+        self.learn(&self.0.generations.learned, of, must, decode, join).await
     }
 
     async fn look(&self, cluster: &ClusterName) -> Result<Generations, Status> {
@@ -318,7 +286,7 @@ impl BaseStore {
         cluster: &ClusterName,
         change: impl FnOnce(&mut Generations) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Status> {
-        self.learn(cluster, true).await?;
+        self.learn_generations(cluster, true).await?;
         self.change_here(cluster, change).await
     }
 

@@ -25,6 +25,7 @@ mod generations;
 mod get;
 mod holdings;
 mod identity;
+mod learned;
 mod list;
 mod needs;
 mod positions;
@@ -44,7 +45,6 @@ pub use positions::{Line, lost_with_tier1};
 pub use put::Incoming;
 pub use reserve::{Caller, Lease, Removal, Reservations, Running};
 pub use server_files::ServerFiles;
-pub use timelines::decision;
 
 use crate::{
     clock::{self, ClockWatch},
@@ -117,7 +117,7 @@ struct Inner {
     needs: needs::NeedsCache,
     gauges: gauges::Summaries,
     generations: generations::Known,
-    timelines: timelines::Learned,
+    timelines: learned::Learned,
     /// One change of what is known to be damaged at a time.
     damage: Mutex<()>,
     /// Files of clients that are opened at once.
@@ -154,7 +154,7 @@ impl BaseStore {
             needs: needs::NeedsCache::default(),
             gauges: gauges::Summaries::default(),
             generations: generations::Known::default(),
-            timelines: timelines::Learned::default(),
+            timelines: learned::Learned::default(),
             damage: Mutex::default(),
             admitting: Arc::new(Semaphore::new(admitted_at_once())),
             watch: ClockWatch::new((parts.clock)(), clock::since_boot()),

@@ -3,58 +3,19 @@
 //!
 //! Tier 1 has the current record. The bucket gets it like `cluster.json`, and gives it back where tier 1 has none.
 
-use super::{BaseStore, identity, lock, run, tier2_status};
+use super::{BaseStore, identity, learned::APART_HINT, run, tier2_status};
 use crate::errors;
 use klio_pg::TimelineId;
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
-    catalog::{Decision, DecisionError, ForStandbys, Mark, PASSED_OVER, Timelines},
+    catalog::{DecisionError, ForStandbys, Mark, PASSED_OVER, Timelines},
     layout::{BaseObject, ClusterName, WalFile},
     record,
     tier2::Tier2,
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeSet;
 use tonic::Status;
-
-/// For the bucket's answer before a stream goes on by what tier 1 knows.
-const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
-/// After the bucket did not answer.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(10);
-
-const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (timelines.json of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
-
-/// Whose record in the bucket was joined since the start, and when the bucket did not answer.
-#[derive(Default)]
-pub(super) struct Learned(Mutex<BTreeMap<ClusterName, Answer>>);
-
-#[derive(Clone, Copy)]
-enum Answer {
-    Joined,
-    NoneAt(Instant),
-}
-
-impl Learned {
-    fn may_ask(&self, cluster: &ClusterName, must: bool) -> bool {
-        match lock(&self.0).get(cluster) {
-            Some(Answer::Joined) => false,
-            Some(Answer::NoneAt(at)) => must || at.elapsed() >= ASK_AGAIN_AFTER,
-            None => true,
-        }
-    }
-
-    fn learned(&self, cluster: &ClusterName) {
-        lock(&self.0).insert(cluster.clone(), Answer::Joined);
-    }
-
-    fn did_not_answer(&self, cluster: &ClusterName) {
-        lock(&self.0).insert(cluster.clone(), Answer::NoneAt(Instant::now()));
-    }
-}
 
 impl BaseStore {
     /// Joins what the bucket has on record, once after each start: this tier 1 may be new, or have been set back. Where it holds
@@ -75,24 +36,9 @@ impl BaseStore {
     }
 
     async fn learn_timelines(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
-        let Some(tier2) = self.tier2() else { return Ok(()) };
-        if !self.0.timelines.may_ask(cluster, must) {
-            return Ok(());
-        }
-        let question = read(tier2, cluster);
-        let theirs = match must {
-            true => self.ask(cluster, tier2, question).await,
-            false => match tokio::time::timeout(PATIENCE_TO_STREAM, question).await {
-                Ok(theirs) => theirs.map_err(|e| tier2_status("read timelines", cluster, &e)),
-                Err(_) => Err(Code::Unavailable.status("read timelines: tier 2 did not answer")),
-            },
-        };
-        let theirs = theirs.inspect_err(|_| self.0.timelines.did_not_answer(cluster))?;
-        if let Some(theirs) = theirs {
-            self.join_timelines(cluster, theirs).await.map_err(|e| errors::status(&e))?;
-        }
-        self.0.timelines.learned(cluster);
-        Ok(())
+        let of = (cluster, &BaseObject::Timelines);
+        let join = |theirs| self.join_timelines(cluster, theirs);
+        self.learn(&self.0.timelines, of, must, Timelines::decode, join).await
     }
 
     /// Joins a record of the bucket to tier 1's.
@@ -170,13 +116,12 @@ impl BaseStore {
         let decided = run(move || {
             let held: Vec<TimelineId> =
                 store.positions(&name).iter().map(|position| position.timeline).collect();
-            let before = store.timelines(&name);
-            let mut after = before.clone();
+            let mut both = (Timelines::default(), Timelines::default());
             let changed = store.change_timelines(&name, |marks| {
-                after = decide(marks, &held)?;
-                Ok((!dry_run).then(|| after.clone()))
+                both = (marks.clone(), decide(marks, &held)?);
+                Ok((!dry_run).then(|| both.1.clone()))
             })?;
-            Ok(changed.map(|_| (before, after)))
+            Ok(changed.map(|_| both))
         })
         .await?;
         if decided.is_ok() && !dry_run {
@@ -237,9 +182,4 @@ async fn read(tier2: &Tier2, cluster: &ClusterName) -> Result<Option<Timelines>,
     let key = BaseObject::Timelines.key(cluster);
     let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;
     bytes.map(|bytes| Timelines::decode(&bytes, &key)).transpose()
-}
-
-/// For whoever decides.
-pub fn decision(by: &str, at_unix: f64) -> Decision {
-    Decision { by: by.to_owned(), at_unix }
 }

@@ -155,14 +155,18 @@ impl Base for BaseService {
         Span::current().record("bytes", size);
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size, &caller).await?;
         // What is there takes nothing: a retry whose first answer was lost.
-        let takes = if incoming.is_there() { 0 } else { size };
-        let coming = self.quotas.put(&self.base, &cluster, takes).await?;
+        let coming = match incoming.is_there() {
+            true => None,
+            false => Some(self.quotas.put(&self.base, &cluster, size).await?),
+        };
         incoming.add(data).await?;
         while let Some(message) = self.next(&mut inbound).await? {
             incoming.add(piece(message.data)?).await?;
         }
         let existed = incoming.finish().await?;
-        coming.stored();
+        if let Some(coming) = coming {
+            coming.stored();
+        }
         Ok(Response::new(v1::PutFileResponse { existed }))
     }
 

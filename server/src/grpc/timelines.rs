@@ -2,7 +2,7 @@
 
 use super::{auth::Identity, catalog::CatalogService};
 use crate::{
-    base::{BaseStore, decision},
+    base::BaseStore,
     status::{StatusBoard, now_unix},
 };
 use klio_pg::TimelineId;
@@ -11,7 +11,7 @@ use klio_proto::{
     v1::{self, TimelineDecision},
 };
 use klio_storage::{
-    catalog::{DecisionError, Standing, Timelines},
+    catalog::{Decision, DecisionError, Standing, Timelines},
     layout::ClusterName,
 };
 use tonic::Status;
@@ -104,7 +104,7 @@ impl CatalogService {
         let timeline = TimelineId::new(request.timeline)
             .ok_or_else(|| invalid("expected a timeline from 1 up, found 0"))?;
         let what = request.decision();
-        let decision = decision(&identity.name, now_unix());
+        let decision = Decision { by: identity.name.clone(), at_unix: now_unix() };
         let decide = move |marks: &Timelines, held: &[TimelineId]| match what {
             TimelineDecision::Retire => marks.retire(timeline, held, &decision),
             _ => marks.follow(timeline, held, &decision),

@@ -150,11 +150,13 @@ impl<C: Fn() -> Timestamp> Loop<C> {
     /// The newest backup of the history that PostgreSQL continues: those of another one do not lead to what it writes now. One
     /// that cannot say which it is, is taken for the one of before.
     async fn newest(&mut self) -> Result<Option<BackupRecord>, Error> {
-        match self.backup.history(None).await {
-            Ok(place) => self.place = place,
-            Err(error) => tracing::debug!("{}", error.message),
-        }
-        let newest = take::newest(&self.backup.of(self.place.clone()), &self.base).await?;
+        let place = self.backup.history(None).await.unwrap_or_else(|error| {
+            tracing::debug!("{}", error.message);
+            self.place.clone()
+        });
+        let newest = take::newest(&self.backup.of(place.clone()), &self.base).await?;
+        // Only now: a history that was not looked into yet is news the next time as well.
+        self.place = place;
         if let Some(record) = &newest {
             self.backup.metrics.known(record);
         }

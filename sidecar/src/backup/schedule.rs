@@ -109,10 +109,7 @@ impl Planner {
 
     /// A backup that began at `begun` exists.
     pub fn succeeded(&mut self, begun: Timestamp, rng: &mut impl Rng) {
-        self.newest = Some(begun);
-        self.retry = None;
-        self.backoff.reset();
-        self.delay = draw(self.jitter, rng);
+        self.moved(Some(begun), rng);
     }
 
     /// The newest backup, whoever took it. An older one than is known changes nothing.

@@ -367,7 +367,7 @@ pub enum RetentionCommand {
 /// `klio timeline`
 #[derive(Debug, Subcommand)]
 pub enum TimelineCommand {
-    /// Every timeline of the cluster: who streams it, what was found, who decided what
+    /// Every timeline of the cluster: whether somebody streams it, what was found, who decided what
     List {
         /// As JSON
         #[arg(long)]

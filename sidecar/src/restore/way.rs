@@ -152,7 +152,7 @@ impl Eye<'_> {
         }
         if let Some(end) = &self.end {
             if let (Recovery::Time(wanted), true) = (self.recovery, found.landmark.stops_by_time())
-                && found.landmark.unix_micros().is_some_and(|time| time <= *wanted)
+                && found.landmark.unix_micros().is_some_and(|time| !self.is_behind(time, *wanted))
             {
                 let (number, _) = self.late.unwrap_or((0, found.lsn));
                 self.late = Some((number + 1, found.lsn));
@@ -188,11 +188,16 @@ impl Eye<'_> {
         }
     }
 
+    /// Whether recovery to `wanted` ends before what has that time. An exclusive one leaves out what has exactly it.
+    const fn is_behind(&self, time: i64, wanted: i64) -> bool {
+        time > wanted || (time == wanted && !self.inclusive)
+    }
+
     fn ends_with(&self, landmark: &Landmark) -> bool {
         match (self.recovery, landmark) {
             (Recovery::Time(wanted), landmark) => {
                 landmark.stops_by_time()
-                    && landmark.unix_micros().is_some_and(|time| time > *wanted)
+                    && landmark.unix_micros().is_some_and(|time| self.is_behind(time, *wanted))
             }
             (Recovery::Name(wanted), Landmark::RestorePoint { name, .. }) => name == wanted,
             (Recovery::Xid(wanted), Landmark::Commit { xid, .. } | Landmark::Abort { xid, .. }) => {
@@ -258,9 +263,11 @@ mod tests {
         found(lsn, Landmark::TablespaceCreated { oid, path: b"/live".to_vec() })
     }
     fn way(recovery: &Recovery, last: u64, all: &[Found]) -> Way {
+        way_to((recovery, true), last, all)
+    }
+    fn way_to((recovery, inclusive): (&Recovery, bool), last: u64, all: &[Found]) -> Way {
         let last = Lsn::new(last);
-        let mut eye =
-            Eye { recovery, inclusive: true, last, way: Way::default(), end: None, late: None };
+        let mut eye = Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
         let _ = all.iter().any(|found| eye.see(found.clone()));
         eye.done(None).unwrap()
     }
@@ -293,12 +300,8 @@ mod tests {
         let all = [prepared(10, 5, "a"), prepared(20, 6, "b"), ended(30, 5), ended(40, 3)];
         let old = [3, 4].map(|xid| Prepared { xid, name: format!("old {xid}") });
         let named = |recovery: Recovery, last, inclusive| {
-            let last = Lsn::new(last);
-            let recovery = &recovery;
-            let mut eye =
-                Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
-            let _ = all.iter().any(|found| eye.see(found.clone()));
-            eye.done(None).unwrap().left_prepared(&old).unwrap_or_default()
+            let way = way_to((&recovery, inclusive), last, &all);
+            way.left_prepared(&old).unwrap_or_default()
         };
         let has = |text: &str, expected: &[&str]| {
             for name in ["\"a\"", "\"b\"", "old 3", "old 4"] {
@@ -311,6 +314,9 @@ mod tests {
         has(&named(Recovery::Xid(5), 1000, true), &["\"b\"", "old 3", "old 4"]);
         has(&named(Recovery::Xid(5), 1000, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
         has(&named(Recovery::Time(50), 1000, true), &["\"a\"", "\"b\"", "old 3", "old 4"]);
+        // The time of the very transactions that end there.
+        has(&named(Recovery::Time(100), 1000, true), &["\"b\"", "old 4"]);
+        has(&named(Recovery::Time(100), 1000, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
         assert_eq!(Way::default().left_prepared(&[]), None);
     }
 

@@ -7,7 +7,7 @@ use super::{
     admit::Held,
     cipher::{DataKey, JournalKeys},
     damage::{DamagedWal, Harm},
-    frame::{FIRST_FRAME, Format, JournalHeader},
+    frame::{FIRST_FRAME, JournalHeader},
     horizon::Horizons,
     journal::{self, Journal},
     levels::LevelChange,
@@ -486,15 +486,7 @@ impl Cluster {
     ) -> Result<Journal, Error> {
         let pinned = self.pinned()?;
         let keys = self.writing_keys()?;
-        let mut header = JournalHeader {
-            format: Format::Current,
-            system_identifier: pinned.system_identifier,
-            timeline,
-            segment_size: pinned.segment_size,
-            start,
-            id: 0,
-            key: None,
-        };
+        let mut header = JournalHeader::new(&pinned, timeline, start);
         let cipher = keys.begin(&mut header, &*self.shared.options.next_id)?;
         let path = self.open_path(header.segment());
         let spare = {

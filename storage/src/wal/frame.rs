@@ -48,6 +48,7 @@
 //! By hand: cut the stored bytes out at the offsets the table gives, decrypt those of encrypted ones (docs/formats.md has a
 //! program for it); raw ones are WAL, the others pass through `zstd -d`.
 
+use super::types::Pinned;
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// Where the first frame begins.
@@ -158,6 +159,13 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl JournalHeader {
+    /// Of a plain journal without a number yet: `JournalKeys::begin` gives it one, and a key where there are any.
+    pub(crate) const fn new(pinned: &Pinned, timeline: TimelineId, start: Lsn) -> Self {
+        let Pinned { system_identifier, segment_size, .. } = *pinned;
+        let (format, id, key) = (Format::Current, 0, None);
+        Self { format, system_identifier, timeline, segment_size, start, id, key }
+    }
+
     /// The name of the segment.
     pub(crate) fn segment(&self) -> SegmentName {
         SegmentName::containing(self.timeline, self.start, self.segment_size)

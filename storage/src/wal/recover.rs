@@ -17,7 +17,7 @@ use super::{
     cluster::{Cluster, Line, State, Unsealed, lock},
     damage::{self, Harm},
     decode,
-    frame::{Format, JournalHeader},
+    frame::JournalHeader,
     horizon,
     journal::{self, Frames, Tail},
     levels, record,
@@ -340,7 +340,7 @@ impl Cluster {
         let Shorter { timeline, start, sealed, frames } = shorter;
         let header = match &frames {
             Some(frames) => *frames.header(),
-            None => assumed_header(timeline, start, pinned),
+            None => JournalHeader::new(pinned, timeline, start),
         };
         let (path, end) = (self.open_path(header.segment()), header.end());
         let entry = |durable, proven| {
@@ -386,7 +386,7 @@ impl Cluster {
         start: Lsn,
         pinned: &Pinned,
     ) -> Result<Unsealed, Error> {
-        let header = assumed_header(timeline, start, pinned);
+        let header = JournalHeader::new(pinned, timeline, start);
         let path = self.open_path(header.segment());
         let found = journal::evidence(self.disk(), &path, start, header.end())?;
         let to = found.upto.max(found.flushed);
@@ -452,13 +452,6 @@ struct Beside {
     end: Lsn,
     /// The stream went on further behind, with that on record: nothing was ever acknowledged right behind it.
     goes_on_behind: bool,
-}
-
-/// Of a journal whose own cannot be read.
-fn assumed_header(timeline: TimelineId, start: Lsn, pinned: &Pinned) -> JournalHeader {
-    let (system_identifier, segment_size) = (pinned.system_identifier, pinned.segment_size);
-    let (format, id, key) = (Format::Current, 0, None);
-    JournalHeader { format, system_identifier, timeline, segment_size, start, id, key }
 }
 
 impl State {

@@ -12,7 +12,7 @@
 use super::{
     Seam, WalStore,
     cluster::{Cluster, State, Unsealed, lock},
-    frame::{Format, JournalHeader},
+    frame::JournalHeader,
     journal::{self, Frames, Journal},
     overlap::{self, PageDigests},
     reader::decode_frame,
@@ -158,15 +158,7 @@ fn begin(
     tmp: &std::path::Path,
 ) -> Result<Journal, Error> {
     let keys = cluster.writing_keys()?;
-    let mut header = JournalHeader {
-        format: Format::Current,
-        system_identifier: pinned.system_identifier,
-        timeline: entry.timeline,
-        segment_size: pinned.segment_size,
-        start: entry.start,
-        id: 0,
-        key: None,
-    };
+    let mut header = JournalHeader::new(pinned, entry.timeline, entry.start);
     let cipher = keys.begin(&mut header, &*cluster.shared.options.next_id)?;
     journal::create(cluster.disk(), tmp, header, cipher, None, 0)
 }

@@ -158,11 +158,7 @@ pub async fn require_decided(site: &Site) {
 
 /// An operator decides.
 pub async fn decide(site: &Site, generation: u64, decision: Decision) {
-    let bundle = site.dir().join("clients/ops/klio.toml");
-    if !bundle.exists() {
-        let made = site.server_tool(&["client", "ops", "--role", "operator"]).await;
-        assert_eq!(made.code, Some(0), "{}", made.stderr);
-    }
+    let bundle = site.operator("ops").await;
     let verb = if decision == Decision::Follow { "follow" } else { "retire" };
     let number = generation.to_string();
     let args = ["generation", verb, number.as_str()];

@@ -122,19 +122,20 @@ fn is_good(
             continue;
         };
         let mut found = Vec::new();
-        let mut trial = levels.as_ref().map(|levels| levels.scan.clone());
+        // The second copy of a segment tells nothing that the first did not.
+        let unseen = levels.as_ref().filter(|levels| levels.upto < segment_of(what.file));
+        let mut trial = unseen.map(|levels| levels.scan.clone());
         let judged = judge_and_scan(what, &mut stored, trial.as_mut(), &mut found);
         if let Some(error) = stored.failed.take() {
             return Err(error);
         }
-        checker.result.files += 1;
-        checker.result.read_bytes += stored.bytes;
+        // Else it is read again, and counted then.
         if judged.is_err() {
             return Ok(false);
         }
-        if let (Some(levels), Some(scan)) = (levels.as_deref_mut(), trial)
-            && levels.upto < segment_of(what.file)
-        {
+        checker.result.files += 1;
+        checker.result.read_bytes += stored.bytes;
+        if let (Some(levels), Some(scan)) = (levels.as_deref_mut(), trial) {
             levels.upto = segment_of(what.file);
             levels.scan = scan;
             levels.found.append(&mut found);
@@ -156,16 +157,19 @@ struct Stored {
 enum From {
     Disk(std::fs::File),
     Bucket(Download, Bytes),
+    /// It is there, and the disk does not give it back.
+    Lost(io::ErrorKind),
 }
 
 impl Stored {
-    /// `None` when it is not there. What the disk cannot give back is lost, and told of when it is read whole.
+    /// `None` when it is not there. What the disk cannot give back fails when it is read.
     fn open(checker: &Checker<'_>, tier: Tier, key: &str) -> Result<Option<Self>, Error> {
         let ground = checker.ground;
         let from = match tier {
             Tier::One => match std::fs::File::open(ground.root.join(key)) {
                 Ok(file) => From::Disk(file),
-                Err(_) => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => From::Lost(error.kind()),
             },
             Tier::Two => {
                 let Some(tier2) = &ground.tier2 else { return Ok(None) };
@@ -186,6 +190,7 @@ impl Read for Stored {
         self.out.still();
         let count = match &mut self.from {
             From::Disk(file) => file.read(buffer)?,
+            From::Lost(kind) => return Err((*kind).into()),
             From::Bucket(download, piece) => {
                 while piece.is_empty() {
                     match self.runtime.block_on(download.next()) {

@@ -7,9 +7,10 @@
 //! anyway where an archive takes only whole segments. Decided by bytes and records: what is longer here, or is another history, is
 //! given as ever.
 //!
-//! The same holds for the history of a timeline that standbys pass over: who has the history itself lives on that timeline.
+//! The same holds for the history of a timeline that standbys pass over: who has the history itself, from its own promotion or
+//! from a restore, keeps it.
 
-use super::{data_dir, is_postgresql_s};
+use super::data_dir;
 use klio_pg::{Lsn, PAGE_BYTES, RecordWalker, SEGMENT_HEADER_BYTES, SegmentHeader};
 use klio_storage::{catalog::PASSED_OVER, layout::WalFile};
 use std::{
@@ -27,7 +28,7 @@ const READ_BYTES: usize = 256 << 10;
 pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
     let Some(data) = data_dir(path) else { return Ok(false) };
     let own = data.join("pg_wal").join(file.to_string());
-    if !is_postgresql_s(path) || !own.is_file() {
+    if !own.is_file() {
         return Ok(false);
     }
     let enough = match file {
@@ -44,13 +45,21 @@ pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
 
 /// In words, for PostgreSQL's log.
 pub(super) fn message(file: WalFile) -> String {
-    format!("what is held of {file} so far is in pg_wal already")
+    match file {
+        WalFile::History(_) => {
+            format!("{file} is in pg_wal already, and is held for standbys to pass over only")
+        }
+        WalFile::Segment(_) | WalFile::Partial(_) => {
+            format!("what is held of {file} so far is in pg_wal already")
+        }
+    }
 }
 
 fn has_as_much(own: &Path, came: &Path, data: &Path) -> io::Result<bool> {
     let (mut own, mut came) = (File::open(own)?, File::open(came)?);
     let size = came.metadata()?.len();
     let Some(end) = end_of(&mut came, size)? else { return Ok(false) };
+    let may_be_whole = end + PAGE_BYTES > size;
     if own.metadata()?.len() != size || !begins_alike(&mut own, &mut came, end)? {
         return Ok(false);
     }
@@ -58,24 +67,23 @@ fn has_as_much(own: &Path, came: &Path, data: &Path) -> io::Result<bool> {
     let Ok(major) = major.trim().parse() else { return Ok(false) };
     // The last bytes of a record may be zeros: where they come to an end says only the record.
     let [own, came] = [records_end(&mut own, major)?, records_end(&mut came, major)?];
-    Ok(own >= came)
+    Ok(own > came || (own == came && !may_be_whole))
 }
 
-/// Behind the last byte that is no zero; `None` where that is on the last page, as it is in a full segment.
+/// Behind the last byte that is no zero; `None` where there is none.
 fn end_of(file: &mut File, size: u64) -> io::Result<Option<u64>> {
     let mut page = vec![0; PAGE_BYTES as usize];
     let mut at = size.saturating_sub(PAGE_BYTES);
-    let mut is_last = true;
     loop {
         file.seek(SeekFrom::Start(at))?;
         file.read_exact(&mut page)?;
         if let Some(last) = page.iter().rposition(|byte| *byte != 0) {
-            return Ok((!is_last).then_some(at + last as u64 + 1));
+            return Ok(Some(at + last as u64 + 1));
         }
         if at == 0 {
             return Ok(None);
         }
-        (at, is_last) = (at.saturating_sub(PAGE_BYTES), false);
+        at = at.saturating_sub(PAGE_BYTES);
     }
 }
 
