@@ -18,8 +18,8 @@
 use super::{Disk, DiskFile, DiskLock, Entry, FileHandle, SECTOR_BYTES, Stat};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
-    path::{Component, Path},
+    fmt, io,
+    path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -82,6 +82,16 @@ struct Inner {
     capacity: Option<u64>,
     crashed: bool,
     locked: BTreeSet<u64>,
+    interruptions: BTreeMap<PathBuf, Interruption>,
+}
+
+/// What a test does in the middle of somebody else's change.
+struct Interruption(Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Interruption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Interruption")
+    }
 }
 
 /// How a sync lies that says it succeeded.
@@ -449,6 +459,7 @@ impl SimDisk {
             capacity: None,
             crashed: false,
             locked: BTreeSet::new(),
+            interruptions: BTreeMap::new(),
         })))
     }
 
@@ -515,6 +526,19 @@ impl SimDisk {
         let node = inner.find(path)?;
         inner.unreadable.insert(node);
         Ok(())
+    }
+
+    /// Runs `then` once, just before a name `path` is given to a file or taken from it. The disk is not locked meanwhile, so
+    /// `then` sees what another thread would see at that moment.
+    pub fn before_name_changes(&self, path: &Path, then: impl FnOnce() + Send + 'static) {
+        self.inner().interruptions.insert(path.to_owned(), Interruption(Box::new(then)));
+    }
+
+    fn interrupt(&self, path: &Path) {
+        let planned = self.inner().interruptions.remove(path);
+        if let Some(Interruption(then)) = planned {
+            then();
+        }
     }
 
     /// Forgets planned failures that did not come, and lets files be read again; a planned crash stays.
@@ -656,6 +680,8 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.interrupt(from);
+        self.interrupt(to);
         let mut inner = self.inner();
         inner.step()?;
         let node = inner.find(from)?;
@@ -667,6 +693,7 @@ impl Disk for SimDisk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        self.interrupt(path);
         let mut inner = self.inner();
         inner.step()?;
         let node = inner.find(path)?;

@@ -1,6 +1,6 @@
 //! One cluster's WAL as it is known in memory. Small: nothing here grows with the number of sealed segments.
 //!
-//! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, `prepare`, a journal's `work`,
+//! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, a journal's `work`, `files`,
 //! `making_key`, `noting`, `state`. `state` is held for moments only, never across a write or a sync.
 
 use super::{
@@ -383,8 +383,8 @@ pub(super) struct Cluster {
     pub(super) shared: Arc<Shared>,
     /// One opening, pinning or loading at a time.
     pub(super) op: Mutex<()>,
-    /// One new journal at a time.
-    prepare: Mutex<()>,
+    /// One journal file comes into being, or goes, at a time.
+    pub(super) files: Mutex<()>,
     /// One new data key at a time.
     making_key: Mutex<()>,
     /// One change of `wal_levels.json` at a time.
@@ -398,7 +398,7 @@ impl Cluster {
             name,
             shared,
             op: Mutex::new(()),
-            prepare: Mutex::new(()),
+            files: Mutex::new(()),
             making_key: Mutex::new(()),
             noting: Mutex::new(()),
             state: Mutex::new(State::default()),
@@ -517,7 +517,7 @@ impl Cluster {
         timeline: TimelineId,
         start: Lsn,
     ) -> Result<(Journal, Arc<Unsealed>), Error> {
-        let _one = lock(&self.prepare);
+        let _one = lock(&self.files);
         let prepared = lock(&self.state).prepared.remove(&timeline);
         let journal = match prepared {
             Some(prepared) if prepared.start == start => prepared.journal,
@@ -539,7 +539,7 @@ impl Cluster {
         start: Lsn,
         preallocate: u64,
     ) -> Result<(), Error> {
-        let _one = lock(&self.prepare);
+        let _one = lock(&self.files);
         if !lock(&self.state).wants_prepared(timeline, start) {
             return Ok(());
         }

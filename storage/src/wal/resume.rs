@@ -30,8 +30,12 @@ impl Cluster {
         let limit = pinned.segment_size.bytes();
         let mut reader = self.open_plain(&stored.path, stored.form)?;
         let ahead = self.shared.options.preallocate;
-        let mut filling =
-            Filling::new(self.create_journal(segment.timeline(), start, ahead)?, start);
+        let created = {
+            // The sealed journal had the same name: its file may be about to go.
+            let _one = lock(&self.files);
+            self.create_journal(segment.timeline(), start, ahead)?
+        };
+        let mut filling = Filling::new(created, start);
         let path = filling.journal.path.clone();
         let decoded =
             decode::decode_reader(&mut reader, limit, &mut |piece| filling.take(self, piece));

@@ -54,6 +54,8 @@ impl Cluster {
             })
         });
         let (size, sha256) = written.map_err(|error| self.found_rotten(&entry, error))?;
+        // Whoever no longer finds it in the map may make a journal of the same name, once this one's file has gone (P1).
+        let file_goes = lock(&self.files);
         {
             let mut state = lock(&self.state);
             let line = state.lines.entry(segment.timeline()).or_default();
@@ -63,6 +65,7 @@ impl Cluster {
         drop(one);
         // Out of the map nobody new finds it; who has it now keeps the file as it is.
         self.recycle(&entry.path, Arc::strong_count(&entry) == 1);
+        drop(file_goes);
         Ok(Sealed { file, form: self.form(), size, sha256 })
     }
 

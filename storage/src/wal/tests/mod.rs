@@ -26,6 +26,7 @@ use std::sync::{
 pub(super) const MIB: u64 = 1 << 20;
 
 /// A store on a simulated disk, and the WAL that is sent to it.
+#[derive(Clone)]
 pub(super) struct Rig {
     pub(super) disk: SimDisk,
     pub(super) wal: SimulatedWal,

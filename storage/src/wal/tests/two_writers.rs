@@ -7,7 +7,11 @@ use super::{
     timeline::{SWITCH, append_child, child},
     *,
 };
-use crate::catalog::{Decision, Mark, Standing};
+use crate::{
+    catalog::{Decision, Mark, Standing},
+    layout::Form,
+};
+use std::{sync::mpsc, time::Duration};
 
 fn undecided(timeline: u32, against: u32) -> Mark {
     Mark {
@@ -230,39 +234,49 @@ fn the_end_of_a_history_that_is_over_is_sealed_and_what_comes_all_the_same_goes_
     }
 }
 
-/// A journal that is being sealed when its writer is opened is waited for, and the writer goes on behind what was sealed.
+/// The moments of sealing at which a writer of the same journal may be opened: when the sealed file gets its name, and when the
+/// journal's file is let go. The writer waits and goes on behind what was sealed (P1).
 #[test]
 fn a_writer_that_is_opened_while_its_journal_is_sealed_loses_nothing() {
-    let rig = Rig::new(9);
-    let store = rig.open();
-    let mut end = MIB;
-    for round in 0..40 {
-        let mut writer = rig.writer(&store, 1, end);
-        end = end.next_multiple_of(MIB) + 900_000;
-        rig.append_and_flush(&mut writer, end);
-        drop(writer);
-        store.set_over(&rig.name, true);
-        let (begun, sealing) = std::sync::mpsc::channel();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let files = store.unsealed(&rig.name);
-                begun.send(()).unwrap();
-                // The writer may have been faster: then its journal is not finished.
-                files.into_iter().for_each(|file| drop(store.seal(&rig.name, file)));
-            });
-            sealing.recv().unwrap();
-            let mut writer = rig.writer(&store, 1, end);
-            end += 10;
+    let end = 2 * MIB + 900_000;
+    let partial = WalFile::Partial(segment(1, 2));
+    for (rig, form) in [(Rig::new(9), Form::Plain), (Rig::encrypted(9), Form::Age)] {
+        for moment in [partial.relative_in(form), format!("00000001/{}.open", segment(1, 2))] {
+            let rig = Rig { disk: SimDisk::new(9), ..rig.clone() };
+            let store = rig.open();
+            let mut writer = rig.writer(&store, 1, MIB);
+            rig.append_and_flush(&mut writer, 2 * MIB);
             rig.append_and_flush(&mut writer, end);
-        });
-        store.set_over(&rig.name, false);
-        assert_eq!(store.positions(&rig.name)[0].flushed, at(end), "round {round}");
+            drop(writer);
+            store.set_over(&rig.name, true);
+            store.seal(&rig.name, WalFile::Segment(segment(1, 1))).unwrap();
+            let place = Rig::path("wal").join(&moment);
+            let (opened, wait) = mpsc::channel();
+            let opener = (rig.clone(), store.clone(), opened);
+            let (joined, handle) = mpsc::channel();
+            rig.disk.before_name_changes(&place, move || {
+                let (rig, store, opened) = opener;
+                let thread = std::thread::spawn(move || {
+                    let mut writer = rig.writer(&store, 1, end);
+                    let _ = opened.send(());
+                    rig.append_and_flush(&mut writer, end + 10);
+                });
+                // A writer that does not wait is there within this time; one that waits is waited for below.
+                let _ = wait.recv_timeout(Duration::from_millis(300));
+                joined.send(thread).unwrap();
+            });
+            store.seal(&rig.name, partial).unwrap();
+            handle.recv().unwrap().join().unwrap();
+            assert_eq!(store.positions(&rig.name)[0].flushed, at(end + 10), "{moment}");
+            let mut writer = rig.writer(&store, 1, end + 10);
+            rig.append_and_flush(&mut writer, end + 20);
+            drop((writer, store));
+            let store = rig.open();
+            assert_eq!(store.problems(&rig.name), Vec::<String>::new());
+            assert_eq!(store.positions(&rig.name)[0].flushed, at(end + 20), "{moment}");
+            rig.check_readable(&store, &root_history());
+        }
     }
-    drop(store);
-    let store = rig.open();
-    assert_eq!(store.problems(&rig.name), Vec::<String>::new());
-    assert_eq!(store.positions(&rig.name)[0].flushed, at(end));
-    rig.check_readable(&store, &root_history());
 }
 
 #[test]
