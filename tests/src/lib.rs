@@ -29,6 +29,7 @@ pub mod s3;
 pub mod scratch;
 pub mod site;
 pub mod strace;
+pub mod timelines;
 pub mod tls;
 pub mod traced;
 pub mod wait;

@@ -9,6 +9,7 @@ use klio_tests::{
     s3::{REGION, S3},
     scratch::Scratch,
     site::{PATIENCE, Site},
+    timelines::wait_line,
     wait::{eventually, eventually_now},
     workload::{self, Oracle, Target, Workload, differences},
 };
@@ -96,46 +97,64 @@ fn give_all(path: &Path) {
     }
 }
 
+/// What the page needs to know of a cluster with a site and a folder for what it makes.
+fn settings(site: &Site, scratch: &Scratch) -> Vec<(&'static str, String)> {
+    let text = |path: PathBuf| path.display().to_string();
+    let identity = scratch.join("identity.txt");
+    if let Some(kept) = site.identity() {
+        fs::copy(kept, &identity).expect("copy the identity");
+        install::give(&identity);
+    }
+    vec![
+        ("CLUSTER", "main".to_owned()),
+        ("IDENTITY", text(identity)),
+        ("PGBIN", text(install::bin_dir(install::DEBIAN_MAJOR))),
+        ("PGDATA", text(scratch.join("restored"))),
+        ("WORK", text(scratch.join("work"))),
+    ]
+}
+
+fn of_bucket(s3: &S3) -> Vec<(&'static str, String)> {
+    let settings = s3.settings();
+    vec![
+        ("S3", s3.endpoint()),
+        ("FOLDER", format!("{}/klio", settings.bucket)),
+        ("AWS_DEFAULT_REGION", REGION.to_owned()),
+        ("AWS_ACCESS_KEY_ID", settings.access_key.clone()),
+        ("AWS_SECRET_ACCESS_KEY", settings.secret_key.clone()),
+    ]
+}
+
+/// Runs the page and waits until recovery has ended; what the page's commands printed, and PostgreSQL's log. The restored cluster
+/// listens where `pg` did.
+async fn run_page(
+    pg: &Postgres,
+    scratch: &Scratch,
+    way: &str,
+    settings: &[(&'static str, String)],
+) -> (Daemon, String, String) {
+    let script = commands(&[way, "start"], settings);
+    let file = scratch.join("script");
+    fs::write(&file, &script).expect("write the script");
+    let mut command: Command = install::command("/bin/bash".as_ref());
+    command.args(["-euo", "pipefail"]).arg(&file).env("HOME", scratch.path());
+    let daemon = Daemon(scratch.join("restored"));
+    let outcome = programs::run(command).await;
+    let log = || fs::read_to_string(scratch.join("work/postgres.log")).unwrap_or_default();
+    assert_eq!(outcome.code, Some(0), "{}\n{}\n{}", outcome.stdout, outcome.stderr, log());
+    eventually("recovery to end", RECOVERY, || async {
+        pg.value("select not pg_is_in_recovery()").await == "t"
+    })
+    .await;
+    (daemon, outcome.stdout, log())
+}
+
 impl Lost {
-    fn settings(&self) -> Vec<(&'static str, String)> {
-        let text = |path: PathBuf| path.display().to_string();
-        let identity = self.scratch.join("identity.txt");
-        if let Some(kept) = self.site.identity() {
-            fs::copy(kept, &identity).expect("copy the identity");
-            install::give(&identity);
-        }
-        vec![
-            ("CLUSTER", "main".to_owned()),
-            ("IDENTITY", text(identity)),
-            ("PGBIN", text(install::bin_dir(install::DEBIAN_MAJOR))),
-            ("PGDATA", text(self.data())),
-            ("WORK", text(self.scratch.join("work"))),
-        ]
-    }
-
-    fn data(&self) -> PathBuf {
-        self.scratch.join("restored")
-    }
-
     /// Runs the page, and compares what comes back with what was there.
     async fn restore(self, way: &str, more: Vec<(&'static str, String)>) {
         workload::make_places(&self.places);
-        let mut settings = self.settings();
-        settings.extend(more);
-        let script = commands(&[way, "start"], &settings);
-        let file = self.scratch.join("script");
-        fs::write(&file, &script).expect("write the script");
-        let mut command: Command = install::command("/bin/bash".as_ref());
-        command.args(["-euo", "pipefail"]).arg(&file).env("HOME", self.scratch.path());
-        let daemon = Daemon(self.data());
-        let outcome = programs::run(command).await;
-        let log = fs::read_to_string(self.scratch.join("work/postgres.log")).unwrap_or_default();
-        assert_eq!(outcome.code, Some(0), "{}\n{}\n{log}", outcome.stdout, outcome.stderr);
-        eventually("recovery to end", RECOVERY, || async {
-            self.pg.value("select not pg_is_in_recovery()").await == "t"
-        })
-        .await;
-        let log = fs::read_to_string(self.scratch.join("work/postgres.log")).expect("its log");
+        let settings = [settings(&self.site, &self.scratch), more].concat();
+        let (daemon, _, log) = run_page(&self.pg, &self.scratch, way, &settings).await;
         let redone = log.rsplit_once("redo done at ").expect("it recovered").1;
         let redone = redone.split(' ').next().and_then(|text| text.parse().ok()).expect("an LSN");
         let expected = self.oracle.expect_at(&Target::Latest, redone).expect("all of the archive");
@@ -152,14 +171,7 @@ async fn from_bucket(plain: bool) {
     let lost = lose(plain).await;
     // The server's disk is gone, all but the identity, which the user keeps elsewhere.
     fs::remove_dir_all(lost.site.dir().join("data")).expect("lose the server's disk");
-    let s3 = lost.s3.settings();
-    let more = vec![
-        ("S3", lost.s3.endpoint()),
-        ("FOLDER", format!("{}/klio", s3.bucket)),
-        ("AWS_DEFAULT_REGION", REGION.to_owned()),
-        ("AWS_ACCESS_KEY_ID", s3.access_key.clone()),
-        ("AWS_SECRET_ACCESS_KEY", s3.secret_key.clone()),
-    ];
+    let more = of_bucket(&lost.s3);
     lost.restore("bucket", more).await;
 }
 
@@ -182,4 +194,51 @@ async fn the_page_restores_from_the_files_of_a_server() {
     give_all(&tier1);
     let more = vec![("TIER1", tier1.display().to_string())];
     lost.restore("files", more).await;
+}
+
+/// PostgreSQL's own `latest` would follow it: its history is in the archive like any other.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_does_not_follow_a_copy_that_streamed_by_mistake() {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let mut pg = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let stream = site.stream(&pg);
+    pg.write_wal(1).await;
+    let backup = site.klio(Some(&pg), &["backup"]).await;
+    assert_eq!(backup.code, Some(0), "{}{}", backup.stdout, backup.stderr);
+    let copy = pg.standby().await;
+    copy.promote().await;
+    let mistake = site.stream(&copy);
+    copy.execute("create table of_the_copy ()").await;
+    let theirs = copy.write_wal(4 << 20).await;
+    wait_line(&site, 2, "undecided", theirs).await;
+    pg.execute("create table of_production ()").await;
+    let segment = pg.segment_size().await;
+    let switched = pg.switch_wal().await.segment_start(segment);
+    pg.write_wal(1).await;
+    site.wait_archived(switched).await;
+    s3.wait_backup("main").await;
+    let held = ["timelines.json", "wal/00000002.history"].map(|key| format!("klio/main/{key}"));
+    eventually("the copy's history in the bucket", PATIENCE, || async {
+        let keys = s3.keys("klio/main");
+        let there = |key: &String| keys.iter().any(|k| k.strip_suffix(".age").unwrap_or(k) == key);
+        held.iter().all(there).then_some(()).ok_or(keys)
+    })
+    .await;
+    drop((stream, mistake, copy));
+    pg.stop(Stop::Fast).await;
+    site.stop().await;
+
+    let scratch = Scratch::new("disaster");
+    install::give(scratch.path());
+    let settings = [settings(&site, &scratch), of_bucket(&s3)].concat();
+    let (_daemon, said, _) = run_page(&pg, &scratch, "bucket", &settings).await;
+    assert!(said.contains("timeline 2 is undecided: it is not followed"), "{said}");
+    let there = async |table: &str| pg.value(&format!("select to_regclass('{table}')")).await;
+    assert_eq!(there("of_production").await, "of_production", "{said}");
+    assert_ne!(there("of_the_copy").await, "of_the_copy", "{said}");
+    // The number of the copy's timeline is not given again.
+    assert_eq!(pg.timeline().await.get(), 3);
 }

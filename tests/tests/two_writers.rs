@@ -1,48 +1,16 @@
 //! Two PostgreSQLs of one cluster write at once, on two timelines: a copy that was promoted and streams by mistake, or an old
 //! primary behind a healed network. Both are received and acknowledged, neither evicts the other, a person decides.
 
-use klio_pg::Lsn;
 use klio_tests::{
     install_crypto,
     postgres::{Postgres, Stop},
-    programs::{self, Outcome},
     s3::S3,
     site::{PATIENCE, Site},
+    timelines::{self, decide, wait_line},
     wait::eventually,
 };
 use serde_json::Value;
-use std::{fs, path::Path};
-
-async fn decide(site: &Site, bundle: &Path, args: &[&str]) -> Outcome {
-    let args = [&["timeline"], args, &["--cluster", "main"]].concat();
-    programs::run(site.klio_command_of(bundle, None, &args)).await
-}
-
-async fn timelines(site: &Site) -> Vec<Value> {
-    let outcome = site.klio(None, &["timeline", "list", "--json"]).await;
-    let value: Value = serde_json::from_str(&outcome.stdout).unwrap_or_default();
-    value["timelines"].as_array().cloned().unwrap_or_default()
-}
-
-/// A timeline as it stands: its standing, whether it streams, and how far it is.
-async fn line(site: &Site, timeline: u32) -> Option<(String, bool, Lsn)> {
-    let all = timelines(site).await;
-    let found = all.iter().find(|line| line["timeline"] == timeline)?;
-    let standing = found["standing"].as_str().unwrap_or_default().to_owned();
-    let flushed = found["flushed_lsn"].as_str()?.parse().ok()?;
-    Some((standing, found["connected"].as_bool()?, flushed))
-}
-
-async fn wait_line(site: &Site, timeline: u32, standing: &str, end: Lsn) {
-    let what = format!("timeline {timeline} to be {standing} and durable up to {end}");
-    eventually(&what, PATIENCE, || async {
-        match line(site, timeline).await {
-            Some((found, true, flushed)) if found == standing && flushed >= end => Ok(()),
-            found => Err(found),
-        }
-    })
-    .await;
-}
+use std::fs;
 
 /// What a restore without any wish would follow.
 async fn latest(site: &Site) -> (Value, String) {
@@ -128,7 +96,7 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     }
     let ours = production.write_wal(1 << 20).await;
     wait_line(&site, 1, "followed", ours).await;
-    let all = timelines(&site).await;
+    let all = timelines::list(&site).await;
     assert_eq!(all[1]["decided_by"], "ann", "{all:?}");
     let list = site.klio(None, &["generation", "list", "--json"]).await.stdout;
     let list: Value = serde_json::from_str(&list).expect("JSON");
@@ -160,7 +128,7 @@ async fn a_copy_that_is_promoted_and_streams_by_mistake_takes_nothing_from_produ
     fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
     site.start().await;
     let standings: Vec<Value> =
-        timelines(&site).await.iter().map(|line| line["standing"].clone()).collect();
+        timelines::list(&site).await.iter().map(|line| line["standing"].clone()).collect();
     assert_eq!(standings, ["retired", "followed"]);
     let mut refused = site.stream(&production);
     let status = refused.wait_exit(PATIENCE).await;
@@ -196,7 +164,7 @@ async fn a_copy_that_was_promoted_twice_leaves_nothing_to_follow_on_its_way() {
     wait_line(&site, 3, "undecided", theirs).await;
     let ours = production.write_wal(1 << 20).await;
     wait_line(&site, 1, "followed", ours).await;
-    let all = timelines(&site).await;
+    let all = timelines::list(&site).await;
     assert_eq!(all[1]["standing"], "undecided", "{all:?}");
     let (followed, said) = latest(&site).await;
     assert_eq!(followed, 1, "{said}");
@@ -256,6 +224,6 @@ async fn a_planned_switchover_needs_no_hand() {
     let _new = site.stream(&standby);
     let end = standby.write_wal(2 << 20).await;
     wait_line(&site, 2, "followed", end).await;
-    assert!(timelines(&site).await.iter().all(|line| line["standing"] != "undecided"));
+    assert!(timelines::list(&site).await.iter().all(|line| line["standing"] != "undecided"));
     drop(stream);
 }

@@ -40,15 +40,18 @@ enum Event {
     Drill,
     Clock,
     Hostile,
+    Copy,
 }
 
-/// The moves that are made while the primary lives.
-const LIVE: [(Move, Event); 4] = [
+/// The moves that are made at any moment while the primary lives.
+const LIVE: [(Move, Event); 3] = [
     (Move::LostTier1, Event::LostTier1),
-    (Move::Tablespaces, Event::Drill),
     (Move::Clock, Event::Clock),
     (Move::Hostile, Event::Hostile),
 ];
+/// Those that need a backup, each with its chance; life goes on for a few events afterwards.
+const BEHIND_BACKUP: [(Move, Event, f64); 2] =
+    [(Move::Tablespaces, Event::Drill, 0.1), (Move::Copy, Event::Copy, 0.15)];
 
 fn choose(rng: &mut StdRng, plan: &Plan) -> Event {
     if !plan.chaos {
@@ -91,17 +94,20 @@ pub(super) async fn run(
         if event != Event::Quiet && event != Event::Backup {
             report.faults.push(format!("{event:?}"));
         }
-        // A drill needs a backup.
-        let event = if event == Event::Drill && first.is_none() { Event::Backup } else { event };
-        let done = happen(event, rig, rng).await;
-        match done {
-            Some(true) => {
-                report.backups.0 += 1;
-                let position = rig.pg.insert_lsn().await;
-                first.get_or_insert(position);
+        if live(event, rig, rng, report).await {
+            let position = rig.pg.insert_lsn().await;
+            first.get_or_insert(position);
+        }
+    }
+    for (what, event, chance) in BEHIND_BACKUP {
+        if plan.chaos && plan.moves.decide(rng, what, chance) {
+            report.faults.push(format!("{event:?}"));
+            happen(event, rig, rng).await;
+            for _ in 0..rng.random_range(0..3) {
+                let event = choose(rng, plan);
+                report.faults.push(format!("{event:?}"));
+                live(event, rig, rng, report).await;
             }
-            Some(false) => report.backups.1 += 1,
-            None => tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await,
         }
     }
     // The restore targets behind the backup need some commits.
@@ -109,6 +115,17 @@ pub(super) async fn run(
     crate::wait::eventually_now("commits behind the backup", PATIENCE, || load.count() > enough)
         .await;
     first.expect("a backup was finished")
+}
+
+/// One event and a moment of quiet. Whether a backup was finished.
+async fn live(event: Event, rig: &mut Rig, rng: &mut StdRng, report: &mut Report) -> bool {
+    let done = happen(event, rig, rng).await;
+    match done {
+        Some(true) => report.backups.0 += 1,
+        Some(false) => report.backups.1 += 1,
+        None => tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await,
+    }
+    done == Some(true)
 }
 
 fn backup(rig: &Rig) -> Running {
@@ -239,6 +256,10 @@ async fn happen(event: Event, rig: &mut Rig, rng: &mut StdRng) -> Option<bool> {
         Event::Clock => None,
         Event::Hostile => {
             hostile::attack(&rig.site, rng).await;
+            None
+        }
+        Event::Copy => {
+            rig.copy_streams().await;
             None
         }
         Event::Hang => {

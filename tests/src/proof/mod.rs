@@ -5,6 +5,7 @@
 //! What must stay true: a round panics on any doubt. It ends what it started, in every case.
 
 mod chaos;
+mod copy;
 mod history;
 mod hostile;
 mod moves;
@@ -86,9 +87,11 @@ pub async fn round(seed: u64, plan: &Plan) -> Report {
         }
         let first = chaos::run(&mut rig, &mut load, &mut rng, plan, &mut report).await;
         if decide(&mut rig, &mut rng, &mut report).await == Some(Decision::Retire) {
+            rig.end_copy(&mut rng, &mut report).await;
             load.stop().await;
             break;
         }
+        rig.end_copy(&mut rng, &mut report).await;
         let lost = rng.random_bool(0.5);
         let oracle = rig.end(load, lost).await;
         report.transactions += oracle.transactions.len();

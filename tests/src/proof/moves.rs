@@ -22,11 +22,13 @@ pub enum Move {
     Clock,
     /// The cluster's own certificate uploads garbage and lies.
     Hostile,
+    /// A restored copy is promoted beside the living primary and streams by mistake.
+    Copy,
 }
 
 impl Move {
     /// All of them.
-    pub const ALL: [Move; 7] = [
+    pub const ALL: [Move; 8] = [
         Move::SetBack,
         Move::Twins,
         Move::LostTier1,
@@ -34,6 +36,7 @@ impl Move {
         Move::Included,
         Move::Clock,
         Move::Hostile,
+        Move::Copy,
     ];
 
     /// Its name on a command line.
@@ -47,6 +50,7 @@ impl Move {
             Move::Included => "included-target",
             Move::Clock => "clock",
             Move::Hostile => "hostile",
+            Move::Copy => "copy",
         }
     }
 }

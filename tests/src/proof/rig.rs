@@ -1,7 +1,9 @@
 //! The machines of a round: a primary, its sidecar, the server, the bucket.
 
 use super::{
-    Move, Plan, history,
+    Move, Plan, Report,
+    copy::Copy,
+    history,
     history::Kept,
     restore::{Map, Restored, Restorer, Source},
 };
@@ -57,6 +59,7 @@ pub struct Rig {
     pub undecided: Option<u64>,
     /// A drill ran beside the live primary.
     pub drilled: bool,
+    copy: Option<Copy>,
     folders: AtomicU32,
 }
 
@@ -133,6 +136,7 @@ impl Rig {
             generation: 1,
             undecided: None,
             drilled: false,
+            copy: None,
             folders: AtomicU32::new(0),
         }
     }
@@ -360,15 +364,34 @@ impl Rig {
         match mapping {
             Mapping::None => Vec::new(),
             Mapping::Movable => vec![movable],
-            Mapping::All => {
-                let apart = self.scratch.join("apart");
-                let places = workload::places(&self.places());
-                let places = places.into_iter().chain([self.elsewhere()]).filter_map(|from| {
-                    let to = apart.join(from.file_name()?);
-                    Some(Map { from: from.display().to_string(), to, optional: true })
-                });
-                places.collect()
-            }
+            Mapping::All => self.maps_to("apart"),
+        }
+    }
+
+    /// Every place of a tablespace goes below a folder of this name instead.
+    pub fn maps_to(&self, name: &str) -> Vec<Map> {
+        let apart = self.scratch.join(name);
+        let places = workload::places(&self.places());
+        let places = places.into_iter().chain([self.elsewhere()]).filter_map(|from| {
+            let to = apart.join(from.file_name()?);
+            Some(Map { from: from.display().to_string(), to, optional: true })
+        });
+        places.collect()
+    }
+
+    /// A copy of the cluster streams by mistake, or, where one does, writes on. Not while another history of the cluster streams.
+    pub(super) async fn copy_streams(&mut self) {
+        match &self.copy {
+            Some(copy) => copy.write().await,
+            None if self.undecided.is_none() => self.copy = Some(Copy::make(self).await),
+            None => {}
+        }
+    }
+
+    /// It ends, if there is one.
+    pub(super) async fn end_copy(&mut self, rng: &mut StdRng, report: &mut Report) {
+        if let Some(copy) = self.copy.take() {
+            report.faults.push(format!("copy-{}", copy.end(self, rng).await));
         }
     }
 
