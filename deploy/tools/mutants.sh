@@ -3,7 +3,7 @@
 #
 #   mutants.sh syncs           each call that makes something durable is left out in turn; tests/tests/syscalls.rs must fail
 #   mutants.sh units [FILE...] cargo-mutants on the files below where promises P1 to P13 rest on them (or on these of them); each with
-#                              the unit tests of its own module
+#                              the unit tests of its own module; SHARD=K/N in the environment: every N-th mutant only, beginning with K
 #
 # Results: target/mutants/syncs.txt and target/mutants/units/. What is in there is not run again, so a run that was broken off goes on
 # where it was; remove a line, or all, to run it again. Ends with 1 when anything survived.
@@ -117,6 +117,9 @@ syncs() {
 units() {
     local bad=0 file package filter place
     command -v cargo-mutants >/dev/null || { say "error: no cargo-mutants; hint: cargo install cargo-mutants --locked"; return 1; }
+    # One tree and one target folder for all files, so that each mutant costs one incremental build.
+    copy_tree
+    export CARGO_TARGET_DIR="$OUT/target" CARGO_PROFILE_DEV_DEBUG=0
     while IFS='|' read -r file package filter; do
         [ -n "$file" ] || continue
         [ $# = 0 ] || [[ " $* " == *" $file "* ]] || continue
@@ -125,9 +128,13 @@ units() {
         mkdir -p "$place"
         say "$file"
         # Goes on with what an earlier run left, mutant by mutant.
-        (cd "$ROOT" && cargo mutants --iterate --jobs 1 --no-shuffle --colors never --output "$place" --package "$package" \
-            --file "$file" -- --lib "$filter") || true
-        if [ -f "$place/mutants.out/outcomes.json" ] && ! [ -s "$place/mutants.out/missed.txt" ]; then touch "$place/done"; else bad=1; fi
+        (cd "$TREE" && cargo mutants --in-place --iterate ${SHARD:+--shard "$SHARD"} --no-shuffle --colors never --output "$place" \
+            --package "$package" --file "$file" -- --lib "$filter") || true
+        if [ -f "$place/mutants.out/outcomes.json" ] && ! [ -s "$place/mutants.out/missed.txt" ]; then
+            [ -n "${SHARD:-}" ] || touch "$place/done"
+        else
+            bad=1
+        fi
         printf '%s: caught %s, missed %s, unviable %s, timeout %s\n' "$file" \
             $(for list in caught missed unviable timeout; do wc -l <"$place/mutants.out/$list.txt"; done) | tee -a "$OUT/units.txt"
         sed 's/^/  missed: /' "$place/mutants.out/missed.txt"
