@@ -60,6 +60,8 @@ use tower::layer::util::{Identity, Stack};
 
 /// All of the way out, but telemetry's flush.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// Of that, for throwing away what the bucket has of uploads that are not at their end.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 /// A message is at most a batch of WAL with some room; larger ones are refused unread.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// One stream of WAL, some fetches, some questions; a client that wants more is broken.
@@ -82,6 +84,7 @@ pub struct Running {
     background: Vec<(&'static str, JoinHandle<()>)>,
     consumer_tasks: JoinSet<()>,
     queue_tasks: JoinSet<()>,
+    tier2: Option<Tier2>,
 }
 
 /// Starts everything; the server is receiving when this returns.
@@ -105,6 +108,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         None => None,
     };
     let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
+    let tier2 = tier2.map(Tier2::keeping_parts);
     let store = open_store(&config).await?;
 
     let [front, back, last] = std::array::from_fn(|_| CancellationToken::new());
@@ -199,7 +203,9 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         tasks: sessions.clone(),
         shutdown: front.clone(),
     };
-    let catalog = CatalogService { auth: auth.clone(), histories, board: board.clone(), tier2 };
+    let served = tier2.clone();
+    let catalog =
+        CatalogService { auth: auth.clone(), histories, board: board.clone(), tier2: served };
     let count = CountLayer { auth: auth.clone(), quotas: quotas.clone() };
     let admit: tls::Admit = Arc::new(move |chain| {
         // One who has no role is told so by the first call; until then all of those share one quota.
@@ -234,7 +240,17 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     }
     let maintaining = spawn(telemetry.polls().watch(maintenance.run(front.clone())));
     let background = vec![("seal", sealing), ("maintenance", maintaining), ("as of", keeping)];
-    Ok(Running { front, back, last, sessions, tasks, background, consumer_tasks, queue_tasks })
+    Ok(Running {
+        front,
+        back,
+        last,
+        sessions,
+        tasks,
+        background,
+        consumer_tasks,
+        queue_tasks,
+        tier2,
+    })
 }
 
 /// The one place that spawns: every handle ends up in [`Running`].
@@ -452,9 +468,20 @@ impl Running {
             }
         }
         drain("consumer", &mut self.consumer_tasks, deadline).await;
+        if let Some(tier2) = &self.tier2 {
+            abandon(tier2, deadline).await;
+        }
         self.last.cancel();
         drain("queue", &mut self.queue_tasks, deadline).await;
         tracing::info!("stopped");
+    }
+}
+
+/// A store that does not answer keeps nobody from stopping: its lifecycle rule clears what stays.
+async fn abandon(tier2: &Tier2, deadline: tokio::time::Instant) {
+    let until = deadline.min(tokio::time::Instant::now() + ABANDON_TIMEOUT);
+    if tokio::time::timeout_at(until, tier2.abandon()).await.is_err() {
+        tracing::warn!("half-done uploads stay in tier 2: it did not answer in time");
     }
 }
 

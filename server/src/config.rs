@@ -294,7 +294,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "tier2.request_timeout_seconds",
         "60",
-        "until a request is answered, beside 1 s for each 16 KiB that it sends; also the longest pause of an answer",
+        "for so long nothing of a request may move: no byte that is sent, no byte of the answer; one that moves may take any time",
     ),
     ("tier2.retry_timeout_seconds", "30", "retries inside one attempt"),
     ("admin.listen", "127.0.0.1:7424", "/livez, /readyz, /metrics"),

@@ -68,6 +68,38 @@ async fn a_bucket_in_trouble_holds_nothing_up_and_is_caught_up_with() {
     }
 }
 
+/// S3 keeps, and bills, the parts of an upload that nobody ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_stopped_in_the_middle_of_an_upload_leaves_nothing_half_done() {
+    install_crypto();
+    let pg = Postgres::builder().segment_mib(64).set("wal_keep_size", "1GB").start().await;
+    let s3 = S3::new();
+    let half_done = || -> Vec<String> {
+        let files = std::fs::read_dir(&s3.settings().root).expect("the store's folder");
+        let names = files.flatten().map(|file| file.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with(".upload")).collect()
+    };
+    s3.faults().inject(Rule::always(Fault::Hang).path("partNumber=2&"));
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let stream = site.stream(&pg);
+    // More than one part, compressed.
+    pg.write_wal(48 << 20).await;
+    let sealed = end_segment(&pg).await;
+    eventually("the first part to be there", PATIENCE, || async {
+        half_done().iter().any(|name| name.ends_with(".part-1"))
+    })
+    .await;
+    drop(stream);
+    site.stop().await;
+    assert_eq!(half_done(), Vec::<String>::new());
+    s3.faults().heal();
+    site.start().await;
+    let _stream = site.stream(&pg);
+    site.wait_archived(sealed).await;
+    assert_eq!(half_done(), Vec::<String>::new());
+}
+
 /// P4: the queue is a hint.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_and_a_bucket_added_later_lose_nothing() {

@@ -35,6 +35,8 @@ struct State {
     gone: BTreeSet<BaseObject>,
     /// On tier 1 and not proven, and since when, Unix seconds.
     pending: BTreeMap<BaseObject, f64>,
+    /// Of those that may change: announced since their job began to read them.
+    anew: BTreeSet<BaseObject>,
     /// What is wrong, by object; the empty name is the cluster as a whole.
     problems: BTreeMap<String, String>,
     /// When the bucket was last listed.
@@ -68,10 +70,23 @@ impl BaseArchives {
     /// An object is on tier 1 and may not be in tier 2.
     pub fn announce(&self, cluster: &ClusterName, object: BaseObject, now_unix: f64) {
         self.with(cluster, |state| {
+            if !object.is_fixed() {
+                state.anew.insert(object.clone());
+            }
             if state.size(&object).is_none() || !object.is_fixed() {
                 state.pending.entry(object).or_insert(now_unix);
             }
         });
+    }
+
+    /// Its job begins: what was announced until now, it reads.
+    pub fn begins(&self, cluster: &ClusterName, object: &BaseObject) {
+        self.with(cluster, |state| state.anew.remove(object));
+    }
+
+    /// Whether an object was announced since its job began: that job may have read what was there before.
+    pub fn is_anew(&self, cluster: &ClusterName, object: &BaseObject) -> bool {
+        lock(&self.0).get(cluster).is_some_and(|state| state.anew.contains(object))
     }
 
     /// Says that archiving stands, and why; `None` when it goes on.
@@ -82,10 +97,12 @@ impl BaseArchives {
         });
     }
 
-    /// An object was proven.
+    /// An object was proven. One that was announced anew still waits.
     pub fn proven(&self, cluster: &ClusterName, object: BaseObject, size: u64) {
         self.with(cluster, |state| {
-            state.pending.remove(&object);
+            if !state.anew.contains(&object) {
+                state.pending.remove(&object);
+            }
             state.problems.remove(&object.to_string());
             state.problems.remove("");
             state.gone.remove(&object);
@@ -269,6 +286,26 @@ mod tests {
         assert_eq!(archives.size(&cluster(), &object("base/config")), Some(7));
         archives.compared(&cluster(), &[], &[(object("backups/a.json"), 3)], 1.0);
         assert!(archives.records(&cluster()).unwrap().contains(&"a".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_is_announced_while_its_job_is_under_way_still_waits_after_it() {
+        let archives = BaseArchives::default();
+        let (levels, fixed) = (object("wal_levels.json"), object("backups/a.json"));
+        let waits = || archives.state(&cluster()).unarchived_files;
+        for object in [&levels, &fixed] {
+            archives.announce(&cluster(), object.clone(), 1.0);
+            archives.begins(&cluster(), object);
+        }
+        archives.announce(&cluster(), levels.clone(), 2.0);
+        for object in [&levels, &fixed] {
+            archives.proven(&cluster(), object.clone(), 7);
+        }
+        assert_eq!(waits(), 1);
+        assert!(archives.is_anew(&cluster(), &levels) && !archives.is_anew(&cluster(), &fixed));
+        archives.begins(&cluster(), &levels);
+        archives.proven(&cluster(), levels.clone(), 8);
+        assert!(waits() == 0 && !archives.is_anew(&cluster(), &levels));
     }
 
     #[tokio::test]

@@ -5,7 +5,8 @@
 //!     In the bucket a record therefore says that its backup can be restored from the bucket alone; but that
 //!     of an idle standby, whose last segment PostgreSQL has not finished;
 //! B2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
-//! B3  what maintenance removed from tier 1 before its turn came is no longer work to do.
+//! B3  what maintenance removed from tier 1 before its turn came is no longer work to do;
+//! B4  what changed while its job was under way gets another one when the queue has let go of that: it takes no second job before.
 
 use super::{
     Attempt, Parts,
@@ -86,6 +87,18 @@ impl Process for BaseWork {
         self.base.archives().stands(&self.cluster, why);
     }
 
+    fn changes(&self) -> bool {
+        true
+    }
+
+    /// B4.
+    fn let_go(&self, message: &Message) {
+        let Ok(job) = BaseJob::decode(&message.payload) else { return };
+        if self.base.archives().is_anew(&self.cluster, &job.object) {
+            self.base.announce(&self.cluster, job.object, job.size);
+        }
+    }
+
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind> {
         self.process_job(message, delivered).boxed()
     }
@@ -124,10 +137,14 @@ impl BaseWork {
     }
 
     async fn offload(&self, job: &BaseJob, delivered: i64) -> AckKind {
-        let Some(result) = self.turns.take(self.work(&job.object)).await else {
+        let (archives, observer) = (self.base.archives(), &self.parts.observer);
+        let work = async {
+            archives.begins(&self.cluster, &job.object);
+            self.work(&job.object).await
+        };
+        let Some(result) = self.turns.take(work).await else {
             return AckKind::Nak(None);
         };
-        let (archives, observer) = (self.base.archives(), &self.parts.observer);
         let span = tracing::Span::current();
         let failed = result.as_ref().err().map(attempt_of).is_some_and(is_of_the_store);
         self.turns.failed(failed);
@@ -151,7 +168,7 @@ impl BaseWork {
                 tracing::debug!(cluster = %self.cluster, object = %job.object, reason, "waits");
                 observer.attempted_base(&self.cluster, Attempt::Waiting, 0);
                 span.record("outcome", Attempt::Waiting.as_str());
-                AckKind::Nak(Some(pause(delivered).min(WAIT_MAX)))
+                AckKind::Nak(Some(pause(delivered, Attempt::Waiting).min(WAIT_MAX)))
             }
             Err(error) => self.failed(job, delivered, &error, &span),
         }
@@ -169,7 +186,7 @@ impl BaseWork {
         span.record("outcome", attempt.as_str());
         span.record("otel.status_code", "ERROR");
         span.record("error.type", attempt.as_str());
-        let pause = pause(delivered);
+        let pause = pause(delivered, attempt);
         tracing::warn!(
             cluster = %self.cluster, object = %job.object, %error, attempt = delivered,
             pause_seconds = pause.as_secs_f64(), "offload failed; tried again"

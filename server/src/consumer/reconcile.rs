@@ -19,15 +19,16 @@ const JOBS_AT_ONCE: usize = 32;
 /// Many losses in a moment are one round.
 const SETTLE: Duration = Duration::from_millis(200);
 const RETRY_MIN: Duration = Duration::from_secs(1);
-const RETRY_MAX: Duration = Duration::from_secs(60);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// Compares until cancelled.
 pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken) {
     let mut next_full = Instant::now();
     let mut failed: BTreeSet<ClusterName> = BTreeSet::new();
     let mut retry_after = RETRY_MIN;
+    // Not from each round on: wishes for other clusters would put it off for ever.
+    let mut retry_at = Instant::now();
     while !cancel.is_cancelled() {
-        let retry_at = Instant::now() + retry_after;
         let wanted = tokio::select! {
             () = cancel.cancelled() => break,
             () = tokio::time::sleep_until(next_full) => Wanted { all: true, ..Wanted::default() },
@@ -48,8 +49,12 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
             () = cancel.cancelled() => break,
             failures = round => failures,
         };
-        retry_after =
-            if failures.is_empty() { RETRY_MIN } else { (retry_after * 2).min(RETRY_MAX) };
+        if !failures.is_empty() {
+            retry_at = Instant::now() + retry_after;
+            retry_after = (retry_after * 2).min(RETRY_MAX);
+        } else if failed.is_empty() {
+            retry_after = RETRY_MIN;
+        }
         failed.extend(failures);
         tokio::select! {
             () = cancel.cancelled() => break,

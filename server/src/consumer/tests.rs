@@ -4,7 +4,10 @@ use super::{
     ArchiveState, Archives, Attempt, ConsumerConfig, Observer, Parts, Tier1Files,
     directory::Directory, start,
 };
-use crate::queue::tests::{TestQueue, eventually, pid};
+use crate::{
+    base::BaseStore,
+    queue::tests::{TestQueue, eventually, pid},
+};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use klio_storage::{
     layout::{ClusterName, WalFile},
@@ -19,6 +22,7 @@ use std::{
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+mod changing;
 #[path = "../../../storage/src/tier2/tests/s3.rs"]
 mod s3;
 use s3::{BUCKET, Fault, S3};
@@ -129,6 +133,16 @@ fn tier2(s3: &S3) -> Tier2 {
 
 impl Test {
     fn start(root: &Path, queue: &TestQueue, s3: &S3) -> Self {
+        Self::start_with(root, queue, s3, None, 5)
+    }
+
+    fn start_with(
+        root: &Path,
+        queue: &TestQueue,
+        s3: &S3,
+        base: Option<BaseStore>,
+        reconcile_interval_seconds: u32,
+    ) -> Self {
         let directory = Directory::new(root, SegmentSize::new(SEGMENT as u32).unwrap());
         let files: Arc<dyn Tier1Files> = Arc::new(directory.clone());
         let archives = Archives::new(Arc::clone(&files));
@@ -138,10 +152,10 @@ impl Test {
             tier2: tier2(s3),
             files,
             archives: archives.clone(),
-            base: None,
+            base,
             observer: counts.clone(),
         };
-        let config = ConsumerConfig { reconcile_interval_seconds: 5, ..ConsumerConfig::default() };
+        let config = ConsumerConfig { reconcile_interval_seconds, ..ConsumerConfig::default() };
         let cancel = CancellationToken::new();
         let tasks = start(&config, parts, cancel.clone());
         Self { files: directory, archives, counts, cancel, tasks }

@@ -107,7 +107,7 @@ impl WalWork {
         self.parts.observer.attempted(&self.cluster, attempt, 0);
         span.record("otel.status_code", "ERROR");
         span.record("error.type", attempt.as_str());
-        let pause = pause(delivered);
+        let pause = pause(delivered, attempt);
         tracing::warn!(
             cluster = %self.cluster, file = %job.file, %error, attempt = delivered,
             pause_seconds = pause.as_secs_f64(), "offload failed; tried again"

@@ -1,11 +1,13 @@
 //! One cluster's jobs of one kind: pulled from its own durable consumer, done, acknowledged.
 //!
 //! W1  acknowledged only after the work is proven and recorded.
-//! W2  redelivered without end; the pause doubles up to five minutes, with jitter.
+//! W2  redelivered without end; the pause doubles with jitter: up to five minutes for trouble with one file, up to half a minute for
+//!     trouble with the store, so that soon after an outage everything moves again.
 //! W3  a long upload, or a wait for a slot, tells the queue that it goes on.
 //! W4  what the queue does not give is made anew, however it is damaged (P4): while files wait and no job comes, the remedies
 //!     of [`Remedy`] are tried one after the other, and it is said.
 
+use super::{Attempt, wal::is_of_the_store};
 use crate::queue::{Connection, JobError, Queue, Repair, STREAM};
 use async_nats::jetstream::{
     AckKind, Message,
@@ -40,8 +42,11 @@ const PULL_EXPIRES: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15
 const ERRORS_MAX: u32 = 3;
 /// All remedies were tried: something else is wrong, and trying again at once would only lose jobs.
 const TRIED_ALL_PAUSE: Duration = Duration::from_secs(600);
-pub(super) const RETRY_MIN: Duration = Duration::from_secs(1);
-pub(super) const RETRY_MAX: Duration = Duration::from_secs(300);
+const RETRY_MIN: Duration = Duration::from_secs(1);
+/// A file that is damaged or in conflict waits for a person.
+const RETRY_MAX: Duration = Duration::from_secs(300);
+/// A store that answers again is found by asking it. One attempt of a cluster at a time is no burden ([`Turns`]).
+const STORE_RETRY_MAX: Duration = Duration::from_secs(30);
 /// Between two tries to follow a queue that answers with errors.
 const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
@@ -57,6 +62,12 @@ pub(super) trait Process: Send + Sync + 'static {
     fn waits(&self) -> bool;
     /// Says that archiving stands, and why; `None` when it goes on.
     fn stands(&self, why: Option<String>);
+    /// Whether what a job is about may change, so that it may be queued again while it is done.
+    fn changes(&self) -> bool {
+        false
+    }
+    /// The queue has let a job go: from now on the same one can be queued again.
+    fn let_go(&self, _message: &Message) {}
     /// Does a job, delivered for the `delivered`-th time, and says what becomes of it.
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind>;
 }
@@ -294,9 +305,18 @@ async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
         AckKind::Nak(pause) => pause,
         _ => None,
     };
-    // Lost: the job comes again, and finds its work done.
-    if let Err(error) = message.ack_with(answer).await {
-        tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
+    let done = matches!(answer, AckKind::Ack);
+    let told = match done && work.changes() {
+        true => message.double_ack().await,
+        false => message.ack_with(answer).await,
+    };
+    match told {
+        Ok(()) if done => work.let_go(&message),
+        Ok(()) => {}
+        // Lost: the job comes again, and finds its work done.
+        Err(error) => {
+            tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
+        }
     }
     pause
 }
@@ -355,10 +375,11 @@ impl Turns {
     }
 }
 
-/// W2: about 1, 2, 4 … 300 seconds, of which a random half to whole.
-pub(super) fn pause(delivered: i64) -> Duration {
+/// W2: about 1, 2, 4 … seconds after the first, second, third attempt, of which a random half to whole.
+pub(super) fn pause(delivered: i64, attempt: Attempt) -> Duration {
+    let most = if is_of_the_store(attempt) { STORE_RETRY_MAX } else { RETRY_MAX };
     let doublings = (delivered.max(1) - 1).min(16) as u32;
-    let whole = RETRY_MIN.saturating_mul(1 << doublings).min(RETRY_MAX);
+    let whole = RETRY_MIN.saturating_mul(1 << doublings).min(most);
     whole.mul_f64(rand::random_range(0.5..=1.0))
 }
 
@@ -390,14 +411,26 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_with_jitter_and_end_at_five_minutes() {
+    fn pauses_double_with_jitter_and_end_at_five_minutes_for_a_file() {
         for (delivered, most) in
             [(1, 1.0), (2, 2.0), (5, 16.0), (9, 256.0), (10, 300.0), (i64::MAX, 300.0)]
         {
             for _ in 0..50 {
-                let seconds = pause(delivered).as_secs_f64();
+                let seconds = pause(delivered, Attempt::Conflict).as_secs_f64();
                 assert!(seconds <= most && seconds >= most / 2.0, "{delivered}: {seconds}");
             }
         }
+    }
+
+    /// After a few 503s a small record was waited for over two minutes.
+    #[test]
+    fn after_an_outage_of_the_store_whatever_failed_is_tried_within_half_a_minute() {
+        for attempt in [Attempt::Transient, Attempt::Denied, Attempt::Invalid] {
+            for delivered in (1..20).chain([i64::MAX]) {
+                let pause = pause(delivered, attempt);
+                assert!(pause <= Duration::from_secs(30), "{attempt:?} {delivered}: {pause:?}");
+            }
+        }
+        assert!(pause(1, Attempt::Transient) <= Duration::from_secs(1), "and soon at first");
     }
 }

@@ -153,10 +153,21 @@ fn span_of(job: &Task) -> tracing::Span {
     }
 }
 
+/// The queue swallows an id that it has just seen, also when that job is done: what may have changed meanwhile is a new message.
+/// That it is not queued twice is the subject's work.
+fn message_id(job: &Task) -> String {
+    match job {
+        Task::Base(job) if !job.object.is_fixed() => {
+            format!("{}/{:016x}", job.id(), rand::random::<u64>())
+        }
+        _ => job.id(),
+    }
+}
+
 async fn send(jetstream: &jetstream::Context, job: &Task) -> Result<(), Error> {
     let fail = Error::nats("publish a job");
     let mut headers = HeaderMap::new();
-    headers.insert(NATS_MESSAGE_ID, job.id().as_str());
+    headers.insert(NATS_MESSAGE_ID, message_id(job).as_str());
     // The consumer's span becomes a child of this one, and with it of the sender's.
     klio_telemetry::propagate::inject(&mut |key, value| headers.insert(key, value.as_str()));
     let payload = job.encode().into();

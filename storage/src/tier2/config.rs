@@ -3,6 +3,7 @@
 //! Unknown keys are refused; secrets print as `[redacted]`; `validate` names every problem at once and
 //! needs neither network nor bucket.
 
+use crate::{Error, Kind, Op};
 use klio_pg::ByteSize;
 use std::{fmt, path::PathBuf, time::Duration};
 use url::Url;
@@ -65,7 +66,7 @@ pub struct Tier2Config {
     /// Seconds until a connection must stand.
     #[serde(default = "default_connect_timeout")]
     pub connect_timeout_seconds: u32,
-    /// Seconds one request may take, with its body.
+    /// Seconds for which nothing may move: neither what is sent, nor the answer. A request that moves on may take any time.
     #[serde(default = "default_request_timeout")]
     pub request_timeout_seconds: u32,
     /// Seconds during which one attempt repeats a failing request. The caller comes back later anyway.
@@ -278,6 +279,10 @@ impl Tier2Config {
             (_, true) => Ok((url, provider)),
             (_, false) => Err(format!("tier2.url: expected a bucket after {}://", url.scheme())),
         }
+    }
+
+    pub(super) fn invalid(&self, problem: impl fmt::Display) -> Error {
+        Error::new(Kind::Invalid, Op::Configure, format!("tier 2 {}", self.url), problem)
     }
 
     pub(super) fn connect_timeout(&self) -> Duration {

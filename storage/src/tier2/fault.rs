@@ -45,6 +45,27 @@ pub(super) fn refuses_checksums(error: &object_store::Error) -> bool {
     refused && text.contains("checksum") && !text.contains("badd") && !text.contains("mismatch")
 }
 
+/// Whether the same request may succeed later.
+pub(super) fn passes(error: &object_store::Error) -> bool {
+    kind_of(error).0 == Kind::Transient
+}
+
+/// Whether a request ended because nothing moved (link.rs).
+pub(super) fn stood_still(error: &object_store::Error) -> bool {
+    http_kind(error) == Some(HttpErrorKind::Timeout)
+}
+
+fn http_kind(error: &object_store::Error) -> Option<HttpErrorKind> {
+    let mut cause: Option<&(dyn StdError + 'static)> = error.source();
+    while let Some(current) = cause {
+        if let Some(http) = current.downcast_ref::<HttpError>() {
+            return Some(http.kind());
+        }
+        cause = current.source();
+    }
+    None
+}
+
 fn kind_of(error: &object_store::Error) -> (Kind, Option<&'static str>) {
     use object_store::Error as E;
     if refuses_checksums(error) {

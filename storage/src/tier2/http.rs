@@ -6,34 +6,32 @@
 //! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
 //! November 2024, and once more without where a store says that it does not know it (U4).
 
-use super::{attempts::Attempts, date::Dates, link};
+use super::{attempts::Attempts, date::Dates, dial::Dialer, link::Link};
 use async_trait::async_trait;
 use http::{HeaderValue, Method, StatusCode, header::IF_NONE_MATCH};
 use object_store::{
-    ClientOptions,
+    ClientConfigKey, ClientOptions,
     client::{
-        HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
-        HttpService, ReqwestConnector,
+        HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
     },
 };
-use std::time::Duration;
 use tracing::{Instrument, Span, field::Empty};
 
 /// Makes clients whose requests are spans.
 #[derive(Debug, Clone)]
 pub(super) struct TracedConnector {
     pub(super) bucket: String,
-    /// For an answer, beside the time for sending.
-    pub(super) patience: Duration,
+    pub(super) dialer: Dialer,
     pub(super) dates: Dates,
 }
 
 impl HttpConnector for TracedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let inner = ReqwestConnector::default().connect(options)?;
+        let allowed = options.get_config_value(&ClientConfigKey::AllowHttp);
+        let inner = self.dialer.client(allowed.as_deref() == Some("true"))?;
         let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
-        let (dates, patience) = (self.dates.clone(), self.patience);
-        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates, patience }))
+        let (dates, link) = (self.dates.clone(), Link::new(self.dialer.patience));
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates, link }))
     }
 }
 
@@ -42,7 +40,7 @@ struct TracedService {
     inner: HttpClient,
     bucket: String,
     attempts: Attempts,
-    patience: Duration,
+    link: Link,
     dates: Dates,
 }
 
@@ -72,22 +70,17 @@ impl HttpService for TracedService {
 impl TracedService {
     async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         if !completes_upload(&request) {
-            return self.execute(request).await;
+            return self.link.execute(&self.inner, request).await;
         }
         let (parts, body) = request.into_parts();
         let (mut conditional, body_again) = (parts.clone(), body.clone());
         conditional.headers.insert(IF_NONE_MATCH, HeaderValue::from_static("*"));
-        let answer = self.execute(HttpRequest::from_parts(conditional, body)).await?;
+        let conditional = HttpRequest::from_parts(conditional, body);
+        let answer = self.link.execute(&self.inner, conditional).await?;
         if answer.status() != StatusCode::NOT_IMPLEMENTED {
             return Ok(answer);
         }
-        self.execute(HttpRequest::from_parts(parts, body_again)).await
-    }
-
-    async fn execute(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let within = link::patience_for(&request, self.patience);
-        let answer = link::answered(self.inner.execute(request), within).await?;
-        Ok(link::patient(answer, self.patience))
+        self.link.execute(&self.inner, HttpRequest::from_parts(parts, body_again)).await
     }
 }
 

@@ -1,54 +1,240 @@
-//! How long a request to the store may take.
+//! How long a request to the store may take: progress decides, never the total time.
 //!
-//! One total time is too short for a slow uplink and too long for a dead one. A request has its patience and, for what it sends,
-//! a time that grows with its size: the slowest link that is of use gets a part of 8 MiB through. What an answer brings must go
-//! on coming: there progress decides.
+//! A body goes in small pieces, each of which says when it was written to the connection. While pieces go, a request of any
+//! length over any link goes on; when none goes for the configured patience, it failed. After the last one the answer has that
+//! patience and the time that what is still in buffers may need ([`Pace`]). What an answer brings must go on coming as well.
+//! The kernel has the same patience with what it has taken (TCP_USER_TIMEOUT, dial.rs).
 
+use super::pace::Pace;
 use bytes::Bytes;
+use http::{HeaderValue, header::CONTENT_LENGTH};
 use http_body::{Body, Frame, SizeHint};
-use object_store::client::{HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody};
+use object_store::{
+    PutPayload,
+    client::{
+        HttpClient, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse,
+        HttpResponseBody,
+    },
+};
 use std::{
     future::Future,
-    pin::Pin,
-    task::{Context, Poll},
+    io,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant, Sleep, sleep_until};
 
-/// A part of 8 MiB takes eight and a half minutes.
-const SLOWEST_BYTES_PER_SECOND: u64 = 16 << 10;
+/// The connection takes a piece as a whole: at 1 KiB/s one in 16 seconds.
+const PIECE_BYTES: usize = 16 << 10;
 
-/// Nothing came.
+/// Nothing moved.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "no answer within {0:?}; tier2.request_timeout_seconds is the time beside that for sending"
-)]
-struct Silent(Duration);
-
-fn silent(waited: Duration) -> HttpError {
-    HttpError::new(HttpErrorKind::Timeout, Silent(waited))
+pub(super) enum Still {
+    #[error(
+        "the link stands still: {taken} of {bytes} bytes were taken, then none for {patience:?} (tier2.request_timeout_seconds)"
+    )]
+    Sending { taken: u64, bytes: u64, patience: Duration },
+    #[error(
+        "the link stands still: {taken} of {bytes} bytes were taken, but what was on its way did not arrive for {patience:?} (tier2.request_timeout_seconds)"
+    )]
+    Lost { taken: u64, bytes: u64, patience: Duration },
+    #[error("no answer came within {within:?} after the request (tier2.request_timeout_seconds)")]
+    Silent { within: Duration },
+    #[error("the answer stopped coming for {patience:?} (tier2.request_timeout_seconds)")]
+    Answer { patience: Duration },
 }
 
-/// How long it is waited for the answer to a request.
-pub(super) fn patience_for(request: &HttpRequest, patience: Duration) -> Duration {
-    let bytes = request.body().content_length() as u64;
-    patience + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+impl From<Still> for HttpError {
+    fn from(still: Still) -> Self {
+        HttpError::new(HttpErrorKind::Timeout, still)
+    }
 }
 
-/// Waits for the beginning of an answer. Cancel-safe.
-pub(super) async fn answered<T>(
-    work: impl Future<Output = Result<T, HttpError>>,
-    within: Duration,
-) -> Result<T, HttpError> {
-    timeout(within, work).await.unwrap_or_else(|_| Err(silent(within)))
+/// The way to a store, for all its requests.
+#[derive(Debug)]
+pub(super) struct Link {
+    patience: Duration,
+    pace: Mutex<Pace>,
 }
 
-/// The same answer with a body that fails when it stops coming.
-pub(super) fn patient(answer: HttpResponse, patience: Duration) -> HttpResponse {
-    let (parts, body) = answer.into_parts();
-    let sleep = Box::pin(sleep_until(Instant::now() + patience));
-    let body = HttpResponseBody::new(Patient { body, sleep, patience });
-    HttpResponse::from_parts(parts, body)
+impl Link {
+    pub(super) fn new(patience: Duration) -> Self {
+        Self { patience, pace: Mutex::default() }
+    }
+
+    /// Sends a request and waits for the beginning of its answer. Dropped, it is cancelled.
+    pub(super) async fn execute(
+        &self,
+        client: &HttpClient,
+        request: HttpRequest,
+    ) -> Result<HttpResponse, HttpError> {
+        let (request, sending) = Sending::watch(request);
+        let answer = self.answered(client.execute(request), &sending).await?;
+        Ok(self.patient(answer))
+    }
+
+    async fn answered<T>(
+        &self,
+        work: impl Future<Output = Result<T, HttpError>>,
+        sending: &Sending,
+    ) -> Result<T, HttpError> {
+        let begun = Instant::now();
+        let mut work = pin!(work);
+        loop {
+            let until = self.until(sending, begun);
+            tokio::select! {
+                biased;
+                answer = &mut work => {
+                    if answer.is_ok() {
+                        self.pace().answered(sending.bytes, begun.elapsed());
+                    }
+                    return answer.map_err(|error| self.told(error, sending));
+                }
+                () = sleep_until(until) => {}
+            }
+            // Pieces may have gone meanwhile.
+            if self.until(sending, begun) <= Instant::now() {
+                self.pace().unanswered(sending.bytes, begun.elapsed());
+                return Err(self.still(sending).into());
+            }
+        }
+    }
+
+    fn until(&self, sending: &Sending, begun: Instant) -> Instant {
+        let taken = sending.taken.lock();
+        let last = taken.last.max(begun);
+        let on_its_way = match taken.bytes < sending.bytes {
+            true => Duration::ZERO,
+            false => self.pace().to_arrive(sending.bytes, last - begun),
+        };
+        last + self.patience + on_its_way
+    }
+
+    fn still(&self, sending: &Sending) -> Still {
+        let taken = sending.taken.lock();
+        let (bytes, patience) = (sending.bytes, self.patience);
+        match taken.bytes < bytes {
+            true => Still::Sending { taken: taken.bytes, bytes, patience },
+            false => Still::Silent { within: taken.last.elapsed() },
+        }
+    }
+
+    /// The kernel's word for it says less.
+    fn told(&self, error: HttpError, sending: &Sending) -> HttpError {
+        let (taken, bytes, patience) = (sending.taken.lock().bytes, sending.bytes, self.patience);
+        match taken > 0 && timed_out(&error) {
+            true => Still::Lost { taken, bytes, patience }.into(),
+            false => error,
+        }
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same answer with a body that fails when it stops coming.
+    fn patient(&self, answer: HttpResponse) -> HttpResponse {
+        let (parts, body) = answer.into_parts();
+        let patience = self.patience;
+        let sleep = Box::pin(sleep_until(Instant::now() + patience));
+        let body = HttpResponseBody::new(Patient { body, sleep, patience });
+        HttpResponse::from_parts(parts, body)
+    }
+}
+
+/// A body on its way.
+struct Sending {
+    bytes: u64,
+    taken: Arc<Taken>,
+}
+
+#[derive(Debug)]
+struct Taken(Mutex<Progress>);
+
+#[derive(Debug)]
+struct Progress {
+    bytes: u64,
+    last: Instant,
+}
+
+impl Taken {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Piece of a body. The connection drops it when it has written it.
+struct Piece {
+    bytes: Bytes,
+    taken: Arc<Taken>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        let mut taken = self.taken.lock();
+        taken.bytes += self.bytes.len() as u64;
+        taken.last = Instant::now();
+    }
+}
+
+impl Sending {
+    /// The same request in pieces that are noticed.
+    fn watch(request: HttpRequest) -> (HttpRequest, Self) {
+        let taken = Arc::new(Taken(Mutex::new(Progress { bytes: 0, last: Instant::now() })));
+        // A question, or a few bytes of XML.
+        if request.body().as_bytes().is_some() {
+            return (request, Self { bytes: 0, taken });
+        }
+        let (mut parts, body) = request.into_parts();
+        let bytes = body.content_length() as u64;
+        let mut pieces = Vec::with_capacity(bytes as usize / PIECE_BYTES + 1);
+        for mut whole in chunks(body) {
+            while !whole.is_empty() {
+                let bytes = whole.split_to(whole.len().min(PIECE_BYTES));
+                pieces.push(Bytes::from_owner(Piece { bytes, taken: Arc::clone(&taken) }));
+            }
+        }
+        let body = match pieces.is_empty() {
+            true => HttpRequestBody::empty(),
+            false => {
+                // What goes in pieces has no length of its own, and S3 takes nothing without.
+                parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes));
+                pieces.into_iter().collect::<PutPayload>().into()
+            }
+        };
+        (HttpRequest::from_parts(parts, body), Self { bytes, taken })
+    }
+}
+
+/// By the kernel: nobody above it was asked for a time.
+fn timed_out(error: &HttpError) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(current) = cause {
+        if let Some(io) = current.downcast_ref::<io::Error>() {
+            return io.kind() == io::ErrorKind::TimedOut;
+        }
+        cause = current.source();
+    }
+    false
+}
+
+/// What a body in memory consists of.
+fn chunks(mut body: HttpRequestBody) -> impl Iterator<Item = Bytes> {
+    std::iter::from_fn(move || {
+        let mut context = Context::from_waker(Waker::noop());
+        match Pin::new(&mut body).poll_frame(&mut context) {
+            Poll::Ready(Some(Ok(frame))) => frame.into_data().ok(),
+            _ => None,
+        }
+    })
 }
 
 struct Patient {
@@ -71,7 +257,7 @@ impl Body for Patient {
             return Poll::Ready(frame);
         }
         let patience = self.patience;
-        self.sleep.as_mut().poll(cx).map(|()| Some(Err(silent(patience))))
+        self.sleep.as_mut().poll(cx).map(|()| Some(Err(Still::Answer { patience }.into())))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -84,28 +270,4 @@ impl Body for Patient {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PATIENCE: Duration = Duration::from_secs(60);
-
-    fn patience(bytes: usize) -> u64 {
-        let request = HttpRequest::new(Bytes::from(vec![7; bytes]).into());
-        patience_for(&request, PATIENCE).as_secs()
-    }
-
-    /// 60 seconds for a whole PUT: parts of 8 MiB never went through a slow uplink.
-    #[test]
-    fn what_is_sent_has_time_by_its_size_and_a_question_has_none_more() {
-        assert_eq!(patience(0), 60);
-        assert_eq!(patience(1000), 60);
-        assert_eq!(patience(8 << 20), 60 + 512);
-    }
-
-    #[tokio::test]
-    async fn an_answer_that_does_not_come_is_a_timeout() {
-        let never = std::future::pending::<Result<(), HttpError>>();
-        let error = answered(never, Duration::from_millis(5)).await.unwrap_err();
-        assert_eq!(error.kind(), HttpErrorKind::Timeout);
-    }
-}
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! A damaged tier-1 file never becomes an object: its sum is the job's, or it decodes to the end.
 
-use super::{Sha256Sum, Tier2, digest::Hasher, transfer::PART_BYTES};
+use super::{Sha256Sum, Tier2, digest::Hasher, parts::PART_BYTES};
 use crate::{Error, Kind, Op, crypt::AtRest};
 use bytes::Bytes;
 use std::{

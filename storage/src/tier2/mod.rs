@@ -15,19 +15,24 @@ mod attempts;
 mod compare;
 mod config;
 mod date;
+mod dial;
 mod digest;
 mod fault;
 mod fetch;
 mod http;
+mod lanes;
 mod link;
 mod list;
 mod local;
 mod measure;
 mod objects;
 mod open;
+mod pace;
+mod parts;
 mod payload;
 mod segments;
 mod transfer;
+mod unfinished;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -43,7 +48,7 @@ pub use segments::WalAt;
 pub use transfer::{Outcome, Uploaded};
 
 use crate::{Error, Kind, Op};
-use object_store::{Attribute, Attributes, ObjectStore, path::Path};
+use object_store::{Attribute, Attributes, ObjectStore, multipart::MultipartStore, path::Path};
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::Semaphore;
 
@@ -51,6 +56,9 @@ use tokio::sync::Semaphore;
 #[derive(Clone)]
 pub struct Tier2 {
     store: Arc<dyn ObjectStore>,
+    parts: Option<Arc<dyn MultipartStore>>,
+    unfinished: unfinished::Unfinished,
+    lanes: lanes::Lanes,
     url: Arc<str>,
     /// Of `file://` only: it must exist for a missing file to mean anything.
     folder: Option<PathBuf>,
@@ -83,6 +91,9 @@ impl Tier2 {
             u32::try_from(config.upload_memory.bytes() / 1024).unwrap_or(u32::MAX >> 3);
         Ok(Self {
             store: opened.store,
+            parts: opened.parts,
+            unfinished: unfinished::Unfinished::default(),
+            lanes: lanes::Lanes::new(config.request_timeout()),
             url: config.url.as_str().into(),
             folder: opened.folder,
             dates: opened.dates,

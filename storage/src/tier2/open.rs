@@ -2,20 +2,22 @@
 //!
 //! Static credentials shut the ambient ones out, so that a stray AWS_* variable cannot join them.
 //! Plain HTTP is possible only for an endpoint that is written as `http://`. Every store has connect
-//! and request timeouts and bounded retries; `file://` fsyncs files and folders.
+//! and request timeouts (dial.rs, link.rs) and bounded retries; `file://` fsyncs files and folders.
 
 use super::{
     config::{Checksums, Encryption, Provider, Tier2Config},
     date::Dates,
+    dial::Dialer,
     http::TracedConnector,
 };
 use crate::{Error, Kind, Op};
 use object_store::{
-    BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig,
+    BackoffConfig, ClientOptions, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum},
     azure::MicrosoftAzureBuilder,
     gcp::GoogleCloudStorageBuilder,
     local::LocalFileSystem,
+    multipart::MultipartStore,
     path::Path,
     prefix::PrefixStore,
 };
@@ -25,6 +27,8 @@ use url::Url;
 /// An opened store, and its folder where it is a local one.
 pub(super) struct Opened {
     pub(super) store: Arc<dyn ObjectStore>,
+    /// The same for uploads in parts, where the store has them.
+    pub(super) parts: Option<Arc<dyn MultipartStore>>,
     pub(super) folder: Option<PathBuf>,
     /// What its answers say of the time.
     pub(super) dates: Dates,
@@ -41,23 +45,30 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
         return open_folder(config, &url);
     }
     let bucket = url.host_str().unwrap_or_default().to_owned();
-    let dates = Dates::default();
-    let store: Arc<dyn ObjectStore> = match provider {
-        Provider::S3 => Arc::new(s3(config, &bucket, &dates)?),
-        Provider::Google => Arc::new(google(config, &bucket, &dates)?),
-        Provider::Azure | Provider::File => Arc::new(azure(config, &bucket, &dates)?),
-    };
     let prefix = Path::from_url_path(url.path()).map_err(|error| invalid(config, error))?;
-    let store = if prefix.as_ref().is_empty() {
-        store
-    } else {
-        Arc::new(PrefixStore::new(store, prefix)) as Arc<dyn ObjectStore>
+    let (dialer, dates) = (Dialer::new(config)?, Dates::default());
+    let connector = TracedConnector { bucket, dialer, dates: dates.clone() };
+    let (store, parts) = match provider {
+        Provider::S3 => below(prefix, s3(config, connector)?),
+        Provider::Google => below(prefix, google(config, connector)?),
+        Provider::Azure | Provider::File => below(prefix, azure(config, connector)?),
     };
-    Ok(Opened { store, folder: None, dates })
+    Ok(Opened { store, parts: Some(parts), folder: None, dates })
+}
+
+type Both = (Arc<dyn ObjectStore>, Arc<dyn MultipartStore>);
+
+/// The store below a prefix, in both of its kinds.
+fn below<S: ObjectStore + MultipartStore + Clone>(prefix: Path, store: S) -> Both {
+    if prefix.as_ref().is_empty() {
+        return (Arc::new(store.clone()), Arc::new(store));
+    }
+    let store = PrefixStore::new(store, prefix);
+    (Arc::new(store.clone()), Arc::new(store))
 }
 
 fn invalid(config: &Tier2Config, problem: impl std::fmt::Display) -> Error {
-    Error::new(Kind::Invalid, Op::Configure, format!("tier 2 {}", config.url), problem)
+    config.invalid(problem)
 }
 
 fn open_folder(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
@@ -72,13 +83,13 @@ fn open_folder(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
     let store = LocalFileSystem::new_with_prefix(&folder)
         .map_err(|error| invalid(config, error))?
         .with_fsync(true);
-    Ok(Opened { store: Arc::new(store), folder: Some(folder), dates: Dates::default() })
+    let dates = Dates::default();
+    Ok(Opened { store: Arc::new(store), parts: None, folder: Some(folder), dates })
 }
 
 fn s3(
     config: &Tier2Config,
-    bucket: &str,
-    dates: &Dates,
+    connector: TracedConnector,
 ) -> Result<object_store::aws::AmazonS3, Error> {
     let mut builder = match (&config.access_key_id, &config.secret_access_key) {
         (Some(id), Some(secret)) => {
@@ -107,15 +118,11 @@ fn s3(
         builder = builder.with_checksum_algorithm(Checksum::SHA256);
     }
     builder
-        .with_bucket_name(bucket)
+        .with_bucket_name(&connector.bucket)
         .with_virtual_hosted_style_request(!path_style)
         .with_retry(retries(config))
-        .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector {
-            bucket: bucket.to_owned(),
-            dates: dates.clone(),
-            patience: config.request_timeout(),
-        })
+        .with_client_options(client_options(&connector.dialer))
+        .with_http_connector(connector)
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -129,8 +136,7 @@ fn sse(builder: AmazonS3Builder, value: &str) -> AmazonS3Builder {
 
 fn google(
     config: &Tier2Config,
-    bucket: &str,
-    dates: &Dates,
+    connector: TracedConnector,
 ) -> Result<object_store::gcp::GoogleCloudStorage, Error> {
     let mut builder = match &config.service_account_file {
         Some(file) => GoogleCloudStorageBuilder::new()
@@ -141,22 +147,17 @@ fn google(
         builder = builder.with_base_url(endpoint);
     }
     builder
-        .with_bucket_name(bucket)
+        .with_bucket_name(&connector.bucket)
         .with_retry(retries(config))
-        .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector {
-            bucket: bucket.to_owned(),
-            dates: dates.clone(),
-            patience: config.request_timeout(),
-        })
+        .with_client_options(client_options(&connector.dialer))
+        .with_http_connector(connector)
         .build()
         .map_err(|error| invalid(config, error))
 }
 
 fn azure(
     config: &Tier2Config,
-    container: &str,
-    dates: &Dates,
+    connector: TracedConnector,
 ) -> Result<object_store::azure::MicrosoftAzure, Error> {
     let mut builder = match &config.account_key {
         Some(key) => MicrosoftAzureBuilder::new().with_access_key(key.expose()),
@@ -169,14 +170,10 @@ fn azure(
         builder = builder.with_endpoint(endpoint.clone());
     }
     builder
-        .with_container_name(container)
+        .with_container_name(&connector.bucket)
         .with_retry(retries(config))
-        .with_client_options(client_options(config)?)
-        .with_http_connector(TracedConnector {
-            bucket: container.to_owned(),
-            dates: dates.clone(),
-            patience: config.request_timeout(),
-        })
+        .with_client_options(client_options(&connector.dialer))
+        .with_http_connector(connector)
         .build()
         .map_err(|error| invalid(config, error))
 }
@@ -195,32 +192,9 @@ fn retries(config: &Tier2Config) -> RetryConfig {
     }
 }
 
-/// `with_client_options` replaces what was set on a builder before, so everything is set here.
-fn client_options(config: &Tier2Config) -> Result<ClientOptions, Error> {
-    let plain = config.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
-    let mut options = ClientOptions::new()
-        .with_allow_http(plain)
-        .with_connect_timeout(config.connect_timeout())
-        // The time of a request is that of `link`.
-        .with_timeout_disabled()
-        .with_pool_idle_timeout(Duration::from_secs(30));
-    if let Some(file) = &config.ca_file {
-        let pem = std::fs::read(file).map_err(|error| {
-            Error::io(Op::Read, file, error).hint("tier2.ca_file must be a readable PEM file")
-        })?;
-        let certificates = Certificate::from_pem_bundle(&pem)
-            .map_err(|error| invalid(config, format!("tier2.ca_file: {error}")))?;
-        if certificates.is_empty() {
-            return Err(invalid(
-                config,
-                format!("tier2.ca_file: no certificate in {}", file.display()),
-            ));
-        }
-        options = certificates
-            .into_iter()
-            .fold(options, |options, certificate| options.with_root_certificate(certificate));
-    }
-    Ok(options)
+/// `with_client_options` replaces what was set on a builder before. The rest is that of `dial`.
+fn client_options(dialer: &Dialer) -> ClientOptions {
+    ClientOptions::new().with_allow_http(dialer.is_plain())
 }
 
 #[cfg(test)]
@@ -253,7 +227,8 @@ mod tests {
     fn plain_http_needs_an_http_endpoint() {
         use object_store::ClientConfigKey::AllowHttp;
         let mut config = Tier2Config::new("s3://b");
-        let allowed = |c: &Tier2Config| client_options(c).unwrap().get_config_value(&AllowHttp);
+        let allowed =
+            |c: &Tier2Config| client_options(&Dialer::new(c).unwrap()).get_config_value(&AllowHttp);
         assert_eq!(allowed(&config).as_deref(), Some("false"));
         config.endpoint = Some("https://localhost:1".into());
         assert_eq!(allowed(&config).as_deref(), Some("false"));

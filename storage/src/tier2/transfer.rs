@@ -1,29 +1,17 @@
 //! Uploads: whole or not at all, checked by the store, never over something else.
 //!
-//! One PUT up to 8 MiB, multipart above. Every failing path of a multipart upload aborts it; a process
-//! that dies in the middle leaves parts that a lifecycle rule of the bucket must clear (S3 keeps
-//! incomplete uploads for ever otherwise), but no object (U3).
+//! One PUT up to 8 MiB, in parts above (parts.rs).
 
 use super::{
     Sha256Sum, Source, Tier2,
-    digest::Hasher,
     fault::{classify, refuses_checksums, status},
     local::{Local, Wrapping},
 };
 use crate::{Error, Kind, Op};
 use bytes::Bytes;
-use object_store::{
-    MultipartUpload, ObjectMeta, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions,
-    PutPayload, path::Path,
-};
-use tokio::{io::AsyncReadExt, task::JoinSet};
+use object_store::{ObjectMeta, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use tokio::time::Instant;
 use tracing::{Instrument, field::Empty};
-
-/// Above this a file goes in parts of this size: S3 wants at least 5 MiB each, and this much memory
-/// per upload is what `upload_memory` counts with.
-pub(super) const PART_BYTES: u64 = 8 << 20;
-/// Parts of one file in flight: hides the round trip without one file taking the whole budget.
-const PARTS_IN_FLIGHT: usize = 2;
 
 /// How the object came to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,7 +199,10 @@ impl Tier2 {
         use object_store::Error as E;
         let options =
             PutOptions { mode, attributes: self.attributes.clone(), ..PutOptions::default() };
-        match self.store.put_opts(path, payload, options).await {
+        let begun = Instant::now();
+        let put = self.store.put_opts(path, payload, options).await;
+        self.lanes.went(begun.elapsed());
+        match put {
             Ok(_) => Ok(()),
             Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
             // Of the checksum's header, not of the condition.
@@ -221,87 +212,6 @@ impl Tier2 {
             Err(E::NotImplemented { .. }) => Err(Refused::Unconditional),
             Err(error) if status(&error.to_string()) == Some(501) => Err(Refused::Unconditional),
             Err(error) => Err(Refused::Failed(classify(Op::Upload, &self.place(key), error))),
-        }
-    }
-
-    async fn put_parts(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
-        use object_store::Error as E;
-        let options = PutMultipartOptions {
-            attributes: self.attributes.clone(),
-            ..PutMultipartOptions::default()
-        };
-        let fail = |error| Refused::Failed(classify(Op::Upload, &self.place(key), error));
-        let mut upload = self.store.put_multipart_opts(path, options).await.map_err(fail)?;
-        let result = match self.send_parts(key, upload.as_mut(), local).await {
-            Err(error) => Err(Refused::Failed(error)),
-            // Completing overwrites, so look once more: the parts may have taken minutes.
-            Ok(()) => match self.find(key, path).await {
-                Ok(Some(_)) => Err(Refused::Exists),
-                // The store is asked to complete it only if still nothing is there, where it understands (http.rs).
-                Ok(None) => match upload.complete().await {
-                    Ok(_) => Ok(()),
-                    Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
-                    Err(error) => Err(fail(error)),
-                },
-                Err(error) => Err(Refused::Failed(error)),
-            },
-        };
-        if result.is_err()
-            && let Err(error) = upload.abort().await
-        {
-            tracing::debug!(%error, key, "abort of a failed multipart upload failed");
-        }
-        result
-    }
-
-    /// Sends every part; returns only when none is in flight.
-    async fn send_parts(
-        &self,
-        key: &str,
-        upload: &mut dyn MultipartUpload,
-        local: &Local,
-    ) -> Result<(), Error> {
-        let io = |error| Error::io(Op::Read, &local.source.path, error);
-        let mut file = tokio::fs::File::open(&local.source.path).await.map_err(io)?;
-        let mut hasher = Hasher::default();
-        let mut parts = JoinSet::new();
-        let mut left = local.size;
-        while left > 0 {
-            while parts.len() >= PARTS_IN_FLIGHT {
-                self.part_done(key, parts.join_next().await)?;
-            }
-            // Waiting here cannot dead-lock: parts in flight are tasks and give their share back.
-            let permit = self.take_budget(left.min(PART_BYTES)).await?;
-            let mut part = vec![0; left.min(PART_BYTES) as usize];
-            file.read_exact(&mut part).await.map_err(io)?;
-            left -= part.len() as u64;
-            hasher.update(&part);
-            let sent = upload.put_part(part.into());
-            let task = async move {
-                let _permit = permit;
-                sent.await
-            };
-            parts.spawn(task.in_current_span());
-        }
-        while let Some(done) = parts.join_next().await {
-            self.part_done(key, Some(done))?;
-        }
-        if hasher.finish() != local.sha256 {
-            let detail = "the file changed while it was uploaded";
-            return Err(Error::new(Kind::Transient, Op::Read, local.source.path.display(), detail));
-        }
-        Ok(())
-    }
-
-    fn part_done(
-        &self,
-        key: &str,
-        done: Option<Result<object_store::Result<()>, tokio::task::JoinError>>,
-    ) -> Result<(), Error> {
-        match done {
-            None | Some(Ok(Ok(()))) => Ok(()),
-            Some(Ok(Err(error))) => Err(classify(Op::Upload, &self.place(key), error)),
-            Some(Err(error)) => Err(Error::new(Kind::Io, Op::Upload, self.place(key), error)),
         }
     }
 }

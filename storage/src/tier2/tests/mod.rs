@@ -5,7 +5,9 @@ mod encrypted;
 mod faults;
 mod promises;
 pub(crate) mod s3;
+mod slow;
 mod tls;
+mod uplink;
 
 use super::{Secret, Source, Tier2, Tier2Config, Wrapping};
 use s3::{BUCKET, S3};

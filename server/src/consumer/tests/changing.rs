@@ -1,0 +1,74 @@
+//! Objects whose content changes while they are on their way.
+
+use super::*;
+use crate::{base, receive::Registry};
+use klio_storage::{
+    crypt::AtRest,
+    disk::RealDisk,
+    layout::BaseObject,
+    record::Unknown,
+    repository::Settings,
+    wal::{LevelChange, Pinned, WalOptions, WalStore},
+};
+
+/// So long nothing is compared: only jobs move anything.
+const NEVER: u32 = 3600;
+
+fn level(segments: f64, minimal: bool) -> LevelChange {
+    let (timeline, lsn) = (TimelineId::new(1).unwrap(), lsn(segments));
+    LevelChange { timeline, lsn, minimal, unknown: Unknown::default() }
+}
+
+fn open(root: &Path, queue: &TestQueue, s3: &S3) -> BaseStore {
+    let store = WalStore::open(Arc::new(RealDisk), root.to_owned(), WalOptions::default()).unwrap();
+    let segment_size = SegmentSize::new(SEGMENT as u32).unwrap();
+    let pinned = Pinned { system_identifier: 7, segment_size, postgres_version: 170_000 };
+    store.pin(&name("pg-1"), pinned).unwrap();
+    BaseStore::open(base::Parts {
+        store,
+        disk: Arc::new(RealDisk),
+        tier2: Some(tier2(s3)),
+        at_rest: AtRest::Off,
+        settings: Settings::default(),
+        queue: queue.queue.clone(),
+        registry: Arc::new(Registry::default()),
+        clock: Arc::new(|| 1.0),
+    })
+}
+
+/// A decision made while the record before it was being uploaded reached the bucket with the next comparison only: the queue
+/// takes no second job for an object, and the first one had read what was there before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_while_it_is_uploaded_is_uploaded_again_at_once() {
+    let (root, folder, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let queue = TestQueue::up(folder.path()).await;
+    let base = open(root.path(), &queue, &s3);
+    let key = BaseObject::WalLevels.key(&name("pg-1"));
+    let test = Test::start_with(root.path(), &queue, &s3, Some(base.clone()), NEVER);
+    eventually("the tiers are compared", || base.archives().objects(&name("pg-1")).is_some()).await;
+    eventually("no job is left", || queue.queue.stats().messages == 0).await;
+    // The next one is noted when the upload of this one has begun: all of it was read.
+    let (changing, object) = (base.clone(), key.clone());
+    let mut once = true;
+    s3.on_request(move |parts| {
+        if once && parts.method == "PUT" && parts.uri.path().ends_with(&object) {
+            once = false;
+            changing.wal().add_levels(&name("pg-1"), &[level(2.0, false)]).unwrap();
+            changing.announce(&name("pg-1"), BaseObject::WalLevels, 0);
+        }
+        None
+    });
+    base.wal().add_levels(&name("pg-1"), &[level(1.0, true)]).unwrap();
+    base.announce(&name("pg-1"), BaseObject::WalLevels, 0);
+    eventually("both are in the bucket", || {
+        let far = std::fs::read(s3.object(&key)).unwrap_or_default();
+        let near = std::fs::read(root.path().join(&key)).unwrap();
+        LevelChange::decode_all(&far, "far").is_ok_and(|all| all.len() == 2) && far == near
+    })
+    .await;
+    eventually("nothing waits", || base.archives().state(&name("pg-1")).unarchived_files == 0)
+        .await;
+    test.stop().await;
+    queue.stop().await;
+}
