@@ -112,6 +112,9 @@ impl Source {
             // A damaged or unreadable copy: the other tier may have a good one.
             Err(error) => {
                 tracing::error!(%cluster, %file, %error, "tier 1 copy is not readable; asking tier 2");
+                if error.kind == Kind::Corrupt {
+                    self.doubt(cluster, file).await;
+                }
                 Some(errors::status(&error))
             }
         };
@@ -172,7 +175,10 @@ impl Source {
             let gaps = self.store.gaps(cluster);
             let lost = self.store.damaged(cluster);
             if gaps.iter().any(|gap| inside(gap.timeline, gap.from))
-                || lost.iter().any(|lost| inside(lost.timeline, lost.from))
+                // Of a sealed file that rotted on tier 1, tier 2 has all that there was.
+                || lost.iter().any(|lost| {
+                    inside(lost.timeline, lost.from) && !(lost.sealed && found == Beginning::Tier2)
+                })
             {
                 return true;
             }
@@ -195,6 +201,7 @@ impl Source {
         file: WalFile,
     ) -> Result<Located, Status> {
         tracing::error!(%cluster, %file, "a copy came damaged; giving that of tier 2");
+        self.doubt(cluster, file).await;
         match self.find_in_tier2(cluster, file).await {
             // Let go meanwhile, or asked for by somebody who never had a copy.
             Err(absent)
@@ -207,6 +214,25 @@ impl Source {
             Err(absent) if Code::of(&absent) == Code::NotFound => Err(Code::Corrupt
                 .status(format!("{file} came damaged, and tier 2 has no other copy of it"))),
             answer => answer,
+        }
+    }
+
+    /// Has tier 1 look again at its copy, and at the beginning of the segment that may answer for it.
+    async fn doubt(&self, cluster: &ClusterName, file: WalFile) {
+        let partial = match file {
+            WalFile::Segment(name) => Some(WalFile::Partial(name)),
+            _ => None,
+        };
+        for file in [Some(file), partial].into_iter().flatten() {
+            let (store, name) = (self.store.clone(), cluster.clone());
+            match tokio::task::spawn_blocking(move || store.doubt(&name, file)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) if error.kind == Kind::NotFound => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%cluster, %file, %error, "a damaged file cannot be put aside");
+                }
+                Err(error) => tracing::warn!(%cluster, %file, %error, "the look at a file ended"),
+            }
         }
     }
 

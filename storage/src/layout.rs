@@ -12,6 +12,7 @@
 //! | `<cluster>/wal/<timeline>.history[.age]` | history file of a timeline |
 //! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
 //! | `<cluster>/wal/<timeline>/<segment>.open.damaged-<n>` | tier 1 only: such a file that lost what was acknowledged, as it was found |
+//! | `<cluster>/wal/<timeline>/<segment>[.partial].zst[.age].damaged-<n>` | tier 1 only: a sealed file that rotted, as it was found |
 //! | `<cluster>/open.key.age` | tier 1 only: the key of the segments being received, wrapped |
 //! | `<cluster>/base/…`, `<cluster>/backups/…` | base backups: `layout/base.rs` |
 //!
@@ -27,6 +28,11 @@ use std::{fmt, str::FromStr};
 /// The name of a segment's journal that was found to be damaged: the how manieth of that segment.
 pub fn damaged_journal(segment: SegmentName, number: u32) -> String {
     format!("{segment}.open.damaged-{number}")
+}
+
+/// The name of a sealed file, of this name, that was found to be damaged: the how manieth of it.
+pub fn damaged_sealed(stored: &str, number: u32) -> String {
+    format!("{stored}.damaged-{number}")
 }
 
 /// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue

@@ -351,6 +351,12 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         tier1.push(HeldFile { file: stored.file, end });
     }
     let gaps = store.gaps(cluster);
+    let damaged = store.damaged(cluster).into_iter().map(|d| KnownGap {
+        timeline: d.timeline,
+        from: d.from,
+        to: d.to,
+        reason: "damaged on tier 1: klio status says what helps".into(),
+    });
     let known = |g: klio_storage::wal::Gap| KnownGap {
         timeline: g.timeline,
         from: g.from,
@@ -364,6 +370,7 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         open,
         levels: store.levels(cluster),
         gaps: gaps.iter().cloned().map(known).chain(expired(store, cluster)).collect(),
+        damaged: damaged.collect(),
         marks: store.timelines(cluster),
         ..Parts::default()
     })

@@ -203,15 +203,17 @@ impl BaseWork {
                 self.upload(object, sha256).await
             }
             BaseObject::Record(name) => self.record(object, name).await,
-            BaseObject::WalLevels => {
-                self.join_levels(object).await?;
-                self.keep_current(object).await
+            BaseObject::WalLevels
+            | BaseObject::Generations
+            | BaseObject::Timelines
+            | BaseObject::Cluster
+            | BaseObject::Secret { .. } => {
+                let theirs = self.read_record(object).await?;
+                if let Some(theirs) = &theirs {
+                    self.join(object, theirs).await?;
+                }
+                self.keep_current(object, theirs).await
             }
-            BaseObject::Generations | BaseObject::Timelines => {
-                self.join_decisions(object).await?;
-                self.keep_current(object).await
-            }
-            BaseObject::Cluster | BaseObject::Secret { .. } => self.keep_current(object).await,
         }
     }
 
@@ -241,6 +243,7 @@ impl BaseWork {
             sha256,
             zstd: false,
             plaintext_bytes: None,
+            grows: false,
             wrapping: Wrapping::default(),
         };
         match self.parts.tier2.upload(&source, &key).await {
@@ -310,7 +313,11 @@ impl BaseWork {
     }
 
     /// One of the few objects whose content may change: tier 1's is the current one.
-    async fn keep_current(&self, object: &BaseObject) -> Result<Done, Error> {
+    async fn keep_current(
+        &self,
+        object: &BaseObject,
+        theirs: Option<Bytes>,
+    ) -> Result<Done, Error> {
         let path = self.base.path(&self.cluster, object);
         let (disk, at) = (self.base.disk().clone(), path.clone());
         let read = tokio::task::spawn_blocking(move || {
@@ -324,7 +331,6 @@ impl BaseWork {
         let Some(ours) = ours else { return Ok(Done::Moot) };
         let key = object.key(&self.cluster);
         let size = ours.len() as u64;
-        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
         match theirs {
             Some(theirs) if theirs == ours => {
                 return Ok(Done::Proven { size, written: 0, attempt: Attempt::AlreadyThere });
@@ -337,7 +343,7 @@ impl BaseWork {
             }
             Some(_) => {
                 self.parts.tier2.replace(&key, ours.clone()).await?;
-                let back = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
+                let back = self.read_record(object).await?;
                 if back.as_ref() != Some(&ours) {
                     let detail = "expected what was just written, found something else";
                     return Err(Error::new(Kind::Transient, Op::Upload, key, detail));
@@ -348,30 +354,33 @@ impl BaseWork {
         Ok(Done::Proven { size, written: size, attempt: Attempt::Stored })
     }
 
-    /// Takes over decisions that only tier 2 knows: this tier 1 was set back. Where both know what the other does not, nothing is
-    /// changed, and it is shown.
-    async fn join_decisions(&self, object: &BaseObject) -> Result<(), Error> {
-        let key = object.key(&self.cluster);
-        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
-        let Some(theirs) = theirs else { return Ok(()) };
-        match object {
-            BaseObject::Timelines => {
-                let theirs = Timelines::decode(&theirs, &key)?;
-                self.base.join_timelines(&self.cluster, theirs).await
-            }
-            _ => self.base.join_generations(&self.cluster, record::decode(&theirs, &key)?).await,
-        }
+    /// What tier 2 has of a record.
+    async fn read_record(&self, object: &BaseObject) -> Result<Option<Bytes>, Error> {
+        self.parts.tier2.read_small(&object.key(&self.cluster), record::LIMIT_BYTES).await
     }
 
-    /// Takes over what only tier 2 knows, so that tier 1's file has all of it.
-    async fn join_levels(&self, object: &BaseObject) -> Result<(), Error> {
+    /// Takes over what only tier 2 knows, so that tier 1's file has all of it: this tier 1 was set back. Where both know
+    /// decisions that the other does not, nothing is changed, and it is shown.
+    async fn join(&self, object: &BaseObject, theirs: &[u8]) -> Result<(), Error> {
         let key = object.key(&self.cluster);
-        let theirs = self.parts.tier2.read_small(&key, record::LIMIT_BYTES).await?;
-        let Some(theirs) = theirs else { return Ok(()) };
-        let theirs = LevelChange::decode_all(&theirs, &key)?;
-        let (store, cluster) = (self.base.wal().clone(), self.cluster.clone());
-        let added = tokio::task::spawn_blocking(move || store.add_levels(&cluster, &theirs)).await;
-        added.map_err(|e| Error::new(Kind::Io, Op::Write, key, e))?.map(drop)
+        match object {
+            BaseObject::Timelines => {
+                let theirs = Timelines::decode(theirs, &key)?;
+                self.base.join_timelines(&self.cluster, theirs).await
+            }
+            BaseObject::Generations => {
+                self.base.join_generations(&self.cluster, record::decode(theirs, &key)?).await
+            }
+            BaseObject::WalLevels => {
+                let theirs = LevelChange::decode_all(theirs, &key)?;
+                let (store, cluster) = (self.base.wal().clone(), self.cluster.clone());
+                let added =
+                    tokio::task::spawn_blocking(move || store.add_levels(&cluster, &theirs));
+                let added = added.await;
+                added.map_err(|e| Error::new(Kind::Io, Op::Write, key, e))?.map(drop)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether tier 1's content is a later form of what tier 2 has: another wrapping of the same secret,

@@ -50,6 +50,13 @@ pub trait Tier1Files: Send + Sync + 'static {
     }
     /// Retention let it go for good, from both tiers. From memory: never waits for a disk.
     fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool;
+    /// Reads a finished file again that was found damaged, and puts it aside when it is. True when it was: it is missed now.
+    ///
+    /// # Errors
+    /// As the disk fails.
+    fn doubt(&self, _: &ClusterName, _: WalFile) -> Result<bool, Error> {
+        Ok(false)
+    }
 }
 
 /// The store itself: knows what is pinned, and lists what it has finished.
@@ -99,5 +106,9 @@ impl Tier1Files for WalStore {
 
     fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool {
         self.removed(cluster, file) == Some(Removed::Expired)
+    }
+
+    fn doubt(&self, cluster: &ClusterName, file: WalFile) -> Result<bool, Error> {
+        WalStore::doubt(self, cluster, file)
     }
 }

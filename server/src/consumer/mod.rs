@@ -10,6 +10,7 @@
 mod archives;
 mod base;
 mod files;
+mod heal;
 mod reconcile;
 mod wal;
 mod worker;

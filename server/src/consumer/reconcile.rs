@@ -98,6 +98,9 @@ async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
     // Listed before, and let go since: nothing of it is missing, and no frontier begins with it.
     held.retain(|f| !parts.files.expired(cluster, f.file));
     stored.retain(|o| !parts.files.expired(cluster, o.file));
+    if let Some(base) = &parts.base {
+        super::heal::heal(&parts.tier2, base.wal(), cluster, &stored).await;
+    }
     let compared = parts.archives.compared(cluster, &held, &stored).await?;
     parts.archives.no_problem(cluster);
     if compared.missing.is_empty() {

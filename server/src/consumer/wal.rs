@@ -107,6 +107,11 @@ impl WalWork {
         self.parts.observer.attempted(&self.cluster, attempt, 0);
         span.record("otel.status_code", "ERROR");
         span.record("error.type", attempt.as_str());
+        if attempt == Attempt::Corrupt && self.put_aside(job.file).await {
+            // What comes in its place is queued when it is sealed, and a comparison takes it from tier 2 if that has it.
+            self.parts.queue.want(&self.cluster);
+            return AckKind::Ack;
+        }
         let pause = pause(delivered, attempt);
         tracing::warn!(
             cluster = %self.cluster, file = %job.file, %error, attempt = delivered,
@@ -115,6 +120,20 @@ impl WalWork {
         let text = format!("offload {}: {error}", job.file);
         self.parts.archives.problem(&self.cluster, Some(job.file), text);
         AckKind::Nak(Some(pause))
+    }
+
+    /// Whether the local file is damaged, and is missed from now on (`rotten.rs` of storage).
+    async fn put_aside(&self, file: WalFile) -> bool {
+        let (files, cluster) = (Arc::clone(&self.parts.files), self.cluster.clone());
+        let doubted = tokio::task::spawn_blocking(move || files.doubt(&cluster, file)).await;
+        match doubted {
+            Ok(Ok(missed)) => missed,
+            Ok(Err(error)) => {
+                tracing::warn!(cluster = %self.cluster, %file, %error, "a damaged file cannot be put aside");
+                false
+            }
+            Err(_) => false,
+        }
     }
 
     async fn upload(&self, job: &Job) -> Result<Uploaded, Error> {
@@ -162,6 +181,7 @@ impl WalWork {
             sha256: job.sha256,
             zstd: !matches!(job.file, WalFile::History(_)),
             plaintext_bytes: size.map(|size| size.bytes()),
+            grows: matches!(job.file, WalFile::Partial(_)),
             wrapping: Wrapping {
                 age: form == Form::Age,
                 other_key: Some(job.file.key_in(&self.cluster, form.other())),

@@ -20,7 +20,7 @@ use klio_storage::{
         outcomes,
         recovery::{Hole, Path},
     },
-    layout::{BackupName, BaseObject, ClusterName},
+    layout::{BackupName, BaseObject, ClusterName, WalFile},
     wal::LevelChange,
 };
 use std::collections::BTreeSet;
@@ -56,6 +56,25 @@ impl Inner {
         Ok(())
     }
 
+    /// WAL files of tier 1 that were found damaged, and that no copy was left to repair from: they are put aside, and asked for
+    /// again.
+    async fn doubt_damaged(&self, cluster: &ClusterName, result: &VerifyResult) {
+        let wal = format!("{}/", wal_key(cluster));
+        let local = result.damaged.iter().map(|finding| &finding.damage);
+        let files: BTreeSet<WalFile> = local
+            .filter(|damage| damage.tier == "tier1")
+            .filter_map(|damage| damage.key.strip_prefix(&wal).and_then(WalFile::parse_stored))
+            .map(|(file, _)| file)
+            .collect();
+        for file in files {
+            let (store, name) = (self.base.wal().clone(), cluster.clone());
+            let doubted = tokio::task::spawn_blocking(move || store.doubt(&name, file)).await;
+            if let Ok(Err(error)) = doubted {
+                tracing::warn!(%cluster, %file, %error, "a damaged file cannot be put aside");
+            }
+        }
+    }
+
     pub(super) async fn verify(
         &self,
         cluster: &ClusterName,
@@ -86,6 +105,7 @@ impl Inner {
         };
         let result = self.read_back(cluster, job, tell).await?;
         self.learn_levels(cluster, result.levels.clone()).await?;
+        self.doubt_damaged(cluster, &result).await;
         let coverage = coverage.after(&result.advance, began_unix);
         self.base.keep_coverage(cluster, coverage).await?;
         self.metrics.covered(cluster, &coverage);

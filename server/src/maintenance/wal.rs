@@ -142,6 +142,7 @@ impl Inner {
             sha256: None,
             zstd: !matches!(file.file, WalFile::History(_)),
             plaintext_bytes: None,
+            grows: matches!(file.file, WalFile::Partial(_)),
             wrapping: Wrapping {
                 age: file.form == Form::Age,
                 other_key: Some(file.file.key_in(cluster, file.form.other())),

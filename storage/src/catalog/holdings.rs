@@ -20,6 +20,9 @@ pub struct Holdings {
     pub timelines: Vec<TimelineHoldings>,
     /// WAL that is known never to come.
     pub gaps: Vec<KnownGap>,
+    /// WAL that was held and is damaged on tier 1. It may come again, and may be in tier 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<KnownGap>,
     /// Timelines of which more than one is written, and what was decided about them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
@@ -107,6 +110,8 @@ pub struct Parts {
     pub histories: BTreeMap<TimelineId, String>,
     /// On record.
     pub gaps: Vec<KnownGap>,
+    /// As in [`Holdings`].
+    pub damaged: Vec<KnownGap>,
     /// On record about timelines.
     pub marks: Timelines,
     /// Where WAL was written that no recovery passes.
@@ -157,6 +162,7 @@ impl Holdings {
                 .map_or_else(String::new, |id| id.to_string()),
             timelines,
             gaps,
+            damaged: parts.damaged,
             marks: parts.marks.marks().to_vec(),
             as_of_unix: parts.as_of_unix,
         }

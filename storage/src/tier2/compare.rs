@@ -2,13 +2,14 @@
 //!
 //! Same bytes, or other bytes around the same plaintext (a segment sealed twice, or of the time before it was encrypted),
 //! count as done. Every age file has a key of its own, so of encrypted files only the plaintext can be compared.
+//! The beginning of a file that grows gives way to all of it (U6): the unfinished end of a timeline whose PostgreSQL came back.
 //! Anything else is a conflict and is left alone (U4).
 
 use super::{
     Sha256Sum, Source, Tier2,
     digest::Hasher,
     fault::classify,
-    local::{Local, blocking, decode, plaintext_sum},
+    local::{Local, beginning_sum, blocking, decode, plaintext_sum},
     transfer::{Outcome, Uploaded},
 };
 use crate::{Error, Kind, Op};
@@ -43,7 +44,10 @@ impl Tier2 {
         let source = local.source.clone();
         let ours = blocking(move || plaintext_sum(&source, None)).await?;
         match self.object_plaintext_sum(key, path, &local.source, age).await {
-            Ok(theirs) if theirs == ours => Ok(same),
+            Ok((theirs, _)) if theirs == ours => Ok(same),
+            Ok((theirs, bytes)) if self.is_beginning(local, age, theirs, bytes).await? => {
+                self.extend(key, path, found, local).await
+            }
             Ok(_) => Err(conflict("an object with other plaintext is already there".into())),
             Err(error) if error.kind == Kind::Corrupt => {
                 Err(conflict(format!("an object that cannot be decoded is there: {error}")))
@@ -52,7 +56,23 @@ impl Tier2 {
         }
     }
 
-    async fn object_sum(&self, key: &str, path: &Path) -> Result<Sha256Sum, Error> {
+    /// Whether an object holds only the beginning of a file that grows. One in the other form stays: two objects of one
+    /// file would not say which is the longer.
+    async fn is_beginning(
+        &self,
+        local: &Local,
+        age: bool,
+        theirs: Sha256Sum,
+        bytes: u64,
+    ) -> Result<bool, Error> {
+        if !local.source.grows || age != local.source.wrapping.age {
+            return Ok(false);
+        }
+        let source = local.source.clone();
+        Ok(blocking(move || beginning_sum(&source, bytes)).await? == Some(theirs))
+    }
+
+    pub(super) async fn object_sum(&self, key: &str, path: &Path) -> Result<Sha256Sum, Error> {
         let mut chunks = self.object_stream(key, path).await?;
         let mut hasher = Hasher::default();
         while let Some(chunk) = chunks.next().await {
@@ -77,7 +97,7 @@ impl Tier2 {
         path: &Path,
         source: &Source,
         age: bool,
-    ) -> Result<Sha256Sum, Error> {
+    ) -> Result<(Sha256Sum, u64), Error> {
         let mut chunks = self.object_stream(key, path).await?;
         // Two chunks in flight: decoding waits for the network, never the other way round.
         let (sender, receiver) = mpsc::channel(2);
@@ -91,7 +111,9 @@ impl Tier2 {
         };
         let (source, place) = (source.clone(), self.place(key));
         let decoded = blocking(move || {
-            decode(ChunkReader::new(receiver), &source, age, &place).map(Hasher::finish)
+            let hasher = decode(ChunkReader::new(receiver), &source, age, &place)?;
+            let bytes = hasher.bytes();
+            Ok((hasher.finish(), bytes))
         });
         let (fed, decoded) = tokio::join!(feed, decoded);
         fed.map_err(|error| classify(Op::Download, &self.place(key), error))?;

@@ -10,11 +10,12 @@ use super::{attempts::Attempts, date::Dates, dial::Dialer, link::Link};
 use async_trait::async_trait;
 use http::{HeaderValue, Method, StatusCode, header::IF_NONE_MATCH};
 use object_store::{
-    ClientConfigKey, ClientOptions,
+    ClientConfigKey, ClientOptions, ObjectMeta,
     client::{
         HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
     },
 };
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::{Instrument, Span, field::Empty};
 
 /// Makes clients whose requests are spans.
@@ -23,6 +24,54 @@ pub(super) struct TracedConnector {
     pub(super) bucket: String,
     pub(super) dialer: Dialer,
     pub(super) dates: Dates,
+    pub(super) replacing: Replacing,
+}
+
+/// What tells one content of an object from another.
+type Version = (u64, Option<String>);
+
+/// The keys of which an upload may write over what is there, which is this. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Replacing(Arc<Mutex<Vec<(String, Version)>>>);
+
+/// Dropping it ends it.
+pub(super) struct Replaced<'a>(&'a Replacing, String);
+
+impl Replacing {
+    pub(super) fn begin(&self, key: &str, over: &ObjectMeta) -> Replaced<'_> {
+        self.keys().push((key.to_owned(), version(over)));
+        Replaced(self, key.to_owned())
+    }
+
+    /// Whether what is there now may be written over, or nothing is, as it has to be.
+    pub(super) fn gives_way(&self, key: &str, there: Option<&ObjectMeta>) -> bool {
+        let keys = self.keys();
+        let over = keys.iter().find(|(known, _)| known == key).map(|(_, over)| over);
+        there.map(version).as_ref() == over
+    }
+
+    fn keys(&self) -> MutexGuard<'_, Vec<(String, Version)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, request: &HttpRequest) -> bool {
+        // All of a key but a generation's mark is as it is in a path.
+        let path = request.uri().path().replace("%40", "@");
+        self.keys().iter().any(|(key, _)| path.ends_with(&format!("/{key}")))
+    }
+}
+
+impl Drop for Replaced<'_> {
+    fn drop(&mut self) {
+        let mut keys = self.0.keys();
+        if let Some(at) = keys.iter().position(|(key, _)| *key == self.1) {
+            keys.swap_remove(at);
+        }
+    }
+}
+
+fn version(meta: &ObjectMeta) -> Version {
+    (meta.size, meta.e_tag.clone())
 }
 
 impl HttpConnector for TracedConnector {
@@ -31,7 +80,8 @@ impl HttpConnector for TracedConnector {
         let inner = self.dialer.client(allowed.as_deref() == Some("true"))?;
         let (bucket, attempts) = (self.bucket.clone(), Attempts::default());
         let (dates, link) = (self.dates.clone(), Link::new(self.dialer.patience));
-        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates, link }))
+        let replacing = self.replacing.clone();
+        Ok(HttpClient::new(TracedService { inner, bucket, attempts, dates, link, replacing }))
     }
 }
 
@@ -42,6 +92,7 @@ struct TracedService {
     attempts: Attempts,
     link: Link,
     dates: Dates,
+    replacing: Replacing,
 }
 
 #[async_trait]
@@ -69,7 +120,7 @@ impl HttpService for TracedService {
 
 impl TracedService {
     async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        if !completes_upload(&request) {
+        if !completes_upload(&request) || self.replacing.has(&request) {
             return self.link.execute(&self.inner, request).await;
         }
         let (parts, body) = request.into_parts();

@@ -24,6 +24,8 @@ pub struct Source {
     pub zstd: bool,
     /// Size of what the zstd stream holds, where known.
     pub plaintext_bytes: Option<u64>,
+    /// The unfinished end of a timeline: an object with the beginning of the same gives way to it (U6).
+    pub grows: bool,
     /// How it is encrypted.
     pub wrapping: Wrapping,
 }
@@ -147,6 +149,35 @@ pub(super) fn plaintext_sum(source: &Source, expected: Option<u64>) -> Result<Sh
     }
 }
 
+/// The sum of the first so many bytes of what a file holds, if it has more than those.
+pub(super) fn beginning_sum(source: &Source, bytes: u64) -> Result<Option<Sha256Sum>, Error> {
+    let path = &source.path;
+    let file = File::open(path).map_err(|error| Error::io(Op::Read, path, error))?;
+    let mut hasher = Hasher::default();
+    let mut plain = plain_reader(file, source, source.wrapping.age, &path.display().to_string())?;
+    let corrupt = |error: io::Error| Error::new(Kind::Corrupt, Op::Decode, path.display(), error);
+    let read = io::copy(&mut plain.by_ref().take(bytes), &mut hasher).map_err(corrupt)?;
+    let goes_on = plain.read(&mut [0]).map_err(corrupt)? > 0;
+    Ok((read == bytes && goes_on).then(|| hasher.finish()))
+}
+
+fn plain_reader(
+    reader: impl Read + 'static,
+    source: &Source,
+    age: bool,
+    place: &str,
+) -> Result<Box<dyn Read>, Error> {
+    let corrupt = |error: io::Error| {
+        let detail = format!("no whole file: {error}");
+        Error::new(Kind::Corrupt, Op::Decode, place, detail)
+    };
+    let plain = source.wrapping.unwrap(reader, age, place)?;
+    if !source.zstd {
+        return Ok(plain);
+    }
+    Ok(Box::new(zstd::stream::read::Decoder::new(plain).map_err(corrupt)?))
+}
+
 /// Decodes to the end of `reader`, keeping nothing but the sum; `age`: it is encrypted.
 pub(super) fn decode(
     reader: impl Read + 'static,
@@ -159,10 +190,7 @@ pub(super) fn decode(
         Error::new(Kind::Corrupt, Op::Decode, place, detail)
     };
     let mut hasher = Hasher::default();
-    let mut plain = source.wrapping.unwrap(reader, age, place)?;
-    if source.zstd {
-        plain = Box::new(zstd::stream::read::Decoder::new(plain).map_err(corrupt)?);
-    }
+    let mut plain = plain_reader(reader, source, age, place)?;
     io::copy(&mut plain, &mut hasher).map_err(corrupt)?;
     Ok(hasher)
 }

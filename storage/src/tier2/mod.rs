@@ -6,9 +6,11 @@
 //!     read back, or they hold the same plaintext in another compression or encryption;
 //! U3  an object is whole or absent: a failed upload leaves nothing under the key;
 //! U4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
+//! U6  but the unfinished end of a timeline may grow: an object that is proven to be the beginning of a file of that kind is
+//!     put over by all of it, whole, and read back.
 //!
 //! Memory of all uploads together is bounded by `upload_memory`. What may replace or remove is in
-//! `objects.rs`, and nowhere else.
+//! `objects.rs`, and but for U6 nowhere else.
 //! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
 
 mod attempts;
@@ -63,6 +65,7 @@ pub struct Tier2 {
     /// Of `file://` only: it must exist for a missing file to mean anything.
     folder: Option<PathBuf>,
     dates: date::Dates,
+    replacing: http::Replacing,
     attributes: Attributes,
     budget: Arc<Semaphore>,
     budget_kib: u32,
@@ -97,6 +100,7 @@ impl Tier2 {
             url: config.url.as_str().into(),
             folder: opened.folder,
             dates: opened.dates,
+            replacing: opened.replacing,
             attributes,
             budget: Arc::new(Semaphore::new(budget_kib as usize)),
             budget_kib,

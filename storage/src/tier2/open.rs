@@ -8,7 +8,7 @@ use super::{
     config::{Checksums, Encryption, Provider, Tier2Config},
     date::Dates,
     dial::Dialer,
-    http::TracedConnector,
+    http::{Replacing, TracedConnector},
 };
 use crate::{Error, Kind, Op};
 use object_store::{
@@ -32,6 +32,8 @@ pub(super) struct Opened {
     pub(super) folder: Option<PathBuf>,
     /// What its answers say of the time.
     pub(super) dates: Dates,
+    /// What its uploads may write over.
+    pub(super) replacing: Replacing,
 }
 
 /// Opens without talking to the store.
@@ -47,13 +49,15 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
     let bucket = url.host_str().unwrap_or_default().to_owned();
     let prefix = Path::from_url_path(url.path()).map_err(|error| invalid(config, error))?;
     let (dialer, dates) = (Dialer::new(config)?, Dates::default());
-    let connector = TracedConnector { bucket, dialer, dates: dates.clone() };
+    let replacing = Replacing::default();
+    let connector =
+        TracedConnector { bucket, dialer, dates: dates.clone(), replacing: replacing.clone() };
     let (store, parts) = match provider {
         Provider::S3 => below(prefix, s3(config, connector)?),
         Provider::Google => below(prefix, google(config, connector)?),
         Provider::Azure | Provider::File => below(prefix, azure(config, connector)?),
     };
-    Ok(Opened { store, parts: Some(parts), folder: None, dates })
+    Ok(Opened { store, parts: Some(parts), folder: None, dates, replacing })
 }
 
 type Both = (Arc<dyn ObjectStore>, Arc<dyn MultipartStore>);
@@ -83,8 +87,8 @@ fn open_folder(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
     let store = LocalFileSystem::new_with_prefix(&folder)
         .map_err(|error| invalid(config, error))?
         .with_fsync(true);
-    let dates = Dates::default();
-    Ok(Opened { store: Arc::new(store), parts: None, folder: Some(folder), dates })
+    let (dates, replacing) = (Dates::default(), Replacing::default());
+    Ok(Opened { store: Arc::new(store), parts: None, folder: Some(folder), dates, replacing })
 }
 
 fn s3(

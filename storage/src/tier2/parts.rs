@@ -161,7 +161,8 @@ impl Tier2 {
         use object_store::Error as E;
         const EXISTS: Ended = Ended::Refused(Refused::Exists);
         // Completing overwrites, so look once more: the parts may have taken minutes.
-        if self.find(key, &begun.path).await?.is_some() {
+        let there = self.find(key, &begun.path).await?;
+        if !self.replacing.gives_way(key, there.as_ref()) {
             return Err(EXISTS);
         }
         let parts = begun.parts.values().map(|part| part.id.clone()).collect();
@@ -285,9 +286,10 @@ impl Tier2 {
                 return Err(Refused::Failed(changed(local)));
             }
             // Completing overwrites.
-            match self.find(key, path).await.map_err(Refused::Failed)? {
-                Some(_) => Err(Refused::Exists),
-                None => upload.complete().await.map(drop).map_err(fail),
+            let there = self.find(key, path).await.map_err(Refused::Failed)?;
+            match self.replacing.gives_way(key, there.as_ref()) {
+                false => Err(Refused::Exists),
+                true => upload.complete().await.map(drop).map_err(fail),
             }
         }
         .await;

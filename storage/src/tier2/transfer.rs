@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{Error, Kind, Op};
 use bytes::Bytes;
-use object_store::{ObjectMeta, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use object_store::{
+    ObjectMeta, ObjectStoreExt, PutMode, PutOptions, PutPayload, UpdateVersion, path::Path,
+};
 use tokio::time::Instant;
 use tracing::{Instrument, field::Empty};
 
@@ -163,6 +165,50 @@ impl Tier2 {
             None => "uploaded, but the store does not have it".to_owned(),
         };
         Err(Error::new(Kind::Transient, Op::Upload, self.place(key), detail))
+    }
+
+    /// U6: puts a file over the object `found`, which is its beginning, unless that has changed since; a reader has the one or the
+    /// other, whole. Read back as any other that is not new.
+    pub(super) async fn extend(
+        &self,
+        key: &str,
+        path: &Path,
+        found: &ObjectMeta,
+        local: &Local,
+    ) -> Result<Uploaded, Error> {
+        let put = match &local.held {
+            Some((bytes, _permit)) => {
+                let version =
+                    UpdateVersion { e_tag: found.e_tag.clone(), version: found.version.clone() };
+                match self.put_once(key, path, bytes, PutMode::Update(version)).await {
+                    Err(Refused::Unconditional) => {
+                        self.put_once(key, path, bytes, PutMode::Overwrite).await
+                    }
+                    done => done,
+                }
+            }
+            None => {
+                let _replacing = self.replacing.begin(key, found);
+                self.put_parts(key, path, local).await
+            }
+        };
+        let changed =
+            |detail: &str| Err(Error::new(Kind::Transient, Op::Upload, self.place(key), detail));
+        match put {
+            Ok(()) => {}
+            Err(Refused::Failed(error)) => return Err(error),
+            Err(_) => return changed("the object changed while a longer one was put in its place"),
+        }
+        tracing::info!(
+            key,
+            bytes = local.size,
+            "a longer end of a timeline took the place of its beginning"
+        );
+        let back = self.find(key, path).await?.filter(|back| back.size == local.size);
+        if back.is_none() || self.object_sum(key, path).await? != local.sha256 {
+            return changed("expected what was just written, found something else");
+        }
+        Ok(Uploaded { size: local.size, sha256: local.sha256, outcome: Outcome::Stored })
     }
 
     async fn put(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {

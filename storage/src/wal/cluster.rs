@@ -68,9 +68,8 @@ pub(super) struct Unsealed {
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
     /// before anything is written behind it (P3).
     proven: AtomicBool,
-    /// Its beginning is sealed as a partial segment already, which is never written again: tier 2 may have it (P5). It is
-    /// sealed when it is full, and stays a journal until then.
-    resumed: AtomicBool,
+    /// No file is there: it is the place of a sealed one that rotted and was put aside (`rotten.rs`).
+    missing: AtomicBool,
     /// Held while the file is sealed or replaced.
     pub(super) work: Mutex<()>,
 }
@@ -88,7 +87,7 @@ impl Unsealed {
             harm: Mutex::new(None),
             refilled: AtomicBool::new(false),
             proven: AtomicBool::new(proven),
-            resumed: AtomicBool::new(false),
+            missing: AtomicBool::new(false),
             work: Mutex::new(()),
         }
     }
@@ -126,11 +125,11 @@ impl Unsealed {
     pub(super) fn set_proven(&self, proven: bool) {
         self.proven.store(proven, Ordering::Release);
     }
-    pub(super) fn set_resumed(&self) {
-        self.resumed.store(true, Ordering::Release);
+    pub(super) fn set_missing(&self) {
+        self.missing.store(true, Ordering::Release);
     }
-    pub(super) fn is_resumed(&self) -> bool {
-        self.resumed.load(Ordering::Acquire)
+    pub(super) fn is_missing(&self) -> bool {
+        self.missing.load(Ordering::Acquire)
     }
     pub(super) fn is_empty(&self) -> bool {
         self.durable() == self.start
@@ -315,9 +314,6 @@ impl State {
 
     /// A journal to which nothing will be added although it is not full.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
-        if journal.is_resumed() {
-            return false;
-        }
         let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         over || self.went_on_behind(journal.timeline, journal.durable())
     }
@@ -331,6 +327,9 @@ impl State {
     /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
     /// it is.
     pub(super) fn has_lost_bytes(&self, journal: &Unsealed) -> bool {
+        if journal.is_missing() {
+            return true;
+        }
         let Some(line) = self.lines.get(&journal.timeline) else { return false };
         let followed = line.held_journals().any(|other| other.start > journal.start)
             || line.sealed.is_some_and(|sealed| sealed.1 > journal.end);
@@ -350,6 +349,13 @@ impl State {
         within && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
     }
 
+    /// Whether a segment must have been received whole: there is WAL behind it, and nothing says why this should be missing.
+    pub(super) fn was_written(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> bool {
+        let in_gap = |g: &Gap| g.timeline == timeline && g.from <= start && start < g.to;
+        let behind = self.lines.get(&timeline).is_some_and(|line| line.goes_on_behind(end));
+        behind && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
+    }
+
     /// Whether WAL of this segment was acknowledged and is damaged here.
     pub(super) fn has_lost(&self, file: WalFile) -> bool {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return false };
@@ -359,10 +365,11 @@ impl State {
         self.is_lost(segment.timeline(), start, start.advance(size.bytes()))
     }
 
-    /// What is ready to be sealed.
+    /// What is ready to be sealed. Not what is known to be damaged: that is made anew first (`refill.rs`).
     pub(super) fn finished(&self) -> Vec<WalFile> {
         let Some(size) = self.pinned.map(|p| p.segment_size) else { return Vec::new() };
         let file = |journal: &Arc<Unsealed>| match journal {
+            j if j.is_full() && j.harm().is_some() => None,
             j if j.is_full() => Some(WalFile::Segment(j.segment(size))),
             j if self.has_ended(j) => Some(WalFile::Partial(j.segment(size))),
             _ => None,
@@ -387,7 +394,7 @@ pub(super) struct Cluster {
     pub(super) files: Mutex<()>,
     /// One new data key at a time.
     making_key: Mutex<()>,
-    /// One change of `wal_levels.json` at a time.
+    /// One change of `wal_levels.json` or `damaged-wal.json` at a time.
     pub(super) noting: Mutex<()>,
     pub(super) state: Mutex<State>,
 }

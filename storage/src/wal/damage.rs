@@ -5,9 +5,10 @@
 //! | `timeline` | which |
 //! | `from` | where the good WAL ends: the position went back to here |
 //! | `to` | up to here it is known to have been acknowledged; equal to `from` where nothing proves a loss |
-//! | `kept` | the journal as it was found, below `wal/<timeline>/`; absent where nothing is left of it |
+//! | `kept` | the file as it was found, below `wal/<timeline>/`; absent where nothing is left of it |
+//! | `sealed` | true of a sealed file (`rotten.rs`); absent of a journal |
 //!
-//! A list, in the shape of `crate::record`. Written before the journal it speaks of is touched.
+//! A list, in the shape of `crate::record`. Written before the file it speaks of is touched.
 //!
 //! - A torn tail after a crash and rot look alike. A later frame that says more was flushed proves rot (`frame.rs`), and so
 //!   does the client's slot: what PostgreSQL was told was flushed. Until the client has come, a torn tail is kept, too, in
@@ -31,7 +32,10 @@ use crate::{
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 pub(super) const FILE: &str = "damaged-wal.json";
 /// So many segments can have been acknowledged and not be sealed, and then be lost with their journals: sealing lags behind by
@@ -52,9 +56,12 @@ pub struct DamagedWal {
     pub from: Lsn,
     /// One past the last byte that is known to have been acknowledged.
     pub to: Lsn,
-    /// The damaged journal's name in its timeline's folder.
+    /// The damaged file's name in its timeline's folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<String>,
+    /// It was a sealed file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sealed: bool,
     /// What a newer version says besides.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -70,21 +77,37 @@ impl DamagedWal {
         (self.timeline, self.from, self.to) == (timeline, harm.from, harm.to)
     }
 
-    /// For a person. `asked`: the stream of its timeline goes on here, and brings it again.
-    pub(super) fn sentence(&self, asked: bool) -> String {
-        let Self { timeline, from, to, kept, .. } = self;
+    /// For a person.
+    pub(super) fn sentence(&self, who: Who) -> String {
+        let Self { timeline, from, to, kept, sealed, .. } = self;
+        let what = if *sealed { "the file" } else { "the journal" };
         let kept = match kept {
-            Some(kept) => format!("the journal is kept as wal/{timeline}/{kept}"),
+            Some(kept) => format!("{what} is kept as wal/{timeline}/{kept}"),
             None => "nothing is left of it".into(),
         };
-        let next = match asked {
-            true => "PostgreSQL is asked for it again; hint: check the disk".to_owned(),
-            false => format!("its timeline is over; hint: {NOT_ASKED}"),
+        let next = match who {
+            Who::Stream => "PostgreSQL is asked for it again; hint: check the disk".to_owned(),
+            Who::Refill => format!("it is taken from tier 2 if that has it; hint: {ASKED}"),
+            Who::Tier2 => format!("only tier 2 may have it; hint: {NOT_ASKED}"),
+            Who::Nobody => format!("its timeline is over; hint: {NOT_ASKED}"),
         };
         format!(
             "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged and cannot be read; {kept}; {next}"
         )
     }
+}
+
+/// What brings damaged WAL again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    /// The stream of its timeline, which goes on where the good WAL ends.
+    Stream,
+    /// Beside the stream.
+    Refill,
+    /// PostgreSQL has it no more.
+    Tier2,
+    /// Its timeline is over.
+    Nobody,
 }
 
 /// What was found behind the good frames of a journal.
@@ -107,7 +130,14 @@ impl State {
             let (from, to) = (harm.from, harm.to);
             tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk: the position goes back; klio status says what helps");
             let unknown = Unknown::default();
-            self.damaged.push(DamagedWal { timeline, from, to, kept: None, unknown });
+            self.damaged.push(DamagedWal {
+                timeline,
+                from,
+                to,
+                kept: None,
+                sealed: false,
+                unknown,
+            });
         }
     }
 
@@ -130,9 +160,29 @@ impl State {
 
     /// What is over: held again, a recorded gap, or removed on purpose.
     fn is_over(&self, entry: &DamagedWal) -> bool {
-        let held = self.resume_at(entry.timeline).is_some_and(|at| at >= entry.to);
+        let held = self.resume_at(entry.timeline).is_some_and(|at| at >= entry.to)
+            && self.place_of(entry).is_none();
         let horizon = self.horizons.get(&entry.timeline);
-        entry.is_loss() && (held || horizon.is_some_and(|h| h.held_from >= entry.to))
+        // Tier 1 may lack it: it was proven in tier 2, or let go for good.
+        let let_go = horizon
+            .is_some_and(|h| h.held_from >= entry.to || (entry.sealed && h.local_from >= entry.to));
+        entry.is_loss() && (held || let_go)
+    }
+
+    /// The place that a sealed file left in the middle of what is held.
+    fn place_of(&self, entry: &DamagedWal) -> Option<&Unsealed> {
+        let mut journals = self.lines.get(&entry.timeline)?.journals.values();
+        let touches = |j: &&Arc<Unsealed>| j.start < entry.to && entry.from < j.end;
+        journals.find(|j| j.is_missing() && touches(j)).map(AsRef::as_ref)
+    }
+
+    pub(super) fn who_brings(&self, entry: &DamagedWal) -> Who {
+        match self.place_of(entry) {
+            Some(place) if self.is_hole(place) => Who::Refill,
+            Some(_) => Who::Tier2,
+            None if self.has_come_to_its_end(entry.timeline) => Who::Nobody,
+            None => Who::Stream,
+        }
     }
 
     /// Forgets what is over. True when there was any.
@@ -146,7 +196,8 @@ impl State {
 
 impl Cluster {
     /// Replaces the file by what is known now.
-    fn store_damaged(&self) -> Result<(), Error> {
+    pub(super) fn store_damaged(&self) -> Result<(), Error> {
+        let _one = lock(&self.noting);
         let known = lock(&self.state).damaged.clone();
         let path = path(self);
         if known.is_empty() {
@@ -185,7 +236,7 @@ impl Cluster {
             state.damaged.retain(|known| !known.is_of(timeline, harm));
             let (from, to, unknown) = (harm.from, harm.to, Unknown::default());
             let kept = Some(kept.clone());
-            state.damaged.push(DamagedWal { timeline, from, to, kept, unknown });
+            state.damaged.push(DamagedWal { timeline, from, to, kept, sealed: false, unknown });
         }
         self.store_damaged()?;
         Ok(folder.join(kept))
@@ -350,6 +401,7 @@ impl State {
                     from: upto,
                     to: slot,
                     kept: None,
+                    sealed: false,
                     unknown,
                 });
             }

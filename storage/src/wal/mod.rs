@@ -23,6 +23,7 @@
 //! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
 //! | `wal/<timeline>/<segment>.open.damaged-<n>` | a journal that lost acknowledged WAL, as it was found: kept (`damage.rs`) |
+//! | `wal/<timeline>/<segment>….zst[.age].damaged-<n>` | a sealed file that rotted, as it was found: kept (`rotten.rs`) |
 //! | `wal/<timeline>/<segment>.zst[.age]` | sealed: standard zstd, exactly the segment (`seal.rs`) |
 //! | `wal/<timeline>/<segment>.partial.zst[.age]` | the same of a segment that ended early |
 //! | `wal/spare/` | files to recycle; emptied at start |
@@ -38,12 +39,14 @@ mod horizon;
 mod journal;
 mod keys;
 mod levels;
+mod mend;
 pub mod overlap;
 mod reader;
 mod record;
 mod recover;
 mod refill;
 mod resume;
+mod rotten;
 mod scratch;
 mod seal;
 mod seam;
@@ -62,6 +65,7 @@ pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
 pub use levels::{LEVELS, LevelChange, join_levels};
+pub use mend::Mend;
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
@@ -193,7 +197,7 @@ impl WalStore {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
         let broken = state.broken.iter().map(|(_, text)| text.clone());
-        let sentence = |d: &DamagedWal| d.sentence(!state.has_come_to_its_end(d.timeline));
+        let sentence = |d: &DamagedWal| d.sentence(state.who_brings(d));
         let damaged = state.damaged.iter().filter(|d| d.is_loss()).map(sentence);
         broken.chain(state.problems.values().cloned()).chain(damaged).collect()
     }
@@ -210,8 +214,10 @@ impl WalStore {
         let Some(cluster) = self.find(name) else { return 0 };
         let state = lock(&cluster.state);
         let journals = state.lines.values().flat_map(|line| line.journals.values());
-        let cut =
-            journals.filter(|journal| state.has_lost_bytes(journal) || state.is_hole(journal));
+        // Where a sealed file was, the record counts.
+        let cut = journals
+            .filter(|journal| !journal.is_missing())
+            .filter(|journal| state.has_lost_bytes(journal) || state.is_hole(journal));
         let cut = cut.count();
         (cut + state.damaged.iter().filter(|d| d.is_loss()).count()) as u64
     }
@@ -560,7 +566,9 @@ impl WalStore {
                 WalFile::Partial(segment) => state.journal(segment).filter(|j| !j.is_full()),
                 WalFile::History(_) => None,
             };
-            if let Some(entry) = entry.as_ref().filter(|entry| state.has_lost_bytes(entry)) {
+            // A person may have put a good copy in the place of one that rotted.
+            let lost = |entry: &&Arc<Unsealed>| !entry.is_missing() && state.has_lost_bytes(entry);
+            if let Some(entry) = entry.as_ref().filter(lost) {
                 // Given as a partial segment it would look like the end of WAL (P7).
                 let detail = format!(
                     "expected WAL up to {}, found it whole up to {}",

@@ -32,7 +32,12 @@ use crate::{
     layout::{self, WalFile},
 };
 use klio_pg::{Lsn, SegmentName, TimelineHistory, TimelineId};
-use std::{collections::BTreeSet, io, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::Path,
+    sync::Arc,
+};
 
 /// PostgreSQL writes a line for each ancestor; this is many thousands of them.
 pub(super) const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
@@ -46,17 +51,18 @@ impl Cluster {
 
     /// Reads the folder. On failure the cluster stays broken, and says why.
     pub(super) fn load(&self) -> Result<(), Error> {
-        match self.scan() {
-            Ok(state) => {
+        let loaded = match self.scan() {
+            Ok((state, rotten)) => {
+                let pinned = state.pinned;
                 *lock(&self.state) = state;
-                Ok(())
+                match pinned {
+                    Some(pinned) => self.settle_rotten(&rotten, &pinned),
+                    None => Ok(()),
+                }
             }
-            Err(e) => {
-                let mut state = lock(&self.state);
-                state.broken = Some((e.kind, e.to_string()));
-                Err(e)
-            }
-        }
+            Err(e) => Err(e),
+        };
+        loaded.inspect_err(|e| lock(&self.state).broken = Some((e.kind, e.to_string())))
     }
 
     /// Makes sure of every journal that is only seen. Call with `op` held. What a live writer has is its own: it was made
@@ -126,7 +132,8 @@ impl Cluster {
         Ok(())
     }
 
-    fn scan(&self) -> Result<State, Error> {
+    /// What is there, and the sealed files that cannot be read.
+    fn scan(&self) -> Result<(State, Vec<WalFile>), Error> {
         let (disk, folder) = (self.disk(), self.folder());
         let mut state = State::default();
         remove_tmp(self, &folder)?;
@@ -152,7 +159,7 @@ impl Cluster {
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";
             let fail = || Error::new(Kind::Corrupt, Op::Open, folder.display(), detail);
-            return if entries.is_empty() { Ok(state) } else { Err(fail()) };
+            return if entries.is_empty() { Ok((state, Vec::new())) } else { Err(fail()) };
         };
         if !entries.is_empty() {
             remove_tmp(self, &self.wal_folder())?;
@@ -161,17 +168,25 @@ impl Cluster {
         for spare in list(self, &self.spare_folder())? {
             durable::remove_if_there(disk, &self.spare_folder().join(&spare.name))?;
         }
+        let mut rotten = Vec::new();
         for entry in entries {
-            self.scan_entry(&entry, &pinned, &mut state)?;
+            self.scan_entry(&entry, &pinned, &mut state, &mut rotten)?;
         }
+        state.leave_places(self, &pinned);
         state.forget_healed();
-        Ok(state)
+        Ok((state, rotten))
     }
 
-    fn scan_entry(&self, entry: &Entry, pinned: &Pinned, state: &mut State) -> Result<(), Error> {
+    fn scan_entry(
+        &self,
+        entry: &Entry,
+        pinned: &Pinned,
+        state: &mut State,
+        rotten: &mut Vec<WalFile>,
+    ) -> Result<(), Error> {
         if entry.is_dir {
             let Ok(timeline) = entry.name.parse::<TimelineId>() else { return Ok(()) };
-            return self.scan_line(timeline, pinned, state);
+            return self.scan_line(timeline, pinned, state, rotten);
         }
         let Some((WalFile::History(timeline), form)) = WalFile::parse_stored(&entry.name) else {
             return Ok(());
@@ -189,6 +204,7 @@ impl Cluster {
         timeline: TimelineId,
         pinned: &Pinned,
         state: &mut State,
+        rotten: &mut Vec<WalFile>,
     ) -> Result<(), Error> {
         let folder = self.wal_folder().join(timeline.to_string());
         remove_tmp(self, &folder)?;
@@ -214,23 +230,33 @@ impl Cluster {
         if let (Some(first), Some(last)) = (sealed.first(), sealed.last()) {
             line.sealed = Some((*first, last.advance(size)));
         }
-        for start in &partial {
-            let length = match open.contains(start) || line.sealed.is_some_and(|s| *start < s.1) {
-                true => 0,
-                false => self.plain_size(timeline, *start, pinned)?,
+        let mut lengths = BTreeMap::new();
+        for start in partial {
+            let looks = open.contains(&start) || line.sealed.is_none_or(|sealed| sealed.1 <= start);
+            let length = match looks {
+                false => 0,
+                true => match self.plain_size(timeline, start, pinned) {
+                    Ok(length) => length,
+                    // It counts for nothing, and keeps nothing else from being used.
+                    Err(e) if e.kind == Kind::Corrupt => {
+                        tracing::error!(cluster = %self.name, error = %e, "a sealed file cannot be read");
+                        let name = SegmentName::containing(timeline, start, pinned.segment_size);
+                        rotten.push(WalFile::Partial(name));
+                        continue;
+                    }
+                    Err(e) => return Err(e),
+                },
             };
-            line.extend_sealed(*start, start.advance(length));
+            // Of one with a journal that says how far it is held.
+            let counts = if open.contains(&start) { 0 } else { length };
+            line.extend_sealed(start, start.advance(counts));
+            lengths.insert(start, length);
         }
         let mut empty = Vec::new();
         // The last one first: whether more follows decides what a short one means.
         for start in open.into_iter().rev() {
-            let redundant = if sealed.contains(&start) {
-                Some(size)
-            } else if partial.contains(&start) {
-                Some(self.plain_size(timeline, start, pinned)?)
-            } else {
-                None
-            };
+            let redundant =
+                sealed.contains(&start).then_some(size).or_else(|| lengths.get(&start).copied());
             let beside = redundant.map(|bytes| {
                 let end = start.advance(bytes);
                 Beside { end, goes_on_behind: state.went_on_behind(timeline, end) }
@@ -250,7 +276,6 @@ impl Cluster {
         let harms = harms_of(&line);
         state.lines.insert(timeline, line);
         harms.into_iter().for_each(|harm| state.found_harm(timeline, harm));
-        Self::check_holes(timeline, state);
         self.settle_empty(timeline, &empty, state)
     }
 
@@ -321,10 +346,7 @@ impl Cluster {
         let entry = Unsealed::new(frames.header(), path, end, true);
         entry.set_known(frames.flushed().min(end));
         entry.set_harm(harm);
-        // Exactly as long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
-        if beside.is_some_and(|beside| beside.end < end) {
-            entry.set_resumed();
-        }
+        // As long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
         line.journals.insert(start, Arc::new(entry));
         Ok(false)
     }
@@ -343,11 +365,7 @@ impl Cluster {
             None => JournalHeader::new(pinned, timeline, start),
         };
         let (path, end) = (self.open_path(header.segment()), header.end());
-        let entry = |durable, proven| {
-            let entry = Unsealed::new(&header, path.clone(), durable, proven);
-            entry.set_resumed();
-            entry
-        };
+        let entry = |durable, proven| Unsealed::new(&header, path.clone(), durable, proven);
         let Beside { end: sealed, goes_on_behind } = sealed;
         let more = line.journals.values().any(|j| j.start > start && !j.is_empty())
             || line.sealed.is_some_and(|(_, last)| last > end);
@@ -406,17 +424,18 @@ impl Cluster {
         for start in empty {
             let name = SegmentName::containing(timeline, *start, size);
             let path = self.open_path(name);
-            if !state.has_held(WalFile::Segment(name)) {
+            if !state.was_written(timeline, *start, start.advance(size.bytes())) {
                 durable::remove_if_there(self.disk(), &path)?;
                 continue;
             }
-            // In doubt, keep (P6): somebody may want to look at it.
-            let end = start.advance(size.bytes());
-            let detail = format!("expected WAL up to {end}, found none of it whole");
-            let error = Error::new(Kind::Corrupt, Op::Recover, path.display(), detail);
-            let error = error.hint(damage::NOT_ASKED);
-            state.problems.insert(path.display().to_string(), error.to_string());
+            // In doubt, keep (P6): somebody may want to look at it. It is a hole like one whose first frame is damaged.
+            let (Some(pinned), Some(line)) = (state.pinned, state.lines.get_mut(&timeline)) else {
+                continue;
+            };
+            let header = JournalHeader::new(&pinned, timeline, *start);
+            line.journals.insert(*start, Arc::new(Unsealed::new(&header, path, *start, true)));
         }
+        Self::check_holes(timeline, state);
         Ok(())
     }
 

@@ -136,6 +136,9 @@ impl WalStore {
 
 /// How far a damaged journal can be read, and the digests of its pages up to there.
 fn good_part(cluster: &Cluster, entry: &Unsealed) -> Result<(Lsn, Vec<u8>), Error> {
+    if entry.is_missing() {
+        return Ok((entry.start, Vec::new()));
+    }
     let mut digests = PageDigests::new(entry.start);
     let mut frames = match Frames::open(cluster.disk(), &entry.path, &cluster.keys()) {
         Ok(frames) if frames.header().start == entry.start => frames,
@@ -270,13 +273,22 @@ impl Drop for Refill {
 }
 
 impl State {
+    /// Whether only the beginning of a segment was held whose sealed file is missing.
+    fn has_only_begun(&self, missing: &Unsealed) -> bool {
+        let is_it = |d: &&super::DamagedWal| d.sealed && d.timeline == missing.timeline;
+        let mut own = self.damaged.iter().filter(is_it);
+        !own.any(|d| d.from <= missing.start && missing.end <= d.to)
+    }
+
     /// Whether a journal lost WAL that its whole segment, from PostgreSQL, would bring back.
     pub(super) fn is_hole(&self, journal: &Unsealed) -> bool {
         let (timeline, start, end) = (journal.timeline, journal.start, journal.end);
         let rotten = journal.is_full() && journal.harm().is_some();
         let in_gap = |g: &super::Gap| g.timeline == timeline && g.from < end && start < g.to;
         let taken = self.taken_over.get(&timeline).is_some_and(|taken| start < taken.end);
+        let whole = |missing: &Unsealed| !self.has_only_begun(missing);
         (rotten || self.has_lost_bytes(journal))
+            && (!journal.is_missing() || whole(journal))
             && !taken
             && self.removed(timeline, start).is_none()
             && !self.gaps.iter().any(in_gap)
@@ -295,14 +307,13 @@ impl Cluster {
             let detail = "expected a damaged segment, found that it is none any more";
             return Err(Error::new(Kind::NotFound, Op::Rename, entry.path.display(), detail));
         }
-        let aside = durable::parent(&entry.path).join(self.free_name(entry)?);
-        self.copy_file(&entry.path, &aside)?;
+        if !entry.is_missing() {
+            let aside = durable::parent(&entry.path).join(self.free_name(entry)?);
+            self.copy_file(&entry.path, &aside)?;
+        }
         durable::rename(self.disk(), &journal.path, &entry.path)?;
         let fresh = Unsealed::new(&journal.header, entry.path.clone(), entry.end, true);
         fresh.set_used(journal.offset);
-        if entry.is_resumed() {
-            fresh.set_resumed();
-        }
         let mut state = lock(&self.state);
         state.problems.remove(&entry.path.display().to_string());
         if state.holds(entry)
@@ -310,8 +321,10 @@ impl Cluster {
         {
             line.journals.insert(entry.start, Arc::new(fresh));
         }
+        drop(state);
         let (timeline, from, to) = (entry.timeline, entry.start, entry.end);
-        tracing::info!(cluster = %self.name, %timeline, %from, %to, kept = %aside.display(), "a damaged segment was made anew from what PostgreSQL still has");
+        tracing::info!(cluster = %self.name, %timeline, %from, %to, "a damaged segment was made anew from what is left elsewhere");
+        self.heal();
         Ok(())
     }
 }

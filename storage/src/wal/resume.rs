@@ -1,7 +1,8 @@
 //! Goes on behind a sealed partial segment: its timeline seemed to be over, and its PostgreSQL came back.
 //!
 //! - The new journal begins with exactly the bytes of the sealed file, synced before any byte is added (P2).
-//! - The sealed file stays. A crash in between leaves a journal with fewer bytes, which start removes as redundant, or one
+//! - The sealed file stays until all of a longer one takes its place: when the timeline is over again, or never, when the
+//!   segment gets full. A crash in between leaves a journal with fewer bytes, which start removes as redundant, or one
 //!   with as many or more, which counts.
 //!
 //! Memory: one frame, whatever the segment size.
@@ -42,12 +43,19 @@ impl Cluster {
         let filled = decoded
             .map_err(|e| if e.op == Op::Decode { e.at(stored.path.display()) } else { e })
             .and_then(|_| filling.finish(self, end));
-        let journal = filled.inspect_err(|_| {
-            // The first error is the one to report; start removes what is left.
-            let _ = durable::remove_if_there(self.disk(), &path);
-        })?;
+        let journal = match filled {
+            Ok(journal) => journal,
+            Err(error) => {
+                // The first error is the one to report; start removes what is left.
+                let _ = durable::remove_if_there(self.disk(), &path);
+                if error.kind == Kind::Corrupt {
+                    // Put aside, it is asked for again from its beginning.
+                    self.doubt(WalFile::Partial(segment))?;
+                }
+                return Err(error);
+            }
+        };
         let entry = Arc::new(Unsealed::new(&journal.header, path, end, true));
-        entry.set_resumed();
         entry.set_used(journal.offset);
         let mut state = lock(&self.state);
         let line = state.lines.entry(segment.timeline()).or_default();

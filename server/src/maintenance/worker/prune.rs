@@ -206,6 +206,7 @@ fn evict(
             sha256: Some(file.id),
             zstd: false,
             plaintext_bytes: None,
+            grows: false,
             wrapping: Wrapping::default(),
         };
         // Reads back what is there and compares it, or puts it there: P5, at this moment.

@@ -6,7 +6,7 @@
 
 use crate::{
     Error,
-    catalog::{BackupRecord, Holdings, Run},
+    catalog::{BackupRecord, Holdings, KnownGap, Run},
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
@@ -61,6 +61,8 @@ struct Line {
     end: Option<Lsn>,
     runs: Vec<Run>,
     gaps: Vec<(Run, String)>,
+    /// What is missing there is damaged on tier 1, and on record as nothing else.
+    damaged: Vec<(Run, String)>,
 }
 
 impl Line {
@@ -94,8 +96,8 @@ fn recorded_to(at: Lsn, gaps: &[(Run, &str)]) -> Lsn {
     gaps.iter().fold(at, further)
 }
 
-/// Why a hole is there; of one that is on record in part, both.
-fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)]) -> String {
+/// Why a hole is there; of one that is on record in part, both. `damaged`: what is known where it is not on record.
+fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)], damaged: Option<&str>) -> String {
     let mut reasons: Vec<&str> = Vec::new();
     for (_, reason) in gaps.iter().filter(|(gap, _)| gap.start < to) {
         if !reasons.contains(reason) {
@@ -103,7 +105,7 @@ fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)]) -> String {
         }
     }
     if recorded_to(from, gaps) < to {
-        reasons.push(UNKNOWN);
+        reasons.push(damaged.unwrap_or(UNKNOWN));
     }
     reasons.join("; in part: ")
 }
@@ -135,13 +137,17 @@ impl Path {
         let mut lines = Vec::new();
         for (line, end) in ancestors.chain([(timeline, None)]) {
             let held = holdings.timeline(line);
-            let gaps = holdings.gaps.iter().filter(|gap| gap.timeline == line);
+            let of_line = |all: &[KnownGap]| {
+                let own = all.iter().filter(|gap| gap.timeline == line);
+                own.map(|g| (Run { start: g.from, end: g.to }, g.reason.clone())).collect()
+            };
             lines.push(Line {
                 timeline: line,
                 begin,
                 end,
                 runs: held.map(|held| held.runs.clone()).unwrap_or_default(),
-                gaps: gaps.map(|g| (Run { start: g.from, end: g.to }, g.reason.clone())).collect(),
+                gaps: of_line(&holdings.gaps),
+                damaged: of_line(&holdings.damaged),
             });
             begin = end.unwrap_or(begin);
         }
@@ -222,11 +228,14 @@ impl Path {
         let gaps = self.gaps_after(at);
         // PostgreSQL was promoted at the end of this line, so it had WAL up to there.
         let promoted = here.end.filter(|end| *end > at);
-        let known = gaps.iter().map(|(gap, _)| gap.end).chain(promoted).max();
+        // What is damaged was there.
+        let damaged = here.damaged.iter().map(|(run, _)| run.end).filter(|end| *end > at);
+        let known = gaps.iter().map(|(gap, _)| gap.end).chain(promoted).chain(damaged).max();
         match held.or(known) {
             None => Stop::End { idle_until_unix: self.idle_until_unix },
             Some(to) => {
-                let reason = why(at, to, &gaps);
+                let damaged = here.damaged.iter().find(|(run, _)| run.start < to && at < run.end);
+                let reason = why(at, to, &gaps, damaged.map(|(_, reason)| reason.as_str()));
                 Stop::Hole(Hole { timeline: here.timeline, from: at, to, reason })
             }
         }

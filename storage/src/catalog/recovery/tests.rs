@@ -155,6 +155,28 @@ fn a_hole_that_is_on_record_in_part_has_both_reasons() {
     assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
 }
 
+/// WAL that was acknowledged and rotted is a hole with that reason, in the middle and at the end.
+#[test]
+fn what_is_damaged_on_tier_1_is_a_hole_that_says_so() {
+    let rotten = |from, to| KnownGap {
+        timeline: tli(1),
+        from: lsn(from),
+        to: lsn(to),
+        reason: "damaged on tier 1".into(),
+    };
+    let mut held = holdings(vec![held(1, None, &[(1.0, 5.0), (6.0, 12.0)])]);
+    let path = |held: &Holdings| Path::new(held, tli(1), size()).unwrap();
+    held.damaged = vec![rotten(5.0, 6.0)];
+    let holes = path(&held).lost(lsn(1.0));
+    assert_eq!((holes.len(), holes[0].reason.as_str()), (1, "damaged on tier 1"));
+    assert_eq!(path(&held).reach(lsn(7.0)).end, lsn(12.0));
+    held.damaged = vec![rotten(12.0, 13.0)];
+    let Stop::Hole(hole) = path(&held).reach(lsn(7.0)).stop else { panic!("not the end") };
+    assert_eq!((hole.from, hole.to), (lsn(12.0), lsn(13.0)));
+    held.damaged = vec![rotten(11.0, 12.0)];
+    assert!(matches!(path(&held).reach(lsn(7.0)).stop, Stop::End { .. }), "held elsewhere");
+}
+
 /// V2: a gap on record counts even while nothing behind it has come.
 #[test]
 fn a_gap_at_the_end_is_a_hole_and_not_the_end() {

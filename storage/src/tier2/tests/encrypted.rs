@@ -71,7 +71,8 @@ async fn the_plain_object_of_earlier_settings_is_the_same_file_or_a_conflict() {
         other_key: Some("pg-1/wal/2.history.age".into()),
         at_rest: AtRest::OffWith(keys),
     };
-    let back = Source { path, sha256: None, zstd: false, plaintext_bytes: None, wrapping };
+    let back =
+        Source { path, sha256: None, zstd: false, plaintext_bytes: None, grows: false, wrapping };
     let uploaded = tier2.upload(&back, "pg-1/wal/2.history").await.unwrap();
     assert_eq!(uploaded.outcome, Outcome::AlreadyThere);
 }

@@ -55,5 +55,12 @@ pub(super) fn sealed(folder: &Path, name: &str, plain: &[u8], level: i32) -> Sou
 }
 
 pub(super) fn source(path: PathBuf) -> Source {
-    Source { path, sha256: None, zstd: true, plaintext_bytes: None, wrapping: Wrapping::default() }
+    Source {
+        path,
+        sha256: None,
+        zstd: true,
+        plaintext_bytes: None,
+        grows: false,
+        wrapping: Wrapping::default(),
+    }
 }

@@ -4,7 +4,7 @@ use super::{BUCKET, KEY, S3, config, noise, open, s3, sealed, source};
 use crate::{
     Kind,
     layout::ClusterName,
-    tier2::{Download, Outcome, Secret, Sha256Sum, Tier2, Tier2Config},
+    tier2::{Download, Outcome, Secret, Sha256Sum, Source, Tier2, Tier2Config},
 };
 use futures::TryStreamExt;
 use url::Url;
@@ -89,6 +89,47 @@ async fn the_same_plaintext_sealed_twice_is_the_same_file() {
     let uploaded = tier2.upload(&source(second), KEY).await.unwrap();
     assert_eq!(uploaded.outcome, Outcome::AlreadyThere);
     assert_eq!(uploaded.size, std::fs::metadata(&first.path).unwrap().len());
+}
+
+/// U6: the unfinished end of a timeline whose PostgreSQL came back is longer than what was stored of it.
+async fn grows(tier2: &Tier2, bytes: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = noise(1, bytes);
+    let of =
+        |name: &str, plain: &[u8], grows| Source { grows, ..sealed(folder.path(), name, plain, 1) };
+    let beginning = of("a", &plain[..bytes / 3], true);
+    tier2.upload(&beginning, KEY).await.unwrap();
+    let all = of("b", &plain, false);
+    let refused = tier2.upload(&all, KEY).await.unwrap_err();
+    assert_eq!(refused.kind, Kind::Conflict, "only what is said to grow");
+    let mut changed = plain.clone();
+    changed[bytes / 4] ^= 1;
+    for other in [of("c", &changed, true), of("d", &noise(2, bytes), true)] {
+        assert_eq!(tier2.upload(&other, KEY).await.unwrap_err().kind, Kind::Conflict);
+    }
+    assert_eq!(
+        read(tier2.download(KEY).await.unwrap()).await,
+        std::fs::read(&beginning.path).unwrap()
+    );
+    let all = Source { grows: true, ..all };
+    assert_eq!(tier2.upload(&all, KEY).await.unwrap().outcome, Outcome::Stored);
+    assert_eq!(tier2.upload(&all, KEY).await.unwrap().outcome, Outcome::AlreadyThere);
+    let stored = std::fs::read(&all.path).unwrap();
+    assert_eq!(read(tier2.download(KEY).await.unwrap()).await, stored);
+    // What is longer never gives way to its beginning.
+    assert_eq!(tier2.upload(&beginning, KEY).await.unwrap_err().kind, Kind::Conflict);
+    assert_eq!(read(tier2.download(KEY).await.unwrap()).await, stored);
+}
+
+#[tokio::test]
+async fn a_beginning_gives_way_to_the_whole_and_to_nothing_else() {
+    for bytes in [100_000, (9 << 20) + 7] {
+        let s3 = S3::start().await;
+        grows(&open(&s3), bytes).await;
+        let folder = tempfile::tempdir().unwrap();
+        let url = Url::from_directory_path(folder.path()).unwrap();
+        grows(&Tier2::open(&Tier2Config::new(url)).unwrap(), bytes).await;
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ mod life;
 mod real;
 mod refusal;
 mod rot;
+mod rotten;
 mod timeline;
 mod two_writers;
 mod unreadable;

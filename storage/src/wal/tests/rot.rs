@@ -416,6 +416,7 @@ fn a_journal_that_rots_before_it_is_sealed_is_made_anew_without_a_restart() {
     assert_eq!(store.seal(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
     assert_eq!(store.holes(&rig.name), [hole()]);
     assert!(store.problems(&rig.name)[0].contains("as long as that has it"));
+    assert_eq!(store.unsealed(&rig.name), [], "sealing is not tried again and again");
     fill(&rig, &store, &mut writer, None).unwrap();
     store.seal(&rig.name, file).unwrap();
     assert_eq!((store.holes(&rig.name), store.problems(&rig.name)), (vec![], vec![]));

@@ -210,6 +210,38 @@ fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence
     }
 }
 
+/// What came behind its sealed end stayed a journal for ever, on tier 1 alone.
+#[test]
+fn what_came_behind_a_sealed_end_is_sealed_with_it_when_the_timeline_is_over_again() {
+    for how in [Restart::Kill, Restart::PowerLoss] {
+        for rig in [Rig::new(9), Rig::encrypted(9)] {
+            let partial = WalFile::Partial(segment(1, 2));
+            let mut store = rig.open();
+            let mut at = MIB;
+            for end in [777, 900, 900_000] {
+                let mut writer = rig.writer(&store, 1, at);
+                at = 2 * MIB + end;
+                rig.append_and_flush(&mut writer, at);
+                drop((writer, store));
+                rig.disk.restart(how);
+                store = rig.open();
+                store.set_over(&rig.name, true);
+                for file in store.unsealed(&rig.name) {
+                    store.seal(&rig.name, file).unwrap();
+                }
+                assert_eq!(store.unsealed(&rig.name), []);
+                assert_eq!(rig.read(&store, partial), rig.bytes(2 * MIB, at));
+                drop(store);
+                rig.disk.restart(how);
+                store = rig.open();
+                assert_eq!(store.positions(&rig.name)[0].flushed.as_u64(), at);
+                assert_eq!(rig.read(&store, partial), rig.bytes(2 * MIB, at));
+            }
+            assert_eq!(store.problems(&rig.name), Vec::<String>::new());
+        }
+    }
+}
+
 #[test]
 fn the_end_of_a_history_that_is_over_is_sealed_and_what_comes_all_the_same_goes_on_behind_it() {
     for rig in [Rig::new(8), Rig::encrypted(8)] {

@@ -1,0 +1,383 @@
+//! Sealed files that rot on this disk: found when they are read, put aside, and missed until they are held again.
+//!
+//! - Who finds one damaged says so ([`WalStore::doubt`]). It is read again here, and only what is seen to be damaged is put
+//!   aside, under a name that nobody takes for WAL: reading, uploading and letting go never meet it again. It is kept (P6).
+//! - On record first (`damage.rs`): after a crash anywhere the file is in its place, or known to be missed.
+//! - Of a whole segment its place is left among the journals, without a byte in it: a hole, which is made anew from what
+//!   PostgreSQL or tier 2 has (`refill.rs`). No position moves.
+//! - The unfinished last segment of a timeline is only its PostgreSQL's to give again, from its beginning: the position goes
+//!   back to there. Of a timeline that is over, or where the stream left out what follows, only tier 2 may have it.
+
+use super::{
+    WalStore,
+    cluster::{Cluster, Line, State, Unsealed, lock},
+    damage::DamagedWal,
+    decode,
+    frame::JournalHeader,
+    types::Pinned,
+};
+use crate::{
+    Error, Kind, Op,
+    disk::{Stat, durable},
+    layout::{self, ClusterName, Form, WalFile},
+    record::Unknown,
+};
+use klio_pg::{Lsn, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, TimelineId};
+use std::{io, path::Path, sync::Arc};
+
+/// A file that claims to be a sealed one.
+#[derive(Clone, Copy)]
+pub(super) struct Sealed<'a> {
+    pub(super) file: WalFile,
+    pub(super) path: &'a Path,
+    pub(super) form: Form,
+}
+
+impl WalStore {
+    /// Looks again at a sealed file that was found damaged, and puts it aside when it is. True when WAL is missed for that.
+    ///
+    /// # Errors
+    /// `NotFound` for a cluster that is not here, `Denied` without the key, and as the disk fails.
+    pub fn doubt(&self, name: &ClusterName, file: WalFile) -> Result<bool, Error> {
+        let cluster = self.need(name, Op::Read)?;
+        cluster.doubt(file)
+    }
+}
+
+impl Cluster {
+    /// As [`WalStore::doubt`]. Call without any lock but `op`.
+    pub(super) fn doubt(&self, file: WalFile) -> Result<bool, Error> {
+        let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else {
+            return Ok(false);
+        };
+        let pinned = self.pinned()?;
+        let Some(start) = segment.start_lsn(pinned.segment_size) else { return Ok(false) };
+        let mut missed = false;
+        for form in Form::BOTH {
+            let path = self.path_in(file, form);
+            let Some(before) = self.stat_if_there(&path)? else { continue };
+            let known = lock(&self.state).sealed_end_in(file, start, &pinned);
+            let Some(good) = self.good_of_rotten(file, form, known, &pinned)? else {
+                self.is_good_again(file, start, &pinned)?;
+                continue;
+            };
+            missed |= self.put_rotten_aside((file, form, before), start.advance(good), &pinned)?;
+        }
+        Ok(missed)
+    }
+
+    fn stat_if_there(&self, path: &Path) -> Result<Option<Stat>, Error> {
+        match self.disk().stat(path) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(Op::Read, path, e)),
+        }
+    }
+
+    fn is_there(&self, path: &Path) -> Result<bool, Error> {
+        self.stat_if_there(path).map(|stat| stat.is_some())
+    }
+
+    /// How many bytes of a sealed file are good, if it is damaged. What the disk does not give back twice is. `known`: where it
+    /// is known to end.
+    fn good_of_rotten(
+        &self,
+        file: WalFile,
+        form: Form,
+        known: Option<Lsn>,
+        pinned: &Pinned,
+    ) -> Result<Option<u64>, Error> {
+        let path = self.path_in(file, form);
+        for last in [false, true] {
+            let sealed = Sealed { file, path: &path, form };
+            let (good, outcome) = self.read_sealed(sealed, known, pinned);
+            match outcome {
+                Ok(()) => return Ok(None),
+                Err(e) if e.kind == Kind::Corrupt => return Ok(Some(good)),
+                Err(e) if e.kind == Kind::Io && last => return Ok(Some(good)),
+                Err(e) if e.kind == Kind::Io => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads all of it: how many bytes it gives, and whether they are good.
+    pub(super) fn read_sealed(
+        &self,
+        Sealed { file, path, form }: Sealed<'_>,
+        known: Option<Lsn>,
+        pinned: &Pinned,
+    ) -> (u64, Result<(), Error>) {
+        let limit = pinned.segment_size.bytes();
+        let (mut good, mut first) = (0, Vec::with_capacity(SEGMENT_HEADER_BYTES));
+        let read = self.open_plain(path, form).and_then(|mut reader| {
+            decode::decode_reader(&mut reader, limit, &mut |piece| {
+                let missing = SEGMENT_HEADER_BYTES.saturating_sub(first.len()).min(piece.len());
+                first.extend_from_slice(&piece[..missing]);
+                good += piece.len() as u64;
+                Ok(())
+            })
+        });
+        let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Read, path.display(), detail);
+        let checked = read.and_then(|found| {
+            let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { return Ok(()) };
+            let expected = match (file, known, name.start_lsn(pinned.segment_size)) {
+                (WalFile::Segment(_), ..) => limit,
+                (_, Some(end), Some(start)) => end.bytes_since(start),
+                _ => found,
+            };
+            if found < expected {
+                return Err(corrupt(format!("expected {expected} bytes of WAL, found {found}")));
+            }
+            let Ok(header) = <[u8; SEGMENT_HEADER_BYTES]>::try_from(&*first) else { return Ok(()) };
+            let belongs =
+                SegmentHeader::parse(&header).and_then(|h| h.belongs_to(name).map(|()| h));
+            let header = belongs.map_err(|e| corrupt(e.to_string()))?;
+            if header.system_identifier != pinned.system_identifier {
+                return Err(corrupt("expected WAL of this PostgreSQL, found another's".to_owned()));
+            }
+            Ok(())
+        });
+        // Of WAL that is another's nothing is good.
+        let kept = if checked.is_err() && good >= limit { 0 } else { good };
+        (kept, checked)
+    }
+
+    /// True when WAL is missed now: there is no other copy of it here.
+    fn put_rotten_aside(
+        &self,
+        (file, form, read): (WalFile, Form, Stat),
+        good: Lsn,
+        pinned: &Pinned,
+    ) -> Result<bool, Error> {
+        // Nobody makes a journal of the segment, or lets one go, meanwhile.
+        let _one = lock(&self.files);
+        let path = self.path_in(file, form);
+        let same = |now: Stat| (now.size, now.modified_unix) == (read.size, read.modified_unix);
+        // Sealed again since it was read, or let go.
+        if !self.stat_if_there(&path)?.is_some_and(same) {
+            return Ok(false);
+        }
+        let other = self.is_there(&self.path_in(file, form.other()))?;
+        let missed = match other {
+            true => None,
+            false => lock(&self.state).missed(file, good, pinned),
+        };
+        let kept = match missed {
+            Some(missed) => self.put_missed_on_record(file.timeline(), missed, &path)?,
+            None => self.free_aside(&path, file.timeline())?,
+        };
+        durable::rename(self.disk(), &path, &durable::parent(&path).join(&kept))?;
+        let Some((from, to)) = missed else {
+            tracing::warn!(cluster = %self.name, %file, kept, "a damaged file of WAL that is held besides was put aside");
+            return Ok(false);
+        };
+        tracing::error!(cluster = %self.name, %file, %from, %to, kept, "acknowledged WAL is damaged on this disk; klio status says what helps");
+        lock(&self.state).leave_place(self, file, pinned);
+        Ok(true)
+    }
+
+    /// A person put a good copy in the place of a segment that is missed.
+    fn is_good_again(&self, file: WalFile, start: Lsn, pinned: &Pinned) -> Result<(), Error> {
+        let WalFile::Segment(segment) = file else { return Ok(()) };
+        {
+            let mut state = lock(&self.state);
+            if !state.journal(segment).is_some_and(|journal| journal.is_missing()) {
+                return Ok(());
+            }
+            state.found_again(file, start, start.advance(pinned.segment_size.bytes()));
+        }
+        tracing::info!(cluster = %self.name, %file, "a good copy lies in the place of a file that had rotted");
+        self.store_damaged()
+    }
+
+    /// Where the file is to be kept. What is on record already, of an attempt that failed, has its place.
+    fn put_missed_on_record(
+        &self,
+        timeline: TimelineId,
+        (from, to): (Lsn, Lsn),
+        path: &Path,
+    ) -> Result<String, Error> {
+        let is_it =
+            |d: &&DamagedWal| d.sealed && (d.timeline, d.from, d.to) == (timeline, from, to);
+        let known = lock(&self.state).damaged.iter().find(is_it).map(|d| d.kept.clone());
+        let kept = match known {
+            Some(Some(kept)) if !self.is_there(&durable::parent(path).join(&kept))? => kept,
+            // Another one that rotted in its place.
+            Some(_) => self.free_aside(path, timeline)?,
+            None => {
+                let (kept, unknown) = (self.free_aside(path, timeline)?, Unknown::default());
+                let entry = DamagedWal {
+                    timeline,
+                    from,
+                    to,
+                    kept: Some(kept.clone()),
+                    sealed: true,
+                    unknown,
+                };
+                lock(&self.state).damaged.push(entry);
+                kept
+            }
+        };
+        self.store_damaged()?;
+        Ok(kept)
+    }
+
+    /// A name that nothing has: not on disk, and not on record.
+    fn free_aside(&self, path: &Path, timeline: TimelineId) -> Result<String, Error> {
+        let taken: Vec<String> = {
+            let state = lock(&self.state);
+            let own = state.damaged.iter().filter(|known| known.timeline == timeline);
+            own.filter_map(|known| known.kept.clone()).collect()
+        };
+        let stored = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        for number in 1..=u32::MAX {
+            let name = layout::damaged_sealed(&stored, number);
+            if !taken.contains(&name) && !self.is_there(&durable::parent(path).join(&name))? {
+                return Ok(name);
+            }
+        }
+        let detail = "expected a free name for a damaged file, found none";
+        Err(Error::new(Kind::Conflict, Op::Recover, path.display(), detail))
+    }
+
+    /// At start: puts aside what could not be read.
+    ///
+    /// # Errors
+    /// When one is in its place still: it counts for nothing so far, and nobody may go on as if it had never been.
+    pub(super) fn settle_rotten(&self, rotten: &[WalFile], pinned: &Pinned) -> Result<(), Error> {
+        for file in rotten {
+            self.doubt(*file)?;
+            if let (Some(stored), WalFile::Partial(_)) = (self.stored(*file)?, file) {
+                self.plain_size_of(&stored, pinned.segment_size.bytes())?;
+                let detail =
+                    "expected a damaged file to stay damaged, found it whole: it is read again";
+                return Err(Error::new(
+                    Kind::Transient,
+                    Op::Recover,
+                    stored.path.display(),
+                    detail,
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Where a partial segment is known to end, by what is on record of its timeline.
+    fn sealed_end_in(&self, file: WalFile, start: Lsn, pinned: &Pinned) -> Option<Lsn> {
+        let WalFile::Partial(segment) = file else { return None };
+        let end = start.advance(pinned.segment_size.bytes());
+        let sealed = self.lines.get(&segment.timeline())?.sealed?;
+        Some(sealed.1).filter(|last| start < *last && *last < end)
+    }
+
+    /// What is missed without this file, which was good up to `good`; `None` when a journal has it all.
+    fn missed(&self, file: WalFile, good: Lsn, pinned: &Pinned) -> Option<(Lsn, Lsn)> {
+        let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return None };
+        let (size, timeline) = (pinned.segment_size, segment.timeline());
+        let start = segment.start_lsn(size)?;
+        let end = start.advance(size.bytes());
+        let to = match file {
+            WalFile::Segment(_) => end,
+            _ => self.last_known(timeline, start, end).max(good).max(start.advance(1)),
+        };
+        let journal = self.journal(segment).filter(|journal| !journal.is_missing());
+        let from = journal.map_or(start, |journal| journal.durable());
+        (from < to).then_some((from, to))
+    }
+
+    /// How far an unfinished segment is known to have reached.
+    fn last_known(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> Lsn {
+        let sealed = self.lines.get(&timeline).and_then(|line| line.sealed).map(|sealed| sealed.1);
+        let gaps = self.gaps.iter().filter(|gap| gap.timeline == timeline).map(|gap| gap.from);
+        let inside = sealed.into_iter().chain(gaps).filter(|lsn| start < *lsn && *lsn <= end);
+        inside.max().unwrap_or(start)
+    }
+
+    /// The file is gone: what is left is its place.
+    fn leave_place(&mut self, cluster: &Cluster, file: WalFile, pinned: &Pinned) {
+        let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return };
+        let Some(start) = segment.start_lsn(pinned.segment_size) else { return };
+        let end = start.advance(pinned.segment_size.bytes());
+        let Some(line) = self.lines.get_mut(&segment.timeline()) else { return };
+        if line.journals.contains_key(&start) {
+            return;
+        }
+        if matches!(file, WalFile::Segment(_)) || line.goes_on_behind(end) {
+            line.journals.insert(start, place(cluster, segment.timeline(), start, pinned));
+        } else if let Some((first, last)) = line.sealed
+            && start < last
+        {
+            // Its PostgreSQL gives it again from its beginning.
+            line.sealed = (first < start).then_some((first, start));
+        }
+    }
+
+    /// Where a partial segment begins that is missed, and of which this many bytes are all that was held.
+    pub(super) fn missed_begin(&self, file: WalFile, bytes: u64) -> Option<Lsn> {
+        let WalFile::Partial(segment) = file else { return None };
+        let (timeline, start) = (segment.timeline(), segment.start_lsn(self.pinned?.segment_size)?);
+        let is_it = |d: &&DamagedWal| d.sealed && d.timeline == timeline && d.from == start;
+        let missed = self.damaged.iter().find(is_it)?;
+        let written = self.writers.contains_key(&timeline) || self.opening == Some(timeline);
+        let journal = self.journal(segment).is_some_and(|journal| !journal.is_missing());
+        (!written && !journal && missed.to <= start.advance(bytes)).then_some(start)
+    }
+
+    /// It is in its place again.
+    pub(super) fn found_again(&mut self, file: WalFile, start: Lsn, end: Lsn) {
+        let timeline = file.timeline();
+        self.damaged.retain(|d| !(d.sealed && d.timeline == timeline && d.from == start));
+        if let Some(line) = self.lines.get_mut(&timeline) {
+            if line.journals.get(&start).is_some_and(|journal| journal.is_missing()) {
+                line.journals.remove(&start);
+            }
+            line.extend_sealed(start, end);
+        }
+    }
+
+    /// At start: the places of segments whose sealed files were put aside. At its timeline's end there is none: the stream
+    /// brings it again.
+    pub(super) fn leave_places(&mut self, cluster: &Cluster, pinned: &Pinned) {
+        let size = pinned.segment_size;
+        let lost: Vec<(TimelineId, Lsn)> = self
+            .damaged
+            .iter()
+            .filter(|d| d.sealed && d.is_loss())
+            .map(|d| (d.timeline, d.from.segment_start(size)))
+            .collect();
+        for (timeline, start) in lost {
+            let name = SegmentName::containing(timeline, start, size);
+            // It was on record, and then the machine stopped: it is found again where it is still damaged.
+            let there = [WalFile::Segment(name), WalFile::Partial(name)]
+                .into_iter()
+                .any(|file| matches!(cluster.stored(file), Ok(Some(_))));
+            let Some(line) = self.lines.get_mut(&timeline).filter(|_| !there) else { continue };
+            if !line.journals.contains_key(&start)
+                && line.goes_on_behind(start.advance(size.bytes()))
+            {
+                line.journals.insert(start, place(cluster, timeline, start, pinned));
+            }
+        }
+    }
+}
+
+impl Line {
+    /// Whether any WAL is held from `end` on.
+    pub(super) fn goes_on_behind(&self, end: Lsn) -> bool {
+        self.sealed.is_some_and(|sealed| sealed.1 > end)
+            || self.journals.values().any(|journal| journal.start >= end && !journal.is_empty())
+    }
+}
+
+/// The place of a segment that is missed: no journal file belongs to it.
+fn place(cluster: &Cluster, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Arc<Unsealed> {
+    let header = JournalHeader::new(pinned, timeline, start);
+    let path = cluster.open_path(header.segment());
+    let entry = Unsealed::new(&header, path, start, true);
+    entry.set_missing();
+    Arc::new(entry)
+}
