@@ -117,6 +117,8 @@ pub struct Found {
     pub lsn: Lsn,
     /// One past its record.
     pub end: Lsn,
+    /// First byte of the record before it.
+    pub prev: Lsn,
     /// What it is.
     pub landmark: Landmark,
     /// It ends a transaction that was prepared.
@@ -430,7 +432,8 @@ impl RecordWalker {
         }
         if let Some(landmark) = self.landmark(&partial) {
             let of_prepared = partial.rmid() == RM_XACT && wal_xact::is_of_prepared(partial.info());
-            found(Found { lsn: partial.start, end, landmark, of_prepared });
+            let (lsn, prev) = (partial.start, partial.prev());
+            found(Found { lsn, end, prev, landmark, of_prepared });
         }
     }
 

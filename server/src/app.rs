@@ -149,6 +149,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let (roles, rules) = watch::channel(Arc::new(config.auth.clone()));
     let auth = Auth::new(certificates.as_ref().map(watch::Sender::subscribe), rules);
     let quotas = Quotas::new(config.quota.clone(), archives.clone());
+    let measuring = spawn(quotas.clone().keep_measuring(base.clone(), back.clone()));
     let sessions = TaskTracker::new();
     let expiry = certificates.as_ref().map(watch::Sender::subscribe);
     let maintenance_metrics = Arc::new(MaintenanceMetrics::default());
@@ -239,7 +240,12 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         tasks.push(("metrics", spawn(admin::serve(listener, router, back.clone()))));
     }
     let maintaining = spawn(telemetry.polls().watch(maintenance.run(front.clone())));
-    let background = vec![("seal", sealing), ("maintenance", maintaining), ("as of", keeping)];
+    let background = vec![
+        ("seal", sealing),
+        ("maintenance", maintaining),
+        ("as of", keeping),
+        ("quota", measuring),
+    ];
     Ok(Running {
         front,
         back,

@@ -142,6 +142,8 @@ impl std::fmt::Display for Whose {
 struct State {
     counts: BTreeMap<(Whose, What), usize>,
     stored: BTreeMap<ClusterName, Stored>,
+    /// Who looks at a cluster's tiers.
+    measuring: BTreeMap<ClusterName, Arc<tokio::sync::Mutex<()>>>,
 }
 
 /// All quotas. Cheap to clone.

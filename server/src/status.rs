@@ -180,7 +180,7 @@ impl StatusBoard {
         problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
         problems.extend(self.base_problems(name));
         problems.extend(self.undecided(name));
-        let used = self.base.as_ref().and_then(|base| self.quotas.used(base, name));
+        let used = self.quotas.used(name);
         problems.extend(used.and_then(|used| used.problem()));
         problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
@@ -200,7 +200,7 @@ impl StatusBoard {
             unpassed: unpassed(&self.store.levels(name), &positions),
             latest_written: self.metrics.latest_written(name),
             undecided_timelines: timelines.undecided().count() as u64,
-            problems,
+            problems: once(problems),
             quota_used: used.map(|used| used.ratio()),
             all_read_since_unix: self.maintenance.as_ref().and_then(|m| m.all_read_since(name)),
             name: name.clone(),
@@ -383,5 +383,57 @@ impl StatusBoard {
             problems.push("queue: not connected; WAL is received, archiving waits".into());
         }
         problems
+    }
+}
+/// One failure of the bucket is told once, not for every file and listing that it stops.
+fn once(problems: Vec<String>) -> Vec<String> {
+    let mut told: Vec<(String, String, usize)> = Vec::new();
+    for problem in problems {
+        let cause = cause_of(&problem).unwrap_or_else(|| problem.clone());
+        match told.iter_mut().find(|(known, ..)| *known == cause) {
+            Some((.., more)) => *more += 1,
+            None => told.push((cause, problem, 0)),
+        }
+    }
+    let text = |(_, text, more): (String, String, usize)| match more {
+        0 => text,
+        _ => format!("{text} (and {more} more for the same reason)"),
+    };
+    told.into_iter().map(text).collect()
+}
+
+/// Why a file or a listing does not get to the bucket, without what is each one's own: its name and its place.
+fn cause_of(problem: &str) -> Option<String> {
+    let (what, error) = match problem.strip_prefix("offload ") {
+        Some(rest) => rest.split_once(": ")?,
+        None => ("", problem.strip_prefix("compare the tiers: ")?),
+    };
+    let (_, why) = error.split_once(": ")?;
+    Some(if what.is_empty() { why.to_owned() } else { why.replace(what, "") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_failure_of_the_bucket_is_told_once() {
+        let offload =
+            |file: &str, why: &str| format!("offload {file}: upload s3://b/pg/{file}: {why}");
+        let down = "connection refused; hint: is the store up?";
+        let problems = vec![
+            format!("compare the tiers: list s3://b/pg/wal: {down}"),
+            offload("0001", down),
+            offload("0002", down),
+            offload("0003", "other content is there"),
+            "nothing to do with it".to_owned(),
+        ];
+        let told = once(problems.clone());
+        assert_eq!(told.len(), 3, "{told:?}");
+        assert!(
+            told[0].starts_with(&problems[0])
+                && told[0].ends_with("(and 2 more for the same reason)")
+        );
+        assert_eq!(told[1..], problems[3..]);
     }
 }

@@ -144,6 +144,13 @@ impl BaseArchives {
         lock(&self.0).get(cluster)?.proven.clone()
     }
 
+    /// Bytes of all proven objects.
+    pub fn bytes(&self, cluster: &ClusterName) -> u64 {
+        let clusters = lock(&self.0);
+        let proven = clusters.get(cluster).and_then(|state| state.proven.as_ref());
+        proven.map_or(0, |proven| proven.values().sum())
+    }
+
     /// All proven objects, if they were listed less than `age` ago: where another server writes.
     pub fn objects_younger(
         &self,

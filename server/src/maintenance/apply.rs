@@ -44,6 +44,7 @@ impl Inner {
                 let text = format!("backup {running} is running; nothing was removed beside it");
                 outcome.held_back.push(text);
                 outcome.alarm = self.metrics.is_alarmed(cluster);
+                outcome.alarms = Some(self.metrics.alarms(cluster));
                 Ok(())
             }
         };
@@ -109,6 +110,7 @@ impl Inner {
         tell(Step { phase: "plan".into(), ..Step::default() });
         let plan = self.plan(cluster).await?;
         outcome.alarm = !plan.alarms.is_empty();
+        outcome.alarms = Some(plan.alarms.clone());
         self.metrics.alarmed(cluster, &plan.alarms);
         for alarm in &plan.alarms {
             tracing::error!(%cluster, alarm, "nothing is removed for good");

@@ -180,8 +180,9 @@ impl MaintenanceMetrics {
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
         entry.maintained = Some(outcome.finished_unix);
-        // An alarm's reasons are what was held back first.
-        entry.alarms = Some(if outcome.alarm { outcome.held_back.clone() } else { Vec::new() });
+        // An earlier version did not tell an alarm's reasons from what else was held back.
+        let reasons = || outcome.alarms.clone().unwrap_or_else(|| outcome.held_back.clone());
+        entry.alarms = Some(if outcome.alarm { reasons() } else { Vec::new() });
     }
 
     /// Unix time of the last run; `None` when there was none.
@@ -192,6 +193,11 @@ impl MaintenanceMetrics {
     /// Whether the last plan had to be empty, as far as is known.
     pub(super) fn is_alarmed(&self, cluster: &ClusterName) -> bool {
         self.last().get(cluster).is_some_and(Last::is_alarmed)
+    }
+
+    /// Why the last plan had to be empty.
+    pub(super) fn alarms(&self, cluster: &ClusterName) -> Vec<String> {
+        self.last().get(cluster).and_then(|last| last.alarms.clone()).unwrap_or_default()
     }
 
     /// Why a plan had to let less go; nothing when all is well.
@@ -407,6 +413,23 @@ mod tests {
         assert_eq!(metrics.problems(&pg), ["retention: backup b: clocks"]);
         metrics.alarmed(&pg, &[]);
         assert_eq!(metrics.problems(&pg), [""; 0]);
+    }
+
+    /// What was only held back became an alarm of its own with each restart.
+    #[test]
+    fn after_a_restart_an_alarm_has_its_own_reasons_only() {
+        let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());
+        let mut outcome = MaintenanceOutcome {
+            alarm: true,
+            alarms: Some(vec!["backup b: clocks".to_owned()]),
+            held_back: vec!["backup b: clocks".to_owned(), "backup c is running".to_owned()],
+            ..MaintenanceOutcome::default()
+        };
+        metrics.seen_maintained(&pg, &outcome);
+        assert_eq!(metrics.problems(&pg), ["retention: backup b: clocks"]);
+        outcome.alarms = None;
+        metrics.seen_maintained(&pg, &outcome);
+        assert_eq!(metrics.problems(&pg).len(), 2, "of an earlier version, in doubt all");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! - Only what is stored counts. What a caller is sending counts while it comes, and is given back when it is refused, breaks
 //!   off or turns out to be there already: retries cost nothing.
-//! - Tier 1 is measured from time to time, and again before anything is refused: what was removed a moment ago is free.
+//! - Both tiers are measured from time to time by a task of its own, and again before anything is refused: what was removed a
+//!   moment ago is free. One looks at a cluster at a time; whoever only shows it takes the last value.
 
 use super::{QuotaConfig, Quotas, State, lock, room_for, within};
 use crate::base::BaseStore;
@@ -17,11 +18,12 @@ use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
 const MEASURE_EVERY: Duration = Duration::from_secs(600);
-/// Before it is shown: WAL is not counted as it comes.
+/// For what is shown: WAL is not counted as it comes.
 const MEASURE_SHOWN: Duration = Duration::from_secs(60);
 /// Before something is refused: a caller that is refused again and again does not keep the disk busy.
 const MEASURE_AGAIN: Duration = Duration::from_secs(10);
@@ -31,6 +33,7 @@ const MEASURE_AGAIN: Duration = Duration::from_secs(10);
 pub(super) struct Stored {
     measured: Option<Instant>,
     tier1: u64,
+    tier2: u64,
     /// On their way.
     coming: u64,
     /// Of the backup that runs, by generation.
@@ -51,6 +54,11 @@ impl Stored {
 
     const fn on_tier1(&self) -> u64 {
         self.tier1.saturating_add(self.coming)
+    }
+
+    /// In the tier that holds more.
+    fn most(&self) -> u64 {
+        self.on_tier1().max(self.tier2)
     }
 
     /// What the backup that runs has stored and is sending; another one begins at 0.
@@ -125,17 +133,13 @@ impl Quotas {
         if let Ok((free, total)) = base.wal().free_space() {
             room_for(free, total, quota.keep_free_percent, size)?;
         }
-        let far = match quota.stored_bytes.bytes() {
-            0 => 0,
-            _ => {
-                self.measure(base, place, MEASURE_EVERY).await;
-                if self.count(base, place, &quota, 0, size).is_err() {
-                    self.measure(base, place, MEASURE_AGAIN).await;
-                }
-                self.in_tier2(base, place)
+        if quota.stored_bytes.bytes() != 0 {
+            self.measure(base, place, MEASURE_EVERY).await;
+            if self.count(base, place, &quota, size).is_err() {
+                self.measure(base, place, MEASURE_AGAIN).await;
             }
-        };
-        self.count(base, place, &quota, far, size)
+        }
+        self.count(base, place, &quota, size)
     }
 
     fn count(
@@ -143,61 +147,77 @@ impl Quotas {
         base: &BaseStore,
         place: &ClusterName,
         quota: &QuotaConfig,
-        far: u64,
         size: u64,
     ) -> Result<Coming, Status> {
         let backup = base.reservations().running(place).backup;
         let mut state = lock(&self.state);
         let all = state.stored.entry(place.base()).or_default();
         let of_backup = all.of_backup(place, backup.as_ref());
-        let near = all.on_tier1();
-        within("quota.stored_bytes", place, quota.stored_bytes, near.max(far), size)?;
+        let most = all.most();
+        within("quota.stored_bytes", place, quota.stored_bytes, most, size)?;
         within("quota.backup_bytes", place, quota.backup_bytes, of_backup, size)?;
         let what = What { place: place.clone(), backup, size };
         all.change(&what, |_, coming| *coming = coming.saturating_add(size));
         Ok(Coming { state: Arc::clone(&self.state), what, stored: false })
     }
 
-    /// Looks at tier 1, unless that was done a moment ago.
+    /// Looks at both tiers, unless that was done a moment ago. Who comes meanwhile waits, and looks at the same.
     async fn measure(&self, base: &BaseStore, place: &ClusterName, within: Duration) {
-        let (this, base, place) = (self.clone(), base.clone(), place.clone());
-        let looked =
-            tokio::task::spawn_blocking(move || this.measure_here(&base, &place, within)).await;
-        if let Err(error) = looked {
-            tracing::warn!(%error, "what a cluster stores could not be measured");
-        }
-    }
-
-    fn measure_here(&self, base: &BaseStore, place: &ClusterName, within: Duration) {
         let name = place.base();
+        let turn = lock(&self.state).measuring.entry(name.clone()).or_default().clone();
+        let _one = turn.lock().await;
         if lock(&self.state).stored.get(&name).is_some_and(|known| known.is_fresh(within)) {
             return;
         }
-        let folders = places(base, place);
-        let bytes =
-            folders.iter().map(|place| bytes_below(&base.root().join(place.as_str()))).sum();
-        let mut state = lock(&self.state);
-        let all = state.stored.entry(name).or_default();
-        (all.measured, all.tier1) = (Some(Instant::now()), bytes);
-    }
-
-    fn in_tier2(&self, base: &BaseStore, place: &ClusterName) -> u64 {
-        let wal = |place| self.archives.as_ref().map_or(0, |a| a.state(place).totals.bytes);
-        let files = |place| {
-            base.archives().objects(place).map_or(0, |objects| objects.values().sum::<u64>())
-        };
-        places(base, place).iter().map(|place| wal(place).saturating_add(files(place))).sum()
-    }
-
-    /// What a cluster stores of what it may; `None` where there is no bound. Blocking: it may look at tier 1.
-    pub fn used(&self, base: &BaseStore, cluster: &ClusterName) -> Option<Used> {
-        let quota = self.config.of(Some(cluster)).stored_bytes;
-        if quota.bytes() == 0 {
-            return None;
+        let (this, base, place) = (self.clone(), base.clone(), place.clone());
+        let looked = tokio::task::spawn_blocking(move || {
+            let places = places(&base, &place);
+            let near = places.iter().map(|p| bytes_below(&base.root().join(p.as_str()))).sum();
+            (near, this.in_tier2(&base, &places))
+        });
+        match looked.await {
+            Ok((near, far)) => {
+                let mut state = lock(&self.state);
+                let all = state.stored.entry(name).or_default();
+                (all.measured, all.tier1, all.tier2) = (Some(Instant::now()), near, far);
+            }
+            Err(error) => tracing::warn!(%error, "what a cluster stores could not be measured"),
         }
-        self.measure_here(base, cluster, MEASURE_SHOWN);
-        let near = lock(&self.state).stored.get(&cluster.base()).map_or(0, Stored::on_tier1);
-        Some(Used { bytes: near.max(self.in_tier2(base, cluster)), quota })
+    }
+
+    fn in_tier2(&self, base: &BaseStore, places: &[ClusterName]) -> u64 {
+        let wal = |place| self.archives.as_ref().map_or(0, |a| a.state(place).totals.bytes);
+        let files = |place| base.archives().bytes(place);
+        places.iter().map(|place| wal(place).saturating_add(files(place))).sum()
+    }
+
+    /// Measures every cluster that has a bound, until cancelled.
+    pub async fn keep_measuring(self, base: BaseStore, cancel: CancellationToken) {
+        let mut tick = tokio::time::interval(MEASURE_SHOWN);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            let mut names: Vec<ClusterName> =
+                base.wal().clusters().iter().map(ClusterName::base).collect();
+            names.dedup();
+            for name in names {
+                let bound = self.config.of(Some(&name)).stored_bytes.bytes();
+                if bound != 0 && !cancel.is_cancelled() {
+                    self.measure(&base, &name, MEASURE_SHOWN / 2).await;
+                }
+            }
+        }
+    }
+
+    /// What a cluster stores of what it may, as measured last; `None` where there is no bound, or it was not measured yet.
+    pub fn used(&self, cluster: &ClusterName) -> Option<Used> {
+        let quota = self.config.of(Some(cluster)).stored_bytes;
+        let state = lock(&self.state);
+        let all = state.stored.get(&cluster.base()).filter(|all| all.measured.is_some())?;
+        (quota.bytes() != 0).then(|| Used { bytes: all.most(), quota })
     }
 }
 

@@ -3,7 +3,7 @@
 //! Bounded: `accept` refuses what exceeds the window. A batch handed out is at most
 //! [`BATCH_BYTES_MAX`], so that acknowledgements stay frequent while a backlog drains.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use klio_pg::Lsn;
 use klio_proto::Code;
 use std::collections::VecDeque;
@@ -12,8 +12,11 @@ use tonic::Status;
 /// More per fsync gains nothing measurable (docs/benchmarks.md), and delays the acknowledgement.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
 
-/// Messages that wait at once: each costs more memory than its bytes, and a client may send them small.
+/// Messages that wait one by one: each costs more memory than its bytes, and a client may send them small. Behind that they
+/// are joined: what comes is always read, as an answer may come behind it that another stream waits for (`proof.rs`).
 const CHUNKS_MAX: usize = 4096;
+/// Joined to one at most, so that joining copies each byte a few times only.
+const JOINED_BYTES_MAX: usize = 1 << 20;
 /// A W3C trace context has 55 bytes; what is longer is none, and is not kept.
 const TRACEPARENT_BYTES_MAX: usize = 128;
 
@@ -49,11 +52,6 @@ impl Pending {
     /// How many bytes wait.
     pub const fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Whether another message may be taken; when not, it stays on the network.
-    pub fn has_room(&self) -> bool {
-        self.chunks.len() < CHUNKS_MAX
     }
 
     /// Whether nothing waits.
@@ -95,8 +93,21 @@ impl Pending {
         accepted(&chunk);
         self.end = end;
         self.bytes += length;
-        self.chunks.push_back(chunk);
+        self.keep(chunk);
         Ok(())
+    }
+
+    fn keep(&mut self, chunk: Chunk) {
+        let many = self.chunks.len() >= CHUNKS_MAX;
+        let short = |last: &&mut Chunk| last.data.len() + chunk.data.len() <= JOINED_BYTES_MAX;
+        match self.chunks.back_mut().filter(|last| many && short(last)) {
+            Some(last) => {
+                let mut joined = BytesMut::from(std::mem::take(&mut last.data));
+                joined.extend_from_slice(&chunk.data);
+                last.data = joined.freeze();
+            }
+            None => self.chunks.push_back(chunk),
+        }
     }
 
     /// The oldest bytes, for one write and one fsync.
@@ -144,6 +155,31 @@ mod tests {
             Code::Invalid
         );
         assert!(pending.accept(chunk(100, 1), Lsn::new(50), |_| ()).is_ok());
+    }
+
+    /// Nothing was read any more behind so many small messages, an answer that somebody waits for neither.
+    #[test]
+    fn more_messages_than_may_wait_are_joined_and_none_is_lost() {
+        let mut pending = Pending::new(Lsn::new(0), u64::MAX);
+        let count = 3 * CHUNKS_MAX as u64;
+        for n in 0..count {
+            let data = vec![n as u8; 1000].into();
+            let chunk = Chunk { start: Lsn::new(n * 1000), data, traceparent: String::new() };
+            pending.accept(chunk, Lsn::new(0), |_| ()).unwrap();
+        }
+        assert!(pending.chunks.len() < CHUNKS_MAX + 16, "{}", pending.chunks.len());
+        assert_eq!(pending.bytes(), count * 1000);
+        let mut at = 0;
+        while !pending.is_empty() {
+            for chunk in pending.take_batch() {
+                assert_eq!(chunk.start, Lsn::new(at));
+                for byte in chunk.data {
+                    assert_eq!(byte, (at / 1000) as u8);
+                    at += 1;
+                }
+            }
+        }
+        assert_eq!((at, pending.bytes()), (count * 1000, 0));
     }
 
     #[test]

@@ -61,6 +61,7 @@ pub(super) enum Stands {
 /// `STALE_TIMELINE`; what the bucket says.
 pub(super) async fn look(
     base: &BaseStore,
+    registry: &Registry,
     cluster: &ClusterName,
     claim: &Claim,
     prove: impl Future<Output = Option<AlivePostgres>>,
@@ -71,7 +72,7 @@ pub(super) async fn look(
     }
     let found = match inherited(base, cluster, &marks, claim) {
         Some(found) => Some(found),
-        None => older(base, cluster, claim, prove).await?,
+        None => older(base, registry, cluster, claim, prove).await?,
     };
     Ok(found.map_or(Stands::Newest, Stands::Against))
 }
@@ -169,14 +170,18 @@ fn inherited(
     Some(Found { against: parent.against, reason })
 }
 
-/// An older one than the one that is followed.
+/// An older one than the one that is followed, or than one that streams and has no WAL yet.
 async fn older(
     base: &BaseStore,
+    registry: &Registry,
     cluster: &ClusterName,
     claim: &Claim,
     prove: impl Future<Output = Option<AlivePostgres>>,
 ) -> Result<Option<Found>, Status> {
-    let newer = base.newer_timeline(cluster, claim.lives_on).await?;
+    let held = base.newer_timeline(cluster, claim.lives_on).await?;
+    let live = registry.cluster(cluster).newer_live(claim);
+    let live = live.map(|newest| (newest, " (which streams)".to_owned()));
+    let newer = held.into_iter().chain(live).max_by_key(|(newest, _)| *newest);
     let Some((newest, place)) = newer else { return Ok(None) };
     let answer = prove.await;
     if let Some(why) = unproven(answer, claim.lives_on) {

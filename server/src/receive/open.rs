@@ -84,7 +84,7 @@ pub async fn open(
     let (timeline, lives_on) = (open.timeline, open.lives_on);
     let mut claim =
         Claim { writer_id: open.writer_id.clone(), who, timeline, lives_on, aside: false };
-    let standing = conflict::look(base, cluster, &claim, prove).await?;
+    let standing = conflict::look(base, registry, cluster, &claim, prove).await?;
     let bid = Bid { base, cluster, open: &open, now_unix };
     let taken = bid.check().await?;
     // Nothing is appended behind it unseen: the writer is opened only where what is held still ends there.

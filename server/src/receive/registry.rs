@@ -232,6 +232,13 @@ impl ClusterState {
         lock(&self.live).values().filter(|live| claim.displaces(live)).map(rival).collect()
     }
 
+    /// The newest timeline of another writer that streams and is followed, or will be with its first byte; `None` when that is no
+    /// newer one than the claim's.
+    pub(crate) fn newer_live(&self, claim: &Claim) -> Option<TimelineId> {
+        let live = lock(&self.live);
+        live.values().filter(|live| claim.is_older_than(live)).map(|live| live.lives_on).max()
+    }
+
     /// A person decided, or a conflict was found: who is left aside is not followed, who is retired is ended.
     pub(crate) fn decided(&self, marks: &Timelines, followed: Option<TimelineId>) {
         for live in lock(&self.live).values_mut() {
@@ -273,6 +280,11 @@ impl Claim {
     /// Whether it would end this session, if that proves nothing: an older one, not undecided, of another writer.
     fn displaces(&self, live: &Live) -> bool {
         live.lives_on < self.lives_on && live.writer_id != self.writer_id && !live.aside
+    }
+
+    /// Whether this session is a newer one, not undecided, of another writer.
+    fn is_older_than(&self, live: &Live) -> bool {
+        live.lives_on > self.lives_on && live.writer_id != self.writer_id && !live.aside
     }
 }
 
@@ -380,6 +392,13 @@ impl Registry {
                         l.who, claim.timeline
                     )));
                 }
+                if let Some(l) = live.values().find(|l| !claim.aside && claim.is_older_than(l)) {
+                    // It has come since it was looked who else streams: the next attempt finds it.
+                    return Err(Code::WriterConflict.status(format!(
+                        "open cluster {name}: {} has just begun to stream the newer timeline {:?}",
+                        l.who, l.lives_on
+                    )));
+                }
                 let unasked = |l: &Live| !claim.aside && claim.displaces(l) && !gives_way(l);
                 if live.values().any(unasked) {
                     return Ok(None);
@@ -455,6 +474,22 @@ mod tests {
             });
             assert!(second.is_ok());
         }
+    }
+
+    /// Before its first flush nothing is held of a newer timeline, and an older one came in beside it, followed like it.
+    #[tokio::test]
+    async fn an_older_timeline_is_not_let_in_beside_a_newer_one_that_has_no_wal_yet() {
+        let registry = Registry::default();
+        let state = registry.cluster(&name());
+        let newer = take(&registry, claim("b", 2)).await.ok().unwrap();
+        assert_eq!(state.newer_live(&claim("a", 1)), Some(tli(2)));
+        assert_eq!(state.newer_live(&claim("b", 1)), None, "its own");
+        assert_eq!(state.newer_live(&claim("a", 3)), None);
+        let refused = take(&registry, claim("a", 1)).await.err().unwrap();
+        assert_eq!(Code::of(&refused), Code::WriterConflict);
+        assert!(!newer.place.fenced.is_cancelled());
+        let aside = Claim { aside: true, ..claim("a", 1) };
+        assert!(take(&registry, aside).await.is_ok(), "undecided, as its PostgreSQL writes");
     }
 
     #[tokio::test]

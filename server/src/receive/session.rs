@@ -255,7 +255,7 @@ impl Session {
                         }
                     }
                 }
-                message = inbound.message(), if !half_closed && self.pending.has_room() => match message? {
+                message = inbound.message(), if !half_closed => match message? {
                     Some(message) => {
                         self.take(message)?;
                         self.note_unproven().await?;

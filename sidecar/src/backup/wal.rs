@@ -12,7 +12,7 @@ use crate::{
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::{Code, v1::HoldingsRequest};
 use klio_storage::{
-    catalog::{Holdings, Run},
+    catalog::{Holdings, Mark, Run, Standing},
     layout::ClusterName,
 };
 use std::time::Duration;
@@ -76,6 +76,9 @@ pub async fn wait(
     let (mut hole_since, mut progress_since) = (Instant::now(), Instant::now());
     loop {
         let holdings = holdings(base, cluster).await?;
+        if let Some(refusal) = retired(&holdings, needed.timeline) {
+            return Err(refusal);
+        }
         let verdict = judge(&holdings, &needed)
             .map_err(|error| Error::new(Failure::Code(Code::Corrupt), error))?;
         let (missing, hole) = match verdict {
@@ -117,6 +120,20 @@ async fn holdings(base: &BaseLink, cluster: &ClusterName) -> Result<Holdings, Er
         Err(error) if error.failure == Failure::Code(Code::NotFound) => Ok(Holdings::default()),
         Err(error) => Err(error),
     }
+}
+
+/// Nothing more is received of a timeline against which a person decided.
+fn retired(holdings: &Holdings, timeline: TimelineId) -> Option<Error> {
+    let is_it = |mark: &&Mark| mark.timeline == timeline && mark.standing == Standing::Retired;
+    let mark = holdings.marks.iter().find(is_it)?;
+    let message = format!(
+        "back up timeline {}: it was retired in favour of timeline {}, and no more of its WAL is received",
+        timeline.get(),
+        mark.against.get()
+    );
+    Some(Error::new(Failure::Code(Code::RetiredTimeline), message).hint(
+        "klio timeline list says who decided; back up the PostgreSQL that is followed, or decide again with klio timeline follow",
+    ))
 }
 
 fn not_yet((timeline, run): (TimelineId, Run), waited: Duration) -> Error {
@@ -176,6 +193,32 @@ mod tests {
         assert_eq!(verdict(&[]), Verdict::Missing(timeline, run(100, 200)));
         assert_eq!(verdict(&[(150, 300)]), Verdict::Hole(timeline, run(100, 150)));
         assert_eq!(verdict(&[(50, 120), (150, 300)]), Verdict::Hole(timeline, run(120, 150)));
+    }
+
+    /// It waited for a minute, and then said that klio stream must run.
+    #[test]
+    fn a_backup_of_a_retired_timeline_is_refused_at_once() {
+        let [one, two] = [1, 2].map(|number| TimelineId::new(number).unwrap());
+        let mut holdings = held(&[(50, 150)]);
+        for (standing, refused) in
+            [(Standing::Undecided, false), (Standing::Followed, false), (Standing::Retired, true)]
+        {
+            holdings.marks = vec![Mark {
+                timeline: one,
+                standing,
+                against: two,
+                reason: "both write".into(),
+                marked_unix: 1.0,
+                decided_unix: None,
+                decided_by: None,
+                earlier: Vec::new(),
+                unknown: Default::default(),
+            }];
+            let refusal = retired(&holdings, one);
+            assert_eq!(refusal.is_some(), refused);
+            assert!(refusal.is_none_or(|e| e.message.contains("retired in favour of timeline 2")));
+            assert!(retired(&holdings, two).is_none());
+        }
     }
 
     #[test]

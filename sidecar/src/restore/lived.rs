@@ -8,6 +8,7 @@
 use super::{Scratch, show_time, source::Source, wal::Wal};
 use crate::error::{Error, Failure};
 use klio_pg::{Lsn, TimelineId};
+use klio_proto::Code;
 use klio_storage::catalog::{Path, Plan, Survey};
 
 /// A timeline that lived at the time.
@@ -53,6 +54,28 @@ impl Lived {
     }
 }
 
+/// For who named the timeline: the look at the others failed.
+pub fn not_known(error: &Error) -> String {
+    format!("whether another timeline lived at that time is not known: {error}")
+}
+
+/// For who did not: what can be done about it, beside what the failure itself says.
+pub fn needed(error: Error) -> Error {
+    let lacks = matches!(
+        error.failure,
+        Failure::Unreachable | Failure::Code(Code::Gap | Code::NotFound | Code::Corrupt)
+    );
+    if !lacks {
+        return error;
+    }
+    let hint = "with --target-timeline no other timeline's WAL is needed";
+    let both = match error.hint.is_empty() {
+        true => hint.to_owned(),
+        false => format!("{}; {hint}", error.hint),
+    };
+    error.hint(both)
+}
+
 /// Every other timeline that lived at `wanted`.
 ///
 /// # Errors
@@ -93,6 +116,18 @@ pub async fn elsewhere(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A full disk was said to be a matter of --target-timeline, and its own hint was lost.
+    #[test]
+    fn a_failure_keeps_its_hint_and_another_one_is_only_added_for_wal() {
+        let full = Error::new(Failure::Local, "write: no space left").hint("free some space");
+        assert_eq!(needed(full.clone()).hint, "free some space");
+        assert!(not_known(&full).contains("no space left"));
+        let gap =
+            Error::new(Failure::Code(Code::Gap), "it was lost").hint("klio list wal shows it");
+        let hint = needed(gap).hint;
+        assert!(hint.starts_with("klio list wal shows it; with --target-timeline"), "{hint}");
+    }
 
     #[test]
     fn a_moment_of_another_timeline_is_refused_with_both_ways_out() {

@@ -201,14 +201,11 @@ impl Decider<'_> {
                 continue;
             }
             let elsewhere = lived::elsewhere(self.source, self.scratch, self.survey, &plan, wanted);
-            let lived = match elsewhere.await {
-                Ok(lived) => lived,
-                // Whoever names a timeline needs nothing of the others.
-                Err(_) if wish.timeline_typed => Vec::new(),
-                Err(error) => {
-                    let hint = "with --target-timeline no other timeline's WAL is needed";
-                    return Err(error.hint(hint));
-                }
+            let (lived, unknown) = match elsewhere.await {
+                Ok(lived) => (lived, None),
+                // Whoever names a timeline needs nothing of the others, and is told what is not known.
+                Err(error) if wish.timeline_typed => (Vec::new(), Some(lived::not_known(&error))),
+                Err(error) => return Err(lived::needed(error)),
             };
             let chosen = plan.path.timeline();
             if let Some(only) = lived.iter().find(|other| !other.beside)
@@ -219,6 +216,7 @@ impl Decider<'_> {
             let mut verdict = self.time_with(plan, wanted, wish.exclusive).await?;
             if let Verdict::Decided(decision) = &mut verdict {
                 decision.notes.extend(lived.iter().map(|other| other.note(chosen, wanted)));
+                decision.notes.extend(unknown);
             }
             return Ok(verdict);
         }

@@ -81,6 +81,9 @@ impl Tail {
     }
 }
 
+/// Most records are shorter than that; one may have 1 GiB.
+const PAST_FIRST_BYTES: u64 = 1 << 16;
+
 /// What a walk met.
 struct Seen {
     /// Where its first record begins, whole or not.
@@ -168,6 +171,23 @@ impl Wal<'_> {
     ) -> Result<Option<Break>, Error> {
         let mut each = |found: Found| found.lsn >= from && each(found);
         Ok(self.walk(page_of(from), to, Begin::Anywhere, &mut each).await?.broken)
+    }
+
+    /// A place, at most `end`, before which the first record that begins at `at` or later ends.
+    ///
+    /// # Errors
+    /// WAL that cannot be read.
+    pub async fn past_record(&self, at: Lsn, end: Lsn) -> Result<Lsn, Error> {
+        let mut span = PAST_FIRST_BYTES;
+        loop {
+            let to = end.min(at.advance(span));
+            let seen = self.walk(page_of(at), to, Begin::Anywhere, &mut |_| false).await?;
+            let found = seen.last.is_some_and(|last| last >= at);
+            if to == end || found || seen.broken.is_some() {
+                return Ok(to);
+            }
+            span = span.saturating_mul(16);
+        }
     }
 
     /// So many bytes from `from` on, or as many as there are.

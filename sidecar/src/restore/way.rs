@@ -19,7 +19,7 @@ use std::{
     path::PathBuf,
 };
 
-/// Behind the record of an LSN target: nothing there is replayed, and the record itself is shorter, if it matters here.
+/// Behind the record at which recovery ends: nothing there is replayed, and the record itself is shorter, if it matters here.
 const RECORD: u64 = 1 << 16;
 /// How far behind the end of a recovery to a time transactions are looked for that ended before it.
 const LOOK_BEHIND: u64 = 256 << 20;
@@ -147,7 +147,7 @@ struct Eye<'a> {
 impl Eye<'_> {
     /// Whether that is enough.
     fn see(&mut self, found: Found) -> bool {
-        if found.lsn > self.last {
+        if self.is_beyond(&found) {
             return true;
         }
         if let Some(end) = &self.end {
@@ -176,6 +176,13 @@ impl Eye<'_> {
         }
         self.end = Some(found);
         !matches!(self.recovery, Recovery::Time(_))
+    }
+
+    /// Whether recovery ends before it, wherever that is. To an LSN, inclusive, PostgreSQL ends after the first record that begins
+    /// there or later (`recoveryStopsAfter`): one that begins behind it is that one when the one before it begins before.
+    fn is_beyond(&self, found: &Found) -> bool {
+        let ends_there = self.inclusive && matches!(self.recovery, Recovery::Lsn(_));
+        found.lsn > self.last && !(ends_there && found.prev < self.last)
     }
 
     /// Recovery to a time ends before the record that shows it, to a name behind it, else as it was told.
@@ -243,7 +250,12 @@ pub async fn look(
         Recovery::Immediate => plan.backup.stop_lsn,
         _ => end,
     };
-    let to = if last == end { end } else { end.min(last.advance(RECORD)) };
+    let to = match recovery {
+        // The record before it may be a long one.
+        Recovery::Lsn(lsn) if inclusive && *lsn < end => wal.past_record(*lsn, end).await?,
+        _ if last == end => end,
+        _ => end.min(last.advance(RECORD)),
+    };
     let mut eye = Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
     let broken = wal.scan(plan.backup.start_lsn, to, &mut |found| eye.see(found)).await?;
     eye.done(broken)
@@ -254,7 +266,9 @@ mod tests {
     use super::*;
 
     fn found(lsn: u64, landmark: Landmark) -> Found {
-        Found { lsn: Lsn::new(lsn), end: Lsn::new(lsn + 50), landmark, of_prepared: false }
+        // A record begins at each multiple of ten.
+        let (lsn, end, prev) = (Lsn::new(lsn), Lsn::new(lsn + 50), Lsn::new(lsn - 10));
+        Found { lsn, end, prev, landmark, of_prepared: false }
     }
     fn commit(lsn: u64, unix_micros: i64) -> Found {
         found(lsn, Landmark::Commit { xid: 700, unix_micros })
@@ -285,6 +299,21 @@ mod tests {
         assert_eq!(oids(Recovery::Xid(700), 1000), [1]);
         assert_eq!(oids(Recovery::Immediate, 15), [1]);
         assert_eq!(oids(Recovery::End, 1000), [1, 2, 3]);
+    }
+
+    /// Seen on PostgreSQL: CREATE TABLESPACE was replayed with a target that lay behind the record before it.
+    #[test]
+    fn an_inclusive_lsn_between_two_records_ends_after_the_next_one() {
+        let all = [made(10, 1), made(20, 2), made(30, 3)];
+        let oids = |lsn, inclusive| {
+            let way = way_to((&Recovery::Lsn(Lsn::new(lsn)), inclusive), lsn, &all);
+            way.made.iter().map(|made| made.oid).collect::<Vec<_>>()
+        };
+        for (lsn, expected) in [(9, vec![1]), (10, vec![1]), (11, vec![1, 2]), (20, vec![1, 2])] {
+            assert_eq!(oids(lsn, true), expected, "{lsn}");
+        }
+        assert_eq!(oids(11, false), [1]);
+        assert_eq!(oids(29, true), [1, 2, 3]);
     }
 
     #[test]

@@ -210,4 +210,7 @@ pub struct MaintenanceOutcome {
     /// The plan had to be empty, for one of these reasons. Of a run that made no plan: the last one that did.
     #[serde(default)]
     pub alarm: bool,
+    /// Those reasons. Absent in an outcome of an earlier version: then what was held back has them first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarms: Option<Vec<String>>,
 }

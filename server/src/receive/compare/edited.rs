@@ -160,7 +160,13 @@ mod tests {
             }
             let landmark = Landmark::TablespaceCreated { oid: 16_400, path: b"/srv/x".to_vec() };
             let lsn = Lsn::new(START + at);
-            found.push(Found { lsn, end: lsn.advance(40), landmark, of_prepared: false });
+            found.push(Found {
+                lsn,
+                end: lsn.advance(40),
+                prev: Lsn::ZERO,
+                landmark,
+                of_prepared: false,
+            });
         }
         (wal, found)
     }

@@ -169,6 +169,86 @@ mod tests {
         }
     }
 
+    const SEGMENT: usize = 1 << 20;
+
+    fn crc32c(bytes: impl Iterator<Item = u8>) -> u32 {
+        let step = |crc: u32, byte: u8| {
+            let crc = crc ^ u32::from(byte);
+            (0..8).fold(crc, |crc, _| (crc >> 1) ^ (0x82F6_3B78 & (crc & 1).wrapping_neg()))
+        };
+        !bytes.fold(!0, step)
+    }
+
+    /// Segment 1 of timeline 1 with records of these lengths, as PostgreSQL 15 writes them, and zeros behind.
+    fn records(lengths: &[usize]) -> Vec<u8> {
+        let mut out: Vec<u8> = Vec::new();
+        let mut prev = 0_u64;
+        for length in lengths {
+            out.resize(out.len().next_multiple_of(8), 0);
+            let mut record = vec![0; *length];
+            record[..4].copy_from_slice(&(*length as u32).to_le_bytes());
+            record[8..16].copy_from_slice(&prev.to_le_bytes());
+            record[17] = 10;
+            record[24..].fill(0x5A);
+            let crc = crc32c(record[24..].iter().chain(&record[..20]).copied());
+            record[20..24].copy_from_slice(&crc.to_le_bytes());
+            let mut begun = None;
+            for (done, byte) in record.iter().enumerate() {
+                if out.len().is_multiple_of(PAGE_BYTES as usize) {
+                    page_header(&mut out, length - done, done > 0);
+                }
+                begun.get_or_insert(out.len());
+                out.push(*byte);
+            }
+            prev = (SEGMENT + begun.unwrap()) as u64;
+        }
+        assert!(out.len() <= SEGMENT);
+        out.resize(SEGMENT, 0);
+        out
+    }
+
+    fn page_header(out: &mut Vec<u8>, remaining: usize, continues: bool) {
+        let (at, long) = (SEGMENT + out.len(), out.is_empty());
+        let mut header = [0; 40];
+        header[..2].copy_from_slice(&0xD110_u16.to_le_bytes());
+        header[2..4].copy_from_slice(&(u16::from(continues) | u16::from(long) << 1).to_le_bytes());
+        header[4] = 1;
+        header[8..16].copy_from_slice(&(at as u64).to_le_bytes());
+        if continues {
+            header[16..20].copy_from_slice(&(remaining as u32).to_le_bytes());
+        }
+        if long {
+            header[24] = 77;
+            header[32..36].copy_from_slice(&(SEGMENT as u32).to_le_bytes());
+            header[36..40].copy_from_slice(&(PAGE_BYTES as u32).to_le_bytes());
+        }
+        out.extend_from_slice(if long { &header } else { &header[..24] });
+    }
+
+    /// In the last page bytes alone do not say whether a segment is whole: its records do.
+    #[test]
+    fn an_unfinished_segment_that_reaches_the_last_page_is_judged_by_its_records() {
+        // Up to 3000 bytes before the end, short of a page header each.
+        let most = SEGMENT - 3000 - 40 - 127 * 24;
+        let (came, longer) = (records(&[100, most - 100]), records(&[100, most - 100, 1000]));
+        assert!(came[SEGMENT - PAGE_BYTES as usize..].contains(&0x5A));
+        assert_eq!(asked(Some(&longer), &came), (true, false), "PostgreSQL has a record more");
+        assert_eq!(asked(Some(&came), &longer), (false, true), "what came has one more");
+        // As much as it has: it may be whole, and is given.
+        assert_eq!(asked(Some(&came), &came), (false, true));
+        // Of one that ends before its last page that is known.
+        let short = records(&[100, most / 2]);
+        assert_eq!(asked(Some(&short), &short), (true, false));
+        // A torn record more is none.
+        let mut torn = longer.clone();
+        torn[SEGMENT - 2500] ^= 1;
+        assert_eq!(asked(Some(&torn), &came), (false, true));
+        // Another history, however long.
+        let mut other = longer.clone();
+        other[SEGMENT / 2] ^= 1;
+        assert_eq!(asked(Some(&other), &came), (false, true));
+    }
+
     #[test]
     fn its_own_history_is_not_replaced_by_one_that_says_to_pass_over_it() {
         let folder = tempfile::tempdir().unwrap();
