@@ -1,4 +1,4 @@
-//! Generates the klio.v1 types without a system protoc (dependencies.md, section 1).
+//! Generates the klio.v1 types with protox, so that no protoc has to be installed.
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = protox::compile(

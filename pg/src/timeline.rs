@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(history.timeline_at(Lsn::new(0x0700_0028)), tli(5));
     }
 
-    /// WAL-G wal-receive assumed the next timeline to be one more (field.md section 2).
+    /// WAL-G's wal-receive assumed that the next timeline has the next number.
     #[test]
     fn next_timeline_comes_from_history_not_plus_one() {
         let history =

@@ -1,4 +1,4 @@
-//! The server's own instruments (telemetry.md section 1) and the facts behind them.
+//! The server's own instruments and the facts behind them.
 //!
 //! All but latencies are observed: when somebody looks, one reading of the registry, the store, the archive and the
 //! counts serves every instrument. So nothing can go stale, and a cluster that is gone disappears.

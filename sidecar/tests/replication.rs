@@ -314,7 +314,7 @@ async fn client_certificate_logs_in_without_a_password() {
     assert_eq!(e.kind(), ErrorKind::Tls, "{e}");
 }
 
-/// Klio up to 0.0.20 and pgmoneta created slots that kept nothing (field.md section 2).
+/// Other tools created slots that reserved no WAL before somebody streamed from them.
 #[tokio::test]
 async fn new_slot_reserves_wal_at_once() {
     let pg = Cluster::start(&[]).await;

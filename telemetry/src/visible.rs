@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// What cannot be seen and changes what is: controls (of C1, too), line and paragraph separators, marks and overrides of
+/// What cannot be seen and changes what is: controls (the C1 set, too), line and paragraph separators, marks and overrides of
 /// direction, characters without width, and the tags, which spell invisible text.
 fn is_hidden(c: char) -> bool {
     c.is_control()

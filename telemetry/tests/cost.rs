@@ -1,4 +1,4 @@
-//! With nothing configured telemetry costs next to nothing (telemetry.md section 2).
+//! With nothing configured telemetry costs next to nothing.
 //!
 //! A program of its own, because starting telemetry is for the whole process. The bounds are loose, as this also runs unoptimised on a
 //! busy machine: they catch a span that allocates a page or takes a system call, not one that is twice as slow. Figures: docs/benchmarks.md.

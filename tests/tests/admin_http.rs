@@ -1,4 +1,4 @@
-//! HTTP on the admin port (telemetry.md section 3): alive, really ready, and metrics only when asked for.
+//! HTTP on the admin port: alive, really ready, and metrics only when asked for.
 
 use klio_tests::{
     env, http, install_crypto, ports,

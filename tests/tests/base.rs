@@ -281,7 +281,7 @@ async fn a_backup_exists_only_when_everything_it_needs_is_held() {
     assert!(listed.problems[0].contains("torn"), "{:?}", listed.problems);
 }
 
-/// R1: whatever the moment, a file is whole or absent.
+/// REPO1: whatever the moment, a file is whole or absent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_leaves_only_whole_files() {
     let (mut site, base, _) = started(None).await;
@@ -330,7 +330,7 @@ async fn a_killed_server_leaves_only_whole_files() {
     assert!(!promised.is_empty(), "no file was ever stored");
 }
 
-/// B1: in the bucket, a record says that all of its backup is there.
+/// COPY1: in the bucket, a record says that all of its backup is there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_is_archived_only_after_all_it_needs_and_survives_the_loss_of_tier_1() {
     let s3 = S3::new();
@@ -423,7 +423,7 @@ async fn no_second_repository_is_made_while_the_bucket_is_down() {
     base.open().await.expect("a repository");
 }
 
-/// S1, P10: a crash between secret and repository is finished with the same secret; a lost secret is a loss.
+/// BASE1, P10: a crash between secret and repository is finished with the same secret; a lost secret is a loss.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repository_has_one_secret_for_ever() {
     let (mut site, base, _) = started(None).await;
@@ -450,7 +450,7 @@ async fn a_repository_has_one_secret_for_ever() {
     assert_eq!(base.open().await.expect("found again").password, secret.password);
 }
 
-/// B1: without its WAL a backup cannot be restored from the bucket, so its record waits for that, too. Found by the
+/// COPY1: without its WAL a backup cannot be restored from the bucket, so its record waits for that, too. Found by the
 /// restore proof: a bucket that had the record and not the WAL.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_waits_for_the_wal_of_its_backup() {
@@ -482,7 +482,7 @@ async fn a_record_waits_for_the_wal_of_its_backup() {
     assert!(s3.keys("klio/main/wal").len() >= 2, "{:?}", s3.keys("klio/main/wal"));
 }
 
-/// S4: tier 2 has what tier 1 no longer keeps.
+/// BASE4: tier 2 has what tier 1 no longer keeps.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_tier_1_no_longer_keeps_is_read_from_tier_2() {
     let s3 = S3::new();

@@ -322,7 +322,7 @@ async fn an_index_that_names_packs_that_are_gone_spoils_no_later_backup() {
     assert_eq!(restored.value("select count(*) from t").await, "20000");
 }
 
-/// D6: nobody finds out in the middle of a restore what verify has known for days.
+/// RESTORE6: nobody finds out in the middle of a restore what verify has known for days.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_is_known_to_be_damaged_is_restored_only_by_its_name() {
     let rig = &mut rig(Postgres::builder()).await;

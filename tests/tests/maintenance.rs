@@ -675,7 +675,7 @@ async fn copies_of_one_wal_file_in_different_forms_are_repaired_from_each_other(
     }
 }
 
-/// M5: the child is not the server. Its death fails what it was doing, and nothing else.
+/// MAINT5: the child is not the server. Its death fails what it was doing, and nothing else.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_death_of_the_child_alone_is_told_and_the_next_run_goes_on() {
     let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
@@ -913,7 +913,7 @@ async fn a_server_killed_during_maintenance_leaves_every_kept_backup_whole() {
     assert_eq!(setup.verify().await.0, 0);
 }
 
-/// F22: a server in place of a lost one, and a bucket that leaves one record out of its listing.
+/// A server in place of a lost one, and a bucket that leaves one record out of its listing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_a_listing_leaves_out_is_asked_for_before_its_snapshot_goes() {
     let mut setup = Setup::new(&[
@@ -952,7 +952,7 @@ async fn a_record_that_a_listing_leaves_out_is_asked_for_before_its_snapshot_goe
     assert_eq!((code, kept()), (0, 0), "{outcome:?}");
 }
 
-/// F21: a record that was committed while the server's clock was wrong is given the right time, or taken away, by a person.
+/// A record that was committed while the server's clock was wrong is given the right time, or taken away, by a person.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_redates_or_removes_a_record_in_both_tiers() {
     let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "9")]).await;
@@ -993,7 +993,7 @@ async fn a_person_redates_or_removes_a_record_in_both_tiers() {
     assert_eq!(setup.verify().await.0, 0);
 }
 
-/// F21: the server's clock was 400 days ahead when a backup was committed.
+/// The server's clock was 400 days ahead when a backup was committed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_with_two_times_far_apart_expires_nothing_raises_the_alarm_and_still_lets_tier_1_go()
  {
@@ -1018,7 +1018,7 @@ async fn a_record_with_two_times_far_apart_expires_nothing_raises_the_alarm_and_
     assert_eq!(setup.site.metrics().await.sum("klio_maintenance_alarm", &[]), 1.0);
 }
 
-/// F17: three tiny backups do not push out the ones before, with the default age; F18: a share below all goes on where the
+/// Three tiny backups do not push out the ones before, with the default age; a share below all goes on where the
 /// last run ended, and when it has come round it says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn young_backups_stay_and_a_share_that_is_read_comes_round() {

@@ -1,4 +1,4 @@
-//! telemetry.md section 1 with a real Prometheus: every metric, its type, its unit in the name, its labels; what gauges show
+//! The metrics that Klio promises, with a real Prometheus: every metric, its type, its unit in the name, its labels; what gauges show
 //! after a restart; a thousand clusters.
 //!
 //! The names are written out here as the contract fixes them, not taken from the code: a name that changes fails.
@@ -30,7 +30,7 @@ type Expected = (&'static str, &'static str, &'static [&'static str]);
 
 const OF: &[&str] = &["cluster_name"];
 
-/// The first four tables of telemetry.md section 1: `cluster_name` on every row; then the queue, of the server as a whole.
+/// Metrics of a cluster have `cluster_name`; those of the queue are of the server as a whole.
 const CONTRACT: &[Expected] = &[
     ("klio_wal_written_size_bytes_total", "counter", OF),
     ("klio_wal_written_total", "counter", OF),

@@ -1,4 +1,4 @@
-//! `klio restore`, `klio list` and `klio drill`, end to end: every kind of target, every refusal with the directory untouched (D1).
+//! `klio restore`, `klio list` and `klio drill`, end to end: every kind of target, every refusal with the directory untouched (RESTORE1).
 //!
 //! Commands run as the user who runs PostgreSQL. How restored content compares with a recorded workload is `proof.rs`.
 

@@ -36,7 +36,7 @@ async fn damaged(site: &Site) -> Option<f64> {
     site.metrics().await.value("klio_wal_damaged_journals", &[("cluster_name", "main")])
 }
 
-/// F5's script: one bit in the first frame, in the header, and in the last batch before the stream rested.
+/// One bit in the first frame, in the header, and in the last batch before the stream rested.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_bit_in_the_journal_is_shown_and_its_wal_is_asked_for_again() {
     install_crypto();

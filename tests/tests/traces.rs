@@ -181,7 +181,7 @@ async fn send_segments(site: &Site, segments: u64) -> u64 {
     messages
 }
 
-/// Telemetry.md, section 2: spans per segment or request, never per message.
+/// Spans per segment or request, never per message.
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_are_as_many_as_segments_however_many_messages_there_are() {
     let mut traced = Traced::new("text").await;

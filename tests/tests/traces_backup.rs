@@ -1,5 +1,5 @@
 //! One trace id follows a base backup from the command or the schedule to the bucket, through server, queue and logs
-//! (telemetry.md, section 2), and what is stored is the same with and without telemetry.
+//! (docs/telemetry.md), and what is stored is the same with and without telemetry.
 
 use klio_proto::v1::{OpenRepositoryRequest, base_client::BaseClient};
 use klio_storage::{
@@ -205,7 +205,7 @@ async fn one_trace_follows_a_backup_from_the_command_to_the_bucket() {
     traced.site.set("KLIO_VERIFY__AFTER_BACKUP", "false");
     traced.site.start().await;
 
-    // Damage that verification finds does not unmake a backup (B5), and its span says so.
+    // Damage that verification finds does not unmake a backup (TAKE5), and its span says so.
     damage_largest_pack(&traced);
     let mut command = traced.site.klio_command(Some(&pg), &["backup"]);
     command.env("KLIO_BACKUP__VERIFY_READ_PERCENT", "100");

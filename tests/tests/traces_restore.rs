@@ -1,5 +1,5 @@
 //! One trace id follows what is read back: from `klio wal-fetch`, `klio restore` and `klio drill` through the server to the
-//! bucket, or to the bucket itself (telemetry.md, section 2).
+//! bucket, or to the bucket itself (docs/telemetry.md).
 
 use klio_tests::{
     otlp::Span,

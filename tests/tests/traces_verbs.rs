@@ -1,4 +1,4 @@
-//! Every command a person types has a root span `cli.<command>`, whatever becomes of it (telemetry.md, section 2).
+//! Every command a person types has a root span `cli.<command>`, whatever becomes of it (docs/telemetry.md).
 //!
 //! The tables are compared with what the programs' own help lists: a verb that is not in them fails here.
 

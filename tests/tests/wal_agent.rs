@@ -186,7 +186,7 @@ async fn recovery_from_a_plain_bucket_gets_all() {
     recovers_from(Source::Bucket, false).await;
 }
 
-/// A1.
+/// AGENT1.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_killed_again_and_again_is_never_noticed() {
     let rig = Rig::new(true).await;
@@ -206,7 +206,7 @@ async fn an_agent_that_is_killed_again_and_again_is_never_noticed() {
     rig.check(&copy).await;
 }
 
-/// P7: a network error looked like the end of WAL to others (field.md section 2).
+/// P7: in other tools a network error looked like the end of WAL.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_killed_in_recovery_never_ends_it() {
     let mut rig = Rig::new(true).await;

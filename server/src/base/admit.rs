@@ -2,10 +2,10 @@
 //!
 //! A client has the repository's key, and may be hostile or broken (P13). So a file counts only when the server has opened it:
 //!
-//! V1  a pack holds what its own list says, every piece of it (`unpack.rs` of the repository);
-//! V2  an index only adds, and says of each pack what the pack's own list says; the pack is held;
-//! V3  a snapshot is whole: its trees can be read and every chunk has a place;
-//! V4  files come only while the sender's reservation of a backup lives, so none comes beside a prune.
+//! ADMIT1  a pack holds what its own list says, every piece of it (`unpack.rs` of the repository);
+//! ADMIT2  an index only adds, and says of each pack what the pack's own list says; the pack is held;
+//! ADMIT3  a snapshot is whole: its trees can be read and every chunk has a place;
+//! ADMIT4  files come only while the sender's reservation of a backup lives, so none comes beside a prune.
 //!
 //! So whatever a client sends, a chunk's name leads to the chunk, in every place that an index knows: no later backup builds on
 //! what is not there, and a prune that keeps one of two places keeps a good one. What was stored by a server that did not look
@@ -68,7 +68,7 @@ fn judged(cluster: &ClusterName, file: BaseFile, error: &Error) -> Status {
 }
 
 impl BaseStore {
-    /// V1 to V3.
+    /// ADMIT1 to ADMIT3.
     ///
     /// # Errors
     /// `INVALID` for what is not what it says, `FORBIDDEN` for what only the server may say, `UNAVAILABLE` when tier 2 would

@@ -1,8 +1,8 @@
 //! What of base backups tier 2 is known to hold, for each cluster, in memory.
 //!
-//! A1  an object is here only after it was proven: uploaded by us, or listed with the size of tier 1's;
-//! A2  what is proven while a comparison lists the bucket is not lost by its result;
-//! A3  nothing is said of a cluster before its bucket was listed once in this run: `None`, never "empty".
+//! LISTED1  an object is here only after it was proven: uploaded by us, or listed with the size of tier 1's;
+//! LISTED2  what is proven while a comparison lists the bucket is not lost by its result;
+//! LISTED3  nothing is said of a cluster before its bucket was listed once in this run: `None`, never "empty".
 //!
 //! A listing rebuilds all of it (P4). Whoever removes an object from tier 2 says so ([`BaseArchives::removed`]).
 
@@ -139,7 +139,7 @@ impl BaseArchives {
         lock(&self.0).get(cluster)?.size(object)
     }
 
-    /// All proven objects; `None` before the first listing (A3).
+    /// All proven objects; `None` before the first listing (LISTED3).
     pub fn objects(&self, cluster: &ClusterName) -> Option<BTreeMap<BaseObject, u64>> {
         lock(&self.0).get(cluster)?.proven.clone()
     }
@@ -174,7 +174,7 @@ impl BaseArchives {
         Some(proven.keys().filter_map(name).collect())
     }
 
-    /// Before the bucket is listed (A2); waits for its turn. Keep the guard until [`Self::compared`].
+    /// Before the bucket is listed (LISTED2); waits for its turn. Keep the guard until [`Self::compared`].
     pub async fn begin_comparing(&self, cluster: &ClusterName) -> OwnedMutexGuard<()> {
         let turn = self.with(cluster, |state| state.comparing.clone()).lock_owned().await;
         self.with(cluster, |state| {

@@ -1,7 +1,7 @@
 //! Lists a cluster's backups over both tiers.
 //!
 //! A record that cannot be read is a problem in words, never a backup less in silence (P6). With tier 1
-//! empty the list comes from tier 2 (S4). A backup is in tier 2 when its record is: the consumer puts that
+//! empty the list comes from tier 2 (BASE4). A backup is in tier 2 when its record is: the consumer puts that
 //! there last (S3).
 
 use super::{BaseStore, lock, run, tier2_status};

@@ -1,7 +1,7 @@
 //! Makes a finished backup exist.
 //!
-//! S3: the record is written when, and only when, the snapshot and everything it needs is in the repository
-//! (whole: a file is there with the bytes of its name or not at all, R1 and R2; a pack has the size that the index
+//! BASE3: the record is written when, and only when, the snapshot and everything it needs is in the repository
+//! (whole: a file is there with the bytes of its name or not at all, REPO1 and REPO2; a pack has the size that the index
 //! demands, as disks may cut files short), and all WAL from the backup's start to its stop is durable and
 //! contiguous, over every timeline on the way. Written atomically and last: a crash leaves the whole record
 //! or none. The same record again is the same answer.

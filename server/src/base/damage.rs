@@ -1,7 +1,7 @@
 //! What verification knows to be damaged, for whoever stores and lists.
 //!
 //! A pack that is known to be damaged, with a good copy in no tier, is left out of listings: then the next backup sends again
-//! what is in it, as with one that is missing (A2 of the repository), and readers look elsewhere first. It stays where it is. It
+//! what is in it, as with one that is missing (ABSENT2 of the repository), and readers look elsewhere first. It stays where it is. It
 //! is known no longer when it was read and found good, or when somebody sent it again. What cannot be read stops whoever would
 //! remove or change something by it (P6); a listing goes on without.
 

@@ -1,4 +1,4 @@
-//! The numbers of telemetry.md's table "Base backups (server)", kept so that a scrape reads no disk.
+//! The numbers of the `klio.base.*` metrics, kept in memory so that a scrape reads no disk.
 //!
 //! Known from tier 1's records at start, from every listing, and from each commit. Ages are measured from
 //! the commit, in the server's own clock. The recovery window follows from the same records (`window.rs`).

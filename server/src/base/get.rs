@@ -1,6 +1,6 @@
 //! Gives repository files back: from tier 1, else from tier 2, in bounded pieces.
 //!
-//! S5: a tier that could not be asked makes the answer `UNAVAILABLE`, never "not found" (P7). A range of a
+//! BASE5: a tier that could not be asked makes the answer `UNAVAILABLE`, never "not found" (P7). A range of a
 //! file in tier 2 is a range of its object: no more is read. A caller that does not read holds no thread. Several ranges
 //! are one answer: what a delta restore lacks are small pieces, far apart, and each request has its price.
 

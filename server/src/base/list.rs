@@ -98,7 +98,7 @@ impl BaseStore {
     }
 
     /// What is known and still true. Of a cluster that is not on tier 1 another server may be the writer:
-    /// the bucket is shared (design.md section 9).
+    /// several servers may use one bucket, each for clusters of its own.
     fn known_of_tier2(&self, cluster: &ClusterName) -> Option<BTreeMap<BaseObject, u64>> {
         match self.wal().pinned(cluster) {
             Some(_) => self.archives().objects(cluster),

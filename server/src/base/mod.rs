@@ -1,14 +1,14 @@
 //! Base backups on the server: a repository and a list of records for each cluster, over both tiers.
 //!
-//! S1  a repository has one secret for ever: it is durable before the repository's config exists, and a
+//! BASE1  a repository has one secret for ever: it is durable before the repository's config exists, and a
 //!     tier 1 that lost it takes it from tier 2, never a new one (P10);
-//! S2  a client appends: what is there is never replaced by other bytes nor removed (P8);
-//! S3  a record is written last, when everything it names is held (`commit.rs`); in tier 2 it comes after
+//! BASE2  a client appends: what is there is never replaced by other bytes nor removed (P8);
+//! BASE3  a record is written last, when everything it names is held (`commit.rs`); in tier 2 it comes after
 //!     everything it needs is proven there (`consumer/base.rs`);
-//! S4  what only tier 2 has can be listed and read: tier 1 may be empty;
-//! S5  "not found" means that both tiers were asked and both have no such thing (P7);
-//! S7  what a client sends is opened before it counts (P13, `admit.rs`);
-//! S6  a name is of one PostgreSQL, in both tiers: whoever brings another, or an older timeline, is refused (P8,
+//! BASE4  what only tier 2 has can be listed and read: tier 1 may be empty;
+//! BASE5  "not found" means that both tiers were asked and both have no such thing (P7);
+//! BASE7  what a client sends is opened before it counts (P13, `admit.rs`);
+//! BASE6  a name is of one PostgreSQL, in both tiers: whoever brings another, or an older timeline, is refused (P8,
 //!     `identity.rs`).
 //!
 //! Removes nothing: that is `maintenance`, through [`BaseStore::repository`].
@@ -129,7 +129,7 @@ struct Inner {
 /// One cluster's part of tier 1.
 struct ClusterBase {
     files: Arc<LocalFiles>,
-    /// One repository is made at a time (S1).
+    /// One repository is made at a time (BASE1).
     opening: tokio::sync::Mutex<()>,
     /// One record is written at a time.
     committing: tokio::sync::Mutex<()>,

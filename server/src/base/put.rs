@@ -1,7 +1,7 @@
 //! Receives one repository file: pieces to a temporary file, fsync, rename, fsync of the folder, answer.
 //!
-//! R1: the file is whole or absent, and durable when the answer goes out. R2: its bytes have the SHA-256 of
-//! its name, or nothing of it stays. S2: config and keys are the server's own; a file that is there stays
+//! REPO1: the file is whole or absent, and durable when the answer goes out. REPO2: its bytes have the SHA-256 of
+//! its name, or nothing of it stays. BASE2: config and keys are the server's own; a file that is there stays
 //! what it is (one whose size is wrong, or that verification found damaged, is replaced by bytes that have the name's sum).
 //! P13: it is judged before it is renamed (`admit.rs`), and comes only while its sender's reservation lives.
 //! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is taken for each
@@ -265,7 +265,7 @@ impl Incoming {
         if let Some(to) = to {
             let (file, size, handle) = (self.file, self.size, to.handle.clone());
             self.base.admit(&self.cluster, Candidate { file, size, handle }).await?;
-            // V4: it may have ended while the bytes came.
+            // ADMIT4: it may have ended while the bytes came.
             self.base.reservations().may_put(&self.cluster, &self.caller)?;
             run(move || to.finish()).await?;
         }

@@ -1,6 +1,6 @@
 //! Makes and opens a cluster's repository.
 //!
-//! S1, in this order: the PostgreSQL is pinned (P8); both tiers are asked for a secret; only when both have
+//! BASE1, in this order: the PostgreSQL is pinned (P8); both tiers are asked for a secret; only when both have
 //! none, and no config without one, a new secret is written durably; then the repository is made with it. A
 //! crash between any two steps is finished by the next call. When tier 1 lost it and tier 2 does not answer,
 //! nothing is made: a second repository would hide the first one (P10).

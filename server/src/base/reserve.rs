@@ -4,7 +4,7 @@
 //! file can leave one behind. Maintenance takes [`Reservations::removal`] before it takes anything away, and a
 //! backup waits for its end, however long that takes: one that began meanwhile would name packs in an index that
 //! are just being removed. Only one that ran before, and lost its reservation, goes on beside it. A restore does not hold
-//! maintenance off: packs are marked long before they go (R4), and its WAL is kept by `readers`.
+//! maintenance off: packs are marked long before they go (REPO4), and its WAL is kept by `readers`.
 
 use super::{BaseStore, lock, tier2_status};
 use crate::readers::Restoring;
@@ -25,7 +25,7 @@ const NAME: &[FormatItem<'_>] = format_description!("[year][month][day]T[hour][m
 /// How often a backup that waits for maintenance looks again.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A backup that runs and lost its reservation, as when the server was restarted, gives up after two minutes. What
-/// maintenance does beside it is harmless: it named its packs before that began (R4).
+/// maintenance does beside it is harmless: it named its packs before that began (REPO4).
 const RESUMED_WAITS: Duration = Duration::from_secs(60);
 
 /// Whether a backup that has asked for so long goes on beside maintenance.

@@ -1,7 +1,7 @@
 //! A repository's files for the server's own work: creation, maintenance, verification.
 //!
 //! Reads fall through to tier 2, writes go to tier 1 and are queued, removals take from both tiers, tier 2
-//! first, and are told to `archive`. For the server alone: this is the only way that removes (S2).
+//! first, and are told to `archive`. For the server alone: this is the only way that removes (BASE2).
 
 use super::BaseStore;
 use bytes::Bytes;

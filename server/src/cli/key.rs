@@ -4,7 +4,7 @@
 //!   old ones stay there: a stop at any point leaves everything readable, and `key rewrap` goes on.
 //! - The server is stopped meanwhile: whoever has tier 1 has its lock.
 //! - An object of tier 2 is written over only by one that was proven to hold the same, in one request, and is read back:
-//!   at every moment there is one that the identity file opens (P5). A second exception to U4, beside verification.
+//!   at every moment there is one that the identity file opens (P5). A second exception to OBJECT4, beside verification.
 
 mod far;
 

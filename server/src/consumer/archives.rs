@@ -1,9 +1,9 @@
 //! What is archived of every cluster: one state, moved by uploads, seals and comparisons, read by
 //! gauges and `klio status`.
 //!
-//! R1  an upload is in `archive.json`, durably, before its job is acknowledged.
-//! R2  an upload that is recorded while a comparison lists the bucket is not lost by its result.
-//! R3  reading never waits for a disk or a network.
+//! ARCHIVE1  an upload is in `archive.json`, durably, before its job is acknowledged.
+//! ARCHIVE2  an upload that is recorded while a comparison lists the bucket is not lost by its result.
+//! ARCHIVE3  reading never waits for a disk or a network.
 
 use super::{ArchiveState, StoredFile, Tier1Files, now_unix};
 use crate::queue::{Job, Listener};
@@ -57,7 +57,7 @@ struct State {
     pending: BTreeMap<WalFile, u64>,
     /// What is wrong, by file; the empty name is the cluster as a whole.
     problems: BTreeMap<String, String>,
-    /// Proven since the running comparison began (R2).
+    /// Proven since the running comparison began (ARCHIVE2).
     since: Option<BTreeSet<WalFile>>,
     /// When something was last archived, or began to wait for it.
     progress: Option<Instant>,
@@ -234,7 +234,7 @@ impl Archives {
         state.wait_for(&held);
     }
 
-    /// Records a proven object, durably (R1).
+    /// Records a proven object, durably (ARCHIVE1).
     pub(super) async fn record(
         &self,
         name: &ClusterName,
@@ -289,7 +289,7 @@ impl Archives {
         Ok(())
     }
 
-    /// Before listing the bucket (R2).
+    /// Before listing the bucket (ARCHIVE2).
     pub(super) fn begin_comparing(&self, name: &ClusterName) {
         lock(&self.cluster(name).state).since = Some(BTreeSet::new());
     }

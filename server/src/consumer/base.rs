@@ -1,12 +1,12 @@
 //! One cluster's base backups: the objects of its jobs are uploaded, proven, acknowledged.
 //!
-//! B1  a record goes to tier 2 only when everything its backup needs is proven there: packs, index files,
+//! COPY1  a record goes to tier 2 only when everything its backup needs is proven there: packs, index files,
 //!     snapshot, config, keys, secret, `cluster.json`, and all WAL between its start and its stop that is finished.
 //!     In the bucket a record therefore says that its backup can be restored from the bucket alone; but that
 //!     of an idle standby, whose last segment PostgreSQL has not finished;
-//! B2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
-//! B3  what maintenance removed from tier 1 before its turn came is no longer work to do;
-//! B4  what changed while its job was under way gets another one when the queue has let go of that: it takes no second job before.
+//! COPY2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
+//! COPY3  what maintenance removed from tier 1 before its turn came is no longer work to do;
+//! COPY4  what changed while its job was under way gets another one when the queue has let go of that: it takes no second job before.
 
 use super::{
     Attempt, Parts,
@@ -52,9 +52,9 @@ pub(super) struct BaseWork {
 enum Done {
     /// The object is proven, with its size; this many bytes were written.
     Proven { size: u64, written: u64, attempt: Attempt },
-    /// There is nothing to do any more (B3).
+    /// There is nothing to do any more (COPY3).
     Moot,
-    /// Something else must be there first (B1).
+    /// Something else must be there first (COPY1).
     Waiting(String),
 }
 
@@ -91,7 +91,7 @@ impl Process for BaseWork {
         true
     }
 
-    /// B4.
+    /// COPY4.
     fn let_go(&self, message: &Message) {
         let Ok(job) = BaseJob::decode(&message.payload) else { return };
         if self.base.archives().is_anew(&self.cluster, &job.object) {
@@ -217,7 +217,7 @@ impl BaseWork {
         }
     }
 
-    /// B1: after everything that its backup needs.
+    /// COPY1: after everything that its backup needs.
     async fn record(&self, object: &BaseObject, name: &BackupName) -> Result<Done, Error> {
         let Some(Needed { record, missing }) = self.missing_for(name).await? else {
             return Ok(Done::Moot);
@@ -254,7 +254,7 @@ impl BaseWork {
                 };
                 Ok(Done::Proven { size: uploaded.size, written, attempt })
             }
-            // B3; and what is in tier 2 alone has been proven by whoever took it from tier 1.
+            // COPY3; and what is in tier 2 alone has been proven by whoever took it from tier 1.
             Err(error) if error.kind == Kind::NotFound => Ok(Done::Moot),
             Err(error) => Err(error),
         }
@@ -417,7 +417,7 @@ impl BaseWork {
     }
 }
 
-/// B1: in tier 2, and with tier 1's size where tier 1 has it.
+/// COPY1: in tier 2, and with tier 1's size where tier 1 has it.
 fn is_proven(
     object: &BaseObject,
     known: &BTreeMap<BaseObject, u64>,

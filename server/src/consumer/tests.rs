@@ -387,7 +387,7 @@ async fn an_object_that_vanished_is_written_again() {
     queue.stop().await;
 }
 
-/// U4 seen from here: what somebody else wrote under our key stays, and is named.
+/// OBJECT4 seen from here: what somebody else wrote under our key stays, and is named.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_object_is_a_named_conflict_and_stays() {
     let (root, folder, s3) =

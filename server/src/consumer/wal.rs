@@ -190,7 +190,7 @@ impl WalWork {
         }
     }
 
-    /// R1 before W1.
+    /// ARCHIVE1 before JOB1.
     async fn record(&self, job: &Job, uploaded: Uploaded) -> Result<Attempt, Error> {
         let (_, local_size) = self.local(job.file).await;
         let archives = &self.parts.archives;

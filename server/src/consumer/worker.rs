@@ -1,10 +1,10 @@
 //! One cluster's jobs of one kind: pulled from its own durable consumer, done, acknowledged.
 //!
-//! W1  acknowledged only after the work is proven and recorded.
-//! W2  redelivered without end; the pause doubles with jitter: up to five minutes for trouble with one file, up to half a minute for
+//! JOB1  acknowledged only after the work is proven and recorded.
+//! JOB2  redelivered without end; the pause doubles with jitter: up to five minutes for trouble with one file, up to half a minute for
 //!     trouble with the store, so that soon after an outage everything moves again.
-//! W3  a long upload, or a wait for a slot, tells the queue that it goes on.
-//! W4  what the queue does not give is made anew, however it is damaged (P4): while files wait and no job comes, the remedies
+//! JOB3  a long upload, or a wait for a slot, tells the queue that it goes on.
+//! JOB4  what the queue does not give is made anew, however it is damaged (P4): while files wait and no job comes, the remedies
 //!     of [`Remedy`] are tried one after the other, and it is said.
 
 use super::{Attempt, wal::is_of_the_store};
@@ -375,7 +375,7 @@ impl Turns {
     }
 }
 
-/// W2: about 1, 2, 4 … seconds after the first, second, third attempt, of which a random half to whole.
+/// JOB2: about 1, 2, 4 … seconds after the first, second, third attempt, of which a random half to whole.
 pub(super) fn pause(delivered: i64, attempt: Attempt) -> Duration {
     let most = if is_of_the_store(attempt) { STORE_RETRY_MAX } else { RETRY_MAX };
     let doublings = (delivered.max(1) - 1).min(16) as u32;

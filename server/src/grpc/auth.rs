@@ -348,7 +348,7 @@ mod tests {
         Identity { name: "x".into(), role, expires_unix: 0, chain: None }
     }
 
-    /// Klio (Go): any client with a valid certificate read and wrote any cluster (field.md section 2).
+    /// In other servers any client with a valid certificate could read and write any cluster (P8).
     #[test]
     fn one_clusters_certificate_cannot_touch_another() {
         let own = identity(Some(Role::Tenant("pg-1".parse().unwrap())));

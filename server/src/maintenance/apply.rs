@@ -76,7 +76,7 @@ impl Inner {
         }
     }
 
-    /// M1. The turn, and with it either the word that no backup runs or the one that still does when patience is over. Nothing
+    /// MAINT1. The turn, and with it either the word that no backup runs or the one that still does when patience is over. Nothing
     /// is held while a backup is waited for: neither the turn, nor new backups.
     async fn turn_beside_no_backup(
         &self,

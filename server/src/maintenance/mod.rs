@@ -1,11 +1,11 @@
 //! Takes away what retention lets go, and proves what stays. The only part of Klio that removes (P8).
 //!
-//! M1  one piece of work at a time for a cluster, not beside a running backup of it, and few over all clusters; who waits
+//! MAINT1  one piece of work at a time for a cluster, not beside a running backup of it, and few over all clusters; who waits
 //!     holds nothing that another cluster needs;
-//! M2  a plan is made from what both tiers say now; what is in doubt empties it (P6);
-//! M3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it back (P5);
-//! M4  any step may be the last one before a crash: every backup that has a record can be restored;
-//! M5  work on a repository is done by a child process (`worker`), which ends with the server.
+//! MAINT2  a plan is made from what both tiers say now; what is in doubt empties it (P6);
+//! MAINT3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it back (P5);
+//! MAINT4  any step may be the last one before a crash: every backup that has a record can be restored;
+//! MAINT5  work on a repository is done by a child process (`worker`), which ends with the server.
 
 mod apply;
 mod child;
@@ -64,7 +64,7 @@ struct Inner {
     config_path: PathBuf,
     program: PathBuf,
     metrics: Arc<MaintenanceMetrics>,
-    /// M1.
+    /// MAINT1.
     turns: turns::Turns,
 }
 

@@ -1,4 +1,4 @@
-//! Whose turn it is (M1): one piece of work for each cluster, and so many at once over all of them.
+//! Whose turn it is (MAINT1): one piece of work for each cluster, and so many at once over all of them.
 //!
 //! Who waits for the own cluster's turn holds none of the shared places, so a cluster that asks for much waits for itself
 //! alone (P13). Both queues are fair. A turn ends when it is dropped, with whatever held it.

@@ -329,7 +329,7 @@ mod tests {
         }
     }
 
-    /// telemetry.md section 1: never an LSN, a file name, a path or an address as an attribute.
+    /// An LSN, a file name, a path or an address as an attribute would make a new series for each value.
     #[test]
     fn attributes_are_the_cluster_and_closed_sets() {
         let allowed = ["cluster_name", "outcome", "tier", "error.type"];

@@ -1,9 +1,9 @@
 //! One run of the nats-server program: written configuration, fork, ports, end.
 //!
-//! C1  it listens on loopback only, on a port the kernel chose, with credentials of this run.
-//! C2  it dies with us: the kernel kills it when the thread that forked it ends, so a thread that lives
+//! CHILD1  it listens on loopback only, on a port the kernel chose, with credentials of this run.
+//! CHILD2  it dies with us: the kernel kills it when the thread that forked it ends, so a thread that lives
 //!     as long as the queue does the forking (PR_SET_PDEATHSIG is tied to the thread).
-//! C3  one that survived anyway (a debugger, another kernel) is found by its pid file and ended before
+//! CHILD3  one that survived anyway (a debugger, another kernel) is found by its pid file and ended before
 //!     the next one opens the same files.
 
 use super::Error;
@@ -104,7 +104,7 @@ pub(super) fn version(text: &str) -> Option<(u32, u32)> {
 
 type Reply = oneshot::Sender<io::Result<Child>>;
 
-/// The thread that forks (C2). Ends when the last handle is gone.
+/// The thread that forks (CHILD2). Ends when the last handle is gone.
 pub(super) struct Forker {
     requests: std::sync::mpsc::SyncSender<(Command, Reply)>,
 }
@@ -302,7 +302,7 @@ fn write_private(path: &Path, text: &str) -> Result<(), Error> {
     options.open(path).and_then(write).map_err(Error::file("write", path))
 }
 
-/// C3: ends a program of an earlier run that still uses this folder.
+/// CHILD3: ends a program of an earlier run that still uses this folder.
 async fn end_stale(folder: &Path) -> Result<(), Error> {
     let Ok(text) = std::fs::read_to_string(pid_path(folder)) else { return Ok(()) };
     let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(()) };

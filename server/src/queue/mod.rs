@@ -1,10 +1,10 @@
 //! Jobs from the receiving side to the consumer, on NATS JetStream.
 //!
-//! Q1  the queue is a hint (P4): losing all of it loses nothing. Whatever may have been lost is named
+//! QUEUE1  the queue is a hint (P4): losing all of it loses nothing. Whatever may have been lost is named
 //!     by `wanted`, and the reconciler derives the jobs again.
-//! Q2  `publish` never waits and never fails; no trouble here reaches receiving.
-//! Q3  a job that is queued is queued once: its subject is its identity.
-//! Q4  an embedded server syncs every write, listens on loopback with credentials of this run, and
+//! QUEUE2  `publish` never waits and never fails; no trouble here reaches receiving.
+//! QUEUE3  a job that is queued is queued once: its subject is its identity.
+//! QUEUE4  an embedded server syncs every write, listens on loopback with credentials of this run, and
 //!     never outlives us.
 
 mod child;
@@ -127,7 +127,7 @@ impl std::fmt::Debug for Queue {
 
 impl Queue {
     /// Starts the embedded server below `folder`, or connects to `config.url`, in the background: the
-    /// queue may come up later than the server (Q2).
+    /// queue may come up later than the server (QUEUE2).
     ///
     /// # Errors
     /// What waiting cannot heal: a bad configuration, no executable, one that is too old.
@@ -184,7 +184,7 @@ impl Queue {
         publish::publish_now(&self.shared, &Waiting::new(job.into())).await
     }
 
-    /// Asks for a repair of the connection of this generation; a newer one has been repaired since. Loses nothing (Q1).
+    /// Asks for a repair of the connection of this generation; a newer one has been repaired since. Loses nothing (QUEUE1).
     pub fn repair(&self, generation: u64, what: Repair) {
         let mut repair = self.shared.repair.lock().unwrap_or_else(PoisonError::into_inner);
         *repair = (*repair).max(Some((generation, what)));

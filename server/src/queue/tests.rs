@@ -138,7 +138,7 @@ async fn jobs_survive_a_killed_server_which_is_started_again() {
     test.stop().await;
 }
 
-/// Q2: with the queue down, publishing returns at once and only marks the cluster.
+/// QUEUE2: with the queue down, publishing returns at once and only marks the cluster.
 #[tokio::test(flavor = "multi_thread")]
 async fn publishing_never_waits_and_a_lost_job_is_marked() {
     let folder = tempfile::tempdir().unwrap();
@@ -189,7 +189,7 @@ async fn a_stopped_queue_leaves_no_process_and_a_stale_one_is_ended() {
     test.stop().await;
 }
 
-/// C2: the kernel ends the child when the thread that forked it ends, without any code of ours.
+/// CHILD2: the kernel ends the child when the thread that forked it ends, without any code of ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_child_dies_with_the_thread_that_forked_it() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! What `wal-fetch` does with an agent: find or start it, ask, and put the file in its place.
 //!
 //! Blocking, and without runtime, TLS or telemetry: PostgreSQL starts this once a segment. Every doubt is
-//! [`Outcome::Unusable`], after which the caller fetches directly (A1).
+//! [`Outcome::Unusable`], after which the caller fetches directly (AGENT1).
 
 use super::{
     spool,
@@ -90,7 +90,7 @@ fn attempt(
             Some(Line::Absent(text)) => return Ok(Some(Outcome::Absent(text))),
             Some(Line::Failed(text)) => return Ok(Some(Outcome::Unusable(text))),
             Some(Line::File { name, bytes }) => {
-                // PostgreSQL was killed and perhaps started again: it did not ask for this one (A3).
+                // PostgreSQL was killed and perhaps started again: it did not ask for this one (AGENT3).
                 if rustix::process::getppid() != parent {
                     return Err(io::Error::other("who asked for it is gone"));
                 }

@@ -1,7 +1,7 @@
 //! The one task that knows what lies in the spool and what is on its way.
 //!
 //! An ask is answered from the spool, or by what is on its way, or by a fetch of its own; then the window behind it is
-//! filled. What is read ahead is kept only when it is a whole segment (A2). Ends when the asks end.
+//! filled. What is read ahead is kept only when it is a whole segment (AGENT2). Ends when the asks end.
 
 use super::{ahead::Ahead, spool::Files};
 use crate::{
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// Bounds (A4).
+/// Bounds (AGENT4).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// Of everything that is read ahead.
@@ -42,7 +42,7 @@ impl Default for Limits {
 }
 
 /// Fetches that were asked for at a time. A standby leaves after some seconds and asks again, while its first question
-/// still waits for a server that is away (A4).
+/// still waits for a server that is away (AGENT4).
 const ASKING_MAX: usize = 8;
 
 /// One question of a caller.
@@ -261,7 +261,7 @@ impl Engine {
                     self.ready.insert(name, handed);
                 }
             }
-            // It began before it was asked for: only an answer to the ask itself counts (A2).
+            // It began before it was asked for: only an answer to the ask itself counts (AGENT2).
             (_, Some(ask)) => self.fetch_now(ask),
             (failed, None) => {
                 self.ahead.ends_at(name);

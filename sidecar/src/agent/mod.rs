@@ -1,13 +1,13 @@
 //! The resident read-ahead agent: fetches the WAL that PostgreSQL will ask for next, so that replay is the limit.
 //!
 //! Started by the first `klio wal-fetch` of a recovery, one for each data directory; ends by itself.
-//! A1  It only ever makes a fetch faster: without it, or with one that is stuck, killed or in trouble, `wal-fetch`
+//! AGENT1  It only ever makes a fetch faster: without it, or with one that is stuck, killed or in trouble, `wal-fetch`
 //!     fetches directly, and the answer is the same.
-//! A2  Nothing is remembered but whole segments that lie in the spool. An absence, an unfinished segment and a
+//! AGENT2  Nothing is remembered but whole segments that lie in the spool. An absence, an unfinished segment and a
 //!     history file are asked for anew each time (P7).
-//! A3  The caller renames the file out of the spool itself, so a caller that was killed places nothing later.
-//! A4  What lies in the spool and is being fetched is bounded, and so is memory.
-//! A5  When it ends, its spool is gone; what a killed one left is removed by the next.
+//! AGENT3  The caller renames the file out of the spool itself, so a caller that was killed places nothing later.
+//! AGENT4  What lies in the spool and is being fetched is bounded, and so is memory.
+//! AGENT5  When it ends, its spool is gone; what a killed one left is removed by the next.
 
 mod ahead;
 pub(crate) mod client;

@@ -144,7 +144,7 @@ async fn what_is_read_ahead_is_asked_for_once() {
     }
 }
 
-/// A2, P7: an absence that was seen while reading ahead says nothing when PostgreSQL asks.
+/// AGENT2, P7: an absence that was seen while reading ahead says nothing when PostgreSQL asks.
 #[tokio::test]
 async fn an_absence_is_asked_for_anew_each_time() {
     let agent = agent(0..6).await;
@@ -165,7 +165,7 @@ async fn an_absence_is_asked_for_anew_each_time() {
     agent.take(next).await;
 }
 
-/// A2: more of an unfinished segment may be there a moment later.
+/// AGENT2: more of an unfinished segment may be there a moment later.
 #[tokio::test]
 async fn an_unfinished_segment_is_neither_read_ahead_nor_kept() {
     let agent = agent(0..6).await;
@@ -210,7 +210,7 @@ async fn any_order_and_any_file_is_served() {
     }
 }
 
-/// A4.
+/// AGENT4.
 #[tokio::test]
 async fn the_spool_never_holds_more_than_it_may() {
     for most in [1, 3, 8] {
@@ -267,7 +267,7 @@ async fn of_a_damaged_segment_the_other_copy_is_given() {
     }
 }
 
-/// A3: what a caller that was killed asked for is never put in place, and costs nothing.
+/// AGENT3: what a caller that was killed asked for is never put in place, and costs nothing.
 #[tokio::test]
 async fn a_caller_that_goes_away_leaves_no_trace() {
     let agent = agent(0..30).await;
@@ -294,7 +294,7 @@ async fn a_caller_that_goes_away_leaves_no_trace() {
     assert!(!agent.path().exists());
 }
 
-/// A1: an agent that is killed while somebody waits.
+/// AGENT1: an agent that is killed while somebody waits.
 #[tokio::test]
 async fn an_agent_that_dies_never_answers_wrongly() {
     let mut agent = agent(0..6).await;

@@ -237,7 +237,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
     }
 }
 
-/// B5: what failed after a backup that was taken.
+/// TAKE5: what failed after a backup that was taken.
 fn report(what: &str, failed: bool, error: Option<&Error>) {
     match error {
         Some(error) => tracing::error!(

@@ -1,4 +1,4 @@
-//! Instruments of the backup's life cycle (telemetry.md, "Backup life cycle").
+//! Instruments of a backup's life cycle (`klio.backup.*`).
 //!
 //! Gauges are observable over [`State`]; what the server knows of earlier backups is put in at start, so
 //! that they are true after a restart. Observation only (P9).

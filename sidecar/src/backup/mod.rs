@@ -1,13 +1,13 @@
 //! Base backups of the PostgreSQL beside us: [`Backup::run`] reads as the list of its phases.
 //!
-//! B1  PostgreSQL is in backup mode for as long as one SQL session lives, and no longer, however we end;
-//! B2  the record is committed last, by the server: until then there is no backup, and nothing to clean up.
+//! TAKE1  PostgreSQL is in backup mode for as long as one SQL session lives, and no longer, however we end;
+//! TAKE2  the record is committed last, by the server: until then there is no backup, and nothing to clean up.
 //!     What was sent is in the repository, and the next backup uses it;
-//! B3  pg_control is read after everything else, backup_label comes from pg_backup_stop;
-//! B6  it belongs to the history that its WAL belongs to: which one PostgreSQL continues is found by content before the first
+//! TAKE3  pg_control is read after everything else, backup_label comes from pg_backup_stop;
+//! TAKE6  it belongs to the history that its WAL belongs to: which one PostgreSQL continues is found by content before the first
 //!     file and again before the record is committed (P11);
-//! B4  committed is restorable: all WAL from start to stop is durable on the server;
-//! B5  a failure of what follows (verification, maintenance) never unmakes a backup.
+//! TAKE4  committed is restorable: all WAL from start to stop is durable on the server;
+//! TAKE5  a failure of what follows (verification, maintenance) never unmakes a backup.
 
 mod after;
 mod copy;
@@ -110,7 +110,7 @@ impl Backup {
     /// Takes a backup, has it verified, and has the server tidy up.
     ///
     /// # Errors
-    /// No backup was taken. What fails after it was is in [`Done`] (B5).
+    /// No backup was taken. What fails after it was is in [`Done`] (TAKE5).
     pub async fn run(&self, order: &Order) -> Result<Done, Error> {
         self.run_in(order, &self.span()).await
     }
@@ -156,7 +156,7 @@ impl Backup {
         }
     }
 
-    /// B6. The history that PostgreSQL continues, as far back as `from`.
+    /// TAKE6. The history that PostgreSQL continues, as far back as `from`.
     async fn history(&self, from: Option<Lsn>) -> Result<ClusterName, Error> {
         let primary = Postgres::new(Arc::clone(&self.info), self.slot.clone(), false);
         streamer::history_of(&primary, &self.link, &self.cluster, &self.writer_id, from).await

@@ -2,7 +2,7 @@
 //!
 //! It is an answer that stays open. When the connection breaks, the same name is reserved again: what the
 //! server may begin meanwhile is harmless for a while, because it marks packs long before it removes them
-//! (R4). When that does not work out, the backup has to end.
+//! (REPO4). When that does not work out, the backup has to end.
 
 use crate::{
     error::{Error, Failure},

@@ -115,7 +115,7 @@ pub(super) async fn take(
         }
         Err(error) => Err(error),
     };
-    // B1: whatever came of it, PostgreSQL is out of backup mode when this returns.
+    // TAKE1: whatever came of it, PostgreSQL is out of backup mode when this returns.
     let (copied, stopped) = match stopped {
         Ok(both) => {
             session.close().await;
@@ -181,7 +181,7 @@ impl Run<'_> {
             self.archive(move |repository, parent, feed| repository.snapshot(&tree, parent, feed));
         let all = ends.watch(work, Some((&mut *session, standby)), &self.files).await?;
         self.judge_pages(check.as_ref().map_or(0, |check| check.bad()))?;
-        // B3
+        // TAKE3
         let data = self.place.data.clone();
         let work = self.archive(move |repository, _, feed| {
             repository.snapshot(&walk::control_file(&data)?, None, feed)
@@ -319,7 +319,7 @@ impl Run<'_> {
         })
     }
 
-    /// B6: what was read is of the history that the backup goes to.
+    /// TAKE6: what was read is of the history that the backup goes to.
     async fn prove(&self, from: Lsn) -> Result<(), Error> {
         if self.backup.writer_id.is_empty() {
             return Ok(());
@@ -336,7 +336,7 @@ impl Run<'_> {
             .hint("PostgreSQL was set back or replaced during the backup: take it again"))
     }
 
-    /// B2. The same record may be sent again: the server takes it once.
+    /// TAKE2. The same record may be sent again: the server takes it once.
     async fn commit(
         &self,
         record: BackupRecord,

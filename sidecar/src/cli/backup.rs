@@ -2,7 +2,7 @@
 //!
 //! A bar on a terminal, a line every few seconds elsewhere, both on standard error; the result on standard
 //! output. The exit status tells a backup that failed from one that was taken and then could not be
-//! verified or tidied up after (B5).
+//! verified or tidied up after (TAKE5).
 
 use super::{
     args::BackupArgs,
@@ -78,7 +78,7 @@ fn order(args: &BackupArgs) -> Result<Order, Error> {
     })
 }
 
-/// B5: a backup that was taken is told from one that was not.
+/// TAKE5: a backup that was taken is told from one that was not.
 fn status(done: &Done) -> u8 {
     if done.verified.failed() {
         exit::UNVERIFIED

@@ -61,8 +61,7 @@ async fn wal_fetch_gives_a_segment_back() {
     assert!(std::fs::read(&path).unwrap() == plain);
 }
 
-/// P7, and WAL-G and CNPG plugins, where a network error looked like the end of WAL
-/// (field.md section 2).
+/// P7: in WAL-G and in plugins for CloudNativePG a network error looked like the end of WAL.
 #[tokio::test]
 async fn wal_fetch_answers_one_only_when_the_server_says_not_found() {
     let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());

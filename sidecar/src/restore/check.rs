@@ -1,4 +1,4 @@
-//! Whether the places can take a restore. Reads only (D1).
+//! Whether the places can take a restore. Reads only (RESTORE1).
 
 use super::{MARKER, local, place::Places};
 use crate::{
@@ -33,7 +33,7 @@ fn no(message: String, hint: &str) -> Error {
     Error::new(Failure::Local, message).hint(hint)
 }
 
-/// D1, D3: every place is fit. `delta`: it may hold an older state of the same cluster.
+/// RESTORE1, RESTORE3: every place is fit. `delta`: it may hold an older state of the same cluster.
 ///
 /// # Errors
 /// Why not.
@@ -98,7 +98,7 @@ fn is_postgresql(folder: &Path) -> bool {
         || folder.join(MARKER).exists()
 }
 
-/// D3. A file that a crash left looks the same as one of a PostgreSQL in another container.
+/// RESTORE3. A file that a crash left looks the same as one of a PostgreSQL in another container.
 fn not_running(data: &Path) -> Result<(), Error> {
     let file = data.join("postmaster.pid");
     match fs::read_to_string(&file) {

@@ -1,6 +1,6 @@
 //! What a directory has and the backup has not: removed, one directory at a time.
 //!
-//! Names of the directories that are open at the moment are kept, no more (D5). A symbolic link is removed,
+//! Names of the directories that are open at the moment are kept, no more (RESTORE5). A symbolic link is removed,
 //! never followed; only `pg_wal` may be one, because it may lie on another disk. A file system's lost+found stays.
 
 use crate::backup::LOST_AND_FOUND;

@@ -1,4 +1,4 @@
-//! The last steps: recovery settings, then everything on disk, then pg_control, then the marker goes (D2).
+//! The last steps: recovery settings, then everything on disk, then pg_control, then the marker goes (RESTORE2).
 
 use super::{
     EDITS, MARKER,
@@ -24,7 +24,7 @@ use std::{
     path::Path,
 };
 
-/// Makes the directory not whole (D2): the marker first, then no pg_control.
+/// Makes the directory not whole (RESTORE2): the marker first, then no pg_control.
 ///
 /// # Errors
 /// As the file system fails.
@@ -172,7 +172,7 @@ fn write_control(data: &Path, content: &[u8], control: &Entry) -> Result<(), Err
     sync_dir(&data.join("global"))
 }
 
-/// A small file with this content, on disk: at every moment what was there before, or this, and whole (D2: a marker
+/// A small file with this content, on disk: at every moment what was there before, or this, and whole (RESTORE2: a marker
 /// that is written again never misses).
 fn put(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = durable::tmp_path(path);
@@ -222,7 +222,7 @@ mod tests {
         sync::atomic::{AtomicBool, Ordering::Relaxed},
     };
 
-    /// D2: whoever looks at a directory whose restore begins again finds the marker, always.
+    /// RESTORE2: whoever looks at a directory whose restore begins again finds the marker, always.
     #[test]
     fn a_marker_that_is_written_again_is_there_at_every_moment() {
         let scratch = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! Which configuration files a restored cluster reads, in PostgreSQL's order: `postgresql.conf` with what it includes, however
 //! deep, then `postgresql.auto.conf`.
 //!
-//! All of it is known before anything is written (D1). What lies in the data directory is read from the backup; links and
+//! All of it is known before anything is written (RESTORE1). What lies in the data directory is read from the backup; links and
 //! includes that lead out of it are read where they lead to, and never written to.
 
 use super::conf::{self, Item};

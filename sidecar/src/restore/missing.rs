@@ -1,7 +1,7 @@
 //! Fetches the chunks of a file that are not there yet: those of one pack with one request, however far apart they lie.
 //!
 //! A delta restore lacks a chunk here and there; a request for each would cost more than the chunks do, and the
-//! megabytes between them as well. The reader checks every chunk (D4). Memory: one request's bytes, [`REQUEST_BYTES`],
+//! megabytes between them as well. The reader checks every chunk (RESTORE4). Memory: one request's bytes, [`REQUEST_BYTES`],
 //! and a chunk.
 
 use super::of_storage;

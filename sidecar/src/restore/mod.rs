@@ -1,13 +1,13 @@
 //! `klio restore`: from a base backup and a target to a directory that PostgreSQL recovers by itself.
 //!
-//! D1  nothing in the target directory is touched before the target is known to be reachable (`target`) and
+//! RESTORE1  nothing in the target directory is touched before the target is known to be reachable (`target`) and
 //!     the directory to be fit (`check`);
-//! D2  a directory that is not whole cannot be started: pg_control is written last, and a marker file stays
+//! RESTORE2  a directory that is not whole cannot be started: pg_control is written last, and a marker file stays
 //!     until then;
-//! D3  a directory in which PostgreSQL runs, or may run, is never written to;
-//! D4  every byte written has the SHA-256 that names its chunk; all is on disk when this ends well;
-//! D5  memory is bounded: chunks in flight, one window cache, one directory's names;
-//! D6  a backup that is known to be damaged is taken only by its name.
+//! RESTORE3  a directory in which PostgreSQL runs, or may run, is never written to;
+//! RESTORE4  every byte written has the SHA-256 that names its chunk; all is on disk when this ends well;
+//! RESTORE5  memory is bounded: chunks in flight, one window cache, one directory's names;
+//! RESTORE6  a backup that is known to be damaged is taken only by its name.
 //!
 //! Recovery itself is PostgreSQL's, through `klio wal-fetch` (P7).
 

@@ -1,7 +1,7 @@
 //! Writes a snapshot's files, many at once.
 //!
 //! One thread reads the trees and makes directories; workers write pieces of files, so that one large file
-//! keeps all of them busy. Everything between them is bounded (D5). The reader checks every chunk (D4);
+//! keeps all of them busy. Everything between them is bounded (RESTORE5). The reader checks every chunk (RESTORE4);
 //! with `delta` a chunk that is there already is recognised by the same SHA-256 and not fetched at all, and of
 //! one that is fetched only the pages are written that differ.
 
@@ -213,7 +213,7 @@ impl Pour {
     /// Writes everything but pg_control.
     ///
     /// # Errors
-    /// The first failure; the places are then not whole (D2).
+    /// The first failure; the places are then not whole (RESTORE2).
     pub fn run(&self) -> Result<Poured, Error> {
         let failure: Mutex<Option<Error>> = Mutex::new(None);
         let halt = self.stop.child_token();

@@ -75,7 +75,7 @@ pub struct Restore {
     pub invocation: Invocation,
 }
 
-/// What will be done: everything is checked, nothing is touched (D1).
+/// What will be done: everything is checked, nothing is touched (RESTORE1).
 #[derive(Debug)]
 pub struct Planned {
     /// Backup, way, target.
@@ -184,7 +184,7 @@ impl Restore {
         }
     }
 
-    /// D6: from a sound backup, if one leads to the target; from a damaged one only by its name.
+    /// RESTORE6: from a sound backup, if one leads to the target; from a damaged one only by its name.
     async fn decide(&self, catalog: &Catalog, order: &Order) -> Result<(Survey, Verdict), Error> {
         let sound = catalog.sound();
         let by_name = order.wish.backup.is_some();
@@ -365,7 +365,7 @@ impl Restore {
     /// Does what was planned.
     ///
     /// # Errors
-    /// The first failure; the directory is not whole then, and says so (D2).
+    /// The first failure; the directory is not whole then, and says so (RESTORE2).
     pub async fn carry_out(&self, planned: Planned) -> Result<Done, Error> {
         let span = tracing::info_span!(
             "restore",
@@ -401,7 +401,7 @@ impl Restore {
     }
 }
 
-/// D6: whoever wants what is left of a damaged backup says its name.
+/// RESTORE6: whoever wants what is left of a damaged backup says its name.
 fn refuse_damaged(catalog: &Catalog, record: &BackupRecord) -> Result<(), Error> {
     let known = catalog.known(&record.name);
     let Some(why) = known.and_then(Known::doubt) else {
@@ -506,7 +506,7 @@ fn carry_out(
 ) -> Result<Done, Error> {
     let Planned { decision, places, last, files, bytes, .. } = planned;
     let name = &decision.plan.backup.name;
-    // Once more, as planning may have taken a while (D3).
+    // Once more, as planning may have taken a while (RESTORE3).
     check::places(&places, &decision.plan.backup, planned.delta)?;
     finish::begin(&places, name.as_str())?;
     progress.expect(files, bytes);

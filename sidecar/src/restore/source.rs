@@ -447,7 +447,7 @@ impl Source {
     }
 
     /// Tells the server which backup is restored: its WAL stays while this runs, and an hour longer. Of packs nothing
-    /// depends on it: they are marked long before they go (R4). Waits a little for the server's word, and then goes on
+    /// depends on it: they are marked long before they go (REPO4). Waits a little for the server's word, and then goes on
     /// without: it is asked again until it gives it, as after a restart.
     pub async fn reserve(&self, backup: &BackupName) -> Reserved {
         let Place::Server(_, link) = &self.place else { return Reserved::default() };
@@ -536,7 +536,7 @@ fn optional<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<
 mod tests {
     use super::*;
 
-    /// D6.
+    /// RESTORE6.
     #[test]
     fn a_backup_is_in_doubt_for_what_each_restore_of_it_needs() {
         let (start, stop) = (klio_pg::Lsn::new(0x50_0028), klio_pg::Lsn::new(0x60_0138));

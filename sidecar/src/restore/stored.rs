@@ -1,7 +1,7 @@
 //! What a backup has that a restore looks at before it begins: the files outside of PostgreSQL's own directories, every link,
 //! pg_control, prepared transactions, and what `global` tells of subscriptions.
 //!
-//! Bounded (D5): no file of a database, none that is larger than [`FILE_MAX`].
+//! Bounded (RESTORE5): no file of a database, none that is larger than [`FILE_MAX`].
 
 use super::{included::Read, joined, of_storage};
 use crate::error::{Error, Failure};

@@ -4,7 +4,7 @@
 //! Restored files are passed over once and larger than memory, so the cache would only hold up what it cannot keep: the
 //! same bytes come and go several times as fast without it (docs/benchmarks.md). What must stay true: nothing is left
 //! behind, so whoever adds writes at the end; a file system that does not want it so gets ordinary calls; and a direct
-//! write is no durable one (D4): `finish` syncs all the same.
+//! write is no durable one (RESTORE4): `finish` syncs all the same.
 
 use rustix::{
     fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl, fcntl_setfl},

@@ -1,7 +1,7 @@
 //! What replay meets on the way to the target, read before anything is written: tablespaces that are made, settings that
 //! recovery needs, transactions that are prepared, commit times out of order.
 //!
-//! All WAL between the backup and the target is read for it, once, several segments at a time (D5).
+//! All WAL between the backup and the target is read for it, once, several segments at a time (RESTORE5).
 
 use super::{
     show_time,

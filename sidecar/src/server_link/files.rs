@@ -2,7 +2,7 @@
 //!
 //! Every call blocks its thread and runs on the runtime it was given, so none may come from that runtime's
 //! own threads. What can pass by itself is tried again ([`BaseLink`]); `write` may be, because a file's name
-//! is its content (R2).
+//! is its content (REPO2).
 //! Memory: the file that the caller holds, and two messages on the way.
 //! Once stopped, every call ends at once: an engine that works through a queue of files ends with it.
 

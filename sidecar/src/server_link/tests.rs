@@ -77,7 +77,7 @@ async fn a_good_bundle_connects_and_knows_when_it_expires() {
     assert_eq!(expiry.server, expiry.client);
 }
 
-/// Klio (Go) read certificates once; renewal needed a restart (field.md section 2).
+/// A program that reads its certificates once needs a restart for each renewal.
 #[tokio::test]
 async fn renewed_certificates_are_used_without_a_restart() {
     let (old, new) = (Authority::new(), Authority::new());

@@ -89,7 +89,7 @@ async fn all_wal_arrives_and_postgres_hears_of_it() {
     assert_eq!((held.start, held.flushed), (START, end));
 }
 
-/// P1, and Klio (Go) reporting what had only been sent (field.md section 2).
+/// P1: another streamer reported to PostgreSQL what it had only sent.
 #[tokio::test]
 async fn postgres_never_hears_more_than_the_server_flushed() {
     let end = START + SEGMENT / 2;

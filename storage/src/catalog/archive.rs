@@ -1,10 +1,10 @@
 //! How far each timeline of a cluster is archived without a hole. Pure.
 //!
-//! A1  the frontier of a timeline is the end of the unbroken run of archived segments that begins with
+//! FRONTIER1  the frontier of a timeline is the end of the unbroken run of archived segments that begins with
 //!     the first segment held on that timeline in either tier: never the latest upload (P5).
-//! A2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to hold
+//! FRONTIER2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to hold
 //!     an earlier segment than was known, and `rebuild`, from listings of both tiers.
-//! A3  a recorded gap does not end the run, as nothing of it will ever come: the frontier continues
+//! FRONTIER3  a recorded gap does not end the run, as nothing of it will ever come: the frontier continues
 //!     behind it. The bytes before a gap that begins inside a segment are a partial segment, and the
 //!     frontier waits for that one too. Other partial segments and history files move no frontier.
 //!
@@ -170,7 +170,7 @@ impl Archive {
     }
 
     /// Files that tier 1 holds: the first segment of a timeline is where its run begins. One before
-    /// the known beginning is not archived as far as we know, so the frontier goes back to it (A1).
+    /// the known beginning is not archived as far as we know, so the frontier goes back to it (FRONTIER1).
     pub fn hold(&mut self, files: impl IntoIterator<Item = WalFile>) {
         for file in files {
             let Some(number) = self.number(file) else { continue };

@@ -1,9 +1,9 @@
 //! Decides what can be recovered, and from which backup. Pure: the same holdings and records give the same
 //! plan.
 //!
-//! V1  a plan's backup and every byte of WAL from its start to the plan's reach are held;
-//! V2  a recovery never ends before a hole as if that were the end of WAL (P7): `latest` is refused there;
-//! V3  a refusal says what can be reached instead, and what is in the way.
+//! REACH1  a plan's backup and every byte of WAL from its start to the plan's reach are held;
+//! REACH2  a recovery never ends before a hole as if that were the end of WAL (P7): `latest` is refused there;
+//! REACH3  a refusal says what can be reached instead, and what is in the way.
 //!
 //! Times are PostgreSQL's, not this machine's. Where on the way a time, a name or a transaction is, WAL itself
 //! knows: who carries a plan out looks there (sidecar, `restore/target.rs`).

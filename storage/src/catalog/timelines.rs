@@ -1,8 +1,8 @@
 //! `<cluster>/timelines.json`: the timelines of which more than one is written, and what a person decided about them.
 //!
-//! - T1  A mark is durable before the first byte that is received because of it is acknowledged.
-//! - T2  Only a person's decision takes a mark away or changes it: never time, never a restart.
-//! - T3  What is undecided or retired is held like any other WAL (P2), and is followed by nobody who did not name it.
+//! - MARK1  A mark is durable before the first byte that is received because of it is acknowledged.
+//! - MARK2  Only a person's decision takes a mark away or changes it: never time, never a restart.
+//! - MARK3  What is undecided or retired is held like any other WAL (P2), and is followed by nobody who did not name it.
 //!
 //! In the shape of `crate::record`, the same in both tiers. A timeline without a mark is an ordinary one: the newest of
 //! those that have WAL is the one that is followed.
@@ -245,7 +245,7 @@ impl Timelines {
 
     /// What a new timeline inherits: it left a timeline that is aside, also over others, at a place that the followed one does not share. One
     /// with a mark of its own inherits nothing: what a person decided about it counts, also where none of its WAL is held,
-    /// as on a new server (T2).
+    /// as on a new server (MARK2).
     pub fn inherits(
         &self,
         history: &TimelineHistory,

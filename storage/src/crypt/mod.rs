@@ -1,10 +1,10 @@
-//! Encryption at rest: one age identity, given by the user, is the root of everything (design.md section 7).
+//! Encryption at rest: one age identity, given by the user, is the root of everything.
 //!
-//! K1  What is encrypted is a standard age file (<https://age-encryption.org/v1>): `age -d -i identity FILE` opens it (P10).
-//! K2  New files are for the newest identity and every extra recipient; every identity of the file opens old ones, so a
+//! CRYPT1  What is encrypted is a standard age file (<https://age-encryption.org/v1>): `age -d -i identity FILE` opens it (P10).
+//! CRYPT2  New files are for the newest identity and every extra recipient; every identity of the file opens old ones, so a
 //!     rotated key keeps working until all that needs it is written again.
-//! K3  A wrong key is `Denied` and names whom the file is for; changed or cut bytes are `Corrupt`. Never a short result.
-//! K4  No secret in a message, a log line or `Debug`.
+//! CRYPT3  A wrong key is `Denied` and names whom the file is for; changed or cut bytes are `Corrupt`. Never a short result.
+//! CRYPT4  No secret in a message, a log line or `Debug`.
 //!
 //! An X25519 header does not say for whom it is. Ours does, in a stanza that every age ignores (`header.rs`).
 

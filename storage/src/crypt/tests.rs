@@ -1,4 +1,4 @@
-//! What the keys promise (K1-K4), against changed bytes and the age program itself.
+//! What the keys promise (CRYPT1-CRYPT4), against changed bytes and the age program itself.
 
 use super::*;
 use crate::crypt::recipients_of;

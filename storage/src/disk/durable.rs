@@ -119,7 +119,7 @@ mod tests {
         assert!(finished);
     }
 
-    /// Klio (field.md section 2): rename without fsync of the folder. P1
+    /// A rename without an fsync of the directory may be lost with the power (P1).
     #[test]
     fn a_rename_without_fsync_of_the_folder_can_be_lost_and_a_durable_one_cannot() {
         let (from, to) = (Path::new("/a"), Path::new("/b"));

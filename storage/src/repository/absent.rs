@@ -3,11 +3,11 @@
 //! A backup beside a prune may have named packs that were just being removed, or a disk lost them. Whoever believes such
 //! an index takes chunks for sent that are gone, and no later backup is ever whole. So:
 //!
-//! A1  a chunk that has a place in a pack that is there is never looked for in one that is not;
+//! ABSENT1  a chunk that has a place in a pack that is there is never looked for in one that is not;
 //!     where what lies at one place is damaged, the others are tried;
-//! A2  a backup sends again what only absent packs have: `adopt` notes them, and rustic's view of the index is without
+//! ABSENT2  a backup sends again what only absent packs have: `adopt` notes them, and rustic's view of the index is without
 //!     them from then on (`Hidden`);
-//! A3  maintenance takes them out of the index when every snapshot is whole without them. Where one is not, nothing
+//! ABSENT3  maintenance takes them out of the index when every snapshot is whole without them. Where one is not, nothing
 //!     is changed: the index tells which pack is missed, and the pack may be found again.
 //!
 //! A pack that is known to be damaged, and of which there is no good copy, is one that is not there: whoever knows it leaves it
@@ -91,7 +91,7 @@ fn without(json: &[u8], packs: &BTreeSet<Sha256Sum>) -> Option<Rest> {
 }
 
 impl Repository {
-    /// A2. The same repository, whose backups pass over these packs.
+    /// ABSENT2. The same repository, whose backups pass over these packs.
     pub(super) fn hide(&mut self, packs: BTreeSet<Sha256Sum>) {
         self.hidden = match packs.is_empty() {
             true => None,
@@ -99,7 +99,7 @@ impl Repository {
         };
     }
 
-    /// A3. Takes absent packs out of the index. Not beside a backup.
+    /// ABSENT3. Takes absent packs out of the index. Not beside a backup.
     ///
     /// # Errors
     /// As files fail, and when a snapshot or an index file cannot be read (P6).

@@ -44,7 +44,7 @@ pub struct Adopted {
 }
 
 impl Repository {
-    /// Names every pack that no index file names, and passes over those that are named and not there from now on (A2).
+    /// Names every pack that no index file names, and passes over those that are named and not there from now on (ABSENT2).
     ///
     /// # Errors
     /// As files cannot be listed, read or written.

@@ -1,6 +1,6 @@
 //! Makes one snapshot of the parts of a backup, and lists snapshots.
 //!
-//! R3: before it is saved, every tree of it is read back, every chunk is looked up in an index read after the last write,
+//! REPO3: before it is saved, every tree of it is read back, every chunk is looked up in an index read after the last write,
 //! and files and bytes are counted against the parts. A pack that maintenance marked meanwhile is put back first.
 
 use super::{

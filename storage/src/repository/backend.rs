@@ -1,7 +1,7 @@
 //! Our `Files` as a backend of rustic, for one operation.
 //!
 //! Snapshots that rustic saves by itself are withheld where the operation says so: archiving makes trees, and
-//! only `assemble` makes a snapshot of them (R3). The first failure is remembered, because rustic goes on
+//! only `assemble` makes a snapshot of them (REPO3). The first failure is remembered, because rustic goes on
 //! reading the whole source after a failed write.
 
 use super::{Files, Progress, absent::Hidden, sealer::Sealer};

@@ -41,7 +41,7 @@ pub trait Files: Send + Sync + std::fmt::Debug + 'static {
     /// `NotFound` is definitive; `Corrupt` when the file is shorter.
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error>;
 
-    /// Stores a file that is the parts one after the other. Durable on return (R1); storing the same
+    /// Stores a file that is the parts one after the other. Durable on return (REPO1); storing the same
     /// again is no error.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Where every chunk and tree lies: the index files of the repository, as one sorted table.
 //!
-//! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (R4) they are
+//! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (REPO4) they are
 //! as good as any, and a snapshot that was saved beside a maintenance may still need them. Packs that are named and not there,
 //! or not whole where they are looked for first, come last of all (`absent.rs`).
 //!
@@ -195,7 +195,7 @@ impl Index {
         }
     }
 
-    /// Sorts, with the packs that are there before those that are not (A1).
+    /// Sorts, with the packs that are there before those that are not (ABSENT1).
     pub(super) fn sort(&mut self, there: &BTreeMap<BaseFile, u64>) {
         for pack in &mut self.packs {
             // One that was marked without what is in it has no size to compare.

@@ -1,6 +1,6 @@
 //! What only the server does: forgetting snapshots, and removing what no snapshot needs (P8).
 //!
-//! R4: in two phases. A pack that is not needed is marked, and goes when it has been marked for `keep_marked`; one that is
+//! REPO4: in two phases. A pack that is not needed is marked, and goes when it has been marked for `keep_marked`; one that is
 //! needed again meanwhile is put back. Packs younger than `keep_marked` are not touched at all: they may belong to a
 //! backup that has not saved its snapshot yet. So nothing that a backup or a restore saw in an index vanishes under it, as long
 //! as it takes less than `keep_marked`. P6: a snapshot or index that cannot be read fails the whole prune.
@@ -117,7 +117,7 @@ impl Repository {
     }
 
     /// As `packs_of`, and how many bytes each must have where that is known: of packs, by the index. A pack that is not
-    /// there is among them only when nothing else has what is in it (A1).
+    /// there is among them only when nothing else has what is in it (ABSENT1).
     ///
     /// # Errors
     /// As `packs_of`.

@@ -1,10 +1,10 @@
 //! Base backups: a restic-format repository for each cluster, through `rustic_core`.
 //!
-//! R1  a file is whole or absent, and durable when `write` returns;
-//! R2  a file's name is the SHA-256 of its bytes, so every reader can check it (the config aside);
-//! R3  a snapshot is saved only when every byte of every file in it was read without an error: rustic
+//! REPO1  a file is whole or absent, and durable when `write` returns;
+//! REPO2  a file's name is the SHA-256 of its bytes, so every reader can check it (the config aside);
+//! REPO3  a snapshot is saved only when every byte of every file in it was read without an error: rustic
 //!     itself leaves out what it cannot read and says nothing;
-//! R4  nothing is removed at once: packs are marked first and go a day later, so that what a running
+//! REPO4  nothing is removed at once: packs are marked first and go a day later, so that what a running
 //!     backup or restore has seen in an index stays there.
 //!
 //! All calls block, and run on threads of their own: never on an async worker.
@@ -133,7 +133,7 @@ impl FromStr for SnapshotId {
 pub struct Repository {
     files: Arc<dyn Files>,
     key: Arc<Key>,
-    /// A2.
+    /// ABSENT2.
     hidden: Option<Arc<Hidden>>,
     /// Of zstd, for new data; `None`: as the config says.
     level: Option<i32>,
@@ -213,7 +213,7 @@ fn options() -> RepositoryOptions {
     RepositoryOptions::default().no_cache(true)
 }
 
-/// Reads a whole file and checks it against its name (R2).
+/// Reads a whole file and checks it against its name (REPO2).
 fn read_checked(files: &dyn Files, file: BaseFile) -> Result<Bytes, Error> {
     let bytes = files.read(file)?;
     let found = Sha256Sum::of(&bytes);

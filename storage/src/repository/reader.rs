@@ -217,7 +217,7 @@ impl Reader {
         self.open(id, place, &sealed)
     }
 
-    /// A1. The other places of a piece after the first one failed like this; a later backup may have stored it again.
+    /// ABSENT1. The other places of a piece after the first one failed like this; a later backup may have stored it again.
     fn elsewhere(&self, kind: BlobKind, id: &Sha256Sum, first: Error) -> Result<Bytes, Error> {
         let is_lost = |error: &Error| matches!(error.kind, Kind::Corrupt | Kind::NotFound);
         if !is_lost(&first) {

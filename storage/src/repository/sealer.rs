@@ -7,7 +7,7 @@
 //! | n-16..n | Poly1305-AES of the ciphertext |
 //!
 //! As <https://restic.readthedocs.io/en/stable/100_references.html#keys-encryption-and-mac> says. rustic does the same inside,
-//! but gives no access to it, and its readers cannot see packs that are marked for removal (R4).
+//! but gives no access to it, and its readers cannot see packs that are marked for removal (REPO4).
 
 use super::Secret;
 use crate::{Error, Kind, Op};

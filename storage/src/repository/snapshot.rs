@@ -1,6 +1,6 @@
 //! Archives a source: chunks, trees and index files, but no snapshot (that is `assemble`).
 //!
-//! R3: rustic leaves out what it cannot read, warns in a log, and answers Ok. So every reader is wrapped, the first
+//! REPO3: rustic leaves out what it cannot read, warns in a log, and answers Ok. So every reader is wrapped, the first
 //! error is kept and ends the listing, and at the end the counts of what rustic archived must be those of what was listed.
 //!
 //! Unchanged files are not read again: type, size, mtime and ctime as in the parent. A file that changed less than
@@ -134,7 +134,7 @@ impl Repository {
         })
     }
 
-    /// R3: what was archived is what was listed.
+    /// REPO3: what was archived is what was listed.
     fn require_all(&self, part: &Part, archived: &SnapshotFile, run: &Run) -> Result<(), Error> {
         let summary = archived.summary.as_ref();
         let found = summary.map_or((0, 0, 0), |s| {

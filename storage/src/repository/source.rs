@@ -20,7 +20,7 @@ pub trait Source: Send + Sync {
 pub type SourceEntries = Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send>;
 
 /// Opens a file; called at most once, on another thread. `NotFound` means that the file vanished since it was
-/// listed: it is left out and counted. Every other error fails the snapshot (R3).
+/// listed: it is left out and counted. Every other error fails the snapshot (REPO3).
 pub type Open = Box<dyn FnOnce() -> io::Result<Box<dyn io::Read + Send>> + Send>;
 
 /// What an entry is.

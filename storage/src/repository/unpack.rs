@@ -1,9 +1,9 @@
 //! Opens a pack and proves what it says of itself: its list, and every piece in it.
 //!
-//! U1  a pack that is proven holds exactly the pieces of its own list, one after the other, and each has the SHA-256 that
+//! UNPACK1  a pack that is proven holds exactly the pieces of its own list, one after the other, and each has the SHA-256 that
 //!     names it: so whoever has the repository's key cannot make one that claims what it does not hold (P13);
-//! U2  an index entry is believed when it says what the pack's own list says;
-//! U3  memory is bounded by one sealed piece, whatever a piece says of its size: it is decompressed into the hash.
+//! UNPACK2  an index entry is believed when it says what the pack's own list says;
+//! UNPACK3  memory is bounded by one sealed piece, whatever a piece says of its size: it is decompressed into the hash.
 //!
 //! The form of a pack is in `adopt.rs`.
 
@@ -55,7 +55,7 @@ impl Claim {
 }
 
 impl Repository {
-    /// U1. Proves a pack of `size` bytes; gives how many pieces it holds.
+    /// UNPACK1. Proves a pack of `size` bytes; gives how many pieces it holds.
     ///
     /// # Errors
     /// `Corrupt` says what is wrong with it; else as reading fails.
@@ -63,7 +63,7 @@ impl Repository {
         self.open_listed(file, size, read).map(|list| list.len() as u64)
     }
 
-    /// U1. The pieces of a pack that is proven, by their offsets.
+    /// UNPACK1. The pieces of a pack that is proven, by their offsets.
     pub(super) fn open_listed(
         &self,
         file: BaseFile,
@@ -133,7 +133,7 @@ impl Repository {
         Ok(index.packs.into_iter().map(claim).collect())
     }
 
-    /// U2. Compares a claim with the pack's own list.
+    /// UNPACK2. Compares a claim with the pack's own list.
     ///
     /// # Errors
     /// `Corrupt` when they differ; else as reading fails.
@@ -192,7 +192,7 @@ fn check_sizes(blob: &BlobJson) -> Result<(), String> {
     Ok(())
 }
 
-/// U3.
+/// UNPACK3.
 fn open_piece(sealer: &Sealer, blob: &BlobJson, sealed: &[u8]) -> Result<(), &'static str> {
     let packed = sealer.open(sealed).ok_or("its authentication fails")?;
     let found = match blob.uncompressed_length {

@@ -2,8 +2,8 @@
 //!
 //! Same bytes, or other bytes around the same plaintext (a segment sealed twice, or of the time before it was encrypted),
 //! count as done. Every age file has a key of its own, so of encrypted files only the plaintext can be compared.
-//! The beginning of a file that grows gives way to all of it (U6): the unfinished end of a timeline whose PostgreSQL came back.
-//! Anything else is a conflict and is left alone (U4).
+//! The beginning of a file that grows gives way to all of it (OBJECT6): the unfinished end of a timeline whose PostgreSQL came back.
+//! Anything else is a conflict and is left alone (OBJECT4).
 
 use super::{
     Sha256Sum, Source, Tier2,

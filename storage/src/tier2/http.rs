@@ -4,7 +4,7 @@
 //! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
 //!
 //! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
-//! November 2024, and once more without where a store says that it does not know it (U4).
+//! November 2024, and once more without where a store says that it does not know it (OBJECT4).
 
 use super::{attempts::Attempts, date::Dates, dial::Dialer, link::Link};
 use async_trait::async_trait;

@@ -24,7 +24,7 @@ pub struct Source {
     pub zstd: bool,
     /// Size of what the zstd stream holds, where known.
     pub plaintext_bytes: Option<u64>,
-    /// The unfinished end of a timeline: an object with the beginning of the same gives way to it (U6).
+    /// The unfinished end of a timeline: an object with the beginning of the same gives way to it (OBJECT6).
     pub grows: bool,
     /// How it is encrypted.
     pub wrapping: Wrapping,

@@ -1,16 +1,16 @@
 //! Tier 2: an object store, by URL.
 //!
 //! What "uploaded" promises (P5):
-//! U1  the object is there under its key with the size of the local file, asked for after the upload;
-//! U2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were
+//! OBJECT1  the object is there under its key with the size of the local file, asked for after the upload;
+//! OBJECT2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were
 //!     read back, or they hold the same plaintext in another compression or encryption;
-//! U3  an object is whole or absent: a failed upload leaves nothing under the key;
-//! U4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
-//! U6  but the unfinished end of a timeline may grow: an object that is proven to be the beginning of a file of that kind is
+//! OBJECT3  an object is whole or absent: a failed upload leaves nothing under the key;
+//! OBJECT4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
+//! OBJECT6  but the unfinished end of a timeline may grow: an object that is proven to be the beginning of a file of that kind is
 //!     put over by all of it, whole, and read back.
 //!
 //! Memory of all uploads together is bounded by `upload_memory`. What may replace or remove is in
-//! `objects.rs`, and but for U6 nowhere else.
+//! `objects.rs`, and but for OBJECT6 nowhere else.
 //! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
 
 mod attempts;
@@ -69,7 +69,7 @@ pub struct Tier2 {
     attributes: Attributes,
     budget: Arc<Semaphore>,
     budget_kib: u32,
-    /// U2: the store compares nothing on arrival.
+    /// OBJECT2: the store compares nothing on arrival.
     reads_back: bool,
 }
 

@@ -3,7 +3,7 @@
 //! One part that fails is sent again with a pause, beside the others. When the attempt ends all the same, what is acknowledged is
 //! kept for the next one ([`unfinished`](super::unfinished)); then each kept part is compared with the file once more, and the whole
 //! file with its sum, before the store is asked to make an object of them. Whatever is given up is aborted. A process that dies in
-//! the middle leaves parts that a lifecycle rule of the bucket must clear (S3 keeps them for ever otherwise), but no object (U3).
+//! the middle leaves parts that a lifecycle rule of the bucket must clear (S3 keeps them for ever otherwise), but no object (OBJECT3).
 
 use super::{
     Sha256Sum, Tier2,

@@ -1,6 +1,6 @@
 //! Objects that are put from memory: repository files, which are at most a pack long.
 //!
-//! As for files: what is there is never overwritten (U4), and what was put is asked for afterwards (U1).
+//! As for files: what is there is never overwritten (OBJECT4), and what was put is asked for afterwards (OBJECT1).
 
 use super::{Download, Sha256Sum, Tier2, digest::Hasher, transfer::Refused};
 use crate::{Error, Kind, Op};

@@ -24,7 +24,7 @@ pub enum Outcome {
     AlreadyThere,
 }
 
-/// A proven object (U1, U2).
+/// A proven object (OBJECT1, OBJECT2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Uploaded {
     /// Bytes of the object. Differs from the local file where an older object holds the same
@@ -147,7 +147,7 @@ impl Tier2 {
         }
     }
 
-    /// U1: asks for what was written, and reads it where the store compared nothing (U2).
+    /// OBJECT1: asks for what was written, and reads it where the store compared nothing (OBJECT2).
     async fn look_back(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
         let meta = self.find(key, path).await?;
         let found = meta.as_ref().map(|meta| meta.size);
@@ -167,7 +167,7 @@ impl Tier2 {
         Err(Error::new(Kind::Transient, Op::Upload, self.place(key), detail))
     }
 
-    /// U6: puts a file over the object `found`, which is its beginning, unless that has changed since; a reader has the one or the
+    /// OBJECT6: puts a file over the object `found`, which is its beginning, unless that has changed since; a reader has the one or the
     /// other, whole. Read back as any other that is not new.
     pub(super) async fn extend(
         &self,

@@ -225,7 +225,7 @@ mod tests {
         assert!(matches!(refused, Err(OpenRefusal::NotSegmentStart { .. })), "{refused:?}");
     }
 
-    /// Klio (field.md section 2): the partial segment was reopened from its beginning. P2
+    /// Others reopened the partial segment from its beginning, and lost what was acknowledged in it (P2).
     #[test]
     fn a_held_timeline_goes_on_exactly_at_its_durable_position() {
         let (root, lines) = (history(1, &[]), [held(1, 3 * MIB + 77)]);

@@ -215,7 +215,7 @@ pub(super) struct State {
     pub(super) spares_made: u64,
     /// By timeline, as each has its own stream.
     pub(super) prepared: BTreeMap<TimelineId, Prepared>,
-    /// At most one for each timeline (I3).
+    /// At most one for each timeline (WAL3).
     pub(super) writers: BTreeMap<TimelineId, Arc<Slot>>,
     /// The timeline of which a writer is being opened: nothing of it ends meanwhile.
     pub(super) opening: Option<TimelineId>,

@@ -1,12 +1,12 @@
 //! Tier 1: WAL on local disk.
 //!
-//! - I1: flushed <= written, and both only grow; only a flush makes a [`FlushedLsn`] (P1).
-//! - I2: a sealed segment has its full size, its checksums, and never changes.
-//! - I3: at most one writer per cluster and timeline; a second is refused, unless the first was fenced (P8).
-//! - I6: what two PostgreSQLs write on two timelines at once is held side by side, and none of it is followed against a
+//! - WAL1  flushed <= written, and both only grow; only a flush makes a [`FlushedLsn`] (P1).
+//! - WAL2  a sealed segment has its full size, its checksums, and never changes.
+//! - WAL3  at most one writer per cluster and timeline; a second is refused, unless the first was fenced (P8).
+//! - WAL6  what two PostgreSQLs write on two timelines at once is held side by side, and none of it is followed against a
 //!   person's decision (`timelines.json`).
-//! - I4: a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file (P2).
-//! - I5: one cluster's trouble is one cluster's: the others go on (P8).
+//! - WAL4  a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file (P2).
+//! - WAL5  one cluster's trouble is one cluster's: the others go on (P8).
 //!
 //! All calls block; none keeps memory in proportion to a segment's size.
 //!

@@ -11,10 +11,9 @@ use klio_pg::Lsn;
 use std::sync::{Mutex, PoisonError};
 use zstd::zstd_safe::{CCtx, CParameter};
 
-/// Below this a batch is written as it is: the commit waits for it, and its fsync dominates
-/// (design.md section 4).
+/// Below this a batch is written as it is: a commit waits for it, and the fsync takes far longer than its bytes.
 pub(crate) const COMPRESS_FROM: usize = 16 << 10;
-/// WAL: better ratio and faster than lz4 at this level (dependencies.md section 8).
+/// On WAL zstd at this level has a better ratio than lz4 and is faster (measured).
 const LEVEL: i32 = 1;
 
 /// One context and its buffer.

@@ -4,7 +4,7 @@
 //! - The journal goes only after the sealed file, its name included, is durable. A crash anywhere leaves one of them.
 //! - Compressed frames are copied as they are; runs of small raw ones are joined, up to 1 MiB, and compressed.
 //! - Every frame's checksum or tag and length is checked, and the sum must be the segment.
-//! - The same journal gives the same plain bytes, so sealing again after a crash changes nothing (I2). Encrypted twice they
+//! - The same journal gives the same plain bytes, so sealing again after a crash changes nothing (WAL2). Encrypted twice they
 //!   are other bytes, as every age file has a key of its own: whoever compares, compares what is inside.
 //!
 //! Memory: three buffers of at most about 1 MiB, whatever the segment size.

@@ -29,7 +29,7 @@ impl WalStore {
         self.find(name).is_some_and(|c| lock(&c.state).writers.contains_key(&timeline))
     }
 
-    /// Puts a conflict on record, durably (T1). What is on record about the timeline already stays (T2). True when it is new.
+    /// Puts a conflict on record, durably (MARK1). What is on record about the timeline already stays (MARK2). True when it is new.
     ///
     /// # Errors
     /// `NotFound` for a cluster that was never pinned; as the disk fails, then nothing has changed.

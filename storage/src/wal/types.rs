@@ -149,7 +149,7 @@ pub enum OpenRefusal {
         /// As declared.
         to: Lsn,
     },
-    /// Another writer is alive; fence it first if it is to give way (I3).
+    /// Another writer is alive; fence it first if it is to give way (WAL3).
     #[error("expected no other writer of timeline {timeline}, found one")]
     WriterPresent {
         /// The timeline it writes.

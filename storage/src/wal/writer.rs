@@ -1,11 +1,11 @@
 //! Receives one cluster's WAL on one timeline. Each timeline has a writer of its own; they share nothing but the disk.
 //!
-//! - I1: flushed <= written, and both only grow. Only a flush makes a [`FlushedLsn`] (P1).
+//! - WAL1: flushed <= written, and both only grow. Only a flush makes a [`FlushedLsn`] (P1).
 //! - Every byte is checked before any byte of the same append is written.
 //! - A batch never spans segments: a finished segment is synced before bytes of the next are written.
 //! - After a failed write or sync nothing more is written or acknowledged (P3): close, and open again.
 //! - No space for more is no failure: nothing changes, and the same append may be tried again.
-//! - After `fence` nothing more is written: the fence waits for what is under way, then takes the journal away (I3).
+//! - After `fence` nothing more is written: the fence waits for what is under way, then takes the journal away (WAL3).
 //!
 //! Memory of an idle writer: this struct and an open file.
 

@@ -1,7 +1,7 @@
 //! Takes out of a repository what no backup needs, and out of tier 1 what it need not keep.
 //!
-//! In this order: snapshots without a record, packs that an index names in vain (A3), packs and indexes in two phases
-//! (R4), then tier 1's copies.
+//! In this order: snapshots without a record, packs that an index names in vain (ABSENT3), packs and indexes in two phases
+//! (REPO4), then tier 1's copies.
 //! P13: what is held twice is opened before one of the two may go, and the one that opens stays.
 //! P5: a pack leaves tier 1 only after the one in tier 2 was read back and has the SHA-256 of its name.
 
@@ -29,7 +29,7 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     }
     let mut damaged: BTreeSet<BaseFile> =
         job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
-    // A1: what a damaged pack has and another one, too, is needed of the other one.
+    // ABSENT1: what a damaged pack has and another one, too, is needed of the other one.
     let mut held = None;
     if job.prune {
         if let Some(why) = drop_absent(&repository, job)? {

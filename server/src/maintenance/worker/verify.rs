@@ -2,7 +2,7 @@
 //! secrets against their checksums, the structure by the repository's own check, WAL by `verify_wal.rs`.
 //!
 //! A copy that is proven bad, or missing where it must be, is written again from a copy in the other tier
-//! that was proven good a moment before, and read once more: an exception to U4. What cannot be
+//! that was proven good a moment before, and read once more: an exception to OBJECT4. What cannot be
 //! read for other reasons (a bucket that does not answer) ends the run: it says nothing about the data.
 //! Where the good copy has another form (encrypted or not), what it holds is written in the form of the bad one.
 //!
@@ -262,7 +262,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// `cluster.json` and the secret, in whichever form they are there. Both are in a tier before the first record is (S1, S3):
+    /// `cluster.json` and the secret, in whichever form they are there. Both are in a tier before the first record is (BASE1, S3):
     /// where there is a record and they are not, they are lost.
     fn cluster_files(&mut self, job: &VerifyJob, names: &[BackupName]) -> Result<(), Error> {
         let owners = || names.to_vec();
@@ -406,7 +406,7 @@ impl Checker<'_> {
         lost.filter_map(|f| pack_of(&self.ground.cluster, &f.damage.key)).collect()
     }
 
-    /// The repository as one who knows of them sees it (A1).
+    /// The repository as one who knows of them sees it (ABSENT1).
     fn without_lost(&self, repository: &Repository, files: &Arc<dyn Files>) -> Repository {
         repository.with_files(Arc::new(Without::new(files.clone(), self.lost_packs())))
     }
@@ -562,7 +562,7 @@ fn owners(needs: &[Needs], file: BaseFile) -> Vec<BackupName> {
     needs.iter().filter(|n| n.files.contains(&file)).map(|n| n.name.clone()).collect()
 }
 
-/// R2: a file's name is the SHA-256 of its bytes.
+/// REPO2: a file's name is the SHA-256 of its bytes.
 fn named(file: BaseFile, bytes: &[u8]) -> Result<(), String> {
     let found = Sha256Sum::of(bytes);
     match found == file.id {

@@ -19,7 +19,7 @@ type Ends = BTreeMap<(u32, u64), i64>;
 pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Error> {
     let source = Source::open(config, &CancellationToken::new())?.settle(config).await?;
     let catalog = source.catalog().await?;
-    // What can be recovered is what klio restore would take by itself (D6).
+    // What can be recovered is what klio restore would take by itself (RESTORE6).
     let survey = Survey::new(&catalog.holdings, catalog.sound());
     let lines = survey.lines();
     let ends = ends(&source, &survey, &lines).await?;

@@ -85,7 +85,7 @@ fn first_contact_begins_at_the_segment_of_the_slot() {
     assert_eq!(plan, Plan { timeline: tli(1), start: lsn(3 * MIB), durable: None, gap: None });
 }
 
-/// Klio (Go) reopened the partial segment and cut it (field.md section 2); P2.
+/// P2: another streamer reopened the partial segment and cut it.
 #[test]
 fn resume_is_at_the_exact_byte_inside_the_segment() {
     let at = 4 * MIB + 4711;
@@ -110,7 +110,7 @@ fn a_new_timeline_begins_at_the_segment_of_the_switch_point() {
     }
 }
 
-/// WAL-G wal-receive assumed the next timeline to be one more (field.md section 2).
+/// WAL-G's wal-receive assumed that the next timeline has the next number.
 #[test]
 fn the_next_timeline_comes_from_history_not_plus_one() {
     let path = history(7, &[(1, 5 * MIB), (4, 7 * MIB)]);

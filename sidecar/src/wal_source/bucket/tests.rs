@@ -77,7 +77,7 @@ async fn both_forms_and_a_partial_segment_are_read() {
     }
 }
 
-/// F7: padded to a segment it would look like the end of WAL.
+/// Padded to a segment it would look like the end of WAL.
 #[tokio::test]
 async fn a_partial_segment_before_a_hole_is_for_those_who_know_their_end() {
     let archive = Archive::new();

@@ -228,7 +228,7 @@ fn stream() -> impl Strategy<Value = Vec<(u64, bool, u64)>> {
 }
 
 proptest! {
-    /// A1 and A2 in any order of uploads, against the plain definition.
+    /// FRONTIER1 and FRONTIER2 in any order of uploads, against the plain definition.
     #[test]
     fn any_order_of_uploads_gives_the_frontier_of_the_definition(
         held in prop::collection::btree_set(0u64..40, 1..30),
@@ -255,7 +255,7 @@ proptest! {
         prop_assert_eq!(rebuilt.frontiers(&[]), archive.frontiers(&[]));
     }
 
-    /// A1 to A3 with gaps, in any order of uploads, against the plain definition: walk over what ever
+    /// FRONTIER1 to FRONTIER3 with gaps, in any order of uploads, against the plain definition: walk over what ever
     /// existed, in order, up to the first that is not archived.
     #[test]
     fn any_order_of_uploads_over_gaps_gives_the_frontier_of_the_definition(

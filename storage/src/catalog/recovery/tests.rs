@@ -82,7 +82,7 @@ fn the_newest_backup_that_ended_before_the_target_is_chosen() {
     assert!(late.contains("0/1480000 is after the last WAL held"), "{late}");
 }
 
-/// P7, V2.
+/// P7, REACH2.
 #[test]
 fn ways_part_where_the_first_of_them_left_the_other() {
     let timelines = [
@@ -177,7 +177,7 @@ fn what_is_damaged_on_tier_1_is_a_hole_that_says_so() {
     assert!(matches!(path(&held).reach(lsn(7.0)).stop, Stop::End { .. }), "held elsewhere");
 }
 
-/// V2: a gap on record counts even while nothing behind it has come.
+/// REACH2: a gap on record counts even while nothing behind it has come.
 #[test]
 fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
     let mut held = holdings(vec![held(1, None, &[(1.0, 5.25)])]);
@@ -187,7 +187,7 @@ fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
     assert!(survey.plan(&Target::Latest, TimelineChoice::Latest, None).is_err());
 }
 
-/// V2: the hole inside a partial segment: timeline 2 left at 5.5, but 1 is held to 5.25 only.
+/// REACH2: the hole inside a partial segment: timeline 2 left at 5.5, but 1 is held to 5.25 only.
 #[test]
 fn a_partial_segment_that_ends_before_the_switch_is_a_hole() {
     let two = history(&[(1, 5.5)]);
@@ -351,7 +351,7 @@ fn steps(from: Lsn, to: Lsn) -> impl Iterator<Item = Lsn> {
 }
 
 proptest! {
-    /// V1 and V2, for every target and choice.
+    /// REACH1 and REACH2, for every target and choice.
     #[test]
     fn every_plan_is_whole((held, all) in site(), at in 0u32..200, which in 0u8..4, choice in 0u32..6) {
         let survey = Survey::new(&held, all.clone());

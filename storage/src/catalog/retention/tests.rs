@@ -147,7 +147,7 @@ fn a_clock_far_ahead_expires_no_more_than_a_right_one() {
     assert_eq!(expired(&ahead_default), expired(&ahead));
 }
 
-/// F17: three tiny valid backups within a minute.
+/// Three tiny valid backups within a minute.
 #[test]
 fn backups_of_this_week_push_out_none_that_is_older() {
     let mut facts = daily(30);
@@ -176,7 +176,7 @@ fn backups_of_this_week_push_out_none_that_is_older() {
     assert_eq!(expired(&later).len(), 31, "a person had a week");
 }
 
-/// F21: the server's clock was 400 days ahead while two of four backups were committed.
+/// The server's clock was 400 days ahead while two of four backups were committed.
 #[test]
 fn a_record_whose_clocks_are_far_apart_holds_everything_until_a_person_dates_it() {
     let mut facts = daily(4);
@@ -333,7 +333,7 @@ fn without_any_backup_no_wal_goes() {
     assert!(plan.wal[0].tier2_reason.contains("no backup"));
 }
 
-/// field.md pain 11: a backup of before the branch is the only way to the newer timeline.
+/// A backup of before the branch is the only way to the newer timeline.
 #[test]
 fn the_window_keeps_the_way_to_a_timeline_that_branched_off_before_the_newest_backup() {
     let mut facts = facts(vec![

@@ -1,6 +1,6 @@
 //! Repository files of tier 1, below `<cluster>/base/`.
 //!
-//! R1: a file is written under a temporary name, fsynced, renamed, and its folder fsynced. R2: bytes that do not have the
+//! REPO1: a file is written under a temporary name, fsynced, renamed, and its folder fsynced. REPO2: bytes that do not have the
 //! SHA-256 of their name are refused. A file that is there already is read and compared: a damaged one is replaced, whole.
 //!
 //! Several processes may write at the same time: temporary names are never shared. What a crash leaves of them is
@@ -254,7 +254,7 @@ impl Files for LocalFiles {
     }
 }
 
-/// R2, where a file is stored.
+/// REPO2, where a file is stored.
 pub(super) fn require_name(place: &str, file: BaseFile, parts: &[Bytes]) -> Result<(), Error> {
     if file.kind == BaseKind::Config {
         return Ok(());

@@ -1,6 +1,6 @@
 //! Repository files without packs that are known to be damaged.
 //!
-//! Whoever lists does not see them, so their chunks are looked for elsewhere first, and sent again (A1, A2 of `absent.rs`).
+//! Whoever lists does not see them, so their chunks are looked for elsewhere first, and sent again (ABSENT1, ABSENT2 of `absent.rs`).
 //! Whoever asks for one by name gets it: most of what is in it may be good.
 
 use super::Files;

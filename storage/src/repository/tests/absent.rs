@@ -1,4 +1,4 @@
-//! A1 to A3: an index that names packs that are not there spoils no later backup, and is put right.
+//! ABSENT1 to ABSENT3: an index that names packs that are not there spoils no later backup, and is put right.
 
 use super::*;
 use crate::repository::{Progress, SnapshotId, index::IndexJson};

@@ -1,4 +1,4 @@
-//! R1: a crash anywhere leaves a file whole or absent, and durable once `write` said so.
+//! REPO1: a crash anywhere leaves a file whole or absent, and durable once `write` said so.
 
 use super::*;
 use crate::{

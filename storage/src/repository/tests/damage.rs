@@ -119,7 +119,7 @@ fn packs_that_are_known_to_be_damaged_are_sent_again_and_older_backups_heal() {
     for snapshot in [&old, &fooled] {
         assert!(restored(&home.repository, snapshot).unwrap() == tree().expected());
     }
-    // A3: maintenance leaves no way back to them.
+    // ABSENT3: maintenance leaves no way back to them.
     assert_eq!(knowing.drop_absent().unwrap().torn, vec![]);
     for _ in 0..2 {
         home.repository.prune(std::time::Duration::ZERO).unwrap();

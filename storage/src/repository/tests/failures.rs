@@ -1,4 +1,4 @@
-//! R3: what cannot be read fails the backup, and leaves nothing a reader would take for one.
+//! REPO3: what cannot be read fails the backup, and leaves nothing a reader would take for one.
 
 use super::*;
 use crate::repository::{Adopted, Progress};
@@ -11,7 +11,7 @@ fn fails(home: &Home, source: &Fake) -> Error {
     error
 }
 
-/// rustic leaves such a file out and answers Ok (dependencies.md section 3, trap 1).
+/// rustic_core leaves such a file out, logs a warning and answers Ok.
 #[test]
 fn a_read_error_in_the_middle_of_a_file_fails_the_backup() {
     let home = home();

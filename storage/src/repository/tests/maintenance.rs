@@ -1,4 +1,4 @@
-//! R4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
+//! REPO4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
 
 use super::*;
 use crate::{repository::Progress, tier2::Sha256Sum};

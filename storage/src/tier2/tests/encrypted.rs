@@ -1,4 +1,4 @@
-//! U2 and U4 where files are encrypted: every age file has a key of its own, so only what they hold can be compared.
+//! OBJECT2 and OBJECT4 where files are encrypted: every age file has a key of its own, so only what they hold can be compared.
 
 use super::{KEY, S3, noise, open, sealed};
 use crate::{

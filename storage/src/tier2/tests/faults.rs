@@ -47,7 +47,7 @@ async fn a_store_that_stays_down_ends_the_attempt_as_transient() {
     assert_eq!(error.kind, Kind::Transient, "{error}");
 }
 
-/// Peers' bug: an upload that fails half way publishes a truncated object (U3).
+/// Peers' bug: an upload that fails half way publishes a truncated object (OBJECT3).
 #[tokio::test]
 async fn a_reset_in_the_middle_of_the_body_leaves_no_object() {
     for bytes in [4 << 20, 20 << 20] {

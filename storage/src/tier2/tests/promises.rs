@@ -1,4 +1,4 @@
-//! U1-U4 and P7 on stores that work.
+//! OBJECT1-OBJECT4 and P7 on stores that work.
 
 use super::{BUCKET, KEY, S3, config, noise, open, s3, sealed, source};
 use crate::{
@@ -91,7 +91,7 @@ async fn the_same_plaintext_sealed_twice_is_the_same_file() {
     assert_eq!(uploaded.size, std::fs::metadata(&first.path).unwrap().len());
 }
 
-/// U6: the unfinished end of a timeline whose PostgreSQL came back is longer than what was stored of it.
+/// OBJECT6: the unfinished end of a timeline whose PostgreSQL came back is longer than what was stored of it.
 async fn grows(tier2: &Tier2, bytes: usize) {
     let folder = tempfile::tempdir().unwrap();
     let plain = noise(1, bytes);

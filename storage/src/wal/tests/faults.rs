@@ -1,4 +1,4 @@
-//! Named faults: a failed fsync, a full disk, the bugs of others (field.md section 2).
+//! Named faults: a failed fsync, a full disk, and bugs that other archivers had.
 
 use super::*;
 

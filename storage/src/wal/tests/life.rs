@@ -91,7 +91,7 @@ fn a_reconnect_without_restart_goes_on_and_gives_up_only_what_was_not_flushed() 
     rig.check_readable(&store, &root_history());
 }
 
-/// One write and one sync: what a lone commit waits for (design.md section 4).
+/// One write and one sync: what a lone commit waits for.
 #[test]
 fn a_small_append_and_flush_is_one_write_and_one_sync() {
     for rig in [Rig::new(5), Rig::encrypted(5)] {
@@ -251,7 +251,7 @@ fn the_answer_not_found_is_definitive_only_when_the_cluster_is_readable() {
     let refused = store.open_writer(&rig.name, &Rig::request(1, 3 * MIB)).unwrap_err();
     assert!(matches!(refused, OpenError::Refused { .. }), "P2: {refused}");
     drop(rig.writer(&store, 1, 2 * MIB));
-    // I5: another cluster is not touched by that.
+    // WAL5: another cluster is not touched by that.
     let other: ClusterName = "other".parse().unwrap();
     store.pin(&other, rig.wal.pinned()).unwrap();
     let mut writer = store.open_writer(&other, &Rig::request(1, MIB)).unwrap();

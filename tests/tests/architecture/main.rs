@@ -2,6 +2,8 @@
 //!
 //! A finding names the file or the edge. The checks themselves are checked on made-up input, so that they can fail.
 
+mod references;
+
 use klio_tests::env;
 use std::{
     fs,
