@@ -6,7 +6,7 @@ use crate::{config::parse_duration, restore::Action};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{path::PathBuf, time::Duration};
 
-/// Streams a PostgreSQL's WAL to klio-server, and shows and gives back what is there.
+/// Stream PostgreSQL WAL and base backups to klio-server; list, verify and restore what it holds
 #[derive(Debug, Parser)]
 #[command(name = "klio", version, disable_help_subcommand = true, arg_required_else_help = true)]
 pub struct Cli {
@@ -18,8 +18,16 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// Headings of `--help`. Options without one are the verb's own.
+const TARGET: &str = "Target";
+const STANDBY: &str = "Standby";
+const SOURCE: &str = "Source";
+const OUTPUT: &str = "Output";
+const GLOBAL: &str = "Global options";
+
 /// For every command.
 #[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = GLOBAL)]
 pub struct Global {
     /// Configuration file [default: $KLIO_CONFIG, ./klio.toml, ~/.config/klio/klio.toml, /etc/klio/klio.toml]
     #[arg(long, short, global = true, value_name = "FILE")]
@@ -27,26 +35,26 @@ pub struct Global {
     /// Name of the PostgreSQL cluster on the server
     #[arg(long, global = true, value_name = "NAME")]
     pub cluster: Option<String>,
-    /// One of the cluster's histories by its number [default: the current one; klio generation list]
+    /// History of the cluster, by its number in `klio generation list` [default: the current one]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub generation: Option<u32>,
     /// Address of klio-server
     #[arg(long, global = true, value_name = "URL")]
     pub server: Option<String>,
-    /// More detail in the log, with trace ids
+    /// Log debug messages, with trace ids
     #[arg(long, global = true)]
     pub debug: bool,
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people
+    /// Plain text
     Text,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
 }
 
@@ -57,33 +65,33 @@ pub enum Command {
     Stream(StreamArgs),
     /// Take a base backup of the PostgreSQL on this machine
     Backup(BackupArgs),
-    /// Tell, item by item, whether PostgreSQL, the server and the clocks are fit
+    /// Check PostgreSQL, the server and the clocks, item by item
     Check(CheckArgs),
-    /// Show how far each cluster is received and archived; ends with 3 when something is wrong
+    /// Show how far WAL is received and archived; exits with 3 if there is a problem
     Status(StatusArgs),
-    /// List base backups and what can be recovered, or WAL
+    /// List base backups and the times that can be restored, or WAL
     List(ListArgs),
-    /// Restore a base backup to a directory, for PostgreSQL to recover to a target
+    /// Restore a base backup to a directory and set PostgreSQL up to recover it to a target
     Restore(Box<RestoreArgs>),
-    /// Restore the newest backup to a scratch directory, recover it, check it, and clean up
+    /// Restore the newest backup to a scratch directory, recover and check it, and clean up
     Drill(DrillArgs),
-    /// Prove what is stored by reading it; repairs a tier from the other one
+    /// Read back what is stored and check it; repairs one tier from the other
     Verify(VerifyArgs),
-    /// Show or apply what the retention policy lets go
+    /// Show or delete what the retention policy no longer keeps
     #[command(subcommand)]
     Retention(RetentionCommand),
-    /// Show the histories of the cluster, or decide which one its name stands for
+    /// List the histories of the cluster, or decide which one is current
     #[command(subcommand)]
     Generation(GenerationCommand),
-    /// Timelines of which more than one is written: look at them, decide which is followed
+    /// List the timelines of the cluster, or decide which one is followed when two are written
     #[command(subcommand)]
     Timeline(TimelineCommand),
     /// Fetch a WAL file for PostgreSQL: restore_command = 'klio wal-fetch %f "%p"'
     WalFetch(WalFetchArgs),
-    /// What wal-fetch starts to read WAL ahead
+    /// Read-ahead agent, started by wal-fetch
     #[command(hide = true)]
     WalAgent(WalAgentArgs),
-    /// Look at or drop the replication slot
+    /// Show or drop the replication slot
     #[command(subcommand)]
     Slot(SlotCommand),
     /// Print the generated parts of docs/ as Markdown
@@ -92,9 +100,9 @@ pub enum Command {
         /// Which table
         table: Table,
     },
-    /// Explain a command, or: config, exit-codes
+    /// Explain a command, the configuration (config) or the exit statuses (exit-codes)
     Help {
-        /// A command, `config` or `exit-codes`
+        /// Command, `config` or `exit-codes`
         topic: Option<String>,
     },
 }
@@ -115,16 +123,16 @@ pub enum Table {
 /// `klio stream`
 #[derive(Debug, Args)]
 pub struct StreamArgs {
-    /// libpq connection string
+    /// libpq connection string of PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
-    /// Replication slot
+    /// Name of the replication slot
     #[arg(long, value_name = "NAME")]
     pub slot: Option<String>,
-    /// When PostgreSQL has removed WAL: record the gap and go on, or stop
+    /// When PostgreSQL has removed WAL that is still needed: record the gap and go on, or stop
     #[arg(long, value_name = "POLICY", value_parser = ["record", "stop"])]
     pub on_gap: Option<String>,
-    /// Address:port for /livez, /readyz and /metrics
+    /// Address and port for /livez, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS")]
     pub admin: Option<String>,
 }
@@ -132,54 +140,54 @@ pub struct StreamArgs {
 /// `klio backup`
 #[derive(Debug, Args)]
 pub struct BackupArgs {
-    /// The backup's name [default: made of the server's clock]
+    /// Backup name [default: from the server's clock]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// A word about it, for listings
+    /// Free text shown in listings
     #[arg(long, value_name = "TEXT")]
     pub label: Option<String>,
-    /// Keep it whatever the retention policy says
+    /// Keep this backup regardless of the retention policy
     #[arg(long)]
     pub keep: bool,
-    /// How PostgreSQL writes the checkpoint it begins with: fast is at once
+    /// Checkpoint at the start: fast (at once) or spread over time
     #[arg(long, value_name = "HOW", value_parser = ["fast", "spread"])]
     pub checkpoint: Option<String>,
-    /// Read every file, also those that have not changed since the newest backup
+    /// Read every file, including those unchanged since the newest backup
     #[arg(long)]
     pub full_read: bool,
-    /// libpq connection string
+    /// libpq connection string of PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
-    /// The result as JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
-    /// Nothing but errors
-    #[arg(long, short)]
+    /// Print errors only
+    #[arg(long, short, help_heading = OUTPUT)]
     pub quiet: bool,
 }
 
 /// `klio check`
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// libpq connection string
+    /// libpq connection string of PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
-    /// Replication slot
+    /// Name of the replication slot
     #[arg(long, value_name = "NAME")]
     pub slot: Option<String>,
-    /// As JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
 }
 
 /// `klio status`
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Every cluster the certificate allows, not only the configured one
+    /// Show every cluster that the certificate allows, not only the configured one
     #[arg(long)]
     pub all: bool,
-    /// As JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
 }
 
@@ -187,7 +195,7 @@ pub struct StatusArgs {
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct ListArgs {
-    /// What; without: backups
+    /// What to list [default: backups]
     #[command(subcommand)]
     pub what: Option<ListCommand>,
     /// As for `klio list backups`.
@@ -198,12 +206,12 @@ pub struct ListArgs {
 /// What to list.
 #[derive(Debug, Subcommand)]
 pub enum ListCommand {
-    /// Base backups, and what can be recovered, with every hole
+    /// Base backups, the times that can be restored, and every hole in WAL
     Backups(ListBackupsArgs),
-    /// WAL by timeline and tier, and gaps
+    /// WAL by timeline and tier, and recorded gaps
     Wal {
-        /// As JSON
-        #[arg(long)]
+        /// Print JSON
+        #[arg(long, help_heading = OUTPUT)]
         json: bool,
     },
 }
@@ -211,8 +219,8 @@ pub enum ListCommand {
 /// `klio list backups`
 #[derive(Debug, Args)]
 pub struct ListBackupsArgs {
-    /// As JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
     #[command(flatten)]
     pub source: SourceArgs,
@@ -221,52 +229,53 @@ pub struct ListBackupsArgs {
 /// `klio restore`
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
-    /// The data directory to be: empty or absent, or with --delta an older state of it
+    /// Target data directory: must be empty or not exist; with --delta, an older copy
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
-    #[command(flatten)]
-    pub target: TargetArgs,
-    /// Which timeline to follow: a number, latest or current (that of the backup) [default: latest]
-    #[arg(long, value_name = "TIMELINE")]
-    pub target_timeline: Option<String>,
-    /// End before the time, position or transaction, not behind it
-    #[arg(long)]
-    pub exclusive: bool,
-    /// What PostgreSQL does at the target [default: pause; with --latest: promote]
-    #[arg(long, value_name = "ACTION", value_parser = parse_action)]
-    pub target_action: Option<Action>,
-    /// Which backup [default: the newest that ended before the target]
-    #[arg(long, value_name = "NAME")]
-    pub backup: Option<String>,
-    /// Put a tablespace elsewhere; OLD is its location or OID. Can be repeated
+    /// Put a tablespace elsewhere; OLD is its location or OID (can be repeated)
     #[arg(long, value_name = "OLD=NEW")]
     pub tablespace_map: Vec<String>,
-    /// Use what is in the directory: rewrite what differs, remove what is not in the backup
+    /// Reuse what is in the directory: rewrite what differs, remove what is not in the backup
     #[arg(long)]
     pub delta: bool,
-    /// A copy to look at: no archiving, subscriptions, preloaded libraries, synchronous standbys or TCP, also once promoted
+    /// Make a copy to look at only: no archiving, subscriptions, preloaded libraries, synchronous standbys or TCP, even
+    /// after promotion
     #[arg(long)]
     pub harmless: bool,
-    /// A standby: standby.signal, no end, always the newest timeline. Without a --target flag
-    #[arg(long)]
-    pub standby: bool,
-    /// Which primary a standby streams from (primary_conninfo) [default: none, it follows what is archived]
-    #[arg(long, value_name = "DSN")]
-    pub primary_conninfo: Option<String>,
-    /// The primary's physical replication slot for this standby (primary_slot_name)
-    #[arg(long, value_name = "NAME")]
-    pub primary_slot_name: Option<String>,
-    /// Show the plan and touch nothing
+    /// Show the plan and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Plan and result as JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Nothing but errors and notes
-    #[arg(long, short)]
-    pub quiet: bool,
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Timeline to follow: a number, latest, or current (the backup's) [default: latest]
+    #[arg(long, value_name = "TIMELINE", help_heading = TARGET)]
+    pub target_timeline: Option<String>,
+    /// End just before the time, position or transaction instead of just behind it
+    #[arg(long, help_heading = TARGET)]
+    pub exclusive: bool,
+    /// What PostgreSQL does at the target [default: pause; with --latest: promote]
+    #[arg(long, value_name = "ACTION", value_parser = parse_action, help_heading = TARGET)]
+    pub target_action: Option<Action>,
+    /// Make a standby: standby.signal, no end, always the newest timeline (not with another target option)
+    #[arg(long, help_heading = STANDBY)]
+    pub standby: bool,
+    /// Primary that the standby streams from (primary_conninfo) [default: none, it follows the archive]
+    #[arg(long, value_name = "DSN", help_heading = STANDBY)]
+    pub primary_conninfo: Option<String>,
+    /// Physical replication slot on the primary for this standby (primary_slot_name)
+    #[arg(long, value_name = "NAME", help_heading = STANDBY)]
+    pub primary_slot_name: Option<String>,
+    /// Backup to restore [default: the newest one that ended before the target]
+    #[arg(long, value_name = "NAME", help_heading = SOURCE)]
+    pub backup: Option<String>,
     #[command(flatten)]
     pub source: SourceArgs,
+    /// Print the plan and the result as JSON
+    #[arg(long, help_heading = OUTPUT)]
+    pub json: bool,
+    /// Print errors and notes only
+    #[arg(long, short, help_heading = OUTPUT)]
+    pub quiet: bool,
 }
 
 fn parse_action(text: &str) -> Result<Action, String> {
@@ -281,23 +290,24 @@ fn parse_action(text: &str) -> Result<Action, String> {
 /// Where recovery ends. Without any: the latest state.
 #[derive(Debug, Clone, Default, Args)]
 #[group(multiple = false)]
+#[command(next_help_heading = TARGET)]
 pub struct TargetArgs {
-    /// The last WAL that is held (default)
+    /// Recover to the end of the WAL that is held (the default)
     #[arg(long)]
     pub latest: bool,
-    /// A time in PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
+    /// Recover to a time of PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
     #[arg(long, value_name = "TIME")]
     pub target_time: Option<String>,
-    /// A position in WAL
+    /// Recover to a position in WAL
     #[arg(long, value_name = "LSN")]
     pub target_lsn: Option<String>,
-    /// A restore point (pg_create_restore_point)
+    /// Recover to a restore point (pg_create_restore_point)
     #[arg(long, value_name = "NAME")]
     pub target_name: Option<String>,
-    /// The end of a transaction; as xmin shows it, or as pg_current_xact_id() does, with the epoch
+    /// Recover to the end of a transaction, as xmin or pg_current_xact_id() (with its epoch) shows it
     #[arg(long, value_name = "XID")]
     pub target_xid: Option<u64>,
-    /// As soon as the backup is consistent
+    /// Recover only until the backup is consistent
     #[arg(long)]
     pub target_immediate: bool,
 }
@@ -305,26 +315,26 @@ pub struct TargetArgs {
 /// `klio drill`
 #[derive(Debug, Args)]
 pub struct DrillArgs {
-    /// Which backup [default: the newest]
+    /// Backup to restore [default: the newest]
     #[arg(long, value_name = "NAME")]
     pub backup: Option<String>,
-    /// SQL to run at the end; it must not fail
+    /// SQL to run at the end; the drill fails if it does
     #[arg(long, value_name = "SQL")]
     pub query: Option<String>,
-    /// Database of the query
+    /// Database for the query
     #[arg(long, value_name = "NAME", default_value = "postgres")]
     pub database: String,
-    /// Below which directory to restore [default: drill.dir, else the system's temporary directory]
+    /// Directory in which the scratch directory is made [default: drill.dir, or the system's temporary directory]
     #[arg(long = "in", value_name = "DIR")]
     pub in_dir: Option<PathBuf>,
-    /// How long all of it may take; a drill that takes longer has failed
+    /// Time limit; a drill that takes longer has failed
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     pub timeout: Duration,
-    /// The result as JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
-    /// Nothing but errors
-    #[arg(long, short)]
+    /// Print errors only
+    #[arg(long, short, help_heading = OUTPUT)]
     pub quiet: bool,
     #[command(flatten)]
     pub source: SourceArgs,
@@ -333,33 +343,33 @@ pub struct DrillArgs {
 /// `klio verify`
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// Only this backup [default: every one]
+    /// Backup to verify [default: all]
     #[arg(long, value_name = "NAME")]
     pub backup: Option<String>,
-    /// Share of the packs that is read back: all, or a percentage; everything else always is
+    /// Packs to read back: all, or a percentage of them; indexes and snapshots are always read
     #[arg(long, value_name = "PERCENT", default_value = "all")]
     pub read_data: String,
-    /// Also read back that share of the WAL behind the backups
+    /// Read back the same share of the WAL that follows the backups
     #[arg(long)]
     pub wal: bool,
-    /// The outcome as JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
 }
 
 /// `klio retention`
 #[derive(Debug, Subcommand)]
 pub enum RetentionCommand {
-    /// What would go now, what stays, and why; changes nothing
+    /// Show what would be deleted, what stays, and why (changes nothing)
     Plan {
-        /// As JSON
-        #[arg(long)]
+        /// Print JSON
+        #[arg(long, help_heading = OUTPUT)]
         json: bool,
     },
-    /// Let go what the plan says
+    /// Delete what the plan lists
     Apply {
-        /// The outcome as JSON
-        #[arg(long)]
+        /// Print JSON
+        #[arg(long, help_heading = OUTPUT)]
         json: bool,
     },
 }
@@ -367,25 +377,24 @@ pub enum RetentionCommand {
 /// `klio timeline`
 #[derive(Debug, Subcommand)]
 pub enum TimelineCommand {
-    /// Every timeline of the cluster: whether somebody streams it, what was found, who decided what
+    /// List every timeline, whether it is streaming, the conflicts that were found and who decided them
     List {
-        /// As JSON
-        #[arg(long)]
+        /// Print JSON
+        #[arg(long, help_heading = OUTPUT)]
         json: bool,
     },
-    /// Decide for a timeline: the other side of its conflict is retired (needs an operator's or administrator's bundle)
+    /// Follow a timeline and retire the other side of its conflict (operators and administrators)
     Follow(DecideTimelineArgs),
-    /// Decide against a timeline: its stream is ended, nothing more of it is received (needs an operator's or
-    /// administrator's bundle)
+    /// Retire a timeline: end its stream and receive no more of it (operators and administrators)
     Retire(DecideTimelineArgs),
 }
 
 /// `klio timeline follow` and `retire`
 #[derive(Debug, Args)]
 pub struct DecideTimelineArgs {
-    /// Its number, as klio timeline list shows it
+    /// Timeline number, as `klio timeline list` shows it
     pub timeline: u32,
-    /// Say what would change, change nothing
+    /// Show what would change and change nothing
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -393,17 +402,17 @@ pub struct DecideTimelineArgs {
 /// `klio wal-fetch`
 #[derive(Debug, Args)]
 pub struct WalFetchArgs {
-    /// Segment, history file or partial segment (%f)
+    /// Name of the segment, history file or partial segment (%f)
     pub name: String,
-    /// Where to put it (%p)
+    /// Path to write it to (%p)
     pub path: PathBuf,
-    /// How long to try when the server does not answer
+    /// How long to keep trying when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
     /// What is left of a standby's patience
     #[arg(long, hide = true, value_parser = parse_duration)]
     pub answer_within: Option<Duration>,
-    /// Neither start nor ask a read-ahead agent
+    /// Do not use the read-ahead agent
     #[arg(long)]
     pub no_agent: bool,
     #[command(flatten)]
@@ -431,11 +440,12 @@ pub struct WalAgentArgs {
 
 /// Where a restore reads from.
 #[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = SOURCE)]
 pub struct SourceArgs {
-    /// Read the bucket itself instead of the server: s3://bucket/prefix, gs://, az:// or file:///
+    /// Read from the bucket instead of the server: s3://bucket/prefix, gs://, az:// or file:///
     #[arg(long, value_name = "URL")]
     pub from: Option<String>,
-    /// age identity file, where the bucket is encrypted
+    /// File with the age identity, if the bucket is encrypted
     #[arg(long, value_name = "FILE")]
     pub identity: Option<String>,
 }
@@ -451,29 +461,29 @@ impl SourceArgs {
 /// `klio generation`
 #[derive(Debug, Subcommand)]
 pub enum GenerationCommand {
-    /// Every history of the cluster, what is held of it, and who decided about it
+    /// List every history, what is held of it, and who decided about it
     List {
-        /// As JSON
-        #[arg(long)]
+        /// Print JSON
+        #[arg(long, help_heading = OUTPUT)]
         json: bool,
     },
-    /// Let the cluster's name stand for another history; for administrators
+    /// Make another history the current one (operators and administrators)
     Follow(DecideArgs),
-    /// Take no more WAL of a history, for good; for administrators
+    /// Retire a history: receive no more WAL of it (operators and administrators)
     Retire(DecideArgs),
 }
 
 /// A decision about a history.
 #[derive(Debug, Args)]
 pub struct DecideArgs {
-    /// Its number
+    /// Number of the history
     #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub number: u32,
-    /// Only say what would happen
+    /// Show what would change and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// As JSON
-    #[arg(long)]
+    /// Print JSON
+    #[arg(long, help_heading = OUTPUT)]
     pub json: bool,
 }
 
@@ -489,10 +499,10 @@ pub enum SlotCommand {
 /// Which slot.
 #[derive(Debug, Args)]
 pub struct SlotArgs {
-    /// libpq connection string
+    /// libpq connection string of PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
-    /// Replication slot
+    /// Name of the replication slot
     #[arg(long, value_name = "NAME")]
     pub slot: Option<String>,
 }
