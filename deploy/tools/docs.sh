@@ -45,6 +45,8 @@ TEXT
   "$BIN/klio-server" reference errors
   printf '\n## Exit status of klio\n\n'
   "$BIN/klio" reference exit-codes
+  printf '\n## Exit status of klio-server\n\n'
+  "$BIN/klio-server" reference exit-codes
 } >"$OUT/errors.md"
 
 if $CHECK; then

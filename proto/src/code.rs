@@ -35,45 +35,45 @@ macro_rules! codes {
 }
 
 codes! {
-    /// The server or the network is not available now.
+    /// The server or the network is not available.
     Unavailable { name: "UNAVAILABLE", grpc: Unavailable, retry: true, exit: 10, hint: "is klio-server running, and reachable at this address?" }
-    /// The server's disk is full; nothing is acknowledged until space returns.
-    DiskFull { name: "DISK_FULL", grpc: ResourceExhausted, retry: true, exit: 11, hint: "free space on the server's tier-1 disk; receiving goes on by itself" }
+    /// The server's disk is full; nothing is acknowledged until there is space again.
+    DiskFull { name: "DISK_FULL", grpc: ResourceExhausted, retry: true, exit: 11, hint: "free space on the server's tier-1 disk; streaming continues by itself" }
     /// A write or fsync failed on the server; it reopens and recovers the segment.
     StorageFailed { name: "STORAGE_FAILED", grpc: Unavailable, retry: true, exit: 12, hint: "look at the server's log and its disk" }
     /// Another writer is streaming this cluster.
-    WriterConflict { name: "WRITER_CONFLICT", grpc: Aborted, retry: true, exit: 13, hint: "stop the other klio stream of this cluster, or wait until its connection is gone" }
+    WriterConflict { name: "WRITER_CONFLICT", grpc: Aborted, retry: true, exit: 13, hint: "stop the other klio stream of this cluster, or wait for its connection to close" }
     /// The server already holds a newer timeline of this cluster.
     StaleTimeline { name: "STALE_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 14, hint: "either this PostgreSQL is an old primary: rebuild it as a standby of the new one; or the newer timeline is that of a copy that was promoted and streams by mistake: stop its klio stream, then klio timeline follow the timeline of this PostgreSQL" }
     /// The certificate does not allow this cluster or call.
     Forbidden { name: "FORBIDDEN", grpc: PermissionDenied, retry: false, exit: 15, hint: "use the client bundle that was issued for this cluster" }
     /// No usable client certificate.
     Unauthenticated { name: "UNAUTHENTICATED", grpc: Unauthenticated, retry: false, exit: 16, hint: "check the certificate's expiry and authority, or issue a new bundle with klio-server client" }
-    /// Not the PostgreSQL that was pinned at first contact.
-    WrongSystem { name: "WRONG_SYSTEM", grpc: FailedPrecondition, retry: false, exit: 17, hint: "after pg_upgrade or for a copy klio stream begins a generation of its own, which klio generation follow or retire decides; a PostgreSQL that does not belong here needs another cluster name" }
-    /// WAL that does not continue where the last byte ended.
-    BadPosition { name: "BAD_POSITION", grpc: OutOfRange, retry: true, exit: 18, hint: "reconnect: the server says where to go on" }
-    /// WAL whose pages do not belong where they were sent.
+    /// This PostgreSQL has another system identifier than the one that first used this cluster name.
+    WrongSystem { name: "WRONG_SYSTEM", grpc: FailedPrecondition, retry: false, exit: 17, hint: "after pg_upgrade, or for a copy, klio stream begins a new generation: accept it with klio generation follow or refuse it with klio generation retire; a PostgreSQL that does not belong here needs another cluster name" }
+    /// The WAL that was sent does not continue where the last byte ended.
+    BadPosition { name: "BAD_POSITION", grpc: OutOfRange, retry: true, exit: 18, hint: "reconnect: the server says where to continue" }
+    /// The WAL that was sent has pages of another place.
     BadWal { name: "BAD_WAL", grpc: DataLoss, retry: false, exit: 19, hint: "check PostgreSQL's WAL with pg_waldump; nothing of the page was stored" }
-    /// A request that cannot be right.
-    Invalid { name: "INVALID", grpc: InvalidArgument, retry: false, exit: 20, hint: "if it was typed as meant, client and server may be of different versions" }
-    /// Nothing of that name is held: definitive (P7).
+    /// The request is not valid.
+    Invalid { name: "INVALID", grpc: InvalidArgument, retry: false, exit: 20, hint: "check the command; client and server may be of different versions" }
+    /// No such object in either tier; retrying will not help.
     NotFound { name: "NOT_FOUND", grpc: NotFound, retry: false, exit: 1, hint: "klio list and klio list wal show what is held" }
     /// Stored bytes are damaged.
-    Corrupt { name: "CORRUPT", grpc: DataLoss, retry: false, exit: 21, hint: "the file in the other tier may be good; keep both" }
-    /// PostgreSQL no longer has WAL that the server does not hold either.
-    Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "klio list shows what can still be recovered; from a new base backup on everything can again" }
+    Corrupt { name: "CORRUPT", grpc: DataLoss, retry: false, exit: 21, hint: "keep both copies: the one in the other tier may be good" }
+    /// WAL is missing: the server does not have it, and PostgreSQL has removed it.
+    Gap { name: "GAP", grpc: FailedPrecondition, retry: false, exit: 22, hint: "take a new base backup to be protected again; klio list shows what can still be restored" }
     /// Another backup of this cluster is running.
-    Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait until the other backup has ended, or its connection is gone" }
-    /// A backup that needs something which is not held; its record was not written.
-    Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if it stays so, look at the server's log" }
-    /// PostgreSQL's WAL is not the one that is held under the same numbers (P11).
-    Diverged { name: "DIVERGED", grpc: FailedPrecondition, retry: false, exit: 25, hint: "klio generation list shows the histories; klio generation follow or retire decides, docs/runbooks/KlioHistoryDiverged.md" }
-    /// More than this cluster may use of what all clusters share; WAL is received all the same.
-    Quota { name: "QUOTA", grpc: ResourceExhausted, retry: true, exit: 28, hint: "let other work of this cluster end, or have the server's [quota] changed" }
-    /// A person decided against this timeline of the cluster.
-    RetiredTimeline { name: "RETIRED_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 26, hint: "klio timeline list says who decided, and when; stop the klio stream of this PostgreSQL, or decide again with klio timeline follow" }
-    /// Something that should not happen.
+    Busy { name: "BUSY", grpc: Aborted, retry: true, exit: 23, hint: "wait for the other backup to finish or its connection to close" }
+    /// The backup needs something that the server does not have, so it was not committed.
+    Incomplete { name: "INCOMPLETE", grpc: FailedPrecondition, retry: false, exit: 24, hint: "take the backup again; if that fails, too, look at the server's log" }
+    /// PostgreSQL's WAL differs from the WAL that the server holds at the same positions.
+    Diverged { name: "DIVERGED", grpc: FailedPrecondition, retry: false, exit: 25, hint: "klio generation list shows the histories; accept one with klio generation follow or refuse it with klio generation retire (docs/runbooks/KlioHistoryDiverged.md)" }
+    /// The cluster has reached one of its quotas; WAL is still received.
+    Quota { name: "QUOTA", grpc: ResourceExhausted, retry: true, exit: 28, hint: "wait for other work of this cluster to finish, or raise [quota] on the server" }
+    /// This timeline was retired by an operator.
+    RetiredTimeline { name: "RETIRED_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 26, hint: "klio timeline list shows who retired it and when; stop the klio stream of this PostgreSQL, or accept it after all with klio timeline follow" }
+    /// An internal error.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }
 

@@ -3,7 +3,7 @@
 use anyhow::Context;
 use clap::Parser;
 use klio_server::cli::{
-    Cli, Command, backup, client, init, key, keygen, reference, run, telemetry,
+    Cli, Command, backup, client, exit, init, key, keygen, reference, run, telemetry,
 };
 use klio_server::{
     cli::chain, config::ConfigError, encryption::KeyProblem, maintenance::worker, status::now_unix,
@@ -17,14 +17,13 @@ fn main() -> ExitCode {
     match dispatch(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("klio-server: {}", klio_telemetry::visible::lines(&chain(&error)));
-            if is_about_keys(&error) { ExitCode::from(NO_KEY) } else { ExitCode::FAILURE }
+            // As klio shows it: the hint on a line of its own.
+            let text = chain(&error).replacen("; hint: ", "\nhint: ", 1);
+            eprintln!("klio-server: {}", klio_telemetry::visible::lines(&text));
+            ExitCode::from(if is_about_keys(&error) { exit::NO_KEY } else { exit::FAILED })
         }
     }
 }
-
-/// Exit status when the keys for encryption at rest are missing or wrong.
-const NO_KEY: u8 = 3;
 
 fn is_about_keys(error: &anyhow::Error) -> bool {
     let config = error.downcast_ref::<ConfigError>();

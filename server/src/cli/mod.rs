@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod client;
+pub mod exit;
 pub mod init;
 pub mod key;
 pub mod keygen;
@@ -12,15 +13,15 @@ pub mod telemetry;
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 
-/// Receives PostgreSQL's write-ahead log, keeps it durable on disk and moves it to object storage.
+/// Receive PostgreSQL WAL and base backups, keep them durable on disk, and archive them to object storage
 #[derive(Debug, Parser)]
 #[command(
     name = "klio-server",
     version,
-    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 no key or a wrong one for encryption at rest."
+    after_help = exit::help()
 )]
 pub struct Cli {
-    /// Also log debug lines, with trace ids.
+    /// Log debug messages, with trace ids
     #[arg(long, global = true)]
     pub debug: bool,
     /// What to do.
@@ -31,25 +32,24 @@ pub struct Cli {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Write a commented configuration, a local certificate authority, the server's certificate and a
-    /// first client bundle.
+    /// Write a commented configuration, a local CA, the server's certificate and a first client bundle
     Init(init::Args),
-    /// Make an age identity for encryption at rest, and print its public recipient.
+    /// Make an age identity for encryption at rest and print its public recipient
     Keygen(keygen::Args),
-    /// Keys of encryption at rest: which opens what, a new one.
+    /// Show or change the keys of encryption at rest
     #[command(subcommand)]
     Key(key::Verb),
-    /// A backup's record: another time, or none at all, where a clock was wrong.
+    /// Correct or remove a backup's record after a clock was wrong
     #[command(subcommand)]
     Backup(backup::Verb),
-    /// Run the server in the foreground until SIGTERM or SIGINT.
+    /// Run the server in the foreground until SIGTERM or SIGINT
     Run(RunArgs),
-    /// Issue a client bundle: certificate, key and configuration for one `klio`.
+    /// Issue a client bundle: certificate, key and configuration for one klio
     Client(client::Args),
-    /// Work on a repository, for the server: a job on standard input.
+    /// Work on a repository for the server: a job on standard input
     #[command(hide = true)]
     Repository(RunArgs),
-    /// Print a generated table of the documentation.
+    /// Print a generated table of the documentation
     #[command(hide = true)]
     Reference(reference::Args),
 }
@@ -57,7 +57,7 @@ pub enum Command {
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
-    /// The configuration file.
+    /// Configuration file
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
 }

@@ -2,6 +2,7 @@
 //!
 //! `make docs` writes them; a test compares. The tables are the code's own.
 
+use super::exit;
 use crate::{
     config::SETTINGS,
     metrics::{self, CATALOGUE},
@@ -23,6 +24,8 @@ pub enum Table {
     Configuration,
     /// Error codes of both programs.
     Errors,
+    /// Exit statuses of klio-server.
+    ExitCodes,
 }
 
 /// Arguments of `reference`.
@@ -56,6 +59,12 @@ fn text(table: Table) -> String {
             for (path, default, meaning) in SETTINGS {
                 let variable = format!("KLIO_{}", path.replace('.', "__").to_uppercase());
                 let _ = writeln!(out, "| `{path}` | `{variable}` | {default} | {meaning} |");
+            }
+        }
+        Table::ExitCodes => {
+            out.push_str("| exit status | meaning |\n|---|---|\n");
+            for (status, meaning) in exit::STATUSES {
+                let _ = writeln!(out, "| {status} | {meaning} |");
             }
         }
         Table::Errors => {

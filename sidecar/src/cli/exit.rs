@@ -2,15 +2,20 @@
 //!
 //! P7: PostgreSQL takes 1 to 125 from restore_command as "the archive has no such file" and then ends
 //! recovery. So `wal-fetch` answers 1 only when the server said NOT_FOUND, and 200 for all other
-//! trouble; wrong usage is 200 for every command, because a misspelt restore_command is wrong usage.
+//! trouble. Wrong usage is 2, except where a restore_command could be what was typed, misspelt or not: that is 200, too.
 //! A standby, which would stop for good at 200, gets 75 in both cases: it asks again by itself.
 
-use super::wal_fetch::Asker;
+use super::{args::Cli, wal_fetch::Asker};
 use crate::error::{Error, Failure};
+use clap::CommandFactory;
 use klio_proto::Code;
+use klio_storage::layout::WalFile;
+use std::ffi::OsString;
 
 /// All went well.
 pub const OK: u8 = 0;
+/// Wrong usage of a command that is no restore_command.
+pub const USAGE: u8 = 2;
 /// The command did its work and found a problem, and said which.
 pub const PROBLEM: u8 = 3;
 /// A setting is wrong or missing.
@@ -31,7 +36,7 @@ pub const REPAIRED: u8 = 41;
 pub const STOPPED: u8 = 9;
 /// `restore`: the target cannot be reached; nothing was touched.
 pub const UNREACHABLE: u8 = 30;
-/// Wrong usage, and every failure of `wal-fetch` but a definitive NOT_FOUND.
+/// Wrong usage of what may be a restore_command, and every failure of `wal-fetch` but a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
 /// The same where a standby asks: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of sysexits.h.
 pub const ASK_AGAIN: u8 = 75;
@@ -67,6 +72,20 @@ pub(super) const fn of_trouble(asker: Asker) -> u8 {
     }
 }
 
+/// The status of a command line that cannot be understood.
+pub(super) fn of_usage(arguments: &[OsString], asker: Asker) -> u8 {
+    if may_be_restore_command(arguments) { of_trouble(asker) } else { USAGE }
+}
+
+/// Whether PostgreSQL may have run this, misspelt or not: then a lower status would end recovery (P7).
+fn may_be_restore_command(arguments: &[OsString]) -> bool {
+    let words = || arguments.iter().skip(1).filter_map(|word| word.to_str());
+    let command = Cli::command();
+    let another = |word: &str| word != "wal-fetch" && command.find_subcommand(word).is_some();
+    let of_recovery = |word: &str| word == "wal-fetch" || word.parse::<WalFile>().is_ok();
+    !words().any(another) || words().any(of_recovery)
+}
+
 /// The table, for people.
 pub fn table() -> String {
     rows().iter().map(|(status, text)| format!("{status:>5}  {text}\n")).collect()
@@ -76,27 +95,31 @@ pub fn table() -> String {
 pub(super) fn rows() -> Vec<(u8, String)> {
     let own = [
         (OK, "done"),
+        (USAGE, "wrong usage, except of what may be a restore_command (200)"),
         (
             PROBLEM,
-            "check, status, list, verify, drill or retention found a problem, and said which; backup: taken, with pages whose checksums are wrong",
+            "check, status, list, verify, drill or retention: found a problem and printed it; backup: taken, but some pages have wrong checksums",
         ),
         (CONFIG, "a setting is wrong or missing"),
-        (POSTGRES, "PostgreSQL cannot be reached, or refuses"),
+        (POSTGRES, "PostgreSQL cannot be reached, or refused the request"),
         (LOCAL, "a local file cannot be read or written"),
-        (UNVERIFIED, "backup: taken, and verifying it failed or found damage"),
-        (UNMAINTAINED, "backup: taken, and maintenance after it failed"),
+        (UNVERIFIED, "backup: taken, but its verification failed or found damage"),
+        (UNMAINTAINED, "backup: taken, but the maintenance after it failed"),
         (
             UNREACHABLE,
-            "restore, drill: no backup leads to the target, or only one that is known to be damaged; nothing was touched",
+            "restore, drill: no backup leads to the target, or only a damaged one; nothing was written",
         ),
         (DAMAGED, "verify: found damage that could not be repaired"),
-        (REPAIRED, "verify: found damage, and repaired all of it from the other tier"),
-        (STOPPED, "ended by a signal before it was done"),
+        (REPAIRED, "verify: found damage and repaired all of it from the other tier"),
+        (STOPPED, "interrupted by a signal"),
         (
             ASK_AGAIN,
             "wal-fetch on a standby: any failure but NOT_FOUND, wrong usage too (PostgreSQL asks again by itself)",
         ),
-        (STOP_RECOVERY, "wrong usage; wal-fetch: any failure but NOT_FOUND (stops PostgreSQL, P7)"),
+        (
+            STOP_RECOVERY,
+            "wal-fetch: any failure but NOT_FOUND; wrong usage without a known command, or with the name of a WAL file, as a misspelt restore_command has it. PostgreSQL takes every status up to 125 for the end of the archive, and stops above it",
+        ),
     ];
     let mut rows: Vec<(u8, String)> =
         own.iter().map(|(status, text)| (*status, (*text).to_owned())).collect();
@@ -127,8 +150,29 @@ mod tests {
     }
 
     #[test]
+    fn wrong_usage_is_two_where_no_restore_command_could_be_meant() {
+        let status = |line: &str| {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            of_usage(&words, Asker::Once)
+        };
+        for line in ["klio list --nonsense", "klio -c x backup extra", "klio restore"] {
+            assert_eq!(status(line), USAGE, "{line}");
+        }
+        for line in [
+            "klio",
+            "klio wal-ftech x y",
+            "klio wal-fetch",
+            "klio list 000000010000000000000001 pg_wal/RECOVERYXLOG",
+            "klio restore 00000002.history x",
+        ] {
+            assert_eq!(status(line), STOP_RECOVERY, "{line}");
+        }
+    }
+
+    #[test]
     fn own_statuses_do_not_collide_with_codes() {
         for own in [
+            USAGE,
             PROBLEM,
             CONFIG,
             POSTGRES,

@@ -20,7 +20,7 @@ pub(super) fn print(topic: Option<&str>) -> u8 {
                 say(&format!(
                     "klio help: no command or topic {name:?}\nhint: klio help lists them"
                 ));
-                return exit::STOP_RECOVERY;
+                return exit::USAGE;
             }
         },
     };

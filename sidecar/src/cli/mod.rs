@@ -80,7 +80,10 @@ fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
-            return if error.use_stderr() { exit::of_trouble(asker) } else { exit::OK };
+            return match error.use_stderr() {
+                true => exit::of_usage(&arguments, asker),
+                false => exit::OK,
+            };
         }
     };
     // Also a command that fails because of its configuration is a trace.
