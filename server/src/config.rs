@@ -330,7 +330,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "tier2.request_timeout_seconds",
         "60",
-        "for so long nothing of a request may move: no byte that is sent, no byte of the answer; one that moves may take any time",
+        "timeout of a request while no byte of it or of its answer moves; one that makes progress may take any time",
     ),
     ("tier2.retry_timeout_seconds", "30", "how long to retry a request within one attempt"),
     ("admin.listen", "127.0.0.1:7424", "address:port for /livez, /readyz and /metrics"),
