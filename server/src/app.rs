@@ -284,7 +284,7 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
             tracing::info!(%cluster, timeline = ?position.timeline, start = %position.start, flushed = %position.flushed, "recovered");
         }
         for problem in store.problems(&cluster) {
-            tracing::error!(%cluster, problem, "tier 1");
+            tracing::error!(%cluster, problem, "problem on the tier 1 disk");
         }
     }
     Ok(store)

@@ -200,7 +200,7 @@ impl Source {
         cluster: &ClusterName,
         file: WalFile,
     ) -> Result<Located, Status> {
-        tracing::error!(%cluster, %file, "a copy came damaged; giving that of tier 2");
+        tracing::error!(%cluster, %file, "tier 1 copy is damaged; serving the copy of tier 2");
         self.doubt(cluster, file).await;
         match self.find_in_tier2(cluster, file).await {
             // Let go meanwhile, or asked for by somebody who never had a copy.

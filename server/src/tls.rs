@@ -210,7 +210,7 @@ pub async fn reload(
                 current.send_replace(Arc::new(loaded));
             }
             Err(error) => {
-                tracing::warn!(%error, "changed certificates are not usable; the former ones stay");
+                tracing::warn!(%error, "cannot load the new certificates; keeping the ones in use");
                 refused = Some(bytes);
             }
         }

@@ -156,7 +156,7 @@ async fn what_cannot_be_reached_is_refused_and_nothing_is_touched() {
     r.refused(&["--backup", "other"], UNREACHABLE, &["no base backup other"]).await;
     r.refused(&["--target-time", "yesterday"], Some(4), &["--target-time"]).await;
     r.refused(&["--tablespace-map", "/no=/where"], Some(4), &["no such tablespace"]).await;
-    r.refused(&["--latest", "--target-immediate"], Some(200), &["cannot be used with"]).await;
+    r.refused(&["--latest", "--target-immediate"], Some(2), &["cannot be used with"]).await;
     r.refused(&["--cluster", "another"], Some(15), &["another"]).await;
 
     // Directories that are not fit.

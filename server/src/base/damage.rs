@@ -26,7 +26,7 @@ impl BaseStore {
     /// Packs with a good copy in no tier; none where that cannot be read, which is told. Blocking.
     pub(super) fn damaged_packs(&self, cluster: &ClusterName) -> BTreeSet<BaseFile> {
         let known = self.known_damage(cluster).unwrap_or_else(|error| {
-            tracing::error!(%cluster, %error, "what is known to be damaged cannot be read; nothing is pruned meanwhile");
+            tracing::error!(%cluster, %error, "cannot read damaged.json; pruning is paused");
             KnownDamage::default()
         });
         known.pack_files(cluster)

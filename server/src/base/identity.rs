@@ -152,7 +152,7 @@ impl BaseStore {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {} s", ANSWER_WITHIN.as_secs()),
         };
-        tracing::warn!(%cluster, error = why, "tier 2 has to be asked whose this cluster is, and does not answer");
+        tracing::warn!(%cluster, error = why, "cannot confirm the owner of this cluster: tier 2 does not answer");
         let url = tier2.url();
         Err(Code::Unavailable.status(format!(
             "open cluster {cluster}: this server has nothing of it, so tier 2 ({url}) has to be asked whose it is, and did not answer"

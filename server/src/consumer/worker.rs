@@ -335,7 +335,7 @@ pub(super) fn read_job<T>(
         Err(error @ JobError::Version(_)) => error.to_string(),
         Err(error) => {
             // Nothing can ever read it, and what it meant is found by comparing.
-            tracing::error!(%cluster, %error, "a job that is none is dropped");
+            tracing::error!(%cluster, %error, "dropping a malformed job");
             return Err(AckKind::Term);
         }
     };

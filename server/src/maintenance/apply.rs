@@ -153,7 +153,7 @@ impl Inner {
     ) -> PruneJob {
         let snapshot = |record: &BackupRecord| -> Option<SnapshotId> {
             record.snapshot.parse().inspect_err(|error| {
-                tracing::error!(%cluster, backup = %record.name, %error, "a record without a snapshot");
+                tracing::error!(%cluster, backup = %record.name, %error, "backup record without a snapshot");
             }).ok()
         };
         let recorded: Vec<SnapshotId> = records

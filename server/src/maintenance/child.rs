@@ -182,6 +182,6 @@ fn silent() -> String {
 }
 
 fn unexpected(line: &Line) -> Status {
-    tracing::error!(?line, "an answer of another kind");
-    Code::Internal.status("the child process gave an answer of another kind")
+    tracing::error!(?line, "unexpected answer from the maintenance process");
+    Code::Internal.status("unexpected answer from the maintenance process")
 }

@@ -96,7 +96,7 @@ impl Maintenance {
             match base.known_damage(&cluster) {
                 Ok(known) => metrics.known(&cluster, &known),
                 Err(error) => {
-                    tracing::error!(%cluster, %error, "what is known to be damaged cannot be read")
+                    tracing::error!(%cluster, %error, "cannot read damaged.json; pruning is paused")
                 }
             }
             metrics.covered(&cluster, &base.coverage_on_disk(&cluster));
@@ -167,7 +167,7 @@ impl Maintenance {
         if outcome.finished_unix > now {
             let ahead_seconds = outcome.finished_unix - now;
             if ahead_seconds > SKEW_SECONDS {
-                tracing::warn!(%cluster, backup = %outcome.backup, ahead_seconds, "a drill says that it ended in the future: now is kept instead; hint: compare the clock of the machine that did it with this one");
+                tracing::warn!(%cluster, backup = %outcome.backup, ahead_seconds, "drill result is dated in the future; recording the current time (check the clock of the drill's host)");
             }
             outcome.finished_unix = now;
         }

@@ -138,7 +138,7 @@ impl Inner {
     fn keep_seen(&self, cluster: &ClusterName, seen: &BTreeSet<BackupName>) {
         let path = self.seen_path(cluster);
         if let Err(error) = record::store(self.base.disk().as_ref(), &path, seen) {
-            tracing::warn!(%cluster, %error, "what was read back is not kept");
+            tracing::warn!(%cluster, %error, "cannot record which backups were verified");
         }
     }
 
@@ -180,7 +180,7 @@ impl Inner {
         let read_percent = self.settings.verify.read_percent;
         let request = Request { backup: Some(name.clone()), read_percent, wal: false };
         let outcome = self.verify(cluster, &request, &|_| {}).await?;
-        tracing::info!(%cluster, backup = %name, ok = outcome.ok, files = outcome.files, "read back");
+        tracing::info!(%cluster, backup = %name, ok = outcome.ok, files = outcome.files, "backup verified");
         Ok(())
     }
 }

@@ -151,7 +151,7 @@ impl Inner {
         let outcome = outcome(names, all(&result.damaged), all(&result.repaired));
         self.metrics.verified(cluster, &outcome);
         for damage in &outcome.damaged {
-            tracing::error!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "damaged");
+            tracing::error!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "damaged object found");
         }
         for damage in &outcome.repaired {
             tracing::warn!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "was damaged; repaired from the other tier");
@@ -241,7 +241,7 @@ impl Inner {
             known.await.map_err(|e| Code::Internal.status(format!("read known damage: {e}")))?;
         known.map_err(|error| match error.kind {
             Kind::Corrupt => {
-                tracing::error!(%error, "what is known to be damaged cannot be read");
+                tracing::error!(%error, "cannot read damaged.json; pruning is paused");
                 Code::Corrupt.status(format!(
                     "damaged.json: expected what is known to be damaged, found a file that is damaged itself; hint: {}",
                     error.hint.unwrap_or("klio verify finds it again")

@@ -37,7 +37,7 @@ fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
 pub fn load(store: &WalStore, cluster: &ClusterName) -> Option<f64> {
     let read = record::load::<AsOf>(&RealDisk, &path(store.root(), cluster));
     let read = read.unwrap_or_else(|error| {
-        tracing::warn!(%cluster, %error, "until when all was durable is not known");
+        tracing::warn!(%cluster, %error, "cannot read as_of.json; the recovery window has no time until WAL arrives");
         None
     });
     read.map(|kept| kept.as_of_unix)

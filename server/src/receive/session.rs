@@ -146,7 +146,7 @@ impl Receiver {
             if Code::of(&status) == Code::Diverged {
                 comparer.found(&writer_id, &cluster, status.message());
             }
-            // Of a name that was never pinned there are no series; our own end is no failure.
+            // Unpinned names get no series, and our own shutdown is not a failure.
             if store.pinned(&cluster).is_some() && !shutdown.is_cancelled() {
                 metrics.session_failed(&cluster, Code::of(&status));
             }

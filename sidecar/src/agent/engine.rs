@@ -296,7 +296,7 @@ impl Engine {
             Failure::Code(Code::NotFound) => {}
             // A full disk, most often: PostgreSQL needs the space more.
             Failure::Local => {
-                tracing::warn!("{}; what was read ahead is given up", error.message);
+                tracing::warn!("{}; dropping the prefetched WAL", error.message);
                 self.ready.clear();
             }
             failure if !failure.retryable() => {

@@ -393,11 +393,11 @@ async fn open_repository(
         if absent > 0 {
             tracing::warn!(
                 packs = absent,
-                "the repository's index names packs that the server cannot say to be whole: they are damaged or lost, or only in a bucket that does not answer now; what they held is sent again, which costs space only; hint: when the bucket answers, klio verify repairs what the other tier has, and says which backups are left damaged"
+                "some packs are missing or damaged; sending their content again (costs space only); hint: klio verify repairs what the other tier has and lists the backups that stay damaged"
             );
         }
         if packs > 0 {
-            tracing::info!(packs, bytes, "what an unfinished backup sent is used");
+            tracing::info!(packs, bytes, "reusing what an unfinished backup sent");
         }
         Ok(repository.compressing(answer.compression_level))
     };

@@ -27,6 +27,7 @@ const SECTOR: usize = SECTOR_BYTES as usize;
 /// What a file costs beside its content.
 const FILE_COST: u64 = 4096;
 const ROOT: u64 = 0;
+const EIO: i32 = 5;
 
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +79,8 @@ struct Inner {
     fail_sync_at: BTreeSet<u64>,
     fail_write_at: BTreeSet<u64>,
     lies_at: BTreeMap<u64, Lie>,
-    unreadable: BTreeSet<u64>,
+    /// With the error that reading it ends with.
+    unreadable: BTreeMap<u64, i32>,
     capacity: Option<u64>,
     crashed: bool,
     locked: BTreeSet<u64>,
@@ -455,7 +457,7 @@ impl SimDisk {
             fail_sync_at: BTreeSet::new(),
             fail_write_at: BTreeSet::new(),
             lies_at: BTreeMap::new(),
-            unreadable: BTreeSet::new(),
+            unreadable: BTreeMap::new(),
             capacity: None,
             crashed: false,
             locked: BTreeSet::new(),
@@ -517,14 +519,22 @@ impl SimDisk {
         inner.lies_at.insert(at, Lie::Misdirected);
     }
 
-    /// Every read of a file fails from now on.
+    /// Every read of a file fails from now on, as one from a bad sector does.
     ///
     /// # Errors
     /// When there is none.
     pub fn fail_reads(&self, path: &Path) -> io::Result<()> {
+        self.fail_reads_with(path, EIO)
+    }
+
+    /// The same with another error of the operating system.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn fail_reads_with(&self, path: &Path, code: i32) -> io::Result<()> {
         let mut inner = self.inner();
         let node = inner.find(path)?;
-        inner.unreadable.insert(node);
+        inner.unreadable.insert(node, code);
         Ok(())
     }
 
@@ -623,8 +633,8 @@ impl SimFile {
 impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut inner = self.inner()?;
-        if inner.unreadable.contains(&self.node) {
-            return Err(io::Error::from_raw_os_error(5));
+        if let Some(code) = inner.unreadable.get(&self.node) {
+            return Err(io::Error::from_raw_os_error(*code));
         }
         let content = &inner.file(self.node)?.cache;
         let from = (offset as usize).min(content.len());

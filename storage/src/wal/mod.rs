@@ -141,7 +141,7 @@ impl WalStore {
             let cluster = Arc::new(Cluster::new(name.clone(), shared.clone()));
             let recovered = cluster.load().and_then(|()| cluster.prove_all());
             if let Err(error) = recovered {
-                tracing::error!(cluster = %name, %error, "a cluster's WAL is not fit for writing");
+                tracing::error!(cluster = %name, %error, "cannot open the cluster's WAL for writing");
             }
             clusters.insert(name, cluster);
         }

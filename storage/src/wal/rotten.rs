@@ -25,6 +25,11 @@ use crate::{
 use klio_pg::{Lsn, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, TimelineId};
 use std::{io, path::Path, sync::Arc};
 
+const READ_BYTES: usize = 256 << 10;
+/// What a disk or a file system answers for a place that it cannot read: EIO, EBADMSG and EUCLEAN (a checksum of the file system
+/// is wrong), ENODATA (a bad sector).
+const OF_THE_MEDIUM: [i32; 4] = [5, 74, 117, 61];
+
 /// A file that claims to be a sealed one.
 #[derive(Clone, Copy)]
 pub(super) struct Sealed<'a> {
@@ -94,12 +99,33 @@ impl Cluster {
             match outcome {
                 Ok(()) => return Ok(None),
                 Err(e) if e.kind == Kind::Corrupt => return Ok(Some(good)),
+                // Only what the medium itself does not give back: a process that has no file left to open, say, lost nothing.
+                Err(e) if e.kind == Kind::Io && !self.is_lost_on_the_medium(&path)? => {
+                    return Err(e);
+                }
                 Err(e) if e.kind == Kind::Io && last => return Ok(Some(good)),
                 Err(e) if e.kind == Kind::Io => {}
                 Err(e) => return Err(e),
             }
         }
         Ok(None)
+    }
+
+    /// Whether reading the file as it is stored ends with an error of the disk.
+    fn is_lost_on_the_medium(&self, path: &Path) -> Result<bool, Error> {
+        let file = self.disk().open(path, false).map_err(|e| Error::io(Op::Open, path, e))?;
+        let (mut piece, mut at) = (vec![0; READ_BYTES], 0);
+        loop {
+            match file.read_at(&mut piece, at) {
+                Ok(0) => return Ok(false),
+                Ok(count) => at += count as u64,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.raw_os_error().is_some_and(|code| OF_THE_MEDIUM.contains(&code)) => {
+                    return Ok(true);
+                }
+                Err(e) => return Err(Error::io(Op::Read, path, e)),
+            }
+        }
     }
 
     /// Reads all of it: how many bytes it gives, and whether they are good.

@@ -118,7 +118,7 @@ fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option
     }
     if let Some(id) = found.torn.first() {
         return Ok(Some(format!(
-            "{count} packs that the index names are not whole on tier 1, or in neither tier, and snapshot {id} of a backup that never came to be needs them: packs stay until it goes, three days after it was first found without one"
+            "{count} packs are damaged and still referenced by the unfinished backup with snapshot {id}: not pruning until that expires, three days after it was first found without a record"
         )));
     }
     if count > 0 {

@@ -208,7 +208,7 @@ impl Checker<'_> {
 
     fn found(&mut self, finding: Finding) {
         let Damage { tier, key, problem } = &finding.damage;
-        tracing::error!(key, tier, problem, "damaged");
+        tracing::error!(key, tier, problem, "damaged object found");
         self.result.damaged.push(finding);
     }
 

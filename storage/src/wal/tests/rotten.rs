@@ -96,6 +96,22 @@ fn a_sealed_file_that_rotted_is_put_aside_and_made_anew() {
 }
 
 /// A person, or a copy of the disk, puts the file in its place again while the server runs.
+/// A program that has no file left to open has lost nothing.
+#[test]
+fn only_what_the_medium_does_not_give_back_is_taken_for_damaged() {
+    const EMFILE: i32 = 24;
+    for rig in [Rig::new(2), Rig::encrypted(2)] {
+        let (store, _writer) = sealed(&rig);
+        rig.disk.fail_reads_with(&stored(&rig, file(3)), EMFILE).unwrap();
+        assert!(store.doubt(&rig.name, file(3)).is_err());
+        assert!(aside(&rig).is_empty() && store.damaged(&rig.name).is_empty());
+        rig.disk.clear_faults();
+        rig.disk.fail_reads(&stored(&rig, file(3))).unwrap();
+        assert!(store.doubt(&rig.name, file(3)).unwrap());
+        assert_eq!(aside(&rig).len(), 1);
+    }
+}
+
 #[test]
 fn a_good_copy_in_its_place_is_read_and_heals() {
     let rig = Rig::new(6);
