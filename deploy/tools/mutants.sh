@@ -21,7 +21,8 @@ file|storage/src/disk/real.rs|self.0.sync_all()|Ok(())|every_name_in_both_tiers_
 folder|storage/src/disk/real.rs|File::open(path)?.sync_all()|File::open(path).map(drop)|every_name_in_both_tiers_is_durable
 restored-files|sidecar/src/restore/finish.rs|Ok(rustix::fs::syncfs(&place)?)|Ok(drop(place))|a_restore_is_on_disk_before_it_can_be_started
 restored-control|sidecar/src/restore/finish.rs|        file.sync_all()?;|        drop(file);|a_restore_is_on_disk_before_it_can_be_started
-restored-folder|sidecar/src/restore/finish.rs|File::open(folder).and_then(\|folder\| folder.sync_all())|File::open(folder)|a_restore_is_on_disk_before_it_can_be_started
+restored-content|sidecar/src/restore/finish.rs|file.write_all(content).and_then(\|()\| file.sync_all())|file.write_all(content)|a_restore_is_on_disk_before_it_can_be_started
+restored-folder|sidecar/src/restore/finish.rs|File::open(folder).and_then(\|folder\| folder.sync_all())|File::open(folder).map(drop)|a_restore_is_on_disk_before_it_can_be_started
 fetched-file|sidecar/src/wal_source/place.rs|self.file.sync_all().map_err(|Ok(()).map_err(|a_restore_is_on_disk_before_it_can_be_started
 fetched-folder|sidecar/src/wal_source/place.rs|File::open(folder).and_then(\|folder\| folder.sync_all())|File::open(folder)|a_restore_is_on_disk_before_it_can_be_started
 '

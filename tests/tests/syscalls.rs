@@ -107,6 +107,10 @@ async fn a_restore_is_on_disk_before_it_can_be_started() {
     let control = target.join("global/pg_control");
     let naming = calls.iter().find(|c| c.names() && c.paths.last() == Some(&control));
     let naming = naming.expect("pg_control gets its name by a rename");
+    // Its bytes are synced under another name; then its owner and mode, without which PostgreSQL could not read it.
+    let dressed = target.join("global/pg_control.klio");
+    let kept = |c: &Call| c.syncs() && c.path() == dressed && c.lines.1 < naming.lines.0;
+    assert!(calls.iter().any(kept), "pg_control is synced before it gets its name");
     let synced = calls.iter().find(|c| {
         c.name == "syncfs" && c.path().starts_with(&target) && c.lines.1 < naming.lines.0
     });
