@@ -3,7 +3,7 @@
 //! P7: `NOT_FOUND` means that both tiers were asked and both definitively have no such file. A tier
 //! that could not be asked makes the answer `UNAVAILABLE`, which is retried and never ends a recovery.
 
-use crate::{errors, readers::Readers};
+use crate::{errors, readers::Readers, rot};
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
@@ -225,14 +225,7 @@ impl Source {
         };
         for file in [Some(file), partial].into_iter().flatten() {
             let (store, name) = (self.store.clone(), cluster.clone());
-            match tokio::task::spawn_blocking(move || store.doubt(&name, file)).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) if error.kind == Kind::NotFound => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%cluster, %file, %error, "a damaged file cannot be put aside");
-                }
-                Err(error) => tracing::warn!(%cluster, %file, %error, "the look at a file ended"),
-            }
+            rot::put_aside(cluster, file, move || store.doubt(&name, file)).await;
         }
     }
 
@@ -376,7 +369,7 @@ fn no_keys(at_rest: &AtRest, key: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use klio_storage::{
         disk::RealDisk,
@@ -384,26 +377,32 @@ mod tests {
         tier2::Tier2Config,
         wal::{OpenRequest, WalOptions},
     };
-    use std::sync::Arc;
+    use std::{path::Path, sync::Arc};
+
+    /// Below `dir`: a tier 1 that holds WAL of timeline 1 of cluster `pg`, and the folder of an empty bucket.
+    pub(crate) fn held(dir: &Path, start: Lsn, end: Lsn) -> (WalStore, ClusterName, Vec<u8>) {
+        let root = dir.join("tier1");
+        std::fs::create_dir_all(&root).unwrap();
+        std::fs::create_dir_all(dir.join("bucket/pg/wal/00000001")).unwrap();
+        let store = WalStore::open(Arc::new(RealDisk), root, WalOptions::default()).unwrap();
+        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
+        store.pin(&cluster, wal.pinned()).unwrap();
+        let timeline = TimelineId::new(1).unwrap();
+        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
+        let mut writer = store.open_writer(&cluster, &request).unwrap();
+        let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
+        writer.append(start, &bytes).unwrap();
+        writer.flush().unwrap();
+        drop(writer);
+        (store, cluster, bytes)
+    }
 
     /// P7: a damaged file of tier 1 that tier 2 does not have yet is not "no such file".
     #[tokio::test]
     async fn what_tier_1_has_and_cannot_give_is_never_not_found() {
         let dir = tempfile::tempdir().unwrap();
         let (root, bucket) = (dir.path().join("tier1"), dir.path().join("bucket"));
-        std::fs::create_dir_all(&root).unwrap();
-        std::fs::create_dir_all(bucket.join("pg/wal/00000001")).unwrap();
-        let store =
-            WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
-        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
-        store.pin(&cluster, wal.pinned()).unwrap();
-        let timeline = TimelineId::new(1).unwrap();
-        let (start, end) = (Lsn::new(1 << 20), Lsn::new((2 << 20) + 8192));
-        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
-        let mut writer = store.open_writer(&cluster, &request).unwrap();
-        let bytes = wal.bytes(&klio_pg::TimelineHistory::root(timeline), start, end);
-        writer.append(start, &bytes).unwrap();
-        writer.flush().unwrap();
+        let (store, cluster, _) = held(dir.path(), Lsn::new(1 << 20), Lsn::new((2 << 20) + 8192));
         let held: WalFile = "000000010000000000000001".parse().unwrap();
         let absent: WalFile = "000000010000000000000009".parse().unwrap();
         let journal = root.join("pg/wal/00000001").join(format!("{held}.open"));

@@ -22,6 +22,7 @@ pub mod queue;
 pub mod quota;
 pub mod readers;
 pub mod receive;
+mod rot;
 pub mod seal;
 pub mod status;
 pub mod tls;

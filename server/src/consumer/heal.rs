@@ -118,14 +118,9 @@ async fn partial(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use klio_pg::{Lsn, TimelineHistory, TimelineId};
-    use klio_storage::{
-        disk::RealDisk,
-        testing::SimulatedWal,
-        tier2::Tier2Config,
-        wal::{OpenRequest, WalOptions},
-    };
-    use std::sync::Arc;
+    use crate::fetch::tests::held;
+    use klio_pg::Lsn;
+    use klio_storage::tier2::Tier2Config;
 
     const SEGMENT: u64 = 1 << 20;
 
@@ -134,20 +129,8 @@ mod tests {
     async fn what_rotted_on_tier_1_is_taken_from_tier_2_again() {
         let dir = tempfile::tempdir().unwrap();
         let (root, bucket) = (dir.path().join("tier1"), dir.path().join("bucket"));
-        std::fs::create_dir_all(&root).unwrap();
-        std::fs::create_dir_all(bucket.join("pg/wal/00000001")).unwrap();
-        let store =
-            WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
-        let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
-        store.pin(&cluster, wal.pinned()).unwrap();
-        let timeline = TimelineId::new(1).unwrap();
-        let (start, end) = (Lsn::new(SEGMENT), Lsn::new(3 * SEGMENT + 8192));
-        let request = OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
-        let mut writer = store.open_writer(&cluster, &request).unwrap();
-        let bytes = wal.bytes(&TimelineHistory::root(timeline), start, end);
-        writer.append(start, &bytes).unwrap();
-        writer.flush().unwrap();
-        drop(writer);
+        let end = Lsn::new(3 * SEGMENT + 8192);
+        let (store, cluster, bytes) = held(dir.path(), Lsn::new(SEGMENT), end);
         store.set_over(&cluster, true);
         let files: Vec<WalFile> = store
             .unsealed(&cluster)

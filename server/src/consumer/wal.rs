@@ -4,7 +4,10 @@ use super::{
     Attempt, Parts,
     worker::{Process, Turns, pause, read_job},
 };
-use crate::queue::{Job, Queue, job::subjects_of};
+use crate::{
+    queue::{Job, Queue, job::subjects_of},
+    rot,
+};
 use async_nats::jetstream::{AckKind, Message};
 use futures::{FutureExt, future::BoxFuture};
 use klio_storage::{
@@ -125,15 +128,7 @@ impl WalWork {
     /// Whether the local file is damaged, and is missed from now on (`rotten.rs` of storage).
     async fn put_aside(&self, file: WalFile) -> bool {
         let (files, cluster) = (Arc::clone(&self.parts.files), self.cluster.clone());
-        let doubted = tokio::task::spawn_blocking(move || files.doubt(&cluster, file)).await;
-        match doubted {
-            Ok(Ok(missed)) => missed,
-            Ok(Err(error)) => {
-                tracing::warn!(cluster = %self.cluster, %file, %error, "a damaged file cannot be put aside");
-                false
-            }
-            Err(_) => false,
-        }
+        rot::put_aside(&self.cluster, file, move || files.doubt(&cluster, file)).await
     }
 
     async fn upload(&self, job: &Job) -> Result<Uploaded, Error> {

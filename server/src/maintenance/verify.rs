@@ -9,7 +9,7 @@ use super::{
     child::Tell,
     protocol::{Archived, Finding, Step, VerifyBackup, VerifyJob, VerifyResult},
 };
-use crate::{base::ListedBackup, errors};
+use crate::{base::ListedBackup, errors, rot};
 use klio_pg::SegmentSize;
 use klio_proto::Code;
 use klio_storage::{
@@ -68,10 +68,7 @@ impl Inner {
             .collect();
         for file in files {
             let (store, name) = (self.base.wal().clone(), cluster.clone());
-            let doubted = tokio::task::spawn_blocking(move || store.doubt(&name, file)).await;
-            if let Ok(Err(error)) = doubted {
-                tracing::warn!(%cluster, %file, %error, "a damaged file cannot be put aside");
-            }
+            rot::put_aside(cluster, file, move || store.doubt(&name, file)).await;
         }
     }
 
