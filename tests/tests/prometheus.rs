@@ -196,6 +196,13 @@ impl Work {
         let outcome = self.site.klio(None, &["drill", "--in", &place]).await;
         assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
     }
+
+    /// Everything is read: the share that follows a backup is all data only when the backup has a single pack, and how many packs
+    /// it has depends on how fast the machine is.
+    async fn verify(&self) {
+        let outcome = self.site.klio(None, &["verify", "--read-data", "all"]).await;
+        assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
+    }
 }
 
 /// What is wrong with a metric, if anything is.
@@ -256,6 +263,7 @@ async fn prometheus_has_every_metric_with_its_type_unit_and_labels() {
     let prometheus = Prometheus::scraping(&jobs).await;
     work.write().await;
     work.drill().await;
+    work.verify().await;
     for expected in CONTRACT.iter().chain(ALSO) {
         eventually(&format!("{} as the contract has it", expected.0), PATIENCE, || async {
             fault(&prometheus, expected).await.map_or(Ok(()), Err)
