@@ -17,7 +17,7 @@ OpenTelemetry names, and the name of each on a Prometheus page: dots become unde
 (`klio.wal.written_size` is `klio_wal_written_size_bytes_total`). A histogram is there as `_bucket`, `_sum` and `_count`. A gauge does not
 end in `_count`, which belongs to histograms: `process.thread.count` is `process_threads`. An updowncounter is a gauge to Prometheus.
 
-A lag is 0 on an idle cluster. A value that is not known is absent, never 0 and never "now". Series of a cluster whose folder is gone from
+A lag is 0 on an idle cluster. A value that is not known is absent, never 0 and never "now". Series of a cluster whose directory is gone from
 tier 1 disappear. `klio.recovery.*` tells the newest window without a hole: every moment in it can be recovered; `klio list` shows all windows.
 `klio.stream.postgres_free_size` is there only where klio runs beside PostgreSQL and can read its data directory (`pg_control` must be that of the
 PostgreSQL it is connected to; set `postgres.data_directory` where the path differs). Servers and `klio stream` can be scraped;

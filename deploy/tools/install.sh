@@ -8,7 +8,7 @@
 #   install.sh           --test and --lint
 #
 # Debian packages come through apt-get, only those whose programs are missing (root, or sudo); the rest goes into .tools/ (pinned,
-# checksums verified). Nothing is started. A program counts as there only in a system folder or in .tools/bin: tests find programs
+# checksums verified). Nothing is started. A program counts as there only in a system directory or in .tools/bin: tests find programs
 # nowhere else, so what somebody once put elsewhere on PATH cannot stand in for an installation.
 # What must stay true: no download is used before its checksum is verified; a half-done step is done again, never trusted;
 # no PostgreSQL cluster and no service is created or started on the machine.

@@ -18,13 +18,13 @@ TREE="$OUT/tree"
 SYNCS='
 journal|storage/src/disk/real.rs|self.0.sync_data()|Ok(())|a_commit_returns_after_the_journal_was_synced
 file|storage/src/disk/real.rs|self.0.sync_all()|Ok(())|every_name_in_both_tiers_is_durable
-folder|storage/src/disk/real.rs|File::open(path)?.sync_all()|File::open(path).map(drop)|every_name_in_both_tiers_is_durable
+directory|storage/src/disk/real.rs|File::open(path)?.sync_all()|File::open(path).map(drop)|every_name_in_both_tiers_is_durable
 restored-files|sidecar/src/restore/finish.rs|Ok(rustix::fs::syncfs(&place)?)|Ok(drop(place))|a_restore_is_on_disk_before_it_can_be_started
 restored-control|sidecar/src/restore/finish.rs|        file.sync_all()?;|        drop(file);|a_restore_is_on_disk_before_it_can_be_started
 restored-content|sidecar/src/restore/finish.rs|file.write_all(content).and_then(\|()\| file.sync_all())|file.write_all(content)|a_restore_is_on_disk_before_it_can_be_started
-restored-folder|sidecar/src/restore/finish.rs|File::open(folder).and_then(\|folder\| folder.sync_all())|File::open(folder).map(drop)|a_restore_is_on_disk_before_it_can_be_started
+restored-directory|sidecar/src/restore/finish.rs|File::open(directory).and_then(\|directory\| directory.sync_all())|File::open(directory).map(drop)|a_restore_is_on_disk_before_it_can_be_started
 fetched-file|sidecar/src/wal_source/place.rs|self.file.sync_all().map_err(|Ok(()).map_err(|a_restore_is_on_disk_before_it_can_be_started
-fetched-folder|sidecar/src/wal_source/place.rs|File::open(folder).and_then(\|folder\| folder.sync_all())|File::open(folder)|a_restore_is_on_disk_before_it_can_be_started
+fetched-directory|sidecar/src/wal_source/place.rs|File::open(directory).and_then(\|directory\| directory.sync_all())|File::open(directory)|a_restore_is_on_disk_before_it_can_be_started
 '
 
 # file|package|unit tests that must notice
@@ -118,7 +118,7 @@ syncs() {
 units() {
     local bad=0 file package filter place
     command -v cargo-mutants >/dev/null || { say "error: no cargo-mutants; hint: cargo install cargo-mutants --locked"; return 1; }
-    # One tree and one target folder for all files, so that each mutant costs one incremental build.
+    # One tree and one target directory for all files, so that each mutant costs one incremental build.
     copy_tree
     export CARGO_TARGET_DIR="$OUT/target" CARGO_PROFILE_DEV_DEBUG=0
     while IFS='|' read -r file package filter; do

@@ -32,7 +32,7 @@ pub struct ControlFile {
     pub system_identifier: u64,
     /// 1300 for PostgreSQL 13 to 17, 1800 for 18.
     pub format: u32,
-    /// Names the folder in each tablespace: see [`ControlFile::tablespace_folder`].
+    /// Names the directory in each tablespace: see [`ControlFile::tablespace_directory`].
     pub catalog_version: u32,
     /// LSN of the latest checkpoint record.
     pub checkpoint: Lsn,
@@ -125,8 +125,8 @@ impl ControlFile {
         })
     }
 
-    /// The folder of this PostgreSQL in a tablespace's directory, for example `PG_15_202209061`.
-    pub fn tablespace_folder(&self, major: u32) -> String {
+    /// The directory of this PostgreSQL in a tablespace's directory, for example `PG_15_202209061`.
+    pub fn tablespace_directory(&self, major: u32) -> String {
         format!("PG_{major}_{}", self.catalog_version)
     }
 }
@@ -171,7 +171,7 @@ mod tests {
         assert!((700..800).contains(&control.next_xid), "{}", control.next_xid);
         assert_eq!((control.timeline.get(), control.segment_size.bytes()), (1, 16 << 20));
         assert_eq!((control.relation_segment_blocks, control.checksums), (131_072, true));
-        assert_eq!(control.tablespace_folder(15), "PG_15_202209061");
+        assert_eq!(control.tablespace_directory(15), "PG_15_202209061");
         let numbers = |control: &ControlFile| control.needed.map(|(_, number)| number);
         assert_eq!(numbers(&control), [100, 8, 10, 0, 64]);
         let control = ControlFile::parse(include_bytes!("../testdata/pg_control_18.bin")).unwrap();
@@ -186,7 +186,7 @@ mod tests {
             assert_eq!(control.system_identifier, 7_000_000_000_000_000_001);
             assert_eq!((control.timeline.get(), control.block_size), (3, 8192));
             assert!(control.checksums);
-            assert_eq!(control.tablespace_folder(15), "PG_15_202209061");
+            assert_eq!(control.tablespace_directory(15), "PG_15_202209061");
         }
     }
 

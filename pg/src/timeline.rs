@@ -62,7 +62,7 @@ impl fmt::Debug for TimelineId {
     }
 }
 
-/// Reads the eight hexadecimal digits of a file or folder name.
+/// Reads the eight hexadecimal digits of a file or directory name.
 impl FromStr for TimelineId {
     type Err = ParseTimelineError;
 

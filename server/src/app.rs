@@ -114,9 +114,9 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let [front, back, last] = std::array::from_fn(|_| CancellationToken::new());
     let metrics = Arc::new(Metrics::new(&telemetry.meter()).timing(telemetry.polls()));
     remember_last_times(&store, &metrics).await?;
-    let queue_folder = config.data_dir.join("queue");
+    let queue_directory = config.data_dir.join("queue");
     let Started { queue, tasks: queue_tasks } =
-        Queue::start(&config.queue, &queue_folder, last.clone())
+        Queue::start(&config.queue, &queue_directory, last.clone())
             .await
             .context("start the queue")?;
     let registry = Arc::new(Registry::default());
@@ -272,7 +272,8 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
         tracing::warn!("encryption at rest is OFF: [encryption] off = true");
     }
     let store = tokio::task::spawn_blocking(move || {
-        private::folder(&root).with_context(|| format!("create folder {}", root.display()))?;
+        private::directory(&root)
+            .with_context(|| format!("create directory {}", root.display()))?;
         // Before anything is touched.
         check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
         let options = WalOptions { at_rest, ..WalOptions::default() };

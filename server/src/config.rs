@@ -43,7 +43,7 @@ const SIDECAR_SECTIONS: [&str; 7] =
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Tier 1 and the queue live below this folder.
+    /// Tier 1 and the queue live below this directory.
     pub data_dir: PathBuf,
     /// The file it was read from; empty when it was not.
     #[serde(skip)]
@@ -378,10 +378,10 @@ impl Config {
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect();
         let mut config = Self::parse(&text, &environment).map_err(fail)?;
-        // Absolute, so that a child process with another idea of where it is means the same folders.
+        // Absolute, so that a child process with another idea of where it is means the same directories.
         config.file = std::path::absolute(path).map_err(|e| fail(e.to_string()))?;
-        let folder = config.file.parent().unwrap_or(Path::new("/")).to_owned();
-        config.resolve(&folder);
+        let directory = config.file.parent().unwrap_or(Path::new("/")).to_owned();
+        config.resolve(&directory);
         let problems = config.validate();
         if problems.is_empty() {
             return Ok(config);
@@ -447,7 +447,7 @@ impl Config {
             problems.push("unsafe_plaintext: expected false beside a [tls] section".into());
         }
         if self.data_dir.as_os_str().is_empty() {
-            problems.push("data_dir: expected a folder, found nothing".into());
+            problems.push("data_dir: expected a directory, found nothing".into());
         }
         problems.extend(self.encryption.validate());
         let window = self.wal.window_bytes.bytes();
@@ -546,9 +546,9 @@ mod tests {
 
     /// Found by hand: a server that was started with a relative path refused its own child process.
     #[test]
-    fn a_relative_path_to_the_file_gives_absolute_folders() {
-        let folder = tempfile::tempdir_in(".").unwrap();
-        let path = Path::new(folder.path().file_name().unwrap()).join("klio-server.toml");
+    fn a_relative_path_to_the_file_gives_absolute_directories() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let path = Path::new(directory.path().file_name().unwrap()).join("klio-server.toml");
         let text = "data_dir = \"data\"\nunsafe_plaintext = true\n[encryption]\noff = true\n";
         std::fs::write(&path, text).unwrap();
         let config = Config::load(&path).unwrap();

@@ -379,7 +379,7 @@ pub(crate) mod tests {
     };
     use std::{path::Path, sync::Arc};
 
-    /// Below `dir`: a tier 1 that holds WAL of timeline 1 of cluster `pg`, and the folder of an empty bucket.
+    /// Below `dir`: a tier 1 that holds WAL of timeline 1 of cluster `pg`, and the directory of an empty bucket.
     pub(crate) fn held(dir: &Path, start: Lsn, end: Lsn) -> (WalStore, ClusterName, Vec<u8>) {
         let root = dir.join("tier1");
         std::fs::create_dir_all(&root).unwrap();
@@ -463,8 +463,8 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, bucket) = (dir.path().join("tier1"), dir.path().join("bucket"));
         std::fs::create_dir_all(&root).unwrap();
-        let folder = bucket.join("pg/wal/00000001");
-        std::fs::create_dir_all(&folder).unwrap();
+        let directory = bucket.join("pg/wal/00000001");
+        std::fs::create_dir_all(&directory).unwrap();
         let store =
             WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default()).unwrap();
         let (cluster, wal): (ClusterName, _) = ("pg".parse().unwrap(), SimulatedWal::small(7));
@@ -500,7 +500,7 @@ pub(crate) mod tests {
         assert_eq!(readers.hold(&cluster), None);
         assert!(source.find(&cluster, file(3)).await.is_ok());
         assert_eq!(readers.hold(&cluster).map(|hold| hold.from), Some(Lsn::new(3 << 20)));
-        std::fs::write(folder.join(format!("{}.zst", file(7))), "x").unwrap();
+        std::fs::write(directory.join(format!("{}.zst", file(7))), "x").unwrap();
         assert_eq!(code(5).await, Code::Unavailable);
         assert_eq!(code(8).await, Code::NotFound);
     }

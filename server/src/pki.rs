@@ -148,7 +148,7 @@ pub fn read_authority(dir: &Path) -> Result<Pair, Error> {
 /// Writes a new file; never over an existing one. `secret` files can be read by their owner only.
 ///
 /// # Errors
-/// The file exists, or its folder cannot be written.
+/// The file exists, or its directory cannot be written.
 pub fn write_new(path: &Path, content: &str, secret: bool) -> Result<(), Error> {
     let fail = |source| Error::File { verb: "write", path: path.display().to_string(), source };
     let mode = if secret { 0o600 } else { 0o644 };

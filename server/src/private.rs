@@ -1,6 +1,6 @@
-//! Folders and files that nobody but the server's user should read.
+//! Directories and files that nobody but the server's user should read.
 //!
-//! What the server makes is closed from the start. A folder of its own that an earlier build left open is closed, as that takes
+//! What the server makes is closed from the start. A directory of its own that an earlier build left open is closed, as that takes
 //! nothing from anybody; keys and the configuration are told of and left: who mounted them so may have a reason.
 
 use crate::config::Config;
@@ -10,18 +10,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FOLDER_MODE: u32 = 0o700;
+const DIRECTORY_MODE: u32 = 0o700;
 /// Everybody else.
 const OTHERS: u32 = 0o007;
 /// Members of the group, who are often meant (fsGroup of Kubernetes), and everybody else.
 const NOT_OWNER: u32 = 0o077;
 
-/// Makes a folder, and those above it, for the owner alone. One that is there and ours is closed to others.
+/// Makes a directory, and those above it, for the owner alone. One that is there and ours is closed to others.
 ///
 /// # Errors
 /// It cannot be made.
-pub fn folder(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path)?;
+pub fn directory(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)?;
     let found = fs::metadata(path)?;
     let mode = found.permissions().mode() & 0o7777;
     if mode & NOT_OWNER == 0 {
@@ -57,7 +57,7 @@ fn secrets(config: &Config) -> Vec<PathBuf> {
     paths.extend(config.queue.credentials_file.clone());
     paths.extend(config.tier2.as_ref().and_then(|tier2| tier2.service_account_file.clone()));
     // Signs client bundles, where `klio-server init` made it.
-    paths.extend(config.file.parent().map(|folder| folder.join(crate::pki::CA_KEY)));
+    paths.extend(config.file.parent().map(|directory| directory.join(crate::pki::CA_KEY)));
     paths
 }
 
@@ -76,13 +76,13 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_made_closed_and_an_open_one_is_closed() {
+    fn a_directory_is_made_closed_and_an_open_one_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let new = dir.path().join("a/b");
-        folder(&new).unwrap();
+        directory(&new).unwrap();
         assert_eq!((mode(&new), mode(new.parent().unwrap())), (0o700, 0o700));
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
-        folder(&new).unwrap();
+        directory(&new).unwrap();
         assert_eq!(mode(&new), 0o700);
     }
 

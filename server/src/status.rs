@@ -212,7 +212,7 @@ impl StatusBoard {
         self.snapshots.get(instrument, || self.read())
     }
 
-    /// The clusters whose folder is there: one that was taken away by hand is gone, whatever is remembered of it.
+    /// The clusters whose directory is there: one that was taken away by hand is gone, whatever is remembered of it.
     fn present(&self) -> BTreeSet<ClusterName> {
         let there = |name: &ClusterName| {
             self.store.root().join(name.as_str()).is_dir() && !self.is_closed(name)

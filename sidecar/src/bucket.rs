@@ -215,11 +215,11 @@ mod tests {
     /// P7: by hand, `klio wal-fetch` with an identity file that had gone answered 1, the end of the archive.
     #[test]
     fn a_file_of_ours_that_is_missing_or_wrong_is_never_a_missing_object() {
-        let folder = tempfile::tempdir().unwrap();
-        let place = folder.path().display();
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().display();
         let from = format!("[restore]\nfrom = \"file://{place}\"\n");
         let s3 = "[restore]\nfrom = \"s3://b\"\n[tier2]\nregion = \"eu\"\n";
-        std::fs::write(folder.path().join("rubbish"), "rubbish").unwrap();
+        std::fs::write(directory.path().join("rubbish"), "rubbish").unwrap();
         for text in [
             format!("{from}identity = \"{place}/none\"\n"),
             format!("{from}identity = \"{place}/rubbish\"\n"),

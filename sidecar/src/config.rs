@@ -354,22 +354,22 @@ impl Config {
         let mut config = Self::from_layers(text.as_deref(), &environment, flags)
             .map_err(|problems| wrong(file.as_deref(), &problems))?;
         if let Some(file) = file {
-            let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+            let directory = file.parent().unwrap_or(Path::new("")).to_owned();
             let server = &mut config.server;
             for path in [&mut server.ca, &mut server.cert, &mut server.key] {
-                *path = folder.join(&path);
+                *path = directory.join(&path);
             }
             if let Some(tier2) = &mut config.tier2 {
                 [&mut tier2.ca_file, &mut tier2.service_account_file]
                     .into_iter()
                     .flatten()
-                    .for_each(|path| *path = folder.join(&path));
+                    .for_each(|path| *path = directory.join(&path));
             }
             // A flag is relative to where it was typed, and this path can come from one.
             if flags.iter().all(|(name, _)| *name != "restore.identity")
                 && !config.restore.identity.as_os_str().is_empty()
             {
-                config.restore.identity = folder.join(&config.restore.identity);
+                config.restore.identity = directory.join(&config.restore.identity);
             }
             config.file = Some(file);
         }

@@ -1,7 +1,7 @@
 //! How fast tier 1 takes WAL: append and flush of real segments, with the syncs' time told apart.
 //!
-//! `cargo run --release -p klio-storage --example append_speed -- [--encrypted] FOLDER BATCH_KIB SEGMENT_FILE...`: FOLDER is
-//! a new folder to write into; the files are consecutive segments of one timeline, such as those of a `pg_wal`.
+//! `cargo run --release -p klio-storage --example append_speed -- [--encrypted] DIRECTORY BATCH_KIB SEGMENT_FILE...`: DIRECTORY is
+//! a new directory to write into; the files are consecutive segments of one timeline, such as those of a `pg_wal`.
 
 use klio_pg::{Lsn, SegmentName, SegmentSize};
 use klio_storage::{
@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(_) => AtRest::On(Keys::from_text(&Keys::generate().0, &[])?),
         None => AtRest::Off,
     };
-    let folder = PathBuf::from(arguments.next().ok_or("expected a folder")?);
+    let directory = PathBuf::from(arguments.next().ok_or("expected a directory")?);
     let batch = arguments.next().ok_or("expected KiB in a batch")?.parse::<usize>()? << 10;
     let files: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
     let first = std::fs::read(files.first().ok_or("expected segments")?)?;
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let pinned = Pinned { system_identifier: number(24, 8), segment_size: size, postgres_version };
     let store = WalStore::open(
         Arc::new(RealDisk),
-        folder,
+        directory,
         WalOptions { at_rest, ..WalOptions::default() },
     )?;
     let cluster: ClusterName = "bench".parse()?;

@@ -1,5 +1,5 @@
-//! How fast a folder becomes a snapshot, and how fast it is read back:
-//! `repository_speed FOLDER REPOSITORY [raw | pack=MIB | slow=MB_PER_SECOND | write-only]...`.
+//! How fast a directory becomes a snapshot, and how fast it is read back:
+//! `repository_speed DIRECTORY REPOSITORY [raw | pack=MIB | slow=MB_PER_SECOND | write-only]...`.
 //!
 //! The repository is made where it is not there, so that a second run is a second backup. `raw` prints what reading,
 //! SHA-256 and zstd of the same chunks cost without any repository. `slow` makes writing slow, as over a network: look at
@@ -32,16 +32,16 @@ use std::{
 
 type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;
 
-struct Folder(PathBuf);
+struct Directory(PathBuf);
 
-impl Source for Folder {
+impl Source for Directory {
     fn listing_began(&self) -> SystemTime {
         SystemTime::now()
     }
 
     fn entries(&self) -> Box<dyn Iterator<Item = Result<SourceEntry, Error>> + Send> {
         let mut found = Vec::new();
-        walk(&self.0, Path::new(""), &mut found).expect("the folder can be read");
+        walk(&self.0, Path::new(""), &mut found).expect("the directory can be read");
         found.sort_by(|a, b| a.path.cmp(&b.path));
         Box::new(found.into_iter().map(Ok))
     }
@@ -82,10 +82,10 @@ fn secret(repository: &Path) -> Outcome<Secret> {
 
 fn main() -> Outcome<()> {
     let arguments: Vec<_> = std::env::args().collect();
-    let [_, folder, home, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: repository_speed FOLDER REPOSITORY [raw]".into());
+    let [_, directory, home, rest @ ..] = arguments.as_slice() else {
+        return Err("usage: repository_speed DIRECTORY REPOSITORY [raw]".into());
     };
-    let source = Folder(folder.into());
+    let source = Directory(directory.into());
     let option = |name: &str| rest.iter().find_map(|text| text.strip_prefix(name));
     if option("raw").is_some() {
         return raw(&source);
@@ -175,7 +175,7 @@ impl Files for Slow {
     }
 }
 
-fn raw(source: &Folder) -> Outcome<()> {
+fn raw(source: &Directory) -> Outcome<()> {
     let (mut reading, mut hashing, mut packing) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     let mut zstd = zstd::bulk::Compressor::new(1)?;
     let mut block = vec![0; 128 << 10];

@@ -218,7 +218,7 @@ impl Generations {
         self.undecided().next().is_some()
     }
 
-    /// The folder and key prefix of a generation.
+    /// The directory and key prefix of a generation.
     pub fn place(cluster: &ClusterName, number: u32) -> ClusterName {
         cluster.generation(number)
     }

@@ -36,7 +36,7 @@ pub fn damaged_sealed(stored: &str, number: u32) -> String {
 }
 
 /// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue
-/// subject, a metric attribute and a folder.
+/// subject, a metric attribute and a directory.
 #[derive(
     Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -77,7 +77,7 @@ impl ClusterName {
         if number <= 1 { base } else { Self(format!("{base}{GENERATION_MARK}{number}")) }
     }
 
-    /// Reads `<name>` or `<name>@<number>`: what a caller may name, and what a folder may be called.
+    /// Reads `<name>` or `<name>@<number>`: what a caller may name, and what a directory may be called.
     ///
     /// # Errors
     /// As for a plain name; a number is 1 or more, without leading zeros.
@@ -217,8 +217,8 @@ impl WalFile {
 
     /// Reads a key below `<cluster>/wal/` in its plain form; `None` for anything else.
     pub fn parse_relative(text: &str) -> Option<Self> {
-        if let Some((folder, file)) = text.split_once('/') {
-            let timeline: TimelineId = folder.parse().ok()?;
+        if let Some((directory, file)) = text.split_once('/') {
+            let timeline: TimelineId = directory.parse().ok()?;
             let stem = file.strip_suffix(".zst")?;
             let (stem, partial) =
                 stem.strip_suffix(".partial").map_or((stem, false), |stem| (stem, true));
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_leaves_the_folder_is_refused() {
+    fn a_name_that_leaves_the_directory_is_refused() {
         for bad in ["", ".", "..", "../x", "a/b", "A", "a.b", "-a", "_a", "a\0", "ä", " a"] {
             assert!(bad.parse::<ClusterName>().is_err(), "{bad:?}");
             assert!(bad.parse::<WalFile>().is_err(), "{bad:?}");
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_in_the_folder_of_another_timeline_is_not_one() {
+    fn a_segment_in_the_directory_of_another_timeline_is_not_one() {
         assert_eq!(WalFile::parse_relative("00000001/000000020000000000000001.zst"), None);
     }
 

@@ -21,12 +21,12 @@ fn memory(field: &str) -> u64 {
 /// Twelve new clusters took 1.3 GB.
 #[test]
 fn many_new_repositories_at_once_take_the_memory_of_one_derivation() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = memory("VmRSS");
     std::thread::scope(|scope| {
         for number in 0..CLUSTERS {
-            let place = folder.path().join(number.to_string());
+            let place = directory.path().join(number.to_string());
             scope.spawn(move || {
                 let files = LocalFiles::new(Arc::new(RealDisk), place);
                 let secret = Secret::generate();

@@ -1,6 +1,6 @@
 //! A raw client of the base-backup service: for saying what no honest sidecar would say.
 //!
-//! Backups are made for real: by the repository's own code, in a scratch folder, and then put file by file.
+//! Backups are made for real: by the repository's own code, in a scratch directory, and then put file by file.
 
 use crate::{
     client::{SYSTEM, Stream, open, wal},
@@ -322,7 +322,7 @@ impl Base {
     }
 }
 
-/// A backup that was made in a scratch folder, file by file.
+/// A backup that was made in a scratch directory, file by file.
 pub struct Made {
     /// Its record, good for a commit.
     pub record: BackupRecord,
@@ -363,10 +363,10 @@ impl Made {
 ///
 /// # Panics
 /// When the repository refuses.
-pub async fn make(base: &Base, folder: &Path, name: &str, start: Lsn, stop: Lsn) -> Made {
+pub async fn make(base: &Base, directory: &Path, name: &str, start: Lsn, stop: Lsn) -> Made {
     let secret = base.open().await.expect("a repository");
-    let files = LocalFiles::new(Arc::new(RealDisk), folder.to_owned());
-    std::fs::create_dir_all(folder).expect("a folder");
+    let files = LocalFiles::new(Arc::new(RealDisk), directory.to_owned());
+    std::fs::create_dir_all(directory).expect("a directory");
     let mut known = Vec::new();
     for kind in [FileKind::Config, FileKind::Key] {
         for (id, _) in base.list(kind).await.expect("a list") {

@@ -14,7 +14,7 @@ use std::{
 #[must_use]
 pub fn write(site: &Site, name: &str, pair: &Pair, cluster: &str) -> PathBuf {
     let dir = site.scratch(name);
-    fs::create_dir_all(&dir).expect("make a folder");
+    fs::create_dir_all(&dir).expect("make a directory");
     let _ = pair.write(&dir, "client");
     fs::copy(site.bundle().with_file_name("ca.crt"), dir.join("ca.crt")).expect("copy ca.crt");
     let text = format!(

@@ -27,9 +27,10 @@ pub fn scratch_root() -> PathBuf {
 /// When it is not installed.
 #[must_use]
 pub fn faketime() -> PathBuf {
-    let folders = std::fs::read_dir("/usr/lib").expect("read /usr/lib").flatten();
-    let library = |folder: std::fs::DirEntry| folder.path().join("faketime/libfaketimeMT.so.1");
-    let found = folders.map(library).find(|library| library.is_file());
+    let directories = std::fs::read_dir("/usr/lib").expect("read /usr/lib").flatten();
+    let library =
+        |directory: std::fs::DirEntry| directory.path().join("faketime/libfaketimeMT.so.1");
+    let found = directories.map(library).find(|library| library.is_file());
     found.expect("find libfaketimeMT.so.1: hint: run `make tools`")
 }
 

@@ -11,9 +11,9 @@ use std::{
 
 static CHOSEN: OnceLock<PathBuf> = OnceLock::new();
 
-/// From now on the programs of this folder are under test, whatever is built meanwhile.
-pub fn use_from(folder: &Path) {
-    CHOSEN.get_or_init(|| folder.to_owned());
+/// From now on the programs of this directory are under test, whatever is built meanwhile.
+pub fn use_from(directory: &Path) {
+    CHOSEN.get_or_init(|| directory.to_owned());
 }
 
 fn find(name: &str) -> PathBuf {

@@ -25,7 +25,7 @@ use std::{
 /// Two cores, parallel tests and debug builds: what takes a second alone may take many here.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A server with its folder.
+/// A server with its directory.
 pub struct Site {
     scratch: Scratch,
     cluster: String,
@@ -37,7 +37,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// A folder made by `klio-server init`; nothing runs yet.
+    /// A directory made by `klio-server init`; nothing runs yet.
     pub async fn new() -> Self {
         Self::named("main").await
     }
@@ -135,7 +135,7 @@ impl Site {
         std::fs::rename(&new, self.clock_file()).expect("turn the clock");
     }
 
-    /// The server's folder.
+    /// The server's directory.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         self.scratch.join("server")

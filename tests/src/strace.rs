@@ -29,7 +29,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// Whether it syncs a file or a folder.
+    /// Whether it syncs a file or a directory.
     #[must_use]
     pub fn syncs(&self) -> bool {
         matches!(self.name.as_str(), "fsync" | "fdatasync")
@@ -153,7 +153,7 @@ fn call(text: &str, lines: (usize, usize)) -> Option<Call> {
 /// Paths of descriptors (`7</a/b>`) and of strings (`"/a/b"`), as they stand; a relative string belongs to the descriptor before it.
 fn paths(arguments: &str) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
-    let (mut folder, mut rest) = (None, arguments);
+    let (mut directory, mut rest) = (None, arguments);
     while let Some(at) = rest.find(['<', '"']) {
         let close = if rest.as_bytes()[at] == b'<' { '>' } else { '"' };
         let inner = &rest[at + 1..];
@@ -162,21 +162,23 @@ fn paths(arguments: &str) -> Vec<PathBuf> {
         let at_cwd = is_descriptor && rest[..at].ends_with("AT_FDCWD");
         rest = &inner[end + 1..];
         if at_cwd {
-            folder = Some(path);
+            directory = Some(path);
         } else if is_descriptor {
             found.push(path);
         } else {
-            found.push(folder.as_ref().map_or(path.clone(), |folder: &PathBuf| folder.join(path)));
+            found.push(
+                directory.as_ref().map_or(path.clone(), |directory: &PathBuf| directory.join(path)),
+            );
         }
     }
     found
 }
 
-/// Every name that was given below one of these folders was given durably: the file was synced after its last write and before it
-/// got the name, and the folder was synced afterwards. Gives those of which that is not so, in words.
+/// Every name that was given below one of these directories was given durably: the file was synced after its last write and before it
+/// got the name, and the directory was synced afterwards. Gives those of which that is not so, in words.
 #[must_use]
-pub fn undurable_names(calls: &[Call], folders: &[PathBuf], exempt: &[&str]) -> Vec<String> {
-    let below = |path: &Path| folders.iter().any(|folder| path.starts_with(folder));
+pub fn undurable_names(calls: &[Call], directories: &[PathBuf], exempt: &[&str]) -> Vec<String> {
+    let below = |path: &Path| directories.iter().any(|directory| path.starts_with(directory));
     let exempt = |path: &Path| exempt.iter().any(|end| path.to_string_lossy().ends_with(end));
     let mut wrong = Vec::new();
     let named = calls.iter().filter(|c| c.names());
@@ -199,12 +201,12 @@ pub fn undurable_names(calls: &[Call], folders: &[PathBuf], exempt: &[&str]) -> 
         if !synced {
             wrong.push(format!("{} was named {} unsynced", from.display(), to.display()));
         }
-        let folder = to.parent().unwrap_or(Path::new("/"));
-        let folder_synced = calls
+        let directory = to.parent().unwrap_or(Path::new("/"));
+        let directory_synced = calls
             .iter()
-            .any(|c| c.name == "fsync" && c.path() == folder && c.lines.0 > naming.lines.1);
-        if !folder_synced {
-            wrong.push(format!("the folder of {} was not synced", to.display()));
+            .any(|c| c.name == "fsync" && c.path() == directory && c.lines.0 > naming.lines.1);
+        if !directory_synced {
+            wrong.push(format!("the directory of {} was not synced", to.display()));
         }
     }
     wrong
@@ -237,14 +239,14 @@ mod tests {
 
     #[test]
     fn a_name_without_its_syncs_is_found() {
-        let folders = [PathBuf::from("/t")];
-        assert_eq!(undurable_names(&parse(LOG), &folders, &[]), Vec::<String>::new());
+        let directories = [PathBuf::from("/t")];
+        assert_eq!(undurable_names(&parse(LOG), &directories, &[]), Vec::<String>::new());
         for (left_out, found) in [("fdatasync", "unsynced"), ("fsync(9</t>", "was not synced")] {
             let fewer: String = LOG
                 .lines()
                 .filter(|l| !l.contains(left_out))
                 .fold(String::new(), |t, l| t + l + "\n");
-            let wrong = undurable_names(&parse(&fewer), &folders, &[]);
+            let wrong = undurable_names(&parse(&fewer), &directories, &[]);
             assert!(wrong.len() == 1 && wrong[0].contains(found), "{wrong:?}");
         }
     }

@@ -121,14 +121,14 @@ pub fn names(spans: &[Span]) -> Vec<String> {
     names
 }
 
-/// Whether this is a request that wrote an object below a folder.
+/// Whether this is a request that wrote an object below a directory.
 #[must_use]
-pub fn is_put(span: &Span, folder: &str) -> bool {
+pub fn is_put(span: &Span, directory: &str) -> bool {
     let is =
         |key: &str, fits: &dyn Fn(&str) -> bool| span.attributes.get(key).is_some_and(|v| fits(v));
     span.name == "tier2.request"
         && is("http.request.method", &|method| method == "PUT")
-        && is("key_prefix", &|prefix| prefix.contains(folder))
+        && is("key_prefix", &|prefix| prefix.contains(directory))
 }
 
 /// Every word that `error.type` may hold, of both programs.

@@ -77,8 +77,8 @@ fn every_alert_has_a_runbook_that_says_what_why_and_what_to_do() {
             assert!(text.contains(heading), "{page}: no {heading:?}");
         }
     }
-    let folder = env::repository().join("docs/runbooks");
-    for entry in fs::read_dir(folder).expect("docs/runbooks") {
+    let directory = env::repository().join("docs/runbooks");
+    for entry in fs::read_dir(directory).expect("docs/runbooks") {
         let file = entry.expect("entry").file_name().into_string().expect("UTF-8");
         let alert = file.trim_end_matches(".md");
         assert!(alerts().contains(alert), "docs/runbooks/{file} belongs to no alert");
@@ -94,8 +94,8 @@ fn rules_dashboards_and_runbooks_name_only_metrics_that_exist() {
         ("klio.rules.yml".to_owned(), read("deploy/prometheus/klio.rules.yml")),
         ("klio.rules.test.yml".to_owned(), read("deploy/prometheus/klio.rules.test.yml")),
     ];
-    for folder in ["deploy/grafana", "docs/runbooks"] {
-        for entry in fs::read_dir(env::repository().join(folder)).expect(folder) {
+    for directory in ["deploy/grafana", "docs/runbooks"] {
+        for entry in fs::read_dir(env::repository().join(directory)).expect(directory) {
             let path = entry.expect("entry").path();
             texts.push((path.display().to_string(), fs::read_to_string(&path).expect("text")));
         }

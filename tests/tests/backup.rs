@@ -83,9 +83,9 @@ impl Setup {
 
     fn packs(&self) -> Vec<PathBuf> {
         let data = self.site.tier1().join("main/base/data");
-        let folders = fs::read_dir(data).into_iter().flatten().flatten();
-        folders
-            .flat_map(|folder| fs::read_dir(folder.path()).into_iter().flatten().flatten())
+        let directories = fs::read_dir(data).into_iter().flatten().flatten();
+        directories
+            .flat_map(|directory| fs::read_dir(directory.path()).into_iter().flatten().flatten())
             .map(|file| file.path())
             .filter(|path| path.file_name().is_some_and(|name| name.len() == 64))
             .collect()

@@ -48,10 +48,10 @@ fn expect<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, words: &[&s
     }
 }
 
-/// Every file below the cluster's `base` folder.
+/// Every file below the cluster's `base` directory.
 fn files(site: &Site) -> Vec<PathBuf> {
-    fn walk(folder: &std::path::Path, found: &mut Vec<PathBuf>) {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    fn walk(directory: &std::path::Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
             match entry.path() {
                 path if path.is_dir() => walk(&path, found),
                 path => found.push(path),
@@ -428,25 +428,27 @@ async fn no_second_repository_is_made_while_the_bucket_is_down() {
 async fn a_repository_has_one_secret_for_ever() {
     let (mut site, base, _) = started(None).await;
     let secret = base.open().await.expect("a repository");
-    let folder = site.tier1().join("main");
+    let directory = site.tier1().join("main");
     site.stop().await;
-    std::fs::remove_dir_all(folder.join("base")).expect("as if it had crashed before");
+    std::fs::remove_dir_all(directory.join("base")).expect("as if it had crashed before");
     site.start().await;
     let (base, _) = connect(&site).await;
     assert_eq!(base.open().await.expect("finished").password, secret.password);
-    std::fs::remove_file(folder.join("base/config")).expect("as if it had crashed in the middle");
+    std::fs::remove_file(directory.join("base/config"))
+        .expect("as if it had crashed in the middle");
     assert_eq!(base.open().await.expect("finished").password, secret.password);
     assert_eq!(base.list(FileKind::Key).await.expect("a list").len(), 1);
     // What is written is not the secret itself.
-    let wrapped = std::fs::read(folder.join("repository.json.age")).expect("the secret");
+    let wrapped = std::fs::read(directory.join("repository.json.age")).expect("the secret");
     assert!(!String::from_utf8_lossy(&wrapped).contains(secret.password.as_str()));
     assert!(!site.log().contains(secret.password.as_str()));
-    std::fs::remove_file(folder.join("repository.json.age")).expect("lost");
+    std::fs::remove_file(directory.join("repository.json.age")).expect("lost");
     expect(base.open().await.map(drop), Code::Corrupt, &["lost its secret"]);
-    assert!(!folder.join("repository.json.age").exists());
-    std::fs::write(folder.join("repository.json.age"), &wrapped[..wrapped.len() - 9]).expect("cut");
+    assert!(!directory.join("repository.json.age").exists());
+    std::fs::write(directory.join("repository.json.age"), &wrapped[..wrapped.len() - 9])
+        .expect("cut");
     expect(base.open().await.map(drop), Code::Corrupt, &[]);
-    std::fs::write(folder.join("repository.json.age"), wrapped).expect("put back");
+    std::fs::write(directory.join("repository.json.age"), wrapped).expect("put back");
     assert_eq!(base.open().await.expect("found again").password, secret.password);
 }
 

@@ -185,8 +185,8 @@ async fn a_restore_that_was_killed_does_not_start_and_is_finished_by_the_next() 
     assert_eq!(pg.value("select count(*) from t").await, "400000");
 }
 
-fn size(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+fn size(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.metadata() {
             Ok(meta) if meta.is_dir() => size(&entry.path()),
@@ -298,8 +298,8 @@ async fn an_index_that_names_packs_that_are_gone_spoils_no_later_backup() {
     rig.pg.execute("create table t as select generate_series(1, 20000) g").await;
     rig.backup().await;
     let main = rig.site.tier1().join("main");
-    for folder in ["backups", "base/snapshots", "base/data"] {
-        for file in all_files(&main.join(folder)) {
+    for directory in ["backups", "base/snapshots", "base/data"] {
+        for file in all_files(&main.join(directory)) {
             fs::remove_file(file).expect("removed");
         }
     }
@@ -370,9 +370,9 @@ fn flip_in_largest(files: &[std::path::PathBuf]) {
     flip(file);
 }
 
-fn all_files(folder: &Path) -> Vec<std::path::PathBuf> {
+fn all_files(directory: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+    for entry in fs::read_dir(directory).expect("a directory").flatten() {
         match entry.path().is_dir() {
             true => found.extend(all_files(&entry.path())),
             false => found.push(entry.path()),

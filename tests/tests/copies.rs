@@ -24,7 +24,7 @@ fn append(path: &Path, text: &str) {
     install::give(path);
 }
 
-fn folder(path: PathBuf) -> PathBuf {
+fn directory(path: PathBuf) -> PathBuf {
     fs::create_dir_all(&path).expect("make");
     install::give(&path);
     path
@@ -40,7 +40,7 @@ fn outcome(json: &str) -> (bool, String) {
 async fn everything_in_the_files(major: u32) {
     let mut pg = Rig::builder(major).create().await;
     let data = pg.data_dir();
-    let out = folder(pg.socket_dir().join("outside"));
+    let out = directory(pg.socket_dir().join("outside"));
     let at = out.display();
     let main = data.join("postgresql.conf");
     fs::copy(data.join("pg_hba.conf"), out.join("hba.conf")).expect("copy");
@@ -57,7 +57,7 @@ async fn everything_in_the_files(major: u32) {
             data.display()
         ),
     );
-    folder(data.join("conf.d"));
+    directory(data.join("conf.d"));
     pg.start().await;
     let rig = Rig::of(Site::new().await, pg, false).await;
     // Since the start, so that PostgreSQL has never been asked: two targets at once, and one outside.
@@ -132,8 +132,8 @@ async fn nothing_in_the_files_of_a_cluster_leads_a_copy_astray_on_18() {
 async fn links_of_the_data_directory_never_lead_a_copy_into_the_original() {
     let mut pg = Rig::builder(15).create().await;
     let data = pg.data_dir();
-    let out = folder(pg.socket_dir().join("outside"));
-    let logs = folder(out.join("logs"));
+    let out = directory(pg.socket_dir().join("outside"));
+    let logs = directory(out.join("logs"));
     fs::rename(data.join("postgresql.conf"), out.join("postgresql.conf")).expect("move");
     let text = format!("data_directory = '{}'\nlogging_collector = on\n", data.display());
     append(&out.join("postgresql.conf"), &text);
@@ -162,7 +162,7 @@ async fn links_of_the_data_directory_never_lead_a_copy_into_the_original() {
 async fn tablespaces_after_the_backup(major: u32) {
     let rig = Rig::new(major, false).await;
     rig.backup("only").await;
-    let live = folder(rig.dir("live"));
+    let live = directory(rig.dir("live"));
     rig.pg.execute(&format!("create tablespace later location '{}'", live.display())).await;
     rig.pg.execute("create table far (id int) tablespace later").await;
     rig.pg.execute("insert into far select generate_series(1, 1000)").await;
@@ -171,7 +171,7 @@ async fn tablespaces_after_the_backup(major: u32) {
     rig.pg.execute("checkpoint").await;
     let before = state(&live);
 
-    let drills = folder(rig.dir("drills"));
+    let drills = directory(rig.dir("drills"));
     let inside = drills.display().to_string();
     let query = "select count(*) from far";
     let drill = rig.drill(&["--in", &inside, "--query", query, "--json"]).await;
@@ -223,7 +223,7 @@ async fn a_tablespace_made_after_the_backup_is_never_that_of_the_original_on_18(
 async fn a_place_that_is_not_there_is_made_for_a_tablespace_of_after_the_backup() {
     let mut rig = Rig::new(15, false).await;
     rig.backup("only").await;
-    let live = folder(rig.dir("live"));
+    let live = directory(rig.dir("live"));
     rig.pg.execute(&format!("create tablespace later location '{}'", live.display())).await;
     rig.pg.execute("create table far tablespace later as select 7 as x").await;
     rig.flushed().await;
@@ -363,7 +363,7 @@ async fn a_harmless_copy_takes_no_rows_archives_nothing_and_waits_for_nobody() {
     publisher.execute("create table rows (id int primary key)").await;
     publisher.execute("create publication p for table rows").await;
     let pg = Rig::builder(15).create().await;
-    let archive = folder(pg.socket_dir().join("archive"));
+    let archive = directory(pg.socket_dir().join("archive"));
     let text = format!("archive_mode = on\narchive_command = 'cp %p {}/%f'\n", archive.display());
     append(&pg.data_dir().join("postgresql.conf"), &text);
     let mut pg = pg;

@@ -177,7 +177,7 @@ async fn every_commit_that_returned_is_in_klios_wal_after_the_primary_is_gone() 
 async fn commits_in_klio(site: &Site, first: klio_pg::SegmentName) -> BTreeSet<String> {
     let size = klio_pg::SegmentSize::new(1 << 20).expect("1 MiB");
     let dir = site.scratch("fetched-wal");
-    std::fs::create_dir_all(&dir).expect("make a folder");
+    std::fs::create_dir_all(&dir).expect("make a directory");
     let mut name = first;
     let mut last = None;
     loop {

@@ -97,7 +97,7 @@ fn give_all(path: &Path) {
     }
 }
 
-/// What the page needs to know of a cluster with a site and a folder for what it makes.
+/// What the page needs to know of a cluster with a site and a directory for what it makes.
 fn settings(site: &Site, scratch: &Scratch) -> Vec<(&'static str, String)> {
     let text = |path: PathBuf| path.display().to_string();
     let identity = scratch.join("identity.txt");
@@ -118,7 +118,7 @@ fn of_bucket(s3: &S3) -> Vec<(&'static str, String)> {
     let settings = s3.settings();
     vec![
         ("S3", s3.endpoint()),
-        ("FOLDER", format!("{}/klio", settings.bucket)),
+        ("DIRECTORY", format!("{}/klio", settings.bucket)),
         ("AWS_DEFAULT_REGION", REGION.to_owned()),
         ("AWS_ACCESS_KEY_ID", settings.access_key.clone()),
         ("AWS_SECRET_ACCESS_KEY", settings.secret_key.clone()),

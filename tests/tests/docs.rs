@@ -5,7 +5,7 @@ use std::process::Command;
 
 #[tokio::test]
 async fn generated_references_have_not_drifted() {
-    let programs_dir = programs::klio_server().parent().expect("a folder").to_owned();
+    let programs_dir = programs::klio_server().parent().expect("a directory").to_owned();
     let mut command = Command::new(env::repository().join("deploy/tools/docs.sh"));
     command.arg("--check").arg(programs_dir);
     let outcome = programs::run(command).await;

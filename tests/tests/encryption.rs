@@ -39,9 +39,9 @@ async fn write_marker(pg: &Postgres) {
     }
 }
 
-fn files(folder: &Path) -> Vec<PathBuf> {
+fn files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         match entry.path() {
             path if path.is_dir() => found.extend(files(&path)),
             path => found.push(path),
@@ -50,21 +50,21 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn with_marker(folder: &Path) -> Vec<PathBuf> {
+fn with_marker(directory: &Path) -> Vec<PathBuf> {
     let holds = |path: &PathBuf| {
         let content = fs::read(path).unwrap_or_default();
         content.windows(MARKER.len()).any(|window| window == MARKER.as_bytes())
     };
-    files(folder).into_iter().filter(holds).collect()
+    files(directory).into_iter().filter(holds).collect()
 }
 
-/// What lies below a folder, and since when.
-fn state(folder: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+/// What lies below a directory, and since when.
+fn state(directory: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
     let of = |path: PathBuf| {
         let metadata = fs::metadata(&path).expect("nothing changes meanwhile");
         (path, (metadata.len(), metadata.modified().expect("a time")))
     };
-    files(folder).into_iter().map(of).collect()
+    files(directory).into_iter().map(of).collect()
 }
 
 /// Streams some segments and waits until they are archived; gives where the next ones begin.
@@ -252,9 +252,10 @@ async fn after_a_rotation_old_and_new_wal_is_given_back() {
     site.stop().await;
 }
 
-/// The recipients of every age file below a folder.
-fn recipients_below(folder: &Path) -> Vec<(PathBuf, Vec<String>)> {
-    let encrypted = files(folder).into_iter().filter(|f| f.extension().is_some_and(|e| e == "age"));
+/// The recipients of every age file below a directory.
+fn recipients_below(directory: &Path) -> Vec<(PathBuf, Vec<String>)> {
+    let encrypted =
+        files(directory).into_iter().filter(|f| f.extension().is_some_and(|e| e == "age"));
     let read = |file: PathBuf| {
         let bytes = fs::read(&file).expect("readable");
         let to = recipients_of(&bytes).unwrap_or_else(|| panic!("{}: for whom?", file.display()));

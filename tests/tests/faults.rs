@@ -75,7 +75,7 @@ async fn a_server_that_is_stopped_in_the_middle_of_an_upload_leaves_nothing_half
     let pg = Postgres::builder().segment_mib(64).set("wal_keep_size", "1GB").start().await;
     let s3 = S3::new();
     let half_done = || -> Vec<String> {
-        let files = std::fs::read_dir(&s3.settings().root).expect("the store's folder");
+        let files = std::fs::read_dir(&s3.settings().root).expect("the store's directory");
         let names = files.flatten().map(|file| file.file_name().to_string_lossy().into_owned());
         names.filter(|name| name.starts_with(".upload")).collect()
     };
@@ -132,12 +132,12 @@ async fn a_deleted_queue_and_a_bucket_added_later_lose_nothing() {
 
 fn queue_dir(site: &Site) -> PathBuf {
     let data = site.dir().join("data");
-    let entries = std::fs::read_dir(&data).expect("the data folder");
+    let entries = std::fs::read_dir(&data).expect("the data directory");
     let mut others = entries
         .filter_map(Result::ok)
         .map(|e| e.path())
         .filter(|p| p.is_dir() && !p.ends_with("tier1"));
-    others.next().expect("the queue's folder beside tier1")
+    others.next().expect("the queue's directory beside tier1")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -205,7 +205,7 @@ async fn certificates_that_do_not_fit_are_refused() {
     };
     let bundle = |name: &str, pair: klio_tests::pki::Pair, cluster: &str| {
         let dir = site.scratch(name);
-        std::fs::create_dir_all(&dir).expect("make a folder");
+        std::fs::create_dir_all(&dir).expect("make a directory");
         let _ = pair.write(&dir, "client");
         std::fs::write(dir.join("ca.crt"), &own.0).expect("write");
         let text = format!(
@@ -307,7 +307,7 @@ async fn renewed_certificates_need_no_restart_and_a_removed_authority_ends_the_s
     })
     .await;
     // A renewed bundle is used without a restart of the sidecar (Klio, Go: needed one).
-    let dir = site.bundle().parent().expect("a folder").to_owned();
+    let dir = site.bundle().parent().expect("a directory").to_owned();
     let _ = ca.client("klio@main", None, Validity::Now).write(&dir, "client");
     std::fs::write(dir.join("ca.crt"), ca.cert()).expect("write");
     // The first sidecar may have ended with its exit code for a certificate that is refused; a new one works.

@@ -22,7 +22,7 @@ async fn postgres() -> Postgres {
 
 /// The whole directory, as a snapshot of the volume would keep it. PostgreSQL is stopped.
 fn snapshot(pg: &Postgres, into: &Path) -> PathBuf {
-    std::fs::create_dir_all(into).expect("a folder for the snapshot");
+    std::fs::create_dir_all(into).expect("a directory for the snapshot");
     let copy = into.join("snapshot");
     copy_tree(&pg.data_dir(), &copy);
     copy

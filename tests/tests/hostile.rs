@@ -95,15 +95,16 @@ impl Setup {
         self.honest.push((id, content));
     }
 
-    fn folder(&self) -> PathBuf {
+    fn directory(&self) -> PathBuf {
         self.site.tier1().join("main/base")
     }
 
     /// Every honest backup is what it was.
     async fn require_all(&self, after: &str) {
-        let (folder, secret, honest) = (self.folder(), self.secret.clone(), self.honest.clone());
+        let (directory, secret, honest) =
+            (self.directory(), self.secret.clone(), self.honest.clone());
         let checked = tokio::task::spawn_blocking(move || {
-            let files = Arc::new(LocalFiles::new(Arc::new(RealDisk), folder));
+            let files = Arc::new(LocalFiles::new(Arc::new(RealDisk), directory));
             let repository = Repository::open(files, &secret).expect("open");
             for (number, (id, expected)) in honest.iter().enumerate() {
                 let found = restored(&repository, id).map_err(|e| format!("h{number}: {e}"))?;
@@ -162,8 +163,8 @@ impl Setup {
     }
 
     fn temporary(&self) -> Vec<PathBuf> {
-        fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
-            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
                 match entry.path() {
                     path if path.is_dir() => walk(&path, found),
                     path if path.extension().is_some() => found.push(path),
@@ -172,7 +173,7 @@ impl Setup {
             }
         }
         let mut found = Vec::new();
-        walk(&self.folder(), &mut found);
+        walk(&self.directory(), &mut found);
         found
     }
 }
@@ -464,9 +465,9 @@ async fn nothing_is_taken_outside_a_reservation() {
     setup.require_all("attacks outside a reservation").await;
 }
 
-/// Ten trees of which each holds the next one thirty times over are a folder of 30 to the 10th files.
+/// Ten trees of which each holds the next one thirty times over are a directory of 30 to the 10th files.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_folder_without_end_is_read_once() {
+async fn a_directory_without_end_is_read_once() {
     let mut setup = Setup::new().await;
     setup.back_up().await;
     let (mut tree, mut pieces) = (json!({"nodes": []}).to_string(), Vec::new());
@@ -490,5 +491,5 @@ async fn a_folder_without_end_is_read_once() {
     setup.put(BaseKind::Snapshot, &sealed).await.expect("whole");
     drop(_lease);
     setup.maintain().await;
-    setup.require_all("a folder without end").await;
+    setup.require_all("a directory without end").await;
 }

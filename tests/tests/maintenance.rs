@@ -97,8 +97,8 @@ impl Setup {
 
     async fn backup_named(&self, name: &str, segment: u64) {
         let start = START.advance(segment * MIB + 40);
-        let folder = self.site.scratch(&format!("made-{name}"));
-        let made = make(&self.base, &folder, name, start, start.advance(MIB / 2)).await;
+        let directory = self.site.scratch(&format!("made-{name}"));
+        let made = make(&self.base, &directory, name, start, start.advance(MIB / 2)).await;
         made.commit(&self.base).await;
         let what = format!("{name} in tier 2");
         eventually(&what, PATIENCE, || async { self.base.entry(name).await.0.tier2 }).await;
@@ -149,10 +149,10 @@ impl Setup {
         self.klio(&["verify", "--wal"]).await
     }
 
-    /// Everything below a folder, by relative path.
+    /// Everything below a directory, by relative path.
     fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
-        fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
-            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        fn walk(root: &Path, directory: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 let path = entry.path();
                 if path.is_dir() {
                     walk(root, &path, found);
@@ -294,8 +294,8 @@ async fn a_backup_that_begins_while_the_bucket_is_down_takes_nothing_for_lost() 
     let refused = setup.base.get(file, 0, 0).await.expect_err("the bucket is down");
     assert_eq!(Code::of(&refused), Code::Unavailable, "{refused}");
     let start = START.advance(8 * MIB + 40);
-    let folder = setup.site.scratch("made-b4");
-    let made = make(&setup.base, &folder, "b4", start, start.advance(MIB / 2)).await;
+    let directory = setup.site.scratch("made-b4");
+    let made = make(&setup.base, &directory, "b4", start, start.advance(MIB / 2)).await;
     made.commit(&setup.base).await;
     setup.s3.faults().heal();
     eventually("b4 in tier 2", PATIENCE, || async { setup.base.entry("b4").await.0.tier2 }).await;
@@ -803,8 +803,8 @@ async fn wal_of_a_timeline_that_only_the_bucket_has_expires_too() {
         stream.flushed(at.advance(half)).await.expect("acknowledged");
     }
     let (start, two) = (switch.advance(MIB + 40), TimelineId::new(2).expect("a timeline"));
-    let folder = setup.site.scratch("made-b4");
-    let mut made = make(&setup.base, &folder, "b4", start, start.advance(MIB / 2)).await;
+    let directory = setup.site.scratch("made-b4");
+    let mut made = make(&setup.base, &directory, "b4", start, start.advance(MIB / 2)).await;
     (made.record.start_timeline, made.record.stop_timeline) = (two, two);
     made.commit(&setup.base).await;
     eventually("b4 in tier 2", PATIENCE, || async { setup.base.entry("b4").await.0.tier2 }).await;
@@ -999,8 +999,8 @@ async fn a_record_with_two_times_far_apart_expires_nothing_raises_the_alarm_and_
  {
     let setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "1")]).await;
     let start = START.advance(8 * MIB + 40);
-    let folder = setup.site.scratch("made-b4");
-    let mut made = make(&setup.base, &folder, "b4", start, start.advance(MIB / 2)).await;
+    let directory = setup.site.scratch("made-b4");
+    let mut made = make(&setup.base, &directory, "b4", start, start.advance(MIB / 2)).await;
     made.record.started_postgres_unix -= 400.0 * 86_400.0;
     made.record.stopped_postgres_unix -= 400.0 * 86_400.0;
     made.commit(&setup.base).await;

@@ -201,7 +201,7 @@ async fn a_command_ends_with_its_trace_id_and_whether_its_spans_arrived() {
 struct Sad {
     receivers: Vec<Receiver>,
     variables: Vec<(&'static str, String)>,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 /// Signal, and the variables that say where and how it is sent.
@@ -215,8 +215,8 @@ impl Sad {
     /// `None`: nobody listens there; `true`: TLS by an authority that the program is not told of.
     async fn new(each: [(Protocol, Option<Answer>, bool); 3]) -> Self {
         let (tls, wrong) = (Tls::new(false), Tls::new(false));
-        let folder = tempfile::tempdir().unwrap();
-        let authority = folder.path().join("wrong.pem");
+        let directory = tempfile::tempdir().unwrap();
+        let authority = directory.path().join("wrong.pem");
         std::fs::write(&authority, &wrong.authority).unwrap();
         let mut variables = vec![
             ("OTEL_TRACES_EXPORTER", "otlp".to_owned()),
@@ -246,7 +246,7 @@ impl Sad {
             variables.push((place, endpoint));
             variables.push((how, spoken.into()));
         }
-        Self { receivers, variables, _folder: folder }
+        Self { receivers, variables, _directory: directory }
     }
 
     /// One warning a signal at most, each about the right variable; traces always have one.

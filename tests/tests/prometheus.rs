@@ -411,7 +411,7 @@ async fn after_a_restart_gauges_show_what_the_store_says_and_not_zero_or_now() {
     drop(s3);
 }
 
-/// Copies a folder with what a cluster has on tier 1 but for journals and repository data: large, and no gauge reads them.
+/// Copies a directory with what a cluster has on tier 1 but for journals and repository data: large, and no gauge reads them.
 fn copy_cluster(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("make");
     for entry in fs::read_dir(from).expect("list") {

@@ -60,9 +60,10 @@ impl Reader {
             command = command.replace(documented, real);
         }
         let program = programs::klio();
-        let path = [program.parent().expect("a folder"), &install::bin_dir(install::DEBIAN_MAJOR)]
-            .map(|folder| folder.display().to_string())
-            .join(":");
+        let path =
+            [program.parent().expect("a directory"), &install::bin_dir(install::DEBIAN_MAJOR)]
+                .map(|directory| directory.display().to_string())
+                .join(":");
         let log = self.scratch.join("out");
         let mut shell = install::command("/bin/bash".as_ref());
         // Not a pipe: PostgreSQL would keep it open.

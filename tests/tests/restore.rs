@@ -499,8 +499,9 @@ async fn a_drill_passes_and_a_damaged_backup_fails_it() {
     assert_eq!(fs::read_dir(&drills).expect("read").count(), 0, "a stopped drill left something");
 
     // A bit flips in every pack.
-    for folder in fs::read_dir(rig.site.tier1().join("main/base/data")).expect("read").flatten() {
-        for pack in fs::read_dir(folder.path()).expect("read").flatten() {
+    for directory in fs::read_dir(rig.site.tier1().join("main/base/data")).expect("read").flatten()
+    {
+        for pack in fs::read_dir(directory.path()).expect("read").flatten() {
             let file =
                 fs::OpenOptions::new().read(true).write(true).open(pack.path()).expect("open");
             let mut byte = [0];

@@ -18,8 +18,8 @@ const CLOSING: &[u8] = b"KWF3\x02\0\0\0";
 const FIRST_WAL: u64 = 4096 + 44;
 
 fn journals(site: &Site, ending: &str) -> Vec<PathBuf> {
-    let folder = fs::read_dir(site.wal_dir(1)).expect("the timeline's folder");
-    let names = folder.map(|entry| entry.expect("an entry").path());
+    let directory = fs::read_dir(site.wal_dir(1)).expect("the timeline's directory");
+    let names = directory.map(|entry| entry.expect("an entry").path());
     let mut found: Vec<PathBuf> =
         names.filter(|path| path.to_string_lossy().contains(ending)).collect();
     found.sort();

@@ -72,7 +72,7 @@ async fn every_name_in_both_tiers_is_durable() {
     site.stop().await;
     strace.ended().await;
     let calls = strace.calls();
-    let folders = [site.dir(), bucket];
+    let directories = [site.dir(), bucket];
     let given = |end: &str| {
         let ends = |path: &&PathBuf| path.to_string_lossy().ends_with(end);
         calls.iter().filter(|c| c.names() && c.paths.last().as_ref().is_some_and(ends)).count()
@@ -82,7 +82,7 @@ async fn every_name_in_both_tiers_is_durable() {
         assert!(given(end) >= least, "{} names end with {end}", given(end));
     }
     // The moment in as_of.json only makes a display better after a crash; a spare journal that is lost is made anew.
-    let wrong = undurable_names(&calls, &folders, &["as_of.json", ".spare"]);
+    let wrong = undurable_names(&calls, &directories, &["as_of.json", ".spare"]);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
@@ -134,15 +134,15 @@ async fn a_restore_is_on_disk_before_it_can_be_started() {
     let name = pg.segment_of(klio_pg::Lsn::new(end.segment_start(size).as_u64() - 1)).await;
     let name = name.to_string();
     site.wait_flushed(pg.flush_lsn().await).await;
-    let folder = site.scratch("fetched");
-    std::fs::create_dir_all(&folder).expect("make a folder");
-    let path = folder.join(&name).display().to_string();
+    let directory = site.scratch("fetched");
+    std::fs::create_dir_all(&directory).expect("make a directory");
+    let path = directory.join(&name).display().to_string();
     let command = site.klio_command(None, &["wal-fetch", &name, &path]);
     let (strace, command) = Strace::wrap(&command);
     let fetched = programs::run(command).await;
     assert_eq!(fetched.code, Some(0), "{}", fetched.stderr);
     let calls = strace.calls();
     assert!(calls.iter().any(|c| c.names() && c.paths.last() == Some(&PathBuf::from(&path))));
-    let wrong = undurable_names(&calls, &[folder], &[]);
+    let wrong = undurable_names(&calls, &[directory], &[]);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

@@ -35,8 +35,8 @@ fn replaced(text: &str, printed: &str, times: usize, by: &str) -> String {
     text.replace(printed, by)
 }
 
-/// A configuration of Prometheus in a folder of its own, beside the shipped rules, as the page says.
-fn prometheus_folder(config: &str) -> Scratch {
+/// A configuration of Prometheus in a directory of its own, beside the shipped rules, as the page says.
+fn prometheus_directory(config: &str) -> Scratch {
     let scratch = Scratch::new("page");
     let rules = env::repository().join("deploy/prometheus/klio.rules.yml");
     fs::copy(rules, scratch.join("klio.rules.yml")).expect("copy the rules");
@@ -47,10 +47,10 @@ fn prometheus_folder(config: &str) -> Scratch {
 #[test]
 fn the_printed_prometheus_configurations_are_valid() {
     for fence in ["yaml prometheus.yml", "yaml prometheus-collector.yml"] {
-        let folder = prometheus_folder(&block(fence));
+        let directory = prometheus_directory(&block(fence));
         let output = Command::new(env::tool("promtool"))
             .args(["check", "config", "prometheus.yml"])
-            .current_dir(folder.path())
+            .current_dir(directory.path())
             .output()
             .expect("start promtool");
         let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -75,7 +75,7 @@ async fn a_real_prometheus_with_the_printed_configuration_sees_both_programs_and
         config = replaced(&config, printed, 1, &format!("127.0.0.1:{page}"));
     }
     // A test need not wait that long for the next scrape.
-    let folder = prometheus_folder(&replaced(&config, "15s", 2, "1s"));
+    let directory = prometheus_directory(&replaced(&config, "15s", 2, "1s"));
     let page = |port: u16| {
         [
             ("OTEL_METRICS_EXPORTER", "prometheus".to_owned()),
@@ -96,8 +96,8 @@ async fn a_real_prometheus_with_the_printed_configuration_sees_both_programs_and
     command
         .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data"])
         .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-        .current_dir(folder.path());
-    let mut prometheus = Running::spawn("prometheus", command, &folder.join("prometheus.log"));
+        .current_dir(directory.path());
+    let mut prometheus = Running::spawn("prometheus", command, &directory.join("prometheus.log"));
     for of in ["klio_wal_connected{job=%22klio-server%22}", "klio_stream_connected{job=%22klio%22}"]
     {
         eventually(of, PATIENCE, || {
@@ -131,8 +131,8 @@ fn the_printed_section_of_the_file_names_settings_that_both_programs_have() {
 }
 
 /// All of the telemetry crate's sources but its tests.
-fn sources(folder: &Path, text: &mut String) {
-    for entry in fs::read_dir(folder).expect("read the sources").flatten() {
+fn sources(directory: &Path, text: &mut String) {
+    for entry in fs::read_dir(directory).expect("read the sources").flatten() {
         let path = entry.path();
         let is_tests = path.file_stem().is_some_and(|stem| stem == "tests");
         if path.is_dir() && !is_tests {

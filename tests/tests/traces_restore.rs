@@ -21,11 +21,11 @@ struct Rig {
     _stream: Running,
 }
 
-fn is_get(span: &Span, folder: &str) -> bool {
+fn is_get(span: &Span, directory: &str) -> bool {
     let attribute = |key: &str| span.attributes.get(key).map_or("", String::as_str);
     span.name == "tier2.request"
         && attribute("http.request.method") == "GET"
-        && attribute("key_prefix").contains(folder)
+        && attribute("key_prefix").contains(directory)
         && attribute("http.response.status_code").starts_with('2')
 }
 

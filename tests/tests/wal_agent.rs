@@ -99,8 +99,8 @@ impl Rig {
 
 /// Processes of the agent that serves this data directory, the serving ones.
 fn agents(data_dir: &Path) -> Vec<i32> {
-    let folder = fs::read_dir("/proc").expect("read /proc");
-    let pids = folder.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let directory = fs::read_dir("/proc").expect("read /proc");
+    let pids = directory.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid: &i32| {
         let process = PathBuf::from(format!("/proc/{pid}"));
         let line = fs::read(process.join("cmdline")).unwrap_or_default();
@@ -240,8 +240,8 @@ async fn a_hole_in_the_bucket_stops_recovery() {
     let rig = Rig::new(true).await;
     let mut copy = rig.copy(Source::Bucket, "recovery.signal", "--timeout 2s").await;
     rig.load().await;
-    let folder = rig.s3.bucket_dir().join("klio/main/wal/00000001");
-    let mut objects: Vec<_> = fs::read_dir(&folder).expect("the archive").flatten().collect();
+    let directory = rig.s3.bucket_dir().join("klio/main/wal/00000001");
+    let mut objects: Vec<_> = fs::read_dir(&directory).expect("the archive").flatten().collect();
     objects.sort_by_key(fs::DirEntry::file_name);
     let hole = &objects[objects.len() / 2];
     fs::remove_file(hole.path()).expect("make a hole");

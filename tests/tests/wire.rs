@@ -222,7 +222,7 @@ async fn more_than_the_window_and_oversized_messages_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_leave_the_folder_are_refused_on_every_call() {
+async fn names_that_leave_the_directory_are_refused_on_every_call() {
     let (_site, channel) = site().await;
     drop(begun(&channel).await);
     for name in [

@@ -223,11 +223,11 @@ impl BaseStore {
         &self,
         cluster: &ClusterName,
     ) -> Result<Vec<(BackupName, u64)>, Error> {
-        let folder = self.root().join(cluster.as_str()).join("backups");
-        let entries = match self.disk().list(&folder) {
+        let directory = self.root().join(cluster.as_str()).join("backups");
+        let entries = match self.disk().list(&directory) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::io(Op::List, &folder, e)),
+            Err(e) => return Err(Error::io(Op::List, &directory, e)),
         };
         let mut found = Vec::new();
         for name in entries.iter().filter_map(|entry| BackupName::parse_record(&entry.name)) {

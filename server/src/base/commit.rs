@@ -184,8 +184,8 @@ impl BaseStore {
         run(move || {
             let object = BaseObject::Record(body.name.clone());
             let path = this.path(&name, &object);
-            if let Some(folder) = path.parent() {
-                durable::create_dir(this.disk().as_ref(), folder)?;
+            if let Some(directory) = path.parent() {
+                durable::create_dir(this.disk().as_ref(), directory)?;
             }
             let bytes = record::encode(&body, path.display())?;
             durable::overwrite(this.disk().as_ref(), &path, &bytes)?;

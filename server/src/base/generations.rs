@@ -191,8 +191,8 @@ impl BaseStore {
     /// Durably, and then for everybody. Blocking.
     fn keep_generations(&self, base: ClusterName, all: Generations) -> Result<(), Error> {
         let path = self.path(&base, &BaseObject::Generations);
-        if let Some(folder) = path.parent() {
-            klio_storage::disk::durable::create_dir(self.disk().as_ref(), folder)?;
+        if let Some(directory) = path.parent() {
+            klio_storage::disk::durable::create_dir(self.disk().as_ref(), directory)?;
         }
         record::store(self.disk().as_ref(), &path, &all)?;
         lock(&self.0.generations.read).insert(base, all);

@@ -117,12 +117,12 @@ impl BaseStore {
         cluster: &ClusterName,
     ) -> Result<Vec<(BaseObject, u64)>, Error> {
         let Some(tier2) = self.tier2() else { return Ok(Vec::new()) };
-        let folder = format!("{cluster}/");
+        let directory = format!("{cluster}/");
         let mut found = Vec::new();
         for prefix in [repository_prefix(cluster), format!("{cluster}/backups")] {
             let listed = tier2.list_prefix(&prefix).await?;
             found.extend(listed.into_iter().filter_map(|object| {
-                let relative = object.key.strip_prefix(&folder)?;
+                let relative = object.key.strip_prefix(&directory)?;
                 Some((BaseObject::parse_relative(relative)?, object.size))
             }));
         }

@@ -225,7 +225,7 @@ impl BaseStore {
         })
     }
 
-    /// Tier 1's folder.
+    /// Tier 1's directory.
     pub fn root(&self) -> &Path {
         self.wal().root()
     }

@@ -1,4 +1,4 @@
-//! Receives one repository file: pieces to a temporary file, fsync, rename, fsync of the folder, answer.
+//! Receives one repository file: pieces to a temporary file, fsync, rename, fsync of the directory, answer.
 //!
 //! REPO1: the file is whole or absent, and durable when the answer goes out. REPO2: its bytes have the SHA-256 of
 //! its name, or nothing of it stays. BASE2: config and keys are the server's own; a file that is there stays

@@ -235,8 +235,10 @@ impl Place {
             tier2.remove(&key).await.context("remove the record from tier 2")?;
         }
         durable::remove_if_there(&RealDisk, &self.path).context("remove the record from tier 1")?;
-        if let Some(folder) = self.path.parent().filter(|folder| RealDisk.list(folder).is_ok()) {
-            durable::sync_dir(&RealDisk, folder)?;
+        if let Some(directory) =
+            self.path.parent().filter(|directory| RealDisk.list(directory).is_ok())
+        {
+            durable::sync_dir(&RealDisk, directory)?;
         }
         outcomes::remove(&RealDisk, &self.root, &self.cluster, &self.name)?;
         println!(

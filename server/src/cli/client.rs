@@ -40,8 +40,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .public_address
         .clone()
         .unwrap_or_else(|| init::address(&config.listen.ip().to_string(), config.listen.port()));
-    let folder = init::bundle(dir, &authority, &subject, cluster.as_ref(), &address)?;
-    println!("wrote {}/  copy it to where klio runs", folder.display());
+    let directory = init::bundle(dir, &authority, &subject, cluster.as_ref(), &address)?;
+    println!("wrote {}/  copy it to where klio runs", directory.display());
     Ok(())
 }
 
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_would_leave_the_folder_or_mean_nothing_are_refused() {
+    fn names_that_would_leave_the_directory_or_mean_nothing_are_refused() {
         assert!(read("app@pg-1", false).is_ok());
         assert!(read("ops", true).is_ok());
         for bad in ["../x@pg", "@pg", "app@", "app", "app@../x", "a/b@pg"] {

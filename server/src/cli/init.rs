@@ -1,4 +1,4 @@
-//! `klio-server init DIR`: everything a first start needs, in one folder. Overwrites nothing.
+//! `klio-server init DIR`: everything a first start needs, in one directory. Overwrites nothing.
 
 use super::keygen;
 use crate::pki::{self, CA_CERT, CA_KEY, Subject};
@@ -10,15 +10,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The configuration's name in the folder.
+/// The configuration's name in the directory.
 pub const CONFIG_FILE: &str = "klio-server.toml";
-/// The age identity's name in the folder.
+/// The age identity's name in the directory.
 pub const IDENTITY_FILE: &str = "identity.txt";
 
 /// Arguments of `init`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The folder to create or fill.
+    /// The directory to create or fill.
     pub dir: PathBuf,
     /// Host names and addresses the server will be reached by; the first one goes into client bundles.
     #[arg(long = "host", default_values_t = ["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()])]
@@ -43,7 +43,7 @@ pub struct Args {
     pub recipients: Vec<String>,
 }
 
-/// Writes the folder.
+/// Writes the directory.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let cluster: ClusterName = args.cluster.parse()?;
     let hosts: Vec<String> = args.hosts.iter().map(|host| bare(host)).collect();
@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         let path = args.dir.join(name);
         if path.exists() {
             bail!(
-                "{} exists already; hint: init never overwrites, choose another folder",
+                "{} exists already; hint: init never overwrites, choose another directory",
                 path.display()
             );
         }
@@ -118,10 +118,10 @@ fn private_dir(dir: &Path) -> anyhow::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .with_context(|| format!("create folder {}", dir.display()))
+        .with_context(|| format!("create directory {}", dir.display()))
 }
 
-/// Writes a client bundle below `clients/`; gives back its folder.
+/// Writes a client bundle below `clients/`; gives back its directory.
 pub fn bundle(
     dir: &Path,
     authority: &pki::Pair,
@@ -130,17 +130,17 @@ pub fn bundle(
     address: &str,
 ) -> anyhow::Result<PathBuf> {
     let (Subject::Client(name) | Subject::Person(name, _)) = subject;
-    let folder = dir.join("clients").join(name);
-    if folder.join("client.crt").exists() {
-        bail!("{} exists already; hint: move it away to issue a new one", folder.display());
+    let directory = dir.join("clients").join(name);
+    if directory.join("client.crt").exists() {
+        bail!("{} exists already; hint: move it away to issue a new one", directory.display());
     }
-    private_dir(&folder)?;
+    private_dir(&directory)?;
     let pair = pki::issue_client(authority, subject)?;
-    pki::write_new(&folder.join("ca.crt"), &authority.cert, false)?;
-    pki::write_new(&folder.join("client.crt"), &pair.cert, false)?;
-    pki::write_new(&folder.join("client.key"), &pair.key, true)?;
-    pki::write_new(&folder.join("klio.toml"), &client_text(cluster, address), true)?;
-    Ok(folder)
+    pki::write_new(&directory.join("ca.crt"), &authority.cert, false)?;
+    pki::write_new(&directory.join("client.crt"), &pair.cert, false)?;
+    pki::write_new(&directory.join("client.key"), &pair.key, true)?;
+    pki::write_new(&directory.join("klio.toml"), &client_text(cluster, address), true)?;
+    Ok(directory)
 }
 
 fn client_text(cluster: Option<&ClusterName>, address: &str) -> String {
@@ -206,7 +206,7 @@ listen = "{admin}"        # /livez, /readyz, /metrics
 
 # Tier 2: the bucket. Without it WAL stays on tier 1, and is archived when this is added.
 # [tier2]
-# url = "s3://bucket/prefix"          # also gs://, az://, file:///folder
+# url = "s3://bucket/prefix"          # also gs://, az://, file:///directory
 # endpoint = "https://s3.example.com" # S3-compatible stores
 # region = "eu-central-1"
 # access_key_id = "..."               # without: the ambient credentials

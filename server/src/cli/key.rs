@@ -86,7 +86,7 @@ fn tier1(config: &Config) -> PathBuf {
 /// Opens tier 1, which keeps the server from it.
 pub(super) fn open_store(config: &Config, at_rest: &AtRest) -> anyhow::Result<WalStore> {
     let (root, at_rest) = (tier1(config), at_rest.clone());
-    fs::create_dir_all(&root).with_context(|| format!("create folder {}", root.display()))?;
+    fs::create_dir_all(&root).with_context(|| format!("create directory {}", root.display()))?;
     check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
     let options = WalOptions { at_rest, ..WalOptions::default() };
     WalStore::open(Arc::new(RealDisk), root, options).context("open tier 1: is the server stopped?")

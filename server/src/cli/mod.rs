@@ -91,14 +91,14 @@ pub fn chain(error: &anyhow::Error) -> String {
 mod tests {
     use super::*;
 
-    /// `init` in a folder of somebody else's said "Permission denied" twice.
+    /// `init` in a directory of somebody else's said "Permission denied" twice.
     #[test]
     fn a_cause_is_said_once() {
         let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
         let file = crate::pki::Error::File { verb: "write", path: "/x".into(), source: denied() };
         let once = chain(&anyhow::Error::from(file));
         assert_eq!(once.matches("permission denied").count(), 1, "{once}");
-        let context = anyhow::Error::from(denied()).context("create folder /x");
-        assert_eq!(chain(&context), "create folder /x: permission denied");
+        let context = anyhow::Error::from(denied()).context("create directory /x");
+        assert_eq!(chain(&context), "create directory /x: permission denied");
     }
 }

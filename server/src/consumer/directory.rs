@@ -16,7 +16,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// A folder of sealed files, and what a store would know besides. Clones share it.
+/// A directory of sealed files, and what a store would know besides. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Directory {
     root: PathBuf,
@@ -98,10 +98,10 @@ impl Tier1Files for Directory {
     }
 }
 
-/// What a folder holds; nothing where there is no folder.
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
-    let fail = |error| Error::io(Op::List, folder, error);
-    let listing = match fs::read_dir(folder) {
+/// What a directory holds; nothing where there is no directory.
+fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
+    let fail = |error| Error::io(Op::List, directory, error);
+    let listing = match fs::read_dir(directory) {
         Ok(listing) => listing,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(fail(error)),
@@ -130,10 +130,10 @@ fn stored(relative: &str, path: &Path) -> Result<Option<StoredFile>, Error> {
 
 #[test]
 fn a_directory_shows_finished_files_only() {
-    let folder = tempfile::tempdir().unwrap();
-    let files = Directory::new(folder.path(), SegmentSize::new(1 << 20).unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let files = Directory::new(directory.path(), SegmentSize::new(1 << 20).unwrap());
     assert_eq!(files.clusters().unwrap(), vec![]);
-    let wal = folder.path().join("pg-1/wal");
+    let wal = directory.path().join("pg-1/wal");
     fs::create_dir_all(wal.join("00000001")).unwrap();
     let name = "000000010000000000000001";
     for file in [
@@ -145,7 +145,7 @@ fn a_directory_shows_finished_files_only() {
     ] {
         fs::write(wal.join(file), b"12345").unwrap();
     }
-    fs::write(folder.path().join("Not-A-Cluster"), b"").unwrap();
+    fs::write(directory.path().join("Not-A-Cluster"), b"").unwrap();
     let cluster: ClusterName = "pg-1".parse().unwrap();
     assert_eq!(files.clusters().unwrap(), vec![cluster.clone()]);
     let mut listed = files.list(&cluster).unwrap();

@@ -193,14 +193,14 @@ fn same_in_both_tiers(root: &Path, s3: &S3, cluster: &str, file: WalFile) -> boo
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_finished_reaches_the_bucket_byte_for_byte() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let partial: WalFile = "000000010000000000000009.partial".parse().unwrap();
     let history: WalFile = "00000002.history".parse().unwrap();
     seal_many(root.path(), "pg-1", 3..9);
     seal(root.path(), "pg-1", partial);
     seal(root.path(), "pg-1", history);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 9).await;
     eventually("nothing waits", || test.state("pg-1").unarchived_files == 0).await;
@@ -227,10 +227,10 @@ async fn everything_finished_reaches_the_bucket_byte_for_byte() {
 /// Gauges show the true last times after a restart, even with the bucket out of reach.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
     // Counted after it is recorded on disk.
@@ -270,21 +270,21 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
 /// P4; peers: nothing finds what is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_directory_loses_nothing() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
-    let queue_folder = folder.path().join("queue");
+    let queue_directory = directory.path().join("queue");
     seal_many(root.path(), "pg-1", 3..8);
     seal_many(root.path(), "pg-2", 3..8);
     // The bucket is down: all jobs stay in the queue.
     s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
-    let queue = TestQueue::up(&queue_folder).await;
+    let queue = TestQueue::up(&queue_directory).await;
     let test = Test::start(root.path(), &queue, &s3);
     eventually("jobs are queued", || queue.queue.stats().messages == 10).await;
     test.stop().await;
     queue.stop().await;
-    std::fs::remove_dir_all(&queue_folder).unwrap();
+    std::fs::remove_dir_all(&queue_directory).unwrap();
     s3.heal();
-    let queue = TestQueue::up(&queue_folder).await;
+    let queue = TestQueue::up(&queue_directory).await;
     let test = Test::start(root.path(), &queue, &s3);
     for cluster in ["pg-1", "pg-2"] {
         test.archived(cluster, 8).await;
@@ -297,7 +297,7 @@ async fn a_deleted_queue_directory_loses_nothing() {
 /// Peers: one task in flight for all clusters; ten tries, then a dead letter.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_broken_cluster_does_not_hold_up_another() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "broken", 0..30);
     seal_many(root.path(), "well", 3..30);
@@ -305,7 +305,7 @@ async fn one_broken_cluster_does_not_hold_up_another() {
     s3.on_request(|parts| {
         (parts.method == "PUT" && parts.uri.path().contains("/broken/")).then_some(Fault::Hang)
     });
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("well", 30).await;
     eventually("the trouble is named", || {
@@ -323,13 +323,13 @@ async fn one_broken_cluster_does_not_hold_up_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..20);
     let path = |number| root.path().join(segment(number).key(&name("pg-1")));
     let whole = std::fs::read(path(5)).unwrap();
     std::fs::write(path(5), &whole[..whole.len() / 2]).unwrap();
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     let publisher = crate::queue::Publisher::new(queue.queue.clone(), None);
     publisher.publish_path(&name("pg-1"), segment(99), 1); // in neither tier
@@ -352,14 +352,14 @@ async fn a_damaged_and_a_missing_file_hold_the_frontier_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_nats_server_in_the_middle_changes_nothing() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 0..60);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     for at in [5, 20, 40] {
         eventually("some are stored", || test.counts.of("pg-1", Attempt::Stored) >= at).await;
-        if let Some(pid) = pid(folder.path()) {
+        if let Some(pid) = pid(directory.path()) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
@@ -374,10 +374,10 @@ async fn a_killed_nats_server_in_the_middle_changes_nothing() {
 /// P4 and P5: an object that vanished from the bucket is found and written again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_vanished_is_written_again() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
     std::fs::remove_file(s3.object(&segment(4).key(&name("pg-1")))).unwrap();
@@ -390,14 +390,14 @@ async fn an_object_that_vanished_is_written_again() {
 /// OBJECT4 seen from here: what somebody else wrote under our key stays, and is named.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_object_is_a_named_conflict_and_stays() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "pg-1", 3..6);
     let object = s3.object(&segment(4).key(&name("pg-1")));
     std::fs::create_dir_all(object.parent().unwrap()).unwrap();
     let foreign = encode(b"another cluster's");
     std::fs::write(&object, &foreign).unwrap();
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     eventually("the conflict is named", || {
         test.state("pg-1").problems.iter().any(|p| p.contains("already there"))
@@ -412,7 +412,7 @@ async fn a_foreign_object_is_a_named_conflict_and_stays() {
 /// The frontier stood still at a gap, and the lag alarm rang for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let partial: WalFile = "000000010000000000000006.partial".parse().unwrap();
     seal_many(root.path(), "pg-1", 3..6);
@@ -420,7 +420,7 @@ async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
         let hit = parts.method == "PUT" && parts.uri.path().contains("partial");
         hit.then_some(Fault::Status(503, "SlowDown"))
     });
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
     // Recorded while it runs, with nothing behind it for now.
@@ -459,11 +459,11 @@ async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
 /// Right after a promotion nothing of the new timeline is sealed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_timeline_is_archived_no_further_than_what_it_came_from() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let partial: WalFile = "000000010000000000000006.partial".parse().unwrap();
     seal_many(root.path(), "pg-1", 3..5);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 5).await;
     s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
@@ -562,10 +562,10 @@ async fn one_trace_follows_a_segment_to_the_bucket() {
     opentelemetry::global::set_text_map_propagator(
         opentelemetry_sdk::propagation::TraceContextPropagator::new(),
     );
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     std::fs::create_dir_all(root.path().join("pg-1/wal")).unwrap();
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     eventually("the cluster is followed", || test.state("pg-1").problems.is_empty()).await;
     seal(root.path(), "pg-1", segment(3));
@@ -587,10 +587,10 @@ async fn one_trace_follows_a_segment_to_the_bucket() {
     queue.stop().await;
 }
 
-/// Every file of the embedded server's store, but its folders.
-fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
+/// Every file of the embedded server's store, but its directories.
+fn files_below(directory: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         match entry.path().is_dir() {
             true => found.extend(files_below(&entry.path())),
             false => found.push(entry.path()),
@@ -600,12 +600,12 @@ fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
     found
 }
 
-fn copy_folder(from: &Path, to: &Path) {
+fn copy_directory(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap().flatten() {
         let target = to.join(entry.file_name());
         match entry.path().is_dir() {
-            true => copy_folder(&entry.path(), &target),
+            true => copy_directory(&entry.path(), &target),
             false => drop(std::fs::copy(entry.path(), target).unwrap()),
         }
     }
@@ -613,14 +613,14 @@ fn copy_folder(from: &Path, to: &Path) {
 
 type Damage = fn(&Path);
 
-/// What becomes of a file; the last two also of a folder.
+/// What becomes of a file; the last two also of a directory.
 const DAMAGES: [(&str, Damage); 6] = [
     ("zeros", |file| change(file, |old| vec![0; old.len()])),
     ("garbage", |file| {
         change(file, |old| (0..old.len()).map(|at| (at * 131 + 7) as u8).collect());
     }),
     ("cut", |file| change(file, |old| old[..old.len() / 2].to_vec())),
-    // As of a medium that gives an error: a folder cannot be read as a file.
+    // As of a medium that gives an error: a directory cannot be read as a file.
     ("unreadable", |file| {
         std::fs::remove_file(file).unwrap();
         std::fs::create_dir_all(file.join("in its place")).unwrap();
@@ -632,7 +632,7 @@ const DAMAGES: [(&str, Damage); 6] = [
             std::fs::remove_file(file).unwrap();
         }
     }),
-    ("no folder", |place| {
+    ("no directory", |place| {
         if place.is_dir() {
             std::fs::remove_dir_all(place).unwrap();
         } else {
@@ -648,12 +648,12 @@ fn change(file: &Path, how: impl Fn(&[u8]) -> Vec<u8>) {
     std::fs::write(file, how(&std::fs::read(file).unwrap())).unwrap();
 }
 
-fn folders_below(folder: &Path) -> Vec<std::path::PathBuf> {
+fn directories_below(directory: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
             found.push(entry.path());
-            found.extend(folders_below(&entry.path()));
+            found.extend(directories_below(&entry.path()));
         }
     }
     found.sort();
@@ -663,9 +663,9 @@ fn folders_below(folder: &Path) -> Vec<std::path::PathBuf> {
 /// P4: zeros in a consumer's state stopped archiving for ever (nats-server 4758, 6333).
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
-    let template = folder.path().join("template");
+    let template = directory.path().join("template");
     seal_many(root.path(), "pg-1", 3..6);
     let queue = TestQueue::up(&template).await;
     let test = Test::start(root.path(), &queue, &s3);
@@ -684,16 +684,16 @@ async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
     let store = template.join("jetstream");
     let files = files_below(&store);
     assert!(files.iter().any(|file| file.ends_with("o.dat")), "{files:?}");
-    let folders = folders_below(&store);
-    assert!(folders.len() > 3, "{folders:?}");
+    let directories = directories_below(&store);
+    assert!(directories.len() > 3, "{directories:?}");
     let mut next = 9;
-    for file in files.into_iter().chain(folders) {
+    for file in files.into_iter().chain(directories) {
         let relative = file.strip_prefix(&store).unwrap();
         let damages = if file.is_dir() { &DAMAGES[4..] } else { &DAMAGES[..] };
         for (how, damage) in damages {
-            let place = folder.path().join("damaged");
+            let place = directory.path().join("damaged");
             let _ = std::fs::remove_dir_all(&place);
-            copy_folder(&template, &place);
+            copy_directory(&template, &place);
             let victim = place.join("jetstream").join(relative);
             damage(&victim);
             s3.heal();

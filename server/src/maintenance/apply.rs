@@ -197,8 +197,9 @@ impl Inner {
             let disk = base.disk().as_ref();
             let path = base.path(&cluster, &object);
             durable::remove_if_there(disk, &path)?;
-            if let Some(folder) = path.parent().filter(|folder| disk.list(folder).is_ok()) {
-                durable::sync_dir(disk, folder)?;
+            if let Some(directory) = path.parent().filter(|directory| disk.list(directory).is_ok())
+            {
+                durable::sync_dir(disk, directory)?;
             }
             outcomes::remove(disk, base.root(), &cluster, &name)
         });

@@ -48,11 +48,11 @@ pub(super) const USER: &str = "klio";
 /// User of the system account: asks the server for its settings, nothing else.
 pub(super) const SYSTEM_USER: &str = "klio-system";
 
-/// The folder that it makes below its `store_dir`.
+/// The directory that it makes below its `store_dir`.
 pub(super) const STORE: &str = "jetstream";
 
 /// The configuration file of one run.
-pub(super) fn render(folder: &Path, max_bytes: u64, credentials: &Credentials) -> String {
+pub(super) fn render(directory: &Path, max_bytes: u64, credentials: &Credentials) -> String {
     // JSON strings are valid strings of the NATS configuration format.
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let path = |path: &Path| quoted(&path.to_string_lossy());
@@ -61,7 +61,7 @@ pub(super) fn render(folder: &Path, max_bytes: u64, credentials: &Credentials) -
          host: \"127.0.0.1\"\n\
          port: -1\n\
          server_name: \"klio\"\n\
-         ports_file_dir: {folder}\n\
+         ports_file_dir: {directory}\n\
          max_payload: 64KB\n\
          max_connections: 256\n\
          jetstream {{\n\
@@ -75,8 +75,8 @@ pub(super) fn render(folder: &Path, max_bytes: u64, credentials: &Credentials) -
          \x20 SYS {{ users: [ {{ user: \"{SYSTEM_USER}\", password: {system} }} ] }}\n\
          }}\n\
          system_account: SYS\n",
-        folder = path(folder),
-        store = path(folder),
+        directory = path(directory),
+        store = path(directory),
         // The stream's own limit decides; the server's leaves room for its bookkeeping.
         max_file = max_bytes.saturating_mul(2),
         password = quoted(&credentials.password),
@@ -138,30 +138,30 @@ impl Forker {
 pub(super) struct Running {
     child: Child,
     pid: Pid,
-    folder: PathBuf,
+    directory: PathBuf,
     pub(super) url: String,
 }
 
-fn config_path(folder: &Path) -> PathBuf {
-    folder.join("nats.conf")
+fn config_path(directory: &Path) -> PathBuf {
+    directory.join("nats.conf")
 }
-fn pid_path(folder: &Path) -> PathBuf {
-    folder.join("nats.pid")
+fn pid_path(directory: &Path) -> PathBuf {
+    directory.join("nats.pid")
 }
 
 /// Starts the program and waits until it listens. `log` gets its standard error.
 pub(super) async fn start(
     forker: &Forker,
     executable: &Path,
-    folder: &Path,
+    directory: &Path,
     max_bytes: u64,
     credentials: &Credentials,
     log: impl FnOnce(ChildStderr),
 ) -> Result<Running, Error> {
-    end_stale(folder).await?;
-    remove_ports_files(folder);
-    let config = config_path(folder);
-    write_private(&config, &render(folder, max_bytes, credentials))?;
+    end_stale(directory).await?;
+    remove_ports_files(directory);
+    let config = config_path(directory);
+    write_private(&config, &render(directory, max_bytes, credentials))?;
     let mut child = forker
         .spawn(command(executable, &config))
         .await
@@ -171,8 +171,8 @@ pub(super) async fn start(
     }
     let pid = child.id().and_then(|id| Pid::from_raw(id as i32));
     let pid = pid.ok_or_else(|| Error::Child("it ended at once".into()))?;
-    write_private(&pid_path(folder), &format!("{pid}\n"))?;
-    let mut running = Running { child, pid, folder: folder.to_owned(), url: String::new() };
+    write_private(&pid_path(directory), &format!("{pid}\n"))?;
+    let mut running = Running { child, pid, directory: directory.to_owned(), url: String::new() };
     running.url = running.wait_for_port().await?;
     Ok(running)
 }
@@ -210,7 +210,7 @@ impl Running {
     async fn wait_for_port(&mut self) -> Result<String, Error> {
         let deadline = Instant::now() + READY_WITHIN;
         loop {
-            if let Some(url) = read_ports(&self.folder, self.pid) {
+            if let Some(url) = read_ports(&self.directory, self.pid) {
                 return Ok(url);
             }
             tokio::select! {
@@ -237,7 +237,7 @@ impl Running {
             tracing::warn!("nats-server did not end in time; killed");
             self.kill().await;
         }
-        let _ = std::fs::remove_file(pid_path(&self.folder));
+        let _ = std::fs::remove_file(pid_path(&self.directory));
     }
 
     async fn kill(&mut self) {
@@ -275,18 +275,18 @@ pub(super) async fn forward_log(stderr: ChildStderr) {
     }
 }
 
-fn read_ports(folder: &Path, pid: Pid) -> Option<String> {
+fn read_ports(directory: &Path, pid: Pid) -> Option<String> {
     // Named after the executable and the process.
     let suffix = format!("_{pid}.ports");
-    let entries = std::fs::read_dir(folder).ok()?;
+    let entries = std::fs::read_dir(directory).ok()?;
     let file = entries.flatten().find(|e| e.file_name().to_string_lossy().ends_with(&suffix))?;
     let ports: serde_json::Value =
         serde_json::from_slice(&std::fs::read(file.path()).ok()?).ok()?;
     ports.get("nats")?.get(0)?.as_str().map(str::to_owned)
 }
 
-fn remove_ports_files(folder: &Path) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+fn remove_ports_files(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.path().extension().is_some_and(|e| e == "ports") {
             let _ = std::fs::remove_file(entry.path());
         }
@@ -302,17 +302,17 @@ fn write_private(path: &Path, text: &str) -> Result<(), Error> {
     options.open(path).and_then(write).map_err(Error::file("write", path))
 }
 
-/// CHILD3: ends a program of an earlier run that still uses this folder.
-async fn end_stale(folder: &Path) -> Result<(), Error> {
-    let Ok(text) = std::fs::read_to_string(pid_path(folder)) else { return Ok(()) };
+/// CHILD3: ends a program of an earlier run that still uses this directory.
+async fn end_stale(directory: &Path) -> Result<(), Error> {
+    let Ok(text) = std::fs::read_to_string(pid_path(directory)) else { return Ok(()) };
     let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(()) };
-    if !uses(pid, folder) {
+    if !uses(pid, directory) {
         return Ok(()); // ended, or the number belongs to somebody else now
     }
     tracing::warn!(%pid, "a nats-server of an earlier run is still there; it is ended");
     let deadline = Instant::now() + STOP_WITHIN;
     let _ = rustix::process::kill_process(pid, Signal::TERM);
-    while uses(pid, folder) {
+    while uses(pid, directory) {
         if Instant::now() > deadline {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
@@ -324,10 +324,10 @@ async fn end_stale(folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn uses(pid: Pid, folder: &Path) -> bool {
+fn uses(pid: Pid, directory: &Path) -> bool {
     // The command line of a zombie is empty.
     let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-    let config = config_path(folder);
+    let config = config_path(directory);
     line.split(|b| *b == 0).any(|word| word == config.as_os_str().as_encoded_bytes())
 }
 

@@ -86,13 +86,13 @@ impl QueueConfig {
         }
         let beside = std::env::current_exe().ok().and_then(|e| e.parent().map(Path::to_owned));
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let folders = beside
+        let directories = beside
             .into_iter()
             .chain([PathBuf::from(".tools/bin")])
             .chain(std::env::split_paths(&path).filter(|p| p.is_absolute()));
         let mut tried = Vec::new();
-        for folder in folders {
-            let candidate = folder.join("nats-server");
+        for directory in directories {
+            let candidate = directory.join("nats-server");
             if candidate.is_file() {
                 return std::path::absolute(&candidate)
                     .map_err(Error::file("resolve", candidate.clone()));

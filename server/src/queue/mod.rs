@@ -126,14 +126,14 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
-    /// Starts the embedded server below `folder`, or connects to `config.url`, in the background: the
+    /// Starts the embedded server below `directory`, or connects to `config.url`, in the background: the
     /// queue may come up later than the server (QUEUE2).
     ///
     /// # Errors
     /// What waiting cannot heal: a bad configuration, no executable, one that is too old.
     pub async fn start(
         config: &QueueConfig,
-        folder: &Path,
+        directory: &Path,
         cancel: CancellationToken,
     ) -> Result<Started, Error> {
         let problems = config.validate();
@@ -159,8 +159,9 @@ impl Queue {
         } else {
             let executable = config.find_executable()?;
             child::check_version(&executable).await?;
-            let folder = std::path::absolute(folder).map_err(Error::file("resolve", folder))?;
-            tasks.spawn(supervise::embedded(state, config, executable, folder, cancel.clone()));
+            let directory =
+                std::path::absolute(directory).map_err(Error::file("resolve", directory))?;
+            tasks.spawn(supervise::embedded(state, config, executable, directory, cancel.clone()));
         }
         tasks.spawn(publish::run(Arc::clone(&shared), waiting, cancel));
         Ok(Started { queue: Self { shared, inbox }, tasks })

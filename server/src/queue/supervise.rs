@@ -41,7 +41,7 @@ pub(super) async fn embedded(
     shared: Arc<Shared>,
     config: QueueConfig,
     executable: PathBuf,
-    folder: PathBuf,
+    directory: PathBuf,
     cancel: CancellationToken,
 ) {
     let forker = match Forker::start() {
@@ -53,7 +53,7 @@ pub(super) async fn embedded(
     while !cancel.is_cancelled() {
         let begun = Instant::now();
         let before = shared.generation.load(Ordering::Relaxed);
-        let run = run_child(&shared, &config, &executable, &folder, &forker, &cancel).await;
+        let run = run_child(&shared, &config, &executable, &directory, &forker, &cancel).await;
         shared.disconnected();
         if let Err(error) = run {
             tracing::warn!(%error, "the queue is down; it is started again");
@@ -63,7 +63,7 @@ pub(super) async fn embedded(
             bad_runs = if good { 0 } else { bad_runs + 1 };
             if bad_runs >= BAD_RUNS_MAX || matches!(error, Error::Store) {
                 bad_runs = 0;
-                discard_store(&folder).await;
+                discard_store(&directory).await;
             }
             backoff.pause(begun, &cancel).await;
         }
@@ -71,13 +71,13 @@ pub(super) async fn embedded(
 }
 
 /// Takes the store away, or at least out of the way.
-async fn discard_store(folder: &Path) {
-    let store = folder.join(child::STORE);
+async fn discard_store(directory: &Path) {
+    let store = directory.join(child::STORE);
     let gone = tokio::fs::remove_dir_all(&store).await;
     let gone = match gone {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             // What a bad disk did not let go before lies under an earlier number.
-            let aside = |number: u32| folder.join(format!("jetstream.damaged.{number}"));
+            let aside = |number: u32| directory.join(format!("jetstream.damaged.{number}"));
             let free = (1..=ASIDE_MAX).map(aside).find(|place| !place.exists());
             tokio::fs::rename(&store, free.unwrap_or_else(|| aside(ASIDE_MAX))).await
         }
@@ -97,15 +97,15 @@ async fn run_child(
     shared: &Shared,
     config: &QueueConfig,
     executable: &Path,
-    folder: &Path,
+    directory: &Path,
     forker: &Forker,
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
-    private::folder(folder).map_err(Error::file("create", folder))?;
+    private::directory(directory).map_err(Error::file("create", directory))?;
     let credentials = Credentials::random();
     let mut log = JoinSet::new();
     let max_bytes = config.max_bytes.bytes();
-    let start = child::start(forker, executable, folder, max_bytes, &credentials, |stderr| {
+    let start = child::start(forker, executable, directory, max_bytes, &credentials, |stderr| {
         log.spawn(child::forward_log(stderr));
     });
     let mut running = tokio::select! {

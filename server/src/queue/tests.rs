@@ -24,17 +24,18 @@ pub(crate) fn nats_server() -> PathBuf {
 }
 
 impl TestQueue {
-    pub(crate) async fn start(folder: &Path) -> Self {
+    pub(crate) async fn start(directory: &Path) -> Self {
         rustls::crypto::ring::default_provider().install_default().ok();
         let config = QueueConfig { executable: Some(nats_server()), ..QueueConfig::default() };
         let cancel = CancellationToken::new();
-        let Started { queue, tasks } = Queue::start(&config, folder, cancel.clone()).await.unwrap();
+        let Started { queue, tasks } =
+            Queue::start(&config, directory, cancel.clone()).await.unwrap();
         Self { queue, cancel, tasks }
     }
 
     /// Started and connected.
-    pub(crate) async fn up(folder: &Path) -> Self {
-        let this = Self::start(folder).await;
+    pub(crate) async fn up(directory: &Path) -> Self {
+        let this = Self::start(directory).await;
         this.connected().await;
         this
     }
@@ -63,8 +64,8 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
     panic!("did not happen: {what}");
 }
 
-pub(crate) fn pid(folder: &Path) -> Option<rustix::process::Pid> {
-    let text = std::fs::read_to_string(folder.join("nats.pid")).ok()?;
+pub(crate) fn pid(directory: &Path) -> Option<rustix::process::Pid> {
+    let text = std::fs::read_to_string(directory.join("nats.pid")).ok()?;
     rustix::process::Pid::from_raw(text.trim().parse().ok()?)
 }
 
@@ -88,8 +89,8 @@ fn job(number: u32) -> Job {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_job_is_queued_once_and_comes_out_with_its_headers() {
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::up(folder.path()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::up(directory.path()).await;
     for _ in 0..3 {
         test.queue.publish_and_wait(job(1)).await.unwrap();
         // Longer than the duplicate window: only the subject can tell.
@@ -124,11 +125,11 @@ async fn the_same_job_is_queued_once_and_comes_out_with_its_headers() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_survive_a_killed_server_which_is_started_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::up(folder.path()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::up(directory.path()).await;
     test.queue.publish_and_wait(job(1)).await.unwrap();
     let before = test.connected().await.generation;
-    let killed = pid(folder.path()).unwrap();
+    let killed = pid(directory.path()).unwrap();
     rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
     let mut connection = test.queue.connection();
     let next = connection.wait_for(|c| c.as_ref().is_some_and(|c| c.generation > before));
@@ -141,8 +142,8 @@ async fn jobs_survive_a_killed_server_which_is_started_again() {
 /// QUEUE2: with the queue down, publishing returns at once and only marks the cluster.
 #[tokio::test(flavor = "multi_thread")]
 async fn publishing_never_waits_and_a_lost_job_is_marked() {
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::start(folder.path()).await; // not up yet
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::start(directory.path()).await; // not up yet
     let begun = std::time::Instant::now();
     (0..20_000).for_each(|n| test.queue.publish(job(n)));
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
@@ -157,9 +158,9 @@ async fn publishing_never_waits_and_a_lost_job_is_marked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_without_this_runs_credentials_gets_in() {
     use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::up(folder.path()).await;
-    let mode = |name| std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::up(directory.path()).await;
+    let mode = |name| std::fs::metadata(directory.path().join(name)).unwrap().permissions().mode();
     assert_eq!(mode("nats.conf") & 0o777, 0o600);
     let server = test.connected().await.jetstream.client().server_info();
     assert!(async_nats::connect(format!("127.0.0.1:{}", server.port)).await.is_err());
@@ -170,33 +171,34 @@ async fn nobody_without_this_runs_credentials_gets_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_queue_leaves_no_process_and_a_stale_one_is_ended() {
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::up(folder.path()).await;
-    let first = pid(folder.path()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::up(directory.path()).await;
+    let first = pid(directory.path()).unwrap();
     test.stop().await;
     assert!(!alive(first));
     // One that outlived its parent: started by hand with the same configuration.
     let mut stale = std::process::Command::new(nats_server())
         .arg("-c")
-        .arg(folder.path().join("nats.conf"))
+        .arg(directory.path().join("nats.conf"))
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    std::fs::write(folder.path().join("nats.pid"), format!("{}\n", stale.id())).unwrap();
-    let test = TestQueue::up(folder.path()).await;
+    std::fs::write(directory.path().join("nats.pid"), format!("{}\n", stale.id())).unwrap();
+    let test = TestQueue::up(directory.path()).await;
     assert!(stale.try_wait().unwrap().is_some(), "the stale one is gone");
-    assert_ne!(pid(folder.path()).unwrap().as_raw_nonzero().get() as u32, stale.id());
+    assert_ne!(pid(directory.path()).unwrap().as_raw_nonzero().get() as u32, stale.id());
     test.stop().await;
 }
 
 /// CHILD2: the kernel ends the child when the thread that forked it ends, without any code of ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_child_dies_with_the_thread_that_forked_it() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let forker = child::Forker::start().unwrap();
     let credentials = child::Credentials::random();
     let executable = nats_server();
-    let start = child::start(&forker, &executable, folder.path(), 1 << 20, &credentials, keep_open);
+    let start =
+        child::start(&forker, &executable, directory.path(), 1 << 20, &credentials, keep_open);
     let running = start.await.unwrap();
     let pid = running.pid();
     assert!(alive(pid));
@@ -207,8 +209,8 @@ async fn the_child_dies_with_the_thread_that_forked_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_removed_stream_is_made_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let test = TestQueue::up(folder.path()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let test = TestQueue::up(directory.path()).await;
     let connection = test.connected().await;
     let jetstream: jetstream::Context = connection.jetstream;
     jetstream.delete_stream(stream::STREAM).await.unwrap();
@@ -222,11 +224,12 @@ async fn a_removed_stream_is_made_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_existing_nats_can_be_used_by_url() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let forker = child::Forker::start().unwrap();
     let credentials = child::Credentials::random();
     let executable = nats_server();
-    let start = child::start(&forker, &executable, folder.path(), 1 << 28, &credentials, keep_open);
+    let start =
+        child::start(&forker, &executable, directory.path(), 1 << 28, &credentials, keep_open);
     let running = start.await.unwrap();
     rustls::crypto::ring::default_provider().install_default().ok();
     let config = QueueConfig {
@@ -237,7 +240,7 @@ async fn an_existing_nats_can_be_used_by_url() {
     };
     let cancel = CancellationToken::new();
     let Started { queue, mut tasks } =
-        Queue::start(&config, folder.path(), cancel.clone()).await.unwrap();
+        Queue::start(&config, directory.path(), cancel.clone()).await.unwrap();
     let mut connection = queue.connection();
     let up = connection.wait_for(Option::is_some);
     tokio::time::timeout(Duration::from_secs(30), up).await.expect("connects").unwrap();
@@ -250,8 +253,9 @@ async fn an_existing_nats_can_be_used_by_url() {
 #[tokio::test]
 async fn a_program_that_is_no_nats_server_is_refused() {
     let config = QueueConfig { executable: Some("/bin/true".into()), ..QueueConfig::default() };
-    let folder = tempfile::tempdir().unwrap();
-    let error = Queue::start(&config, folder.path(), CancellationToken::new()).await.err().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let error =
+        Queue::start(&config, directory.path(), CancellationToken::new()).await.err().unwrap();
     assert!(error.to_string().contains("2.12"), "{error}");
 }
 
@@ -259,7 +263,7 @@ async fn a_program_that_is_no_nats_server_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_refuses_and_recovers() {
     rustls::crypto::ring::default_provider().install_default().ok();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let config = QueueConfig {
         executable: Some(nats_server()),
         max_bytes: klio_pg::ByteSize::mib(1),
@@ -267,7 +271,7 @@ async fn a_full_queue_refuses_and_recovers() {
     };
     let cancel = CancellationToken::new();
     let Started { queue, mut tasks } =
-        Queue::start(&config, folder.path(), cancel.clone()).await.unwrap();
+        Queue::start(&config, directory.path(), cancel.clone()).await.unwrap();
     let mut connection = queue.connection();
     let up = connection.wait_for(Option::is_some);
     let up = tokio::time::timeout(Duration::from_secs(30), up).await.expect("comes up");

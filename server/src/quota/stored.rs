@@ -253,8 +253,8 @@ fn places(base: &BaseStore, place: &ClusterName) -> Vec<ClusterName> {
     all
 }
 
-fn bytes_below(folder: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+fn bytes_below(directory: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
     let is_temporary =
         |name: &std::ffi::OsStr| name.as_encoded_bytes().ends_with(durable::TMP_SUFFIX.as_bytes());
     entries
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_measured_with_all_below_it_but_what_comes() {
+    fn a_directory_is_measured_with_all_below_it_but_what_comes() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("d")).unwrap();
         std::fs::write(dir.path().join("d/x"), [0; 10]).unwrap();

@@ -105,8 +105,8 @@ mod tests {
 
     #[test]
     fn what_is_claimed_after_a_restart_is_what_was_known_and_never_a_file_s_time() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().to_owned();
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().to_owned();
         let open = || WalStore::open(Arc::new(RealDisk), root.clone(), WalOptions::default());
         let (wal, cluster): (_, ClusterName) = (open().unwrap(), "pg".parse().unwrap());
         fs::create_dir_all(root.join("pg")).unwrap();

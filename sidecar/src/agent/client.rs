@@ -112,20 +112,20 @@ fn place(from: &Path, bytes: u64, to: &Path) -> io::Result<()> {
 }
 
 fn connect(
-    folder: &Path,
+    directory: &Path,
     deadline: Instant,
     start: &impl Fn() -> io::Result<Child>,
 ) -> io::Result<UnixStream> {
     // Nobody may have put a socket there for us.
-    spool::prepare(folder).map_err(|error| io::Error::other(error.message))?;
-    let socket = spool::socket_in(folder);
+    spool::prepare(directory).map_err(|error| io::Error::other(error.message))?;
+    let socket = spool::socket_in(directory);
     let dial = || short_path(&socket).and_then(|short| UnixStream::connect(short.path()));
     if let Ok(stream) = dial() {
         return Ok(stream);
     }
     let mut agent = start().inspect_err(|_| {
         // Nobody is going to remove it.
-        let _ = fs::remove_dir(folder);
+        let _ = fs::remove_dir(directory);
     })?;
     let patience = deadline.min(Instant::now() + START_PATIENCE);
     loop {
@@ -140,12 +140,12 @@ fn connect(
 }
 
 /// Starts an agent, away from us: it reads nothing of ours and writes into its spool only.
-pub(crate) fn start(folder: &Path, arguments: &[std::ffi::OsString]) -> io::Result<Child> {
+pub(crate) fn start(directory: &Path, arguments: &[std::ffi::OsString]) -> io::Result<Child> {
     if cfg!(test) {
         // The program that runs is not klio.
         return Err(io::Error::other("no agents in unit tests"));
     }
-    let log = spool::new_log(folder)?;
+    let log = spool::new_log(directory)?;
     Command::new(std::env::current_exe()?)
         .args(arguments)
         .stdin(Stdio::null())

@@ -8,9 +8,9 @@ use std::os::fd::{FromRawFd, OwnedFd};
 /// Closes every descriptor but the standard ones. To be called first of all in `main`, by a program that was
 /// started as an agent.
 pub fn close_inherited() {
-    let Ok(folder) = std::fs::read_dir("/proc/self/fd") else { return };
-    // Collected first: the folder's own descriptor is among them, and is closed by then.
-    let open: Vec<i32> = folder
+    let Ok(directory) = std::fs::read_dir("/proc/self/fd") else { return };
+    // Collected first: the directory's own descriptor is among them, and is closed by then.
+    let open: Vec<i32> = directory
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|fd| *fd > 2)
         .collect();

@@ -91,8 +91,8 @@ mod tests {
 
     #[test]
     fn recovery_is_over_when_its_signal_or_its_postmaster_is_gone() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path();
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path();
         fs::write(data.join("standby.signal"), "").unwrap();
         fs::write(data.join("postmaster.pid"), format!("{}\n/data\n", std::process::id())).unwrap();
         let recovery = Recovery::of(data.to_owned());
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn without_a_recovery_in_sight_only_idleness_ends_it() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Recovery::of(folder.path().to_owned()).is_over(), None);
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(Recovery::of(directory.path().to_owned()).is_over(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! The folder where WAL waits: on the file system of `pg_wal`, so that handing a segment over is a rename.
+//! The directory where WAL waits: on the file system of `pg_wal`, so that handing a segment over is a rename.
 //!
 //! Mode 0700 and ours, or it is not used. One agent at a time holds the lock; whoever holds it may remove everything.
 //! Names carry a tag of the agent, so that a file told of by an earlier one is never another's.
@@ -26,13 +26,13 @@ const LOG: &str = "agent.log";
 const CLAIM_TRIES: u32 = 40;
 const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
-/// Where the spool of a recovery into `path` (%p) is: `.klio` beside it, or a folder of its own in `configured`.
+/// Where the spool of a recovery into `path` (%p) is: `.klio` beside it, or a directory of its own in `configured`.
 pub fn spool_for(path: &Path, configured: &Path) -> PathBuf {
-    let folder = path.parent().unwrap_or(Path::new(""));
+    let directory = path.parent().unwrap_or(Path::new(""));
     if configured.as_os_str().is_empty() {
-        return folder.join(".klio");
+        return directory.join(".klio");
     }
-    let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
     let sum = Sha256::digest(absolute.as_os_str().as_encoded_bytes());
     let short: String = sum.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     configured.join(format!("klio-{short}"))
@@ -48,7 +48,7 @@ pub(super) fn new_log(spool: &Path) -> io::Result<File> {
     File::create(spool.join(LOG))
 }
 
-/// Makes the folder if it is not there, and checks that it is ours alone.
+/// Makes the directory if it is not there, and checks that it is ours alone.
 ///
 /// # Errors
 /// As the file system fails, or when somebody else could have put something there.
@@ -64,7 +64,7 @@ pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
     if !found.is_dir() || !ours || found.mode() & 0o077 != 0 {
         let found = format!("owner {} and mode {:o}", found.uid(), found.mode() & 0o7777);
         let message = format!(
-            "use spool {}: expected our folder of mode 700, found {found}",
+            "use spool {}: expected our directory of mode 700, found {found}",
             spool.display()
         );
         return Err(Error::new(Failure::Local, message));
@@ -75,7 +75,7 @@ pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
 /// A spool that is ours until this is dropped; then it is gone.
 #[derive(Debug)]
 pub(super) struct Spool {
-    folder: PathBuf,
+    directory: PathBuf,
     files: Files,
     _lock: File,
 }
@@ -85,13 +85,16 @@ impl Spool {
     ///
     /// # Errors
     /// As the file system fails.
-    pub async fn claim(folder: &Path) -> Result<Option<Self>, Error> {
+    pub async fn claim(directory: &Path) -> Result<Option<Self>, Error> {
         for _ in 0..CLAIM_TRIES {
-            // In the loop: the agent that is leaving removes the folder.
-            prepare(folder)?;
-            if let Some(lock) = lock(&folder.join(LOCK))? {
-                let spool =
-                    Self { folder: folder.to_owned(), files: Files::new(folder), _lock: lock };
+            // In the loop: the agent that is leaving removes the directory.
+            prepare(directory)?;
+            if let Some(lock) = lock(&directory.join(LOCK))? {
+                let spool = Self {
+                    directory: directory.to_owned(),
+                    files: Files::new(directory),
+                    _lock: lock,
+                };
                 spool.clean(&[LOCK, LOG]);
                 return Ok(Some(spool));
             }
@@ -101,7 +104,7 @@ impl Spool {
     }
 
     pub fn socket(&self) -> PathBuf {
-        socket_in(&self.folder)
+        socket_in(&self.directory)
     }
 
     pub fn files(&self) -> Files {
@@ -109,7 +112,7 @@ impl Spool {
     }
 
     fn clean(&self, keep: &[&str]) {
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let name = entry.file_name();
             if !keep.iter().any(|keep| name == *keep) {
                 let _ = fs::remove_file(entry.path());
@@ -120,27 +123,27 @@ impl Spool {
 
 impl Drop for Spool {
     fn drop(&mut self) {
-        // First nobody finds us, last the lock goes: a new agent begins with a folder of its own.
+        // First nobody finds us, last the lock goes: a new agent begins with a directory of its own.
         let _ = fs::remove_file(self.socket());
         self.clean(&[LOCK]);
-        let _ = fs::remove_file(self.folder.join(LOCK));
-        let _ = fs::remove_dir(&self.folder);
+        let _ = fs::remove_file(self.directory.join(LOCK));
+        let _ = fs::remove_dir(&self.directory);
     }
 }
 
 /// Removes what a killed agent left, unless another one serves there by now.
-pub fn remove_left(folder: &Path) {
-    if let Ok(Some(lock)) = lock(&folder.join(LOCK)) {
-        drop(Spool { folder: folder.to_owned(), files: Files::new(folder), _lock: lock });
+pub fn remove_left(directory: &Path) {
+    if let Ok(Some(lock)) = lock(&directory.join(LOCK)) {
+        drop(Spool { directory: directory.to_owned(), files: Files::new(directory), _lock: lock });
     }
 }
 
-/// The lock, when nobody has it and the file is still the one in the folder.
+/// The lock, when nobody has it and the file is still the one in the directory.
 fn lock(path: &Path) -> Result<Option<File>, Error> {
     let open = File::options().create(true).truncate(false).write(true).open(path);
     let file = match open {
         Ok(file) => file,
-        // The folder went away between our making it and this.
+        // The directory went away between our making it and this.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(local("open", path, &error)),
     };
@@ -158,27 +161,27 @@ fn lock(path: &Path) -> Result<Option<File>, Error> {
 /// New names in the spool. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Files {
-    folder: Arc<Path>,
+    directory: Arc<Path>,
     tag: Arc<str>,
     number: Arc<AtomicU64>,
 }
 
 impl Files {
-    pub fn new(folder: &Path) -> Self {
+    pub fn new(directory: &Path) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let tag = format!("{:x}-{:x}", std::process::id(), since.as_nanos());
-        Self { folder: folder.into(), tag: tag.into(), number: Arc::default() }
+        Self { directory: directory.into(), tag: tag.into(), number: Arc::default() }
     }
 
     /// A path that was never used before.
     pub fn unused(&self) -> PathBuf {
         let number = self.number.fetch_add(1, Ordering::Relaxed);
-        self.folder.join(format!("{}-{number}", self.tag))
+        self.directory.join(format!("{}-{number}", self.tag))
     }
 
     /// Bytes that may be written here: a quarter of what is free, as PostgreSQL needs the rest.
     pub fn room(&self) -> u64 {
-        rustix::fs::statvfs(&*self.folder).map_or(0, |fs| fs.f_bavail * fs.f_frsize / 4)
+        rustix::fs::statvfs(&*self.directory).map_or(0, |fs| fs.f_bavail * fs.f_frsize / 4)
     }
 }
 
@@ -202,31 +205,31 @@ mod tests {
     #[tokio::test]
     async fn one_agent_at_a_time_and_nothing_stays() {
         let parent = tempfile::tempdir().unwrap();
-        let folder = parent.path().join(".klio");
-        fs::create_dir(&folder).unwrap();
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
-        fs::write(folder.join("left by a killed one"), "x").unwrap();
-        fs::write(folder.join(SOCKET), "").unwrap();
-        let first = Spool::claim(&folder).await.unwrap().unwrap();
-        remove_left(&folder);
-        assert!(folder.exists(), "it is served");
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "the lock alone");
-        assert!(lock(&folder.join(LOCK)).unwrap().is_none());
+        let directory = parent.path().join(".klio");
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(directory.join("left by a killed one"), "x").unwrap();
+        fs::write(directory.join(SOCKET), "").unwrap();
+        let first = Spool::claim(&directory).await.unwrap().unwrap();
+        remove_left(&directory);
+        assert!(directory.exists(), "it is served");
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "the lock alone");
+        assert!(lock(&directory.join(LOCK)).unwrap().is_none());
         fs::write(first.files().unused(), "x").unwrap();
         drop(first);
-        assert!(!folder.exists());
-        assert!(Spool::claim(&folder).await.unwrap().is_some());
+        assert!(!directory.exists());
+        assert!(Spool::claim(&directory).await.unwrap().is_some());
     }
 
     #[test]
-    fn a_folder_that_others_can_write_to_is_not_used() {
+    fn a_directory_that_others_can_write_to_is_not_used() {
         let parent = tempfile::tempdir().unwrap();
-        let folder = parent.path().join(".klio");
-        fs::create_dir(&folder).unwrap();
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(prepare(&folder).unwrap_err().message.contains("mode 777"));
-        fs::remove_dir(&folder).unwrap();
-        std::os::unix::fs::symlink(parent.path(), &folder).unwrap();
-        assert!(prepare(&folder).is_err());
+        let directory = parent.path().join(".klio");
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(prepare(&directory).unwrap_err().message.contains("mode 777"));
+        fs::remove_dir(&directory).unwrap();
+        std::os::unix::fs::symlink(parent.path(), &directory).unwrap();
+        assert!(prepare(&directory).is_err());
     }
 }

@@ -35,15 +35,15 @@ const MIB: u64 = 1 << 20;
 /// An agent in this process.
 struct Agent {
     source: Arc<FakeSource>,
-    folder: TempDir,
+    directory: TempDir,
     leave: CancellationToken,
     tasks: JoinSet<()>,
 }
 
 impl Agent {
     async fn start(source: FakeSource, segments_max: u64) -> Self {
-        let (source, folder) = (Arc::new(source), tempfile::tempdir().unwrap());
-        let spool = Spool::claim(&folder.path().join(".klio")).await.unwrap().unwrap();
+        let (source, directory) = (Arc::new(source), tempfile::tempdir().unwrap());
+        let spool = Spool::claim(&directory.path().join(".klio")).await.unwrap().unwrap();
         let listener = UnixListener::bind(spool.socket()).unwrap();
         let expected = Expected { system_identifier: Some(SYSTEM), has_target: false };
         let limits = Limits { bytes_max: segments_max * MIB, ..Limits::default() };
@@ -63,15 +63,15 @@ impl Agent {
             }
             drop(spool);
         });
-        Self { source, folder, leave, tasks }
+        Self { source, directory, leave, tasks }
     }
 
     fn spool(&self) -> PathBuf {
-        self.folder.path().join(".klio")
+        self.directory.path().join(".klio")
     }
 
     fn path(&self) -> PathBuf {
-        self.folder.path().join("RECOVERYXLOG")
+        self.directory.path().join("RECOVERYXLOG")
     }
 
     async fn ask_with(&self, fingerprint: &'static str, file: WalFile) -> Outcome {
@@ -335,7 +335,7 @@ async fn an_agent_that_dies_never_answers_wrongly() {
 #[tokio::test]
 async fn two_callers_of_one_file_both_get_it() {
     let agent = agent(0..6).await;
-    let (spool, folder) = (agent.spool(), agent.folder.path().to_owned());
+    let (spool, directory) = (agent.spool(), agent.directory.path().to_owned());
     let ask = |spool: PathBuf, path: PathBuf| {
         tokio::task::spawn_blocking(move || {
             let file = asked_for(segment(1, 3));
@@ -351,7 +351,7 @@ async fn two_callers_of_one_file_both_get_it() {
             client::ask(&errand, || Err(std::io::Error::other("none is started here")))
         })
     };
-    let (a, b) = (folder.join("a"), folder.join("b"));
+    let (a, b) = (directory.join("a"), directory.join("b"));
     let (first, second) = (ask(spool.clone(), a.clone()), ask(spool, b.clone()));
     assert_eq!((first.await.unwrap(), second.await.unwrap()), (Outcome::Placed, Outcome::Placed));
     for path in [a, b] {
@@ -361,9 +361,9 @@ async fn two_callers_of_one_file_both_get_it() {
 
 #[tokio::test]
 async fn wal_of_another_postgresql_is_not_handed_over() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let source = Arc::new(FakeSource::new(0..3));
-    let spool = Spool::claim(&folder.path().join(".klio")).await.unwrap().unwrap();
+    let spool = Spool::claim(&directory.path().join(".klio")).await.unwrap().unwrap();
     let expected = Expected { system_identifier: Some(SYSTEM + 1), has_target: false };
     let leave = CancellationToken::new();
     let engine = Engine::new(source, expected, spool.files(), Limits::default(), leave.clone());

@@ -1,4 +1,4 @@
-//! What `wal-fetch` and the agent say to each other: lines of text over a unix socket in a folder that is ours alone.
+//! What `wal-fetch` and the agent say to each other: lines of text over a unix socket in a directory that is ours alone.
 //!
 //! | who | line |
 //! |---|---|
@@ -98,7 +98,7 @@ impl Line {
 /// A socket's path in a form that fits into `sun_path`.
 pub(super) struct ShortPath {
     path: PathBuf,
-    _folder: Option<File>,
+    _directory: Option<File>,
 }
 
 impl ShortPath {
@@ -107,16 +107,16 @@ impl ShortPath {
     }
 }
 
-/// `sun_path` has 108 bytes on Linux (unix(7)); a data directory's path can be longer, so the folder is named by
+/// `sun_path` has 108 bytes on Linux (unix(7)); a data directory's path can be longer, so the directory is named by
 /// its descriptor then.
 pub(super) fn short_path(path: &Path) -> io::Result<ShortPath> {
     if path.as_os_str().len() <= 100 {
-        return Ok(ShortPath { path: path.to_owned(), _folder: None });
+        return Ok(ShortPath { path: path.to_owned(), _directory: None });
     }
-    let folder = File::open(path.parent().unwrap_or(Path::new(".")))?;
+    let directory = File::open(path.parent().unwrap_or(Path::new(".")))?;
     let name = path.file_name().unwrap_or_default();
-    let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
-    Ok(ShortPath { path: short, _folder: Some(folder) })
+    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    Ok(ShortPath { path: short, _directory: Some(directory) })
 }
 
 #[cfg(test)]

@@ -102,7 +102,7 @@ fn no_text(oid: u32, location: &Path) -> Error {
         location.as_os_str().as_encoded_bytes().escape_ascii()
     );
     Error::new(Failure::Local, message).hint(
-        "stop PostgreSQL, rename the folder, and let the link in pg_tblspc lead to its new name; nothing was sent",
+        "stop PostgreSQL, rename the directory, and let the link in pg_tblspc lead to its new name; nothing was sent",
     )
 }
 

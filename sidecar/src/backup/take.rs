@@ -167,7 +167,7 @@ impl Run<'_> {
         let tree = Tree {
             data: self.place.data.clone(),
             tablespaces: tablespaces.clone(),
-            folder: control.tablespace_folder(self.facts.version.major()),
+            directory: control.tablespace_directory(self.facts.version.major()),
             check: check.clone(),
             stop: self.engine.clone(),
         };

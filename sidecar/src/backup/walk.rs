@@ -51,8 +51,8 @@ pub struct Tree {
     pub data: PathBuf,
     /// Its tablespaces.
     pub tablespaces: Vec<Tablespace>,
-    /// The folder of this PostgreSQL in each of them.
-    pub folder: String,
+    /// The directory of this PostgreSQL in each of them.
+    pub directory: String,
     /// Checks pages; `None` where the cluster has no checksums.
     pub check: Option<Arc<PageCheck>>,
     /// Ends the listing.
@@ -79,7 +79,7 @@ enum Place {
     Root,
     /// pg_tblspc.
     Links,
-    /// `base`, and the folder of this PostgreSQL in a tablespace: databases are in it.
+    /// `base`, and the directory of this PostgreSQL in a tablespace: databases are in it.
     Databases,
     /// `global`.
     Global,
@@ -340,9 +340,10 @@ impl Walk {
         let shown = Path::new("tablespaces").join(tablespace.oid.to_string());
         let Some(meta) = present(std::fs::metadata(&path), &path)? else { return Ok(true) };
         self.ready.push_back(directory(&meta, shown.clone()));
-        let named = Path::new("pg_tblspc").join(tablespace.oid.to_string()).join(&self.tree.folder);
-        let folder = self.tree.folder.clone();
-        self.enter(path.join(&folder), shown.join(&folder), named, Place::Databases)?;
+        let named =
+            Path::new("pg_tblspc").join(tablespace.oid.to_string()).join(&self.tree.directory);
+        let directory = self.tree.directory.clone();
+        self.enter(path.join(&directory), shown.join(&directory), named, Place::Databases)?;
         Ok(true)
     }
 
@@ -412,7 +413,7 @@ impl Walk {
             (Place::Databases, _) => Place::Database,
             // In place of a link: allow_in_place_tablespaces.
             (Place::Links, _) => Place::Other,
-            (Place::Other, _) if name == self.tree.folder => Place::Databases,
+            (Place::Other, _) if name == self.tree.directory => Place::Databases,
             _ => Place::Other,
         };
         self.enter(path, shown, named, place)
@@ -568,7 +569,7 @@ mod tests {
             Tree {
                 data: self.0.path().join("pg"),
                 tablespaces: tablespaces.iter().map(tablespace).collect(),
-                folder: "PG_15_1".into(),
+                directory: "PG_15_1".into(),
                 check: None,
                 stop: CancellationToken::new(),
             }

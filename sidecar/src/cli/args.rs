@@ -422,11 +422,11 @@ pub struct WalFetchArgs {
 /// `klio wal-agent`
 #[derive(Debug, Args)]
 pub struct WalAgentArgs {
-    /// Folder for WAL that waits
-    #[arg(long, value_name = "FOLDER")]
+    /// Directory for WAL that waits
+    #[arg(long, value_name = "DIRECTORY")]
     pub spool: PathBuf,
     /// Data directory that is being recovered
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "DIRECTORY")]
     pub data_dir: Option<PathBuf>,
     /// Of the settings of whoever started it
     #[arg(long, value_name = "HEX")]

@@ -21,8 +21,8 @@ async fn klio(arguments: &[&str]) -> u8 {
     result.await.unwrap()
 }
 
-fn configure(folder: &Path, address: &str) -> String {
-    let path = folder.join("klio.toml");
+fn configure(directory: &Path, address: &str) -> String {
+    let path = directory.join("klio.toml");
     let text =
         format!("cluster = \"pg-1\"\n[server]\naddress = \"{address}\"\nunsafe_plaintext = true\n");
     std::fs::write(&path, text).unwrap();
@@ -52,11 +52,11 @@ fn segment() -> (Vec<u8>, Vec<FetchResponse>) {
 
 #[tokio::test]
 async fn wal_fetch_gives_a_segment_back() {
-    let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());
+    let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
     let (plain, messages) = segment();
     server.change(|s| drop(s.files.insert(SEGMENT.into(), messages)));
-    let config = configure(folder.path(), &server.address);
-    let path = folder.path().join("RECOVERYXLOG");
+    let config = configure(directory.path(), &server.address);
+    let path = directory.path().join("RECOVERYXLOG");
     assert_eq!(fetch(&config, SEGMENT, &path).await, 0);
     assert!(std::fs::read(&path).unwrap() == plain);
 }
@@ -64,9 +64,9 @@ async fn wal_fetch_gives_a_segment_back() {
 /// P7: in WAL-G and in plugins for CloudNativePG a network error looked like the end of WAL.
 #[tokio::test]
 async fn wal_fetch_answers_one_only_when_the_server_says_not_found() {
-    let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());
-    let config = configure(folder.path(), &server.address);
-    let path = folder.path().join("RECOVERYXLOG");
+    let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
+    let config = configure(directory.path(), &server.address);
+    let path = directory.path().join("RECOVERYXLOG");
     assert_eq!(fetch(&config, SEGMENT, &path).await, 1);
     for code in Code::ALL.iter().filter(|code| **code != Code::NotFound) {
         server.change(|s| s.fetch_error = Some(*code));
@@ -82,28 +82,28 @@ async fn wal_fetch_answers_one_only_when_the_server_says_not_found() {
 /// P7.
 #[tokio::test]
 async fn wal_fetch_stops_recovery_when_the_answer_is_cut_off() {
-    let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());
+    let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
     let (_, mut messages) = segment();
     messages.truncate(messages.len() - 1);
     server.change(|s| drop(s.files.insert(SEGMENT.into(), messages)));
-    let config = configure(folder.path(), &server.address);
-    let path = folder.path().join("RECOVERYXLOG");
+    let config = configure(directory.path(), &server.address);
+    let path = directory.path().join("RECOVERYXLOG");
     assert_eq!(fetch(&config, SEGMENT, &path).await, 200);
-    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
     assert_eq!(left.len(), 1, "only klio.toml is left: {left:?}");
 }
 
 /// P7.
 #[tokio::test]
 async fn every_wrong_way_to_call_it_stops_recovery() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     // Nobody listens there: the port was the kernel's choice and is closed again.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", closed.local_addr().unwrap());
     drop(closed);
-    let config = configure(folder.path(), &address);
-    let path = folder.path().join("x").display().to_string();
-    let bucket = format!("file://{}", folder.path().display());
+    let config = configure(directory.path(), &address);
+    let path = directory.path().join("x").display().to_string();
+    let bucket = format!("file://{}", directory.path().display());
     for arguments in [
         &["wal-fetch"][..],
         &["wal-fetch", SEGMENT],
@@ -126,14 +126,14 @@ async fn every_wrong_way_to_call_it_stops_recovery() {
 /// archive is away. Absence stays 1.
 #[tokio::test]
 async fn no_trouble_and_no_wrong_call_stops_a_standby() {
-    let (server, folder) = (FakeServer::start().await, tempfile::tempdir().unwrap());
-    let config = configure(folder.path(), &server.address);
-    let data = folder.path().join("data");
+    let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
+    let config = configure(directory.path(), &server.address);
+    let data = directory.path().join("data");
     std::fs::create_dir_all(data.join("pg_wal")).unwrap();
     std::fs::write(data.join("recovery.signal"), "").unwrap();
     let path = data.join("pg_wal/RECOVERYXLOG");
     let text = path.display().to_string();
-    let bucket = format!("file://{}", folder.path().display());
+    let bucket = format!("file://{}", directory.path().display());
     let wrong = [
         &["wal-fetch", SEGMENT, &text, "extra"][..],
         &["wal-fetch", SEGMENT, &text, "--nonsense"],
@@ -165,10 +165,10 @@ async fn no_trouble_and_no_wrong_call_stops_a_standby() {
 /// A firewall that drops what comes: nobody answers, nobody refuses.
 #[tokio::test]
 async fn a_server_that_is_silent_holds_a_standby_for_less_than_it_waits_anyway() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let config = configure(folder.path(), &format!("http://{}", silent.local_addr().unwrap()));
-    let data = folder.path().join("data");
+    let config = configure(directory.path(), &format!("http://{}", silent.local_addr().unwrap()));
+    let data = directory.path().join("data");
     std::fs::create_dir_all(data.join("pg_wal")).unwrap();
     std::fs::write(data.join("standby.signal"), "").unwrap();
     let path = data.join("pg_wal/RECOVERYXLOG").display().to_string();
@@ -193,8 +193,8 @@ async fn help_is_not_a_failure() {
 
 #[tokio::test]
 async fn a_wrong_configuration_ends_with_4_and_a_lost_server_with_10() {
-    let folder = tempfile::tempdir().unwrap();
-    let config = configure(folder.path(), "http://127.0.0.1:1");
+    let directory = tempfile::tempdir().unwrap();
+    let config = configure(directory.path(), "http://127.0.0.1:1");
     assert_eq!(klio(&["--config", &config, "status"]).await, 10);
     std::fs::write(&config, "nonsense = true").unwrap();
     assert_eq!(klio(&["--config", &config, "status"]).await, 4);

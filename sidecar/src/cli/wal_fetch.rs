@@ -142,11 +142,12 @@ fn is_postgresql_s(path: &Path) -> bool {
 
 /// The data directory of `<data>/pg_wal/RECOVERYXLOG`; PostgreSQL runs the command in it.
 fn data_dir(path: &Path) -> Option<&Path> {
-    let folder = path.parent().filter(|folder| folder.file_name() == Some(OsStr::new("pg_wal")))?;
+    let directory =
+        path.parent().filter(|directory| directory.file_name() == Some(OsStr::new("pg_wal")))?;
     if !is_postgresql_s(path) {
         return None;
     }
-    folder.parent().map(|data| if data.as_os_str().is_empty() { Path::new(".") } else { data })
+    directory.parent().map(|data| if data.as_os_str().is_empty() { Path::new(".") } else { data })
 }
 
 #[cfg(test)]

@@ -46,8 +46,8 @@ mod tests {
 
     #[test]
     fn another_setting_is_another_fingerprint() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("klio.toml");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("klio.toml");
         let with = |text: &str, flags: &[(&str, String)]| {
             std::fs::write(&file, text).unwrap();
             Config::load(Some(&file), flags).unwrap().fingerprint(flags)

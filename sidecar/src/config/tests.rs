@@ -108,10 +108,10 @@ fn every_key_of_the_table_is_a_setting() {
 
 #[test]
 fn paths_are_relative_to_the_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("klio.toml");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("klio.toml");
     std::fs::write(&file, BUNDLE).unwrap();
     let config = Config::load(Some(&file), &[]).unwrap();
-    assert_eq!(config.server.cert, folder.path().join("client.crt"));
-    assert!(Config::load(Some(&folder.path().join("none.toml")), &[]).is_err());
+    assert_eq!(config.server.cert, directory.path().join("client.crt"));
+    assert!(Config::load(Some(&directory.path().join("none.toml")), &[]).is_err());
 }

@@ -101,13 +101,13 @@ mod tests {
 
     #[test]
     fn a_service_stands_between_the_connection_string_and_the_variables() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("services");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("services");
         let text = "# ours\n[other]\nhost=no\n[prod]\nhost=db1\nport=6000\nport=1\nuser=klio\nsslmode=require\n[prod]\nhost=late\n";
         std::fs::write(&file, text).unwrap();
-        std::fs::write(folder.path().join(PERSONAL), "[home]\nhost=h\n").unwrap();
-        std::fs::write(folder.path().join(SYSTEM), "[system]\nhost=s\n").unwrap();
-        let place = folder.path().display().to_string();
+        std::fs::write(directory.path().join(PERSONAL), "[home]\nhost=h\n").unwrap();
+        std::fs::write(directory.path().join(SYSTEM), "[system]\nhost=s\n").unwrap();
+        let place = directory.path().display().to_string();
         let read = |dsn: &str, file: Option<&str>| {
             let env = |name: &str| match name {
                 "PGSERVICEFILE" => file.map(str::to_owned),
@@ -129,7 +129,7 @@ mod tests {
             ("service=prod", Some("/none"), "/none"),
             ("service=bad", Some("bad"), "line 2"),
         ] {
-            let bad = folder.path().join("bad");
+            let bad = directory.path().join("bad");
             std::fs::write(&bad, "[bad]\nnonsense=1\n").unwrap();
             let file = file.map(|f| if f == "bad" { bad.display().to_string() } else { f.into() });
             let error = read(dsn, file.as_deref()).unwrap_err().to_string();

@@ -69,11 +69,11 @@ pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), 
 /// Within another data directory or its tablespaces a restore would be part of that PostgreSQL, of its backups and of what
 /// a `--delta` cleans. `own`: the directory that is restored to.
 fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
-    let folder = existing(place);
+    let directory = existing(place);
     let real = |path: &Path| fs::canonicalize(path).map_err(|error| local("look at", path, &error));
-    let real_folder = real(folder)?;
+    let real_directory = real(directory)?;
     let own = fs::canonicalize(own).ok();
-    let above = real_folder.ancestors().skip(usize::from(folder == place));
+    let above = real_directory.ancestors().skip(usize::from(directory == place));
     let of = |above: &&Path| Some(*above) != own.as_deref() && is_postgresql(above);
     match above.into_iter().find(of) {
         None => Ok(()),
@@ -89,13 +89,13 @@ fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
 }
 
 /// A data directory, one that an unfinished restore makes, or what a tablespace has for a version (`PG_15_202209061`).
-fn is_postgresql(folder: &Path) -> bool {
-    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+fn is_postgresql(directory: &Path) -> bool {
+    let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let version = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
     let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     version.is_some_and(|(major, catalog)| number(major) && number(catalog))
-        || folder.join("global/pg_control").exists()
-        || folder.join(MARKER).exists()
+        || directory.join("global/pg_control").exists()
+        || directory.join(MARKER).exists()
 }
 
 /// RESTORE3. A file that a crash left looks the same as one of a PostgreSQL in another container.
@@ -236,19 +236,19 @@ fn own_tablespaces(places: &Places) -> Result<(), Error> {
     Ok(())
 }
 
-/// The nearest folder that is there.
+/// The nearest directory that is there.
 fn existing(place: &Path) -> &Path {
     place.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
 
 fn writable(place: &Path) -> Result<(), Error> {
-    let folder = existing(place);
-    let meta = fs::metadata(folder).map_err(|error| local("look at", folder, &error))?;
+    let directory = existing(place);
+    let meta = fs::metadata(directory).map_err(|error| local("look at", directory, &error))?;
     if !meta.is_dir() {
-        return Err(no(format!("{}: expected a directory", folder.display()), OWNER));
+        return Err(no(format!("{}: expected a directory", directory.display()), OWNER));
     }
-    rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)
-        .map_err(|error| no(format!("write to {}: {error}", folder.display()), OWNER))
+    rustix::fs::access(directory, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|error| no(format!("write to {}: {error}", directory.display()), OWNER))
 }
 
 /// Whether there is room; `needed` has one number for each place.
@@ -258,14 +258,14 @@ fn writable(place: &Path) -> Result<(), Error> {
 pub fn room(needed: &[(PathBuf, u64)]) -> Result<Vec<Room>, Error> {
     let mut by_device: Vec<(u64, Room)> = Vec::new();
     for (place, bytes) in needed {
-        let folder = existing(place);
-        let look = |error: io::Error| local("look at", folder, &error);
-        let device = fs::metadata(folder).map_err(look)?.dev();
+        let directory = existing(place);
+        let look = |error: io::Error| local("look at", directory, &error);
+        let device = fs::metadata(directory).map_err(look)?.dev();
         if let Some((_, room)) = by_device.iter_mut().find(|(known, _)| *known == device) {
             room.needed += bytes;
             continue;
         }
-        let stat = rustix::fs::statvfs(folder).map_err(|error| look(error.into()))?;
+        let stat = rustix::fs::statvfs(directory).map_err(|error| look(error.into()))?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
         by_device.push((device, Room { place: place.clone(), needed: *bytes, free }));
     }

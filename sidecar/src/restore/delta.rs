@@ -38,9 +38,9 @@ impl Leftovers {
     /// A file of an open directory that is written later, and so stays. One of another directory is none
     /// of ours.
     pub fn keep(&mut self, place: &Path) {
-        let folder = place.parent();
+        let directory = place.parent();
         if let Some((_, names)) =
-            self.open.iter_mut().find(|(open, _)| Some(open.as_path()) == folder)
+            self.open.iter_mut().find(|(open, _)| Some(open.as_path()) == directory)
             && let Some(name) = place.file_name()
         {
             names.insert(name.to_owned());
@@ -52,26 +52,26 @@ impl Leftovers {
     /// # Errors
     /// As the file system fails.
     pub fn finish(&mut self) -> io::Result<()> {
-        while let Some((folder, names)) = self.open.pop() {
-            self.clean(&folder, &names)?;
+        while let Some((directory, names)) = self.open.pop() {
+            self.clean(&directory, &names)?;
         }
         Ok(())
     }
 
     fn close_until(&mut self, place: &Path) -> io::Result<()> {
-        while let Some((folder, _)) = self.open.last() {
-            if place.parent() == Some(folder.as_path()) {
+        while let Some((directory, _)) = self.open.last() {
+            if place.parent() == Some(directory.as_path()) {
                 return Ok(());
             }
-            if let Some((folder, names)) = self.open.pop() {
-                self.clean(&folder, &names)?;
+            if let Some((directory, names)) = self.open.pop() {
+                self.clean(&directory, &names)?;
             }
         }
         Ok(())
     }
 
-    fn clean(&mut self, folder: &Path, names: &HashSet<OsString>) -> io::Result<()> {
-        for entry in fs::read_dir(folder)? {
+    fn clean(&mut self, directory: &Path, names: &HashSet<OsString>) -> io::Result<()> {
+        for entry in fs::read_dir(directory)? {
             let entry = entry?;
             let name = entry.file_name();
             if !names.contains(&name) && name != LOST_AND_FOUND {
@@ -106,15 +106,15 @@ mod tests {
 
     #[test]
     fn only_what_the_backup_has_stays_and_links_are_not_followed() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, outside) = (folder.path().join("data"), folder.path().join("outside"));
+        let directory = tempfile::tempdir().unwrap();
+        let (root, outside) = (directory.path().join("data"), directory.path().join("outside"));
         fs::create_dir_all(root.join("base/1")).unwrap();
         fs::create_dir_all(root.join("old/deep")).unwrap();
         fs::create_dir_all(&outside).unwrap();
         fs::create_dir(root.join(LOST_AND_FOUND)).unwrap();
         for file in ["data/a", "data/stale", "data/base/1/kept", "data/base/1/gone", "outside/safe"]
         {
-            fs::write(folder.path().join(file), "x").unwrap();
+            fs::write(directory.path().join(file), "x").unwrap();
         }
         std::os::unix::fs::symlink(&outside, root.join("link")).unwrap();
         let mut leftovers = Leftovers::default();

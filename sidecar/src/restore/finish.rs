@@ -95,7 +95,7 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
     }
     if places.linked().next().is_some() {
         write(&data.join("tablespace_map"), tablespace_map(places).as_bytes())?;
-        link_tablespaces(places, &version_folder(data, &content)?)?;
+        link_tablespaces(places, &version_directory(data, &content)?)?;
     }
     places.all().try_for_each(sync_all)?;
     write_control(data, &content, control)?;
@@ -105,7 +105,7 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
 }
 
 /// `PG_15_202209061`, in which a tablespace of this cluster has its files.
-fn version_folder(data: &Path, control: &[u8]) -> Result<String, Error> {
+fn version_directory(data: &Path, control: &[u8]) -> Result<String, Error> {
     let path = data.join("PG_VERSION");
     let text = fs::read_to_string(&path).map_err(|error| local("read", &path, &error))?;
     let corrupt = |what: String| Error::new(Failure::Code(Code::Corrupt), what);
@@ -114,15 +114,15 @@ fn version_folder(data: &Path, control: &[u8]) -> Result<String, Error> {
     })?;
     let control = ControlFile::parse(control)
         .map_err(|error| corrupt(format!("the snapshot's pg_control: {error}")))?;
-    Ok(control.tablespace_folder(major))
+    Ok(control.tablespace_directory(major))
 }
 
 /// PostgreSQL makes them again from tablespace_map; with them, tools see all files before.
 ///
-/// A tablespace that was dropped while the backup began may have no folder in the snapshot. Replaying the drop, PostgreSQL removes
-/// the link only where it finds the folder (`destroy_tablespace_directories` in tablespace.c), so there must be one.
+/// A tablespace that was dropped while the backup began may have no directory in the snapshot. Replaying the drop, PostgreSQL removes
+/// the link only where it finds the directory (`destroy_tablespace_directories` in tablespace.c), so there must be one.
 fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
-    let folder = places.data.join("pg_tblspc");
+    let directory = places.data.join("pg_tblspc");
     for (_, place) in places.new_places() {
         // Replay begins with nothing there: what a delta restore finds is newer than what it writes.
         let own = place.join(version);
@@ -138,7 +138,7 @@ fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
                 .and_then(|()| give_like(&own, &places.data))
                 .map_err(|error| local("make", &own, &error))?;
         }
-        let link = folder.join(oid.to_string());
+        let link = directory.join(oid.to_string());
         remove(&link)
             .and_then(|()| std::os::unix::fs::symlink(place, &link))
             .map_err(|error| local("link", &link, &error))?;
@@ -193,18 +193,18 @@ fn own(path: &Path, like: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// As root: a new folder belongs to whom the data directory belongs to.
-fn give_like(folder: &Path, data: &Path) -> io::Result<()> {
+/// As root: a new directory belongs to whom the data directory belongs to.
+fn give_like(directory: &Path, data: &Path) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         let like = fs::metadata(data)?;
-        std::os::unix::fs::chown(folder, Some(like.uid()), Some(like.gid()))?;
+        std::os::unix::fs::chown(directory, Some(like.uid()), Some(like.gid()))?;
     }
     Ok(())
 }
 
-fn sync_dir(folder: &Path) -> Result<(), Error> {
-    let synced = File::open(folder).and_then(|folder| folder.sync_all());
-    synced.map_err(|error| local("sync folder", folder, &error))
+fn sync_dir(directory: &Path) -> Result<(), Error> {
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| local("sync directory", directory, &error))
 }
 
 /// Everything on the file system of a place: one call, where a sync of each of a hundred thousand files
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tablespace_without_a_folder_gets_one_so_that_replay_can_drop_it() {
+    fn a_tablespace_without_a_directory_gets_one_so_that_replay_can_drop_it() {
         let scratch = tempfile::tempdir().unwrap();
         let data = scratch.path().join("data");
         fs::create_dir_all(data.join("pg_tblspc")).unwrap();

@@ -25,7 +25,7 @@ pub trait Read {
     /// Where a link of the data directory leads to, as it says.
     fn link(&self, path: &Path) -> Option<PathBuf>;
     /// The files in a directory of the backup.
-    fn stored_names(&self, folder: &Path) -> Vec<PathBuf>;
+    fn stored_names(&self, directory: &Path) -> Vec<PathBuf>;
     /// A file elsewhere on this machine.
     ///
     /// # Errors
@@ -35,7 +35,7 @@ pub trait Read {
     ///
     /// # Errors
     /// As the file system fails.
-    fn outside_names(&self, folder: &Path) -> std::io::Result<Vec<PathBuf>>;
+    fn outside_names(&self, directory: &Path) -> std::io::Result<Vec<PathBuf>>;
 }
 
 /// Where a file of the configuration is.
@@ -65,7 +65,7 @@ pub struct Configuration {
     /// The files of the data directory, with their content.
     pub files: BTreeMap<PathBuf, Vec<u8>>,
     /// Directories elsewhere that are included.
-    pub folders: Vec<PathBuf>,
+    pub directories: Vec<PathBuf>,
     /// What could not be read: PostgreSQL does not start without it.
     pub missing: Vec<String>,
     /// There is a `postgresql.conf`.
@@ -112,9 +112,9 @@ impl Reading<'_> {
             let linked = inside.ancestors().filter(|part| !part.as_os_str().is_empty());
             let linked = linked.filter_map(|part| Some((part, self.from.link(part)?))).last();
             let Some((link, to)) = linked else { return At::Data(inside.to_owned()) };
-            let folder = self.data.join(link).parent().map(Path::to_owned).unwrap_or_default();
+            let directory = self.data.join(link).parent().map(Path::to_owned).unwrap_or_default();
             let rest = inside.strip_prefix(link).unwrap_or(Path::new(""));
-            path = plain(&folder.join(to).join(rest));
+            path = plain(&directory.join(to).join(rest));
         }
         At::Outside(path)
     }
@@ -123,10 +123,12 @@ impl Reading<'_> {
     /// directory.
     fn own(&self, at: &At) -> At {
         let At::Data(path) = at else { return at.clone() };
-        let folder = path.parent().unwrap_or(Path::new(""));
-        match self.place(&self.data.join(folder)) {
+        let directory = path.parent().unwrap_or(Path::new(""));
+        match self.place(&self.data.join(directory)) {
             At::Data(_) => at.clone(),
-            At::Outside(folder) => At::Outside(folder.join(path.file_name().unwrap_or_default())),
+            At::Outside(directory) => {
+                At::Outside(directory.join(path.file_name().unwrap_or_default()))
+            }
         }
     }
 
@@ -152,7 +154,7 @@ impl Reading<'_> {
                 "include" | "include_if_exists" | "include_dir" if depth >= DEPTH_MAX => {
                     self.found.missing.push(format!("{at}: includes are nested too deep"));
                 }
-                "include_dir" => self.folder(at, &item.value, depth)?,
+                "include_dir" => self.directory(at, &item.value, depth)?,
                 "include" => self.include(at, &item.value, true, depth)?,
                 "include_if_exists" => self.include(at, &item.value, false, depth)?,
                 _ => self.found.items.push((own.clone(), item)),
@@ -161,7 +163,7 @@ impl Reading<'_> {
         Ok(())
     }
 
-    /// A path in a file is relative to the folder of that file, by the name under which it was opened.
+    /// A path in a file is relative to the directory of that file, by the name under which it was opened.
     fn beside(&self, at: &At, value: &str) -> PathBuf {
         let file = match at {
             At::Data(path) => self.data.join(path),
@@ -198,15 +200,15 @@ impl Reading<'_> {
         }
     }
 
-    fn folder(&mut self, at: &At, value: &str, depth: u32) -> Result<(), crate::error::Error> {
-        let folder = plain(&self.beside(at, value));
-        let names = match self.place(&folder) {
+    fn directory(&mut self, at: &At, value: &str, depth: u32) -> Result<(), crate::error::Error> {
+        let directory = plain(&self.beside(at, value));
+        let names = match self.place(&directory) {
             At::Data(inside) => self.from.stored_names(&inside),
             At::Outside(path) => {
                 let names = self.from.outside_names(&path);
-                self.found.folders.push(path);
+                self.found.directories.push(path);
                 let Ok(names) = names else {
-                    let text = format!("{at} includes the directory {}", folder.display());
+                    let text = format!("{at} includes the directory {}", directory.display());
                     self.found.missing.push(text);
                     return Ok(());
                 };
@@ -218,7 +220,7 @@ impl Reading<'_> {
         for name in names {
             let text = name.to_string_lossy();
             if !text.starts_with('.') && text.ends_with(".conf") {
-                self.include(at, &folder.join(name).to_string_lossy(), false, depth)?;
+                self.include(at, &directory.join(name).to_string_lossy(), false, depth)?;
             }
         }
         Ok(())
@@ -259,8 +261,8 @@ pub(super) mod tests {
         pub fn read(&self) -> Configuration {
             Configuration::read(Path::new("/new"), self).unwrap()
         }
-        fn names(&self, folder: &Path) -> Vec<PathBuf> {
-            self.files.keys().filter(|path| path.parent() == Some(folder)).cloned().collect()
+        fn names(&self, directory: &Path) -> Vec<PathBuf> {
+            self.files.keys().filter(|path| path.parent() == Some(directory)).cloned().collect()
         }
     }
 
@@ -271,15 +273,15 @@ pub(super) mod tests {
         fn link(&self, path: &Path) -> Option<PathBuf> {
             self.links.get(path).cloned()
         }
-        fn stored_names(&self, folder: &Path) -> Vec<PathBuf> {
-            self.names(&Path::new("/new").join(folder))
+        fn stored_names(&self, directory: &Path) -> Vec<PathBuf> {
+            self.names(&Path::new("/new").join(directory))
         }
         fn outside(&self, path: &Path) -> io::Result<Vec<u8>> {
             let found = self.files.get(path).map(|text| text.clone().into_bytes());
             found.ok_or_else(|| io::ErrorKind::NotFound.into())
         }
-        fn outside_names(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
-            let names = self.names(folder);
+        fn outside_names(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+            let names = self.names(directory);
             if names.is_empty() { Err(io::ErrorKind::NotFound.into()) } else { Ok(names) }
         }
     }
@@ -324,7 +326,7 @@ pub(super) mod tests {
         );
         let found = fake.read();
         assert_eq!((found.value("a"), found.value("b")), (Some("1"), Some("2")));
-        assert_eq!(found.folders, [PathBuf::from("/live/d")]);
+        assert_eq!(found.directories, [PathBuf::from("/live/d")]);
         assert_eq!(found.missing.len(), 1, "{:?}", found.missing);
         assert!(found.missing[0].contains("gone.conf"));
         assert!(found.found);

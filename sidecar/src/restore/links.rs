@@ -20,7 +20,7 @@ const TABLES: [&str; 6] =
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Links {
     /// Links of the backup that become directories, absolute.
-    pub folders: BTreeSet<PathBuf>,
+    pub directories: BTreeSet<PathBuf>,
     /// What the reader should know.
     pub notes: Vec<String>,
 }
@@ -55,20 +55,20 @@ pub fn links(
                 "PostgreSQL writes through such a link: on the original use a tablespace; nothing was touched",
             ));
         }
-        if is_folder(path, &dest) && !read.contains(&dest) {
+        if is_directory(path, &dest) && !read.contains(&dest) {
             done.notes.push(format!(
                 "{} led to {}: the copy gets an empty directory of its own",
                 path.display(),
                 to.display()
             ));
-            done.folders.insert(at);
+            done.directories.insert(at);
         }
     }
     Ok(done)
 }
 
 /// What is behind it is a directory, or was one on another machine.
-fn is_folder(path: &Path, dest: &Path) -> bool {
+fn is_directory(path: &Path, dest: &Path) -> bool {
     match fs::metadata(dest) {
         Ok(meta) => meta.is_dir(),
         Err(_) => path.extension().is_none() || path.starts_with("log"),
@@ -101,7 +101,7 @@ mod tests {
         ]);
         let done = links(&all, &places, &[live.join("conf.d")], false).unwrap();
         let expected = ["log", "old_log", "up"].map(|name| data.join(name));
-        assert_eq!(done.folders, BTreeSet::from(expected));
+        assert_eq!(done.directories, BTreeSet::from(expected));
         assert_eq!(done.notes.len(), 3);
 
         // Onto a directory that has the link.
@@ -116,6 +116,6 @@ mod tests {
             );
         }
         let temporary = links_of(&[("base/pgsql_tmp", live)]);
-        assert_eq!(links(&temporary, &places, &[], false).unwrap().folders.len(), 1);
+        assert_eq!(links(&temporary, &places, &[], false).unwrap().directories.len(), 1);
     }
 }

@@ -193,14 +193,14 @@ impl Neutral {
 
     /// A copy writes no log into a directory that is not its own.
     fn log(&mut self, conf: &Configuration, asked: &Asked<'_>) {
-        let folder = conf.value("log_directory");
-        let own = |folder: &str| plain(&asked.data.join(folder)).starts_with(asked.data);
-        if !conf.found || folder.is_some_and(|folder| !own(folder)) {
+        let directory = conf.value("log_directory");
+        let own = |directory: &str| plain(&asked.data.join(directory)).starts_with(asked.data);
+        if !conf.found || directory.is_some_and(|directory| !own(directory)) {
             self.corrected.push(("log_directory", "log".to_owned()));
         }
-        if let Some(folder) = folder.filter(|folder| !own(folder)) {
+        if let Some(directory) = directory.filter(|directory| !own(directory)) {
             self.notes.push(format!(
-                "log_directory was {folder:?}, where the original writes: the copy writes to its own directory log until \
+                "log_directory was {directory:?}, where the original writes: the copy writes to its own directory log until \
                  ALTER SYSTEM RESET log_directory"
             ));
         }

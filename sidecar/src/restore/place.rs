@@ -60,7 +60,7 @@ impl Places {
                 used[index] = true;
                 return maps.named[index].1.clone();
             }
-            let beside = maps.beside.map(|folder| folder.join(format!("tablespace-{oid}")));
+            let beside = maps.beside.map(|directory| directory.join(format!("tablespace-{oid}")));
             beside.unwrap_or_else(|| location.to_owned())
         };
         let recorded = record.tablespaces.iter();

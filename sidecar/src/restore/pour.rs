@@ -121,7 +121,7 @@ pub struct Pour {
     /// The places.
     pub places: Places,
     /// Links that become directories of the copy's own.
-    pub folders: BTreeSet<PathBuf>,
+    pub directories: BTreeSet<PathBuf>,
     /// Something may be there already.
     pub delta: bool,
     /// Workers.
@@ -272,16 +272,16 @@ impl Pour {
                 Meaning::Nothing => continue,
             };
             let failed = |error: io::Error| local("write", &path, &error);
-            let own_folder = self.folders.contains(&path);
-            let is_dir = own_folder || entry.kind == StoredKind::Dir;
+            let own_directory = self.directories.contains(&path);
+            let is_dir = own_directory || entry.kind == StoredKind::Dir;
             if self.delta {
                 leftovers.pass(&path, is_dir).map_err(failed)?;
                 if path == self.places.data {
                     leftovers.keep(&path.join(MARKER));
-                } else if own_folder {
+                } else if own_directory {
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 } else if self.places.tablespaces.values().any(|place| *place == path) {
-                    // Beside this PostgreSQL's folder lies that of another version, as pg_upgrade leaves it.
+                    // Beside this PostgreSQL's directory lies that of another version, as pg_upgrade leaves it.
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 }
             }
@@ -290,7 +290,7 @@ impl Pour {
                     self.make_dir(&path).map_err(failed)?;
                     directories.push((path, entry));
                 }
-                StoredKind::Symlink(_) if own_folder => {
+                StoredKind::Symlink(_) if own_directory => {
                     self.make_dir(&path).and_then(|()| give(&path, &entry)).map_err(failed)?;
                 }
                 StoredKind::Symlink(to) => {
@@ -426,8 +426,8 @@ impl Pour {
     }
 }
 
-fn keep_all(leftovers: &mut Leftovers, folder: &Path) -> io::Result<()> {
-    match fs::read_dir(folder) {
+fn keep_all(leftovers: &mut Leftovers, directory: &Path) -> io::Result<()> {
+    match fs::read_dir(directory) {
         Ok(names) => names.into_iter().try_for_each(|entry| {
             leftovers.keep(&entry?.path());
             Ok(())
@@ -516,13 +516,13 @@ mod tests {
     }
 
     #[test]
-    fn a_tablespace_keeps_the_folders_of_other_versions_and_loses_its_own_leftovers() {
+    fn a_tablespace_keeps_the_directories_of_other_versions_and_loses_its_own_leftovers() {
         let scratch = tempfile::tempdir().unwrap();
         let place = scratch.path().join("place");
         let [old, own] = ["PG_14_202107181", "PG_15_202209061"].map(|name| place.join(name));
-        for folder in [&old, &own] {
-            fs::create_dir_all(folder.join("5")).unwrap();
-            fs::write(folder.join("5/16384"), "rows").unwrap();
+        for directory in [&old, &own] {
+            fs::create_dir_all(directory.join("5")).unwrap();
+            fs::write(directory.join("5/16384"), "rows").unwrap();
         }
         fs::write(own.join("5/16385"), "of a table that the backup has not").unwrap();
         let mut leftovers = Leftovers::default();

@@ -94,7 +94,7 @@ pub struct Planned {
     pub notes: Vec<String>,
     /// Its configuration is in the directory.
     pub has_conf: bool,
-    folders: BTreeSet<PathBuf>,
+    directories: BTreeSet<PathBuf>,
     delta: bool,
     chunks: Chunks,
 }
@@ -249,7 +249,7 @@ impl Restore {
             surroundings(&stored, &at, &on_the_way, action, &wanted)
         })
         .await?;
-        let Surroundings { neutral, folders, has_conf } = surroundings;
+        let Surroundings { neutral, directories, has_conf } = surroundings;
         let settings = Settings {
             major: record.postgres_version / 10_000,
             restore_command: self.invocation.restore_command(!edits.is_empty()),
@@ -276,7 +276,7 @@ impl Restore {
             bytes,
             notes,
             has_conf,
-            folders,
+            directories,
             delta: order.delta,
             // A whole restore reads what lies side by side, which windows are made for.
             chunks: Chunks { reader, server: server.filter(|_| order.delta) },
@@ -462,7 +462,7 @@ fn measure(reader: &Reader, places: &Places, delta: bool) -> Result<Measured, kl
 /// What a copy would meet beside its data, and what is done about it.
 struct Surroundings {
     neutral: Neutral,
-    folders: BTreeSet<PathBuf>,
+    directories: BTreeSet<PathBuf>,
     has_conf: bool,
 }
 
@@ -478,7 +478,7 @@ fn surroundings(
         true => Configuration::default(),
         false => Configuration::read(&places.data, stored)?,
     };
-    let links = links::links(&stored.links, places, &conf.folders, order.delta)?;
+    let links = links::links(&stored.links, places, &conf.directories, order.delta)?;
     let mut neutral = neutral::neutral(
         &conf,
         neutral::Asked {
@@ -496,7 +496,7 @@ fn surroundings(
     if order.standby.is_none() {
         neutral.notes.extend(way.left_prepared(&stored.prepared()?));
     }
-    Ok(Surroundings { neutral, folders: links.folders, has_conf: conf.found })
+    Ok(Surroundings { neutral, directories: links.directories, has_conf: conf.found })
 }
 
 fn carry_out(
@@ -516,7 +516,7 @@ fn carry_out(
     let pour = Pour {
         chunks: planned.chunks,
         places: places.clone(),
-        folders: planned.folders,
+        directories: planned.directories,
         delta: planned.delta,
         threads,
         progress: Arc::clone(&progress),

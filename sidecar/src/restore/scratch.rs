@@ -1,4 +1,4 @@
-//! A folder of our own for a while; removed when dropped.
+//! A directory of our own for a while; removed when dropped.
 
 use super::local;
 use crate::error::Error;
@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The folder.
+/// The directory.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
@@ -23,7 +23,7 @@ impl Scratch {
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|error| {
             let parent = parent.unwrap_or(&system).display();
-            local("make folder", &path, &error)
+            local("make directory", &path, &error)
                 .hint(format!("{parent} must be a directory that this user may write to"))
         })?;
         Ok(Self(path))
@@ -58,7 +58,7 @@ impl Drop for Scratch {
 mod tests {
     use super::*;
 
-    /// `klio drill --in /nonexistent` said only that a folder could not be made.
+    /// `klio drill --in /nonexistent` said only that a directory could not be made.
     #[test]
     fn a_place_that_is_not_there_is_named_with_what_it_must_be() {
         let error = Scratch::new(Some(Path::new("/nonexistent"))).err().unwrap();

@@ -265,8 +265,8 @@ impl Source {
         let (tier2, cluster) = (&bucket.tier2, &self.cluster);
         let failed = |error: klio_storage::Error| of_storage(&error);
         let mut catalog = Catalog::default();
-        let folder = format!("{cluster}/backups");
-        for object in tier2.list_prefix(&folder).await.map_err(failed)? {
+        let directory = format!("{cluster}/backups");
+        for object in tier2.list_prefix(&directory).await.map_err(failed)? {
             let relative = object.key.strip_prefix(&format!("{cluster}/"));
             let Some(BaseObject::Record(name)) = relative.and_then(BaseObject::parse_relative)
             else {

@@ -141,9 +141,9 @@ impl Read for Stored {
     fn link(&self, path: &Path) -> Option<PathBuf> {
         self.links.get(path).cloned()
     }
-    fn stored_names(&self, folder: &Path) -> Vec<PathBuf> {
+    fn stored_names(&self, directory: &Path) -> Vec<PathBuf> {
         let all = self.files.keys().chain(self.links.keys());
-        all.filter(|path| path.parent() == Some(folder)).cloned().collect()
+        all.filter(|path| path.parent() == Some(directory)).cloned().collect()
     }
     fn outside(&self, path: &Path) -> io::Result<Vec<u8>> {
         let meta = fs::metadata(path)?;
@@ -153,8 +153,8 @@ impl Read for Stored {
         }
         fs::read(path)
     }
-    fn outside_names(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
-        fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect()
+    fn outside_names(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.path())).collect()
     }
 }
 

@@ -31,11 +31,11 @@ impl Authority {
     }
 
     /// Writes a client bundle that trusts `server`.
-    fn bundle(&self, folder: &Path, server: &Authority) {
+    fn bundle(&self, directory: &Path, server: &Authority) {
         let (cert, key) = self.issue(&[], ExtendedKeyUsagePurpose::ClientAuth);
-        std::fs::write(folder.join("ca.crt"), &server.pem).unwrap();
-        std::fs::write(folder.join("client.crt"), cert).unwrap();
-        std::fs::write(folder.join("client.key"), key).unwrap();
+        std::fs::write(directory.join("ca.crt"), &server.pem).unwrap();
+        std::fs::write(directory.join("client.crt"), cert).unwrap();
+        std::fs::write(directory.join("client.key"), key).unwrap();
     }
 }
 
@@ -47,8 +47,8 @@ async fn server(authority: &Authority, names: &[&str]) -> FakeServer {
     FakeServer::start_tls(tls).await
 }
 
-fn link(server: &FakeServer, folder: &Path) -> ServerLink {
-    let file = |name: &str| folder.join(name);
+fn link(server: &FakeServer, directory: &Path) -> ServerLink {
+    let file = |name: &str| directory.join(name);
     ServerLink::new(&config::Server {
         address: server.address.clone(),
         ca: file("ca.crt"),
@@ -69,10 +69,10 @@ async fn ask(link: &ServerLink) -> Result<Option<Expiry>, Error> {
 
 #[tokio::test]
 async fn a_good_bundle_connects_and_knows_when_it_expires() {
-    let (authority, folder) = (Authority::new(), tempfile::tempdir().unwrap());
-    authority.bundle(folder.path(), &authority);
+    let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
+    authority.bundle(directory.path(), &authority);
     let server = server(&authority, &["127.0.0.1"]).await;
-    let expiry = ask(&link(&server, folder.path())).await.unwrap().unwrap();
+    let expiry = ask(&link(&server, directory.path())).await.unwrap().unwrap();
     assert_eq!(expiry.client, Some(4_102_444_800));
     assert_eq!(expiry.server, expiry.client);
 }
@@ -81,23 +81,23 @@ async fn a_good_bundle_connects_and_knows_when_it_expires() {
 #[tokio::test]
 async fn renewed_certificates_are_used_without_a_restart() {
     let (old, new) = (Authority::new(), Authority::new());
-    let folder = tempfile::tempdir().unwrap();
-    old.bundle(folder.path(), &old);
+    let directory = tempfile::tempdir().unwrap();
+    old.bundle(directory.path(), &old);
     let server = server(&new, &["127.0.0.1"]).await;
-    let link = link(&server, folder.path());
+    let link = link(&server, directory.path());
     let error = ask(&link).await.unwrap_err();
     assert!(error.retryable() && error.hint.contains("authority"), "{error}");
-    new.bundle(folder.path(), &new);
+    new.bundle(directory.path(), &new);
     ask(&link).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_client_certificate_of_another_authority_is_refused() {
     let (authority, other) = (Authority::new(), Authority::new());
-    let folder = tempfile::tempdir().unwrap();
-    other.bundle(folder.path(), &authority);
+    let directory = tempfile::tempdir().unwrap();
+    other.bundle(directory.path(), &authority);
     let server = server(&authority, &["127.0.0.1"]).await;
-    let error = ask(&link(&server, folder.path())).await.unwrap_err();
+    let error = ask(&link(&server, directory.path())).await.unwrap_err();
     assert!(error.retryable() && error.hint.contains("client.crt"), "{error}");
     assert_eq!(error.failure, Failure::Certificate);
     assert_eq!(server.script().positions_asked, 0);
@@ -105,25 +105,25 @@ async fn a_client_certificate_of_another_authority_is_refused() {
 
 #[tokio::test]
 async fn failures_name_the_file_or_the_name_that_is_wrong() {
-    let (authority, folder) = (Authority::new(), tempfile::tempdir().unwrap());
-    authority.bundle(folder.path(), &authority);
+    let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
+    authority.bundle(directory.path(), &authority);
     let elsewhere = server(&authority, &["db.example"]).await;
-    let error = ask(&link(&elsewhere, folder.path())).await.unwrap_err();
+    let error = ask(&link(&elsewhere, directory.path())).await.unwrap_err();
     assert!(error.hint.contains("host name"), "{error}");
-    std::fs::remove_file(folder.path().join("client.key")).unwrap();
-    let error = ask(&link(&elsewhere, folder.path())).await.unwrap_err();
+    std::fs::remove_file(directory.path().join("client.key")).unwrap();
+    let error = ask(&link(&elsewhere, directory.path())).await.unwrap_err();
     assert!(error.message.contains("client.key"), "{error}");
-    std::fs::write(folder.path().join("ca.crt"), "nonsense").unwrap();
-    let error = ask(&link(&elsewhere, folder.path())).await.unwrap_err();
+    std::fs::write(directory.path().join("ca.crt"), "nonsense").unwrap();
+    let error = ask(&link(&elsewhere, directory.path())).await.unwrap_err();
     assert!(error.message.contains("ca.crt"), "{error}");
 }
 
 #[tokio::test]
 async fn tls_to_a_plaintext_port_says_so() {
-    let (authority, folder) = (Authority::new(), tempfile::tempdir().unwrap());
-    authority.bundle(folder.path(), &authority);
+    let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
+    authority.bundle(directory.path(), &authority);
     let mut server = FakeServer::start().await;
     server.address = server.address.replace("http:", "https:");
-    let error = ask(&link(&server, folder.path())).await.unwrap_err();
+    let error = ask(&link(&server, directory.path())).await.unwrap_err();
     assert!(error.hint.contains("TLS port"), "{error}");
 }

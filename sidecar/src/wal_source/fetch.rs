@@ -36,11 +36,11 @@ pub struct Expected {
 
 impl Expected {
     /// What the data directory's pg_control says; nothing when it cannot be read.
-    pub fn of_data_dir(folder: &Path) -> Self {
-        let bytes = std::fs::read(folder.join("global/pg_control")).unwrap_or_default();
+    pub fn of_data_dir(directory: &Path) -> Self {
+        let bytes = std::fs::read(directory.join("global/pg_control")).unwrap_or_default();
         let control = ControlFile::parse(&bytes).ok();
         let has_target = ["postgresql.conf", "postgresql.auto.conf"].iter().any(|name| {
-            sets_target(&std::fs::read_to_string(folder.join(name)).unwrap_or_default())
+            sets_target(&std::fs::read_to_string(directory.join(name)).unwrap_or_default())
         });
         Self { system_identifier: control.map(|control| control.system_identifier), has_target }
     }

@@ -43,7 +43,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// A new file, for a folder that is ours alone.
+    /// A new file, for a directory that is ours alone.
     ///
     /// # Errors
     /// As the file system fails.
@@ -85,7 +85,7 @@ impl Target {
         Err(local("create a file beside", path, &error))
     }
 
-    /// Makes it `path`. `durable`: with fsync of the file and its folder.
+    /// Makes it `path`. `durable`: with fsync of the file and its directory.
     ///
     /// # Errors
     /// As the file system fails; then it is removed.
@@ -96,10 +96,10 @@ impl Target {
         fs::rename(&self.path, path).map_err(|error| local("rename to", path, &error))?;
         self.done.store(true, Ordering::Relaxed);
         if durable {
-            let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
-            let folder = folder.unwrap_or(Path::new("."));
-            let synced = File::open(folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|error| local("sync folder", folder, &error))?;
+            let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
+            let directory = directory.unwrap_or(Path::new("."));
+            let synced = File::open(directory).and_then(|directory| directory.sync_all());
+            synced.map_err(|error| local("sync directory", directory, &error))?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! A throw-away PostgreSQL for these tests: one folder, one free port, gone on drop.
+//! A throw-away PostgreSQL for these tests: one directory, one free port, gone on drop.
 //!
 //! PostgreSQL refuses to run as root, so as root everything runs as user `postgres`.
 

@@ -7,7 +7,7 @@
 //! | 2 | JSON: the `Archive` |
 //!
 //! Read it with `tail -1 archive.json | jq` (P10). Replaced by temporary file, fsync, rename, fsync of
-//! the folder: after a crash the old or the new one is there, whole. Fields may come within a version: unknown ones are passed over.
+//! the directory: after a crash the old or the new one is there, whole. Fields may come within a version: unknown ones are passed over.
 
 use super::Archive;
 use crate::{
@@ -108,14 +108,14 @@ mod tests {
 
     #[test]
     fn the_file_survives_and_is_replaced_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("archive.json");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("archive.json");
         assert_eq!(read(&file).unwrap(), None);
         for state in [archive(&[1, 2]), archive(&[1, 2, 3, 9])] {
             write(&file, &state).unwrap();
             assert_eq!(read(&file).unwrap(), Some(state));
         }
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

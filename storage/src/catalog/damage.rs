@@ -61,7 +61,7 @@ pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Known
     let known = record::load(disk, &path(root, cluster)).map_err(|error| match error.kind {
         Kind::Corrupt => {
             let hint =
-                "remove it from the cluster's folder of tier 1, then klio verify --read-data all finds again what it said";
+                "remove it from the cluster's directory of tier 1, then klio verify --read-data all finds again what it said";
             error.hint(hint)
         }
         _ => error,

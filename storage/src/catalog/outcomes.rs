@@ -23,8 +23,8 @@ use std::{
 const VERIFIED: &str = "verify";
 const DRILLED: &str = "drills";
 
-fn path(root: &Path, cluster: &ClusterName, folder: &str, name: &BackupName) -> PathBuf {
-    root.join(cluster.as_str()).join(folder).join(format!("{name}.json"))
+fn path(root: &Path, cluster: &ClusterName, directory: &str, name: &BackupName) -> PathBuf {
+    root.join(cluster.as_str()).join(directory).join(format!("{name}.json"))
 }
 
 /// The newest verification of a backup; `None` when there was none. `root` is tier 1's.
@@ -63,14 +63,14 @@ pub fn names(
     cluster: &ClusterName,
 ) -> Result<BTreeSet<BackupName>, Error> {
     let mut names = BTreeSet::new();
-    for folder in [VERIFIED, DRILLED] {
-        let folder = root.join(cluster.as_str()).join(folder);
-        match disk.list(&folder) {
+    for directory in [VERIFIED, DRILLED] {
+        let directory = root.join(cluster.as_str()).join(directory);
+        match disk.list(&directory) {
             Ok(entries) => {
                 names.extend(entries.iter().filter_map(|e| BackupName::parse_record(&e.name)));
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::io(Op::List, &folder, e)),
+            Err(e) => return Err(Error::io(Op::List, &directory, e)),
         }
     }
     Ok(names)
@@ -115,9 +115,9 @@ pub fn remove(
     cluster: &ClusterName,
     name: &BackupName,
 ) -> Result<(), Error> {
-    [VERIFIED, DRILLED]
-        .into_iter()
-        .try_for_each(|folder| durable::remove_if_there(disk, &path(root, cluster, folder, name)))
+    [VERIFIED, DRILLED].into_iter().try_for_each(|directory| {
+        durable::remove_if_there(disk, &path(root, cluster, directory, name))
+    })
 }
 
 fn store<T: Serialize>(
@@ -128,10 +128,15 @@ fn store<T: Serialize>(
     outcome: &T,
 ) -> Result<(), Error> {
     durable::create_dir(disk, &root.join(cluster.as_str()))?;
-    let folder = path.parent().ok_or_else(|| {
-        Error::new(crate::Kind::Invalid, Op::Write, path.display(), "expected a folder, found none")
+    let directory = path.parent().ok_or_else(|| {
+        Error::new(
+            crate::Kind::Invalid,
+            Op::Write,
+            path.display(),
+            "expected a directory, found none",
+        )
     })?;
-    durable::create_dir(disk, folder)?;
+    durable::create_dir(disk, directory)?;
     record::store(disk, path, outcome)
 }
 

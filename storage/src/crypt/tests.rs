@@ -95,8 +95,8 @@ fn secrets_are_in_no_message() {
 #[test]
 fn the_age_program_reads_and_writes_the_same_format() {
     let (keys, text, recipient) = fresh();
-    let folder = tempfile::tempdir().unwrap();
-    let identity = folder.path().join("identity");
+    let directory = tempfile::tempdir().unwrap();
+    let identity = directory.path().join("identity");
     std::fs::write(&identity, text.as_bytes()).unwrap();
     let plain = vec![9; 100_000];
     let sealed = keys.wrap(&plain).unwrap();

@@ -1,4 +1,4 @@
-//! Durable rename, durable folder, atomic overwrite of a small file: here and nowhere else.
+//! Durable rename, durable directory, atomic overwrite of a small file: here and nowhere else.
 //!
 //! Each returns `Ok` only when what it did survives a power loss. After an error the old or the new state
 //! may be found, never a mixture, and doing it again from the start is safe: every try makes a new file and
@@ -22,28 +22,28 @@ pub fn tmp_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// The folder of a path.
+/// The directory of a path.
 pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
 
 /// Renames a file whose content is already synced and makes the new name durable.
 ///
-/// The old name may come back after a crash when it lies in another folder.
+/// The old name may come back after a crash when it lies in another directory.
 ///
 /// # Errors
-/// Of the rename or of the fsync of the new folder.
+/// Of the rename or of the fsync of the new directory.
 pub fn rename(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), Error> {
     disk.rename(from, to).map_err(|e| Error::io(Op::Rename, to, e))?;
     sync_dir(disk, parent(to))
 }
 
-/// Makes the names in a folder durable.
+/// Makes the names in a directory durable.
 ///
 /// # Errors
 /// Of the fsync.
-pub fn sync_dir(disk: &dyn Disk, folder: &Path) -> Result<(), Error> {
-    disk.sync_dir(folder).map_err(|e| Error::io(Op::Sync, folder, e))
+pub fn sync_dir(disk: &dyn Disk, directory: &Path) -> Result<(), Error> {
+    disk.sync_dir(directory).map_err(|e| Error::io(Op::Sync, directory, e))
 }
 
 /// Puts `content` at `path`, durably: after a crash it is the old or the new content, whole.
@@ -65,10 +65,10 @@ pub fn overwrite(disk: &dyn Disk, path: &Path, content: &[u8]) -> Result<(), Err
     rename(disk, &tmp, path)
 }
 
-/// Creates a folder, durably, where it is not there. Its parent must exist.
+/// Creates a directory, durably, where it is not there. Its parent must exist.
 ///
 /// # Errors
-/// Of any step. The folder is taken away again when its name could not be made durable, so that the next
+/// Of any step. The directory is taken away again when its name could not be made durable, so that the next
 /// try does not trust it.
 pub fn create_dir(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
     match disk.create_dir(path) {
@@ -77,7 +77,7 @@ pub fn create_dir(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
         Err(e) => return Err(Error::io(Op::Create, path, e)),
     }
     sync_dir(disk, parent(path)).inspect_err(|_| {
-        // Fails, as it should, where the folder is an old one with files in it.
+        // Fails, as it should, where the directory is an old one with files in it.
         let _ = disk.remove_dir(path);
     })
 }
@@ -121,7 +121,7 @@ mod tests {
 
     /// A rename without an fsync of the directory may be lost with the power (P1).
     #[test]
-    fn a_rename_without_fsync_of_the_folder_can_be_lost_and_a_durable_one_cannot() {
+    fn a_rename_without_fsync_of_the_directory_can_be_lost_and_a_durable_one_cannot() {
         let (from, to) = (Path::new("/a"), Path::new("/b"));
         let run = |seed, durably| {
             let disk = SimDisk::new(seed);
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_whose_name_could_not_be_synced_is_not_trusted_later() {
+    fn a_directory_whose_name_could_not_be_synced_is_not_trusted_later() {
         for seed in 0..50 {
             let disk = SimDisk::new(seed);
             disk.fail_sync_after(0);

@@ -2,7 +2,7 @@
 //!
 //! The trait states what a caller may rely on after a crash, and no more:
 //! - bytes written survive only once `sync_data` or `sync_all` of that file returned `Ok`;
-//! - a created, renamed or removed name survives only once `sync_dir` of its folder returned `Ok`;
+//! - a created, renamed or removed name survives only once `sync_dir` of its directory returned `Ok`;
 //! - until then any part of it may survive, in any order, torn at sector boundaries;
 //! - a sync that failed says nothing about the file, and a later `Ok` does not take that back.
 //!
@@ -59,12 +59,12 @@ pub type FileHandle = Arc<dyn DiskFile>;
 /// Held for as long as it lives.
 pub trait DiskLock: Send + Sync + fmt::Debug {}
 
-/// One name in a folder.
+/// One name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
     /// The name; entries whose names are not UTF-8 are never listed, as Klio makes none.
     pub name: String,
-    /// A folder, not a file.
+    /// A directory, not a file.
     pub is_dir: bool,
 }
 
@@ -77,7 +77,7 @@ pub struct Stat {
     pub modified_unix: f64,
 }
 
-/// Files and folders. All calls block.
+/// Files and directories. All calls block.
 pub trait Disk: Send + Sync + fmt::Debug {
     /// Opens an existing file, for reading and, with `write`, for writing. Changes nothing.
     ///
@@ -103,28 +103,28 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `NotFound` when there is none.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates a folder whose parent exists.
+    /// Creates a directory whose parent exists.
     ///
     /// # Errors
     /// `AlreadyExists` when there is something of that name.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Removes an empty folder.
+    /// Removes an empty directory.
     ///
     /// # Errors
     /// As the operating system reports.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Makes the names in a folder durable.
+    /// Makes the names in a directory durable.
     ///
     /// # Errors
     /// As the operating system reports; which names are durable is unknown then.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// The names in a folder, sorted.
+    /// The names in a directory, sorted.
     ///
     /// # Errors
-    /// `NotFound` when there is no such folder.
+    /// `NotFound` when there is no such directory.
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
 
     /// Size and time of a file.

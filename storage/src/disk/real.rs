@@ -12,7 +12,7 @@ use std::{
 
 /// WAL and backups hold everything that the database does.
 const FILE_MODE: u32 = 0o600;
-const FOLDER_MODE: u32 = 0o700;
+const DIRECTORY_MODE: u32 = 0o700;
 
 /// Files of this machine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -68,7 +68,7 @@ impl Disk for RealDisk {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::DirBuilder::new().mode(FOLDER_MODE).create(path)
+        fs::DirBuilder::new().mode(DIRECTORY_MODE).create(path)
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
@@ -131,11 +131,11 @@ mod tests {
     fn nobody_but_the_owner_may_read_or_lock_what_is_made() {
         let dir = tempfile::tempdir().unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        let (folder, file, lock) =
+        let (directory, file, lock) =
             (dir.path().join("d"), dir.path().join("d/f"), dir.path().join("d/LOCK"));
-        RealDisk.create_dir(&folder).unwrap();
+        RealDisk.create_dir(&directory).unwrap();
         RealDisk.create_new(&file).unwrap();
         let _lock = RealDisk.lock(&lock).unwrap();
-        assert_eq!((mode(&folder), mode(&file), mode(&lock)), (0o700, 0o600, 0o600));
+        assert_eq!((mode(&directory), mode(&file), mode(&lock)), (0o700, 0o600, 0o600));
     }
 }

@@ -474,7 +474,7 @@ impl SimDisk {
         self.inner().operations
     }
 
-    /// File writes and syncs (of files and folders) so far.
+    /// File writes and syncs (of files and directories) so far.
     pub fn writes_and_syncs(&self) -> (u64, u64) {
         let inner = self.inner();
         (inner.writes, inner.syncs)
@@ -491,7 +491,7 @@ impl SimDisk {
         self.inner().crashed
     }
 
-    /// Fails the sync (of a file or folder) after the next `n`.
+    /// Fails the sync (of a file or directory) after the next `n`.
     pub fn fail_sync_after(&self, n: u64) {
         let mut inner = self.inner();
         let at = inner.syncs + n + 1;

@@ -36,8 +36,8 @@ impl BaseKind {
     pub const ALL: [BaseKind; 5] =
         [BaseKind::Config, BaseKind::Key, BaseKind::Data, BaseKind::Index, BaseKind::Snapshot];
 
-    /// The folder below `<cluster>/base/`; the config has none.
-    pub const fn folder(self) -> Option<&'static str> {
+    /// The directory below `<cluster>/base/`; the config has none.
+    pub const fn directory(self) -> Option<&'static str> {
         match self {
             BaseKind::Config => None,
             BaseKind::Key => Some("keys"),
@@ -86,8 +86,8 @@ impl BaseFile {
         if text == "config" {
             return Some(Self::CONFIG);
         }
-        let (folder, rest) = text.split_once('/')?;
-        let kind = BaseKind::ALL.into_iter().find(|kind| kind.folder() == Some(folder))?;
+        let (directory, rest) = text.split_once('/')?;
+        let kind = BaseKind::ALL.into_iter().find(|kind| kind.directory() == Some(directory))?;
         let name = match kind {
             BaseKind::Data => rest.split_once('/').filter(|(two, id)| id.get(..2) == Some(*two))?.1,
             _ => rest,
@@ -248,7 +248,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_pack_in_the_folder_of_another_is_not_one() {
+    fn a_pack_in_the_directory_of_another_is_not_one() {
         let id = "ab".repeat(32);
         assert!(BaseFile::parse_relative(&format!("data/ab/{id}")).is_some());
         assert_eq!(BaseFile::parse_relative(&format!("data/ac/{id}")), None);
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_leaves_the_folder_is_refused() {
+    fn a_name_that_leaves_the_directory_is_refused() {
         for bad in ["", ".", "..", "../x", "a/b", ".a", "-a", "a\0", "ä", " a"] {
             assert!(bad.parse::<BackupName>().is_err(), "{bad:?}");
         }

@@ -1,7 +1,7 @@
 //! Which packs a snapshot needs, and whether it is whole.
 //!
 //! Each tree is read once, however often the snapshot has it: a few small trees that hold each other many times over are a
-//! folder without end to whoever walks it (P13).
+//! directory without end to whoever walks it (P13).
 
 use super::{
     StoredKind,

@@ -24,7 +24,7 @@ use std::{collections::BTreeSet, io::Read};
 
 /// Of a chunk, plain: what `Settings` allow.
 const DATA_BYTES_MAX: u32 = 8 << 20;
-/// Of a tree, plain: what the field of its length can say, a folder of some four terabytes of files in chunks of the default size.
+/// Of a tree, plain: what the field of its length can say, a directory of some four terabytes of files in chunks of the default size.
 const TREE_BYTES_MAX: u32 = u32::MAX - SEAL_BYTES as u32;
 /// Of a pack's list: 1.5 million pieces, in a pack of at most 4 GiB.
 const LIST_BYTES_MAX: u64 = 64 << 20;

@@ -12,7 +12,7 @@ use url::Url;
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tier2Config {
-    /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///folder`.
+    /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///directory`.
     #[serde(default)]
     pub url: String,
     /// Where the store is, for S3-compatible stores, emulators and proxies: `https://host:port`.
@@ -273,7 +273,8 @@ impl Tier2Config {
         };
         match (provider, bucket) {
             (Provider::File, true) => {
-                Err("tier2.url: expected file:/// with three slashes and an absolute folder".into())
+                Err("tier2.url: expected file:/// with three slashes and an absolute directory"
+                    .into())
             }
             (Provider::File, false) => Ok((url, provider)),
             (_, true) => Ok((url, provider)),

@@ -111,7 +111,7 @@ fn by_cause(error: &object_store::Error) -> (Kind, Option<&'static str>) {
     }
 }
 
-/// As `Error::io` decides, except that a missing folder is no missing object (P7).
+/// As `Error::io` decides, except that a missing directory is no missing object (P7).
 fn kind_of_io(error: &io::Error) -> Kind {
     match Error::io(Op::Read, Path::new(""), error.kind().into()).kind {
         Kind::NotFound => Kind::Invalid,

@@ -1,7 +1,7 @@
 //! Downloads, and the one place that may say that an object does not exist.
 //!
-//! P7: `Kind::NotFound` needs two answers: a 404 for the object, and a successful listing of its folder
-//! that does not hold it. A missing bucket, a proxy's 404 or an unmounted folder fail the second.
+//! P7: `Kind::NotFound` needs two answers: a 404 for the object, and a successful listing of its directory
+//! that does not hold it. A missing bucket, a proxy's 404 or an unmounted directory fail the second.
 
 use super::{Tier2, fault::classify};
 use crate::{Error, Kind, Op};
@@ -60,10 +60,10 @@ impl Tier2 {
     /// Begins to read an object.
     ///
     /// # Errors
-    /// `NotFound` is definitive: bucket and folder could be listed and do not hold it.
+    /// `NotFound` is definitive: bucket and directory could be listed and do not hold it.
     pub async fn download(&self, key: &str) -> Result<Download, Error> {
         let path = self.path(Op::Download, key)?;
-        self.require_folder(Op::Download, key)?;
+        self.require_directory(Op::Download, key)?;
         let mut tries = 0;
         loop {
             match self.store.get(&path).await {
@@ -87,7 +87,7 @@ impl Tier2 {
     /// Everything but a definitive absence.
     pub async fn size_of(&self, key: &str) -> Result<Option<u64>, Error> {
         let path = self.path(Op::Read, key)?;
-        self.require_folder(Op::Read, key)?;
+        self.require_directory(Op::Read, key)?;
         match self.store.head(&path).await {
             Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => {
@@ -109,15 +109,15 @@ impl Tier2 {
 
     pub(super) async fn why_missing(&self, key: &str, path: &Path) -> Error {
         let fail = |kind, detail| Error::new(kind, Op::Download, self.place(key), detail);
-        if let Err(error) = self.require_folder(Op::Download, key) {
+        if let Err(error) = self.require_directory(Op::Download, key) {
             return error;
         }
-        let (folder, name) = key.rsplit_once('/').unwrap_or(("", key));
-        // Begins just before the name, so that a folder of a million segments costs one page.
+        let (directory, name) = key.rsplit_once('/').unwrap_or(("", key));
+        // Begins just before the name, so that a directory of a million segments costs one page.
         let before = name.get(..name.len().saturating_sub(1)).unwrap_or_default();
-        let offset = Path::from(format!("{folder}/{before}"));
-        let folder = Path::from(folder);
-        let mut listing = self.store.list_with_offset(Some(&folder), &offset);
+        let offset = Path::from(format!("{directory}/{before}"));
+        let directory = Path::from(directory);
+        let mut listing = self.store.list_with_offset(Some(&directory), &offset);
         loop {
             match listing.try_next().await {
                 Ok(Some(meta)) if meta.location == *path => {

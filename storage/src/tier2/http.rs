@@ -1,6 +1,6 @@
 //! One CLIENT span for every request that goes to the object store, retries included.
 //!
-//! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, folder of
+//! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, directory of
 //! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
 //!
 //! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
@@ -150,7 +150,7 @@ fn request_span(request: &HttpRequest, bucket: &str) -> Span {
         http.request.method = request.method().as_str(),
         server.address = request.uri().host().unwrap_or_default(),
         bucket,
-        key_prefix = folder(request.uri().path()),
+        key_prefix = directory(request.uri().path()),
         http.response.status_code = Empty,
         retries = Empty,
         error.type = Empty,
@@ -180,19 +180,19 @@ const fn error_type(kind: HttpErrorKind) -> &'static str {
     }
 }
 
-/// A path without its last part: a folder, never an object's name.
-fn folder(path: &str) -> &str {
-    path.rsplit_once('/').map_or("", |(folder, _)| folder).trim_start_matches('/')
+/// A path without its last part: a directory, never an object's name.
+fn directory(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(directory, _)| directory).trim_start_matches('/')
 }
 
 #[cfg(test)]
 mod tests {
-    use super::folder;
+    use super::directory;
 
     #[test]
-    fn a_span_names_the_folder_not_the_object() {
-        assert_eq!(folder("/bucket/pg-1/wal/00000001/x.zst"), "bucket/pg-1/wal/00000001");
-        assert_eq!(folder("/"), "");
-        assert_eq!(folder("x"), "");
+    fn a_span_names_the_directory_not_the_object() {
+        assert_eq!(directory("/bucket/pg-1/wal/00000001/x.zst"), "bucket/pg-1/wal/00000001");
+        assert_eq!(directory("/"), "");
+        assert_eq!(directory("x"), "");
     }
 }

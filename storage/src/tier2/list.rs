@@ -28,7 +28,7 @@ impl Tier2 {
     /// As the store fails; a missing bucket is an error, an empty one is not.
     pub async fn list_wal(&self, cluster: &ClusterName) -> Result<Vec<StoredObject>, Error> {
         let prefix = format!("{cluster}/wal");
-        self.require_folder(Op::List, &prefix)?;
+        self.require_directory(Op::List, &prefix)?;
         let path = Path::from(prefix.as_str());
         let mut found = Vec::new();
         let mut objects = self.store.list(Some(&path));
@@ -49,7 +49,7 @@ impl Tier2 {
     /// # Errors
     /// As the store fails.
     pub async fn clusters(&self) -> Result<Vec<ClusterName>, Error> {
-        self.require_folder(Op::List, "")?;
+        self.require_directory(Op::List, "")?;
         let listing = self.store.list_with_delimiter(None).await;
         let listing = listing.map_err(|error| classify(Op::List, &self.url, error))?;
         let name =

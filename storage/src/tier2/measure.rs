@@ -58,8 +58,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_partial_segment_is_as_long_as_what_it_decodes_to() {
-        let folder = tempfile::tempdir().unwrap();
-        let url = format!("file://{}", folder.path().display());
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", directory.path().display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
         let (identity, _) = Keys::generate();
         let keys = Keys::from_text(&identity, &[]).unwrap();
@@ -68,9 +68,9 @@ mod tests {
         context.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true)).unwrap();
         let pieces = [vec![7; 100_000], vec![9; 4711]];
         let stored: Vec<u8> = pieces.iter().flat_map(|p| context.compress(p).unwrap()).collect();
-        std::fs::write(folder.path().join("plain"), &stored).unwrap();
-        std::fs::write(folder.path().join("age"), keys.wrap(&stored).unwrap()).unwrap();
-        std::fs::write(folder.path().join("cut"), &stored[..stored.len() - 3]).unwrap();
+        std::fs::write(directory.path().join("plain"), &stored).unwrap();
+        std::fs::write(directory.path().join("age"), keys.wrap(&stored).unwrap()).unwrap();
+        std::fs::write(directory.path().join("cut"), &stored[..stored.len() - 3]).unwrap();
         let size = async |key, form, limit| tier2.plain_size(key, form, &at_rest, limit).await;
         assert_eq!(size("plain", Form::Plain, 1 << 20).await.unwrap(), 104_711);
         assert_eq!(size("age", Form::Age, 1 << 20).await.unwrap(), 104_711);

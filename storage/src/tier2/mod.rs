@@ -11,7 +11,7 @@
 //!
 //! Memory of all uploads together is bounded by `upload_memory`. What may replace or remove is in
 //! `objects.rs`, and but for OBJECT6 nowhere else.
-//! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted folder is another kind.
+//! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted directory is another kind.
 
 mod attempts;
 mod compare;
@@ -63,7 +63,7 @@ pub struct Tier2 {
     lanes: lanes::Lanes,
     url: Arc<str>,
     /// Of `file://` only: it must exist for a missing file to mean anything.
-    folder: Option<PathBuf>,
+    directory: Option<PathBuf>,
     dates: date::Dates,
     replacing: http::Replacing,
     attributes: Attributes,
@@ -98,7 +98,7 @@ impl Tier2 {
             unfinished: unfinished::Unfinished::default(),
             lanes: lanes::Lanes::new(config.request_timeout()),
             url: config.url.as_str().into(),
-            folder: opened.folder,
+            directory: opened.directory,
             dates: opened.dates,
             replacing: opened.replacing,
             attributes,
@@ -113,7 +113,7 @@ impl Tier2 {
         &self.url
     }
 
-    /// What the bucket's answers said last of the time; `None` for a folder.
+    /// What the bucket's answers said last of the time; `None` for a directory.
     pub fn heard_date(&self) -> Option<HeardDate> {
         self.dates.last()
     }
@@ -123,7 +123,7 @@ impl Tier2 {
     /// # Errors
     /// The kind says what to do; the hint says where to look.
     pub async fn probe(&self) -> Result<(), Error> {
-        self.require_folder(Op::List, "")?;
+        self.require_directory(Op::List, "")?;
         self.store
             .list_with_delimiter(None)
             .await
@@ -139,10 +139,10 @@ impl Tier2 {
         Path::parse(key).map_err(|error| Error::new(Kind::Invalid, op, self.place(key), error))
     }
 
-    fn require_folder(&self, op: Op, key: &str) -> Result<(), Error> {
-        match &self.folder {
-            Some(folder) if !folder.is_dir() => {
-                Err(Error::new(Kind::Transient, op, self.place(key), "the folder is gone")
+    fn require_directory(&self, op: Op, key: &str) -> Result<(), Error> {
+        match &self.directory {
+            Some(directory) if !directory.is_dir() => {
+                Err(Error::new(Kind::Transient, op, self.place(key), "the directory is gone")
                     .hint("is the disk or share still mounted?"))
             }
             _ => Ok(()),

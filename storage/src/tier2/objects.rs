@@ -3,7 +3,7 @@
 //! [`Tier2::replace`] and [`Tier2::remove`] are the only calls that take something away. Both are for
 //! the server alone: `replace` for the few small objects whose content may change (a re-wrapped secret,
 //! the version in `cluster.json`), `remove` for retention, behind P5 and P6.
-//! P7: an absence is told only where bucket and folder could be listed, as in `fetch.rs`.
+//! P7: an absence is told only where bucket and directory could be listed, as in `fetch.rs`.
 
 use super::{Download, Tier2, fault::classify};
 use crate::{Error, Kind, Op};
@@ -23,13 +23,13 @@ pub struct ListedObject {
 }
 
 impl Tier2 {
-    /// Every object below `prefix` (a folder's key without the last slash), in no promised order.
+    /// Every object below `prefix` (a directory's key without the last slash), in no promised order.
     ///
     /// # Errors
     /// As the store fails; a missing bucket is an error, an empty one is not.
     pub async fn list_prefix(&self, prefix: &str) -> Result<Vec<ListedObject>, Error> {
         let path = self.path(Op::List, prefix)?;
-        self.require_folder(Op::List, prefix)?;
+        self.require_directory(Op::List, prefix)?;
         let fail = |error| classify(Op::List, &self.place(prefix), error);
         let objects = self.store.list(Some(&path)).map_err(fail);
         let listed = objects.map_ok(|meta| ListedObject {
@@ -52,7 +52,7 @@ impl Tier2 {
         length: Option<u64>,
     ) -> Result<Download, Error> {
         let path = self.path(Op::Download, key)?;
-        self.require_folder(Op::Download, key)?;
+        self.require_directory(Op::Download, key)?;
         let range = match length {
             Some(length) => GetRange::Bounded(offset..offset.saturating_add(length)),
             None => GetRange::Offset(offset),
@@ -106,7 +106,7 @@ impl Tier2 {
     /// As the store fails; then the old or the new one is there, whole.
     pub async fn replace(&self, key: &str, content: Bytes) -> Result<(), Error> {
         let path = self.path(Op::Upload, key)?;
-        self.require_folder(Op::Upload, key)?;
+        self.require_directory(Op::Upload, key)?;
         let options = PutOptions {
             mode: PutMode::Overwrite,
             attributes: self.attributes.clone(),
@@ -122,7 +122,7 @@ impl Tier2 {
     /// As the store fails; `Denied` where the credentials do not allow it.
     pub async fn remove(&self, key: &str) -> Result<(), Error> {
         let path: Path = self.path(Op::Remove, key)?;
-        self.require_folder(Op::Remove, key)?;
+        self.require_directory(Op::Remove, key)?;
         match self.store.delete(&path).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(classify(Op::Remove, &self.place(key), error)),

@@ -2,7 +2,7 @@
 //!
 //! Static credentials shut the ambient ones out, so that a stray AWS_* variable cannot join them.
 //! Plain HTTP is possible only for an endpoint that is written as `http://`. Every store has connect
-//! and request timeouts (dial.rs, link.rs) and bounded retries; `file://` fsyncs files and folders.
+//! and request timeouts (dial.rs, link.rs) and bounded retries; `file://` fsyncs files and directories.
 
 use super::{
     config::{Checksums, Encryption, Provider, Tier2Config},
@@ -24,12 +24,12 @@ use object_store::{
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use url::Url;
 
-/// An opened store, and its folder where it is a local one.
+/// An opened store, and its directory where it is a local one.
 pub(super) struct Opened {
     pub(super) store: Arc<dyn ObjectStore>,
     /// The same for uploads in parts, where the store has them.
     pub(super) parts: Option<Arc<dyn MultipartStore>>,
-    pub(super) folder: Option<PathBuf>,
+    pub(super) directory: Option<PathBuf>,
     /// What its answers say of the time.
     pub(super) dates: Dates,
     /// What its uploads may write over.
@@ -44,7 +44,7 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
     }
     let (url, provider) = config.parsed().map_err(|problem| invalid(config, problem))?;
     if provider == Provider::File {
-        return open_folder(config, &url);
+        return open_directory(config, &url);
     }
     let bucket = url.host_str().unwrap_or_default().to_owned();
     let prefix = Path::from_url_path(url.path()).map_err(|error| invalid(config, error))?;
@@ -57,7 +57,7 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
         Provider::Google => below(prefix, google(config, connector)?),
         Provider::Azure | Provider::File => below(prefix, azure(config, connector)?),
     };
-    Ok(Opened { store, parts: Some(parts), folder: None, dates, replacing })
+    Ok(Opened { store, parts: Some(parts), directory: None, dates, replacing })
 }
 
 type Both = (Arc<dyn ObjectStore>, Arc<dyn MultipartStore>);
@@ -75,20 +75,20 @@ fn invalid(config: &Tier2Config, problem: impl std::fmt::Display) -> Error {
     config.invalid(problem)
 }
 
-fn open_folder(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
-    let folder = url
+fn open_directory(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
+    let directory = url
         .to_file_path()
-        .map_err(|()| invalid(config, "expected an absolute folder, as in file:///srv/tier2"))?;
-    if !folder.is_dir() {
+        .map_err(|()| invalid(config, "expected an absolute directory, as in file:///srv/tier2"))?;
+    if !directory.is_dir() {
         // Created by us, an unmounted disk would look like an empty archive.
-        return Err(invalid(config, "no such folder")
+        return Err(invalid(config, "no such directory")
             .hint("create it, or mount what should be there; klio does not create it"));
     }
-    let store = LocalFileSystem::new_with_prefix(&folder)
+    let store = LocalFileSystem::new_with_prefix(&directory)
         .map_err(|error| invalid(config, error))?
         .with_fsync(true);
     let (dates, replacing) = (Dates::default(), Replacing::default());
-    Ok(Opened { store: Arc::new(store), parts: None, folder: Some(folder), dates, replacing })
+    Ok(Opened { store: Arc::new(store), parts: None, directory: Some(directory), dates, replacing })
 }
 
 fn s3(
@@ -206,9 +206,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_folder_is_not_created() {
-        let folder = tempfile::tempdir().unwrap();
-        let gone = folder.path().join("not-mounted");
+    fn a_missing_directory_is_not_created() {
+        let directory = tempfile::tempdir().unwrap();
+        let gone = directory.path().join("not-mounted");
         let config = Tier2Config::new(Url::from_file_path(&gone).unwrap());
         let error = open(&config).err().unwrap();
         assert!(error.to_string().contains("hint:"), "{error}");

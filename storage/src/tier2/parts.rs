@@ -271,7 +271,7 @@ impl Tier2 {
         }
     }
 
-    /// A folder has no network to be slow, and nothing of it is kept.
+    /// A directory has no network to be slow, and nothing of it is kept.
     async fn put_in_pieces(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
         let fail = |error| Refused::Failed(classify(Op::Upload, &self.place(key), error));
         let mut upload = self.store.put_multipart(path).await.map_err(fail)?;

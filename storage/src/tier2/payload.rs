@@ -15,7 +15,7 @@ impl Tier2 {
     /// `Conflict` for other bytes under the key; `Transient`, `Full`: try later; `Denied`, `Invalid`: needs a person.
     pub async fn put_bytes(&self, key: &str, parts: &[Bytes]) -> Result<(), Error> {
         let path = self.path(Op::Upload, key)?;
-        self.require_folder(Op::Upload, key)?;
+        self.require_directory(Op::Upload, key)?;
         let payload: PutPayload = parts.iter().cloned().collect();
         let size = payload.content_length() as u64;
         let _share = self.take_budget(size).await?;

@@ -33,11 +33,11 @@ impl Tier2 {
     /// As the store fails; a missing bucket is an error, an empty one is not.
     pub async fn wal_at(&self, cluster: &ClusterName, name: SegmentName) -> Result<WalAt, Error> {
         let base = format!("{cluster}/wal");
-        let folder = format!("{base}/{}", name.timeline());
-        self.require_folder(Op::List, &folder)?;
-        let offset = Path::from(format!("{folder}/{name}"));
-        let fail = |error| classify(Op::List, &self.place(&folder), error);
-        let place = Path::from(folder.as_str());
+        let directory = format!("{base}/{}", name.timeline());
+        self.require_directory(Op::List, &directory)?;
+        let offset = Path::from(format!("{directory}/{name}"));
+        let fail = |error| classify(Op::List, &self.place(&directory), error);
+        let place = Path::from(directory.as_str());
         let mut listing = self.store.list_with_offset(Some(&place), &offset);
         let mut found = WalAt::default();
         while let Some(meta) = listing.try_next().await.map_err(fail)? {
@@ -52,8 +52,8 @@ impl Tier2 {
                 found.held.push((file, form));
             } else if held > name {
                 found.later = true;
-                // Only a folder is listed in no order.
-                if self.folder.is_none() {
+                // Only a directory is listed in no order.
+                if self.directory.is_none() {
                     break;
                 }
             }
@@ -69,17 +69,17 @@ impl Tier2 {
     /// As the store fails; a missing bucket is an error, an empty one is not.
     pub async fn timelines(&self, cluster: &ClusterName) -> Result<BTreeSet<TimelineId>, Error> {
         let prefix = format!("{cluster}/wal");
-        self.require_folder(Op::List, &prefix)?;
+        self.require_directory(Op::List, &prefix)?;
         let place = Path::from(prefix.as_str());
         let listed = self.store.list_with_delimiter(Some(&place)).await;
         let listed = listed.map_err(|error| classify(Op::List, &self.place(&prefix), error))?;
-        let folders = listed.common_prefixes.iter().filter_map(|p| p.filename()?.parse().ok());
+        let directories = listed.common_prefixes.iter().filter_map(|p| p.filename()?.parse().ok());
         let history = |name: &str| match WalFile::parse_stored(name)? {
             (WalFile::History(timeline), _) => Some(timeline),
             _ => None,
         };
         let files = listed.objects.iter().filter_map(|meta| history(meta.location.filename()?));
-        Ok(folders.chain(files).collect())
+        Ok(directories.chain(files).collect())
     }
 
     /// Why a segment that is not there must once have been, in words: later WAL of its timeline is there, or of a timeline
@@ -116,7 +116,7 @@ impl Tier2 {
     /// The histories that are there, ascending; in one form each.
     async fn histories(&self, cluster: &ClusterName) -> Result<Vec<(TimelineId, Form)>, Error> {
         let prefix = format!("{cluster}/wal");
-        self.require_folder(Op::List, &prefix)?;
+        self.require_directory(Op::List, &prefix)?;
         let place = Path::from(prefix.as_str());
         let listed = self.store.list_with_delimiter(Some(&place)).await;
         let listed = listed.map_err(|error| classify(Op::List, &self.place(&prefix), error))?;
@@ -170,7 +170,7 @@ impl Tier2 {
     /// As the store fails.
     pub async fn has_wal(&self, cluster: &ClusterName) -> Result<bool, Error> {
         let prefix = format!("{cluster}/wal");
-        self.require_folder(Op::List, &prefix)?;
+        self.require_directory(Op::List, &prefix)?;
         let place = Path::from(prefix.as_str());
         let first = self.store.list(Some(&place)).try_next().await;
         first
@@ -186,12 +186,12 @@ mod tests {
     /// P7: a timeline that was left behind a segment shows that the segment was there.
     #[tokio::test]
     async fn a_promotion_behind_a_missing_segment_makes_it_a_hole() {
-        let folder = tempfile::tempdir().unwrap();
-        let wal = folder.path().join("pg/wal");
+        let directory = tempfile::tempdir().unwrap();
+        let wal = directory.path().join("pg/wal");
         std::fs::create_dir_all(wal.join("00000001")).unwrap();
         std::fs::write(wal.join("00000001/000000010000000000000001.zst"), "x").unwrap();
         std::fs::write(wal.join("00000002.history"), "1\t0/3800000\tx\n").unwrap();
-        let url = format!("file://{}", folder.path().display());
+        let url = format!("file://{}", directory.path().display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
         let cluster: ClusterName = "pg".parse().unwrap();
         let hole = async |number: u32, size: Option<u32>| {
@@ -211,14 +211,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_hole_differs_from_the_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let timeline = folder.path().join("pg/wal/00000001");
+        let directory = tempfile::tempdir().unwrap();
+        let timeline = directory.path().join("pg/wal/00000001");
         std::fs::create_dir_all(&timeline).unwrap();
         for name in ["000000010000000000000001.zst", "000000010000000000000003.zst.age"] {
             std::fs::write(timeline.join(name), "x").unwrap();
         }
         std::fs::write(timeline.join("000000010000000000000004.partial.zst"), "x").unwrap();
-        let url = format!("file://{}", folder.path().display());
+        let url = format!("file://{}", directory.path().display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
         let cluster: ClusterName = "pg".parse().unwrap();
         let at = async |number: u32| {
@@ -239,11 +239,11 @@ mod tests {
         };
         assert_eq!(newest("pg").await.unwrap(), TimelineId::new(1));
         assert_eq!(newest("other").await.unwrap(), None);
-        std::fs::create_dir(folder.path().join("pg/wal/spare")).unwrap();
-        std::fs::write(folder.path().join("pg/wal/0000000A.history.age"), "x").unwrap();
+        std::fs::create_dir(directory.path().join("pg/wal/spare")).unwrap();
+        std::fs::write(directory.path().join("pg/wal/0000000A.history.age"), "x").unwrap();
         assert_eq!(newest("pg").await.unwrap(), TimelineId::new(10));
         assert!(!tier2.has_wal(&"other".parse().unwrap()).await.unwrap());
-        std::fs::remove_dir_all(folder.path()).unwrap();
+        std::fs::remove_dir_all(directory.path()).unwrap();
         assert!(tier2.wal_at(&cluster, "000000010000000000000005".parse().unwrap()).await.is_err());
         assert!(newest("pg").await.is_err());
     }

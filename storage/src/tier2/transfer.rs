@@ -90,7 +90,7 @@ impl Tier2 {
 
     async fn upload_proven(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
         let path = self.path(Op::Upload, key)?;
-        self.require_folder(Op::Upload, key)?;
+        self.require_directory(Op::Upload, key)?;
         let local = self.read_local(source).await?;
         let age = source.wrapping.age;
         // Asked first because some stores accept a condition and ignore it (s3rver does).

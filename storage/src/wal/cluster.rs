@@ -194,7 +194,7 @@ pub(super) struct Prepared {
 /// What changes.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    /// Reading the cluster's folder failed; tried again before the next use.
+    /// Reading the cluster's directory failed; tried again before the next use.
     pub(super) broken: Option<(Kind, String)>,
     pub(super) pinned: Option<Pinned>,
     /// What the journals are read and written with.
@@ -415,17 +415,17 @@ impl Cluster {
     pub(super) fn disk(&self) -> &dyn Disk {
         self.shared.disk.as_ref()
     }
-    pub(super) fn folder(&self) -> PathBuf {
+    pub(super) fn directory(&self) -> PathBuf {
         self.shared.root.join(self.name.as_str())
     }
-    pub(super) fn wal_folder(&self) -> PathBuf {
-        self.folder().join("wal")
+    pub(super) fn wal_directory(&self) -> PathBuf {
+        self.directory().join("wal")
     }
     pub(super) fn open_path(&self, segment: SegmentName) -> PathBuf {
-        self.wal_folder().join(segment.timeline().to_string()).join(format!("{segment}.open"))
+        self.wal_directory().join(segment.timeline().to_string()).join(format!("{segment}.open"))
     }
-    pub(super) fn spare_folder(&self) -> PathBuf {
-        self.wal_folder().join("spare")
+    pub(super) fn spare_directory(&self) -> PathBuf {
+        self.wal_directory().join("spare")
     }
 
     /// What opens its journals.
@@ -436,7 +436,7 @@ impl Cluster {
     /// As the disk has them.
     pub(super) fn load_keys(&self) -> Result<JournalKeys, Error> {
         let at_rest = &self.shared.options.at_rest;
-        let path = self.folder().join(layout::OPEN_KEY);
+        let path = self.directory().join(layout::OPEN_KEY);
         let data = match at_rest.reading() {
             Some(keys) => DataKey::load(self.disk(), &path, keys)?.map(Arc::new),
             None => None,
@@ -453,10 +453,10 @@ impl Cluster {
         if lock(&self.state).key_proven {
             return Ok(self.keys());
         }
-        let path = self.folder().join(layout::OPEN_KEY);
+        let path = self.directory().join(layout::OPEN_KEY);
         let key = match DataKey::load(self.disk(), &path, keys)? {
             Some(key) => {
-                // Seen is not durable: the program may have died before the folder was synced.
+                // Seen is not durable: the program may have died before the directory was synced.
                 key.store(self.disk(), &path, keys)?;
                 key
             }
@@ -561,12 +561,12 @@ impl Cluster {
             let mut state = lock(&self.state);
             let keep = may_keep && state.spares.len() < self.shared.options.spares;
             state.spares_made += 1;
-            keep.then(|| self.spare_folder().join(format!("{}.spare", state.spares_made)))
+            keep.then(|| self.spare_directory().join(format!("{}.spare", state.spares_made)))
         };
         let disk = self.disk();
         // Neither has to be durable: start finds what comes back, and knows that it is sealed.
         let outcome = match &spare {
-            Some(spare) => durable::create_dir(disk, &self.spare_folder()).and_then(|()| {
+            Some(spare) => durable::create_dir(disk, &self.spare_directory()).and_then(|()| {
                 disk.rename(path, spare).map_err(|e| Error::io(Op::Rename, path, e))
             }),
             None => durable::remove_if_there(disk, path),

@@ -56,7 +56,7 @@ pub struct DamagedWal {
     pub from: Lsn,
     /// One past the last byte that is known to have been acknowledged.
     pub to: Lsn,
-    /// The damaged file's name in its timeline's folder.
+    /// The damaged file's name in its timeline's directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<String>,
     /// It was a sealed file.
@@ -120,7 +120,7 @@ pub(super) struct Harm {
 }
 
 fn path(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join(FILE)
+    cluster.directory().join(FILE)
 }
 
 impl State {
@@ -220,7 +220,7 @@ impl Cluster {
 
     /// Where the journal is kept. The same harm found again, after a crash, has its place already.
     fn put_on_record(&self, entry: &Unsealed, harm: Harm) -> Result<PathBuf, Error> {
-        let folder = durable::parent(&entry.path);
+        let directory = durable::parent(&entry.path);
         let timeline = entry.timeline;
         let known = {
             let state = lock(&self.state);
@@ -228,7 +228,7 @@ impl Cluster {
             known.and_then(|known| known.kept.clone())
         };
         if let Some(kept) = known {
-            return Ok(folder.join(kept));
+            return Ok(directory.join(kept));
         }
         let kept = self.free_name(entry)?;
         {
@@ -239,30 +239,30 @@ impl Cluster {
             state.damaged.push(DamagedWal { timeline, from, to, kept, sealed: false, unknown });
         }
         self.store_damaged()?;
-        Ok(folder.join(kept))
+        Ok(directory.join(kept))
     }
 
     /// A name that nothing has: not on disk, and not on record.
     pub(super) fn free_name(&self, entry: &Unsealed) -> Result<String, Error> {
         let segment = entry.segment(self.pinned()?.segment_size);
-        let folder = durable::parent(&entry.path);
+        let directory = durable::parent(&entry.path);
         let taken: Vec<String> = {
             let state = lock(&self.state);
             state.damaged.iter().filter_map(|known| known.kept.clone()).collect()
         };
         for number in 1..=u32::MAX {
             let name = layout::damaged_journal(segment, number);
-            match self.disk().stat(&folder.join(&name)) {
+            match self.disk().stat(&directory.join(&name)) {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
                 Ok(_) => continue,
-                Err(e) => return Err(Error::io(Op::Recover, folder, e)),
+                Err(e) => return Err(Error::io(Op::Recover, directory, e)),
             }
             if !taken.contains(&name) {
                 return Ok(name);
             }
         }
         let detail = "expected a free name for a damaged journal, found none";
-        Err(Error::new(Kind::Conflict, Op::Recover, folder.display(), detail))
+        Err(Error::new(Kind::Conflict, Op::Recover, directory.display(), detail))
     }
 
     /// Copies a file, durably: it is whole or absent.
@@ -310,9 +310,9 @@ impl Cluster {
         }
         self.store_damaged()?;
         for entry in torn {
-            let folder = self.wal_folder().join(entry.timeline.to_string());
+            let directory = self.wal_directory().join(entry.timeline.to_string());
             if let Some(kept) = entry.kept {
-                durable::remove_if_there(self.disk(), &folder.join(kept))?;
+                durable::remove_if_there(self.disk(), &directory.join(kept))?;
             }
         }
         Ok(())
@@ -323,7 +323,7 @@ impl Cluster {
         let (explained, to) = (self.explain(&mut gap), gap.to);
         let mut gaps = lock(&self.state).gaps.clone();
         gaps.push(gap);
-        super::record::store_gaps(self.disk(), &self.folder().join("gaps.json"), &gaps)?;
+        super::record::store_gaps(self.disk(), &self.directory().join("gaps.json"), &gaps)?;
         let any = !explained.is_empty();
         {
             let mut state = lock(&self.state);

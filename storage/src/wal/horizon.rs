@@ -65,7 +65,7 @@ pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<Horizons, Error
 }
 
 fn path(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join(FILE)
+    cluster.directory().join(FILE)
 }
 
 impl State {

@@ -25,26 +25,26 @@ pub struct Locked {
     pub recipients: Vec<String>,
 }
 
-fn names(disk: &dyn Disk, folder: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
-    match disk.list(folder) {
+fn names(disk: &dyn Disk, directory: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
+    match disk.list(directory) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        other => other.map_err(|e| Error::io(Op::List, folder, e)),
+        other => other.map_err(|e| Error::io(Op::List, directory, e)),
     }
 }
 
 /// The encrypted files of a cluster, its key files first; WAL in order.
 fn age_files(disk: &dyn Disk, cluster: &Path) -> Result<Vec<Vec<PathBuf>>, Error> {
-    let in_folder = |folder: &Path| -> Result<Vec<PathBuf>, Error> {
-        let entries = names(disk, folder)?.into_iter();
+    let in_directory = |directory: &Path| -> Result<Vec<PathBuf>, Error> {
+        let entries = names(disk, directory)?.into_iter();
         let files = entries.filter(|e| !e.is_dir && e.name.ends_with(Form::Age.suffix()));
-        let mut paths: Vec<PathBuf> = files.map(|e| folder.join(e.name)).collect();
+        let mut paths: Vec<PathBuf> = files.map(|e| directory.join(e.name)).collect();
         paths.sort();
         Ok(paths)
     };
     let wal = cluster.join("wal");
-    let mut groups = vec![in_folder(cluster)?, in_folder(&wal)?];
+    let mut groups = vec![in_directory(cluster)?, in_directory(&wal)?];
     for entry in names(disk, &wal)?.iter().filter(|entry| entry.is_dir) {
-        groups.push(in_folder(&wal.join(&entry.name))?);
+        groups.push(in_directory(&wal.join(&entry.name))?);
     }
     Ok(groups)
 }
@@ -72,7 +72,7 @@ pub fn locked(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Vec
 }
 
 /// Whether the keys are those of what lies on tier 1: the key files of each cluster, and the first and last encrypted file
-/// of each folder of WAL. Touches nothing. A damaged file is not a matter of keys: it passes here.
+/// of each directory of WAL. Touches nothing. A damaged file is not a matter of keys: it passes here.
 ///
 /// # Errors
 /// `Denied`, with the file and for whom it is; as the disk fails.
@@ -81,8 +81,8 @@ pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), 
         if ClusterName::parse_generation(&entry.name).is_err() {
             continue;
         }
-        let folder = root.join(&entry.name);
-        let groups = age_files(disk, &folder)?;
+        let directory = root.join(&entry.name);
+        let groups = age_files(disk, &directory)?;
         for (number, group) in groups.iter().enumerate() {
             let ends = [group.first(), group.last()];
             let some: Vec<&PathBuf> = match number {
@@ -94,7 +94,7 @@ pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), 
             }
         }
         if at_rest.reading().is_none() {
-            check_journals(disk, &folder.join("wal"), at_rest)?;
+            check_journals(disk, &directory.join("wal"), at_rest)?;
         }
     }
     Ok(())
@@ -102,10 +102,10 @@ pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), 
 
 /// Without any key there must be no encrypted journal.
 fn check_journals(disk: &dyn Disk, wal: &Path, at_rest: &AtRest) -> Result<(), Error> {
-    for folder in names(disk, wal)?.iter().filter(|entry| entry.is_dir) {
-        let folder = wal.join(&folder.name);
-        for entry in names(disk, &folder)?.iter().filter(|e| e.name.ends_with(".open")) {
-            let path = folder.join(&entry.name);
+    for directory in names(disk, wal)?.iter().filter(|entry| entry.is_dir) {
+        let directory = wal.join(&directory.name);
+        for entry in names(disk, &directory)?.iter().filter(|e| e.name.ends_with(".open")) {
+            let path = directory.join(&entry.name);
             let encrypted =
                 JournalHeader::decode(&head(disk, &path)?).is_ok_and(|h| h.key.is_some());
             if encrypted {
@@ -137,7 +137,7 @@ impl WalStore {
         let cluster = self.need(name, Op::Write)?;
         let _one = lock(&cluster.op);
         match self.at_rest().writing() {
-            Some(keys) => cipher::rewrap(self.disk(), &cluster.folder().join(OPEN_KEY), keys),
+            Some(keys) => cipher::rewrap(self.disk(), &cluster.directory().join(OPEN_KEY), keys),
             None => Ok(false),
         }
     }

@@ -24,7 +24,7 @@ use klio_pg::{Lsn, TimelineId, WalLevel, WalParameters};
 use serde::{Deserialize, Serialize};
 use std::{io, path::PathBuf};
 
-/// The file's name in a cluster's folder of either tier.
+/// The file's name in a cluster's directory of either tier.
 pub const LEVELS: &str = "wal_levels.json";
 
 /// A change to or from `wal_level = minimal`.
@@ -68,7 +68,7 @@ pub fn join_levels(one: &[LevelChange], other: &[LevelChange]) -> Vec<LevelChang
 }
 
 fn path(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join(LEVELS)
+    cluster.directory().join(LEVELS)
 }
 
 impl Cluster {

@@ -99,7 +99,7 @@ use stored::{DiskReader, StoredAt};
 /// The oldest PostgreSQL that Klio speaks to.
 const OLDEST_POSTGRES: u32 = 150_000;
 
-/// The WAL of all clusters below one folder. Clones share it.
+/// The WAL of all clusters below one directory. Clones share it.
 #[derive(Debug, Clone)]
 pub struct WalStore(Arc<Store>);
 
@@ -116,11 +116,11 @@ fn not_found(op: Op, place: impl std::fmt::Display) -> Error {
 }
 
 impl WalStore {
-    /// Takes the folder for itself, finds out what is there and repairs what a crash left. A cluster that cannot be read
+    /// Takes the directory for itself, finds out what is there and repairs what a crash left. A cluster that cannot be read
     /// does not stop the others: see [`WalStore::problems`].
     ///
     /// # Errors
-    /// `Conflict` when another process has the folder; otherwise I/O errors on the folder itself.
+    /// `Conflict` when another process has the directory; otherwise I/O errors on the directory itself.
     pub fn open(disk: Arc<dyn Disk>, root: PathBuf, options: WalOptions) -> Result<Self, Error> {
         durable::create_dir(disk.as_ref(), &root)?;
         let lock_path = root.join("LOCK");
@@ -169,7 +169,7 @@ impl WalStore {
         &self.0.shared.options.at_rest
     }
 
-    /// The folder.
+    /// The directory.
     pub fn root(&self) -> &Path {
         &self.0.shared.root
     }
@@ -243,7 +243,7 @@ impl WalStore {
             Some(before) => check_same(name, &before, &pinned)?,
             None => {}
         }
-        let path = cluster.folder().join("cluster.json");
+        let path = cluster.directory().join("cluster.json");
         record::store_pinned(self.disk(), &path, &pinned)?;
         lock(&cluster.state).pinned = Some(pinned);
         Ok(())
@@ -255,7 +255,7 @@ impl WalStore {
             return Ok(cluster);
         }
         let cluster = Arc::new(Cluster::new(name.clone(), self.0.shared.clone()));
-        durable::create_dir(self.disk(), &cluster.folder())?;
+        durable::create_dir(self.disk(), &cluster.directory())?;
         let mut clusters = self.0.clusters.write().unwrap_or_else(PoisonError::into_inner);
         clusters.insert(name.clone(), cluster.clone());
         Ok(cluster)
@@ -324,7 +324,7 @@ impl WalStore {
         if there.is_some() && known {
             return Ok(());
         }
-        durable::create_dir(self.disk(), &cluster.wal_folder())?;
+        durable::create_dir(self.disk(), &cluster.wal_directory())?;
         cluster.write_stored(WalFile::History(timeline), |sink, tmp| {
             sink.write_all(content).map_err(|e| Error::io(Op::Write, tmp, e))
         })?;
@@ -474,7 +474,7 @@ impl WalStore {
     /// As the disk reports.
     pub fn list(&self, name: &ClusterName) -> Result<Vec<StoredFile>, Error> {
         let cluster = self.need(name, Op::List)?;
-        let wal = cluster.wal_folder();
+        let wal = cluster.wal_directory();
         let mut found = Vec::new();
         for entry in self.names(&wal)? {
             if !entry.is_dir {
@@ -496,10 +496,10 @@ impl WalStore {
         Ok(found)
     }
 
-    fn names(&self, folder: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
-        match self.disk().list(folder) {
+    fn names(&self, directory: &Path) -> Result<Vec<crate::disk::Entry>, Error> {
+        match self.disk().list(directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            other => other.map_err(|e| Error::io(Op::List, folder, e)),
+            other => other.map_err(|e| Error::io(Op::List, directory, e)),
         }
     }
 
@@ -773,8 +773,8 @@ impl Cluster {
             );
             return Err(Error::new(Kind::Conflict, Op::Open, segment, detail));
         }
-        durable::create_dir(self.disk(), &self.wal_folder())?;
-        durable::create_dir(self.disk(), &self.wal_folder().join(timeline.to_string()))?;
+        durable::create_dir(self.disk(), &self.wal_directory())?;
+        durable::create_dir(self.disk(), &self.wal_directory().join(timeline.to_string()))?;
         self.next_journal(timeline, start)
     }
 

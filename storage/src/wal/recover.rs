@@ -43,13 +43,13 @@ use std::{
 pub(super) const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
 impl Cluster {
-    /// Reads the folder if that has not succeeded yet. Call with `op` held.
+    /// Reads the directory if that has not succeeded yet. Call with `op` held.
     pub(super) fn ensure_loaded(&self) -> Result<(), Error> {
         let broken = lock(&self.state).broken.is_some();
         if broken { self.load() } else { Ok(()) }
     }
 
-    /// Reads the folder. On failure the cluster stays broken, and says why.
+    /// Reads the directory. On failure the cluster stays broken, and says why.
     pub(super) fn load(&self) -> Result<(), Error> {
         let loaded = match self.scan() {
             Ok((state, rotten)) => {
@@ -95,7 +95,7 @@ impl Cluster {
         };
         let disk = self.disk();
         for name in ["cluster.json", "gaps.json", layout::TIMELINES] {
-            crate::record::prove(disk, &self.folder().join(name))?;
+            crate::record::prove(disk, &self.directory().join(name))?;
         }
         for timeline in timelines {
             let Some(stored) = self.stored(WalFile::History(timeline))? else { continue };
@@ -134,17 +134,17 @@ impl Cluster {
 
     /// What is there, and the sealed files that cannot be read.
     fn scan(&self) -> Result<(State, Vec<WalFile>), Error> {
-        let (disk, folder) = (self.disk(), self.folder());
+        let (disk, directory) = (self.disk(), self.directory());
         let mut state = State::default();
-        remove_tmp(self, &folder)?;
+        remove_tmp(self, &directory)?;
         durable::sync_dir(disk, &self.shared.root)?;
-        durable::sync_dir(disk, &folder)?;
-        state.pinned = record::load_pinned(disk, &folder.join("cluster.json"))?;
+        durable::sync_dir(disk, &directory)?;
+        state.pinned = record::load_pinned(disk, &directory.join("cluster.json"))?;
         lock(&self.state).pinned = state.pinned;
         state.keys = self.load_keys()?;
         lock(&self.state).keys = state.keys.clone();
-        state.gaps = record::load_gaps(disk, &folder.join("gaps.json"))?;
-        state.marks = record::load_timelines(disk, &folder.join(layout::TIMELINES))?;
+        state.gaps = record::load_gaps(disk, &directory.join("gaps.json"))?;
+        state.marks = record::load_timelines(disk, &directory.join(layout::TIMELINES))?;
         match horizon::load(disk, self) {
             Ok(horizons) => state.horizons = horizons,
             // Receiving needs none of it; retention removes nothing while there is a problem (P6).
@@ -155,18 +155,18 @@ impl Cluster {
         state.levels = unreadable::load(self, &mut state, levels::LEVELS, levels::join_levels)?;
         // Without it a hole would look like a loss, or the stream would go on where it must not.
         state.taken_over = takeover::load(disk, self)?;
-        let entries = list(self, &self.wal_folder())?;
+        let entries = list(self, &self.wal_directory())?;
         let Some(pinned) = state.pinned else {
             let detail = "expected cluster.json beside WAL, found none";
-            let fail = || Error::new(Kind::Corrupt, Op::Open, folder.display(), detail);
+            let fail = || Error::new(Kind::Corrupt, Op::Open, directory.display(), detail);
             return if entries.is_empty() { Ok((state, Vec::new())) } else { Err(fail()) };
         };
         if !entries.is_empty() {
-            remove_tmp(self, &self.wal_folder())?;
-            durable::sync_dir(disk, &self.wal_folder())?;
+            remove_tmp(self, &self.wal_directory())?;
+            durable::sync_dir(disk, &self.wal_directory())?;
         }
-        for spare in list(self, &self.spare_folder())? {
-            durable::remove_if_there(disk, &self.spare_folder().join(&spare.name))?;
+        for spare in list(self, &self.spare_directory())? {
+            durable::remove_if_there(disk, &self.spare_directory().join(&spare.name))?;
         }
         let mut rotten = Vec::new();
         for entry in entries {
@@ -206,12 +206,12 @@ impl Cluster {
         state: &mut State,
         rotten: &mut Vec<WalFile>,
     ) -> Result<(), Error> {
-        let folder = self.wal_folder().join(timeline.to_string());
-        remove_tmp(self, &folder)?;
-        durable::sync_dir(self.disk(), &folder)?;
+        let directory = self.wal_directory().join(timeline.to_string());
+        remove_tmp(self, &directory)?;
+        durable::sync_dir(self.disk(), &directory)?;
         let (mut sealed, mut partial, mut open) =
             <(BTreeSet<_>, BTreeSet<_>, BTreeSet<_>)>::default();
-        for entry in list(self, &folder)? {
+        for entry in list(self, &directory)? {
             let place = |name: SegmentName| {
                 name.start_lsn(pinned.segment_size).filter(|_| name.timeline() == timeline)
             };
@@ -503,18 +503,18 @@ fn harms_of(line: &Line) -> Vec<Harm> {
     harms
 }
 
-fn list(cluster: &Cluster, folder: &Path) -> Result<Vec<Entry>, Error> {
-    match cluster.disk().list(folder) {
+fn list(cluster: &Cluster, directory: &Path) -> Result<Vec<Entry>, Error> {
+    match cluster.disk().list(directory) {
         Ok(entries) => Ok(entries),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(Error::io(Op::List, folder, e)),
+        Err(e) => Err(Error::io(Op::List, directory, e)),
     }
 }
 
-fn remove_tmp(cluster: &Cluster, folder: &Path) -> Result<(), Error> {
-    for entry in list(cluster, folder)? {
+fn remove_tmp(cluster: &Cluster, directory: &Path) -> Result<(), Error> {
+    for entry in list(cluster, directory)? {
         if !entry.is_dir && entry.name.ends_with(durable::TMP_SUFFIX) {
-            durable::remove_if_there(cluster.disk(), &folder.join(&entry.name))?;
+            durable::remove_if_there(cluster.disk(), &directory.join(&entry.name))?;
         }
     }
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! - A file may lie there in both forms for a moment, or for good after a crash; both hold the same, and either answers.
 //! - New ones have the form that the settings ask for. The other form goes after the new one is durable.
-//! - A file is whole or absent: temp, fsync, rename, fsync of the folder.
+//! - A file is whole or absent: temp, fsync, rename, fsync of the directory.
 
 use super::cluster::Cluster;
 use crate::{
@@ -105,7 +105,7 @@ impl Cluster {
     }
 
     pub(super) fn path_in(&self, file: WalFile, form: Form) -> PathBuf {
-        self.wal_folder().join(file.relative_in(form))
+        self.wal_directory().join(file.relative_in(form))
     }
 
     /// Where a new file goes.

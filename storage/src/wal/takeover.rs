@@ -60,7 +60,7 @@ pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<All, Error> {
 }
 
 fn path(cluster: &Cluster) -> PathBuf {
-    cluster.folder().join(FILE)
+    cluster.directory().join(FILE)
 }
 
 impl State {
@@ -103,7 +103,7 @@ impl WalStore {
         // First: a taken over line without its gaps would claim bytes that nobody has.
         if !gaps.is_empty() {
             recorded.extend(gaps);
-            store_gaps(self.disk(), &cluster.folder().join("gaps.json"), &recorded)?;
+            store_gaps(self.disk(), &cluster.directory().join("gaps.json"), &recorded)?;
             lock(&cluster.state).gaps = recorded;
         }
         lines.iter().for_each(|line| join(&mut all, line, size));

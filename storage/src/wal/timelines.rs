@@ -74,8 +74,8 @@ impl WalStore {
 impl Cluster {
     /// Call with `op` held.
     fn store_timelines(&self, marks: Timelines) -> Result<(), Error> {
-        durable::create_dir(self.disk(), &self.folder())?;
-        record::store_timelines(self.disk(), &self.folder().join(TIMELINES), &marks)?;
+        durable::create_dir(self.disk(), &self.directory())?;
+        record::store_timelines(self.disk(), &self.directory().join(TIMELINES), &marks)?;
         lock(&self.state).marks = marks;
         Ok(())
     }

@@ -16,7 +16,7 @@ const KEPT_MAX: u32 = 16;
 
 fn aside(cluster: &Cluster, file: &str, number: u32) -> PathBuf {
     let number = if number == 1 { String::new() } else { format!(".{number}") };
-    cluster.folder().join(format!("{file}.unreadable{number}"))
+    cluster.directory().join(format!("{file}.unreadable{number}"))
 }
 
 /// Reads a list and what was kept aside of it, `join`ed; puts aside what cannot be read. Call at start.
@@ -29,7 +29,7 @@ pub(super) fn load<T: Serialize + DeserializeOwned + Clone + PartialEq>(
     file: &str,
     join: impl Fn(&[T], &[T]) -> Vec<T>,
 ) -> Result<Vec<T>, Error> {
-    let (disk, path) = (cluster.disk(), cluster.folder().join(file));
+    let (disk, path) = (cluster.disk(), cluster.directory().join(file));
     let there: Vec<T> = match record::load(disk, &path) {
         Ok(there) => there.unwrap_or_default(),
         Err(error) => {
@@ -60,7 +60,7 @@ pub(super) fn load<T: Serialize + DeserializeOwned + Clone + PartialEq>(
 }
 
 fn keep(cluster: &Cluster, file: &str, error: &Error) -> Result<(), Error> {
-    let (disk, path) = (cluster.disk(), cluster.folder().join(file));
+    let (disk, path) = (cluster.disk(), cluster.directory().join(file));
     let free = (1..=KEPT_MAX)
         .map(|number| aside(cluster, file, number))
         .find(|place| matches!(disk.stat(place), Err(e) if e.kind() == io::ErrorKind::NotFound));

@@ -189,7 +189,7 @@ async fn exported_log_records_carry_the_trace_id() {
 }
 
 struct Authority {
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     server_pem: String,
     server_key: rcgen::KeyPair,
     ca_pem: String,
@@ -197,11 +197,11 @@ struct Authority {
 
 impl Authority {
     fn path(&self, name: &str) -> String {
-        Path::join(self.folder.path(), name).to_str().unwrap().to_owned()
+        Path::join(self.directory.path(), name).to_str().unwrap().to_owned()
     }
 }
 
-/// A CA, a server certificate for localhost, and ca.pem, client.pem, client.key in a folder.
+/// A CA, a server certificate for localhost, and ca.pem, client.pem, client.key in a directory.
 fn authority() -> Authority {
     let ca_key = rcgen::KeyPair::generate().unwrap();
     let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
@@ -215,11 +215,11 @@ fn authority() -> Authority {
     };
     let (server_pem, server_key) = signed("localhost");
     let (client_pem, client_key) = signed("client");
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("ca.pem"), &ca_pem).unwrap();
-    fs::write(folder.path().join("client.pem"), client_pem).unwrap();
-    fs::write(folder.path().join("client.key"), client_key.serialize_pem()).unwrap();
-    Authority { folder, server_pem, server_key, ca_pem }
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("ca.pem"), &ca_pem).unwrap();
+    fs::write(directory.path().join("client.pem"), client_pem).unwrap();
+    fs::write(directory.path().join("client.key"), client_key.serialize_pem()).unwrap();
+    Authority { directory, server_pem, server_key, ca_pem }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

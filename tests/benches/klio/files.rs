@@ -53,7 +53,7 @@ async fn one(tables: u32) -> (u64, Measured, Measured) {
     (count(&to), backup, restore)
 }
 
-fn count(folder: &std::path::Path) -> u64 {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+fn count(directory: &std::path::Path) -> u64 {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| if entry.path().is_dir() { count(&entry.path()) } else { 1 }).sum()
 }

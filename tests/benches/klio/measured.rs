@@ -70,9 +70,9 @@ fn cpu(pid: u32) -> f64 {
     seconds
 }
 
-/// Bytes of all files below a folder.
-pub fn stored_bytes(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+/// Bytes of all files below a directory.
+pub fn stored_bytes(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.metadata() {
             Ok(meta) if meta.is_dir() => stored_bytes(&entry.path()),

@@ -35,7 +35,7 @@ impl Peer {
         install::give(scratch.path());
         let at = |name: &str| {
             let path = scratch.join(name);
-            fs::create_dir_all(&path).expect("make a folder");
+            fs::create_dir_all(&path).expect("make a directory");
             install::give(&path);
             path.display().to_string()
         };

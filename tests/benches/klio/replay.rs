@@ -83,7 +83,7 @@ impl Rig {
         let stream = site.stream(&primary);
         eventually("a position", PATIENCE, || site.lsn("flushed_lsn")).await;
         let scratch = Scratch::new("replay");
-        fs::create_dir_all(scratch.join("plain")).expect("make a folder");
+        fs::create_dir_all(scratch.join("plain")).expect("make a directory");
         let hands = [Scratch::new("hands"), Scratch::new("hands")];
         Self { scratch, hands, s3, site, primary, peer, _stream: stream }
     }
@@ -105,7 +105,7 @@ impl Rig {
 
     /// The restore_command.
     fn line(&self, way: Way) -> String {
-        // The folder has its name when the copy is made; the shell knows it as its own.
+        // The directory has its name when the copy is made; the shell knows it as its own.
         self.command(way).replace("archive-get", "--pg1-path=\"$PWD\" archive-get")
     }
 
@@ -143,14 +143,14 @@ impl Rig {
 }
 
 /// PostgreSQL's user runs cp.
-fn readable(folder: &Path) {
+fn readable(directory: &Path) {
     use std::os::unix::fs::PermissionsExt;
     let open = |path: &Path, mode| {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("set permissions");
     };
-    open(folder.parent().expect("a scratch directory"), 0o755);
-    open(folder, 0o755);
-    for entry in fs::read_dir(folder).expect("read a folder").flatten() {
+    open(directory.parent().expect("a scratch directory"), 0o755);
+    open(directory, 0o755);
+    for entry in fs::read_dir(directory).expect("read a directory").flatten() {
         open(&entry.path(), 0o644);
     }
 }
@@ -160,7 +160,7 @@ impl Rig {
     async fn fetch(&self, way: Way, copy: &Postgres) -> f64 {
         settle_disk().await;
         let mut names: Vec<String> = fs::read_dir(self.scratch.join("plain"))
-            .expect("read a folder")
+            .expect("read a directory")
             .flatten()
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .collect();
@@ -243,7 +243,7 @@ pub async fn run(options: &Options) {
             seconds[number].push(taken);
         }
     }
-    let stored = fs::read_dir(rig.scratch.join("plain")).expect("read a folder").count();
+    let stored = fs::read_dir(rig.scratch.join("plain")).expect("read a directory").count();
     print("fetch without replay", "seconds", &fetching, stored, options);
     print("replay", "seconds of redo", &seconds, segments, options);
 }

@@ -43,8 +43,8 @@ pub async fn all(pair: &Pair, tool: Tool) -> Vec<(Step, Measured)> {
 }
 
 /// Reads all files, or has the page cache forget them.
-fn keep_in_cache(folder: &Path, cached: bool) {
-    files(folder, &mut |path, _| {
+fn keep_in_cache(directory: &Path, cached: bool) {
+    files(directory, &mut |path, _| {
         let mut file = fs::File::open(path).expect("open a relation");
         if cached {
             io::copy(&mut file, &mut io::sink()).expect("read a relation");
@@ -78,8 +78,8 @@ async fn one(pair: &Pair, tool: Tool, to: &Path, delta: bool, scratch: &Scratch)
 
 const MARK: &[u8] = b"overwritten by the benchmark";
 
-fn files(folder: &Path, each: &mut impl FnMut(&Path, u64)) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+fn files(directory: &Path, each: &mut impl FnMut(&Path, u64)) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         match entry.metadata() {
             Ok(meta) if meta.is_dir() => files(&entry.path(), each),
             Ok(meta) => each(&entry.path(), meta.len()),
@@ -89,9 +89,9 @@ fn files(folder: &Path, each: &mut impl FnMut(&Path, u64)) {
 }
 
 /// Overwrites every 67th page, counted over all files; returns how many.
-fn disturb(folder: &Path) -> u64 {
+fn disturb(directory: &Path) -> u64 {
     let (mut page, mut touched) = (0, 0);
-    files(folder, &mut |path, size| {
+    files(directory, &mut |path, size| {
         let mut file = fs::OpenOptions::new().write(true).open(path).expect("open a relation");
         for block in 0..size / PAGE {
             page += 1;
@@ -106,9 +106,9 @@ fn disturb(folder: &Path) -> u64 {
 }
 
 /// How many pages still have the mark.
-fn disturbed(folder: &Path) -> u64 {
+fn disturbed(directory: &Path) -> u64 {
     let mut left = 0;
-    files(folder, &mut |path, _| {
+    files(directory, &mut |path, _| {
         let content = fs::read(path).expect("read a relation");
         left += content
             .chunks(PAGE as usize)

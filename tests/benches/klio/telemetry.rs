@@ -138,7 +138,7 @@ struct Drain<'a> {
 impl<'a> Drain<'a> {
     async fn run(load: &'a Workload, way: Way, bare: &Path) -> Cost {
         let usual =
-            programs::klio_server().parent().expect("a program lies in a folder").to_owned();
+            programs::klio_server().parent().expect("a program lies in a directory").to_owned();
         let dir = if way.is_bare() { bare.to_owned() } else { usual };
         let pages = [ports::free(), ports::free()];
         let collector = if way == Way::Traces { Some(Collector::new().await) } else { None };

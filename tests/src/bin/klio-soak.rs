@@ -1,7 +1,7 @@
 //! `make soak`: rounds of the restore proof, one after the other, for as long as wanted.
 //!
 //! `klio-soak [--rounds N] [--seed S] [--moves NAME,…] [--leg FILE]`: round `i` has the seed `S + i`. One line for each round; a failed
-//! one keeps its scratch folders, says how to be run again, and the next one begins. Ends with 1 when any round failed.
+//! one keeps its scratch directories, says how to be run again, and the next one begins. Ends with 1 when any round failed.
 //! What must stay true: all rounds of a run have the same programs under test, which are copied before the first one and named by
 //! their commit and SHA-256. A leg's file remembers these and the seeds that were good, so that a run that was broken off goes on
 //! where it was; with other programs the leg is refused.
@@ -53,9 +53,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Wish, String> {
     Ok(wish)
 }
 
-/// The programs under test, in a folder of their own so that a build does not change them meanwhile; in words, which they are.
+/// The programs under test, in a directory of their own so that a build does not change them meanwhile; in words, which they are.
 struct Subject {
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     name: String,
 }
 
@@ -63,20 +63,20 @@ impl Subject {
     fn copy() -> Self {
         let from = env::bin_dir().unwrap_or_else(|| {
             let own = std::env::current_exe().expect("the path of this program");
-            own.parent().expect("a program lies in a folder").to_owned()
+            own.parent().expect("a program lies in a directory").to_owned()
         });
-        let folder = tempfile::tempdir().expect("make a folder for the programs");
-        scratch::open_to_others(folder.path());
+        let directory = tempfile::tempdir().expect("make a directory for the programs");
+        scratch::open_to_others(directory.path());
         let mut name = commit(&from);
         for program in PROGRAMS {
             let bytes = fs::read(from.join(program))
                 .unwrap_or_else(|e| panic!("read {}: {e}", from.join(program).display()));
             let sum = Sha256Sum::of(&bytes).to_string();
             name += &format!(" {program} {}", &sum[..16]);
-            let copied = fs::copy(from.join(program), folder.path().join(program));
+            let copied = fs::copy(from.join(program), directory.path().join(program));
             copied.unwrap_or_else(|e| panic!("copy {program}: {e}"));
         }
-        Self { folder, name }
+        Self { directory, name }
     }
 }
 
@@ -128,7 +128,7 @@ async fn main() -> ExitCode {
     };
     scratch::keep_failed();
     let subject = Subject::copy();
-    klio_tests::programs::use_from(subject.folder.path());
+    klio_tests::programs::use_from(subject.directory.path());
     println!("under test: {}", subject.name);
     let (leg, done) = match Leg::open(wish.leg, &subject.name) {
         Ok(leg) => leg,

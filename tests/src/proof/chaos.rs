@@ -151,8 +151,8 @@ async fn lose_tier1(rig: &mut Rig) {
 /// were (the round looks at them once the workload has ended).
 async fn drill(rig: &mut Rig) {
     crate::workload::one_more_tablespace(&rig.pg, &rig.places()).await;
-    let inside = rig.kept_folder();
-    fs::create_dir(&inside).expect("make a folder for a drill");
+    let inside = rig.kept_directory();
+    fs::create_dir(&inside).expect("make a directory for a drill");
     install::give(&inside);
     let restorer = Restorer::new(&rig.site, &rig.s3, Source::Server, rig.hands());
     let args = ["drill", "--in", &inside.display().to_string(), "--json"].map(str::to_owned);

@@ -57,7 +57,7 @@ impl Copy {
         self.stream.kill9_tree();
         self.restored.pg.stop(Stop::Immediate).await;
         let standing = if retired { "retired" } else { "undecided" };
-        let record = rig.s3.bucket_dir().join("klio").join(rig.folder()).join("timelines.json");
+        let record = rig.s3.bucket_dir().join("klio").join(rig.directory()).join("timelines.json");
         eventually_now("what is known of the copy in the bucket", PATIENCE, || {
             std::fs::read_to_string(&record).is_ok_and(|text| text.contains(standing))
         })

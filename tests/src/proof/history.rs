@@ -27,7 +27,7 @@ use std::{
 /// A kept state of the primary and of its tablespaces.
 #[derive(Debug)]
 pub struct Kept {
-    folder: PathBuf,
+    directory: PathBuf,
     /// What it holds.
     pub base: Model,
 }
@@ -59,29 +59,29 @@ fn copy_tree(from: &Path, to: &Path) {
     assert!(status.success(), "copy {} to {}", from.display(), to.display());
 }
 
-/// The folders that make up a state, with the names that they are kept under.
+/// The directories that make up a state, with the names that they are kept under.
 fn parts(pg: &Postgres, rig: &Rig) -> [(&'static str, PathBuf); 3] {
     [("data", pg.data_dir()), ("places", rig.places()), ("elsewhere", rig.elsewhere())]
 }
 
-/// Keeps the folders of a PostgreSQL that does not run.
-fn keep(pg: &Postgres, rig: &Rig, folder: &Path) {
-    let _ = fs::remove_dir_all(folder);
-    fs::create_dir_all(folder).expect("make the folder of a kept state");
+/// Keeps the directories of a PostgreSQL that does not run.
+fn keep(pg: &Postgres, rig: &Rig, directory: &Path) {
+    let _ = fs::remove_dir_all(directory);
+    fs::create_dir_all(directory).expect("make the directory of a kept state");
     for (name, part) in parts(pg, rig) {
         if part.exists() {
-            copy_tree(&part, &folder.join(name));
+            copy_tree(&part, &directory.join(name));
         }
     }
 }
 
 /// Puts them back.
-fn put_back(pg: &mut Postgres, rig: &Rig, folder: &Path) {
+fn put_back(pg: &mut Postgres, rig: &Rig, directory: &Path) {
     pg.destroy_data();
     for (name, part) in parts(pg, rig) {
         let _ = fs::remove_dir_all(&part);
-        if folder.join(name).exists() {
-            copy_tree(&folder.join(name), &part);
+        if directory.join(name).exists() {
+            copy_tree(&directory.join(name), &part);
         }
     }
 }
@@ -89,36 +89,36 @@ fn put_back(pg: &mut Postgres, rig: &Rig, folder: &Path) {
 impl Kept {
     /// Of the running primary, which crashes for it and goes on. It must have written nothing since it came to hold `base`.
     pub async fn of_primary(rig: &mut Rig, base: &Model) -> Self {
-        let folder = rig.kept_folder();
+        let directory = rig.kept_directory();
         rig.pg.stop(Stop::Immediate).await;
-        keep(&rig.pg, rig, &folder);
+        keep(&rig.pg, rig, &directory);
         rig.pg.start().await;
-        Self { folder, base: base.clone() }
+        Self { directory, base: base.clone() }
     }
 
     /// Of a restored directory that was never started: a twin recovers from it to the same end and is promoted to the same
     /// number as the one that comes after it, because nobody has heard of that number yet.
     pub async fn of_twin(rig: &Rig, mut pg: Postgres) -> (Postgres, PathBuf) {
-        let (bare, folder) = (rig.kept_folder(), rig.kept_folder());
+        let (bare, directory) = (rig.kept_directory(), rig.kept_directory());
         keep(&pg, rig, &bare);
         pg.adopt();
         pg.start().await;
         super::restore::promoted(&mut pg).await;
         pg.stop(Stop::Immediate).await;
-        keep(&pg, rig, &folder);
+        keep(&pg, rig, &directory);
         put_back(&mut pg, rig, &bare);
-        (pg, folder)
+        (pg, directory)
     }
 
     /// A twin that was kept, which holds the same as the one that was verified.
-    pub fn twin(folder: PathBuf, base: Model) -> Self {
-        Self { folder, base }
+    pub fn twin(directory: PathBuf, base: Model) -> Self {
+        Self { directory, base }
     }
 
     /// The primary is this state again, and runs; what it was meanwhile is lost.
     pub async fn put_back(self, rig: &mut Rig) -> Model {
         let mut pg = std::mem::replace(&mut rig.pg, Postgres::empty(install::DEBIAN_MAJOR));
-        put_back(&mut pg, rig, &self.folder);
+        put_back(&mut pg, rig, &self.directory);
         rig.pg = pg;
         rig.pg.start().await;
         self.base

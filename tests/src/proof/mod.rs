@@ -120,9 +120,9 @@ pub async fn round(seed: u64, plan: &Plan) -> Report {
             }
             (None, Some(found)) if goes_on && found.in_place => {
                 base = rig.go_on(found.restored).await;
-                if let Some(folder) = found.twin {
+                if let Some(directory) = found.twin {
                     report.faults.push(Move::Twins.to_string());
-                    kept = Some(Kept::twin(folder, base.clone()));
+                    kept = Some(Kept::twin(directory, base.clone()));
                 }
                 rig.connect().await;
                 report.restores.push("-- goes on --".to_owned());

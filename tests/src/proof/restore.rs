@@ -58,7 +58,7 @@ impl Restorer {
     #[must_use]
     pub fn new(site: &Site, s3: &S3, source: Source, scratch: &Scratch) -> Self {
         let dir = scratch.join("hands");
-        fs::create_dir_all(&dir).expect("make a folder");
+        fs::create_dir_all(&dir).expect("make a directory");
         install::give(&dir);
         let config = dir.join("klio.toml");
         match source {
@@ -96,11 +96,11 @@ impl Restorer {
     #[must_use]
     pub fn of_server(site: &Site, scratch: &Scratch) -> Self {
         let dir = scratch.join("hands");
-        fs::create_dir_all(&dir).expect("make a folder");
+        fs::create_dir_all(&dir).expect("make a directory");
         install::give(&dir);
         let bundle = site.bundle();
-        let folder = bundle.parent().expect("a file lies in a folder");
-        for entry in fs::read_dir(folder).expect("read the bundle").flatten() {
+        let directory = bundle.parent().expect("a file lies in a directory");
+        for entry in fs::read_dir(directory).expect("read the bundle").flatten() {
             let copy = dir.join(entry.file_name());
             fs::copy(entry.path(), &copy).expect("copy the bundle");
             install::give(&copy);

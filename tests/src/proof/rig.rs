@@ -60,7 +60,7 @@ pub struct Rig {
     /// A drill ran beside the live primary.
     pub drilled: bool,
     copy: Option<Copy>,
-    folders: AtomicU32,
+    directories: AtomicU32,
 }
 
 /// How tablespaces of a restore are mapped.
@@ -137,7 +137,7 @@ impl Rig {
             undecided: None,
             drilled: false,
             copy: None,
-            folders: AtomicU32::new(0),
+            directories: AtomicU32::new(0),
         }
     }
 
@@ -167,10 +167,10 @@ impl Rig {
         self.scratch.join("elsewhere")
     }
 
-    /// A folder that has not been used.
+    /// A directory that has not been used.
     #[must_use]
-    pub fn kept_folder(&self) -> PathBuf {
-        let number = self.folders.fetch_add(1, Ordering::Relaxed);
+    pub fn kept_directory(&self) -> PathBuf {
+        let number = self.directories.fetch_add(1, Ordering::Relaxed);
         self.scratch.join(format!("kept{number}"))
     }
 
@@ -205,9 +205,9 @@ impl Rig {
         self.generation
     }
 
-    /// The folder of the current history in both tiers.
+    /// The directory of the current history in both tiers.
     #[must_use]
-    pub fn folder(&self) -> String {
+    pub fn directory(&self) -> String {
         if self.generation == 1 { "main".into() } else { format!("main@{}", self.generation) }
     }
 
@@ -303,13 +303,13 @@ impl Rig {
     /// Waits until every backup that was finished is in the bucket.
     pub async fn backups_archived(&self) {
         let records = |root: &Path, cluster: &str| -> BTreeSet<OsString> {
-            let folder = std::fs::read_dir(root.join(cluster).join("backups"));
-            let names = folder.into_iter().flatten().flatten().map(|entry| entry.file_name());
+            let directory = std::fs::read_dir(root.join(cluster).join("backups"));
+            let names = directory.into_iter().flatten().flatten().map(|entry| entry.file_name());
             names.filter(|name| name.to_string_lossy().ends_with(".json")).collect()
         };
         let bucket = self.s3.bucket_dir().join("klio");
         let undecided = self.undecided.map(|number| format!("main@{number}"));
-        for cluster in [Some(self.folder()), undecided].into_iter().flatten() {
+        for cluster in [Some(self.directory()), undecided].into_iter().flatten() {
             eventually_now("records of all backups in the bucket", PATIENCE, || {
                 records(&self.site.tier1(), &cluster).is_subset(&records(&bucket, &cluster))
             })
@@ -342,12 +342,12 @@ impl Rig {
     #[must_use]
     pub fn state_of_places(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
-        let mut folders = vec![self.places(), self.elsewhere()];
-        while let Some(folder) = folders.pop() {
-            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+        let mut directories = vec![self.places(), self.elsewhere()];
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
                 let path = entry.path();
                 if path.is_dir() {
-                    folders.push(path);
+                    directories.push(path);
                 } else {
                     let content = std::fs::read(&path).expect("read a file of a tablespace");
                     files.insert(path, content);
@@ -368,7 +368,7 @@ impl Rig {
         }
     }
 
-    /// Every place of a tablespace goes below a folder of this name instead.
+    /// Every place of a tablespace goes below a directory of this name instead.
     pub fn maps_to(&self, name: &str) -> Vec<Map> {
         let apart = self.scratch.join(name);
         let places = workload::places(&self.places());
@@ -415,10 +415,10 @@ impl Rig {
             clear_places_without_link(&self.places(), &links);
         }
         if source == Source::Stock {
-            let folder = self.folder();
+            let directory = self.directory();
             let scratch = &self.scratch;
             let pg =
-                super::stock::restore(&self.site, &self.s3, &folder, target, position, scratch)
+                super::stock::restore(&self.site, &self.s3, &directory, target, position, scratch)
                     .await;
             return (Restored::recover(pg, self.checksums).await, None);
         }
@@ -446,7 +446,8 @@ impl Rig {
 /// `--delta` takes a place that the directory has no link to only when it is empty: what an earlier restore left
 /// there goes by hand.
 fn clear_places_without_link(places: &Path, links: &Path) {
-    let entries = |folder: &Path| std::fs::read_dir(folder).expect("look into a folder").flatten();
+    let entries =
+        |directory: &Path| std::fs::read_dir(directory).expect("look into a directory").flatten();
     let linked: Vec<PathBuf> =
         entries(links).filter_map(|link| std::fs::read_link(link.path()).ok()).collect();
     for place in entries(places).map(|entry| entry.path()).filter(|p| !linked.contains(p)) {

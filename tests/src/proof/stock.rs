@@ -86,7 +86,7 @@ pub async fn restore(
 
 /// A copy that PostgreSQL's user can read.
 fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("make a folder");
+    fs::create_dir_all(to).expect("make a directory");
     install::give(to);
     for entry in fs::read_dir(from).expect("read the bucket").flatten() {
         // s3s-fs's own.

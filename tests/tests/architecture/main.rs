@@ -99,8 +99,8 @@ fn a_forbidden_edge_is_found() {
 }
 
 fn rust_files(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).expect("read a folder of the repository") {
-        let path = entry.expect("read a folder of the repository").path();
+    for entry in fs::read_dir(dir).expect("read a directory of the repository") {
+        let path = entry.expect("read a directory of the repository").path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if path.is_dir() && !name.starts_with('.') && name != "target" {
             rust_files(&path, found);

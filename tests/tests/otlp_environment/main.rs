@@ -40,14 +40,14 @@ struct Row {
 /// The receivers of a row, made when a variable names them, and files with certificates.
 struct Places {
     tls: [Tls; 2],
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     /// A port that is taken.
     taken: std::net::TcpListener,
 }
 
 impl Places {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let tls = [Tls::new(false), Tls::new(true)];
         for (name, text) in [
             ("ca.pem", &tls[0].authority),
@@ -61,10 +61,10 @@ impl Places {
                 &"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_owned(),
             ),
         ] {
-            std::fs::write(folder.path().join(name), text).unwrap();
+            std::fs::write(directory.path().join(name), text).unwrap();
         }
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        Self { tls, folder, taken }
+        Self { tls, directory, taken }
     }
 
     /// `{name}` in a value becomes what it stands for.
@@ -82,7 +82,7 @@ impl Places {
 
     async fn place(&self, name: &str, receivers: &mut BTreeMap<String, Receiver>) -> String {
         if name.contains(".pem") || name.contains(".key") {
-            return self.folder.path().join(name).display().to_string();
+            return self.directory.path().join(name).display().to_string();
         }
         match name {
             "free" => return ports::free().to_string(),
@@ -137,7 +137,7 @@ async fn run(row: &'static Row, places: &Places) -> Vec<String> {
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         receivers,
-        folder: places.folder.path().display().to_string(),
+        directory: places.directory.path().display().to_string(),
     };
     let faults = see::faults(row.sees, &seen);
     let told = |fault| format!("{}: {fault}\n--- its stderr:\n{}", row.what, seen.stderr);

@@ -672,7 +672,7 @@ pub const ROWS: &[Row] = &[
         ],
         &[
             Silent("https"),
-            Warning("OTEL_EXPORTER_OTLP_CERTIFICATE", "{folder}/absent.pem", "a readable file"),
+            Warning("OTEL_EXPORTER_OTLP_CERTIFICATE", "{directory}/absent.pem", "a readable file"),
         ],
     ),
     row(
@@ -712,7 +712,7 @@ pub const ROWS: &[Row] = &[
         &[Warning(
             "OTEL_EXPORTER_OTLP_CLIENT_KEY",
             "other.key",
-            "the private key of {folder}/client.pem",
+            "the private key of {directory}/client.pem",
         )],
     ),
     row(

@@ -47,7 +47,7 @@ pub struct Seen {
     pub stdout: String,
     pub stderr: String,
     pub receivers: BTreeMap<String, Receiver>,
-    pub folder: String,
+    pub directory: String,
 }
 
 impl Seen {
@@ -174,8 +174,8 @@ fn resource(seen: &Seen, key: &str, value: Option<&str>) -> Option<String> {
 }
 
 fn warning(seen: &Seen, variable: &str, value: &str, expected: &str) -> Option<String> {
-    let value = value.replace("{folder}", &seen.folder);
-    let expected = expected.replace("{folder}", &seen.folder);
+    let value = value.replace("{directory}", &seen.directory);
+    let expected = expected.replace("{directory}", &seen.directory);
     let fits = |line: &&&str| {
         let has = |part: &str| line.contains(part);
         // Text and JSON lines.

@@ -168,9 +168,9 @@ pub async fn rows(pg: &Postgres) -> u32 {
 }
 
 /// Files with their content and links, to see that nothing was touched.
-pub fn state(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub fn state(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() && !path.is_symlink() {
             all.extend(state(&path));

@@ -189,8 +189,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_proven_before_a_rewrap_failed_is_not_in_doubt_afterwards() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, bucket) = (folder.path().join("tier1"), folder.path().join("bucket"));
+        let directory = tempfile::tempdir().unwrap();
+        let (root, bucket) = (directory.path().join("tier1"), directory.path().join("bucket"));
         let cluster: ClusterName = "pg".parse().unwrap();
         fs::create_dir_all(root.join("pg")).unwrap();
         fs::create_dir_all(bucket.join("pg/wal/00000001")).unwrap();

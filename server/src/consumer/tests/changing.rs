@@ -40,9 +40,9 @@ fn open(root: &Path, queue: &TestQueue, s3: &S3) -> BaseStore {
 /// takes no second job for an object, and the first one had read what was there before.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_while_it_is_uploaded_is_uploaded_again_at_once() {
-    let (root, folder, s3) =
+    let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
-    let queue = TestQueue::up(folder.path()).await;
+    let queue = TestQueue::up(directory.path()).await;
     let base = open(root.path(), &queue, &s3);
     let key = BaseObject::WalLevels.key(&name("pg-1"));
     let test = Test::start_with(root.path(), &queue, &s3, Some(base.clone()), NEVER);

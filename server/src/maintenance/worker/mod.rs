@@ -88,7 +88,7 @@ impl Output {
 struct Ground {
     cluster: ClusterName,
     disk: Arc<dyn Disk>,
-    /// Tier 1's folder.
+    /// Tier 1's directory.
     root: PathBuf,
     local: Arc<LocalFiles>,
     bucket: Option<Arc<BucketFiles>>,

@@ -157,15 +157,15 @@ fn drop_damaged(
 
 /// The snapshots of every record on tier 1 at this moment. P6: one that cannot be read stops the work.
 fn recorded_now(ground: &Ground) -> anyhow::Result<BTreeSet<SnapshotId>> {
-    let folder = ground.root.join(ground.cluster.as_str()).join("backups");
-    let entries = match std::fs::read_dir(&folder) {
+    let directory = ground.root.join(ground.cluster.as_str()).join("backups");
+    let entries = match std::fs::read_dir(&directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-        Err(error) => return Err(error).with_context(|| format!("list {}", folder.display())),
+        Err(error) => return Err(error).with_context(|| format!("list {}", directory.display())),
     };
     let mut found = BTreeSet::new();
     for entry in entries {
-        let path = entry.with_context(|| format!("list {}", folder.display()))?.path();
+        let path = entry.with_context(|| format!("list {}", directory.display()))?.path();
         if path.extension().is_some_and(|extension| extension == "json") {
             let record: Option<BackupRecord> = record::load(ground.disk.as_ref(), &path)?;
             if let Some(record) = record {

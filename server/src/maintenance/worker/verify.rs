@@ -227,9 +227,9 @@ impl Checker<'_> {
             (Tier::Two, None) => {}
             (Tier::One, _) => {
                 let path = self.ground.root.join(key);
-                let folder = path.parent().unwrap_or(&self.ground.root);
-                std::fs::create_dir_all(folder)
-                    .map_err(|e| Error::io(klio_storage::Op::Create, folder, e))?;
+                let directory = path.parent().unwrap_or(&self.ground.root);
+                std::fs::create_dir_all(directory)
+                    .map_err(|e| Error::io(klio_storage::Op::Create, directory, e))?;
                 durable::overwrite(self.ground.disk.as_ref(), &path, good)?;
             }
         }

@@ -328,7 +328,7 @@ fn in_form(
 fn held(checker: &Checker<'_>) -> Result<Held, Error> {
     let ground = checker.ground;
     let mut held = Held::new();
-    let folder = ground.root.join(ground.cluster.as_str()).join("wal");
+    let directory = ground.root.join(ground.cluster.as_str()).join("wal");
     let mut add = |relative: &str, tier: usize, size: u64| {
         if let Some(stored) = WalFile::parse_stored(relative) {
             let entry = held.entry(stored).or_default();
@@ -336,17 +336,17 @@ fn held(checker: &Checker<'_>) -> Result<Held, Error> {
             entry.1 = entry.1.max(size);
         }
     };
-    let list = |folder: &std::path::Path| match ground.disk.list(folder) {
+    let list = |directory: &std::path::Path| match ground.disk.list(directory) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        other => other.map_err(|e| Error::io(Op::List, folder, e)),
+        other => other.map_err(|e| Error::io(Op::List, directory, e)),
     };
     let size = |path: &std::path::Path| ground.disk.stat(path).map_or(0, |stat| stat.size);
-    for entry in list(&folder)? {
+    for entry in list(&directory)? {
         if !entry.is_dir {
-            add(&entry.name, 0, size(&folder.join(&entry.name)));
+            add(&entry.name, 0, size(&directory.join(&entry.name)));
             continue;
         }
-        let below = folder.join(&entry.name);
+        let below = directory.join(&entry.name);
         for file in list(&below)? {
             add(&format!("{}/{}", entry.name, file.name), 0, size(&below.join(&file.name)));
         }

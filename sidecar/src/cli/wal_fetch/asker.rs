@@ -62,8 +62,8 @@ impl Asker {
             return Asker::Once;
         }
         // PostgreSQL runs the command in its data directory.
-        let mut folders = own.clone().filter_map(data_dir).chain([Path::new(".")]);
-        if folders.any(is_standby) {
+        let mut directories = own.clone().filter_map(data_dir).chain([Path::new(".")]);
+        if directories.any(is_standby) {
             return Asker::Standby;
         }
         let files = || words().filter_map(|word| word.to_str()?.parse::<WalFile>().ok());
@@ -131,7 +131,7 @@ impl Asker {
 /// `pg_rewind` asks for segments by their own names (RestoreArchivedFile() in src/fe_utils/archive.c), also in the data
 /// directory of what was a standby. It gives up at the first failure, so it gets the long patience.
 fn is_pg_rewind_s(path: &Path) -> bool {
-    let in_pg_wal = path.parent().is_some_and(|folder| folder.ends_with("pg_wal"));
+    let in_pg_wal = path.parent().is_some_and(|directory| directory.ends_with("pg_wal"));
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     in_pg_wal && name.parse::<WalFile>().is_ok()
 }
@@ -147,8 +147,8 @@ mod tests {
     /// P7 and its exception; PostgreSQL's own rule where both files are there.
     #[test]
     fn only_a_data_directory_with_standby_signal_is_a_standby() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path().display();
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().display();
         let segment = "000000010000000000000001";
         let asks = [
             format!("klio wal-fetch {segment} {data}/pg_wal/RECOVERYXLOG"),
@@ -163,9 +163,9 @@ mod tests {
             }
         };
         all(Asker::Once);
-        std::fs::write(folder.path().join("recovery.signal"), "").unwrap();
+        std::fs::write(directory.path().join("recovery.signal"), "").unwrap();
         all(Asker::Once);
-        std::fs::write(folder.path().join("standby.signal"), "").unwrap();
+        std::fs::write(directory.path().join("standby.signal"), "").unwrap();
         all(Asker::Standby);
         for other in [
             format!("klio wal-fetch {segment} {data}/pg_wal/{segment}"),
@@ -179,8 +179,8 @@ mod tests {
     /// PostgreSQL 15 removes standby.signal before it asks this; found by the end-to-end test of a promotion.
     #[test]
     fn a_promotion_is_not_stopped_for_a_history_that_it_does_not_need() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path();
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path();
         std::fs::create_dir(data.join("pg_wal")).unwrap();
         let of = |file: &str, path: &str| {
             Asker::of(&words(&format!("klio wal-fetch {file} {}/pg_wal/{path}", data.display())))

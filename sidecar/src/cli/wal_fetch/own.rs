@@ -128,10 +128,10 @@ mod tests {
 
     /// Whether PostgreSQL's own is enough, and whether what came is still there.
     fn asked(own: Option<&[u8]>, came: &[u8]) -> (bool, bool) {
-        let folder = tempfile::tempdir().unwrap();
-        let wal = folder.path().join("pg_wal");
+        let directory = tempfile::tempdir().unwrap();
+        let wal = directory.path().join("pg_wal");
         fs::create_dir(&wal).unwrap();
-        fs::write(folder.path().join("PG_VERSION"), "15\n").unwrap();
+        fs::write(directory.path().join("PG_VERSION"), "15\n").unwrap();
         let file: WalFile = "000000010000000000000001".parse().unwrap();
         own.inspect(|own| fs::write(wal.join(file.to_string()), own).unwrap());
         let path = wal.join("RECOVERYXLOG");
@@ -251,8 +251,8 @@ mod tests {
 
     #[test]
     fn its_own_history_is_not_replaced_by_one_that_says_to_pass_over_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let wal = folder.path().join("pg_wal");
+        let directory = tempfile::tempdir().unwrap();
+        let wal = directory.path().join("pg_wal");
         fs::create_dir(&wal).unwrap();
         let (file, path) = ("00000002.history".parse().unwrap(), wal.join("RECOVERYHISTORY"));
         fs::write(&path, PASSED_OVER).unwrap();
@@ -265,8 +265,8 @@ mod tests {
 
     #[test]
     fn only_postgresql_s_own_question_is_compared() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("somewhere");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("somewhere");
         fs::write(&path, segment(1)).unwrap();
         assert!(!is_enough("000000010000000000000001".parse().unwrap(), &path).unwrap());
         assert!(path.exists());

@@ -95,7 +95,7 @@ impl Programs {
             return Some(beside);
         }
         let path = environment("PATH").unwrap_or_default();
-        let on_path = path.split(':').map(|folder| Path::new(folder).join(name));
+        let on_path = path.split(':').map(|directory| Path::new(directory).join(name));
         let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
         let mut others: Vec<PathBuf> =
             versions.map(|version| version.path().join("bin").join(name)).collect();

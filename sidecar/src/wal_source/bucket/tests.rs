@@ -1,4 +1,4 @@
-//! What a folder that stands for a bucket gives, and above all when it says that something is not there (P7).
+//! What a directory that stands for a bucket gives, and above all when it says that something is not there (P7).
 
 use super::*;
 use crate::wal_source::{
@@ -12,22 +12,22 @@ use klio_storage::{
 use std::{io::Write, path::PathBuf, sync::Arc};
 
 struct Archive {
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     wal: FakeSource,
     keys: Keys,
 }
 
 impl Archive {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(folder.path().join("pg/wal/00000001")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(directory.path().join("pg/wal/00000001")).unwrap();
         let (identity, _) = Keys::generate();
         let keys = Keys::from_text(&identity, &[]).unwrap();
-        Self { folder, wal: FakeSource::new(0..1), keys }
+        Self { directory, wal: FakeSource::new(0..1), keys }
     }
 
     fn path(&self, key: &str) -> PathBuf {
-        self.folder.path().join(key)
+        self.directory.path().join(key)
     }
 
     /// Stores a file of so many plain bytes.
@@ -43,7 +43,7 @@ impl Archive {
     }
 
     fn source(&self, cluster: &str, keys: Option<Keys>) -> FromBucket {
-        let url = format!("file://{}", self.folder.path().display());
+        let url = format!("file://{}", self.directory.path().display());
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
         FromBucket::new(Bucket { tier2, keys }, cluster.parse().unwrap(), false)
     }

@@ -34,8 +34,8 @@ fn partial(compressed: bool) -> Filling {
 
 /// Runs a write of `bytes`, cut into pieces; `whole` says whether the end marker comes.
 fn put(bytes: &[u8], filling: &Filling, whole: bool) -> (Result<Received, Error>, Option<Vec<u8>>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("RECOVERYXLOG");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("RECOVERYXLOG");
     let (sender, queue) = mpsc::channel(10_000);
     for piece in bytes.chunks(1000) {
         sender.try_send(Bytes::copy_from_slice(piece)).unwrap();
@@ -50,7 +50,7 @@ fn put(bytes: &[u8], filling: &Filling, whole: bool) -> (Result<Received, Error>
         target.commit(&path, true).unwrap();
     }
     drop(target);
-    let files = fs::read_dir(folder.path()).unwrap().count();
+    let files = fs::read_dir(directory.path()).unwrap().count();
     assert_eq!(files, usize::from(result.is_ok()), "nothing is left beside the file");
     (result, fs::read(&path).ok())
 }
@@ -130,8 +130,8 @@ fn wal_of_another_place_or_postgresql_is_refused() {
 
 #[test]
 fn an_existing_file_survives_a_failed_fetch() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("x");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x");
     fs::write(&path, "old").unwrap();
     let (sender, queue) = mpsc::channel::<Bytes>(1);
     drop(sender);
@@ -144,14 +144,14 @@ fn an_existing_file_survives_a_failed_fetch() {
 /// A process that was killed leaves its file; one that lives keeps its own.
 #[test]
 fn two_processes_never_write_one_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("RECOVERYXLOG");
-    fs::write(folder.path().join("RECOVERYXLOG.klio-part"), "of a killed process").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("RECOVERYXLOG");
+    fs::write(directory.path().join("RECOVERYXLOG.klio-part"), "of a killed process").unwrap();
     let first = Arc::new(Target::beside(&path).unwrap());
     let second = Target::beside(&path).unwrap();
     assert_ne!(first.path, second.path);
     first.commit(&path, false).unwrap();
     second.commit(&path, false).unwrap();
     drop((first, second));
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
 }

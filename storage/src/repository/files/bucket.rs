@@ -40,12 +40,12 @@ impl Files for BucketFiles {
     }
 
     fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
-        let Some(folder) = kind.folder() else {
+        let Some(directory) = kind.directory() else {
             let size = self.wait(self.tier2.size_of(&BaseFile::CONFIG.key(&self.cluster)))?;
             return Ok(size.map(|size| (BaseFile::CONFIG, size)).into_iter().collect());
         };
         let base = format!("{}/", repository_prefix(&self.cluster));
-        let listed = self.wait(self.tier2.list_prefix(&format!("{base}{folder}")))?;
+        let listed = self.wait(self.tier2.list_prefix(&format!("{base}{directory}")))?;
         let file = |key: &str| key.strip_prefix(&base).and_then(BaseFile::parse_relative);
         Ok(listed.iter().filter_map(|object| Some((file(&object.key)?, object.size))).collect())
     }

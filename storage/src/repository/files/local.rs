@@ -1,6 +1,6 @@
 //! Repository files of tier 1, below `<cluster>/base/`.
 //!
-//! REPO1: a file is written under a temporary name, fsynced, renamed, and its folder fsynced. REPO2: bytes that do not have the
+//! REPO1: a file is written under a temporary name, fsynced, renamed, and its directory fsynced. REPO2: bytes that do not have the
 //! SHA-256 of their name are refused. A file that is there already is read and compared: a damaged one is replaced, whole.
 //!
 //! Several processes may write at the same time: temporary names are never shared. What a crash leaves of them is
@@ -32,14 +32,14 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 pub struct LocalFiles {
     disk: Arc<dyn Disk>,
     root: PathBuf,
-    /// Folders whose names are durable.
-    folders: Mutex<BTreeSet<PathBuf>>,
+    /// Directories whose names are durable.
+    directories: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl LocalFiles {
-    /// `root` is `<data directory>/<cluster>/base`; folders are made when a file needs them.
+    /// `root` is `<data directory>/<cluster>/base`; directories are made when a file needs them.
     pub fn new(disk: Arc<dyn Disk>, root: PathBuf) -> Self {
-        Self { disk, root, folders: Mutex::new(BTreeSet::new()) }
+        Self { disk, root, directories: Mutex::new(BTreeSet::new()) }
     }
 
     /// Where a file lies.
@@ -47,13 +47,13 @@ impl LocalFiles {
         self.root.join(file.relative())
     }
 
-    /// Where a file lies, in a folder that is there durably: for whoever writes it piece by piece.
+    /// Where a file lies, in a directory that is there durably: for whoever writes it piece by piece.
     ///
     /// # Errors
     /// As the disk reports.
     pub fn place_for(&self, file: BaseFile) -> Result<PathBuf, Error> {
         let path = self.path(file);
-        self.require_folder(path.parent().unwrap_or(&self.root))?;
+        self.require_directory(path.parent().unwrap_or(&self.root))?;
         Ok(path)
     }
 
@@ -62,70 +62,73 @@ impl LocalFiles {
     /// # Errors
     /// As the disk reports.
     pub fn sweep(&self) -> Result<(), Error> {
-        for folder in self.all_folders()? {
-            for name in self.names(&folder)? {
+        for directory in self.all_directories()? {
+            for name in self.names(&directory)? {
                 if name.ends_with(durable::TMP_SUFFIX) {
-                    durable::remove_if_there(self.disk.as_ref(), &folder.join(name))?;
+                    durable::remove_if_there(self.disk.as_ref(), &directory.join(name))?;
                 }
             }
         }
         Ok(())
     }
 
-    fn all_folders(&self) -> Result<Vec<PathBuf>, Error> {
-        let mut folders = vec![self.root.clone()];
+    fn all_directories(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut directories = vec![self.root.clone()];
         for kind in BaseKind::ALL {
-            folders.extend(self.folders_of(kind)?);
+            directories.extend(self.directories_of(kind)?);
         }
-        Ok(folders)
+        Ok(directories)
     }
 
-    /// The folders that hold files of a kind.
-    fn folders_of(&self, kind: BaseKind) -> Result<Vec<PathBuf>, Error> {
-        let Some(name) = kind.folder() else { return Ok(vec![self.root.clone()]) };
-        let folder = self.root.join(name);
+    /// The directories that hold files of a kind.
+    fn directories_of(&self, kind: BaseKind) -> Result<Vec<PathBuf>, Error> {
+        let Some(name) = kind.directory() else { return Ok(vec![self.root.clone()]) };
+        let directory = self.root.join(name);
         if kind != BaseKind::Data {
-            return Ok(vec![folder]);
+            return Ok(vec![directory]);
         }
-        Ok(self.names(&folder)?.into_iter().map(|name| folder.join(name)).collect())
+        Ok(self.names(&directory)?.into_iter().map(|name| directory.join(name)).collect())
     }
 
-    fn names(&self, folder: &Path) -> Result<Vec<String>, Error> {
-        match self.disk.list(folder) {
+    fn names(&self, directory: &Path) -> Result<Vec<String>, Error> {
+        match self.disk.list(directory) {
             Ok(entries) => Ok(entries.into_iter().map(|entry| entry.name).collect()),
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
             {
                 Ok(Vec::new())
             }
-            Err(e) => Err(Error::io(Op::List, folder, e)),
+            Err(e) => Err(Error::io(Op::List, directory, e)),
         }
     }
 
-    /// Makes the folder of a file, and those above it up to the one that is there.
-    fn require_folder(&self, folder: &Path) -> Result<(), Error> {
-        let known = |folder: &Path| {
-            self.folders.lock().unwrap_or_else(PoisonError::into_inner).contains(folder)
+    /// Makes the directory of a file, and those above it up to the one that is there.
+    fn require_directory(&self, directory: &Path) -> Result<(), Error> {
+        let known = |directory: &Path| {
+            self.directories.lock().unwrap_or_else(PoisonError::into_inner).contains(directory)
         };
-        if known(folder) {
+        if known(directory) {
             return Ok(());
         }
-        if let Some(above) = folder.parent()
-            && folder.starts_with(&self.root)
+        if let Some(above) = directory.parent()
+            && directory.starts_with(&self.root)
         {
-            self.require_folder(above)?;
-        } else if self.disk.list(folder).is_ok() {
-            // Above the repository: whoever made the cluster's folder made its name durable.
+            self.require_directory(above)?;
+        } else if self.disk.list(directory).is_ok() {
+            // Above the repository: whoever made the cluster's directory made its name durable.
             return Ok(());
         }
-        durable::create_dir(self.disk.as_ref(), folder)?;
-        self.folders.lock().unwrap_or_else(PoisonError::into_inner).insert(folder.to_owned());
+        durable::create_dir(self.disk.as_ref(), directory)?;
+        self.directories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(directory.to_owned());
         Ok(())
     }
 
     fn write_new(&self, path: &Path, parts: &[Bytes]) -> Result<(), Error> {
-        let folder = path.parent().unwrap_or(&self.root);
-        self.require_folder(folder)?;
+        let directory = path.parent().unwrap_or(&self.root);
+        self.require_directory(directory)?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let unique = format!("{}.{}.{number}", path.display(), std::process::id());
         let tmp = durable::tmp_path(Path::new(&unique));
@@ -184,9 +187,9 @@ impl Files for LocalFiles {
 
     fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
         let mut found = Vec::new();
-        for folder in self.folders_of(kind)? {
-            for name in self.names(&folder)? {
-                let path = folder.join(&name);
+        for directory in self.directories_of(kind)? {
+            for name in self.names(&directory)? {
+                let path = directory.join(&name);
                 let relative = path.strip_prefix(&self.root).ok().and_then(Path::to_str);
                 let Some(file) = relative.and_then(BaseFile::parse_relative) else { continue };
                 if file.kind != kind {

@@ -82,20 +82,20 @@ fn many(files: &dyn Files) {
     assert_eq!(files.list(BaseKind::Index).unwrap(), []);
 }
 
-fn local(folder: &Path) -> LocalFiles {
-    LocalFiles::new(Arc::new(RealDisk), folder.join("base"))
+fn local(directory: &Path) -> LocalFiles {
+    LocalFiles::new(Arc::new(RealDisk), directory.join("base"))
 }
 
-fn folder_bucket(folder: &Path, runtime: &tokio::runtime::Runtime) -> BucketFiles {
-    let config = Tier2Config::new(url::Url::from_file_path(folder).unwrap());
+fn directory_bucket(directory: &Path, runtime: &tokio::runtime::Runtime) -> BucketFiles {
+    let config = Tier2Config::new(url::Url::from_file_path(directory).unwrap());
     let tier2 = Tier2::open(&config).unwrap();
     BucketFiles::new(tier2, "pg-1".parse().unwrap(), runtime.handle().clone())
 }
 
 #[test]
 fn tier_1_keeps_its_promises() {
-    let folder = tempfile::tempdir().unwrap();
-    keeps_its_promises(&local(folder.path()));
+    let directory = tempfile::tempdir().unwrap();
+    keeps_its_promises(&local(directory.path()));
 }
 
 #[test]
@@ -107,35 +107,35 @@ fn a_bucket_over_s3_keeps_its_promises() {
 }
 
 #[test]
-fn a_bucket_that_is_a_folder_keeps_its_promises() {
+fn a_bucket_that_is_a_directory_keeps_its_promises() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    keeps_its_promises(&folder_bucket(folder.path(), &runtime));
+    let directory = tempfile::tempdir().unwrap();
+    keeps_its_promises(&directory_bucket(directory.path(), &runtime));
 }
 
 #[test]
 fn both_tiers_together_keep_their_promises() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let bucket = Arc::new(folder_bucket(folders[1].path(), &runtime));
-    keeps_its_promises(&Tiered::new(Arc::new(local(folders[0].path())), bucket));
+    let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let bucket = Arc::new(directory_bucket(directories[1].path(), &runtime));
+    keeps_its_promises(&Tiered::new(Arc::new(local(directories[0].path())), bucket));
 }
 
 #[test]
 fn windows_keep_the_promises_of_what_is_below() {
     for (window, budget) in [(4096, 8192), (16_384, 1 << 20), (1 << 20, 1)] {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let (window, budget) = (ByteSize::new(window), ByteSize::new(budget));
-        keeps_its_promises(&Windowed::new(local(folder.path()), window, budget));
+        keeps_its_promises(&Windowed::new(local(directory.path()), window, budget));
     }
 }
 
 #[test]
 fn what_tier_1_lost_is_read_from_the_bucket_and_removed_from_both() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let near = Arc::new(local(folders[0].path()));
-    let far = Arc::new(folder_bucket(folders[1].path(), &runtime));
+    let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let near = Arc::new(local(directories[0].path()));
+    let far = Arc::new(directory_bucket(directories[1].path(), &runtime));
     let tiered = Tiered::new(near.clone(), far.clone());
     let [only_near, only_far, both] = [1, 2, 3].map(|seed| noise(seed, 5000));
     let name = |bytes: &[u8]| named(BaseKind::Data, bytes);
@@ -156,8 +156,8 @@ fn what_tier_1_lost_is_read_from_the_bucket_and_removed_from_both() {
 
 #[test]
 fn a_damaged_file_of_tier_1_is_replaced_when_the_right_bytes_come_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let files = local(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let files = local(directory.path());
     let bytes = noise(1, 100_000);
     let file = named(BaseKind::Data, &bytes);
     files.write(file, &[bytes.clone().into()]).unwrap();
@@ -196,10 +196,10 @@ impl Files for Counted {
 
 #[test]
 fn many_small_reads_become_few_large_ones_also_from_many_threads() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let bytes = noise(1, 1_000_000);
     let file = named(BaseKind::Data, &bytes);
-    let below = local(folder.path());
+    let below = local(directory.path());
     below.write(file, &[bytes.clone().into()]).unwrap();
     let counted = Counted(below, Mutex::default());
     let files = Windowed::new(counted, ByteSize::kib(256), ByteSize::mib(1));
@@ -221,10 +221,10 @@ fn many_small_reads_become_few_large_ones_also_from_many_threads() {
 
 #[test]
 fn windows_beyond_the_budget_are_dropped_oldest_first() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let bytes = noise(1, 40_960);
     let file = named(BaseKind::Data, &bytes);
-    let below = local(folder.path());
+    let below = local(directory.path());
     below.write(file, &[bytes.into()]).unwrap();
     let files = Windowed::new(Counted(below, Mutex::default()), ByteSize::kib(4), ByteSize::kib(8));
     let read = |window: u64| drop(files.read_range(file, window * 4096, 10).unwrap());

@@ -11,7 +11,7 @@ fn pack(seed: u64) -> (BaseFile, Vec<u8>) {
     (BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(&bytes) }, bytes)
 }
 
-/// Writes two files that may share folders; says which were acknowledged.
+/// Writes two files that may share directories; says which were acknowledged.
 fn work(disk: &SimDisk, packs: &[(BaseFile, Vec<u8>)]) -> Vec<bool> {
     let files = LocalFiles::new(Arc::new(disk.clone()), "/pg-1/base".into());
     packs.iter().map(|(file, bytes)| files.write(*file, &[bytes.clone().into()]).is_ok()).collect()

@@ -127,8 +127,8 @@ fn what_a_snapshot_needs_is_enough_to_restore_it_elsewhere() {
     let (_, new) = back_up(&home.repository, &tree(20), None, "new");
     for (summary, seed) in [(&old, 10), (&new, 20)] {
         let needed = home.repository.packs_of(&[summary.id]).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let copy = Arc::new(LocalFiles::new(Arc::new(RealDisk), folder.path().join("base")));
+        let directory = tempfile::tempdir().unwrap();
+        let copy = Arc::new(LocalFiles::new(Arc::new(RealDisk), directory.path().join("base")));
         for file in needed {
             copy.write(file, &[home.files.read(file).unwrap()]).unwrap();
         }

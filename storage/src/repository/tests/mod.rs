@@ -160,10 +160,10 @@ impl Source for Fake {
     }
 }
 
-/// Repository files in a folder of their own.
+/// Repository files in a directory of their own.
 #[derive(Debug)]
 pub(super) struct Home {
-    pub(super) folder: tempfile::TempDir,
+    pub(super) directory: tempfile::TempDir,
     pub(super) files: Arc<LocalFiles>,
     pub(super) secret: Secret,
     pub(super) repository: Repository,
@@ -181,8 +181,8 @@ pub(super) fn settings() -> Settings {
 /// An empty repository. A copy of one that was made once: restic's key file costs half a second and 128 MiB.
 pub(super) fn home() -> Home {
     static EMPTY: OnceLock<(Secret, Vec<(BaseFile, Bytes)>)> = OnceLock::new();
-    let folder = tempfile::tempdir().unwrap();
-    let files = Arc::new(LocalFiles::new(Arc::new(RealDisk), folder.path().join("base")));
+    let directory = tempfile::tempdir().unwrap();
+    let files = Arc::new(LocalFiles::new(Arc::new(RealDisk), directory.path().join("base")));
     let (secret, content) = EMPTY.get_or_init(|| {
         let secret = Secret::generate();
         let place = Arc::clone(&files) as Arc<dyn Files>;
@@ -194,7 +194,7 @@ pub(super) fn home() -> Home {
         files.write(*file, std::slice::from_ref(bytes)).unwrap();
     }
     let repository = Repository::open(Arc::clone(&files) as Arc<dyn Files>, secret).unwrap();
-    Home { folder, files, secret: secret.clone(), repository }
+    Home { directory, files, secret: secret.clone(), repository }
 }
 
 pub(super) fn meta(name: &str) -> SnapshotMeta {

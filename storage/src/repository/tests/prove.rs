@@ -104,7 +104,7 @@ fn a_pack_is_good_when_it_holds_what_the_index_says_and_only_then() {
 
 /// Which a tree says twice is read once, and a snapshot is whole when every chunk has a place.
 #[test]
-fn a_folder_that_holds_another_one_many_times_is_read_once() {
+fn a_directory_that_holds_another_one_many_times_is_read_once() {
     let home = home();
     let forge = Forge::new(&home.secret).unwrap();
     let first = back_up(&home.repository, &Fake::new().file("data/a", b"a"), None, "b1").1;

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 fn restic(home: &Home, arguments: &[&str]) -> Output {
     let output = Command::new("restic")
         .arg("--repo")
-        .arg(home.folder.path().join("base"))
+        .arg(home.directory.path().join("base"))
         .arg("--no-cache")
         .args(arguments)
         .env("RESTIC_PASSWORD", home.secret.password.as_str())
@@ -18,10 +18,10 @@ fn restic(home: &Home, arguments: &[&str]) -> Output {
     output
 }
 
-/// A real folder as a source.
-struct Folder(PathBuf);
+/// A real directory as a source.
+struct Directory(PathBuf);
 
-impl Source for Folder {
+impl Source for Directory {
     fn listing_began(&self) -> SystemTime {
         SystemTime::now()
     }
@@ -73,10 +73,10 @@ fn real_tree(root: &Path) {
 #[test]
 fn stock_restic_checks_and_restores_what_klio_wrote() {
     let home = home();
-    let root = home.folder.path().join("tree");
+    let root = home.directory.path().join("tree");
     std::fs::create_dir(&root).unwrap();
     real_tree(&root);
-    let first = home.repository.snapshot(&Folder(root.clone()), None, Arc::new(Silent)).unwrap();
+    let first = home.repository.snapshot(&Directory(root.clone()), None, Arc::new(Silent)).unwrap();
     // The second part joins a directory that the first has, and one that it has not.
     let late =
         Fake::new().file("data/backup_label", b"START").file("data/global/pg_control", b"control");
@@ -89,7 +89,7 @@ fn stock_restic_checks_and_restores_what_klio_wrote() {
     assert_eq!(listed[0]["id"], summary.id.to_string());
     assert_eq!((&listed[0]["hostname"], &listed[0]["tags"][0]), (&"pg-1".into(), &"one".into()));
 
-    let target = home.folder.path().join("restored");
+    let target = home.directory.path().join("restored");
     restic(&home, &["restore", &summary.id.to_string(), "--target", target.to_str().unwrap()]);
     std::fs::write(root.join("data/backup_label"), b"START").unwrap();
     std::fs::create_dir(root.join("data/global")).unwrap();

@@ -68,7 +68,7 @@ fn a_repository_is_made_once_and_opens_with_its_own_secret_only() {
     let other = Secret::generate();
     assert_eq!(Repository::create(files(), &other, &settings()).unwrap_err().kind, Kind::Conflict);
     assert_eq!(Repository::open(files(), &other).unwrap_err().kind, Kind::Denied);
-    let nothing = LocalFiles::new(Arc::new(RealDisk), home.folder.path().join("nothing"));
+    let nothing = LocalFiles::new(Arc::new(RealDisk), home.directory.path().join("nothing"));
     let missing = Repository::open(Arc::new(nothing), &home.secret).unwrap_err();
     assert_eq!(missing.kind, Kind::NotFound);
 }

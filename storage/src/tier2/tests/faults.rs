@@ -25,8 +25,8 @@ async fn errors_and_throttling_are_retried_inside_one_attempt() {
     for fault in [Fault::Status(500, "InternalError"), Fault::Status(503, "SlowDown")] {
         let s3 = S3::start().await;
         s3.on_request(first(3, Method::PUT, fault));
-        let folder = tempfile::tempdir().unwrap();
-        let source = sealed(folder.path(), "a", &noise(1, 100_000), 1);
+        let directory = tempfile::tempdir().unwrap();
+        let source = sealed(directory.path(), "a", &noise(1, 100_000), 1);
         let done = open(&s3).upload(&source, KEY).await.unwrap();
         assert_eq!(done.outcome, Outcome::Stored);
         let puts = s3.requests().iter().filter(|r| r.starts_with("PUT")).count();
@@ -41,8 +41,8 @@ async fn a_store_that_stays_down_ends_the_attempt_as_transient() {
     let mut config = super::config(&s3);
     config.retry_timeout_seconds = 1;
     let tier2 = crate::tier2::Tier2::open(&config).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", b"x", 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", b"x", 1);
     let error = tier2.upload(&source, KEY).await.unwrap_err();
     assert_eq!(error.kind, Kind::Transient, "{error}");
 }
@@ -53,8 +53,8 @@ async fn a_reset_in_the_middle_of_the_body_leaves_no_object() {
     for bytes in [4 << 20, 20 << 20] {
         let s3 = S3::start().await;
         s3.on_request(first(100, Method::PUT, Fault::ResetAfter(1 << 20)));
-        let folder = tempfile::tempdir().unwrap();
-        let source = sealed(folder.path(), "a", &noise(1, bytes), 1);
+        let directory = tempfile::tempdir().unwrap();
+        let source = sealed(directory.path(), "a", &noise(1, bytes), 1);
         let mut config = super::config(&s3);
         config.retry_timeout_seconds = 1;
         let tier2 = crate::tier2::Tier2::open(&config).unwrap();
@@ -75,8 +75,8 @@ async fn a_reset_in_the_middle_of_the_body_leaves_no_object() {
 async fn an_answer_lost_after_storing_is_not_a_conflict() {
     let s3 = S3::start().await;
     s3.on_request(first(1, Method::PUT, Fault::ResetAfterStoring));
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", &noise(1, 100_000), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", &noise(1, 100_000), 1);
     let tier2 = open(&s3);
     let uploaded = match tier2.upload(&source, KEY).await {
         Ok(uploaded) => uploaded,
@@ -92,8 +92,8 @@ async fn an_answer_lost_after_storing_is_not_a_conflict() {
 async fn a_store_that_hangs_is_given_up_after_the_timeout() {
     let s3 = S3::start().await;
     s3.on_request(first(100, Method::PUT, Fault::Hang));
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", b"wal", 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", b"wal", 1);
     let tier2 = crate::tier2::Tier2::open(&super::hurried(&s3)).unwrap();
     let error = tier2.upload(&source, KEY).await.unwrap_err();
     assert_eq!(error.kind, Kind::Transient, "{error}");
@@ -116,8 +116,8 @@ async fn nobody_listening_is_transient_with_a_hint() {
 #[tokio::test]
 async fn an_object_that_appears_between_two_answers_is_read() {
     let s3 = S3::start().await;
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", &noise(1, 1000), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", &noise(1, 1000), 1);
     open(&s3).upload(&source, KEY).await.unwrap();
     s3.on_request(first(1, Method::GET, Fault::Status(404, "NoSuchKey")));
     let whole = open(&s3).download(KEY).await.unwrap().whole().await.unwrap();

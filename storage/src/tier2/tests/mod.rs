@@ -1,4 +1,4 @@
-//! Tier 2 against a real S3 endpoint over HTTP with signatures checked, against a folder, and against
+//! Tier 2 against a real S3 endpoint over HTTP with signatures checked, against a directory, and against
 //! scripted faults.
 
 mod encrypted;
@@ -45,8 +45,8 @@ pub(super) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
 }
 
 /// A sealed file: `plain` as zstd with a content checksum, as tier 1 writes it.
-pub(super) fn sealed(folder: &Path, name: &str, plain: &[u8], level: i32) -> Source {
-    let path = folder.join(name);
+pub(super) fn sealed(directory: &Path, name: &str, plain: &[u8], level: i32) -> Source {
+    let path = directory.join(name);
     let mut encoder = zstd::Encoder::new(Vec::new(), level).unwrap();
     encoder.include_checksum(true).unwrap();
     std::io::Write::write_all(&mut encoder, plain).unwrap();

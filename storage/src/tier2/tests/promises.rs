@@ -16,8 +16,8 @@ async fn read(download: Download) -> Vec<u8> {
 
 /// Both kinds of store behave the same.
 async fn upload_round_trips(tier2: &Tier2, bytes: usize) {
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", &noise(1, bytes), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", &noise(1, bytes), 1);
     let local = std::fs::read(&source.path).unwrap();
     let first = tier2.upload(&source, KEY).await.unwrap();
     assert_eq!(first.outcome, Outcome::Stored);
@@ -50,23 +50,23 @@ async fn a_small_and_a_large_file_round_trip_through_s3() {
 #[tokio::test]
 async fn a_proof_reads_the_object_whether_it_was_there_or_not() {
     let s3 = S3::start().await;
-    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
-    let source = sealed(folder.path(), "a", &noise(1, 100_000), 1);
+    let (tier2, directory) = (open(&s3), tempfile::tempdir().unwrap());
+    let source = sealed(directory.path(), "a", &noise(1, 100_000), 1);
     let read =
         || s3.requests().iter().filter(|r| r.starts_with("GET") && r.contains(".zst")).count();
     for reads in [1, 2] {
         tier2.prove(&source, KEY).await.unwrap();
         assert_eq!(read(), reads, "{:?}", s3.requests());
     }
-    let other = sealed(folder.path(), "b", &noise(2, 100_000), 1);
+    let other = sealed(directory.path(), "b", &noise(2, 100_000), 1);
     assert_eq!(tier2.prove(&other, KEY).await.unwrap_err().kind, Kind::Conflict);
 }
 
 #[tokio::test]
-async fn a_small_and_a_large_file_round_trip_through_a_folder() {
+async fn a_small_and_a_large_file_round_trip_through_a_directory() {
     for bytes in [100_000, (20 << 20) + 7] {
-        let folder = tempfile::tempdir().unwrap();
-        let url = Url::from_directory_path(folder.path()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let url = Url::from_directory_path(directory.path()).unwrap();
         let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
         tier2.probe().await.unwrap();
         upload_round_trips(&tier2, bytes).await;
@@ -76,15 +76,15 @@ async fn a_small_and_a_large_file_round_trip_through_a_folder() {
 #[tokio::test]
 async fn the_same_plaintext_sealed_twice_is_the_same_file() {
     let s3 = S3::start().await;
-    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
+    let (tier2, directory) = (open(&s3), tempfile::tempdir().unwrap());
     let plain = b"write-ahead log ".repeat(50_000);
-    let first = sealed(folder.path(), "a", &plain, 1);
+    let first = sealed(directory.path(), "a", &plain, 1);
     tier2.upload(&first, KEY).await.unwrap();
     // Sealed again: other level, and two frames instead of one.
     let (left, right) = plain.split_at(300_000);
     let mut frames = zstd::encode_all(left, 9).unwrap();
     frames.extend(zstd::encode_all(right, 9).unwrap());
-    let second = folder.path().join("b");
+    let second = directory.path().join("b");
     std::fs::write(&second, &frames).unwrap();
     let uploaded = tier2.upload(&source(second), KEY).await.unwrap();
     assert_eq!(uploaded.outcome, Outcome::AlreadyThere);
@@ -93,10 +93,12 @@ async fn the_same_plaintext_sealed_twice_is_the_same_file() {
 
 /// OBJECT6: the unfinished end of a timeline whose PostgreSQL came back is longer than what was stored of it.
 async fn grows(tier2: &Tier2, bytes: usize) {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let plain = noise(1, bytes);
-    let of =
-        |name: &str, plain: &[u8], grows| Source { grows, ..sealed(folder.path(), name, plain, 1) };
+    let of = |name: &str, plain: &[u8], grows| Source {
+        grows,
+        ..sealed(directory.path(), name, plain, 1)
+    };
     let beginning = of("a", &plain[..bytes / 3], true);
     tier2.upload(&beginning, KEY).await.unwrap();
     let all = of("b", &plain, false);
@@ -126,8 +128,8 @@ async fn a_beginning_gives_way_to_the_whole_and_to_nothing_else() {
     for bytes in [100_000, (9 << 20) + 7] {
         let s3 = S3::start().await;
         grows(&open(&s3), bytes).await;
-        let folder = tempfile::tempdir().unwrap();
-        let url = Url::from_directory_path(folder.path()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let url = Url::from_directory_path(directory.path()).unwrap();
         grows(&Tier2::open(&Tier2Config::new(url)).unwrap(), bytes).await;
     }
 }
@@ -135,12 +137,12 @@ async fn a_beginning_gives_way_to_the_whole_and_to_nothing_else() {
 #[tokio::test]
 async fn other_plaintext_is_a_conflict_and_is_never_overwritten() {
     let s3 = S3::start().await;
-    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
+    let (tier2, directory) = (open(&s3), tempfile::tempdir().unwrap());
     for bytes in [100_000, 9 << 20] {
         let key = format!("pg-1/wal/{bytes}");
-        let first = sealed(folder.path(), "a", &noise(1, bytes), 1);
+        let first = sealed(directory.path(), "a", &noise(1, bytes), 1);
         tier2.upload(&first, &key).await.unwrap();
-        let second = sealed(folder.path(), "b", &noise(2, bytes), 1);
+        let second = sealed(directory.path(), "b", &noise(2, bytes), 1);
         let error = tier2.upload(&second, &key).await.unwrap_err();
         assert_eq!(error.kind, Kind::Conflict, "{error}");
         let kept = read(tier2.download(&key).await.unwrap()).await;
@@ -151,11 +153,11 @@ async fn other_plaintext_is_a_conflict_and_is_never_overwritten() {
 #[tokio::test]
 async fn an_object_that_is_not_zstd_is_a_conflict_not_damage_of_ours() {
     let s3 = S3::start().await;
-    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
+    let (tier2, directory) = (open(&s3), tempfile::tempdir().unwrap());
     let object = s3.object(&format!("prefix/{KEY}"));
     std::fs::create_dir_all(object.parent().unwrap()).unwrap();
     std::fs::write(&object, b"somebody else's").unwrap();
-    let ours = sealed(folder.path(), "a", b"wal", 1);
+    let ours = sealed(directory.path(), "a", b"wal", 1);
     assert_eq!(tier2.upload(&ours, KEY).await.unwrap_err().kind, Kind::Conflict);
     assert_eq!(std::fs::read(&object).unwrap(), b"somebody else's");
 }
@@ -163,20 +165,20 @@ async fn an_object_that_is_not_zstd_is_a_conflict_not_damage_of_ours() {
 #[tokio::test]
 async fn a_damaged_tier1_file_is_never_uploaded() {
     let s3 = S3::start().await;
-    let (tier2, folder) = (open(&s3), tempfile::tempdir().unwrap());
-    let mut good = sealed(folder.path(), "a", &noise(1, 100_000), 1);
+    let (tier2, directory) = (open(&s3), tempfile::tempdir().unwrap());
+    let mut good = sealed(directory.path(), "a", &noise(1, 100_000), 1);
     let bytes = std::fs::read(&good.path).unwrap();
     let mut flipped = bytes.clone();
     flipped[50_000] ^= 1;
     for (name, content) in [("cut", &bytes[..90_000]), ("empty", &[][..]), ("bit", &flipped)] {
-        let path = folder.path().join(name);
+        let path = directory.path().join(name);
         std::fs::write(&path, content).unwrap();
         let error = tier2.upload(&source(path), KEY).await.unwrap_err();
         assert_eq!(error.kind, Kind::Corrupt, "{name}: {error}");
     }
     good.plaintext_bytes = Some(100_001);
     assert_eq!(tier2.upload(&good, KEY).await.unwrap_err().kind, Kind::Corrupt);
-    let gone = source(folder.path().join("gone"));
+    let gone = source(directory.path().join("gone"));
     assert_eq!(tier2.upload(&gone, KEY).await.unwrap_err().kind, Kind::NotFound);
     assert_eq!(tier2.size_of(KEY).await.unwrap(), None);
 }
@@ -205,14 +207,14 @@ async fn a_proxys_404_is_not_a_missing_object() {
 }
 
 #[tokio::test]
-async fn an_unmounted_folder_is_not_a_missing_object() {
+async fn an_unmounted_directory_is_not_a_missing_object() {
     let parent = tempfile::tempdir().unwrap();
-    let folder = parent.path().join("mount");
-    std::fs::create_dir(&folder).unwrap();
-    let url = Url::from_directory_path(&folder).unwrap();
+    let directory = parent.path().join("mount");
+    std::fs::create_dir(&directory).unwrap();
+    let url = Url::from_directory_path(&directory).unwrap();
     let tier2 = Tier2::open(&Tier2Config::new(url)).unwrap();
     assert_eq!(tier2.download(KEY).await.unwrap_err().kind, Kind::NotFound);
-    std::fs::remove_dir(&folder).unwrap();
+    std::fs::remove_dir(&directory).unwrap();
     assert_eq!(tier2.download(KEY).await.unwrap_err().kind, Kind::Transient);
     assert!(tier2.list_wal(&"pg-1".parse().unwrap()).await.is_err());
 }
@@ -234,9 +236,9 @@ async fn many_uploads_share_a_small_memory_budget() {
     let mut small = config(&s3);
     small.upload_memory = klio_pg::ByteSize::mib(8);
     small.request_timeout_seconds = 30;
-    let (tier2, folder) = (Tier2::open(&small).unwrap(), tempfile::tempdir().unwrap());
-    let large = sealed(folder.path(), "large", &noise(1, 17 << 20), 1);
-    let medium = sealed(folder.path(), "medium", &noise(2, 5 << 20), 1);
+    let (tier2, directory) = (Tier2::open(&small).unwrap(), tempfile::tempdir().unwrap());
+    let large = sealed(directory.path(), "large", &noise(1, 17 << 20), 1);
+    let medium = sealed(directory.path(), "medium", &noise(2, 5 << 20), 1);
     let keys: Vec<String> = (0..6).map(|n| format!("pg-1/wal/{n}")).collect();
     let uploads = keys.iter().enumerate().map(|(n, key)| {
         let source = if n % 2 == 0 { &large } else { &medium };

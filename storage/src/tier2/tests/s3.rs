@@ -1,4 +1,4 @@
-//! A real S3 endpoint in this process (s3s over a folder, SigV4 checked), with a fault layer in front.
+//! A real S3 endpoint in this process (s3s over a directory, SigV4 checked), with a fault layer in front.
 //!
 //! Also used by the server crate's consumer tests, by `#[path]`.
 
@@ -40,7 +40,7 @@ type Rule = Box<dyn FnMut(&http::request::Parts) -> Option<Fault> + Send>;
 pub struct S3 {
     /// `http://127.0.0.1:port`.
     pub endpoint: String,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     rule: Arc<Mutex<Rule>>,
     requests: Arc<Mutex<Vec<String>>>,
     _accept: JoinSet<()>,
@@ -50,9 +50,9 @@ impl S3 {
     /// Starts an endpoint with one empty bucket.
     pub async fn start() -> Self {
         rustls::crypto::ring::default_provider().install_default().ok();
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
-        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder.path()).unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join(BUCKET)).unwrap();
+        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(directory.path()).unwrap());
         builder.set_auth(SimpleAuth::from_single("AKTEST", "secret-of-the-test"));
         let service = builder.build();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -77,7 +77,7 @@ impl S3 {
                 while connections.try_join_next().is_some() {}
             }
         });
-        Self { endpoint, folder, rule, requests, _accept: accept }
+        Self { endpoint, directory, rule, requests, _accept: accept }
     }
 
     /// Decides each request from now on.
@@ -100,7 +100,7 @@ impl S3 {
 
     /// Where an object lies.
     pub fn object(&self, key: &str) -> PathBuf {
-        self.folder.path().join(BUCKET).join(key)
+        self.directory.path().join(BUCKET).join(key)
     }
 
     /// Access key and secret.

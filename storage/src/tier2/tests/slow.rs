@@ -26,8 +26,8 @@ fn open_through(s3: &S3, link: &Uplink) -> Tier2 {
 }
 
 /// Nothing to decode: what is measured is the link.
-fn file(folder: &tempfile::TempDir, name: &str) -> Source {
-    let path = folder.path().join(name);
+fn file(directory: &tempfile::TempDir, name: &str) -> Source {
+    let path = directory.path().join(name);
     let line = noise(name.bytes().map(u64::from).sum(), 100_003);
     std::fs::write(&path, line.repeat(BYTES / line.len() + 1).split_at(BYTES).0).unwrap();
     Source { zstd: false, ..source(path) }
@@ -56,8 +56,9 @@ fn sent(times: [usize; 3]) -> BTreeMap<u32, usize> {
 fn half_done(s3: &S3) -> Vec<String> {
     let bucket = s3.object("");
     let root = bucket.parent().unwrap();
-    let folders = [bucket.as_path(), root].map(|folder| std::fs::read_dir(folder).unwrap());
-    let names = folders.into_iter().flatten().flatten();
+    let directories =
+        [bucket.as_path(), root].map(|directory| std::fs::read_dir(directory).unwrap());
+    let names = directories.into_iter().flatten().flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with(".upload")).collect()
 }
@@ -72,8 +73,8 @@ fn is_part(parts: &request::Parts, number: u32) -> bool {
 async fn a_large_file_over_a_slow_link_arrives_with_no_part_sent_twice() {
     let s3 = S3::start().await;
     let link = Uplink::new(&s3.endpoint, 4 * MIB);
-    let folder = tempfile::tempdir().unwrap();
-    let (source, begun) = (file(&folder, "a"), Instant::now());
+    let directory = tempfile::tempdir().unwrap();
+    let (source, begun) = (file(&directory, "a"), Instant::now());
     let done = open_through(&s3, &link).upload(&source, KEY).await.unwrap();
     assert_eq!(done.outcome, Outcome::Stored);
     assert!(begun.elapsed() > PATIENCE, "it took longer than nothing may move");
@@ -89,8 +90,8 @@ async fn a_large_file_over_a_slow_link_arrives_with_no_part_sent_twice() {
 async fn a_small_file_over_a_slow_link_arrives() {
     let s3 = S3::start().await;
     let link = Uplink::new(&s3.endpoint, 256 << 10);
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", &noise(1, 1 << 20), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", &noise(1, 1 << 20), 1);
     let (tier2, begun) = (open_through(&s3, &link), Instant::now());
     assert_eq!(tier2.upload(&source, KEY).await.unwrap().outcome, Outcome::Stored);
     assert!(begun.elapsed() > PATIENCE);
@@ -102,9 +103,9 @@ async fn a_cut_in_the_middle_of_a_part_sends_only_that_part_again() {
     let s3 = S3::start().await;
     let link = Uplink::new(&s3.endpoint, 100 * MIB);
     link.cut_at(20 * MIB);
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let tier2 = open_through(&s3, &link);
-    assert_eq!(tier2.upload(&file(&folder, "a"), KEY).await.unwrap().outcome, Outcome::Stored);
+    assert_eq!(tier2.upload(&file(&directory, "a"), KEY).await.unwrap().outcome, Outcome::Stored);
     let times: Vec<usize> = parts_sent(&s3).into_values().collect();
     assert_eq!(times.iter().sum::<usize>(), 4, "{times:?}");
     assert_eq!(uploads_begun(&s3), 1);
@@ -120,9 +121,9 @@ async fn a_part_that_fails_for_a_while_is_sent_again_and_no_other_is() {
         fails.then_some(Fault::Status(503, "SlowDown"))
     });
     let link = Uplink::new(&s3.endpoint, 100 * MIB);
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let tier2 = open_through(&s3, &link);
-    assert_eq!(tier2.upload(&file(&folder, "a"), KEY).await.unwrap().outcome, Outcome::Stored);
+    assert_eq!(tier2.upload(&file(&directory, "a"), KEY).await.unwrap().outcome, Outcome::Stored);
     let times = parts_sent(&s3);
     assert_eq!((times[&1], times[&3]), (1, 1), "{times:?}");
     assert!(times[&2] > 1, "{times:?}");
@@ -134,8 +135,8 @@ async fn a_link_that_stands_still_is_told_and_nothing_half_done_stays() {
     let s3 = S3::start().await;
     let link = Uplink::new(&s3.endpoint, 100 * MIB);
     link.still_at(12 * MIB);
-    let (folder, tier2) = (tempfile::tempdir().unwrap(), open_through(&s3, &link));
-    let (source, begun) = (file(&folder, "a"), Instant::now());
+    let (directory, tier2) = (tempfile::tempdir().unwrap(), open_through(&s3, &link));
+    let (source, begun) = (file(&directory, "a"), Instant::now());
     let error = tier2.upload(&source, KEY).await.unwrap_err();
     assert_eq!(error.kind, Kind::Transient, "{error}");
     assert!(error.to_string().contains("the link stands still"), "{error}");
@@ -155,8 +156,9 @@ async fn the_next_attempt_goes_on_where_the_last_one_ended() {
     let s3 = S3::start().await;
     let link = Uplink::new(&s3.endpoint, 100 * MIB);
     link.still_at(20 * MIB);
-    let (folder, tier2) = (tempfile::tempdir().unwrap(), open_through(&s3, &link).keeping_parts());
-    let source = file(&folder, "a");
+    let (directory, tier2) =
+        (tempfile::tempdir().unwrap(), open_through(&s3, &link).keeping_parts());
+    let source = file(&directory, "a");
     tier2.upload(&source, KEY).await.unwrap_err();
     let before = parts_sent(&s3);
     link.heal();
@@ -181,13 +183,13 @@ fn fail_part(s3: &S3, number: u32) {
 #[tokio::test]
 async fn kept_parts_are_for_the_same_file_only_and_are_thrown_away_at_the_end() {
     let s3 = S3::start().await;
-    let (folder, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
+    let (directory, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
     fail_part(&s3, 3);
-    let source = file(&folder, "a");
+    let source = file(&directory, "a");
     assert_eq!(tier2.upload(&source, KEY).await.unwrap_err().kind, Kind::Denied);
     assert_ne!(half_done(&s3), Vec::<String>::new(), "kept");
     s3.heal();
-    let other = file(&folder, "b");
+    let other = file(&directory, "b");
     assert_eq!(tier2.upload(&other, KEY).await.unwrap().outcome, Outcome::Stored);
     assert_eq!(uploads_begun(&s3), 2);
     assert_eq!(half_done(&s3), Vec::<String>::new(), "the first one was aborted");
@@ -204,9 +206,9 @@ async fn kept_parts_are_for_the_same_file_only_and_are_thrown_away_at_the_end() 
 #[tokio::test]
 async fn an_upload_that_the_store_forgot_begins_anew() {
     let s3 = S3::start().await;
-    let (folder, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
+    let (directory, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
     fail_part(&s3, 3);
-    let source = file(&folder, "a");
+    let source = file(&directory, "a");
     tier2.upload(&source, KEY).await.unwrap_err();
     let first = s3.requests().into_iter().find_map(|request| {
         request.split_once("uploadId=").map(|(_, id)| id.split('&').next().unwrap().to_owned())
@@ -223,10 +225,10 @@ async fn an_upload_that_the_store_forgot_begins_anew() {
 #[tokio::test]
 async fn a_cancelled_upload_goes_on_too() {
     let s3 = S3::start().await;
-    let (folder, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
+    let (directory, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
     // The last one never comes to its end.
     s3.on_request(|parts| is_part(parts, 3).then_some(Fault::Hang));
-    let source = file(&folder, "a");
+    let source = file(&directory, "a");
     {
         let upload = tier2.upload(&source, KEY);
         let third = async {

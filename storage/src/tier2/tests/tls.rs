@@ -66,13 +66,13 @@ async fn a_private_authority_is_trusted_by_its_file_and_no_other_is() {
     let s3 = S3::start().await;
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (port, _tasks) = in_front_of(&s3, authority.server()).await;
-    let folder = tempfile::tempdir().unwrap();
-    let source = sealed(folder.path(), "a", &noise(1, 9 << 20), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let source = sealed(directory.path(), "a", &noise(1, 9 << 20), 1);
     let mut config = config(&s3);
     config.endpoint = Some(format!("https://localhost:{port}"));
     config.retry_timeout_seconds = 1;
     config.request_timeout_seconds = 20;
-    let ca_file = folder.path().join("ca.pem");
+    let ca_file = directory.path().join("ca.pem");
     for untrusted in [None, Some(&stranger.pem)] {
         config.ca_file = untrusted.map(|pem| {
             std::fs::write(&ca_file, pem).unwrap();

@@ -108,7 +108,7 @@ fn a_reopen_never_truncates_what_was_acknowledged() {
     assert_eq!(rig.read(&store, file), rig.bytes(MIB, MIB + 300_000));
 }
 
-/// Klio: a rename without fsync of the folder; the sealed file's name, and the segment with it, was lost. P1
+/// Klio: a rename without fsync of the directory; the sealed file's name, and the segment with it, was lost. P1
 #[test]
 fn a_sealed_segment_and_its_name_survive_a_power_loss_right_after_sealing() {
     for seed in 0..60 {
@@ -248,7 +248,7 @@ fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
     }
 }
 
-/// P1, P3: a folder's fsync fails after the rename of a small file, the process dies, and the next one sees the file. WAL
+/// P1, P3: a directory's fsync fails after the rename of a small file, the process dies, and the next one sees the file. WAL
 /// must not be acknowledged on the strength of a name that is not on disk.
 #[test]
 fn a_small_file_that_is_only_seen_is_written_again_before_wal_relies_on_it() {

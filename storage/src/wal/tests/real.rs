@@ -4,16 +4,16 @@ use super::*;
 use crate::disk::RealDisk;
 use std::process::Command;
 
-fn open(folder: &Path) -> WalStore {
-    WalStore::open(Arc::new(RealDisk), folder.join("tier1"), WalOptions::default()).unwrap()
+fn open(directory: &Path) -> WalStore {
+    WalStore::open(Arc::new(RealDisk), directory.join("tier1"), WalOptions::default()).unwrap()
 }
 
 /// P10: a sealed file is a standard zstd file; `zstd -d` gives the segment.
 #[test]
 fn zstd_itself_decodes_a_sealed_file_to_the_segment() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let rig = Rig::new(1);
-    let store = open(folder.path());
+    let store = open(directory.path());
     store.pin(&rig.name, rig.wal.pinned()).unwrap();
     let mut writer = rig.writer(&store, 1, MIB);
     // Small raw batches, large compressed ones, and one over a segment's end.
@@ -49,17 +49,17 @@ fn zstd_itself_decodes_a_sealed_file_to_the_segment() {
 
 #[test]
 fn a_restart_on_the_real_disk_resumes_exactly_and_refuses_a_second_server() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let rig = Rig::new(1);
-    let store = open(folder.path());
+    let store = open(directory.path());
     store.pin(&rig.name, rig.wal.pinned()).unwrap();
     let mut writer = rig.writer(&store, 1, MIB);
     rig.append_and_flush(&mut writer, 3 * MIB + 12_345);
     let second =
-        WalStore::open(Arc::new(RealDisk), folder.path().join("tier1"), WalOptions::default());
+        WalStore::open(Arc::new(RealDisk), directory.path().join("tier1"), WalOptions::default());
     assert_eq!(second.unwrap_err().kind, Kind::Conflict);
     drop((writer, store));
-    let store = open(folder.path());
+    let store = open(directory.path());
     assert_eq!(store.positions(&rig.name)[0].flushed, at(3 * MIB + 12_345));
     rig.check_readable(&store, &root_history());
     let (free, total) = store.free_space().unwrap();
@@ -82,10 +82,11 @@ fn an_idle_writer_takes_little_memory() {
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
         statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
     };
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let rig = Rig::new(1);
     let options = WalOptions { preallocate: 4096, ..WalOptions::default() };
-    let store = WalStore::open(Arc::new(RealDisk), folder.path().join("tier1"), options).unwrap();
+    let store =
+        WalStore::open(Arc::new(RealDisk), directory.path().join("tier1"), options).unwrap();
     let open = |n: usize| {
         let name: ClusterName = format!("c{n}").parse().unwrap();
         store.pin(&name, rig.wal.pinned()).unwrap();

@@ -29,7 +29,7 @@ fn another_system_another_segment_size_and_an_old_postgres_are_refused() {
 }
 
 #[test]
-fn a_second_server_on_the_same_folder_is_refused() {
+fn a_second_server_on_the_same_directory_is_refused() {
     let rig = Rig::new(1);
     let _store = rig.open();
     assert_eq!(rig.try_open().unwrap_err().kind, Kind::Conflict);

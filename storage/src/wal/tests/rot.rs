@@ -26,20 +26,20 @@ enum Fault {
     ReadError,
 }
 
-const FOLDER: &str = "wal/00000001";
+const DIRECTORY: &str = "wal/00000001";
 
 fn open_journals(rig: &Rig) -> Vec<PathBuf> {
-    let folder = Rig::path(FOLDER);
-    let Ok(entries) = rig.disk.list(&folder) else { return Vec::new() };
+    let directory = Rig::path(DIRECTORY);
+    let Ok(entries) = rig.disk.list(&directory) else { return Vec::new() };
     let open = entries.into_iter().filter(|entry| entry.name.ends_with(".open"));
-    open.map(|entry| folder.join(entry.name)).collect()
+    open.map(|entry| directory.join(entry.name)).collect()
 }
 
 fn aside(rig: &Rig) -> Vec<PathBuf> {
-    let folder = Rig::path(FOLDER);
-    let entries = rig.disk.list(&folder).unwrap();
+    let directory = Rig::path(DIRECTORY);
+    let entries = rig.disk.list(&directory).unwrap();
     let kept = entries.into_iter().filter(|entry| entry.name.contains(".open.damaged-"));
-    kept.map(|entry| folder.join(entry.name)).collect()
+    kept.map(|entry| directory.join(entry.name)).collect()
 }
 
 fn request(start: Lsn, slot: Lsn) -> OpenRequest {
@@ -188,7 +188,7 @@ impl Life {
             assert_ne!(self.fault, Fault::None, "a torn tail is no damage");
         }
         for kept in lost.iter().filter_map(|loss| loss.kept.as_ref()) {
-            assert!(self.rig.disk.stat(&Rig::path(FOLDER).join(kept)).is_ok());
+            assert!(self.rig.disk.stat(&Rig::path(DIRECTORY).join(kept)).is_ok());
         }
         self.check_held(&store, start);
         (store, writer)
@@ -399,7 +399,7 @@ fn other_bytes_than_those_that_are_held_never_take_a_segments_place() {
     assert_eq!(long.push(&rig.bytes(2 * MIB, 3 * MIB + 1)).unwrap_err().kind, Kind::Invalid);
     drop(long);
     assert_eq!(store.holes(&rig.name), [hole()], "nothing has changed");
-    let names = rig.disk.list(&Rig::path(FOLDER)).unwrap();
+    let names = rig.disk.list(&Rig::path(DIRECTORY)).unwrap();
     assert!(names.iter().all(|entry| !entry.name.ends_with(".tmp")), "{names:?}");
     let whole = store.refill(&rig.name, tli(1), at(3 * MIB)).unwrap_err();
     assert_eq!(whole.kind, Kind::NotFound, "what is not damaged is not written over");

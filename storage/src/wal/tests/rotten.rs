@@ -2,7 +2,7 @@
 
 use super::*;
 
-const FOLDER: &str = "wal/00000001";
+const DIRECTORY: &str = "wal/00000001";
 
 /// Segments 2 to 4 of timeline 1, the first two sealed, and a part of the third.
 fn sealed(rig: &Rig) -> (WalStore, Writer) {
@@ -33,7 +33,7 @@ fn rot(rig: &Rig, file: WalFile) {
 }
 
 fn aside(rig: &Rig) -> Vec<String> {
-    let names = rig.disk.list(&Rig::path(FOLDER)).unwrap().into_iter().map(|entry| entry.name);
+    let names = rig.disk.list(&Rig::path(DIRECTORY)).unwrap().into_iter().map(|entry| entry.name);
     names.filter(|name| name.contains(".damaged-")).collect()
 }
 
@@ -323,7 +323,7 @@ fn a_zeroed_journal_is_told_from_one_that_was_never_written() {
                     store.seal(&rig.name, file(3)).unwrap();
                 }
                 drop((writer, store));
-                let path = Rig::path(FOLDER).join(format!("{}.open", segment(1, 2)));
+                let path = Rig::path(DIRECTORY).join(format!("{}.open", segment(1, 2)));
                 zero(&rig, &path, header);
                 rig.disk.restart(Restart::Kill);
                 let store = rig.open();
@@ -354,7 +354,7 @@ fn the_slot_proves_that_a_zeroed_last_journal_had_wal() {
         rig.append_and_flush(&mut writer, 3 * MIB + 700);
         store.seal(&rig.name, file(2)).unwrap();
         drop((writer, store));
-        let path = Rig::path(FOLDER).join(format!("{}.open", segment(1, 3)));
+        let path = Rig::path(DIRECTORY).join(format!("{}.open", segment(1, 3)));
         zero(&rig, &path, header);
         rig.disk.restart(Restart::Kill);
         let store = rig.open();
