@@ -18,7 +18,6 @@ pub const RANGES_MAX: usize = 1024;
 
 /// A kind of repository file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum FileKind {
     Config,
     Key,

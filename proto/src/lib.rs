@@ -15,7 +15,7 @@ pub const SERVICES: [&str; 4] =
     ["klio.v1.Wal", "klio.v1.Catalog", "klio.v1.Base", "grpc.health.v1.Health"];
 
 /// The generated messages and services of `klio.v1`.
-#[allow(missing_docs, clippy::all, clippy::disallowed_methods)]
+#[allow(clippy::all, clippy::disallowed_methods)]
 pub mod v1 {
     tonic::include_proto!("klio.v1");
     /// The compiled descriptors, for gRPC reflection.

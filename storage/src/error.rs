@@ -63,7 +63,6 @@ impl Kind {
 
 /// What was being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub enum Op {
     Open,
     Create,
