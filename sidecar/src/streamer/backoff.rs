@@ -1,11 +1,10 @@
-//! Pauses between attempts: doubling, jittered, forgotten after progress.
+//! Pauses between attempts: doubling, with jitter, back to the shortest after progress.
 //!
-//! Jitter keeps a thousand sidecars from coming back to a restarted server in the same moment.
+//! Jitter keeps a thousand sidecars from reconnecting to a restarted server at the same moment.
 
 use rand::Rng;
 use std::time::Duration;
 
-/// The pauses of one retry loop.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     min: Duration,
@@ -14,19 +13,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// From `min`, doubling up to `max`.
+    /// The pauses start at `min` and double up to `max`.
     pub const fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, next: min }
     }
 
-    /// The next pause: half of the nominal one, plus up to another half by chance.
+    /// The next pause: a random duration between half of the nominal pause and all of it.
     pub fn pause(&mut self, rng: &mut impl Rng) -> Duration {
         let nominal = self.next;
         self.next = (nominal * 2).min(self.max);
         nominal.mul_f64(rng.random_range(0.5..=1.0))
     }
 
-    /// Something worked: begin with the shortest again.
+    /// Starts again with the shortest pause, after progress.
     pub const fn reset(&mut self) {
         self.next = self.min;
     }

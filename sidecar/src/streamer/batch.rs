@@ -1,11 +1,11 @@
-//! WAL that was read and not yet sent: bounded in bytes by whoever fills it.
+//! WAL that was read and not sent yet. The caller limits its size.
 //!
-//! Pieces are shared with the read buffer; they are copied only when several become one message.
+//! The pieces share memory with the read buffer; they are copied only when several are joined into one message.
 
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
-/// Bytes without a hole, in order.
+/// Contiguous WAL bytes, in order.
 #[derive(Debug, Default)]
 pub struct Batch {
     pieces: VecDeque<Bytes>,
@@ -13,7 +13,6 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Appends.
     pub fn push(&mut self, piece: Bytes) {
         self.len += piece.len();
         if !piece.is_empty() {
@@ -21,12 +20,10 @@ impl Batch {
         }
     }
 
-    /// How many bytes.
     pub const fn len(&self) -> usize {
         self.len
     }
 
-    /// Nothing.
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -1,8 +1,10 @@
-//! Which of the cluster's histories this PostgreSQL continues (P11): found by content at every connection, never remembered.
+//! Decides which of the cluster's histories this PostgreSQL continues (P11). The decision is made from WAL content at
+//! every connection and never remembered.
 //!
-//! - The generation whose bytes are proven to be PostgreSQL's is the one. Where none is, the only one there is goes on
-//!   unproven, as there is nothing else that it could be; with several, or when all are other histories, a new one begins.
-//! - A generation that a person has closed takes nothing, and says who closed it.
+//! - A generation whose bytes are proven to be PostgreSQL's is chosen. If none is proven and there is only one open
+//!   generation which does not differ, the stream continues it unproven, because nothing else is possible. With
+//!   several open ones, or when all differ, a new generation begins.
+//! - A generation that a person has closed receives nothing; the error names who closed it.
 
 use super::{
     Metrics, Options,
@@ -24,16 +26,16 @@ use klio_proto::{
 use klio_storage::layout::ClusterName;
 use opentelemetry::metrics::{MeterProvider, noop::NoopMeterProvider};
 
-/// A generation as the server tells of it.
+/// A generation as the server describes it.
 #[derive(Debug, Clone)]
 pub(super) struct Candidate {
-    /// `None`: the server knows no generations.
+    /// `None` for a server that has no generations.
     pub number: Option<u32>,
     pub state: String,
     pub same_system: bool,
     pub held: Vec<Held>,
     pub decided: String,
-    /// The server takes each timeline for itself.
+    /// The server accepts several timelines of a cluster side by side.
     pub beside: bool,
 }
 
@@ -47,10 +49,10 @@ impl Candidate {
     }
 }
 
-/// Where the stream goes.
+/// The generation and the position to stream to.
 #[derive(Debug, Clone)]
 pub(super) struct Chosen {
-    /// As the server is to be told.
+    /// The cluster's name with the generation, in the form sent to the server.
     pub place: String,
     pub number: Option<u32>,
     pub facts: Facts,
@@ -65,35 +67,35 @@ pub(super) struct Ground<'a> {
     pub histories: &'a mut Histories,
     pub server: &'a mut WalClient<Traced>,
     pub memory: &'a Memory,
-    /// The server takes each timeline for itself.
+    /// The server accepts several timelines of a cluster side by side.
     pub beside: bool,
 }
 
-/// What a look at one generation gave.
+/// The result of comparing one generation.
 enum Found {
-    /// No sign of another history; `proven` with a whole record among what was compared.
+    /// No difference was found; `proven` when the compared WAL contained a whole record.
     Same { proven: bool, chosen: Result<Chosen, Error> },
-    /// Another history.
+    /// The generation's WAL differs: it is another history.
     Another,
-    /// Nothing was compared, for this reason.
+    /// Nothing could be compared, for this reason.
     Refused(Error),
 }
 
-/// What a look at all of them gave.
+/// The result of comparing all generations.
 #[derive(Default)]
 struct Surveyed {
-    /// The one whose bytes are PostgreSQL's.
+    /// The generation whose bytes are PostgreSQL's.
     proven: Option<(Candidate, Result<Chosen, Error>)>,
-    /// An open one that could not be compared.
+    /// An open one without a difference, which is not proven either.
     unproven: Option<Chosen>,
-    /// An open one that holds nothing yet.
+    /// An open one that holds no WAL yet.
     fresh: Option<Candidate>,
-    /// Why the current one is not taken.
+    /// Why the current one cannot be used.
     refusal: Option<Error>,
 }
 
 impl<P: Primary> Stream<'_, P> {
-    /// Finds it, or lets one begin. Gives the connection back.
+    /// Chooses a generation, or begins a new one. Returns the connection.
     pub async fn choose(
         &self,
         postgres: P::Session,
@@ -122,8 +124,8 @@ impl<P: Primary> Stream<'_, P> {
         Ok((postgres, Chosen { place: self.place(number), number, facts, plan }))
     }
 
-    /// The generation that PostgreSQL continues, without changing anything: for a backup, which compares from where it
-    /// began. `None`: the server knows no generations, or there is only one.
+    /// Finds the generation that PostgreSQL continues without changing anything. A backup uses it; its comparison
+    /// begins at `from`, where the backup began. `None` when the server has no generations or only one.
     pub async fn find(&self, from: Option<Lsn>) -> Result<Option<u32>, Error> {
         let mut postgres = self.primary.connect().await?;
         let identity = postgres.identify().await?;
@@ -188,7 +190,7 @@ impl<P: Primary> Stream<'_, P> {
         Ok((postgres, surveyed))
     }
 
-    /// As the server is to be told.
+    /// The cluster's name with the generation, in the form sent to the server.
     fn place(&self, number: Option<u32>) -> String {
         let cluster = &self.options.cluster;
         number.map_or_else(|| cluster.to_string(), |number| format!("{cluster}@{number}"))
@@ -213,7 +215,8 @@ impl<P: Primary> Stream<'_, P> {
     ) -> Result<(P::Session, Found), Error> {
         let mut facts = self.facts(candidate.held.clone(), ground);
         if facts.is_behind() && !ground.identity.in_recovery {
-            // Its end was asked for before the position: another writer may have gone on meanwhile.
+            // PostgreSQL's end was asked for before the server's position; another writer may have advanced the
+            // server meanwhile.
             ground.identity = postgres.identify().await?;
             facts.postgres_end = ground.identity.end;
         }
@@ -229,7 +232,7 @@ impl<P: Primary> Stream<'_, P> {
             return Ok((postgres, found));
         };
         let on_it = |plan: &&Plan| plan.timeline == overlap.timeline;
-        // What fills a hole below is no new WAL.
+        // A plan that fills a hole below the end sends no new WAL.
         let next = plan.as_ref().ok().filter(on_it).map(|plan| plan.start);
         let next = next.filter(|next| *next >= overlap.end);
         let history = match overlap.timeline.get() {
@@ -272,12 +275,12 @@ impl<P: Primary> Stream<'_, P> {
             .number;
         tracing::error!(
             generation = number,
-            "this PostgreSQL's history is not the one that the server holds: it is received as an undecided generation, and a person has to decide (klio generation list)"
+            "this PostgreSQL's history differs from the one on the server: receiving it as an undecided generation; a person has to decide (klio generation list)"
         );
         Ok(number)
     }
 
-    /// What the server holds of each generation; `with_tier2`: as far as both tiers know.
+    /// What the server holds of each generation; with `with_tier2`, in both tiers.
     pub async fn candidates(
         &self,
         server: &mut WalClient<Traced>,
@@ -318,11 +321,11 @@ impl<P: Primary> Stream<'_, P> {
     }
 }
 
-/// The history of `cluster` that this PostgreSQL continues, for a backup of it: its name, with a number where there are
-/// several. The server remembers what `writer_id` compared.
+/// The history of `cluster` that this PostgreSQL continues, for a backup of it: the cluster's name, with a generation
+/// number if there are several. The server remembers the comparison under `writer_id`.
 ///
 /// # Errors
-/// `DIVERGED` when it continues none; as both ends answer.
+/// `DIVERGED` when PostgreSQL continues none of the histories; errors of PostgreSQL and of the server.
 pub async fn history_of<P: Primary>(
     primary: &P,
     link: &ServerLink,
@@ -353,7 +356,7 @@ fn held(timelines: &[v1::TimelinePosition]) -> Result<Vec<Held>, Error> {
     })
 }
 
-/// More than one history may be streamed into.
+/// Whether more than one generation is open to streaming.
 fn several(candidates: &[Candidate]) -> bool {
     candidates.iter().filter(|candidate| candidate.is_open()).count() > 1
 }
@@ -361,7 +364,7 @@ fn several(candidates: &[Candidate]) -> bool {
 fn none_of_them() -> Error {
     let message = "compare WAL with the server's: this PostgreSQL continues none of the histories that the server holds";
     Error::new(Failure::Code(Code::Diverged), message)
-        .hint("klio stream on this machine has to run first: what it sends becomes a generation")
+        .hint("start klio stream on this machine first: what it sends becomes a generation")
 }
 
 fn closed(candidate: &Candidate) -> Error {
@@ -371,6 +374,6 @@ fn closed(candidate: &Candidate) -> Error {
         "compare WAL with the server's: this PostgreSQL continues generation {number} of the cluster, which is {state}{decided}"
     );
     Error::new(Failure::Code(Code::Diverged), message).hint(format!(
-        "if this is the cluster after all, an administrator says so with klio generation follow {number}; else stop klio stream here"
+        "if this is the right cluster, have an administrator run klio generation follow {number}; otherwise stop klio stream here"
     ))
 }

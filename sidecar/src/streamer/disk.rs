@@ -1,21 +1,21 @@
-//! Free space of the disk that holds PostgreSQL's WAL, where this program sees that disk.
+//! Free space of the file system that holds PostgreSQL's WAL, if this program can see it.
 //!
-//! Only told of a data directory whose pg_control says that it is the PostgreSQL we are connected to: the same path in
-//! another container, or on another machine, is another disk. Rather nothing than a lie.
+//! Reported only for a data directory whose pg_control names the PostgreSQL that we are connected to: in another
+//! container or on another machine the same path is a different disk. No value is better than a wrong one.
 
 use klio_pg::ControlFile;
 use std::path::Path;
 
-/// A file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes that PostgreSQL can still write.
+    /// Bytes that PostgreSQL, an unprivileged user, can still write.
     pub free: u64,
-    /// All of it.
+    /// Size of the file system in bytes.
     pub total: u64,
 }
 
-/// Of pg_wal, which may be a link to another disk. Blocking. `None` when it is not this PostgreSQL's, or not ours to see.
+/// Space of the file system of `pg_wal`, which may be a symlink to another disk. Blocks. `None` when the data
+/// directory belongs to another PostgreSQL or cannot be read from here.
 pub fn space(data: &Path, system_identifier: u64) -> Option<Space> {
     let control = std::fs::read(data.join(ControlFile::PATH)).ok()?;
     let control = ControlFile::parse(&control).ok()?;

@@ -1,24 +1,23 @@
-//! Positions of one stream, and what may be sent. Pure.
+//! The positions of one stream, and how much may be sent. Pure.
 //!
-//! - received <= sent and flushed <= received; neither ever goes back.
-//! - sent - flushed never exceeds the window the server gave.
-//! - P1: [`Flow::flushed`] comes from the server's acknowledgements and from nothing else.
+//! - flushed <= received <= sent; none of them ever moves backwards.
+//! - sent - flushed never exceeds the window that the server granted.
+//! - P1: [`Flow::flushed`] comes only from the server's acknowledgements.
 
 use klio_pg::Lsn;
 
-/// Positions of one stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow {
     start: Lsn,
     sent: Lsn,
     received: Lsn,
     flushed: Lsn,
-    /// Durable on the server before this stream began; ZERO when nothing is.
+    /// Durable on the server before this stream began; ZERO when nothing was.
     durable: Lsn,
     window: u64,
 }
 
-/// An acknowledgement that cannot be right.
+/// An acknowledgement that contradicts what was sent or acknowledged before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "check acknowledgement: expected flushed {min} <= flushed <= received <= sent {max}, found flushed {flushed}, received {received}"
@@ -31,7 +30,7 @@ pub struct AckError {
 }
 
 impl Flow {
-    /// A stream that begins at `start`, of which `durable` was acknowledged earlier.
+    /// A stream that begins at `start`; `durable` is the position that was acknowledged before it.
     pub fn new(start: Lsn, durable: Option<Lsn>, window: u64) -> Self {
         let durable = durable.unwrap_or(Lsn::ZERO);
         Self { start, sent: start, received: start, flushed: start, durable, window }
@@ -47,16 +46,16 @@ impl Flow {
         self.window.saturating_sub(self.sent.bytes_since(self.flushed))
     }
 
-    /// Bytes were sent. The caller has asked [`Flow::room`].
+    /// Records that `bytes` were sent; they must not exceed [`Flow::room`].
     pub fn on_sent(&mut self, bytes: u64) {
         debug_assert!(bytes <= self.room(), "window exceeded");
         self.sent = self.sent.advance(bytes);
     }
 
-    /// The server acknowledged.
+    /// Records an acknowledgement of the server.
     ///
     /// # Errors
-    /// Positions that go back, or beyond what was sent.
+    /// Positions that move backwards or lie beyond what was sent.
     pub fn on_ack(&mut self, received: Lsn, flushed: Lsn) -> Result<(), AckError> {
         let good = self.flushed <= flushed && flushed <= received && received <= self.sent;
         if !good {
@@ -67,14 +66,14 @@ impl Flow {
         Ok(())
     }
 
-    /// What PostgreSQL may hear: received and flushed. ZERO is PostgreSQL's "nothing to say", until
-    /// the server has acknowledged a byte of this stream or an earlier one.
+    /// The received and flushed positions to report to PostgreSQL. Both are ZERO, which PostgreSQL ignores, until the
+    /// server has acknowledged a byte of this stream or of an earlier one.
     pub fn report(&self) -> (Lsn, Lsn) {
         let said = |position: Lsn| if position > self.start { position } else { self.durable };
         (said(self.received), said(self.flushed))
     }
 
-    /// Durable by this stream's acknowledgements.
+    /// The position up to which this stream's acknowledgements say that WAL is durable.
     pub const fn flushed(&self) -> Lsn {
         self.flushed
     }

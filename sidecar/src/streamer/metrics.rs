@@ -1,7 +1,7 @@
-//! Instruments of `klio stream`, and the state they and /readyz show.
+//! Instruments of `klio stream`, and the state that they and /readyz show.
 //!
-//! Gauges are observable over [`State`], so they never show a value of an earlier process. Observation
-//! only: nothing here is read back to decide anything (P9).
+//! Gauges observe [`State`], so that they never show a value of an earlier process. Nothing here is used for
+//! decisions (P9).
 
 use super::disk::Space;
 use crate::error::Failure;
@@ -22,16 +22,16 @@ use std::{
     time::Duration,
 };
 
-/// Where the stream is; shared with the admin port.
+/// Positions and connection state of the stream; shared with the admin port.
 #[derive(Debug, Default)]
 pub struct State {
     connected: AtomicBool,
     received: AtomicU64,
     flushed: AtomicU64,
     wal_end: AtomicU64,
-    /// -1 until it is known.
+    /// Bytes; -1 while unknown.
     slot_retained: AtomicI64,
-    /// 0 where it is not known: a disk without a byte has no file to ask about.
+    /// Bytes; 0 while unknown, because no real disk has size 0.
     postgres_disk: AtomicU64,
     postgres_free: AtomicU64,
     client_expires: AtomicI64,
@@ -66,12 +66,12 @@ impl State {
         self.client_expires.store(expiry.client.unwrap_or(0), Relaxed);
         self.server_expires.store(expiry.server.unwrap_or(0), Relaxed);
     }
-    /// Bytes of WAL that the slot keeps on PostgreSQL's disk; `None` when not known.
+    /// Bytes of WAL that the slot retains on PostgreSQL's disk; `None` when unknown.
     pub fn set_slot_retained(&self, bytes: Option<u64>) {
         let bytes = bytes.map_or(-1, |b| i64::try_from(b).unwrap_or(i64::MAX));
         self.slot_retained.store(bytes, Relaxed);
     }
-    /// The disk with PostgreSQL's WAL; `None` when it cannot be seen from here.
+    /// Space of the disk with PostgreSQL's WAL; `None` when it cannot be seen from here.
     pub fn set_postgres_disk(&self, space: Option<Space>) {
         let Space { free, total } = space.unwrap_or(Space { free: 0, total: 0 });
         self.postgres_free.store(free, Relaxed);
@@ -79,7 +79,7 @@ impl State {
     }
 }
 
-/// Every instrument of `klio stream`; docs/metrics.md is made of it.
+/// Every instrument of `klio stream`; docs/metrics.md is generated from it.
 pub const CATALOGUE: &[Row] = &[
     of_cluster("klio.stream.connected", Gauge, "", "1 while WAL flows to the server, else 0"),
     of_cluster("klio.stream.received_lsn", Gauge, "", "received by the server, as a byte position"),
@@ -130,14 +130,14 @@ pub const CATALOGUE: &[Row] = &[
 
 type Read = fn(&State) -> Option<u64>;
 
-/// What each gauge shows; nothing while it is not known.
+/// How to read each gauge; `None` while its value is unknown.
 const GAUGES: &[(&str, Read)] = &[
     ("klio.stream.connected", |s| Some(s.is_connected().into())),
     ("klio.stream.received_lsn", |s| known(s.received.load(Relaxed))),
     ("klio.stream.flushed_lsn", |s| known(s.flushed.load(Relaxed))),
     ("klio.stream.postgres_lsn", |s| known(s.wal_end.load(Relaxed))),
     ("klio.stream.slot_retained_size", |s| u64::try_from(s.slot_retained.load(Relaxed)).ok()),
-    // A full disk has 0 bytes free, which is known well.
+    // A full disk has 0 bytes free, which is a known value.
     ("klio.stream.postgres_free_size", |s| {
         known(s.postgres_disk.load(Relaxed)).map(|_| s.postgres_free.load(Relaxed))
     }),
@@ -146,7 +146,7 @@ const GAUGES: &[(&str, Read)] = &[
     ("klio.stream.server_certificate_expiry_time", |s| time(&s.server_expires)),
 ];
 
-/// A position is never 0.
+/// A position, size or time is never 0.
 fn known(position: u64) -> Option<u64> {
     Some(position).filter(|p| *p > 0)
 }
@@ -155,12 +155,11 @@ fn time(unix: &AtomicI64) -> Option<u64> {
     u64::try_from(unix.load(Relaxed)).ok().and_then(known)
 }
 
-/// Unit and meaning in the catalogue; a test makes sure that it is there.
+/// Unit and meaning from the metric table; a test checks that every gauge has a row.
 fn describe(name: &str) -> (&'static str, &'static str) {
     CATALOGUE.iter().find(|row| row.name == name).map_or(("", ""), |row| (row.unit, row.meaning))
 }
 
-/// The instruments.
 #[derive(Debug)]
 pub struct Metrics {
     /// What the gauges show.
@@ -174,7 +173,6 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Builds them all.
     pub fn new(meter: &metrics::Meter, cluster: &str) -> Self {
         let state = Arc::new(State::default());
         state.set_slot_retained(None);
@@ -206,7 +204,7 @@ impl Metrics {
             .build();
         let reconnects = counter("klio.stream.reconnects");
         let (gaps, gap_size) = (counter("klio.stream.gaps"), counter("klio.stream.gap_size"));
-        // `increase()` sees the first one only after a 0.
+        // Export a 0 first: without it `increase()` misses the first event.
         for cause in Failure::all().map(Failure::name) {
             reconnects.add(0, &[attributes[0].clone(), KeyValue::new("error.type", cause)]);
         }
@@ -244,7 +242,7 @@ impl Metrics {
     }
 }
 
-/// Around an fsync (0.2 to 30 ms), with room for a stalled disk.
+/// In seconds, around the time of an fsync (0.2 to 30 ms), with room for a stalled disk.
 const LATENCY_BOUNDS: &[f64] =
     &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 

@@ -1,10 +1,10 @@
 //! Feeds WAL from one replication slot to the server.
 //!
-//! The buffer is counted in bytes; when it is full we stop reading, and PostgreSQL keeps the WAL for us.
-//! Feedback to PostgreSQL carries only what the server reported as flushed (P1).
-//! Cancel-safe: every session asks the server where to begin (P2).
-//! What can pass by itself is tried again, for ever, with growing pauses; what cannot ends the
-//! program with the exit status of its code.
+//! The buffer is limited in bytes. When it is full, the sidecar stops reading from the replication connection and
+//! PostgreSQL retains the WAL. Status updates sent to PostgreSQL carry only positions that the server reported as
+//! flushed (P1). A session may be cancelled at any point: the next one asks the server where to begin (P2). Transient
+//! errors are retried indefinitely, with growing pauses. Any other error ends the program with the exit status of its
+//! error code.
 
 mod backoff;
 mod batch;
@@ -41,32 +41,30 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-/// How to stream.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The cluster's name on the server.
     pub cluster: ClusterName,
-    /// When WAL was removed before it was received.
+    /// What to do when PostgreSQL removed WAL before the server received it.
     pub on_gap: OnGap,
-    /// Most WAL in one message.
+    /// Maximum number of WAL bytes in one message.
     pub batch_bytes: usize,
-    /// Signs of life to both ends.
+    /// Interval of the periodic status messages to PostgreSQL and to the server.
     pub status_interval: Duration,
     /// First pause after a failure.
     pub retry_min: Duration,
-    /// Longest pause.
+    /// Longest pause between attempts.
     pub retry_max: Duration,
     /// How long a stop waits for the last acknowledgement.
     pub stop_timeout: Duration,
 }
 
 impl Options {
-    /// From the `[stream]` section.
     pub fn new(cluster: ClusterName, stream: &config::Stream) -> Self {
         Self {
             cluster,
             on_gap: stream.on_gap,
-            // Validated to 2 MiB at most.
+            // `config` limits it to 2 MiB.
             batch_bytes: stream.batch_size.bytes() as usize,
             status_interval: stream.status_interval,
             retry_min: stream.retry_min,
@@ -83,21 +81,22 @@ pub struct Streamer<P> {
     link: ServerLink,
     options: Options,
     metrics: Metrics,
-    /// Random per process: the server lets the same writer come back at once, and fences others.
+    /// Random per process: the server lets the same writer reconnect at once and fences any other.
     writer_id: String,
 }
 
 impl<P: Primary> Streamer<P> {
-    /// Opens nothing yet.
+    /// Opens no connection yet.
     pub fn new(primary: P, link: ServerLink, options: Options, metrics: Metrics) -> Self {
         let writer_id = uuid::Uuid::new_v4().to_string();
         Self { primary, link, options, metrics, writer_id }
     }
 
-    /// Streams until `stop`, which ends it in good order.
+    /// Streams until `stop` is cancelled, then sends what was read, waits for its acknowledgement and closes the
+    /// streams.
     ///
     /// # Errors
-    /// What does not pass by itself: see [`Failure::retryable`].
+    /// An error that retrying does not resolve: see [`Failure::retryable`].
     pub async fn run(self, stop: CancellationToken) -> Result<(), Error> {
         let session = session::Stream {
             primary: &self.primary,

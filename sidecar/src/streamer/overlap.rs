@@ -1,8 +1,9 @@
-//! Shows the server that this PostgreSQL's WAL is the one it holds, before a stream goes on (P11).
+//! Proves to the server that this PostgreSQL's WAL is the WAL that it holds, before streaming continues (P11).
 //!
-//! - The sidecar reads and digests; the server compares and decides.
-//! - PostgreSQL is read on the connection that the stream will use, without the slot, so that nothing moves.
-//! - Nothing to compare is no failure: the server says so in its status, and looks at the first new record.
+//! - The sidecar reads and digests WAL; the server compares and decides.
+//! - WAL is read on the connection that the stream will use, and without the slot, so that the slot does not advance.
+//! - Having nothing to compare is no failure: the server says so in its status and checks the first new record
+//!   instead.
 
 use super::{
     plan::Overlap,
@@ -18,43 +19,43 @@ use klio_pg::Lsn;
 use klio_proto::v1::{self, compare_request::Kind, wal_client::WalClient};
 use klio_storage::wal::overlap::PageDigests;
 
-/// Of one message.
+/// Bytes of digests in one message.
 const DIGESTS_BYTES: usize = 64 << 10;
-/// New WAL that is shown when nothing can be compared: more than a page, to hold the beginning of a record.
+/// How much new WAL is sent when nothing can be compared: more than a page, so that it contains the beginning of a
+/// record.
 const HEAD_BYTES: u64 = 64 << 10;
 
 /// What a comparison needs besides the overlap.
 pub(super) struct Side<'a> {
-    /// The generation, as the server is to be told.
+    /// The cluster's name with the generation, in the form sent to the server.
     pub place: &'a str,
     pub identity: Identity,
     /// PostgreSQL's history file of the compared timeline.
     pub history: Option<Bytes>,
-    /// Where the stream goes on, if it does so on this timeline.
+    /// Where the stream continues, if it does so on this timeline.
     pub next: Option<Lsn>,
     pub server: &'a mut WalClient<Traced>,
 }
 
-/// How it went.
 pub(super) enum Compared {
-    /// The same, with a whole record among what was compared.
+    /// The same, with a whole record in the compared WAL.
     Proven,
-    /// No sign of another history.
+    /// No difference was found, but it is not proven.
     Same,
-    /// Where and how the histories part.
+    /// Where and how the histories diverge.
     Diverged(String),
 }
 
-/// What PostgreSQL gave.
+/// The result of reading WAL from PostgreSQL.
 enum Read<S> {
     All(S, Vec<u8>),
-    /// It no longer has the beginning.
+    /// PostgreSQL has removed the beginning.
     Removed,
 }
 
 impl<P: Primary> Stream<'_, P> {
-    /// Compares, beginning at one place after the other until something is proven. Gives the connection back, or a new one
-    /// to the same PostgreSQL.
+    /// Compares from each possible start in turn until the history is proven. Returns the connection, or a new one to
+    /// the same PostgreSQL.
     pub async fn compare(
         &self,
         mut postgres: P::Session,
@@ -86,7 +87,7 @@ impl<P: Primary> Stream<'_, P> {
         Ok((postgres, compared))
     }
 
-    /// The first bytes that will be new; none where PostgreSQL has none yet, or no longer.
+    /// The first bytes of new WAL; empty when PostgreSQL has none yet or has removed them.
     async fn head(
         &self,
         postgres: P::Session,
@@ -109,13 +110,13 @@ impl<P: Primary> Stream<'_, P> {
         }
     }
 
-    /// PostgreSQL ends a connection whose WAL is gone.
+    /// Connects again: PostgreSQL closes a connection that asked for removed WAL.
     async fn again(&self, before: Identity) -> Result<P::Session, Error> {
         let mut postgres = self.primary.connect().await?;
         let now = postgres.identify().await?;
         let same = |i: Identity| (i.system_identifier, i.timeline, i.in_recovery);
         if same(now) != same(before) {
-            let message = "compare WAL: PostgreSQL changed meanwhile";
+            let message = "compare WAL: expected the same PostgreSQL, timeline and role as before, found others";
             return Err(Error::new(Failure::Postgres, message));
         }
         Ok(postgres)
@@ -155,7 +156,7 @@ impl<P: Primary> Stream<'_, P> {
             .map(|kind| v1::CompareRequest { kind: Some(kind) });
         match side.server.compare(tokio_stream::iter(messages)).await {
             Ok(answer) => Ok(read_answer(answer.into_inner())),
-            // A server of before compares nothing; its own checks stay.
+            // A server of an earlier version has no such call; its own checks still apply.
             Err(status) if status.code() == tonic::Code::Unimplemented => Ok(Answer::OldServer),
             Err(status) => Err(Error::from_status("compare WAL with the server's", &status)),
         }
@@ -187,7 +188,7 @@ async fn read_digests<S: Session>(
     let read = postgres.read(overlap.timeline, start, overlap.end, &mut take).await;
     match read {
         Ok(back) if digests.position() == overlap.end => Ok(Read::All(back, digests.finish())),
-        // The timeline ends before, or PostgreSQL stopped.
+        // The timeline ended earlier, or PostgreSQL stopped.
         Ok(_) => {
             let found = digests.position();
             let message = format!("compare WAL: expected it up to {}, found {found}", overlap.end);

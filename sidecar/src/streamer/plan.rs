@@ -1,33 +1,32 @@
-//! Decides where to stream from. Pure: same facts, same plan.
+//! Decides where to stream from. Pure: the same facts give the same plan.
 //!
-//! - Streaming goes on at the exact durable position of the newest timeline the server holds on
-//!   PostgreSQL's path (P2); ancestors are finished before their descendant begins.
-//! - The next timeline comes from history, never from adding one. It begins at the start of the
-//!   segment that holds the switch point, as pg_receivewal does.
-//! - Whether an old timeline may go on beside a newer one the server decides (P8); one of an earlier version never lets it.
-//! - WAL is skipped only as a declared gap, and only what PostgreSQL was found not to have any more.
+//! - Streaming continues at exactly the durable position of the newest timeline that the server holds on PostgreSQL's
+//!   path (P2). An ancestor is completed before its descendant begins.
+//! - The next timeline is taken from the timeline history, never by adding one. It begins at the start of the segment
+//!   that contains the switch point, as in pg_receivewal.
+//! - The server decides whether an old timeline may be streamed beside a newer one (P8). A server of an earlier
+//!   version never allows it.
+//! - WAL is skipped only as a declared gap, and only WAL that PostgreSQL was found to have removed.
 
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// What the server holds of one timeline.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// The timeline.
     pub timeline: TimelineId,
     /// One past the last durable byte.
     pub flushed: Lsn,
-    /// Whether its history file is there too.
+    /// Whether the server has the timeline's history file.
     pub has_history: bool,
-    /// First bytes of what is missing below, which PostgreSQL may still have; ascending.
+    /// The first byte of each missing range below `flushed`, which PostgreSQL may still have; ascending.
     pub missing: Vec<Lsn>,
-    /// Segments that lost acknowledged WAL on the server: their first bytes and ends.
+    /// Segments whose acknowledged WAL was lost on the server: first byte and end of each.
     pub damaged: Vec<(Lsn, Lsn)>,
 }
 
-/// A segment that the server wants again.
+/// A segment that the server lost and wants to be sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
-    /// Of this timeline.
     pub timeline: TimelineId,
     /// Its first byte.
     pub start: Lsn,
@@ -35,97 +34,92 @@ pub struct Wanted {
     pub end: Lsn,
 }
 
-/// What both ends say before streaming begins.
+/// What both ends reported before streaming begins.
 #[derive(Debug, Clone)]
 pub struct Facts {
-    /// From the server; in any order.
+    /// What the server holds, in any order.
     pub held: Vec<Held>,
     /// The path to PostgreSQL's current timeline.
     pub history: TimelineHistory,
-    /// The end of WAL that PostgreSQL can send now.
+    /// End of the WAL that PostgreSQL can send now.
     pub postgres_end: Lsn,
-    /// The oldest WAL that the slot keeps.
+    /// The oldest WAL that the slot retains.
     pub slot_restart: Option<Lsn>,
-    /// Both ends agree on it.
+    /// The same on both ends.
     pub segment_size: SegmentSize,
-    /// The server takes each timeline for itself.
+    /// The server accepts several timelines of a cluster side by side.
     pub beside: bool,
 }
 
-/// WAL that nobody has any more.
+/// WAL that neither PostgreSQL nor the server has any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
-    /// First byte missing.
+    /// First missing byte.
     pub from: Lsn,
-    /// First byte there is again.
+    /// First byte after the gap.
     pub to: Lsn,
 }
 
 /// Where to stream from next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
-    /// On this timeline.
     pub timeline: TimelineId,
-    /// From this byte.
     pub start: Lsn,
-    /// What the server holds durably of this timeline, and may be told to PostgreSQL at once.
+    /// What the server holds durably of this timeline; it may be reported to PostgreSQL at once.
     pub durable: Option<Lsn>,
-    /// To declare when opening.
+    /// The gap to declare when the stream is opened.
     pub gap: Option<Gap>,
 }
 
-/// A cluster's slot is that far behind only when it is not Klio's; comparing it all would take too long.
+/// A slot that is further behind than this does not belong to Klio, and comparing all its WAL would take too long.
 const OVERLAP_BYTES_MAX: u64 = 8 << 30;
-/// How many segments before the newest are tried when no whole record lies in it.
+/// How many segments before the newest one are tried when it contains no whole record.
 const SEGMENTS_BEFORE: u64 = 3;
 
 /// WAL that both ends have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlap {
-    /// Of this timeline.
     pub timeline: TimelineId,
     /// One past its last byte.
     pub end: Lsn,
     /// The server's durable position.
     pub held: Lsn,
-    /// PostgreSQL is on this timeline.
+    /// Whether PostgreSQL is on this timeline.
     pub is_current: bool,
-    /// Where it may begin, in the order to be tried: from what the slot keeps, as a copied slot does of the time of the
-    /// copy; then the newest segment, and those before it.
+    /// Where the comparison may begin, in the order to try: first at the oldest WAL that the slot retains, because a
+    /// copied slot still has the position of the time of the copy; then at the newest segment and those before it.
     pub starts: Vec<Lsn>,
 }
 
 /// Why there is no plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// P8.
+    /// The server holds a newer timeline than PostgreSQL's and does not accept both (P8).
     #[error(
         "server holds timeline {held:?}, newer than PostgreSQL's timeline {postgres:?}: this is an old primary"
     )]
     Stale {
-        /// The newest the server holds.
+        /// The newest timeline that the server holds.
         held: TimelineId,
-        /// PostgreSQL's.
+        /// PostgreSQL's timeline.
         postgres: TimelineId,
     },
-    /// PostgreSQL has less than it once had.
+    /// PostgreSQL has less WAL than it had sent before.
     #[error(
         "server holds timeline {timeline:?} up to {server}, PostgreSQL has it only up to {postgres}"
     )]
     Behind {
-        /// The timeline.
         timeline: TimelineId,
         /// Durable on the server.
         server: Lsn,
-        /// The end of WAL of PostgreSQL.
+        /// End of WAL on PostgreSQL.
         postgres: Lsn,
     },
-    /// WAL was removed, and nothing newer is there yet.
+    /// WAL was removed, and PostgreSQL has nothing newer yet.
     #[error("PostgreSQL has no WAL from {from} on timeline {timeline:?}, and none after it yet")]
     NothingLeft {
-        /// The timeline.
         timeline: TimelineId,
-        /// The first byte missing.
+        /// First missing byte.
         from: Lsn,
     },
 }
@@ -137,7 +131,7 @@ impl Facts {
     /// See [`Refusal`].
     pub fn plan(&self) -> Result<Plan, Refusal> {
         let own = self.history.timeline();
-        // To a server that takes each timeline for itself, those off our path do not matter.
+        // A server that accepts several timelines side by side does not mind newer ones off our path.
         let counts = |h: &&Held| !self.beside || self.is_on_path(h.timeline);
         let newest = self.held.iter().filter(counts).map(|h| h.timeline).max();
         if let Some(held) = newest.filter(|newest| *newest > own) {
@@ -151,7 +145,8 @@ impl Facts {
         }
     }
 
-    /// Earlier starts than `plan`'s that fill what the server misses, if PostgreSQL still has it; oldest first.
+    /// Earlier starts than that of `plan` which fill holes on the server, if PostgreSQL still has the WAL; oldest
+    /// first.
     pub fn earlier(&self, plan: &Plan) -> Vec<Plan> {
         let line = self.held.iter().find(|held| held.timeline == plan.timeline);
         let missing = line.map_or(&[][..], |line| &line.missing);
@@ -160,7 +155,8 @@ impl Facts {
         earlier.map(at).collect()
     }
 
-    /// The damaged segments of `held` that PostgreSQL went through, the newest first: it removes the oldest first.
+    /// The damaged segments in `held` that lie on PostgreSQL's path. The newest comes first, because PostgreSQL
+    /// removes the oldest first.
     pub fn wanted(&self, held: &[Held]) -> Vec<Wanted> {
         let mut wanted: Vec<Wanted> = Vec::new();
         for line in held.iter().filter(|line| self.is_on_path(line.timeline)) {
@@ -174,11 +170,11 @@ impl Facts {
         wanted
     }
 
-    /// What PostgreSQL has for sure when it no longer has the WAL at `plan.start`: older WAL may be there, too, and is
-    /// looked for between the two.
+    /// WAL that PostgreSQL certainly has, given that it no longer has the WAL at `plan.start`. It may have older WAL
+    /// as well, which the caller looks for between the two positions.
     ///
     /// # Errors
-    /// Nothing newer is there.
+    /// [`Refusal::NothingLeft`]: PostgreSQL has no newer WAL yet.
     pub fn sure(&self, plan: &Plan) -> Result<Lsn, Refusal> {
         let slot = self.slot_restart.map(|lsn| self.segment(lsn));
         [slot, Some(self.segment(self.postgres_end))]
@@ -188,36 +184,36 @@ impl Facts {
             .ok_or(Refusal::NothingLeft { timeline: plan.timeline, from: plan.start })
     }
 
-    /// The timeline on which PostgreSQL has the segment at `lsn`, seen from `plan`.
+    /// The timeline on which PostgreSQL has the segment at `lsn`, but not older than the one of `plan`.
     pub fn timeline_of(&self, plan: &Plan, lsn: Lsn) -> TimelineId {
         self.history.timeline_at(lsn).max(plan.timeline)
     }
 
-    /// The segment in the middle of `(removed, there]`; `None` when there is none between them.
+    /// The segment in the middle of `(removed, there]`; `None` when no segment lies between them.
     pub fn between(&self, removed: Lsn, there: Lsn) -> Option<Lsn> {
         let (from, to) = (self.segment(removed), self.segment(there));
         let segments = to.bytes_since(from) / self.segment_size.bytes();
         (segments > 1).then(|| from.advance(segments / 2 * self.segment_size.bytes()))
     }
 
-    /// The plan for when PostgreSQL answered that the WAL at `plan.start` has been removed; `oldest` is what it still
-    /// has, a segment's start.
+    /// The plan after PostgreSQL answered that the WAL at `plan.start` was removed. `oldest` is the start of the
+    /// oldest segment that it still has.
     pub fn after_removal(&self, plan: Plan, oldest: Lsn) -> Plan {
         let timeline = self.timeline_of(&plan, oldest);
-        // At first contact nothing was promised, so nothing is missing.
+        // At first contact nothing has been acknowledged, so there is no gap to declare.
         let from = plan.gap.map_or(plan.start, |gap| gap.from);
         let gap = (!self.held.is_empty()).then_some(Gap { from, to: oldest });
         let durable = plan.durable.filter(|_| timeline == plan.timeline);
         Plan { timeline, start: oldest, durable, gap }
     }
 
-    /// Whether PostgreSQL has less of its own timeline than the server.
+    /// Whether PostgreSQL has less of its current timeline than the server.
     pub fn is_behind(&self) -> bool {
         matches!(self.plan(), Err(Refusal::Behind { .. }))
     }
 
-    /// The WAL that both ends have before the stream goes on: of the newest timeline on PostgreSQL's path that the server
-    /// holds. `None` when it holds none of it.
+    /// The WAL that both ends have, which is compared before streaming continues: on the newest timeline of
+    /// PostgreSQL's path that the server holds. `None` when the server holds none of that path.
     pub fn overlap(&self) -> Option<Overlap> {
         let on_path = self.held.iter().filter(|h| self.is_on_path(h.timeline));
         let Held { timeline, flushed, .. } = *on_path.max_by_key(|h| h.timeline)?;
@@ -234,8 +230,9 @@ impl Facts {
         Some(Overlap { timeline, end, held: flushed, is_current: ended.is_none(), starts })
     }
 
-    /// The timelines of PostgreSQL's path whose history files the server lacks; the root has none. Its own, too, while an
-    /// ancestor is finished: a server that lost its disk then knows it from an old primary.
+    /// The timelines on PostgreSQL's path whose history files the server lacks, without the root, which has none.
+    /// PostgreSQL's current timeline is included even while an ancestor is being completed: a server that lost its
+    /// disk can then recognise an old primary by it.
     pub fn histories_wanted(&self) -> Vec<TimelineId> {
         let held = |t: TimelineId| self.held.iter().any(|h| h.timeline == t && h.has_history);
         let root = self.path().next();

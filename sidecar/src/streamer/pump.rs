@@ -1,14 +1,14 @@
-//! Moves WAL from one open stream of PostgreSQL to one open stream of the server, and feedback back.
+//! Moves WAL from one open stream of PostgreSQL to one open stream of the server, and acknowledgements back.
 //!
-//! - No timer: what was read is sent as soon as the connection takes it; while it does not, more WAL
-//!   that is already here joins the message. An acknowledgement reaches PostgreSQL at once.
-//! - Bounded in bytes: one batch here, two messages on their way, and the server's window. When all
-//!   are full nothing is read, and PostgreSQL keeps the WAL for us.
-//! - P1: PostgreSQL hears only what [`Flow`] took from the server's acknowledgements.
-//! - When PostgreSQL fails, what it had sent is still made durable before the failure is reported: its
-//!   disk may be gone, and WAL that was removed must not be asked for again.
+//! - There is no timer: WAL is sent as soon as the connection accepts it; until then, more WAL that has already
+//!   arrived joins the message. An acknowledgement is reported to PostgreSQL at once.
+//! - Memory is bounded: one batch here, two messages in flight, and the server's window. When all are full, nothing
+//!   is read and PostgreSQL retains the WAL.
+//! - P1: PostgreSQL is told only positions that [`Flow`] took from the server's acknowledgements.
+//! - When PostgreSQL fails, the WAL that it had sent is made durable before the failure is reported: its disk may be
+//!   gone, and removed WAL cannot be requested again.
 //!
-//! One task; every branch of the loop is cancel-safe, and handlers run after the others are dropped.
+//! One task. Every branch of the loop is cancel-safe, and handlers run after the other branches are dropped.
 
 use super::{
     batch::Batch,
@@ -31,24 +31,24 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-/// How a stream ended in good order.
+/// How a stream ended without an error of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// All of the timeline is durable on the server.
+    /// The whole timeline is durable on the server.
     Timeline,
-    /// PostgreSQL shut down; all it had is durable.
+    /// PostgreSQL shut down; all its WAL is durable.
     Shutdown,
-    /// We were asked to stop.
+    /// `stop` was cancelled.
     Stopped,
-    /// PostgreSQL failed; [`Pump::failure`] says how. Never the result.
+    /// PostgreSQL failed; [`Pump::failure`] says how. Used only inside the loop, never returned.
     Failed,
 }
 
-/// Both open ends.
+/// Both open streams.
 pub(super) struct Pump<'a, W> {
-    /// `None` when it was closed in good order.
+    /// `None` after it was closed cleanly.
     pub wal: Option<W>,
-    /// The first failure of PostgreSQL's side.
+    /// The first failure on PostgreSQL's side.
     pub failure: Option<Error>,
     /// `None` after half-closing.
     pub requests: Option<mpsc::Sender<v1::ReceiveRequest>>,
@@ -59,17 +59,17 @@ pub(super) struct Pump<'a, W> {
     pub stop_timeout: Duration,
     pub metrics: &'a Metrics,
     pub trace: SegmentTrace,
-    /// PostgreSQL's end of WAL as it is known at the beginning: the server learns at once whether it is behind.
+    /// PostgreSQL's end of WAL at the start, so that the server knows at once how far behind it is.
     pub end: Lsn,
     /// Answers the server's question whether PostgreSQL writes.
     pub proof: Proof<'a>,
 }
 
-/// At most one question at a time: a newer one replaces an older one, whose time is over.
+/// At most one question is being answered: a newer one replaces an older one, whose time is over.
 pub(super) struct Proof<'a> {
     ask: Prover<'a>,
     asking: Option<BoxFuture<'a, v1::Alive>>,
-    /// To be sent when there is room.
+    /// The answer, until there is room to send it.
     unsent: Option<v1::Alive>,
 }
 
@@ -83,11 +83,11 @@ impl<'a> Proof<'a> {
     }
 }
 
-/// One message in flight whose acknowledgement is timed.
+/// The position and send time of one message whose acknowledgement is timed.
 type Probe = Option<(Lsn, Instant)>;
 
 impl<W: Wal> Pump<'_, W> {
-    /// Runs until one end ends. The stream to PostgreSQL is closed in good order.
+    /// Runs until one end closes its stream. The stream of PostgreSQL is closed cleanly.
     pub async fn run(&mut self, stop: &CancellationToken) -> Result<Ended, Error> {
         let mut batch = Batch::default();
         let mut probe: Probe = None;
@@ -104,7 +104,7 @@ impl<W: Wal> Pump<'_, W> {
                 deadline.as_mut().reset(tokio::time::Instant::now() + self.stop_timeout);
             }
             if ended.is_some() && batch.is_empty() {
-                // Half-close: the server flushes all, acknowledges it and ends its side.
+                // Half-close: the server then flushes everything, acknowledges it and ends its side.
                 self.requests = None;
             }
             let sendable = !batch.is_empty() && self.flow.room() > 0;
@@ -122,7 +122,7 @@ impl<W: Wal> Pump<'_, W> {
                     deadline.as_mut().reset(tokio::time::Instant::now() + self.stop_timeout);
                 }
                 () = &mut deadline, if matches!(ended, Some(Ended::Stopped | Ended::Failed)) => {
-                    tracing::warn!("the last acknowledgement did not come in time; the server is asked for it at the next start");
+                    tracing::warn!("the last acknowledgement did not arrive in time; the next start asks the server for its position");
                     return self.failure.take().map_or(Ok(Ended::Stopped), Err);
                 }
                 alive = asked(self.proof.asking.as_mut()) => {
@@ -149,7 +149,7 @@ impl<W: Wal> Pump<'_, W> {
         }
     }
 
-    /// Takes an event and what else is already here, until the batch is full.
+    /// Handles an event and those that have already arrived, until the batch is full.
     async fn read(
         &mut self,
         first: Result<Event, Error>,
@@ -239,8 +239,8 @@ impl<W: Wal> Pump<'_, W> {
         Ok(())
     }
 
-    /// A sign of life to both ends. PostgreSQL is asked how far it is; what it said earlier is no news (P7: a server that
-    /// heard it again would take it for true now).
+    /// Sends a sign of life to both ends. PostgreSQL is asked for its position; the position that it reported earlier
+    /// is not sent to the server again, because the server would take it for current (P7).
     async fn on_tick(&mut self, batch: &Batch) {
         self.report(true).await;
         if batch.is_empty() {
@@ -248,17 +248,17 @@ impl<W: Wal> Pump<'_, W> {
         }
     }
 
-    /// Tells the server how far PostgreSQL is, without WAL; zero says nothing.
+    /// Tells the server PostgreSQL's end of WAL, without WAL; zero means unknown.
     fn tell(&self, wal_end: Lsn) {
         if let Some(requests) = &self.requests {
-            // When the queue is full, WAL is on its way and carries the same news.
+            // If the queue is full, WAL is on its way and carries the same information.
             let _ =
                 requests.try_send(append(self.flow.sent(), Bytes::new(), wal_end, String::new()));
         }
     }
 
-    /// Queues a message for which [`has_place`] found room. Should the connection have ended since,
-    /// the message is lost and the answer side tells.
+    /// Queues a message for which [`has_place`] found room. If the connection has ended since, the message is lost
+    /// and the answer side reports the error.
     fn send(&mut self, batch: &mut Batch, wal_end: Lsn) {
         let start = self.flow.sent();
         let limit = self.flow.room().min(self.trace.left_in_segment(start));
@@ -279,7 +279,7 @@ impl<W: Wal> Pump<'_, W> {
         }
     }
 
-    /// Tells PostgreSQL how far the server is, and may ask how far it is itself.
+    /// Tells PostgreSQL how far the server is, and optionally asks for its own position.
     async fn report(&mut self, reply_requested: bool) {
         if self.failure.is_some() {
             return;
@@ -292,7 +292,7 @@ impl<W: Wal> Pump<'_, W> {
         self.failure = wal.status(update).await.err();
     }
 
-    /// The server ended its side.
+    /// Called when the server has ended its side.
     async fn close(&mut self, ended: Option<Ended>) -> Result<Ended, Error> {
         let Some(ended) = ended.filter(|_| self.requests.is_none()) else {
             let message = "stream WAL: the server ended the stream";
@@ -313,7 +313,7 @@ impl<W: Wal> Pump<'_, W> {
         Ok(ended)
     }
 
-    /// The request side is gone; the reason is on the answer side.
+    /// The request side is closed; the answer side says why.
     async fn refused(&mut self) -> Error {
         let lost = || Error::new(Failure::Code(Code::Unavailable), "stream WAL: connection lost");
         loop {
@@ -326,7 +326,7 @@ impl<W: Wal> Pump<'_, W> {
     }
 }
 
-/// Without a stream nothing comes.
+/// Never returns without a stream.
 async fn next<W: Wal>(wal: Option<&mut W>) -> Result<Event, Error> {
     match wal {
         Some(wal) => wal.next().await,
@@ -334,7 +334,7 @@ async fn next<W: Wal>(wal: Option<&mut W>) -> Result<Event, Error> {
     }
 }
 
-/// Without a question no answer comes. Cancel-safe.
+/// Never returns when no question is being answered. Cancel-safe.
 async fn asked(asking: Option<&mut BoxFuture<'_, v1::Alive>>) -> v1::Alive {
     match asking {
         Some(asking) => asking.await,
@@ -342,8 +342,8 @@ async fn asked(asking: Option<&mut BoxFuture<'_, v1::Alive>>) -> v1::Alive {
     }
 }
 
-/// Waits until a message can be queued; `false` when nobody takes it any more. Nobody else sends, so
-/// the place is still there afterwards.
+/// Waits until a message can be queued; `false` when the receiver is gone. There is no other sender, so the room is
+/// still there afterwards.
 async fn has_place<T>(sender: Option<&mpsc::Sender<T>>) -> bool {
     match sender {
         Some(sender) => sender.reserve().await.is_ok(),

@@ -1,9 +1,11 @@
-//! Gives the server again what it lost: segments in the middle of what it holds that are damaged there (P2).
+//! Sends the server segments again that it had received and then lost: damaged segments in the middle of what it
+//! holds (P2).
 //!
-//! - Beside the stream, over a connection of its own and without the slot: the stream waits for none of it, and nothing that
-//!   PostgreSQL was told changes.
-//! - The newest first, as PostgreSQL removes the oldest first. What it has removed is not asked for again in this session.
-//! - A failure is a warning; the next round tries again.
+//! - Runs beside the stream, over its own connection and without the slot. The stream never waits for it, and the
+//!   positions that were reported to PostgreSQL do not change.
+//! - Sends the newest segment first, because PostgreSQL removes the oldest first. A segment that PostgreSQL has
+//!   removed is not requested again in this session.
+//! - A failure is only a warning; the next round tries again.
 
 use super::{
     choice::Candidate,
@@ -22,17 +24,17 @@ use std::{convert::Infallible, time::Duration};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Damage that is found while the stream runs waits that long.
+/// Interval between rounds, and so the delay for damage that is found while the stream runs.
 const EVERY: Duration = Duration::from_secs(600);
-/// Read from PostgreSQL at once.
+/// How much WAL is read from PostgreSQL and held in memory at a time.
 const READ_BYTES: u64 = 4 << 20;
-/// Of one message.
+/// WAL bytes in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
 
-/// What it needs of the session.
+/// What refilling needs from the session.
 pub(super) struct Refilling {
     pub server: WalClient<Traced>,
-    /// The generation, as the server is to be told.
+    /// The cluster's name with the generation, in the form sent to the server.
     pub place: String,
     pub identity: Identity,
     pub number: Option<u32>,
@@ -40,7 +42,7 @@ pub(super) struct Refilling {
 }
 
 impl<P: Primary> Stream<'_, P> {
-    /// Fills what is damaged, now and from time to time.
+    /// Sends damaged segments again, now and periodically.
     pub async fn refill(&self, mut with: Refilling) -> Infallible {
         let mut held = with.facts.held.clone();
         let mut removed = None;
@@ -52,13 +54,13 @@ impl<P: Primary> Stream<'_, P> {
                 let (timeline, start) = (wanted.timeline.get(), wanted.start);
                 match self.refill_one(&with, wanted).await {
                     Ok(()) => {
-                        tracing::info!(timeline, %start, "the server had lost this segment, and has it again");
+                        tracing::info!(timeline, %start, "sent a segment again that the server had lost");
                     }
                     Err(error) => {
                         if error.failure == Failure::WalRemoved {
                             removed = removed.max(Some(wanted.start));
                         }
-                        tracing::warn!(timeline, %start, %error, "the server lost this segment, and it could not be given again; hint: if it stays lost, take a base backup now");
+                        tracing::warn!(timeline, %start, %error, "cannot send a segment again that the server lost; hint: if this continues, take a base backup now");
                     }
                 }
             }
@@ -68,7 +70,9 @@ impl<P: Primary> Stream<'_, P> {
             match asked.map(|all| all.into_iter().find(own)) {
                 Ok(Some(found)) => held = found.held,
                 Ok(None) => held.clear(),
-                Err(error) => tracing::debug!(%error, "not asked what the server has lost"),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot ask the server which segments it lost")
+                }
             }
         }
     }
@@ -85,14 +89,14 @@ impl<P: Primary> Stream<'_, P> {
         };
         let (pieces, queue) = mpsc::channel(1);
         let message = |kind| v1::RefillRequest { kind: Some(kind) };
-        // The queue is empty and ours: this cannot fail.
+        // The channel is new and empty, so this cannot fail.
         let _ = pieces.try_send(message(Kind::Begin(begin)));
         let (identity, mut server) = (with.identity, with.server.clone());
         let feeding = async move {
             let mut postgres = self.primary.connect().await?;
             let found = postgres.identify().await?;
             if found.system_identifier != identity.system_identifier {
-                let message = "read WAL: PostgreSQL changed meanwhile";
+                let message = "read WAL: expected the same PostgreSQL as before, found another";
                 return Err(Error::new(Failure::Postgres, message));
             }
             let mut at = wanted.start;
@@ -102,7 +106,7 @@ impl<P: Primary> Stream<'_, P> {
                 (postgres, read) = read_piece(postgres, wanted, at, end).await?;
                 for from in (0..read.len()).step_by(MESSAGE_BYTES) {
                     let piece = read.slice(from..read.len().min(from + MESSAGE_BYTES));
-                    // The server has ended the call, and says why.
+                    // The server has ended the call; its answer says why.
                     if pieces.send(message(Kind::Data(piece))).await.is_err() {
                         return Ok(());
                     }
@@ -114,7 +118,7 @@ impl<P: Primary> Stream<'_, P> {
         let taking = server.refill(ReceiverStream::new(queue));
         let (fed, taken) = tokio::join!(feeding, taking);
         fed?;
-        let failed = |status| Error::from_status("give the server a segment again", &status);
+        let failed = |status| Error::from_status("send segment again", &status);
         taken.map(drop).map_err(failed)
     }
 }

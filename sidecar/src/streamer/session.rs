@@ -1,8 +1,8 @@
 //! One session: from connecting both ends to the end of one stream.
 //!
-//! Nothing is remembered from an earlier session but that WAL was found removed, or its first record another history's: the server is
-//! asked where to go on (P2). The slot is made sure of before the plan, so that PostgreSQL keeps what
-//! the plan needs.
+//! Two things are remembered from earlier sessions: that PostgreSQL has removed WAL, and which generations turned out
+//! to be another history. Everything else is asked anew; the server says where to continue (P2). The slot is checked
+//! before the plan is made, so that PostgreSQL retains the WAL that the plan needs.
 
 use super::{
     Options,
@@ -33,12 +33,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-/// Messages between the pump and the HTTP/2 task; two keep that task busy while one is made.
+/// Messages queued between the pump and the HTTP/2 task: two keep that task busy while the next one is built.
 const MESSAGES_IN_FLIGHT: usize = 2;
-/// The server may wait for a fenced session to end before it opens ours.
+/// Generous, because the server may wait for a fenced session to end before it opens this one.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What one session needs to know.
 pub(super) struct Stream<'a, P> {
     pub primary: &'a P,
     pub link: &'a ServerLink,
@@ -47,14 +46,14 @@ pub(super) struct Stream<'a, P> {
     pub writer_id: &'a str,
 }
 
-/// What survives a session.
+/// What is remembered from one session to the next.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     /// PostgreSQL said that it no longer has the WAL at this position.
     removed: Option<(TimelineId, Lsn)>,
-    /// Generations that the first new record showed not to be this PostgreSQL's.
+    /// Generations whose server-side check of the first new record showed them to be another history.
     pub diverged: Vec<Option<u32>>,
-    /// Acknowledged in any session; progress resets the backoff.
+    /// Flushed position acknowledged in any session; progress resets the backoff.
     pub flushed: Lsn,
 }
 
@@ -65,23 +64,23 @@ struct Prepared<W> {
     flow: Flow,
     trace: SegmentTrace,
     timeline: TimelineId,
-    /// PostgreSQL's end of WAL: an idle one says nothing for half a minute.
+    /// PostgreSQL's end of WAL at the start: an idle PostgreSQL sends no keepalive for half a minute.
     end: Lsn,
-    /// The generation it goes to.
+    /// The generation that the WAL goes to.
     number: Option<u32>,
     refilling: Refilling,
 }
 
-/// What every message to the server begins with.
+/// The fields that every call to the server carries.
 #[derive(Clone, Copy)]
 struct Told<'a> {
-    /// The generation, as the server is to be told.
+    /// The cluster's name with the generation, in the form sent to the server.
     place: &'a str,
     identity: Identity,
 }
 
 impl<P: Primary> Stream<'_, P> {
-    /// Streams until something ends it.
+    /// Streams until one end ends the stream or `stop` is cancelled.
     pub async fn run(&self, memory: &mut Memory, stop: &CancellationToken) -> Result<Ended, Error> {
         let prepared = tokio::select! {
             biased;
@@ -107,7 +106,7 @@ impl<P: Primary> Stream<'_, P> {
             end,
             proof: Proof::new(prove::prover(self.primary)),
         };
-        // Beside the stream, which waits for none of it.
+        // Refilling runs beside the stream, which does not wait for it.
         let result = tokio::select! {
             biased;
             result = pump.run(stop) => result,
@@ -118,7 +117,8 @@ impl<P: Primary> Stream<'_, P> {
             memory.removed = Some((timeline, pump.flow.sent()));
         }
         match result {
-            // Seen in the first new record, where nothing could be compared before it: the next session asks anew.
+            // Found in the first new record, because nothing before it could be compared. The next session chooses
+            // again.
             Err(error) if error.failure == Failure::Code(Code::Diverged) && number.is_some() => {
                 memory.diverged.push(number);
                 Err(Error::new(Failure::Postgres, error.message))
@@ -158,7 +158,7 @@ impl<P: Primary> Stream<'_, P> {
         self.tell_gap(&plan);
         let told = Told { place: &place, identity };
         self.put_histories(&mut postgres, &mut server, &facts, told, histories).await?;
-        // That WAL was removed PostgreSQL says here or with the first read, depending on the reason.
+        // Depending on the cause, PostgreSQL reports removed WAL here or at the first read.
         let wal = postgres.start(plan.timeline, plan.start).await.inspect_err(|error| {
             if error.failure == Failure::WalRemoved {
                 memory.removed = Some((plan.timeline, plan.start));
@@ -185,7 +185,8 @@ impl<P: Primary> Stream<'_, P> {
         Ok(Prepared { wal, requests, answers, flow, trace, timeline, end, number, refilling })
     }
 
-    /// The plan, changed when the last session found its WAL removed, or when PostgreSQL has what the server misses.
+    /// Makes the plan. It is changed when the last session found its WAL removed, or when PostgreSQL has WAL that the
+    /// server lacks.
     pub async fn decide(
         &self,
         facts: &Facts,
@@ -210,7 +211,7 @@ impl<P: Primary> Stream<'_, P> {
         );
         if self.options.on_gap == OnGap::Stop {
             return Err(Error::new(Failure::Code(Code::Gap), message).hint(
-                "take a new base backup; stream.on_gap = \"record\" records the gap and goes on",
+                "take a new base backup; stream.on_gap = \"record\" records the gap and continues",
             ));
         }
         Ok(plan)
@@ -220,8 +221,8 @@ impl<P: Primary> Stream<'_, P> {
         self.primary.connect().await?.has(timeline, at).await
     }
 
-    /// The oldest segment that PostgreSQL still has behind `plan.start`, where it has none, up to `sure`: it keeps more
-    /// than the slot makes it keep, and removes the oldest first.
+    /// The oldest segment after `plan.start`, whose WAL is gone, that PostgreSQL still has. Searched up to `sure`,
+    /// because PostgreSQL often has more WAL than the slot retains, and it removes the oldest first.
     async fn oldest(&self, facts: &Facts, plan: &Plan, sure: Lsn) -> Result<Lsn, Error> {
         let (mut removed, mut there) = (plan.start, sure);
         while let Some(middle) = facts.between(removed, there) {
@@ -236,10 +237,10 @@ impl<P: Primary> Stream<'_, P> {
     fn tell_gap(&self, plan: &Plan) {
         let Some(gap) = plan.gap else { return };
         tracing::error!(from = %gap.from, to = %gap.to, bytes = gap.to.bytes_since(gap.from),
-            "PostgreSQL has removed WAL before the server received it: recording the gap and going on; recovery across it is impossible, take a new base backup");
+            "PostgreSQL removed WAL before the server received it; recording a gap and continuing; recovery across the gap is impossible: take a new base backup");
     }
 
-    /// The server gets the history of every timeline on the path before their WAL.
+    /// Sends the server the history file of every timeline on the path before any of their WAL.
     async fn put_histories(
         &self,
         postgres: &mut P::Session,
@@ -281,7 +282,7 @@ impl<P: Primary> Stream<'_, P> {
     {
         const DOING: &str = "open stream";
         let (requests, queue) = mpsc::channel(MESSAGES_IN_FLIGHT);
-        // Of an ancestor's WAL the slot says nothing.
+        // The slot says nothing about an ancestor's WAL.
         let acknowledged = acknowledged.filter(|_| plan.timeline == told.identity.timeline);
         let open = v1::Open {
             cluster: told.place.to_owned(),
@@ -301,21 +302,21 @@ impl<P: Primary> Stream<'_, P> {
             can_prove: true,
         };
         let first = v1::ReceiveRequest { kind: Some(v1::receive_request::Kind::Open(open)) };
-        // The queue is empty and ours: this cannot fail.
+        // The channel is new and empty, so this cannot fail.
         let _ = requests.try_send(first);
         let exchange = async {
             let mut server = connection.wal();
             let mut answers = server.receive(ReceiverStream::new(queue)).await?.into_inner();
             loop {
                 let first = answers.message().await?;
-                // Another timeline is followed: the server wants to know whether this PostgreSQL writes.
+                // Another timeline is being followed, and the server asks whether this PostgreSQL writes.
                 let kind = first.as_ref().and_then(|message| message.kind.as_ref());
                 let Some(v1::receive_response::Kind::Prove(asked)) = kind else {
                     return Ok::<_, tonic::Status>((answers, first));
                 };
                 let alive = prove::ask(self.primary, asked.nonce).await;
                 let kind = Some(v1::receive_request::Kind::Alive(alive));
-                // Should the stream have ended, its answer side says why.
+                // If the stream has ended, the answer side says why.
                 let _ = requests.send(v1::ReceiveRequest { kind }).await;
             }
         };
@@ -347,17 +348,17 @@ fn refused(refusal: Refusal, identity: Identity) -> Error {
     match refusal {
         Refusal::Stale { .. } => Error::new(Failure::Code(Code::StaleTimeline), message),
         Refusal::Behind { .. } if identity.in_recovery => Error::new(Failure::Postgres, message)
-            .hint("a standby that lags; streaming begins when it has caught up"),
+            .hint("this standby lags behind; streaming begins when it has caught up"),
         Refusal::Behind { .. } => Error::new(Failure::PostgresRefused, message).hint(
             "this primary lost WAL that it had sent: it was restored from a copy, or runs without fsync; \
              give the restored cluster a new name, or rebuild it",
         ),
         Refusal::NothingLeft { .. } => Error::new(Failure::Postgres, message)
-            .hint("streaming goes on with the next segment, and the gap is recorded then"),
+            .hint("streaming continues with the next segment; the gap is recorded then"),
     }
 }
 
-/// History files read in this session.
+/// History files that were read in this session.
 #[derive(Default)]
 pub(super) struct Histories(BTreeMap<TimelineId, Option<Bytes>>);
 
@@ -375,7 +376,7 @@ impl Histories {
         Ok(content)
     }
 
-    /// The path to PostgreSQL's timeline. A cluster that began on this timeline has no history file.
+    /// The path to `timeline`. A cluster that began on this timeline has no history file.
     pub async fn path(
         &mut self,
         postgres: &mut impl Session,

@@ -1,8 +1,9 @@
-//! Keeps the replication slot there and keeping WAL.
+//! Makes sure that the replication slot exists and retains WAL.
 //!
-//! Created with RESERVE_WAL, so that it keeps WAL before the first byte is streamed. A slot that keeps
-//! nothing (invalidated, or created without reserving) is created anew: a physical slot holds no
-//! other state. What was lost meanwhile is found by START_REPLICATION and declared as a gap.
+//! The slot is created with RESERVE_WAL, so that it retains WAL before the first byte is streamed. A slot that
+//! retains nothing (because it was invalidated, or created without RESERVE_WAL) is dropped and created again, which
+//! loses nothing: a physical slot has no other state. START_REPLICATION then shows which WAL was lost meanwhile, and
+//! that is declared as a gap.
 
 use super::source::sort;
 use crate::{
@@ -15,18 +16,20 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
-/// The slot's name and what we learnt about it.
+/// The slot's name and what is known about the slot.
 #[derive(Debug, Clone)]
 pub(super) struct SlotKeeper {
     name: SlotName,
     create: bool,
-    /// PostgreSQL said at START_REPLICATION that the slot is invalid, though it names a position.
+    /// PostgreSQL refused START_REPLICATION because the slot is invalidated, although the slot still has a restart
+    /// position.
     invalid: Arc<AtomicBool>,
-    /// Where it began when it was created here: as long as it is there, it says of nothing that it was acknowledged.
+    /// The restart position at creation, if this process created the slot. While the slot is still there, the
+    /// position proves nothing about acknowledged WAL.
     created_at: Arc<AtomicU64>,
 }
 
-/// object_not_in_prerequisite_state: what PostgreSQL answers for an invalidated slot.
+/// SQLSTATE object_not_in_prerequisite_state: PostgreSQL's answer for an invalidated slot.
 const INVALIDATED: &str = "55000";
 
 impl SlotKeeper {
@@ -38,7 +41,7 @@ impl SlotKeeper {
         &self.name
     }
 
-    /// Whether `error` says that the slot is of no more use; remembered for [`SlotKeeper::ensure`].
+    /// Whether `error` says that the slot is invalidated. If so, [`SlotKeeper::ensure`] will create it again.
     pub fn is_invalidated(&self, error: &replication::Error) -> bool {
         let is = error.server().is_some_and(|s| s.sqlstate == INVALIDATED);
         if is {
@@ -47,12 +50,13 @@ impl SlotKeeper {
         is
     }
 
-    /// Up to where PostgreSQL was told that WAL is flushed, as a slot that is at `restart` says; `None` where it says nothing.
+    /// The position up to which PostgreSQL was told that WAL is flushed, derived from the slot's restart position.
+    /// `None` when the slot was just created and therefore says nothing about it.
     pub fn acknowledged(&self, restart: Option<Lsn>) -> Option<Lsn> {
         restart.filter(|lsn| lsn.as_u64() != self.created_at.load(Relaxed))
     }
 
-    /// The oldest WAL that the slot keeps.
+    /// Makes sure that the slot retains WAL, and returns the oldest position that it retains.
     pub async fn ensure(&self, client: &mut Client) -> Result<Option<Lsn>, Error> {
         let name = &self.name;
         match client.read_slot(name).await.map_err(|e| sort(&e))? {
@@ -64,10 +68,10 @@ impl SlotKeeper {
                 return Err(Error::new(Failure::Postgres, message)
                     .hint("set postgres.create_slot, or create it with RESERVE_WAL"));
             }
-            // Not ours to recreate; PostgreSQL begins to keep WAL when streaming begins.
+            // `create_slot` is off, so the slot is not dropped. PostgreSQL reserves WAL for it when streaming begins.
             Some(state) if !self.create => return Ok(state.restart_lsn),
             Some(_) => {
-                tracing::warn!(slot = %name, "the slot keeps no WAL (invalidated?); creating it anew");
+                tracing::warn!(slot = %name, "the replication slot retains no WAL (invalidated?); creating it again");
                 match client.drop_slot(name).await {
                     Ok(()) => {}
                     Err(e) if e.kind() == ErrorKind::SlotMissing => {}

@@ -1,7 +1,7 @@
-//! Where WAL comes from: the three steps of talking to PostgreSQL, as the streamer needs them.
+//! The source of WAL: PostgreSQL, as the streamer uses it, in three steps: connect, prepare the session, stream.
 //!
-//! Two implementations: the real one over `replication`, and the simulated PostgreSQL of the tests.
-//! Errors are already sorted by what the streamer does about them ([`Failure`]).
+//! There are two implementations: the real one over `replication`, and the simulated PostgreSQL of the tests. Errors
+//! are already classified by what the streamer does about them ([`Failure`]).
 
 use super::slot::SlotKeeper;
 use crate::{
@@ -13,34 +13,32 @@ use bytes::Bytes;
 use klio_pg::{Lsn, ReplicationMessage, SegmentSize, StatusUpdate, TimelineId};
 use std::{sync::Arc, time::Duration};
 
-/// WAL that is there is sent at once.
+/// PostgreSQL sends WAL that it has at once, so no answer within this time is an error.
 const HAS_WITHIN: Duration = Duration::from_secs(20);
 
-/// What identifies a PostgreSQL and where it is now.
+/// Identifies a PostgreSQL and says where it is now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Set by initdb.
+    /// Assigned by initdb.
     pub system_identifier: u64,
-    /// server_version_num.
+    /// `server_version_num`.
     pub version: u32,
-    /// wal_segment_size.
+    /// `wal_segment_size`.
     pub segment_size: SegmentSize,
-    /// The current timeline.
     pub timeline: TimelineId,
-    /// The end of WAL that can be sent now.
+    /// End of the WAL that can be sent now.
     pub end: Lsn,
     /// A standby may lag behind what the server holds; a primary may not.
     pub in_recovery: bool,
 }
 
-/// What comes out of a WAL stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// WAL or a sign of life.
+    /// WAL or a keepalive.
     Message(ReplicationMessage),
-    /// All of this timeline has come; history goes on elsewhere.
+    /// The whole timeline has been sent; PostgreSQL continues on another one.
     TimelineEnded,
-    /// PostgreSQL shuts down; all it had has come.
+    /// PostgreSQL shuts down and has sent all its WAL.
     Shutdown,
 }
 
@@ -48,28 +46,28 @@ pub enum Event {
 pub trait Primary: Send + Sync {
     /// A connection that is not streaming yet.
     type Session: Session;
-    /// Connects.
     fn connect(&self) -> impl Future<Output = Result<Self::Session, Error>> + Send;
 }
 
 /// A connection that is not streaming yet.
 pub trait Session: Send {
-    /// The stream it becomes.
+    /// The stream that the connection becomes.
     type Wal: Wal;
-    /// Who and where.
     fn identify(&mut self) -> impl Future<Output = Result<Identity, Error>> + Send;
-    /// Makes sure that the slot is there and keeps WAL; gives the oldest position it keeps.
+    /// Makes sure that the slot exists and retains WAL; returns the oldest position that it retains.
     fn slot(&mut self) -> impl Future<Output = Result<Option<Lsn>, Error>> + Send;
-    /// Up to where PostgreSQL was told that WAL is flushed, as a slot at `restart` says; nothing says it of one just made.
+    /// The position up to which PostgreSQL was told that WAL is flushed, given the slot's restart position; `None`
+    /// for a slot that was just created.
     fn acknowledged(&self, restart: Option<Lsn>) -> Option<Lsn> {
         restart
     }
-    /// A history file; `None` when PostgreSQL has none for the timeline.
+    /// A timeline's history file; `None` when PostgreSQL has none for it.
     fn history(
         &mut self,
         timeline: TimelineId,
     ) -> impl Future<Output = Result<Option<Bytes>, Error>> + Send;
-    /// Reads WAL from `start` up to `end`, or up to the end of the timeline, without the slot, and gives the connection back.
+    /// Reads WAL from `start` to `end`, or to the end of the timeline, without using the slot, and returns the
+    /// connection.
     fn read(
         self,
         timeline: TimelineId,
@@ -85,25 +83,23 @@ pub trait Session: Send {
         timeline: TimelineId,
         start: Lsn,
     ) -> impl Future<Output = Result<Self::Wal, Error>> + Send;
-    /// Whether PostgreSQL still has the WAL at a position before its end. Only trying tells: what the slot keeps is
-    /// less. Leaves the slot alone, and takes the connection with it.
+    /// Whether PostgreSQL still has the WAL at `at`, a position before its end. Only an attempt to read it tells,
+    /// because PostgreSQL often has more WAL than the slot retains. Does not use the slot; consumes the connection.
     fn has(self, timeline: TimelineId, at: Lsn)
     -> impl Future<Output = Result<bool, Error>> + Send;
 }
 
 /// A WAL stream. `next` is cancel-safe.
 pub trait Wal: Send {
-    /// Waits for the next event.
     fn next(&mut self) -> impl Future<Output = Result<Event, Error>> + Send;
-    /// An event that is already here.
+    /// An event that has already arrived.
     fn try_next(&mut self) -> Result<Option<Event>, Error>;
-    /// Tells PostgreSQL how far the server is (P1: the caller answers for `flushed`).
+    /// Tells PostgreSQL how far the server is (P1: the caller is responsible for `flushed`).
     fn status(&mut self, update: StatusUpdate) -> impl Future<Output = Result<(), Error>> + Send;
-    /// Ends in good order.
+    /// Ends the stream cleanly.
     fn finish(self) -> impl Future<Output = ()> + Send;
 }
 
-/// The real PostgreSQL.
 #[derive(Debug)]
 pub struct Postgres {
     info: Arc<ConnInfo>,
@@ -111,13 +107,12 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Nothing is opened yet.
+    /// Opens no connection yet.
     pub fn new(info: Arc<ConnInfo>, slot: SlotName, create_slot: bool) -> Self {
         Self { info, slot: SlotKeeper::new(slot, create_slot) }
     }
 }
 
-/// The real connection.
 #[derive(Debug)]
 pub struct PostgresSession {
     client: Client,
@@ -189,7 +184,7 @@ impl Session for PostgresSession {
                     take(&piece.data[..wanted.min(piece.data.len())]);
                     at = piece.start.advance(piece.data.len() as u64);
                 }
-                // PostgreSQL ends a connection that it thinks dead; it hears of no position.
+                // PostgreSQL closes a connection that does not answer its keepalives. The answer reports no position.
                 Event::Message(ReplicationMessage::Keepalive(alive)) => {
                     if alive.reply_requested {
                         let (written, flushed) = (Lsn::ZERO, Lsn::ZERO);
@@ -215,7 +210,7 @@ impl Session for PostgresSession {
         let Self { client, slot } = self;
         client.start(Some(slot.name()), timeline, start).await.map_err(|e| {
             if slot.is_invalidated(&e) {
-                return Error::new(Failure::Postgres, &e).hint("the slot is created anew");
+                return Error::new(Failure::Postgres, &e).hint("the slot will be created again");
             }
             sort(&e)
         })
@@ -249,7 +244,8 @@ impl Wal for replication::WalStream {
         self.send_status(&update).await.map_err(|e| sort(&e))
     }
     async fn finish(self) {
-        // Only courtesy is left; PostgreSQL notices a closed socket as well.
+        // The stream is over, so a failure to close cleanly does not matter: PostgreSQL notices a closed socket as
+        // well.
         if let Ok(replication::Finished { client: Some(client), .. }) = self.finish().await {
             client.close().await;
         }
@@ -266,8 +262,8 @@ fn event(event: replication::Event) -> Event {
     }
 }
 
-/// What the streamer does about an error of PostgreSQL. All but lost WAL is worth another try: a
-/// password is corrected, a slot is freed, a standby catches up, without anybody restarting us.
+/// Classifies an error of PostgreSQL by what the streamer does about it. Everything but removed WAL is retried: a
+/// password is corrected, a slot becomes free or a standby catches up without anybody restarting this program.
 pub fn sort(error: &replication::Error) -> Error {
     let failure = match error.kind() {
         ErrorKind::WalRemoved => Failure::WalRemoved,

@@ -1,4 +1,4 @@
-//! The run loop between a PostgreSQL and a server that are both in memory, over real gRPC.
+//! The run loop between a simulated PostgreSQL and a fake server, over real gRPC.
 
 mod postgres;
 
@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 const START: u64 = 3 * SEGMENT;
 
-/// A streamer at work.
+/// A running streamer.
 struct Rig {
     server: FakeServer,
     postgres: FakePostgres,
@@ -89,7 +89,7 @@ async fn all_wal_arrives_and_postgres_hears_of_it() {
     assert_eq!((held.start, held.flushed), (START, end));
 }
 
-/// P1: another streamer reported to PostgreSQL what it had only sent.
+/// P1: another streamer reported WAL to PostgreSQL as flushed that it had only sent.
 #[tokio::test]
 async fn postgres_never_hears_more_than_the_server_flushed() {
     let end = START + SEGMENT / 2;
@@ -207,7 +207,7 @@ async fn a_promotion_is_followed_and_histories_are_stored() {
     assert_eq!(gaps, 0);
 }
 
-/// The new primary has what the old one had not sent any more.
+/// The new primary has WAL that the old one had not sent before it failed.
 #[tokio::test]
 async fn an_unfinished_ancestor_is_finished_from_the_new_primary() {
     let switch = START + 2 * SEGMENT + 300;
@@ -225,7 +225,7 @@ async fn an_unfinished_ancestor_is_finished_from_the_new_primary() {
     assert_eq!(rig.stop().await.script().timelines[&1].flushed, switch);
 }
 
-/// P11. Its own history goes on past the point that is held.
+/// P11: the old primary's own history continues past the point that the server holds.
 #[tokio::test]
 async fn another_history_is_never_appended() {
     let held = START + SEGMENT + 5000;
@@ -240,7 +240,7 @@ async fn another_history_is_never_appended() {
     assert_eq!(crate::cli::exit::of(&error), 25);
     let script = rig.server.script();
     assert!(script.opens.is_empty(), "opened nevertheless");
-    // From where the slot is: a copy has it of the time when it was copied.
+    // A copied slot still has the position of the time of the copy, so the comparison begins there.
     assert_eq!(script.compares[0].start_lsn, START);
     drop(script);
 }
@@ -267,7 +267,7 @@ fn generation(
     }
 }
 
-/// Which one it is is found out by content, at every connection.
+/// The generation is found by WAL content, at every connection.
 #[tokio::test]
 async fn the_generation_whose_bytes_are_postgresqls_is_taken() {
     let held = START + SEGMENT + 5000;
@@ -306,8 +306,8 @@ async fn a_history_that_a_person_has_closed_ends_the_program() {
     assert!(error.message.contains("generation 2") && error.message.contains("retired"), "{error}");
 }
 
-/// Nothing that PostgreSQL still has can be compared: with one history there is no other it could be, with several it
-/// must not be guessed.
+/// Nothing that PostgreSQL still has can be compared. With one history no other is possible; with several, the
+/// streamer must not guess.
 #[tokio::test]
 async fn what_cannot_be_compared_goes_on_only_where_there_is_no_choice() {
     for (others, expected) in [(vec![], "pg-1@1"), (vec![2], "pg-1@3")] {
@@ -352,7 +352,7 @@ async fn a_primary_that_lost_wal_is_refused_and_a_lagging_standby_is_waited_for(
     };
     let mut rig = Rig::new(FakePostgres::new(START, START + 10), setup).await;
     assert_eq!(rig.ended().await.unwrap_err().failure, Failure::Code(Code::Diverged));
-    // A server of before compares nothing; then it is refused as ever.
+    // A server of an earlier version compares nothing, so the position check refuses the stream.
     let before = |server: &FakeServer, options: &mut Options| {
         setup(server, options);
         server.change(|s| s.compares_nothing = true);
@@ -390,7 +390,7 @@ async fn removed_wal_is_declared_as_a_gap_never_skipped_silently() {
     assert_eq!((gap.from_lsn, gap.to_lsn), (held.flushed, START + 4 * SEGMENT));
 }
 
-/// PostgreSQL keeps more than the slot makes it keep.
+/// PostgreSQL has more WAL than the slot retains.
 #[tokio::test]
 async fn a_gap_ends_at_the_oldest_wal_that_postgresql_has_and_not_at_the_slot() {
     let (postgres, held) = removed();
@@ -405,11 +405,11 @@ async fn a_gap_ends_at_the_oldest_wal_that_postgresql_has_and_not_at_the_slot() 
     let script = server.script();
     let gap = script.opens.last().unwrap().gap.clone().unwrap();
     assert_eq!((gap.from_lsn, gap.to_lsn), (held.flushed, START + 4 * SEGMENT));
-    // Before a gap is declared tier 2 is asked, and not otherwise (P4).
+    // Tier 2 is asked only before a gap is declared (P4).
     assert_eq!((script.positions_asked, script.tier2_asked), (2, 1));
 }
 
-/// A tier 1 was lost while a later segment was in tier 2 already.
+/// A tier 1 was lost while a later segment was already in tier 2.
 #[tokio::test]
 async fn what_the_server_misses_is_asked_for_again_while_postgresql_has_it() {
     let end = START + 9 * SEGMENT;
@@ -427,7 +427,7 @@ async fn what_the_server_misses_is_asked_for_again_while_postgresql_has_it() {
     rig.stop().await;
 }
 
-/// A segment in the middle rotted on the server: it comes again, and the stream goes on where it was.
+/// A segment in the middle rotted on the server: it is sent again while the stream continues.
 #[tokio::test]
 async fn what_the_server_lost_in_the_middle_is_given_again_beside_the_stream() {
     let (end, at) = (START + 9 * SEGMENT, START + 5 * SEGMENT);
@@ -463,7 +463,7 @@ async fn removed_wal_ends_with_22_when_told_to_stop() {
     assert!(rig.server.script().opens.iter().all(|open| open.gap.is_none()), "recorded");
 }
 
-/// WAL that came in is worth keeping, above all when the PostgreSQL that sent it is gone for good.
+/// WAL that has arrived is worth saving, above all when its PostgreSQL is gone for good.
 #[tokio::test]
 async fn what_a_dying_postgres_had_sent_becomes_durable() {
     let end = START + 3 * SEGMENT;
@@ -479,7 +479,7 @@ async fn what_a_dying_postgres_had_sent_becomes_durable() {
     rig.stop().await;
 }
 
-/// A slot that loses WAL while it is streamed: what came before is kept, the hole is declared.
+/// The slot loses WAL while it is being streamed: the WAL before stays, and the gap is declared.
 #[tokio::test]
 async fn wal_removed_in_the_middle_of_a_stream_is_a_gap_from_the_last_byte() {
     let (postgres, window) = (FakePostgres::new(START, START + 9 * SEGMENT), SEGMENT);
@@ -539,8 +539,8 @@ async fn an_idle_stream_tells_both_ends_that_it_lives() {
     rig.stop().await;
 }
 
-/// P7: what it said once is not said again and again, or the server would take a PostgreSQL that hangs for one that
-/// has written nothing since.
+/// P7: a position that PostgreSQL reported once is not sent repeatedly; the server would take a hanging PostgreSQL
+/// for one that has written nothing since.
 #[tokio::test]
 async fn a_silent_postgres_is_not_said_to_be_where_it_was() {
     let end = START + 10;
@@ -591,7 +591,8 @@ async fn a_clean_shutdown_of_postgres_leaves_nothing_behind() {
     rig.stop().await;
 }
 
-/// P8: another timeline wants to be streamed. The server is told what PostgreSQL says now, WAL goes on meanwhile.
+/// P8: another timeline is to be streamed. The server is told PostgreSQL's state of now, and streaming continues
+/// meanwhile.
 #[tokio::test]
 async fn the_server_is_told_what_postgres_says_when_it_asks() {
     let end = START + SEGMENT;
@@ -605,7 +606,7 @@ async fn the_server_is_told_what_postgres_says_when_it_asks() {
     let said = (first[0].nonce, first[0].answered, first[0].in_recovery, first[0].timeline);
     assert_eq!((said, first[0].position_lsn), ((41, true, false, 1), end));
     assert!(rig.server.script().opens[0].can_prove);
-    // Later, in the middle of the stream: it became a standby.
+    // Later, in the middle of the stream, it has become a standby.
     rig.postgres.change(|p| p.in_recovery = true);
     rig.server.change(|s| s.prove_while_open = Some(42));
     rig.server.until("the second answer", |s| s.proofs.len() == 2).await;
@@ -614,7 +615,7 @@ async fn the_server_is_told_what_postgres_says_when_it_asks() {
     rig.stop().await;
 }
 
-/// A PostgreSQL that is gone proves nothing, and says so at once.
+/// A PostgreSQL that is gone proves nothing, and the answer says so at once.
 #[tokio::test]
 async fn a_postgres_that_does_not_answer_is_said_not_to() {
     let end = START + SEGMENT;

@@ -1,19 +1,19 @@
-//! One span for each segment being sent, a trace of its own, never one for each message.
+//! One span for each segment that is sent, as the root of its own trace. Messages get no spans of their own.
 //!
-//! Its context travels with the segment's first message; the server's receiving, sealing, queueing and
-//! upload continue it, so that one trace id follows a segment from PostgreSQL to the bucket.
+//! The segment's first message carries the trace context. The server's spans for receiving, sealing, queueing and
+//! uploading continue it, so that one trace id follows a segment from PostgreSQL to the bucket.
 
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use tracing::Span;
 
-/// The span of the segment now being sent.
+/// The span of the segment that is being sent.
 #[derive(Debug)]
 pub(super) struct SegmentTrace {
     cluster: String,
     timeline: TimelineId,
     size: SegmentSize,
     current: Option<(SegmentName, Span)>,
-    /// Of the current segment.
+    /// Bytes sent of the current segment.
     bytes: u64,
     messages: u64,
 }
@@ -23,12 +23,13 @@ impl SegmentTrace {
         Self { cluster, timeline, size, current: None, bytes: 0, messages: 0 }
     }
 
-    /// Bytes from `at` to the end of its segment: no message crosses it.
+    /// Bytes from `at` to the end of its segment. No message crosses a segment boundary.
     pub const fn left_in_segment(&self, at: Lsn) -> u64 {
         self.size.bytes() - at.offset_in(self.size)
     }
 
-    /// The trace context to send with a message of `bytes` at `at`: only with a segment's first.
+    /// The trace context to send with a message of `bytes` at `at`; empty unless the message is the first of its
+    /// segment.
     pub fn context(&mut self, at: Lsn, bytes: u64) -> String {
         let name = SegmentName::containing(self.timeline, at, self.size);
         if matches!(&self.current, Some((current, _)) if *current == name) {
@@ -54,8 +55,8 @@ impl SegmentTrace {
                 }
             });
         });
-        // The one line of the sidecar about a segment: it carries the trace id.
-        span.in_scope(|| tracing::debug!("sending"));
+        // The sidecar's only log line about a segment; it carries the trace id.
+        span.in_scope(|| tracing::debug!("sending a WAL segment"));
         self.current = Some((name, span));
         context
     }

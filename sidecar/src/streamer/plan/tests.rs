@@ -1,4 +1,4 @@
-//! The plan against a model server that stores whatever is planned.
+//! Tests the plan with a model of the server that stores whatever is planned.
 
 use super::*;
 use proptest::prelude::*;
@@ -28,7 +28,7 @@ fn only_whole_segments_of_postgresqls_own_past_are_given_again() {
         let damaged = starts.iter().map(|n| (lsn(n * mib), lsn((n + 1) * mib))).collect();
         Held { damaged, ..held(timeline, 7 * mib) }
     };
-    // Where timeline 1 was left its last segment is not whole; 3 is another branch; 7 is not held.
+    // Timeline 1 was left within a segment; timeline 3 is another branch; timeline 7 is not held.
     let all = [damaged(1, &[1, 2, 3]), damaged(2, &[3, 5, 7]), damaged(3, &[4])];
     let wanted: Vec<_> =
         facts.wanted(&all).iter().map(|w| (w.timeline.get(), w.start.as_u64() / mib)).collect();
@@ -57,7 +57,8 @@ fn facts(history: TimelineHistory, held: Vec<Held>, end: u64, slot: Option<u64>)
     }
 }
 
-/// The server decides about timelines off our path, one of an earlier version did so by refusing the older.
+/// The current server decides about timelines off our path; for a server of an earlier version the plan refuses the
+/// older one.
 #[test]
 fn a_timeline_off_our_path_does_not_matter_to_a_server_that_takes_each_for_itself() {
     let lines = vec![held(1, 6 * MIB + 7), held(2, 8 * MIB)];
@@ -74,7 +75,7 @@ fn a_timeline_off_our_path_does_not_matter_to_a_server_that_takes_each_for_itsel
     let plan = ask(path.clone(), &lines, true).unwrap();
     assert_eq!((plan.timeline, plan.start, plan.gap), (tli(1), lsn(6 * MIB + 7), None));
     assert!(ask(path, &lines, false).unwrap().gap.is_some());
-    // One of which nothing is held begins as ever.
+    // A timeline of which nothing is held begins as at first contact.
     let plan = ask(history(1, &[]), &[held(2, 8 * MIB)], true).unwrap();
     assert_eq!((plan.timeline, plan.start), (tli(1), lsn(3 * MIB)));
 }
@@ -208,7 +209,7 @@ fn paths() -> impl Strategy<Value = (TimelineHistory, u64)> {
 }
 
 proptest! {
-    /// Follow the plans with a server that stores all that is sent, with removals in between.
+    /// Follows the plans with a server that stores all that is sent, while WAL is removed in between.
     #[test]
     fn following_the_plans_reaches_the_end_without_an_undeclared_hole(
         (path, end) in paths(),
@@ -234,7 +235,7 @@ proptest! {
             if plan.timeline == own && plan.start == lsn(end) {
                 break;
             }
-            // PostgreSQL always has what the slot keeps; below that it may have removed.
+            // PostgreSQL always has the WAL that the slot retains; older WAL may have been removed.
             if plan.start < lsn(removed_below.min(slot)).segment_start(size) {
                 plan = facts.after_removal(plan, facts.sure(&plan).unwrap());
             }

@@ -1,4 +1,4 @@
-//! A PostgreSQL in memory: sends a byte pattern, records what it is told, promotes and forgets WAL.
+//! A simulated PostgreSQL: sends a byte pattern, records what it is told, can be promoted and can remove WAL.
 
 use crate::{
     error::{Error, Failure},
@@ -19,7 +19,6 @@ use tokio::sync::Notify;
 /// 1 MiB segments keep the tests small.
 pub const SEGMENT: u64 = 1 << 20;
 
-/// State.
 #[derive(Debug)]
 pub struct Inner {
     pub timeline: u32,
@@ -31,11 +30,11 @@ pub struct Inner {
     pub oldest: u64,
     pub chunk: u64,
     pub starts: Vec<(u32, u64)>,
-    /// What was read to be compared.
+    /// WAL ranges that were read for a comparison.
     pub reads: Vec<(u32, u64)>,
-    /// Bytes from here on are another history's.
+    /// Bytes from here on belong to another history.
     pub other_from: Option<u64>,
-    /// Positions that were looked for.
+    /// Positions passed to `has`.
     pub looked: Vec<u64>,
     pub reports: Vec<StatusUpdate>,
     pub sent: u64,
@@ -61,7 +60,7 @@ pub struct FakePostgres {
 }
 
 impl FakePostgres {
-    /// Timeline 1 with WAL from `start` to `end`, all of it kept by the slot.
+    /// Timeline 1 with WAL from `start` to `end`, all of it retained by the slot.
     pub fn new(start: u64, end: u64) -> Self {
         let inner = Inner {
             timeline: 1,
@@ -69,7 +68,7 @@ impl FakePostgres {
             ends: BTreeMap::new(),
             histories: BTreeMap::new(),
             slot: start,
-            // PostgreSQL keeps whole segments.
+            // PostgreSQL retains whole segments.
             oldest: start - start % SEGMENT,
             chunk: 128 << 10,
             starts: vec![],
@@ -96,7 +95,7 @@ impl FakePostgres {
         self.changed.notify_waiters();
     }
 
-    /// Promotion to `timeline` at the current end; new WAL follows up to `end`.
+    /// Promotes to `timeline` at the current end; new WAL follows up to `end`.
     pub fn promote(&self, timeline: u32, end: u64) {
         self.change(|inner| {
             let old = inner.histories.get(&inner.timeline).cloned().unwrap_or_default();
@@ -108,7 +107,7 @@ impl FakePostgres {
         });
     }
 
-    /// The highest flushed position ever reported.
+    /// The highest position ever reported as flushed.
     pub fn flushed(&self) -> u64 {
         self.inner().reports.iter().map(|r| r.flushed.as_u64()).max().unwrap_or(0)
     }
@@ -238,7 +237,7 @@ impl Wal for FakeWal {
             changed.await;
         }
     }
-    /// As PostgreSQL does: that WAL was removed is found out when it is read, not at the start.
+    /// As in PostgreSQL, removed WAL is noticed when it is read, not at the start.
     fn try_next(&mut self) -> Result<Option<Event>, Error> {
         if self.position < self.postgres.inner().oldest {
             return Err(Error::new(Failure::WalRemoved, "has already been removed"));
