@@ -1,50 +1,50 @@
 //! Decides what to read ahead. Pure.
 //!
-//! The window lies behind the segment that was delivered last, on its timeline. It begins small and doubles with each
-//! segment that follows its predecessor, so that a look at a single segment costs little.
+//! The window follows the segment that was delivered last, on the same timeline. It starts small and doubles with
+//! each segment that follows its predecessor, so that fetching a single segment costs little.
 
 use klio_pg::{SegmentName, SegmentSize};
 
-/// Segments of the first window.
+/// Number of segments in the first window.
 const FIRST: u64 = 4;
 
-/// Where PostgreSQL is, and how far to look.
+/// PostgreSQL's position, and how far to read ahead.
 #[derive(Debug, Clone)]
 pub(super) struct Ahead {
     bytes_max: u64,
-    /// Known once a segment came.
+    /// Known once a segment was delivered.
     size: Option<SegmentSize>,
     last: Option<SegmentName>,
-    /// How often in a row the next segment was delivered.
+    /// How many times in a row the next segment was delivered.
     run: u32,
-    /// The first segment that was not to be had when it was tried; forgotten with each ask.
+    /// The first segment that could not be fetched; reset by each request.
     end: Option<SegmentName>,
 }
 
 impl Ahead {
-    /// Holds at most `bytes_max`, but at least one segment.
+    /// Prefetches at most `bytes_max`, but at least one segment.
     pub fn new(bytes_max: u64) -> Self {
         Self { bytes_max, size: None, last: None, run: 0, end: None }
     }
 
-    /// Something was asked for: what was not there may be there now.
+    /// Records a request: a segment that did not exist may exist by now.
     pub fn asked(&mut self) {
         self.end = None;
     }
 
-    /// A segment was delivered; PostgreSQL goes on from here.
+    /// Records that a segment was delivered; PostgreSQL continues after it.
     pub fn delivered(&mut self, name: SegmentName, size: SegmentSize) {
         let follows = self.last.and_then(|last| last.next(size)) == Some(name);
         self.run = if follows { (self.run + 1).min(32) } else { 0 };
         (self.last, self.size) = (Some(name), Some(size));
     }
 
-    /// A segment could not be had: nothing behind it is tried until the next ask.
+    /// Records that a segment could not be fetched: nothing from it on is tried until the next request.
     pub fn ends_at(&mut self, name: SegmentName) {
         self.end = Some(self.end.map_or(name, |end| end.min(name)));
     }
 
-    /// Bytes of a segment, once known.
+    /// Segment size in bytes, once known.
     pub fn segment_size(&self) -> Option<SegmentSize> {
         self.size
     }
@@ -63,7 +63,7 @@ impl Ahead {
         .take(count)
     }
 
-    /// What to have, nearest first; at most `room` bytes of it.
+    /// What to prefetch, nearest first; at most `room` bytes of it.
     pub fn wanted(&self, room: u64) -> Vec<SegmentName> {
         let Some(size) = self.size else { return Vec::new() };
         let window = FIRST.saturating_mul(1 << self.run.min(20));
@@ -71,7 +71,7 @@ impl Ahead {
         self.following(count).take_while(|name| self.end.is_none_or(|end| *name < end)).collect()
     }
 
-    /// Whether to keep what was fetched already.
+    /// Whether a prefetched segment is still useful.
     pub fn keeps(&self, name: SegmentName) -> bool {
         let most = self.size.map_or(0, |size| self.most(size));
         self.following(most).any(|wanted| wanted == name)

@@ -1,7 +1,7 @@
-//! What `wal-fetch` does with an agent: find or start it, ask, and put the file in its place.
+//! The agent as `wal-fetch` uses it: find or start an agent, ask it for the file, and move the file to its place.
 //!
-//! Blocking, and without runtime, TLS or telemetry: PostgreSQL starts this once a segment. Every doubt is
-//! [`Outcome::Unusable`], after which the caller fetches directly (AGENT1).
+//! Blocking, and without async runtime, TLS or telemetry export, because PostgreSQL starts `wal-fetch` for each
+//! segment. Every problem becomes [`Outcome::Unusable`], after which the caller fetches directly (AGENT1).
 
 use super::{
     spool,
@@ -17,13 +17,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a new agent may take until it listens.
+/// How long a new agent may take before it listens.
 const START_PATIENCE: Duration = Duration::from_secs(3);
 const START_LOOK_EVERY: Duration = Duration::from_millis(2);
-/// An agent says every second that it is at work; one that is stopped or stuck does not.
+/// An agent that works sends a line every second; one that is stopped or stuck does not.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(5);
 
-/// What is wanted.
 #[derive(Debug)]
 pub(crate) struct Errand<'a> {
     pub spool: &'a Path,
@@ -31,32 +30,31 @@ pub(crate) struct Errand<'a> {
     pub file: WalFile,
     pub path: &'a Path,
     pub deadline: Instant,
-    /// How long an agent may say nothing.
+    /// How long the agent may send nothing.
     pub silence_max: Duration,
 }
 
-/// How it went.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// PATH is there.
+    /// The file was moved to `path`.
     Placed,
-    /// Definitively not there (P7).
+    /// The file definitely does not exist (P7).
     Absent(String),
-    /// The agent is of no use for this one, and why; empty when that is as it should be.
+    /// The agent did not provide the file; the text says why and is empty when this is no problem.
     Unusable(String),
 }
 
-/// Asks the agent, and starts one with `start` when none is there.
+/// Asks the agent, which `start` starts if there is none.
 pub(crate) fn ask(errand: &Errand<'_>, start: impl Fn() -> io::Result<Child>) -> Outcome {
     for _ in 0..2 {
         match attempt(errand, &start) {
-            // It leaves: the next one has our settings.
+            // The agent has other settings and is exiting; the next one will have ours.
             Ok(None) => {}
             Ok(Some(outcome)) => return outcome,
             Err(error) => return Outcome::Unusable(error.to_string()),
         }
     }
-    Outcome::Unusable("an agent with other settings does not leave".into())
+    Outcome::Unusable("an agent with other settings does not exit".into())
 }
 
 fn attempt(
@@ -79,7 +77,7 @@ fn attempt(
     loop {
         let left = errand.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::other("not done within --timeout"));
+            return Err(io::Error::other("the agent did not deliver the file within --timeout"));
         }
         stream.set_read_timeout(Some(left.min(errand.silence_max)))?;
         let mut line = String::new();
@@ -90,14 +88,16 @@ fn attempt(
             Some(Line::Absent(text)) => return Ok(Some(Outcome::Absent(text))),
             Some(Line::Failed(text)) => return Ok(Some(Outcome::Unusable(text))),
             Some(Line::File { name, bytes }) => {
-                // PostgreSQL was killed and perhaps started again: it did not ask for this one (AGENT3).
+                // AGENT3: PostgreSQL was killed and perhaps started again, and the new one did not ask for this file.
                 if rustix::process::getppid() != parent {
-                    return Err(io::Error::other("who asked for it is gone"));
+                    return Err(io::Error::other(
+                        "the PostgreSQL process that asked for the file is gone",
+                    ));
                 }
                 place(&errand.spool.join(name), bytes, errand.path)?;
                 return Ok(Some(Outcome::Placed));
             }
-            None => return Err(io::Error::other("it hung up")),
+            None => return Err(io::Error::other("the agent closed the connection")),
         }
     }
 }
@@ -116,7 +116,7 @@ fn connect(
     deadline: Instant,
     start: &impl Fn() -> io::Result<Child>,
 ) -> io::Result<UnixStream> {
-    // Nobody may have put a socket there for us.
+    // Make sure that no other user could have created the socket.
     spool::prepare(directory).map_err(|error| io::Error::other(error.message))?;
     let socket = spool::socket_in(directory);
     let dial = || short_path(&socket).and_then(|short| UnixStream::connect(short.path()));
@@ -124,7 +124,7 @@ fn connect(
         return Ok(stream);
     }
     let mut agent = start().inspect_err(|_| {
-        // Nobody is going to remove it.
+        // No agent will remove it.
         let _ = fs::remove_dir(directory);
     })?;
     let patience = deadline.min(Instant::now() + START_PATIENCE);
@@ -132,17 +132,17 @@ fn connect(
         match dial() {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= patience => return Err(error),
-            // It could not begin, or was killed: waiting brings nothing.
+            // The agent could not start or was killed, so waiting is pointless.
             Err(error) if !matches!(agent.try_wait(), Ok(None)) => return Err(error),
             Err(_) => std::thread::sleep(START_LOOK_EVERY),
         }
     }
 }
 
-/// Starts an agent, away from us: it reads nothing of ours and writes into its spool only.
+/// Starts an agent that is detached from us: it reads nothing of ours and writes its output to its spool.
 pub(crate) fn start(directory: &Path, arguments: &[std::ffi::OsString]) -> io::Result<Child> {
     if cfg!(test) {
-        // The program that runs is not klio.
+        // The running program is a test, not klio.
         return Err(io::Error::other("no agents in unit tests"));
     }
     let log = spool::new_log(directory)?;

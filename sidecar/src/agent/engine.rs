@@ -1,7 +1,8 @@
-//! The one task that knows what lies in the spool and what is on its way.
+//! The single task that tracks which segments lie in the spool and which are being fetched.
 //!
-//! An ask is answered from the spool, or by what is on its way, or by a fetch of its own; then the window behind it is
-//! filled. What is read ahead is kept only when it is a whole segment (AGENT2). Ends when the asks end.
+//! A request is answered from the spool, by a fetch that is already running, or by a new fetch; then the window after
+//! it is filled. A prefetched file is stored only if it is a whole segment (AGENT2). Ends when the channel of
+//! requests is closed.
 
 use super::{ahead::Ahead, spool::Files};
 use crate::{
@@ -28,10 +29,10 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 /// Bounds (AGENT4).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Of everything that is read ahead.
+    /// Bytes of everything that is prefetched.
     pub bytes_max: u64,
-    /// Fetches ahead at a time. A fetch waits for the network, then for a core: more than this did not make loopback
-    /// S3 faster, and each takes some MiB of memory.
+    /// How many fetches ahead run at a time. A fetch waits for the network and then for a core. More than this did
+    /// not make S3 on loopback faster, and each fetch takes some MiB of memory.
     pub parallel: usize,
 }
 
@@ -41,35 +42,34 @@ impl Default for Limits {
     }
 }
 
-/// Fetches that were asked for at a time. A standby leaves after some seconds and asks again, while its first question
-/// still waits for a server that is away (AGENT4).
+/// How many requested fetches run at a time. A standby gives up after some seconds and asks again, while its first
+/// request still waits for a server that does not answer (AGENT4).
 const ASKING_MAX: usize = 8;
 
-/// One question of a caller.
+/// A caller's request.
 #[derive(Debug)]
 pub(super) struct Ask {
     pub file: WalFile,
-    /// W3C trace context of who asks; empty where it has none.
+    /// W3C trace context of the caller; empty if it has none.
     pub traceparent: String,
     pub reply: oneshot::Sender<Reply>,
 }
 
-/// Its answer.
 #[derive(Debug)]
 pub(super) enum Reply {
     File(Handed),
-    /// Definitively not there (P7).
+    /// The file definitely does not exist (P7).
     Absent(String),
-    /// Why the caller has to do it itself.
+    /// Why the caller has to fetch the file itself.
     Failed(String),
 }
 
-/// A file in the spool; removed when this is dropped and nobody renamed it.
+/// A file in the spool. Dropping this removes it, unless the caller has renamed it.
 #[derive(Debug)]
 pub(super) struct Handed {
     pub path: PathBuf,
     pub size: u64,
-    /// Of the fetch that brought it.
+    /// Span of the fetch that brought it.
     fetched: SpanContext,
 }
 
@@ -79,7 +79,7 @@ impl Drop for Handed {
     }
 }
 
-/// What a fetch came to; `None`: there, but it may still change.
+/// The result of a fetch; `None` when the file exists but may still change.
 type Fetched = Result<Option<(Received, Handed)>, Error>;
 
 enum Done {
@@ -93,14 +93,14 @@ pub(super) struct Engine {
     ahead: Ahead,
     /// Whole segments in the spool.
     ready: BTreeMap<SegmentName, Handed>,
-    /// Whole segments on their way, not asked for when they began.
+    /// Prefetches in progress; nobody had requested the segment when they began.
     coming: BTreeMap<SegmentName, AbortHandle>,
-    /// Who waits for one of those.
+    /// Requests that wait for one of these prefetches.
     waiting: BTreeMap<SegmentName, Ask>,
     tasks: JoinSet<Done>,
-    /// Those of them that were asked for.
+    /// Those of `tasks` that fetch for a request.
     asking: BTreeSet<task::Id>,
-    /// Ends the agent: what it runs with does not work, and a new one reads its settings anew.
+    /// Cancelled to end the agent when its settings do not work; a new agent reads them again.
     leave: CancellationToken,
 }
 
@@ -112,9 +112,9 @@ struct Fetching {
 }
 
 impl Fetching {
-    /// Below who asked, or, ahead of any ask, a trace of its own.
+    /// Runs a fetch in a span below the caller's, or in a trace of its own for a prefetch.
     async fn run(self, file: WalFile, final_only: bool, traceparent: &str) -> Fetched {
-        // Not below the agent's own span, which lasts as long as the recovery: this is a task of its own.
+        // Not below the agent's own span, which lasts as long as the recovery: each fetch is a trace of its own.
         let span = wal_source::span(file);
         adopt(&span, traceparent);
         let fetched = self.fetch(file, final_only).instrument(span.clone()).await;
@@ -129,7 +129,7 @@ impl Fetching {
         let target = Arc::new(Target::create(path.clone())?);
         let fetch = Fetch { source: self.source, file, expected: self.expected };
         let mut received = fetch.once(&target, final_only).await;
-        // The first one on a connection that was lost meanwhile; the caller has more patience than this.
+        // The first call after a connection was lost fails. Retry once; the caller waits longer than this.
         if received.as_ref().is_err_and(|e| e.failure == Failure::Code(Code::Unavailable)) {
             received = fetch.once(&target, final_only).await;
         }
@@ -147,7 +147,7 @@ fn adopt(span: &Span, traceparent: &str) {
     });
 }
 
-/// What was read ahead reaches who asked for it: a span of the asking trace with a link to the fetch's.
+/// Shows that a caller received a prefetched file: a span in the caller's trace that links to the fetch's span.
 fn handed_over(ask: &Ask, handed: &Handed) {
     let span =
         tracing::info_span!(parent: None, "wal.hand_over", file = %ask.file, bytes = handed.size);
@@ -176,7 +176,7 @@ impl Engine {
         }
     }
 
-    /// Serves asks until there are no more.
+    /// Serves requests until the channel is closed.
     pub async fn run(mut self, mut asks: mpsc::Receiver<Ask>) {
         loop {
             tokio::select! {
@@ -190,7 +190,7 @@ impl Engine {
                         self.asking.remove(&id);
                         self.answer(ask, fetched);
                     }
-                    // Aborted, or a bug; the caller who waits for it sees that nobody answers.
+                    // Aborted, or a bug; a waiting caller notices that its request was dropped.
                     Err(error) => {
                         self.asking.remove(&error.id());
                         self.coming.retain(|_, task| task.id() != error.id());
@@ -218,7 +218,7 @@ impl Engine {
 
     fn fetch_now(&mut self, ask: Ask) {
         if self.asking.len() >= ASKING_MAX {
-            let busy = "what was asked for before is still being fetched";
+            let busy = "too many earlier requests are still being fetched";
             return drop(ask.reply.send(Reply::Failed(busy.into())));
         }
         let fetch = self.fetch.clone();
@@ -229,7 +229,7 @@ impl Engine {
         self.asking.insert(task.id());
     }
 
-    /// Hands a whole segment over; keeps it when the caller has gone.
+    /// Hands a whole segment over; puts it back into the spool if the caller has gone.
     fn deliver(&mut self, name: SegmentName, ask: Ask, handed: Handed) {
         if let Some(size) = u32::try_from(handed.size).ok().and_then(|s| s.try_into().ok()) {
             self.ahead.delivered(name, size);
@@ -247,7 +247,7 @@ impl Engine {
         self.coming.retain(|held, _| ahead.keeps(*held) || waiting.contains_key(held));
     }
 
-    /// A fetch ahead has ended.
+    /// A prefetch has ended.
     fn came(&mut self, name: SegmentName, fetched: Fetched) {
         self.coming.remove(&name);
         let waiting = self.waiting.remove(&name);
@@ -261,7 +261,7 @@ impl Engine {
                     self.ready.insert(name, handed);
                 }
             }
-            // It began before it was asked for: only an answer to the ask itself counts (AGENT2).
+            // The prefetch began before the request, so its failure says nothing: only a new fetch does (AGENT2).
             (_, Some(ask)) => self.fetch_now(ask),
             (failed, None) => {
                 self.ahead.ends_at(name);
@@ -280,7 +280,9 @@ impl Engine {
                 self.fill();
             }
             (_, Ok(Some((_, handed)))) => drop(ask.reply.send(Reply::File(handed))),
-            (_, Ok(None)) => drop(ask.reply.send(Reply::Failed("not final".into()))),
+            (_, Ok(None)) => {
+                drop(ask.reply.send(Reply::Failed("the segment is not complete".into())))
+            }
             (_, Err(error)) if error.failure == Failure::Code(Code::NotFound) => {
                 drop(ask.reply.send(Reply::Absent(error.message)));
             }
@@ -294,23 +296,23 @@ impl Engine {
     fn in_trouble(&mut self, error: &Error) {
         match error.failure {
             Failure::Code(Code::NotFound) => {}
-            // A full disk, most often: PostgreSQL needs the space more.
+            // Most often a full disk, and PostgreSQL needs the space more.
             Failure::Local => {
                 tracing::warn!("{}; dropping the prefetched WAL", error.message);
                 self.ready.clear();
             }
             failure if !failure.retryable() => {
-                tracing::warn!("{}; leaving", error.message);
+                tracing::warn!("{}; the agent is exiting", error.message);
                 self.leave.cancel();
             }
             _ => tracing::info!("{}", error.message),
         }
     }
 
-    /// Begins what the window lacks.
+    /// Starts prefetching what the window lacks.
     fn fill(&mut self) {
         let Some(size) = self.ahead.segment_size() else { return };
-        // What is held already has its room.
+        // What is in the spool already counts as room.
         let held = (self.ready.len() + self.coming.len()) as u64 * size.bytes();
         let room = self.fetch.files.room().saturating_add(held);
         for name in self.ahead.wanted(room) {

@@ -1,15 +1,16 @@
-//! Lets go of what PostgreSQL left open in its children.
+//! Closes the file descriptors that a child inherits from PostgreSQL.
 //!
-//! PostgreSQL 15 opens its files without O_CLOEXEC, so restore_command inherits them; a resident program would keep
-//! the space of dropped tables.
+//! PostgreSQL 15 opens its files without O_CLOEXEC, so restore_command inherits them. A resident program that kept
+//! them open would keep the disk space of dropped tables from being freed.
 
 use std::os::fd::{FromRawFd, OwnedFd};
 
-/// Closes every descriptor but the standard ones. To be called first of all in `main`, by a program that was
-/// started as an agent.
+/// Closes every descriptor except stdin, stdout and stderr. A program that was started as an agent calls this first
+/// in `main`.
 pub fn close_inherited() {
     let Ok(directory) = std::fs::read_dir("/proc/self/fd") else { return };
-    // Collected first: the directory's own descriptor is among them, and is closed by then.
+    // Collected first: the list contains the descriptor of the directory itself, which is closed by the time of the
+    // loop.
     let open: Vec<i32> = directory
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|fd| *fd > 2)
@@ -17,7 +18,7 @@ pub fn close_inherited() {
     for fd in open {
         if rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new()).is_ok() {
             #[allow(unsafe_code, reason = "no safe interface closes a descriptor by number")]
-            // SAFETY: nothing in this program owns a descriptor yet; it is open, and it is closed once.
+            // SAFETY: nothing in this program owns a descriptor yet; this one is open, and it is closed exactly once.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }

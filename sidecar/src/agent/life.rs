@@ -1,4 +1,4 @@
-//! When an agent is no longer needed: nothing was asked for a while, recovery is over, or PostgreSQL is gone.
+//! Decides when the agent is no longer needed: after an idle time, when recovery is over, or when PostgreSQL is gone.
 
 use super::serve::Activity;
 use std::{
@@ -9,7 +9,7 @@ use std::{
 };
 use tokio::{sync::watch, time::Instant};
 
-/// How often it looks. The spool is gone this soon after recovery.
+/// Interval of the checks, and so the delay between the end of recovery and the removal of the spool.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// PostgreSQL removes both when recovery ends (<https://www.postgresql.org/docs/current/runtime-config-wal.html>,
@@ -22,7 +22,7 @@ pub(super) struct Life {
     activity: Activity,
 }
 
-/// The recovery that it serves.
+/// The recovery that the agent serves.
 struct Recovery {
     data_dir: PathBuf,
     signalled: bool,
@@ -35,7 +35,7 @@ impl Recovery {
         Self { data_dir, signalled, postmaster }
     }
 
-    /// Why it is over, if it is.
+    /// Why the recovery is over; `None` while it runs.
     fn is_over(&self) -> Option<&'static str> {
         if self.signalled && !signalled(&self.data_dir) {
             return Some("recovery has ended");
@@ -49,12 +49,12 @@ impl Recovery {
     }
 }
 
-/// Whether this data directory is in archive recovery, or going to be.
+/// Whether this data directory is in archive recovery, or will be when PostgreSQL starts.
 pub fn signalled(data_dir: &Path) -> bool {
     SIGNALS.iter().any(|name| data_dir.join(name).exists())
 }
 
-/// The first line of postmaster.pid.
+/// The postmaster's pid, from the first line of postmaster.pid.
 fn postmaster(data_dir: &Path) -> Option<i32> {
     let text = fs::read_to_string(data_dir.join("postmaster.pid")).ok()?;
     text.lines().next()?.trim().parse().ok().filter(|pid| *pid > 0)
@@ -66,17 +66,17 @@ impl Life {
         Self { recovery: data_dir.map(Recovery::of), idle, activity }
     }
 
-    /// To be told of every question.
+    /// Must be updated with every request.
     pub fn activity(&self) -> Activity {
         Arc::clone(&self.activity)
     }
 
-    /// Returns when it is no longer needed, and says why. Cancel safe.
+    /// Returns when the agent is no longer needed, with the reason. Cancel-safe.
     pub async fn ended(&self) -> &'static str {
         loop {
             tokio::time::sleep(LOOK_EVERY.min(self.idle)).await;
             if self.activity.borrow().elapsed() >= self.idle {
-                return "nothing was asked for";
+                return "no WAL was requested";
             }
             if let Some(why) = self.recovery.as_ref().and_then(Recovery::is_over) {
                 return why;
@@ -101,7 +101,7 @@ mod tests {
         assert_eq!(recovery.is_over(), Some("recovery has ended"));
         fs::write(data.join("recovery.signal"), "").unwrap();
         assert_eq!(recovery.is_over(), None);
-        // Started again: another postmaster has its own agent.
+        // PostgreSQL was restarted: the new postmaster starts an agent of its own.
         fs::write(data.join("postmaster.pid"), "1\n/data\n").unwrap();
         assert_eq!(recovery.is_over(), Some("PostgreSQL has ended"));
     }

@@ -1,13 +1,15 @@
-//! The resident read-ahead agent: fetches the WAL that PostgreSQL will ask for next, so that replay is the limit.
+//! The resident read-ahead agent: fetches the WAL that PostgreSQL will request next, so that fetching does not slow
+//! down replay.
 //!
-//! Started by the first `klio wal-fetch` of a recovery, one for each data directory; ends by itself.
-//! AGENT1  It only ever makes a fetch faster: without it, or with one that is stuck, killed or in trouble, `wal-fetch`
-//!     fetches directly, and the answer is the same.
-//! AGENT2  Nothing is remembered but whole segments that lie in the spool. An absence, an unfinished segment and a
-//!     history file are asked for anew each time (P7).
-//! AGENT3  The caller renames the file out of the spool itself, so a caller that was killed places nothing later.
-//! AGENT4  What lies in the spool and is being fetched is bounded, and so is memory.
-//! AGENT5  When it ends, its spool is gone; what a killed one left is removed by the next.
+//! The first `klio wal-fetch` of a recovery starts it, one for each data directory; it exits by itself.
+//! AGENT1  It only ever makes a fetch faster. When there is no agent, or it is stuck, killed or failing, `wal-fetch`
+//!         fetches directly, and its answer is the same.
+//! AGENT2  It remembers only whole segments, which lie in the spool. Whether a missing file, an unfinished segment or
+//!         a history file exists by now is asked anew each time (P7).
+//! AGENT3  The caller renames the file out of the spool itself, so that nothing is put in place for a caller that was
+//!         killed.
+//! AGENT4  Memory is bounded, and so is the size of what lies in the spool or is being fetched.
+//! AGENT5  When the agent exits, it removes its spool; the spool of a killed agent is removed by the next one.
 
 mod ahead;
 pub(crate) mod client;
@@ -34,24 +36,23 @@ use std::path::PathBuf;
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
-/// What `klio wal-agent` is told by the `wal-fetch` that starts it.
+/// The command line that `wal-fetch` gives to the `klio wal-agent` that it starts.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// The spool.
     pub spool: PathBuf,
-    /// The data directory that is being recovered, where that is known.
+    /// The data directory that is being recovered, if known.
     pub data_dir: Option<PathBuf>,
-    /// Of the settings it was started with: callers with others are not served.
+    /// Fingerprint of the settings that it was started with. Callers with other settings are not served.
     pub fingerprint: String,
 }
 
-/// Asks waiting for the engine: each is a connection.
+/// Maximum number of requests that wait for the engine; each has a connection of its own.
 const ASKS_MAX: usize = 16;
 
-/// Runs an agent to its end.
+/// Runs an agent until it is no longer needed.
 ///
 /// # Errors
-/// When it cannot begin. That another one serves this spool is no error.
+/// The agent cannot start. When another agent serves this spool, the result is `Ok`.
 pub async fn run(config: &Config, job: &Job) -> Result<(), Error> {
     let Some(spool) = spool::Spool::claim(&job.spool).await? else { return Ok(()) };
     let source = wal_source::open(config)?;
@@ -64,16 +65,16 @@ pub async fn run(config: &Config, job: &Job) -> Result<(), Error> {
     let leave = CancellationToken::new();
     let engine = Engine::new(source, expected, spool.files(), limits, leave.clone());
     let life = life::Life::new(job.data_dir.clone(), config.restore.agent_idle);
-    tracing::info!(spool = %job.spool.display(), "reading WAL ahead");
+    tracing::info!(spool = %job.spool.display(), "the WAL read-ahead agent has started");
     let served = serve::Served { fingerprint: job.fingerprint.clone(), asks, leave: leave.clone() };
     tokio::select! {
         () = engine.run(queue) => {}
         () = serve::serve(listener, served, life.activity()) => {}
-        why = life.ended() => tracing::info!("{why}"),
+        why = life.ended() => tracing::info!(reason = why, "the WAL read-ahead agent is exiting"),
         () = leave.cancelled() => {}
         () = terminated() => {}
     }
-    // Nobody new finds us, then everything goes.
+    // Dropping the spool removes the socket first, so that no new caller arrives, and then everything else.
     drop(spool);
     Ok(())
 }

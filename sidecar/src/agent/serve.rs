@@ -1,4 +1,4 @@
-//! Answers callers on the socket: one question a connection.
+//! Answers callers on the socket, one question for each connection.
 
 use super::{
     engine::{Ask, Handed, Reply},
@@ -13,14 +13,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// How often a caller hears that its file is being fetched.
+/// How often a caller is told that its file is still being fetched.
 const WAIT_EVERY: Duration = Duration::from_secs(1);
-/// A caller asks at once, and takes its file at once.
+/// How long a caller may take to send its question, and to rename the file after the answer.
 const CALLER_PATIENCE: Duration = Duration::from_secs(10);
-/// PostgreSQL asks one at a time; more are several that were killed and left theirs behind.
+/// PostgreSQL asks for one file at a time. More callers mean that PostgreSQL was killed several times and left them
+/// behind.
 const CALLERS_MAX: usize = 16;
 
-/// What a connection needs.
 #[derive(Debug, Clone)]
 pub(super) struct Served {
     pub fingerprint: String,
@@ -28,10 +28,10 @@ pub(super) struct Served {
     pub leave: CancellationToken,
 }
 
-/// Tells that somebody asked, and that somebody is still waiting.
+/// The time of the last question or of the last sign that a caller still waits.
 pub(super) type Activity = Arc<tokio::sync::watch::Sender<tokio::time::Instant>>;
 
-/// Accepts callers for ever.
+/// Accepts callers until it is dropped.
 pub(super) async fn serve(listener: UnixListener, served: Served, activity: Activity) {
     let callers = Arc::new(Semaphore::new(CALLERS_MAX));
     let mut tasks = JoinSet::new();
@@ -48,10 +48,10 @@ pub(super) async fn serve(listener: UnixListener, served: Served, activity: Acti
                     let _ = converse(stream, &served, &activity).await;
                 });
             }
-            // Hung up on: the caller fetches directly.
+            // Too many callers: the connection is closed, and the caller fetches directly.
             (Ok(_), Err(_)) => {}
             (Err(error), _) => {
-                tracing::warn!("accept a caller: {error}");
+                tracing::warn!("cannot accept a caller: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -68,7 +68,7 @@ async fn converse(stream: UnixStream, served: &Served, activity: &Activity) -> s
         return Ok(());
     };
     if question.fingerprint != served.fingerprint {
-        tracing::info!("the settings have changed; leaving for a new agent");
+        tracing::info!("the settings have changed; exiting to make room for a new agent");
         writer.write_all(Line::Other.text().as_bytes()).await?;
         served.leave.cancel();
         return Ok(());
@@ -83,7 +83,7 @@ async fn converse(stream: UnixStream, served: &Served, activity: &Activity) -> s
         Reply::Failed(text) => (Line::Failed(text), None),
     };
     writer.write_all(line.text().as_bytes()).await?;
-    // Until it hangs up it may still rename the file.
+    // The caller may rename the file until it closes the connection.
     let mut rest = [0];
     let _ = tokio::time::timeout(CALLER_PATIENCE, reader.read(&mut rest)).await;
     drop(handed);
@@ -95,7 +95,7 @@ fn file_line(handed: &Handed) -> Line {
     Line::File { name, bytes: handed.size }
 }
 
-/// The reply; `None` when the caller went away.
+/// The reply; `None` if the caller went away.
 async fn wait(
     question: Question,
     served: &Served,
@@ -106,14 +106,14 @@ async fn wait(
     let (reply, mut answer) = oneshot::channel();
     let Question { file, traceparent, .. } = question;
     if served.asks.send(Ask { file, traceparent, reply }).await.is_err() {
-        return Ok(Some(Reply::Failed("the agent is leaving".into())));
+        return Ok(Some(Reply::Failed("the agent is exiting".into())));
     }
     let mut gone = [0];
     loop {
         tokio::select! {
             biased;
             reply = &mut answer => {
-                let failed = |_| Reply::Failed("the agent gave up".into());
+                let failed = |_| Reply::Failed("the agent aborted the fetch".into());
                 return Ok(Some(reply.unwrap_or_else(failed)));
             }
             _ = reader.read(&mut gone) => return Ok(None),

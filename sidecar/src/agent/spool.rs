@@ -1,7 +1,9 @@
-//! The directory where WAL waits: on the file system of `pg_wal`, so that handing a segment over is a rename.
+//! The directory for prefetched WAL. It lies on the file system of `pg_wal`, so that handing a segment over is a
+//! rename.
 //!
-//! Mode 0700 and ours, or it is not used. One agent at a time holds the lock; whoever holds it may remove everything.
-//! Names carry a tag of the agent, so that a file told of by an earlier one is never another's.
+//! It is used only if it has mode 0700 and belongs to our user. One agent at a time holds the lock, and the holder
+//! may remove everything. File names carry a tag of the agent, so that a name given out by an earlier agent never
+//! means another file.
 
 use super::local;
 use crate::error::{Error, Failure};
@@ -22,11 +24,12 @@ const LOCK: &str = "agent.lock";
 const SOCKET: &str = "agent.sock";
 const LOG: &str = "agent.log";
 
-/// How long a new agent waits for one that is leaving.
+/// How long a new agent waits for one that is exiting.
 const CLAIM_TRIES: u32 = 40;
 const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
-/// Where the spool of a recovery into `path` (%p) is: `.klio` beside it, or a directory of its own in `configured`.
+/// The spool of a recovery into `path` (%p of restore_command): `.klio` beside it, or a directory of its own in
+/// `configured`.
 pub fn spool_for(path: &Path, configured: &Path) -> PathBuf {
     let directory = path.parent().unwrap_or(Path::new(""));
     if configured.as_os_str().is_empty() {
@@ -38,20 +41,19 @@ pub fn spool_for(path: &Path, configured: &Path) -> PathBuf {
     configured.join(format!("klio-{short}"))
 }
 
-/// The socket in a spool.
 pub(super) fn socket_in(spool: &Path) -> PathBuf {
     spool.join(SOCKET)
 }
 
-/// The log of the agent that serves a spool, emptied.
+/// Creates or empties the log file of the agent that serves a spool.
 pub(super) fn new_log(spool: &Path) -> io::Result<File> {
     File::create(spool.join(LOG))
 }
 
-/// Makes the directory if it is not there, and checks that it is ours alone.
+/// Creates the directory if it does not exist, and checks that it belongs to our user and nobody else has access.
 ///
 /// # Errors
-/// As the file system fails, or when somebody else could have put something there.
+/// A file-system error, or another user may have written to the directory.
 pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
     match DirBuilder::new().mode(0o700).create(spool) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -72,7 +74,7 @@ pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// A spool that is ours until this is dropped; then it is gone.
+/// A spool that this process has locked; dropping this removes it.
 #[derive(Debug)]
 pub(super) struct Spool {
     directory: PathBuf,
@@ -81,13 +83,13 @@ pub(super) struct Spool {
 }
 
 impl Spool {
-    /// Takes a spool over and removes what is in it. `None` while another agent serves it.
+    /// Takes over a spool and removes its content. `None` while another agent serves it.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// A file-system error.
     pub async fn claim(directory: &Path) -> Result<Option<Self>, Error> {
         for _ in 0..CLAIM_TRIES {
-            // In the loop: the agent that is leaving removes the directory.
+            // Inside the loop, because an exiting agent removes the directory.
             prepare(directory)?;
             if let Some(lock) = lock(&directory.join(LOCK))? {
                 let spool = Self {
@@ -123,7 +125,8 @@ impl Spool {
 
 impl Drop for Spool {
     fn drop(&mut self) {
-        // First nobody finds us, last the lock goes: a new agent begins with a directory of its own.
+        // The socket goes first, so that no new caller connects; the lock goes last, so that a new agent starts with
+        // a directory of its own.
         let _ = fs::remove_file(self.socket());
         self.clean(&[LOCK]);
         let _ = fs::remove_file(self.directory.join(LOCK));
@@ -131,19 +134,19 @@ impl Drop for Spool {
     }
 }
 
-/// Removes what a killed agent left, unless another one serves there by now.
+/// Removes what a killed agent left, unless another agent serves this spool by now.
 pub fn remove_left(directory: &Path) {
     if let Ok(Some(lock)) = lock(&directory.join(LOCK)) {
         drop(Spool { directory: directory.to_owned(), files: Files::new(directory), _lock: lock });
     }
 }
 
-/// The lock, when nobody has it and the file is still the one in the directory.
+/// The lock, if nobody else holds it and the file is still the one in the directory.
 fn lock(path: &Path) -> Result<Option<File>, Error> {
     let open = File::options().create(true).truncate(false).write(true).open(path);
     let file = match open {
         Ok(file) => file,
-        // The directory went away between our making it and this.
+        // The directory was removed after we created it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(local("open", path, &error)),
     };
@@ -158,7 +161,7 @@ fn lock(path: &Path) -> Result<Option<File>, Error> {
     Ok(same.then_some(file))
 }
 
-/// New names in the spool. Cheap to clone.
+/// Unused file names in the spool. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Files {
     directory: Arc<Path>,
@@ -179,7 +182,7 @@ impl Files {
         self.directory.join(format!("{}-{number}", self.tag))
     }
 
-    /// Bytes that may be written here: a quarter of what is free, as PostgreSQL needs the rest.
+    /// How many bytes may be written here: a quarter of the free space, because PostgreSQL needs the rest.
     pub fn room(&self) -> u64 {
         rustix::fs::statvfs(&*self.directory).map_or(0, |fs| fs.f_bavail * fs.f_frsize / 4)
     }

@@ -1,4 +1,4 @@
-//! The agent against a source in memory: order, bounds, absences, trouble, and callers that go away.
+//! Tests the agent with a source in memory: order, bounds, missing files, failures, and callers that go away.
 
 use super::{
     client::{self, Errand, Outcome, SILENCE_MAX},
@@ -95,7 +95,7 @@ impl Agent {
         self.ask_with(OURS, file).await
     }
 
-    /// Asks for a segment, which must be there with the right bytes, and takes it away as PostgreSQL does.
+    /// Requests a segment, expects it with the right bytes, and removes it as PostgreSQL does.
     async fn take(&self, name: SegmentName) {
         assert_eq!(self.ask(WalFile::Segment(name)).await, Outcome::Placed, "{name}");
         assert!(std::fs::read(self.path()).unwrap() == self.source.plain(name), "{name} differs");
@@ -144,7 +144,8 @@ async fn what_is_read_ahead_is_asked_for_once() {
     }
 }
 
-/// AGENT2, P7: an absence that was seen while reading ahead says nothing when PostgreSQL asks.
+/// AGENT2, P7: that a segment was missing while reading ahead says nothing about the moment when PostgreSQL requests
+/// it.
 #[tokio::test]
 async fn an_absence_is_asked_for_anew_each_time() {
     let agent = agent(0..6).await;
@@ -165,7 +166,7 @@ async fn an_absence_is_asked_for_anew_each_time() {
     agent.take(next).await;
 }
 
-/// AGENT2: more of an unfinished segment may be there a moment later.
+/// AGENT2: more of an unfinished segment may exist a moment later.
 #[tokio::test]
 async fn an_unfinished_segment_is_neither_read_ahead_nor_kept() {
     let agent = agent(0..6).await;
@@ -255,7 +256,7 @@ async fn a_caller_with_other_settings_is_not_served() {
     assert_eq!(agent.source.asked(), []);
 }
 
-/// Field: WAL that a bit flip changed is never replayed, and the other tier's copy is used.
+/// WAL with a flipped bit is never replayed; the copy of the other tier is used.
 #[tokio::test]
 async fn of_a_damaged_segment_the_other_copy_is_given() {
     let agent = agent(0..12).await;
@@ -267,7 +268,7 @@ async fn of_a_damaged_segment_the_other_copy_is_given() {
     }
 }
 
-/// AGENT3: what a caller that was killed asked for is never put in place, and costs nothing.
+/// AGENT3: a file for a caller that was killed is never put in place, and costs nothing.
 #[tokio::test]
 async fn a_caller_that_goes_away_leaves_no_trace() {
     let agent = agent(0..30).await;
@@ -294,7 +295,7 @@ async fn a_caller_that_goes_away_leaves_no_trace() {
     assert!(!agent.path().exists());
 }
 
-/// AGENT1: an agent that is killed while somebody waits.
+/// AGENT1: the agent is killed while a caller waits.
 #[tokio::test]
 async fn an_agent_that_dies_never_answers_wrongly() {
     let mut agent = agent(0..6).await;
@@ -322,7 +323,7 @@ async fn an_agent_that_dies_never_answers_wrongly() {
     let socket = super::spool::socket_in(&agent.spool());
     let stream = UnixStream::connect(socket).unwrap();
     (&stream).write_all(line.as_bytes()).unwrap();
-    // Let both questions arrive.
+    // Let both requests arrive.
     tokio::time::sleep(Duration::from_millis(50)).await;
     agent.tasks.abort_all();
     assert!(matches!(waiting.await.unwrap(), Outcome::Unusable(_)));

@@ -1,12 +1,13 @@
-//! What `wal-fetch` and the agent say to each other: lines of text over a unix socket in a directory that is ours alone.
+//! The protocol between `wal-fetch` and the agent: lines of text over a unix socket in a directory that only our user
+//! can enter.
 //!
 //! | who | line |
 //! |---|---|
-//! | caller | `klio-wal 1 <fingerprint> <file>`, and where it is traced ` <traceparent>` |
+//! | caller | `klio-wal 1 <fingerprint> <file>`, followed by ` <traceparent>` if it is traced |
 //! | agent | `wait`, about every second |
-//! | agent | `file <name in the spool> <bytes>`, `absent <text>`, `failed <text>`, or `other`: end of the answer |
+//! | agent | `file <name in the spool> <bytes>`, `absent <text>`, `failed <text>` or `other`; each ends the answer |
 //!
-//! After `file` the caller renames it and hangs up; what it does not rename is removed.
+//! After `file` the caller renames the file and closes the connection. The agent removes a file that was not renamed.
 
 use klio_storage::layout::WalFile;
 use std::{
@@ -16,17 +17,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The longest line either side takes.
+/// The longest line that either side accepts.
 pub(super) const LINE_BYTES_MAX: usize = 4096;
 
 const GREETING: &str = "klio-wal 1";
 
-/// One question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Question {
     pub fingerprint: String,
     pub file: WalFile,
-    /// W3C trace context of the caller; empty where it has none.
+    /// W3C trace context of the caller; empty if it has none.
     pub traceparent: String,
 }
 
@@ -48,15 +48,15 @@ impl Question {
 /// One line of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Line {
-    /// Still at work.
+    /// The file is still being fetched.
     Wait,
-    /// It lies in the spool under this name.
+    /// The file lies in the spool under this name.
     File { name: String, bytes: u64 },
-    /// Definitively not there (P7).
+    /// The file definitely does not exist (P7).
     Absent(String),
-    /// The agent cannot give it.
+    /// The agent cannot provide the file.
     Failed(String),
-    /// The agent runs with other settings, and is leaving.
+    /// The agent has other settings and is exiting.
     Other,
 }
 
@@ -76,7 +76,7 @@ impl Line {
     }
 
     pub fn parse(line: &str) -> Option<Self> {
-        // Without its end, a line may have lost more than that.
+        // A line without its end may have lost more than the line feed.
         let line = line.strip_suffix('\n')?;
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match word {
@@ -107,8 +107,8 @@ impl ShortPath {
     }
 }
 
-/// `sun_path` has 108 bytes on Linux (unix(7)); a data directory's path can be longer, so the directory is named by
-/// its descriptor then.
+/// `sun_path` has 108 bytes on Linux (unix(7)). A data directory's path can be longer; the directory is then named by
+/// its descriptor.
 pub(super) fn short_path(path: &Path) -> io::Result<ShortPath> {
     if path.as_os_str().len() <= 100 {
         return Ok(ShortPath { path: path.to_owned(), _directory: None });
@@ -145,7 +145,7 @@ mod tests {
         }
     }
 
-    /// P7: an answer that was cut off says nothing.
+    /// P7: an answer that was cut off means nothing.
     #[test]
     fn a_line_that_was_cut_is_none() {
         let whole = Line::Absent("no such file".into()).text();
