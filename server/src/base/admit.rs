@@ -1,15 +1,17 @@
-//! Judges what a client sent before it becomes part of a repository.
+//! Checks what a client sent before it becomes part of a repository.
 //!
-//! A client has the repository's key, and may be hostile or broken (P13). So a file counts only when the server has opened it:
+//! A client has the repository's key, and may be hostile or broken (P13). So a file counts only when the server has
+//! decrypted and checked it:
 //!
-//! ADMIT1  a pack holds what its own list says, every piece of it (`unpack.rs` of the repository);
-//! ADMIT2  an index only adds, and says of each pack what the pack's own list says; the pack is held;
-//! ADMIT3  a snapshot is whole: its trees can be read and every chunk has a place;
-//! ADMIT4  files come only while the sender's reservation of a backup lives, so none comes beside a prune.
+//! ADMIT1  a pack contains what its own list says, every blob of it (`unpack.rs` of the repository);
+//! ADMIT2  an index only adds, describes each pack as the pack's own list does, and names only packs that are stored;
+//! ADMIT3  a snapshot is whole: its trees can be read, and every chunk is in an index;
+//! ADMIT4  files are accepted only while the sender's reservation of a backup lives, so never during a prune.
 //!
-//! So whatever a client sends, a chunk's name leads to the chunk, in every place that an index knows: no later backup builds on
-//! what is not there, and a prune that keeps one of two places keeps a good one. What was stored by a server that did not look
-//! (`Coverage`) is opened when an index names it, and by verification, which reads all in turn.
+//! So whatever a client sends, a chunk's name leads to that chunk, in every pack that an index names for it. No later
+//! backup builds on a missing chunk, and a prune that keeps one of two copies keeps a good one. Files stored by an
+//! older server, which did not check (`Coverage`), are checked when an index names them, and by verification, which
+//! reads all of them in turn.
 
 use super::{BaseStore, run, tier2_status};
 use crate::errors;
@@ -25,17 +27,17 @@ use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::Status;
 
-/// Most bytes of a file of a kind.
+/// The most bytes that a file of a kind may have.
 pub(super) const fn size_max(kind: BaseKind) -> u64 {
     match kind {
         BaseKind::Index => INDEX_BYTES_MAX,
         BaseKind::Snapshot => SNAPSHOT_BYTES_MAX,
-        // Offsets in a pack are of 32 bits.
+        // Offsets in a pack have 32 bits.
         _ => u32::MAX as u64,
     }
 }
 
-/// A file that is about to be one of the repository.
+/// A file that may become part of the repository.
 pub(super) struct Candidate {
     pub(super) file: BaseFile,
     pub(super) size: u64,
@@ -55,11 +57,11 @@ impl Candidate {
     }
 }
 
-/// What is wrong with a file is told to who sent it; other trouble is ours.
+/// The client is told what is wrong with its file; any other error is the server's.
 fn judged(cluster: &ClusterName, file: BaseFile, error: &Error) -> Status {
     match error.kind {
         Kind::Corrupt | Kind::Denied => {
-            tracing::warn!(%cluster, %error, "a client sent a file that is not what it says; it is refused");
+            tracing::warn!(%cluster, %error, "refused a client's file whose content is not what it claims");
             let code = if error.kind == Kind::Denied { Code::Forbidden } else { Code::Invalid };
             code.status(format!("store {} of {cluster}: {}", file.relative(), error.detail))
         }
@@ -68,11 +70,11 @@ fn judged(cluster: &ClusterName, file: BaseFile, error: &Error) -> Status {
 }
 
 impl BaseStore {
-    /// ADMIT1 to ADMIT3.
+    /// Checks a file by ADMIT1 to ADMIT3.
     ///
     /// # Errors
-    /// `INVALID` for what is not what it says, `FORBIDDEN` for what only the server may say, `UNAVAILABLE` when tier 2 would
-    /// have to be asked and does not answer.
+    /// `INVALID` for content that is not what it claims, `FORBIDDEN` for files that only the server writes,
+    /// `UNAVAILABLE` when tier 2 has to be asked and does not answer.
     pub(super) async fn admit(
         &self,
         cluster: &ClusterName,
@@ -91,7 +93,8 @@ impl BaseStore {
         }
     }
 
-    /// A few at a time over all clusters: each takes a processor, and memory for a piece.
+    /// Waits for a turn. A few files are checked at a time, over all clusters, because each takes a processor and
+    /// memory for a blob.
     async fn turn(&self) -> Result<OwnedSemaphorePermit, Status> {
         let turn = self.0.admitting.clone().acquire_owned().await;
         turn.map_err(|e| Code::Internal.status(e))
@@ -145,7 +148,7 @@ impl BaseStore {
         run(check).await?.map_err(|error| judged(cluster, file, &error))
     }
 
-    /// The sizes of the packs that an index names: all of them are held.
+    /// The sizes of the packs that an index names; fails unless all of them are stored.
     async fn sizes_of(
         &self,
         cluster: &ClusterName,
@@ -198,12 +201,12 @@ impl BaseStore {
             Ok(repository.check_snapshot_file(file, &sealed).map(|()| sealed))
         };
         let sealed = run(read).await?.map_err(|error| judged(cluster, file, &error))?;
-        // Trees are held in memory while they are read.
+        // Trees stay in memory while they are read.
         let _turn = self.turn().await?;
         let whole = self.needs_of_new(cluster, SnapshotId::new(file.id), sealed).await;
         whole.map(drop).map_err(|error| match Code::of(&error) {
             Code::NotFound | Code::Corrupt => {
-                tracing::warn!(%cluster, error = error.message(), "a client sent a snapshot that is not whole; it is refused");
+                tracing::warn!(%cluster, error = error.message(), "refused a client's snapshot that is not whole");
                 Code::Invalid.status(format!(
                     "store {} of {cluster}: the snapshot is not whole: {}",
                     file.relative(),

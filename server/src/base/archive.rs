@@ -1,10 +1,11 @@
-//! What of base backups tier 2 is known to hold, for each cluster, in memory.
+//! Which objects of base backups tier 2 is known to hold, for each cluster, in memory.
 //!
 //! LISTED1  an object is here only after it was proven: uploaded by us, or listed with the size of tier 1's;
-//! LISTED2  what is proven while a comparison lists the bucket is not lost by its result;
-//! LISTED3  nothing is said of a cluster before its bucket was listed once in this run: `None`, never "empty".
+//! LISTED2  an object proven while a comparison lists the bucket is not lost when the comparison's result is stored;
+//! LISTED3  nothing is said about a cluster before its objects were listed once in this run: the answer is `None`,
+//! never "empty".
 //!
-//! A listing rebuilds all of it (P4). Whoever removes an object from tier 2 says so ([`BaseArchives::removed`]).
+//! A listing rebuilds the whole state (P4). Code that removes an object from tier 2 calls [`BaseArchives::removed`].
 
 use super::lock;
 use klio_storage::layout::{BackupName, BaseObject, ClusterName};
@@ -15,10 +16,10 @@ use std::{
 };
 use tokio::sync::OwnedMutexGuard;
 
-/// Problems listed for one cluster; a thousand say no more than ten.
+/// The most problems listed for one cluster; more would not help anybody.
 const PROBLEMS_SHOWN: usize = 10;
 
-/// The problem of the queue, among those of objects: no object's name.
+/// The key of the queue's problem among those of objects; no object has this name.
 const QUEUE: &str = "queue";
 
 /// A cheap handle on the state of all clusters.
@@ -29,21 +30,21 @@ pub struct BaseArchives(Arc<Mutex<BTreeMap<ClusterName, State>>>);
 struct State {
     /// Proven objects and their sizes; `None` before the first listing.
     proven: Option<BTreeMap<BaseObject, u64>>,
-    /// Proven since the running comparison began, or before the first one.
+    /// Objects proven since the running comparison began, or before the first one.
     since: BTreeMap<BaseObject, u64>,
-    /// Removed since the running comparison began.
+    /// Objects removed since the running comparison began.
     gone: BTreeSet<BaseObject>,
-    /// On tier 1 and not proven, and since when, Unix seconds.
+    /// Objects on tier 1 that are not proven, and since when, in Unix seconds.
     pending: BTreeMap<BaseObject, f64>,
-    /// Of those that may change: announced since their job began to read them.
+    /// Objects of changing content that were announced since their job began to read them.
     anew: BTreeSet<BaseObject>,
-    /// What is wrong, by object; the empty name is the cluster as a whole.
+    /// Problems by object; the empty name stands for the cluster as a whole.
     problems: BTreeMap<String, String>,
     /// When the bucket was last listed.
     listed: Option<Instant>,
     /// When and why the bucket could not be listed.
     failed: Option<(Instant, String)>,
-    /// Held by who compares: two comparisons at once would each forget what the other one's time brought.
+    /// Held by whoever compares: of two comparisons at once, each would discard what was proven during the other.
     comparing: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -52,9 +53,9 @@ struct State {
 pub struct BaseArchiveState {
     /// Objects on tier 1 that tier 2 does not have, as far as is known.
     pub unarchived_files: u64,
-    /// Since when the oldest of them waits, Unix seconds.
+    /// Since when the oldest of them waits, in Unix seconds.
     pub oldest_unarchived_unix: Option<f64>,
-    /// What keeps objects from tier 2, in words.
+    /// Why objects cannot be archived, as texts.
     pub problems: Vec<String>,
 }
 
@@ -67,7 +68,7 @@ impl BaseArchives {
         change(clusters.entry(cluster.clone()).or_default())
     }
 
-    /// An object is on tier 1 and may not be in tier 2.
+    /// Records that an object is on tier 1 and may not be in tier 2.
     pub fn announce(&self, cluster: &ClusterName, object: BaseObject, now_unix: f64) {
         self.with(cluster, |state| {
             if !object.is_fixed() {
@@ -79,17 +80,17 @@ impl BaseArchives {
         });
     }
 
-    /// Its job begins: what was announced until now, it reads.
+    /// Records that the object's job begins: it reads everything announced so far.
     pub fn begins(&self, cluster: &ClusterName, object: &BaseObject) {
         self.with(cluster, |state| state.anew.remove(object));
     }
 
-    /// Whether an object was announced since its job began: that job may have read what was there before.
+    /// Whether an object was announced since its job began, so that the job may have read the content from before.
     pub fn is_anew(&self, cluster: &ClusterName, object: &BaseObject) -> bool {
         lock(&self.0).get(cluster).is_some_and(|state| state.anew.contains(object))
     }
 
-    /// Says that archiving stands, and why; `None` when it goes on.
+    /// Records that archiving has stopped, and why; `None` when it continues.
     pub fn stands(&self, cluster: &ClusterName, why: Option<String>) {
         self.with(cluster, |state| match why {
             Some(why) => drop(state.problems.insert(QUEUE.into(), why)),
@@ -97,7 +98,7 @@ impl BaseArchives {
         });
     }
 
-    /// An object was proven. One that was announced anew still waits.
+    /// Records that an object was proven. One that was announced again still waits.
     pub fn proven(&self, cluster: &ClusterName, object: BaseObject, size: u64) {
         self.with(cluster, |state| {
             if !state.anew.contains(&object) {
@@ -113,7 +114,7 @@ impl BaseArchives {
         });
     }
 
-    /// An object was removed from tier 2.
+    /// Records that an object was removed from tier 2.
     pub fn removed(&self, cluster: &ClusterName, object: &BaseObject) {
         self.with(cluster, |state| {
             state.pending.remove(object);
@@ -126,7 +127,7 @@ impl BaseArchives {
         });
     }
 
-    /// An object is not on tier 1 any more, so nothing waits.
+    /// Records that an object is no longer on tier 1, so that nothing waits.
     pub fn moot(&self, cluster: &ClusterName, object: &BaseObject) {
         self.with(cluster, |state| {
             state.pending.remove(object);
@@ -134,7 +135,7 @@ impl BaseArchives {
         });
     }
 
-    /// The proven size of an object; `None` when it is not known to be there.
+    /// The proven size of an object; `None` when it is not known to be in tier 2.
     pub fn size(&self, cluster: &ClusterName, object: &BaseObject) -> Option<u64> {
         lock(&self.0).get(cluster)?.size(object)
     }
@@ -144,14 +145,13 @@ impl BaseArchives {
         lock(&self.0).get(cluster)?.proven.clone()
     }
 
-    /// Bytes of all proven objects.
     pub fn bytes(&self, cluster: &ClusterName) -> u64 {
         let clusters = lock(&self.0);
         let proven = clusters.get(cluster).and_then(|state| state.proven.as_ref());
         proven.map_or(0, |proven| proven.values().sum())
     }
 
-    /// All proven objects, if they were listed less than `age` ago: where another server writes.
+    /// All proven objects, if they were listed less than `age` ago. Used for clusters that another server writes.
     pub fn objects_younger(
         &self,
         cluster: &ClusterName,
@@ -174,7 +174,7 @@ impl BaseArchives {
         Some(proven.keys().filter_map(name).collect())
     }
 
-    /// Before the bucket is listed (LISTED2); waits for its turn. Keep the guard until [`Self::compared`].
+    /// Called before the bucket is listed (LISTED2); waits for its turn. Hold the guard until [`Self::compared`].
     pub async fn begin_comparing(&self, cluster: &ClusterName) -> OwnedMutexGuard<()> {
         let turn = self.with(cluster, |state| state.comparing.clone()).lock_owned().await;
         self.with(cluster, |state| {
@@ -184,8 +184,8 @@ impl BaseArchives {
         turn
     }
 
-    /// The result of a comparison. Says what is missing in tier 2: objects of tier 1 that are not there,
-    /// or there in another size, in the order in which they should go.
+    /// Stores the result of a comparison. Returns what is missing in tier 2: objects of tier 1 that are not there or
+    /// have another size, in the order in which they should be uploaded.
     pub fn compared(
         &self,
         cluster: &ClusterName,
@@ -224,30 +224,29 @@ impl BaseArchives {
         })
     }
 
-    /// The bucket could not be listed.
+    /// Records that the bucket could not be listed.
     pub fn failed(&self, cluster: &ClusterName, problem: String) {
         self.with(cluster, |state| state.failed = Some((Instant::now(), problem)));
     }
 
-    /// Why the bucket could not be listed, when that is younger than `age`.
+    /// Why the bucket could not be listed, if that was less than `age` ago.
     pub fn failed_lately(&self, cluster: &ClusterName, age: Duration) -> Option<String> {
         let clusters = lock(&self.0);
         let (at, problem) = clusters.get(cluster)?.failed.as_ref()?;
         (at.elapsed() < age).then(|| problem.clone())
     }
 
-    /// Says what is wrong with an object, or with the cluster as a whole.
+    /// Records a problem of an object, or of the cluster as a whole.
     pub fn problem(&self, cluster: &ClusterName, object: Option<&BaseObject>, text: String) {
         let name = object.map(ToString::to_string).unwrap_or_default();
         self.with(cluster, |state| state.problems.insert(name, text));
     }
 
-    /// The cluster as a whole is well again.
+    /// Clears the problem of the cluster as a whole.
     pub fn no_problem(&self, cluster: &ClusterName) {
         self.with(cluster, |state| state.problems.remove(""));
     }
 
-    /// How a cluster is.
     pub fn state(&self, cluster: &ClusterName) -> BaseArchiveState {
         let clusters = lock(&self.0);
         let Some(state) = clusters.get(cluster) else { return BaseArchiveState::default() };

@@ -1,8 +1,8 @@
 //! Lists a cluster's backups over both tiers.
 //!
-//! A record that cannot be read is a problem in words, never a backup less in silence (P6). With tier 1
-//! empty the list comes from tier 2 (BASE4). A backup is in tier 2 when its record is: the consumer puts that
-//! there last (S3).
+//! A record that cannot be read is listed as a problem, so that a backup never disappears silently (P6). When tier 1
+//! is empty, the list comes from tier 2 (BASE4). A backup is in tier 2 when its record is, because the consumer
+//! uploads the record last.
 
 use super::{BaseStore, lock, run, tier2_status};
 use klio_proto::Code;
@@ -20,23 +20,22 @@ use std::{
 };
 use tonic::Status;
 
-/// Records that only tier 2 has, as they were read; they never change.
+/// Records that only tier 2 has, after they were read; records never change.
 pub(super) type RecordCache = Mutex<BTreeMap<(ClusterName, BackupName), (u64, BackupRecord)>>;
 
-/// A backup and what is known of it.
+/// A backup and what is known about it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListedBackup {
-    /// Its record.
     pub record: BackupRecord,
-    /// Everything it needs is on tier 1.
+    /// Whether everything it needs is on tier 1.
     pub tier1: bool,
-    /// Everything it needs was proven in tier 2.
+    /// Whether everything it needs was proven in tier 2.
     pub tier2: bool,
-    /// Every file it needs is on tier 1 or proven in tier 2.
+    /// Whether every file it needs is on tier 1 or proven in tier 2.
     pub together: bool,
-    /// The newest verification.
+    /// The result of the newest verification.
     pub verified: Option<VerifyOutcome>,
-    /// The newest drill.
+    /// The result of the newest drill.
     pub drilled: Option<DrillOutcome>,
 }
 
@@ -45,22 +44,22 @@ pub struct ListedBackup {
 pub struct Backups {
     /// Oldest first.
     pub backups: Vec<ListedBackup>,
-    /// What cannot be read, in words: while there is any, nothing may be removed (P6).
+    /// Problems of records that cannot be read. While there is one, nothing may be removed (P6).
     pub problems: Vec<String>,
 }
 
-/// What tier 1 says.
+/// What is on tier 1.
 #[derive(Default)]
 struct OnDisk {
     records: BTreeMap<BackupName, BackupRecord>,
     unreadable: BTreeMap<BackupName, String>,
     /// Repository files.
     files: BTreeSet<BaseFile>,
-    /// There was a bucket once: tier 1 may have let packs go to it.
+    /// Whether there was ever a bucket, so that packs may have been evicted from tier 1.
     had_bucket: bool,
 }
 
-/// Who has the files of a backup.
+/// Which tiers have the files of a backup.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Reach {
     tier1: bool,
@@ -68,8 +67,8 @@ struct Reach {
 }
 
 impl OnDisk {
-    /// Whether a file that a backup needs may be missing here. What the bucket has and tier 1 does not was let go;
-    /// of what an earlier bucket has, this one knows nothing.
+    /// Whether a file that a backup needs may be missing on tier 1. A pack that the bucket has and tier 1 does not was
+    /// evicted. This says nothing about an earlier bucket, which this server cannot list.
     fn let_go(&self, objects: &BTreeMap<BaseObject, u64>) -> bool {
         let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !self.files.contains(file));
         self.had_bucket || objects.keys().any(only_there)
@@ -149,7 +148,7 @@ impl BaseStore {
         .await
     }
 
-    /// Adds what was learnt since. Blocking.
+    /// Adds the results of verification and drills. Blocking.
     fn listed(
         &self,
         cluster: &ClusterName,
@@ -158,7 +157,7 @@ impl BaseStore {
         tier2: bool,
     ) -> ListedBackup {
         let (disk, root, name) = (self.disk().as_ref(), self.root(), &record.name);
-        let tell = |error: Error| tracing::warn!(%cluster, backup = %name, %error, "an outcome cannot be read");
+        let tell = |error: Error| tracing::warn!(%cluster, backup = %name, %error, "cannot read the result of a verification or drill");
         let verified = outcomes::load_verified(disk, root, cluster, name).unwrap_or_else(|e| {
             tell(e);
             None
@@ -171,8 +170,9 @@ impl BaseStore {
         ListedBackup { tier1, tier2, together: together || tier2, verified, drilled, record }
     }
 
-    /// What can be given back of the backups with a record on tier 1. Where tier 1 never let anything go it has every
-    /// one with a snapshot; else the snapshots are asked, which costs reading their trees once.
+    /// Which tiers can deliver the backups whose record is on tier 1. If nothing was ever evicted from tier 1, it has
+    /// the files of every backup whose snapshot is there. Otherwise the snapshots are read, which costs reading their
+    /// trees once.
     async fn within_reach(
         &self,
         cluster: &ClusterName,
@@ -218,7 +218,7 @@ impl BaseStore {
         Ok(disk)
     }
 
-    /// Names and sizes of tier 1's records. Blocking.
+    /// Names and sizes of the records on tier 1. Blocking.
     pub(crate) fn records_on_disk(
         &self,
         cluster: &ClusterName,
@@ -241,7 +241,7 @@ impl BaseStore {
         Ok(found)
     }
 
-    /// A record of tier 1. Blocking.
+    /// Reads a record on tier 1. Blocking.
     ///
     /// # Errors
     /// `Corrupt` when it cannot be read.
@@ -254,10 +254,10 @@ impl BaseStore {
         record::load(self.disk().as_ref(), &path)
     }
 
-    /// A record of tier 2.
+    /// Reads a record in tier 2.
     ///
     /// # Errors
-    /// `Corrupt`, or as the bucket fails.
+    /// `Corrupt`, or an error of the bucket.
     pub async fn record_in_tier2(
         &self,
         cluster: &ClusterName,
@@ -280,10 +280,10 @@ impl BaseStore {
         Ok(read)
     }
 
-    /// One backup of either tier.
+    /// One backup, from either tier.
     ///
     /// # Errors
-    /// `NOT_FOUND`.
+    /// `NOT_FOUND`; the errors of [`BaseStore::backups`].
     pub async fn backup(
         &self,
         cluster: &ClusterName,
@@ -324,7 +324,7 @@ mod tests {
         assert_eq!(reach(&["new", "old", "lost"], &["old"]), (false, false));
     }
 
-    /// With another bucket, or an emptied one, its listing says nothing of what went to the earlier one.
+    /// The listing of another bucket, or of an emptied one, says nothing about what went to the earlier one.
     #[test]
     fn where_there_was_a_bucket_once_tier_1_is_not_taken_for_whole() {
         let mut disk = OnDisk { files: BTreeSet::from([pack("a")]), ..OnDisk::default() };

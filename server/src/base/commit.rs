@@ -1,10 +1,10 @@
-//! Makes a finished backup exist.
+//! Commits a finished backup.
 //!
-//! BASE3: the record is written when, and only when, the snapshot and everything it needs is in the repository
-//! (whole: a file is there with the bytes of its name or not at all, REPO1 and REPO2; a pack has the size that the index
-//! demands, as disks may cut files short), and all WAL from the backup's start to its stop is durable and
-//! contiguous, over every timeline on the way. Written atomically and last: a crash leaves the whole record
-//! or none. The same record again is the same answer.
+//! BASE3: the record is written if and only if (1) the snapshot and everything it needs is in the repository, and (2)
+//! all WAL from the backup's start to its stop is durable and contiguous, over every timeline on the way. A file in
+//! the repository is whole: it has the bytes of its name or is absent (REPO1 and REPO2), and a pack must have the size
+//! that the index says, because disks may cut files short. The record is written atomically and last, so a crash
+//! leaves the whole record or none. Committing the same record again gives the same answer.
 
 use super::{BaseStore, reserve::Caller, run};
 use klio_pg::SegmentSize;
@@ -20,15 +20,15 @@ use klio_storage::{
 use std::collections::BTreeMap;
 use tonic::Status;
 
-/// Missing files that are named in a refusal.
+/// How many missing files a refusal names.
 const NAMED_MAX: usize = 3;
 
 impl BaseStore {
     /// Checks a record and writes it.
     ///
     /// # Errors
-    /// `INVALID` for one that cannot be right, `INCOMPLETE` when something it needs is not held, `BUSY` when
-    /// another backup is reserved, `UNAVAILABLE` when none is.
+    /// `INVALID` for a record that cannot be right, `INCOMPLETE` when something it needs is not stored, `BUSY` when
+    /// another backup has the reservation, `UNAVAILABLE` when none has.
     pub async fn commit(
         &self,
         cluster: &ClusterName,
@@ -37,7 +37,7 @@ impl BaseStore {
     ) -> Result<(), Status> {
         let record: BackupRecord = serde_json::from_slice(document)
             .map_err(|e| Code::Invalid.status(format!("commit a backup of {cluster}: {e}")))?;
-        // Before anything is compared: the same record again is brought in order the same way.
+        // Before anything is compared, so that a repeated record is corrected in the same way.
         let record = in_order(cluster, record);
         let part = self.cluster(cluster);
         let _one = part.committing.lock().await;
@@ -48,13 +48,13 @@ impl BaseStore {
         let snapshot = self.check_fields(cluster, &record)?;
         self.check_wal(cluster, &record).await?;
         self.check_snapshot(cluster, &record, snapshot).await?;
-        // It may have ended, and a prune begun, while all that was read.
+        // Checked again: the reservation may have ended, and a prune may have begun, while all that was read.
         self.reservations().may_commit(cluster, &record.name, caller)?;
         let record = BackupRecord { committed_unix: self.now_unix(), ..record };
         self.write_record(cluster, record).await
     }
 
-    /// Whether this very record is there.
+    /// Whether exactly this record exists.
     async fn is_committed(
         &self,
         cluster: &ClusterName,
@@ -109,7 +109,7 @@ impl BaseStore {
     async fn check_wal(&self, cluster: &ClusterName, record: &BackupRecord) -> Result<(), Status> {
         let (timeline, start, stop) = (record.stop_timeline, record.start_lsn, record.stop_lsn);
         let mut missing = None;
-        // Tier 1 alone is enough as a rule; then what was known of tier 2; then the bucket is asked.
+        // Usually tier 1 alone is enough; then what is known of tier 2 is used; then the bucket is asked.
         for tier2 in [
             super::holdings::Tier2Use::Not,
             super::holdings::Tier2Use::Cached,
@@ -139,7 +139,7 @@ impl BaseStore {
         Err(refuse(Code::Incomplete, cluster, record, missing.unwrap_or_default()))
     }
 
-    /// Everything the snapshot needs is in the repository.
+    /// Checks that everything the snapshot needs is in the repository.
     async fn check_snapshot(
         &self,
         cluster: &ClusterName,
@@ -166,7 +166,7 @@ impl BaseStore {
         if missing.is_empty() {
             return Ok(());
         }
-        // Tier 1 may have let them go to tier 2, which could not be asked.
+        // The files may have been evicted from tier 1, and tier 2 could not be asked.
         if self.tier2().is_some() && !self.knows_tier2(cluster) {
             return Err(Code::Unavailable.status(format!(
                 "commit backup {} of {cluster}: {} files are not on tier 1 as they should be, and tier 2 did not answer",
@@ -198,9 +198,9 @@ impl BaseStore {
     }
 }
 
-/// A clock that was set back while the backup ran is no reason to throw hours of copying away: LSNs say what comes after
-/// what. The stop counts as the start at the least: a time before it is then left to an older backup, as a restore
-/// takes a backup only for a time after its stop.
+/// If the clock was set back while the backup ran, hours of copying are not thrown away: LSNs give the order. The stop
+/// time is set to the start time at least. A restore to an earlier time then uses an older backup, because a backup is
+/// used only for times after its stop.
 fn in_order(cluster: &ClusterName, mut record: BackupRecord) -> BackupRecord {
     let (started, stopped) = (record.started_postgres_unix, record.stopped_postgres_unix);
     if stopped < started {
@@ -220,7 +220,7 @@ fn in_order(cluster: &ClusterName, mut record: BackupRecord) -> BackupRecord {
     record
 }
 
-/// What is wrong with a file that is needed: it is not held, or not with the bytes it must have.
+/// What is wrong with a needed file: it is not stored, or has another size than it must have.
 fn lacks(file: BaseFile, expected: Option<u64>, held: &BTreeMap<BaseFile, u64>) -> Option<String> {
     match (held.get(&file), expected) {
         (None | Some(0), _) => Some(file.relative()),

@@ -3,15 +3,15 @@
 use klio_pg::ByteSize;
 use klio_storage::repository::Settings;
 
-/// `[base]`. The sizes are fixed in a repository when it is made; the level is for whatever is new.
+/// `[base]`. The sizes are fixed when a repository is created; the level applies to all new data.
 #[derive(Debug, Clone, Copy, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BaseConfig {
-    /// Bytes of a chunk.
+    /// Bytes per chunk.
     pub chunk_size: ByteSize,
     /// zstd level; 0 stores uncompressed.
     pub compression_level: i32,
-    /// Bytes of a pack.
+    /// Bytes per pack.
     pub pack_size: ByteSize,
 }
 
@@ -23,13 +23,11 @@ impl Default for BaseConfig {
 }
 
 impl BaseConfig {
-    /// For repositories.
     pub const fn settings(&self) -> Settings {
         let Self { chunk_size, compression_level, pack_size } = *self;
         Settings { chunk_size, compression_level, pack_size }
     }
 
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let checked = self.settings().validate();
         checked.err().map(|error| format!("[base] {}", error.detail)).into_iter().collect()

@@ -1,6 +1,7 @@
-//! How far the packs of a cluster were opened (`catalog::coverage`), for whoever admits and verifies.
+//! How many of a cluster's packs were opened and checked (`catalog::coverage`), for admitting files and for
+//! verification.
 //!
-//! One that cannot be read counts as nothing known: then more is opened than must be.
+//! If the record cannot be read, no pack counts as checked, so that more packs are opened than necessary.
 
 use super::{BaseStore, run};
 use klio_storage::{
@@ -10,27 +11,27 @@ use klio_storage::{
 use tonic::Status;
 
 impl BaseStore {
-    /// What is known. Blocking.
+    /// What is recorded on tier 1. Blocking.
     pub fn coverage_on_disk(&self, cluster: &ClusterName) -> Coverage {
         coverage::load(self.disk().as_ref(), self.root(), cluster).unwrap_or_else(|error| {
-            tracing::warn!(%cluster, %error, "how far the packs were read is not known; reading begins anew");
+            tracing::warn!(%cluster, %error, "cannot read which packs were checked; checking starts again");
             Coverage::default()
         })
     }
 
-    /// The same.
+    /// The same as [`BaseStore::coverage_on_disk`], on a blocking thread.
     ///
     /// # Errors
-    /// `INTERNAL` when a thread ends.
+    /// `INTERNAL` when the thread panics.
     pub async fn coverage(&self, cluster: &ClusterName) -> Result<Coverage, Status> {
         let (this, cluster) = (self.clone(), cluster.clone());
         run(move || Ok(this.coverage_on_disk(&cluster))).await
     }
 
-    /// Replaces it, durably.
+    /// Replaces the record, durably.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     pub async fn keep_coverage(
         &self,
         cluster: &ClusterName,

@@ -1,9 +1,9 @@
-//! What verification knows to be damaged, for whoever stores and lists.
+//! The record of what verification found damaged, for storing and listing files.
 //!
-//! A pack that is known to be damaged, with a good copy in no tier, is left out of listings: then the next backup sends again
-//! what is in it, as with one that is missing (ABSENT2 of the repository), and readers look elsewhere first. It stays where it is. It
-//! is known no longer when it was read and found good, or when somebody sent it again. What cannot be read stops whoever would
-//! remove or change something by it (P6); a listing goes on without.
+//! A damaged pack without a good copy in either tier is left out of listings. Then the next backup sends its content
+//! again, as if the pack were missing (ABSENT2 of the repository), and readers look elsewhere first. The file stays
+//! where it is. The entry is removed when the pack was read and found good, or was sent again. If the record cannot be
+//! read, nothing is removed or changed on its basis (P6), but listings continue without it.
 
 use super::{BaseStore, lock, run};
 use klio_storage::{
@@ -15,15 +15,16 @@ use std::collections::BTreeSet;
 use tonic::Status;
 
 impl BaseStore {
-    /// What is known. Blocking.
+    /// The recorded damage. Blocking.
     ///
     /// # Errors
-    /// `Corrupt`, or as the disk fails.
+    /// `Corrupt`, or an I/O error of the disk.
     pub fn known_damage(&self, cluster: &ClusterName) -> Result<KnownDamage, Error> {
         damage::load(self.disk().as_ref(), self.root(), cluster)
     }
 
-    /// Packs with a good copy in no tier; none where that cannot be read, which is told. Blocking.
+    /// Packs without a good copy in either tier. Empty, with an error in the log, when the record cannot be read.
+    /// Blocking.
     pub(super) fn damaged_packs(&self, cluster: &ClusterName) -> BTreeSet<BaseFile> {
         let known = self.known_damage(cluster).unwrap_or_else(|error| {
             tracing::error!(%cluster, %error, "cannot read damaged.json; pruning is paused");
@@ -32,10 +33,10 @@ impl BaseStore {
         known.pack_files(cluster)
     }
 
-    /// Changes what is known, durably.
+    /// Changes the record, durably.
     ///
     /// # Errors
-    /// As reading or writing it fails; then it is as it was.
+    /// An error of reading or writing it; the record is then unchanged.
     pub async fn change_damage(
         &self,
         cluster: &ClusterName,
@@ -45,7 +46,7 @@ impl BaseStore {
         run(move || this.change_damage_now(&cluster, change)).await
     }
 
-    /// The same; blocking.
+    /// The same, blocking.
     pub(super) fn change_damage_now(
         &self,
         cluster: &ClusterName,

@@ -1,7 +1,7 @@
 //! The numbers of the `klio.base.*` metrics, kept in memory so that a scrape reads no disk.
 //!
-//! Known from tier 1's records at start, from every listing, and from each commit. Ages are measured from
-//! the commit, in the server's own clock. The recovery window follows from the same records (`window.rs`).
+//! Filled from the records on tier 1 at start, from every listing, and from each commit. Ages are measured from the
+//! commit, on the server's own clock. The recovery window follows from the same records (`window.rs`).
 
 use super::{
     BaseStore, lock,
@@ -18,10 +18,10 @@ use std::{
     sync::Mutex,
 };
 
-/// Per cluster, by name.
+/// By cluster and backup name.
 pub(super) type Summaries = Mutex<BTreeMap<ClusterName, BTreeMap<BackupName, Summary>>>;
 
-/// What the gauges need of a record.
+/// The parts of a record that the gauges need.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Summary {
     committed_unix: f64,
@@ -30,12 +30,12 @@ pub(super) struct Summary {
     directories: u64,
     pub start: (TimelineId, Lsn),
     pub stop: (TimelineId, Lsn),
-    /// PostgreSQL's clock.
+    /// By PostgreSQL's clock.
     pub stopped_unix: f64,
 }
 
 impl Summary {
-    /// One of which only the WAL matters.
+    /// A summary of which only the WAL positions matter.
     #[cfg(test)]
     pub(super) fn of_wal(
         start: (TimelineId, Lsn),
@@ -62,7 +62,7 @@ impl From<&BackupRecord> for Summary {
 }
 
 impl BaseStore {
-    /// Reads tier 1's records; those that cannot be read are left out here and listed elsewhere. Blocking.
+    /// Reads the records on tier 1. Those that cannot be read are skipped here; listings report them. Blocking.
     pub(super) fn remember(&self, cluster: &ClusterName) {
         for (name, _) in self.records_on_disk(cluster).unwrap_or_default() {
             if let Ok(Some(record)) = self.record_on_disk(cluster, &name) {
@@ -76,7 +76,7 @@ impl BaseStore {
         all.entry(cluster.clone()).or_default().insert(record.name.clone(), record.into());
     }
 
-    /// These are all there are.
+    /// Replaces the summaries of a cluster.
     pub(super) fn remember_all<'a>(
         &self,
         cluster: &ClusterName,
@@ -112,7 +112,8 @@ impl BaseStore {
                 put("klio.base.oldest_snapshot_age", (now - oldest.committed_unix).max(0.0));
             }
             let archive = self.archives().state(cluster);
-            // Before the bucket was listed nobody knows what it lacks: with a bucket that is down that is no 0.
+            // Before the first listing it is unknown what the bucket lacks, so 0 would be wrong while the bucket is
+            // down.
             let listed = self.archives().records(cluster).is_some();
             if self.tier2().is_some() && (listed || archive.unarchived_files > 0) {
                 let lag =
@@ -123,7 +124,8 @@ impl BaseStore {
         }
     }
 
-    /// A cluster without a backup has none, and says so: an alert looks at it. Before tier 2 was listed nobody knows.
+    /// The number of backups. A cluster without a backup reports 0, because an alert depends on it; before tier 2 was
+    /// listed the number is unknown.
     fn snapshots(&self, cluster: &ClusterName, known: usize) -> Option<usize> {
         if known > 0 || self.tier2().is_none() {
             return Some(known);
@@ -131,7 +133,7 @@ impl BaseStore {
         self.archives().records(cluster).map(|records| records.len())
     }
 
-    /// The two gauges of the recovery window. `as_of`: all that PostgreSQL had then is durable.
+    /// The two gauges of the recovery window. `as_of` is a time up to which all of PostgreSQL's WAL is durable.
     pub fn read_window(
         &self,
         cluster: &ClusterName,

@@ -1,12 +1,13 @@
-//! Which histories a cluster has, on this server (P11): reads and writes `generations.json`, and says what a name stands for.
+//! The histories (generations) of a cluster on this server (P11): reads and writes `generations.json`, and resolves
+//! names.
 //!
-//! - Tier 1's record is the current one. A server that has nothing of a cluster asks the bucket before it answers; one that has
-//!   asks it once after each start, as its disk may have been set back (`Known::learned`). Nothing is decided before it answered;
-//!   who streams does not wait for it long (P4).
-//! - A change is durable before anybody hears of it, and one is made at a time.
-//! - What the bucket knows and tier 1 does not is taken over. Where both know something that the other lacks, both stay as they
-//!   are and a person is told.
-//! - What cannot be read is an error, never "there is only one".
+//! - The record on tier 1 is authoritative. A server that has nothing of a cluster asks the bucket before it answers.
+//!   One that has something asks it once after each start, because its disk may have been set back (`Known::learned`).
+//!   No decision is made before the bucket answered, but a stream does not wait for it long (P4).
+//! - A change is durable before it is visible, and only one is made at a time.
+//! - What the bucket knows and tier 1 does not is taken over. If each knows something that the other lacks, both stay
+//!   unchanged and a person is told.
+//! - A record that cannot be read is an error, never "there is only one history".
 
 use super::{
     BaseStore,
@@ -28,21 +29,22 @@ use std::{
 };
 use tonic::Status;
 
-/// A restore from a server that has nothing but the bucket asks for each file: not each time for this as well.
+/// A restore from a server that has only the bucket requests many files; the bucket is not asked for the histories
+/// each time.
 const ASKED_FOR: Duration = Duration::from_secs(10);
-/// What was read, by the cluster's plain name.
+/// The records that were read, by the cluster's plain name.
 #[derive(Default)]
 pub(super) struct Known {
     read: Mutex<BTreeMap<ClusterName, Generations>>,
-    /// What the bucket said of clusters that are not on tier 1, and when.
+    /// The bucket's answers about clusters that are not on tier 1, and their times.
     asked: Mutex<BTreeMap<ClusterName, (Instant, Generations)>>,
     learned: Learned,
-    /// One change at a time.
+    /// Allows one change at a time.
     changing: tokio::sync::Mutex<()>,
 }
 
 impl BaseStore {
-    /// The histories of a cluster, as far as this server knows without asking anybody. Blocking at the first time.
+    /// The histories of a cluster, as far as this server knows without asking the bucket. Blocks the first time.
     pub fn generations_here(&self, cluster: &ClusterName) -> Result<Generations, Error> {
         let base = cluster.base();
         if let Some(known) = lock(&self.0.generations.read).get(&base) {
@@ -58,22 +60,22 @@ impl BaseStore {
         Ok(found)
     }
 
-    /// The histories of a cluster; of one that is not on tier 1, by the bucket.
+    /// The histories of a cluster; if it is not on tier 1, according to the bucket.
     ///
     /// # Errors
     /// `UNAVAILABLE` when the bucket has to be asked and does not answer; `CORRUPT`.
     pub async fn generations(&self, cluster: &ClusterName) -> Result<Generations, Status> {
-        // A bucket that does not answer, or says something else, keeps nobody from streaming: it is shown.
+        // A bucket that does not answer, or contradicts tier 1, does not prevent streaming; the problem is logged.
         if let Err(error) = self.learn_generations(cluster, false).await {
-            tracing::warn!(%cluster, %error, "what the bucket knows of the cluster's histories is not taken over");
+            tracing::warn!(%cluster, %error, "cannot take over the bucket's record of the cluster's histories");
         }
         self.look(cluster).await
     }
 
-    /// Joins what the bucket knows, once after each start.
+    /// Joins the bucket's record, once after each start.
     ///
     /// # Errors
-    /// `UNAVAILABLE` when it does not answer; `CONFLICT` when neither record has all of the other.
+    /// `UNAVAILABLE` when the bucket does not answer; `CONFLICT` when neither record contains all of the other.
     async fn learn_generations(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
         let base = cluster.base();
         if self.wal().pinned(&base).is_none() {
@@ -104,26 +106,26 @@ impl BaseStore {
         };
         let found = self.ask(cluster, tier2, question).await?.unwrap_or_default();
         let mut asked = lock(&self.0.generations.asked);
-        // Callers of any name may ask: what is old goes.
+        // Clients may ask for any name, so old answers are removed.
         asked.retain(|_, (at, _)| at.elapsed() < ASKED_FOR);
         asked.insert(cluster.base(), (Instant::now(), found.clone()));
         Ok(found)
     }
 
-    /// Whether nobody may stream into this history any more, as far as this server knows without asking anybody.
+    /// Whether this history is closed to new streams, as far as this server knows without asking the bucket.
     ///
     /// # Errors
-    /// As the disk fails, and a record that cannot be read.
+    /// An I/O error of the disk, or a record that cannot be read.
     pub fn takes_no_more(&self, place: &ClusterName) -> Result<bool, Error> {
         let all = self.generations_here(place)?;
         let found = all.get(place.number().unwrap_or(1));
         Ok(found.is_some_and(|generation| !generation.state.is_open()))
     }
 
-    /// What a name stands for: `<name>@<number>` for itself, a plain name for the current generation.
+    /// Resolves a name: `<name>@<number>` is itself, a plain name is the current generation.
     ///
     /// # Errors
-    /// `INVALID` for a number there is none of; as [`BaseStore::generations`].
+    /// `INVALID` for a number that does not exist; the errors of [`BaseStore::generations`].
     pub async fn resolve(&self, named: ClusterName) -> Result<ClusterName, Status> {
         let all = self.generations(&named).await?;
         let number = named.number().unwrap_or_else(|| all.current());
@@ -140,16 +142,16 @@ impl BaseStore {
         }
     }
 
-    /// The same by what this server knows without asking anybody.
+    /// The same, as far as this server knows without asking the bucket.
     pub fn resolve_here(&self, named: &ClusterName) -> Result<ClusterName, Status> {
         let all = self.generations_here(named).map_err(|e| crate::errors::status(&e))?;
         Ok(Generations::place(named, named.number().unwrap_or_else(|| all.current())))
     }
 
-    /// Takes over what the bucket says at first contact, so that a new tier 1 knows which histories there are.
+    /// Takes over the bucket's record at first contact, so that a new tier 1 knows all histories.
     ///
     /// # Errors
-    /// As [`BaseStore::generations`], and as the disk fails.
+    /// The errors of [`BaseStore::generations`], or an I/O error of the disk.
     pub(super) async fn adopt_generations(&self, cluster: &ClusterName) -> Result<(), Status> {
         if self.wal().pinned(cluster).is_some() {
             return Ok(());
@@ -159,10 +161,10 @@ impl BaseStore {
         joined.map_err(|error| crate::errors::status(&error))
     }
 
-    /// Joins what the bucket knows to tier 1's record: this tier 1 is new, or was set back.
+    /// Joins the bucket's record to tier 1's, which is new or was set back.
     ///
     /// # Errors
-    /// `Conflict` when neither has all of the other: then nothing is changed. As the disk fails.
+    /// `Conflict` when neither record contains all of the other; then nothing is changed. An I/O error of the disk.
     pub async fn join_generations(
         &self,
         cluster: &ClusterName,
@@ -181,14 +183,14 @@ impl BaseStore {
             }
             let version = joined.version;
             this.keep_generations(base.clone(), joined)?;
-            tracing::warn!(cluster = %base, version, "what tier 2 knows of the cluster's histories and tier 1 did not is taken over");
+            tracing::warn!(cluster = %base, version, "took over the cluster's histories that only tier 2 had on record");
             this.announce(&base, BaseObject::Generations, 0);
             Ok(())
         });
         joined.await.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
     }
 
-    /// Durably, and then for everybody. Blocking.
+    /// Stores the record durably, and then in memory. Blocking.
     fn keep_generations(&self, base: ClusterName, all: Generations) -> Result<(), Error> {
         let path = self.path(&base, &BaseObject::Generations);
         if let Some(directory) = path.parent() {
@@ -199,10 +201,10 @@ impl BaseStore {
         Ok(())
     }
 
-    /// The same for a caller that adds to it.
+    /// The same as `resolve`, for a caller that adds to the history.
     ///
     /// # Errors
-    /// `DIVERGED` for a generation that takes nothing any more.
+    /// `DIVERGED` for a generation that is closed.
     pub async fn resolve_open(&self, named: ClusterName) -> Result<ClusterName, Status> {
         let place = self.resolve(named).await?;
         let all = self.generations(&place).await?;
@@ -218,10 +220,11 @@ impl BaseStore {
         }
     }
 
-    /// A generation for a history that is none of the cluster's.
+    /// Begins a generation for a history that is not the cluster's.
     ///
     /// # Errors
-    /// `DIVERGED` when it is not taken, or a person has decided so; `INVALID` when there are too many.
+    /// `DIVERGED` when it is not received, by configuration or by a person's decision; `INVALID` when there are too
+    /// many.
     pub async fn begin_generation(
         &self,
         cluster: &ClusterName,
@@ -238,7 +241,7 @@ impl BaseStore {
         let base = cluster.base();
         let Generation { number, state, reason, .. } = &made;
         if state.is_open() {
-            tracing::error!(cluster = %base, generation = number, reason, "another history of the cluster is received, undecided: a person has to decide");
+            tracing::error!(cluster = %base, generation = number, reason, "another history of the cluster is received as undecided; a person has to decide");
             return Ok(*number);
         }
         Err(Code::Diverged.status(format!(
@@ -248,10 +251,10 @@ impl BaseStore {
         )))
     }
 
-    /// Remembers a place where nothing showed that new WAL continues the old. Told once.
+    /// Records a place where nothing proved that new WAL continues the old WAL. It is logged once.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     pub async fn note_unproven(
         &self,
         cluster: &ClusterName,
@@ -269,7 +272,8 @@ impl BaseStore {
             recorded_unix: now_unix,
             unknown: record::Unknown::default(),
         };
-        // No decision, so that it waits for nobody: records are joined with all such places.
+        // This is not a decision, so it does not wait for the bucket: when records are joined, all such places are
+        // kept.
         let new = self.change_here(cluster, move |all| Ok(all.note_unproven(found)));
         if new.await? {
             tracing::warn!(%cluster, timeline = timeline.get(), %at, reason, "continuity is not proven: new WAL begins here");
@@ -277,10 +281,10 @@ impl BaseStore {
         Ok(())
     }
 
-    /// Changes what is known of a cluster's histories, durably.
+    /// Changes the record of a cluster's histories, durably.
     ///
     /// # Errors
-    /// `INVALID` with the refusal; as the disk fails.
+    /// `INVALID` with the reason of the refusal; an I/O error of the disk.
     pub async fn change_generations<T: Send + 'static>(
         &self,
         cluster: &ClusterName,
@@ -312,7 +316,7 @@ impl BaseStore {
     }
 }
 
-/// Who decided about a generation and when, as the rest of a sentence; empty when nobody has.
+/// Who decided about a generation and when, as the rest of a sentence; empty when nobody has decided.
 pub(crate) fn decided(generation: &Generation) -> String {
     if generation.decided_by.is_empty() {
         return String::new();

@@ -1,8 +1,9 @@
-//! Gives repository files back: from tier 1, else from tier 2, in bounded pieces.
+//! Reads repository files for clients: from tier 1, else from tier 2, in bounded pieces.
 //!
-//! BASE5: a tier that could not be asked makes the answer `UNAVAILABLE`, never "not found" (P7). A range of a
-//! file in tier 2 is a range of its object: no more is read. A caller that does not read holds no thread. Several ranges
-//! are one answer: what a delta restore lacks are small pieces, far apart, and each request has its price.
+//! BASE5: if a tier could not be asked, the answer is `UNAVAILABLE`, never "not found" (P7). A range of a file in tier
+//! 2 is read as a range of its object, and no more. A caller that does not read blocks no thread. Several ranges are
+//! answered in one response, because a delta restore needs small pieces that are far apart, and each request has its
+//! cost.
 
 use super::{BaseStore, tier2_status};
 use crate::errors;
@@ -20,23 +21,23 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
-/// Bytes of one message, and messages waiting.
+/// Bytes of one message, and the number of messages that may wait.
 const PIECE_BYTES: u64 = 512 << 10;
 const PIECES_MAX: usize = 2;
-/// Ranges of an object that are asked for at once.
+/// How many ranges of an object are requested at once.
 const REQUESTS_MAX: usize = 8;
 
 type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
-/// Bytes of a file that were found.
+/// The bytes of a file that was found.
 pub enum FileBytes {
     /// On this server's disk.
     Tier1 {
-        /// Open.
+        /// The open file.
         handle: FileHandle,
         /// For messages in the log.
         path: PathBuf,
-        /// What is asked for, all of it within the file.
+        /// The requested ranges, all of them within the file.
         ranges: Vec<Range<u64>>,
     },
     /// In the bucket.
@@ -44,10 +45,10 @@ pub enum FileBytes {
 }
 
 impl BaseStore {
-    /// Finds a part of a file.
+    /// Finds the requested part of a file.
     ///
     /// # Errors
-    /// `NOT_FOUND` is definitive; `CORRUPT` when the file ends before; `UNAVAILABLE`.
+    /// `NOT_FOUND` is definitive; `CORRUPT` when the file ends before the part does; `UNAVAILABLE`.
     pub async fn find_file(
         &self,
         cluster: &ClusterName,
@@ -83,7 +84,7 @@ impl BaseStore {
             Err(error) => Some(errors::status(&error)),
         };
         match (self.find_in_tier2(cluster, file, part).await, trouble) {
-            // Tier 1 has it and cannot give it: that is no absence, whatever tier 2 says (P7).
+            // Tier 1 has the file and cannot read it, so it is not absent, whatever tier 2 says (P7).
             (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
             (found, _) => found.map(FileBytes::Tier2),
         }
@@ -104,7 +105,7 @@ impl BaseStore {
         }
         .into_iter();
         let Some(first) = asked.next() else { return Ok(stream::empty().boxed()) };
-        // Before the answer begins: it says whether there is such a file.
+        // Asked before the response begins, because the answer says whether the file exists.
         let first = self.ask_tier2(cluster, file, first).await?;
         let (base, cluster) = (self.clone(), cluster.clone());
         let later = stream::iter(asked).map(move |part| {
@@ -147,7 +148,7 @@ impl BaseStore {
 }
 
 impl FileBytes {
-    /// The bytes as messages of a stream.
+    /// The bytes as the messages of a response.
     pub fn stream(self, tasks: &TaskTracker) -> Pieces {
         match self {
             FileBytes::Tier1 { handle, path, ranges } => {
@@ -160,7 +161,7 @@ impl FileBytes {
     }
 }
 
-/// A store gives pieces of any size; a message has at most [`PIECE_BYTES`].
+/// An object store may deliver pieces of any size; a message has at most [`PIECE_BYTES`].
 fn split(piece: Result<Bytes, Status>) -> impl Stream<Item = Result<Bytes, Status>> {
     let mut rest = piece.map_or_else(|e| vec![Err(e)], |bytes| vec![Ok(bytes)]);
     while let Some(Ok(last)) = rest.last_mut()
@@ -172,7 +173,7 @@ fn split(piece: Result<Bytes, Status>) -> impl Stream<Item = Result<Bytes, Statu
     stream::iter(rest)
 }
 
-/// A thread is taken for each piece and only when the caller has room for it (P8).
+/// A thread is used for each piece, and only when the caller has room for it (P8).
 async fn from_disk(
     handle: FileHandle,
     path: PathBuf,
@@ -209,7 +210,7 @@ async fn from_disk(
     }
 }
 
-/// Takes ranges off the front that have this many bytes together, or fewer when there are no more.
+/// Takes ranges from the front whose sizes add up to `bytes`, or all of them if there are fewer bytes.
 fn take(rest: &mut VecDeque<Range<u64>>, mut bytes: u64) -> Vec<Range<u64>> {
     let mut taken = Vec::new();
     while bytes > 0
@@ -237,7 +238,7 @@ mod tests {
         assert_eq!(take(&mut rest, 7).first(), Some(&(102..109)));
         assert_eq!(take(&mut rest, 70).first(), Some(&(109..120)));
         assert!(rest.is_empty() && take(&mut rest, 7).is_empty());
-        // A file of no bytes.
+        // A file without bytes.
         let mut rest: VecDeque<_> = iter::once(0..0).collect();
         assert!(take(&mut rest, 7).iter().all(Range::is_empty) && rest.is_empty());
     }

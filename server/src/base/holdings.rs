@@ -1,9 +1,10 @@
-//! What WAL is held of a cluster, over both tiers and the open segment.
+//! The WAL that is stored for a cluster, in both tiers and the open segment.
 //!
-//! Histories and partial segments never change, so they are read once: a listing does not tell where a partial segment
-//! ends, and what it holds was acknowledged and counts to its last byte (P2). Tier 2's listing is kept for a while: it
-//! only grows by what tier 1 has too. Who takes WAL from tier 1 says so ([`BaseStore::forget_wal_listing`]), and who
-//! finds something missing asks again. What is in a recorded gap is held by nobody, whatever is on its way to be sealed.
+//! History files and partial segments never change, so they are read once. Partial segments have to be read because a
+//! listing does not say where they end, and their content was acknowledged and counts to the last byte (P2). Tier 2's
+//! listing is cached for a while, because it only gains files that tier 1 also has. Code that removes WAL from tier 1
+//! calls [`BaseStore::forget_wal_listing`], and code that finds something missing lists again. WAL in a recorded gap
+//! never counts as stored, even while it waits to be sealed.
 
 use super::{BaseStore, lock, run, tier2_status};
 use crate::errors;
@@ -27,46 +28,48 @@ use std::{
 };
 use tonic::Status;
 
-/// A client that waits for WAL asks every second; a bucket with a million segments is not listed for that.
+/// The age of a cached listing. A client that waits for WAL asks every second, and a bucket with a million segments
+/// must not be listed each time.
 const LISTING_AGE: Duration = Duration::from_secs(60);
-/// A bucket that gave no listing is not asked again for this long.
+/// A bucket that could not be listed is not asked again for this long.
 const FAILED_AGE: Duration = Duration::from_secs(15);
-/// PostgreSQL's own take a line for each ancestor.
+/// PostgreSQL's own history files have one line per ancestor.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
-/// What was read and does not change, or not soon.
+/// Data that was read and does not change, or not soon.
 #[derive(Default)]
 pub(super) struct HistoryCache {
     histories: Mutex<BTreeMap<(ClusterName, TimelineId), String>>,
-    /// Plain bytes of tier 2's partial segments, by the object's size: another object is read again.
+    /// Uncompressed sizes of tier 2's partial segments. The object's size is part of the key, so a replaced object is
+    /// read again.
     partials: Mutex<BTreeMap<(ClusterName, WalFile, u64), u64>>,
     listings: Mutex<BTreeMap<ClusterName, Listing>>,
-    /// Tier 2's `wal_levels.json`, and when it was asked for.
+    /// Tier 2's `wal_levels.json`, and when it was requested.
     levels: Mutex<BTreeMap<ClusterName, (Instant, Vec<LevelChange>)>>,
-    /// When the bucket last gave no listing.
+    /// When the bucket last could not be listed.
     failed: Mutex<BTreeMap<ClusterName, Instant>>,
 }
 
-/// A listing and when it began.
+/// A listing and the time at which it began.
 type Listing = (Instant, Arc<Vec<HeldFile>>);
 
-/// How far tier 2 is asked.
+/// How current the view of tier 2 has to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tier2Use {
-    /// Not at all.
+    /// Tier 2 is not asked.
     Not,
-    /// What was known last, however old: while the bucket does not answer.
+    /// The last known listing, however old. Used while the bucket does not answer.
     Known,
-    /// A listing of the last minute will do.
+    /// A listing of the last minute is enough.
     Cached,
-    /// Now.
+    /// List the bucket now.
     Fresh,
 }
 
 impl BaseStore {
-    /// What is held of a cluster, as well as can be told: while the bucket does not answer, tier 1 and what
-    /// was known of tier 2. For backups and restores, which a bucket that is down must not stop (P4); never to
-    /// decide what may go.
+    /// The stored WAL of a cluster, as far as it can be known. While the bucket does not answer, this is tier 1 and
+    /// the last known listing of tier 2. It is for backups and restores, which must not stop when the bucket is down
+    /// (P4); never use it to decide what may be removed.
     ///
     /// # Errors
     /// `UNAVAILABLE` when tier 1 has nothing of the cluster and tier 2 does not answer.
@@ -85,7 +88,7 @@ impl BaseStore {
         }
     }
 
-    /// What is held of a cluster.
+    /// The stored WAL of a cluster, in both tiers.
     ///
     /// # Errors
     /// `UNAVAILABLE` when tier 2 does not answer.
@@ -93,7 +96,7 @@ impl BaseStore {
         self.holdings_with(cluster, Tier2Use::Cached).await
     }
 
-    /// What tier 2 alone holds of a cluster, by its last listing.
+    /// The WAL in tier 2 alone, by its last listing.
     ///
     /// # Errors
     /// `UNAVAILABLE` when tier 2 does not answer.
@@ -113,7 +116,7 @@ impl BaseStore {
         self.with_histories(cluster, parts).await
     }
 
-    /// WAL was removed from tier 1: what is known of tier 2 may be too old.
+    /// WAL was removed from tier 1, so the cached listing of tier 2 may be too old to count on.
     pub fn forget_wal_listing(&self, cluster: &ClusterName) {
         lock(&self.0.histories.listings).remove(cluster);
     }
@@ -127,7 +130,7 @@ impl BaseStore {
         self.with_histories(cluster, parts).await
     }
 
-    /// All but histories.
+    /// Everything except the histories.
     pub(super) async fn parts_with(
         &self,
         cluster: &ClusterName,
@@ -173,7 +176,7 @@ impl BaseStore {
         Ok(Holdings::from_parts(parts))
     }
 
-    /// The timeline that is streamed, when all of it that PostgreSQL has is here.
+    /// The timeline that is streamed, if everything that PostgreSQL has is durable here.
     fn caught_up(&self, cluster: &ClusterName) -> Option<TimelineId> {
         let state = self.0.parts.registry.cluster(cluster);
         let progress = state.progress();
@@ -210,7 +213,8 @@ impl BaseStore {
         Ok(files)
     }
 
-    /// Where tier 2 knows of WAL that no recovery passes: a tier 1 that was lost knew it, too.
+    /// Changes of `wal_level` that tier 2 knows: no recovery can replay across them. A tier 1 that was lost knew them,
+    /// too.
     pub(super) async fn levels_in_tier2(
         &self,
         cluster: &ClusterName,
@@ -237,7 +241,7 @@ impl BaseStore {
         Ok(levels)
     }
 
-    /// One past the last byte of a partial segment in tier 2; `None` for other files, and for one that is damaged.
+    /// One past the last byte of a partial segment in tier 2; `None` for other files and for a damaged one.
     async fn partial_end(
         &self,
         tier2: &Tier2,
@@ -261,7 +265,7 @@ impl BaseStore {
                 lock(&self.0.histories.partials).insert(id, bytes);
                 Ok(Some(start.advance(bytes)))
             }
-            // Removed since it was listed, or not to be had by anybody: it counts for nothing.
+            // It was removed since it was listed, or nobody can read it, so it does not count.
             Err(error) if matches!(error.kind, Kind::NotFound | Kind::Corrupt | Kind::Denied) => {
                 tracing::warn!(%cluster, %error, "a partial segment of tier 2 cannot be read");
                 Ok(None)
@@ -289,7 +293,7 @@ impl BaseStore {
         .await;
         let bytes = match local {
             Ok(Some(bytes)) => bytes,
-            // Absent, or not readable: the other tier may have it.
+            // It is absent or unreadable on tier 1; the other tier may have it.
             Ok(None) | Err(_) => self.history_in_tier2(cluster, timeline).await?,
         };
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -328,10 +332,10 @@ impl BaseStore {
     }
 }
 
-/// What tier 1 says. Blocking.
+/// What tier 1 holds. Blocking.
 fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> {
     let pinned = store.pinned(cluster);
-    // Before the files: a journal that is sealed in between is then counted twice, and not missed.
+    // Read before the files, so that a journal that is sealed in between is counted twice and not missed.
     let open = store.open_runs(cluster);
     let open = open.into_iter().map(|(timeline, start, end)| OpenWal { timeline, start, end });
     let open = open.collect();
@@ -376,19 +380,19 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
     })
 }
 
-/// What retention let go for good: it was there, and is no loss. A horizon that was only written for what went to
-/// tier 2 lets nothing go, nor does that of a tier 1 that began in the middle.
+/// WAL that retention expired for good: it existed, and is not a loss. A horizon that was written only for WAL that is
+/// in tier 2 expires nothing, and neither does the horizon of a tier 1 whose WAL began in the middle.
 fn expired(store: &WalStore, cluster: &ClusterName) -> impl Iterator<Item = KnownGap> {
     store.horizons(cluster).into_iter().filter(|h| h.first < h.held_from).map(|h| KnownGap {
         timeline: h.timeline,
-        // Below the first byte of this tier 1, too: tier 2 may have had more.
+        // Also below the first byte of this tier 1, because tier 2 may have had more.
         from: Lsn::ZERO,
         to: h.held_from,
         reason: "expired: retention let it go".into(),
     })
 }
 
-/// Bytes inside a partial segment; `None` when it cannot be read, which then counts for nothing.
+/// The size of the WAL in a partial segment; `None` when it cannot be read, in which case it does not count.
 fn partial_bytes(store: &WalStore, cluster: &ClusterName, file: WalFile) -> Option<u64> {
     match store.read(cluster, file) {
         Ok(Found::Stored { plain_size, .. }) => Some(plain_size),
@@ -437,7 +441,8 @@ mod tests {
         store
     }
 
-    /// As tier 2's last object of a timeline, which stays for ever, in front of what retention let go.
+    /// The reason reported when tier 2's last object of a timeline, which stays for ever, lies in front of what
+    /// retention expired.
     fn reason(store: &WalStore, cluster: &ClusterName) -> String {
         let mut parts = tier1_parts(store, cluster).unwrap();
         parts.tier1.retain(|held| {
@@ -452,8 +457,8 @@ mod tests {
         holes[0].reason.clone()
     }
 
-    /// A recorded gap is held by nobody, also before the partial segment in front of it is sealed: else a backup whose
-    /// WAL is lost could be committed.
+    /// WAL in a recorded gap never counts as stored, even before the partial segment in front of it is sealed.
+    /// Otherwise a backup whose WAL is lost could be committed.
     #[test]
     fn a_recorded_gap_is_never_held_and_what_came_before_it_is_to_its_last_byte() {
         let cluster: ClusterName = "pg".parse().unwrap();
@@ -488,7 +493,7 @@ mod tests {
         let cluster: ClusterName = "pg".parse().unwrap();
         let (store, timeline) = (store(&cluster), TimelineId::new(1).unwrap());
         assert_eq!(reason(&store, &cluster), "never received, or lost");
-        // What only left tier 1 must be in tier 2.
+        // WAL that was only evicted from tier 1 must be in tier 2.
         store.raise_horizon(&cluster, timeline, lsn(5), Lsn::ZERO).unwrap();
         assert_eq!(reason(&store, &cluster), "never received, or lost");
         store.raise_horizon(&cluster, timeline, lsn(5), lsn(5)).unwrap();

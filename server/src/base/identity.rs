@@ -1,11 +1,11 @@
-//! Who a cluster is, over both tiers (P8): a tier 1 that was lost, or a second server, makes no stranger and no old primary
-//! welcome.
+//! Decides which PostgreSQL a cluster is, over both tiers (P8), so that a lost tier 1 or a second server does not
+//! admit a foreign PostgreSQL or an old primary.
 //!
-//! Where tier 1 knows, it alone answers: no stream that has begun ever waits for the bucket (P4). Where it knows nothing,
-//! the bucket is asked before anything is written, and while that does not answer nothing is taken: the caller is told
-//! to come again. A new cluster beside a bucket that is down loses nothing by it: its PostgreSQL keeps the WAL, and none
-//! was acknowledged (P1). Two systems in one prefix, or an old primary's WAL in front of a newer timeline, nobody takes
-//! apart again.
+//! If tier 1 knows the cluster, it alone answers: a stream that has begun never waits for the bucket (P4). If tier 1
+//! does not know it, the bucket is asked before anything is written. While the bucket does not answer nothing is
+//! accepted, and the caller is told to come again. A new cluster loses nothing while the bucket is down: its
+//! PostgreSQL keeps the WAL, and none was acknowledged (P1). The check is strict because two systems in one prefix, or
+//! an old primary's WAL in front of a newer timeline, cannot be separated afterwards.
 
 use super::{BaseStore, run};
 use crate::errors;
@@ -21,10 +21,11 @@ use klio_storage::{
 use std::{future::Future, time::Duration};
 use tonic::Status;
 
-/// For the bucket's answer. Shorter than a sidecar waits, so that it hears why.
+/// How long to wait for the bucket's answer. It is shorter than a sidecar waits, so that the sidecar receives the
+/// reason.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// What is pinned at first contact.
+/// The identity that is pinned at first contact.
 const fn pinned(system: System) -> Pinned {
     Pinned {
         system_identifier: system.system_identifier,
@@ -49,24 +50,24 @@ impl BaseStore {
         }
     }
 
-    /// The same, and binds the name to this PostgreSQL where it is new.
+    /// The same check; also binds a new name to this PostgreSQL.
     ///
     /// # Errors
-    /// As [`BaseStore::check_system`], and as the disk fails.
+    /// The errors of [`BaseStore::check_system`], and an I/O error of the disk.
     pub async fn pin(&self, cluster: &ClusterName, system: System) -> Result<(), Status> {
         self.check_system(cluster, system).await?;
         self.adopt_generations(cluster).await?;
         let (store, name) = (self.wal().clone(), cluster.clone());
         run(move || store.pin(&name, pinned(system))).await?;
         let object = BaseObject::Cluster;
-        // Ahead of the first WAL: whoever finds that in the bucket shall find out whose it is.
+        // Announced before the first WAL, so that whoever finds WAL in the bucket can find out whose it is.
         if self.archives().size(cluster, &object).is_none() {
             self.announce(cluster, object, 0);
         }
         Ok(())
     }
 
-    /// The timeline that is followed, by tier 1 or else by the bucket, and in which of them that stands, for a message.
+    /// The timeline that is followed, by tier 1 or else by the bucket; the text names the tier for a message.
     ///
     /// # Errors
     /// `UNAVAILABLE` when the bucket has to be asked and does not answer.
@@ -83,11 +84,11 @@ impl BaseStore {
         Ok(followed.map(|followed| (followed, as_in(tier2))))
     }
 
-    /// The same, where it is newer than `found`. By the bucket alone one that came from `found`, and whose history this
-    /// tier 1 was given, is none: its PostgreSQL finishes the older first.
+    /// The same, if it is newer than `found`. If only the bucket knows it, a timeline that descends from `found`, and
+    /// whose history this tier 1 has received, does not count: its PostgreSQL finishes the older timeline first.
     ///
     /// # Errors
-    /// As [`BaseStore::followed_timeline`].
+    /// The errors of [`BaseStore::followed_timeline`].
     pub async fn newer_timeline(
         &self,
         cluster: &ClusterName,
@@ -102,7 +103,8 @@ impl BaseStore {
         Ok(followed.filter(|(newest, _)| *newest > found && !(by_bucket && comes_from_it(*newest))))
     }
 
-    /// A new timeline wins over an old one, never the other way round; unless the old one is undecided. By tier 1 alone.
+    /// Refuses a timeline that is older than the followed one, unless it is undecided or retired already. Asks tier 1
+    /// only.
     ///
     /// # Errors
     /// `STALE_TIMELINE`.
@@ -117,7 +119,7 @@ impl BaseStore {
         not_older(cluster, self.wal().followed(cluster), found)
     }
 
-    /// What tier 2's `cluster.json` says.
+    /// Reads tier 2's `cluster.json`.
     ///
     /// # Errors
     /// `UNAVAILABLE`, `CORRUPT`.
@@ -139,7 +141,7 @@ impl BaseStore {
         bytes.map(|bytes| Pinned::decode(&bytes, &key)).transpose()
     }
 
-    /// The bucket's answer at first contact, or why there is none.
+    /// The bucket's answer at first contact, or the reason why there is none.
     pub(super) async fn ask<T>(
         &self,
         cluster: &ClusterName,
@@ -155,12 +157,13 @@ impl BaseStore {
         tracing::warn!(%cluster, error = why, "cannot confirm the owner of this cluster: tier 2 does not answer");
         let url = tier2.url();
         Err(Code::Unavailable.status(format!(
-            "open cluster {cluster}: this server has nothing of it, so tier 2 ({url}) has to be asked whose it is, and did not answer"
+            "open cluster {cluster}: the cluster is new to this server, so tier 2 ({url}) has to confirm its owner first, and did not answer"
         )))
     }
 }
 
-/// It came, and is damaged or of a newer version: a person has to look at it, as what it said is not known any more.
+/// Whether the object was read and is damaged or of a newer version. A person has to look at it, because its content
+/// is unknown.
 pub(super) fn is_unreadable(error: &Error) -> bool {
     matches!(error.kind, Kind::Corrupt | Kind::Newer) && error.op != Op::Download
 }

@@ -1,7 +1,8 @@
-//! Joins what the bucket has on record about a cluster's decisions, once after each start: this tier 1 may be new, or have been
-//! set back.
+//! Joins the bucket's record of a cluster's decisions, once after each start, because this tier 1 may be new or may
+//! have been set back.
 //!
-//! Nothing is decided before the bucket answered. Who streams goes on by what tier 1 knows, and does not wait for it long (P4).
+//! Nothing is decided before the bucket answered. A stream continues with what tier 1 knows, and does not wait for the
+//! bucket long (P4).
 
 use super::{BaseStore, lock};
 use crate::errors;
@@ -19,14 +20,15 @@ use std::{
 };
 use tonic::Status;
 
-/// For the bucket's answer before something is decided. Shorter than a sidecar waits, so that it hears why.
+/// How long to wait for the bucket's answer before a decision. It is shorter than a sidecar waits, so that the sidecar
+/// receives the reason.
 const PATIENCE_TO_DECIDE: Duration = Duration::from_secs(10);
-/// And before a stream goes on by what tier 1 knows.
+/// How long to wait before a stream continues with what tier 1 knows.
 const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
-/// After the bucket gave no answer that could be joined.
+/// When to ask again after the bucket gave no answer that could be joined.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
-/// Whose record in the bucket was joined since the start, and when there was none that could be.
+/// The clusters whose record in the bucket was joined since the start, and when an attempt failed.
 #[derive(Default)]
 pub(super) struct Learned(Mutex<BTreeMap<ClusterName, Answer>>);
 
@@ -56,14 +58,14 @@ impl Learned {
     }
 }
 
-/// What helps against two records that contradict each other; the error names the file.
+/// The hint for two records that contradict each other; the error names the file.
 pub(super) const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (this file of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
 
 impl BaseStore {
-    /// Reads the bucket's record and joins it, unless that was done. `must`: something is to be decided.
+    /// Reads the bucket's record and joins it, unless that was done before. `must` says that a decision depends on it.
     ///
     /// # Errors
-    /// `UNAVAILABLE` when the bucket does not answer; as the record cannot be read or joined.
+    /// `UNAVAILABLE` when the bucket does not answer; an error of reading or joining the record.
     pub(super) async fn learn<T, J>(
         &self,
         learned: &Learned,
@@ -98,7 +100,7 @@ impl BaseStore {
         learned.note(cluster, Answer::unusable());
         let url = tier2.url();
         Err(Code::Unavailable.status(format!(
-            "read {key}: tier 2 ({url}) has to be asked first what was decided before this server started: {why}"
+            "read {key}: tier 2 ({url}) has to be asked first for earlier decisions, and did not answer: {why}"
         )))
     }
 }

@@ -1,9 +1,10 @@
 //! Lists repository files over both tiers.
 //!
-//! This process is the only one that writes to the bucket what tier 1 has a cluster of, so what it knows of it after one listing stays
-//! true: a running backup does not wait for the bucket. While it was never listed and does not answer, tier 1
-//! alone is the answer where it has a repository: what only tier 2 has is then stored once more, which costs
-//! space and nothing else (P4). Packs that are known to be damaged are left out (`damage.rs`). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7).
+//! For a cluster that is on tier 1, only this process writes to the bucket, so what it knows after one listing stays
+//! true and a running backup does not wait for the bucket. If the bucket was never listed and does not answer, tier 1
+//! alone is the answer where it has a repository. Files that only tier 2 has are then stored once more, which costs
+//! only space (P4). Without a repository on tier 1 the answer is `UNAVAILABLE` (P7). Packs that are known to be
+//! damaged are left out (`damage.rs`).
 
 use super::{BaseStore, run, tier2_status};
 use klio_storage::{
@@ -19,14 +20,14 @@ use tonic::Status;
 
 /// How long a listing of a cluster that is not on tier 1 is used.
 const FOREIGN_AGE: Duration = Duration::from_secs(30);
-/// A bucket that could not be listed is not asked again by clients for this long.
+/// Clients do not cause another listing for this long after one failed.
 const FAILED_AGE: Duration = Duration::from_secs(15);
 
 impl BaseStore {
-    /// Every file of a kind with its size, but packs that are known to be damaged.
+    /// Every file of a kind with its size, except packs that are known to be damaged.
     ///
     /// # Errors
-    /// `UNAVAILABLE` when only tier 2 could say.
+    /// `UNAVAILABLE` when only tier 2 could answer.
     pub async fn list_files(
         &self,
         cluster: &ClusterName,
@@ -55,17 +56,16 @@ impl BaseStore {
             }
             Err(error) => return Err(tier2_status("list repository files", cluster, &error)),
         };
-        // Tier 1 says what a file's size is where both have it.
+        // If both tiers have a file, tier 1 gives its size.
         all.extend(local);
         all.retain(|file, _| !damaged.contains(file));
         Ok(all)
     }
 
-    /// All that tier 2 holds of a cluster besides WAL, as known; listed where it is not. Empty without
-    /// tier 2.
+    /// All objects of a cluster in tier 2 besides WAL: the known ones, or else a new listing. Empty without a tier 2.
     ///
     /// # Errors
-    /// As the bucket fails.
+    /// An error of the bucket.
     pub async fn list_tier2(
         &self,
         cluster: &ClusterName,
@@ -80,7 +80,7 @@ impl BaseStore {
         if let Some(known) = self.known_of_tier2(cluster) {
             return Ok(known);
         }
-        // A bucket that is down costs one client one wait, not every call of a backup (P4).
+        // While the bucket is down, one client waits for it once, instead of every call of a backup (P4).
         if let Some(problem) = self.archives().failed_lately(cluster, FAILED_AGE) {
             return Err(Error::new(
                 Kind::Transient,
@@ -97,8 +97,8 @@ impl BaseStore {
         Ok(self.archives().objects(cluster).unwrap_or_default())
     }
 
-    /// What is known and still true. Of a cluster that is not on tier 1 another server may be the writer:
-    /// several servers may use one bucket, each for clusters of its own.
+    /// The last listing, if it is still true. A cluster that is not on tier 1 may be written by another server:
+    /// several servers may use one bucket, each for its own clusters.
     fn known_of_tier2(&self, cluster: &ClusterName) -> Option<BTreeMap<BaseObject, u64>> {
         match self.wal().pinned(cluster) {
             Some(_) => self.archives().objects(cluster),
@@ -106,12 +106,11 @@ impl BaseStore {
         }
     }
 
-    /// Whether the bucket was listed, so that what is not known to be there is not there.
+    /// Whether the bucket was listed, so that an object that is not known is not there.
     pub(super) fn knows_tier2(&self, cluster: &ClusterName) -> bool {
         self.known_of_tier2(cluster).is_some()
     }
 
-    /// Lists the bucket.
     pub(crate) async fn objects_of_tier2(
         &self,
         cluster: &ClusterName,
@@ -141,7 +140,7 @@ impl BaseStore {
         Ok(found)
     }
 
-    /// Lists tier 1, in the order in which tier 2 should get it: what opens the repository first, records
+    /// Lists tier 1 in the order in which tier 2 should receive the objects: first what opens the repository, records
     /// last.
     pub(crate) async fn objects_of_tier1(
         &self,

@@ -1,8 +1,8 @@
 //! Base backups on the server: a repository and a list of records for each cluster, over both tiers.
 //!
-//! BASE1  a repository has one secret for ever: it is durable before the repository's config exists, and a
-//!     tier 1 that lost it takes it from tier 2, never a new one (P10);
-//! BASE2  a client appends: what is there is never replaced by other bytes nor removed (P8);
+//! BASE1  a repository has one secret for ever. It is durable before the repository's config exists, and a tier 1 that
+//! lost it takes it from tier 2 and never makes a new one (P10);
+//! BASE2  a client only appends: an existing file is never removed, nor replaced by other bytes (P8);
 //! BASE3  a record is written last, when everything it names is held (`commit.rs`); in tier 2 it comes after
 //!     everything it needs is proven there (`consumer/base.rs`);
 //! BASE4  what only tier 2 has can be listed and read: tier 1 may be empty;
@@ -70,35 +70,33 @@ use std::{
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-/// Files of one cluster that are received at once. A sidecar that wants more waits: each takes memory of
-/// a few messages, and one fast disk is not made faster by ten writers.
+/// How many files of one cluster are received at once. A sidecar that sends more has to wait: each file takes memory
+/// of a few messages, and ten writers do not make one fast disk faster.
 const PUTS_MAX: usize = 4;
 
-/// Files of clients that are opened at once, over all clusters: half of the processors, and some are for WAL.
+/// How many files of clients are checked at once, over all clusters: half of the processors, so that some are left for
+/// WAL.
 fn admitted_at_once() -> usize {
     std::thread::available_parallelism().map_or(1, |count| count.get() / 2).clamp(1, 4)
 }
 
-/// Unix seconds, from outside: tests have their own.
+/// Unix seconds; injected, so that tests have their own clock.
 pub type Clock = Arc<dyn Fn() -> f64 + Send + Sync>;
 
-/// What it works with.
+/// What a [`BaseStore`] is made of.
 pub struct Parts {
     /// Tier 1's WAL: what is pinned, and what a backup needs.
     pub store: WalStore,
-    /// Tier 1's disk.
     pub disk: Arc<dyn Disk>,
-    /// The bucket.
     pub tier2: Option<Tier2>,
-    /// How secrets are kept.
+    /// How secrets are encrypted.
     pub at_rest: AtRest,
-    /// Of repositories that are made.
+    /// Settings of new repositories.
     pub settings: Settings,
-    /// Gets jobs for tier 2.
+    /// Receives the jobs for tier 2.
     pub queue: Queue,
-    /// Live streams: whether a cluster's WAL is caught up.
+    /// Live streams, which tell whether a cluster's WAL is caught up.
     pub registry: Arc<Registry>,
-    /// Now.
     pub clock: Clock,
 }
 
@@ -118,31 +116,32 @@ struct Inner {
     gauges: gauges::Summaries,
     generations: generations::Known,
     timelines: learned::Learned,
-    /// One change of what is known to be damaged at a time.
+    /// Allows one change of the damage record at a time.
     damage: Mutex<()>,
-    /// Files of clients that are opened at once.
+    /// Limits how many files of clients are checked at once.
     admitting: Arc<Semaphore>,
-    /// Since the start.
+    /// Watches the clock since the start.
     watch: ClockWatch,
 }
 
 /// One cluster's part of tier 1.
 struct ClusterBase {
     files: Arc<LocalFiles>,
-    /// One repository is made at a time (BASE1).
+    /// Allows one repository to be created at a time (BASE1).
     opening: tokio::sync::Mutex<()>,
-    /// One record is written at a time.
+    /// Allows one record to be written at a time.
     committing: tokio::sync::Mutex<()>,
     puts: Arc<Semaphore>,
 }
 
-/// Nothing panics while it holds one of these locks; if it did, plain values stay usable.
+/// Nothing panics while it holds one of these locks; if something did, the plain values inside would stay usable.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BaseStore {
-    /// Over these tiers. Removes what a crash left unfinished and reads the records of tier 1; blocking.
+    /// Opens the store over these tiers. Removes unfinished files of a crash and reads the records of tier 1;
+    /// blocking.
     pub fn open(parts: Parts) -> Self {
         let this = Self(Arc::new(Inner {
             archives: BaseArchives::default(),
@@ -161,46 +160,44 @@ impl BaseStore {
             parts,
         }));
         for cluster in this.wal().clusters() {
-            // Nobody writes yet: clients come when this has returned.
+            // Nobody writes yet: clients are served only after this has returned.
             if let Err(error) = this.cluster(&cluster).files.sweep() {
-                tracing::warn!(%cluster, %error, "unfinished repository files stay");
+                tracing::warn!(%cluster, %error, "cannot remove unfinished repository files");
             }
             this.remember(&cluster);
         }
         this
     }
 
-    /// Who works on which repository now.
+    /// The reservations of repositories.
     pub fn reservations(&self) -> &Reservations {
         &self.0.reservations
     }
 
-    /// Who reads WAL now.
+    /// Who reads WAL for a restore at the moment.
     pub fn readers(&self) -> &Readers {
         &self.0.readers
     }
 
-    /// What is known of tier 2.
+    /// What is known about tier 2.
     pub fn archives(&self) -> &BaseArchives {
         &self.0.archives
     }
 
-    /// Tier 1's WAL.
     pub fn wal(&self) -> &WalStore {
         &self.0.parts.store
     }
 
-    /// Tier 1's disk.
     pub fn disk(&self) -> &Arc<dyn Disk> {
         &self.0.parts.disk
     }
 
-    /// The bucket, if there is one.
+    /// The bucket, if one is configured.
     pub fn tier2(&self) -> Option<&Tier2> {
         self.0.parts.tier2.as_ref()
     }
 
-    /// How secrets are kept.
+    /// How secrets are encrypted.
     pub fn at_rest(&self) -> &AtRest {
         &self.0.parts.at_rest
     }
@@ -210,12 +207,12 @@ impl BaseStore {
         self.0.parts.settings.compression_level
     }
 
-    /// Now, Unix seconds.
+    /// The current time in Unix seconds.
     pub fn now_unix(&self) -> f64 {
         (self.0.parts.clock)()
     }
 
-    /// Why `now_unix` cannot be believed, in words; nothing where there is no reason.
+    /// The reasons why `now_unix` cannot be believed; empty when there are none.
     pub fn clock_doubts(&self) -> Vec<String> {
         self.0.watch.doubts(&clock::Reading {
             wall_unix: self.now_unix(),
@@ -225,12 +222,11 @@ impl BaseStore {
         })
     }
 
-    /// Tier 1's directory.
     pub fn root(&self) -> &Path {
         self.wal().root()
     }
 
-    /// Where an object lies on tier 1.
+    /// The path of an object on tier 1.
     pub fn path(&self, cluster: &ClusterName, object: &BaseObject) -> PathBuf {
         self.root().join(object.key(cluster))
     }
@@ -247,14 +243,14 @@ impl BaseStore {
             committing: tokio::sync::Mutex::new(()),
             puts: Arc::new(Semaphore::new(PUTS_MAX)),
         });
-        // An administrator may ask for any name: only real clusters are remembered.
+        // An administrator may ask for any name, so only clusters that exist are remembered.
         if self.wal().pinned(name).is_some() {
             clusters.insert(name.clone(), made.clone());
         }
         made
     }
 
-    /// Something new is on tier 1: tier 2 gets it, some time soon. Never waits (P4).
+    /// Announces that an object is new on tier 1, so that it is uploaded later. Never waits (P4).
     pub fn announce(&self, cluster: &ClusterName, object: BaseObject, size: u64) {
         if self.tier2().is_none() {
             return;
@@ -264,14 +260,14 @@ impl BaseStore {
     }
 }
 
-/// Runs blocking work, with an error of `storage`.
+/// Runs blocking work that returns an error of `storage`.
 async fn run<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Status> {
     crate::receive::open::blocking(work).await
 }
 
-/// Trouble with tier 2 as a caller may see it.
+/// The error of tier 2 in the form that a caller may see.
 fn tier2_status(what: &str, cluster: &ClusterName, error: &Error) -> Status {
     tracing::warn!(%cluster, %error, "{what}: tier 2 could not be asked");
     Code::Unavailable.status(format!("{what} of {cluster}: {}", crate::errors::of_tier2(error)))

@@ -1,8 +1,9 @@
 //! Which repository files a snapshot needs.
 //!
-//! Told by its trees, which takes reading them all; so it is remembered while it stays true: maintenance that
-//! moves chunks to other packs writes other index files and removes those that named the old ones. Where a chunk has
-//! two places the answer follows which packs are there (`absent.rs` of the repository), so those must be, too.
+//! The answer follows from the snapshot's trees, all of which have to be read, so it is remembered while it stays
+//! true. Maintenance that moves chunks to other packs writes new index files and removes the old ones, so an answer is
+//! valid only while its index files exist. If a chunk is in two packs, the answer also depends on which packs exist
+//! (`absent.rs` of the repository), so these are checked as well.
 
 use super::{BaseStore, ServerFiles, lock, run};
 use bytes::Bytes;
@@ -17,19 +18,19 @@ use std::{
 };
 use tonic::Status;
 
-/// Files in all answers that are remembered together: some 30 MiB.
+/// The most files in all remembered answers together: some 30 MiB.
 const REMEMBERED_MAX: usize = 500_000;
 
-/// Files that a snapshot needs, and their sizes where the index says them.
+/// The files that a snapshot needs, with their sizes where the index gives them.
 type Needed = Arc<BTreeMap<BaseFile, Option<u64>>>;
 
-/// What both tiers hold together, to see whether an answer stands.
+/// What both tiers hold together, to check whether an answer is still valid.
 pub(super) struct Held {
     indexes: BTreeMap<BaseFile, u64>,
     packs: BTreeMap<BaseFile, u64>,
 }
 
-/// Answers of earlier.
+/// Remembered answers.
 #[derive(Default)]
 pub(super) struct NeedsCache(Mutex<Answers>);
 
@@ -37,11 +38,11 @@ type Id = (ClusterName, SnapshotId);
 
 #[derive(Default)]
 struct Answers {
-    /// And when each was last asked for.
+    /// Answers, and when each was last asked for.
     known: BTreeMap<Id, (u64, Needed)>,
-    /// Files in all of them.
+    /// The number of files in all answers.
     files: usize,
-    /// Grows with every question.
+    /// Counts the questions; serves as the clock for the least recently used answer.
     asked: u64,
 }
 
@@ -59,7 +60,7 @@ impl Answers {
         }
     }
 
-    /// Those that were not asked for the longest go, until there is room.
+    /// Removes the least recently used answers until there is room.
     fn put(&mut self, id: Id, needed: Needed) {
         self.remove(&id);
         while self.files + needed.len() > REMEMBERED_MAX {
@@ -77,7 +78,7 @@ impl Answers {
 }
 
 impl NeedsCache {
-    /// The answer of earlier, if every index file it was told by is still there, and every pack, whole.
+    /// The remembered answer, if every index file and every pack it depends on is still there, with the right size.
     fn get(&self, id: &Id, held: &Held) -> Option<Needed> {
         let mut known = lock(&self.0);
         let needed = known.get(id)?;
@@ -104,7 +105,7 @@ impl BaseStore {
     /// The files that a snapshot needs, config and keys included, with the sizes of packs.
     ///
     /// # Errors
-    /// `NOT_FOUND` when one of them is gone, `CORRUPT`.
+    /// `NOT_FOUND` when one of them is missing, `CORRUPT`.
     pub async fn needs(
         &self,
         cluster: &ClusterName,
@@ -114,14 +115,14 @@ impl BaseStore {
         self.needs_beside(cluster, snapshot, &held).await
     }
 
-    /// For `needs_beside`.
+    /// Lists both tiers for `needs_beside`.
     pub(super) async fn held(&self, cluster: &ClusterName) -> Result<Held, Status> {
         let indexes = self.list_files(cluster, BaseKind::Index).await?;
         let packs = self.list_files(cluster, BaseKind::Data).await?;
         Ok(Held { indexes, packs })
     }
 
-    /// As `needs`, for whoever asks about many snapshots and lists once.
+    /// The same as `needs`, for a caller that asks about many snapshots and lists the files once.
     pub(super) async fn needs_beside(
         &self,
         cluster: &ClusterName,
@@ -131,7 +132,7 @@ impl BaseStore {
         self.needs_with(cluster, snapshot, None, held).await
     }
 
-    /// As `needs`, of a snapshot that is to be stored: these are the bytes of its file.
+    /// The same as `needs`, for a snapshot that is about to be stored; `bytes` are those of its file.
     pub(super) async fn needs_of_new(
         &self,
         cluster: &ClusterName,
@@ -167,12 +168,12 @@ impl BaseStore {
     }
 }
 
-/// A repository as it was listed, to read only: a bucket that is down does not stop a commit (P4).
+/// A repository as it was listed, for reading only, so that a bucket that is down does not stop a commit (P4).
 #[derive(Debug)]
 struct ReadOnly {
     files: ServerFiles,
     listed: BTreeMap<BaseKind, BTreeMap<BaseFile, u64>>,
-    /// A file that is to be stored.
+    /// The file that is about to be stored.
     new: Option<(BaseFile, Bytes)>,
 }
 
@@ -257,7 +258,7 @@ mod tests {
         }
     }
 
-    /// With more than fits, every question about one of many snapshots would read all its trees again.
+    /// If more were asked for than fits, every question about one of many snapshots would read all its trees again.
     #[test]
     fn what_was_not_asked_for_the_longest_is_forgotten_and_nothing_else() {
         let cache = NeedsCache::default();

@@ -1,9 +1,10 @@
-//! Where a stream goes on, over both tiers: a tier 1 that took the place of one that was lost, or was set back, goes on
-//! behind what tier 2 holds (P2), and what neither tier has any more is on record before anything else is received.
+//! Where a stream continues, over both tiers. A tier 1 that replaces a lost one, or was set back, continues behind
+//! what tier 2 holds (P2), and WAL that neither tier has is recorded as a gap before anything else is received.
 //!
-//! Tier 1 answers alone while it knows the cluster and the stream continues it: no stream that has begun waits for the
-//! bucket (P4). Tier 2 is asked when tier 1 has nothing, and when PostgreSQL no longer has what tier 1 lacks: before a
-//! gap is declared. While it does not answer nothing is decided, and the slot keeps WAL.
+//! Tier 1 alone answers while it knows the cluster and the stream continues its WAL: a stream that has begun never
+//! waits for the bucket (P4). Tier 2 is asked when tier 1 has nothing, and when PostgreSQL no longer has the WAL that
+//! tier 1 lacks, before a gap is declared. While tier 2 does not answer nothing is decided, and the replication slot
+//! keeps the WAL.
 
 use super::{BaseStore, holdings::Tier2Use, run};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
@@ -17,37 +18,36 @@ use klio_storage::{
 use std::collections::BTreeSet;
 use tonic::Status;
 
-/// Why neither tier has WAL that lies between what tier 2 holds.
+/// The reason of a gap between the WAL that tier 2 holds.
 const LOST: &str =
     "lost with the tier 1 before this one: it was not in tier 2 yet, and PostgreSQL has removed it";
 
-/// How far a timeline is, over both tiers.
+/// How far a timeline reaches, over both tiers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// Which.
     pub timeline: TimelineId,
-    /// The first byte held.
+    /// The first stored byte.
     pub start: Lsn,
-    /// Where the stream goes on. Behind what only tier 2 has: a segment's start, as the bytes of a partial segment
-    /// there come again in a whole one.
+    /// Where the stream continues. If only tier 2 has the last WAL, this is the start of a segment, because the bytes
+    /// of a partial segment there come again in a whole one.
     pub flushed: Lsn,
-    /// Its history file is on tier 1.
+    /// Whether its history file is on tier 1.
     pub has_history: bool,
-    /// Tier 1 holds less: this follows from tier 2.
+    /// Whether tier 1 holds less, so that this follows from tier 2.
     pub from_tier2: bool,
-    /// What is missing between what tier 2 holds, and on record as no gap: PostgreSQL may still have it.
+    /// WAL missing between what tier 2 holds that is not in a recorded gap; PostgreSQL may still have it.
     pub missing: Vec<Run>,
-    /// The same right behind tier 1's own end. It was asked for before anything else: whoever goes on farther up, as PostgreSQL
-    /// has it no more, leaves a hole that has to be on record.
+    /// The same directly behind tier 1's own end. It was requested before anything else; if the stream continues
+    /// further up because PostgreSQL no longer has it, the hole has to be recorded.
     pub missing_first: Option<Run>,
 }
 
-/// What a stream that goes on behind tier 2 puts on record first.
+/// What is recorded before a stream continues behind tier 2.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Takeover {
-    /// What only tier 2 has, by timeline.
+    /// The WAL that only tier 2 has, by timeline.
     pub lines: Vec<TakenOver>,
-    /// What neither tier has.
+    /// The WAL that neither tier has.
     gaps: Vec<(TimelineId, Run)>,
 }
 
@@ -66,7 +66,7 @@ impl From<&Position> for Line {
 }
 
 impl BaseStore {
-    /// How far each timeline is, ascending. `with_tier2`: as far as both tiers together know, as when tier 1 knows nothing.
+    /// How far each timeline reaches, ascending. With `with_tier2` both tiers are asked, as when tier 1 knows nothing.
     ///
     /// # Errors
     /// `UNAVAILABLE` when tier 2 has to be asked and does not answer.
@@ -83,10 +83,10 @@ impl BaseStore {
         Ok(lines(&near, &holdings))
     }
 
-    /// What only tier 2 has, if `open` goes on behind it, and what is lost in between. Writes nothing.
+    /// What only tier 2 has, if `open` continues behind it, and what is lost in between. Writes nothing.
     ///
     /// # Errors
-    /// `UNAVAILABLE`; `BAD_POSITION` when it goes on elsewhere.
+    /// `UNAVAILABLE`; `BAD_POSITION` when the stream continues elsewhere.
     pub async fn to_take_over(
         &self,
         cluster: &ClusterName,
@@ -107,10 +107,10 @@ impl BaseStore {
         Ok(Takeover { lines, gaps })
     }
 
-    /// Puts it on record, durably, as it is found now. False when there is nothing to take over.
+    /// Determines the same again and records it durably. Returns false when there is nothing to take over.
     ///
     /// # Errors
-    /// As [`BaseStore::to_take_over`], and as the disk fails.
+    /// The errors of [`BaseStore::to_take_over`], and an I/O error of the disk.
     pub async fn take_over(
         &self,
         cluster: &ClusterName,
@@ -141,7 +141,8 @@ impl BaseStore {
         Ok(true)
     }
 
-    /// The runs of both tiers, without histories: who goes on needs none, and one that cannot be read stops nobody.
+    /// The WAL of both tiers, without histories: continuing a stream needs none, so one that cannot be read must not
+    /// stop it.
     async fn both_tiers(&self, cluster: &ClusterName, how: Tier2Use) -> Result<Holdings, Status> {
         let parts = self.parts_with(cluster, how).await.map_err(|status| {
             if Code::of(&status) != Code::Unavailable {
@@ -152,7 +153,7 @@ impl BaseStore {
                 "open cluster {cluster}: tier 2 ({url}) has to be asked how far WAL is held, and did not answer"
             ))
         })?;
-        // What no recovery passes is held all the same: here only bytes count.
+        // WAL that no recovery can replay is stored all the same; only bytes count here.
         Ok(Holdings::from_parts(Parts { levels: Vec::new(), ..parts }))
     }
 }
@@ -162,7 +163,7 @@ pub fn lost_with_tier1(reason: &str) -> String {
     format!("lost with the tier 1 before this one, as far as it was acknowledged: {reason}")
 }
 
-/// Pure.
+/// How far each timeline reaches. Pure.
 fn lines(near: &[Position], holdings: &Holdings) -> Vec<Line> {
     let size = SegmentSize::new(holdings.segment_size).ok();
     let known = near.iter().map(|p| p.timeline);
@@ -227,10 +228,11 @@ fn missing(runs: &[Run], holdings: &Holdings, timeline: TimelineId) -> Vec<Run> 
     found
 }
 
-/// What is taken over of tier 2, and the runs that are missing in it.
+/// What is taken over from tier 2, and the runs that are missing in it.
 type Taken = (Vec<TakenOver>, Vec<(TimelineId, Run)>);
 
-/// What to put on record for a stream of `timeline` that goes on at `from`; where it may go on otherwise. Pure.
+/// What to record for a stream of `timeline` that continues at `from`; the error is the position where it may continue
+/// instead. Pure.
 fn taken(lines: &[Line], timeline: TimelineId, from: Lsn, size: SegmentSize) -> Result<Taken, Lsn> {
     let (mut taken, mut gaps) = (Vec::new(), Vec::new());
     for line in lines.iter().filter(|line| line.from_tier2) {
@@ -299,7 +301,7 @@ mod tests {
         let held = holdings(&[(1, &one), (2, &two)], &[]);
         let lines = lines(&[], &held);
         let ends: Vec<_> = lines.iter().map(|l| (l.start, l.flushed, l.from_tier2)).collect();
-        // Of a partial segment: from its beginning.
+        // The last segment of tier 2 is partial, so it counts from its beginning.
         assert_eq!(ends, [(lsn(10), lsn(80), true), (lsn(70), lsn(120), true)]);
         let (taken, gaps) = taken(&lines, tli(2), lsn(120), size()).unwrap();
         assert_eq!(taken.len(), 2);
@@ -321,9 +323,9 @@ mod tests {
         let held = [run(10, 45), run(50, 70), run(80, 90)];
         let lines = lines(&[near(1, 20, 45)], &holdings(&[(1, &held)], &[]));
         assert_eq!((lines[0].start, lines[0].flushed), (lsn(10), lsn(90)));
-        // What lies right behind tier 1's own end was tried before anybody asked.
+        // The WAL directly behind tier 1's own end was tried before.
         assert_eq!(lines[0].missing, [run(70, 80)]);
-        // Whoever goes on behind it leaves a hole there, which is on record like any other.
+        // A stream that continues further up leaves a hole there, which is recorded like any other.
         let first = (tli(1), run(45, 50));
         let (whole, gaps) = taken(&lines, tli(1), lsn(70), size()).unwrap();
         assert_eq!((whole[0].end, gaps), (lsn(70), vec![first]));

@@ -1,11 +1,13 @@
 //! Receives one repository file: pieces to a temporary file, fsync, rename, fsync of the directory, answer.
 //!
-//! REPO1: the file is whole or absent, and durable when the answer goes out. REPO2: its bytes have the SHA-256 of
-//! its name, or nothing of it stays. BASE2: config and keys are the server's own; a file that is there stays
-//! what it is (one whose size is wrong, or that verification found damaged, is replaced by bytes that have the name's sum).
-//! P13: it is judged before it is renamed (`admit.rs`), and comes only while its sender's reservation lives.
-//! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is taken for each
-//! piece: a client that does not send holds none (P8).
+//! REPO1: the file is whole or absent, and durable when the answer is sent. REPO2: its bytes have the SHA-256 of its
+//! name, or nothing is stored. BASE2: only the server writes config and keys, and an existing file stays unchanged,
+//! except that a file of the wrong size, or one that verification found damaged, is replaced by bytes that have the
+//! name's sum. P13: a file is checked before it is renamed (`admit.rs`), and accepted only while its sender's
+//! reservation lives.
+//!
+//! Memory: one piece of 1 MiB for each of at most four files of a cluster. A thread is used for each piece, so a
+//! client that does not send blocks none (P8).
 
 use super::{
     BaseStore, Caller,
@@ -33,12 +35,12 @@ use std::{
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::Status;
 
-/// Written and hashed at once.
+/// Bytes that are written and hashed at once.
 const PIECE_BYTES: usize = 1 << 20;
-/// Distinguishes temporary names of this process from each other; the letter does from `LocalFiles`'.
+/// Distinguishes the temporary names of this process; the letter distinguishes them from those of `LocalFiles`.
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
-/// A file that is being received. Dropping it leaves nothing.
+/// A file that is being received. Dropping it leaves nothing behind.
 pub struct Incoming {
     base: BaseStore,
     cluster: ClusterName,
@@ -48,17 +50,17 @@ pub struct Incoming {
     received: u64,
     waiting: Vec<Bytes>,
     waiting_bytes: usize,
-    /// What is there is known to be damaged.
+    /// Whether the existing file is known to be damaged.
     damaged: bool,
     /// `None` while a thread has it.
     writing: Option<Writing>,
     _turn: OwnedSemaphorePermit,
 }
 
-/// What the writing threads hand on to each other.
+/// What one writing thread passes to the next.
 struct Writing {
     hasher: Hasher,
-    /// `None` when the file is there already: then it is only hashed.
+    /// `None` when the file exists already, so that the bytes are only hashed.
     to: Option<Temporary>,
 }
 
@@ -66,7 +68,7 @@ struct Writing {
 struct Temporary {
     disk: Arc<dyn Disk>,
     path: PathBuf,
-    /// What it becomes.
+    /// The final path.
     target: PathBuf,
     handle: FileHandle,
     renamed: bool,
@@ -75,7 +77,7 @@ struct Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.renamed {
-            // What is left is removed at the next start.
+            // If this fails, the file is removed at the next start.
             let _ = self.disk.remove(&self.path);
         }
     }
@@ -94,8 +96,8 @@ impl BaseStore {
     /// Begins to receive a file of `size` bytes; waits for its turn.
     ///
     /// # Errors
-    /// `FORBIDDEN` for what only the server writes, `INVALID` before the repository is opened, `DISK_FULL`, `UNAVAILABLE`
-    /// without the caller's reservation of a backup.
+    /// `FORBIDDEN` for files that only the server writes, `INVALID` before the repository was opened or for a size
+    /// above the limit, `DISK_FULL`, `UNAVAILABLE` when the caller has no reservation of a backup.
     pub async fn begin_put(
         &self,
         cluster: &ClusterName,
@@ -153,7 +155,7 @@ impl BaseStore {
 }
 
 impl Temporary {
-    /// `None` when a file of this name and size is there; without a size, whatever is there is replaced.
+    /// `None` when a file of this name and size exists. Without a size, an existing file is replaced.
     fn create(
         disk: Arc<dyn Disk>,
         files: &klio_storage::repository::LocalFiles,
@@ -163,7 +165,7 @@ impl Temporary {
         let target = files.place_for(file)?;
         match disk.stat(&target) {
             Ok(stat) if Some(stat.size) == size => {
-                // Its name may have been made by a process that crashed before it was durable.
+                // A process may have crashed after it created the name and before the name was durable.
                 durable::sync_dir(disk.as_ref(), target.parent().unwrap_or(Path::new("/")))?;
                 return Ok(None);
             }
@@ -183,7 +185,7 @@ impl Temporary {
 
     fn finish(mut self) -> Result<(), Error> {
         self.handle.sync_all().map_err(|e| Error::io(Op::Sync, &self.path, e))?;
-        // After a failed rename the old name is removed, whether it is still there or not.
+        // After a failed rename the old name is removed, whether or not it still exists.
         durable::rename(self.disk.as_ref(), &self.path, &self.target)?;
         self.renamed = true;
         Ok(())
@@ -204,7 +206,7 @@ impl Writing {
 }
 
 impl Incoming {
-    /// Whether a file of this name and size is there already: then its bytes are only compared.
+    /// Whether a file of this name and size exists already, so that the bytes are only compared.
     pub fn is_there(&self) -> bool {
         self.writing.as_ref().is_some_and(|writing| writing.to.is_none())
     }
@@ -212,7 +214,7 @@ impl Incoming {
     /// Takes the next bytes.
     ///
     /// # Errors
-    /// `INVALID` beyond the size that was announced; `DISK_FULL` or `STORAGE_FAILED`.
+    /// `INVALID` for more bytes than announced; `DISK_FULL` or `STORAGE_FAILED`.
     pub async fn add(&mut self, data: Bytes) -> Result<(), Status> {
         self.received += data.len() as u64;
         if self.received > self.size {
@@ -245,10 +247,10 @@ impl Incoming {
         self.writing.take().ok_or_else(|| Code::Internal.status("store: an earlier piece was lost"))
     }
 
-    /// Makes it a file of the repository, durably, and queues it. True when it was there already.
+    /// Makes it a file of the repository, durably, and queues it for upload. Returns true when it existed already.
     ///
     /// # Errors
-    /// `INVALID` when it is not what was announced: too short, or not the bytes of its name; as `admit`.
+    /// `INVALID` when it is shorter than announced or does not have the SHA-256 of its name; the errors of `admit`.
     pub async fn finish(mut self) -> Result<bool, Status> {
         if self.received != self.size {
             let detail = format!("expected {} bytes, found {}", self.size, self.received);
@@ -265,7 +267,7 @@ impl Incoming {
         if let Some(to) = to {
             let (file, size, handle) = (self.file, self.size, to.handle.clone());
             self.base.admit(&self.cluster, Candidate { file, size, handle }).await?;
-            // ADMIT4: it may have ended while the bytes came.
+            // ADMIT4: the reservation may have ended while the bytes arrived.
             self.base.reservations().may_put(&self.cluster, &self.caller)?;
             run(move || to.finish()).await?;
         }

@@ -1,9 +1,9 @@
-//! Makes and opens a cluster's repository.
+//! Creates and opens a cluster's repository.
 //!
-//! BASE1, in this order: the PostgreSQL is pinned (P8); both tiers are asked for a secret; only when both have
-//! none, and no config without one, a new secret is written durably; then the repository is made with it. A
-//! crash between any two steps is finished by the next call. When tier 1 lost it and tier 2 does not answer,
-//! nothing is made: a second repository would hide the first one (P10).
+//! BASE1, in this order: the PostgreSQL is pinned (P8); both tiers are asked for a secret; only if neither has one,
+//! and neither has a config without a secret, a new secret is written durably; then the repository is created with it.
+//! A crash between two steps is completed by the next call. If tier 1 lost the secret and tier 2 does not answer,
+//! nothing is created, because a second repository would hide the first one (P10).
 
 use super::{BaseStore, run, tier2_status};
 use crate::errors;
@@ -22,11 +22,12 @@ use std::{io, sync::Arc};
 use tonic::Status;
 
 impl BaseStore {
-    /// Gives what opens a cluster's repository; makes the repository for a `system` that has none.
+    /// Returns the secret that opens a cluster's repository; creates the repository if a `system` is given and there
+    /// is none.
     ///
     /// # Errors
-    /// `WRONG_SYSTEM`; `NOT_FOUND` without a repository and a system; `UNAVAILABLE` when tier 2 has to be
-    /// asked and does not answer.
+    /// `WRONG_SYSTEM`; `NOT_FOUND` when there is no repository and no system is given; `UNAVAILABLE` when tier 2 has
+    /// to be asked and does not answer.
     pub async fn open_repository(
         &self,
         cluster: &ClusterName,
@@ -43,7 +44,7 @@ impl BaseStore {
         let secret = match self.secret(cluster).await? {
             Some((secret, Held::Tier1)) => secret,
             Some((secret, Held::Tier2)) => {
-                tracing::warn!(%cluster, "tier 1 lost the repository's secret; taken from tier 2");
+                tracing::warn!(%cluster, "tier 1 has lost the repository's secret; restoring it from tier 2");
                 self.keep(cluster, secret).await?
             }
             None => {
@@ -55,7 +56,7 @@ impl BaseStore {
         Ok(secret)
     }
 
-    /// The repository for the server's own work, over both tiers. Blocks while it opens.
+    /// Opens the repository for the server's own work, over both tiers.
     ///
     /// # Errors
     /// `NOT_FOUND` when the cluster has none.
@@ -65,7 +66,7 @@ impl BaseStore {
         run(move || Repository::open(files, &secret)).await
     }
 
-    /// The secret and where it was found: tier 1, else tier 2.
+    /// The secret, from tier 1 or else tier 2, and the tier it was found in.
     async fn secret(&self, cluster: &ClusterName) -> Result<Option<(Secret, Held)>, Status> {
         let (this, name) = (self.clone(), cluster.clone());
         if let Some(secret) = run(move || this.secret_on_disk(&name)).await? {
@@ -80,7 +81,7 @@ impl BaseStore {
         Ok(found.map(|secret| (secret, Held::Tier2)))
     }
 
-    /// Tier 1's secret. Blocking.
+    /// Reads the secret on tier 1. Blocking.
     fn secret_on_disk(&self, cluster: &ClusterName) -> Result<Option<Secret>, Error> {
         for object in secret_objects(self.at_rest()) {
             let path = self.path(cluster, &object);
@@ -109,7 +110,7 @@ impl BaseStore {
         Ok(None)
     }
 
-    /// A repository without its secret is a loss for a person to look at, not a reason for a new one.
+    /// A repository without its secret is a loss that a person has to look at; a new secret would not open it.
     async fn refuse_orphan(&self, cluster: &ClusterName) -> Result<(), Status> {
         let local = self.cluster(cluster).files.clone();
         let on_disk = run(move || Ok(!local.list(BaseKind::Config)?.is_empty())).await?;
@@ -124,7 +125,7 @@ impl BaseStore {
             return Ok(());
         }
         let tier = if on_disk { "tier 1" } else { "tier 2" };
-        tracing::error!(%cluster, tier, "a repository has lost its secret: put repository.json[.age] back");
+        tracing::error!(%cluster, tier, "a repository has lost its secret; restore repository.json[.age] from a copy");
         Err(Code::Corrupt
             .status(format!("the repository of {cluster} in {tier} has lost its secret")))
     }
@@ -143,7 +144,7 @@ impl BaseStore {
         .await
     }
 
-    /// Makes the repository on tier 1 where it is not there, from tier 2's where that has one.
+    /// Creates the repository on tier 1 if it is not there, from tier 2's if there is one.
     async fn make(&self, cluster: &ClusterName, secret: &Secret) -> Result<(), Status> {
         let files = self.files(cluster);
         let local = files.local().clone();
@@ -157,13 +158,13 @@ impl BaseStore {
         let (secret, settings, name) = (secret.clone(), self.0.parts.settings, cluster.clone());
         let base = self.clone();
         run(move || {
-            // A repository that begins here has only what was opened when it came.
+            // Every file in a repository that begins here is checked when it arrives.
             let new = files.list(BaseKind::Config)?.is_empty();
             let known = Coverage { opened_from_the_start: true, ..Coverage::default() };
             if new {
                 coverage::store(base.disk().as_ref(), base.root(), &name, &known)?;
             }
-            // What tier 2 has is what it was made with.
+            // Tier 2's config and keys are those that the repository was created with.
             for kind in [BaseKind::Config, BaseKind::Key] {
                 for (file, _) in files.list(kind)? {
                     files.write(file, &[files.read(file)?])?;
@@ -177,7 +178,7 @@ impl BaseStore {
     }
 }
 
-/// Where something was found.
+/// The tier in which something was found.
 enum Held {
     Tier1,
     Tier2,

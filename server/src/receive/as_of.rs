@@ -1,8 +1,9 @@
-//! `<cluster>/as_of.json`: until when all that PostgreSQL had is known to be durable, for the time after a restart.
+//! `<cluster>/as_of.json`: the time up to which all of PostgreSQL's WAL is known to be durable, kept across a restart.
 //!
-//! Nothing else on tier 1 tells it: a file's time is when it was written, and WAL may come hours late, be sealed late,
-//! or be written again for another key. Never later than the truth; without it, or when it cannot be read, nothing is
-//! claimed. Written from time to time and at the end, whole but not synced: it takes no sync from WAL.
+//! No other file on tier 1 says this: the time of a WAL file is when the file was written, and WAL may arrive hours
+//! late, be sealed late, or be written again for another key. The recorded time is never later than the true one.
+//! Without the file, or when it cannot be read, no time is claimed. The file is written periodically and at shutdown,
+//! as a whole but without fsync, so that it takes no I/O away from WAL.
 
 use super::Registry;
 use klio_storage::{
@@ -21,7 +22,7 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// So much is forgotten at most by a server that is killed.
+/// A server that is killed loses at most this much of the recorded time.
 const KEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -33,7 +34,7 @@ fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
     root.join(cluster.as_str()).join("as_of.json")
 }
 
-/// Unix time until which all was known to be durable when it was last kept. Blocking.
+/// The last recorded Unix time up to which all WAL was durable. Blocking.
 pub fn load(store: &WalStore, cluster: &ClusterName) -> Option<f64> {
     let read = record::load::<AsOf>(&RealDisk, &path(store.root(), cluster));
     let read = read.unwrap_or_else(|error| {
@@ -51,7 +52,7 @@ fn store(root: &Path, cluster: &ClusterName, as_of_unix: f64) -> io::Result<()> 
     fs::rename(&tmp, &path)
 }
 
-/// Keeps it for every cluster that is streamed, until the end.
+/// Records the time of every cluster that streams, until `cancel`, and once more at the end.
 pub async fn run(
     wal: WalStore,
     registry: Arc<Registry>,
@@ -76,7 +77,7 @@ pub async fn run(
     }
 }
 
-/// Writes what is news.
+/// Writes the times that have advanced since the last round.
 fn keep(
     wal: &WalStore,
     registry: &Registry,
@@ -91,7 +92,7 @@ fn keep(
         match store(wal.root(), &cluster, clock() - at.elapsed().as_secs_f64()) {
             Ok(()) => drop(kept.insert(cluster, at)),
             Err(error) => {
-                tracing::debug!(%cluster, %error, "keep until when all was durable");
+                tracing::debug!(%cluster, %error, "cannot record the time up to which WAL is durable");
             }
         }
     }
@@ -113,7 +114,7 @@ mod tests {
         let registry = Registry::default();
         let mut kept = BTreeMap::new();
         let now = || 1000.0;
-        // Files there are, but nobody has said that they are all.
+        // There are files, but PostgreSQL has not yet said where its WAL ends, so nothing is known to be complete.
         registry.cluster(&cluster).update(|p| p.told(Lsn::new(100), Instant::now()));
         keep(&wal, &registry, now, &mut kept);
         assert_eq!(load(&wal, &cluster), None);
@@ -123,7 +124,7 @@ mod tests {
         let wal = open().unwrap();
         let claimed = load(&wal, &cluster).unwrap();
         assert!(claimed <= 1000.0 && claimed > 900.0, "{claimed}");
-        // What is no news is not written.
+        // A time that has not advanced is not written again.
         let before = fs::read(path(&root, &cluster)).unwrap();
         keep(&wal, &registry, || 5000.0, &mut kept);
         assert_eq!(fs::read(path(&root, &cluster)).unwrap(), before);

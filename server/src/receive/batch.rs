@@ -1,7 +1,7 @@
-//! WAL that has arrived and is not yet on its way to the disk.
+//! WAL that has arrived and is not yet being written to disk.
 //!
-//! Bounded: `accept` refuses what exceeds the window. A batch handed out is at most
-//! [`BATCH_BYTES_MAX`], so that acknowledgements stay frequent while a backlog drains.
+//! Memory is bounded: `accept` refuses what exceeds the window. A batch is at most [`BATCH_BYTES_MAX`] long, so that
+//! acknowledgements stay frequent while a backlog drains.
 
 use bytes::{Bytes, BytesMut};
 use klio_pg::Lsn;
@@ -9,18 +9,19 @@ use klio_proto::Code;
 use std::collections::VecDeque;
 use tonic::Status;
 
-/// More per fsync gains nothing measurable (docs/benchmarks.md), and delays the acknowledgement.
+/// A larger batch per fsync gains nothing measurable (docs/benchmarks.md) and delays the acknowledgement.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
 
-/// Messages that wait one by one: each costs more memory than its bytes, and a client may send them small. Behind that they
-/// are joined: what comes is always read, as an answer may come behind it that another stream waits for (`proof.rs`).
+/// The number of messages that wait separately. Each costs more memory than its bytes, and a client may send small
+/// ones, so beyond this number a message is appended to the previous one. Messages are always read, even then, because
+/// an answer that another stream waits for may come behind them (`proof.rs`).
 const CHUNKS_MAX: usize = 4096;
-/// Joined to one at most, so that joining copies each byte a few times only.
+/// Messages are joined up to this size only, so that each byte is copied a few times at most.
 const JOINED_BYTES_MAX: usize = 1 << 20;
-/// A W3C trace context has 55 bytes; what is longer is none, and is not kept.
+/// A W3C trace context has 55 bytes; a longer value is not one and is dropped.
 const TRACEPARENT_BYTES_MAX: usize = 128;
 
-/// One message's bytes.
+/// The bytes of one message.
 pub struct Chunk {
     /// LSN of the first byte.
     pub start: Lsn,
@@ -39,7 +40,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// Nothing pending; the next byte must be the one at `start`.
+    /// An empty queue whose next byte must be the one at `start`.
     pub fn new(start: Lsn, window: u64) -> Self {
         Self { chunks: VecDeque::new(), end: start, bytes: 0, window }
     }
@@ -49,20 +50,20 @@ impl Pending {
         self.end
     }
 
-    /// How many bytes wait.
     pub const fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()
     }
 
-    /// Takes bytes that continue exactly where the last ended; `accepted` hears of them first.
+    /// Takes bytes that continue exactly where the last ones ended, and calls `accepted` with them before they are
+    /// queued.
     ///
     /// # Errors
-    /// A jump back or ahead, or more than the window beyond `flushed`.
+    /// `BAD_POSITION` for a jump back or ahead; `INVALID` for more than the window beyond `flushed`, or past the last
+    /// LSN.
     pub fn accept(
         &mut self,
         mut chunk: Chunk,
@@ -157,7 +158,8 @@ mod tests {
         assert!(pending.accept(chunk(100, 1), Lsn::new(50), |_| ()).is_ok());
     }
 
-    /// Nothing was read any more behind so many small messages, an answer that somebody waits for neither.
+    /// Regression test: after this many small messages the server stopped reading, so that an answer behind them never
+    /// arrived.
     #[test]
     fn more_messages_than_may_wait_are_joined_and_none_is_lost() {
         let mut pending = Pending::new(Lsn::new(0), u64::MAX);

@@ -1,11 +1,13 @@
-//! Whether a PostgreSQL's WAL is the one that is held, before a stream goes on there (P11).
+//! Compares a PostgreSQL's WAL with the stored WAL, before a stream continues there (P11).
 //!
-//! - The server compares: with the bytes it holds, of tier 1, else of tier 2. A client's word decides nothing but which
-//!   WAL it has now (P13).
-//! - The same bytes prove something only with a whole record among them: page headers and zeros are alike everywhere.
-//! - Pages that differ in nothing but a tablespace's place, which a restore took out of the copy's WAL, are the same (edited.rs).
-//! - What cannot be read or is not there is not compared, and says nothing.
-//! - Bounded: the digests of one segment a comparison, and a few comparisons at once.
+//! - The server compares, with the bytes it has itself, of tier 1 or else of tier 2. The client only says which WAL it
+//!   has; what it says decides nothing (P13).
+//! - Equal bytes prove a common history only if they contain a whole record: page headers and zeros are the same
+//!   everywhere.
+//! - Pages that differ only in the location of a tablespace, which a restore removed from the copy's WAL, count as
+//!   equal (edited.rs).
+//! - WAL that cannot be read or is missing is not compared, and is evidence for neither side.
+//! - Memory is bounded: one comparison holds the digests of one segment, and only a few comparisons run at once.
 
 use crate::{
     base::BaseStore,
@@ -41,33 +43,34 @@ use tonic::Status;
 
 mod edited;
 
-/// Each reads a segment from disk and sends nothing.
+/// The number of comparisons at once. Each reads a segment from disk, and sends nothing.
 const AT_ONCE: usize = 4;
-/// A writer opens its stream right after its comparison; of more writers than this the oldest compares again.
+/// The number of comparisons remembered. A writer opens its stream right after its comparison; if more writers than
+/// this compare in between, the oldest has to compare again.
 const PROOFS_MAX: usize = 4096;
-/// How far back the last whole record is looked for.
+/// How many segments back the last whole record is searched.
 const SEAM_SEGMENTS: u64 = 4;
-/// Of what a client may send ahead of a record's end.
+/// The most WAL that a client may send so that the record across the end of the stored WAL can be completed.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
 /// What a comparison found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// No difference; `proven` with a whole record among what was compared.
+    /// No difference was found.
     Same {
-        /// See above.
+        /// Whether a whole record was among the bytes compared.
         proven: bool,
     },
-    /// Two histories.
+    /// Two different histories.
     Diverged {
-        /// The first place that shows it.
+        /// The first LSN at which they differ.
         at: Lsn,
-        /// Both sides.
+        /// What each side has there.
         detail: String,
     },
 }
 
-/// What a writer has compared last.
+/// What a writer compared last.
 #[derive(Debug)]
 struct Proof {
     writer_id: String,
@@ -77,28 +80,28 @@ struct Proof {
     proven: bool,
 }
 
-/// How a stream may begin.
+/// What is known about the beginning of a stream.
 #[derive(Debug, Default)]
 pub struct Continuity {
-    /// Looks at the first new record.
+    /// Checks the first new record against the stored WAL.
     pub seam: Option<Seam>,
-    /// Why nothing was proven; `None` when it was, or when there is nothing to continue.
+    /// Why nothing was proven; `None` when it was proven, or when there is nothing to continue.
     pub unproven: Option<String>,
 }
 
-/// Compares. Cheap to clone.
+/// Runs the comparisons and remembers their results. Cheap to clone.
 #[derive(Clone)]
 pub struct Comparer {
     base: BaseStore,
     source: Source,
     turns: Arc<Semaphore>,
-    /// Of those that read the bucket.
+    /// Limits the comparisons that read the bucket.
     far_turns: Arc<Semaphore>,
     proofs: Arc<Mutex<VecDeque<Proof>>>,
     findings: Arc<Mutex<VecDeque<Finding>>>,
 }
 
-/// That a writer's history is not this cluster's.
+/// The result that a writer's history is not this cluster's.
 #[derive(Debug)]
 struct Finding {
     writer_id: String,
@@ -107,7 +110,7 @@ struct Finding {
 }
 
 impl Comparer {
-    /// Over both tiers.
+    /// Reads from both tiers.
     pub fn new(base: BaseStore) -> Self {
         let (store, tier2) = (base.wal().clone(), base.tier2().cloned());
         let source = Source { store, tier2, readers: base.readers().clone() };
@@ -117,7 +120,7 @@ impl Comparer {
         Self { base, source, turns, far_turns, proofs, findings }
     }
 
-    /// Compares what `inbound` tells with what `cluster` holds.
+    /// Compares the digests that `inbound` delivers with the WAL stored for `cluster`.
     ///
     /// # Errors
     /// `WRONG_SYSTEM`; `INVALID` for messages that cannot be right.
@@ -131,7 +134,7 @@ impl Comparer {
         let verdict = self.judge(cluster, &begin, inbound).await?;
         match &verdict {
             Verdict::Diverged { at, detail } => {
-                tracing::warn!(%cluster, timeline = begin.timeline.get(), %at, detail, "PostgreSQL's history is not the one that is held");
+                tracing::warn!(%cluster, timeline = begin.timeline.get(), %at, detail, "PostgreSQL's history differs from the stored one");
                 self.found(&begin.writer_id, cluster, detail);
             }
             Verdict::Same { proven } => self.remember(Proof {
@@ -167,7 +170,7 @@ impl Comparer {
                 if !self.is_edited(cluster, segment, at..end, &held, sides).await? {
                     return Ok(different(begin.timeline, page, at, &ours, &theirs));
                 }
-                tracing::info!(%cluster, %page, "PostgreSQL's WAL is that of a restored copy whose tablespaces lie elsewhere");
+                tracing::info!(%cluster, %page, "WAL comes from a restored copy with relocated tablespaces; it counts as equal");
             }
             at = end;
         }
@@ -188,7 +191,7 @@ impl Comparer {
         Ok(Verdict::Same { proven: held.proven })
     }
 
-    /// A timeline's number is no identity: where it left its ancestors has to be the same, too.
+    /// A timeline's number does not identify it: the points where it left its ancestors have to be the same, too.
     fn compare_history(&self, cluster: &ClusterName, begin: &CompareBegin) -> Option<Verdict> {
         let held = self.base.wal().history(cluster, begin.timeline).ok()?;
         let theirs = begin.history.as_ref()?;
@@ -213,7 +216,7 @@ impl Comparer {
         Some(Verdict::Diverged { at: at.unwrap_or(Lsn::ZERO), detail })
     }
 
-    /// The held bytes of a part of a segment, as digests of whole pages; `held` walks their records.
+    /// Reads part of a stored segment, as digests of whole pages, and feeds its records to the walker of `held`.
     async fn read_into(
         &self,
         cluster: &ClusterName,
@@ -229,7 +232,7 @@ impl Comparer {
         };
         let Part { digests, walker, .. } = part;
         let reached = digests.position();
-        // What could not be compared up to its end is not proven by what lies before it.
+        // If the stored bytes end before the range does, what lies before that end proves nothing about the rest.
         let proven = held.proven || walker.last_record().is_some();
         held.proven = proven && reached == range.end;
         held.walker = (reached == range.end).then_some(walker);
@@ -242,7 +245,7 @@ impl Comparer {
         Ok(digests)
     }
 
-    /// Whether what differs is only where tablespaces of a restored copy lie.
+    /// Whether the pages differ only in the location of tablespaces of a restored copy.
     async fn is_edited(
         &self,
         cluster: &ClusterName,
@@ -266,11 +269,12 @@ impl Comparer {
                     part.walker
                 }
                 None if here == segment => return Ok(false),
-                // A record that is not held as a whole explains nothing.
+                // A record that is not stored as a whole cannot explain a difference.
                 None => RecordWalker::new(size, held.major, end),
             };
             at = end;
-            // Zeros behind a switch of segments are the end of no WAL.
+            // The zeros after a switch to the next segment are not the end of the WAL, so the walker starts again
+            // behind them.
             if walker.ended().is_some() || walker.position() != at {
                 walker = RecordWalker::new(size, held.major, at);
             }
@@ -278,7 +282,8 @@ impl Comparer {
         Ok(kept.is_explained(size))
     }
 
-    /// The segment of `at`, which lies in `segment` or beside it: before a timeline began its ancestor has it.
+    /// The segment that contains `at`, which lies in `segment` or next to it. WAL from before the timeline began is in
+    /// its ancestor's segment.
     fn segment_beside(
         &self,
         cluster: &ClusterName,
@@ -295,7 +300,7 @@ impl Comparer {
         }
     }
 
-    /// Reads what is held of a segment; `None` when it cannot be had.
+    /// Reads a stored segment; `None` when it is not there or cannot be read.
     async fn read(
         &self,
         cluster: &ClusterName,
@@ -306,11 +311,12 @@ impl Comparer {
         let found = match self.source.find_quietly(cluster, WalFile::Segment(segment)).await {
             Ok(found) => found,
             Err(status) => {
-                tracing::debug!(%cluster, %segment, error = status.message(), "not compared");
+                tracing::debug!(%cluster, %segment, error = status.message(), "segment not found; it is not compared");
                 return Ok(None);
             }
         };
-        // Only while reading: a client that is slow holds nobody's turn (P13), and a slow bucket none of tier 1's (P4).
+        // The turn is taken only for reading: a slow client occupies no turn (P13), and a slow bucket occupies none of
+        // those for tier 1 (P4).
         let is_far = matches!(found, Located::Tier2 { .. });
         let turns = if is_far { &self.far_turns } else { &self.turns };
         let _turn = turns.acquire().await;
@@ -331,11 +337,11 @@ impl Comparer {
             }
         };
         Ok(read
-            .inspect_err(|error| tracing::warn!(%cluster, %segment, %error, "not compared"))
+            .inspect_err(|error| tracing::warn!(%cluster, %segment, %error, "cannot read a stored segment; it is not compared"))
             .ok())
     }
 
-    /// What looks at new WAL from `begin.next` on, by the last segment that is held.
+    /// A checker for the new WAL from `begin.next` on, made from the last stored segment.
     async fn seam(
         &self,
         cluster: &ClusterName,
@@ -360,7 +366,7 @@ impl Comparer {
         }
         let nearest = Lsn::new(end.as_u64() - 1).segment_start(size);
         let mut walked = None;
-        // A record may be longer than a segment: the last whole one began before.
+        // A record may be longer than a segment, so the last whole one may begin several segments back.
         for back in 0..SEAM_SEGMENTS {
             let before = back.saturating_mul(size.bytes());
             let Some(start) = nearest.as_u64().checked_sub(before) else { break };
@@ -380,7 +386,7 @@ impl Comparer {
         })
     }
 
-    /// The records of what is held in a range; `None` when not all of it can be read.
+    /// Walks the stored records of a range; `None` when part of the range cannot be read.
     async fn walk(
         &self,
         cluster: &ClusterName,
@@ -415,7 +421,7 @@ impl Comparer {
         }
     }
 
-    /// Remembers that a writer's history is not this cluster's.
+    /// Remembers that the history of a writer is not that of `cluster`.
     pub fn found(&self, writer_id: &str, cluster: &ClusterName, detail: &str) {
         let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         findings.retain(|f| f.writer_id != writer_id || f.cluster != *cluster);
@@ -426,17 +432,17 @@ impl Comparer {
         }
     }
 
-    /// What was found about a writer and a cluster, if they do not fit.
+    /// Why a writer's history is not that of `cluster`, if a comparison found so.
     pub fn finding(&self, writer_id: &str, cluster: &ClusterName) -> Option<String> {
         let findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |f: &&Finding| f.writer_id == writer_id && f.cluster == *cluster;
         findings.iter().find(fits).map(|f| f.detail.clone())
     }
 
-    /// Why a writer's history is none of the current generation `cluster`.
+    /// Why a writer's history is not that of the current generation `cluster`.
     ///
     /// # Errors
-    /// `INVALID` when it was not compared.
+    /// `INVALID` when the writer has not compared itself.
     pub fn why_another(&self, writer_id: &str, cluster: &ClusterName) -> Result<String, Status> {
         if let Some(detail) = self.finding(writer_id, cluster) {
             return Ok(detail);
@@ -451,17 +457,19 @@ impl Comparer {
         )))
     }
 
-    /// Whether a backup may be committed beside the WAL of `cluster`: its PostgreSQL was compared with it up to its stop.
+    /// Whether a backup may be committed next to the WAL of `cluster`: its PostgreSQL must have been compared up to
+    /// the backup's stop LSN.
     ///
     /// # Errors
-    /// `DIVERGED` when it is another history's; `INVALID` when it was not compared and there are several.
+    /// `DIVERGED` when the writer has another history; `INCOMPLETE` when it was not compared that far; `INVALID` when
+    /// the sidecar did not identify itself and the cluster has several open histories.
     pub async fn may_commit(
         &self,
         cluster: &ClusterName,
         writer_id: &str,
         document: &[u8],
     ) -> Result<(), Status> {
-        // What is no record is refused where it is read.
+        // A document that is not a backup record is refused by the code that parses it.
         let Ok(record) = serde_json::from_slice::<BackupRecord>(document) else { return Ok(()) };
         let refuse = |code: Code, detail: &str| {
             Err(code.status(format!("commit backup {} of {cluster}: {detail}", record.name)))
@@ -482,11 +490,12 @@ impl Comparer {
         }
         match self.finding(writer_id, cluster) {
             Some(detail) => refuse(Code::Diverged, &detail),
-            None => refuse(Code::Incomplete, "its WAL was not compared with what is held"),
+            None => refuse(Code::Incomplete, "its WAL was not compared with the stored WAL"),
         }
     }
 
-    /// Whether a writer compared itself with a cluster, and neither was the same history proven nor another.
+    /// Whether a writer compared itself with a cluster, and the result was neither the same history nor a different
+    /// one.
     pub fn is_unproven(&self, writer_id: &str, cluster: &ClusterName) -> bool {
         let proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
         proofs.iter().any(|p| p.writer_id == writer_id && p.cluster == *cluster && !p.proven)
@@ -498,7 +507,7 @@ impl Comparer {
         proofs.iter().find(fits).map(|proof| proof.end)
     }
 
-    /// What the writer compared with this cluster; it counts once.
+    /// Takes out what the writer compared with this cluster: a comparison is valid for one stream.
     fn take(&self, writer_id: &str, cluster: &ClusterName) -> Option<Proof> {
         let mut proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |p: &Proof| p.writer_id == writer_id && p.cluster == *cluster;
@@ -507,11 +516,11 @@ impl Comparer {
         found
     }
 
-    /// How the stream that `open` asks for may begin, by what its writer compared before; `taken` is what it goes on behind
-    /// in tier 2.
+    /// How the stream that `open` asks for may begin, judged by what its writer compared before. `taken` lists what
+    /// the stream continues in tier 2.
     ///
     /// # Errors
-    /// `DIVERGED` when nothing can be proven while a history that was refused may be this one.
+    /// `DIVERGED` when nothing can be proven, and a history that was refused earlier may be this one.
     pub async fn continuity(
         &self,
         cluster: &ClusterName,
@@ -526,7 +535,7 @@ impl Comparer {
         let here = positions.iter().find(|p| p.timeline == open.timeline).map(|p| p.flushed);
         let there = taken.iter().find(|t| t.timeline == open.timeline).map(|t| t.end);
         let held = here.max(there);
-        // Of a timeline that is new here its ancestor was compared, whose bytes come again with it.
+        // For a timeline that is new here, its ancestor was compared, whose bytes come again with the timeline.
         let fits = |proof: &Proof| match held {
             Some(held) => proof.timeline == open.timeline && proof.end == held,
             None => proof.timeline < open.timeline,
@@ -536,7 +545,7 @@ impl Comparer {
                 return Ok(Continuity::default());
             }
             Some(_) => "PostgreSQL no longer has the WAL before it",
-            None => "the sidecar is older than the server, and compares nothing",
+            None => "the sidecar is older than the server and cannot compare its WAL",
         };
         let seam = match held {
             Some(held) => {
@@ -548,7 +557,7 @@ impl Comparer {
             None => None,
         };
         let all = self.base.generations(cluster).await?;
-        // Behind a gap the first record says next to nothing.
+        // After a gap the first record proves next to nothing.
         if (seam.is_none() || open.gap.is_some())
             && let Some(refused) =
                 all.undecided().find(|g| !g.taken && g.is_of(open.system.system_identifier))
@@ -605,7 +614,7 @@ fn different(timeline: TimelineId, page: Lsn, start: Lsn, ours: &[u8], theirs: &
     Verdict::Diverged { at: page, detail }
 }
 
-/// The records of what is held, over all segments that were read without a hole.
+/// The walker over stored records, across all segments that were read without a hole.
 struct Held {
     size: SegmentSize,
     major: u32,
@@ -625,15 +634,15 @@ impl Held {
     }
 }
 
-/// A part of a segment, as it is read from its beginning.
+/// A part of a segment; the segment is read from its beginning.
 struct Part {
-    /// Before the part.
+    /// Bytes still to skip before the part.
     skip: u64,
-    /// Of the part.
+    /// Bytes of the part still to read.
     left: u64,
     digests: PageDigests,
     walker: RecordWalker,
-    /// Where what differs is looked at.
+    /// Collects the differing pages, when they are to be explained.
     kept: Option<edited::Kept>,
 }
 
@@ -668,7 +677,7 @@ impl Part {
 
 /// Where the messages of a comparison come from.
 pub trait Inbound: Send {
-    /// The next one; `None` at the end.
+    /// The next message; `None` at the end.
     fn next(&mut self) -> impl Future<Output = Result<Option<v1::CompareRequest>, Status>> + Send;
 }
 
@@ -680,7 +689,6 @@ struct Inbox<I> {
 }
 
 impl<I: Inbound> Inbox<I> {
-    /// The digests of the next pages.
     async fn digests(&mut self, pages: u64) -> Result<Vec<u8>, Status> {
         let bytes = usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(DIGEST_BYTES);
         while self.digests.len() < bytes {

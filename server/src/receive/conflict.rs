@@ -1,11 +1,12 @@
-//! More than one PostgreSQL wants to stream a cluster: who is followed, who gives way, and what a person has to decide.
+//! Decides when more than one PostgreSQL wants to stream a cluster: which one is followed, which one gives way, and
+//! what is left for a person to decide.
 //!
-//! - A newer timeline wins over an older one at once, unless the older one's PostgreSQL proves now that it writes: then both
-//!   are received, and the newer one is undecided.
-//! - An older timeline is stale, unless its PostgreSQL proves now that it writes: then both are received, and the older one
-//!   is undecided.
-//! - What was found is on record, durably, before the first byte that is received because of it.
-//! - A proof is what PostgreSQL says when it is asked, never what it said before.
+//! - A newer timeline wins over an older one at once, unless the PostgreSQL of the older one proves now that it
+//!   writes. Then both are received, and the newer one is undecided.
+//! - An older timeline is stale, unless its PostgreSQL proves now that it writes. Then both are received, and the
+//!   older one is undecided.
+//! - A conflict is recorded durably before the first byte is received because of it.
+//! - A proof is PostgreSQL's answer to a question asked now; what it said earlier does not count.
 
 use super::registry::{Claim, Registry, Rival};
 use crate::base::BaseStore;
@@ -18,22 +19,22 @@ use klio_storage::{
 };
 use tonic::Status;
 
-/// What a claim may do.
+/// The outcome for a claim.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Settled {
-    /// It is received and not followed.
+    /// The claim is received and not followed.
     pub(super) aside: bool,
-    /// Sessions that proved nothing, and give way.
+    /// Sessions that did not prove that they write, and have to end.
     pub(super) displaced: Vec<u64>,
 }
 
-/// The other side of a conflict that was found.
+/// A conflict with another timeline.
 pub(super) struct Found {
     against: TimelineId,
     reason: String,
 }
 
-/// Why an answer proves nothing; `None` when it proves that PostgreSQL writes this timeline.
+/// Why an answer does not prove that PostgreSQL writes this timeline; `None` when it does.
 fn unproven(answer: Option<AlivePostgres>, lives_on: TimelineId) -> Option<String> {
     match answer {
         None => Some("it did not answer".to_owned()),
@@ -45,20 +46,20 @@ fn unproven(answer: Option<AlivePostgres>, lives_on: TimelineId) -> Option<Strin
     }
 }
 
-/// How a claim stands to the other timelines, before anything is written.
+/// How a claim relates to the other timelines, before anything is written.
 pub(super) enum Stands {
-    /// It is left aside already, or retired.
+    /// The timeline is already undecided or retired.
     Aside,
-    /// It is to be.
+    /// The timeline conflicts with another one, and is to be marked undecided.
     Against(Found),
-    /// It is the newest.
+    /// The timeline is the newest.
     Newest,
 }
 
-/// Looks at what is known. `prove` asks the claimant's own PostgreSQL. Writes nothing.
+/// Compares the claim with the timelines known so far. `prove` asks the claimant's own PostgreSQL. Writes nothing.
 ///
 /// # Errors
-/// `STALE_TIMELINE`; what the bucket says.
+/// `STALE_TIMELINE`; an error of the bucket.
 pub(super) async fn look(
     base: &BaseStore,
     registry: &Registry,
@@ -77,10 +78,10 @@ pub(super) async fn look(
     Ok(found.map_or(Stands::Newest, Stands::Against))
 }
 
-/// Settles a claim that would be admitted: puts a conflict on record, or asks who is live.
+/// Settles a claim that may be admitted: records a conflict, or asks the live sessions of older timelines.
 ///
 /// # Errors
-/// As the disk fails.
+/// An I/O error of the disk.
 pub(super) async fn settle(
     base: &BaseStore,
     registry: &Registry,
@@ -99,7 +100,7 @@ pub(super) async fn settle(
 /// Asks the live sessions of older timelines to prove that they write.
 ///
 /// # Errors
-/// As the disk fails.
+/// An I/O error of the disk.
 pub(super) async fn ask_rivals(
     base: &BaseStore,
     registry: &Registry,
@@ -115,7 +116,7 @@ pub(super) async fn ask_rivals(
     }
 }
 
-/// Puts what was found on record, durably: from now on the claim is received and not followed, and ends nobody.
+/// Records the conflict durably. From then on the claim is received without being followed, and ends no other session.
 async fn record(
     base: &BaseStore,
     cluster: &ClusterName,
@@ -148,7 +149,7 @@ async fn record(
     Ok(Settled { aside: true, displaced: Vec::new() })
 }
 
-/// A child of a timeline that is left aside is left aside, too.
+/// A child of a timeline that is undecided or retired gets the same standing.
 fn inherited(
     base: &BaseStore,
     cluster: &ClusterName,
@@ -170,7 +171,8 @@ fn inherited(
     Some(Found { against: parent.against, reason })
 }
 
-/// An older one than the one that is followed, or than one that streams and has no WAL yet.
+/// Looks for a conflict of a claim that is older than the followed timeline, or than one that streams and has no WAL
+/// yet.
 async fn older(
     base: &BaseStore,
     registry: &Registry,
@@ -200,7 +202,7 @@ async fn older(
     Ok(Some(Found { against: newest, reason }))
 }
 
-/// A newer one than some that are live.
+/// Asks each older live session, and finds a conflict if one of them proves that it writes.
 async fn newer(claim: &Claim, rivals: Vec<Rival>, displaced: &mut Vec<u64>) -> Option<Found> {
     let mut found = None;
     for rival in rivals {
@@ -213,7 +215,7 @@ async fn newer(claim: &Claim, rivals: Vec<Rival>, displaced: &mut Vec<u64>) -> O
                     timeline = old,
                     newer = new,
                     why,
-                    "gives way to a newer timeline"
+                    "session ends in favour of a newer timeline"
                 );
                 displaced.push(rival.id);
             }

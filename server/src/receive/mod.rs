@@ -1,11 +1,11 @@
-//! Receives one cluster's WAL: messages in, durable bytes down, acknowledgements out.
+//! Receives a cluster's WAL: reads messages, makes their bytes durable, and sends acknowledgements.
 //!
-//! - An `Ack.flushed_lsn` is made from a `FlushedLsn` and from nothing else (P1).
-//! - One batch is on its way to the disk at a time; what arrives meanwhile becomes the next batch, so
-//!   one fsync covers all of it (group commit) and no timer delays anything.
-//! - Memory is bounded in bytes: a client that exceeds the window it was given is refused.
-//! - Any end of a session (error, fence, shutdown, expired certificate) leaves the store as durable
-//!   as its last acknowledgement, and the place free.
+//! - An `Ack.flushed_lsn` is made from a `FlushedLsn` only (P1).
+//! - One batch at a time is being written. Whatever arrives meanwhile becomes the next batch, so one fsync covers all
+//!   of it (group commit) and no timer delays anything.
+//! - Memory is bounded in bytes: a client that exceeds its window is refused.
+//! - However a session ends (error, fence, shutdown, expired certificate), the store is as durable as its last
+//!   acknowledgement says, and the place is free again.
 
 pub(crate) mod as_of;
 mod batch;

@@ -1,9 +1,10 @@
-//! Opens a session: the caller's claim, what the store holds, and the one place of the cluster's timeline.
+//! Opens a session: checks the caller's claim against the stored WAL, and takes the one place of the cluster's
+//! timeline.
 //!
-//! Order: pinned system, other timelines (`conflict`), position and history, place (ends an earlier session), what only tier 2
-//! holds, writer. Who would be refused ends nobody: all that can be looked at is looked at before the place is taken. Nothing
-//! but the name's system, and a conflict that was found, is written before all but the last have agreed. Who the cluster is,
-//! over both tiers, is `base`'s to say (P8).
+//! Order: pinned system, other timelines (`conflict`), position and history, place (ends an earlier session), WAL that
+//! only tier 2 has, writer. A caller that will be refused must not end another session, so everything that can be
+//! checked is checked before the place is taken. Until all checks but the last have passed, only the name's system and
+//! a conflict are written. Which PostgreSQL the name belongs to, over both tiers, is decided in `base` (P8).
 
 use super::{
     compare::{Comparer, Continuity},
@@ -26,28 +27,25 @@ use klio_storage::{
 use std::sync::Arc;
 use tonic::Status;
 
-/// How often sessions that came while others were asked are asked, too. The client waits meanwhile.
+/// How often sessions that arrived while others were asked are asked as well. The client waits meanwhile.
 const ROUNDS_MAX: usize = 2;
 
-/// A session that may begin.
+/// A session that is ready to begin.
 pub struct Opened {
-    /// The place of the cluster's timeline.
     pub claimed: Claimed,
-    /// The store's writer of it.
     pub writer: Writer,
-    /// wal_segment_size.
     pub segment_size: SegmentSize,
-    /// Looks at the first new record, where nothing else proved that it continues what is held (P11).
+    /// Checks the first new record, where no comparison proved that it continues the stored WAL (P11).
     pub seam: Option<Seam>,
-    /// Why nothing proved it, to be recorded with the first byte.
+    /// Why nothing proved it; recorded with the first byte.
     pub unproven: Option<String>,
 }
 
-/// Who wants to stream.
+/// The client that wants to stream.
 pub struct Caller<F> {
-    /// For messages: certificate name and address.
+    /// Certificate name and address, for messages.
     pub who: String,
-    /// Asks its PostgreSQL whether it writes now.
+    /// Asks the client's PostgreSQL whether it writes now.
     pub prove: F,
 }
 
@@ -87,7 +85,8 @@ pub async fn open(
     let standing = conflict::look(base, registry, cluster, &claim, prove).await?;
     let bid = Bid { base, cluster, open: &open, now_unix };
     let taken = bid.check().await?;
-    // Nothing is appended behind it unseen: the writer is opened only where what is held still ends there.
+    // The writer is opened only if the stored WAL still ends where the seam begins, so nothing can be appended behind
+    // it unchecked.
     let Continuity { seam, unproven } = comparer.continuity(cluster, &open, &taken).await?;
     let mut settled = conflict::settle(base, registry, cluster, &claim, standing, now_unix).await?;
     let mut rounds = 0;
@@ -104,20 +103,20 @@ pub async fn open(
         }
         settled = conflict::ask_rivals(base, registry, cluster, &claim, now_unix).await?;
     };
-    // Again: while others were asked, a newer timeline may have come.
+    // Checked again: a newer timeline may have arrived while others were asked.
     base.check_timeline_here(cluster, lives_on)?;
     // Nobody else appends to the timeline from here on.
     let writer = bid.begin(!taken.is_empty()).await?;
     Ok(Opened { claimed, writer, segment_size, seam, unproven })
 }
 
-/// Of a timeline against which a person decided.
+/// The refusal of a timeline that a person has retired.
 pub(super) fn retired(cluster: &ClusterName, timeline: TimelineId) -> Status {
     Code::RetiredTimeline
         .status(format!("stream cluster {cluster}: timeline {} was retired", timeline.get()))
 }
 
-/// Where a stream wants to go on, seen from what both tiers hold.
+/// A request to continue the WAL that both tiers hold.
 struct Bid<'a> {
     base: &'a BaseStore,
     cluster: &'a ClusterName,
@@ -125,9 +124,9 @@ struct Bid<'a> {
     now_unix: f64,
 }
 
-/// Why no writer is opened.
+/// Why no writer was opened.
 enum Refused {
-    /// It would leave out or overwrite WAL, by what tier 1 knows.
+    /// By what tier 1 knows, the stream would skip or overwrite WAL.
     Position(Status),
     Other(Status),
 }
@@ -140,14 +139,14 @@ impl From<Refused> for Status {
 }
 
 impl Bid<'_> {
-    /// Whether a writer may be opened there once what is given has been taken over from tier 2. Writes nothing.
+    /// Checks that a writer may be opened once the returned lines have been taken over from tier 2. Writes nothing.
     async fn check(&self) -> Result<Vec<TakenOver>, Status> {
         let mut taken = Vec::new();
         if self.lacks() {
             taken = self.base.to_take_over(self.cluster, self.open).await?.lines;
         }
         match self.check_behind(&taken).await {
-            // Tier 2 may hold a timeline that tier 1 has nothing of: its disk was set back.
+            // Tier 2 may hold a timeline that tier 1 does not have at all, because tier 1's disk was set back.
             Err(Refused::Position(status)) if taken.is_empty() => {
                 taken = self.base.to_take_over(self.cluster, self.open).await?.lines;
                 if taken.is_empty() {
@@ -160,7 +159,7 @@ impl Bid<'_> {
         Ok(taken)
     }
 
-    /// Opens the writer. `takes`: tier 2 was found to hold more.
+    /// Opens the writer. `takes` says that tier 2 was found to hold more.
     async fn begin(&self, takes: bool) -> Result<Writer, Status> {
         let taken_over = takes && self.take_over().await?;
         match self.open_writer(taken_over).await {
@@ -174,7 +173,7 @@ impl Bid<'_> {
         }
     }
 
-    /// Whether tier 1 holds less than what the stream continues: nothing at all, or not up to its beginning.
+    /// Whether tier 1 holds less than the stream continues: nothing at all, or WAL that ends before the stream begins.
     fn lacks(&self) -> bool {
         let open = self.open;
         let positions = self.base.wal().positions(self.cluster);
@@ -198,7 +197,7 @@ impl Bid<'_> {
         self.ask(move |store, name, lives_on| store.open_writer_of(name, &request, lives_on)).await
     }
 
-    /// Whether a declared gap begins right where what was taken over ends, with nothing received since.
+    /// Whether a declared gap begins exactly where the WAL taken over from tier 2 ends, with nothing received since.
     fn begins_lost(&self) -> bool {
         let open = self.open;
         let from = open.gap.as_ref().map(|gap| gap.from);
@@ -206,7 +205,7 @@ impl Bid<'_> {
         taken.iter().any(|taken| taken.timeline == open.timeline && Some(taken.end) == from)
     }
 
-    /// `lost`: what is declared missing was acknowledged to a tier 1 that is gone.
+    /// `lost` says that the missing WAL had been acknowledged by a tier 1 that no longer exists.
     fn request(&self, lost: bool) -> OpenRequest {
         let open = self.open;
         let gap = open.gap.as_ref().map(|gap| {
@@ -220,7 +219,7 @@ impl Bid<'_> {
         OpenRequest { timeline, start, gap, now_unix: self.now_unix, slot_restart }
     }
 
-    /// Asks the store, off the runtime's workers.
+    /// Runs a question to the store on a blocking thread.
     async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&WalStore, &ClusterName, TimelineId) -> Result<T, OpenError>

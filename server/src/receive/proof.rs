@@ -1,7 +1,7 @@
-//! Asks a stream's PostgreSQL whether it writes now, and takes its answer.
+//! Asks the PostgreSQL behind a stream whether it writes now, and takes its answer.
 //!
-//! A question and its answer carry the same random number: what was said to an earlier question proves nothing. A client
-//! that cannot answer, a half-closed stream and a session that ends leave the question without an answer.
+//! A question and its answer carry the same random number, so an answer to an earlier question proves nothing. A
+//! client that cannot answer, a half-closed stream and a session that ends leave the question unanswered.
 
 use super::{
     registry::{PROOF_TIMEOUT, Question},
@@ -18,7 +18,7 @@ fn prove(nonce: u64) -> v1::ReceiveResponse {
     v1::ReceiveResponse { kind: Some(receive_response::Kind::Prove(v1::Prove { nonce })) }
 }
 
-/// Who asks to stream, and is not yet a session.
+/// A client that asks to stream and has no session yet.
 pub(super) struct Claimant<'a> {
     pub(super) inbound: &'a mut Streaming<v1::ReceiveRequest>,
     pub(super) responses: &'a Responses,
@@ -26,7 +26,7 @@ pub(super) struct Claimant<'a> {
 }
 
 impl Claimant<'_> {
-    /// What its PostgreSQL says now; `None` when it does not answer in time, or with something else.
+    /// What the client's PostgreSQL says now; `None` when it does not answer in time, or with another message.
     pub(super) async fn prove(&mut self) -> Option<AlivePostgres> {
         if !self.can_prove {
             return None;
@@ -49,9 +49,9 @@ impl Claimant<'_> {
 pub(super) struct Proof {
     questions: mpsc::Receiver<Question>,
     can_prove: bool,
-    /// To be sent when there is room.
+    /// The number of a question that is sent as soon as there is room.
     unsent: Option<u64>,
-    /// Asked last; an earlier one has run out of time.
+    /// The last question; an earlier one has timed out.
     open: Option<(u64, Question)>,
 }
 
@@ -60,12 +60,12 @@ impl Proof {
         Self { questions, can_prove, unsent: None, open: None }
     }
 
-    /// Takes a question, or sends one on. Cancel-safe.
+    /// Takes a question, or sends one to the client. Cancel-safe.
     pub(super) async fn step(&mut self, responses: &Responses) {
         let Self { questions, can_prove, unsent, open } = self;
         tokio::select! {
             permit = responses.reserve(), if unsent.is_some() => {
-                // Without a client the stream ends by itself.
+                // Without a client the stream ends anyway.
                 if let (Ok(permit), Some(nonce)) = (permit, unsent.take()) {
                     permit.send(Ok(prove(nonce)));
                 }
@@ -81,7 +81,7 @@ impl Proof {
         }
     }
 
-    /// Nothing more comes from the client.
+    /// Called when the client sends nothing more.
     pub(super) fn close(&mut self) {
         (self.can_prove, self.unsent, self.open) = (false, None, None);
     }
@@ -91,7 +91,7 @@ impl Proof {
             return;
         };
         if let Some(postgres) = alive.postgres {
-            // Who asked may have run out of time.
+            // The side that asked may have timed out.
             let _ = question.send(postgres);
         }
     }
@@ -130,7 +130,7 @@ mod tests {
         assert!(answer.try_recv().is_err(), "of another question");
         proof.answered(says(nonce));
         assert_eq!(answer.await.ok(), says(nonce).postgres);
-        // Said again it is nothing.
+        // A repeated answer has no effect.
         proof.answered(says(nonce));
     }
 

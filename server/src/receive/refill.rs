@@ -1,8 +1,9 @@
-//! Takes a segment again that lost acknowledged WAL on tier 1, beside the stream of the same writer.
+//! Receives a segment again whose acknowledged WAL was lost on tier 1, beside the stream of the same writer.
 //!
-//! - Only who streams the cluster's history now may fill it, and only what that history went through (P11). What comes is
-//!   compared with what is left of the segment and with what follows it; until all of it has come nothing is changed.
-//! - The stream goes on meanwhile: no position moves, and no lock of the writer's is taken.
+//! - Only the writer that streams the cluster's history now may refill a segment, and only one that its history went
+//!   through (P11). The bytes are compared with what is left of the segment and with what follows it. Nothing is
+//!   changed until all of them have arrived.
+//! - The stream continues meanwhile: no position moves, and none of the writer's locks is taken.
 
 use super::{Receiver, open::blocking};
 use bytes::Bytes;
@@ -14,14 +15,15 @@ use tonic::Status;
 
 /// A segment in pieces.
 pub trait Pieces {
-    /// The next one; `None` behind the last.
+    /// The next piece; `None` after the last.
     fn next(&mut self) -> impl Future<Output = Result<Option<Bytes>, Status>> + Send;
 }
 
-/// Takes one segment.
+/// Receives one segment.
 ///
 /// # Errors
-/// `WRONG_SYSTEM`; `BAD_POSITION` without a live stream of the same history; what the store says of the bytes.
+/// `WRONG_SYSTEM`; `BAD_POSITION` without a live stream of the same history; an error of the store when the bytes do
+/// not fit.
 pub async fn take(
     receiver: &Receiver,
     cluster: &ClusterName,
@@ -36,7 +38,7 @@ pub async fn take(
     let passed = |own| end.is_some_and(|end| goes_through(own, history(own), timeline, end));
     if !lives_on.is_some_and(passed) {
         return Err(Code::BadPosition.status(format!(
-            "take a damaged segment again: expected a live stream of the same writer that came from timeline {timeline}, found none"
+            "refill a damaged segment: expected a live stream of the same writer that came from timeline {timeline}, found none"
         )));
     }
     let (store, name) = (receiver.store.clone(), cluster.clone());
@@ -49,7 +51,7 @@ pub async fn take(
     Ok(())
 }
 
-/// Whether a PostgreSQL on timeline `own` has WAL of `timeline` up to `end` in its past.
+/// Whether the WAL of `timeline` up to `end` is in the past of a PostgreSQL on timeline `own`.
 fn goes_through(
     own: TimelineId,
     history: Option<TimelineHistory>,

@@ -1,10 +1,11 @@
 //! Who is streaming which cluster, and how far each is.
 //!
-//! - At most one live session a cluster and timeline (P8). The same writer may come back at once. A newer timeline wins over
-//!   an older one whose PostgreSQL does not prove that it writes; where it does, both stay (`open` decides).
-//! - Nobody is ended for a claim that is refused.
-//! - Positions only describe; the store decides. They outlive the session, for status and metrics. Those of a cluster are
-//!   those of the timeline that is followed.
+//! - At most one session is live per cluster and timeline (P8). The same writer may come back at once. A newer
+//!   timeline wins over an older one whose PostgreSQL does not prove that it writes; if it does prove it, both stay
+//!   (`open` decides).
+//! - A claim that is refused ends no session.
+//! - Positions only describe; the store decides. They outlive the session, for status and metrics. A cluster's
+//!   positions are those of the timeline that is followed.
 
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::{Code, wal::AlivePostgres};
@@ -24,17 +25,18 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// How long a cancelled session may take to let go: it finishes at most one write and fsync.
+/// How long a cancelled session may take to release its place: it finishes at most one write and fsync.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a PostgreSQL may take to prove that it writes. A newer timeline waits for that, so it is short.
 pub(crate) const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Nothing panics while it holds one of these locks; if it did, the plain values stay usable.
+/// Nothing panics while it holds one of these locks; if something did, the plain values inside would stay usable.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A question to a live session: what does your PostgreSQL say now? Dropped without an answer when there is none.
+/// A question to a live session: what does your PostgreSQL say now? It is dropped without an answer when there is
+/// none.
 pub(crate) type Question = oneshot::Sender<AlivePostgres>;
 
 struct Live {
@@ -42,7 +44,7 @@ struct Live {
     writer_id: String,
     who: String,
     lives_on: TimelineId,
-    /// Its timeline is undecided.
+    /// Whether its timeline is undecided.
     aside: bool,
     cancel: CancellationToken,
     questions: mpsc::Sender<Question>,
@@ -60,7 +62,7 @@ pub(crate) struct Rival {
 }
 
 impl Rival {
-    /// What its PostgreSQL says now; `None` when no answer came in time, or it cannot be asked.
+    /// What its PostgreSQL says now; `None` when no answer came in time, or when it cannot be asked.
     pub(crate) async fn ask(&self) -> Option<AlivePostgres> {
         let (question, answer) = oneshot::channel();
         let asked = async {
@@ -83,7 +85,7 @@ pub struct ClusterState {
 /// Positions by timeline.
 #[derive(Default)]
 struct Lines {
-    /// The one that is followed, once a session of it has begun.
+    /// The timeline that is followed, once a session of it has begun.
     current: Option<TimelineId>,
     progress: BTreeMap<Option<TimelineId>, Progress>,
 }
@@ -93,36 +95,36 @@ struct Lines {
 pub struct Progress {
     /// The timeline last streamed.
     pub timeline: Option<TimelineId>,
-    /// Received and checked.
+    /// Received and checked, but not necessarily durable.
     pub received: Lsn,
-    /// Durable.
+    /// Durable on tier 1.
     pub flushed: Lsn,
     /// PostgreSQL's end of WAL as last reported; 0/0 when unknown.
     pub wal_end: Lsn,
-    /// When it was told: an fsync may stall for long after that, and PostgreSQL goes on meanwhile.
+    /// When PostgreSQL reported it: an fsync may stall for long after that, while PostgreSQL goes on.
     wal_end_told: Option<Instant>,
-    /// WAL that PostgreSQL has and that did not come yet.
+    /// WAL that PostgreSQL has and that has not arrived.
     pub not_received: Behind,
-    /// WAL that PostgreSQL has and that is not durable yet.
+    /// WAL that PostgreSQL has and that is not durable here.
     pub not_flushed: Behind,
-    /// All that PostgreSQL had at this moment is durable.
+    /// Everything that PostgreSQL had at this moment is durable.
     pub durable_as_of: Option<Instant>,
     /// Raw WAL bytes received since the server started.
     pub received_bytes: u64,
 }
 
-/// How long something has been behind PostgreSQL.
+/// How long we have been behind PostgreSQL.
 ///
-/// A busy PostgreSQL is ahead at any moment, so the time since it was last equal says nothing: what counts is the age
-/// of a position that PostgreSQL had and we still have not reached.
+/// A busy PostgreSQL is ahead of us at any moment, so the time since both were last equal says nothing. What counts is
+/// the age of a position that PostgreSQL had reached and we still have not.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Behind {
     mark: Option<(Lsn, Instant)>,
 }
 
 impl Behind {
-    /// Sets the mark anew when it was reached. PostgreSQL was at `end` when it was `told`. Gives the moment up to which
-    /// all is here, if that is news.
+    /// Sets a new mark when the old one was reached. PostgreSQL reported the end `end` at the time `told`. Returns the
+    /// moment up to which everything is here, if it has advanced.
     fn follow(&mut self, here: Lsn, end: Lsn, told: Instant) -> Option<Instant> {
         if here >= end {
             self.mark = None;
@@ -143,40 +145,41 @@ impl Behind {
 }
 
 impl Progress {
-    /// Bytes PostgreSQL has and the server does not hold durably.
+    /// Bytes that PostgreSQL has and that are not durable here.
     pub fn lag_bytes(&self) -> u64 {
         self.wal_end.bytes_since(self.flushed)
     }
-    /// How long ago PostgreSQL had WAL that is not durable here; 0 when all is.
+    /// How long ago PostgreSQL had WAL that is not durable here, in seconds; 0 when all of it is.
     pub fn lag_seconds(&self, now: Instant) -> f64 {
         self.not_flushed.seconds(now)
     }
-    /// Bytes PostgreSQL has and the server has not received.
+    /// Bytes that PostgreSQL has and that have not arrived.
     pub fn receive_lag_bytes(&self) -> u64 {
         self.wal_end.bytes_since(self.received)
     }
-    /// How long ago PostgreSQL had WAL that has not come; 0 when all has.
+    /// How long ago PostgreSQL had WAL that has not arrived, in seconds; 0 when all of it has.
     pub fn receive_lag_seconds(&self, now: Instant) -> f64 {
         self.not_received.seconds(now)
     }
-    /// PostgreSQL has nothing that is not durable here, as far as it has told.
+    /// Whether everything that PostgreSQL has reported is durable here.
     pub fn is_caught_up(&self) -> bool {
         self.wal_end > Lsn::ZERO && self.lag_bytes() == 0
     }
 
-    /// PostgreSQL said where its WAL ends.
+    /// Records where PostgreSQL says its WAL ends.
     pub fn told(&mut self, wal_end: Lsn, now: Instant) {
         (self.wal_end, self.wal_end_told) = (wal_end, Some(now));
     }
 
-    /// A new session: with WAL of a day to come nothing is caught up until PostgreSQL tells.
+    /// Begins a session. A day's WAL may be outstanding, so nothing counts as caught up until PostgreSQL reports its
+    /// end.
     pub fn begin(&mut self, timeline: TimelineId, start: Lsn) {
         self.timeline = Some(timeline);
         (self.received, self.flushed) = (start, start);
         (self.wal_end, self.wal_end_told) = (Lsn::ZERO, None);
     }
 
-    /// Nothing follows from an end of WAL that is not known.
+    /// Updates the times. Without a known end of PostgreSQL's WAL nothing can be said.
     fn follow(&mut self) {
         let Some(told) = self.wal_end_told else { return };
         self.not_received.follow(self.received, self.wal_end, told);
@@ -202,13 +205,13 @@ impl ClusterState {
         lock(&self.live).values().any(|live| live.lives_on == timeline)
     }
 
-    /// What PostgreSQL's timeline is, as the live session of this writer says.
+    /// The timeline that PostgreSQL is on, according to the live session of this writer.
     pub(crate) fn lives_of(&self, writer_id: &str) -> Option<TimelineId> {
         let live = lock(&self.live);
         live.values().find(|live| live.writer_id == writer_id).map(|live| live.lives_on)
     }
 
-    /// Changes the positions of the timeline that is followed; keeps the times true to them.
+    /// Changes the positions of the timeline that is followed, and updates the times that depend on them.
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         let current = lock(&self.lines).current;
         self.update_line(current, change);
@@ -221,7 +224,7 @@ impl ClusterState {
         progress.follow();
     }
 
-    /// The sessions of older timelines that a claim would end, and that are not undecided already.
+    /// The sessions of older timelines that a claim would end and that are not undecided already.
     pub(crate) fn rivals(&self, claim: &Claim) -> Vec<Rival> {
         let rival = |live: &Live| Rival {
             id: live.id,
@@ -232,14 +235,15 @@ impl ClusterState {
         lock(&self.live).values().filter(|live| claim.displaces(live)).map(rival).collect()
     }
 
-    /// The newest timeline of another writer that streams and is followed, or will be with its first byte; `None` when that is no
-    /// newer one than the claim's.
+    /// The newest timeline of another writer that streams and is followed, or will be with its first byte; `None` when
+    /// no such timeline is newer than the claim's.
     pub(crate) fn newer_live(&self, claim: &Claim) -> Option<TimelineId> {
         let live = lock(&self.live);
         live.values().filter(|live| claim.is_older_than(live)).map(|live| live.lives_on).max()
     }
 
-    /// A person decided, or a conflict was found: who is left aside is not followed, who is retired is ended.
+    /// Applies a person's decision or a conflict: an undecided or retired timeline is not followed, and the session of
+    /// a retired one ends.
     pub(crate) fn decided(&self, marks: &Timelines, followed: Option<TimelineId>) {
         for live in lock(&self.live).values_mut() {
             live.aside = marks.is_aside(live.lives_on);
@@ -254,48 +258,49 @@ impl ClusterState {
     }
 }
 
-/// All clusters this server has heard of since it started.
+/// All clusters that this server has seen since it started.
 #[derive(Default)]
 pub struct Registry {
     clusters: Mutex<BTreeMap<ClusterName, Arc<ClusterState>>>,
     next_id: AtomicU64,
 }
 
-/// Who wants to stream.
+/// A client that wants to stream.
 #[derive(Debug, Clone)]
 pub struct Claim {
-    /// Random per sidecar process.
+    /// A random value for each sidecar process.
     pub writer_id: String,
-    /// For messages: certificate name and address.
+    /// Certificate name and address, for messages.
     pub who: String,
-    /// The timeline it brings.
+    /// The timeline that it streams.
     pub timeline: TimelineId,
-    /// The timeline that its PostgreSQL is on: the same, or a descendant.
+    /// The timeline that its PostgreSQL is on: the same one, or a descendant.
     pub lives_on: TimelineId,
-    /// Its timeline is undecided: it is received, and not followed.
+    /// Whether its timeline is undecided, so that it is received without being followed.
     pub aside: bool,
 }
 
 impl Claim {
-    /// Whether it would end this session, if that proves nothing: an older one, not undecided, of another writer.
+    /// Whether this claim ends the session unless that proves that it writes: the session is older, not undecided, and
+    /// of another writer.
     fn displaces(&self, live: &Live) -> bool {
         live.lives_on < self.lives_on && live.writer_id != self.writer_id && !live.aside
     }
 
-    /// Whether this session is a newer one, not undecided, of another writer.
+    /// Whether the session is newer, not undecided, and of another writer.
     fn is_older_than(&self, live: &Live) -> bool {
         live.lives_on > self.lives_on && live.writer_id != self.writer_id && !live.aside
     }
 }
 
-/// Keeps the place of a live session; dropping it gives the place back.
+/// The place of a live session; dropping it frees the place.
 pub struct Place {
     state: Arc<ClusterState>,
     id: u64,
     timeline: TimelineId,
     /// The timeline that its PostgreSQL is on.
     pub lives_on: TimelineId,
-    /// Cancelled when the session has to end for another.
+    /// Cancelled when the session has to end in favour of another.
     pub fenced: CancellationToken,
 }
 
@@ -305,7 +310,7 @@ impl Place {
         self.state.update_line(Some(self.timeline), change);
     }
 
-    /// Its session begins: unless it is left aside, the cluster's positions are its own from now on.
+    /// Begins the session. Unless its timeline is undecided or retired, its positions become the cluster's.
     pub fn begin(&self, start: Lsn) {
         let aside = {
             let live = lock(&self.state.live);
@@ -315,7 +320,8 @@ impl Place {
         {
             let mut lines = lock(&self.state.lines);
             if !aside {
-                // What was received before and how far all was durable is the cluster's, not one timeline's.
+                // The bytes received so far and the time up to which all was durable belong to the cluster, not to one
+                // timeline.
                 let before = lines.progress.get(&lines.current).copied().unwrap_or_default();
                 let own = lines.progress.entry(Some(timeline)).or_insert(before);
                 own.received_bytes = own.received_bytes.max(before.received_bytes);
@@ -338,36 +344,35 @@ impl Drop for Place {
     }
 }
 
-/// A place and the questions that come to whoever has it.
+/// A place, and the questions to whoever holds it.
 pub struct Claimed {
-    /// The place.
     pub place: Place,
-    /// To be answered by the session.
+    /// Questions that the session has to answer.
     pub(crate) questions: mpsc::Receiver<Question>,
 }
 
 impl Registry {
-    /// The state of one cluster, made when first asked for.
+    /// The state of one cluster, created when it is first asked for.
     pub fn cluster(&self, name: &ClusterName) -> Arc<ClusterState> {
         lock(&self.clusters).entry(name.clone()).or_default().clone()
     }
 
-    /// All clusters heard of.
     pub fn all(&self) -> Vec<(ClusterName, Arc<ClusterState>)> {
         lock(&self.clusters).iter().map(|(n, s)| (n.clone(), s.clone())).collect()
     }
 
-    /// Ends what streams into a cluster; it is told so, and may come again.
+    /// Ends all sessions that stream into a cluster. The clients are told, and may connect again.
     pub fn end(&self, name: &ClusterName) {
         lock(&self.cluster(name).live).values().for_each(|live| live.cancel.cancel());
     }
 
-    /// Takes the place of a cluster's timeline: ends the sessions `displaced`, which proved nothing, and those of the same
-    /// writer, and waits for them. The caller has made sure that it would be admitted. `None` when an older session has come
-    /// that was not asked yet: it is to be asked first.
+    /// Takes the place of a cluster's timeline: ends the sessions in `displaced`, which did not prove that they write,
+    /// and those of the same writer, and waits for them. The caller has made sure that the claim would be admitted.
+    /// Returns `None` when an older session has arrived that was not asked yet; it has to be asked first.
     ///
     /// # Errors
-    /// `WRITER_CONFLICT` when another writer of the timeline is live; then nobody was ended.
+    /// `WRITER_CONFLICT` when another writer streams the timeline, in which case no session was ended, or when an
+    /// earlier session does not end in time.
     pub async fn claim(
         &self,
         name: &ClusterName,
@@ -378,7 +383,7 @@ impl Registry {
         let state = &shared;
         let deadline = tokio::time::Instant::now() + RELEASE_TIMEOUT;
         loop {
-            // Registered before the look, so that a release in between is not missed.
+            // Registered before the lock is taken, so that a release in between is not missed.
             let released = state.released.notified();
             tokio::pin!(released);
             released.as_mut().enable();
@@ -393,7 +398,7 @@ impl Registry {
                     )));
                 }
                 if let Some(l) = live.values().find(|l| !claim.aside && claim.is_older_than(l)) {
-                    // It has come since it was looked who else streams: the next attempt finds it.
+                    // It arrived after the check of who else streams; the client's next attempt finds it.
                     return Err(Code::WriterConflict.status(format!(
                         "open cluster {name}: {} has just begun to stream the newer timeline {:?}",
                         l.who, l.lives_on
@@ -476,7 +481,8 @@ mod tests {
         }
     }
 
-    /// Before its first flush nothing is held of a newer timeline, and an older one came in beside it, followed like it.
+    /// Regression test: nothing is stored of a newer timeline before its first flush, so an older one was let in
+    /// beside it and followed as well.
     #[tokio::test]
     async fn an_older_timeline_is_not_let_in_beside_a_newer_one_that_has_no_wal_yet() {
         let registry = Registry::default();
@@ -500,7 +506,7 @@ mod tests {
         let newer = claim("b", 2);
         let rivals = state.rivals(&newer);
         assert_eq!(rivals.iter().map(|rival| rival.lives_on).collect::<Vec<_>>(), [tli(1)]);
-        // Both: the first one proved that it writes.
+        // Both stay, because the first one proved that it writes.
         let second = take(&registry, Claim { aside: true, ..newer.clone() }).await.ok().unwrap();
         assert!(!first.place.fenced.is_cancelled());
         assert!(state.lives(tli(1)) && state.lives(tli(2)));
@@ -508,7 +514,7 @@ mod tests {
         let unasked = registry.claim(&name(), newer.clone(), &[]).await.unwrap();
         assert!(unasked.is_none(), "one that was not asked is not ended");
         assert!(!first.place.fenced.is_cancelled());
-        // It proved nothing: it is ended, and waited for.
+        // The first one proved nothing, so it is ended and waited for.
         let fenced = first.place.fenced.clone();
         let displaced = [rivals[0].id];
         let cluster = name();
@@ -532,16 +538,16 @@ mod tests {
             questions.recv().await.unwrap().send(postgres).unwrap();
         });
         assert_eq!(answer, Some(postgres));
-        // It dropped the question: an old sidecar, or PostgreSQL is gone.
+        // The session dropped the question: its sidecar is old, or its PostgreSQL is gone.
         let (answer, ()) = tokio::join!(rival.ask(), async {
             drop(questions.recv().await.unwrap());
         });
         assert_eq!(answer, None);
-        // It says nothing at all.
+        // The session does not answer at all.
         let began = tokio::time::Instant::now();
         assert_eq!(rival.ask().await, None);
         assert_eq!(began.elapsed(), PROOF_TIMEOUT);
-        // It is gone.
+        // The session is gone.
         drop((place, questions));
         assert_eq!(rival.ask().await, None);
     }
@@ -562,7 +568,7 @@ mod tests {
         );
         drop(one);
         assert!(!state.connected(), "nobody streams the timeline that is followed");
-        // A person decides for the other one.
+        // A person decides for the other timeline.
         let marks = Timelines::default();
         state.decided(&marks, Some(tli(2)));
         assert!(state.connected());
@@ -582,7 +588,7 @@ mod tests {
         assert!(state.progress().is_caught_up());
     }
 
-    /// A database that always writes is never equal for a moment, and still not behind by hours.
+    /// A database that writes all the time is never equal to us, and is still not hours behind.
     #[test]
     fn a_busy_cluster_that_is_followed_closely_has_a_short_lag() {
         let (mut progress, begun) = (Progress::default(), Instant::now());
@@ -594,7 +600,7 @@ mod tests {
         let now = begun + Duration::from_secs(3600);
         assert!(progress.lag_bytes() > 0 && progress.lag_seconds(now) <= 1.0, "{progress:?}");
         assert!(progress.durable_as_of.is_some_and(|at| now - at <= Duration::from_secs(1)));
-        // And one that stands still is.
+        // A standstill does count as behind.
         progress.told(Lsn::new(1 << 30), now);
         progress.follow();
         progress.told(Lsn::new(2 << 30), now + Duration::from_secs(900));
@@ -603,14 +609,14 @@ mod tests {
         assert!(progress.durable_as_of.is_some_and(|at| at <= now));
     }
 
-    /// PostgreSQL goes on while an fsync stalls: what it did meanwhile is not claimed.
+    /// PostgreSQL goes on while an fsync stalls; nothing is claimed about what it wrote meanwhile.
     #[test]
     fn an_end_that_is_reached_late_says_nothing_of_the_time_in_between() {
         let (mut progress, told) = (Progress::default(), Instant::now());
         progress.told(Lsn::new(100), told);
         progress.received = Lsn::new(100);
         progress.follow();
-        // Flushed at once or an hour later.
+        // The same holds whether the flush comes at once or an hour later.
         progress.flushed = Lsn::new(100);
         progress.follow();
         assert_eq!(progress.durable_as_of, Some(told));
@@ -619,7 +625,7 @@ mod tests {
         progress.told(Lsn::new(100), later);
         progress.follow();
         assert_eq!(progress.durable_as_of, Some(later));
-        // The end that was told first was reached; a later one was not.
+        // The end reported first was reached; a later one was not.
         progress.told(Lsn::new(300), later + Duration::from_secs(1));
         progress.follow();
         progress.told(Lsn::new(500), later + Duration::from_secs(31));

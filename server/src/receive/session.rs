@@ -1,9 +1,10 @@
-//! One live stream: a loop that reads messages while the disk is busy, and acknowledges as syncs end.
+//! One live stream: a loop that reads messages while the disk is busy, and sends an acknowledgement when a sync ends.
 //!
-//! A stream that rests for [`REST_AFTER`] has the journal say that all of it is durable. No byte waits for that: nothing is on its
-//! way then, and what comes meanwhile goes its own way.
-//! The append of one batch may overlap the sync of the one before; two syncs of a file never do (the
-//! store sees to it), and acknowledgements are sent in order.
+//! When a stream has been idle for [`REST_AFTER`], a note is written to the journal that all of it is durable. No byte
+//! waits for that: none is outstanding then, and bytes that arrive meanwhile are written as usual.
+//!
+//! The append of one batch may overlap the sync of the batch before. Two syncs of one file never overlap (the store
+//! ensures it), and acknowledgements are sent in order.
 
 use super::{
     batch::{Chunk, Pending},
@@ -45,61 +46,56 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-/// How often a long stream's certificate is looked at again.
+/// How often the certificate of a long stream is checked again.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Settings of all sessions.
 #[derive(Debug, Clone)]
 pub struct ReceiverOptions {
-    /// Most bytes a client may send beyond what is acknowledged.
+    /// The most bytes that a client may send beyond what is acknowledged.
     pub window: ByteSize,
-    /// What becomes of another history.
+    /// What to do with another history.
     pub on_divergence: OnDivergence,
 }
 
-/// Makes sessions; cheap to clone.
+/// Creates sessions; cheap to clone.
 #[derive(Clone)]
 pub struct Receiver {
-    /// Tier 1.
     pub store: WalStore,
-    /// Who a cluster is, over both tiers.
+    /// Knows which PostgreSQL a cluster is, over both tiers.
     pub base: BaseStore,
     /// Who streams what.
     pub registry: Arc<Registry>,
-    /// Takes finished segments.
     pub sealer: Sealer,
     /// Checks certificates again while streaming.
     pub auth: Auth,
-    /// Whether new WAL continues what is held.
+    /// Checks whether new WAL continues the stored WAL.
     pub comparer: Comparer,
-    /// Counts.
     pub metrics: Arc<Metrics>,
-    /// Settings.
     pub options: ReceiverOptions,
     /// Ends all sessions.
     pub shutdown: CancellationToken,
 }
 
-/// From this much waiting on, the next batch is checked and compressed while the former is still being
-/// synced. Below it everything that arrives during a sync goes into the next one: for small commits
-/// that is the shorter way.
+/// When this much waits, the next batch is checked and compressed while the previous one is still being synced. With
+/// less, everything that arrives during a sync goes into the next batch, which is faster for small commits.
 const OVERLAP_BYTES: u64 = 512 << 10;
-/// How long nothing comes before the journal is closed behind the last batch: below the second within which damage to it shall be
-/// told from a torn tail.
+/// How long a stream is idle before the note is written to the journal behind the last batch. It is less than a
+/// second, the time after which damage to the journal has to be distinguishable from a torn tail.
 const REST_AFTER: Duration = Duration::from_millis(700);
-/// One being synced, one being appended.
+/// The number of batches under way: one being synced, one being appended.
 const WRITES_MAX: usize = 2;
 
-/// How long the reason of an end may wait for a client that does not read.
+/// How long the final error may wait for a client that does not read.
 const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) type Responses = mpsc::Sender<Result<v1::ReceiveResponse, Status>>;
-/// The writer comes home after appending, before its bytes are synced.
+/// Returns the writer after appending, before its bytes are synced.
 type Home = oneshot::Receiver<(Lent, Result<(), klio_storage::Error>)>;
 type Synced = (Result<FlushedLsn, klio_storage::Error>, Duration);
 
 impl Receiver {
-    /// Serves one stream to its end; the last thing sent is its error, if it ends with one.
+    /// Serves one stream to its end. If it ends with an error, that is the last thing sent.
     pub async fn serve(
         self,
         identity: Identity,
@@ -150,7 +146,7 @@ impl Receiver {
             if store.pinned(&cluster).is_some() && !shutdown.is_cancelled() {
                 metrics.session_failed(&cluster, Code::of(&status));
             }
-            // Nobody has to read it.
+            // The client may never read the error.
             let _ = tokio::time::timeout(LAST_WORD_TIMEOUT, responses.send(Err(status))).await;
         }
     }
@@ -160,15 +156,15 @@ struct Session {
     with: Receiver,
     identity: Identity,
     cluster: ClusterName,
-    /// The writer is at home while nothing is being appended.
+    /// Holds the writer while nothing is being appended.
     slot: Slot,
-    /// Asks PostgreSQL whether it writes, for another timeline's sake.
+    /// Answers whether PostgreSQL writes, when another timeline's session asks.
     proof: Proof,
     appending: Option<Home>,
     /// Oldest first.
     syncing: VecDeque<JoinHandle<Synced>>,
     preparing: Option<JoinHandle<()>>,
-    /// Since when nothing comes, until the journal says so.
+    /// Since when the stream has been idle; `None` once the journal says that all of it is durable.
     busy: Option<tokio::time::Instant>,
     resting: Option<JoinHandle<()>>,
     pending: Pending,
@@ -176,7 +172,7 @@ struct Session {
     spans: SegmentSpans,
     seam: Option<Seam>,
     unproven: Option<String>,
-    /// Changes of `wal_level` that tier 2 was told of.
+    /// The number of changes of `wal_level` that were announced to tier 2.
     levels: usize,
 }
 
@@ -247,7 +243,7 @@ impl Session {
                     self.syncing.pop_front();
                     let ack = self.after_sync(synced)?;
                     if let Some(ack) = ack {
-                        // A client that does not read must not keep its place against a newer timeline (P8).
+                        // A client that does not read must not hold its place against a newer timeline (P8).
                         tokio::select! {
                             () = shutdown.cancelled() => {}
                             () = fenced.cancelled() => {}
@@ -281,7 +277,7 @@ impl Session {
         send(responses, receive_response::Kind::Opened(opened)).await
     }
 
-    /// Another session took over, or a person decided against this timeline.
+    /// The reason is another session that took over, or a person who retired this timeline.
     fn why_fenced(&self) -> Status {
         let lives_on = self.slot.place.lives_on;
         let standing = self.with.store.timelines(&self.cluster).standing(lives_on);
@@ -323,7 +319,8 @@ impl Session {
         Ok(())
     }
 
-    /// New WAL has come of which nothing proved that it continues what is held: on record before it is acknowledged.
+    /// When new WAL arrives and nothing proved that it continues the stored WAL, records this before the WAL is
+    /// acknowledged.
     async fn note_unproven(&mut self) -> Result<(), Status> {
         if self.pending.is_empty() {
             return Ok(());
@@ -335,7 +332,7 @@ impl Session {
         base.note_unproven(&self.cluster, timeline, at, reason, now).await
     }
 
-    /// P11: of another history not one byte is taken.
+    /// P11: not one byte of another history is accepted.
     fn check_seam(&mut self, start: Lsn, data: &[u8]) -> Result<(), Status> {
         let Some(seam) = self.seam.as_mut().filter(|_| start == self.pending.end()) else {
             return Ok(());
@@ -346,7 +343,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sends what waits to the disk, when the disk is free or the backlog is worth overlapping.
+    /// Starts writing what waits, when the disk is free or the backlog is large enough to overlap.
     fn begin_write(&mut self) {
         let enough = self.syncing.is_empty() || self.pending.bytes() >= OVERLAP_BYTES;
         if self.pending.is_empty() || self.syncing.len() >= WRITES_MAX || !enough {
@@ -362,21 +359,21 @@ impl Session {
             let appended = append(&mut lent.writer, &batch);
             drop(batch);
             let flusher = lent.writer.flusher();
-            // A session that is gone does not take its writer back: dropping it closes it.
+            // A session that has ended cannot take its writer back; the writer is then dropped here, which closes it.
             drop(home.send((lent, appended)));
             (flusher.flush(), began.elapsed())
         }));
     }
 
-    /// Has the journal say that all of it is durable: once for each rest.
+    /// Writes to the journal that all of it is durable, once for each idle period.
     fn rest(&mut self) {
         self.busy = None;
         let Some(writer) = &self.slot.writer else { return };
         let flusher = writer.flusher();
         self.resting = Some(tokio::task::spawn_blocking(move || {
-            // The next append hears of it, too, and ends the session.
+            // The next append reports the same error and ends the session.
             if let Err(error) = flusher.rest() {
-                tracing::warn!(%error, "close the journal of a stream that rests");
+                tracing::warn!(%error, "cannot mark the journal of an idle stream as complete");
             }
         }));
     }
@@ -388,10 +385,10 @@ impl Session {
         if self.preparing.as_ref().is_none_or(JoinHandle::is_finished)
             && let Some(preparation) = lent.writer.preparation()
         {
-            // Failure is no loss: the writer makes the next journal itself when it gets there.
+            // A failure here costs nothing: the writer creates the next journal itself when it gets there.
             self.preparing = Some(tokio::task::spawn_blocking(move || {
                 if let Err(error) = preparation.run() {
-                    tracing::debug!(%error, "prepare the next segment");
+                    tracing::debug!(%error, "cannot prepare the next segment");
                 }
             }));
         }
@@ -405,14 +402,14 @@ impl Session {
         outcome.map_err(|error| errors::append_status(&error))
     }
 
-    /// Whether all that came is flushed or refused. With the last sync its append has ended too, but that may not have
-    /// been looked at yet: it may have failed, and more may wait for its writer.
+    /// Whether everything that arrived is flushed or refused. An append ends with the last sync at the latest, but its
+    /// result may not have been looked at yet: it may have failed, and more bytes may wait for its writer.
     fn is_settled(&self) -> bool {
         self.syncing.is_empty() && self.appending.is_none() && self.pending.is_empty()
     }
 
     fn after_sync(&mut self, synced: Result<Synced, JoinError>) -> Result<Option<v1::Ack>, Status> {
-        // It has panicked: nothing is known of its bytes, and the client has to come again.
+        // The task panicked: it is unknown which bytes were written, and the client has to connect again.
         let (result, took) =
             synced.map_err(|error| Code::Internal.status(format!("write WAL: {error}")))?;
         self.seal_finished();
@@ -431,7 +428,7 @@ impl Session {
         }))
     }
 
-    /// Hands finished segments to the sealer. They are durable, whatever becomes of the session.
+    /// Hands finished segments to the sealer. They are durable, however the session ends.
     fn seal_finished(&mut self) {
         let Some(writer) = &mut self.slot.writer else { return };
         for file in writer.take_finished() {
@@ -440,7 +437,7 @@ impl Session {
         }
     }
 
-    /// Waits for what is under way, so that the place is free only when the writer is gone.
+    /// Waits for writes under way, so that the place becomes free only when the writer is closed.
     async fn settle(mut self) {
         if let Some(appending) = self.appending.take()
             && let Ok((lent, _)) = appending.await
@@ -454,7 +451,7 @@ impl Session {
             let _ = resting.await;
         }
         self.seal_finished();
-        // Closing takes the journal's lock: not on a runtime's worker.
+        // Closing takes the journal's lock, so it must not run on a worker thread of the runtime.
         let writer = self.slot.writer.take();
         let _ = tokio::task::spawn_blocking(move || drop(writer)).await;
     }
@@ -464,19 +461,19 @@ fn append(writer: &mut Writer, batch: &[Chunk]) -> Result<(), klio_storage::Erro
     batch.iter().try_for_each(|chunk| writer.append(chunk.start, &chunk.data).map(|_| ()))
 }
 
-/// The writer, home from appending; never resolves without one. Cancel-safe: the receiver stays.
+/// The writer after appending; never resolves while nothing is being appended. Cancel-safe: the receiver stays.
 async fn appended(home: &mut Option<Home>) -> (Lent, Result<(), klio_storage::Error>) {
     if let Some(receiver) = home {
         match receiver.await {
             Ok(appended) => return appended,
-            // Without a sender its task has panicked, which `synced` reports. Not to be asked twice.
+            // Without a sender the task panicked, which `synced` reports. The receiver must not be polled again.
             Err(_) => *home = None,
         }
     }
     std::future::pending().await
 }
 
-/// The oldest sync's result; never resolves without one. Cancel-safe: the handle stays.
+/// The result of the oldest sync; never resolves while none is running. Cancel-safe: the handle stays.
 async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Result<Synced, JoinError> {
     match syncing.front_mut() {
         Some(handle) => handle.await,
@@ -484,7 +481,8 @@ async fn synced(syncing: &mut VecDeque<JoinHandle<Synced>>) -> Result<Synced, Jo
     }
 }
 
-/// When a stream that was busy last at this time has rested; never for one whose journal says so. Cancel-safe.
+/// Resolves when a stream that was last busy at this time has been idle long enough; never when the journal already
+/// says so. Cancel-safe.
 async fn rest_due(busy: Option<tokio::time::Instant>) {
     match busy {
         Some(since) => tokio::time::sleep_until(since + REST_AFTER).await,

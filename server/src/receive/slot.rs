@@ -1,23 +1,23 @@
-//! What a live session holds: its writer and its place, given back in that order, however the session ends.
+//! What a live session holds: its writer and its place. They are released in that order, however the session ends.
 //!
-//! A place that is free while its writer is still open would let the next session in, only to be refused by the store. So
-//! everything that has the writer, a task that writes included, holds the place as well.
+//! If a place were freed while its writer is still open, the next session would get the place and then be refused by
+//! the store. So everything that has the writer, including a task that writes, also holds the place.
 
 use super::registry::Place;
 use klio_storage::wal::Writer;
 use std::sync::Arc;
 
-/// Fields are dropped in the order of their declaration: the writer is closed before the place is free.
+/// Fields are dropped in the order of declaration: the writer is closed before the place is free.
 pub(super) struct Slot<W = Writer, P = Place> {
-    /// `None` while it is with a task.
+    /// `None` while a task has it.
     pub(super) writer: Option<W>,
     pub(super) place: Arc<P>,
 }
 
-/// The writer on its way through a task.
+/// The writer while a task has it.
 pub(super) struct Lent<W = Writer, P = Place> {
     pub(super) writer: W,
-    /// Kept until the writer is home, or dropped.
+    /// Held until the writer is returned or dropped.
     _place: Arc<P>,
 }
 
@@ -26,7 +26,7 @@ impl<W, P> Slot<W, P> {
         Self { writer: Some(writer), place: Arc::new(place) }
     }
 
-    /// Gives the writer to a task, if it is at home.
+    /// Lends the writer to a task, unless one has it already.
     pub(super) fn lend(&mut self) -> Option<Lent<W, P>> {
         let writer = self.writer.take()?;
         Some(Lent { writer, _place: Arc::clone(&self.place) })

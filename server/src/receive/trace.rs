@@ -1,7 +1,7 @@
-//! One span for each segment being received, never one for each message.
+//! Creates one span for each segment being received, never one for each message.
 //!
-//! The span begins with the segment's first byte, continues the sidecar's trace and goes on into
-//! sealing, so that one trace id follows a segment from PostgreSQL to the bucket.
+//! The span begins with the segment's first byte, continues the sidecar's trace, and goes on into sealing, so that one
+//! trace id follows a segment from PostgreSQL to the bucket.
 
 use super::batch::Chunk;
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
@@ -9,7 +9,7 @@ use klio_storage::layout::{ClusterName, WalFile};
 use std::collections::BTreeMap;
 use tracing::Span;
 
-/// Spans of the segments that have begun to arrive and are not finished.
+/// Spans of the segments that have begun to arrive and are not complete.
 pub struct SegmentSpans {
     cluster: ClusterName,
     timeline: TimelineId,
@@ -17,7 +17,7 @@ pub struct SegmentSpans {
     open: BTreeMap<SegmentName, Receiving>,
 }
 
-/// A segment's span, and what came of it so far.
+/// A segment's span and counters.
 struct Receiving {
     span: Span,
     bytes: u64,
@@ -25,12 +25,11 @@ struct Receiving {
 }
 
 impl SegmentSpans {
-    /// None yet.
     pub fn new(cluster: ClusterName, timeline: TimelineId, size: SegmentSize) -> Self {
         Self { cluster, timeline, size, open: BTreeMap::new() }
     }
 
-    /// Begins spans for segments that this chunk is the first of, and counts.
+    /// Begins spans for the segments that this chunk is the first of, and counts its bytes.
     pub fn arrive(&mut self, chunk: &Chunk) {
         let last = Lsn::new(chunk.start.as_u64() + (chunk.data.len() as u64).saturating_sub(1));
         for at in [chunk.start, last] {
@@ -64,7 +63,7 @@ impl SegmentSpans {
         span
     }
 
-    /// The span of a finished segment, to go on with.
+    /// Ends receiving a segment, and returns its span for the work that follows.
     pub fn finish(&mut self, file: WalFile) -> Span {
         match file {
             WalFile::Segment(name) => self.open.remove(&name).map_or_else(Span::none, |received| {

@@ -1,12 +1,14 @@
-//! Pages that differ from what is held in nothing but where `CREATE TABLESPACE` puts its tablespace.
+//! Pages that differ from the stored ones only in the location in a `CREATE TABLESPACE` record.
 //!
-//! A restore to other places takes the location out of that record in the copy's WAL (`klio wal-tablespaces`), and PostgreSQL
-//! keeps such WAL: the copy's first segment begins with it. It is the same history all the same: each differing page has
-//! to be, by its digest, exactly the held page with that edit of records that are held there, and every other page the
-//! held one. Whatever else differs is another history. The record may begin before what is compared, or end behind it, also in
-//! another segment: one page more is read on each side.
+//! When a restore relocates tablespaces, it removes the location from that record in the copy's WAL (`klio
+//! wal-tablespaces`), and PostgreSQL keeps such WAL: the copy's first segment begins with it. The history is still the
+//! same. To count as equal, each differing page must match, by its digest, the stored page after this edit of records
+//! that are stored there, and every other page must be equal. Any other difference means another history. The record
+//! may begin before the compared range or end after it, possibly in another segment, so one more page is read on each
+//! side.
 //!
-//! Bounded (P13): a few pages, found by the digests; more of them are no such edit.
+//! Work is bounded (P13): the digests select a few pages, and if more pages than that differ, this edit is not the
+//! cause.
 
 use klio_pg::{Edit, Found, Landmark, Lsn, PAGE_BYTES, SegmentSize, tablespace_in_place};
 use klio_storage::wal::overlap::{DIGEST_BYTES, PageDigests};
@@ -15,31 +17,32 @@ use std::{
     ops::Range,
 };
 
-/// Tablespaces are made one by one and seldom; a divergence makes every page behind it another.
+/// Tablespaces are created one at a time and rarely, whereas a divergence changes every page behind it.
 const PAGES_MAX: usize = 64;
-/// Records on one page of which each may have been edited or not.
+/// The most such records on one page; each may or may not have been edited, so all combinations are tried.
 const RECORDS_MAX: usize = 4;
 
-/// What has to be read to explain pages of `range`: a record that touches it has no more than a page outside.
+/// The range that has to be read to explain pages of `range`: a record that touches it reaches at most one page beyond
+/// it on either side.
 pub(super) fn around(range: &Range<Lsn>) -> Range<Lsn> {
     Lsn::new(range.start.as_u64().saturating_sub(PAGE_BYTES))..range.end.advance(PAGE_BYTES)
 }
 
-/// What of the held bytes decides it.
+/// The stored bytes that are needed for the decision.
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
-    /// Where the last of the compared pages was cut off.
+    /// The end of the compared range: the last page was cut off there.
     end: u64,
-    /// Where the pages begin that differ, and what the other side has there.
+    /// The differing pages by their start, with the digest of the other side.
     differing: BTreeMap<u64, Vec<u8>>,
-    /// Those and their neighbours: a record may begin on the page before.
+    /// Those pages and their neighbours, because a record may begin on the page before.
     wanted: BTreeSet<u64>,
     pages: BTreeMap<u64, Vec<u8>>,
     made: Vec<Lsn>,
 }
 
 impl Kept {
-    /// `None` when too much differs.
+    /// `None` when too many pages differ.
     pub(super) fn of(range: Range<Lsn>, ours: &[u8], theirs: &[u8]) -> Option<Self> {
         let pairs = ours.chunks_exact(DIGEST_BYTES).zip(theirs.chunks_exact(DIGEST_BYTES));
         let pages = (range.start.as_u64()..).step_by(PAGE_BYTES as usize);
@@ -57,7 +60,7 @@ impl Kept {
         Some(Self { end, differing, wanted, pages: BTreeMap::new(), made: Vec::new() })
     }
 
-    /// The next held bytes, which begin at `position`.
+    /// Takes the next stored bytes, which begin at `position`.
     pub(super) fn push(&mut self, position: Lsn, mut piece: &[u8]) {
         let mut at = position.as_u64();
         while !piece.is_empty() {
@@ -71,7 +74,7 @@ impl Kept {
         }
     }
 
-    /// A record that the held bytes have.
+    /// Takes a record found in the stored bytes.
     pub(super) fn see(&mut self, found: &Found) {
         let page = found.lsn.as_u64() - found.lsn.as_u64() % PAGE_BYTES;
         let made =
@@ -81,7 +84,7 @@ impl Kept {
         }
     }
 
-    /// Whether nothing differs but such records.
+    /// Whether such records explain every difference.
     pub(super) fn is_explained(&self, size: SegmentSize) -> bool {
         let edits: Vec<Vec<Edit>> =
             self.made.iter().filter_map(|at| self.edits(size, *at)).collect();
@@ -139,7 +142,7 @@ mod tests {
         !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
     }
 
-    /// Pages with a `CREATE TABLESPACE` at each of these places; page headers are what lies there.
+    /// Pages with a `CREATE TABLESPACE` at each of these places; the bytes there are page headers.
     fn held(places: &[u64]) -> (Vec<u8>, Vec<Found>) {
         let mut wal = vec![0x11; PAGES * PAGE_BYTES as usize];
         let mut found = Vec::new();
@@ -182,7 +185,7 @@ mod tests {
         is_same_in(held, found, theirs, 0..PAGES as u64 * PAGE_BYTES)
     }
 
-    /// Compared is a part only, as of one segment.
+    /// Only a part is compared, as it happens with one segment.
     fn is_same_in(held: &[u8], found: &[Found], theirs: &[u8], part: Range<u64>) -> bool {
         let range = Lsn::new(START + part.start)..Lsn::new(START + part.end);
         let digests = |wal: &[u8]| {
@@ -242,7 +245,7 @@ mod tests {
             let both = edited(&edited(&wal, at), 20 * PAGE_BYTES + 80);
             assert!(is_same(&wal, &found, &both), "{back}");
         }
-        // One of two on a page, whichever.
+        // Only one of two records on a page was edited, either of them.
         let (wal, found) = held(&[800, 1600]);
         assert!(is_same(&wal, &found, &edited(&wal, 800)));
         assert!(is_same(&wal, &found, &edited(&wal, 1600)));
@@ -260,7 +263,7 @@ mod tests {
         for place in [0, 799, 820, 826, 830, 831, 5000, 50 * PAGE_BYTES as usize] {
             assert!(!is_same(&wal, &found, &spoilt(place)), "{place}");
         }
-        // Not what is held: the other way round, and a record that is none.
+        // These are not equal: the edit the other way round, and a page without such a record.
         assert!(!is_same(&copy, &found, &wal));
         assert!(!is_same(&wal, &[], &copy));
         let elsewhere =
