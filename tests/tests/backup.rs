@@ -417,7 +417,7 @@ async fn a_role_that_may_not_back_up_is_told_what_to_grant() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
 }
 
-/// The first line was "the backup is taken without showing which history it is of", and a hint to grant REPLICATION.
+/// The first line was "the backup is taken without proving which history PostgreSQL continues", and a hint to grant REPLICATION.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_of_a_postgresql_that_cannot_be_reached_says_only_that() {
     let setup = Setup::new(15).await;

@@ -1,6 +1,6 @@
-//! What follows a committed backup, on the server: its verification, and maintenance.
+//! The steps on the server after a backup was committed: verification and maintenance.
 //!
-//! Neither can unmake the backup: their failures are told apart from its own.
+//! A failure of theirs does not invalidate the backup, so it is reported separately.
 
 use super::progress::Progress;
 use crate::{
@@ -19,19 +19,18 @@ use klio_storage::{
 use serde::de::DeserializeOwned;
 use tonic::{Response, Status, Streaming};
 
-/// How a step after the backup went.
+/// The result of a step after the backup.
 #[derive(Debug, Clone, PartialEq)]
 pub enum After<T> {
-    /// Switched off.
+    /// Disabled in the configuration.
     Off,
-    /// It ran to its end.
+    /// The step completed.
     Ran(T),
-    /// It did not.
+    /// The step did not complete.
     Failed(Error),
 }
 
 impl<T> After<T> {
-    /// Switched off.
     pub const fn is_off(&self) -> bool {
         matches!(self, After::Off)
     }
@@ -45,7 +44,7 @@ impl<T> After<T> {
 }
 
 impl After<VerifyOutcome> {
-    /// It did not run to its end, or found damage.
+    /// Whether the verification did not complete or found damage.
     pub fn failed(&self) -> bool {
         match self {
             After::Off => false,
@@ -56,13 +55,13 @@ impl After<VerifyOutcome> {
 }
 
 impl After<MaintenanceOutcome> {
-    /// It did not run to its end.
+    /// Whether the maintenance did not complete.
     pub const fn failed(&self) -> bool {
         matches!(self, After::Failed(_))
     }
 }
 
-/// Has the server verify one backup.
+/// Asks the server to verify one backup.
 pub(super) async fn verify(
     base: &BaseLink,
     cluster: &ClusterName,
@@ -89,7 +88,7 @@ pub(super) async fn verify(
     After::of(work.await)
 }
 
-/// Has the server apply its retention policy.
+/// Asks the server to apply its retention policy.
 pub(super) async fn maintain(
     base: &BaseLink,
     cluster: &ClusterName,
@@ -109,7 +108,7 @@ pub(super) async fn maintain(
     After::of(work.await)
 }
 
-/// Waits for the outcome at the end of the answers.
+/// Waits for the outcome, which is the last of the answers.
 async fn outcome<A, T: DeserializeOwned>(
     doing: &str,
     answers: Result<Response<Streaming<A>>, Status>,
@@ -123,5 +122,8 @@ async fn outcome<A, T: DeserializeOwned>(
                 .map_err(|e| Error::new(Failure::Code(Code::Invalid), format!("{doing}: {e}")));
         }
     }
-    Err(Error::new(Failure::Code(Code::Unavailable), format!("{doing}: no outcome came")))
+    Err(Error::new(
+        Failure::Code(Code::Unavailable),
+        format!("{doing}: expected an outcome, found none"),
+    ))
 }

@@ -1,8 +1,8 @@
-//! The blocking work of a backup on threads of its own, watched from the async side.
+//! Runs the blocking work of a backup on its own threads and watches it from the async side.
 //!
-//! While files are copied the SQL session is asked from time to time whether it is still there, and whether
-//! a standby is still one: a backup whose session is gone is lost, and hours of copying would be, too.
-//! A reason to end reaches the engine through `stop`: its source, its readers and its files all end with it.
+//! While files are copied, the SQL session is checked from time to time: is it still alive, and is a standby still a
+//! standby? A backup whose session is gone is lost, and hours of copying would be wasted. To end the backup early,
+//! `stop` is cancelled, which ends the engine's source, its readers and its files.
 
 use super::{reservation::Reservation, session::Session};
 use crate::{
@@ -14,28 +14,28 @@ use std::time::Duration;
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-/// Between two looks at the session.
+/// Interval of the checks of the session.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// What the user asked for while it ran.
+/// The error when the user or `klio stream` stopped the backup.
 pub(super) fn stopped() -> Error {
     Error::new(Failure::Stopped, "take backup: stopped before it was done")
-        .hint("nothing was committed; the next backup uses what was sent")
+        .hint("nothing was committed; the next backup reuses what was sent")
 }
 
-/// What ends a backup early.
+/// What can end a backup early.
 #[derive(Debug)]
 pub(super) struct Ends<'a> {
-    /// The user, or the daemon that stops.
+    /// Cancelled by the user or when `klio stream` stops.
     pub user: &'a CancellationToken,
-    /// A child of it: ends the engine.
+    /// Its child token; ends the engine.
     pub engine: &'a CancellationToken,
-    /// The server's word.
+    /// Lost when the server withdraws it.
     pub reservation: &'a mut Reservation,
 }
 
 impl Ends<'_> {
-    /// Waits for something, unless the backup has to end.
+    /// Waits for `work`, unless the backup has to end.
     pub async fn unless<T>(
         &mut self,
         work: impl Future<Output = Result<T, Error>>,
@@ -48,7 +48,7 @@ impl Ends<'_> {
         }
     }
 
-    /// Waits for the engine; looks after the session meanwhile, where there is one.
+    /// Waits for the engine. Checks the session meanwhile, if there is one.
     pub async fn watch<T>(
         &mut self,
         mut work: JoinHandle<Result<T, klio_storage::Error>>,
@@ -65,7 +65,7 @@ impl Ends<'_> {
                 error = self.reservation.lost() => break error,
                 _ = tick.tick() => {}
             }
-            // Outside of the select: a look that is dropped half way spoils the session.
+            // Outside of the select, because a query that is cancelled half way makes the session unusable.
             if let Some((session, in_recovery)) = &mut session
                 && let Err(error) = session.ping(*in_recovery).await
             {
@@ -73,13 +73,13 @@ impl Ends<'_> {
             }
         };
         self.engine.cancel();
-        // The engine sees it at its next file, message or chunk.
+        // The engine notices it at its next file, message or chunk.
         let _ = work.await;
         Err(reason)
     }
 }
 
-/// The engine's own error, in the server's words where it was the server's.
+/// The engine's own error, or the server's error if the engine failed because of it.
 fn finished<T>(
     done: Result<Result<T, klio_storage::Error>, tokio::task::JoinError>,
     files: &GrpcFiles,
@@ -88,12 +88,12 @@ fn finished<T>(
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(engine(&error, files)),
         Err(error) => {
-            Err(Error::new(Failure::Code(Code::Internal), format!("archive files: {error}")))
+            Err(Error::new(Failure::Code(Code::Internal), format!("back up files: {error}")))
         }
     }
 }
 
-/// From the engine to a person.
+/// Converts an error of the engine for the user.
 pub(super) fn engine(error: &klio_storage::Error, files: &GrpcFiles) -> Error {
     if let Some(failure) = files.failure() {
         return failure;

@@ -1,10 +1,10 @@
-//! Scheduled backups inside `klio stream`, on a thread and a runtime of their own.
+//! Scheduled backups inside `klio stream`, on a separate thread with a separate runtime.
 //!
-//! Streaming runs on one thread and commits wait for it, so nothing of a backup happens there: connections,
-//! encryption and files are this thread's and its children's, which all run at a lower priority. One backup at
-//! a time. What the server says is the newest backup decides, so two sidecars with the same schedule (a
-//! primary's and a standby's) take one backup, not two.
-//! Without a schedule it only keeps the gauges true.
+//! Commits in PostgreSQL may wait for the streaming thread, so nothing of a backup runs there. This thread and the
+//! threads that it starts handle the backup's connections, encryption and files, at a lower priority. One backup runs
+//! at a time. The schedule depends on the newest backup that the server knows, so two sidecars with the same schedule
+//! (of a primary and its standby) take one backup, not two. Without a schedule the thread only keeps the gauges up to
+//! date.
 
 use super::{After, Backup, Order, Planner, Progress, Schedule, take};
 use crate::{
@@ -19,24 +19,23 @@ use rand::{SeedableRng, rngs::StdRng};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Clocks are set and machines sleep: the schedule is looked at this often at least.
+/// The longest sleep between two looks at the schedule, because clocks are set and machines sleep.
 const LOOK: Duration = Duration::from_secs(30);
 /// How often the server is asked for backups that others took.
 const REFRESH: Duration = Duration::from_secs(300);
-/// Below the priority of streaming and of PostgreSQL: nice values run from -20 to 19.
+/// Lower than the priority of streaming and of PostgreSQL; nice values range from -20 to 19.
 const NICE: i32 = 10;
 
-/// The running thread.
 #[derive(Debug)]
 pub struct Daemon {
     ended: oneshot::Receiver<()>,
 }
 
 impl Daemon {
-    /// Starts it. It ends with `backup.stop`.
+    /// Starts the thread. Cancelling `backup.stop` ends it.
     ///
     /// # Errors
-    /// A schedule that is none, or no thread to be had.
+    /// An invalid schedule, or the thread cannot be started.
     pub fn start(backup: Backup) -> Result<Self, Error> {
         let schedule = match backup.settings.schedule.as_str() {
             "" => None,
@@ -46,12 +45,14 @@ impl Daemon {
         };
         let (end, ended) = oneshot::channel();
         let run = move || {
-            // A lower priority is a courtesy: without it, the work is the same.
+            // Failure is ignored: the backup works without the lower priority.
             let _ = rustix::process::nice(NICE);
             let built = tokio::runtime::Builder::new_current_thread().enable_all().build();
             match built {
                 Ok(runtime) => runtime.block_on(Loop::new(backup, Timestamp::now).run(schedule)),
-                Err(error) => tracing::error!(%error, "no runtime for scheduled backups"),
+                Err(error) => {
+                    tracing::error!(%error, "cannot start the runtime for scheduled backups")
+                }
             }
             let _ = end.send(());
         };
@@ -62,7 +63,7 @@ impl Daemon {
         Ok(Self { ended })
     }
 
-    /// Waits for its end, after `backup.stop`.
+    /// Waits until the thread has ended; call it after cancelling `backup.stop`.
     pub async fn ended(self) {
         let _ = self.ended.await;
     }
@@ -115,7 +116,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
     }
 
-    /// What there is at start; `None` when we are to end before anybody told.
+    /// The newest backup at start; `None` if we are stopped before the server has answered.
     async fn first(&mut self) -> Option<Option<BackupRecord>> {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         loop {
@@ -127,7 +128,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
                 }
                 Err(error) => tracing::warn!(
                     hint = error.hint,
-                    "cannot learn which backups there are: {}",
+                    "cannot list the existing backups: {}",
                     error.message
                 ),
             }
@@ -138,7 +139,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
     }
 
-    /// Keeps the gauges true.
+    /// Keeps the gauges up to date.
     async fn watch(&mut self) {
         while self.sleep(REFRESH).await {
             if let Err(error) = self.newest().await {
@@ -147,15 +148,15 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
     }
 
-    /// The newest backup of the history that PostgreSQL continues: those of another one do not lead to what it writes now. One
-    /// that cannot say which it is, is taken for the one of before.
+    /// The newest backup of the history that PostgreSQL continues; backups of another history do not lead to the WAL
+    /// that it writes now. If the history cannot be determined, the previous one is assumed.
     async fn newest(&mut self) -> Result<Option<BackupRecord>, Error> {
         let place = self.backup.history(None).await.unwrap_or_else(|error| {
             tracing::debug!("{}", error.message);
             self.place.clone()
         });
         let newest = take::newest(&self.backup.of(place.clone()), &self.base).await?;
-        // Only now: a history that was not looked into yet is news the next time as well.
+        // Only after success: otherwise the next call would not notice that the history changed.
         self.place = place;
         if let Some(record) = &newest {
             self.backup.metrics.known(record);
@@ -163,7 +164,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         Ok(newest)
     }
 
-    /// A backup that somebody else took counts as well.
+    /// Takes backups into account that somebody else took.
     async fn refresh(&mut self, planner: &mut Planner) {
         let before = self.place.clone();
         match self.newest().await {
@@ -175,7 +176,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
     }
 
-    /// Takes the backup that is due, unless somebody did; `false` when we are to end.
+    /// Takes the backup that is due, unless somebody else did; `false` if we are stopped.
     async fn attempt(&mut self, planner: &mut Planner) -> bool {
         self.refresh(planner).await;
         let begun = (self.clock)();
@@ -184,12 +185,12 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         }
         self.backup.progress = Progress::new();
         let span = self.backup.span();
-        span.in_scope(|| tracing::info!("scheduled backup begins"));
+        span.in_scope(|| tracing::info!("scheduled backup started"));
         let result = self.backup.run_in(&Order::default(), &span).await;
         if self.backup.stop.is_cancelled() {
             return false;
         }
-        // How it went is said with the backup's trace id.
+        // Logged inside the span, so that the result carries the backup's trace id.
         let _in_span = span.enter();
         match result {
             Ok(done) => {
@@ -212,7 +213,10 @@ impl<C: Fn() -> Timestamp> Loop<C> {
                 let pause = planner.failed((self.clock)(), &mut self.rng);
                 let pause = pause.as_secs_f64().round();
                 if error.failure == Failure::Code(Code::Busy) {
-                    tracing::info!(pause, "another backup of the cluster runs; looking again");
+                    tracing::info!(
+                        pause,
+                        "another backup of the cluster is running; trying again after the pause"
+                    );
                 } else {
                     tracing::error!(
                         error.type = error.failure.name(),
@@ -227,7 +231,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
         true
     }
 
-    /// `false` when we are to end.
+    /// `false` if we are stopped.
     async fn sleep(&self, pause: Duration) -> bool {
         tokio::select! {
             biased;
@@ -237,16 +241,16 @@ impl<C: Fn() -> Timestamp> Loop<C> {
     }
 }
 
-/// TAKE5: what failed after a backup that was taken.
+/// TAKE5: reports a failure after the backup was taken.
 fn report(what: &str, failed: bool, error: Option<&Error>) {
     match error {
         Some(error) => tracing::error!(
             error.type = error.failure.name(),
             hint = error.hint,
-            "the backup was taken, and its {what} failed: {}",
+            "the backup was taken, but its {what} failed: {}",
             error.message
         ),
-        None if failed => tracing::error!("the backup was taken, and its {what} found damage"),
+        None if failed => tracing::error!("the backup was taken, but its {what} found damage"),
         None => {}
     }
 }

@@ -1,30 +1,31 @@
-//! What a base backup leaves out. Pure: names in, verdicts out.
+//! Decides what a base backup leaves out. Pure: names in, verdicts out.
 //!
-//! As PostgreSQL's own base backup does it
+//! The rules are those of PostgreSQL's own base backup
 //! (<https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-BASE-BACKUP>,
-//! <https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-LOWLEVEL-BASE-BACKUP-DATA>;
-//! lists in `src/backend/backup/basebackup.c`). Beyond it: `standby.signal` and `recovery.signal`, because
-//! whether a restored cluster is a standby is the restore's to say, and what Klio itself keeps there.
+//! <https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-LOWLEVEL-BASE-BACKUP-DATA>; lists in
+//! `src/backend/backup/basebackup.c`). In addition, `standby.signal` and `recovery.signal` are left out, because the
+//! restore decides whether a restored cluster is a standby, and so are the files that Klio itself puts into the data
+//! directory.
 
 use klio_pg::{BackupLabel, Fork, RelationFile, TABLESPACE_MAP_FILE};
 use std::collections::HashSet;
 
-/// What becomes of a name in the data directory.
+/// How a name in the data directory is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is taken, and what is in it is looked at.
+    /// Included, with its content.
     Take,
-    /// The directory is taken, and nothing in it.
+    /// The directory is included, its content is not.
     Hollow,
-    /// pg_wal: empty but for the directories that PostgreSQL keeps in it.
+    /// pg_wal: empty except for the directories that PostgreSQL expects in it.
     Wal,
-    /// pg_tblspc: its links become `tablespaces/<oid>`.
+    /// pg_tblspc: each of its symlinks becomes `tablespaces/<oid>`.
     Tablespaces,
-    /// It is left out.
+    /// Left out.
     Leave,
 }
 
-/// Directories whose content is made anew when PostgreSQL starts, or is of another cluster.
+/// Directories whose content PostgreSQL creates again when it starts, or which belongs to this cluster only.
 const HOLLOW: [&str; 7] = [
     "pg_dynshmem",
     "pg_notify",
@@ -35,7 +36,7 @@ const HOLLOW: [&str; 7] = [
     "pg_subtrans",
 ];
 
-/// Files of the running server, of another backup, and those a restore writes itself.
+/// Files of the running server or of another backup, and files that a restore writes itself.
 const LEFT: [&str; 12] = [
     BackupLabel::FILE,
     TABLESPACE_MAP_FILE,
@@ -51,14 +52,14 @@ const LEFT: [&str; 12] = [
     "backup_label.old",
 ];
 
-/// What fsck finds, at the top of a file system: root's, and nobody else may look into it.
+/// Created by fsck at the top of a file system; only root can read it.
 pub const LOST_AND_FOUND: &str = "lost+found";
-/// Klio's own spool.
+/// The spool of the read-ahead agent.
 const SPOOL: &str = ".klio";
-/// Directories in pg_wal that PostgreSQL expects or makes.
+/// Directories in pg_wal that PostgreSQL expects or creates.
 pub const IN_WAL: [&str; 2] = ["archive_status", "summaries"];
 
-/// Of a name at the top of the data directory.
+/// Judges a name at the top of the data directory.
 pub fn at_root(name: &str) -> Verdict {
     match name {
         "pg_wal" => Verdict::Wal,
@@ -69,16 +70,16 @@ pub fn at_root(name: &str) -> Verdict {
     }
 }
 
-/// Of a name in any directory.
+/// Judges a name in any directory.
 pub fn anywhere(name: &str) -> Verdict {
-    // Caches of the catalogue with a process's number behind the name while they are written.
+    // Caches of the system catalog; while being written, their names end with a process number.
     let gone = name.starts_with("pgsql_tmp")
         || name.starts_with("pg_internal.init")
         || name == LOST_AND_FOUND;
     if gone { Verdict::Leave } else { Verdict::Take }
 }
 
-/// The relations of one database directory that are unlogged: those with an init fork.
+/// The numbers of the unlogged relations in one database directory, which are those with an init fork.
 pub fn unlogged<'a>(names: impl Iterator<Item = &'a str>) -> HashSet<u32> {
     names
         .filter_map(RelationFile::parse)
@@ -87,7 +88,7 @@ pub fn unlogged<'a>(names: impl Iterator<Item = &'a str>) -> HashSet<u32> {
         .collect()
 }
 
-/// Of a relation's file.
+/// Judges a file of a relation.
 pub fn relation(file: RelationFile, unlogged: &HashSet<u32>) -> Verdict {
     let emptied = unlogged.contains(&file.number) && file.fork != Fork::Init;
     if file.temporary || emptied { Verdict::Leave } else { Verdict::Take }

@@ -1,7 +1,7 @@
 //! Instruments of a backup's life cycle (`klio.backup.*`).
 //!
-//! Gauges are observable over [`State`]; what the server knows of earlier backups is put in at start, so
-//! that they are true after a restart. Observation only (P9).
+//! Gauges observe [`State`]. It is filled at start with what the server knows of earlier backups, so that the gauges
+//! are right after a restart. Nothing here is used for decisions (P9).
 
 use super::Done;
 use crate::error::{Error, Failure};
@@ -17,7 +17,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
-/// Every instrument; docs/metrics.md is made of it.
+/// Every instrument; docs/metrics.md is generated from it.
 pub const CATALOGUE: &[Row] = &[
     of_cluster("klio.backup.running", Gauge, "", "1 while a backup runs, else 0"),
     of_cluster(
@@ -39,9 +39,14 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.latest_stored_size",
         Gauge,
         "By",
-        "bytes that it added to the repository",
+        "bytes that the newest success added to the repository",
     ),
-    of_cluster("klio.backup.latest_bad_pages", Gauge, "", "pages of it with wrong checksums"),
+    of_cluster(
+        "klio.backup.latest_bad_pages",
+        Gauge,
+        "",
+        "pages of the newest success with wrong checksums",
+    ),
     of_cluster(
         "klio.backup.next_time",
         Gauge,
@@ -56,17 +61,17 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.verification_failures",
         Counter,
         "",
-        "of these, failed or found damage that could not be repaired",
+        "verifications after a backup that failed or found damage that could not be repaired",
     ),
     of_cluster(
         "klio.backup.maintenance_failures",
         Counter,
         "",
-        "maintenance after a backup that failed",
+        "maintenance runs after a backup that failed",
     ),
 ];
 
-/// What the gauges show. Times are f64 bits, 0: not known.
+/// What the gauges show, as the bits of an f64. For times and the size, 0 means unknown.
 #[derive(Debug, Default)]
 pub struct State {
     running: AtomicBool,
@@ -106,12 +111,11 @@ fn set(bits: &AtomicU64, value: f64) {
     bits.store(value.to_bits(), Relaxed);
 }
 
-/// Unit and meaning in the catalogue; a test makes sure that it is there.
+/// Unit and meaning from the metric table; a test checks that every gauge has a row.
 fn describe(name: &str) -> (&'static str, &'static str) {
     CATALOGUE.iter().find(|row| row.name == name).map_or(("", ""), |row| (row.unit, row.meaning))
 }
 
-/// The instruments.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     state: Arc<State>,
@@ -124,7 +128,6 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Builds them all.
     pub fn new(meter: &metrics::Meter, cluster: &str) -> Self {
         let state = Arc::new(State::default());
         let attributes = [KeyValue::new("cluster_name", cluster.to_owned())];
@@ -159,7 +162,7 @@ impl Metrics {
         this
     }
 
-    /// `increase()` sees the first one only after a 0.
+    /// Export a 0 first: without it `increase()` misses the first event.
     fn begin_with_zero(&self) {
         for cause in Failure::all().map(Failure::name) {
             self.failures.add(0, &[self.attributes[0].clone(), KeyValue::new("error.type", cause)]);
@@ -174,7 +177,7 @@ impl Metrics {
         }
     }
 
-    /// The newest backup that the server has.
+    /// Records the newest backup that the server has.
     pub fn known(&self, record: &BackupRecord) {
         let state = &self.state;
         if record.begun_unix > value(&state.start) {
@@ -187,7 +190,7 @@ impl Metrics {
         set(&state.bad_pages, record.pages.bad as f64);
     }
 
-    /// When the next one is due; `None`: never.
+    /// Records when the next backup is due; `None` if never.
     pub fn next(&self, unix: Option<f64>) {
         set(&self.state.next, unix.unwrap_or(0.0));
     }
@@ -214,7 +217,7 @@ impl Metrics {
                     self.maintenance_failures.add(1, &self.attributes);
                 }
             }
-            // Refused before it began: the other one counts.
+            // Refused because another backup runs; that one is counted, not this.
             Err(error) if error.failure == Failure::Code(Code::Busy) => {}
             Err(error) => {
                 set(&self.state.failure, now_unix);

@@ -1,13 +1,13 @@
-//! Base backups of the PostgreSQL beside us: [`Backup::run`] reads as the list of its phases.
+//! Base backups of the local PostgreSQL. [`Backup::run`] reads as the list of its phases.
 //!
-//! TAKE1  PostgreSQL is in backup mode for as long as one SQL session lives, and no longer, however we end;
-//! TAKE2  the record is committed last, by the server: until then there is no backup, and nothing to clean up.
-//!     What was sent is in the repository, and the next backup uses it;
-//! TAKE3  pg_control is read after everything else, backup_label comes from pg_backup_stop;
-//! TAKE6  it belongs to the history that its WAL belongs to: which one PostgreSQL continues is found by content before the first
-//!     file and again before the record is committed (P11);
-//! TAKE4  committed is restorable: all WAL from start to stop is durable on the server;
-//! TAKE5  a failure of what follows (verification, maintenance) never unmakes a backup.
+//! TAKE1  PostgreSQL is in backup mode for as long as one SQL session lives and no longer, however the backup ends.
+//! TAKE2  The server commits the record last. Until then there is no backup and nothing to clean up: packs that were
+//!        sent stay in the repository, and the next backup reuses them.
+//! TAKE3  pg_control is read after everything else; backup_label comes from pg_backup_stop.
+//! TAKE4  A committed backup can be restored: all WAL from its start to its stop is durable on the server.
+//! TAKE5  A failure after the commit (in verification or maintenance) never invalidates the backup.
+//! TAKE6  A backup belongs to the history that its WAL belongs to. Which one PostgreSQL continues is determined by
+//!        content, before the first file and again before the commit (P11).
 
 mod after;
 mod copy;
@@ -55,67 +55,66 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// What a backup of this cluster needs.
+/// The means and settings to back up one cluster.
 #[derive(Debug)]
 pub struct Backup {
     /// The cluster's name on the server.
     pub cluster: ClusterName,
-    /// Where PostgreSQL is.
+    /// How to connect to PostgreSQL.
     pub info: Arc<ConnInfo>,
-    /// Where the server is.
+    /// How to connect to the server.
     pub link: ServerLink,
-    /// `[backup]`
+    /// The `[backup]` section.
     pub settings: config::Backup,
-    /// `postgres.data_directory`; empty: PostgreSQL is asked.
+    /// `postgres.data_directory`; if empty, PostgreSQL is asked.
     pub data_directory: PathBuf,
-    /// Instruments.
     pub metrics: Metrics,
-    /// For whoever watches.
+    /// Shared with the display.
     pub progress: Arc<Progress>,
-    /// Random: the server knows by it what was compared.
+    /// Random per process: the server remembers under it which WAL was compared.
     pub writer_id: String,
-    /// That of klio stream: it is not made and not moved.
+    /// The slot of `klio stream`. A backup neither creates nor advances it.
     pub slot: SlotName,
-    /// Ends it.
+    /// Cancelled to end the backup.
     pub stop: CancellationToken,
 }
 
-/// What a user can say about one backup.
+/// What the user requests for one backup.
 #[derive(Debug, Clone, Default)]
 pub struct Order {
-    /// Its name; the server makes one.
+    /// The backup's name; if `None`, the server creates one.
     pub name: Option<BackupName>,
-    /// In words.
+    /// Free text that is shown in listings.
     pub label: Option<String>,
-    /// Never expires by policy.
+    /// The backup never expires by policy.
     pub keep: bool,
-    /// Somebody waits for it, so `backup.checkpoint = "auto"` means fast.
+    /// A user waits for it, so `backup.checkpoint = "auto"` means fast.
     pub typed: bool,
-    /// Read every file, also those that look unchanged.
+    /// Read every file, even those that look unchanged since the newest backup.
     pub full_read: bool,
 }
 
-/// A backup that exists.
+/// A committed backup.
 #[derive(Debug, Clone)]
 pub struct Done {
-    /// As committed.
+    /// The record that was committed.
     pub record: BackupRecord,
-    /// Of the server.
+    /// Result of the verification on the server.
     pub verified: After<VerifyOutcome>,
-    /// Of the server.
+    /// Result of the maintenance on the server.
     pub maintained: After<MaintenanceOutcome>,
 }
 
 impl Backup {
-    /// Takes a backup, has it verified, and has the server tidy up.
+    /// Takes a backup and has the server verify it and run maintenance.
     ///
     /// # Errors
-    /// No backup was taken. What fails after it was is in [`Done`] (TAKE5).
+    /// No backup was taken. Failures of the later steps are in [`Done`] (TAKE5).
     pub async fn run(&self, order: &Order) -> Result<Done, Error> {
         self.run_in(order, &self.span()).await
     }
 
-    /// For [`Backup::run_in`]: what is logged about the backup belongs there.
+    /// A span for [`Backup::run_in`]. What is logged about the backup belongs in it.
     pub fn span(&self) -> Span {
         tracing::info_span!(
             "backup",
@@ -126,10 +125,10 @@ impl Backup {
         )
     }
 
-    /// The same, in a span of [`Backup::span`].
+    /// Like [`Backup::run`], in a span from [`Backup::span`].
     ///
     /// # Errors
-    /// As [`Backup::run`].
+    /// As for [`Backup::run`].
     pub async fn run_in(&self, order: &Order, span: &Span) -> Result<Done, Error> {
         self.metrics.begins(now_unix());
         let result = self.phases(order, span).instrument(span.clone()).await;
@@ -140,7 +139,7 @@ impl Backup {
         result
     }
 
-    /// The same for one history of the cluster.
+    /// The same backup settings for one history of the cluster.
     fn of(&self, cluster: ClusterName) -> Self {
         Self {
             cluster,
@@ -156,7 +155,7 @@ impl Backup {
         }
     }
 
-    /// TAKE6. The history that PostgreSQL continues, as far back as `from`.
+    /// TAKE6: the history that PostgreSQL continues. `from` is the oldest WAL to compare.
     async fn history(&self, from: Option<Lsn>) -> Result<ClusterName, Error> {
         let primary = Postgres::new(Arc::clone(&self.info), self.slot.clone(), false);
         streamer::history_of(&primary, &self.link, &self.cluster, &self.writer_id, from).await
@@ -170,12 +169,12 @@ impl Backup {
         };
         match found {
             Ok(cluster) => self.of(cluster).phases_there(order, backup).await,
-            // A role without REPLICATION can take a backup; the server refuses it where there are several histories.
+            // A role without REPLICATION can take a backup too; the server refuses it if there are several histories.
             Err(error) if matches!(error.failure, Failure::Postgres | Failure::PostgresRefused) => {
-                // One that cannot be reached at all is that, and not one whose history is not shown.
+                // If PostgreSQL cannot be reached at all, report that instead of the failed comparison.
                 drop(session::Session::open(Arc::clone(&self.info)).await?);
                 tracing::warn!(
-                    "{}; the backup is taken without showing which history it is of; hint: ALTER ROLE ... REPLICATION, and a line for replication in pg_hba.conf",
+                    "{}; the backup is taken without proving which history PostgreSQL continues; hint: ALTER ROLE ... REPLICATION, and a replication line in pg_hba.conf",
                     error.message
                 );
                 let unproven = Self { writer_id: String::new(), ..self.of(self.cluster.clone()) };
@@ -231,7 +230,7 @@ impl Backup {
     }
 }
 
-/// A phase's span; `tracing` wants its name at compile time.
+/// A phase's span; a macro, because `tracing` needs the name at compile time.
 macro_rules! step {
     ($name:literal) => {
         tracing::info_span!($name, otel.status_code = Empty, error.r#type = Empty)
@@ -239,7 +238,7 @@ macro_rules! step {
 }
 use step;
 
-/// Records an error on its span, without a log line: who ends the error says it.
+/// Records an error on its span without logging it: the caller that handles the error logs it.
 fn mark(span: &Span, error: &Error) {
     span.record("otel.status_code", "ERROR");
     span.record("error.type", error.failure.name());
@@ -252,7 +251,7 @@ fn mark(span: &Span, error: &Error) {
     );
 }
 
-/// The end of a step that cannot unmake the backup.
+/// Records the result of a step that cannot invalidate the backup.
 fn finish<T>(span: &Span, after: &After<T>, failed: bool) {
     match after {
         After::Failed(error) => mark(span, error),
@@ -264,7 +263,7 @@ fn finish<T>(span: &Span, after: &After<T>, failed: bool) {
     }
 }
 
-/// Seconds since the epoch, by our clock.
+/// Seconds since the Unix epoch, by this machine's clock.
 fn now_unix() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }

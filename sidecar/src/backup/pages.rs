@@ -1,10 +1,12 @@
 //! Reads a relation's file and checks its pages on the way.
 //!
-//! A page that PostgreSQL writes while we read can be seen half old, half new; so a wrong one is read again
-//! several times, and what is handed on is what was read last. Only pages that did not change since the
-//! backup began count: what changed later is put right by the WAL that belongs to the backup, whatever was
-//! read of it. A page that claims to have changed after the backup's end is no such page; those are kept
-//! until that end is known. Nothing is changed and nothing is hidden: bad pages are stored as they are.
+//! - A page that PostgreSQL is writing may be read half old, half new. So a page with a wrong checksum is read again
+//!   several times, and the bytes of the last read are passed on.
+//! - Only pages that were not changed since the backup began count: WAL replay of the backup repairs later changes,
+//!   whatever was read.
+//! - A page whose LSN lies after the end of the backup cannot be right. Such pages are remembered until the end is
+//!   known.
+//! - Nothing is changed or hidden: bad pages are stored as they are.
 
 use klio_pg::{Lsn, PageHeader, page_checksum};
 use klio_storage::catalog::{BadPage, PagesRecord};
@@ -16,26 +18,26 @@ use std::{
     time::Duration,
 };
 
-/// Read at once: several chunks, so that the disk's own reading ahead is worth while.
+/// How much is read at a time: several chunks, so that the disk's read-ahead is worthwhile.
 const READ_BYTES: usize = 256 << 10;
-/// How often a bad page is read again, with these pauses before: writing a page takes microseconds.
+/// The pauses before each retry of a bad page. Writing a page takes microseconds.
 const AGAIN: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_millis(1),
     Duration::from_millis(20),
     Duration::from_millis(100),
 ];
-/// All pauses together: a file of nothing but bad pages must not take hours.
+/// Limit for the sum of all pauses: a file of only bad pages must not take hours.
 const PAUSES: Duration = Duration::from_secs(10);
 /// How many bad pages are listed by name.
 const EXAMPLES: usize = 100;
-/// Pages from the future that are remembered until the end is known. Those beyond count as bad at once: pages that stay
-/// wrong while they are read again and again are rare, and so many of them are damage.
+/// How many pages with an LSN after the backup's begin are remembered until its end is known. Further ones count as
+/// bad at once: pages whose checksum stays wrong over several reads are rare, so that many are damage.
 const SUSPECTS: usize = 1000;
-/// More WAL than any backup takes: what claims to be further off needs no waiting for the end.
+/// More WAL than any backup takes: a page with an LSN further away is bad, whatever the end is.
 const FAR: u64 = 1 << 50;
 
-/// What was seen of pages, over all files of a backup.
+/// The results of the page checks over all files of a backup.
 #[derive(Debug)]
 pub struct PageCheck {
     start: Lsn,
@@ -50,18 +52,23 @@ pub struct PageCheck {
 struct Found {
     bad: u64,
     examples: Vec<BadPage>,
-    /// Wrong, and changed after the backup began, or so they say.
+    /// Pages with a wrong checksum whose LSN says that they changed after the backup began.
     suspects: Vec<(Lsn, BadPage)>,
-    /// Counted as bad without waiting for the end, as there were too many.
+    /// Pages counted as bad before the end was known, because there were too many suspects.
     overflow: u64,
 }
 
-/// How a page looks.
+/// The result of checking a page once.
 enum Look {
-    /// Nothing to say: new, or its checksum fits.
-    Fine { checked: bool },
-    /// Its checksum does not fit.
-    Wrong { lsn: Lsn, expected: u16, found: u16 },
+    /// An empty new page, or its checksum is right. `checked` if the page did not change since the backup began.
+    Fine {
+        checked: bool,
+    },
+    Wrong {
+        lsn: Lsn,
+        expected: u16,
+        found: u16,
+    },
 }
 
 impl PageCheck {
@@ -77,18 +84,18 @@ impl PageCheck {
         }
     }
 
-    /// Pages with wrong checksums so far.
+    /// Number of pages with wrong checksums so far.
     pub fn bad(&self) -> u64 {
         self.found().bad
     }
 
-    /// The result, when the backup ended at `stop`.
+    /// The result for a backup that ended at `stop`.
     pub fn finish(&self, stop: Lsn) -> PagesRecord {
         let mut found = self.found();
         if found.overflow > 0 {
             tracing::warn!(
                 pages = found.overflow,
-                "pages with wrong checksums that say they changed during the backup: too many to remember, so these count as bad"
+                "too many pages with wrong checksums and LSNs from during the backup; counting these as bad"
             );
         }
         for (lsn, page) in std::mem::take(&mut found.suspects) {
@@ -113,7 +120,7 @@ impl PageCheck {
         let Some(header) = PageHeader::read(page) else { return Look::Fine { checked: false } };
         let checked = header.lsn < self.start;
         if header.is_new() {
-            // PostgreSQL takes a page without a header for good only when it is all zeros.
+            // PostgreSQL accepts a page without a header only if it is all zeros.
             if page.iter().all(|b| *b == 0) {
                 return Look::Fine { checked: false };
             }
@@ -127,7 +134,7 @@ impl PageCheck {
         }
     }
 
-    /// Sleeps before a page is read again, while there is time left for that.
+    /// Sleeps before a page is read again, until the sum of the pauses reaches its limit.
     fn pause(&self, pause: Duration) {
         let spent = self.paused.fetch_add(pause.as_micros() as u64, Relaxed);
         if !pause.is_zero() && Duration::from_micros(spent) < PAUSES {
@@ -161,13 +168,15 @@ impl Found {
         if self.examples.len() < EXAMPLES {
             self.examples.push(page);
             if self.examples.len() == EXAMPLES {
-                tracing::warn!("{EXAMPLES} such pages are named; the others are only counted");
+                tracing::warn!(
+                    "listed {EXAMPLES} pages with wrong checksums; further ones are only counted"
+                );
             }
         }
     }
 }
 
-/// A relation's file, page by page.
+/// Reads a relation's file page by page.
 #[derive(Debug)]
 pub struct PageReader {
     file: File,
@@ -177,7 +186,7 @@ pub struct PageReader {
     first_block: u32,
     buffer: Vec<u8>,
     given: usize,
-    /// Where in the file the buffer ends.
+    /// The offset in the file at which the buffer ends.
     at: u64,
 }
 
@@ -193,7 +202,7 @@ impl PageReader {
         let from = self.at;
         let size = self.check.block_size;
         let want = READ_BYTES.next_multiple_of(size);
-        // A small table takes no more than it is.
+        // For a small table the buffer is no larger than the file.
         let left = self.file.metadata()?.len().saturating_sub(from);
         let want = usize::try_from(left.next_multiple_of(size as u64)).unwrap_or(want).min(want);
         self.buffer.resize(want, 0);
@@ -201,7 +210,7 @@ impl PageReader {
         self.buffer.truncate(got);
         self.given = 0;
         self.at += got as u64;
-        // A page at the end that is not whole is being added right now, and comes from WAL.
+        // An incomplete page at the end is being appended right now; its content comes from WAL.
         for index in 0..got / size {
             let block = (from / size as u64) as u32 + index as u32;
             let place = index * size..(index + 1) * size;
@@ -216,7 +225,7 @@ impl PageReader {
         for pause in AGAIN {
             let Look::Wrong { .. } = look else { break };
             self.check.pause(pause);
-            // The file may have become shorter; then there is nothing newer to be had.
+            // If the file has become shorter, the page cannot be read again.
             if read_full(&self.file, &mut self.buffer[place.clone()], at)? < place.len() {
                 break;
             }
@@ -326,7 +335,7 @@ mod tests {
         assert_eq!((record.checked, record.bad, record.examples[0].block), (1, 1, 1));
     }
 
-    /// Wrong pages that say they changed after the backup's begin, each 1 WAL byte later.
+    /// Pages with wrong checksums whose LSNs lie after the backup's begin, each one byte of WAL later.
     fn suspects(count: u64) -> Arc<PageCheck> {
         let check = Arc::new(PageCheck::new(START, 8192, 131_072));
         for block in 0..count {
@@ -364,7 +373,7 @@ mod tests {
         assert_eq!(check.finish(Lsn::new(2000)).bad, 0);
     }
 
-    /// Half of a write was seen; the next look finds it whole.
+    /// The first read sees half of a write; the next one finds the whole page.
     #[test]
     fn a_torn_page_is_read_again() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,7 @@
-//! Finds the data directory, and makes sure that it is the one of the PostgreSQL we are connected to.
+//! Finds the data directory and checks that it belongs to the PostgreSQL that we are connected to.
 //!
-//! A backup of another cluster's files under this cluster's name would be found out at the restore.
+//! Without the check, a backup of another cluster's files under this cluster's name would be noticed only at the
+//! restore.
 
 use super::{
     session::Facts,
@@ -10,26 +11,25 @@ use crate::error::{Error, Failure};
 use klio_pg::ControlFile;
 use std::path::{Path, PathBuf};
 
-/// A data directory that can be read.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// Where it is.
     pub data: PathBuf,
-    /// Its pg_control.
+    /// The content of its pg_control.
     pub control: ControlFile,
 }
 
-/// Looks at it. `setting` is `postgres.data_directory`, empty when PostgreSQL is to be asked.
+/// Finds and checks it. `setting` is `postgres.data_directory`; if empty, PostgreSQL's own answer is used.
 ///
 /// # Errors
-/// `Config` when nobody knows where it is; `Local` when it cannot be read or is another cluster's.
+/// `Config` when its path is unknown or it belongs to another cluster; `Local` when it cannot be read.
 pub fn find(setting: &Path, facts: &Facts) -> Result<Place, Error> {
     let asked = facts.data_directory.as_deref();
     let data = match (setting.as_os_str().is_empty(), asked) {
         (false, _) => setting.to_owned(),
         (true, Some(asked)) => asked.to_owned(),
         (true, None) => {
-            let message = "find the data directory: PostgreSQL does not tell this role where it is";
+            let message =
+                "find the data directory: PostgreSQL does not show data_directory to this role";
             return Err(Error::new(Failure::Config, message)
                 .hint("GRANT pg_read_all_settings TO the role, or set postgres.data_directory"));
         }
@@ -55,11 +55,11 @@ fn unreadable(data: &Path, error: &klio_storage::Error) -> Error {
     use klio_storage::Kind;
     let hint = match error.kind {
         Kind::NotFound => {
-            "klio backup reads the files, so it must run where PostgreSQL runs; postgres.data_directory \
-             names another path to them, in a container for example"
+            "klio backup reads the files, so it must run where PostgreSQL runs; set postgres.data_directory \
+             if they have another path here, for example in a container"
         }
         Kind::Denied => {
-            "run klio as the user who owns the data directory, or let initdb --allow-group-access and a group do it"
+            "run klio as the owner of the data directory, or initialize it with initdb --allow-group-access and add klio's user to the group"
         }
         _ => "",
     };
@@ -67,10 +67,11 @@ fn unreadable(data: &Path, error: &klio_storage::Error) -> Error {
     Error::new(Failure::Local, format!("read data directory {place}: {error}")).hint(hint)
 }
 
-/// Where the links of pg_tblspc point. A tablespace in place of a link is part of the data directory.
+/// The targets of the symlinks in pg_tblspc. A directory in place of a symlink is part of the data directory and is
+/// skipped.
 ///
 /// # Errors
-/// `Local` when a tablespace cannot be read, or when its location is no text: a record could not name it.
+/// `Local` when a tablespace cannot be read or its location is not UTF-8, which a record could not store.
 pub fn tablespaces(place: &Place, oids: &[u32]) -> Result<Vec<Tablespace>, Error> {
     let mut found = Vec::new();
     for oid in oids {
@@ -84,7 +85,7 @@ pub fn tablespaces(place: &Place, oids: &[u32]) -> Result<Vec<Tablespace>, Error
                 std::fs::read_dir(&target).map_err(|e| tablespace(*oid, &target, &e))?;
                 found.push(Tablespace { oid: *oid, location });
             }
-            // No link but a directory, or dropped since it was listed.
+            // A directory instead of a symlink, or dropped since it was listed.
             Err(error)
                 if matches!(
                     error.kind(),
@@ -102,7 +103,7 @@ fn no_text(oid: u32, location: &Path) -> Error {
         location.as_os_str().as_encoded_bytes().escape_ascii()
     );
     Error::new(Failure::Local, message).hint(
-        "stop PostgreSQL, rename the directory, and let the link in pg_tblspc lead to its new name; nothing was sent",
+        "stop PostgreSQL, rename the directory, and point the link in pg_tblspc to the new name; nothing was sent",
     )
 }
 

@@ -1,6 +1,6 @@
-//! How far a backup is: counters that the engine moves and displays read.
+//! Progress of a backup: counters that the engine updates and displays read.
 //!
-//! Observation only: nothing is decided by them.
+//! Nothing is decided by them.
 
 use klio_storage::repository;
 use std::sync::{
@@ -8,7 +8,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// Shared between the work and who shows it.
+/// Shared between the backup and its display.
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: Mutex<&'static str>,
@@ -19,30 +19,28 @@ pub struct Progress {
     total_files: AtomicU64,
 }
 
-/// A look at it.
+/// A snapshot of the counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// What is being done, in words.
+    /// The current phase, in words.
     pub phase: &'static str,
-    /// Bytes of files dealt with.
+    /// Bytes of files read or found unchanged so far.
     pub bytes: u64,
-    /// Files dealt with.
+    /// Files finished so far.
     pub files: u64,
     /// Bytes added to the repository so far.
     pub stored: u64,
-    /// All bytes, as measured before; 0 while that is not known.
+    /// Total bytes, as measured beforehand; 0 while unknown.
     pub total_bytes: u64,
-    /// All files.
+    /// Total number of files; 0 while unknown.
     pub total_files: u64,
 }
 
 impl Progress {
-    /// Nothing done yet.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
 
-    /// A look at it.
     pub fn seen(&self) -> Seen {
         Seen {
             phase: *self.phase.lock().unwrap_or_else(PoisonError::into_inner),
@@ -56,7 +54,7 @@ impl Progress {
 
     pub(super) fn enter(&self, phase: &'static str) {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
-        tracing::debug!(phase, "backup");
+        tracing::debug!(phase, "backup phase started");
     }
 
     pub(super) fn expect(&self, files: u64, bytes: u64) {
@@ -65,7 +63,7 @@ impl Progress {
     }
 }
 
-/// For the engine.
+/// Passes the engine's progress on to the counters.
 #[derive(Debug)]
 pub(super) struct Feed(pub Arc<Progress>);
 

@@ -1,8 +1,8 @@
-//! The server's word that it leaves the repository alone while a backup runs, and that no other one runs.
+//! The server's promise to leave the repository alone while a backup runs, and to let no other backup run.
 //!
-//! It is an answer that stays open. When the connection breaks, the same name is reserved again: what the
-//! server may begin meanwhile is harmless for a while, because it marks packs long before it removes them
-//! (REPO4). When that does not work out, the backup has to end.
+//! The promise holds while an answer stream stays open. When the connection breaks, the same name is reserved again.
+//! Maintenance that the server may start in between does no harm, because it marks packs long before it removes them
+//! (REPO4). If the reservation cannot be renewed, the backup has to end.
 
 use crate::{
     error::{Error, Failure},
@@ -19,13 +19,13 @@ use std::time::Duration;
 use tokio::{task::JoinSet, time::Instant};
 use tonic::Streaming;
 
-/// A server that restarts is back by then; far less than the time for which marked packs are kept.
+/// Long enough for a server to restart, and far less than the time between marking and removing a pack.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A reservation that is kept for as long as this lives.
+/// A reservation that is renewed for as long as this lives.
 #[derive(Debug)]
 pub struct Reservation {
-    /// The backup's name, as asked for or as the server made it.
+    /// The backup's name, as requested or as the server created it.
     pub name: BackupName,
     keeper: JoinSet<Error>,
 }
@@ -33,10 +33,10 @@ pub struct Reservation {
 type Answers = Streaming<v1::ReserveResponse>;
 
 impl Reservation {
-    /// Reserves a name; without one the server makes it.
+    /// Reserves a name; if `None`, the server creates one.
     ///
     /// # Errors
-    /// The server's: `BUSY` while another backup of the cluster runs.
+    /// The server's error, in particular `BUSY` while another backup of the cluster runs.
     pub async fn take(
         link: &ServerLink,
         cluster: &ClusterName,
@@ -46,7 +46,7 @@ impl Reservation {
         let reserved = reserve(link, cluster, &wanted, false).await;
         let (name, connection, answers) = reserved.map_err(|error| match error.failure {
             Failure::Code(Code::Invalid) if !wanted.is_empty() => {
-                error.hint("choose another --name: klio list shows those that are taken")
+                error.hint("choose another --name; klio list shows the names in use")
             }
             _ => error,
         })?;
@@ -55,7 +55,7 @@ impl Reservation {
         Ok(Self { name, keeper })
     }
 
-    /// Waits until it is lost for good; gives the reason. Cancel-safe.
+    /// Waits until the reservation is lost for good; returns the reason. Cancel-safe.
     pub async fn lost(&mut self) -> Error {
         match self.keeper.join_next().await {
             Some(Ok(error)) => error,
@@ -64,7 +64,7 @@ impl Reservation {
     }
 }
 
-/// Holds the connection, too: it would close with its last user.
+/// Owns the connection as well, because the connection closes with its last user.
 async fn keep(
     link: ServerLink,
     cluster: ClusterName,
@@ -76,17 +76,17 @@ async fn keep(
         let why = loop {
             match answers.message().await {
                 Ok(Some(_)) => {}
-                Ok(None) => break "the server ended it".to_owned(),
+                Ok(None) => break "the server closed the stream".to_owned(),
                 Err(status) => break Error::from_status("keep reservation", &status).message,
             }
         };
-        tracing::warn!(backup = %name, "reservation lost: {why}; reserving again");
+        tracing::warn!(backup = %name, "lost the reservation of the repository: {why}; reserving it again");
         drop(connection);
         (connection, answers) = match again(&link, &cluster, &name).await {
             Ok(fresh) => fresh,
-            Err(error) => return error.during("keep the repository reserved"),
+            Err(error) => return error.during("renew the reservation of the repository"),
         };
-        tracing::info!(backup = %name, "reserved again");
+        tracing::info!(backup = %name, "reserved the repository again");
     }
 }
 
@@ -104,7 +104,7 @@ async fn again(
             Err(error) => error,
         };
         let pause = backoff.pause(&mut rng);
-        // BUSY may be ourselves: a server that has not yet noticed the end of the old connection.
+        // BUSY may refer to our own lost connection, if the server has not noticed its end yet.
         if !error.retryable() || Instant::now() + pause >= deadline {
             return Err(error);
         }

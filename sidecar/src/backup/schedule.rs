@@ -1,9 +1,9 @@
-//! When a scheduled backup is due. Pure: time comes in as an argument.
+//! Computes when a scheduled backup is due. Pure: the time is an argument.
 //!
-//! Five cron fields and a time zone, UTC when there is none: `0 2 * * * Europe/Berlin`. The newest
-//! backup's beginning is what counts: runs that were missed while nobody was there are made up for by
-//! one, a cluster without any backup gets one at once, and a failure is tried again with growing
-//! pauses. A time that clocks show twice counts once, and one that they leave out counts, too.
+//! A schedule is five cron fields and a time zone, UTC if there is none: `0 2 * * * Europe/Berlin`. The next run is
+//! computed from the beginning of the newest backup. Runs that were missed are made up for by a single backup, a
+//! cluster without any backup gets one at once, and a failure is retried with growing pauses. A local time that
+//! occurs twice counts once; one that daylight saving time skips counts, too.
 
 use crate::streamer::Backoff;
 use cronexpr::Crontab;
@@ -11,19 +11,18 @@ use jiff::{Timestamp, tz::TimeZone};
 use rand::Rng;
 use std::time::Duration;
 
-/// A schedule.
 #[derive(Debug, Clone)]
 pub struct Schedule {
-    /// Over what clocks show, as if that were UTC: time zones are ours.
+    /// Evaluated on local time as if it were UTC; this type handles the time zone.
     fields: Crontab,
     zone: TimeZone,
 }
 
 impl Schedule {
-    /// Reads the setting.
+    /// Parses the setting.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// A message that says what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = |why: &str| {
             format!(
@@ -39,20 +38,20 @@ impl Schedule {
         let zone = TimeZone::get(zone).map_err(|_| wrong("no such time zone"))?;
         let fields =
             cronexpr::parse_crontab(&format!("{} UTC", fields.join(" "))).map_err(|e| {
-                // The crate draws an arrow below the text, over several lines.
+                // The crate's error message draws an arrow below the text, over several lines.
                 wrong(&e.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
             })?;
         Ok(Self { fields, zone })
     }
 
-    /// The first time after `after`; `None` when there is none within four years.
+    /// The first run after `after`; `None` if there is none within four years.
     pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
         let mut shown = self.zone.to_datetime(after);
         loop {
             let from = shown.to_zoned(TimeZone::UTC).ok()?.timestamp();
             shown = self.fields.find_next(from).ok()?.datetime();
-            // A time that is shown twice is its first showing; one that is left out comes as much after the
-            // clocks went forward as it would have come after they would have: jiff's "compatible".
+            // jiff's "compatible": a time that occurs twice means its first occurrence; a time that daylight saving
+            // time skips is moved forward by the skipped time.
             let next = self.zone.to_ambiguous_zoned(shown).compatible().ok()?.timestamp();
             if next > after {
                 return Some(next);
@@ -61,7 +60,7 @@ impl Schedule {
     }
 }
 
-/// What the task in `klio stream` does next.
+/// Decides when the task in `klio stream` takes the next backup.
 #[derive(Debug)]
 pub struct Planner {
     schedule: Schedule,
@@ -69,9 +68,9 @@ pub struct Planner {
     backoff: Backoff,
     /// When the newest backup began.
     newest: Option<Timestamp>,
-    /// After a failure.
+    /// When to try again after a failure.
     retry: Option<Timestamp>,
-    /// Of the run being waited for: drawn once, or it would be another one at each look.
+    /// The random delay of the next run; drawn once for each run, so that it does not change with each look.
     delay: Duration,
 }
 
@@ -88,17 +87,17 @@ impl Planner {
         Self { schedule, jitter, backoff, newest, retry: None, delay }
     }
 
-    /// When the next backup is due, which may be in the past; `None`: never.
+    /// When the next backup is due, which may be in the past; `None` if never.
     pub fn due(&self, now: Timestamp) -> Option<Timestamp> {
         if let Some(retry) = self.retry {
             return Some(retry);
         }
         let Some(newest) = self.newest else { return Some(now) };
-        // A newest backup of the future is another machine's clock: what it says cannot be waited for.
+        // A beginning in the future comes from another machine's clock; do not wait for it.
         self.schedule.next(newest.min(now))?.checked_add(self.delay).ok()
     }
 
-    /// How long to wait, at most `most`: clocks are set, and machines sleep.
+    /// How long to sleep; at most `most`, because clocks are set and machines sleep.
     pub fn pause(&self, now: Timestamp, most: Duration) -> Duration {
         let due = self.due(now).map(|due| Duration::try_from(due.duration_since(now)));
         match due {
@@ -107,19 +106,20 @@ impl Planner {
         }
     }
 
-    /// A backup that began at `begun` exists.
+    /// Records that a backup that began at `begun` was taken.
     pub fn succeeded(&mut self, begun: Timestamp, rng: &mut impl Rng) {
         self.moved(Some(begun), rng);
     }
 
-    /// The newest backup, whoever took it. An older one than is known changes nothing.
+    /// Records the newest backup, whoever took it. One that is older than the newest known changes nothing.
     pub fn saw(&mut self, begun: Option<Timestamp>, rng: &mut impl Rng) {
         if let Some(begun) = begun.filter(|begun| Some(*begun) > self.newest) {
             self.succeeded(begun, rng);
         }
     }
 
-    /// PostgreSQL continues another history now: only its own backups count, and without one it gets one at once.
+    /// Records that PostgreSQL continues another history: only that history's backups count, and without any it gets
+    /// one at once.
     pub fn moved(&mut self, begun: Option<Timestamp>, rng: &mut impl Rng) {
         self.newest = begun;
         self.retry = None;
@@ -127,7 +127,7 @@ impl Planner {
         self.delay = draw(self.jitter, rng);
     }
 
-    /// It did not work out; gives the pause until the next attempt.
+    /// Records a failure; returns the pause until the next attempt.
     pub fn failed(&mut self, now: Timestamp, rng: &mut impl Rng) -> Duration {
         let pause = self.backoff.pause(rng);
         self.retry = now.checked_add(pause).ok();
@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(next(daily, "2027-03-27T02:00:00Z"), "2027-03-28T01:30:00Z");
         assert_eq!(next(daily, "2027-03-28T01:30:00Z"), "2027-03-29T00:30:00Z");
         assert_eq!(next(daily, "2027-03-28T00:59:00Z"), "2027-03-28T01:30:00Z");
-        // 2027-10-31: 2:30 is shown at 0:30 and again at 1:30 UTC.
+        // 2027-10-31: 2:30 local time occurs at 0:30 and again at 1:30 UTC.
         assert_eq!(next(daily, "2027-10-30T12:00:00Z"), "2027-10-31T00:30:00Z");
         assert_eq!(next(daily, "2027-10-31T00:30:00Z"), "2027-11-01T01:30:00Z");
         assert_eq!(next(daily, "2027-10-31T01:10:00Z"), "2027-11-01T01:30:00Z");
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(next(often, "2027-03-28T00:30:00Z"), "2027-03-28T01:00:00Z");
     }
 
-    /// A restore of the primary: the backups of before lead to another history.
+    /// The primary was restored: the earlier backups belong to another history.
     #[test]
     fn a_new_history_gets_a_backup_at_once() {
         let mut rng = StdRng::seed_from_u64(1);

@@ -1,12 +1,17 @@
 //! The SQL session that holds a backup.
 //!
-//! PostgreSQL is in backup mode for as long as this session lives, and leaves it by itself when the session
-//! ends, for whatever reason (<https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-LOWLEVEL-BASE-BACKUP>):
-//! so there is nothing to clean up but the connection, and dropping a [`Session`] always suffices. One that is
-//! still waiting for its checkpoint is cancelled through a second connection, or it would wait to the end.
-//! So it has to be a session of PostgreSQL's own: behind a connection pooler it would outlive us in backup mode, and the
-//! backup could be ended in another one. One is told by its process number, and refused before anything is set.
-//! Not cancel-safe: after a call was dropped half way, nothing but [`Session::abandon`] may follow.
+//! PostgreSQL is in backup mode for as long as this session lives, and leaves backup mode by itself when the session
+//! ends for any reason
+//! (<https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-LOWLEVEL-BASE-BACKUP>). So only the
+//! connection has to be cleaned up, and dropping a [`Session`] always suffices. A session that still waits for its
+//! checkpoint is terminated through a second connection, because it would otherwise wait until the checkpoint is
+//! done.
+//!
+//! The session must be PostgreSQL's own. Behind a connection pooler it would stay in backup mode after we are gone,
+//! and pg_backup_stop could reach another session. A pooler is recognised by the process number and refused before
+//! anything starts.
+//!
+//! Not cancel-safe: after a call was dropped half way, only [`Session::abandon`] may follow.
 
 use crate::{
     conninfo::ConnInfo,
@@ -17,49 +22,48 @@ use crate::{
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-/// A spread checkpoint takes most of checkpoint_timeout, which is a day at most.
+/// A spread checkpoint takes most of checkpoint_timeout, which is one day at most.
 const PATIENCE: Duration = Duration::from_secs(25 * 3600);
-/// For everything else.
+/// Timeout of all other queries.
 const SHORT_PATIENCE: Duration = Duration::from_secs(60);
 
-/// What PostgreSQL says about itself.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// `server_version_num`.
     pub version: ServerVersion,
-    /// As pg_control has it.
+    /// As in pg_control.
     pub system_identifier: u64,
-    /// Of WAL.
+    /// Size of a WAL segment.
     pub segment_size: SegmentSize,
-    /// Of the latest checkpoint.
+    /// On a primary, the timeline that WAL is written to; on a standby, the timeline of the latest checkpoint.
     pub timeline: TimelineId,
-    /// It is a standby.
+    /// Whether it is a standby.
     pub in_recovery: bool,
-    /// Where its data directory is; `None` when we may not know.
+    /// Path of the data directory; `None` if the role may not see it.
     pub data_directory: Option<PathBuf>,
 }
 
-/// What pg_backup_start said.
+/// The result of pg_backup_start.
 #[derive(Debug, Clone, Copy)]
 pub struct Started {
-    /// WAL is needed from here on.
+    /// WAL is needed from here.
     pub start_lsn: Lsn,
-    /// PostgreSQL's clock.
+    /// Unix time by PostgreSQL's clock.
     pub at_unix: f64,
 }
 
-/// What pg_backup_stop said.
+/// The result of pg_backup_stop.
 #[derive(Debug, Clone)]
 pub struct Stopped {
     /// WAL is needed up to here.
     pub stop_lsn: Lsn,
-    /// The timeline of that.
+    /// The timeline of `stop_lsn`.
     pub timeline: TimelineId,
-    /// For `backup_label`.
+    /// Content of `backup_label`.
     pub backup_label: String,
-    /// For `tablespace_map`; empty without tablespaces.
+    /// Content of `tablespace_map`; empty without tablespaces.
     pub tablespace_map: String,
-    /// PostgreSQL's clock.
+    /// Unix time by PostgreSQL's clock.
     pub at_unix: f64,
 }
 
@@ -78,10 +82,10 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// Connects and asks what there is to know.
+    /// Connects and queries [`Facts`].
     ///
     /// # Errors
-    /// PostgreSQL cannot be reached, refuses, or is too old.
+    /// PostgreSQL cannot be reached, refuses, is too old, or there is a connection pooler in between.
     pub async fn open(info: Arc<ConnInfo>) -> Result<(Self, Facts), Error> {
         let mut client = Client::connect_sql(&info).await.map_err(|e| sort(&e))?;
         client.set_patience(SHORT_PATIENCE);
@@ -93,8 +97,9 @@ impl Session {
             return Err(Error::new(Failure::PostgresRefused, message));
         }
         let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
-        // A backup must not be cut short by limits that are meant for queries.
-        // pg_control still names the old timeline between a promotion and the end of its checkpoint.
+        // A backup must not be interrupted by timeouts that are meant for queries. On a primary the timeline is taken
+        // from the current WAL position, because pg_control still names the old one between a promotion and the end
+        // of its checkpoint.
         let sql = "SET statement_timeout = 0; SET lock_timeout = 0; \
                    SET idle_session_timeout = 0; SET client_min_messages = error; \
                    SET application_name = 'klio backup'; SELECT pg_backend_pid(), \
@@ -103,7 +108,7 @@ impl Session {
                     THEN (SELECT timeline_id FROM pg_control_checkpoint()) \
                     ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int \
                    END, pg_is_in_recovery()";
-        let row = one(&mut client, "ask what PostgreSQL this is", sql).await?;
+        let row = one(&mut client, "identify PostgreSQL", sql).await?;
         let facts = Facts {
             version,
             segment_size,
@@ -117,10 +122,10 @@ impl Session {
         Ok((Self { client, info, pid, starting: false }, facts))
     }
 
-    /// pg_backup_start: waits for the checkpoint. `fast` writes it at once.
+    /// Calls pg_backup_start, which waits for a checkpoint; with `fast` the checkpoint is written at once.
     ///
     /// # Errors
-    /// As PostgreSQL says; most of all that the role may not.
+    /// PostgreSQL's error, most often missing permissions of the role.
     pub async fn start(&mut self, label: &str, fast: bool) -> Result<Started, Error> {
         self.starting = true;
         self.client.set_patience(PATIENCE);
@@ -136,23 +141,24 @@ impl Session {
         Ok(Started { start_lsn: lsn(&row, 0)?, at_unix })
     }
 
-    /// Looks whether session and role are still what they were.
+    /// Checks that the session is alive and a standby is still a standby.
     ///
     /// # Errors
     /// The connection is gone, or the standby was promoted.
     pub async fn ping(&mut self, was_in_recovery: bool) -> Result<(), Error> {
         let row =
-            one(&mut self.client, "look after the backup", "SELECT pg_is_in_recovery()").await?;
+            one(&mut self.client, "check the backup session", "SELECT pg_is_in_recovery()").await?;
         if was_in_recovery && row.text(0) != Some("t") {
             return Err(promoted());
         }
         Ok(())
     }
 
-    /// pg_backup_stop. Waiting for WAL is ours: it does not go through archive_command.
+    /// Calls pg_backup_stop without waiting for WAL: Klio waits for it itself, because it does not use
+    /// archive_command.
     ///
     /// # Errors
-    /// As PostgreSQL says; a standby that was promoted meanwhile, for one.
+    /// PostgreSQL's error, for example because a standby was promoted meanwhile.
     pub async fn stop(&mut self, facts: &Facts) -> Result<Stopped, Error> {
         let op = "end backup";
         let before = self.followed_timeline(facts).await?;
@@ -160,13 +166,13 @@ impl Session {
                    FROM pg_backup_stop(false)";
         let stopped = one(&mut self.client, op, sql).await;
         let row = match stopped {
-            // pg_backup_stop: "the standby was promoted during online backup".
+            // pg_backup_stop fails with "the standby was promoted during online backup".
             Err(_) if facts.in_recovery && self.ping(true).await.is_err() => return Err(promoted()),
             other => other?,
         };
         self.is_the_same(&row, 4)?;
         let timeline = the_same(before, self.followed_timeline(facts).await?)?;
-        // A map that is no text would be taken for none.
+        // A map that is not UTF-8 would look like no map.
         let text = |column, expected| {
             let text = row.text(column).map(str::to_owned);
             text.ok_or_else(|| wrong(expected, None))
@@ -180,7 +186,7 @@ impl Session {
         })
     }
 
-    /// Whether the session that began the backup answers.
+    /// Checks that the session that began the backup answers.
     fn is_the_same(&self, row: &Row, column: usize) -> Result<(), Error> {
         let pid = number(row, column, "a process id")?;
         if pid == u64::from(self.pid) {
@@ -192,7 +198,7 @@ impl Session {
         ))
     }
 
-    /// The timeline that PostgreSQL is on: a standby may have followed its primary to another one.
+    /// The timeline that PostgreSQL is on now: a standby may have followed its primary to another one.
     async fn followed_timeline(&mut self, facts: &Facts) -> Result<TimelineId, Error> {
         if !facts.in_recovery {
             return Ok(facts.timeline);
@@ -202,29 +208,29 @@ impl Session {
         timeline(&one(&mut self.client, "ask for the timeline", sql).await?, 0)
     }
 
-    /// Tablespaces besides the default ones.
+    /// The OIDs of the tablespaces other than pg_default and pg_global.
     ///
     /// # Errors
-    /// A broken connection.
+    /// The query failed.
     pub async fn tablespaces(&mut self) -> Result<Vec<u32>, Error> {
         let sql = "SELECT oid FROM pg_tablespace WHERE spcname NOT IN ('pg_default', 'pg_global')";
         let rows = self.client.query(sql).await.map_err(|e| refused("list tablespaces", &e))?;
         rows.iter().map(|row| number(row, 0, "an OID").map(|oid| oid as u32)).collect()
     }
 
-    /// Ends the session in good order, and with it the backup, if one is still running.
+    /// Closes the session cleanly, which also ends a backup that is still running.
     pub async fn close(self) {
         self.client.close().await;
     }
 
-    /// Ends it whatever it is doing.
+    /// Ends the session whatever it is doing.
     pub async fn abandon(self) {
         let Self { client, info, pid, starting } = self;
         drop(client);
         if !starting {
             return;
         }
-        // A backend that waits for a checkpoint does not notice that we are gone.
+        // A backend that waits for a checkpoint does not notice a closed connection.
         let cancel = async {
             let mut client = Client::connect_sql(&info).await.ok()?;
             client.query(&format!("SELECT pg_terminate_backend({pid})")).await.ok()?;
@@ -233,14 +239,18 @@ impl Session {
         };
         let done = tokio::time::timeout(Duration::from_secs(5), cancel).await;
         if !matches!(done, Ok(Some(()))) {
-            tracing::warn!(pid, "the PostgreSQL session that waits for a checkpoint ends after it");
+            tracing::warn!(
+                pid,
+                "cannot terminate the PostgreSQL session; it ends after its checkpoint"
+            );
         }
     }
 }
 
-/// The login names the process that serves us (BackendKeyData); a pooler names one of its own making.
+/// Compares the process number from the login (BackendKeyData) with that of the backend: a pooler sends a number of
+/// its own.
 async fn own_session(client: &mut Client) -> Result<(), Error> {
-    let row = one(client, "ask which session this is", "SELECT pg_backend_pid()").await?;
+    let row = one(client, "identify the session", "SELECT pg_backend_pid()").await?;
     let pid = number(&row, 0, "a process id")?;
     let told = client.peer_pid().map(u64::from);
     match told.filter(|told| *told != pid) {
@@ -257,31 +267,30 @@ fn pooled(why: &str, host: &crate::conninfo::Host) -> Error {
         "back up PostgreSQL: expected a session of its own, found a connection pooler such as PgBouncer at {host} ({why})"
     );
     Error::new(Failure::Config, message)
-        .hint("postgres.dsn must lead to PostgreSQL itself, best over its unix socket; the pooler stays for everybody else")
+        .hint("point postgres.dsn at PostgreSQL itself, preferably its unix socket; other clients can keep using the pooler")
 }
 
-/// pg_backup_stop does not say the timeline of the position that it gives: it is known where it was the same before and
-/// after. A record with the wrong one would be of a backup that no way leads through.
+/// pg_backup_stop does not return the timeline of the position that it returns. The timeline is certain only if it
+/// was the same before and after. With a wrong timeline in its record, a backup could never be restored.
 fn the_same(before: TimelineId, after: TimelineId) -> Result<TimelineId, Error> {
     if before == after {
         return Ok(after);
     }
     let message = format!(
-        "back up a standby: it followed its primary from timeline {} to {} in the moment in which the backup ended",
+        "back up a standby: it followed its primary from timeline {} to {} just when the backup ended",
         before.get(),
         after.get()
     );
     Err(Error::new(Failure::Postgres, message)
-        .hint("take the backup again; what was sent is used again"))
+        .hint("take the backup again; it reuses what was sent"))
 }
 
 fn promoted() -> Error {
     let message = "back up a standby: it was promoted while the backup ran";
-    Error::new(Failure::Postgres, message)
-        .hint("take the backup again; what was sent is used again")
+    Error::new(Failure::Postgres, message).hint("take the backup again; it reuses what was sent")
 }
 
-/// What a backup does about an error of PostgreSQL.
+/// Turns an error of PostgreSQL into one with a hint for backups.
 fn refused(doing: &str, error: &crate::replication::Error) -> Error {
     let sorted = sort(error).during(doing);
     match error.server().map(|s| s.sqlstate.as_str()) {
@@ -306,7 +315,7 @@ fn wrong(expected: &str, found: Option<&str>) -> Error {
     Error::new(Failure::Postgres, format!("ask PostgreSQL: expected {expected}, found {found:?}"))
 }
 
-/// System identifiers are signed in SQL.
+/// System identifiers are signed integers in SQL.
 fn number(row: &Row, column: usize, expected: &str) -> Result<u64, Error> {
     let text = row.text(column);
     text.and_then(|t| t.parse::<i64>().ok()).map(|n| n as u64).ok_or_else(|| wrong(expected, text))
@@ -327,7 +336,7 @@ fn timeline(row: &Row, column: usize) -> Result<TimelineId, Error> {
     TimelineId::new(number as u32).ok_or_else(|| wrong("a timeline", row.text(column)))
 }
 
-/// A string literal that means the same whatever standard_conforming_strings is.
+/// A string literal that is valid whatever standard_conforming_strings is.
 fn quote(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }

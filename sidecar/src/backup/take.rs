@@ -1,4 +1,4 @@
-//! `backup_run`: from the first connection to the committed record.
+//! Takes a backup (the span `backup_run`): from the first connection to the committed record.
 
 use super::{
     Backup, Order,
@@ -32,7 +32,7 @@ use tokio::{runtime::Handle, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
-/// What the phases share.
+/// State that the phases share.
 struct Run<'a> {
     backup: &'a Backup,
     order: &'a Order,
@@ -42,13 +42,13 @@ struct Run<'a> {
     base: BaseLink,
     files: GrpcFiles,
     repository: Repository,
-    /// The newest backup's snapshot: files that look as in it are not read.
+    /// The newest backup's snapshot; files that look the same as in it are not read.
     parent: Option<SnapshotId>,
-    /// Ends the engine.
+    /// Cancelled to end the engine.
     engine: CancellationToken,
 }
 
-/// What was read from the data directory.
+/// The result of copying the data directory.
 struct Copied {
     started: Started,
     parts: Vec<Part>,
@@ -56,7 +56,6 @@ struct Copied {
     check: Option<Arc<PageCheck>>,
 }
 
-/// Takes the backup.
 pub(super) async fn take(
     backup: &Backup,
     order: &Order,
@@ -68,7 +67,7 @@ pub(super) async fn take(
     let engine = backup.stop.child_token();
     let prepared = async {
         let place = place::find(&backup.data_directory, &facts)?;
-        // Before anything is sent; those that are made meanwhile are looked at later.
+        // Checked before anything is sent; tablespaces that are created meanwhile are checked later.
         place::tablespaces(&place, &session.tablespaces().await?)?;
         let link = &backup.link;
         let base = BaseLink::new(link.clone(), engine.clone());
@@ -115,7 +114,7 @@ pub(super) async fn take(
         }
         Err(error) => Err(error),
     };
-    // TAKE1: whatever came of it, PostgreSQL is out of backup mode when this returns.
+    // TAKE1: PostgreSQL is out of backup mode when this returns, whatever the result is.
     let (copied, stopped) = match stopped {
         Ok(both) => {
             session.close().await;
@@ -134,13 +133,13 @@ pub(super) async fn take(
     ends.unless(wal::wait(&run.base, &backup.cluster, needed, patience)).await?;
     ends.unless(run.prove(record.start_lsn)).await?;
     let record = run.commit(record, &mut ends).await?;
-    // Only now may the server let maintenance in.
+    // Only now may the server run maintenance.
     drop(reservation);
     Ok(record)
 }
 
 impl Run<'_> {
-    /// Backup mode, and every file.
+    /// Enters backup mode and copies every file.
     async fn copy(
         &self,
         session: &mut Session,
@@ -152,7 +151,7 @@ impl Run<'_> {
         progress.enter(if fast { "checkpoint" } else { "checkpoint (spread)" });
         let label = format!("klio {name}");
         let started = ends.unless(session.start(&label, fast)).await?;
-        // Early, and not after hours of copying: is there anybody who streams?
+        // Checked early, not after hours of copying: is WAL being streamed at all?
         let needed =
             self.needed(started.start_lsn, started.start_lsn.advance(1), self.facts.timeline);
         let patience = self.backup.settings.wal_timeout;
@@ -191,7 +190,8 @@ impl Run<'_> {
         Ok(Copied { started, parts: vec![all, control], tablespaces, check })
     }
 
-    /// For whoever waits, on a thread beside the copying; the display does without until it is done.
+    /// Counts files and bytes for the display, on a thread beside the copying. Until it is done, the display shows no
+    /// total.
     fn measure(&self, tree: Tree) {
         let progress = Arc::clone(&self.backup.progress);
         drop(tokio::task::spawn_blocking(move || {
@@ -201,7 +201,7 @@ impl Run<'_> {
         }));
     }
 
-    /// Runs the engine on a thread of its own.
+    /// Runs `work` with the engine on a blocking thread.
     fn archive<F>(&self, work: F) -> JoinHandle<Result<Part, klio_storage::Error>>
     where
         F: FnOnce(
@@ -224,13 +224,14 @@ impl Run<'_> {
         if bad == 0 || self.backup.settings.on_bad_pages == OnBadPages::Record {
             return Ok(());
         }
-        let message =
-            format!("check pages: {bad} have wrong checksums, and backup.on_bad_pages is fail");
+        let message = format!(
+            "check pages: expected right checksums, found {bad} wrong ones, and backup.on_bad_pages is fail"
+        );
         Err(Error::new(Failure::Code(Code::Corrupt), message)
-            .hint("the log names them; backup.on_bad_pages = record takes the backup all the same"))
+            .hint("the log names the pages; backup.on_bad_pages = record takes the backup anyway"))
     }
 
-    /// The label files, and one snapshot of all parts.
+    /// Adds the label files, and joins all parts into one snapshot.
     async fn assemble(
         &self,
         name: &klio_storage::layout::BackupName,
@@ -297,7 +298,7 @@ impl Run<'_> {
             started_postgres_unix: copied.started.at_unix,
             stopped_postgres_unix: stopped.at_unix,
             begun_unix: self.begun_unix,
-            // The server's to set.
+            // Set by the server.
             committed_unix: 0.0,
             duration_seconds: 0.0,
             from_standby: self.facts.in_recovery,
@@ -319,7 +320,7 @@ impl Run<'_> {
         })
     }
 
-    /// TAKE6: what was read is of the history that the backup goes to.
+    /// TAKE6: proves that the files belong to the history that the backup is committed to.
     async fn prove(&self, from: Lsn) -> Result<(), Error> {
         if self.backup.writer_id.is_empty() {
             return Ok(());
@@ -330,13 +331,13 @@ impl Run<'_> {
         }
         let expected = &self.backup.cluster;
         let message = format!(
-            "commit backup: expected WAL of {expected}, as at its beginning, found that of {found}"
+            "commit backup: expected PostgreSQL to continue {expected} as at the start, found {found}"
         );
         Err(Error::new(Failure::Code(Code::Diverged), message)
-            .hint("PostgreSQL was set back or replaced during the backup: take it again"))
+            .hint("PostgreSQL was restored or replaced during the backup; take the backup again"))
     }
 
-    /// TAKE2. The same record may be sent again: the server takes it once.
+    /// TAKE2. The same record may be sent several times; the server commits it once.
     async fn commit(
         &self,
         record: BackupRecord,
@@ -381,9 +382,9 @@ async fn open_repository(
             Ok(client.open_repository(request.clone()).await?.into_inner())
         })
         .await?;
-    // The parser's error would show a piece of the secret.
+    // The parser's error would contain a part of the secret.
     let secret: Secret = serde_json::from_slice(&answer.secret).map_err(|_| {
-        let message = format!("{DOING}: expected what opens it, found something else");
+        let message = format!("{DOING}: expected the repository's secret, found something else");
         Error::new(Failure::Code(Code::Invalid), message)
     })?;
     let shared = files.clone();
@@ -397,7 +398,7 @@ async fn open_repository(
             );
         }
         if packs > 0 {
-            tracing::info!(packs, bytes, "reusing what an unfinished backup sent");
+            tracing::info!(packs, bytes, "reusing the packs of an unfinished backup");
         }
         Ok(repository.compressing(answer.compression_level))
     };
@@ -410,7 +411,7 @@ async fn open_repository(
     }
 }
 
-/// Of the newest backup; a list with problems is still a list.
+/// The snapshot of the newest backup. Problems that the server lists beside the backups are ignored.
 async fn newest_snapshot(backup: &Backup, base: &BaseLink) -> Result<Option<SnapshotId>, Error> {
     let newest = newest(backup, base).await?;
     Ok(newest.and_then(|record| record.snapshot.parse().ok()))
@@ -445,7 +446,7 @@ fn report(part: &Part) {
         tracing::info!(
             vanished = part.files_vanished,
             resized = part.files_resized,
-            "files were dropped, extended or truncated meanwhile: WAL replay puts that right"
+            "files were dropped, extended or truncated during the backup; WAL replay restores them"
         );
     }
 }

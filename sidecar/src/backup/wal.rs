@@ -1,9 +1,9 @@
 //! Waits until the server holds the WAL that a backup needs.
 //!
-//! The open segment counts: what the server acknowledged is durable (P1), so no segment has to be switched.
-//! Patience is measured in progress, not in time: a slow link is no error, a link that stands still is.
-//! A hole in what is held already will not be filled by waiting; it is looked at twice over, because a
-//! listing can be made while a segment is being sealed.
+//! WAL in an open segment counts: acknowledged WAL is durable (P1), so PostgreSQL need not switch segments. The
+//! timeout restarts with progress: a slow stream is no error, one without progress is. Waiting does not fill a hole
+//! below newer WAL. A hole must persist for a while before it counts, because a listing may be made while a segment
+//! is being sealed.
 
 use crate::{
     error::{Error, Failure},
@@ -18,32 +18,32 @@ use klio_storage::{
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Between two looks.
+/// Pauses between two queries.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How long a hole must stay one.
+/// How long a hole must persist before it counts.
 const HOLE: Duration = Duration::from_secs(5);
 
-/// WAL that has to be there.
+/// The WAL that a backup needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Needed {
     /// The timeline of `to`.
     pub timeline: TimelineId,
-    /// First byte.
+    /// First needed byte.
     pub from: Lsn,
-    /// One past the last.
+    /// One past the last needed byte.
     pub to: Lsn,
-    /// Taken from a standby: it begins where that one's last restart point is.
+    /// The backup is taken from a standby and so begins at the standby's last restart point.
     pub standby: bool,
 }
 
-/// What holdings say about it.
+/// The server's holdings, compared with the needed WAL.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Held,
-    /// It may still come.
+    /// It may still arrive.
     Missing(TimelineId, Run),
-    /// Newer WAL is held already.
+    /// The server already holds newer WAL.
     Hole(TimelineId, Run),
 }
 
@@ -55,16 +55,16 @@ fn judge(holdings: &Holdings, needed: &Needed) -> Result<Verdict, klio_storage::
     Ok(if newer { Verdict::Hole(timeline, run) } else { Verdict::Missing(timeline, run) })
 }
 
-/// Changes with whatever comes: a stream that catches up may be far before what is missing.
+/// A value that changes with all WAL that arrives: a stream that catches up may be far behind the missing WAL.
 fn progress(holdings: &Holdings, (timeline, missing): (TimelineId, Run)) -> (Lsn, Option<Lsn>) {
     let runs = holdings.timeline(timeline).map(|line| line.runs.as_slice()).unwrap_or_default();
     (missing.start, runs.iter().map(|run| run.end).max())
 }
 
-/// Waits for it; gives up when nothing more came for `patience`.
+/// Waits until the server holds the WAL; gives up when there was no progress for `patience`.
 ///
 /// # Errors
-/// `Unavailable` when it does not come, `Gap` when it never will.
+/// `Unavailable` when the WAL does not arrive in time, `Gap` when it never will.
 pub async fn wait(
     base: &BaseLink,
     cluster: &ClusterName,
@@ -86,7 +86,7 @@ pub async fn wait(
             Verdict::Missing(timeline, run) => ((timeline, run), false),
             Verdict::Hole(timeline, run) => ((timeline, run), true),
         };
-        // What comes behind a hole is no progress for it.
+        // WAL after a hole does not fill it.
         let hole_now = hole.then_some(missing.1.start);
         if hole_at != hole_now {
             (hole_at, hole_since) = (hole_now, Instant::now());
@@ -107,7 +107,7 @@ pub async fn wait(
     }
 }
 
-/// What the server holds; nothing when it does not know the cluster.
+/// The server's holdings; empty when it does not know the cluster.
 async fn holdings(base: &BaseLink, cluster: &ClusterName) -> Result<Holdings, Error> {
     const DOING: &str = "ask the server what WAL it holds";
     let request = HoldingsRequest { cluster: cluster.to_string() };
@@ -122,7 +122,7 @@ async fn holdings(base: &BaseLink, cluster: &ClusterName) -> Result<Holdings, Er
     }
 }
 
-/// Nothing more is received of a timeline against which a person decided.
+/// No more WAL is received of a timeline that a person has retired.
 fn retired(holdings: &Holdings, timeline: TimelineId) -> Option<Error> {
     let is_it = |mark: &&Mark| mark.timeline == timeline && mark.standing == Standing::Retired;
     let mark = holdings.marks.iter().find(is_it)?;
@@ -132,26 +132,26 @@ fn retired(holdings: &Holdings, timeline: TimelineId) -> Option<Error> {
         mark.against.get()
     );
     Some(Error::new(Failure::Code(Code::RetiredTimeline), message).hint(
-        "klio timeline list says who decided; back up the PostgreSQL that is followed, or decide again with klio timeline follow",
+        "klio timeline list shows who decided; back up the PostgreSQL whose timeline is followed, or decide again with klio timeline follow",
     ))
 }
 
 fn not_yet((timeline, run): (TimelineId, Run), waited: Duration) -> Error {
     let message = format!(
-        "wait for WAL of the backup: the server lacks {} to {} of timeline {timeline:?}, and nothing came for {:.0} s",
+        "wait for WAL of the backup: the server lacks {} to {} of timeline {timeline:?}, and nothing arrived for {:.0} s",
         run.start,
         run.end,
         waited.as_secs_f64()
     );
     Error::new(Failure::Code(Code::Unavailable), message).hint(
         "klio stream must run for this cluster and be connected: klio status shows how far the server is; \
-         backup.wal_timeout says how long to wait",
+         backup.wal_timeout sets how long to wait",
     )
 }
 
 fn never((timeline, run): (TimelineId, Run), needed: &Needed) -> Error {
     let message = format!(
-        "wait for WAL of the backup: the server lacks {} to {} of timeline {timeline:?} and already has what follows",
+        "wait for WAL of the backup: the server lacks {} to {} of timeline {timeline:?} and already holds newer WAL",
         run.start, run.end
     );
     let hint = if needed.standby {
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(verdict(&[(50, 120), (150, 300)]), Verdict::Hole(timeline, run(120, 150)));
     }
 
-    /// It waited for a minute, and then said that klio stream must run.
+    /// A backup used to wait for a minute and then said that klio stream must run.
     #[test]
     fn a_backup_of_a_retired_timeline_is_refused_at_once() {
         let [one, two] = [1, 2].map(|number| TimelineId::new(number).unwrap());

@@ -1,12 +1,14 @@
-//! The data directory as a snapshot sees it: `data/...` and `tablespaces/<oid>/...`.
+//! Lists the data directory as a snapshot shows it: `data/...` and `tablespaces/<oid>/...`.
 //!
-//! Directories are read when their turn comes, so memory grows with the largest directory and not with the
-//! cluster. What vanishes between listing and reading was dropped meanwhile: WAL drops it again.
-//! Settings and other small files are read whole when they are listed, because PostgreSQL replaces them: a
-//! size of the old one and bytes of the new one would be neither. Relations are read later, by several
-//! threads; what is appended to them meanwhile is cut off, and comes from WAL.
-//! A link other than a tablespace's is kept as a link, with a warning: what it points to is not in the backup.
-//! What cannot be read ends the backup, by its name: a backup without it would look like a whole one.
+//! - A directory is read only when its turn comes, so memory grows with the largest directory, not with the cluster.
+//! - A file that vanishes between listing and reading was dropped meanwhile; WAL replay drops it again.
+//! - Settings and other small files are read whole when they are listed. PostgreSQL replaces such files, and the size
+//!   of the old one with bytes of the new one would be inconsistent.
+//! - Relations are read later, by several threads. Data appended to them meanwhile is cut off and comes from WAL.
+//! - A symlink that is not a tablespace's is stored as a symlink, with a warning that its target is not in the
+//!   backup.
+//! - A file that cannot be read ends the backup with an error that names it: a backup without the file would look
+//!   complete.
 
 use super::{
     exclude::{self, IN_WAL, Verdict},
@@ -30,82 +32,78 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Larger files that are no relations are logs and the like, which only grow.
+/// Larger files that are not relations are logs and the like, which only grow and need not be read at once.
 const SMALL_BYTES: u64 = 64 << 10;
-/// Creating a table takes a few milliseconds, on a busy machine a hundred.
+/// Creating a table takes a few milliseconds, on a busy machine about a hundred.
 const INIT_FORK_COMES_WITHIN: Duration = Duration::from_millis(500);
 
-/// A tablespace besides the default ones.
+/// A tablespace other than pg_default and pg_global.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tablespace {
-    /// Its OID.
     pub oid: u32,
-    /// Where `pg_tblspc/<oid>` points.
+    /// The target of the symlink `pg_tblspc/<oid>`.
     pub location: PathBuf,
 }
 
-/// What is to be read.
+/// What to back up.
 #[derive(Debug, Clone)]
 pub struct Tree {
-    /// The data directory.
     pub data: PathBuf,
-    /// Its tablespaces.
     pub tablespaces: Vec<Tablespace>,
-    /// The directory of this PostgreSQL in each of them.
+    /// The name of this PostgreSQL version's directory in each tablespace.
     pub directory: String,
-    /// Checks pages; `None` where the cluster has no checksums.
+    /// Checks pages; `None` if the cluster has no checksums.
     pub check: Option<Arc<PageCheck>>,
-    /// Ends the listing.
+    /// Cancelled to end the listing.
     pub stop: CancellationToken,
 }
 
-/// A directory whose names are being gone through.
+/// A directory whose names are being visited.
 struct Open {
-    /// On disk.
+    /// Its path on disk.
     path: PathBuf,
-    /// In the snapshot.
+    /// Its path in the snapshot.
     shown: PathBuf,
-    /// As the record names it: relative to the data directory.
+    /// Its path in PostgreSQL's terms, relative to the data directory; used in the record of bad pages.
     named: PathBuf,
     place: Place,
     names: std::vec::IntoIter<OsString>,
     unlogged: HashSet<u32>,
 }
 
-/// What kind of directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// The data directory itself.
     Root,
     /// pg_tblspc.
     Links,
-    /// `base`, and the directory of this PostgreSQL in a tablespace: databases are in it.
+    /// `base`, and this PostgreSQL's directory in a tablespace; each entry is a database.
     Databases,
     /// `global`.
     Global,
-    /// Relations are in it, temporary and unlogged ones too.
+    /// The directory of a database: contains relations, including temporary and unlogged ones.
     Database,
     /// Anything else.
     Other,
 }
 
-/// The iterator over it.
+/// Iterates over a [`Tree`].
 struct Walk {
     tree: Tree,
-    /// Tablespaces inside the data directory, which are taken as tablespaces only.
+    /// Tablespaces inside the data directory; they are visited as tablespaces only.
     inside: Vec<PathBuf>,
     open: Vec<Open>,
-    /// What comes before the names of the innermost directory.
+    /// Entries to return before the remaining names of the innermost directory.
     ready: std::collections::VecDeque<SourceEntry>,
     tablespaces: std::vec::IntoIter<Tablespace>,
     begun: bool,
-    /// Sizes only: no file is opened.
+    /// Only sizes are wanted: no file is opened.
     light: bool,
     shown_tablespaces: bool,
 }
 
 impl Tree {
-    /// Files and bytes, for the progress display. A guess: the cluster lives.
+    /// Number of files and bytes, for the progress display. An estimate, because PostgreSQL keeps writing.
     pub fn measure(&self) -> Result<(u64, u64), Error> {
         let mut total = (0, 0);
         let light = Self { check: None, ..self.clone() };
@@ -129,11 +127,11 @@ impl Source for Tree {
     }
 }
 
-/// A few entries that are known already.
+/// A list of entries that were read before.
 pub struct Listed(std::sync::Mutex<Vec<SourceEntry>>);
 
 impl Listed {
-    /// In the order of their paths.
+    /// `entries` must be sorted by path.
     pub fn new(entries: Vec<SourceEntry>) -> Self {
         Self(std::sync::Mutex::new(entries))
     }
@@ -141,7 +139,7 @@ impl Listed {
 
 impl Source for Listed {
     fn listing_began(&self) -> SystemTime {
-        // Long ago, so that each of these files is young: none is ever taken for unchanged.
+        // The epoch, so that every file looks changed since the last backup: none is ever considered unchanged.
         UNIX_EPOCH
     }
 
@@ -152,10 +150,10 @@ impl Source for Listed {
     }
 }
 
-/// `data` and `data/global` with `pg_control`, which is taken after everything else.
+/// `data` and `data/global` with `pg_control`, which is backed up after everything else.
 ///
 /// # Errors
-/// When it cannot be read whole.
+/// pg_control or its directories cannot be read.
 pub fn control_file(data: &Path) -> Result<Listed, Error> {
     let path = data.join(ControlFile::PATH);
     let (bytes, meta) = read_control(data)?;
@@ -164,14 +162,14 @@ pub fn control_file(data: &Path) -> Result<Listed, Error> {
         directory(&stat(&data.join("global"))?, "data/global".into()),
         in_memory(&meta, Path::new("data").join(ControlFile::PATH), bytes),
     ];
-    tracing::debug!(path = %path.display(), "control file read");
+    tracing::debug!(path = %path.display(), "read the control file");
     Ok(Listed::new(entries))
 }
 
-/// Files that pg_backup_stop gave, with the owner and rights of the data directory's own.
+/// Files with content from pg_backup_stop; their owner and permissions follow those of the data directory.
 ///
 /// # Errors
-/// When the data directory cannot be looked at.
+/// The data directory cannot be examined.
 pub fn label_files(data: &Path, files: Vec<(&str, String)>) -> Result<Listed, Error> {
     let meta = stat(data)?;
     let mode = 0o600 | (meta.mode() & 0o040);
@@ -186,10 +184,10 @@ pub fn label_files(data: &Path, files: Vec<(&str, String)>) -> Result<Listed, Er
     Ok(Listed::new([directory(&meta, "data".into())].into_iter().chain(files).collect()))
 }
 
-/// pg_control's bytes: read again while half of a write is seen.
+/// Reads pg_control; tries again while a concurrent write makes its checksum wrong.
 ///
 /// # Errors
-/// When it cannot be read, or never fits its checksum.
+/// It cannot be read, or its checksum stays wrong.
 pub fn read_control(data: &Path) -> Result<(Vec<u8>, Metadata), Error> {
     let path = data.join(ControlFile::PATH);
     let read = || -> io::Result<(Vec<u8>, Metadata)> {
@@ -270,7 +268,7 @@ impl Walk {
         }
     }
 
-    /// Puts a directory on the stack and its entry before its names.
+    /// Pushes a directory onto the stack, and its own entry before those of its content.
     fn enter(
         &mut self,
         path: PathBuf,
@@ -327,14 +325,14 @@ impl Walk {
         }
     }
 
-    /// Goes on to the next tablespace; `false` when there is none.
+    /// Enters the next tablespace; `false` when there is none.
     fn next_tablespace(&mut self) -> Result<bool, Error> {
         let Some(tablespace) = self.tablespaces.next() else { return Ok(false) };
         if !std::mem::replace(&mut self.shown_tablespaces, true) {
             let meta = stat(&self.tree.data)?;
             self.ready.push_back(directory(&meta, "tablespaces".into()));
         }
-        // A link may be relative to where it lies.
+        // A relative link is relative to pg_tblspc.
         let link = self.tree.data.join("pg_tblspc");
         let path = link.join(&tablespace.location);
         let shown = Path::new("tablespaces").join(tablespace.oid.to_string());
@@ -347,13 +345,13 @@ impl Walk {
         Ok(true)
     }
 
-    /// Deals with one name of the innermost directory.
+    /// Handles one name of the innermost directory.
     fn name(&mut self, name: &OsString) -> Result<(), Error> {
         let Some(parent) = self.open.last() else { return Ok(()) };
         let (path, shown, named) =
             (parent.path.join(name), parent.shown.join(name), parent.named.join(name));
         let place = parent.place;
-        // PostgreSQL's own names are ASCII; anything else is a stranger's file and is taken.
+        // PostgreSQL's own names are ASCII; a file with any other name is not PostgreSQL's and is included.
         let text = name.to_str().unwrap_or_default();
         let relation = match place {
             Place::Global | Place::Database => RelationFile::parse(text),
@@ -383,7 +381,7 @@ impl Walk {
         }
     }
 
-    /// A directory whose content does not count; it may be a link to one.
+    /// A directory without its content; it may also be a symlink to a directory.
     fn hollow(&mut self, path: &Path, shown: PathBuf) -> Result<(), Error> {
         if let Some(meta) = present(std::fs::metadata(path), path)? {
             self.ready.push_back(directory(&meta, shown));
@@ -411,7 +409,7 @@ impl Walk {
             (Place::Root, "base") => Place::Databases,
             (Place::Root, "global") => Place::Global,
             (Place::Databases, _) => Place::Database,
-            // In place of a link: allow_in_place_tablespaces.
+            // A directory in place of a symlink: allow_in_place_tablespaces.
             (Place::Links, _) => Place::Other,
             (Place::Other, _) if name == self.tree.directory => Place::Databases,
             _ => Place::Other,
@@ -427,14 +425,14 @@ impl Walk {
         place: Place,
     ) -> Result<(), Error> {
         if place == Place::Links {
-            // `tablespaces/<oid>` holds it, and tablespace_map where it was.
+            // Its content is in `tablespaces/<oid>`, and tablespace_map records its location.
             return Ok(());
         }
         let Some(target) = present(std::fs::read_link(path), path)? else { return Ok(()) };
         tracing::warn!(
             link = %path.display(),
             target = %target.display(),
-            "a link in the data directory is backed up as a link: what it points to is not in the backup"
+            "a symlink in the data directory is backed up as a symlink; its target is not in the backup"
         );
         self.ready.push_back(entry(meta, shown, EntryKind::Symlink(target)));
         Ok(())
@@ -477,7 +475,7 @@ impl Iterator for Walk {
     }
 }
 
-/// A file that PostgreSQL replaces as a whole: bytes and times of one and the same.
+/// Reads a file that PostgreSQL replaces as a whole: content and times come from the same open file.
 fn read_small(path: &Path, shown: PathBuf) -> io::Result<SourceEntry> {
     let mut file = File::open(path)?;
     let meta = file.metadata()?;
@@ -486,17 +484,18 @@ fn read_small(path: &Path, shown: PathBuf) -> io::Result<SourceEntry> {
     Ok(in_memory(&meta, shown, bytes))
 }
 
-/// Where the init fork of this relation is, if it is unlogged. `None` for that fork itself.
+/// The path that the init fork of this relation has if the relation is unlogged. `None` for the init fork itself.
 fn init_fork(path: &Path, relation: RelationFile) -> Option<PathBuf> {
     let other = relation.fork != Fork::Init && !relation.temporary;
     other.then(|| path.with_file_name(format!("{}_init", relation.number)))
 }
 
-/// PostgreSQL makes the files of a new unlogged relation before its init fork, so the names of the directory may have come
-/// in between. Such a file in a backup would stop recovery in the end: "could not create file: File exists".
-/// So it is looked for again right before reading, and a file that has just been made gets some time first: it "vanished"
-/// when the fork has come. Of an index the fork comes only when it is built (`index_build` in catalog/index.c), which may
-/// take longer than anybody wants to wait: docs/restore.md says what to do then.
+/// PostgreSQL creates the files of a new unlogged relation before its init fork, so the directory may be listed in
+/// between. Such a file in a backup would make recovery fail at its end: "could not create file: File exists". So the
+/// init fork is looked for again right before the file is read. A file that was just created is given some time
+/// first; if the fork exists by then, the file counts as vanished. The init fork of an index is created only when the
+/// index is built (`index_build` in catalog/index.c), which may take longer than is reasonable to wait:
+/// docs/restore.md says what to do then.
 fn not_unlogged(init: Option<&Path>, born: Option<SystemTime>) -> io::Result<()> {
     let Some(init) = init else { return Ok(()) };
     let age = born.and_then(|born| born.elapsed().ok());
@@ -515,7 +514,7 @@ fn open(
     check: Option<(u32, Arc<PageCheck>)>,
 ) -> io::Result<Box<dyn Read + Send>> {
     let file = File::open(path)?;
-    // Advice only: a file system that does not take it reads as it likes.
+    // Only advice: reading works without it.
     let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
     Ok(match check {
         Some((segment, check)) => Box::new(PageReader::new(file, name, segment, check)),
@@ -523,7 +522,7 @@ fn open(
     })
 }
 
-/// `None` for what vanished.
+/// `None` for a file that vanished.
 fn present<T>(result: io::Result<T>, path: &Path) -> Result<Option<T>, Error> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -534,9 +533,9 @@ fn present<T>(result: io::Result<T>, path: &Path) -> Result<Option<T>, Error> {
 
 fn warn_special(meta: &Metadata, path: &Path) {
     let kind = meta.file_type();
-    // PostgreSQL's own socket, where unix_socket_directories is the data directory.
+    // PostgreSQL's own socket, if unix_socket_directories contains the data directory.
     if !kind.is_socket() {
-        tracing::warn!(path = %path.display(), "neither file, directory nor link: left out");
+        tracing::warn!(path = %path.display(), "leaving out an entry that is neither file, directory nor symlink");
     }
 }
 
@@ -576,7 +575,7 @@ mod tests {
         }
     }
 
-    /// Path to content; `/` for a directory, `-> target` for a link.
+    /// Path and content; `/` for a directory, `-> target` for a symlink.
     fn listed(tree: &Tree) -> BTreeMap<String, String> {
         let mut previous = PathBuf::new();
         let mut all = BTreeMap::new();
