@@ -1,12 +1,12 @@
-//! Decides whether a writer may begin where it wants to. Pure.
+//! Decides whether a writer may begin at the position it asks for. Pure.
 //!
-//! - The start is exactly the durable position of the timeline, or with none held a segment's start: nothing is
-//!   overwritten and nothing left out (P2).
-//! - Who lives on a timeline older than the one that is followed is refused (P8), unless that is on record as undecided:
-//!   both are received then. Who lives on a retired one is refused for good.
-//! - A new timeline needs its history, and its ancestors' WAL up to the segment that holds the switch point. Bytes of
-//!   that segment itself come again with the new timeline, so an ancestor may end anywhere in it.
-//! - What is missing is either streamed first or declared as a gap, which is recorded; never skipped in silence.
+//! - A stream starts exactly at the durable position of its timeline, or at a segment boundary if the timeline has no
+//!   WAL yet. Nothing is overwritten and nothing is skipped (P2).
+//! - A PostgreSQL on an older timeline than the followed one is refused (P8), unless its timeline is recorded as
+//!   undecided: then both timelines are received. A PostgreSQL on a retired timeline is always refused.
+//! - A new timeline needs its history file and its ancestors' WAL up to the segment that contains the switch point. The
+//!   new timeline sends that segment again from its beginning, so an ancestor may end anywhere inside it.
+//! - Missing WAL is either streamed first or declared as a gap, which is recorded. It is never skipped silently.
 
 use super::takeover::TakenOver;
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
@@ -14,17 +14,17 @@ use crate::catalog::{Standing, Timelines};
 use crate::record::Unknown;
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
-/// A timeline as far as it matters here.
+/// The properties of a timeline that matter for admission.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Held {
     pub(super) timeline: TimelineId,
-    /// It has at least one durable byte.
+    /// The timeline has at least one durable byte.
     pub(super) has_wal: bool,
     /// Where its stream resumes.
     pub(super) position: Lsn,
 }
 
-/// Adds to what is held what is about to be taken over from tier 2.
+/// Adds the WAL that is about to be taken over from tier 2 to the WAL held on tier 1.
 pub(super) fn take_over(held: &mut Vec<Held>, taken: &[TakenOver]) {
     for TakenOver { timeline, end, .. } in taken {
         match held.iter_mut().find(|line| line.timeline == *timeline) {
@@ -37,10 +37,10 @@ pub(super) fn take_over(held: &mut Vec<Held>, taken: &[TakenOver]) {
     }
 }
 
-/// What has to be recorded before the writer begins.
+/// The gap that has to be recorded before the writer begins, if any.
 pub(super) type Admission = Option<Gap>;
 
-/// Whether a PostgreSQL that lives on `timeline` may stream at all.
+/// Whether a PostgreSQL on `timeline` may stream at all.
 pub(super) fn may_stream(
     marks: &Timelines,
     followed: Option<TimelineId>,
@@ -52,7 +52,7 @@ pub(super) fn may_stream(
                 return Err(OpenRefusal::Retired { timeline, reason: mark.reason.clone() });
             }
             Standing::Undecided => return Ok(()),
-            // Later a newer one may have followed it, as ever.
+            // A newer timeline may have been followed since this decision; the check below finds that.
             Standing::Followed => {}
         }
     }
@@ -62,7 +62,7 @@ pub(super) fn may_stream(
     }
 }
 
-/// The rules of where.
+/// The rules about the start position.
 pub(super) fn admit(
     size: SegmentSize,
     held: &[Held],
@@ -118,7 +118,7 @@ fn resume(
             .any(|g| (g.timeline, g.from, g.to) == (request.timeline, declared.from, declared.to))
     };
     match &request.gap {
-        // The answer to the first declaration got lost on its way.
+        // This is a retry: the answer to the first declaration was lost.
         Some(gap) if position == request.start && gap.to == position && recorded(gap) => Ok(None),
         Some(_) => check_gap(size, position, request),
         None if request.start == position => Ok(None),
@@ -152,7 +152,7 @@ fn begin(
     }
 }
 
-/// The first byte on the way to `start` that is not held, seen from the newest ancestor that is held at all.
+/// The first missing byte on the way to `start`, seen from the newest ancestor with WAL.
 fn missing(
     size: SegmentSize,
     held: &[Held],
@@ -225,7 +225,7 @@ mod tests {
         assert!(matches!(refused, Err(OpenRefusal::NotSegmentStart { .. })), "{refused:?}");
     }
 
-    /// Others reopened the partial segment from its beginning, and lost what was acknowledged in it (P2).
+    /// Other tools reopened the partial segment from its beginning and lost the acknowledged bytes in it (P2).
     #[test]
     fn a_held_timeline_goes_on_exactly_at_its_durable_position() {
         let (root, lines) = (history(1, &[]), [held(1, 3 * MIB + 77)]);

@@ -1,17 +1,18 @@
-//! The keys of journals: one random data key a cluster, and from it one key a journal.
+//! Encryption keys of journals: one random data key per cluster, from which each journal's key is derived.
 //!
 //! | file | content |
 //! |---|---|
 //! | `<cluster>/open.key.age` | age: the line `klio-open-key 1 <64 hexadecimal digits>` |
 //!
-//! - A journal's key is HKDF-SHA-256 of the data key: salt = bytes 64..80 of its header, info = `klio journal 2` and bytes
-//!   0..48 of its header. Every new journal has a new random salt and id, so its key was never used before; a header
-//!   that was changed, or belongs to another cluster, gives another key, which opens nothing.
+//! - A journal's key is HKDF-SHA-256 of the data key: salt = bytes 64..80 of its header, info = `klio journal 2` and
+//!   bytes 0..48 of its header. Every new journal has a new random salt and id, so its key was never used before. A
+//!   header that was modified, or that belongs to another cluster, yields a different key, which decrypts nothing.
 //! - AES-256-GCM; the nonce is the frame's offset in the file as 8 bytes, little endian, then 4 zeros; all ones for the
-//!   header's tag. A journal is only ever written forward, closing frames included: what a crash or a failed write left behind the
-//!   last acknowledged frame is cut off by copying into a new journal (`recover.rs`), so no offset is written twice under one key.
-//! - The data key is wrapped by age for the identity and every recipient, and never leaves tier 1: it opens nothing that
-//!   tier 2 holds. Changing the identity wraps it again; journals stay as they are.
+//!   header's tag. A journal is only ever written forward, closing frames included. Whatever a crash or a failed write
+//!   left behind the last acknowledged frame is dropped by copying the good frames into a new journal (`recover.rs`),
+//!   so no offset is written twice under one key.
+//! - The data key is wrapped by age for the identity and every recipient, and never leaves tier 1. It decrypts nothing
+//!   in tier 2. Changing the identity wraps the key again; journals stay as they are.
 
 use super::frame::{self, Format, FrameHeader, JournalHeader, KeyInfo, SIGNED_BYTES, TAG};
 use crate::{
@@ -32,7 +33,7 @@ const FORMAT: &str = "klio-open-key 1 ";
 const LIMIT_BYTES: u64 = 64 << 10;
 const HEADER_NONCE: [u8; 12] = [0xFF; 12];
 const INFO: &[u8] = b"klio journal 2";
-/// The part of a header that says what the journal is of.
+/// The part of a header that identifies the journal: the input of key derivation.
 const BOUND_BYTES: usize = 48;
 
 /// The key of a cluster's journals.
@@ -69,11 +70,16 @@ impl DataKey {
         Self { bytes, id }
     }
 
-    /// A random one.
+    /// Generates a random key.
     pub(super) fn generate() -> Result<Self, Error> {
         let mut bytes = Zeroizing::new([0; 32]);
         SystemRandom::new().fill(&mut bytes[..]).map_err(|_| {
-            Error::new(Kind::Io, Op::Create, "data key", "the system gives no random numbers")
+            Error::new(
+                Kind::Io,
+                Op::Create,
+                "data key",
+                "the operating system provides no random numbers",
+            )
         })?;
         Ok(Self::new(bytes))
     }
@@ -102,10 +108,10 @@ impl DataKey {
         text
     }
 
-    /// The stored key; `None` when there is none.
+    /// Reads the stored key; `None` when there is none.
     ///
     /// # Errors
-    /// `Denied` when the identity is not the one it is wrapped for, `Corrupt`, or as the disk fails.
+    /// `Denied` when the key is not wrapped for this identity, `Corrupt`, or an I/O error of the disk.
     pub(super) fn load(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<Option<Self>, Error> {
         let wrapped = match read_small(disk, path, LIMIT_BYTES) {
             Ok(wrapped) => wrapped,
@@ -119,19 +125,19 @@ impl DataKey {
         })
     }
 
-    /// Makes one, durably.
+    /// Generates a key and stores it durably.
     pub(super) fn create(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<Self, Error> {
         let key = Self::generate()?;
         key.store(disk, path, keys)?;
         Ok(key)
     }
 
-    /// Writes it, durably, for the recipients there are now.
+    /// Stores the key durably, wrapped for the current recipients.
     pub(super) fn store(&self, disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<(), Error> {
         durable::overwrite(disk, path, &keys.wrap(self.text().as_bytes())?)
     }
 
-    /// What the header of a new journal says.
+    /// The key information for the header of a new journal.
     pub(super) fn info(&self, random: [u64; 2]) -> KeyInfo {
         let mut salt = [0; 16];
         salt[..8].copy_from_slice(&random[0].to_le_bytes());
@@ -139,7 +145,7 @@ impl DataKey {
         KeyInfo { key_id: self.id, salt }
     }
 
-    /// The key of a journal, whatever its header's tag.
+    /// Derives the key of a journal without checking the tag of its header.
     pub(super) fn cipher(&self, header: &JournalHeader) -> Option<Cipher> {
         let info = header.key.filter(|info| info.key_id == self.id)?;
         let block = header.encode();
@@ -149,27 +155,27 @@ impl DataKey {
     }
 }
 
-/// Wraps a stored data key again, for other recipients.
+/// Wraps a stored data key again for the current recipients. False when there is no data key.
 pub(super) fn rewrap(disk: &dyn Disk, path: &Path, keys: &Keys) -> Result<bool, Error> {
     let Some(key) = DataKey::load(disk, path, keys)? else { return Ok(false) };
     key.store(disk, path, keys)?;
     Ok(true)
 }
 
-/// What a cluster's journals are read and written with. A clone is cheap.
+/// The keys that a cluster's journals are read and written with. A clone is cheap.
 #[derive(Debug, Clone, Default)]
 pub(super) struct JournalKeys {
-    /// Opens encrypted journals; makes them where `writing`.
+    /// Decrypts existing journals, and encrypts new ones if `writing` is set.
     pub(super) data: Option<Arc<DataKey>>,
-    /// New journals are encrypted.
+    /// Whether new journals are encrypted.
     pub(super) writing: bool,
 }
 
 impl JournalKeys {
-    /// Makes a new journal's header say how it is written.
+    /// Completes the header of a new journal with an id and, if journals are encrypted, with the key information.
     ///
     /// # Errors
-    /// `Invalid` where it is to be encrypted and there is no key.
+    /// `Invalid` when the journal has to be encrypted and there is no key.
     pub(super) fn begin(
         &self,
         header: &mut JournalHeader,
@@ -188,10 +194,10 @@ impl JournalKeys {
         Ok(key.cipher(header).map(Arc::new))
     }
 
-    /// What opens a journal; `None` for a plain one.
+    /// The cipher of a journal; `None` for a plain one.
     ///
     /// # Errors
-    /// `Denied` when its key is not here, `Corrupt` when its header is not as it was written.
+    /// `Denied` when the journal was encrypted with another key, `Corrupt` when its header was modified.
     pub(super) fn cipher(
         &self,
         header: &JournalHeader,
@@ -203,14 +209,13 @@ impl JournalKeys {
             let expected = hex(&info.key_id);
             let found = self.data.as_ref().map_or("none".into(), |key| hex(&key.id));
             let detail = format!("expected the open key {expected}, found {found}");
-            return Err(Error::new(Kind::Denied, Op::Open, path.display(), detail).hint(
-                "encryption.identity_file and open.key.age of the cluster open its journals",
-            ));
+            return Err(Error::new(Kind::Denied, Op::Open, path.display(), detail)
+                .hint("check encryption.identity_file and the cluster's open.key.age"));
         };
         if cipher.is_signed(block) {
             return Ok(Some(Arc::new(cipher)));
         }
-        let detail = "expected a journal header as it was signed, found another";
+        let detail = "expected the journal header that was signed, found a modified one";
         Err(Error::new(Kind::Corrupt, Op::Open, path.display(), detail))
     }
 }
@@ -219,7 +224,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Ends a frame that will be written at `offset`: its stored bytes are in place behind the room for its header.
+/// Completes a frame that will be written at `offset`. Its stored bytes are already in place, behind the space for its
+/// header.
 pub(super) fn finish(header: &FrameHeader, frame: &mut [u8], offset: u64, cipher: Option<&Cipher>) {
     match cipher {
         Some(cipher) => {
@@ -246,7 +252,7 @@ fn nonce(offset: u64) -> Nonce {
 }
 
 impl Cipher {
-    /// Puts the tag of a journal's header into its block.
+    /// Writes the authentication tag of a journal's header into its block.
     pub(super) fn sign(&self, block: &mut [u8]) {
         let tag = self.header_tag(&block[..SIGNED_BYTES]);
         block[SIGNED_BYTES..SIGNED_BYTES + TAG].copy_from_slice(&tag);
@@ -259,7 +265,7 @@ impl Cipher {
         std::array::from_fn(|n| tag.as_ref()[n])
     }
 
-    /// Whether a journal's first block is as it was written.
+    /// Whether the first block of a journal is unmodified.
     pub(super) fn is_signed(&self, block: &[u8]) -> bool {
         let nonce = Nonce::assume_unique_for_key(HEADER_NONCE);
         let Some(tag) = block.get(SIGNED_BYTES..SIGNED_BYTES + TAG) else { return false };
@@ -267,7 +273,7 @@ impl Cipher {
         self.0.open_in_place(nonce, Aad::from(&block[..SIGNED_BYTES]), &mut tag).is_ok()
     }
 
-    /// Encrypts a frame where it lies: its fields are written, its stored bytes are behind the place of the tag.
+    /// Encrypts a frame in place: its fields are written, and its stored bytes follow the space for the tag.
     pub(super) fn seal(&self, offset: u64, format: Format, frame: &mut [u8]) {
         let (header, stored) = frame.split_at_mut(format.header_bytes(true));
         let (fields, tag) = header.split_at_mut(format.fields());
@@ -275,7 +281,7 @@ impl Cipher {
         tag.copy_from_slice(made.expect("1 MiB is far below the limit of GCM").as_ref());
     }
 
-    /// Decrypts a frame where it lies; on failure its stored bytes are lost.
+    /// Decrypts a frame in place. On failure its stored bytes are destroyed.
     pub(super) fn open(
         &self,
         offset: u64,

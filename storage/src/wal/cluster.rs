@@ -1,7 +1,7 @@
-//! One cluster's WAL as it is known in memory. Small: nothing here grows with the number of sealed segments.
+//! The in-memory state of one cluster's WAL. Its size does not depend on the number of sealed segments.
 //!
-//! Locks are taken in this order and never the other way: `op`, a slot's `sync`, its `core`, a journal's `work`, `files`,
-//! `making_key`, `noting`, `state`. `state` is held for moments only, never across a write or a sync.
+//! Locks are taken in this order and never in another: `op`, a slot's `sync`, its `core`, a journal's `work`, `files`,
+//! `making_key`, `noting`, `state`. `state` is held briefly, never across a write or a sync.
 
 use super::{
     admit::Held,
@@ -32,7 +32,8 @@ use std::{
     },
 };
 
-/// A panic elsewhere leaves the data as it was before or after a whole change.
+/// Ignores poisoning: every change under these locks is complete or not begun, so a panic elsewhere leaves the data
+/// consistent.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -44,11 +45,12 @@ pub(super) struct Shared {
     pub(super) root: PathBuf,
     pub(super) options: WalOptions,
     pub(super) pool: ScratchPool,
-    /// Nobody else works in `root` while this lives.
+    /// Keeps other processes out of `root` while this value lives.
     pub(super) _lock: Box<dyn DiskLock>,
 }
 
-/// A journal on disk that is not sealed yet. Readers keep a clone of the `Arc`: a file with readers is not recycled.
+/// A journal on disk that is not sealed yet. Readers hold a clone of the `Arc`; a file that has readers is not
+/// recycled.
 #[derive(Debug)]
 pub(super) struct Unsealed {
     pub(super) timeline: TimelineId,
@@ -57,18 +59,19 @@ pub(super) struct Unsealed {
     pub(super) end: Lsn,
     pub(super) path: PathBuf,
     durable: AtomicU64,
-    /// While it is not proven: the bytes below this are known to be on the medium, as a frame says so.
+    /// For a journal that is not proven: the bytes below this are known to be on the medium, because a later frame says
+    /// so.
     known: AtomicU64,
-    /// One past the last byte of the file that was ever written: nothing is written below it again (`cipher.rs`).
+    /// One past the last byte of the file that was ever written. Nothing is written below it again (`cipher.rs`).
     used: AtomicU64,
-    /// What start found behind its good frames, until it is put aside.
+    /// Damage that recovery found behind the good frames, until the file is set aside.
     harm: Mutex<Option<Harm>>,
-    /// It is being made anew (`refill.rs`).
+    /// The journal is being rebuilt (`refill.rs`).
     pub(super) refilled: AtomicBool,
     /// The bytes below `durable` are on the medium, not only in the page cache. A journal that is not proven is copied
-    /// before anything is written behind it (P3).
+    /// before anything is appended to it (P3).
     proven: AtomicBool,
-    /// No file is there: it is the place of a sealed one that rotted and was put aside (`rotten.rs`).
+    /// There is no file: this entry is a placeholder for a sealed file that rotted and was set aside (`rotten.rs`).
     missing: AtomicBool,
     /// Held while the file is sealed or replaced.
     pub(super) work: Mutex<()>,
@@ -94,16 +97,16 @@ impl Unsealed {
     pub(super) fn durable(&self) -> Lsn {
         Lsn::new(self.durable.load(Ordering::Acquire))
     }
-    /// Only a writer's flush moves it on.
+    /// Advances the durable position. Only a writer's flush may do so.
     pub(super) fn set_durable(&self, lsn: Lsn) {
         self.durable.store(lsn.as_u64(), Ordering::Release);
         self.known.store(lsn.as_u64(), Ordering::Release);
     }
-    /// What start saw, of which only a part is known to be on the medium.
+    /// Sets how far the journal is known to be on the medium, out of the bytes that recovery read.
     pub(super) fn set_known(&self, lsn: Lsn) {
         self.known.store(lsn.as_u64(), Ordering::Release);
     }
-    /// One past the last byte that may be told to a client.
+    /// One past the last byte that may be reported to a client.
     pub(super) fn known(&self) -> Lsn {
         if self.is_proven() { self.durable() } else { Lsn::new(self.known.load(Ordering::Acquire)) }
     }
@@ -142,13 +145,12 @@ impl Unsealed {
     }
 }
 
-/// One timeline.
 #[derive(Debug, Default)]
 pub(super) struct Line {
     pub(super) history: Option<TimelineHistory>,
-    /// First and one past the last byte in sealed files.
+    /// First byte and one past the last byte in sealed files.
     pub(super) sealed: Option<(Lsn, Lsn)>,
-    /// By start.
+    /// By start LSN.
     pub(super) journals: BTreeMap<Lsn, Arc<Unsealed>>,
 }
 
@@ -177,55 +179,56 @@ impl Line {
         self.sealed.map(|sealed| sealed.0).into_iter().chain(first).min()
     }
 
-    /// One past the last byte held.
+    /// One past the last byte of WAL.
     fn end(&self) -> Option<Lsn> {
         let last = self.held_journals().last().map(|journal| journal.durable());
         self.sealed.map(|sealed| sealed.1).into_iter().chain(last).max()
     }
 }
 
-/// An empty journal made ahead of need.
+/// An empty journal that was created ahead of need.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) start: Lsn,
     pub(super) journal: Journal,
 }
 
-/// What changes.
+/// The mutable part of [`Cluster`].
 #[derive(Debug, Default)]
 pub(super) struct State {
-    /// Reading the cluster's directory failed; tried again before the next use.
+    /// Set when reading the cluster's directory failed; the next use tries again.
     pub(super) broken: Option<(Kind, String)>,
     pub(super) pinned: Option<Pinned>,
-    /// What the journals are read and written with.
+    /// The keys that journals are read and written with.
     pub(super) keys: JournalKeys,
-    /// The data key was written by this process: it is durable, not only seen.
+    /// The data key was written by this process, so it is known to be durable.
     pub(super) key_proven: bool,
-    /// The small files were written by this process, or written again: they are durable, not only seen.
+    /// The small JSON files were written (or rewritten) by this process, so they are known to be durable.
     pub(super) records_proven: bool,
     pub(super) lines: BTreeMap<TimelineId, Line>,
     pub(super) gaps: Vec<Gap>,
-    /// What was removed on purpose.
+    /// WAL that was removed on purpose.
     pub(super) horizons: Horizons,
-    /// What only tier 2 had when the stream went on behind it.
+    /// WAL that only tier 2 had when the stream continued behind it.
     pub(super) taken_over: takeover::All,
     /// Where `wal_level = minimal` began and ended.
     pub(super) levels: Vec<LevelChange>,
     pub(super) spares: Vec<PathBuf>,
     pub(super) spares_made: u64,
-    /// By timeline, as each has its own stream.
+    /// By timeline, because each has its own stream.
     pub(super) prepared: BTreeMap<TimelineId, Prepared>,
     /// At most one for each timeline (WAL3).
     pub(super) writers: BTreeMap<TimelineId, Arc<Slot>>,
-    /// The timeline of which a writer is being opened: nothing of it ends meanwhile.
+    /// The timeline whose writer is being opened. It must not be treated as ended meanwhile.
     pub(super) opening: Option<TimelineId>,
-    /// Nothing more is to come of any timeline: another history has the cluster's name, or a person decided against this one.
+    /// No more WAL is expected on any timeline: the cluster's name now belongs to another history, or a person decided
+    /// against this one.
     pub(super) over: bool,
-    /// Which timelines are in conflict, and what was decided.
+    /// Which timelines are in conflict, and what was decided about them.
     pub(super) marks: Timelines,
-    /// What was acknowledged and is not here any more (`damage.rs`).
+    /// WAL that was acknowledged and is no longer readable here (`damage.rs`).
     pub(super) damaged: Vec<DamagedWal>,
-    /// What is wrong now, by place.
+    /// Current problems, by path.
     pub(super) problems: BTreeMap<String, String>,
 }
 
@@ -242,24 +245,24 @@ impl State {
         gap.chain(end).chain(taken).max()
     }
 
-    /// The timelines of which there is WAL here, or was in tier 2 when the stream went on behind it.
+    /// The timelines with WAL on tier 1, or with WAL in tier 2 that the stream continued behind.
     fn with_wal(&self) -> impl Iterator<Item = TimelineId> {
         let held = self.lines.keys().copied().filter(|timeline| self.has_wal(*timeline));
         held.chain(self.taken_over.keys().copied())
     }
 
-    /// The newest timeline with WAL that is not left aside.
+    /// The newest timeline with WAL that was neither retired nor left undecided.
     pub(super) fn followed(&self) -> Option<TimelineId> {
         self.marks.followed(self.with_wal())
     }
 
-    /// Every timeline of which there is a file, a gap or a taken over stretch.
+    /// Every timeline with a file, a gap or a taken-over stretch.
     fn timelines(&self) -> BTreeSet<TimelineId> {
         let gaps = self.gaps.iter().map(|g| g.timeline);
         self.lines.keys().chain(self.taken_over.keys()).copied().chain(gaps).collect()
     }
 
-    /// Whether nothing more of a timeline is to come. One that is undecided may go on at any time.
+    /// Whether no more WAL of a timeline is expected. An undecided timeline may continue at any time.
     pub(super) fn has_come_to_its_end(&self, timeline: TimelineId) -> bool {
         let older = || self.followed().is_some_and(|followed| followed > timeline);
         let written = self.writers.contains_key(&timeline) || self.opening == Some(timeline);
@@ -271,7 +274,7 @@ impl State {
         !written && (self.over || ended())
     }
 
-    /// The timelines with WAL or a gap, for the rules.
+    /// The timelines with WAL or a gap, as input for `admit.rs`.
     pub(super) fn held(&self) -> Vec<Held> {
         let held = |timeline| {
             let position = self.resume_at(timeline)?;
@@ -287,13 +290,13 @@ impl State {
             let line = self.lines.get(&timeline).unwrap_or(&none);
             let lost_from = self.lost_from(timeline);
             let flushed = self.behind_gaps(timeline, line.known_end().or(lost_from))?;
-            // What only tier 2 has still counts: the beginning does not jump when tier 1 lets it go.
+            // WAL that exists only in tier 2 still counts, so that the start does not jump when tier 1 evicts it.
             let first = line.start().or(lost_from);
             let taken = self.taken_over.get(&timeline).map(|taken| taken.start);
             let own = first.into_iter().chain(taken).min()?;
             let kept = self.horizons.get(&timeline).map(|horizon| horizon.held_from);
             let start = match (kept, first) {
-                // Retention has spoken of what was taken over, too.
+                // Retention may have removed WAL that was taken over, too.
                 (Some(kept), Some(first)) => kept.min(first),
                 (Some(kept), None) => kept,
                 (None, _) => own,
@@ -306,26 +309,26 @@ impl State {
         self.timelines().into_iter().filter_map(position).collect()
     }
 
-    /// What every journal holds durably.
+    /// The durable range of every journal.
     pub(super) fn open_runs(&self) -> Vec<(TimelineId, Lsn, Lsn)> {
         let journals = self.lines.values().flat_map(Line::held_journals);
         journals.map(|journal| (journal.timeline, journal.start, journal.durable())).collect()
     }
 
-    /// A journal to which nothing will be added although it is not full.
+    /// Whether a journal that is not full will get no more WAL.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
         let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         over || self.went_on_behind(journal.timeline, journal.durable())
     }
 
-    /// Whether the stream left out what comes there, with that on record: a gap, or what tier 2 has.
+    /// Whether the stream skipped the WAL at `at` for a recorded reason: a gap, or WAL that tier 2 has.
     pub(super) fn went_on_behind(&self, timeline: TimelineId, at: Lsn) -> bool {
         let skipped = |g: &Gap| g.timeline == timeline && g.from == at && g.to > at;
         self.is_taken_over(timeline, at) || self.gaps.iter().any(skipped)
     }
 
-    /// It ends early although more follows it, without a gap on record: synced bytes were lost. What is left is kept as
-    /// it is.
+    /// Whether a journal ends early although more WAL follows and no gap is recorded: synced bytes were lost. The rest
+    /// of the file is left unchanged.
     pub(super) fn has_lost_bytes(&self, journal: &Unsealed) -> bool {
         if journal.is_missing() {
             return true;
@@ -337,7 +340,7 @@ impl State {
         followed && !journal.is_full() && !declared
     }
 
-    /// Whether a segment's first byte was durable here, and no recorded gap has it.
+    /// Whether a segment's first byte was durable here and is not part of a recorded gap.
     pub(super) fn has_held(&self, file: WalFile) -> bool {
         let WalFile::Segment(segment) = file else { return false };
         let timeline = segment.timeline();
@@ -349,14 +352,15 @@ impl State {
         within && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
     }
 
-    /// Whether a segment must have been received whole: there is WAL behind it, and nothing says why this should be missing.
+    /// Whether a segment must have been received completely: there is WAL behind it, and no record explains why it
+    /// should be missing.
     pub(super) fn was_written(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> bool {
         let in_gap = |g: &Gap| g.timeline == timeline && g.from <= start && start < g.to;
         let behind = self.lines.get(&timeline).is_some_and(|line| line.goes_on_behind(end));
         behind && self.removed(timeline, start).is_none() && !self.gaps.iter().any(in_gap)
     }
 
-    /// Whether WAL of this segment was acknowledged and is damaged here.
+    /// Whether acknowledged WAL of this segment is damaged here.
     pub(super) fn has_lost(&self, file: WalFile) -> bool {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return false };
         let size = self.pinned.map(|p| p.segment_size);
@@ -365,7 +369,7 @@ impl State {
         self.is_lost(segment.timeline(), start, start.advance(size.bytes()))
     }
 
-    /// What is ready to be sealed. Not what is known to be damaged: that is made anew first (`refill.rs`).
+    /// The journals that are ready to be sealed, except damaged ones: those are rebuilt first (`refill.rs`).
     pub(super) fn finished(&self) -> Vec<WalFile> {
         let Some(size) = self.pinned.map(|p| p.segment_size) else { return Vec::new() };
         let file = |journal: &Arc<Unsealed>| match journal {
@@ -383,18 +387,17 @@ impl State {
     }
 }
 
-/// One cluster.
 #[derive(Debug)]
 pub(super) struct Cluster {
     pub(super) name: ClusterName,
     pub(super) shared: Arc<Shared>,
-    /// One opening, pinning or loading at a time.
+    /// Held while a writer is opened, the cluster is pinned, or its files are loaded.
     pub(super) op: Mutex<()>,
-    /// One journal file comes into being, or goes, at a time.
+    /// Held while a journal file is created or removed.
     pub(super) files: Mutex<()>,
-    /// One new data key at a time.
+    /// Held while a data key is created.
     making_key: Mutex<()>,
-    /// One change of `wal_levels.json` or `damaged-wal.json` at a time.
+    /// Held while `wal_levels.json` or `damaged-wal.json` is changed.
     pub(super) noting: Mutex<()>,
     pub(super) state: Mutex<State>,
 }
@@ -428,12 +431,12 @@ impl Cluster {
         self.wal_directory().join("spare")
     }
 
-    /// What opens its journals.
+    /// The keys of the cluster's journals.
     pub(super) fn keys(&self) -> JournalKeys {
         lock(&self.state).keys.clone()
     }
 
-    /// As the disk has them.
+    /// Reads the keys from disk.
     pub(super) fn load_keys(&self) -> Result<JournalKeys, Error> {
         let at_rest = &self.shared.options.at_rest;
         let path = self.directory().join(layout::OPEN_KEY);
@@ -444,8 +447,8 @@ impl Cluster {
         Ok(JournalKeys { data, writing: at_rest.is_on() })
     }
 
-    /// The same to write with. The first time it makes the data key, or makes sure of the one that is there: every journal
-    /// from then on needs it.
+    /// The keys for writing new journals. The first call creates the data key, or writes the existing one again so that
+    /// it is durable: every journal written afterwards depends on it.
     pub(super) fn writing_keys(&self) -> Result<JournalKeys, Error> {
         let at_rest = &self.shared.options.at_rest;
         let Some(keys) = at_rest.writing() else { return Ok(self.keys()) };
@@ -456,7 +459,8 @@ impl Cluster {
         let path = self.directory().join(layout::OPEN_KEY);
         let key = match DataKey::load(self.disk(), &path, keys)? {
             Some(key) => {
-                // Seen is not durable: the program may have died before the directory was synced.
+                // The file can be visible without being durable: the program may have died before it synced the
+                // directory.
                 key.store(self.disk(), &path, keys)?;
                 key
             }
@@ -468,7 +472,7 @@ impl Cluster {
         Ok(state.keys.clone())
     }
 
-    /// Remembers or forgets what is wrong with a place.
+    /// Records what is wrong with a path, or clears it after a success.
     pub(super) fn note<T>(&self, place: &Path, outcome: &Result<T, Error>) {
         let mut state = lock(&self.state);
         match outcome {
@@ -499,7 +503,7 @@ impl Cluster {
         let spare = {
             let mut state = lock(&self.state);
             if state.lines.get(&timeline).is_some_and(|line| line.journals.contains_key(&start)) {
-                // What was acknowledged may be in it (P1).
+                // The journal may contain acknowledged WAL (P1).
                 let detail = "expected no journal of this segment, found one in use";
                 return Err(Error::new(Kind::Conflict, Op::Create, path.display(), detail));
             }
@@ -508,17 +512,18 @@ impl Cluster {
         journal::create(self.disk(), &path, header, cipher, spare.as_deref(), preallocate)
     }
 
-    /// Takes away a journal that was prepared for another place.
+    /// Removes a journal that was prepared for another position.
     fn discard(&self, prepared: Prepared) {
         let path = prepared.journal.path.clone();
         drop(prepared);
         if let Err(error) = durable::remove_if_there(self.disk(), &path) {
-            tracing::warn!(%error, "a prepared journal stays until the next start");
+            tracing::warn!(%error, "cannot remove a prepared journal; it stays until the next start");
         }
     }
 
-    /// The journal of the segment at `start`, which has none: the prepared one if it fits. It is known to all before the
-    /// lock is given up: a preparation that comes late must not find it still to be made, and make it again (P1).
+    /// Returns a journal for the segment at `start`, which has none: the prepared one if it fits, otherwise a new one.
+    /// It is registered before the lock is released; otherwise a late `prepare` would find no journal and create it a
+    /// second time (P1).
     pub(super) fn next_journal(
         &self,
         timeline: TimelineId,
@@ -539,7 +544,7 @@ impl Cluster {
         Ok((journal, entry))
     }
 
-    /// Makes the journal at `start` ahead of need, unless it is there or no longer needed.
+    /// Creates the journal at `start` ahead of need, unless it exists or is no longer needed.
     pub(super) fn prepare(
         &self,
         timeline: TimelineId,
@@ -555,7 +560,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Keeps the file of a sealed journal for later use, or removes it.
+    /// Keeps the file of a sealed journal as a spare, or removes it.
     pub(super) fn recycle(&self, path: &Path, may_keep: bool) {
         let spare = {
             let mut state = lock(&self.state);
@@ -564,7 +569,7 @@ impl Cluster {
             keep.then(|| self.spare_directory().join(format!("{}.spare", state.spares_made)))
         };
         let disk = self.disk();
-        // Neither has to be durable: start finds what comes back, and knows that it is sealed.
+        // Neither operation has to be durable: if the file reappears, recovery sees that its segment is sealed.
         let outcome = match &spare {
             Some(spare) => durable::create_dir(disk, &self.spare_directory()).and_then(|()| {
                 disk.rename(path, spare).map_err(|e| Error::io(Op::Rename, path, e))
@@ -575,7 +580,7 @@ impl Cluster {
             (Ok(()), Some(spare)) => lock(&self.state).spares.push(spare),
             (Ok(()), None) => {}
             (Err(error), _) => {
-                tracing::warn!(%error, "the journal of a sealed segment stays until the next start");
+                tracing::warn!(%error, "cannot recycle the journal of a sealed segment; it stays until the next start");
             }
         }
     }
@@ -588,7 +593,7 @@ impl State {
         !self.prepared.contains_key(&timeline)
             && self.writers.contains_key(&timeline)
             && last.is_some_and(|journal| journal.end == start)
-            // The segment may have been received and sealed meanwhile, before the one below it was.
+            // The segment may have been received and sealed in the meantime, before the one below it was.
             && line.sealed.is_none_or(|(_, end)| end <= start)
     }
 }

@@ -1,23 +1,27 @@
-//! `<cluster>/damaged-wal.json`: WAL that was acknowledged and is not on this disk any more, until it is held again.
+//! `<cluster>/damaged-wal.json`: WAL that was acknowledged and can no longer be read from this disk, until it is
+//! received again.
 //!
 //! | field | what |
 //! |---|---|
-//! | `timeline` | which |
-//! | `from` | where the good WAL ends: the position went back to here |
-//! | `to` | up to here it is known to have been acknowledged; equal to `from` where nothing proves a loss |
-//! | `kept` | the file as it was found, below `wal/<timeline>/`; absent where nothing is left of it |
-//! | `sealed` | true of a sealed file (`rotten.rs`); absent of a journal |
+//! | `timeline` | the timeline of that WAL |
+//! | `from` | where the good WAL ends; the position went back to here |
+//! | `to` | one past the last byte known to have been acknowledged; equal to `from` where no loss is proven |
+//! | `kept` | the damaged file as it was found, relative to `wal/<timeline>/`; absent if nothing is left of it |
+//! | `sealed` | true for a sealed file (`rotten.rs`); absent for a journal |
 //!
-//! A list, in the shape of `crate::record`. Written before the file it speaks of is touched.
+//! A list, in the format of `crate::record`. It is written before the file that it describes is touched.
 //!
-//! - A torn tail after a crash and rot look alike. A later frame that says more was flushed proves rot (`frame.rs`), and so
-//!   does the client's slot: what PostgreSQL was told was flushed. Until the client has come, a torn tail is kept, too, in
-//!   silence; when its slot says nothing else, it goes.
-//! - What is proven to be damaged is kept as it was found, and never removed or written to by this program (P6).
-//! - At the end of a timeline the stream itself brings it again, as the position goes back. In the middle the position stays, and
-//!   the segment is made anew beside the stream (`refill.rs`). Where neither can be, the problem says what helps.
-//! - An entry goes when the bytes are held again, or are a recorded gap, or retention has let go of them. Then only the kept
-//!   file is left.
+//! - A torn tail after a crash and rot look alike. Rot is proven by a later frame that says more was flushed
+//!   (`frame.rs`), or by the client's slot, which is the position up to which PostgreSQL was told that WAL is flushed.
+//!   Until the client has connected, a torn tail is kept as well, without a message; if the slot does not contradict it,
+//!   it is removed.
+//! - A file that is proven to be damaged is kept as it was found, and this program never removes it or writes to it
+//!   (P6).
+//! - At the end of a timeline the stream itself sends the WAL again, because the position goes back. In the middle of a
+//!   timeline the position stays, and the segment is rebuilt beside the stream (`refill.rs`). Where neither is
+//!   possible, the reported problem says what to do.
+//! - An entry is removed when its bytes are received again, are part of a recorded gap, or have expired. After that
+//!   only the damaged file is left.
 
 use super::{
     OpenRequest,
@@ -38,31 +42,31 @@ use std::{
 };
 
 pub(super) const FILE: &str = "damaged-wal.json";
-/// So many segments can have been acknowledged and not be sealed, and then be lost with their journals: sealing lags behind by
-/// some segments, and with a full tier 2 by no more. A slot that is farther ahead says something else than lost journals.
+/// The largest number of segments that can be acknowledged but unsealed, and so be lost together with their journals.
+/// Sealing lags behind by a few segments only, even when tier 2 is full. A slot that is farther ahead therefore cannot
+/// be explained by lost journals.
 const SLOT_SEGMENTS_MAX: u64 = 256;
-/// What helps where nothing brings the WAL again.
-pub(super) const NOT_ASKED: &str = "PostgreSQL is not asked for this again: take a base backup now (klio backup), from which on everything can be restored, and check the disk";
-/// And where it is in the middle of what is held, and PostgreSQL may have its segment still (`refill.rs`).
-pub(super) const ASKED: &str = "klio stream asks PostgreSQL for it as long as that has it; if this stays, take a base backup now (klio backup), from which on everything can be restored, and check the disk";
+/// The hint for damaged WAL that nothing sends again.
+pub(super) const NOT_ASKED: &str = "PostgreSQL is not asked for this again: take a base backup now (klio backup) to be protected from then on, and check the disk";
+/// The hint for damaged WAL in the middle of a timeline, whose segment PostgreSQL may still have (`refill.rs`).
+pub(super) const ASKED: &str = "klio stream asks PostgreSQL for it as long as PostgreSQL has it; if this problem stays, take a base backup now (klio backup) to be protected from then on, and check the disk";
 const COPY_BYTES: usize = 256 << 10;
 
 /// WAL that was acknowledged and is damaged here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DamagedWal {
-    /// Which timeline.
     pub timeline: TimelineId,
     /// Where the good WAL ends.
     pub from: Lsn,
     /// One past the last byte that is known to have been acknowledged.
     pub to: Lsn,
-    /// The damaged file's name in its timeline's directory.
+    /// The name of the damaged file in its timeline's directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<String>,
-    /// It was a sealed file.
+    /// The damaged file is a sealed file, not a journal.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sealed: bool,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -77,7 +81,7 @@ impl DamagedWal {
         (self.timeline, self.from, self.to) == (timeline, harm.from, harm.to)
     }
 
-    /// For a person.
+    /// The problem as a sentence for people.
     pub(super) fn sentence(&self, who: Who) -> String {
         let Self { timeline, from, to, kept, sealed, .. } = self;
         let what = if *sealed { "the file" } else { "the journal" };
@@ -87,7 +91,7 @@ impl DamagedWal {
         };
         let next = match who {
             Who::Stream => "PostgreSQL is asked for it again; hint: check the disk".to_owned(),
-            Who::Refill => format!("it is taken from tier 2 if that has it; hint: {ASKED}"),
+            Who::Refill => format!("it is fetched from tier 2 if it is there; hint: {ASKED}"),
             Who::Tier2 => format!("only tier 2 may have it; hint: {NOT_ASKED}"),
             Who::Nobody => format!("its timeline is over; hint: {NOT_ASKED}"),
         };
@@ -97,20 +101,20 @@ impl DamagedWal {
     }
 }
 
-/// What brings damaged WAL again.
+/// Where damaged WAL can come from again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Who {
-    /// The stream of its timeline, which goes on where the good WAL ends.
+    /// The stream of its timeline, which resumes where the good WAL ends.
     Stream,
-    /// Beside the stream.
+    /// A refill beside the stream (`refill.rs`).
     Refill,
-    /// PostgreSQL has it no more.
+    /// Only tier 2: PostgreSQL no longer has it.
     Tier2,
-    /// Its timeline is over.
+    /// Nothing: its timeline is over.
     Nobody,
 }
 
-/// What was found behind the good frames of a journal.
+/// Damage that was found behind the good frames of a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Harm {
     /// Where the good WAL ends.
@@ -124,11 +128,11 @@ fn path(cluster: &Cluster) -> PathBuf {
 }
 
 impl State {
-    /// A loss that start has just found: shown at once, whether it can be put on record now or not.
+    /// Adds a loss that recovery has just found. It is reported at once, even if it cannot be recorded on disk now.
     pub(super) fn found_harm(&mut self, timeline: TimelineId, harm: Harm) {
         if harm.to > harm.from && !self.damaged.iter().any(|known| known.is_of(timeline, harm)) {
             let (from, to) = (harm.from, harm.to);
-            tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk: the position goes back; klio status says what helps");
+            tracing::error!(%timeline, %from, %to, "acknowledged WAL is damaged on this disk; the stream position goes back (see klio status)");
             let unknown = Unknown::default();
             self.damaged.push(DamagedWal {
                 timeline,
@@ -141,7 +145,7 @@ impl State {
         }
     }
 
-    /// Where the stream of a timeline goes on of which nothing is left but what was lost.
+    /// Where the stream resumes on a timeline of which only lost WAL is known.
     pub(super) fn lost_from(&self, timeline: TimelineId) -> Option<Lsn> {
         let lost = self.damaged.iter().filter(|d| d.timeline == timeline && d.is_loss());
         lost.map(|d| d.from).min()
@@ -152,24 +156,24 @@ impl State {
         self.lines.get(&timeline).is_some_and(Line::has_wal) || self.lost_from(timeline).is_some()
     }
 
-    /// Whether WAL of a segment that begins at `start` was acknowledged, and is lost.
+    /// Whether acknowledged WAL of the segment that begins at `start` is lost.
     pub(super) fn is_lost(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> bool {
         let touches = |d: &&DamagedWal| d.is_loss() && d.from < end && start < d.to;
         self.damaged.iter().filter(|d| d.timeline == timeline).any(|d| touches(&d))
     }
 
-    /// What is over: held again, a recorded gap, or removed on purpose.
+    /// Whether an entry is resolved: its WAL is here again, is a recorded gap, or was removed on purpose.
     fn is_over(&self, entry: &DamagedWal) -> bool {
         let held = self.resume_at(entry.timeline).is_some_and(|at| at >= entry.to)
             && self.place_of(entry).is_none();
         let horizon = self.horizons.get(&entry.timeline);
-        // Tier 1 may lack it: it was proven in tier 2, or let go for good.
+        // Tier 1 no longer needs it: it was proven in tier 2, or it has expired.
         let let_go = horizon
             .is_some_and(|h| h.held_from >= entry.to || (entry.sealed && h.local_from >= entry.to));
         entry.is_loss() && (held || let_go)
     }
 
-    /// The place that a sealed file left in the middle of what is held.
+    /// The placeholder of a rotten sealed file in the middle of the timeline.
     fn place_of(&self, entry: &DamagedWal) -> Option<&Unsealed> {
         let mut journals = self.lines.get(&entry.timeline)?.journals.values();
         let touches = |j: &&Arc<Unsealed>| j.start < entry.to && entry.from < j.end;
@@ -185,7 +189,7 @@ impl State {
         }
     }
 
-    /// Forgets what is over. True when there was any.
+    /// Drops entries that are resolved. True when there was one.
     pub(super) fn forget_healed(&mut self) -> bool {
         let over: Vec<bool> = self.damaged.iter().map(|entry| self.is_over(entry)).collect();
         let mut over_now = over.iter();
@@ -195,7 +199,7 @@ impl State {
 }
 
 impl Cluster {
-    /// Replaces the file by what is known now.
+    /// Replaces the file by the entries in memory.
     pub(super) fn store_damaged(&self) -> Result<(), Error> {
         let _one = lock(&self.noting);
         let known = lock(&self.state).damaged.clone();
@@ -206,8 +210,8 @@ impl Cluster {
         record::store(self.disk(), &path, &known)
     }
 
-    /// Puts a journal's harm on record and the journal as it is aside. Call with its `work` held, before it is copied or
-    /// removed.
+    /// Records a journal's damage and copies the journal aside unchanged. Call it with the journal's `work` held,
+    /// before the journal is copied or removed.
     pub(super) fn keep_aside(&self, entry: &Unsealed) -> Result<(), Error> {
         let Some(harm) = entry.harm() else { return Ok(()) };
         let aside = self.put_on_record(entry, harm)?;
@@ -218,7 +222,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Where the journal is kept. The same harm found again, after a crash, has its place already.
+    /// Records the damage and returns the path for the damaged journal. If the same damage was recorded before a crash,
+    /// its path is used again.
     fn put_on_record(&self, entry: &Unsealed, harm: Harm) -> Result<PathBuf, Error> {
         let directory = durable::parent(&entry.path);
         let timeline = entry.timeline;
@@ -242,7 +247,7 @@ impl Cluster {
         Ok(directory.join(kept))
     }
 
-    /// A name that nothing has: not on disk, and not on record.
+    /// A file name that is used neither on disk nor in the record.
     pub(super) fn free_name(&self, entry: &Unsealed) -> Result<String, Error> {
         let segment = entry.segment(self.pinned()?.segment_size);
         let directory = durable::parent(&entry.path);
@@ -261,11 +266,11 @@ impl Cluster {
                 return Ok(name);
             }
         }
-        let detail = "expected a free name for a damaged journal, found none";
+        let detail = "expected an unused name for a damaged journal, found none";
         Err(Error::new(Kind::Conflict, Op::Recover, directory.display(), detail))
     }
 
-    /// Copies a file, durably: it is whole or absent.
+    /// Copies a file durably: the copy is complete or absent.
     pub(super) fn copy_file(&self, from: &Path, to: &Path) -> Result<(), Error> {
         let disk = self.disk();
         let tmp = durable::tmp_path(to);
@@ -289,13 +294,13 @@ impl Cluster {
             durable::rename(disk, &tmp, to)
         };
         copy().inspect_err(|_| {
-            // The first error is the one to report; start removes what is left.
+            // The first error is the one to report; recovery at the next start removes the rest.
             let _ = disk.remove(&tmp);
         })
     }
 
-    /// Puts on record what [`State::judge`] has found, once the client is admitted. Call with `op` held and every journal
-    /// proven. What nothing contradicts now was a torn tail.
+    /// Records what [`State::judge`] found, once the client is admitted. Call it with `op` held and every journal
+    /// proven. Damage that the slot did not confirm was a torn tail.
     pub(super) fn keep_judgement(&self) -> Result<(), Error> {
         let torn = {
             let mut state = lock(&self.state);
@@ -304,7 +309,7 @@ impl Cluster {
             state.damaged.retain(|d| !torn(d));
             gone
         };
-        // Written every time: an earlier one may not have been put on record.
+        // Written every time, because an earlier attempt may have failed.
         if torn.is_empty() && lock(&self.state).damaged.is_empty() {
             return Ok(());
         }
@@ -318,7 +323,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Puts a declared gap on record; where the WAL was here once, the gap says so. The rest of an entry stays to be asked for.
+    /// Records a declared gap. Where its WAL was once held, the gap's reason says so. The rest of a damaged entry is
+    /// still requested.
     pub(super) fn record_gap(&self, mut gap: Gap) -> Result<(), Error> {
         let (explained, to) = (self.explain(&mut gap), gap.to);
         let mut gaps = lock(&self.state).gaps.clone();
@@ -335,7 +341,7 @@ impl Cluster {
         if any { self.store_damaged() } else { Ok(()) }
     }
 
-    /// The entries that it touches.
+    /// Adds the cause to the gap's reason and returns the damaged entries that the gap touches.
     fn explain(&self, gap: &mut Gap) -> Vec<DamagedWal> {
         let touched = |d: &&DamagedWal| {
             d.is_loss() && d.timeline == gap.timeline && d.from < gap.to && gap.from < d.to
@@ -348,7 +354,7 @@ impl Cluster {
         found
     }
 
-    /// After a flush: what is held again is no longer missed.
+    /// Called after a flush: WAL that is held again is no longer missing.
     pub(super) fn heal(&self) {
         {
             let mut state = lock(&self.state);
@@ -356,18 +362,19 @@ impl Cluster {
                 return;
             }
         }
-        tracing::info!(cluster = %self.name, "WAL that was damaged on this disk is held again");
-        // It is found to be over again at the next start.
+        tracing::info!(cluster = %self.name, "WAL that was damaged on this disk has been received again");
+        // The next start finds again that it is resolved.
         if let Err(error) = self.store_damaged() {
-            tracing::warn!(cluster = %self.name, %error, "that damaged WAL is held again is not on record");
+            tracing::warn!(cluster = %self.name, %error, "cannot record that damaged WAL has been received again");
         }
     }
 }
 
 impl State {
-    /// What a client says when it opens: its slot is at `slot`, so PostgreSQL was told that all below it was flushed. Adds what
-    /// that proves beyond what is known to be lost. It is only the client's word: it counts when the client is admitted, and
-    /// only as far as journals can have been lost; beyond that the client brings the WAL, or declares a gap.
+    /// Uses the client's slot position from its open request: PostgreSQL was told that everything below `slot` was
+    /// flushed. Records the part of that which is not yet known to be lost. This is only the client's claim, so it
+    /// takes effect when the client is admitted, and only as far as journals can have been lost; beyond that the client
+    /// sends the WAL or declares a gap.
     pub(super) fn judge(&mut self, request: &OpenRequest, size: SegmentSize) {
         let Some(slot) = request.slot_restart else { return };
         let timeline = request.timeline;
@@ -375,7 +382,7 @@ impl State {
         let torn = self.damaged.iter().filter(of_it).map(|d| d.from).min();
         let Some(from) = self.resume_at(timeline).or(torn) else { return };
         let known = || self.damaged.iter().filter(of_it).filter(|d| d.from >= from);
-        // As far as it is known already without a hole.
+        // The end of the loss that is already known, without a hole.
         let mut upto = from;
         while let Some(next) = known().filter(|d| d.from <= upto).map(|d| d.to).max()
             && next > upto
@@ -387,10 +394,10 @@ impl State {
         }
         let most = upto.advance(SLOT_SEGMENTS_MAX.saturating_mul(size.bytes()));
         if slot > most {
-            tracing::error!(%timeline, held = %upto, %slot, "a client says that its slot is far beyond all that is held here: it is not believed; what PostgreSQL has is received, and what it has no more becomes a gap");
+            tracing::error!(%timeline, held = %upto, %slot, "ignoring the client's slot position: it is implausibly far ahead of the WAL held here");
             return;
         }
-        tracing::error!(%timeline, from = %upto, to = %slot, "PostgreSQL was told that WAL was flushed which this disk does not have: the position went back, and PostgreSQL is asked for it again");
+        tracing::error!(%timeline, from = %upto, to = %slot, "acknowledged WAL is missing on this disk; asking PostgreSQL for it again");
         let there = self.damaged.iter_mut().find(|d| d.timeline == timeline && d.to == upto);
         match there {
             Some(entry) => entry.to = slot,

@@ -1,6 +1,8 @@
-//! Decodes a sealed file, decrypted before where it is encrypted: zstd frames, one after the other, piece by piece, with bounded memory.
+//! Decodes a sealed file (already decrypted, if it was encrypted): a sequence of zstd frames, read piece by piece with
+//! bounded memory.
 //!
-//! A cut, a change (content checksums) and more bytes than expected are errors, never a short result (P7).
+//! A truncated file, a change (found by content checksums) and more bytes than expected are errors, never a short
+//! result (P7).
 
 use crate::{Error, Kind, Op, crypt::payload_error};
 use std::{fmt, io};
@@ -8,7 +10,7 @@ use zstd::zstd_safe::{DCtx, InBuffer, OutBuffer, get_error_name};
 
 const PIECE_BYTES: usize = 128 << 10;
 
-/// Takes a sealed file in pieces of any size and gives its plain bytes.
+/// Takes a sealed file in pieces of any size and produces its plain bytes.
 pub struct SealedDecoder {
     context: DCtx<'static>,
     out: Box<[u8]>,
@@ -28,10 +30,10 @@ fn corrupt(detail: impl fmt::Display) -> Error {
 }
 
 impl SealedDecoder {
-    /// A decoder that gives at most `limit` bytes: the segment size, in general.
+    /// Creates a decoder that produces at most `limit` bytes, normally the segment size.
     ///
     /// # Errors
-    /// `Transient` when there is no memory.
+    /// `Transient` when there is not enough memory.
     pub fn new(limit: u64) -> Result<Self, Error> {
         let context = DCtx::try_create().ok_or_else(|| {
             Error::new(Kind::Transient, Op::Decode, "sealed WAL file", "no memory for zstd")
@@ -40,10 +42,10 @@ impl SealedDecoder {
         Ok(Self { context, out, produced: 0, limit, inside_frame: false })
     }
 
-    /// Takes the next piece and passes on what it decodes to.
+    /// Decodes the next piece and passes the plain bytes to `sink`.
     ///
     /// # Errors
-    /// `Corrupt`, or what `sink` fails with.
+    /// `Corrupt`, or an error of `sink`.
     pub fn push(
         &mut self,
         piece: &[u8],
@@ -59,7 +61,7 @@ impl SealedDecoder {
                 .map_err(|code| corrupt(get_error_name(code)))?;
             let count = output.pos();
             if input.pos() > before || count > 0 {
-                // Asked with nothing left, zstd answers for a frame that has not begun.
+                // Asked with no input left, zstd answers for the next frame, which has not begun.
                 self.inside_frame = hint != 0;
             }
             self.produced += count as u64;
@@ -76,10 +78,11 @@ impl SealedDecoder {
         }
     }
 
-    /// Ends the file; how many plain bytes it had.
+    /// Ends the file and returns the number of its plain bytes.
     ///
     /// # Errors
-    /// `Corrupt` when it ends inside a frame. A file cut between two frames is only seen by its length: compare it.
+    /// `Corrupt` when the file ends inside a frame. A file that is truncated between two frames can only be recognized
+    /// by its length: the caller has to compare it.
     pub fn finish(self) -> Result<u64, Error> {
         if self.inside_frame {
             let found = self.produced;
@@ -89,10 +92,10 @@ impl SealedDecoder {
     }
 }
 
-/// Decodes everything from `reader` into `sink`; at most `limit` plain bytes. Gives their number.
+/// Decodes everything from `reader` into `sink`, at most `limit` plain bytes, and returns their number.
 ///
 /// # Errors
-/// `Corrupt`, I/O errors, or what `sink` fails with.
+/// `Corrupt`, I/O errors, or an error of `sink`.
 pub fn decode_reader(
     reader: &mut dyn io::Read,
     limit: u64,

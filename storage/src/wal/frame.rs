@@ -1,6 +1,6 @@
-//! The bytes of a journal: one file header, then frames. Pure; numbers are little endian.
+//! The format of a journal: one file header, then frames. Pure; numbers are little endian.
 //!
-//! File header, in the first 4096 bytes (the rest of them is 0), so that no frame shares a block with it:
+//! File header, padded with zeros to 4096 bytes, so that no frame shares a block with it:
 //!
 //! | bytes | field |
 //! |---|---|
@@ -12,13 +12,13 @@
 //! | 32..36 | segment size |
 //! | 36..40 | version 3: 1 encrypted, 0 plain; versions 1 and 2: 0 |
 //! | 40..48 | journal id: random, new each time a file becomes a journal |
-//! | 48..52 | CRC-32C of bytes 0..48: in every version, so that a damaged version is told from a newer one |
-//! | 52..56 | 0; this and what follows in encrypted ones only |
+//! | 48..52 | CRC-32C of bytes 0..48, in every version, so that a damaged version can be told from a newer one |
+//! | 52..56 | 0; this and the following fields in encrypted journals only |
 //! | 56..64 | id of the cluster's data key (`cipher.rs`) |
 //! | 64..80 | salt: random, new with the journal id |
 //! | 80..96 | AES-256-GCM tag of bytes 0..80, under the journal's own key |
 //!
-//! Frame, one after the other from byte 4096 on:
+//! Frames, one after the other from byte 4096 on:
 //!
 //! | bytes | field |
 //! |---|---|
@@ -36,17 +36,17 @@
 //! Frames of version 1 (`KWF1`) and 2 (`KWF2`, encrypted) have no flushed LSN and no closing ones: checksum or tag are at byte 32,
 //! the stored bytes at 36 or 48.
 //!
-//! The flushed LSN tells rot from a torn tail. Write-back has no order, so a good frame behind a bad one proves nothing by
-//! itself; but when it says that WAL at the bad one's place was flushed, the medium lost what was acknowledged. A closing frame,
-//! written when a stream rests, says it of the last batch.
+//! The flushed LSN tells rot from a torn tail. Write-back has no order, so a good frame behind a bad one proves nothing
+//! by itself. But when it says that WAL at the bad frame's position was flushed, the medium lost acknowledged bytes. A
+//! closing frame, written when a stream pauses, says so for the last batch.
 //!
-//! Files are recycled, so what follows the last frame may be frames of an earlier use. None of them passes: its
-//! journal id differs, and it is compared exactly; besides, each frame must begin at the LSN where the one before
-//! it ended. WAL is looked for only where that one ended; what is searched for behind a bad frame is only evidence. A frame of one
-//! version never passes in a journal of another.
+//! Files are recycled, so the bytes behind the last frame may be frames of an earlier use. None of them is accepted:
+//! the journal id differs, and it is compared exactly; also, each frame must begin at the LSN where the one before it
+//! ended. WAL is read only from where the previous frame ended; what the search behind a bad frame finds is only
+//! evidence. A frame of one version is never accepted in a journal of another version.
 //!
-//! By hand: cut the stored bytes out at the offsets the table gives, decrypt those of encrypted ones (docs/formats.md has a
-//! program for it); raw ones are WAL, the others pass through `zstd -d`.
+//! To read a journal by hand, cut the stored bytes out at the offsets in the table and decrypt those of encrypted
+//! frames (docs/formats.md has a program for it). Raw ones are WAL; the others pass through `zstd -d`.
 
 use super::types::Pinned;
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
@@ -61,24 +61,24 @@ const SUM: usize = 4;
 pub(crate) const TAG: usize = 16;
 /// The most WAL in one frame: bounds the memory of every reader.
 pub(crate) const FRAME_RAW_MAX: usize = 1 << 20;
-/// What checksum and tag cover: without a flushed LSN, and with it.
+/// The bytes that checksum and tag cover: without a flushed LSN, and with it.
 const FIELDS_FIRST: usize = 32;
 const FIELDS_MAX: usize = 40;
 
 const FILE_MAGIC: &[u8; 8] = b"KLIOJRNL";
 /// The part of the file header that is the same in every version.
 const COMMON_BYTES: usize = 52;
-/// What the tag of an encrypted journal's header covers.
+/// The bytes that the tag of an encrypted journal's header covers.
 pub(crate) const SIGNED_BYTES: usize = 80;
 const HEADER_BYTES: usize = SIGNED_BYTES + TAG;
 const NEWEST: u32 = 3;
 
-/// Which frames a journal has.
+/// The frame format of a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// Versions 1 and 2: read, and continued as a copy in the current one.
+    /// Versions 1 and 2: can be read; to be continued, the journal is copied into the current format.
     First,
-    /// Version 3: frames say what was flushed.
+    /// Version 3: frames carry the flushed LSN.
     Current,
 }
 
@@ -92,7 +92,7 @@ impl Format {
         }
     }
 
-    /// What checksum or tag cover of a frame's header; they follow it.
+    /// Length of the header fields that checksum or tag cover; the checksum or tag follows them.
     pub(crate) const fn fields(self) -> usize {
         match self {
             Format::First => FIELDS_FIRST,
@@ -100,7 +100,7 @@ impl Format {
         }
     }
 
-    /// Bytes of a frame before the stored ones.
+    /// Length of a frame's header: the bytes before the stored ones.
     pub(crate) const fn header_bytes(self, encrypted: bool) -> usize {
         self.fields() + if encrypted { TAG } else { SUM }
     }
@@ -112,26 +112,26 @@ impl Format {
     }
 }
 
-/// What an encrypted journal says of its key.
+/// The key information in the header of an encrypted journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct KeyInfo {
-    /// Which data key.
+    /// Id of the data key.
     pub(crate) key_id: [u8; 8],
-    /// Random: with the data key it makes the journal's own key.
+    /// Random; the journal's own key is derived from it and the data key.
     pub(crate) salt: [u8; 16],
 }
 
-/// What a journal is of.
+/// The header of a journal: which segment it belongs to and how its frames are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct JournalHeader {
     pub(crate) format: Format,
     pub(crate) system_identifier: u64,
     pub(crate) timeline: TimelineId,
     pub(crate) segment_size: SegmentSize,
-    /// The segment's first byte.
+    /// LSN of the segment's first byte.
     pub(crate) start: Lsn,
     pub(crate) id: u64,
-    /// Of an encrypted one.
+    /// For an encrypted journal.
     pub(crate) key: Option<KeyInfo>,
 }
 
@@ -146,7 +146,7 @@ pub(crate) enum HeaderError {
     Newer(u32),
     #[error("expected the header's checksum {expected:08x}, found {found:08x}")]
     Checksum { expected: u32, found: u32 },
-    #[error("expected a {0}, found none that can be")]
+    #[error("expected a valid {0}, found an impossible one")]
     Field(&'static str),
 }
 
@@ -159,14 +159,14 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl JournalHeader {
-    /// Of a plain journal without a number yet: `JournalKeys::begin` gives it one, and a key where there are any.
+    /// The header of a plain journal without an id: `JournalKeys::begin` adds the id and, if journals are encrypted,
+    /// the key.
     pub(crate) const fn new(pinned: &Pinned, timeline: TimelineId, start: Lsn) -> Self {
         let Pinned { system_identifier, segment_size, .. } = *pinned;
         let (format, id, key) = (Format::Current, 0, None);
         Self { format, system_identifier, timeline, segment_size, start, id, key }
     }
 
-    /// The name of the segment.
     pub(crate) fn segment(&self) -> SegmentName {
         SegmentName::containing(self.timeline, self.start, self.segment_size)
     }
@@ -176,12 +176,13 @@ impl JournalHeader {
         self.start.advance(self.segment_size.bytes())
     }
 
-    /// Bytes of each frame before the stored ones.
+    /// Length of each frame's header.
     pub(crate) const fn frame_header(&self) -> usize {
         self.format.header_bytes(self.key.is_some())
     }
 
-    /// The whole first block; of an encrypted journal without its tag, which goes to [`SIGNED_BYTES`] and on.
+    /// The complete first block. For an encrypted journal its tag is missing; it goes to the bytes from
+    /// [`SIGNED_BYTES`] on.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut block = vec![0; FIRST_FRAME as usize];
         let version: u32 = match (self.format, self.key) {
@@ -207,7 +208,7 @@ impl JournalHeader {
         block
     }
 
-    /// Reads the beginning of a file. The tag of an encrypted one is not looked at.
+    /// Parses the beginning of a file. Does not check the tag of an encrypted journal.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
         if bytes.len() < COMMON_BYTES || &bytes[0..8] != FILE_MAGIC {
             return Err(HeaderError::Absent);
@@ -242,16 +243,16 @@ impl JournalHeader {
     }
 }
 
-/// How a frame's bytes are stored.
+/// How a frame's bytes are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codec {
     Raw,
     Zstd,
-    /// There are none.
+    /// A closing frame: no bytes.
     Closing,
 }
 
-/// What a frame says of itself.
+/// The parsed header of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FrameHeader {
     pub(crate) format: Format,
@@ -261,12 +262,12 @@ pub(crate) struct FrameHeader {
     pub(crate) start: Lsn,
     pub(crate) raw_len: u32,
     pub(crate) stored_len: u32,
-    /// All WAL below it was durable when the frame was written; zero in the first format, which does not say.
+    /// All WAL below this was durable when the frame was written; zero in the first format, which lacks this field.
     pub(crate) flushed: Lsn,
 }
 
 impl FrameHeader {
-    /// The frame that says of a journal's WAL up to `at` that it is durable.
+    /// The closing frame which says that a journal's WAL up to `at` is durable.
     pub(crate) fn closing(journal: &JournalHeader, at: Lsn) -> Self {
         Self {
             format: journal.format,
@@ -280,7 +281,7 @@ impl FrameHeader {
         }
     }
 
-    /// Writes the first part of the header; checksum or tag come behind it.
+    /// Writes the header fields; checksum or tag follow.
     pub(crate) fn put_fields(&self, frame: &mut [u8]) {
         frame[0..4].copy_from_slice(self.format.magic(self.encrypted));
         frame[4..8].copy_from_slice(&[self.codec as u8, 0, 0, 0]);
@@ -293,7 +294,7 @@ impl FrameHeader {
         }
     }
 
-    /// Reads a header; `None` for anything that cannot be one. Checksum and tag are not looked at yet.
+    /// Parses a header; `None` for bytes that cannot be one. Checksum and tag are not checked here.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (format, encrypted) = Format::of_frame(bytes.get(0..4)?)?;
         if bytes.len() < format.header_bytes(encrypted) || bytes[5..8] != [0; 3] {
@@ -330,23 +331,23 @@ impl FrameHeader {
         })
     }
 
-    /// Bytes before the stored ones.
+    /// Length of the header: the bytes before the stored ones.
     pub(crate) const fn header_bytes(&self) -> usize {
         self.format.header_bytes(self.encrypted)
     }
 
-    /// One past the last byte.
+    /// One past the last byte of WAL.
     pub(crate) fn end(&self) -> Lsn {
         self.start.advance(self.raw_len.into())
     }
 
-    /// Bytes in the file, header included.
+    /// Length of the frame in the file, header included.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.header_bytes() as u64 + u64::from(self.stored_len)
     }
 }
 
-/// Puts the header of a plain frame before its stored bytes, which are in their place in `frame` already.
+/// Writes the header of a plain frame before its stored bytes, which are already in place in `frame`.
 pub(crate) fn finish_plain(header: &FrameHeader, frame: &mut [u8]) {
     header.put_fields(frame);
     let fields = header.format.fields();
@@ -354,7 +355,7 @@ pub(crate) fn finish_plain(header: &FrameHeader, frame: &mut [u8]) {
     frame[fields..fields + SUM].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// Whether a plain frame is as it was written.
+/// Whether a plain frame is unmodified.
 pub(crate) fn is_intact(format: Format, frame: &[u8]) -> bool {
     let fields = format.fields();
     frame.len() >= fields + SUM && plain_sum(fields, frame) == u32_at(frame, fields)
@@ -364,8 +365,8 @@ fn plain_sum(fields: usize, frame: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&frame[..fields]), &frame[fields + SUM..])
 }
 
-/// Whether a journal's number and place make these bytes one of its frames, however damaged: two of three must agree. `start`
-/// is where it would have to begin.
+/// Whether these bytes look like a frame of the given journal, however damaged: two of magic, journal id and start LSN
+/// must match. `start` is where the frame would have to begin.
 pub(crate) fn resembles(bytes: &[u8], journal: u64, start: Lsn) -> bool {
     if bytes.len() < FIELDS_FIRST {
         return false;
@@ -435,7 +436,7 @@ mod tests {
         assert_eq!(JournalHeader::decode(&block), Err(HeaderError::Newer(4)));
     }
 
-    /// As the first builds wrote them, byte for byte.
+    /// Byte for byte what the first builds wrote.
     #[test]
     fn headers_and_frames_of_the_first_versions_are_read() {
         let old = JournalHeader { format: Format::First, ..header(9, 5 << 20) };

@@ -1,18 +1,20 @@
-//! `<cluster>/horizon.json`: what was removed of each timeline on purpose, and the removing of it.
+//! `<cluster>/horizon.json`: what was removed of each timeline on purpose, and the functions that remove
+//! it.
 //!
 //! | field | what |
 //! |---|---|
-//! | `timeline` | which |
+//! | `timeline` | the timeline |
 //! | `first` | the first byte that was ever held |
-//! | `held_from` | below this nothing is held any more, in either tier: retention removed it |
-//! | `local_from` | below this tier 1 may have nothing: it is in tier 2 |
+//! | `held_from` | below this there is no WAL in either tier: retention removed it |
+//! | `local_from` | below this WAL may be missing on tier 1: it is in tier 2 |
 //!
-//! In the shape of `crate::record`. `first <= held_from <= local_from`, and each only grows. Written
-//! before anything is removed, so that what is absent is never taken for lost, and a restart shows the
-//! same beginning as before. Bytes removed on purpose are no end of WAL (P7).
+//! In the format of `crate::record`. `first <= held_from <= local_from`, and each only grows. The file is
+//! written before anything is removed, so that removed WAL is never mistaken for lost WAL, and a restart
+//! shows the same start as before. WAL that was removed on purpose does not mark the end of WAL (P7).
 //!
-//! Only finished files go, only below `local_from`, and never the last one of a timeline: it says how far
-//! the timeline was received (P2). P5 is the caller's: it proves each file in tier 2 right before.
+//! Only finished files are removed, only below `local_from`, and never the last one of a timeline,
+//! because it says how far the timeline was received (P2). P5 is up to the caller, which proves each file
+//! in tier 2 right before it removes it.
 
 use super::{
     WalStore,
@@ -33,15 +35,14 @@ const FILE: &str = "horizon.json";
 /// What was removed of a timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Horizon {
-    /// Which.
     pub timeline: TimelineId,
     /// The first byte that was ever held.
     pub first: Lsn,
-    /// Below this nothing is held any more in either tier.
+    /// Below this there is no WAL in either tier.
     pub held_from: Lsn,
-    /// Below this tier 1 may have nothing.
+    /// Below this WAL may be missing on tier 1.
     pub local_from: Lsn,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -51,7 +52,7 @@ pub struct Horizon {
 pub enum Removed {
     /// Retention removed it for good.
     Expired,
-    /// It is kept in tier 2 only.
+    /// It was evicted from tier 1 and is in tier 2 only.
     Tier2Only,
 }
 
@@ -69,7 +70,7 @@ fn path(cluster: &Cluster) -> PathBuf {
 }
 
 impl State {
-    /// What a segment's absence means, if it was removed on purpose.
+    /// Why a segment is missing, if it was removed on purpose.
     pub(super) fn removed(&self, timeline: TimelineId, start: Lsn) -> Option<Removed> {
         let taken = || self.is_taken_over(timeline, start).then_some(Removed::Tier2Only);
         let Some(horizon) = self.horizons.get(&timeline) else { return taken() };
@@ -82,7 +83,7 @@ impl State {
 }
 
 impl State {
-    /// Wholly below the horizon, and not the last finished one of its timeline.
+    /// Whether a file lies entirely below the horizon and is not the last finished one of its timeline.
     fn may_go(&self, file: WalFile) -> bool {
         let size = self.pinned.map(|p| p.segment_size);
         let (Some(name), Some(size)) = (start_of(file), size) else { return false };
@@ -102,7 +103,7 @@ impl WalStore {
         cluster.map(|c| lock(&c.state).horizons.values().cloned().collect()).unwrap_or_default()
     }
 
-    /// What a file's absence on tier 1 means, if it was removed on purpose.
+    /// Why a file is missing on tier 1, if it was removed on purpose.
     pub fn removed(&self, name: &ClusterName, file: WalFile) -> Option<Removed> {
         let cluster = self.find(name)?;
         let state = lock(&cluster.state);
@@ -111,12 +112,12 @@ impl WalStore {
         state.removed(segment.timeline(), start)
     }
 
-    /// Puts on record, durably, that WAL of a timeline below these positions may be absent from tier 1,
-    /// and from both tiers. A position that is on record and higher stays. Both are rounded down to a
-    /// segment's start, and `held_from` counts at most as `local_from`.
+    /// Records durably that WAL of a timeline below these positions may be absent from tier 1, and from
+    /// both tiers. A position never goes back: a higher recorded one stays. Both are rounded down to a
+    /// segment boundary, and `held_from` is limited to `local_from`.
     ///
     /// # Errors
-    /// `NotFound` for a timeline without WAL; as the disk fails, then nothing is on record.
+    /// `NotFound` for a timeline without WAL; an I/O error of the disk, and then nothing is recorded.
     pub fn raise_horizon(
         &self,
         name: &ClusterName,
@@ -154,11 +155,11 @@ impl WalStore {
         Ok(horizon)
     }
 
-    /// The finished segments and partial ones of a timeline that lie wholly below its horizon, oldest
-    /// first, without the last finished file.
+    /// The finished and partial segments of a timeline that lie entirely below its horizon, oldest first,
+    /// without the last finished file.
     ///
     /// # Errors
-    /// As the disk reports.
+    /// An I/O error of the disk.
     pub fn removable(
         &self,
         name: &ClusterName,
@@ -172,11 +173,11 @@ impl WalStore {
         Ok(files)
     }
 
-    /// Removes a finished file of tier 1 in every form it lies there, and gives the bytes that it took.
-    /// The caller has proven it in tier 2 a moment ago (P5), or retention lets it go for good (P6).
+    /// Removes a finished file from tier 1 in every form it has there, and returns the number of bytes
+    /// freed. The caller has proven the file in tier 2 a moment ago (P5), or it has expired (P6).
     ///
     /// # Errors
-    /// `Invalid` for a file that the horizon protects; as the disk fails.
+    /// `Invalid` for a file that the horizon protects; an I/O error of the disk.
     pub fn remove(&self, name: &ClusterName, file: WalFile) -> Result<u64, Error> {
         let cluster = self.need(name, Op::Remove)?;
         if !lock(&cluster.state).may_go(file) {
@@ -291,7 +292,7 @@ mod tests {
         assert_eq!(store.horizons(&cluster)[0].first, Lsn::new(SEGMENT));
     }
 
-    /// P2: what says how far the stream is, stays.
+    /// P2: the file that says how far the stream was received is never removed.
     #[test]
     fn neither_the_last_sealed_segment_nor_what_the_horizon_protects_can_be_removed() {
         let (disk, cluster) = (Arc::new(SimDisk::new(4)), "pg".parse().unwrap());

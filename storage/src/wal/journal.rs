@@ -1,11 +1,11 @@
-//! One journal file: made, read frame by frame, copied.
+//! One journal file: creating it, reading it frame by frame, copying it.
 //!
-//! - A name `<segment>.open` leads only to a file whose header is durable, and is itself durable before the first frame is
-//!   written into it.
-//! - Space is written (zeros), not only reserved, ahead of the frames, so that syncing a frame changes no metadata.
-//! - A copy gets a new journal id, and a new key where it is encrypted, so that nothing beyond its end in any older file can ever be taken for its continuation.
-//!   It ends with a closing frame: all of it is synced before it gets its name.
-//! - Where the good frames end early, what lies behind them is evidence ([`Tail`]): it is never taken for WAL.
+//! - A name `<segment>.open` always refers to a file whose header is durable, and the name itself is durable before the
+//!   first frame is written.
+//! - Space ahead of the frames is filled with zeros, not only reserved, so that syncing a frame changes no metadata.
+//! - A copy gets a new journal id, and a new key if it is encrypted, so that bytes beyond its end in an older file can
+//!   never be taken for its continuation. It ends with a closing frame: all of it is synced before it gets its name.
+//! - Where the good frames end early, the bytes behind them are only evidence ([`Tail`]) and are never used as WAL.
 
 use super::{
     cipher::{self, Cipher, JournalKeys},
@@ -22,27 +22,27 @@ use std::{
     sync::Arc,
 };
 
-/// Reads are made in pieces of this size where frames are small.
+/// Reads are at least this large, so that small frames are read many at a time.
 const READ_BYTES: usize = 256 << 10;
 /// Zeros are written in pieces of this size.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// A journal ready to be written at its end.
+/// A journal that is open for appending.
 #[derive(Debug)]
 pub(super) struct Journal {
     pub(super) file: FileHandle,
     pub(super) path: PathBuf,
     pub(super) header: JournalHeader,
-    /// Of an encrypted one.
+    /// For an encrypted journal.
     pub(super) cipher: Option<Arc<Cipher>>,
-    /// Where the next frame goes.
+    /// File offset of the next frame.
     pub(super) offset: u64,
-    /// Bytes of the file that have been written at least once.
+    /// Length of the part of the file that has been written at least once.
     pub(super) allocated: u64,
 }
 
 impl Journal {
-    /// The frame that says of everything up to `at` that it is durable, to be written at the end.
+    /// The closing frame which says that everything up to `at` is durable, to be written at the end.
     pub(super) fn closing_frame(&self, at: Lsn) -> Vec<u8> {
         let mut frame = vec![0; self.header.frame_header()];
         let fields = FrameHeader::closing(&self.header, at);
@@ -51,7 +51,6 @@ impl Journal {
     }
 }
 
-/// Writes zeros from `from` to `to`.
 pub(super) fn write_zeros(file: &FileHandle, from: u64, to: u64) -> io::Result<()> {
     let mut at = from;
     while at < to {
@@ -62,8 +61,8 @@ pub(super) fn write_zeros(file: &FileHandle, from: u64, to: u64) -> io::Result<(
     Ok(())
 }
 
-/// Makes an empty journal with `preallocate` bytes behind its header, out of a spare file where there is one. In place of
-/// one that is there: the caller knows that nobody uses that.
+/// Creates an empty journal with `preallocate` bytes behind its header, reusing a spare file if one is given. Replaces
+/// an existing journal at `path`: the caller knows that nobody uses that one.
 pub(super) fn create(
     disk: &dyn Disk,
     path: &Path,
@@ -90,7 +89,7 @@ pub(super) fn create(
         Ok(end)
     };
     let allocated = build().inspect_err(|_| {
-        // The first error is the one to report; start removes what is left.
+        // The first error is the one to report; recovery at the next start removes the rest.
         let _ = disk.remove(from);
     })?;
     let (path, offset) = (path.to_owned(), FIRST_FRAME);
@@ -105,7 +104,7 @@ fn first_block(header: &JournalHeader, cipher: Option<&Cipher>) -> Vec<u8> {
     block
 }
 
-/// Walks the frames of a journal from its beginning.
+/// Iterates over the frames of a journal from its beginning.
 #[derive(Debug)]
 pub(super) struct Frames {
     file: FileHandle,
@@ -115,7 +114,7 @@ pub(super) struct Frames {
     /// Where the next frame must begin, in the file and in the WAL.
     offset: u64,
     position: Lsn,
-    /// The furthest that a good frame says was flushed.
+    /// The highest flushed LSN in the good frames so far.
     flushed: Lsn,
     window: Vec<u8>,
     window_at: u64,
@@ -126,18 +125,19 @@ pub(super) struct Frames {
 #[derive(Debug)]
 pub(super) struct Frame<'a> {
     pub(super) header: FrameHeader,
-    /// Its bytes as the codec left them, decrypted.
+    /// The payload, still encoded by the codec but decrypted.
     pub(super) stored: &'a [u8],
 }
 
 /// What lies behind the good frames of a journal that is not full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tail {
-    /// Nothing of this journal.
+    /// No frames of this journal.
     Clean,
-    /// Frames of this journal that are not whole, or that do not follow. As far as the file tells, never acknowledged.
+    /// Frames of this journal that are incomplete or do not continue the WAL. Nothing in the file says that they were
+    /// acknowledged.
     Torn,
-    /// A good frame says that WAL up to here was flushed: the medium lost or changed it.
+    /// A good frame says that WAL up to this LSN was flushed: the medium lost or changed it.
     Lost(Lsn),
 }
 
@@ -148,7 +148,7 @@ impl Frames {
         Self::of(file, path, keys)
     }
 
-    /// Over a file that is open already.
+    /// Reads the journal through a file that is already open.
     pub(super) fn of(file: FileHandle, path: &Path, keys: &JournalKeys) -> Result<Self, Error> {
         let mut block = vec![0; FIRST_FRAME as usize];
         let got =
@@ -179,20 +179,20 @@ impl Frames {
     pub(super) fn cipher(&self) -> Option<Arc<Cipher>> {
         self.cipher.clone()
     }
-    /// The end of the valid frames seen so far, in the WAL.
+    /// The end of the good frames read so far, as an LSN.
     pub(super) const fn position(&self) -> Lsn {
         self.position
     }
-    /// How far the good frames seen so far say that WAL was flushed.
+    /// The highest flushed LSN in the good frames read so far.
     pub(super) const fn flushed(&self) -> Lsn {
         self.flushed
     }
-    /// The same, in the file.
+    /// The end of the good frames read so far, as a file offset.
     pub(super) const fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Makes `len` bytes at `offset` available; fewer at the end of the file.
+    /// Makes `len` bytes at `offset` available in the window; fewer at the end of the file.
     fn fill(&mut self, offset: u64, len: usize) -> io::Result<()> {
         let end = self.window_at + self.window_len as u64;
         if offset >= self.window_at && offset + len as u64 <= end {
@@ -217,7 +217,7 @@ impl Frames {
         &self.window[self.range(offset, len)]
     }
 
-    /// Whether the frame in the window is as it was written; one that is encrypted is decrypted there.
+    /// Whether the frame in the window is unmodified; an encrypted frame is decrypted in place.
     fn check(&mut self, format: Format, offset: u64, len: usize) -> bool {
         let range = self.range(offset, len);
         let whole = &mut self.window[range];
@@ -229,7 +229,7 @@ impl Frames {
             None => frame::is_intact(format, whole),
         };
         if !good {
-            // Decrypting has spoilt it, and the file may get more: it is read again.
+            // Decryption has destroyed the bytes in the window, and the file may still grow, so read them again.
             self.window_len = 0;
         }
         good
@@ -242,7 +242,7 @@ impl Frames {
             && header.end() <= self.header.end()
     }
 
-    /// What a frame at `offset` says of itself, if one of this journal could begin there.
+    /// The header of the frame at `offset`, if a frame of this journal could begin there.
     fn header_at(&mut self, offset: u64) -> Result<Option<FrameHeader>, Error> {
         let room = self.header.frame_header();
         self.fill(offset, room).map_err(|e| Error::io(Op::Read, &self.path, e))?;
@@ -250,14 +250,14 @@ impl Frames {
         Ok(header.filter(|header| self.belongs(header)))
     }
 
-    /// Whether the frame at `offset` is as it was written.
+    /// Whether the frame at `offset` is complete and unmodified.
     fn is_whole(&mut self, offset: u64, header: &FrameHeader) -> Result<bool, Error> {
         let len = header.file_bytes() as usize;
         self.fill(offset, len).map_err(|e| Error::io(Op::Read, &self.path, e))?;
         Ok(self.check(header.format, offset, len))
     }
 
-    /// Goes past the next frame of any kind; gives it and where it begins.
+    /// Moves past the next frame of any kind; returns its header and its offset.
     fn step(&mut self) -> Result<Option<(FrameHeader, u64)>, Error> {
         let offset = self.offset;
         let header = self.header_at(offset)?.filter(|header| header.start == self.position);
@@ -271,10 +271,11 @@ impl Frames {
         Ok(Some((header, offset)))
     }
 
-    /// The next frame with WAL, or `None` where the valid ones end: a torn tail, zeros, or an earlier use of the file.
+    /// The next frame with WAL, or `None` where the good frames end: at a torn tail, zeros, or an earlier use of the
+    /// file.
     ///
     /// # Errors
-    /// Only when the file cannot be read: that is not the end of it.
+    /// Only when the file cannot be read, which does not mean that the journal ends there.
     pub(super) fn next(&mut self) -> Result<Option<Frame<'_>>, Error> {
         loop {
             let Some((header, offset)) = self.step()? else { return Ok(None) };
@@ -287,20 +288,20 @@ impl Frames {
         }
     }
 
-    /// Walks to the end of the valid frames, or to `limit`.
+    /// Moves to the end of the good frames, or to `limit`.
     pub(super) fn skip_to(&mut self, limit: Lsn) -> Result<(), Error> {
         while self.position < limit && self.step()?.is_some() {}
         Ok(())
     }
 
-    /// Walks past closing frames.
+    /// Moves past closing frames.
     pub(super) fn skip_closing(&mut self) -> Result<(), Error> {
         let closing = |header: FrameHeader| header.codec == Codec::Closing;
         while self.header_at(self.offset)?.is_some_and(closing) && self.step()?.is_some() {}
         Ok(())
     }
 
-    /// Judges what lies behind the good frames; call it when there are no more.
+    /// Classifies the bytes behind the good frames. Call it when `next` has returned `None`.
     pub(super) fn tail(&mut self) -> Result<Tail, Error> {
         if self.position == self.header.end() {
             return Ok(Tail::Clean);
@@ -326,7 +327,7 @@ impl Frames {
         })
     }
 
-    /// Where, from `at` on, bytes stand that begin a frame with this journal's number.
+    /// The first offset from `at` on where bytes look like the beginning of a frame with this journal's id.
     fn find_frame(&mut self, at: u64) -> Result<Option<u64>, Error> {
         const NUMBER_AT: usize = 8;
         let (room, number) = (NUMBER_AT + 8, self.header.id.to_le_bytes());
@@ -340,12 +341,12 @@ impl Frames {
             if let Some(found) = find(&piece[NUMBER_AT..], &number) {
                 return Ok(Some(at + found as u64));
             }
-            // The last bytes again with the next piece: a number may be cut in two.
+            // The last bytes are searched again with the next piece, because an id may be split between the two.
             at += (piece.len() - room + 1) as u64;
         }
     }
 
-    /// Where the frames end is short of what was acknowledged: the medium lost or changed bytes.
+    /// The error for good frames that end before acknowledged WAL does: the medium lost or changed bytes.
     pub(super) fn lost(&self, expected: Lsn) -> Error {
         let detail =
             format!("expected WAL up to {expected}, found it whole up to {}", self.position);
@@ -354,13 +355,13 @@ impl Frames {
     }
 }
 
-/// Where `wanted` first is. Most of what is looked through is zeros, which go by in blocks.
+/// The first position of `wanted`. Most of the searched bytes are zeros, which are skipped in blocks.
 fn find(bytes: &[u8], wanted: &[u8; 8]) -> Option<usize> {
     let mut at = 0;
     while at + wanted.len() <= bytes.len() {
         let block = bytes.get(at..at + FIRST_FRAME as usize);
         if block.is_some_and(|block| block == &ZEROS[..block.len()]) && wanted != &[0; 8] {
-            // Less a few: the number may begin in its last bytes.
+            // Step back a little: the id may begin in the last bytes of the block.
             at += FIRST_FRAME as usize - wanted.len();
             continue;
         }
@@ -374,16 +375,17 @@ fn find(bytes: &[u8], wanted: &[u8; 8]) -> Option<usize> {
     None
 }
 
-/// What the frames say in a journal whose header is damaged.
+/// What the frames prove in a journal whose header is damaged.
 pub(super) struct Evidence {
-    /// One past the last byte of WAL in them. The last of it may not have been acknowledged; that cannot be told.
+    /// One past the last byte of WAL in them. Its last part may not have been acknowledged; that cannot be decided.
     pub(super) upto: Lsn,
-    /// All WAL below it was flushed before the last of them was written.
+    /// All WAL below this was flushed before the last frame was written.
     pub(super) flushed: Lsn,
 }
 
-/// Reads the frames of WAL from `start` to `end` in a journal whose header is damaged; `start` where there are none. Their
-/// journal's number and key are not known, so encrypted ones are taken at their word: it is only reported.
+/// Reads the frames with WAL from `start` to `end` in a journal whose header is damaged; `upto` is `start` if there are
+/// none. The journal's id and key are unknown, so encrypted frames cannot be verified. The result is only used for
+/// reports.
 pub(super) fn evidence(
     disk: &dyn Disk,
     path: &Path,
@@ -412,11 +414,11 @@ pub(super) fn evidence(
     }
 }
 
-/// Replaces a journal by a new file with the frames up to `limit`, a new id and a new key; durable when it returns. The new
-/// one is encrypted as `keys` say, whatever the old one was.
+/// Replaces a journal by a new file with the frames up to `limit`, a new id and a new key. The result is durable.
+/// Whether it is encrypted depends on `keys`, not on the old file.
 ///
-/// The old file stays in place until the new one is whole and synced, so that any failure (no space above all)
-/// leaves what was there.
+/// The old file stays in place until the new one is complete and synced, so that a failure (above all a full disk)
+/// changes nothing.
 pub(super) fn copy_up_to(
     disk: &dyn Disk,
     path: &Path,
@@ -485,7 +487,7 @@ mod tests {
         }
     }
 
-    /// Plain, and with a key.
+    /// Without and with encryption.
     fn both() -> [JournalKeys; 2] {
         let data = Some(Arc::new(DataKey::generate().unwrap()));
         [JournalKeys::default(), JournalKeys { data, writing: true }]
@@ -506,7 +508,7 @@ mod tests {
     fn put(journal: &mut Journal, at: u64, raw: &[u8]) {
         ScratchPool::new(1).with(|scratch| {
             let cipher = journal.cipher.as_deref();
-            // Each batch is synced before the next one, as of a slow stream.
+            // Each batch is synced before the next one, as with a slow stream.
             let places = (Lsn::new(at), Lsn::new(at));
             let frame = scratch.frame(&journal.header, cipher, journal.offset, places, raw);
             journal.file.write_all_at(frame, journal.offset).unwrap();
@@ -523,7 +525,7 @@ mod tests {
         found
     }
 
-    /// The frames of the earlier use lie exactly where those of the new one would go on.
+    /// The frames of the earlier use lie exactly where frames of the new one would follow.
     #[test]
     fn frames_of_an_earlier_use_of_the_file_never_pass() {
         for keys in both() {
@@ -546,7 +548,7 @@ mod tests {
     fn a_copy_has_a_new_id_and_ends_where_it_was_told() {
         let all = both();
         for (keys, writing) in [(0, false), (1, true), (0, true), (1, false)] {
-            // What is switched off still opens what was encrypted before.
+            // Encryption that is switched off still decrypts older journals.
             let (keys, then) = (&all[keys], JournalKeys { writing, ..all[1].clone() });
             let disk = SimDisk::new(1);
             let path = Path::new("/a.open");
@@ -571,7 +573,7 @@ mod tests {
         }
     }
 
-    /// Closes the journal at the end of its WAL.
+    /// Appends a closing frame behind the journal's WAL.
     fn close(journal: &mut Journal, at: u64) {
         let frame = journal.closing_frame(Lsn::new(at));
         journal.file.write_all_at(&frame, journal.offset).unwrap();
@@ -584,7 +586,7 @@ mod tests {
         (frames.position().as_u64() - (3 << 20), frames.tail().unwrap())
     }
 
-    /// Which frame is bad, and what comes behind it, tells rot from a torn tail.
+    /// Which frame is bad, and what follows it, tells rot from a torn tail.
     #[test]
     fn a_bad_frame_is_rot_only_where_a_later_one_says_that_it_was_flushed() {
         let base = 3 << 20;
@@ -600,18 +602,18 @@ mod tests {
             }
             assert_eq!(tail(&disk, path, &keys), (300, Tail::Clean));
             let flip = |at: u64| disk.flip_bit(path, at, 3).unwrap();
-            // Each byte of a frame counts, that of its number or length, too.
+            // Every byte of a frame matters, including those of its id and length.
             for inside in [0, 5, 9, 17, 25, 29, 33, 41, 50, 99] {
                 for (bad, expected) in [
                     (0, (0, lost(200))),
-                    // Of the last one only, nothing tells.
+                    // Nothing proves anything about the last frame.
                     (2, (200, Tail::Torn)),
                 ] {
                     flip(begins[bad] + inside);
                     assert_eq!(tail(&disk, path, &keys), expected, "frame {bad} byte {inside}");
                     flip(begins[bad] + inside);
                 }
-                // What the second one covers was not known to be flushed when the third was written ... but it was.
+                // When the third frame was written, the second one was known to be flushed.
                 flip(begins[1] + inside);
                 assert_eq!(tail(&disk, path, &keys), (100, lost(200)), "byte {inside}");
                 flip(begins[1] + inside);
@@ -624,7 +626,7 @@ mod tests {
         }
     }
 
-    /// One sync for two frames: the disk may have written the second only, and nobody was told anything.
+    /// Two frames share one sync: the disk may have written only the second, and neither was acknowledged.
     #[test]
     fn a_good_frame_behind_a_bad_one_of_the_same_sync_proves_nothing() {
         for keys in both() {
@@ -709,7 +711,7 @@ mod tests {
         }
     }
 
-    /// The file's bytes, for tests that change them.
+    /// The bytes of the file, for tests that modify them.
     fn content(disk: &SimDisk, path: &Path) -> Vec<u8> {
         crate::disk::read_small(disk, path, 1 << 20).unwrap()
     }
@@ -755,13 +757,13 @@ mod tests {
         let good = content(&disk, path);
         let first = FIRST_FRAME as usize;
         let length = (journal.offset as usize - first) / 2;
-        // The second frame's bytes where the first one is, told to be the first.
+        // The second frame's bytes at the position of the first, with the header of the first.
         let mut moved = good.clone();
         moved.copy_within(first + length..first + 2 * length, first);
         moved[first + 16..first + 24].copy_from_slice(&(3u64 << 20).to_le_bytes());
         lies(&disk, path, &moved);
         assert!(lengths(&disk, path, &keys).is_empty());
-        // A header of the same id with another salt, and the frames as they are.
+        // A header with the same id but another salt, and unmodified frames.
         let mut header = header(1);
         let cipher = keys.begin(&mut header, &|| 1).unwrap();
         assert_eq!(first_block(&header, cipher.as_deref()), good[..first]);
@@ -770,7 +772,7 @@ mod tests {
         let other = first_block(&header, Some(&cipher));
         lies(&disk, path, &[&other[..], &good[first..]].concat());
         assert!(lengths(&disk, path, &keys).is_empty());
-        // A plain frame in an encrypted journal, as somebody without the key would write it.
+        // A plain frame in an encrypted journal, as somebody without the key could write it.
         lies(&disk, path, &good);
         let mut plain = journal;
         plain.header.key = None;
@@ -779,7 +781,7 @@ mod tests {
         plain.file = disk.open(path, true).unwrap();
         put(&mut plain, 3 << 20, &[9; 50]);
         assert!(lengths(&disk, path, &keys).is_empty());
-        // Another cluster's key, and none.
+        // With another cluster's key, and without any.
         lies(&disk, path, &good);
         assert_eq!(lengths(&disk, path, &keys), [50, 50]);
         for keys in [other_cluster, JournalKeys::default()] {

@@ -1,8 +1,8 @@
-//! Which key opens what on tier 1, and writing it again for other keys.
+//! Which key decrypts which file on tier 1, and re-encrypting files for other keys.
 //!
-//! - A start with a key that does not open what is there ends before anything is touched.
-//! - Writing again replaces each file by a whole, synced one: a crash in between leaves every file readable with one of
-//!   the identities of the identity file, which keeps the old ones.
+//! - If a key does not decrypt the files that are there, the server refuses to start before it touches anything.
+//! - Re-encryption replaces each file by a complete, synced one. After a crash in between, every file can still be
+//!   decrypted with one of the identities in the identity file, which keeps the old ones.
 
 use super::{WalStore, cipher, cluster::lock, frame::JournalHeader};
 use crate::{
@@ -16,12 +16,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// An encrypted file of tier 1 and for whom it is.
+/// An encrypted file on tier 1 and its recipients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Locked {
-    /// The file.
     pub path: PathBuf,
-    /// Its recipients as its header says: empty when it does not name them.
+    /// The recipients that its header names; empty when it names none.
     pub recipients: Vec<String>,
 }
 
@@ -32,7 +31,7 @@ fn names(disk: &dyn Disk, directory: &Path) -> Result<Vec<crate::disk::Entry>, E
     }
 }
 
-/// The encrypted files of a cluster, its key files first; WAL in order.
+/// The encrypted files of a cluster in groups: its key files first, then WAL in order.
 fn age_files(disk: &dyn Disk, cluster: &Path) -> Result<Vec<Vec<PathBuf>>, Error> {
     let in_directory = |directory: &Path| -> Result<Vec<PathBuf>, Error> {
         let entries = names(disk, directory)?.into_iter();
@@ -61,7 +60,7 @@ fn head(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>, Error> {
 /// Every encrypted file of a cluster on tier 1, with its recipients.
 ///
 /// # Errors
-/// As the disk fails.
+/// An I/O error of the disk.
 pub fn locked(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Vec<Locked>, Error> {
     let mut found = Vec::new();
     for path in age_files(disk, &root.join(cluster.as_str()))?.into_iter().flatten() {
@@ -71,11 +70,11 @@ pub fn locked(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Vec
     Ok(found)
 }
 
-/// Whether the keys are those of what lies on tier 1: the key files of each cluster, and the first and last encrypted file
-/// of each directory of WAL. Touches nothing. A damaged file is not a matter of keys: it passes here.
+/// Checks that the keys decrypt the files on tier 1, by the key files of each cluster and the first and last encrypted
+/// file of each WAL directory. Changes nothing. A damaged file is not a problem of keys, so it passes.
 ///
 /// # Errors
-/// `Denied`, with the file and for whom it is; as the disk fails.
+/// `Denied`, with the file and its recipients; an I/O error of the disk.
 pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), Error> {
     for entry in names(disk, root)?.iter().filter(|entry| entry.is_dir) {
         if ClusterName::parse_generation(&entry.name).is_err() {
@@ -100,7 +99,7 @@ pub fn check_keys(disk: &dyn Disk, root: &Path, at_rest: &AtRest) -> Result<(), 
     Ok(())
 }
 
-/// Without any key there must be no encrypted journal.
+/// Fails if there is an encrypted journal but no key at all.
 fn check_journals(disk: &dyn Disk, wal: &Path, at_rest: &AtRest) -> Result<(), Error> {
     for directory in names(disk, wal)?.iter().filter(|entry| entry.is_dir) {
         let directory = wal.join(&directory.name);
@@ -118,7 +117,7 @@ fn check_journals(disk: &dyn Disk, wal: &Path, at_rest: &AtRest) -> Result<(), E
 
 fn check_file(disk: &dyn Disk, path: &Path, at_rest: &AtRest) -> Result<(), Error> {
     let head = head(disk, path)?;
-    // What is left of a journal's key opens nothing without journals, and those tell by themselves.
+    // Without journals an unused data key does no harm, and encrypted journals report the missing key themselves.
     if at_rest.reading().is_none() && path.ends_with(OPEN_KEY) {
         return Ok(());
     }
@@ -129,10 +128,10 @@ fn check_file(disk: &dyn Disk, path: &Path, at_rest: &AtRest) -> Result<(), Erro
 }
 
 impl WalStore {
-    /// Wraps the key of a cluster's journals for the recipients there are now. False when there is none.
+    /// Wraps the data key of a cluster's journals for the current recipients. False when there is none.
     ///
     /// # Errors
-    /// `Denied`, `Corrupt`, or as the disk fails; then the old wrapping is still there.
+    /// `Denied`, `Corrupt`, or an I/O error of the disk; then the old wrapping is still in place.
     pub fn rewrap_key(&self, name: &ClusterName) -> Result<bool, Error> {
         let cluster = self.need(name, Op::Write)?;
         let _one = lock(&cluster.op);
@@ -142,11 +141,11 @@ impl WalStore {
         }
     }
 
-    /// Writes a finished file again as the settings ask for, unless it is so: encrypted for the recipients there are now,
-    /// or plain. Reads all of it, and so verifies it. Gives whether it was written.
+    /// Rewrites a finished file as the settings ask for (encrypted for the current recipients, or plain), unless it
+    /// already is. This reads all of the file and so verifies it. True when the file was rewritten.
     ///
     /// # Errors
-    /// `Denied`, `Corrupt`, or as the disk fails; then the old file is still there.
+    /// `Denied`, `Corrupt`, or an I/O error of the disk; then the old file is still in place.
     pub fn rewrap(&self, name: &ClusterName, file: WalFile) -> Result<bool, Error> {
         let cluster = self.need(name, Op::Write)?;
         let _one = lock(&cluster.op);

@@ -1,14 +1,15 @@
-//! `<cluster>/wal_levels.json`: where a server began to write WAL with `wal_level = minimal`, and where it ended.
+//! `<cluster>/wal_levels.json`: where PostgreSQL began and ended to write WAL with `wal_level = minimal`.
 //!
 //! | field | what |
 //! |---|---|
-//! | `timeline` | of the record that says so |
-//! | `lsn` | its first byte |
-//! | `minimal` | WAL from here on leaves bulk loads out; or no longer |
+//! | `timeline` | timeline of the WAL record that changes the level |
+//! | `lsn` | the first byte of that record |
+//! | `minimal` | true: WAL from here on leaves out bulk loads; false: it no longer does |
 //!
-//! In the shape of `crate::record`. Recovery does not pass the record that begins such a stretch, whatever is held behind it:
-//! to whoever plans one it is a hole. Noted before the bytes are acknowledged. Only changes are kept, so a database that never
-//! does this has no such file. Entries are only added: what one tier has, the other may take over.
+//! In the format of `crate::record`. Recovery cannot pass the record that begins such a stretch, whatever WAL follows,
+//! so a recovery plan treats it as a hole. A change is recorded before its bytes are acknowledged. Only changes are
+//! stored, so a cluster that never uses `minimal` has no such file. Entries are only added, so each tier can take over
+//! the entries of the other.
 
 use super::{
     WalStore,
@@ -24,25 +25,25 @@ use klio_pg::{Lsn, TimelineId, WalLevel, WalParameters};
 use serde::{Deserialize, Serialize};
 use std::{io, path::PathBuf};
 
-/// The file's name in a cluster's directory of either tier.
+/// The name of the file in a cluster's directory, in either tier.
 pub const LEVELS: &str = "wal_levels.json";
 
 /// A change to or from `wal_level = minimal`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LevelChange {
-    /// Of the record that says so.
+    /// Timeline of the WAL record that changes the level.
     pub timeline: TimelineId,
-    /// Its first byte.
+    /// The first byte of that record.
     pub lsn: Lsn,
-    /// To it, or away from it.
+    /// True for a change to `minimal`, false for a change away from it.
     pub minimal: bool,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
 impl LevelChange {
-    /// Reads the bytes of the file in either tier. `place` is for the error.
+    /// Parses the bytes of the file from either tier. `place` is for the error.
     ///
     /// # Errors
     /// `Corrupt`.
@@ -51,7 +52,7 @@ impl LevelChange {
     }
 }
 
-/// Both, ascending. What changes nothing is left out.
+/// Merges both lists in ascending order, without entries that change nothing.
 pub fn join_levels(one: &[LevelChange], other: &[LevelChange]) -> Vec<LevelChange> {
     let mut all = [one, other].concat();
     all.sort_by_key(|change| (change.timeline, change.lsn));
@@ -72,7 +73,7 @@ fn path(cluster: &Cluster) -> PathBuf {
 }
 
 impl Cluster {
-    /// Puts what a receiver found on record, if it is news.
+    /// Records the level changes that a receiver found, if they are new.
     pub(super) fn note_levels(
         &self,
         timeline: TimelineId,
@@ -95,7 +96,7 @@ impl Cluster {
         record::store(self.disk(), &path(self), &all)?;
         let begun = all.iter().filter(|change| change.minimal && !known.contains(change));
         for LevelChange { timeline, lsn, .. } in begun {
-            tracing::error!(cluster = %self.name, ?timeline, %lsn, "WAL is written with wal_level = minimal from here on: no recovery passes this; take a base backup when it is over");
+            tracing::error!(cluster = %self.name, ?timeline, %lsn, "recovery cannot pass this WAL (wal_level = minimal); take a base backup after it");
         }
         lock(&self.state).levels = all;
         Ok(true)
@@ -103,23 +104,23 @@ impl Cluster {
 }
 
 impl WalStore {
-    /// Every change to and from `wal_level = minimal` that was seen, by timeline and place.
+    /// Every recorded change to or from `wal_level = minimal`, by timeline and LSN.
     pub fn levels(&self, name: &ClusterName) -> Vec<LevelChange> {
         self.find(name).map(|cluster| lock(&cluster.state).levels.clone()).unwrap_or_default()
     }
 
-    /// Adds what the other tier knows. True when it is news.
+    /// Adds the changes that the other tier knows. True when one was new.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that is not here; as the disk fails.
+    /// `NotFound` for an unknown cluster; an I/O error of the disk.
     pub fn add_levels(&self, name: &ClusterName, more: &[LevelChange]) -> Result<bool, Error> {
         self.need(name, Op::Write)?.add_levels(more)
     }
 
-    /// The file as it lies on tier 1; `None` when there is none.
+    /// The bytes of the file on tier 1; `None` when there is none.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     pub fn levels_file(&self, name: &ClusterName) -> Result<Option<Vec<u8>>, Error> {
         let cluster = self.need(name, Op::Read)?;
         let _one = lock(&cluster.noting);

@@ -1,8 +1,8 @@
-//! Puts a sealed file that rotted and was put aside in its place again, from a good copy: of an unfinished segment, which no
-//! PostgreSQL gives again once its timeline is over.
+//! Puts a sealed file that rotted and was set aside back in place, from a good copy. This is for partial segments,
+//! which no PostgreSQL sends again once their timeline is over.
 //!
-//! Nothing changes before all of it has come, was synced and was read back whole; then under the locks with which a writer is
-//! opened, so that it is never put beside a journal that goes on.
+//! Nothing changes before the copy has arrived completely, was synced and was verified. The file is then renamed under
+//! the locks with which a writer is opened, so that it never appears beside a journal that continues.
 
 use super::{
     WalStore,
@@ -17,7 +17,7 @@ use crate::{
 use klio_pg::SegmentName;
 use std::{path::PathBuf, sync::Arc};
 
-/// A sealed file on its way. Dropping it gives it up.
+/// A copy of a sealed file that is being received. Dropping it discards the copy.
 #[derive(Debug)]
 pub struct Mend {
     cluster: Arc<Cluster>,
@@ -29,7 +29,8 @@ pub struct Mend {
 }
 
 impl WalStore {
-    /// The files that tier 2 may have a good copy of: segments for [`WalStore::refill`], partial ones for [`WalStore::mend`].
+    /// The files of which tier 2 may have a good copy: segments for [`WalStore::refill`], partial ones for
+    /// [`WalStore::mend`].
     pub fn mendable(&self, name: &ClusterName) -> Vec<WalFile> {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let Some(size) = lock(&cluster.state).pinned.map(|pinned| pinned.segment_size) else {
@@ -46,10 +47,10 @@ impl WalStore {
         files
     }
 
-    /// Begins to take a sealed file, as it is stored elsewhere in this form.
+    /// Begins to receive a copy of a sealed file, in the given stored form.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that is not here; as the disk fails.
+    /// `NotFound` for an unknown cluster; an I/O error of the disk.
     pub fn mend(&self, name: &ClusterName, file: WalFile, form: Form) -> Result<Mend, Error> {
         let cluster = self.need(name, Op::Create)?;
         let path = cluster.path_in(file, form);
@@ -61,20 +62,21 @@ impl WalStore {
 }
 
 impl Mend {
-    /// Takes the next stored bytes.
+    /// Appends the next stored bytes.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     pub fn push(&mut self, stored: &[u8]) -> Result<(), Error> {
         let written = self.handle.write_all_at(stored, self.at);
         self.at += stored.len() as u64;
         written.map_err(|e| Error::io(Op::Write, &self.tmp, e))
     }
 
-    /// Puts it in its place, durably.
+    /// Verifies the copy and renames it into place, durably.
     ///
     /// # Errors
-    /// `Corrupt` when it is not good or not all, `Conflict` when it is not missed any more, and as the disk fails.
+    /// `Corrupt` when the copy is damaged or incomplete, `Conflict` when the file is no longer missing, or an I/O error
+    /// of the disk.
     pub fn finish(self) -> Result<(), Error> {
         let Self { cluster, file, form, tmp, handle, .. } = &self;
         handle.sync_all().map_err(|e| Error::io(Op::Sync, tmp, e))?;
@@ -85,7 +87,7 @@ impl Mend {
         let _one = lock(&cluster.op);
         let _files = lock(&cluster.files);
         let start = lock(&cluster.state).missed_begin(*file, count).ok_or_else(|| {
-            let detail = "expected a missed file of at most as many bytes, found none";
+            let detail = "expected a missing file of at most this length, found none";
             Error::new(Kind::Conflict, Op::Rename, *file, detail)
         })?;
         let path = cluster.path_in(*file, *form);
@@ -98,7 +100,7 @@ impl Mend {
 impl Drop for Mend {
     fn drop(&mut self) {
         if let Err(error) = durable::remove_if_there(self.cluster.disk(), &self.tmp) {
-            tracing::warn!(%error, "a copy of a sealed file stays until the next start");
+            tracing::warn!(%error, "cannot remove a temporary copy of a sealed file; it stays until the next start");
         }
     }
 }

@@ -3,29 +3,30 @@
 //! - WAL1  flushed <= written, and both only grow; only a flush makes a [`FlushedLsn`] (P1).
 //! - WAL2  a sealed segment has its full size, its checksums, and never changes.
 //! - WAL3  at most one writer per cluster and timeline; a second is refused, unless the first was fenced (P8).
-//! - WAL6  what two PostgreSQLs write on two timelines at once is held side by side, and none of it is followed against a
-//!   person's decision (`timelines.json`).
-//! - WAL4  a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file (P2).
-//! - WAL5  one cluster's trouble is one cluster's: the others go on (P8).
+//! - WAL6  if two PostgreSQLs write on two timelines at once, both are stored side by side, and neither is followed
+//!   against a person's decision (`timelines.json`).
+//! - WAL4  a file that holds acknowledged bytes is only ever replaced by a synced copy of them, or by the sealed file
+//!   (P2).
+//! - WAL5  a problem of one cluster does not affect the others (P8).
 //!
-//! All calls block; none keeps memory in proportion to a segment's size.
+//! All calls block; none needs memory in proportion to a segment's size.
 //!
 //! | below `<root>/<cluster>/` | what |
 //! |---|---|
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
-//! | `gaps.json` | WAL that will never be here (`record.rs`) |
+//! | `gaps.json` | WAL that is recorded as lost (`record.rs`) |
 //! | `timelines.json` | timelines of which more than one is written (`catalog::timelines`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
 //! | `wal_levels.json` | where WAL was written with `wal_level = minimal` (`levels.rs`) |
 //! | `taken_over.json` | WAL that only tier 2 had when the stream went on behind it (`takeover.rs`) |
 //! | `open.key.age` | the key of encrypted journals (`cipher.rs`) |
-//! | `wal/<timeline>.history[.age]` | as PostgreSQL wrote it |
+//! | `wal/<timeline>.history[.age]` | the history file as PostgreSQL wrote it |
 //! | `wal/<timeline>/<segment>.open` | journal of a segment that is not sealed (`frame.rs`) |
-//! | `wal/<timeline>/<segment>.open.damaged-<n>` | a journal that lost acknowledged WAL, as it was found: kept (`damage.rs`) |
-//! | `wal/<timeline>/<segment>….zst[.age].damaged-<n>` | a sealed file that rotted, as it was found: kept (`rotten.rs`) |
+//! | `wal/<timeline>/<segment>.open.damaged-<n>` | a journal that lost acknowledged WAL, kept as it was found (`damage.rs`) |
+//! | `wal/<timeline>/<segment>….zst[.age].damaged-<n>` | a sealed file that rotted, kept as it was found (`rotten.rs`) |
 //! | `wal/<timeline>/<segment>.zst[.age]` | sealed: standard zstd, exactly the segment (`seal.rs`) |
-//! | `wal/<timeline>/<segment>.partial.zst[.age]` | the same of a segment that ended early |
+//! | `wal/<timeline>/<segment>.partial.zst[.age]` | the same for a segment that ended early |
 //! | `wal/spare/` | files to recycle; emptied at start |
 //! | `*.tmp` | unfinished; removed at start |
 
@@ -96,10 +97,10 @@ use std::{
 };
 use stored::{DiskReader, StoredAt};
 
-/// The oldest PostgreSQL that Klio speaks to.
+/// The oldest supported PostgreSQL version.
 const OLDEST_POSTGRES: u32 = 150_000;
 
-/// The WAL of all clusters below one directory. Clones share it.
+/// The WAL of all clusters below one directory. Clones share the same state.
 #[derive(Debug, Clone)]
 pub struct WalStore(Arc<Store>);
 
@@ -107,7 +108,7 @@ pub struct WalStore(Arc<Store>);
 struct Store {
     shared: Arc<Shared>,
     clusters: RwLock<BTreeMap<ClusterName, Arc<Cluster>>>,
-    /// One first contact at a time.
+    /// Held while a cluster is created at first contact.
     creating: Mutex<()>,
 }
 
@@ -116,18 +117,18 @@ fn not_found(op: Op, place: impl std::fmt::Display) -> Error {
 }
 
 impl WalStore {
-    /// Takes the directory for itself, finds out what is there and repairs what a crash left. A cluster that cannot be read
+    /// Locks the directory, reads what is there and repairs what a crash left behind. A cluster that cannot be read
     /// does not stop the others: see [`WalStore::problems`].
     ///
     /// # Errors
-    /// `Conflict` when another process has the directory; otherwise I/O errors on the directory itself.
+    /// `Conflict` when another process uses the directory; otherwise I/O errors of the directory itself.
     pub fn open(disk: Arc<dyn Disk>, root: PathBuf, options: WalOptions) -> Result<Self, Error> {
         durable::create_dir(disk.as_ref(), &root)?;
         let lock_path = root.join("LOCK");
         let guard = disk.lock(&lock_path).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => {
                 let detail =
-                    "expected to be the only server in it, found another that holds its lock";
+                    "expected to be the only server in this directory, found another that holds its lock";
                 Error::new(Kind::Conflict, Op::Open, root.display(), detail)
             }
             _ => Error::io(Op::Open, &lock_path, e),
@@ -164,22 +165,21 @@ impl WalStore {
         })
     }
 
-    /// What files are encrypted with.
+    /// The encryption of files at rest.
     pub fn at_rest(&self) -> &AtRest {
         &self.0.shared.options.at_rest
     }
 
-    /// The directory.
     pub fn root(&self) -> &Path {
         &self.0.shared.root
     }
 
-    /// Every cluster there is, readable or not.
+    /// All clusters, readable or not.
     pub fn clusters(&self) -> Vec<ClusterName> {
         self.0.clusters.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
-    /// What was pinned at first contact.
+    /// The identity that was pinned at first contact.
     pub fn pinned(&self, name: &ClusterName) -> Option<Pinned> {
         lock(&self.find(name)?.state).pinned
     }
@@ -187,12 +187,12 @@ impl WalStore {
     /// Free and total bytes of the file system.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An I/O error of the disk.
     pub fn free_space(&self) -> Result<(u64, u64), Error> {
         self.disk().space(self.root()).map_err(|e| Error::io(Op::Read, self.root(), e))
     }
 
-    /// What is wrong with a cluster's files now, one sentence each.
+    /// The current problems of a cluster's files, one sentence each.
     pub fn problems(&self, name: &ClusterName) -> Vec<String> {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
@@ -202,19 +202,20 @@ impl WalStore {
         broken.chain(state.problems.values().cloned()).chain(damaged).collect()
     }
 
-    /// WAL that was acknowledged, is damaged on this disk, and is not held again yet.
+    /// WAL that was acknowledged, is damaged on this disk, and has not been received again yet.
     pub fn damaged(&self, name: &ClusterName) -> Vec<DamagedWal> {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
         state.damaged.iter().filter(|d| d.is_loss()).cloned().collect()
     }
 
-    /// Journals that lost acknowledged WAL: those of [`WalStore::damaged`], and those that end early although more follows.
+    /// The number of journals that lost acknowledged WAL: those of [`WalStore::damaged`], and those that end early
+    /// although more WAL follows.
     pub fn damaged_journals(&self, name: &ClusterName) -> u64 {
         let Some(cluster) = self.find(name) else { return 0 };
         let state = lock(&cluster.state);
         let journals = state.lines.values().flat_map(|line| line.journals.values());
-        // Where a sealed file was, the record counts.
+        // For a sealed file the entry in `damaged` counts.
         let cut = journals
             .filter(|journal| !journal.is_missing())
             .filter(|journal| state.has_lost_bytes(journal) || state.is_hole(journal));
@@ -222,11 +223,11 @@ impl WalStore {
         (cut + state.damaged.iter().filter(|d| d.is_loss()).count()) as u64
     }
 
-    /// Binds a name to a PostgreSQL at first contact, durably; later checks that it is the same (P8). Another version of
-    /// the same system is taken over.
+    /// Pins a name to a PostgreSQL at first contact, durably; later calls check that it is the same one (P8). A new
+    /// version of the same system replaces the recorded one.
     ///
     /// # Errors
-    /// `Conflict` when it is another system or segment size, `Invalid` before PostgreSQL 15.
+    /// `Conflict` for another system or segment size, `Invalid` before PostgreSQL 15.
     pub fn pin(&self, name: &ClusterName, pinned: Pinned) -> Result<(), Error> {
         if pinned.postgres_version < OLDEST_POSTGRES {
             let found = pinned.postgres_version;
@@ -261,26 +262,26 @@ impl WalStore {
         Ok(cluster)
     }
 
-    /// How far each timeline with WAL is, oldest first.
+    /// The position of each timeline with WAL, oldest first.
     pub fn positions(&self, name: &ClusterName) -> Vec<Position> {
         self.find(name).map(|cluster| lock(&cluster.state).positions()).unwrap_or_default()
     }
 
-    /// The durable bytes that lie in no sealed file yet: of each journal its timeline, first byte and one past the
-    /// last. What lies between two journals may be a recorded gap, which nobody holds.
+    /// The durable bytes that are not in a sealed file yet: for each journal its timeline, its first byte and one past
+    /// its last. Between two journals there may be a recorded gap.
     pub fn open_runs(&self, name: &ClusterName) -> Vec<(TimelineId, Lsn, Lsn)> {
         self.find(name).map(|cluster| lock(&cluster.state).open_runs()).unwrap_or_default()
     }
 
-    /// The recorded gaps, in the order they were declared.
+    /// The recorded gaps, in the order in which they were declared.
     pub fn gaps(&self, name: &ClusterName) -> Vec<Gap> {
         self.find(name).map(|cluster| lock(&cluster.state).gaps.clone()).unwrap_or_default()
     }
 
-    /// Stores a timeline's history file, durably. Again with the same content is fine.
+    /// Stores a timeline's history file, durably. Repeating it with the same content succeeds.
     ///
     /// # Errors
-    /// `Invalid` when PostgreSQL would refuse it, `Conflict` when another one is there.
+    /// `Invalid` when PostgreSQL would refuse the file, `Conflict` when another one is stored.
     pub fn put_history(
         &self,
         name: &ClusterName,
@@ -320,7 +321,7 @@ impl WalStore {
             let line = state.lines.get(&timeline);
             state.records_proven && line.is_some_and(|line| line.history.is_some())
         };
-        // Seen is not durable: an earlier call may have failed at the last step.
+        // The file can be visible without being durable: an earlier call may have failed at the last step.
         if there.is_some() && known {
             return Ok(());
         }
@@ -332,7 +333,7 @@ impl WalStore {
         Ok(())
     }
 
-    /// A timeline's ancestors; none for timeline 1.
+    /// A timeline's ancestors; empty for timeline 1.
     ///
     /// # Errors
     /// `NotFound` when its history file is not stored.
@@ -347,7 +348,7 @@ impl WalStore {
         state.history(timeline).ok_or_else(|| not_found(Op::Read, path.display()))
     }
 
-    /// Ends the writers of a cluster: waits for the writes and syncs that are under way, after which every call of theirs
+    /// Ends the writers of a cluster: waits for their current writes and syncs, after which every call of these writers
     /// fails. True when there was one.
     pub fn fence(&self, name: &ClusterName) -> bool {
         let Some(cluster) = self.find(name) else { return false };
@@ -356,9 +357,10 @@ impl WalStore {
         !slots.is_empty()
     }
 
-    /// Whether a writer would be opened there, as far as that can be known before an earlier one is ended: nobody is
-    /// ended for one that is refused. `lives_on` is the timeline of its PostgreSQL, which may be a descendant; `taken` is
-    /// what would be taken over first. Whether an older timeline is stale is left to whoever asks its PostgreSQL. Writes nothing.
+    /// Whether a writer could be opened, as far as that can be decided before an existing one is ended: no writer is
+    /// ended for one that would be refused. `lives_on` is the timeline of the client's PostgreSQL, which may be a
+    /// descendant; `taken` is the WAL that would be taken over first. Whether an older timeline is stale is left to the
+    /// caller, which asks its PostgreSQL. Writes nothing.
     ///
     /// # Errors
     /// As [`WalStore::open_writer`], without `WriterPresent` and `Stale`.
@@ -375,18 +377,18 @@ impl WalStore {
         cluster.ensure_loaded()?;
         let state = lock(&cluster.state);
         match admit::may_stream(&state.marks, state.followed(), lives_on) {
-            // It may prove that it writes.
+            // A stale PostgreSQL can still prove that it writes.
             Ok(()) | Err(OpenRefusal::Stale { .. }) => {}
             Err(refusal) => return Err(refuse(refusal)),
         }
         placed(&state, request, taken).map(drop).map_err(refuse)
     }
 
-    /// Opens the writer of a timeline. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else is
-    /// done.
+    /// Opens the writer of a timeline. The rules are those of [`OpenRefusal`]; a gap is recorded before anything else
+    /// is done.
     ///
     /// # Errors
-    /// `Refused` with the cause; or `Failed`, of which `Full` and `Io` may pass: try again.
+    /// `Refused` with the cause; or `Failed`, of which `Full` and `Io` may be temporary: try again.
     pub fn open_writer(
         &self,
         name: &ClusterName,
@@ -395,7 +397,7 @@ impl WalStore {
         self.open_writer_of(name, request, request.timeline)
     }
 
-    /// The same for a PostgreSQL that lives on another timeline than the one it is to stream first, which is an ancestor.
+    /// The same for a PostgreSQL that is on another timeline than the ancestor which it has to stream first.
     ///
     /// # Errors
     /// As [`WalStore::open_writer`].
@@ -424,20 +426,21 @@ impl WalStore {
         Ok(Writer::start(cluster.clone(), journal, entry, pinned, history))
     }
 
-    /// Says whether anything more is to come of a cluster. Where nothing is, its last segments are finished as they are; what
-    /// comes all the same goes on behind them.
+    /// Sets whether the cluster is over, so that no more WAL is expected. Its last segments are then finished as they
+    /// are; WAL that still arrives continues behind them.
     pub fn set_over(&self, name: &ClusterName, over: bool) {
         if let Some(cluster) = self.find(name) {
             lock(&cluster.state).over = over;
         }
     }
 
-    /// What is finished and not sealed: full segments, and partial ones of ended timelines or before gaps.
+    /// The journals that are finished but not sealed: full segments, and partial ones of ended timelines or before
+    /// gaps.
     pub fn unsealed(&self, name: &ClusterName) -> Vec<WalFile> {
         self.find(name).map(|cluster| lock(&cluster.state).finished()).unwrap_or_default()
     }
 
-    /// Unix time since when the oldest finished journal waits to be sealed; `None` when none does.
+    /// Unix time since which the oldest finished journal has been waiting to be sealed; `None` when none is waiting.
     pub fn unsealed_since(&self, name: &ClusterName) -> Option<f64> {
         let waiting = {
             let cluster = self.find(name)?;
@@ -459,11 +462,11 @@ impl WalStore {
         files.iter().filter_map(|path| self.disk().stat(path).ok()).map(|stat| stat.modified_unix)
     }
 
-    /// Turns a finished journal into its sealed file, durably, and lets the journal go. Again for a sealed file gives the
-    /// same answer. Takes as long as reading and hashing it does; run it off the receiving path.
+    /// Turns a finished journal into its sealed file, durably, and releases the journal. Repeating it for a sealed file
+    /// gives the same answer. It takes as long as reading and hashing the file: run it off the receiving path.
     ///
     /// # Errors
-    /// `Invalid` when it is not finished, `NotFound` when there is none, `Full` (try again), `Corrupt`.
+    /// `Invalid` when the journal is not finished, `NotFound` when there is none, `Full` (try again), `Corrupt`.
     pub fn seal(&self, name: &ClusterName, file: WalFile) -> Result<Sealed, Error> {
         self.need(name, Op::Seal)?.seal(file)
     }
@@ -471,7 +474,7 @@ impl WalStore {
     /// The finished files on disk: sealed and partial segments, history files.
     ///
     /// # Errors
-    /// As the disk reports.
+    /// An I/O error of the disk.
     pub fn list(&self, name: &ClusterName) -> Result<Vec<StoredFile>, Error> {
         let cluster = self.need(name, Op::List)?;
         let wal = cluster.wal_directory();
@@ -489,7 +492,7 @@ impl WalStore {
                 }
             }
         }
-        // In both forms for a moment: the one that the settings ask for counts.
+        // A file can exist in both forms for a moment; the configured form wins.
         let form = cluster.form();
         found.sort_by_key(|stored| (stored.file, stored.form != form));
         found.dedup_by_key(|stored| stored.file);
@@ -517,32 +520,33 @@ impl WalStore {
                 found.push(StoredFile { file, form, size, modified_unix });
                 Ok(())
             }
-            // Expired between the two calls.
+            // The file was removed between the two calls.
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(e) => Err(Error::io(Op::List, &path, e)),
         }
     }
 
-    /// Where a WAL file can be read. A segment of which only a part exists is answered with that part.
+    /// Finds where a WAL file can be read. For an incomplete segment the answer is the existing part.
     ///
     /// # Errors
-    /// `NotFound` only when there is definitively none (P7); `Corrupt` when that cannot be told.
+    /// `NotFound` only when there is definitely no such file (P7); `Corrupt` when that cannot be decided.
     pub fn read(&self, name: &ClusterName, file: WalFile) -> Result<Found, Error> {
         let cluster = self.need(name, Op::Read)?;
         let (held, lost) = {
             let state = lock(&cluster.state);
             (state.has_held(file), state.has_lost(file))
         };
-        // A segment can be sealed between looking for its journal and opening it; then it is found the next time.
+        // A segment can be sealed between looking up its journal and opening it; the next attempt then finds the sealed
+        // file.
         for _ in 0..3 {
             if let Some(found) = self.read_once(&cluster, file)? {
                 return Ok(found);
             }
         }
         match &lock(&cluster.state).broken {
-            // It was durable and nobody recorded a gap: that is a loss, not an absence.
+            // The file was durable and no gap is recorded: it is lost, not absent.
             None if held || lost => {
-                let detail = "expected a file of WAL that was received, found none";
+                let detail = "expected a WAL file that was received, found none";
                 Err(Error::new(Kind::Corrupt, Op::Read, cluster.path_of(file).display(), detail))
             }
             None => Err(not_found(Op::Read, cluster.path_of(file).display())),
@@ -552,7 +556,7 @@ impl WalStore {
                     kind,
                     Op::Read,
                     file,
-                    format!("the cluster is not readable: {text}"),
+                    format!("the cluster cannot be read: {text}"),
                 ))
             }
         }
@@ -566,10 +570,10 @@ impl WalStore {
                 WalFile::Partial(segment) => state.journal(segment).filter(|j| !j.is_full()),
                 WalFile::History(_) => None,
             };
-            // A person may have put a good copy in the place of one that rotted.
+            // Unless a person has put a good copy in the place of a rotten file.
             let lost = |entry: &&Arc<Unsealed>| !entry.is_missing() && state.has_lost_bytes(entry);
             if let Some(entry) = entry.as_ref().filter(lost) {
-                // Given as a partial segment it would look like the end of WAL (P7).
+                // If it were returned as a partial segment, it would look like the end of WAL (P7).
                 let detail = format!(
                     "expected WAL up to {}, found it whole up to {}",
                     entry.end,
@@ -614,10 +618,11 @@ impl WalStore {
         Ok(None)
     }
 
-    /// The content of a file that [`WalStore::read`] found, decoded, all at once: for history files, tests and small tools.
+    /// The decoded content of a file that [`WalStore::read`] found, all at once: for history files, tests and small
+    /// tools.
     ///
     /// # Errors
-    /// `Corrupt` when it does not decode, or I/O errors.
+    /// `Corrupt` when it cannot be decoded, or I/O errors.
     pub fn plain_bytes(&self, found: Found) -> Result<Vec<u8>, Error> {
         let mut plain = Vec::new();
         self.plain_pieces(found, &mut |piece| {
@@ -630,7 +635,7 @@ impl WalStore {
     /// The same, piece by piece.
     ///
     /// # Errors
-    /// As [`WalStore::plain_bytes`], and what `put` fails with.
+    /// As [`WalStore::plain_bytes`], or an error of `put`.
     pub fn plain_pieces(
         &self,
         found: Found,
@@ -685,7 +690,7 @@ fn check_same(name: &ClusterName, before: &Pinned, found: &Pinned) -> Result<(),
     Ok(())
 }
 
-/// What a writer that may begin there begins with, once `taken` is on record.
+/// What a writer begins with if it may begin there, once `taken` is recorded.
 fn placed(
     state: &cluster::State,
     request: &OpenRequest,
@@ -701,7 +706,8 @@ fn placed(
 }
 
 impl Cluster {
-    /// What a writer begins with. What the client's slot says counts for where it may begin, and is forgotten when it may not.
+    /// What a writer begins with. The client's slot is taken into account for the start position, and forgotten if the
+    /// client is refused.
     fn admit(
         &self,
         request: &OpenRequest,
@@ -728,11 +734,11 @@ impl cluster::State {
     }
 }
 
-/// Keeps a timeline's end open while its writer is opened.
+/// Keeps a timeline from being treated as ended while its writer is opened.
 struct Opening<'a>(&'a Cluster);
 
 impl<'a> Opening<'a> {
-    /// Call with `op` held, until this is dropped.
+    /// Call it with `op` held, and hold `op` until this value is dropped.
     fn begin(cluster: &'a Cluster, timeline: TimelineId) -> Self {
         lock(&cluster.state).opening = Some(timeline);
         Self(cluster)
@@ -746,7 +752,7 @@ impl Drop for Opening<'_> {
 }
 
 impl Cluster {
-    /// The journal in which the byte at `start` goes, opened at its end, or made.
+    /// The journal that contains the byte at `start`, opened for appending, or newly created.
     fn journal_at(
         &self,
         timeline: TimelineId,
@@ -755,10 +761,11 @@ impl Cluster {
     ) -> Result<(Journal, Arc<Unsealed>), Error> {
         let segment = SegmentName::containing(timeline, start, pinned.segment_size);
         self.remove_unused(segment, pinned)?;
-        // Not in the condition: the state would stay locked while the journal is opened again.
+        // Not in the condition of the `if let`: that would keep the state locked while the journal is reopened.
         let open = lock(&self.state).journal(segment);
         if let Some(entry) = open {
-            // It may just be sealed, as its timeline had ended: then the stream goes on behind what is sealed.
+            // The journal may just be being sealed because its timeline had ended; the stream then continues behind the
+            // sealed part.
             let _one = lock(&entry.work);
             if lock(&self.state).holds(&entry) {
                 return Ok((self.reopen(&entry, start)?, Arc::clone(&entry)));
@@ -778,12 +785,12 @@ impl Cluster {
         self.next_journal(timeline, start)
     }
 
-    /// Journals that never got a byte, of a place where the stream no longer goes on.
+    /// Removes journals that never got a byte and at whose position the stream no longer continues.
     fn remove_unused(&self, wanted: SegmentName, pinned: &Pinned) -> Result<(), Error> {
         let unused: Vec<Arc<Unsealed>> = {
             let state = lock(&self.state);
             let all = state.lines.values().flat_map(|line| line.journals.values());
-            // The empty journal of another timeline's live writer is in use.
+            // The empty journal of another timeline's active writer is in use.
             let free = |j: &&Arc<Unsealed>| !state.writers.contains_key(&j.timeline);
             let unused =
                 |j: &&Arc<Unsealed>| j.is_empty() && j.segment(pinned.segment_size) != wanted;
@@ -809,7 +816,8 @@ impl Cluster {
         }
         frames.skip_closing()?;
         if frames.offset() != entry.used() {
-            // Something behind the WAL is not as it was written. No place is written twice under one key.
+            // The bytes behind the WAL are not those that were written. No offset is written twice under one key, so
+            // copy the journal.
             let (keys, next_id) = (self.writing_keys()?, &*self.shared.options.next_id);
             let copy = journal::copy_up_to(self.disk(), path, start, &keys, next_id)?;
             entry.set_used(copy.offset);

@@ -1,35 +1,36 @@
-//! Digests of WAL pages: what two sides compare without sending the bytes (P11). Pure.
+//! Digests of WAL pages: the two sides compare these without sending the WAL itself (P11). Pure.
 //!
-//! - One digest for each page: the first 16 bytes of the SHA-256 of what the range holds of it.
-//! - A difference is named by the first page that differs. Pages that only one side has are no difference.
+//! - There is one digest per page: the first 16 bytes of the SHA-256 of the part of the page inside the
+//!   range.
+//! - A difference is reported as the first page that differs. Pages that only one side has are not a
+//!   difference.
 
 use klio_pg::{Lsn, PAGE_BYTES};
 use sha2::{Digest as _, Sha256};
 
-/// Bytes of one digest: enough that nobody makes two pages with the same one.
+/// Length of one digest in bytes: long enough that nobody can construct two pages with the same digest.
 pub const DIGEST_BYTES: usize = 16;
 
-/// Makes the digests of a run of WAL.
+/// Computes the digests of a run of WAL.
 #[derive(Debug)]
 pub struct PageDigests {
     position: Lsn,
     hasher: Sha256,
-    /// Of the pages that are complete.
+    /// The digests of the completed pages.
     done: Vec<u8>,
 }
 
 impl PageDigests {
-    /// Of a run that begins at `start`, the beginning of a page.
+    /// Starts a run at `start`, which must be the beginning of a page.
     pub fn new(start: Lsn) -> Self {
         Self { position: start, hasher: Sha256::new(), done: Vec::new() }
     }
 
-    /// Where the next byte belongs.
+    /// The LSN of the next byte.
     pub const fn position(&self) -> Lsn {
         self.position
     }
 
-    /// Takes the next bytes.
     pub fn push(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
             let left = PAGE_BYTES - self.position.as_u64() % PAGE_BYTES;
@@ -47,7 +48,7 @@ impl PageDigests {
         self.done.extend_from_slice(&self.hasher.finalize_reset()[..DIGEST_BYTES]);
     }
 
-    /// The digests of all pages, the last of which may have ended early.
+    /// The digests of all pages; the last page may be incomplete.
     pub fn finish(mut self) -> Vec<u8> {
         if !self.position.as_u64().is_multiple_of(PAGE_BYTES) {
             self.end_page();
@@ -56,12 +57,12 @@ impl PageDigests {
     }
 }
 
-/// How many digests a run has.
+/// The number of digests of a run.
 pub const fn pages(start: Lsn, end: Lsn) -> u64 {
     end.bytes_since(start).div_ceil(PAGE_BYTES)
 }
 
-/// The first page whose digests differ. Both sides begin at `start`.
+/// The first page whose digests differ. Both lists begin at `start`.
 pub fn first_difference(start: Lsn, ours: &[u8], theirs: &[u8]) -> Option<Lsn> {
     let pairs = ours.chunks_exact(DIGEST_BYTES).zip(theirs.chunks_exact(DIGEST_BYTES));
     let page = pairs.enumerate().find(|(_, (a, b))| a != b)?.0;

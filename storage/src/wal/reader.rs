@@ -1,7 +1,7 @@
 //! Reads the durable bytes of a segment that is not sealed yet.
 //!
-//! Never gives a byte beyond what was durable when it was opened, and checks every frame on the way. A sidecar may
-//! append meanwhile, and the segment may be sealed meanwhile: the bytes stay the same.
+//! It never returns a byte beyond what was durable when it was opened, and it checks every frame. More WAL may be
+//! appended and the segment may be sealed meanwhile: the bytes stay the same.
 
 use super::{
     cipher::JournalKeys,
@@ -24,11 +24,11 @@ pub struct OpenSegment {
     end: Lsn,
     context: DCtx<'static>,
     buffer: Vec<u8>,
-    /// The part of `buffer` that `Read` has not given yet.
+    /// The part of `buffer` that `Read` has not returned yet.
     rest: std::ops::Range<usize>,
 }
 
-/// Puts a frame's WAL into `out`, which only ever grows; gives the part of it that is WAL.
+/// Decodes a frame's WAL into `out`, which only ever grows, and returns the part of `out` that holds it.
 pub(super) fn decode_frame<'a>(
     context: &mut DCtx<'_>,
     frame: &Frame<'_>,
@@ -78,7 +78,6 @@ impl OpenSegment {
         })
     }
 
-    /// The segment.
     pub const fn segment(&self, size: SegmentSize) -> klio_pg::SegmentName {
         klio_pg::SegmentName::containing(self.timeline, self.start, size)
     }
@@ -90,7 +89,6 @@ impl OpenSegment {
     pub const fn end(&self) -> Lsn {
         self.end
     }
-    /// How many bytes there are.
     pub const fn plain_size(&self) -> u64 {
         self.end.bytes_since(self.start)
     }

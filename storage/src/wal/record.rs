@@ -1,8 +1,7 @@
 //! The small JSON files of a cluster: `cluster.json`, `gaps.json` and `timelines.json`.
 //!
-//! The shape is that of `crate::record`.
-//!
-//! Read by hand with any JSON tool. Replaced as a whole, durably, never written into.
+//! In the format of `crate::record`. Any JSON tool can read them. They are replaced as a whole, durably, and never
+//! modified in place.
 
 use super::types::{Gap, Pinned};
 use crate::{
@@ -14,7 +13,7 @@ use crate::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::Path;
 
-/// `cluster.json`. The identifier is text, as many JSON readers round large numbers.
+/// `cluster.json`. The system identifier is a string, because many JSON readers round large numbers.
 #[derive(Serialize, Deserialize)]
 struct PinnedRecord {
     system_identifier: String,
@@ -44,7 +43,7 @@ impl PinnedRecord {
 }
 
 impl Pinned {
-    /// Reads the bytes of a `cluster.json` of either tier. `place` is for the error.
+    /// Parses the bytes of a `cluster.json` from either tier. `place` is for the error.
     ///
     /// # Errors
     /// `Corrupt`.
@@ -58,7 +57,7 @@ pub(super) fn load_pinned(disk: &dyn Disk, path: &Path) -> Result<Option<Pinned>
     load::<PinnedRecord>(disk, path)?.map(|body| body.pinned(path)).transpose()
 }
 
-/// Writes `cluster.json`. What a newer version keeps in it stays.
+/// Writes `cluster.json`, preserving fields that a newer version wrote.
 pub(crate) fn store_pinned(disk: &dyn Disk, path: &Path, pinned: &Pinned) -> Result<(), Error> {
     let before = load::<PinnedRecord>(disk, path)?;
     let body = PinnedRecord {
@@ -136,7 +135,8 @@ mod tests {
         assert_eq!(load_gaps(&disk, path).unwrap(), gaps);
     }
 
-    /// Found by the gap test: without float_roundtrip some times read back one bit off, and the record as corrupt.
+    /// The gap test found this: without float_roundtrip some times change by one bit when read, and the record
+    /// looks corrupt.
     #[test]
     fn every_time_of_a_gap_round_trips() {
         let disk = SimDisk::new(1);

@@ -1,17 +1,18 @@
-//! Finds out at start what is on disk, and makes sure of it.
+//! Finds out at start what is on disk, and makes it durable before it is relied on.
 //!
-//! - A journal's longest valid prefix counts. A torn or unsynced tail after it is cut off by copying the prefix into a
-//!   new file, never by truncating.
-//! - Of each timeline's journals, all but the last were synced before the next one got its first frame. The last is
-//!   only *seen*: the page cache may show bytes that a failed fsync never wrote. So it is copied and synced before its
-//!   end counts as durable (P3), and until then only what a frame says was flushed. A copy that fails, for want of space above
-//!   all, is tried again when a writer opens.
-//! - A tail that is not whole, or a header that is not, is put aside before anything takes its place (`damage.rs`). A bad frame
-//!   or header never removes a journal.
-//! - A journal beside its sealed file is the truth, as the rename of the sealed file may not be durable: it is sealed
-//!   again. Where it is not what its name says, its file had been recycled, which happens only after the sealed file
-//!   was durable: the name goes.
-//! - Names are synced before they are relied on: the program may have died between making and syncing them.
+//! - The longest valid prefix of a journal is used. A torn or unsynced tail behind it is dropped by copying the prefix
+//!   into a new file, never by truncating.
+//! - Of each timeline's journals, all but the last were synced before the next one got its first frame. The last one is
+//!   only *visible*: the page cache may show bytes that a failed fsync never wrote. So it is copied and synced before
+//!   its end counts as durable (P3); until then only what a frame reports as flushed counts. A copy that fails (usually
+//!   because the disk is full) is tried again when a writer is opened.
+//! - A damaged tail or a damaged header is set aside before anything replaces it (`damage.rs`). A bad frame or header
+//!   never causes a journal to be removed.
+//! - If a journal and its sealed file both exist, the journal is authoritative, because the rename of the sealed file
+//!   may not be durable: the journal is sealed again. If the journal's content does not match its name, its file had
+//!   already been recycled, which only happens once the sealed file is durable: the journal's name is removed.
+//! - Names are synced before they are relied on: the program may have died between creating a name and syncing the
+//!   directory.
 
 use super::{
     cluster::{Cluster, Line, State, Unsealed, lock},
@@ -39,17 +40,17 @@ use std::{
     sync::Arc,
 };
 
-/// PostgreSQL writes a line for each ancestor; this is many thousands of them.
+/// PostgreSQL writes one line per ancestor; this is enough for many thousands of them.
 pub(super) const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
 impl Cluster {
-    /// Reads the directory if that has not succeeded yet. Call with `op` held.
+    /// Reads the directory if that has not succeeded yet. Call it with `op` held.
     pub(super) fn ensure_loaded(&self) -> Result<(), Error> {
         let broken = lock(&self.state).broken.is_some();
         if broken { self.load() } else { Ok(()) }
     }
 
-    /// Reads the directory. On failure the cluster stays broken, and says why.
+    /// Reads the directory. On failure the cluster stays broken and records why.
     pub(super) fn load(&self) -> Result<(), Error> {
         let loaded = match self.scan() {
             Ok((state, rotten)) => {
@@ -65,8 +66,8 @@ impl Cluster {
         loaded.inspect_err(|e| lock(&self.state).broken = Some((e.kind, e.to_string())))
     }
 
-    /// Makes sure of every journal that is only seen. Call with `op` held. What a live writer has is its own: it was made
-    /// sure of before that was opened.
+    /// Makes every journal durable that is only visible. Call it with `op` held. Journals of a timeline with an active
+    /// writer are left alone: they were made durable before the writer was opened.
     pub(super) fn prove_all(&self) -> Result<(), Error> {
         let unproven: Vec<Arc<Unsealed>> = {
             let state = lock(&self.state);
@@ -82,8 +83,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Writes the small files that start found once more, before the first writer relies on them: their renames may not
-    /// be durable. Call with `op` held.
+    /// Writes the small files that were found at start once more before the first writer relies on them, because their
+    /// renames may not be durable. Call it with `op` held.
     pub(super) fn prove_records(&self) -> Result<(), Error> {
         let timelines = {
             let state = lock(&self.state);
@@ -111,19 +112,20 @@ impl Cluster {
         let _one = lock(&entry.work);
         self.keep_aside(entry)?;
         if entry.is_empty() {
-            // Nothing to keep; the name must not come back with frames that were never acknowledged.
+            // There is nothing to keep. The name must not reappear with frames that were never acknowledged.
             durable::remove_if_there(self.disk(), &entry.path)?;
             lock(&self.state).forget(entry);
             return durable::sync_dir(self.disk(), durable::parent(&entry.path));
         }
-        // Sealed meanwhile: then it is durable, and its file is somebody else's now.
+        // It may have been sealed in the meantime: then it is durable, and its file may already have another use.
         if lock(&self.state).holds(entry) {
             let (keys, next_id) = (self.writing_keys()?, &*self.shared.options.next_id);
             let before = self.disk().stat(&entry.path);
             let copy =
                 journal::copy_up_to(self.disk(), &entry.path, entry.durable(), &keys, next_id)?;
             entry.set_used(copy.offset);
-            // When its last byte came is known by nothing else. Only shown, so a failure is none.
+            // Only the file's modification time says when its last byte arrived. It is only displayed, so ignore a
+            // failure.
             let kept = before.and_then(|b| self.disk().set_modified(&entry.path, b.modified_unix));
             drop(kept);
         }
@@ -132,7 +134,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// What is there, and the sealed files that cannot be read.
+    /// Reads the directory: the state, and the sealed files that cannot be read.
     fn scan(&self) -> Result<(State, Vec<WalFile>), Error> {
         let (disk, directory) = (self.disk(), self.directory());
         let mut state = State::default();
@@ -147,13 +149,14 @@ impl Cluster {
         state.marks = record::load_timelines(disk, &directory.join(layout::TIMELINES))?;
         match horizon::load(disk, self) {
             Ok(horizons) => state.horizons = horizons,
-            // Receiving needs none of it; retention removes nothing while there is a problem (P6).
+            // Receiving does not need it, and retention removes nothing while there is a problem (P6).
             Err(e) => drop(state.problems.insert(e.place.clone(), e.to_string())),
         }
-        // Receiving needs none of both; what they said is kept, and shown as not known while it cannot be read.
+        // Receiving needs neither file. Unreadable ones are kept, and their content is reported as unknown.
         state.damaged = unreadable::load(self, &mut state, damage::FILE, unreadable::union)?;
         state.levels = unreadable::load(self, &mut state, levels::LEVELS, levels::join_levels)?;
-        // Without it a hole would look like a loss, or the stream would go on where it must not.
+        // This one is required: without it a hole would look like a loss, or a stream would resume at the wrong
+        // position.
         state.taken_over = takeover::load(disk, self)?;
         let entries = list(self, &self.wal_directory())?;
         let Some(pinned) = state.pinned else {
@@ -237,9 +240,9 @@ impl Cluster {
                 false => 0,
                 true => match self.plain_size(timeline, start, pinned) {
                     Ok(length) => length,
-                    // It counts for nothing, and keeps nothing else from being used.
+                    // The file does not count as WAL, but it does not make the rest unusable.
                     Err(e) if e.kind == Kind::Corrupt => {
-                        tracing::error!(cluster = %self.name, error = %e, "a sealed file cannot be read");
+                        tracing::error!(cluster = %self.name, error = %e, "cannot read a sealed file");
                         let name = SegmentName::containing(timeline, start, pinned.segment_size);
                         rotten.push(WalFile::Partial(name));
                         continue;
@@ -247,13 +250,13 @@ impl Cluster {
                     Err(e) => return Err(e),
                 },
             };
-            // Of one with a journal that says how far it is held.
+            // If there is a journal, that says how far the WAL reaches.
             let counts = if open.contains(&start) { 0 } else { length };
             line.extend_sealed(start, start.advance(counts));
             lengths.insert(start, length);
         }
         let mut empty = Vec::new();
-        // The last one first: whether more follows decides what a short one means.
+        // The last one first: whether more WAL follows decides what a short journal means.
         for start in open.into_iter().rev() {
             let redundant =
                 sealed.contains(&start).then_some(size).or_else(|| lengths.get(&start).copied());
@@ -265,7 +268,8 @@ impl Cluster {
                 empty.push(start);
             }
         }
-        // Behind the last one with WAL there may be one whose first frame is damaged. What is sealed was synced before.
+        // Behind the last journal with WAL there may be one whose first frame is damaged, so neither is proven. Sealed
+        // files were synced earlier.
         let sealed_to = line.sealed.map_or(Lsn::ZERO, |(_, end)| end);
         for last in line.journals.values().rev().take_while(|last| last.start >= sealed_to) {
             last.set_proven(false);
@@ -287,14 +291,14 @@ impl Cluster {
         }
     }
 
-    /// How many plain bytes a sealed file has: decodes it all, and so verifies it.
+    /// The number of plain bytes of a sealed file. Decodes all of it, and so verifies it.
     pub(super) fn plain_size_of(&self, stored: &StoredAt, limit: u64) -> Result<u64, Error> {
         let mut reader = self.open_plain(&stored.path, stored.form)?;
         decode::decode_reader(&mut reader, limit, &mut |_| Ok(()))
             .map_err(|e| e.at(stored.path.display()))
     }
 
-    /// `beside`: the sealed file beside it. True when no frame of it is whole.
+    /// `beside` is the sealed file of the same segment. True when the journal has no intact frame.
     fn scan_journal(
         &self,
         timeline: TimelineId,
@@ -328,7 +332,7 @@ impl Cluster {
                 return self.scan_shorter(shorter, pinned, line).map(|()| false);
             }
             (Err(e), None) if e.kind == Kind::Corrupt => {
-                tracing::error!(cluster = %self.name, error = %e, "a journal cannot be read: it is put aside as it is");
+                tracing::error!(cluster = %self.name, error = %e, "cannot read a journal; setting it aside unchanged");
                 line.journals.insert(start, Arc::new(self.unreadable(timeline, start, pinned)?));
                 return Ok(false);
             }
@@ -346,13 +350,15 @@ impl Cluster {
         let entry = Unsealed::new(frames.header(), path, end, true);
         entry.set_known(frames.flushed().min(end));
         entry.set_harm(harm);
-        // As long as its sealed form it is the same, and is sealed again, as the rename may not be durable.
+        // If it is as long as its sealed file, both have the same content. It is sealed again, because the rename may
+        // not be durable.
         line.journals.insert(start, Arc::new(entry));
         Ok(false)
     }
 
-    /// A journal with less than the sealed file beside it: it was being filled again from that (`resume.rs`) when the machine
-    /// stopped, or the medium lost the beginning of what was acknowledged behind it. The sealed bytes are good either way.
+    /// Handles a journal that is shorter than its sealed file: either it was being filled from that file (`resume.rs`)
+    /// when the machine stopped, or the medium lost the beginning of WAL that was acknowledged behind it. The sealed
+    /// bytes are good in both cases.
     fn scan_shorter(
         &self,
         shorter: Shorter,
@@ -370,7 +376,7 @@ impl Cluster {
         let more = line.journals.values().any(|j| j.start > start && !j.is_empty())
             || line.sealed.is_some_and(|(_, last)| last > end);
         if sealed < end && more && !goes_on_behind {
-            // It was full once: what is missing is a hole, and the file is kept as it is.
+            // The segment was complete once: the missing bytes are a hole, and the file is kept as it is.
             line.journals.insert(start, Arc::new(entry(sealed, true)));
             return Ok(());
         }
@@ -380,8 +386,8 @@ impl Cluster {
                 Tail::Torn => Some(sealed),
                 Tail::Lost(to) => Some(to.max(sealed)),
             },
-            // A file that was used again has another journal's header or half of one, and nothing that was flushed behind
-            // the sealed bytes; frames that nobody was told of, perhaps.
+            // A recycled file has the header of another journal, or half of one, and no flushed frames behind the
+            // sealed bytes. It may have frames that were never acknowledged.
             None => {
                 let flushed = journal::evidence(self.disk(), &path, start, end)?.flushed;
                 Some(flushed).filter(|flushed| *flushed > sealed)
@@ -390,14 +396,14 @@ impl Cluster {
         let Some(to) = to.filter(|_| sealed < end && !goes_on_behind) else {
             return durable::remove_if_there(self.disk(), &path);
         };
-        // Put aside before it goes; the stream goes on behind the sealed bytes.
+        // The journal is set aside before it is replaced. The stream continues behind the sealed bytes.
         let entry = entry(start, false);
         entry.set_harm(Some(Harm { from: sealed, to }));
         line.journals.insert(start, Arc::new(entry));
         Ok(())
     }
 
-    /// The entry of a journal of which not even the header can be read.
+    /// The entry of a journal whose header cannot be read.
     fn unreadable(
         &self,
         timeline: TimelineId,
@@ -413,7 +419,7 @@ impl Cluster {
         Ok(entry)
     }
 
-    /// Journals without a single whole frame: nothing was ever synced into them, unless more follows.
+    /// Handles journals without a single intact frame: nothing was ever synced into them, unless more WAL follows.
     fn settle_empty(
         &self,
         timeline: TimelineId,
@@ -428,7 +434,8 @@ impl Cluster {
                 durable::remove_if_there(self.disk(), &path)?;
                 continue;
             }
-            // In doubt, keep (P6): somebody may want to look at it. It is a hole like one whose first frame is damaged.
+            // In doubt, keep the file (P6) for a person to look at. It counts as a hole, like a journal whose first
+            // frame is damaged.
             let (Some(pinned), Some(line)) = (state.pinned, state.lines.get_mut(&timeline)) else {
                 continue;
             };
@@ -439,7 +446,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// A journal that ends early although more follows it, without a gap on record, has lost synced bytes.
+    /// Reports journals that lost synced bytes: they end early although more WAL follows and no gap is recorded.
     fn check_holes(timeline: TimelineId, state: &mut State) {
         let Some(line) = state.lines.get(&timeline) else { return };
         let lost: Vec<_> =
@@ -455,26 +462,27 @@ impl Cluster {
     }
 }
 
-/// A journal with less than its sealed file.
+/// A journal that is shorter than its sealed file.
 struct Shorter {
     timeline: TimelineId,
     start: Lsn,
     sealed: Beside,
-    /// `None` when not even the header can be read.
+    /// `None` when the header cannot be read.
     frames: Option<Frames>,
 }
 
-/// The sealed file beside a journal.
+/// The sealed file of a journal's segment.
 #[derive(Clone, Copy)]
 struct Beside {
     /// One past its last byte.
     end: Lsn,
-    /// The stream went on further behind, with that on record: nothing was ever acknowledged right behind it.
+    /// The stream continued further on, with a record of what it skipped: nothing was ever acknowledged right behind
+    /// this file.
     goes_on_behind: bool,
 }
 
 impl State {
-    /// Whether this very entry is still the journal of its segment.
+    /// Whether this entry is still the one registered for its segment.
     pub(super) fn holds(&self, entry: &Unsealed) -> bool {
         let line = self.lines.get(&entry.timeline);
         let there = line.and_then(|line| line.journals.get(&entry.start));
@@ -488,7 +496,8 @@ impl State {
     }
 }
 
-/// What the journals at a timeline's end lost. Where something was flushed in a later one, all of the earlier one was.
+/// The losses of the journals at a timeline's end. If WAL in a later journal was flushed, all of the earlier one had
+/// been.
 fn harms_of(line: &Line) -> Vec<Harm> {
     let (mut harms, mut later) = (Vec::new(), false);
     for journal in line.journals.values().rev().filter(|journal| !journal.is_proven()) {

@@ -1,11 +1,11 @@
-//! Fills a hole in the middle of what is held: the journal of a segment that lost acknowledged WAL is made anew from what
+//! Fills a hole in the middle of a timeline: rebuilds the journal of a segment that lost acknowledged WAL from what
 //! PostgreSQL still has.
 //!
-//! - The new file takes the place of the damaged one only when it has the whole segment and is synced, when it begins with
-//!   exactly the bytes that are still good, when every page belongs there, and when what is held behind it follows its last
-//!   record (P11). Until then nothing that is held changes; a crash leaves a `.tmp` file, which start removes.
-//! - What was damaged is kept as it was found (P6).
-//! - No position moves: what was acknowledged goes on behind it, and streams meanwhile (P2).
+//! - The new file replaces the damaged one only when it is complete and synced, begins with exactly the bytes that are
+//!   still good, every page belongs there, and the WAL behind it continues its last record (P11). Until then no
+//!   existing data changes; a crash leaves a `.tmp` file, which is removed at start.
+//! - The damaged file is kept as it was found (P6).
+//! - No position moves: the acknowledged WAL continues behind the hole, and the stream keeps running (P2).
 //!
 //! Memory: one frame, and a digest for each page of one segment.
 
@@ -34,18 +34,17 @@ use std::{
 };
 use zstd::zstd_safe::DCtx;
 
-/// A segment that lost acknowledged WAL although more follows it.
+/// A segment that lost acknowledged WAL although more WAL follows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hole {
-    /// Which timeline.
     pub timeline: TimelineId,
     /// The segment's first byte.
     pub start: Lsn,
-    /// One past its last byte.
+    /// One past the segment's last byte.
     pub end: Lsn,
 }
 
-/// A segment being made anew. Dropping it gives it up.
+/// A segment that is being rebuilt. Dropping it discards what was received.
 #[derive(Debug)]
 pub struct Refill {
     store: WalStore,
@@ -60,13 +59,13 @@ pub struct Refill {
     walker: Option<RecordWalker>,
     levels: LevelScan,
     changes: Vec<(Lsn, WalParameters)>,
-    /// How far the damaged journal is good, and the digests of that.
+    /// How far the damaged journal is good, and the page digests up to there.
     good: (Lsn, Vec<u8>),
     seen: Option<PageDigests>,
 }
 
 impl WalStore {
-    /// The segments that can be made anew, if PostgreSQL still has them.
+    /// The segments that can be rebuilt if PostgreSQL still has their WAL.
     pub fn holes(&self, name: &ClusterName) -> Vec<Hole> {
         let Some(cluster) = self.find(name) else { return Vec::new() };
         let state = lock(&cluster.state);
@@ -75,10 +74,11 @@ impl WalStore {
         holes.map(|j| Hole { timeline: j.timeline, start: j.start, end: j.end }).collect()
     }
 
-    /// Begins to make the segment at `start` anew.
+    /// Begins to rebuild the segment at `start`.
     ///
     /// # Errors
-    /// `NotFound` when it is no hole (any more), `Conflict` when it is being filled already, and as the disk fails.
+    /// `NotFound` when it is not (or no longer) a hole, `Conflict` when it is already being rebuilt, or an I/O error of
+    /// the disk.
     pub fn refill(
         &self,
         name: &ClusterName,
@@ -98,7 +98,7 @@ impl WalStore {
             (Arc::clone(entry), state.history(timeline).ok_or_else(no_hole)?)
         };
         if entry.refilled.swap(true, Ordering::AcqRel) {
-            let detail = "expected a segment that nobody fills, found one that is being filled";
+            let detail = "expected a segment that nobody is rebuilding, found one that is being rebuilt";
             return Err(Error::new(Kind::Conflict, Op::Open, entry.path.display(), detail));
         }
         let give_up = |error| {
@@ -153,7 +153,7 @@ fn good_part(cluster: &Cluster, entry: &Unsealed) -> Result<(Lsn, Vec<u8>), Erro
     Ok((digests.position(), digests.finish()))
 }
 
-/// An empty journal of the same segment, beside the damaged one.
+/// Creates an empty journal of the same segment, beside the damaged one.
 fn begin(
     cluster: &Cluster,
     entry: &Unsealed,
@@ -167,10 +167,10 @@ fn begin(
 }
 
 impl Refill {
-    /// Takes the next bytes of the segment.
+    /// Appends the next bytes of the segment.
     ///
     /// # Errors
-    /// `Invalid` for WAL that does not belong here, and as the disk fails. Nothing that is held has changed.
+    /// `Invalid` for WAL that does not belong here, or an I/O error of the disk. Existing data is unchanged.
     pub fn push(&mut self, data: &[u8]) -> Result<(), Error> {
         let room = self.entry.end.bytes_since(self.at);
         if data.len() as u64 > room {
@@ -195,10 +195,11 @@ impl Refill {
         Ok(())
     }
 
-    /// Puts the segment in the place of the damaged journal, durably; gives the file that can be sealed now.
+    /// Replaces the damaged journal by the complete segment, durably, and returns the file that can be sealed now.
     ///
     /// # Errors
-    /// `Invalid` when it is not whole, `Conflict` when it is not the WAL that was held, and as the disk fails.
+    /// `Invalid` when the segment is incomplete, `Conflict` when its WAL differs from the WAL that was held, or an I/O
+    /// error of the disk.
     pub fn finish(mut self) -> Result<WalFile, Error> {
         let end = self.entry.end;
         let Some(filling) = self.filling.take().filter(|_| self.at == end) else {
@@ -219,23 +220,23 @@ impl Refill {
         Error::new(Kind::Invalid, Op::Append, self.entry.path.display(), detail)
     }
 
-    /// What is still good is the same.
+    /// Checks that the bytes which are still good are the same in the new file.
     fn check_beginning(&mut self) -> Result<(), Error> {
         let seen = self.seen.take().map(PageDigests::finish).unwrap_or_default();
         match overlap::first_difference(self.entry.start, &self.good.1, &seen) {
             None => Ok(()),
-            Some(page) => Err(self.another(page, "the bytes that are still held".into())),
+            Some(page) => Err(self.another(page, "the bytes that are still good".into())),
         }
     }
 
-    /// The WAL that is held behind it follows its last record.
+    /// Checks that the WAL behind the segment continues its last record.
     fn check_end(&mut self) -> Result<(), Error> {
         let end = self.entry.end;
         let seam = self.walker.take().and_then(|walker| Seam::continues(walker, end));
         let (Some(mut seam), Some(next)) = (seam, self.next) else { return Ok(()) };
         let found = match self.store.read(&self.cluster.name, WalFile::Segment(next)) {
             Ok(found) => found,
-            // A hole, too, or of another kind: it is asked when it is filled.
+            // The next segment is a hole as well, or damaged: the check is made when that one is filled.
             Err(e) if matches!(e.kind, Kind::NotFound | Kind::Corrupt) => return Ok(()),
             Err(e) => return Err(e),
         };
@@ -259,7 +260,7 @@ impl Refill {
     fn another(&self, at: Lsn, expected: String) -> Error {
         let detail = format!("expected {expected}, found other WAL at {at}");
         Error::new(Kind::Conflict, Op::Append, self.entry.path.display(), detail)
-            .hint("this is another PostgreSQL's history: nothing was changed")
+            .hint("check which PostgreSQL sent this: it is another history, and nothing was changed")
     }
 }
 
@@ -267,20 +268,20 @@ impl Drop for Refill {
     fn drop(&mut self) {
         self.entry.refilled.store(false, Ordering::Release);
         if let Err(error) = durable::remove_if_there(self.cluster.disk(), &self.tmp) {
-            tracing::warn!(%error, "a segment that was not made anew stays until the next start");
+            tracing::warn!(%error, "cannot remove an unfinished copy of a segment; it stays until the next start");
         }
     }
 }
 
 impl State {
-    /// Whether only the beginning of a segment was held whose sealed file is missing.
+    /// Whether only the beginning of the segment was held when its sealed file was lost.
     fn has_only_begun(&self, missing: &Unsealed) -> bool {
         let is_it = |d: &&super::DamagedWal| d.sealed && d.timeline == missing.timeline;
         let mut own = self.damaged.iter().filter(is_it);
         !own.any(|d| d.from <= missing.start && missing.end <= d.to)
     }
 
-    /// Whether a journal lost WAL that its whole segment, from PostgreSQL, would bring back.
+    /// Whether a journal lost WAL that the complete segment from PostgreSQL would restore.
     pub(super) fn is_hole(&self, journal: &Unsealed) -> bool {
         let (timeline, start, end) = (journal.timeline, journal.start, journal.end);
         let rotten = journal.is_full() && journal.harm().is_some();
@@ -304,7 +305,7 @@ impl Cluster {
             state.holds(entry) && state.is_hole(entry)
         };
         if !is_hole {
-            let detail = "expected a damaged segment, found that it is none any more";
+            let detail = "expected a damaged segment, found that it was repaired in the meantime";
             return Err(Error::new(Kind::NotFound, Op::Rename, entry.path.display(), detail));
         }
         if !entry.is_missing() {
@@ -323,7 +324,7 @@ impl Cluster {
         }
         drop(state);
         let (timeline, from, to) = (entry.timeline, entry.start, entry.end);
-        tracing::info!(cluster = %self.name, %timeline, %from, %to, "a damaged segment was made anew from what is left elsewhere");
+        tracing::info!(cluster = %self.name, %timeline, %from, %to, "rebuilt a damaged segment from another copy");
         self.heal();
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! Goes on behind a sealed partial segment: its timeline seemed to be over, and its PostgreSQL came back.
+//! Continues behind a sealed partial segment: its timeline seemed to be over, and then its PostgreSQL came back.
 //!
 //! - The new journal begins with exactly the bytes of the sealed file, synced before any byte is added (P2).
-//! - The sealed file stays until all of a longer one takes its place: when the timeline is over again, or never, when the
-//!   segment gets full. A crash in between leaves a journal with fewer bytes, which start removes as redundant, or one
-//!   with as many or more, which counts.
+//! - The sealed file stays until a longer one replaces it, when the timeline is over again. It stays for good if the
+//!   segment becomes full. A crash in between leaves either a journal with fewer bytes, which is removed at start as
+//!   redundant, or one with at least as many, which is used.
 //!
 //! Memory: one frame, whatever the segment size.
 
@@ -19,7 +19,7 @@ use klio_pg::{Lsn, SegmentName};
 use std::sync::Arc;
 
 impl Cluster {
-    /// The journal of a segment whose sealed partial file ends at `end`; `None` where there is no such file.
+    /// The journal of a segment whose sealed partial file ends at `end`; `None` if there is no such file.
     pub(super) fn resume_partial(
         &self,
         segment: SegmentName,
@@ -32,7 +32,7 @@ impl Cluster {
         let mut reader = self.open_plain(&stored.path, stored.form)?;
         let ahead = self.shared.options.preallocate;
         let created = {
-            // The sealed journal had the same name: its file may be about to go.
+            // The sealed journal had the same name, and its file may be about to be removed.
             let _one = lock(&self.files);
             self.create_journal(segment.timeline(), start, ahead)?
         };
@@ -46,10 +46,10 @@ impl Cluster {
         let journal = match filled {
             Ok(journal) => journal,
             Err(error) => {
-                // The first error is the one to report; start removes what is left.
+                // The first error is the one to report; recovery at the next start removes the rest.
                 let _ = durable::remove_if_there(self.disk(), &path);
                 if error.kind == Kind::Corrupt {
-                    // Put aside, it is asked for again from its beginning.
+                    // Set it aside, so that PostgreSQL is asked for the segment again from its beginning.
                     self.doubt(WalFile::Partial(segment))?;
                 }
                 return Err(error);
@@ -64,7 +64,7 @@ impl Cluster {
     }
 }
 
-/// A journal being filled.
+/// A journal that is being filled.
 #[derive(Debug)]
 pub(super) struct Filling {
     journal: Journal,
@@ -73,12 +73,12 @@ pub(super) struct Filling {
 }
 
 impl Filling {
-    /// From `at` on, which is its beginning.
+    /// Starts at `at`, the beginning of the journal.
     pub(super) fn new(journal: Journal, at: Lsn) -> Self {
         Self { journal, at, waiting: Vec::new() }
     }
 
-    /// Takes the next bytes.
+    /// Appends the next bytes.
     pub(super) fn take(&mut self, cluster: &Cluster, piece: &[u8]) -> Result<(), Error> {
         for part in piece.chunks(FRAME_RAW_MAX) {
             if self.waiting.len() + part.len() > FRAME_RAW_MAX {
@@ -108,7 +108,7 @@ impl Filling {
         Ok(())
     }
 
-    /// Synced, with all bytes up to `end`.
+    /// Syncs the journal and checks that it has all bytes up to `end`.
     pub(super) fn finish(mut self, cluster: &Cluster, end: Lsn) -> Result<Journal, Error> {
         let path = self.journal.path.clone();
         self.write(cluster)?;

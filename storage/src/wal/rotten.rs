@@ -1,12 +1,15 @@
-//! Sealed files that rot on this disk: found when they are read, put aside, and missed until they are held again.
+//! Sealed files that rot on this disk: found when they are read, set aside, and treated as missing until their WAL is
+//! here again.
 //!
-//! - Who finds one damaged says so ([`WalStore::doubt`]). It is read again here, and only what is seen to be damaged is put
-//!   aside, under a name that nobody takes for WAL: reading, uploading and letting go never meet it again. It is kept (P6).
-//! - On record first (`damage.rs`): after a crash anywhere the file is in its place, or known to be missed.
-//! - Of a whole segment its place is left among the journals, without a byte in it: a hole, which is made anew from what
-//!   PostgreSQL or tier 2 has (`refill.rs`). No position moves.
-//! - The unfinished last segment of a timeline is only its PostgreSQL's to give again, from its beginning: the position goes
-//!   back to there. Of a timeline that is over, or where the stream left out what follows, only tier 2 may have it.
+//! - A reader that finds a file damaged reports it with [`WalStore::doubt`]. The file is read again here, and only if
+//!   it is really damaged is it set aside, under a name that is never taken for WAL, so that reading, uploading and
+//!   eviction never use it again. It is kept (P6).
+//! - It is recorded first (`damage.rs`): after a crash at any point the file is either in its place or recorded as
+//!   missing.
+//! - A complete segment leaves an empty placeholder among the journals: a hole, which is rebuilt from what PostgreSQL
+//!   or tier 2 has (`refill.rs`). No position moves.
+//! - The partial last segment of a timeline can only be sent again by its PostgreSQL, from its beginning: the position
+//!   goes back to there. If the timeline is over, or the stream skipped the WAL behind it, only tier 2 may have it.
 
 use super::{
     WalStore,
@@ -26,11 +29,11 @@ use klio_pg::{Lsn, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentName, TimelineId}
 use std::{io, path::Path, sync::Arc};
 
 const READ_BYTES: usize = 256 << 10;
-/// What a disk or a file system answers for a place that it cannot read: EIO, EBADMSG and EUCLEAN (a checksum of the file system
-/// is wrong), ENODATA (a bad sector).
+/// What a disk or a file system answers for data that it cannot read: EIO, EBADMSG and EUCLEAN (a checksum of the file
+/// system is wrong), ENODATA (a bad sector).
 const OF_THE_MEDIUM: [i32; 4] = [5, 74, 117, 61];
 
-/// A file that claims to be a sealed one.
+/// A file that should be a sealed one.
 #[derive(Clone, Copy)]
 pub(super) struct Sealed<'a> {
     pub(super) file: WalFile,
@@ -39,10 +42,10 @@ pub(super) struct Sealed<'a> {
 }
 
 impl WalStore {
-    /// Looks again at a sealed file that was found damaged, and puts it aside when it is. True when WAL is missed for that.
+    /// Checks a sealed file that was found damaged, and sets it aside if it is. True when this makes WAL missing.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that is not here, `Denied` without the key, and as the disk fails.
+    /// `NotFound` for an unknown cluster, `Denied` without the key, or an I/O error of the disk.
     pub fn doubt(&self, name: &ClusterName, file: WalFile) -> Result<bool, Error> {
         let cluster = self.need(name, Op::Read)?;
         cluster.doubt(file)
@@ -50,7 +53,7 @@ impl WalStore {
 }
 
 impl Cluster {
-    /// As [`WalStore::doubt`]. Call without any lock but `op`.
+    /// As [`WalStore::doubt`]. Call it without any lock but `op`.
     pub(super) fn doubt(&self, file: WalFile) -> Result<bool, Error> {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else {
             return Ok(false);
@@ -83,8 +86,8 @@ impl Cluster {
         self.stat_if_there(path).map(|stat| stat.is_some())
     }
 
-    /// How many bytes of a sealed file are good, if it is damaged. What the disk does not give back twice is. `known`: where it
-    /// is known to end.
+    /// The number of good bytes of a sealed file, if it is damaged; a file that cannot be read twice in a row counts as
+    /// damaged. `known` is where the WAL in it is known to end.
     fn good_of_rotten(
         &self,
         file: WalFile,
@@ -99,7 +102,8 @@ impl Cluster {
             match outcome {
                 Ok(()) => return Ok(None),
                 Err(e) if e.kind == Kind::Corrupt => return Ok(Some(good)),
-                // Only what the medium itself does not give back: a process that has no file left to open, say, lost nothing.
+                // Only an error of the medium counts as damage: a process that has, say, run out of file handles lost
+                // nothing.
                 Err(e) if e.kind == Kind::Io && !self.is_lost_on_the_medium(&path)? => {
                     return Err(e);
                 }
@@ -111,7 +115,7 @@ impl Cluster {
         Ok(None)
     }
 
-    /// Whether reading the file as it is stored ends with an error of the disk.
+    /// Whether reading the stored file fails with an error of the medium.
     fn is_lost_on_the_medium(&self, path: &Path) -> Result<bool, Error> {
         let file = self.disk().open(path, false).map_err(|e| Error::io(Op::Open, path, e))?;
         let (mut piece, mut at) = (vec![0; READ_BYTES], 0);
@@ -128,7 +132,7 @@ impl Cluster {
         }
     }
 
-    /// Reads all of it: how many bytes it gives, and whether they are good.
+    /// Reads all of it: how many bytes it yields, and whether they are good.
     pub(super) fn read_sealed(
         &self,
         Sealed { file, path, form }: Sealed<'_>,
@@ -170,18 +174,18 @@ impl Cluster {
         (kept, checked)
     }
 
-    /// True when WAL is missed now: there is no other copy of it here.
+    /// Sets a damaged file aside. True when its WAL is missing now, because there is no other copy here.
     fn put_rotten_aside(
         &self,
         (file, form, read): (WalFile, Form, Stat),
         good: Lsn,
         pinned: &Pinned,
     ) -> Result<bool, Error> {
-        // Nobody makes a journal of the segment, or lets one go, meanwhile.
+        // Held so that nobody creates or removes a journal of the segment meanwhile.
         let _one = lock(&self.files);
         let path = self.path_in(file, form);
         let same = |now: Stat| (now.size, now.modified_unix) == (read.size, read.modified_unix);
-        // Sealed again since it was read, or let go.
+        // The file was sealed again or removed since it was read.
         if !self.stat_if_there(&path)?.is_some_and(same) {
             return Ok(false);
         }
@@ -196,15 +200,15 @@ impl Cluster {
         };
         durable::rename(self.disk(), &path, &durable::parent(&path).join(&kept))?;
         let Some((from, to)) = missed else {
-            tracing::warn!(cluster = %self.name, %file, kept, "a damaged file of WAL that is held besides was put aside");
+            tracing::warn!(cluster = %self.name, %file, kept, "set aside a damaged WAL file; another copy of its WAL is here");
             return Ok(false);
         };
-        tracing::error!(cluster = %self.name, %file, %from, %to, kept, "acknowledged WAL is damaged on this disk; klio status says what helps");
+        tracing::error!(cluster = %self.name, %file, %from, %to, kept, "acknowledged WAL is damaged on this disk; set the file aside (see klio status)");
         lock(&self.state).leave_place(self, file, pinned);
         Ok(true)
     }
 
-    /// A person put a good copy in the place of a segment that is missed.
+    /// Handles a good copy that a person put in the place of a missing segment.
     fn is_good_again(&self, file: WalFile, start: Lsn, pinned: &Pinned) -> Result<(), Error> {
         let WalFile::Segment(segment) = file else { return Ok(()) };
         {
@@ -214,11 +218,12 @@ impl Cluster {
             }
             state.found_again(file, start, start.advance(pinned.segment_size.bytes()));
         }
-        tracing::info!(cluster = %self.name, %file, "a good copy lies in the place of a file that had rotted");
+        tracing::info!(cluster = %self.name, %file, "found a good copy in the place of a damaged file");
         self.store_damaged()
     }
 
-    /// Where the file is to be kept. What is on record already, of an attempt that failed, has its place.
+    /// Records the loss and returns the name for the file. If a failed attempt has recorded it already, that name is
+    /// used.
     fn put_missed_on_record(
         &self,
         timeline: TimelineId,
@@ -230,7 +235,7 @@ impl Cluster {
         let known = lock(&self.state).damaged.iter().find(is_it).map(|d| d.kept.clone());
         let kept = match known {
             Some(Some(kept)) if !self.is_there(&durable::parent(path).join(&kept))? => kept,
-            // Another one that rotted in its place.
+            // Another file has rotted in its place.
             Some(_) => self.free_aside(path, timeline)?,
             None => {
                 let (kept, unknown) = (self.free_aside(path, timeline)?, Unknown::default());
@@ -250,7 +255,7 @@ impl Cluster {
         Ok(kept)
     }
 
-    /// A name that nothing has: not on disk, and not on record.
+    /// A file name that is used neither on disk nor in the record.
     fn free_aside(&self, path: &Path, timeline: TimelineId) -> Result<String, Error> {
         let taken: Vec<String> = {
             let state = lock(&self.state);
@@ -264,21 +269,22 @@ impl Cluster {
                 return Ok(name);
             }
         }
-        let detail = "expected a free name for a damaged file, found none";
+        let detail = "expected an unused name for a damaged file, found none";
         Err(Error::new(Kind::Conflict, Op::Recover, path.display(), detail))
     }
 
-    /// At start: puts aside what could not be read.
+    /// Sets aside, at start, the sealed files that could not be read.
     ///
     /// # Errors
-    /// When one is in its place still: it counts for nothing so far, and nobody may go on as if it had never been.
+    /// When one of them is still in its place: its WAL does not count yet, and nobody may continue as if it did not
+    /// exist.
     pub(super) fn settle_rotten(&self, rotten: &[WalFile], pinned: &Pinned) -> Result<(), Error> {
         for file in rotten {
             self.doubt(*file)?;
             if let (Some(stored), WalFile::Partial(_)) = (self.stored(*file)?, file) {
                 self.plain_size_of(&stored, pinned.segment_size.bytes())?;
                 let detail =
-                    "expected a damaged file to stay damaged, found it whole: it is read again";
+                    "expected the damaged file to be set aside, found it readable now: it is read again";
                 return Err(Error::new(
                     Kind::Transient,
                     Op::Recover,
@@ -292,7 +298,7 @@ impl Cluster {
 }
 
 impl State {
-    /// Where a partial segment is known to end, by what is on record of its timeline.
+    /// Where a partial segment is known to end, according to the state of its timeline.
     fn sealed_end_in(&self, file: WalFile, start: Lsn, pinned: &Pinned) -> Option<Lsn> {
         let WalFile::Partial(segment) = file else { return None };
         let end = start.advance(pinned.segment_size.bytes());
@@ -300,7 +306,7 @@ impl State {
         Some(sealed.1).filter(|last| start < *last && *last < end)
     }
 
-    /// What is missed without this file, which was good up to `good`; `None` when a journal has it all.
+    /// The range that is missing without this file, which was good up to `good`; `None` when a journal has all of it.
     fn missed(&self, file: WalFile, good: Lsn, pinned: &Pinned) -> Option<(Lsn, Lsn)> {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return None };
         let (size, timeline) = (pinned.segment_size, segment.timeline());
@@ -315,7 +321,7 @@ impl State {
         (from < to).then_some((from, to))
     }
 
-    /// How far an unfinished segment is known to have reached.
+    /// How far a partial segment is known to have reached.
     fn last_known(&self, timeline: TimelineId, start: Lsn, end: Lsn) -> Lsn {
         let sealed = self.lines.get(&timeline).and_then(|line| line.sealed).map(|sealed| sealed.1);
         let gaps = self.gaps.iter().filter(|gap| gap.timeline == timeline).map(|gap| gap.from);
@@ -323,7 +329,7 @@ impl State {
         inside.max().unwrap_or(start)
     }
 
-    /// The file is gone: what is left is its place.
+    /// Leaves a placeholder for a file that was set aside.
     fn leave_place(&mut self, cluster: &Cluster, file: WalFile, pinned: &Pinned) {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return };
         let Some(start) = segment.start_lsn(pinned.segment_size) else { return };
@@ -342,7 +348,7 @@ impl State {
         }
     }
 
-    /// Where a partial segment begins that is missed, and of which this many bytes are all that was held.
+    /// The start of a partial segment that is missing, if this many bytes cover all that was held of it.
     pub(super) fn missed_begin(&self, file: WalFile, bytes: u64) -> Option<Lsn> {
         let WalFile::Partial(segment) = file else { return None };
         let (timeline, start) = (segment.timeline(), segment.start_lsn(self.pinned?.segment_size)?);
@@ -353,7 +359,7 @@ impl State {
         (!written && !journal && missed.to <= start.advance(bytes)).then_some(start)
     }
 
-    /// It is in its place again.
+    /// Removes the entry and the placeholder of a file that is in its place again.
     pub(super) fn found_again(&mut self, file: WalFile, start: Lsn, end: Lsn) {
         let timeline = file.timeline();
         self.damaged.retain(|d| !(d.sealed && d.timeline == timeline && d.from == start));
@@ -365,8 +371,8 @@ impl State {
         }
     }
 
-    /// At start: the places of segments whose sealed files were put aside. At its timeline's end there is none: the stream
-    /// brings it again.
+    /// At start: adds the placeholders of segments whose sealed files were set aside. There is none at the end of a
+    /// timeline: the stream sends that WAL again.
     pub(super) fn leave_places(&mut self, cluster: &Cluster, pinned: &Pinned) {
         let size = pinned.segment_size;
         let lost: Vec<(TimelineId, Lsn)> = self
@@ -377,7 +383,8 @@ impl State {
             .collect();
         for (timeline, start) in lost {
             let name = SegmentName::containing(timeline, start, size);
-            // It was on record, and then the machine stopped: it is found again where it is still damaged.
+            // It was recorded, and then the machine stopped before the file was set aside. If it is still damaged, that
+            // will be found again.
             let there = [WalFile::Segment(name), WalFile::Partial(name)]
                 .into_iter()
                 .any(|file| matches!(cluster.stored(file), Ok(Some(_))));
@@ -392,14 +399,14 @@ impl State {
 }
 
 impl Line {
-    /// Whether any WAL is held from `end` on.
+    /// Whether there is any WAL from `end` on.
     pub(super) fn goes_on_behind(&self, end: Lsn) -> bool {
         self.sealed.is_some_and(|sealed| sealed.1 > end)
             || self.journals.values().any(|journal| journal.start >= end && !journal.is_empty())
     }
 }
 
-/// The place of a segment that is missed: no journal file belongs to it.
+/// The placeholder of a missing segment; no journal file belongs to it.
 fn place(cluster: &Cluster, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Arc<Unsealed> {
     let header = JournalHeader::new(pinned, timeline, start);
     let path = cluster.open_path(header.segment());

@@ -1,7 +1,7 @@
 //! Compression contexts and their output buffers, shared by all writers of a store.
 //!
-//! A writer holds one only while it appends, so that a thousand idle clusters own none; a busy one finds it
-//! ready and allocates nothing. A piece that does not get smaller is kept as it is.
+//! A writer borrows a context only while it appends, so a thousand idle clusters need none, and a busy one finds a
+//! context ready and allocates nothing. Data that compression does not make smaller is stored raw.
 
 use super::{
     cipher::{self, Cipher},
@@ -11,12 +11,12 @@ use klio_pg::Lsn;
 use std::sync::{Mutex, PoisonError};
 use zstd::zstd_safe::{CCtx, CParameter};
 
-/// Below this a batch is written as it is: a commit waits for it, and the fsync takes far longer than its bytes.
+/// Smaller batches are written uncompressed: a commit waits for them, and the fsync takes far longer than writing the
+/// bytes.
 pub(crate) const COMPRESS_FROM: usize = 16 << 10;
-/// On WAL zstd at this level has a better ratio than lz4 and is faster (measured).
+/// On WAL, zstd at this level has a better ratio than lz4 and is faster (measured).
 const LEVEL: i32 = 1;
 
-/// One context and its buffer.
 pub(crate) struct Scratch {
     context: Option<CCtx<'static>>,
     out: Vec<u8>,
@@ -33,7 +33,7 @@ impl Scratch {
         }
     }
 
-    /// One standard zstd frame of `raw` with content size and checksum, at `at` in the buffer, if it fits in
+    /// Writes `raw` as one standard zstd frame with content size and checksum into the buffer at `at`, if it fits in
     /// `limit` bytes.
     fn compress(&mut self, raw: &[u8], at: usize, limit: usize) -> Option<usize> {
         let Self { context, out } = self;
@@ -46,12 +46,12 @@ impl Scratch {
                 context.insert(fresh)
             }
         };
-        // The one error it can give is "does not fit", and the next call begins anew.
+        // The only possible error is that the output does not fit, and the next call starts afresh.
         context.compress2(&mut out[at..at + limit], raw).ok()
     }
 
-    /// A whole journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL, to be written at `offset` when all up to `flushed` is
-    /// durable. Encrypted where it lies.
+    /// A complete journal frame of at most [`FRAME_RAW_MAX`] bytes of WAL, to be written at `offset` when everything up
+    /// to `flushed` is durable. It is encrypted in place if there is a cipher.
     pub(super) fn frame(
         &mut self,
         journal: &JournalHeader,
@@ -87,7 +87,7 @@ impl Scratch {
         frame
     }
 
-    /// One zstd frame of at most [`FRAME_RAW_MAX`] bytes, whether it gets smaller or not. `None` only when there
+    /// One zstd frame of at most [`FRAME_RAW_MAX`] bytes, even if it is larger than the input. `None` only when there
     /// is no memory for a context.
     pub(crate) fn zstd(&mut self, raw: &[u8]) -> Option<&[u8]> {
         let limit = zstd::zstd_safe::compress_bound(raw.len());
@@ -97,7 +97,7 @@ impl Scratch {
     }
 }
 
-/// Idle ones, at most as many as there were threads at work at once, and no more than `keep`.
+/// The idle contexts: at most as many as threads have worked at the same time, and no more than `keep`.
 pub(crate) struct ScratchPool {
     idle: Mutex<Vec<Scratch>>,
     keep: usize,
@@ -108,7 +108,7 @@ impl ScratchPool {
         Self { idle: Mutex::new(Vec::new()), keep }
     }
 
-    /// Lends one.
+    /// Lends a context to `work`.
     pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Scratch) -> T) -> T {
         let lent = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut scratch = lent.unwrap_or_else(Scratch::new);

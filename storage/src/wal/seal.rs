@@ -1,11 +1,12 @@
-//! Turns a finished journal into a sealed file: one standard zstd file with exactly the segment's bytes, in a standard age
-//! file where encryption is on.
+//! Turns a finished journal into a sealed file: one standard zstd file with exactly the segment's bytes, inside a
+//! standard age file if encryption is on.
 //!
-//! - The journal goes only after the sealed file, its name included, is durable. A crash anywhere leaves one of them.
-//! - Compressed frames are copied as they are; runs of small raw ones are joined, up to 1 MiB, and compressed.
-//! - Every frame's checksum or tag and length is checked, and the sum must be the segment.
-//! - The same journal gives the same plain bytes, so sealing again after a crash changes nothing (WAL2). Encrypted twice they
-//!   are other bytes, as every age file has a key of its own: whoever compares, compares what is inside.
+//! - The journal is removed only after the sealed file, including its name, is durable. A crash at any point leaves at
+//!   least one of them.
+//! - Compressed frames are copied unchanged; runs of small raw ones are joined, up to 1 MiB, and compressed.
+//! - The checksum or tag and the length of every frame are checked, and all frames together must make up the segment.
+//! - The same journal yields the same plain bytes, so sealing again after a crash changes nothing (WAL2). The encrypted
+//!   bytes differ, because every age file has a key of its own: compare the plain content.
 //!
 //! Memory: three buffers of at most about 1 MiB, whatever the segment size.
 
@@ -23,7 +24,7 @@ use klio_pg::SegmentName;
 use std::{io::Write, path::Path, sync::Arc};
 
 impl Cluster {
-    /// Seals a finished journal, or says again what was sealed.
+    /// Seals a finished journal, or returns the result again if it is sealed already.
     pub(super) fn seal(&self, file: WalFile) -> Result<Sealed, Error> {
         let segment = match file {
             WalFile::History(_) => return self.sealed_before(file),
@@ -54,7 +55,8 @@ impl Cluster {
             })
         });
         let (size, sha256) = written.map_err(|error| self.found_rotten(&entry, error))?;
-        // Whoever no longer finds it in the map may make a journal of the same name, once this one's file has gone (P1).
+        // Held until the file is gone: otherwise somebody who no longer finds the journal in the map might create one
+        // of the same name, and its file would be removed (P1).
         let file_goes = lock(&self.files);
         {
             let mut state = lock(&self.state);
@@ -63,13 +65,15 @@ impl Cluster {
             line.journals.remove(&entry.start);
         }
         drop(one);
-        // Out of the map nobody new finds it; who has it now keeps the file as it is.
+        // The journal is no longer in the map, so no new reader finds it; if a current reader still has it, the file is
+        // not reused.
         self.recycle(&entry.path, Arc::strong_count(&entry) == 1);
         drop(file_goes);
         Ok(Sealed { file, form: self.form(), size, sha256 })
     }
 
-    /// A journal that was whole in memory and is not on disk: PostgreSQL may still have what it lost.
+    /// Records the damage of a journal that was complete when written but is not on disk: PostgreSQL may still have its
+    /// WAL.
     fn found_rotten(&self, entry: &Unsealed, error: Error) -> Error {
         if error.kind != Kind::Corrupt || !entry.is_full() {
             return error;
@@ -80,7 +84,7 @@ impl Cluster {
         });
         let from = good.unwrap_or(entry.start);
         if from == entry.end {
-            // Every frame is whole; the sealed file itself could not be made.
+            // Every frame is intact; writing the sealed file itself failed.
             return error;
         }
         entry.set_harm(Some(Harm { from, to: entry.end }));
@@ -113,7 +117,7 @@ impl Cluster {
     }
 }
 
-/// The sealed file being written.
+/// The sealed file that is being written.
 struct Target<'a> {
     sink: &'a mut Sink,
     path: &'a Path,
@@ -156,7 +160,7 @@ fn encode(
                 }
                 run.extend_from_slice(frame.stored);
             }
-            // Walking passes over them.
+            // The iterator skips closing frames.
             Codec::Closing => {}
             Codec::Zstd => {
                 join(&mut run, scratch, &mut target)?;

@@ -1,13 +1,14 @@
-//! Whether new WAL continues what is held, where no byte of the two overlaps (P11). Pure.
+//! Whether new WAL continues the WAL that is held, where no byte of the two overlaps (P11). Pure.
 //!
-//! - The records are walked from what is held into what is new: a record that was cut there must go on, and the first new
-//!   one must point back to the last one held. A record that PostgreSQL gave up after a crash is no break.
+//! - The records are walked from the held WAL into the new WAL. A record that was cut at the seam must continue, and
+//!   the first new record must point back to the last held one. A record that PostgreSQL abandoned after a crash does
+//!   not count as a break.
 //! - Behind a gap the first new record must point into the gap or to the last record before it.
-//! - What cannot be walked says nothing: it is never taken for a break.
+//! - WAL that cannot be walked proves nothing and is never taken for a break.
 
 use klio_pg::{Lsn, RecordWalker, SegmentSize};
 
-/// Looks at the first new record, and then no more.
+/// Looks at the WAL up to the first new record.
 #[derive(Debug)]
 pub struct Seam {
     walker: RecordWalker,
@@ -16,25 +17,25 @@ pub struct Seam {
 
 #[derive(Debug)]
 enum Rule {
-    /// The walker has seen what is held; `records` of it end here.
+    /// The walker has seen the held WAL, whose complete records end at `end`.
     Continues { last: Lsn, end: Option<Lsn> },
-    /// There is a gap between; the last record before it began here.
+    /// There is a gap in between; the last record before it began at `last`.
     Behind { last: Lsn },
 }
 
-/// New WAL that another history wrote.
+/// The new WAL was written by another history.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("new WAL at {at} does not continue what is held: expected {expected}, found {found}")]
+#[error("new WAL at {at} does not continue the WAL held here: expected {expected}, found {found}")]
 pub struct Broken {
-    /// Where it was seen.
+    /// Where the difference was found.
     pub at: Lsn,
     expected: String,
     found: String,
 }
 
 impl Seam {
-    /// From a walker that has seen all that is held up to `next`, where new WAL begins. `None` when no whole record was in
-    /// it: then nothing can be said.
+    /// Starts from a walker that has seen all held WAL up to `next`, where the new WAL begins. `None` when it saw no
+    /// complete record: then nothing can be checked.
     pub fn continues(walker: RecordWalker, next: Lsn) -> Option<Self> {
         let last = walker.last_record()?;
         let good = walker.ended().is_none() && walker.position() == next;
@@ -42,14 +43,14 @@ impl Seam {
         good.then_some(Self { walker, rule: Rule::Continues { last, end } })
     }
 
-    /// Behind a gap: the same walker, if there is one, and where WAL is there again, at a segment's start. A record that
-    /// points to nothing, as after pg_resetwal, follows no record that is held, whichever that is.
+    /// Starts behind a gap, with the same walker, if there is one, and the segment start where WAL begins again. A
+    /// record with a null back-pointer, as after pg_resetwal, does not follow any held record.
     pub fn behind(held: Option<&RecordWalker>, size: SegmentSize, major: u32, next: Lsn) -> Self {
         let last = held.and_then(RecordWalker::last_record).unwrap_or(Lsn::new(1));
         Self { walker: RecordWalker::new(size, major, next), rule: Rule::Behind { last } }
     }
 
-    /// Looks at the next bytes; `true` when nothing is left to look at.
+    /// Checks the next bytes; `true` when there is nothing more to check.
     ///
     /// # Errors
     /// The first sign of another history.
@@ -95,7 +96,7 @@ mod tests {
         SegmentSize::new(SEGMENT as u32).unwrap()
     }
 
-    /// WAL of records with bodies of these lengths, as PostgreSQL lays it out; gives where each record begins, too.
+    /// WAL with records of these body lengths, laid out as PostgreSQL does it, and where each record begins.
     struct Wal {
         bytes: Vec<u8>,
         starts: Vec<u64>,
@@ -181,7 +182,7 @@ mod tests {
             }
         }
 
-        /// What is new begins at the same place and is good WAL of its own.
+        /// The new WAL begins at the same position and is valid in itself.
         #[test]
         fn records_of_another_history_are_found_at_the_first_one(
             held in prop::collection::vec(1u16..3000, 2..8), other in prop::collection::vec(1u16..3000, 8..20),

@@ -1,8 +1,9 @@
 //! Finished files on tier 1: plain or in an age file, written and read as streams.
 //!
-//! - A file may lie there in both forms for a moment, or for good after a crash; both hold the same, and either answers.
-//! - New ones have the form that the settings ask for. The other form goes after the new one is durable.
-//! - A file is whole or absent: temp, fsync, rename, fsync of the directory.
+//! - A file may exist in both forms for a moment, or for good after a crash; both have the same content, and either is
+//!   used.
+//! - New files have the form that the settings ask for. The other form is removed once the new file is durable.
+//! - A file is complete or absent: temporary file, fsync, rename, fsync of the directory.
 
 use super::cluster::Cluster;
 use crate::{
@@ -19,7 +20,7 @@ use std::{
 
 const WRITE_BYTES: usize = 256 << 10;
 
-/// A file on its way to disk, hashed as it is stored.
+/// A file that is being written; its bytes are hashed as they are stored.
 pub(super) struct Output {
     file: FileHandle,
     buffer: Vec<u8>,
@@ -50,7 +51,7 @@ impl Write for Output {
     }
 }
 
-/// Where the plain bytes of a finished file go in.
+/// Takes the plain bytes of a finished file and writes them in the chosen form.
 pub(super) enum Sink {
     Plain(Output),
     Age(Box<Encrypted<Output>>),
@@ -77,7 +78,7 @@ impl Write for Sink {
     }
 }
 
-/// A file of a disk, from its beginning on.
+/// Reads a file from its beginning.
 pub(super) struct DiskReader {
     pub(super) file: FileHandle,
     pub(super) at: u64,
@@ -91,7 +92,7 @@ impl Read for DiskReader {
     }
 }
 
-/// A finished file that is there.
+/// A finished file that exists.
 pub(super) struct StoredAt {
     pub(super) path: PathBuf,
     pub(super) form: Form,
@@ -108,7 +109,7 @@ impl Cluster {
         self.wal_directory().join(file.relative_in(form))
     }
 
-    /// Where a new file goes.
+    /// The path of a new file.
     pub(super) fn path_of(&self, file: WalFile) -> PathBuf {
         self.path_in(file, self.form())
     }
@@ -126,7 +127,7 @@ impl Cluster {
         Ok(None)
     }
 
-    /// What a finished file holds: zstd, or a history. Its errors go through [`payload_error`].
+    /// The decrypted content of a finished file: zstd, or a history. Convert its errors with [`payload_error`].
     pub(super) fn open_plain(&self, path: &Path, form: Form) -> Result<Box<dyn Read>, Error> {
         let file = self.disk().open(path, false).map_err(|e| Error::io(Op::Read, path, e))?;
         let reader = DiskReader { file, at: 0 };
@@ -139,7 +140,7 @@ impl Cluster {
         }
     }
 
-    /// All of a small file.
+    /// The whole content of a small file, at most `limit` bytes.
     pub(super) fn read_plain(&self, path: &Path, form: Form, limit: u64) -> Result<Vec<u8>, Error> {
         let mut content = Vec::new();
         let mut reader = self.open_plain(path, form)?.take(limit + 1);
@@ -151,7 +152,7 @@ impl Cluster {
         Ok(content)
     }
 
-    /// Puts a finished file in its place, durably, and the other form of it away. Gives its size and sum as stored.
+    /// Writes a finished file, durably, and removes its other form. Returns its size and checksum as stored.
     pub(super) fn write_stored(
         &self,
         file: WalFile,
@@ -180,18 +181,18 @@ impl Cluster {
             Ok((output.written, output.hash.finalize().into()))
         };
         let done = write().inspect_err(|_: &Error| {
-            // The first error is the one to report; start removes what is left.
+            // The first error is the one to report; recovery at the next start removes the rest.
             let _ = disk.remove(&tmp);
         })?;
         self.remove_other_form(file);
         Ok(done)
     }
 
-    /// What is left of earlier settings. It holds the same: that it stays does no harm.
+    /// Removes the form that earlier settings left. It has the same content, so it does no harm if it stays.
     fn remove_other_form(&self, file: WalFile) {
         let other = self.path_in(file, self.form().other());
         if let Err(error) = durable::remove_if_there(self.disk(), &other) {
-            tracing::warn!(%error, "the other form of a finished file stays");
+            tracing::warn!(%error, "cannot remove the other form of a finished file; it stays");
         }
     }
 

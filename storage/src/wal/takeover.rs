@@ -1,16 +1,16 @@
-//! `<cluster>/taken_over.json`: WAL that only tier 2 had when a stream went on behind it, because this tier 1 took the
-//! place of one that was lost, or was set back to an earlier state.
+//! `<cluster>/taken_over.json`: WAL that only tier 2 had when a stream continued behind it, because this tier 1
+//! replaced one that was lost, or was reset to an earlier state.
 //!
 //! | field | what |
 //! |---|---|
-//! | `timeline` | which |
-//! | `start` | the first byte that was held of it |
-//! | `end` | the stream went on here, at a segment's start |
+//! | `timeline` | the timeline |
+//! | `start` | the first byte that tier 2 had of it |
+//! | `end` | the segment start where the stream continued |
 //!
-//! In the shape of `crate::record`. Written before the first byte behind it is received, so that its absence on
-//! tier 1 is never taken for a loss, nor its beginning forgotten: what is missing here below `end` is in tier 2, or
-//! in a gap that is recorded together with it. `end` only grows. A file of its own, which programs that do not know it
-//! leave alone: they see a tier 1 that begins in the middle.
+//! In the format of `crate::record`. It is written before the first byte behind `end` is received, so that the missing
+//! WAL on tier 1 is never taken for a loss and its start is not forgotten: WAL that is missing here below `end` is in
+//! tier 2, or in a gap that is recorded together with it. `end` only grows. This is a separate file, which older
+//! programs leave alone: to them tier 1 begins in the middle.
 
 use super::{
     WalStore,
@@ -30,16 +30,15 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 const FILE: &str = "taken_over.json";
 
-/// What tier 2 had of a timeline when this tier 1 had less.
+/// The WAL that tier 2 had of a timeline when this tier 1 had less.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TakenOver {
-    /// Which.
     pub timeline: TimelineId,
-    /// The first byte held.
+    /// The first byte that tier 2 had.
     pub start: Lsn,
-    /// Where the stream goes on: a segment's start.
+    /// The segment start where the stream continues.
     pub end: Lsn,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -64,24 +63,24 @@ fn path(cluster: &Cluster) -> PathBuf {
 }
 
 impl State {
-    /// Whether a byte is not expected on tier 1, since tier 2 had it when the stream went on behind it.
+    /// Whether a byte is not expected on tier 1, because tier 2 had it when the stream continued behind it.
     pub(super) fn is_taken_over(&self, timeline: TimelineId, lsn: Lsn) -> bool {
         self.taken_over.get(&timeline).is_some_and(|taken| taken.holds(lsn))
     }
 }
 
 impl WalStore {
-    /// What only tier 2 had of each timeline when its stream went on behind it.
+    /// The WAL that only tier 2 had of each timeline when its stream continued behind it.
     pub fn taken_over(&self, name: &ClusterName) -> Vec<TakenOver> {
         let cluster = self.find(name);
         cluster.map(|c| lock(&c.state).taken_over.values().cloned().collect()).unwrap_or_default()
     }
 
-    /// Puts on record, durably, what only tier 2 has of timelines whose stream goes on behind it, and the gaps that
-    /// neither tier fills. What is on record and reaches further stays.
+    /// Records durably what only tier 2 has of timelines whose stream continues behind it, and the gaps that neither
+    /// tier fills. A recorded entry that reaches further stays.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that was not identified; as the disk fails, then nothing is on record but gaps.
+    /// `NotFound` for an unknown cluster; an I/O error of the disk, and then at most the gaps are recorded.
     pub fn take_over(
         &self,
         name: &ClusterName,
@@ -100,7 +99,7 @@ impl WalStore {
             !recorded.iter().any(|g| (g.timeline, g.from, g.to) == (gap.timeline, gap.from, gap.to))
         };
         let gaps: Vec<Gap> = gaps.into_iter().filter(is_new).collect();
-        // First: a taken over line without its gaps would claim bytes that nobody has.
+        // The gaps come first: a taken-over stretch without its gaps would claim bytes that neither tier has.
         if !gaps.is_empty() {
             recorded.extend(gaps);
             store_gaps(self.disk(), &cluster.directory().join("gaps.json"), &recorded)?;
@@ -176,12 +175,12 @@ mod tests {
         TakenOver { timeline: timeline(), start: lsn(start), end, unknown: Unknown::default() }
     }
 
-    /// P2: what was acknowledged to the tier 1 before this one is no loss, and the stream goes on behind it.
+    /// P2: WAL that was acknowledged by the previous tier 1 is not lost, and the stream continues behind it.
     #[test]
     fn a_new_tier_1_goes_on_at_the_end_of_what_tier_2_has() {
         let (disk, cluster) = (Arc::new(SimDisk::new(3)), "pg".parse().unwrap());
         let mut store = new(&disk, &cluster);
-        // A partial segment is received again from its beginning: a whole one is another object.
+        // A partial segment is received again from its beginning, because the complete segment is another object.
         store.take_over(&cluster, &[taken(2, lsn(7).advance(99))], vec![]).unwrap();
         for round in 0..2 {
             let position = store.positions(&cluster)[0];
@@ -206,14 +205,15 @@ mod tests {
         write(&store, &cluster, lsn(7), lsn(8).advance(8192));
         let position = store.positions(&cluster)[0];
         assert_eq!((position.start, position.flushed), (lsn(2), lsn(8).advance(8192)));
-        // What it let go, and the horizon behind it, are one.
+        // Eviction and the horizon fit together with what was taken over.
         store.raise_horizon(&cluster, timeline(), lsn(5), lsn(4)).unwrap();
         assert_eq!(store.removed(&cluster, segment(3)), Some(Removed::Expired));
         assert_eq!(store.removed(&cluster, segment(6)), Some(Removed::Tier2Only));
         assert_eq!(store.positions(&cluster)[0].start, lsn(4));
     }
 
-    /// A disk that was set back: its last journal ends in the middle of a segment that tier 2 has whole.
+    /// A disk that was reset to an earlier state: its last journal ends in the middle of a segment that tier 2 has
+    /// complete.
     #[test]
     fn a_tier_1_that_was_set_back_keeps_what_it_has_and_goes_on_behind_tier_2() {
         let (disk, cluster) = (Arc::new(SimDisk::new(4)), "pg".parse().unwrap());
@@ -228,7 +228,7 @@ mod tests {
             unknown: Unknown::default(),
         };
         store.take_over(&cluster, &[taken(1, lsn(8))], vec![gap.clone()]).unwrap();
-        // Again, as after an answer that was lost: one gap stays one.
+        // Repeated, as after a lost answer: one gap stays one.
         store.take_over(&cluster, &[taken(1, lsn(8))], vec![gap]).unwrap();
         assert_eq!(store.gaps(&cluster).len(), 1);
         write(&store, &cluster, lsn(8), lsn(9).advance(8192));
@@ -241,7 +241,7 @@ mod tests {
         for file in store.unsealed(&cluster) {
             store.seal(&cluster, file).unwrap();
         }
-        // What it had stays, as far as it goes, and nothing waits to be sealed for ever.
+        // The existing WAL stays, and no journal waits forever to be sealed.
         assert_eq!(store.positions(&cluster)[0].sealed, lsn(9));
         let partial = WalFile::Partial("000000010000000000000003".parse().unwrap());
         assert!(store.list(&cluster).unwrap().iter().any(|stored| stored.file == partial));

@@ -1,4 +1,5 @@
-//! The marks of a cluster's timelines on tier 1: kept in memory with the rest, changed durably, one change at a time.
+//! The marks of a cluster's timelines on tier 1: held in memory with the other state, and changed durably, one change
+//! at a time.
 
 use super::{
     WalStore,
@@ -14,25 +15,25 @@ use crate::{
 use klio_pg::TimelineId;
 
 impl WalStore {
-    /// Which timelines are in conflict, and what was decided.
+    /// Which timelines are in conflict, and what was decided about them.
     pub fn timelines(&self, name: &ClusterName) -> Timelines {
         self.find(name).map(|cluster| lock(&cluster.state).marks.clone()).unwrap_or_default()
     }
 
-    /// The newest timeline with WAL on tier 1 that is not left aside.
+    /// The newest timeline with WAL on tier 1 that was neither retired nor left undecided.
     pub fn followed(&self, name: &ClusterName) -> Option<TimelineId> {
         lock(&self.find(name)?.state).followed()
     }
 
-    /// Whether somebody writes a timeline now.
+    /// Whether a timeline has an active writer.
     pub fn is_written(&self, name: &ClusterName, timeline: TimelineId) -> bool {
         self.find(name).is_some_and(|c| lock(&c.state).writers.contains_key(&timeline))
     }
 
-    /// Puts a conflict on record, durably (MARK1). What is on record about the timeline already stays (MARK2). True when it is new.
+    /// Records a conflict durably (MARK1). An existing record of the timeline stays (MARK2). True when it is new.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that was never pinned; as the disk fails, then nothing has changed.
+    /// `NotFound` for a cluster that was never pinned; an I/O error of the disk, and then nothing has changed.
     pub fn mark(&self, name: &ClusterName, mark: Mark) -> Result<bool, Error> {
         self.change_timelines(name, |marks| {
             if marks.is_aside(mark.timeline) {
@@ -48,11 +49,11 @@ impl WalStore {
         })
     }
 
-    /// Changes the marks as `change` says, durably; `None` changes nothing. The answer is whether something changed, or why
-    /// `change` would not.
+    /// Replaces the marks by the result of `change`, durably; `None` changes nothing. Returns whether something
+    /// changed, or the error of `change`.
     ///
     /// # Errors
-    /// `NotFound` for a cluster that was never pinned; as the disk fails, then nothing has changed.
+    /// `NotFound` for a cluster that was never pinned; an I/O error of the disk, and then nothing has changed.
     pub fn change_timelines<E>(
         &self,
         name: &ClusterName,
@@ -72,7 +73,7 @@ impl WalStore {
 }
 
 impl Cluster {
-    /// Call with `op` held.
+    /// Call it with `op` held.
     fn store_timelines(&self, marks: Timelines) -> Result<(), Error> {
         durable::create_dir(self.disk(), &self.directory())?;
         record::store_timelines(self.disk(), &self.directory().join(TIMELINES), &marks)?;

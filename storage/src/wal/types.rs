@@ -17,7 +17,7 @@ use std::{
     sync::Arc,
 };
 
-/// What identifies a cluster's WAL, fixed at first contact (P8).
+/// What identifies a cluster's WAL; fixed at first contact (P8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pinned {
     /// `IDENTIFY_SYSTEM`'s systemid.
@@ -28,22 +28,20 @@ pub struct Pinned {
     pub postgres_version: u32,
 }
 
-/// How far a timeline is.
+/// How far a timeline was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
-    /// The timeline.
     pub timeline: TimelineId,
-    /// The first byte held.
+    /// The first byte of WAL.
     pub start: Lsn,
-    /// One past the last durable byte; streaming resumes here. After a recorded gap at its end: the gap's end.
+    /// One past the last durable byte, where streaming resumes. After a recorded gap at the end: the end of the gap.
     pub flushed: Lsn,
-    /// Everything held below this is in sealed files.
+    /// All WAL below this is in sealed files.
     pub sealed: Lsn,
-    /// Whether the timeline's history file is stored.
     pub has_history: bool,
 }
 
-/// WAL that will never be here, on record.
+/// WAL that is recorded as lost.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Gap {
     /// The timeline that was streamed when it was declared.
@@ -52,11 +50,11 @@ pub struct Gap {
     pub from: Lsn,
     /// One past the last missing byte; a segment's start.
     pub to: Lsn,
-    /// Why, in the words of who declared it.
+    /// The reason in the words of whoever declared the gap.
     pub reason: String,
-    /// When, in seconds since 1970.
+    /// Seconds since 1970.
     pub recorded_unix: f64,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -66,93 +64,90 @@ pub struct Gap {
 pub struct GapDeclaration {
     /// The first missing byte: the durable position.
     pub from: Lsn,
-    /// One past the last missing byte, a segment's start; the stream goes on here.
+    /// One past the last missing byte, a segment boundary; the stream continues here.
     pub to: Lsn,
-    /// Why.
     pub reason: String,
 }
 
-/// Where a writer wants to begin.
+/// Where a writer wants to begin, and what the client knows about it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OpenRequest {
     /// The timeline that will be streamed.
     pub timeline: TimelineId,
     /// The first byte that will be appended.
     pub start: Lsn,
-    /// WAL that is lost for good, if some is.
+    /// WAL that is lost for good, if any.
     pub gap: Option<GapDeclaration>,
-    /// Now, in seconds since 1970: for the gap's record.
+    /// The current time in seconds since 1970, for the gap's record.
     pub now_unix: f64,
-    /// Where the client's slot keeps WAL from, where it had one before: PostgreSQL was told that all below was flushed.
+    /// The position from which the client's slot retains WAL, if it had one before: PostgreSQL was told that everything
+    /// below was flushed.
     pub slot_restart: Option<Lsn>,
 }
 
-/// Why a writer may not be opened there. Trying the same again will not help, except for `WriterPresent`.
+/// Why a writer may not be opened. Retrying does not help, except for `WriterPresent`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenRefusal {
     /// The cluster was never pinned.
     #[error("expected a cluster that was identified first, found none of that name")]
     NotPinned,
-    /// A newer timeline is followed; a new timeline wins over an old one, never the other way round (P8). Unless the
-    /// old one is on record as undecided.
+    /// A newer timeline is followed: a new timeline replaces an old one, never the other way round (P8), unless the old
+    /// one is recorded as undecided.
     #[error("expected timeline {newest} or newer, found stale timeline {found}")]
     Stale {
         /// The timeline that is followed.
         newest: TimelineId,
-        /// The one asked for.
+        /// The requested timeline.
         found: TimelineId,
     },
     /// A person decided against the timeline.
     #[error("expected a timeline that is not retired, found {timeline}: {reason}")]
     Retired {
-        /// The one its PostgreSQL is on.
+        /// The timeline of the client's PostgreSQL.
         timeline: TimelineId,
-        /// What was found at the time.
+        /// The recorded reason.
         reason: String,
     },
     /// The history file of the timeline is not stored yet.
     #[error("expected the history file of timeline {0} to be stored first, found none")]
     NoHistory(TimelineId),
-    /// The stream would overwrite or leave out bytes (P2).
+    /// The stream would overwrite or skip bytes (P2).
     #[error("expected a start at {expected}, found {found}")]
     WrongStart {
-        /// The durable position, or for a new timeline the start of the segment with its switch point.
+        /// The durable position; for a new timeline, the start of the segment with its switch point.
         expected: Lsn,
-        /// The one asked for.
+        /// The requested start.
         found: Lsn,
     },
     /// The first byte of a timeline must be a segment's first byte.
     #[error("expected a start at the beginning of a segment, {expected}, found {found}")]
     NotSegmentStart {
-        /// The beginning of the segment it is in.
+        /// The beginning of the segment that contains the requested start.
         expected: Lsn,
-        /// The one asked for.
+        /// The requested start.
         found: Lsn,
     },
-    /// WAL on the way to a new timeline was not received; stream it first, or declare the gap.
+    /// WAL before a new timeline was not received: stream it first, or declare the gap.
     #[error("expected WAL of timeline {timeline} from {from} to {to} to be held first, found none")]
     Missing {
-        /// The timeline it is on.
+        /// The timeline of the missing WAL.
         timeline: TimelineId,
         /// The first missing byte.
         from: Lsn,
         /// One past the last missing byte.
         to: Lsn,
     },
-    /// The declared gap is not the one there is.
+    /// The declared gap does not match the missing WAL.
     #[error("expected a gap {expected}, found one from {from} to {to}")]
     BadGap {
-        /// What it should have been.
+        /// The expected gap, in words.
         expected: String,
-        /// As declared.
         from: Lsn,
-        /// As declared.
         to: Lsn,
     },
-    /// Another writer is alive; fence it first if it is to give way (WAL3).
+    /// Another writer is active; fence it first if it should be replaced (WAL3).
     #[error("expected no other writer of timeline {timeline}, found one")]
     WriterPresent {
-        /// The timeline it writes.
         timeline: TimelineId,
     },
 }
@@ -160,15 +155,13 @@ pub enum OpenRefusal {
 /// Why a writer was not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The request cannot be right.
+    /// The request was refused.
     #[error("open writer of {cluster}: {refusal}")]
     Refused {
-        /// The cluster.
         cluster: String,
-        /// The cause.
         refusal: OpenRefusal,
     },
-    /// The disk would not.
+    /// The disk failed.
     #[error(transparent)]
     Failed(#[from] Error),
 }
@@ -176,33 +169,29 @@ pub enum OpenError {
 /// A finished file on disk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredFile {
-    /// What it is.
     pub file: WalFile,
-    /// How it lies there.
     pub form: Form,
     /// Bytes on disk.
     pub size: u64,
-    /// When it was written, in seconds since 1970.
+    /// Modification time, in seconds since 1970.
     pub modified_unix: f64,
 }
 
-/// What sealing gives.
+/// The result of sealing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sealed {
-    /// What it is.
     pub file: WalFile,
-    /// How it lies there.
     pub form: Form,
     /// Bytes on disk.
     pub size: u64,
-    /// SHA-256 of the file as it is on disk.
+    /// SHA-256 of the stored file.
     pub sha256: [u8; 32],
 }
 
-/// How a stored file is encoded.
+/// How the content of a stored file is encoded, once it is decrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// As PostgreSQL wrote it.
+    /// Unencoded, as PostgreSQL wrote it.
     Plain,
     /// A standard zstd file.
     Zstd,
@@ -213,28 +202,27 @@ pub enum Encoding {
 pub enum Found {
     /// A finished file.
     Stored {
-        /// What was found: the partial one where only that exists.
+        /// The file that was found: the partial one if only that exists.
         file: WalFile,
-        /// Where it lies.
         path: PathBuf,
         /// Bytes on disk.
         size: u64,
         /// Bytes after decoding.
         plain_size: u64,
-        /// How to decode it, when it is decrypted.
+        /// How to decode the content, once it is decrypted.
         encoding: Encoding,
-        /// What decrypts it, where it is encrypted.
+        /// The keys that decrypt it, if it is encrypted.
         keys: Option<Keys>,
     },
     /// A segment that is not sealed: its durable bytes so far.
     Open(Box<OpenSegment>),
 }
 
-/// Opens a finished file of the real disk: gives what it holds, decrypted where there are keys. Errors while reading go
-/// through [`crate::crypt::payload_error`].
+/// Opens a finished file on the real disk and decrypts it if there are keys. Convert errors while reading with
+/// [`crate::crypt::payload_error`].
 ///
 /// # Errors
-/// Of the disk; `Denied` or `Corrupt` of an encrypted one.
+/// An I/O error of the disk; `Denied` or `Corrupt` for an encrypted file.
 pub fn open_stored(path: &Path, keys: Option<&Keys>) -> Result<Box<dyn Read + Send>, Error> {
     let file = File::open(path).map_err(|e| Error::io(Op::Read, path, e))?;
     match keys {
@@ -246,15 +234,14 @@ pub fn open_stored(path: &Path, keys: Option<&Keys>) -> Result<Box<dyn Read + Se
 /// Settings of a store; `default()` is right for real disks.
 #[derive(Clone)]
 pub struct WalOptions {
-    /// Bytes written ahead of need when a journal has to grow.
+    /// Bytes that are preallocated whenever a journal has to grow.
     pub preallocate: u64,
-    /// Recycled files kept for each cluster.
+    /// Number of recycled files kept for each cluster.
     pub spares: usize,
-    /// Idle compression contexts kept for the whole store (about 2 MiB each).
+    /// Number of idle compression contexts kept for the whole store (about 2 MiB each).
     pub contexts: usize,
-    /// Random numbers for journal ids.
+    /// The source of random journal ids.
     pub next_id: Arc<dyn Fn() -> u64 + Send + Sync>,
-    /// Whether and with what everything is encrypted.
     pub at_rest: AtRest,
 }
 

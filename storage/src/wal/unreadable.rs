@@ -1,17 +1,19 @@
-//! Records of a cluster that cannot be read: kept aside under another name before anything is written in their place.
+//! Records of a cluster that cannot be read: they are set aside under another name before a new file is written in
+//! their place.
 //!
-//! - Nothing that was noted is forgotten because a file cannot be read today: a damaged disk, a newer Klio's format. The bytes
-//!   stay as `<file>.unreadable`, `<file>.unreadable.2`, ...
-//! - While such a file is there, what it said is not known. That is a problem of the cluster, over restarts, for which
-//!   retention removes nothing (P6); a person who has looked takes the file away.
-//! - One that can be read again, by a newer program or from a disk that was mended, is joined to what there is and goes.
+//! - Nothing that was recorded is forgotten because a file cannot be read today, be it due to a damaged disk or the
+//!   format of a newer Klio. The bytes stay as `<file>.unreadable`, `<file>.unreadable.2`, ...
+//! - While such a file exists, its content is unknown. That is a problem of the cluster, also after restarts, during
+//!   which retention removes nothing (P6). A person who has looked into it removes the file.
+//! - A file that becomes readable again, with a newer program or after the disk was repaired, is merged into the
+//!   current record and removed.
 
 use super::cluster::{Cluster, State};
 use crate::{Error, Kind, Op, disk::durable, record};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{io, path::PathBuf};
 
-/// More of one file are not kept apart: somebody has to look first.
+/// No more copies of one file are kept: somebody has to look into it first.
 const KEPT_MAX: u32 = 16;
 
 fn aside(cluster: &Cluster, file: &str, number: u32) -> PathBuf {
@@ -19,10 +21,11 @@ fn aside(cluster: &Cluster, file: &str, number: u32) -> PathBuf {
     cluster.directory().join(format!("{file}.unreadable{number}"))
 }
 
-/// Reads a list and what was kept aside of it, `join`ed; puts aside what cannot be read. Call at start.
+/// Reads a list, merges it with its set-aside copies using `join`, and sets it aside if it cannot be read. Call it at
+/// start.
 ///
 /// # Errors
-/// As the disk fails to keep it aside.
+/// An I/O error while the file is set aside.
 pub(super) fn load<T: Serialize + DeserializeOwned + Clone + PartialEq>(
     cluster: &Cluster,
     state: &mut State,
@@ -53,7 +56,7 @@ pub(super) fn load<T: Serialize + DeserializeOwned + Clone + PartialEq>(
         record::store(disk, &path, &all)?;
     }
     for place in readable {
-        tracing::info!(cluster = %cluster.name, place = %place.display(), "what was kept aside can be read again, and is joined to the record");
+        tracing::info!(cluster = %cluster.name, place = %place.display(), "a record that was set aside is readable again; merging it into the current one");
         durable::remove_if_there(disk, &place)?;
     }
     Ok(all)
@@ -67,19 +70,19 @@ fn keep(cluster: &Cluster, file: &str, error: &Error) -> Result<(), Error> {
     let Some(free) = free else {
         let detail = format!("expected at most {KEPT_MAX} files {file}.unreadable, found as many");
         return Err(Error::new(Kind::Conflict, Op::Recover, path.display(), detail)
-            .hint("look why the disk damages it, then take the files away"));
+            .hint("find out why the disk damages this file, then remove the .unreadable files"));
     };
-    tracing::error!(cluster = %cluster.name, %error, kept = %free.display(), "a record cannot be read: it is kept aside, and what it said is not known");
+    tracing::error!(cluster = %cluster.name, %error, kept = %free.display(), "cannot read a record; setting it aside, its content is unknown");
     durable::rename(disk, &path, &free)
 }
 
 fn sentence(file: &str, error: &Error) -> String {
     format!(
-        "{error}; what {file} said before is not known, and retention removes nothing; hint: klio verify --wal reads the WAL again; look whether a copy of the file is in tier 2 or in a backup of this disk and put it in its place, or take the file away when nothing of it is missed"
+        "{error}; the earlier content of {file} is unknown, and retention removes nothing; hint: klio verify --wal reads the WAL again; put a copy of the file from tier 2 or a backup of this disk in its place, or remove the unreadable file if its content is not needed"
     )
 }
 
-/// Both lists, each entry once.
+/// Merges both lists without duplicates.
 pub(super) fn union<T: Clone + PartialEq>(one: &[T], other: &[T]) -> Vec<T> {
     let mut all = one.to_vec();
     all.extend(other.iter().filter(|entry| !one.contains(entry)).cloned());

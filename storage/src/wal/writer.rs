@@ -1,11 +1,13 @@
-//! Receives one cluster's WAL on one timeline. Each timeline has a writer of its own; they share nothing but the disk.
+//! Receives one cluster's WAL on one timeline. Each timeline has its own writer; they share only the disk.
 //!
 //! - WAL1: flushed <= written, and both only grow. Only a flush makes a [`FlushedLsn`] (P1).
-//! - Every byte is checked before any byte of the same append is written.
-//! - A batch never spans segments: a finished segment is synced before bytes of the next are written.
-//! - After a failed write or sync nothing more is written or acknowledged (P3): close, and open again.
-//! - No space for more is no failure: nothing changes, and the same append may be tried again.
-//! - After `fence` nothing more is written: the fence waits for what is under way, then takes the journal away (WAL3).
+//! - All bytes of an append are checked before any of them is written.
+//! - A batch never spans segments: a full segment is synced before bytes of the next one are written.
+//! - After a failed write or sync nothing more is written or acknowledged (P3): the writer has to be closed and opened
+//!   again.
+//! - A full disk is not such a failure: nothing changes, and the same append may be tried again.
+//! - After `fence` nothing more is written: the fence waits for the current operation and then takes the journal away
+//!   (WAL3).
 //!
 //! Memory of an idle writer: this struct and an open file.
 
@@ -29,17 +31,16 @@ use std::{
 };
 use zstd::zstd_safe::DCtx;
 
-/// A page's longest header.
+/// The longest header of a page.
 const PAGE_HEADER_MAX: u64 = 40;
 /// Files grow to a multiple of this.
 const BLOCK: u64 = 4096;
 
-/// One past the last byte that is durable. Made only by a flush that succeeded, or by recovery, which syncs too.
+/// One past the last durable byte. Only a successful flush makes it, or recovery, which syncs as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlushedLsn(Lsn);
 
 impl FlushedLsn {
-    /// The position.
     pub const fn lsn(self) -> Lsn {
         self.0
     }
@@ -51,14 +52,14 @@ impl fmt::Display for FlushedLsn {
     }
 }
 
-/// What a writer, its flusher and the store share.
+/// The state that a writer, its flusher and the store share.
 #[derive(Debug)]
 pub(super) struct Slot {
     timeline: TimelineId,
     fenced: AtomicBool,
     flushed: AtomicU64,
-    /// Held through every sync of the journal. Two syncs of one file at once would be fatal: an error is reported to
-    /// one of them only, and the other would acknowledge what was lost.
+    /// Held during every sync of the journal. Two concurrent syncs of one file would be fatal: an error is reported to
+    /// only one of them, and the other would acknowledge lost bytes.
     sync: Mutex<()>,
     core: Mutex<Option<Core>>,
 }
@@ -71,14 +72,14 @@ struct Core {
     flushed: FlushedLsn,
     poisoned: Option<String>,
     finished: Vec<WalFile>,
-    /// The older timelines' partial segments were reported as finished.
+    /// The partial segments of older timelines were reported as finished.
     announced: bool,
-    /// The journal says of all of it that it is durable.
+    /// The journal ends with a closing frame, which says that all of it is durable.
     closed: bool,
 }
 
 impl Core {
-    /// What a failed write or sync leaves behind: nothing can be said about the file any more.
+    /// Poisons the writer after a failed write or sync: the state of the file is unknown from then on.
     fn poison(&mut self, op: Op, cause: io::Error) -> Error {
         let path = self.journal.path.as_path();
         let error = Error::io(op, path, cause);
@@ -90,7 +91,7 @@ impl Core {
         Error::new(Kind::Poisoned, op, path.display(), detail).with_source(error)
     }
 
-    /// After a successful sync of everything up to `to`.
+    /// Called after a successful sync of everything up to `to`.
     fn advance(&mut self, cluster: &Cluster, to: Lsn) {
         self.flushed = self.flushed.max(FlushedLsn(to));
         self.entry.set_durable(self.flushed.0);
@@ -105,8 +106,8 @@ impl Core {
         }
     }
 
-    /// Writes a frame that says of all of the journal that it is durable, unless the journal says so; true when it has to be
-    /// synced. It only makes damage easier to find: without space it is left out.
+    /// Writes a closing frame, which says that the whole journal is durable, unless there is one. True when it has to
+    /// be synced. It only makes damage easier to detect, so it is omitted when the disk is full.
     fn close(&mut self) -> Result<bool, Error> {
         if self.closed || self.written != self.flushed.0 {
             return Ok(false);
@@ -135,7 +136,7 @@ impl Core {
         Ok(())
     }
 
-    /// Makes room for `bytes` more at the end of the file. No space is no failure: the file is as it was.
+    /// Extends the file by `bytes`. A full disk leaves the file unchanged and does not poison the writer.
     fn reserve(&mut self, bytes: u64, ahead: u64) -> Result<(), Error> {
         let need = (self.journal.offset + bytes).next_multiple_of(BLOCK);
         let from = self.journal.allocated;
@@ -165,7 +166,7 @@ fn is_full(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// The journal, as long as the writer may use it.
+/// The journal, unless the writer was fenced or poisoned.
 fn live<'a>(
     slot: &Slot,
     guard: &'a mut MutexGuard<'_, Option<Core>>,
@@ -173,7 +174,7 @@ fn live<'a>(
 ) -> Result<&'a mut Core, Error> {
     let Some(core) = guard.as_mut() else {
         let place = format!("WAL of timeline {:?}", slot.timeline);
-        let detail = "expected to be the only writer, found that another took over";
+        let detail = "expected to be the only writer, found that another one took over";
         return Err(Error::new(Kind::Conflict, op, place, detail));
     };
     if let Some(cause) = &core.poisoned {
@@ -189,7 +190,7 @@ impl Slot {
         FlushedLsn(Lsn::new(self.flushed.load(Ordering::Acquire)))
     }
 
-    /// One sync for all that was appended before it began.
+    /// One sync for everything that was appended before it began.
     fn flush(&self, cluster: &Cluster) -> Result<FlushedLsn, Error> {
         let _one = lock(&self.sync);
         let (file, upto): (FileHandle, Lsn) = {
@@ -211,7 +212,7 @@ impl Slot {
         Ok(core.flushed)
     }
 
-    /// Has the journal say, durably, that all of it is durable.
+    /// Writes and syncs a closing frame.
     fn rest(&self) -> Result<(), Error> {
         let _one = lock(&self.sync);
         let file: FileHandle = {
@@ -228,7 +229,7 @@ impl Slot {
         })
     }
 
-    /// Takes the journal from the writer; waits for what it is doing.
+    /// Takes the journal away from the writer, after waiting for its current operation.
     pub(super) fn release(self: &Arc<Self>, cluster: &Cluster) {
         self.fenced.store(true, Ordering::Release);
         let _one = lock(&self.sync);
@@ -247,21 +248,21 @@ impl Slot {
     }
 }
 
-/// The one live writer of a cluster's timeline. Dropping it closes it; unflushed bytes are then given up.
+/// The only active writer of a cluster's timeline. Dropping it closes it; unflushed bytes are discarded.
 #[derive(Debug)]
 pub struct Writer {
     cluster: Arc<Cluster>,
     slot: Arc<Slot>,
     expect: PageExpectation,
     checker: Option<PageChecker>,
-    /// Sees where WAL begins that no recovery passes.
+    /// Detects where WAL begins that recovery cannot pass.
     levels: LevelScan,
     written: Lsn,
     /// One past the last byte of the current segment.
     segment_end: Lsn,
 }
 
-/// Syncs for a [`Writer`] from another thread, so that it can append meanwhile.
+/// Syncs for a [`Writer`] from another thread, while the writer appends.
 #[derive(Debug, Clone)]
 pub struct Flusher {
     cluster: Arc<Cluster>,
@@ -279,8 +280,8 @@ impl Flusher {
         Ok(flushed)
     }
 
-    /// For a stream that rests: has the journal say, durably, that all of it is durable, so that damage to the last batch is told
-    /// from a torn tail. Changes nothing while bytes wait for their flush.
+    /// For a stream that pauses: records in the journal, durably, that all of it is durable, so that later damage to
+    /// the last batch can be told from a torn tail. Does nothing while bytes wait for their flush.
     ///
     /// # Errors
     /// As [`Writer::flush`].
@@ -289,7 +290,7 @@ impl Flusher {
     }
 }
 
-/// The making of the next segment's journal: run it on any thread. Nothing depends on it but speed.
+/// Creates the journal of the next segment; run it on any thread. Only speed depends on it.
 #[derive(Debug)]
 pub struct Preparation {
     cluster: Arc<Cluster>,
@@ -299,10 +300,10 @@ pub struct Preparation {
 }
 
 impl Preparation {
-    /// Makes the file, durably.
+    /// Creates the file, durably.
     ///
     /// # Errors
-    /// Of the disk; the writer makes it by itself when it comes there.
+    /// An I/O error of the disk; the writer then creates the file itself when it needs it.
     pub fn run(self) -> Result<(), Error> {
         self.cluster.prepare(self.timeline, self.start, self.preallocate)
     }
@@ -348,22 +349,21 @@ impl Writer {
         Self { cluster, slot, expect, checker: None, levels, written: at, segment_end }
     }
 
-    /// The timeline it writes.
     pub fn timeline(&self) -> TimelineId {
         self.slot.timeline
     }
 
-    /// Where the next append must begin: one past the last byte written, durable or not.
+    /// Where the next append must begin: one past the last written byte, durable or not.
     pub const fn position(&self) -> Lsn {
         self.written
     }
 
-    /// One past the last byte known to be durable.
+    /// One past the last durable byte.
     pub fn flushed(&self) -> FlushedLsn {
         self.slot.flushed()
     }
 
-    /// Whether another writer took over: every further call fails.
+    /// Whether another writer took over; if so, every further call fails.
     pub fn is_fenced(&self) -> bool {
         self.slot.fenced.load(Ordering::Acquire)
     }
@@ -373,12 +373,14 @@ impl Writer {
         Flusher { cluster: self.cluster.clone(), slot: self.slot.clone() }
     }
 
-    /// Checks and writes the next bytes; they are durable only after a flush. Gives one past the last of them.
+    /// Checks and writes the next bytes and returns one past the last of them. They are durable only after a flush.
     ///
     /// # Errors
-    /// - `Invalid`: bytes that do not continue at [`Writer::position`], or WAL that does not belong here. Nothing was written.
-    /// - `Full`: no space. What lies below [`Writer::position`] is written, the rest may be tried again from there.
-    ///   Nothing acknowledged is touched. (When the disk claimed to have space and then had none, later calls are `Poisoned`.)
+    /// - `Invalid`: the bytes do not continue at [`Writer::position`], or the WAL does not belong here. Nothing was
+    ///   written.
+    /// - `Full`: no space. The bytes below [`Writer::position`] are written; the rest may be tried again from there.
+    ///   Acknowledged bytes are not touched. (If the disk had reported space and then had none, later calls are
+    ///   `Poisoned`.)
     /// - `Poisoned`: close the writer and open it again.
     /// - `Conflict`: another writer took over.
     pub fn append(&mut self, start: Lsn, data: &[u8]) -> Result<Lsn, Error> {
@@ -397,7 +399,8 @@ impl Writer {
         let mut changes = Vec::new();
         self.levels.push(start, data, &mut |lsn, parameters| changes.push((lsn, parameters)));
         if !changes.is_empty() {
-            // Before the bytes are acknowledged, and though they are not yet durable: they come again.
+            // Recorded before the bytes are acknowledged. It does not matter that they are not durable yet: if they are
+            // lost, they are sent again.
             self.cluster.note_levels(self.slot.timeline, &changes)?;
         }
         let mut rest = data;
@@ -420,7 +423,7 @@ impl Writer {
             let detail = format!("expected WAL from {expected} on, found {start}");
             return Err(Error::new(Kind::Invalid, Op::Append, &self.cluster.name, detail));
         }
-        // The last segment of the address space is refused: its end has no LSN.
+        // The last segment of the address space is refused, because its end has no LSN.
         let room = self.expect.segment_size.bytes();
         match start.checked_add(data.len() as u64).and_then(|end| end.checked_add(room)) {
             Some(_) => Ok(()),
@@ -431,7 +434,7 @@ impl Writer {
         }
     }
 
-    /// Within one segment.
+    /// Appends bytes that lie within one segment.
     fn append_part(&mut self, part: &[u8]) -> Result<(), Error> {
         let Self { cluster, slot, written, .. } = self;
         let mut guard = lock(&slot.core);
@@ -455,7 +458,7 @@ impl Writer {
         })
     }
 
-    /// Syncs the full segment, then goes on in the next one's journal.
+    /// Syncs the full segment, then continues in the journal of the next one.
     fn rotate(&mut self) -> Result<(), Error> {
         self.flush()?;
         let _one = lock(&self.slot.sync);
@@ -473,15 +476,16 @@ impl Writer {
     /// Makes everything appended so far durable, with one sync.
     ///
     /// # Errors
-    /// - `Poisoned`: the sync failed; what it covered is unknown, nothing more is acknowledged (P3).
-    /// - `Full`: as `Poisoned`, for want of space.
+    /// - `Poisoned`: the sync failed; the state of the bytes it covered is unknown, and nothing more is acknowledged
+    ///   (P3).
+    /// - `Full`: as `Poisoned`, because the disk is full.
     /// - `Conflict`: another writer took over.
     pub fn flush(&mut self) -> Result<FlushedLsn, Error> {
         self.flusher().flush()
     }
 
-    /// Files completed since the last call, ready to be sealed: also the partial segments that the start of this
-    /// timeline or a gap ended. (All of them can be asked for at any time: `WalStore::unsealed`.)
+    /// The files completed since the last call, ready to be sealed, including partial segments that ended with a gap or
+    /// with the start of this timeline. (`WalStore::unsealed` lists all of them at any time.)
     pub fn take_finished(&mut self) -> Vec<WalFile> {
         lock(&self.slot.core)
             .as_mut()
@@ -489,7 +493,7 @@ impl Writer {
             .unwrap_or_default()
     }
 
-    /// The next journal to make ahead of need, once more than half of this segment is written.
+    /// The next journal to create ahead of need, once more than half of this segment is written.
     pub fn preparation(&self) -> Option<Preparation> {
         let half = self.expect.segment_size.bytes() / 2;
         let done = half * 2 - self.segment_end.bytes_since(self.written);
@@ -499,7 +503,7 @@ impl Writer {
         }
         let guard = lock(&self.slot.core);
         let used = guard.as_ref()?.journal.offset;
-        // As this segment compresses, so will the next, about.
+        // The next segment is assumed to compress about as well as this one.
         let guess = used * (half * 2) / done.max(1);
         Some(Preparation {
             cluster: self.cluster.clone(),
@@ -509,8 +513,8 @@ impl Writer {
         })
     }
 
-    /// A checker for the bytes from here on. Where a page's header is cut in two by this position, it sees the first
-    /// part, which is on disk, again.
+    /// A checker for the bytes from the current position on. If the position is inside a page header, the checker first
+    /// reads the first part of the header again from disk.
     fn checker_here(&self) -> Result<PageChecker, Error> {
         let offset = self.written.as_u64() % PAGE_BYTES;
         if offset == 0 || offset >= PAGE_HEADER_MAX {

@@ -360,7 +360,7 @@ fn a_damaged_segment_in_the_middle_is_made_anew_beside_the_stream() {
             assert_eq!(store.holes(&rig.name), [hole()]);
             let problems = store.problems(&rig.name).join("\n");
             assert!(
-                problems.contains("as long as that has it") && problems.contains("klio backup"),
+                problems.contains("as long as PostgreSQL has it") && problems.contains("klio backup"),
                 "{problems}"
             );
             let mut writer = rig.writer(&store, 1, 3 * MIB + 700);
@@ -415,7 +415,7 @@ fn a_journal_that_rots_before_it_is_sealed_is_made_anew_without_a_restart() {
     rig.disk.flip_bit(&journal(), 4096 + 1000, 2).unwrap();
     assert_eq!(store.seal(&rig.name, file).unwrap_err().kind, Kind::Corrupt);
     assert_eq!(store.holes(&rig.name), [hole()]);
-    assert!(store.problems(&rig.name)[0].contains("as long as that has it"));
+    assert!(store.problems(&rig.name)[0].contains("as long as PostgreSQL has it"));
     assert_eq!(store.unsealed(&rig.name), [], "sealing is not tried again and again");
     fill(&rig, &store, &mut writer, None).unwrap();
     store.seal(&rig.name, file).unwrap();

@@ -70,7 +70,7 @@ fn a_sealed_file_that_rotted_is_put_aside_and_made_anew() {
             assert_eq!(store.damaged_journals(&rig.name), 1);
             let problems = store.problems(&rig.name);
             assert_eq!(problems.len(), 1, "{problems:?}");
-            assert!(problems[0].contains("as long as that has it"), "{problems:?}");
+            assert!(problems[0].contains("as long as PostgreSQL has it"), "{problems:?}");
             assert_eq!(store.read(&rig.name, file(3)).unwrap_err().kind, Kind::Corrupt, "P7");
             assert!(store.list(&rig.name).unwrap().iter().all(|stored| stored.file != file(3)));
             assert_eq!(store.unsealed(&rig.name), []);
@@ -330,7 +330,7 @@ fn a_zeroed_journal_is_told_from_one_that_was_never_written() {
                 assert_eq!(store.holes(&rig.name), [hole(2)], "header kept: {}", header > 0);
                 assert_eq!(flushed(&store, &rig), at(4 * MIB + 700));
                 let problems = store.problems(&rig.name);
-                assert!(problems[0].contains("as long as that has it"), "{problems:?}");
+                assert!(problems[0].contains("as long as PostgreSQL has it"), "{problems:?}");
                 assert_eq!(store.read(&rig.name, file(2)).unwrap_err().kind, Kind::Corrupt);
                 let writer = rig.writer(&store, 1, 4 * MIB + 700);
                 fill(&rig, &store, 2).unwrap();

@@ -20,7 +20,7 @@ fn read(rig: &Rig, name: &str) -> Option<Vec<u8>> {
 
 fn told(rig: &Rig) -> bool {
     let problems = rig.open().problems(&rig.name);
-    problems.iter().any(|p| p.contains(".unreadable") && p.contains("is not known"))
+    problems.iter().any(|p| p.contains(".unreadable") && p.contains("is unknown"))
 }
 
 #[test]
