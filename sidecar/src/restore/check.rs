@@ -1,4 +1,4 @@
-//! Whether the places can take a restore. Reads only (RESTORE1).
+//! Checks whether the target directories are fit for a restore. Only reads (RESTORE1).
 
 use super::{MARKER, local, place::Places};
 use crate::{
@@ -14,29 +14,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Bytes that a place needs and has.
+/// The free space that one file system needs and has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Room {
-    /// A place of it.
+    /// A directory of the restore on this file system.
     pub place: PathBuf,
-    /// More bytes than now.
+    /// Bytes that the restore needs in addition to what the directories use now.
     pub needed: u64,
-    /// Bytes that can be written by this user.
+    /// Bytes that this user can still write.
     pub free: u64,
 }
 
-/// Who is to do it.
-const OWNER: &str =
-    "run klio as the user who runs PostgreSQL, or make the directory and give it to that user";
+/// Hint for missing permissions.
+const OWNER: &str = "run klio as the user who runs PostgreSQL, or create the directory and make that user its owner";
 
 fn no(message: String, hint: &str) -> Error {
     Error::new(Failure::Local, message).hint(hint)
 }
 
-/// RESTORE1, RESTORE3: every place is fit. `delta`: it may hold an older state of the same cluster.
+/// Checks all places (RESTORE1, RESTORE3). With `delta` they may hold an older state of the same cluster.
 ///
 /// # Errors
-/// Why not.
+/// The first check that failed.
 pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(), Error> {
     directory(&places.data, record, delta)?;
     if delta {
@@ -51,10 +50,11 @@ pub fn places(places: &Places, record: &BackupRecord, delta: bool) -> Result<(),
     })
 }
 
-/// The part of it that needs no look at WAL, which may take long: the data directory.
+/// Checks the data directory. This is the part of [`places`] that does not need the WAL on the way to the target,
+/// which may take long to read.
 ///
 /// # Errors
-/// Why not.
+/// The first check that failed.
 pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), Error> {
     in_no_other(data, data)?;
     not_running(data)?;
@@ -66,8 +66,8 @@ pub fn directory(data: &Path, record: &BackupRecord, delta: bool) -> Result<(), 
     writable(data)
 }
 
-/// Within another data directory or its tablespaces a restore would be part of that PostgreSQL, of its backups and of what
-/// a `--delta` cleans. `own`: the directory that is restored to.
+/// Refuses a place inside another data directory or its tablespaces: the copy would become part of that PostgreSQL
+/// and of its backups, and a later `--delta` would clean it away. `own` is the directory that is restored to.
 fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
     let directory = existing(place);
     let real = |path: &Path| fs::canonicalize(path).map_err(|error| local("look at", path, &error));
@@ -79,7 +79,7 @@ fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
         None => Ok(()),
         Some(other) => Err(no(
             format!(
-                "restore to {}: expected a place of its own, found that it lies in {}, which is PostgreSQL's",
+                "restore to {}: expected a directory of its own, found it inside {}, which is PostgreSQL's",
                 place.display(),
                 other.display()
             ),
@@ -88,7 +88,8 @@ fn in_no_other(place: &Path, own: &Path) -> Result<(), Error> {
     }
 }
 
-/// A data directory, one that an unfinished restore makes, or what a tablespace has for a version (`PG_15_202209061`).
+/// Whether this is a data directory, the directory of an unfinished restore, or the directory of a PostgreSQL version
+/// in a tablespace (`PG_15_202209061`).
 fn is_postgresql(directory: &Path) -> bool {
     let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let version = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
@@ -98,7 +99,8 @@ fn is_postgresql(directory: &Path) -> bool {
         || directory.join(MARKER).exists()
 }
 
-/// RESTORE3. A file that a crash left looks the same as one of a PostgreSQL in another container.
+/// RESTORE3: refuses a directory with a postmaster.pid. The file of a crashed PostgreSQL cannot be told from that of
+/// one that runs in another container.
 fn not_running(data: &Path) -> Result<(), Error> {
     let file = data.join("postmaster.pid");
     match fs::read_to_string(&file) {
@@ -110,15 +112,16 @@ fn not_running(data: &Path) -> Result<(), Error> {
             let place = data.display();
             Err(no(
                 format!(
-                    "restore to {place}: postmaster.pid is there, so PostgreSQL (process {pid}) may run in it"
+                    "restore to {place}: postmaster.pid exists, so PostgreSQL (process {pid}) may run in it"
                 ),
-                "stop it with pg_ctl; if it crashed and surely does not run any more, remove postmaster.pid",
+                "stop it with pg_ctl; if it crashed and certainly does not run any more, remove postmaster.pid",
             ))
         }
     }
 }
 
-/// Whether something is in a directory: more than what a restore leaves that was killed before its first step was done.
+/// Whether a directory has content. The temporary marker file of a restore that was killed before its first step was
+/// complete does not count.
 fn occupied(place: &Path) -> Result<bool, Error> {
     let begun = durable::tmp_path(Path::new(MARKER));
     match fs::read_dir(place) {
@@ -126,7 +129,7 @@ fn occupied(place: &Path) -> Result<bool, Error> {
             for entry in entries {
                 let entry = entry.map_err(|error| local("look into", place, &error))?;
                 let name = entry.file_name();
-                // A mount point has it, and it is nobody's data.
+                // Every mount point of an ext4 file system has it; it is nobody's data.
                 if Path::new(&name) != begun && name != LOST_AND_FOUND {
                     return Ok(true);
                 }
@@ -136,11 +139,11 @@ fn occupied(place: &Path) -> Result<bool, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(place) {
             Ok(to) => Err(no(
                 format!(
-                    "restore to {}: expected a directory, found a link to {}, which is not there",
+                    "restore to {}: expected a directory, found a link to {}, which does not exist",
                     place.display(),
                     to.display()
                 ),
-                "make what it leads to, or remove the link",
+                "create the directory that it leads to, or remove the link",
             )),
             Err(_) => Ok(false),
         },
@@ -164,16 +167,17 @@ fn empty(place: &Path) -> Result<(), Error> {
                 "restore to {}: expected an empty or absent directory, found files in it",
                 place.display()
             ),
-            "restore elsewhere, for a tablespace with --tablespace-map OLD=NEW, or onto an older state of the same cluster with --delta",
+            "restore elsewhere, for a tablespace with --tablespace-map OLD=NEW, or over an older state of the same cluster with --delta",
         )),
     }
 }
 
-/// Where replay makes a tablespace: what is there is another PostgreSQL's, most likely the one that still runs.
+/// Checks the place of a tablespace that replay creates. Files there belong to another PostgreSQL, most likely to the
+/// original, which may still run.
 fn new_place(place: &Path) -> Result<(), Error> {
     empty(place).map_err(|error| {
         let message = format!(
-            "a tablespace is made at {} on the way to the target, after the backup: {}",
+            "replay will create a tablespace at {}, because the original got it after the backup: {}",
             place.display(),
             error.message
         );
@@ -181,8 +185,8 @@ fn new_place(place: &Path) -> Result<(), Error> {
     })
 }
 
-/// `--delta` removes what is not in the backup, so it has to be a data directory of this cluster, or what an
-/// unfinished restore left.
+/// `--delta` removes what is not in the backup, so the directory has to be a data directory of this cluster or what
+/// an unfinished restore left.
 fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
     if data.join(MARKER).exists() || !occupied(data)? {
         return Ok(());
@@ -210,13 +214,14 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
     Ok(())
 }
 
-/// A restore removes from a tablespace what the backup has not, so with `delta` each one is empty, or this very
-/// directory's: its link leads there, or the unfinished restore said that it is. The recorded locations may be
-/// those of the PostgreSQL that still runs elsewhere on this machine.
+/// A restore with `--delta` removes from a tablespace what is not in the backup. So each tablespace must be empty or
+/// belong to this data directory: a link in its pg_tblspc leads there, or the marker of the unfinished restore lists
+/// it. The recorded location may otherwise be that of the original, which may still run on this machine.
 fn own_tablespaces(places: &Places) -> Result<(), Error> {
     let unfinished = fs::read_to_string(places.data.join(MARKER)).unwrap_or_default();
     let links = fs::read_dir(places.data.join("pg_tblspc")).into_iter().flatten().flatten();
-    // By location: a tablespace that was dropped and made again at the same place has another OID.
+    // Compared by location, because a tablespace that was dropped and created again at the same place has another
+    // OID.
     let own: Vec<PathBuf> = links.filter_map(|link| fs::canonicalize(link.path()).ok()).collect();
     for (oid, place) in
         places.tablespaces.iter().map(|(o, p)| (*o, p.as_path())).chain(places.new_places())
@@ -228,15 +233,15 @@ fn own_tablespaces(places: &Places) -> Result<(), Error> {
         }
         empty(place).map_err(|error| {
             error.hint(
-                "no link in pg_tblspc of the directory that is restored to leads there, so it may be another \
-                 PostgreSQL's: --tablespace-map OLD=NEW puts the tablespace elsewhere",
+                "no link in pg_tblspc of the target directory leads there, so it may be another PostgreSQL's: \
+                 --tablespace-map OLD=NEW puts the tablespace elsewhere",
             )
         })?;
     }
     Ok(())
 }
 
-/// The nearest directory that is there.
+/// The nearest ancestor that exists.
 fn existing(place: &Path) -> &Path {
     place.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
@@ -251,10 +256,10 @@ fn writable(place: &Path) -> Result<(), Error> {
         .map_err(|error| no(format!("write to {}: {error}", directory.display()), OWNER))
 }
 
-/// Whether there is room; `needed` has one number for each place.
+/// Checks the free space; `needed` has the additional bytes of each place.
 ///
 /// # Errors
-/// Which file system is too small.
+/// The file system that is too small.
 pub fn room(needed: &[(PathBuf, u64)]) -> Result<Vec<Room>, Error> {
     let mut by_device: Vec<(u64, Room)> = Vec::new();
     for (place, bytes) in needed {
@@ -332,7 +337,7 @@ mod tests {
             let error = in_no_other(&inside, &inside).unwrap_err();
             assert!(error.message.contains("PostgreSQL's"), "{error}");
         }
-        // --delta onto it, what lies in it itself, and a place beside it.
+        // Allowed: `--delta` onto the directory, a place inside the directory itself, and a place beside it.
         for (place, own) in [
             (live.clone(), live.clone()),
             (link.clone(), link),
@@ -352,7 +357,7 @@ mod tests {
         assert!(empty(scratch.path()).is_err());
     }
 
-    /// Killed between writing the marker and giving it its name, a restore has done nothing yet.
+    /// A restore that was killed before the marker got its final name has not done anything yet.
     #[test]
     fn a_marker_that_never_got_its_name_is_in_nobodys_way() {
         let scratch = tempfile::tempdir().unwrap();
@@ -368,7 +373,7 @@ mod tests {
         assert!(empty(&data).is_err());
     }
 
-    /// A delta restore beside the running original must not clean the original's tablespaces.
+    /// A delta restore on the machine of the running original must not clean the original's tablespaces.
     #[test]
     fn with_delta_a_tablespace_is_empty_or_of_the_directory_itself() {
         let scratch = tempfile::tempdir().unwrap();
@@ -380,21 +385,22 @@ mod tests {
         assert!(own_tablespaces(&places).is_err());
         fs::create_dir_all(data.join("pg_tblspc")).unwrap();
         assert!(own_tablespaces(&places).is_err());
-        // An unfinished restore goes on where it was told to.
+        // An unfinished restore may continue in the tablespaces that its marker lists.
         super::super::finish::begin(&places, "b").unwrap();
         assert!(own_tablespaces(&places).is_ok());
         fs::remove_file(data.join(MARKER)).unwrap();
         assert!(own_tablespaces(&places).is_err());
         std::os::unix::fs::symlink(&place, data.join("pg_tblspc/7")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
-        // Dropped and made again at the same place: found by the restore proof.
+        // The tablespace was dropped and created again at the same place; the randomised restore test found this
+        // case.
         fs::rename(data.join("pg_tblspc/7"), data.join("pg_tblspc/9")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
         let elsewhere = BTreeMap::from([(7, scratch.path().join("none yet"))]);
         let none = BTreeMap::new();
         let elsewhere = Places { data: data.clone(), tablespaces: elsewhere, made: none.clone() };
         assert!(own_tablespaces(&elsewhere).is_ok());
-        // What replay makes there is no other than what was restored.
+        // A tablespace that replay creates must not lie in a directory that belongs to another PostgreSQL.
         let live = scratch.path().join("other");
         fs::create_dir_all(live.join("PG_15_202209061")).unwrap();
         let made = BTreeMap::from([(11, live)]);

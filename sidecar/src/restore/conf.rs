@@ -1,21 +1,21 @@
-//! PostgreSQL's configuration files, as PostgreSQL reads them (`src/backend/utils/misc/guc-file.l`).
+//! Reads PostgreSQL's configuration files as PostgreSQL does (`src/backend/utils/misc/guc-file.l`).
 //!
-//! A line is a name, perhaps `=`, a value, perhaps a comment; a quote within quotes is doubled or escaped. Names have no
-//! case. What PostgreSQL would call a syntax error says nothing here: it does not start with it either.
-//! Pure.
+//! A line has a name, optionally `=`, a value, and optionally a comment. A quote within quotes is doubled or escaped.
+//! Names are case-insensitive. Lines with a syntax error are skipped, since PostgreSQL does not start with them
+//! either. Pure.
 
-/// A setting, or an include, of one line.
+/// One line: a setting or an include.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
     /// In lower case.
     pub name: String,
     /// Without quotes.
     pub value: String,
-    /// From 0.
+    /// Line number, from 0.
     pub line: usize,
 }
 
-/// What a file sets, in order.
+/// The settings and includes of a file, in order.
 pub fn parse(text: &[u8]) -> Vec<Item> {
     let lines = text.split(|byte| *byte == b'\n').enumerate();
     let item = |(number, line): (usize, &[u8])| {
@@ -28,7 +28,7 @@ pub fn parse(text: &[u8]) -> Vec<Item> {
     lines.filter_map(item).collect()
 }
 
-/// The name that a line begins with, in lower case, and what follows it.
+/// The name at the start of a line, in lower case, and the rest of the line.
 pub fn name_of(line: &str) -> Option<(String, &str)> {
     let line = line.trim_start();
     let end = line.find(|c: char| c.is_ascii() && !c.is_ascii_alphanumeric() && !"_.$".contains(c));
@@ -71,12 +71,12 @@ fn octal(first: char, chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> c
     char::from_u32(code & 0xFF).unwrap_or('?')
 }
 
-/// A line that sets a name to a value.
+/// A line that sets `name` to `value`.
 pub fn line(name: &str, value: &str) -> String {
     format!("{name} = '{}'\n", value.replace('\\', r"\\").replace('\'', "''"))
 }
 
-/// The same text with these lines (numbers from 0) turned into comments, which say who did it.
+/// Turns the lines with these numbers (from 0) into comments that begin with `klio restore:`.
 pub fn silence(text: &[u8], lines: &[usize]) -> Vec<u8> {
     let each = text.split(|byte| *byte == b'\n').enumerate();
     let each: Vec<Vec<u8>> = each
@@ -88,7 +88,7 @@ pub fn silence(text: &[u8], lines: &[usize]) -> Vec<u8> {
     each.join(&b'\n')
 }
 
-/// Whether PostgreSQL takes it for true; `None` for what it takes for no boolean.
+/// Reads a boolean as PostgreSQL does; `None` if it is not a valid boolean.
 pub fn boolean(value: &str) -> Option<bool> {
     let value = value.to_ascii_lowercase();
     let begins = |word: &str, least: usize| value.len() >= least && word.starts_with(&value);

@@ -1,6 +1,6 @@
-//! What a directory has and the backup has not: removed, one directory at a time.
+//! Removes what a directory has and the backup does not have, one directory at a time.
 //!
-//! Names of the directories that are open at the moment are kept, no more (RESTORE5). A symbolic link is removed,
+//! Only the names of the directories that are open at the moment are in memory (RESTORE5). A symbolic link is removed,
 //! never followed; only `pg_wal` may be one, because it may lie on another disk. A file system's lost+found stays.
 
 use crate::backup::LOST_AND_FOUND;
@@ -11,19 +11,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Removes what is left over, as the entries of a snapshot go by in depth-first order.
+/// Removes what is left over while the entries of a snapshot are passed in depth-first order.
 #[derive(Debug, Default)]
 pub struct Leftovers {
     open: Vec<(PathBuf, HashSet<OsString>)>,
-    /// Files and directories that went.
+    /// Number of files and directories that were removed.
     pub removed: u64,
 }
 
 impl Leftovers {
-    /// The next entry's place.
+    /// Takes in the place of the next entry.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     pub fn pass(&mut self, place: &Path, is_dir: bool) -> io::Result<()> {
         self.close_until(place)?;
         if let (Some((_, names)), Some(name)) = (self.open.last_mut(), place.file_name()) {
@@ -35,8 +35,7 @@ impl Leftovers {
         Ok(())
     }
 
-    /// A file of an open directory that is written later, and so stays. One of another directory is none
-    /// of ours.
+    /// Keeps a file of an open directory because it is written later. Does nothing for other directories.
     pub fn keep(&mut self, place: &Path) {
         let directory = place.parent();
         if let Some((_, names)) =
@@ -47,10 +46,10 @@ impl Leftovers {
         }
     }
 
-    /// No more entries.
+    /// Cleans the directories that are still open; there are no more entries.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     pub fn finish(&mut self) -> io::Result<()> {
         while let Some((directory, names)) = self.open.pop() {
             self.clean(&directory, &names)?;
@@ -87,10 +86,10 @@ impl Leftovers {
     }
 }
 
-/// Whatever it is; a link, not what it points to.
+/// Removes a file, a directory with its content, or a link without what it points to. Nothing there is no error.
 ///
 /// # Errors
-/// As the file system fails; nothing there is no error.
+/// An I/O error of the file system.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),

@@ -1,9 +1,9 @@
-//! `klio drill`: proves that a backup restores, by doing it.
+//! `klio drill` proves that a backup can be restored by restoring it.
 //!
-//! Restore to a scratch directory, recover to the end of what is held (as a target, so that an end that
-//! comes too early is an error), promote, check, query, stop. Nothing of it is reachable from outside: a
-//! socket in a directory of our own, no TCP, no archiving, no logical workers, no preloaded libraries.
-//! Whatever happens, PostgreSQL ends and the directory goes.
+//! A drill restores to a scratch directory, recovers to the end of the stored WAL, promotes, checks, runs a query and
+//! stops. The end is a recovery target, so that ending too early is an error. Nothing can be reached from outside:
+//! there is a socket in a private directory, and no TCP, archiving, logical replication workers or preloaded
+//! libraries. Whatever happens, PostgreSQL is stopped and the directory removed.
 
 mod copy;
 mod programs;
@@ -29,34 +29,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What is to be practised.
+/// What a drill does.
 #[derive(Debug, Clone, Default)]
 pub struct Exercise {
-    /// Which backup; `None`: the newest.
+    /// The backup; `None` for the newest.
     pub backup: Option<BackupName>,
-    /// Run at the end.
+    /// SQL to run at the end.
     pub query: Option<String>,
-    /// In which database.
+    /// The database for the query.
     pub database: String,
-    /// Below which directory.
+    /// The directory below which the scratch directory is created.
     pub dir: Option<PathBuf>,
-    /// How long all of it may take.
+    /// Limit for the whole drill.
     pub limit: Duration,
 }
 
-/// How it went.
+/// How a drill went.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// For the server.
+    /// The result for the server.
     pub outcome: DrillOutcome,
-    /// What the query gave, as text.
+    /// The rows of the query, as text.
     pub rows: Vec<Vec<Option<String>>>,
 }
 
-/// Runs a drill. What is wrong with the backup is in the report; an error is something else.
+/// Runs a drill. Problems of the backup are part of the report.
 ///
 /// # Errors
-/// What kept the drill from beginning; a stop.
+/// What prevented the drill, and a stop by the user.
 pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<Report, Error> {
     let catalog = restore.source.catalog().await?;
     let known = choose(&catalog.backups, what.backup.as_ref())?;
@@ -93,7 +93,7 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
         },
         to: scratch.join("data"),
         maps: Vec::new(),
-        // Also those that are made after the backup: nothing outside is touched (P12).
+        // Tablespaces that are created after the backup also go there, so that nothing outside is touched (P12).
         beside: Some(scratch.path().to_owned()),
         action: Some(Action::Promote),
         standby: None,
@@ -106,7 +106,7 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
         biased;
         () = restore.stop.cancelled() => Err(super::stopped()),
         () = tokio::time::sleep(what.limit) => {
-            // What still writes files ends, too.
+            // Also stops the threads that still write files.
             restore.stop.cancel();
             report.outcome.problems.push(steps.too_long());
             Ok(())
@@ -126,8 +126,8 @@ pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<
     Ok(report)
 }
 
-/// What says something about the backup; anything else (no room, no server, a wrong setting) only means that there was no
-/// drill.
+/// Whether the error says something about the backup. Any other error (a full disk, no server, a wrong setting) only
+/// means that there was no drill.
 fn is_of_the_backup(error: &Error) -> bool {
     match error.failure {
         Failure::Unreachable | Failure::Postgres | Failure::PostgresRefused => true,
@@ -158,7 +158,7 @@ struct Steps<'a> {
 }
 
 impl Steps<'_> {
-    /// The limit came first.
+    /// The problem for a drill that exceeded its time limit.
     fn too_long(&self) -> String {
         let seen = self.restore.progress.seen();
         let at = seen.replay.map_or_else(String::new, |replay| {
@@ -185,7 +185,9 @@ impl Steps<'_> {
         let programs = self.programs.clone();
         let root = self.scratch.path().to_owned();
         let given = tokio::task::spawn_blocking(move || programs.give_all(&root)).await;
-        given.map_err(|e| Error::new(Failure::Local, format!("give the files away: {e}")))??;
+        given.map_err(|e| {
+            Error::new(Failure::Local, format!("change the owner of the files: {e}"))
+        })??;
         report.outcome.restore_seconds = begun.elapsed().as_secs_f64();
 
         self.restore.progress.enter("recovering");
@@ -221,7 +223,7 @@ impl Steps<'_> {
     }
 }
 
-/// From PostgreSQL's log, `redo done at 0/3000148`.
+/// Reads the LSN from `redo done at 0/3000148` in PostgreSQL's log.
 fn redo_done(log: &str) -> Option<Lsn> {
     let (_, rest) = log.rsplit_once("redo done at ")?;
     rest.split_whitespace().next()?.parse().ok()

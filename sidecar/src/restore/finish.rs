@@ -1,4 +1,5 @@
-//! The last steps: recovery settings, then everything on disk, then pg_control, then the marker goes (RESTORE2).
+//! The last steps of a restore: write the recovery settings, sync everything, write pg_control, remove the marker
+//! (RESTORE2).
 
 use super::{
     EDITS, MARKER,
@@ -24,17 +25,17 @@ use std::{
     path::Path,
 };
 
-/// Makes the directory not whole (RESTORE2): the marker first, then no pg_control.
+/// Marks the directory as incomplete (RESTORE2): writes the marker first, then removes pg_control.
 ///
 /// # Errors
-/// As the file system fails.
+/// An I/O error of the file system.
 pub fn begin(places: &Places, backup: &str) -> Result<(), Error> {
     let data = &places.data;
     let mut builder = fs::DirBuilder::new();
     std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700);
     builder.create(data).map_err(|error| local("make", data, &error))?;
     let mut text = format!(
-        "klio restore of backup {backup} has not finished: this is no data directory yet.\n\
+        "klio restore of backup {backup} has not finished: this is not a data directory yet.\n\
          Continue with klio restore --delta, or remove the directory.\n"
     );
     for (oid, place) in places.linked() {
@@ -48,28 +49,27 @@ pub fn begin(places: &Places, backup: &str) -> Result<(), Error> {
     remove(&control).map_err(|error| local("remove", &control, &error))
 }
 
-/// How the marker says where a tablespace is restored to, so that the next attempt knows it for its own.
+/// The marker's line for a tablespace's place, by which the next attempt recognises that the place belongs to it.
 pub(super) fn tablespace_line(oid: u32, place: &Path) -> String {
     format!("tablespace {oid}: {place:?}")
 }
 
-/// What is written beside the backup's files.
+/// What is written after the backup's files.
 #[derive(Debug)]
 pub struct Last {
-    /// How it recovers.
     pub settings: Settings,
-    /// What its own files must not say.
+    /// Changes to the cluster's own configuration files.
     pub neutral: Neutral,
-    /// Of its copy of WAL.
+    /// Changes to the copy's WAL, for `klio wal-tablespaces`.
     pub edits: Vec<Edit>,
-    /// History files by their names: of timelines up to the one that is recovered to.
+    /// Names and contents of history files: those of the timelines up to the one that recovery follows.
     pub histories: Vec<(String, Vec<u8>)>,
 }
 
-/// All but the files themselves.
+/// Writes everything except the backup's files.
 ///
 /// # Errors
-/// As the file system fails; the marker stays then.
+/// An I/O error of the file system; the marker then stays.
 pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) -> Result<(), Error> {
     let Last { settings, neutral, edits, histories } = last;
     let data = &places.data;
@@ -79,13 +79,15 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
             .map_err(|error| local("write", path, &error))
     };
     for (path, content) in &neutral.rewritten {
-        // In place of a link, if it is one: what is behind it is not ours.
+        // If the path is a link, the new file replaces the link; the file behind it does not belong to this
+        // directory.
         write(&data.join(path), content)?;
     }
     write(&data.join("postgresql.auto.conf"), &settings.auto_conf(&neutral.auto))?;
     write(&data.join(settings.signal()), b"")?;
     for (name, content) in histories {
-        // PostgreSQL asks restore_command first; these are for a promotion, or a standby of this one, when nobody answers it.
+        // PostgreSQL asks restore_command first. These files are for when nobody answers it: after a promotion, or
+        // for a standby of this copy.
         write(&data.join("pg_wal").join(name), content)?;
     }
     let content = read_control(reader, control)?;
@@ -104,7 +106,7 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
     sync_dir(data)
 }
 
-/// `PG_15_202209061`, in which a tablespace of this cluster has its files.
+/// Name of the directory in which a tablespace of this cluster has its files, such as `PG_15_202209061`.
 fn version_directory(data: &Path, control: &[u8]) -> Result<String, Error> {
     let path = data.join("PG_VERSION");
     let text = fs::read_to_string(&path).map_err(|error| local("read", &path, &error))?;
@@ -117,14 +119,17 @@ fn version_directory(data: &Path, control: &[u8]) -> Result<String, Error> {
     Ok(control.tablespace_directory(major))
 }
 
-/// PostgreSQL makes them again from tablespace_map; with them, tools see all files before.
+/// Creates the links in pg_tblspc. PostgreSQL creates them again from tablespace_map, but with them other tools see
+/// all files even before the first start.
 ///
-/// A tablespace that was dropped while the backup began may have no directory in the snapshot. Replaying the drop, PostgreSQL removes
-/// the link only where it finds the directory (`destroy_tablespace_directories` in tablespace.c), so there must be one.
+/// A tablespace that was dropped while the backup began may have no directory in the snapshot. When PostgreSQL
+/// replays the drop, it removes the link only if it finds the directory (`destroy_tablespace_directories` in
+/// tablespace.c), so the directory must exist.
 fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
     let directory = places.data.join("pg_tblspc");
     for (_, place) in places.new_places() {
-        // Replay begins with nothing there: what a delta restore finds is newer than what it writes.
+        // Replay must start with an empty tablespace: in a delta restore, the files here are newer than what replay
+        // writes.
         let own = place.join(version);
         remove(&own).map_err(|error| local("remove", &own, &error))?;
     }
@@ -148,7 +153,7 @@ fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
 
 fn read_control(reader: &Reader, control: &Entry) -> Result<Vec<u8>, Error> {
     let StoredKind::File { chunks, .. } = &control.kind else {
-        let message = "the snapshot's pg_control is no file".to_owned();
+        let message = "read the snapshot's pg_control: expected a file".to_owned();
         return Err(Error::new(Failure::Code(Code::Corrupt), message));
     };
     let mut content = Vec::new();
@@ -172,20 +177,20 @@ fn write_control(data: &Path, content: &[u8], control: &Entry) -> Result<(), Err
     sync_dir(&data.join("global"))
 }
 
-/// A small file with this content, on disk: at every moment what was there before, or this, and whole (RESTORE2: a marker
-/// that is written again never misses).
+/// Writes a small file and syncs it. At every moment the path has the old content or the complete new content, so a
+/// marker that is written again is never missing (RESTORE2).
 fn put(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = durable::tmp_path(path);
     remove(&temporary)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     let written = file.write_all(content).and_then(|()| file.sync_all());
     written.and_then(|()| fs::rename(&temporary, path)).inspect_err(|_| {
-        // Alone in an empty directory it would keep the next restore out.
+        // In an otherwise empty directory, this file would make the next restore refuse the directory.
         let _ = remove(&temporary);
     })
 }
 
-/// As root: what is new belongs to whom pg_control belongs to.
+/// If this process is root, gives a new file the owner of pg_control.
 fn own(path: &Path, like: &Entry) -> io::Result<()> {
     if fs::metadata(path)?.uid() != like.uid && rustix::process::geteuid().is_root() {
         std::os::unix::fs::chown(path, Some(like.uid), Some(like.gid))?;
@@ -193,7 +198,7 @@ fn own(path: &Path, like: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// As root: a new directory belongs to whom the data directory belongs to.
+/// If this process is root, gives a new directory the owner of the data directory.
 fn give_like(directory: &Path, data: &Path) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         let like = fs::metadata(data)?;
@@ -207,8 +212,8 @@ fn sync_dir(directory: &Path) -> Result<(), Error> {
     synced.map_err(|error| local("sync directory", directory, &error))
 }
 
-/// Everything on the file system of a place: one call, where a sync of each of a hundred thousand files
-/// takes minutes. It fails when a write has failed of which nobody was told yet (Linux 5.8).
+/// Syncs the file system of a place with one call; to sync each of a hundred thousand files would take minutes. The
+/// call also reports writes that failed before and were not reported yet (since Linux 5.8).
 fn sync_all(place: &Path) -> Result<(), Error> {
     let synced = File::open(place).and_then(|place| Ok(rustix::fs::syncfs(&place)?));
     synced.map_err(|error| local("sync", place, &error))
@@ -222,7 +227,7 @@ mod tests {
         sync::atomic::{AtomicBool, Ordering::Relaxed},
     };
 
-    /// RESTORE2: whoever looks at a directory whose restore begins again finds the marker, always.
+    /// RESTORE2: the marker exists at every moment while a restore begins again in the same directory.
     #[test]
     fn a_marker_that_is_written_again_is_there_at_every_moment() {
         let scratch = tempfile::tempdir().unwrap();
@@ -259,7 +264,7 @@ mod tests {
         link_tablespaces(&places, "PG_15_202209061").unwrap();
         assert!(place.join("PG_15_202209061").is_dir());
         assert_eq!(fs::read_link(data.join("pg_tblspc/7")).unwrap(), place);
-        // Again, onto what is there.
+        // Again, into the same directory.
         link_tablespaces(&places, "PG_15_202209061").unwrap();
     }
 }

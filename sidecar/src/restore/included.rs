@@ -1,8 +1,8 @@
-//! Which configuration files a restored cluster reads, in PostgreSQL's order: `postgresql.conf` with what it includes, however
-//! deep, then `postgresql.auto.conf`.
+//! Which configuration files a restored cluster reads, in PostgreSQL's order: `postgresql.conf` with everything it
+//! includes, at any depth, then `postgresql.auto.conf`.
 //!
-//! All of it is known before anything is written (RESTORE1). What lies in the data directory is read from the backup; links and
-//! includes that lead out of it are read where they lead to, and never written to.
+//! All of it is read before anything is written (RESTORE1). Files of the data directory are read from the backup.
+//! Links and includes that lead out of the data directory are read where they lead, and never written to.
 
 use super::conf::{self, Item};
 use std::{
@@ -10,40 +10,40 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// As PostgreSQL: CONF_FILE_MAX_DEPTH.
+/// PostgreSQL's CONF_FILE_MAX_DEPTH.
 const DEPTH_MAX: u32 = 10;
-/// Links that lead to links.
+/// Limit for links that lead to links.
 const LINKS_MAX: u32 = 16;
 
-/// What is read.
+/// Access to the files of the backup and of this machine.
 pub trait Read {
-    /// A file of the data directory that the backup has; `None` when it has none.
+    /// A file that the backup has in the data directory; `None` if it has none of this name.
     ///
     /// # Errors
-    /// As the repository fails.
+    /// The repository cannot be read.
     fn stored(&self, path: &Path) -> Result<Option<Vec<u8>>, crate::error::Error>;
-    /// Where a link of the data directory leads to, as it says.
+    /// Where a link of the data directory leads, as it was stored.
     fn link(&self, path: &Path) -> Option<PathBuf>;
-    /// The files in a directory of the backup.
+    /// Files and links in a directory of the backup.
     fn stored_names(&self, directory: &Path) -> Vec<PathBuf>;
-    /// A file elsewhere on this machine.
+    /// A file outside of the data directory, on this machine.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     fn outside(&self, path: &Path) -> std::io::Result<Vec<u8>>;
-    /// The files in a directory elsewhere.
+    /// The entries of a directory outside of the data directory.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     fn outside_names(&self, directory: &Path) -> std::io::Result<Vec<PathBuf>>;
 }
 
-/// Where a file of the configuration is.
+/// Where a configuration file is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum At {
-    /// In the data directory, by its path there.
+    /// In the data directory, by its path relative to it.
     Data(PathBuf),
-    /// Elsewhere.
+    /// Outside of the data directory.
     Outside(PathBuf),
 }
 
@@ -54,29 +54,27 @@ impl std::fmt::Display for At {
     }
 }
 
-/// The configuration of a cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Configuration {
-    /// Every setting with the file that it stands in, in the order in which PostgreSQL takes them; without
-    /// `postgresql.auto.conf`.
+    /// Every setting with the file that sets it, in PostgreSQL's order; without those of `postgresql.auto.conf`.
     pub items: Vec<(At, Item)>,
-    /// Those of `postgresql.auto.conf`.
+    /// The settings of `postgresql.auto.conf`.
     pub auto: Vec<Item>,
-    /// The files of the data directory, with their content.
+    /// The configuration files in the data directory, with their content.
     pub files: BTreeMap<PathBuf, Vec<u8>>,
-    /// Directories elsewhere that are included.
+    /// Directories outside of the data directory that are included.
     pub directories: Vec<PathBuf>,
-    /// What could not be read: PostgreSQL does not start without it.
+    /// Files that could not be read and without which PostgreSQL does not start, as text for the user.
     pub missing: Vec<String>,
-    /// There is a `postgresql.conf`.
+    /// Whether the backup has a `postgresql.conf`.
     pub found: bool,
 }
 
 impl Configuration {
-    /// Reads it. `data` is the directory that it will be.
+    /// Reads the configuration. `data` is the directory that is restored to.
     ///
     /// # Errors
-    /// As the repository fails.
+    /// The repository cannot be read.
     pub fn read(data: &Path, from: &dyn Read) -> Result<Self, crate::error::Error> {
         let mut reading = Reading { data, from, found: Configuration::default() };
         let main = At::Data("postgresql.conf".into());
@@ -90,7 +88,7 @@ impl Configuration {
         Ok(reading.found)
     }
 
-    /// What a setting is when PostgreSQL starts; `None` where nothing sets it.
+    /// The value of a setting when PostgreSQL starts; `None` if no file sets it.
     pub fn value(&self, name: &str) -> Option<&str> {
         let mut items = self.items.iter().map(|(_, item)| item).chain(&self.auto).rev();
         items.find(|item| item.name == name).map(|item| item.value.as_str())
@@ -104,7 +102,7 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Follows links of the data directory; where the path then lies.
+    /// Follows the links of the data directory to where a path really lies.
     fn place(&self, path: &Path) -> At {
         let mut path = plain(path);
         for _ in 0..LINKS_MAX {
@@ -119,8 +117,8 @@ impl Reading<'_> {
         At::Outside(path)
     }
 
-    /// What can be written in the data directory: a link may be replaced by a file, not what is behind the link of a
-    /// directory.
+    /// The place that a restore could write to. A link to a file may be replaced by a file, but a file that is
+    /// reached through a linked directory lies outside.
     fn own(&self, at: &At) -> At {
         let At::Data(path) = at else { return at.clone() };
         let directory = path.parent().unwrap_or(Path::new(""));
@@ -132,7 +130,7 @@ impl Reading<'_> {
         }
     }
 
-    /// The content; `None` when the backup has no such file.
+    /// The content of a file; `None` if it is not in the backup or, outside of the data directory, cannot be read.
     fn content(&self, at: &At) -> Result<Option<Vec<u8>>, crate::error::Error> {
         match at {
             At::Data(path) => match self.place(&self.data.join(path)) {
@@ -163,7 +161,8 @@ impl Reading<'_> {
         Ok(())
     }
 
-    /// A path in a file is relative to the directory of that file, by the name under which it was opened.
+    /// The path that `value` means in the file `at`: relative to that file's directory, by the name under which the
+    /// file was opened.
     fn beside(&self, at: &At, value: &str) -> PathBuf {
         let file = match at {
             At::Data(path) => self.data.join(path),
@@ -172,7 +171,7 @@ impl Reading<'_> {
         file.parent().unwrap_or(Path::new("/")).join(value)
     }
 
-    /// By the name under which PostgreSQL opens it, so that a link can be replaced by a file.
+    /// The name under which PostgreSQL opens a path. It is not resolved, so that a link can be replaced by a file.
     fn named(&self, path: &Path) -> At {
         let path = plain(path);
         match path.strip_prefix(self.data) {
@@ -227,7 +226,7 @@ impl Reading<'_> {
     }
 }
 
-/// Without `.` and `..`, by the text alone.
+/// Removes `.` and `..` from a path without looking at the file system.
 pub fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for part in path.components() {
@@ -245,7 +244,7 @@ pub(super) mod tests {
     use super::*;
     use std::io;
 
-    /// Files by their absolute path; those below `/new` are the backup's.
+    /// Files by their absolute path; those below `/new` are in the backup.
     #[derive(Default)]
     pub(in super::super) struct Fake {
         pub files: BTreeMap<PathBuf, String>,

@@ -1,8 +1,9 @@
-//! Links of the data directory that lead out of it: a copy must not write where the original does (P12).
+//! Links in the data directory that lead out of it: a copy must not write where the original writes (P12).
 //!
-//! What is only read (settings, certificates) stays a link. A directory, such as `log`, becomes an empty directory of the
-//! copy's own. A link in place of tables is refused: what is behind it is not in the backup. A link that the directory has
-//! already, in a delta restore, is that directory's own.
+//! A link to something that is only read (settings, certificates) stays a link. A link to a directory, such as `log`,
+//! becomes an empty directory of the copy's own. A link in place of database files is refused, because the files
+//! behind it are not in the backup. In a delta restore, a link that the directory has already stays, since it is the
+//! directory's own.
 
 use super::{included::plain, place::Places};
 use crate::error::{Error, Failure};
@@ -12,23 +13,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where PostgreSQL keeps what a backup must have.
+/// Directories whose content a backup must have.
 const TABLES: [&str; 6] =
     ["base", "global", "pg_xact", "pg_multixact", "pg_commit_ts", "pg_twophase"];
 
-/// What becomes of them.
+/// What is done about the links.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Links {
-    /// Links of the backup that become directories, absolute.
+    /// Absolute paths of links in the backup that become directories.
     pub directories: BTreeSet<PathBuf>,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-/// Decides. `read`: directories outside that settings are read from.
+/// Decides about every link. `read` has the directories outside from which settings are read.
 ///
 /// # Errors
-/// A link in place of tables.
+/// A link in place of database files.
 pub fn links(
     links: &BTreeMap<PathBuf, PathBuf>,
     places: &Places,
@@ -47,17 +48,17 @@ pub fn links(
         let temporary = path.file_name().is_some_and(|name| name == "pgsql_tmp");
         if TABLES.contains(&first.as_str()) && !temporary {
             let message = format!(
-                "the backup has a link {} -> {} in place of files of the database: what is behind it was not backed up",
+                "the backup has a link {} -> {} in place of database files: the files behind it are not in the backup",
                 path.display(),
                 to.display()
             );
             return Err(Error::new(Failure::Unreachable, message).hint(
-                "PostgreSQL writes through such a link: on the original use a tablespace; nothing was touched",
+                "on the original, use a tablespace instead of the link and take a new backup; nothing was touched",
             ));
         }
         if is_directory(path, &dest) && !read.contains(&dest) {
             done.notes.push(format!(
-                "{} led to {}: the copy gets an empty directory of its own",
+                "{} was a link to {}: the copy gets an empty directory of its own",
                 path.display(),
                 to.display()
             ));
@@ -67,7 +68,7 @@ pub fn links(
     Ok(done)
 }
 
-/// What is behind it is a directory, or was one on another machine.
+/// Whether a link leads to a directory. If the destination is not on this machine, this is a guess by the name.
 fn is_directory(path: &Path, dest: &Path) -> bool {
     match fs::metadata(dest) {
         Ok(meta) => meta.is_dir(),
@@ -104,7 +105,7 @@ mod tests {
         assert_eq!(done.directories, BTreeSet::from(expected));
         assert_eq!(done.notes.len(), 3);
 
-        // Onto a directory that has the link.
+        // The target directory has the link already.
         fs::create_dir(&data).unwrap();
         std::os::unix::fs::symlink(&live, data.join("log")).unwrap();
         let done = links(&links_of(&[("log", live.clone())]), &places, &[], true).unwrap();

@@ -1,9 +1,9 @@
-//! Which timeline lived at a time.
+//! Finds out which timelines existed at a given time.
 //!
-//! After a restore to an earlier moment, or a promotion while the old primary wrote on, two timelines part, and a time may be one
-//! that only one of them lived through: the other one was still to begin. A restore along that one would give the state
-//! in which they parted, without a word. A timeline lived at a time when a transaction ended on it behind the parting, at
-//! that time or before.
+//! After a restore to an earlier moment, or a promotion while the old primary went on, a timeline branches off from
+//! another. At a given time maybe only one of the two had transactions, because the other one began later. A restore
+//! along the other one would silently give the state of the branch point. A timeline is said to have lived at a time
+//! if a transaction after the branch point ended on it at or before that time.
 
 use super::{Scratch, show_time, source::Source, wal::Wal};
 use crate::error::{Error, Failure};
@@ -11,27 +11,26 @@ use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::catalog::{Path, Plan, Survey};
 
-/// A timeline that lived at the time.
+/// Another timeline that lived at the target time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lived {
-    /// Which.
     pub timeline: TimelineId,
-    /// Where it parted from the way of the plan.
+    /// Where it branches off from the path of the plan.
     pub parted: Lsn,
-    /// Whether the way of the plan lived then too.
+    /// Whether the path of the plan lived at that time too.
     pub beside: bool,
-    /// When the first transaction behind that ended on the way of the plan.
+    /// When the first transaction after the branch point ended on the path of the plan, in microseconds since 1970.
     pub first_here: Option<i64>,
 }
 
 impl Lived {
-    /// What a restore along `chosen` to `wanted` misses.
+    /// What a restore along `chosen` to `wanted` leaves out.
     pub fn note(&self, chosen: TimelineId, wanted: i64) -> String {
         let (theirs, ours, at) = (self.timeline.get(), chosen.get(), self.parted);
         if self.beside {
             return format!(
-                "timeline {theirs} lived at that time too, apart from timeline {ours} since {at}: --target-timeline {theirs} \
-                 restores its state"
+                "at that time there was also timeline {theirs}, which branches off from timeline {ours} at {at}: \
+                 --target-timeline {theirs} restores its state"
             );
         }
         let since = self.first_here.map_or_else(
@@ -39,27 +38,27 @@ impl Lived {
             |first| format!("has its first transaction at {}", show_time(first)),
         );
         format!(
-            "at {} timeline {theirs} lived: it went on after {at}, where timeline {ours} parts from it, and timeline {ours} {since}",
+            "at {} only timeline {theirs} existed: it went on after {at}, where timeline {ours} branches off, and timeline {ours} {since}",
             show_time(wanted)
         )
     }
 
-    /// Nobody said which timeline is meant.
+    /// The error if the user did not say which timeline is meant.
     pub fn refusal(&self, chosen: TimelineId, wanted: i64) -> Error {
         let (theirs, ours) = (self.timeline.get(), chosen.get());
         Error::new(Failure::Unreachable, self.note(chosen, wanted)).hint(format!(
-            "--target-timeline {theirs} restores that moment, --target-timeline {ours} the state in which the two parted; \
+            "--target-timeline {theirs} restores that moment, --target-timeline {ours} the state at the branch point; \
              nothing was touched"
         ))
     }
 }
 
-/// For who named the timeline: the look at the others failed.
+/// The note for a user who named the timeline, if the other timelines could not be read.
 pub fn not_known(error: &Error) -> String {
-    format!("whether another timeline lived at that time is not known: {error}")
+    format!("cannot tell whether another timeline existed at that time: {error}")
 }
 
-/// For who did not: what can be done about it, beside what the failure itself says.
+/// Adds a hint to the error for a user who did not name the timeline and could avoid the failure by naming it.
 pub fn needed(error: Error) -> Error {
     let lacks = matches!(
         error.failure,
@@ -68,7 +67,7 @@ pub fn needed(error: Error) -> Error {
     if !lacks {
         return error;
     }
-    let hint = "with --target-timeline no other timeline's WAL is needed";
+    let hint = "with --target-timeline the WAL of other timelines is not needed";
     let both = match error.hint.is_empty() {
         true => hint.to_owned(),
         false => format!("{}; {hint}", error.hint),
@@ -117,7 +116,7 @@ pub async fn elsewhere(
 mod tests {
     use super::*;
 
-    /// A full disk was said to be a matter of --target-timeline, and its own hint was lost.
+    /// A full disk used to be reported as a matter of --target-timeline, and its own hint was lost.
     #[test]
     fn a_failure_keeps_its_hint_and_another_one_is_only_added_for_wal() {
         let full = Error::new(Failure::Local, "write: no space left").hint("free some space");
@@ -140,7 +139,8 @@ mod tests {
         };
         let refusal = lived.refusal(two, 1_795_266_180_000_000);
         assert!(
-            refusal.message.contains("timeline 1 lived") && refusal.message.contains("0/3000060")
+            refusal.message.contains("only timeline 1 existed")
+                && refusal.message.contains("0/3000060")
         );
         assert!(refusal.message.contains("13:03:00.500000+00"), "{refusal}");
         assert!(refusal.hint.contains("--target-timeline 1 restores that moment"), "{refusal}");

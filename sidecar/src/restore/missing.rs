@@ -1,8 +1,8 @@
-//! Fetches the chunks of a file that are not there yet: those of one pack with one request, however far apart they lie.
+//! Fetches those chunks of a file that are missing: all of one pack with one request, however far apart they lie.
 //!
-//! A delta restore lacks a chunk here and there; a request for each would cost more than the chunks do, and the
-//! megabytes between them as well. The reader checks every chunk (RESTORE4). Memory: one request's bytes, [`REQUEST_BYTES`],
-//! and a chunk.
+//! A delta restore lacks single chunks. A request for each of them would take longer than to transfer the chunks, and
+//! so would fetching the megabytes between them. The reader checks every chunk (RESTORE4). Memory is limited to the
+//! bytes of one request, [`REQUEST_BYTES`], and one chunk.
 
 use super::of_storage;
 use crate::{error::Error, server_link::GrpcFiles};
@@ -13,13 +13,14 @@ use klio_storage::{
 };
 use std::ops::Range;
 
-/// What one request may bring, unless a single chunk is larger.
+/// Limit of one request's bytes, unless a single chunk is larger.
 const REQUEST_BYTES: u64 = 4 << 20;
 
-/// A chunk, where it lies, and its number in the file.
+/// A chunk's pack, its range of bytes there, and its number in the file.
 type Wanted = (BaseFile, Range<u64>, usize);
 
-/// The reader, and the server itself where there is one: a bucket is read through the reader, which joins its requests.
+/// The reader and, if there is a server, direct access to its files. A bucket is read through the reader, which
+/// combines neighbouring reads.
 #[derive(Debug)]
 pub(super) struct Chunks {
     pub(super) reader: Reader,
@@ -27,10 +28,10 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    /// Hands these chunks of a file to `put`, each once, in the order in which they lie in their packs.
+    /// Passes each of these chunks of a file to `put` once, in the order in which they lie in their packs.
     ///
     /// # Errors
-    /// As the place fails, and what `put` says.
+    /// Chunks that cannot be read, and the errors of `put`.
     pub(super) fn fetch(
         &self,
         chunks: &[ChunkId],
@@ -61,7 +62,7 @@ impl Chunks {
     }
 }
 
-/// Splits what is wanted into what is asked for at once: one pack, bounded in number and bytes.
+/// Splits the wanted chunks into requests: each for one pack, limited in number of ranges and bytes.
 fn requests(wanted: &[Wanted]) -> impl Iterator<Item = &[Wanted]> {
     let mut rest = wanted;
     std::iter::from_fn(move || {
@@ -87,7 +88,8 @@ mod tests {
         let pack = |name: u8| BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(&[name]) };
         let mib = |pack, from: u64, to: u64| (pack, from << 20..to << 20, 0);
         let (a, b) = (pack(1), pack(2));
-        // More than fits, exactly what fits, one that alone is too much, another pack.
+        // More than one request takes, exactly one request, a chunk that is too large for a shared request, and
+        // another pack.
         let wanted = [mib(a, 0, 3), mib(a, 4, 6), mib(a, 7, 9), mib(a, 9, 20), mib(b, 0, 1)];
         let sizes: Vec<_> = requests(&wanted).map(<[Wanted]>::len).collect();
         assert_eq!(sizes, [1, 2, 1, 1]);

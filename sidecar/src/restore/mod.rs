@@ -1,15 +1,17 @@
-//! `klio restore`: from a base backup and a target to a directory that PostgreSQL recovers by itself.
+//! `klio restore`: turns a base backup and a target into a directory that PostgreSQL recovers by itself.
 //!
 //! RESTORE1  nothing in the target directory is touched before the target is known to be reachable (`target`) and
-//!     the directory to be fit (`check`);
-//! RESTORE2  a directory that is not whole cannot be started: pg_control is written last, and a marker file stays
-//!     until then;
+//!     the directory has passed its checks (`check`);
+//! RESTORE2  an incomplete directory cannot be started: pg_control is written last, and a marker file stays until
+//!     then;
 //! RESTORE3  a directory in which PostgreSQL runs, or may run, is never written to;
-//! RESTORE4  every byte written has the SHA-256 that names its chunk; all is on disk when this ends well;
-//! RESTORE5  memory is bounded: chunks in flight, one window cache, one directory's names;
-//! RESTORE6  a backup that is known to be damaged is taken only by its name.
+//! RESTORE4  every chunk written has the SHA-256 that names it; a restore reports success only after everything was
+//!     synced;
+//! RESTORE5  memory is bounded: the chunks in flight, one window cache, and the names of the directories that are
+//!     open;
+//! RESTORE6  a backup that is known to be damaged is restored only if it was named explicitly.
 //!
-//! Recovery itself is PostgreSQL's, through `klio wal-fetch` (P7).
+//! Recovery itself is done by PostgreSQL, which gets its WAL through `klio wal-fetch` (P7).
 
 mod check;
 mod conf;
@@ -52,18 +54,18 @@ use crate::{
 };
 use klio_proto::Code;
 
-/// In the target directory while it is not whole.
+/// Name of the marker file that is in the target directory while the restore is incomplete.
 pub const MARKER: &str = "klio-restore.unfinished";
 
-/// In the target directory: what `klio wal-tablespaces` changes in the copy's WAL.
+/// Name of the file in the target directory that lists what `klio wal-tablespaces` changes in the copy's WAL.
 pub const EDITS: &str = "klio-restore.tablespaces";
 
-/// What the user asked for while it ran.
+/// The error of a restore that the user stopped.
 pub(crate) fn stopped() -> Error {
     Error::new(Failure::Stopped, "restore: stopped before it was done")
 }
 
-/// What a blocking thread gave.
+/// Turns the result of a blocking thread, which may also have panicked, into one of this crate.
 pub(crate) fn joined<T>(
     result: Result<Result<T, klio_storage::Error>, tokio::task::JoinError>,
 ) -> Result<T, Error> {

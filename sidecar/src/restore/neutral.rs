@@ -1,9 +1,11 @@
-//! What the files of a cluster would make a copy do, and what is done about it, before anything is written (P12).
+//! Finds out what the configuration files of a cluster would make a copy do, and what to do about it, before anything
+//! is written (P12).
 //!
-//! In files of the data directory, settings that `postgresql.auto.conf` cannot answer become comments: where the data and its
-//! rules lie, and recovery targets (one after the other they are FATAL before ours is read). Those that stand in files
-//! elsewhere are answered where PostgreSQL allows it, else refused: such files belong to somebody. What a copy may do by
-//! right once it is a primary is named. Pure.
+//! Some settings cannot be overridden in `postgresql.auto.conf`: where the data and the access rules are, and
+//! recovery targets, of which a second one is FATAL before ours is read. In files of the data directory, their lines
+//! become comments. In files elsewhere, which belong to somebody else, they are overridden where PostgreSQL allows
+//! it; otherwise the restore is refused. Where a copy that becomes a primary may act on the outside world, the user
+//! gets a note. Pure.
 
 use super::{
     conf::{boolean, line, silence},
@@ -17,44 +19,43 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What is to be done about the files of a cluster.
+/// What to do about the configuration files of a cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Neutral {
-    /// New content of files of the data directory.
+    /// New contents of files in the data directory.
     pub rewritten: BTreeMap<PathBuf, Vec<u8>>,
-    /// The old `postgresql.auto.conf`.
+    /// The content of the old `postgresql.auto.conf`.
     pub auto: Vec<u8>,
-    /// The recovery target that files elsewhere leave set.
+    /// The recovery target that files outside the data directory leave set.
     pub left_set: Option<&'static str>,
-    /// For `postgresql.auto.conf`.
+    /// Settings for `postgresql.auto.conf`.
     pub corrected: Vec<(&'static str, String)>,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-/// What decides it, besides the files.
+/// What the decision depends on, besides the files.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
-    /// The directory that it will be.
+    /// The directory that is restored to.
     pub data: &'a Path,
-    /// What PostgreSQL does at the target.
     pub action: Action,
-    /// It has no target, and is there to take over from its primary.
+    /// The copy becomes a standby: it has no target, and may take over from its primary.
     pub standby: Option<&'a Standby>,
-    /// Nothing may act on the world.
+    /// The copy must not act on the outside world.
     pub harmless: bool,
     /// The cluster has, or had, subscriptions.
     pub subscriptions: bool,
-    /// What recovery needs at least.
+    /// The minimum values that recovery needs.
     pub needed: &'a [(&'static str, u32)],
-    /// The backup has a `pg_hba.conf` and a `pg_ident.conf`.
+    /// Whether the backup has a `pg_hba.conf` and a `pg_ident.conf`.
     pub rules: [bool; 2],
 }
 
-/// The files with the rules of access.
+/// The settings that name the files with access rules, and the names of these files in the data directory.
 const RULES: [(&str, &str); 2] = [("hba_file", "pg_hba.conf"), ("ident_file", "pg_ident.conf")];
 
-/// Where PostgreSQL starts with them: what the settings are when nothing sets them.
+/// The values that PostgreSQL uses if nothing sets these settings.
 const DEFAULTS: [(&str, u32); 5] = [
     ("max_connections", 100),
     ("max_worker_processes", 8),
@@ -63,10 +64,10 @@ const DEFAULTS: [(&str, u32); 5] = [
     ("max_locks_per_transaction", 64),
 ];
 
-/// Decides.
+/// Decides what to do about the configuration.
 ///
 /// # Errors
-/// What cannot be answered, and where it stands.
+/// A setting outside of the data directory that cannot be overridden, and its file.
 pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error> {
     let mut done = Neutral {
         auto: conf.files.get(Path::new("postgresql.auto.conf")).cloned().unwrap_or_default(),
@@ -81,7 +82,7 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     if pauses && conf.value("hot_standby").and_then(boolean) == Some(false) {
         done.corrected.push(("hot_standby", "on".to_owned()));
         done.notes.push(
-            "hot_standby was off: it is on until ALTER SYSTEM RESET, as a recovery that pauses cannot be looked at without"
+            "hot_standby was off: it is on until ALTER SYSTEM RESET, because otherwise nobody can connect while recovery is paused"
                 .to_owned(),
         );
     }
@@ -89,7 +90,7 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     let missing = conf.missing.iter();
     done.notes.extend(
         missing.map(|text| {
-            format!("{text}, which is not there: PostgreSQL does not start without it")
+            format!("{text}, which does not exist: PostgreSQL does not start without it")
         }),
     );
     match asked.standby {
@@ -100,13 +101,14 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     Ok(done)
 }
 
-/// Whether a line of the data directory becomes a comment.
+/// Whether a line in a file of the data directory becomes a comment.
 fn is_silenced(name: &str, rules: [bool; 2]) -> bool {
     let rule = RULES.iter().zip(rules).any(|((rule, _), there)| *rule == name && there);
     rule || matches!(name, "data_directory" | "external_pid_file") || TARGETS.contains(&name)
 }
 
-/// PostgreSQL takes targets in the order of the files; those of the data directory will be comments.
+/// The recovery target that files outside the data directory leave set. PostgreSQL applies targets in the order of
+/// the files; those in files of the data directory become comments.
 fn left_set(conf: &Configuration) -> Result<Option<&'static str>, Error> {
     let mut set: Option<(&'static str, &At)> = None;
     for (at, item) in &conf.items {
@@ -114,11 +116,11 @@ fn left_set(conf: &Configuration) -> Result<Option<&'static str>, Error> {
         let (Some(target), At::Outside(_)) = (target, at) else { continue };
         if let Some((other, there)) = set.filter(|(other, _)| *other != target) {
             let message = format!(
-                "{target} in {at} is a second recovery target, beside {other} in {there}: PostgreSQL does not start with \
+                "{target} in {at} is a second recovery target, after {other} in {there}: PostgreSQL does not start with \
                  two, and these files are not in the data directory"
             );
             return Err(Error::new(Failure::Local, message).hint(
-                "take the targets of an earlier recovery out of these files; nothing was touched",
+                "remove the targets of an earlier recovery from these files; nothing was touched",
             ));
         }
         set = (!item.value.is_empty()).then_some((target, at));
@@ -142,7 +144,7 @@ impl Neutral {
         }
     }
 
-    /// What stands in files elsewhere.
+    /// Overrides settings in files outside of the data directory.
     fn answer(&mut self, conf: &Configuration, asked: &Asked<'_>) -> Result<(), Error> {
         let outside = |name: &str| {
             let found = conf.items.iter().rfind(|(at, item)| {
@@ -151,13 +153,14 @@ impl Neutral {
             found.map(|(at, _)| at)
         };
         if let Some(at) = outside("data_directory") {
-            // Read before postgresql.auto.conf is looked for; the last one counts.
+            // PostgreSQL reads data_directory before it looks for postgresql.auto.conf, so it must be overridden in
+            // postgresql.conf, where the last value counts.
             let main = Path::new("postgresql.conf");
             let content = conf.files.get(main).cloned().unwrap_or_default();
             let mut content = self.rewritten.remove(main).unwrap_or(content);
             let data = asked.data.to_str().ok_or_else(|| {
                 let message = format!(
-                    "data_directory is set in {at}, and {} is no UTF-8",
+                    "data_directory is set in {at}, and {} is not UTF-8",
                     asked.data.display()
                 );
                 Error::new(Failure::Local, message).hint("restore to another directory")
@@ -166,32 +169,31 @@ impl Neutral {
             content.extend(line("data_directory", data).into_bytes());
             self.rewritten.insert(main.to_owned(), content);
             self.notes.push(format!(
-                "data_directory in {at} is overruled at the end of postgresql.conf, which names this directory"
+                "data_directory in {at} is overridden at the end of postgresql.conf, which names this directory"
             ));
         }
         if let Some(at) = outside("external_pid_file") {
             self.corrected.push(("external_pid_file", String::new()));
-            self.notes.push(format!("external_pid_file in {at} is overruled: there will be none"));
+            self.notes.push(format!("external_pid_file in {at} is overridden: there will be none"));
         }
         for ((name, file), there) in RULES.into_iter().zip(asked.rules) {
             let Some(at) = outside(name).filter(|_| there) else { continue };
             let own = asked.data.join(file);
             self.corrected.push((name, own.display().to_string()));
-            self.notes.push(format!("{name} in {at} is overruled: the copy has its own {file}"));
+            self.notes.push(format!("{name} in {at} is overridden: the copy has its own {file}"));
         }
         let ruled =
             conf.items.iter().any(|(_, item)| RULES.iter().any(|(name, _)| *name == item.name));
         if ruled && asked.rules.contains(&true) {
             self.notes.push(
-                "the rules of access lay outside of what was backed up: look at pg_hba.conf of the copy before others may \
-                 connect"
+                "the original's access rules are not in the backup: check the copy's pg_hba.conf before others may connect"
                     .to_owned(),
             );
         }
         Ok(())
     }
 
-    /// A copy writes no log into a directory that is not its own.
+    /// Makes the copy write its log into its own directory only.
     fn log(&mut self, conf: &Configuration, asked: &Asked<'_>) {
         let directory = conf.value("log_directory");
         let own = |directory: &str| plain(&asked.data.join(directory)).starts_with(asked.data);
@@ -209,7 +211,8 @@ impl Neutral {
         }
     }
 
-    /// With `always` PostgreSQL archives each file that it restores, the last one filled up with zeros, while it recovers.
+    /// With `always`, PostgreSQL archives each file that it restores during recovery, and fills the last one up with
+    /// zeros.
     fn archiving(&mut self, conf: &Configuration, asked: &Asked<'_>) {
         let always = |mode: &str| mode.eq_ignore_ascii_case("always");
         if asked.harmless || !conf.value("archive_mode").is_some_and(always) {
@@ -217,13 +220,13 @@ impl Neutral {
         }
         self.corrected.push(("archive_mode", "on".to_owned()));
         self.notes.push(
-            "archive_mode was always: it is on until ALTER SYSTEM RESET archive_mode, as the copy would run the original's \
-             archive_command for what it recovers"
+            "archive_mode was always: it is on until ALTER SYSTEM RESET archive_mode, because otherwise the copy would run \
+             the original's archive_command for all WAL that it recovers"
                 .to_owned(),
         );
     }
 
-    /// Recovery ends or pauses where the primary had more of these than the copy.
+    /// Raises settings that are lower than on the primary, because recovery would otherwise end or pause.
     fn raise(&mut self, conf: &Configuration, asked: &Asked<'_>) {
         for (name, needed) in asked.needed {
             let default = DEFAULTS.iter().find(|(known, _)| known == name).map_or(0, |(_, d)| *d);
@@ -232,7 +235,7 @@ impl Neutral {
                 self.corrected.push((name, needed.to_string()));
                 if conf.found {
                     self.notes.push(format!(
-                        "{name} is {needed}, not {set}: the WAL on the way needs it"
+                        "{name} is {needed}, not {set}: recovery needs it"
                     ));
                 }
             }
@@ -240,7 +243,7 @@ impl Neutral {
     }
 }
 
-/// What a copy does once it is a primary, as the original does.
+/// Notes about what a copy does, as the original does, once it is a primary.
 fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
     let set = |name: &str| conf.value(name).filter(|value| !value.is_empty());
     let mut deeds = Vec::new();
@@ -248,13 +251,13 @@ fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
     for name in ["archive_command", "archive_library"] {
         if archives && set(name).is_some() {
             deeds.push(format!(
-                "archives with the original's {name}, beside or over what the original archives"
+                "archives with the original's {name}, beside or over the original's own files"
             ));
         }
     }
     if subscriptions {
         deeds.push(
-            "takes rows from publishers for its subscriptions, in place of the original".to_owned(),
+            "receives rows for its subscriptions from the publishers, in place of the original".to_owned(),
         );
     }
     if let Some(names) = set("synchronous_standby_names") {
@@ -264,7 +267,7 @@ fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
     }
     if let Some(libraries) = set("shared_preload_libraries") {
         deeds.push(format!(
-            "loads shared_preload_libraries = {libraries:?}, without which it does not start, and runs their jobs (pg_cron)"
+            "loads shared_preload_libraries = {libraries:?} and runs their jobs (pg_cron); it does not start if they are not installed"
         ));
     }
     if set("log_destination").is_some_and(|to| to.contains("syslog") || to.contains("eventlog")) {
@@ -388,7 +391,7 @@ mod tests {
         ] {
             assert_eq!(done(&[("/new/postgresql.conf", text)]).corrected.len(), expected, "{text}");
         }
-        // The configuration lies elsewhere, and nobody knows what it says.
+        // The configuration is outside of the data directory and its content is unknown.
         assert_eq!(done(&[]).corrected, [("log_directory", "log".to_owned())]);
     }
 

@@ -1,4 +1,5 @@
-//! Where each file of a snapshot goes: `data/` to the target directory, `tablespaces/<oid>/` to its place.
+//! Where each file of a snapshot is restored to: `data/` to the target directory, `tablespaces/<oid>/` to the place
+//! of that tablespace.
 
 use super::way::Made;
 use crate::error::{Error, Failure};
@@ -9,42 +10,41 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// The places of one restore.
+/// All directories that one restore writes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Places {
-    /// The data directory.
     pub data: PathBuf,
-    /// By OID.
+    /// The tablespaces that the backup has, by OID.
     pub tablespaces: BTreeMap<u32, PathBuf>,
-    /// By OID: those that the backup has not, and replay makes.
+    /// The tablespaces that replay creates and the backup does not have, by OID.
     pub made: BTreeMap<u32, PathBuf>,
 }
 
-/// Where the user wants tablespaces.
+/// Where the user wants tablespaces (`--tablespace-map`).
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Maps<'a> {
-    /// OLD is a location or an OID.
+    /// Pairs of OLD and NEW; OLD is the original location or the OID.
     pub named: &'a [(String, PathBuf)],
-    /// Where all others go, each in a directory of its own.
+    /// The directory below which all other tablespaces go, each in a directory of its own.
     pub beside: Option<&'a Path>,
 }
 
-/// What a path of the snapshot means.
+/// What is done with a path of the snapshot.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Meaning {
-    /// Goes there.
+    /// It is restored to this path.
     At(PathBuf),
-    /// Written at the end.
+    /// It is pg_control, which is written last (RESTORE2).
     Control,
-    /// Not wanted: only a name in the snapshot, or written anew.
+    /// It is not restored: it is only a directory name inside the snapshot, or the restore writes its own version.
     Nothing,
 }
 
 impl Places {
-    /// From the record, what replay makes, and `--tablespace-map OLD=NEW`.
+    /// Combines the backup's record, the tablespaces that replay creates, and `--tablespace-map OLD=NEW`.
     ///
     /// # Errors
-    /// A map that fits no tablespace, or places that lie in each other.
+    /// A map that fits no tablespace, a path that is not absolute, or places of which one lies inside another.
     pub fn new(
         data: PathBuf,
         record: &BackupRecord,
@@ -66,7 +66,7 @@ impl Places {
         let recorded = record.tablespaces.iter();
         let tablespaces: BTreeMap<u32, PathBuf> =
             recorded.map(|t| (t.oid, place(t.oid, Path::new(&t.location)))).collect();
-        // One that was made while the backup ran is in both.
+        // A tablespace that was created while the backup ran is in both lists.
         let made: BTreeMap<u32, PathBuf> = made
             .iter()
             .map(|made| (made.oid, place(made.oid, &made.location)))
@@ -83,7 +83,8 @@ impl Places {
         }
         let places = Self { data, tablespaces, made };
         for (n, one) in record.tablespaces.iter().enumerate() {
-            // A crash in CREATE TABLESPACE leaves a link behind, so that two can have one location; never two places.
+            // A crash in CREATE TABLESPACE leaves its link behind, so two OIDs may have one location. Two locations,
+            // however, must never be mapped to one place.
             let same = |other: &&TablespaceRecord| {
                 other.location != one.location
                     && places.tablespaces.get(&other.oid) == places.tablespaces.get(&one.oid)
@@ -97,18 +98,18 @@ impl Places {
         Ok(places)
     }
 
-    /// The data directory first; each once.
+    /// Every directory once; the data directory comes first.
     pub fn all(&self) -> impl Iterator<Item = &Path> {
         let tablespaces: BTreeSet<&Path> = self.linked().map(|(_, place)| place).collect();
         std::iter::once(self.data.as_path()).chain(tablespaces)
     }
 
-    /// Every tablespace, with its place.
+    /// Every tablespace that needs a link in `pg_tblspc`, with its place.
     pub fn linked(&self) -> impl Iterator<Item = (u32, &Path)> {
         self.tablespaces.iter().chain(&self.made).map(|(oid, place)| (*oid, place.as_path()))
     }
 
-    /// Where replay makes what the backup has nothing of.
+    /// The places of tablespaces that replay creates and to which no file of the backup is restored.
     pub fn new_places(&self) -> impl Iterator<Item = (u32, &Path)> {
         let recorded = |place: &Path| self.tablespaces.values().any(|known| known == place);
         self.made
@@ -117,7 +118,8 @@ impl Places {
             .filter(move |(_, p)| !recorded(p))
     }
 
-    /// Of tablespaces in one place, the newest: all of them have the same files.
+    /// Whether a tablespace with a higher OID has the same place. Both have the same files then, so only those of the
+    /// highest OID are written.
     fn is_shadowed(&self, oid: u32, place: &Path) -> bool {
         self.tablespaces.range(oid.saturating_add(1)..).any(|(_, other)| other == place)
     }
@@ -140,7 +142,6 @@ impl Places {
         Ok(())
     }
 
-    /// What a path of the snapshot means.
     pub fn meaning(&self, path: &Path) -> Meaning {
         let mut parts = path.components();
         let first = parts.next().map(Component::as_os_str).and_then(|s| s.to_str());
@@ -164,7 +165,7 @@ impl Places {
 fn data_file(data: &Path, path: &Path) -> Meaning {
     match path.to_str() {
         Some("global/pg_control") => Meaning::Control,
-        // Written anew, or what would make it a standby or an older recovery.
+        // The restore writes these files itself, or they would make the copy a standby or continue an older recovery.
         Some("standby.signal" | "recovery.signal" | "tablespace_map" | "postmaster.pid") => {
             Meaning::Nothing
         }
@@ -172,7 +173,7 @@ fn data_file(data: &Path, path: &Path) -> Meaning {
     }
 }
 
-/// Without a slash at the end, which `join` of nothing would make.
+/// Joins the two without the trailing slash that `Path::join` adds for an empty path.
 fn join(place: &Path, path: &Path) -> PathBuf {
     if path.as_os_str().is_empty() { place.to_owned() } else { place.join(path) }
 }
@@ -181,7 +182,7 @@ fn config(message: String) -> Error {
     Error::new(Failure::Config, message)
 }
 
-/// `tablespace_map` as PostgreSQL reads it.
+/// The content of `tablespace_map` in PostgreSQL's format.
 pub fn tablespace_map(places: &Places) -> String {
     let entry = |(oid, place): (u32, &Path)| TablespaceEntry {
         oid,
@@ -219,7 +220,7 @@ mod tests {
         }
     }
 
-    /// What a crash in CREATE TABLESPACE leaves: an old link beside the new one.
+    /// A crash in CREATE TABLESPACE leaves an old link beside the new one.
     #[test]
     fn two_tablespaces_in_one_place_are_written_once() {
         let mut places = places("/ts");
@@ -236,7 +237,7 @@ mod tests {
         places.made = BTreeMap::from([(8, "/later".into()), (9, "/ts".into())]);
         let all: Vec<&Path> = places.all().collect();
         assert_eq!(all, [Path::new("/new"), Path::new("/later"), Path::new("/ts")]);
-        // Dropped and made again at the same place: that is restored to already.
+        // The tablespace was dropped and created again at the same place, which is already restored to.
         assert_eq!(places.new_places().collect::<Vec<_>>(), [(8, Path::new("/later"))]);
         assert_eq!(places.meaning(Path::new("tablespaces/7/x")), Meaning::At("/ts/x".into()));
         assert_eq!(tablespace_map(&places), "7 /ts\n8 /later\n9 /ts\n");

@@ -1,9 +1,9 @@
 //! Writes a snapshot's files, many at once.
 //!
-//! One thread reads the trees and makes directories; workers write pieces of files, so that one large file
-//! keeps all of them busy. Everything between them is bounded (RESTORE5). The reader checks every chunk (RESTORE4);
-//! with `delta` a chunk that is there already is recognised by the same SHA-256 and not fetched at all, and of
-//! one that is fetched only the pages are written that differ.
+//! One thread reads the trees and creates directories; workers write pieces of files, so that one large file
+//! keeps all of them busy. The queue between them is bounded (RESTORE5). The reader checks every chunk (RESTORE4);
+//! with `delta`, a chunk that the file already has is recognised by the same SHA-256 and not fetched at all, and of
+//! a chunk that is fetched only the pages that differ are written.
 
 use super::{
     MARKER,
@@ -38,12 +38,12 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Chunks of one piece of work: 9 MiB with chunks of 72 KiB.
+/// Chunks in one piece of work: 9 MiB with chunks of 72 KiB.
 const PIECE_CHUNKS: usize = 128;
-/// Pieces between the two sides, per worker.
+/// Pieces that may wait in the queue, per worker.
 const QUEUE: usize = 16;
 
-/// How far a restore is: moved by the engine, read by displays.
+/// How far a restore is: updated by the restore, read by progress displays.
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: Mutex<&'static str>,
@@ -55,38 +55,37 @@ pub struct Progress {
     replay: Mutex<Option<Replay>>,
 }
 
-/// How far PostgreSQL is in a recovery.
+/// How far PostgreSQL is with a recovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replay {
-    /// Where it began.
+    /// Where replay began.
     pub from: Lsn,
-    /// Where it is.
+    /// The last position that was replayed.
     pub at: Lsn,
-    /// Where it ends.
+    /// Where replay will end.
     pub to: Lsn,
 }
 
-/// A look at it.
+/// A snapshot of [`Progress`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// What is being done, in words.
+    /// What is being done, as text for the user.
     pub phase: &'static str,
-    /// Bytes of files dealt with.
+    /// Bytes of files that were written or found to be there already.
     pub bytes: u64,
-    /// Files dealt with.
+    /// Files that are complete.
     pub files: u64,
-    /// Bytes that were written: less than `bytes` where much was there already.
+    /// Bytes that were written: with `delta` less than `bytes`, by what was there already.
     pub written: u64,
-    /// All bytes.
+    /// Bytes of all files of the restore.
     pub total_bytes: u64,
-    /// All files.
+    /// Number of all files of the restore.
     pub total_files: u64,
-    /// Of a drill, while it recovers.
+    /// Progress of recovery, while a drill recovers.
     pub replay: Option<Replay>,
 }
 
 impl Progress {
-    /// A look at it.
     pub fn seen(&self) -> Seen {
         Seen {
             phase: *self.phase.lock().unwrap_or_else(PoisonError::into_inner),
@@ -116,38 +115,35 @@ impl Progress {
 
 /// What to write, and where.
 pub struct Pour {
-    /// Of the snapshot.
     pub(super) chunks: Chunks,
-    /// The places.
     pub places: Places,
     /// Links that become directories of the copy's own.
     pub directories: BTreeSet<PathBuf>,
-    /// Something may be there already.
+    /// Whether files may be there already (`--delta`).
     pub delta: bool,
-    /// Workers.
+    /// Number of workers.
     pub threads: usize,
-    /// Moved as it goes.
     pub progress: Arc<Progress>,
-    /// Ends it early.
+    /// Cancelled to end the restore early.
     pub stop: CancellationToken,
 }
 
 /// What was done, and what is left for the end.
 #[derive(Debug)]
 pub struct Poured {
-    /// `global/pg_control`.
+    /// `global/pg_control`, which is written last.
     pub control: Option<Entry>,
     /// Files and directories that were removed.
     pub removed: u64,
 }
 
-/// A file that workers write together.
+/// A file that several workers write together.
 struct Whole {
     path: PathBuf,
     entry: Entry,
     chunk_bytes: u64,
     file: Mutex<Option<Arc<File>>>,
-    /// Pieces not written yet.
+    /// Number of pieces that are not written yet.
     left: AtomicUsize,
 }
 
@@ -169,7 +165,7 @@ impl Whole {
             _ => &[],
         }
     }
-    /// Where a chunk begins, or the file ends.
+    /// The offset of a chunk; for the number after the last chunk, the end of the file.
     fn place(&self, number: usize) -> u64 {
         self.size().min(number as u64 * self.chunk_bytes)
     }
@@ -178,7 +174,8 @@ impl Whole {
         self.place(number + 1) - self.place(number)
     }
 
-    /// Opened by the first worker; bytes beyond the new size go at once, so that what is read is what stays.
+    /// The first worker opens the file. Bytes beyond the new size are cut off at once, so that whatever is then read
+    /// stays.
     fn open(&self, delta: bool) -> io::Result<Arc<File>> {
         let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = slot.as_ref() {
@@ -190,7 +187,7 @@ impl Whole {
             true => options.create(true).truncate(false).open(&self.path)?,
             false => options.create_new(true).open(&self.path)?,
         };
-        // From here on a worker that comes later meets the same file, and what it lacks, not one that exists already.
+        // From here on a later worker gets this same file, instead of failing because it exists already.
         let file = Arc::new(file);
         *slot = Some(Arc::clone(&file));
         match delta {
@@ -198,7 +195,7 @@ impl Whole {
             true => {}
             false => strip::reserve(&file, self.size())?,
         }
-        // What an old directory has may well be in the cache: PostgreSQL ran on it a moment ago.
+        // With `delta` the old file may well be in the page cache, since PostgreSQL used it recently.
         if !delta {
             strip::go_direct(&file, self.size())?;
         }
@@ -206,14 +203,14 @@ impl Whole {
     }
 }
 
-/// O_NOFOLLOW: a link in an old directory must not lead a write elsewhere.
+/// O_NOFOLLOW, so that a link in an old directory cannot lead a write outside of it.
 const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
 
 impl Pour {
-    /// Writes everything but pg_control.
+    /// Writes everything except pg_control.
     ///
     /// # Errors
-    /// The first failure; the places are then not whole (RESTORE2).
+    /// The first failure; the directories are then incomplete (RESTORE2).
     pub fn run(&self) -> Result<Poured, Error> {
         let failure: Mutex<Option<Error>> = Mutex::new(None);
         let halt = self.stop.child_token();
@@ -226,7 +223,7 @@ impl Pour {
             let _span = span.enter();
             let (mut buffer, mut strip) = (Blocks::default(), Strip::default());
             while let Some(piece) = next(pieces) {
-                // Goes on receiving after a failure, or the other side would wait for ever.
+                // Receives also after a failure: otherwise the feeding thread would wait for ever.
                 if !halt.is_cancelled()
                     && let Err(error) = self.write(&piece, &mut strip, &mut buffer, &halt)
                 {
@@ -242,7 +239,8 @@ impl Pour {
         if self.stop.is_cancelled() {
             return Err(super::stopped());
         }
-        // Last, and the deepest first: every change in a directory changes its time.
+        // Times are set at the end, the deepest directories first, because every change in a directory changes its
+        // time.
         for (path, entry) in directories.iter().rev() {
             let place = File::open(path).map_err(|error| local("open", path, &error))?;
             dress(&place, entry).map_err(|error| local("set mode and time of", path, &error))?;
@@ -281,7 +279,8 @@ impl Pour {
                 } else if own_directory {
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 } else if self.places.tablespaces.values().any(|place| *place == path) {
-                    // Beside this PostgreSQL's directory lies that of another version, as pg_upgrade leaves it.
+                    // Keep directories of other PostgreSQL versions in the same tablespace, as pg_upgrade leaves
+                    // them.
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 }
             }
@@ -311,7 +310,7 @@ impl Pour {
         let is_root = self.places.all().any(|place| place == path);
         match fs::symlink_metadata(path) {
             Ok(meta) if meta.is_dir() => return Ok(()),
-            // A root is where the user said, and pg_wal may lie on another disk.
+            // The user chose the roots, and pg_wal may lie on another disk, so both may be links.
             Ok(meta) if meta.is_symlink() && (is_wal || is_root) && path.is_dir() => return Ok(()),
             Ok(_) => remove(path)?,
             Err(_) => {}
@@ -341,7 +340,7 @@ impl Pour {
         let whole = Arc::new(Whole { path, entry, chunk_bytes, file, left });
         for piece in 0..pieces {
             let piece = Piece { file: Arc::clone(&whole), first: piece * PIECE_CHUNKS };
-            // Workers are there until this side ends.
+            // Sending can only fail after all workers have panicked.
             if sender.send(piece).is_err() {
                 return Err(Error::new(
                     Failure::Code(Code::Internal),
@@ -393,7 +392,7 @@ impl Pour {
         Ok(())
     }
 
-    /// Those of these chunks that the file does not have. Reads a mebibyte at a time.
+    /// The chunks, out of the given ones, that the file does not have. Reads about a mebibyte at a time.
     fn missing(
         &self,
         whole: &Whole,
@@ -437,8 +436,8 @@ fn keep_all(leftovers: &mut Leftovers, directory: &Path) -> io::Result<()> {
     }
 }
 
-/// Workers, and one who feeds them. Each holds the receiving side, so that the feeder meets an error, not a wait without
-/// end, when the last of them is gone: a panic of one becomes a panic here.
+/// Starts the workers and runs `feed` on this thread. The workers hold the only receivers, so that when the last one
+/// is gone `feed` gets an error instead of waiting for ever. A worker's panic becomes a panic here.
 fn crew<T: Send, R>(
     threads: usize,
     work: impl Fn(&Mutex<Receiver<T>>) + Sync,
@@ -467,13 +466,13 @@ fn wrong_length(path: &Path, offset: u64, expected: u64, found: usize) -> Error 
     Error::new(Failure::Code(Code::Corrupt), message)
 }
 
-/// Whether what was read of the file, if anything was, begins with the chunk.
+/// Whether the bytes that were read from the file, if any, begin with this chunk.
 fn is_there(read: &[u8], length: u64, id: &ChunkId) -> bool {
     let read = usize::try_from(length).ok().and_then(|length| read.get(..length));
     read.is_some_and(|bytes| !bytes.is_empty() && ChunkId::of(bytes) == *id)
 }
 
-/// As root: to the owner.
+/// Sets the owner, if this process is root.
 fn give(path: &Path, entry: &Entry) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         std::os::unix::fs::chown(path, Some(entry.uid), Some(entry.gid))?;
@@ -481,7 +480,7 @@ fn give(path: &Path, entry: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// Mode, owner (as root) and time.
+/// Sets mode, owner (if this process is root) and time.
 pub fn dress(file: &File, entry: &Entry) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         std::os::unix::fs::fchown(file, Some(entry.uid), Some(entry.gid))?;

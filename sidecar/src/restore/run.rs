@@ -1,4 +1,4 @@
-//! From an order to a restored directory: plan, check, pour, finish.
+//! From an order to a restored directory: plan, check, write the files, finish.
 
 use super::{
     Scratch, check,
@@ -36,63 +36,58 @@ use std::{
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, field::Empty};
 
-/// Between two questions to the server, while it is not certain whether more was written.
+/// Pause between two requests to the server while it is not certain whether PostgreSQL wrote more.
 const ASK_MIN: Duration = Duration::from_millis(200);
 const ASK_MAX: Duration = Duration::from_secs(3);
 
-/// What was asked for.
+/// What the user asked for.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// Target, timeline, backup.
     pub wish: Wish,
-    /// The data directory to be; absolute.
+    /// The absolute path of the data directory to create.
     pub to: PathBuf,
-    /// `--tablespace-map OLD=NEW`.
     pub maps: Vec<(String, PathBuf)>,
-    /// What PostgreSQL does at the target; by default what PostgreSQL does by default, `pause`.
+    /// What PostgreSQL does at the target; `None` means PostgreSQL's own default, `pause`, or `promote` for the
+    /// latest state.
     pub action: Option<Action>,
-    /// It goes on as a standby; then without a target and an action.
+    /// The copy goes on as a standby; there is no target and no action then.
     pub standby: Option<Standby>,
-    /// Use what is there.
+    /// Reuse the files that are in the directory already (`--delta`).
     pub delta: bool,
-    /// Below it go all tablespaces without a map (a drill).
+    /// The directory below which all tablespaces without a map go (a drill).
     pub beside: Option<PathBuf>,
-    /// It is only looked at: nothing of it acts on the world (P12).
+    /// The copy must not act on the outside world (P12).
     pub harmless: bool,
-    /// It has settings of its own beside ours (a drill): what the cluster's own files say counts for nothing.
+    /// The copy runs with settings of its own only (a drill); the cluster's own configuration files are ignored.
     pub alone: bool,
 }
 
-/// Restores.
+/// Plans and carries out restores.
 pub struct Restore {
-    /// From where.
     pub source: Source,
-    /// Moved as it goes.
     pub progress: Arc<Progress>,
-    /// Ends it early.
+    /// Cancelled to end the restore early.
     pub stop: CancellationToken,
-    /// For restore_command.
+    /// How to call this program in restore_command.
     pub invocation: Invocation,
 }
 
-/// What will be done: everything is checked, nothing is touched (RESTORE1).
+/// What will be done. Everything is checked, and nothing has been touched (RESTORE1).
 #[derive(Debug)]
 pub struct Planned {
-    /// Backup, way, target.
     pub decision: Decision,
-    /// Where the files go.
     pub places: Places,
-    /// Of the file systems.
+    /// Needed and free space of each file system.
     pub room: Vec<Room>,
-    /// What is written beside the files.
+    /// What is written after the backup's files.
     pub last: Last,
-    /// Files to be there in the end.
+    /// Number of files that the restored directories will have.
     pub files: u64,
-    /// Their bytes.
+    /// Bytes of these files.
     pub bytes: u64,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
-    /// Its configuration is in the directory.
+    /// Whether the cluster has its postgresql.conf in the data directory.
     pub has_conf: bool,
     directories: BTreeSet<PathBuf>,
     delta: bool,
@@ -100,7 +95,7 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// The same with another way to fetch WAL.
+    /// The same plan with another way to call `wal-fetch`.
     #[must_use]
     pub fn fetching(mut self, invocation: &Invocation) -> Self {
         let edited = !self.last.edits.is_empty();
@@ -108,7 +103,7 @@ impl Planned {
         self
     }
 
-    /// What PostgreSQL is told.
+    /// The recovery settings for PostgreSQL.
     pub const fn settings(&self) -> &Settings {
         &self.last.settings
     }
@@ -117,36 +112,35 @@ impl Planned {
 /// What was done.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Done {
-    /// Files that are there.
+    /// Number of files of the backup that are now in place.
     pub files: u64,
-    /// Their bytes.
+    /// Bytes of these files.
     pub bytes: u64,
-    /// Bytes that were written.
+    /// Bytes that were written; with `delta` fewer than `bytes`.
     pub written: u64,
-    /// Files and directories that were removed.
     pub removed: u64,
-    /// Seconds.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// Of a snapshot, against what is in the places.
+/// The size of a snapshot, compared with what is in the directories now.
 #[derive(Debug)]
 struct Measured {
     files: u64,
     bytes: u64,
-    /// More bytes than there are now, by place.
+    /// How many bytes more than now each place needs.
     growth: Vec<(PathBuf, u64)>,
     stored: Stored,
 }
 
 impl Restore {
-    /// Plans and checks.
+    /// Plans and checks a restore. Waits while it is not certain yet what PostgreSQL wrote until the target time.
     ///
     /// # Errors
-    /// Why it cannot be done; nothing was touched.
+    /// The reason why the restore cannot be done; nothing was touched.
     pub async fn plan(&self, order: &Order) -> Result<Planned, Error> {
         loop {
-            self.progress.enter("looking for what is there");
+            self.progress.enter("listing backups and WAL");
             let catalog = self.source.catalog().await?;
             let (survey, verdict) = self.decide(&catalog, order).await?;
             let left = match verdict {
@@ -156,10 +150,10 @@ impl Restore {
                 Verdict::Wait(left) => left,
             };
             self.progress
-                .enter("waiting until it is certain that PostgreSQL wrote nothing more by then");
+                .enter("waiting until it is certain that PostgreSQL wrote nothing more before the target");
             tracing::info!(
                 ?left,
-                "no transaction after the target has come yet; waiting to be sure"
+                "waiting until it is certain that PostgreSQL wrote nothing more before the target"
             );
             tokio::select! {
                 biased;
@@ -169,10 +163,10 @@ impl Restore {
         }
     }
 
-    /// The same, from what is known already.
+    /// Plans and checks a restore from a catalog that was read before.
     ///
     /// # Errors
-    /// As [`Restore::plan`].
+    /// As [`Restore::plan`]; `Unavailable` where that would wait.
     pub async fn plan_from(&self, catalog: &Catalog, order: &Order) -> Result<Planned, Error> {
         let (survey, verdict) = self.decide(catalog, order).await?;
         match verdict {
@@ -184,7 +178,7 @@ impl Restore {
         }
     }
 
-    /// RESTORE6: from a sound backup, if one leads to the target; from a damaged one only by its name.
+    /// RESTORE6: takes an undamaged backup if one leads to the target; a damaged one only if the user named it.
     async fn decide(&self, catalog: &Catalog, order: &Order) -> Result<(Survey, Verdict), Error> {
         let sound = catalog.sound();
         let by_name = order.wish.backup.is_some();
@@ -278,12 +272,12 @@ impl Restore {
             has_conf,
             directories,
             delta: order.delta,
-            // A whole restore reads what lies side by side, which windows are made for.
+            // A full restore reads neighbouring chunks, for which the windows of the reader are better.
             chunks: Chunks { reader, server: server.filter(|_| order.delta) },
         })
     }
 
-    /// What is on the way to the target, and so where everything goes.
+    /// Reads the WAL on the way to the target, and decides from it where each file goes.
     async fn way(
         &self,
         order: &Order,
@@ -306,8 +300,9 @@ impl Restore {
         Ok((way, places, edits))
     }
 
-    /// Of the timelines that PostgreSQL passes, and of those numbered between: whoever looks for the newest timeline counts
-    /// up from the backup's, and stops at the first number that nobody has, such as that of a retired one.
+    /// The history files of the timelines that recovery passes, and of the numbers between them. PostgreSQL finds the
+    /// newest timeline by counting up from the backup's, and stops at the first number without a history file; a
+    /// retired timeline would leave such a number.
     async fn histories(&self, decision: &Decision) -> Result<Vec<(String, Vec<u8>)>, Error> {
         let (path, backup) = (&decision.plan.path, decision.plan.backup.start_timeline);
         let between = (backup.get()..=path.timeline().get()).filter_map(TimelineId::new);
@@ -338,10 +333,9 @@ impl Restore {
         if !has_conf {
             notes.push(
                 "postgresql.conf is not in the data directory that was backed up (Debian keeps it in \
-                 /etc/postgresql, with pg_hba.conf and pg_ident.conf), so nothing is known of what it says: start with the \
-                 original's by the command below, which overrules where it says that the data lies; recovery targets in it \
-                 have to go first. A copy of it in this directory must not have data_directory, hba_file, ident_file and \
-                 external_pid_file of the original"
+                 /etc/postgresql, with pg_hba.conf and pg_ident.conf), so its content is unknown. Remove recovery targets from \
+                 the original's file, then start with it by the command below, which overrides data_directory. A copy of it \
+                 in this directory must not set data_directory, hba_file, ident_file or external_pid_file of the original"
                     .to_owned(),
             );
         }
@@ -362,10 +356,10 @@ impl Restore {
         notes
     }
 
-    /// Does what was planned.
+    /// Carries out a plan.
     ///
     /// # Errors
-    /// The first failure; the directory is not whole then, and says so (RESTORE2).
+    /// The first failure; the directory is then incomplete, and its marker file says so (RESTORE2).
     pub async fn carry_out(&self, planned: Planned) -> Result<Done, Error> {
         let span = tracing::info_span!(
             "restore",
@@ -401,7 +395,7 @@ impl Restore {
     }
 }
 
-/// RESTORE6: whoever wants what is left of a damaged backup says its name.
+/// RESTORE6: a damaged backup is used only if the user names it.
 fn refuse_damaged(catalog: &Catalog, record: &BackupRecord) -> Result<(), Error> {
     let known = catalog.known(&record.name);
     let Some(why) = known.and_then(Known::doubt) else {
@@ -409,13 +403,13 @@ fn refuse_damaged(catalog: &Catalog, record: &BackupRecord) -> Result<(), Error>
     };
     let message = format!("{why}; no other backup leads to the target");
     Err(Error::new(Failure::Unreachable, message).hint(format!(
-        "klio list shows what can be recovered, klio verify what is damaged; --backup {} tries it, and ends where the \
-         damage is met; nothing was touched",
+        "klio list shows what can be restored, klio verify shows what is damaged; --backup {} restores from it anyway \
+         and stops at the damage; nothing was touched",
         record.name
     )))
 }
 
-/// What is known against the backup of choice, and against newer ones that were passed over.
+/// What is known against the chosen backup, and against newer ones that were not chosen.
 fn doubts(record: &BackupRecord, catalog: &Catalog) -> Vec<String> {
     let newer = |known: &&Known| {
         known.record.name == record.name
@@ -459,7 +453,7 @@ fn measure(reader: &Reader, places: &Places, delta: bool) -> Result<Measured, kl
     Ok(measured)
 }
 
-/// What a copy would meet beside its data, and what is done about it.
+/// What surrounds the data of a copy (configuration, links, WAL on the way), and what is done about it.
 struct Surroundings {
     neutral: Neutral,
     directories: BTreeSet<PathBuf>,
@@ -492,7 +486,7 @@ fn surroundings(
         },
     )?;
     neutral.notes.extend(links.notes);
-    // A standby goes on to where they end.
+    // A standby replays beyond the target, to where these transactions end.
     if order.standby.is_none() {
         neutral.notes.extend(way.left_prepared(&stored.prepared()?));
     }
@@ -506,12 +500,12 @@ fn carry_out(
 ) -> Result<Done, Error> {
     let Planned { decision, places, last, files, bytes, .. } = planned;
     let name = &decision.plan.backup.name;
-    // Once more, as planning may have taken a while (RESTORE3).
+    // Checked again, because PostgreSQL may have been started while the plan was made (RESTORE3).
     check::places(&places, &decision.plan.backup, planned.delta)?;
     finish::begin(&places, name.as_str())?;
     progress.expect(files, bytes);
     progress.enter("restoring");
-    // Twice the cores: half of them wait for the network or the disk.
+    // Twice the number of cores, because about half of the workers wait for the network or the disk.
     let threads = std::thread::available_parallelism().map_or(2, usize::from) * 2;
     let pour = Pour {
         chunks: planned.chunks,

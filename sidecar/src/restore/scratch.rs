@@ -1,4 +1,4 @@
-//! A directory of our own for a while; removed when dropped.
+//! A temporary directory for this process alone, removed when dropped.
 
 use super::local;
 use crate::error::Error;
@@ -8,15 +8,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The directory.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A new one, for us alone, below `parent`, else below the system's place for such.
+    /// Creates a directory that only this user can enter, below `parent` or else below the system's temporary
+    /// directory.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     pub fn new(parent: Option<&Path>) -> Result<Self, Error> {
         let system = std::env::temp_dir();
         let path = parent.unwrap_or(&system).join(format!("klio-{}", uuid::Uuid::new_v4()));
@@ -29,17 +29,16 @@ impl Scratch {
         Ok(Self(path))
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// A path in it.
     pub fn join(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    /// Removes all files but the `keep` that sort first by their names: WAL is looked at backwards.
+    /// Removes all files except the `keep` that sort first by name: WAL is searched backwards, so these are needed
+    /// next.
     pub fn trim(&self, keep: usize) {
         let names = fs::read_dir(&self.0).into_iter().flatten().flatten();
         let mut files: Vec<PathBuf> = names.map(|entry| entry.path()).collect();
@@ -58,7 +57,7 @@ impl Drop for Scratch {
 mod tests {
     use super::*;
 
-    /// `klio drill --in /nonexistent` said only that a directory could not be made.
+    /// In an earlier version, `klio drill --in /nonexistent` only said that a directory could not be made.
     #[test]
     fn a_place_that_is_not_there_is_named_with_what_it_must_be() {
         let error = Scratch::new(Some(Path::new("/nonexistent"))).err().unwrap();

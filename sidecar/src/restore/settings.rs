@@ -1,12 +1,15 @@
-//! `postgresql.auto.conf` of a restored cluster: how it recovers, and what of its old settings must not act (P12).
+//! `postgresql.auto.conf` of a restored cluster: how it recovers, and which of its old settings must not act (P12).
 //!
-//! PostgreSQL takes settings in the order of its files, `postgresql.auto.conf` last (only the command line beats it). A
-//! recovery target that is set while another one is, be it to nothing, is FATAL (`error_multiple_recovery_targets`): so all
-//! others are emptied first, beginning with the one that is set, and ours comes last. Every setting that could end a copy
-//! elsewhere, run a command of the cluster or lead out of the directory is written, empty where it is not ours.
-//! A standby has no target; its primary is what was typed, with the secrets that it may hold (`shown` hides them). No other
-//! secret is written: `restore_command` names files. Text goes through three readers: PostgreSQL's configuration (quotes
-//! doubled), PostgreSQL's `%` in restore_command (doubled), and the shell (single quotes).
+//! PostgreSQL reads settings in the order of its files, `postgresql.auto.conf` last; only the command line overrides
+//! it. If a recovery target is set while another one is set, even to an empty value, PostgreSQL ends with FATAL
+//! (`error_multiple_recovery_targets`). So all other targets are emptied first, beginning with the one that is set,
+//! and the target of this restore comes last. Every setting that could end recovery elsewhere, run a command of the
+//! original cluster or lead out of the directory is written, as an empty value unless the restore sets it.
+//!
+//! A standby has no target. Its primary is what the user typed, including a password if there is one (`shown` hides
+//! it). No other secret is written: `restore_command` names files. Text in restore_command is read by three parsers:
+//! PostgreSQL's configuration file (quotes doubled), PostgreSQL's `%` placeholders (`%` doubled), and the shell
+//! (single quotes).
 
 use super::{
     conf::{line, name_of},
@@ -17,7 +20,7 @@ use super::{
 use klio_pg::TimelineId;
 use std::path::PathBuf;
 
-/// What PostgreSQL does at the target.
+/// What PostgreSQL does at the target (`recovery_target_action`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
@@ -40,18 +43,17 @@ impl Action {
     }
 }
 
-/// How this program was called: `wal-fetch` is called the same way.
+/// How this program was called, so that restore_command can call `wal-fetch` the same way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Invocation {
-    /// This program.
     pub program: PathBuf,
-    /// `--config FILE`, `--cluster NAME`, `--from URL` and so on, absolute where they are paths.
+    /// `--config FILE`, `--cluster NAME`, `--from URL` and so on; paths are absolute.
     pub arguments: Vec<String>,
 }
 
 impl Invocation {
-    /// What a shell runs; `%f` and `%p` are PostgreSQL's. `edited`: the copy's WAL is not quite the original's, and a
-    /// failure of either program is the failure of both.
+    /// The command for the shell; `%f` and `%p` are replaced by PostgreSQL. With `edited`, the copy's WAL differs
+    /// from the original's, so `wal-tablespaces` runs after `wal-fetch`; the command fails if one of them fails.
     pub fn restore_command(&self, edited: bool) -> String {
         let word = |word: &str| shell(word).replace('%', "%%");
         let program = word(&self.program.display().to_string());
@@ -65,7 +67,7 @@ impl Invocation {
     }
 }
 
-/// A word for the shell.
+/// Quotes a word for the shell if it needs quotes.
 pub fn shell(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-=:@,+".contains(&b);
     if !word.is_empty() && word.bytes().all(plain) {
@@ -77,31 +79,32 @@ pub fn shell(word: &str) -> String {
 /// The settings of one recovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Of the cluster: PostgreSQL does not start with a setting that it does not know.
+    /// The cluster's major version: PostgreSQL does not start with a setting that it does not know.
     pub major: u32,
-    /// `restore_command`.
     pub restore_command: String,
-    /// Where it ends.
+    /// Where recovery ends.
     pub recovery: Recovery,
-    /// `recovery_target_inclusive`.
+    /// `recovery_target_inclusive`
     pub inclusive: bool,
-    /// Which timeline; `None`: that of the backup, whose history file is not held.
+    /// The timeline to recover along; `None` for that of the backup, if the server or bucket has no history file for
+    /// it.
     pub timeline: Option<TimelineId>,
-    /// What then; of no effect without a target.
+    /// What PostgreSQL does then; without effect if there is no target.
     pub action: Action,
-    /// It has no end, and follows this.
+    /// The copy becomes a standby, follows this primary, and has no target.
     pub standby: Option<Standby>,
-    /// The target that files outside the directory leave set; it is emptied first.
+    /// The recovery target that configuration files outside the data directory leave set; it is emptied first.
     pub left_set: Option<&'static str>,
-    /// What the cluster's own files ask for and must not get, or must get more of.
+    /// Settings that replace those of the cluster's own files, because the copy must not have them or needs higher
+    /// values.
     pub corrected: Vec<(&'static str, String)>,
-    /// Nothing of it acts on the world, also after a promotion.
+    /// The copy must not act on the outside world, not even after a promotion.
     pub harmless: bool,
     /// Nothing of the old `postgresql.auto.conf` is kept.
     pub alone: bool,
 }
 
-/// A recovery target is one of these.
+/// All settings that set a recovery target.
 pub const TARGETS: [&str; 5] = [
     "recovery_target",
     "recovery_target_lsn",
@@ -110,7 +113,7 @@ pub const TARGETS: [&str; 5] = [
     "recovery_target_xid",
 ];
 
-/// What never stays in `postgresql.auto.conf`: settings of an older recovery, and files that PostgreSQL would include.
+/// Settings that are always removed from the old `postgresql.auto.conf`: those of an older recovery, and includes.
 const NEVER_KEPT: [&str; 13] = [
     "restore_command",
     "recovery_target",
@@ -127,15 +130,17 @@ const NEVER_KEPT: [&str; 13] = [
     "include_dir",
 ];
 
-/// A copy runs no command but ours and waits for nobody; nor does it follow anybody, unless it was told whom ([`Standby`]).
+/// Settings of every copy: it runs no command but restore_command, and does not delay recovery. It also follows no
+/// primary, unless the user named one ([`Standby`]).
 const EMPTY: [(&str, &str); 3] = [
     ("archive_cleanup_command", ""),
     ("recovery_end_command", ""),
     ("recovery_min_apply_delay", "0"),
 ];
 
-/// `--harmless`, and drills: no archiving, no subscriptions, no workers or code of extensions beside what is asked for, no
-/// waiting for standbys, reachable on this machine only, no message elsewhere.
+/// Settings for `--harmless` and for drills: no archiving, no subscriptions, no background workers or code of
+/// extensions except what was asked for, no waiting for standbys, no connections from other machines, and no log
+/// messages elsewhere.
 pub const HARMLESS: [(&str, &str); 13] = [
     ("archive_mode", "off"),
     ("archive_command", ""),
@@ -153,7 +158,7 @@ pub const HARMLESS: [(&str, &str); 13] = [
 ];
 
 impl Settings {
-    /// Names and values, in the order in which they are written.
+    /// Names and values of all settings, in the order in which they are written.
     pub fn pairs(&self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![("restore_command", self.restore_command.clone())];
         pairs.extend(EMPTY.map(|(name, value)| (name, value.to_owned())));
@@ -201,7 +206,7 @@ impl Settings {
         pairs
     }
 
-    /// The same for people and logs.
+    /// [`Settings::pairs`] for people and logs, with the primary's password hidden.
     pub fn shown(&self) -> Vec<(&'static str, String)> {
         let primary = self.standby.as_ref().and_then(|standby| standby.primary.as_ref());
         let shown = |(name, value)| match primary {
@@ -211,7 +216,7 @@ impl Settings {
         self.pairs().into_iter().map(shown).collect()
     }
 
-    /// The file that makes PostgreSQL recover.
+    /// Name of the file that makes PostgreSQL recover.
     pub fn signal(&self) -> &'static str {
         if self.standby.is_some() { "standby.signal" } else { "recovery.signal" }
     }
@@ -269,7 +274,7 @@ mod tests {
     fn the_command_survives_configuration_percent_and_shell() {
         let text = text(&settings(Recovery::Immediate), "");
         let line = text.lines().find(|l| l.starts_with("restore_command")).unwrap();
-        // As PostgreSQL unquotes it.
+        // Unquoted as PostgreSQL does it.
         let value = line.split_once(" = '").unwrap().1.strip_suffix('\'').unwrap();
         let command = value.replace("''", "'").replace(r"\\", r"\");
         assert_eq!(

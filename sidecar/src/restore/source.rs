@@ -1,7 +1,7 @@
-//! Where a restore reads: a server, or the bucket itself with nothing but its key.
+//! Where a restore reads: a server, or the bucket itself, for which the bucket's credentials suffice.
 //!
-//! Both give the same: backup records, holdings, the repository, WAL. P7: what cannot be listed is an error,
-//! never an empty list.
+//! Both give the same: backup records, holdings, the repository and WAL. What cannot be listed is an error, never an
+//! empty list (P7).
 
 use crate::{
     bucket::{Bucket, of_storage},
@@ -34,59 +34,57 @@ use std::{sync::Arc, time::Duration};
 use tokio::{runtime::Handle, sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// A request costs a round trip, and neighbours are read soon: measured in docs/benchmarks.md.
+/// Size of one read: a request costs a round trip, and neighbouring chunks are read soon after (docs/benchmarks.md).
 const WINDOW: ByteSize = ByteSize::mib(2);
-/// A delta restore reads a chunk here and there.
+/// Size of one read in a delta restore, which reads single chunks that are far apart.
 const DELTA_WINDOW: ByteSize = ByteSize::kib(256);
-/// What all windows together may hold.
+/// Limit of the memory for all windows together.
 const WINDOWS: ByteSize = ByteSize::mib(64);
 
-/// A small restore is done before a server that is asked beside it has answered; then PostgreSQL wants its WAL.
+/// How long a restore waits for the server to confirm its reservation. Without this wait a small restore would be done
+/// before, and PostgreSQL would then fetch WAL that is not protected.
 const RESERVED_WITHIN: Duration = Duration::from_secs(5);
-/// A server that was restarted knows of no restore, and removes nothing in its first minutes.
+/// Pause before the reservation is requested again. A restarted server has forgotten it, but removes nothing in its
+/// first minutes.
 const RESERVE_AGAIN: Duration = Duration::from_secs(10);
 
-/// A backup with what is known of it.
+/// A backup, where it is stored, and the newest results about it.
 #[derive(Debug, Clone)]
 pub struct Known {
-    /// Its record.
     pub record: BackupRecord,
-    /// All of it is on tier 1.
+    /// All of its files are on tier 1.
     pub tier1: bool,
-    /// All of it was proven in tier 2.
+    /// All of its files were verified in tier 2.
     pub tier2: bool,
-    /// The newest verification.
     pub verified: Option<VerifyOutcome>,
-    /// The newest drill.
     pub drilled: Option<DrillOutcome>,
 }
 
-/// What there is to restore from.
+/// The backups and the WAL that can be restored from.
 #[derive(Debug, Clone, Default)]
 pub struct Catalog {
     /// Oldest first.
     pub backups: Vec<Known>,
-    /// Records that cannot be read, in words.
+    /// What could not be read, as text for the user.
     pub problems: Vec<String>,
-    /// WAL.
     pub holdings: Holdings,
 }
 
 impl Known {
-    /// Why a restore of it cannot be expected to end well; `None`: no reason is known.
+    /// Why a restore of this backup is expected to fail; `None` if nothing speaks against it.
     pub fn doubt(&self) -> Option<String> {
         let outcome = self.verified.as_ref().filter(|outcome| !outcome.ok)?;
         let files = outcome.damaged.iter().filter(|damage| self.needs(&damage.key)).count();
         let name = &self.record.name;
         (files > 0).then(|| {
             format!(
-                "backup {name} is damaged: {files} of its files are not what was stored, or missing"
+                "backup {name} is damaged: {files} of its files are changed or missing"
             )
         })
     }
 
-    /// Whether no restore of it can do without: files of the repository, and WAL between its start and its end. Other WAL
-    /// is in the way of some targets only.
+    /// Whether every restore of this backup needs the object: files of the repository, and WAL between the backup's
+    /// start and end. Other WAL is needed only for some targets.
     fn needs(&self, key: &str) -> bool {
         let Some((_, relative)) = key.split_once('/') else { return false };
         let Some(wal) = relative.strip_prefix("wal/") else { return relative.starts_with("base/") };
@@ -100,18 +98,16 @@ impl Known {
 }
 
 impl Catalog {
-    /// The records alone.
     pub fn records(&self) -> Vec<BackupRecord> {
         self.backups.iter().map(|known| known.record.clone()).collect()
     }
 
-    /// The records of backups that nothing is known against.
+    /// The records of the backups of which no damage is known.
     pub fn sound(&self) -> Vec<BackupRecord> {
         let sound = self.backups.iter().filter(|known| known.doubt().is_none());
         sound.map(|known| known.record.clone()).collect()
     }
 
-    /// What is known of this backup.
     pub fn known(&self, name: &BackupName) -> Option<&Known> {
         self.backups.iter().find(|known| known.record.name == *name)
     }
@@ -122,22 +118,21 @@ enum Place {
     Bucket(Bucket),
 }
 
-/// A place to restore from.
 pub struct Source {
     cluster: ClusterName,
-    /// Where wal-fetch has to be told another name.
+    /// The name to pass to wal-fetch, where it differs from `cluster`.
     told: Option<ClusterName>,
     place: Place,
     wal: Arc<dyn WalSource>,
     stop: CancellationToken,
 }
 
-/// Keeps the WAL of a backup from the server's retention while it lives.
+/// Protects the WAL of a backup from the server's retention until it is dropped.
 #[derive(Debug, Default)]
 pub struct Reserved(#[allow(dead_code)] JoinSet<()>);
 
 impl Source {
-    /// Opens nothing yet.
+    /// Reads the settings; connects to nothing yet.
     ///
     /// # Errors
     /// Wrong settings, and files that cannot be read.
@@ -155,17 +150,18 @@ impl Source {
         Ok(Self { cluster, told: None, place, wal, stop: stop.clone() })
     }
 
-    /// Holds on to the history that the cluster's name stands for now: what a person decides during a restore must not
-    /// give it another one (P11).
+    /// Resolves the cluster's name to the generation that is current now, and stays with it: a decision that somebody
+    /// makes during the restore must not switch it to another history (P11).
     ///
     /// # Errors
-    /// As the place fails.
+    /// The server or the bucket cannot be read.
     pub async fn settle(mut self, config: &Config) -> Result<Self, Error> {
         let place = match &self.place {
             Place::Bucket(bucket) => {
                 let place = bucket.resolve(&self.cluster).await?;
                 let first = place == self.cluster.base();
-                // Its objects lie under the plain name; a caller of wal-fetch names it with its number.
+                // The first generation's objects lie under the plain name, but wal-fetch has to be told its number
+                // too.
                 self.told = (!first || self.cluster.number().is_some()).then(|| place.clone());
                 place
             }
@@ -182,12 +178,12 @@ impl Source {
         Ok(self)
     }
 
-    /// What wal-fetch is to be told as the cluster's name.
+    /// The cluster's name to pass to wal-fetch.
     pub fn told(&self) -> &ClusterName {
         self.told.as_ref().unwrap_or(&self.cluster)
     }
 
-    /// `None`: there is only one, or the server knows none.
+    /// The current generation; `None` if there is only one, or the server is too old to know generations.
     async fn current(&self, link: &ServerLink) -> Result<Option<ClusterName>, Error> {
         let request = v1::ListGenerationsRequest { cluster: self.cluster.to_string() };
         let answer = link.connect().await?.catalog().list_generations(request).await;
@@ -204,7 +200,7 @@ impl Source {
         current.map(name).transpose()
     }
 
-    /// In words.
+    /// The server's address or the bucket's URL, as text for the user.
     pub fn name(&self) -> String {
         match &self.place {
             Place::Server(base, _) => base.address().to_owned(),
@@ -212,20 +208,19 @@ impl Source {
         }
     }
 
-    /// The cluster.
     pub fn cluster(&self) -> &ClusterName {
         &self.cluster
     }
 
-    /// Whether there is no server in between.
+    /// Whether the bucket is read directly, without a server.
     pub const fn is_bucket(&self) -> bool {
         matches!(self.place, Place::Bucket(_))
     }
 
-    /// Everything that is there.
+    /// Lists all backups and all WAL.
     ///
     /// # Errors
-    /// As the place fails.
+    /// The server or the bucket cannot be read.
     pub async fn catalog(&self) -> Result<Catalog, Error> {
         match &self.place {
             Place::Server(base, _) => self.ask_server(base).await,
@@ -292,9 +287,9 @@ impl Source {
         });
         catalog.holdings = self.bucket_holdings(bucket).await?;
         if catalog.backups.is_empty() && catalog.holdings.timelines.is_empty() {
-            let message = format!("no cluster {cluster} is in {}", tier2.url());
+            let message = format!("find cluster {cluster}: there is none in {}", tier2.url());
             return Err(Error::new(Failure::Config, message)
-                .hint("are --cluster and --from as klio-server has them?"));
+                .hint("compare --cluster and --from with the settings of klio-server"));
         }
         Ok(catalog)
     }
@@ -359,7 +354,7 @@ impl Source {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Fetches a WAL file, whole and checked, into `scratch`.
+    /// Fetches a WAL file, whole and checked, into `scratch`, unless it is there already.
     ///
     /// # Errors
     /// `NotFound` is definitive (P7).
@@ -373,7 +368,7 @@ impl Source {
             return Ok(path);
         }
         let target = Arc::new(FetchTarget::beside(&path)?);
-        // The planner knows where it ends.
+        // The planner knows where recovery ends.
         let expected = Expected { has_target: true, ..Expected::default() };
         let fetch = Fetch { source: Arc::clone(&self.wal), file, expected };
         let fetched = fetch.until(&target, Instant::now() + Duration::from_secs(60));
@@ -386,10 +381,11 @@ impl Source {
         Ok(path)
     }
 
-    /// Opens the repository. `delta`: most chunks will not be read. With it, the server that has its files.
+    /// Opens the repository. With `delta`, reads are small because most chunks will not be read. The second value is
+    /// direct access to the server's files, if there is a server.
     ///
     /// # Errors
-    /// As the place fails; `Forbidden` without the key.
+    /// The server or the bucket cannot be read; `Forbidden` without the decryption key.
     pub(super) async fn repository(
         &self,
         delta: bool,
@@ -437,18 +433,19 @@ impl Source {
             let encrypted = object == BaseObject::Secret { encrypted: true };
             return decode_secret(&bytes, encrypted, &at_rest, &key).map_err(|error| {
                 of_storage(&error).hint(
-                    "--identity names the age identity file that klio-server had (encryption.identity_file)",
+                    "name klio-server's age identity file (encryption.identity_file) with --identity",
                 )
             });
         }
         let place = bucket.tier2.url();
-        let message = format!("{place} has no repository.json[.age] of cluster {}", self.cluster);
+        let message = format!("open the repository of cluster {}: {place} has no repository.json[.age]", self.cluster);
         Err(Error::new(Failure::Code(Code::Corrupt), message))
     }
 
-    /// Tells the server which backup is restored: its WAL stays while this runs, and an hour longer. Of packs nothing
-    /// depends on it: they are marked long before they go (REPO4). Waits a little for the server's word, and then goes on
-    /// without: it is asked again until it gives it, as after a restart.
+    /// Reserves the backup at the server, so that its WAL stays while this restore runs, and an hour longer. Packs do
+    /// not depend on it: they are marked long before they are removed (REPO4). Waits a few seconds for the server's
+    /// confirmation and then goes on without it. The request is repeated in the background until the server confirms,
+    /// and again when the connection breaks, for example because the server was restarted.
     pub async fn reserve(&self, backup: &BackupName) -> Reserved {
         let Place::Server(_, link) = &self.place else { return Reserved::default() };
         let request = v1::ReserveRequest {
@@ -469,10 +466,10 @@ impl Source {
         Reserved(keeper)
     }
 
-    /// Tells the server how a drill went; without a server there is nobody to tell.
+    /// Records at the server how a drill went. Does nothing if there is no server.
     ///
     /// # Errors
-    /// As the server answers.
+    /// The server's refusal, or that it cannot be reached.
     pub async fn record_drill(&self, outcome: &DrillOutcome) -> Result<(), Error> {
         let Place::Server(base, _) = &self.place else { return Ok(()) };
         let outcome = serde_json::to_vec(outcome)
@@ -486,7 +483,7 @@ impl Source {
     }
 }
 
-/// One past the last byte of a partial segment: what it holds was acknowledged, and counts to its last byte.
+/// One past the last byte of a partial segment. All of its bytes were acknowledged, so it counts up to its last byte.
 async fn partial_end(
     bucket: &Bucket,
     cluster: &ClusterName,
@@ -502,7 +499,7 @@ async fn partial_end(
     bytes.map(|bytes| Some(start.advance(bytes))).map_err(|e| of_storage(&e))
 }
 
-/// For as long as the connection lives.
+/// Holds one reservation for as long as the connection lives.
 async fn keep_reserved(
     link: &ServerLink,
     request: v1::ReserveRequest,
@@ -522,7 +519,7 @@ async fn keep_reserved(
 
 fn json<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|error| {
-        // Never the bytes: one of the documents is a secret.
+        // The message must not show the bytes: one of these documents is a secret.
         let at = (error.line(), error.column());
         Error::new(Failure::Code(Code::Invalid), format!("read {what}: not as expected at {at:?}"))
     })

@@ -1,8 +1,9 @@
-//! A restore that goes on as a standby: `standby.signal`, no target, the newest timeline, and whom it follows.
+//! A restore that goes on as a standby: `standby.signal`, no target, the newest timeline, and the primary to follow.
 //!
-//! It has no end, so nothing of an end is written; what makes a copy act on the world is emptied as for any other, but for
-//! its primary, which is what was typed or none: what the cluster's own files name is another's primary. `restore_command`
-//! is that of any restore: beside `standby.signal` `klio wal-fetch` answers soon, and never ends a standby (P7).
+//! A standby has no target: all `recovery_target*` settings are emptied. Settings with which a copy could act on the
+//! outside world are emptied as in every restore, except the primary: the user named it, or there is none, because the
+//! primary in the cluster's own files is the original's. `restore_command` is the same as in every restore: if
+//! `standby.signal` exists, `klio wal-fetch` answers soon, and never makes the standby end (P7).
 
 use super::included::Configuration;
 use crate::{
@@ -12,27 +13,27 @@ use crate::{
 };
 use klio_pg::Edit;
 
-/// What was asked for.
+/// The options for a standby.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Standby {
-    /// `primary_conninfo`; `None`: it follows the archive alone.
+    /// `primary_conninfo`; with `None` the standby reads WAL only through restore_command.
     pub primary: Option<Written>,
-    /// `primary_slot_name`.
+    /// `primary_slot_name`
     pub slot: Option<SlotName>,
 }
 
-/// The settings in which a secret may stand.
+/// The only setting that may contain a secret.
 pub const PRIMARY: &str = "primary_conninfo";
 
 impl Standby {
-    /// What differs from what every restore writes.
+    /// The settings that a standby has in addition to those of every restore.
     pub fn pairs(&self) -> [(&'static str, String); 2] {
         let primary = self.primary.as_ref().map_or_else(String::new, |p| p.reveal().to_owned());
         let slot = self.slot.as_ref().map_or_else(String::new, ToString::to_string);
         [(PRIMARY, primary), ("primary_slot_name", slot)]
     }
 
-    /// In words.
+    /// The "recovery target" of a standby as text for the user.
     pub fn describe(&self) -> String {
         let slot = self.slot.as_ref().map_or_else(String::new, |slot| format!(", slot {slot}"));
         match &self.primary {
@@ -41,13 +42,13 @@ impl Standby {
         }
     }
 
-    /// What the reader should know.
+    /// Notes for the user.
     pub fn notes(&self, conf: &Configuration) -> Vec<String> {
         let set = |name: &str| conf.value(name).filter(|value| !value.is_empty());
         let mut notes = Vec::new();
         match &self.primary {
             None => notes.push(
-                "without --primary-conninfo the standby follows what klio holds, and asks for more every \
+                "without --primary-conninfo the standby follows the WAL that klio has received, and asks for more every \
                  wal_retrieve_retry_interval"
                     .to_owned(),
             ),
@@ -55,7 +56,7 @@ impl Standby {
         }
         if self.primary.is_none() && set(PRIMARY).is_some() {
             notes.push(
-                "primary_conninfo of the cluster's own files is emptied: it names another's primary".to_owned(),
+                "primary_conninfo of the cluster's own files is emptied: it names the original's primary".to_owned(),
             );
         }
         notes
@@ -65,8 +66,8 @@ impl Standby {
         let mut notes = Vec::new();
         if primary.has_secret() {
             notes.push(
-                "primary_conninfo holds a password, in clear in postgresql.auto.conf as PostgreSQL wants it; a file named by \
-                 passfile=... holds it better"
+                "primary_conninfo holds a password, which PostgreSQL needs in clear text in postgresql.auto.conf; better \
+                 use passfile=... with a file that holds it"
                     .to_owned(),
             );
         }
@@ -75,33 +76,34 @@ impl Standby {
             && port == own_port.unwrap_or("5432")
         {
             notes.push(format!(
-                "primary_conninfo names this machine and port {port}, which the restored postgresql.conf has for the \
-                 standby itself: give the standby another port, or name the primary's machine"
+                "primary_conninfo names this machine and port {port}, which the restored postgresql.conf sets for \
+                 the standby itself: give the standby another port, or name the primary's machine"
             ));
         }
         notes
     }
 }
 
-/// Whether a host is this machine by its name alone; libpq takes no host for the local socket.
+/// Whether a host is this machine, judged by its name alone. Without a host, libpq uses the local socket.
 fn is_here(host: Option<&str>) -> bool {
     let Some(host) = host else { return true };
     let local = |ip: std::net::IpAddr| ip.is_loopback();
     host == "localhost" || host.starts_with(['/', '@']) || host.parse().is_ok_and(local)
 }
 
-/// A standby replays `CREATE TABLESPACE` again after a restart, also from its primary, whose WAL nobody changes.
+/// Refuses a plan that needs changes to the copy's WAL. A standby replays `CREATE TABLESPACE` again after a restart,
+/// and also receives it from its primary, whose WAL cannot be changed.
 ///
 /// # Errors
-/// When it would have to be changed.
+/// There are changes.
 pub fn refuse_edits(edits: &[Edit]) -> Result<(), Error> {
     if edits.is_empty() {
         return Ok(());
     }
     let message = "a tablespace that was made after the backup cannot go elsewhere on a standby: it may replay CREATE \
-                   TABLESPACE from its primary, too, and then into the original's location";
+                   TABLESPACE from its primary, too, and then at the original's location";
     Err(Error::new(Failure::Local, message).hint(
-        "take a base backup now and restore that with --tablespace-map, or leave the map of that tablespace out; nothing \
+        "take a base backup now and restore that with --tablespace-map, or leave out the map of that tablespace; nothing \
          was touched",
     ))
 }
@@ -147,6 +149,6 @@ mod tests {
         let said = notes(&alone, "primary_conninfo = 'host=other'");
         assert!(said.contains("is emptied"), "{said}");
         assert_eq!(alone.pairs()[0].1, "");
-        assert!(notes(&alone, "").contains("follows what klio holds"));
+        assert!(notes(&alone, "").contains("follows the WAL that klio has received"));
     }
 }

@@ -1,7 +1,7 @@
-//! What a backup has that a restore looks at before it begins: the files outside of PostgreSQL's own directories, every link,
-//! pg_control, prepared transactions, and what `global` tells of subscriptions.
+//! What a restore reads of a backup before it begins: the files outside of PostgreSQL's own directories, all links,
+//! pg_control, prepared transactions, and whether `global` has subscriptions.
 //!
-//! Bounded (RESTORE5): no file of a database, none that is larger than [`FILE_MAX`].
+//! Memory is bounded (RESTORE5): no file of a database is read, and none that is larger than [`FILE_MAX`].
 
 use super::{included::Read, joined, of_storage};
 use crate::error::{Error, Failure};
@@ -14,30 +14,30 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A file with settings is smaller.
+/// Files with settings are smaller than this.
 const FILE_MAX: u64 = 1 << 20;
-/// One file for each prepared transaction.
+/// The directory with one file for each prepared transaction.
 const TWOPHASE: &str = "pg_twophase";
-/// `pg_subscription`, and the first word of `pg_filenode.map` (`relmapper.c`).
+/// The OID of `pg_subscription`, and the magic number at the start of `pg_filenode.map` (`relmapper.c`).
 const SUBSCRIPTIONS: (u32, u32) = (6100, 0x0059_2717);
 
-/// See above; paths are those in the data directory.
+/// What was collected of a snapshot; paths are relative to the data directory.
 #[derive(Debug)]
 pub struct Stored {
     reader: Reader,
     files: BTreeMap<PathBuf, Entry>,
-    /// Every link, and where it leads to.
+    /// Every link, and where it leads.
     pub links: BTreeMap<PathBuf, PathBuf>,
     control: Option<Entry>,
 }
 
 impl Stored {
-    /// Nothing yet.
+    /// Contains nothing yet; every entry is then passed to [`Stored::see`].
     pub fn new(reader: Reader) -> Self {
         Self { reader, files: BTreeMap::new(), links: BTreeMap::new(), control: None }
     }
 
-    /// The next entry of the snapshot.
+    /// Takes in the next entry of the snapshot.
     pub fn see(&mut self, entry: &Entry) {
         let Ok(path) = entry.path.strip_prefix("data") else { return };
         match &entry.kind {
@@ -48,7 +48,7 @@ impl Stored {
             StoredKind::File { size, .. } if *size <= FILE_MAX && is_looked_at(path) => {
                 self.files.insert(path.to_owned(), entry.clone());
             }
-            // Only that it is there.
+            // The content of these is not read; only their size matters.
             StoredKind::File { .. } if path.starts_with("global") => {
                 self.files.insert(path.to_owned(), entry.clone());
             }
@@ -56,10 +56,10 @@ impl Stored {
         }
     }
 
-    /// pg_control.
+    /// Reads pg_control.
     ///
     /// # Errors
-    /// `Corrupt`, or as the repository fails.
+    /// `Corrupt`, or the repository cannot be read.
     pub fn control(&self) -> Result<ControlFile, Error> {
         let corrupt = |what: String| Error::new(Failure::Code(Code::Corrupt), what);
         let entry = self.control.as_ref();
@@ -68,7 +68,7 @@ impl Stored {
             .map_err(|error| corrupt(format!("the snapshot's pg_control: {error}")))
     }
 
-    /// Whether a file is there.
+    /// Whether the backup has this file or link.
     pub fn has(&self, path: &str) -> bool {
         let path = Path::new(path);
         self.files.contains_key(path) || self.links.contains_key(path)
@@ -77,7 +77,7 @@ impl Stored {
     /// Whether `pg_subscription` has rows, or had some.
     ///
     /// # Errors
-    /// As the repository fails.
+    /// The repository cannot be read.
     pub fn subscriptions(&self) -> Result<bool, Error> {
         let Some(map) = self.stored(Path::new("global/pg_filenode.map"))? else { return Ok(false) };
         let file = filenode(&map, SUBSCRIPTIONS.0);
@@ -89,7 +89,7 @@ impl Stored {
     /// The transactions that were prepared before the backup's checkpoint.
     ///
     /// # Errors
-    /// As the repository fails.
+    /// The repository cannot be read.
     pub fn prepared(&self) -> Result<Vec<Prepared>, Error> {
         let files = self.files.iter().filter(|(path, _)| path.starts_with(TWOPHASE));
         let states = files.map(|(_, entry)| Ok(Prepared::parse(&self.content(entry)?)));
@@ -106,17 +106,17 @@ impl Stored {
     }
 }
 
-/// Runs on a thread that may block.
+/// Runs `work` on a thread that may block.
 ///
 /// # Errors
-/// As `work`.
+/// Those of `work`.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     joined(tokio::task::spawn_blocking(move || Ok(work())).await)?
 }
 
-/// Outside of the directories that PostgreSQL fills.
+/// Whether a file is read: it is outside of the directories that PostgreSQL manages, or a prepared transaction.
 fn is_looked_at(path: &Path) -> bool {
     let first = path.iter().next().map(|name| name.to_string_lossy().into_owned());
     let first = first.unwrap_or_default();
@@ -124,7 +124,7 @@ fn is_looked_at(path: &Path) -> bool {
     plain || (first != "base" && !first.starts_with("pg_"))
 }
 
-/// Where a mapped relation lies: pairs of OID and number behind a magic word and their count.
+/// The file number of a mapped relation. The map has a magic number, a count, and pairs of OID and file number.
 fn filenode(map: &[u8], oid: u32) -> Option<u32> {
     let mut words =
         map.chunks_exact(4).map(|word| word.iter().rev().fold(0, |n, b| n << 8 | u32::from(*b)));
@@ -147,7 +147,7 @@ impl Read for Stored {
     }
     fn outside(&self, path: &Path) -> io::Result<Vec<u8>> {
         let meta = fs::metadata(path)?;
-        // A pipe or a device would be waited for.
+        // Reading a pipe or a device could block for ever.
         if !meta.is_file() || meta.len() > FILE_MAX {
             return Err(io::ErrorKind::InvalidData.into());
         }

@@ -1,10 +1,10 @@
-//! A worker's memory for reading and writing files: chunks that lie side by side are gathered and written in one call,
-//! and both go past the page cache where that can be.
+//! Gathers neighbouring chunks in a worker's memory, so that they are written in one call, and lets reads and writes
+//! bypass the page cache where the file system allows it.
 //!
-//! Restored files are passed over once and larger than memory, so the cache would only hold up what it cannot keep: the
-//! same bytes come and go several times as fast without it (docs/benchmarks.md). What must stay true: nothing is left
-//! behind, so whoever adds writes at the end; a file system that does not want it so gets ordinary calls; and a direct
-//! write is no durable one (RESTORE4): `finish` syncs all the same.
+//! A restore writes each file once, and all of them together are larger than memory, so the page cache only costs
+//! time: without it, a restore is several times as fast (docs/benchmarks.md). What must stay true: whoever adds
+//! chunks calls `write` at the end, so that none is left in memory; a file system that refuses direct I/O gets
+//! ordinary calls; and a direct write is not a durable one (RESTORE4), so `finish` syncs all the same.
 
 use rustix::{
     fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl, fcntl_setfl},
@@ -12,14 +12,15 @@ use rustix::{
 };
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-/// Gathered before a write, and read at once: enough for a disk to be busy with, little for a worker to have.
+/// Bytes that are gathered before a write, and read at once: large enough for the disk, small enough for each worker.
 pub(super) const FULL: usize = 1 << 20;
-/// What memory, place and length of a direct call must be multiples of: the page of the machine; few disks want more.
+/// Direct I/O needs memory, offset and length to be multiples of this: the machine's page; few disks need more.
 const ALIGN: usize = 4096;
-/// What is compared and rewritten as one: PostgreSQL's page, and a multiple of what disks and file systems write.
+/// The unit that is compared and rewritten: PostgreSQL's page, which is a multiple of the block size of disks.
 const PAGE: usize = 8192;
 
-/// Has what is read from and written to this file go past the page cache, if it is worth it and can be: whole blocks, many of them.
+/// Makes reads and writes of this file bypass the page cache, if the file is large, consists of whole blocks, and the
+/// file system supports it.
 pub(super) fn go_direct(file: &File, size: u64) -> io::Result<()> {
     if size < FULL as u64 || !size.is_multiple_of(ALIGN as u64) {
         return Ok(());
@@ -30,7 +31,8 @@ pub(super) fn go_direct(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-/// Gives a new file its blocks, so that several workers can write to it at once; a full disk is known before the first byte.
+/// Allocates the blocks of a new file, so that several workers can write to it at once, and a full disk is reported
+/// before the first write.
 pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
     match size {
         0 => Ok(()),
@@ -41,7 +43,8 @@ pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-/// Again with the page cache, where a direct call is refused: blocks of another size than is usual, or a short call's rest.
+/// Repeats a call with the page cache if direct I/O is refused: the disk needs larger blocks, or a short call left a
+/// rest.
 fn or_ordinary(file: &File, call: impl Fn() -> io::Result<()>) -> io::Result<()> {
     match call() {
         Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
@@ -52,14 +55,14 @@ fn or_ordinary(file: &File, call: impl Fn() -> io::Result<()>) -> io::Result<()>
     }
 }
 
-/// Memory that begins at a whole block.
+/// Memory that begins at a block boundary.
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
     memory: Vec<u8>,
 }
 
 impl Blocks {
-    /// So many bytes; what is in them is of no meaning.
+    /// The first `length` bytes; their content is undefined.
     pub(super) fn of(&mut self, length: usize) -> &mut [u8] {
         if self.memory.len() < length + ALIGN {
             self.memory.resize(length + ALIGN, 0);
@@ -68,7 +71,7 @@ impl Blocks {
         &mut self.memory[begin..begin + length]
     }
 
-    /// These bytes of a file.
+    /// Reads `length` bytes of a file.
     pub(super) fn read(&mut self, file: &File, offset: u64, length: usize) -> io::Result<&[u8]> {
         let bytes = std::cell::RefCell::new(self.of(length));
         or_ordinary(file, || file.read_exact_at(&mut bytes.borrow_mut(), offset))?;
@@ -76,22 +79,23 @@ impl Blocks {
     }
 }
 
-/// A worker's run of chunks.
+/// The chunks that one worker has gathered.
 #[derive(Debug, Default)]
 pub(super) struct Strip {
     blocks: Blocks,
-    /// Where it goes.
+    /// Where the gathered bytes go in the file.
     offset: u64,
     length: usize,
 }
 
 impl Strip {
-    /// Forgets what a failed piece left: it belongs to another file.
+    /// Discards what a failed piece left over, which belongs to another file.
     pub(super) fn start_over(&mut self) {
         self.length = 0;
     }
 
-    /// Adds a chunk; writes what was there when it does not follow, and all when that is enough.
+    /// Adds a chunk. Writes what was gathered before if the chunk does not follow it, and also when the memory is
+    /// full.
     pub(super) fn add(&mut self, file: &File, offset: u64, mut chunk: &[u8]) -> io::Result<()> {
         if offset != self.offset + self.length as u64 {
             self.write(file)?;
@@ -109,8 +113,8 @@ impl Strip {
         Ok(())
     }
 
-    /// Adds those pages of a chunk that the file has not, and says how many bytes that are: the disk takes the pages that
-    /// changed, not the chunks around them. `old` is memory for what the file has.
+    /// Adds those pages of a chunk that differ from the file, and returns how many bytes they have: only pages that
+    /// changed are written, not the chunks around them. `old` is memory for the file's content.
     pub(super) fn add_what_differs(
         &mut self,
         file: &File,
@@ -131,7 +135,7 @@ impl Strip {
         Ok(added)
     }
 
-    /// Writes all that is there.
+    /// Writes everything that was gathered.
     pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
         let bytes = &*self.blocks.of(self.length);
         let written = or_ordinary(file, || file.write_all_at(bytes, self.offset));

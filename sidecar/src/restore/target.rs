@@ -1,10 +1,13 @@
-//! What `--target-*` says, and what PostgreSQL is told: between the two, WAL is asked.
+//! From `--target-*` to what PostgreSQL is told to recover to. The decision needs a look at WAL.
 //!
-//! PostgreSQL stops at a time only before a commit or an abort that is later, and ends with FATAL when there
-//! is none (`recoveryStopsBefore`, `xlogrecovery.c`). So a time is looked up first, and refused with the last
-//! one that can be reached, before anything is touched. A time after the last commit is that commit's
-//! state when the server says that PostgreSQL had written no more until then; then the last record is
-//! the target; a time so fresh that this is not certain is waited for. All times are in PostgreSQL's clock, a standby's backups included: what its clock said is
+//! PostgreSQL stops at a time only before a commit or abort that is later, and ends with FATAL if there is none
+//! (`recoveryStopsBefore`, `xlogrecovery.c`). So the time is looked up in WAL before anything is touched, and if it
+//! cannot be reached, the restore is refused with the last time that can. A time after the last commit is reached by
+//! restoring the state after that commit, with the last record as the target, but only if the server says that
+//! PostgreSQL wrote nothing more until that time. If the time is so recent that this is not certain yet, the restore
+//! waits.
+//!
+//! All times are times of PostgreSQL's clock, also for backups that were taken from a standby: what the clock said is
 //! checked against the commits before the backup's end.
 
 use super::{
@@ -21,14 +24,14 @@ use klio_storage::{
 };
 use std::time::Duration;
 
-/// `recovery_target_*` of the restored cluster.
+/// The `recovery_target*` setting of the restored cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovery {
-    /// None: to the end of WAL, which any break would be (P7).
+    /// No target: to the end of WAL. Used for a standby only, because any break in WAL would look like the end (P7).
     End,
     /// `recovery_target = 'immediate'`
     Immediate,
-    /// `recovery_target_time`, microseconds since 1970.
+    /// `recovery_target_time`, in microseconds since 1970.
     Time(i64),
     /// `recovery_target_lsn`
     Lsn(Lsn),
@@ -38,39 +41,40 @@ pub enum Recovery {
     Xid(u32),
 }
 
-/// What was asked for.
+/// What the user asked for.
 #[derive(Debug, Clone)]
 pub struct Wish {
-    /// Where to end.
+    /// Where recovery ends.
     pub target: Target,
-    /// Along which timeline.
+    /// The timeline to recover along.
     pub timeline: TimelineChoice,
-    /// Somebody said which timeline: a moment of another one is not meant.
+    /// The user named the timeline, so other timelines that lived at the target time are not meant.
     pub timeline_typed: bool,
-    /// Before the target, not behind it: `recovery_target_inclusive = off`.
+    /// Stop before the target instead of after it: `recovery_target_inclusive = off`.
     pub exclusive: bool,
-    /// Of a transaction target, as `pg_current_xact_id()` counts; `None` where the epoch was not said.
+    /// For a transaction target: the 64-bit id as `pg_current_xact_id()` returns it; `None` if it was given without
+    /// its epoch.
     pub full_xid: Option<u64>,
-    /// From which backup.
+    /// The backup to restore; `None` leaves the choice to the plan.
     pub backup: Option<BackupName>,
-    /// The end of WAL has to be a target (P7), so that a break in WAL is none: always, but for what goes on as a standby.
+    /// Make the end of WAL a target, so that a break in WAL is not taken for the end (P7). False only for a standby.
     pub stop_at_end: bool,
 }
 
 /// What will be done.
 #[derive(Debug, Clone)]
 pub struct Decision {
-    /// Backup and way.
+    /// The backup and the path of timelines.
     pub plan: Plan,
-    /// PostgreSQL's part.
+    /// The target for PostgreSQL.
     pub recovery: Recovery,
-    /// Whether what is at the target belongs to the result.
+    /// Whether the record at the target is part of the result.
     pub inclusive: bool,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-/// Text for a refusal: nothing was touched.
+/// The error for a target that cannot be reached; nothing was touched.
 pub fn refused(refusal: &Refusal) -> Error {
     let hint = match &refusal.hole {
         Some(hole) => format!(
@@ -82,24 +86,23 @@ pub fn refused(refusal: &Refusal) -> Error {
     Error::new(Failure::Unreachable, refusal).hint(hint)
 }
 
-/// What comes of a wish.
+/// The result of deciding.
 #[derive(Debug)]
 pub enum Verdict {
-    /// This.
     Decided(Box<Decision>),
-    /// Nothing yet: whether PostgreSQL wrote more before the target is not certain for so long.
+    /// Not yet decided: this long it will not be certain whether PostgreSQL wrote more before the target.
     Wait(Duration),
 }
 
-/// PostgreSQL is silent for up to wal_sender_timeout (60 s) before a dead connection to it is noticed; until then
-/// the server may take it for idle. Also covers clocks that differ a little.
+/// A dead connection to PostgreSQL is noticed only after up to wal_sender_timeout (60 s). Until then the server may
+/// take PostgreSQL for idle. The rest is for clocks that differ a little.
 const SURE_AFTER: Duration = Duration::from_secs(75);
 
-/// The server has not heard everything that PostgreSQL wrote, or nobody streams to it.
-const MAY_COME: &str = "klio status shows whether klio stream is connected and how far behind it is: what is still on its way can be \
-                        reached when it has come; nothing was touched";
+/// Hint for a server that has not yet received everything that PostgreSQL wrote, or to which nobody streams.
+const MAY_COME: &str = "klio status shows whether klio stream is connected and how far behind it is: try again when the missing WAL \
+                        has arrived; nothing was touched";
 
-/// Decides.
+/// Decides how to reach a target.
 pub struct Decider<'a> {
     /// Where WAL is read.
     pub source: &'a Source,
@@ -110,7 +113,7 @@ pub struct Decider<'a> {
 }
 
 impl Decider<'_> {
-    /// From a wish to a decision.
+    /// Decides how to do what the user asked for.
     ///
     /// # Errors
     /// `Unreachable`, with what can be reached; WAL that cannot be read.
@@ -165,19 +168,19 @@ impl Decider<'_> {
         Ok(Decision { recovery, ..decided })
     }
 
-    /// The end of what a plan reaches, its last record above all.
+    /// The end of the WAL that a plan reaches; of interest is mostly its last record.
     async fn end_of(&self, plan: &Plan) -> Result<Tail, Error> {
         self.wal(plan).tail(plan.backup.start_lsn, plan.reach.end).await
     }
 
-    /// What is before a record is reached in front of it, and at the end of WAL behind the last one.
+    /// Decides about an LSN. If no record begins at or after it, the target is the last record.
     async fn lsn(&self, plans: Vec<Plan>, wanted: Lsn, exclusive: bool) -> Result<Decision, Error> {
         let decided = self.first(plans, Recovery::Lsn(wanted))?;
         let tail = self.end_of(&decided.plan).await?;
         if tail.last_record.is_some_and(|last| wanted <= last) {
             return Ok(Decision { inclusive: !exclusive, ..decided });
         }
-        // PostgreSQL stops after a record that begins there or later, and none does.
+        // PostgreSQL stops only after a record that begins at the target or later, and there is none.
         let recovery = end_as_target(&decided.plan, &tail.whole()?);
         Ok(Decision { recovery, ..decided })
     }
@@ -203,7 +206,7 @@ impl Decider<'_> {
             let elsewhere = lived::elsewhere(self.source, self.scratch, self.survey, &plan, wanted);
             let (lived, unknown) = match elsewhere.await {
                 Ok(lived) => (lived, None),
-                // Whoever names a timeline needs nothing of the others, and is told what is not known.
+                // A user who named the timeline needs nothing of the others, so this is not an error but a note.
                 Err(error) if wish.timeline_typed => (Vec::new(), Some(lived::not_known(&error))),
                 Err(error) => return Err(lived::needed(error)),
             };
@@ -251,7 +254,7 @@ impl Decider<'_> {
             let mut decision = decision(plan, recovery);
             if !exact {
                 decision.notes.push(
-                    "no transaction ended after the target: the end of WAL is the state at that time"
+                    "no transaction ended after the target, so the end of WAL is the state at that time"
                         .to_owned(),
                 );
             }
@@ -265,13 +268,13 @@ impl Decider<'_> {
                 )
             }
             None => format!(
-                "no transaction after backup {} can be reached, which ended at {}",
+                "no transaction after the end of backup {} at {} can be reached",
                 plan.backup.name,
                 show_time((plan.backup.stopped_postgres_unix * 1e6) as i64)
             ),
         };
         let problem =
-            format!("{} cannot be reached: {reached}, in PostgreSQL's clock", show_time(wanted));
+            format!("{} cannot be reached: {reached} (by PostgreSQL's clock)", show_time(wanted));
         let (problem, hole) = match &plan.reach.stop {
             Stop::Hole(hole) => (format!("{problem}; {hole}"), Some(hole.clone())),
             Stop::End { .. } => (problem, None),
@@ -281,7 +284,7 @@ impl Decider<'_> {
         Err(if in_flight { refused.hint(MAY_COME) } else { refused })
     }
 
-    /// Searches WAL from the newest backup on, then before it.
+    /// Searches WAL from the newest backup on, then from each older backup up to where the search began before.
     async fn find(
         &self,
         plans: Vec<Plan>,
@@ -304,7 +307,8 @@ impl Decider<'_> {
                     decided.notes.push(format!("{what} is at {}{time}", found.lsn));
                     return Ok(decided);
                 }
-                // Before this backup is consistent: an older one has to replay it.
+                // The record is before the point where this backup is consistent: only an older backup can replay up
+                // to it.
                 Some(found) => searched = Some(found.end),
                 None => searched = Some(from),
             }
@@ -333,7 +337,8 @@ fn decision(plan: Plan, recovery: Recovery) -> Decision {
     Decision { plan, recovery, inclusive: true, notes }
 }
 
-/// The last record as a target; one from before the backup's end is where it becomes consistent.
+/// The last record as a target. If it is before the backup's end, the target is the point where the backup is
+/// consistent.
 fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
     match tail.last_record.filter(|last| *last >= plan.backup.stop_lsn) {
         Some(last) => Recovery::Lsn(last),
@@ -341,8 +346,8 @@ fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
     }
 }
 
-/// Whether a transaction with its epoch is one that WAL behind a backup can hold: PostgreSQL keeps ids within two billions
-/// of the next one, which the backup's pg_control tells.
+/// Whether WAL after a backup can contain this 64-bit transaction id: PostgreSQL only uses ids within two billion of
+/// the next one, which is in the backup's pg_control.
 ///
 /// # Errors
 /// The id belongs to another epoch.
@@ -352,12 +357,12 @@ pub fn check_epoch(full_xid: u64, next_xid: u64) -> Result<(), Error> {
         return Ok(());
     }
     let message = format!(
-        "transaction {full_xid} (epoch {}) is not in reach of this backup, at which {next_xid} (epoch {}) came next",
+        "transaction {full_xid} (epoch {}) is too far from this backup, whose next transaction was {next_xid} (epoch {})",
         full_xid >> 32,
         next_xid >> 32
     );
     Err(Error::new(Failure::Unreachable, message).hint(
-        "--target-xid takes what pg_current_xact_id() gave, or xmin as it is shown in rows, which has no epoch; nothing was touched",
+        "--target-xid takes an id from pg_current_xact_id(), or a row's xmin, which has no epoch; nothing was touched",
     ))
 }
 

@@ -1,9 +1,9 @@
-//! What a person types as `--target-time`, and how it is shown.
+//! Reads and shows times for `--target-time`.
 //!
-//! A time that could mean two moments, or says two that differ, is refused: a restore to the wrong hour looks like a good
-//! one. PostgreSQL's own output is read, RFC 3339, and RFC 9557 with its time zone in brackets; without any offset or
-//! zone it is this machine's zone. Abbreviations such as CET or EST are refused, as they mean different things to
-//! PostgreSQL and to the time zone database.
+//! A time that could mean two moments, or that states two different ones, is refused: a restore to the wrong hour
+//! looks like a good one. The formats are PostgreSQL's own output, RFC 3339, and RFC 9557 with its time zone in
+//! brackets. Without an offset or zone, the time is in this machine's zone. Abbreviations such as CET or EST are
+//! refused, because they mean different things to PostgreSQL and to the time zone database.
 
 use jiff::{
     Timestamp,
@@ -11,20 +11,21 @@ use jiff::{
     tz::{Offset, TimeZone},
 };
 
-/// Reads `2026-11-21 14:03:00.5+01`, `2026-11-21T13:03:00Z`, `2026-11-21 14:03[Europe/Berlin]`: microseconds since 1970.
+/// Reads a time such as `2026-11-21 14:03:00.5+01`, `2026-11-21T13:03:00Z` or `2026-11-21 14:03[Europe/Berlin]`, and
+/// returns microseconds since 1970.
 ///
 /// # Errors
-/// In words.
+/// What is wrong with the text, as text for the user.
 pub fn parse_time(text: &str) -> Result<i64, String> {
     parse_in(text, &TimeZone::system())
 }
 
-/// The moment that was understood, in UTC and in this machine's zone.
+/// A moment in UTC and in this machine's zone, so that the user sees how the time was understood.
 pub fn explain_time(unix_micros: i64) -> String {
     explain_in(unix_micros, TimeZone::system())
 }
 
-/// A time as PostgreSQL reads and prints it, in UTC.
+/// A time in UTC in the format that PostgreSQL reads and prints.
 pub fn show_time(unix_micros: i64) -> String {
     Timestamp::from_microsecond(unix_micros).map_or_else(
         |_| format!("{unix_micros} microseconds after 1970"),
@@ -40,7 +41,7 @@ fn explain_in(unix_micros: i64, zone: TimeZone) -> String {
     format!("{utc} (here: {}{name})", local.strftime("%Y-%m-%d %H:%M:%S%.6f%:z"))
 }
 
-/// What was said of the zone.
+/// The zone that the text names.
 enum Zone {
     Offset(Offset),
     Named(TimeZone),
@@ -74,7 +75,7 @@ fn parse_in(text: &str, system: &TimeZone) -> Result<i64, String> {
     Ok(moment.as_microsecond())
 }
 
-/// What stands before `[...]` at the end, and in it. None but one zone is understood.
+/// Splits off the `[...]` at the end. Only one pair of brackets with a zone in it is accepted.
 fn annotation(text: &str) -> Option<(&str, Option<&str>)> {
     let Some(open) = text.find('[') else {
         return (!text.contains(']')).then_some((text, None));
@@ -85,7 +86,7 @@ fn annotation(text: &str) -> Option<(&str, Option<&str>)> {
     plain.then(|| (text[..open].trim_end(), Some(inner)))
 }
 
-/// Length of date and time of day. The date has signs in it, so it is taken as a whole.
+/// Length of date and time of day. The date contains signs as an offset does, so it is matched as a whole.
 fn clock_bytes(text: &str) -> Option<usize> {
     const DATE: usize = "2026-11-21".len();
     let date = text.get(..DATE)?;
@@ -98,7 +99,7 @@ fn clock_bytes(text: &str) -> Option<usize> {
     (digits > 0).then_some(DATE + 1 + digits)
 }
 
-/// A leap second has no place in PostgreSQL's times.
+/// The date and time of day. A leap second is refused, because PostgreSQL cannot represent it.
 fn local(clock: &str) -> Option<DateTime> {
     let (_, time) = clock.split_at_checked("2026-11-21T".len()).unwrap_or((clock, ""));
     if time.split(':').nth(2).is_some_and(|seconds| seconds.starts_with("60")) {
@@ -107,7 +108,7 @@ fn local(clock: &str) -> Option<DateTime> {
     clock.trim_end().replacen('t', "T", 1).parse().ok()
 }
 
-/// `Z`, `UTC`, `+01`, `+0100`, `+01:00`, `+01:00:00`, `Europe/Berlin`, and Go's `+0000 UTC`.
+/// Reads `Z`, `UTC`, `+01`, `+0100`, `+01:00`, `+01:00:00`, `Europe/Berlin`, and Go's `+0000 UTC`.
 fn zone(text: &str, wrong: &impl Fn() -> String) -> Result<Zone, String> {
     if ["Z", "UTC", "GMT", "+0000 UTC", "Etc/UTC"].iter().any(|utc| text.eq_ignore_ascii_case(utc))
     {
@@ -139,7 +140,7 @@ fn offset(text: &str) -> Option<Offset> {
     for (part, unit) in parts.iter().zip([3600, 60, 1]) {
         let two = part.len() == 2 && part.bytes().all(|b| b.is_ascii_digit());
         let number = part.parse::<i32>().ok().filter(|_| two)?;
-        // PostgreSQL's limit is below 16 hours.
+        // PostgreSQL accepts only offsets below 16 hours.
         let below = if unit == 3600 { 16 } else { 60 };
         seconds += (number < below).then_some(number * unit)?;
     }
@@ -151,7 +152,7 @@ fn at(local: DateTime, zone: &Zone, text: &str) -> Result<Timestamp, String> {
     match zone {
         Zone::Offset(offset) => offset
             .to_timestamp(local)
-            .map_err(|_| format!("{text:?} is outside of the times that can be")),
+            .map_err(|_| format!("{text:?} is out of range")),
         Zone::Named(zone) => in_zone(local, zone, text),
     }
 }
@@ -160,12 +161,12 @@ fn in_zone(local: DateTime, zone: &TimeZone, text: &str) -> Result<Timestamp, St
     let time = zone.to_ambiguous_zoned(local).unambiguous();
     time.map(|time| time.timestamp()).map_err(|_| {
         let name = zone.iana_name().unwrap_or("this machine's time zone");
-        format!("{text:?} happens twice or never in {name}: say the offset, as in +01")
+        format!("{text:?} happens twice or never in {name}: add the offset, as in +01")
     })
 }
 
-/// Whether a second statement about the zone says the same. With Z the time is in UTC, and the zone only says for whom
-/// (RFC 9557, section 2).
+/// Checks that the zone in brackets agrees with the first offset. After `Z` it always does: the time is in UTC then,
+/// and the zone only says how to display it (RFC 9557, section 2).
 fn agrees(moment: Timestamp, said: &str, second: &Zone) -> Result<(), String> {
     if said.ends_with(['Z', 'z']) {
         return Ok(());
@@ -184,7 +185,7 @@ fn agrees(moment: Timestamp, said: &str, second: &Zone) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "{first} contradicts what is in brackets, which is {there} at that time: say one of the two"
+        "{first} contradicts the zone in brackets, which is {there} at that time: give only one of the two"
     ))
 }
 
@@ -278,7 +279,8 @@ mod tests {
     }
 
     proptest! {
-        /// What an operator in a hurry types, or pastes: a moment or an error, and what was shown once is read as the same moment.
+        /// Everything that an operator types or pastes is either one moment or an error, and what `explain_time`
+        /// showed is read as the same moment.
         #[test]
         fn no_text_makes_it_panic(
             any in "\\PC{0,40}",

@@ -1,7 +1,8 @@
-//! Looks into WAL itself: for the last commit before a position, for a restore point, for a transaction.
+//! Searches WAL: for the last commit before a position, for a restore point, for a transaction.
 //!
-//! P7: WAL that is listed and cannot be read is an error, never an end, and so are records that break off before
-//! the end of what is held. What lies behind a way's reach is not looked at: it may be zeros, or another timeline's.
+//! WAL that is listed but cannot be read is an error, never an end of WAL; so are records that break off before the
+//! end of the stored WAL (P7). WAL beyond the reach of the path is not read, since it may be zeros or another
+//! timeline's.
 
 use super::{Scratch, source::Source};
 use crate::error::{Error, Failure};
@@ -16,63 +17,63 @@ use std::{
     path::{Path as FilePath, PathBuf},
 };
 
-/// Segments on the way at once while WAL is searched forwards.
+/// Segments that are fetched at once while WAL is searched forwards.
 const AHEAD: usize = 4;
 const READ_BYTES: usize = 256 << 10;
 
-/// Reads the WAL of one way.
+/// Reads WAL along one path of timelines.
 pub struct Wal<'a> {
-    /// From where.
     pub source: &'a Source,
-    /// Where fetched segments lie.
+    /// Directory for the fetched segments.
     pub scratch: &'a Scratch,
-    /// Along which timelines.
+    /// The timelines to read, and where they branch off.
     pub path: &'a Path,
-    /// Of the cluster.
+    /// The cluster's major version, which decides the format of WAL records.
     pub postgres_major: u32,
 }
 
-/// The end of a stretch of WAL.
+/// The end of a range of WAL.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tail {
-    /// Start of the last whole record: PostgreSQL compares `recovery_target_lsn` with where records start.
+    /// Start of the last complete record: PostgreSQL compares `recovery_target_lsn` with where records start.
     pub last_record: Option<Lsn>,
     /// The last commit or abort.
     pub last_ending: Option<Found>,
-    /// Its records break off before the stretch does; what is behind that counts for nothing above.
+    /// Where the records break off before the end of the range. The fields above then describe only what is before it.
     pub broken: Option<Break>,
 }
 
-/// Where records break off in WAL that is held.
+/// A position at which records break off although WAL after it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Break {
-    /// No record can be read from here on.
+    /// The first position from which no record can be read.
     pub at: Lsn,
-    /// In words.
+    /// The reason, as text for the user.
     pub why: &'static str,
-    /// Up to where WAL is held.
+    /// The end of the stored WAL.
     pub to: Lsn,
 }
 
 impl Break {
-    /// Nothing behind it can be reached (P7): it is no end of WAL.
+    /// The error of a restore that would need WAL behind the break. A break must not be taken for the end of WAL
+    /// (P7).
     pub fn refusal(&self) -> Error {
         let Self { at, why, to } = self;
         let message = format!(
-            "WAL breaks off at {at} ({why}), though it is held up to {to}: what is behind cannot be replayed"
+            "WAL breaks off at {at} ({why}) although it is stored up to {to}: nothing after {at} can be replayed"
         );
         Error::new(Failure::Unreachable, message).hint(format!(
-            "a --target-lsn or --target-time before {at} can be reached; klio verify --wal tells what is damaged; \
+            "a --target-lsn or --target-time before {at} can be reached; klio verify --wal shows what is damaged; \
              nothing was touched"
         ))
     }
 }
 
 impl Tail {
-    /// The same, of a stretch that has to be whole.
+    /// Insists that the range is complete.
     ///
     /// # Errors
-    /// Where its records break off.
+    /// The break, if the records break off before the end of the range.
     pub fn whole(self) -> Result<Self, Error> {
         match &self.broken {
             Some(broken) => Err(broken.refusal()),
@@ -81,21 +82,21 @@ impl Tail {
     }
 }
 
-/// Most records are shorter than that; one may have 1 GiB.
+/// First guess of a record's length: most are shorter, but a record may have up to 1 GiB.
 const PAST_FIRST_BYTES: u64 = 1 << 16;
 
-/// What a walk met.
+/// What one walk found.
 struct Seen {
-    /// Where its first record begins, whole or not.
+    /// Where the first record begins, even if it is incomplete.
     first: Option<Lsn>,
-    /// Where its last whole record begins.
+    /// Where the last complete record begins.
     last: Option<Lsn>,
     broken: Option<Break>,
 }
 
 impl Wal<'_> {
-    /// The end of `[floor, to)`: looks backwards from `to`, no further than needed. A record may be longer than a
-    /// segment: it is looked at from where it begins to where the next one does.
+    /// Finds the end of `[floor, to)` by looking backwards from `to`, no further than needed. A record may be longer
+    /// than a segment, so each walk ends where the first record of the previous walk begins.
     ///
     /// # Errors
     /// WAL that cannot be read.
@@ -107,7 +108,7 @@ impl Wal<'_> {
         }
         let lowest = page_of(floor);
         let mut start = Lsn::new(to.as_u64() - 1).segment_start(size).max(lowest);
-        // Where a record begins that was looked at already, or WAL ends.
+        // Where the first record of the previous walk begins; at first, the end of WAL.
         let mut next = to;
         loop {
             let mut ending = None;
@@ -134,7 +135,7 @@ impl Wal<'_> {
         }
     }
 
-    /// The first landmark in `[from, to)` that fits.
+    /// The first landmark in `[from, to)` for which `fits` is true.
     ///
     /// # Errors
     /// WAL that cannot be read; records that break off before it is found.
@@ -146,7 +147,7 @@ impl Wal<'_> {
     ) -> Result<Option<Found>, Error> {
         let mut hit = None;
         let mut each = |found: Found| {
-            // More may come from bytes that were read already: PostgreSQL stops at the first.
+            // The same buffer may yield more landmarks after the hit, but PostgreSQL stops at the first.
             if hit.is_none() && found.lsn >= from && fits(&found) {
                 hit = Some(found);
             }
@@ -159,7 +160,8 @@ impl Wal<'_> {
         }
     }
 
-    /// Shows every landmark in `[from, to)` until `each` says that it is enough; where records break off before.
+    /// Passes every landmark in `[from, to)` to `each` until it returns true. The result is where records break off
+    /// before that, if they do.
     ///
     /// # Errors
     /// WAL that cannot be read.
@@ -173,7 +175,7 @@ impl Wal<'_> {
         Ok(self.walk(page_of(from), to, Begin::Anywhere, &mut each).await?.broken)
     }
 
-    /// A place, at most `end`, before which the first record that begins at `at` or later ends.
+    /// A position, at most `end`, before which the first record that begins at `at` or later is complete.
     ///
     /// # Errors
     /// WAL that cannot be read.
@@ -190,7 +192,7 @@ impl Wal<'_> {
         }
     }
 
-    /// So many bytes from `from` on, or as many as there are.
+    /// The bytes from `from` on; fewer than `length` if WAL ends before.
     ///
     /// # Errors
     /// WAL that cannot be read.
@@ -209,7 +211,7 @@ impl Wal<'_> {
         Ok(bytes)
     }
 
-    /// Walks from `start`, the start of a page, up to `to`, until `each` says that it is enough.
+    /// Walks from `start`, which must be the start of a page, up to `to` or until `each` returns true.
     async fn walk(
         &self,
         start: Lsn,
@@ -255,20 +257,20 @@ impl Wal<'_> {
                 }
             }
         }
-        let message = format!("read WAL at {at}: it is listed as held, and {names:?} is not there");
+        let message = format!("read WAL at {at}: expected one of {names:?} as listed, found none");
         Err(Error::new(Failure::Code(Code::Corrupt), message))
     }
 }
 
-/// Where the record has to begin that a walk looks for.
+/// Where the first record of a walk has to begin.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Begin {
-    /// In the first segment: without one, the walk ends there.
+    /// In the first segment; otherwise the walk ends after that segment.
     InFirstSegment,
     Anywhere,
 }
 
-/// Records that begin on a page can be read from its start.
+/// The start of a position's page: a record can only be found by reading from the start of a page.
 fn page_of(at: Lsn) -> Lsn {
     Lsn::new(at.as_u64() - at.as_u64() % klio_pg::PAGE_BYTES)
 }

@@ -1,7 +1,7 @@
-//! What replay meets on the way to the target, read before anything is written: tablespaces that are made, settings that
-//! recovery needs, transactions that are prepared, commit times out of order.
+//! What replay will meet on the way to the target, read before anything is written: tablespaces that are created,
+//! settings that recovery needs, prepared transactions, and commit times that are out of order.
 //!
-//! All WAL between the backup and the target is read for it, once, several segments at a time (RESTORE5).
+//! For this, all WAL between the backup and the target is read once, several segments at a time (RESTORE5).
 
 use super::{
     show_time,
@@ -19,42 +19,43 @@ use std::{
     path::PathBuf,
 };
 
-/// Behind the record at which recovery ends: nothing there is replayed, and the record itself is shorter, if it matters here.
+/// How far WAL is read behind the record at which recovery ends. Later records are not replayed, and those that
+/// matter here are shorter than this.
 const RECORD: u64 = 1 << 16;
-/// How far behind the end of a recovery to a time transactions are looked for that ended before it.
+/// How far behind the end of a recovery to a time to look for transactions that ended before the target time.
 const LOOK_BEHIND: u64 = 256 << 20;
 
-/// A tablespace that replay makes.
+/// A tablespace that replay creates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Made {
-    /// Its OID.
     pub oid: u32,
-    /// Where the original lay.
+    /// Where the tablespace was in the original.
     pub location: PathBuf,
-    /// Its record.
+    /// The position of its `CREATE TABLESPACE` record.
     pub at: Lsn,
 }
 
-/// See above.
+/// What replay meets on the way to the target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Way {
-    /// In the order of WAL; none of those inside the data directory.
+    /// Tablespaces in the order of their records, without those inside the data directory.
     pub made: Vec<Made>,
-    /// The highest of each setting.
+    /// The highest value of each setting that recovery depends on.
     pub needed: BTreeMap<&'static str, u32>,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
-    /// Prepared on the way and not ended on it, by their ids.
+    /// Transactions that were prepared on the way and did not end on it, by xid, with their names.
     pub prepared: BTreeMap<u32, String>,
-    /// Prepared transactions that ended on the way.
+    /// Prepared transactions that ended on the way, whether they were prepared on it or before.
     ended: BTreeSet<u32>,
 }
 
-/// So many names of prepared transactions are listed.
+/// At most this many prepared transactions are named in a note.
 const NAMED_MAX: usize = 10;
 
 impl Way {
-    /// What is prepared at its end, with what the backup has in `pg_twophase`; `None`: nothing.
+    /// The note about transactions that are still prepared at the target, including those that the backup has in
+    /// `pg_twophase`; `None` if there are none.
     pub fn left_prepared(&self, stored: &[Prepared]) -> Option<String> {
         let old = stored.iter().filter(|old| !self.ended.contains(&old.xid));
         let mut all: BTreeMap<u32, &str> = old.map(|old| (old.xid, old.name.as_str())).collect();
@@ -67,8 +68,8 @@ impl Way {
         let more = all.len().saturating_sub(NAMED_MAX);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         Some(format!(
-            "prepared and not ended at the target: {named}{more}: they are prepared in the restored cluster, too, and hold \
-             their locks until COMMIT PREPARED or ROLLBACK PREPARED (pg_prepared_xacts)"
+            "transactions that are still prepared at the target: {named}{more}; in the restored cluster they hold their \
+             locks until COMMIT PREPARED or ROLLBACK PREPARED (pg_prepared_xacts)"
         ))
     }
 
@@ -99,16 +100,16 @@ impl Way {
         }
     }
 
-    /// What recovery needs, with what pg_control says.
+    /// The values that recovery needs: the higher of those on the way and those in pg_control.
     pub fn needed(&self, control: &[(&'static str, u32)]) -> Vec<(&'static str, u32)> {
         let higher = |name| self.needed.get(name).copied().unwrap_or_default();
         control.iter().map(|(name, number)| (*name, (*number).max(higher(name)))).collect()
     }
 
-    /// What is to be changed in the copy's WAL so that replay puts these tablespaces where their links lead.
+    /// The changes to the copy's WAL that make replay create these tablespaces where their links lead.
     ///
     /// # Errors
-    /// WAL that cannot be read, or is another now.
+    /// WAL that cannot be read, or that has changed since it was read for the plan.
     pub async fn edits(
         &self,
         wal: &Wal<'_>,
@@ -120,8 +121,10 @@ impl Way {
             let bytes = wal.bytes(made.at, TABLESPACE_RECORD_SPAN).await?;
             let size = wal.path.segment_size();
             let found = klio_pg::tablespace_in_place(size, made.at, &bytes).ok_or_else(|| {
-                let message =
-                    format!("read WAL at {}: expected CREATE TABLESPACE there still", made.at);
+                let message = format!(
+                    "read WAL at {}: expected CREATE TABLESPACE, found another record",
+                    made.at
+                );
                 Error::new(Failure::Code(Code::Corrupt), message)
             })?;
             edits.extend(found);
@@ -130,22 +133,23 @@ impl Way {
     }
 }
 
-/// How an eye goes along the way.
+/// The state of the walk along the way.
 struct Eye<'a> {
     recovery: &'a Recovery,
     /// Whether the record at the target is replayed.
     inclusive: bool,
-    /// Records that begin behind it are not replayed.
+    /// Records that begin after this position are not replayed, with the exception in [`Eye::is_beyond`].
     last: Lsn,
     way: Way,
-    /// Where a recovery to a time, a name or a transaction ends.
+    /// The record at which a recovery to a time, a name or a transaction ends.
     end: Option<Found>,
-    /// Transactions behind the end that ended before the target's time, and the last of them.
+    /// For a recovery to a time: how many transactions behind the end of recovery ended at or before that time, and the
+    /// position of the last of them.
     late: Option<(u64, Lsn)>,
 }
 
 impl Eye<'_> {
-    /// Whether that is enough.
+    /// Takes in the next record; true if nothing after it matters.
     fn see(&mut self, found: Found) -> bool {
         if self.is_beyond(&found) {
             return true;
@@ -178,14 +182,16 @@ impl Eye<'_> {
         !matches!(self.recovery, Recovery::Time(_))
     }
 
-    /// Whether recovery ends before it, wherever that is. To an LSN, inclusive, PostgreSQL ends after the first record that begins
-    /// there or later (`recoveryStopsAfter`): one that begins behind it is that one when the one before it begins before.
+    /// Whether recovery certainly ends before this record. With an inclusive LSN, PostgreSQL stops after the first
+    /// record that begins at the LSN or later (`recoveryStopsAfter`). So a record that begins behind the LSN is still
+    /// replayed if its predecessor begins before the LSN.
     fn is_beyond(&self, found: &Found) -> bool {
         let ends_there = self.inclusive && matches!(self.recovery, Recovery::Lsn(_));
         found.lsn > self.last && !(ends_there && found.prev < self.last)
     }
 
-    /// Recovery to a time ends before the record that shows it, to a name behind it, else as it was told.
+    /// Whether this record is replayed. A recovery to a time stops before the record `ends` refers to, one to a name
+    /// stops after it, and for the others `inclusive` decides.
     fn is_replayed(&self, found: &Found, ends: bool) -> bool {
         match self.recovery {
             Recovery::Time(_) => !ends,
@@ -195,7 +201,8 @@ impl Eye<'_> {
         }
     }
 
-    /// Whether recovery to `wanted` ends before what has that time. An exclusive one leaves out what has exactly it.
+    /// Whether a recovery to `wanted` stops before a record of this time. An exclusive one also leaves out the exact
+    /// time.
     const fn is_behind(&self, time: i64, wanted: i64) -> bool {
         time > wanted || (time == wanted && !self.inclusive)
     }
@@ -222,9 +229,9 @@ impl Eye<'_> {
             (&self.end, self.late, self.recovery)
         {
             self.way.notes.push(format!(
-                "commit times are not in order: the transaction at {} ended at {}, after the target, and {number} behind it \
-                 ended at or before {} (a clock was wrong for a while): recovery ends before {} and leaves them out; \
-                 --target-lsn {last} has them all",
+                "commit times are out of order (a clock was wrong for a while): the transaction at {} ended at {}, after the \
+                 target, and {number} later ones ended at or before {}; recovery stops before {} and leaves them out; \
+                 --target-lsn {last} includes them all",
                 end.lsn,
                 end.landmark.unix_micros().map_or_else(String::new, show_time),
                 show_time(*wanted),
@@ -235,7 +242,7 @@ impl Eye<'_> {
     }
 }
 
-/// Looks.
+/// Reads the way to the target.
 ///
 /// # Errors
 /// WAL that cannot be read; records that break off before the target.
@@ -251,7 +258,7 @@ pub async fn look(
         _ => end,
     };
     let to = match recovery {
-        // The record before it may be a long one.
+        // The record at the target may be long.
         Recovery::Lsn(lsn) if inclusive && *lsn < end => wal.past_record(*lsn, end).await?,
         _ if last == end => end,
         _ => end.min(last.advance(RECORD)),
@@ -301,7 +308,8 @@ mod tests {
         assert_eq!(oids(Recovery::End, 1000), [1, 2, 3]);
     }
 
-    /// Seen on PostgreSQL: CREATE TABLESPACE was replayed with a target that lay behind the record before it.
+    /// Observed with PostgreSQL: it replayed CREATE TABLESPACE although the target lay behind the start of the record
+    /// before.
     #[test]
     fn an_inclusive_lsn_between_two_records_ends_after_the_next_one() {
         let all = [made(10, 1), made(20, 2), made(30, 3)];
@@ -343,7 +351,7 @@ mod tests {
         has(&named(Recovery::Xid(5), 1000, true), &["\"b\"", "old 3", "old 4"]);
         has(&named(Recovery::Xid(5), 1000, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
         has(&named(Recovery::Time(50), 1000, true), &["\"a\"", "\"b\"", "old 3", "old 4"]);
-        // The time of the very transactions that end there.
+        // The target is exactly the time of the transactions that end there.
         has(&named(Recovery::Time(100), 1000, true), &["\"b\"", "old 4"]);
         has(&named(Recovery::Time(100), 1000, false), &["\"a\"", "\"b\"", "old 3", "old 4"]);
         assert_eq!(Way::default().left_prepared(&[]), None);
@@ -354,7 +362,7 @@ mod tests {
         let all =
             [commit(20, 100), commit(30, 3600), commit(40, 120), commit(50, 130), commit(60, 200)];
         let notes = way(&Recovery::Time(150), 1000, &all).notes;
-        assert!(notes[0].contains("0/1E") && notes[0].contains("and 2 behind"), "{notes:?}");
+        assert!(notes[0].contains("0/1E") && notes[0].contains("and 2 later ones"), "{notes:?}");
         assert!(notes[0].contains("--target-lsn 0/32"), "{notes:?}");
         assert!(way(&Recovery::Time(4000), 1000, &all).notes.is_empty());
         assert!(way(&Recovery::Time(110), 1000, &all).notes.is_empty());

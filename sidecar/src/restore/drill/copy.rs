@@ -1,6 +1,6 @@
-//! A configuration that the user who runs PostgreSQL can read, when we are root and he is not.
+//! Copies the configuration for the user who runs PostgreSQL, if this process is root and that user cannot read it.
 //!
-//! The copies lie in the scratch directory, which is that user's alone, and go with it.
+//! The copies are in the scratch directory, which only that user can enter, and are removed with it.
 
 use super::{Invocation, Scratch, programs::Programs};
 use crate::{
@@ -15,7 +15,8 @@ use std::{
 };
 use toml::{Table, Value};
 
-/// Settings that name a file, which is copied. A variable of such a name would lead past the copy.
+/// Settings that name a file, which is copied. The environment variables of these settings must be unset, because
+/// they would override the copy.
 pub(super) const COPIED: [(&str, &str); 6] = [
     ("server", "ca"),
     ("server", "cert"),
@@ -46,7 +47,8 @@ pub fn readable(
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         Error::new(Failure::Config, format!("read configuration: {}", error.message()))
     })?;
-    // What was set by the environment or a flag is in the environment or the arguments still; paths are not.
+    // Settings from the environment or from options still reach `wal-fetch` that way; only the paths have to be
+    // replaced.
     let mut set = |section: &str, name: &str, path: &Path| -> Result<(), Error> {
         let copy = hands.copy(&format!("{section}-{name}"), path)?;
         let entry = table.entry(section).or_insert_with(|| Value::Table(Table::new()));

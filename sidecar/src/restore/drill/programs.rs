@@ -1,4 +1,4 @@
-//! PostgreSQL's programs of the right major version, and the user who runs them.
+//! Finds PostgreSQL's programs of the right major version, and the user who runs them.
 
 use super::{copy::COPIED, trace};
 use crate::{
@@ -12,20 +12,20 @@ use std::{
     process::Command,
 };
 
-/// User and group; `None`: whoever we are.
+/// User id and group id; `None` to stay the current user.
 pub type RunAs = Option<(u32, u32)>;
 
-/// Where PostgreSQL's programs are.
+/// Where PostgreSQL's programs are, and who runs them.
 #[derive(Debug, Clone)]
 pub struct Programs {
     bin_dir: PathBuf,
     run_as: RunAs,
 }
 
-/// As root: who is to run PostgreSQL.
+/// If this process is root: the user who is to run PostgreSQL.
 ///
 /// # Errors
-/// No such user.
+/// No such user, or it is root.
 pub fn run_as(name: &str) -> Result<RunAs, Error> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
@@ -42,17 +42,17 @@ pub fn run_as(name: &str) -> Result<RunAs, Error> {
         Some((user, _)) if user != 0 => ids.map_or(Ok(None), |ids| Ok(Some(ids))),
         _ => Err(Error::new(
             Failure::Config,
-            format!("run drill as root: PostgreSQL refuses root, and drill.run_as {name:?} is no other user"),
+            format!("run drill as root: PostgreSQL does not run as root, and drill.run_as {name:?} is not the name of another user"),
         )
         .hint("run klio drill as the user who runs PostgreSQL, or set drill.run_as")),
     }
 }
 
 impl Programs {
-    /// The first place with a `postgres` of this major version.
+    /// Finds the first directory with a `postgres` of this major version.
     ///
     /// # Errors
-    /// Where it was looked for.
+    /// None was found; the message lists where it was searched for.
     pub fn find(config: &Config, major: u32, run_as: RunAs) -> Result<Self, Error> {
         let mut places = Vec::new();
         let configured = &config.drill.bin_dir;
@@ -75,8 +75,7 @@ impl Programs {
         let found = places.iter().find(|place| major_of(&place.join("postgres")) == Some(major));
         let bin_dir = found.cloned().ok_or_else(|| {
             let looked: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
-            let message =
-                format!("find PostgreSQL {major}: it is in none of {}", looked.join(", "));
+            let message = format!("find PostgreSQL {major}: found none in {}", looked.join(", "));
             Error::new(Failure::Config, message).hint(
                 "install it on this machine, or set drill.bin_dir to the directory of its postgres",
             )
@@ -84,12 +83,12 @@ impl Programs {
         Ok(Self { bin_dir, run_as })
     }
 
-    /// A program of the very same version.
+    /// A program from the same directory as `postgres`, and so of exactly the same version.
     pub fn beside(&self, name: &str) -> Option<PathBuf> {
         Some(self.bin_dir.join(name)).filter(|program| program.is_file())
     }
 
-    /// A program; one that is not beside `postgres` may be on PATH, or with another version of PostgreSQL.
+    /// A program; if it is not beside `postgres`, one on PATH or of another version of PostgreSQL.
     pub fn path(&self, name: &str) -> Option<PathBuf> {
         if let Some(beside) = self.beside(name) {
             return Some(beside);
@@ -103,7 +102,7 @@ impl Programs {
         on_path.chain(others.into_iter().rev()).find(|path| path.is_file())
     }
 
-    /// A command for it, as the right user, with an environment of its own for what PostgreSQL's programs read.
+    /// A command to run as the right user, without the environment variables that PostgreSQL's programs read.
     pub fn command(&self, program: &Path) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(program);
         for name in ["PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE", "PGOPTIONS", "PGDATA"]
@@ -111,7 +110,7 @@ impl Programs {
             command.env_remove(name);
         }
         if self.run_as.is_some() {
-            // What was copied for the other user is in the file.
+            // The copied configuration file has these settings; the variables would override them.
             for (section, name) in COPIED {
                 let variable = format!("KLIO_{section}__{name}").to_uppercase();
                 command.env_remove(variable);
@@ -125,24 +124,25 @@ impl Programs {
         command
     }
 
-    /// Whether another user runs PostgreSQL.
+    /// Whether PostgreSQL is run by another user.
     pub const fn drops(&self) -> bool {
         self.run_as.is_some()
     }
 
-    /// Gives one path to the user.
+    /// Makes the other user the owner of one path.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     pub fn give(&self, path: &Path) -> Result<(), Error> {
         let Some((user, group)) = self.run_as else { return Ok(()) };
-        lchown(path, Some(user), Some(group)).map_err(|error| local("give away", path, &error))
+        lchown(path, Some(user), Some(group))
+            .map_err(|error| local("change the owner of", path, &error))
     }
 
-    /// The same with all that is in it.
+    /// Makes the other user the owner of a path and everything below it.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// An I/O error of the file system.
     pub fn give_all(&self, path: &Path) -> Result<(), Error> {
         if self.run_as.is_none() {
             return Ok(());
@@ -157,7 +157,7 @@ impl Programs {
     }
 }
 
-/// `postgres (PostgreSQL) 15.13 (Debian 15.13-0+deb12u1)`
+/// Reads the version from output such as `postgres (PostgreSQL) 15.13 (Debian 15.13-0+deb12u1)`.
 fn major_of(postgres: &Path) -> Option<u32> {
     if !postgres.is_file() {
         return None;

@@ -1,4 +1,4 @@
-//! The PostgreSQL of a drill: private, without any effect outside of its directory.
+//! The PostgreSQL of a drill: private, and without any effect outside of its directory.
 
 use super::{Scratch, programs::Programs, trace};
 use crate::{
@@ -17,37 +17,37 @@ use std::{
 use tokio::process::Child;
 use tracing::{Instrument, Span};
 
-/// Between two looks.
+/// Pause between two looks at its state.
 const LOOK: Duration = Duration::from_millis(100);
-/// A fast shutdown writes a checkpoint.
+/// Limit for the shutdown, which writes a checkpoint.
 const STOP: Duration = Duration::from_secs(300);
-/// A query of a drill may take a while; a dead session is noticed all the same, as the process ends.
+/// Limit for a query. It may be long because a dead session is noticed in any case: PostgreSQL's process ends then.
 const QUERY: Duration = Duration::from_secs(24 * 3600);
-/// In its log, once it answers.
+/// The line in PostgreSQL's log that says it accepts connections.
 const READY: &str = "database system is ready to accept";
-/// Lines of its log that say why it ended, or waits.
+/// Parts of log lines that say why PostgreSQL ended (`ENDS`) or paused (`PAUSES`).
 const ENDS: [&str; 4] = ["FATAL:", "PANIC:", "ERROR:", "klio wal-fetch:"];
 const PAUSES: [&str; 4] = ["WARNING:", "DETAIL:", "HINT:", "paus"];
-/// Lines of PostgreSQL's log in a problem.
+/// At most this many log lines are quoted in a problem.
 const LOG_LINES: usize = 5;
 
-/// What it is at.
+/// The state of recovery.
 enum Standing {
     Replaying(Lsn),
     Paused(Lsn),
     Over,
 }
 
-/// A running PostgreSQL; killed when dropped.
+/// A running PostgreSQL, killed when dropped.
 pub struct Server<'a> {
     programs: &'a Programs,
     child: Child,
-    /// As long as it runs.
+    /// The span of the process, from start to end.
     span: Span,
     socket: PathBuf,
     log: PathBuf,
     role: String,
-    /// For each session.
+    /// Settings for each session.
     options: String,
 }
 
@@ -56,10 +56,10 @@ fn problem(message: String) -> Error {
 }
 
 impl<'a> Server<'a> {
-    /// Starts it; returns at once.
+    /// Starts PostgreSQL and returns without waiting for it.
     ///
     /// # Errors
-    /// As it cannot be started.
+    /// PostgreSQL cannot be started.
     pub async fn start(
         programs: &'a Programs,
         data: &Path,
@@ -78,17 +78,17 @@ impl<'a> Server<'a> {
         };
         fs::create_dir(&socket).map_err(|error| local("make", &socket, &error))?;
         programs.give(&socket)?;
-        // Only who may enter the directory gets to the socket.
+        // The socket is in a directory that only this user can enter, so everybody who reaches it is trusted.
         write(&hba, "local all all trust\n")?;
         write(&ident, "")?;
-        // In place of the cluster's own, with its limits, includes and libraries: what recovery needs is in
-        // postgresql.auto.conf, which has nothing else either.
+        // An empty file replaces the cluster's own, with its limits, includes and libraries. What recovery needs is
+        // in postgresql.auto.conf, which has nothing else either.
         write(&conf, "")?;
         let out = File::create(&log).map_err(|error| local("make", &log, &error))?;
         let err = out.try_clone().map_err(|error| local("make", &log, &error))?;
-        let postgres = programs
-            .path("postgres")
-            .ok_or_else(|| problem("start PostgreSQL: no program postgres".into()))?;
+        let postgres = programs.path("postgres").ok_or_else(|| {
+            problem("start PostgreSQL: expected the program postgres, found none".into())
+        })?;
         let span = trace::span("postgres");
         let mut command = span.in_scope(|| programs.command(&postgres));
         command.arg("-D").arg(data);
@@ -103,15 +103,15 @@ impl<'a> Server<'a> {
             ("unix_socket_directories", path(&socket)),
             ("port", "5432".to_owned()),
             ("ssl", "off".to_owned()),
-            // Nothing leaves this directory.
+            // Nothing may leave this directory.
             ("archive_mode", "off".to_owned()),
             ("logging_collector", "off".to_owned()),
             ("log_destination", "stderr".to_owned()),
             ("log_min_messages", "log".to_owned()),
             ("hot_standby", "on".to_owned()),
-            // A cluster may have some; PostgreSQL panics over them without this.
+            // A cluster may have in-place tablespaces; PostgreSQL panics over them without this setting.
             ("allow_in_place_tablespaces", "on".to_owned()),
-            // It is thrown away, and must fit beside what else runs here.
+            // The copy is thrown away, and has to fit beside everything else that runs on this machine.
             ("fsync", "off".to_owned()),
             ("shared_buffers", "128MB".to_owned()),
             ("huge_pages", "off".to_owned()),
@@ -120,7 +120,7 @@ impl<'a> Server<'a> {
             command.arg("-c").arg(format!("{name}={value}"));
         }
         if major >= 17 {
-            // A trigger on login would run before the first question.
+            // A login trigger would otherwise run before the first query.
             command.args(["-c", "event_triggers=off"]);
         }
         command.stdin(Stdio::null()).stdout(out).stderr(err);
@@ -129,12 +129,12 @@ impl<'a> Server<'a> {
         Ok(Self { programs, child, span, socket, log, role, options: session_options(major) })
     }
 
-    /// Its log so far.
+    /// PostgreSQL's log so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// What a person needs of it, without what questions met that came too early or too late.
+    /// The last log lines of these kinds, without the errors of connections that came too early or too late.
     fn last_words(&self, kinds: &[&str]) -> String {
         let log = self.log();
         let bad = log.lines().filter(|line| {
@@ -145,10 +145,10 @@ impl<'a> Server<'a> {
         bad[bad.len().saturating_sub(LOG_LINES)..].join("; ")
     }
 
-    /// Waits until recovery has ended and it is a primary; `replayed` is told how far it is.
+    /// Waits until recovery has ended and PostgreSQL is a primary; `replayed` is told how far it is.
     ///
     /// # Errors
-    /// Its end, or that it waits for a person.
+    /// PostgreSQL ended, or it paused and waits for a person.
     pub async fn recovered(&mut self, replayed: impl Fn(Lsn)) -> Result<(), Error> {
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -156,7 +156,7 @@ impl<'a> Server<'a> {
                 return Err(problem(format!("PostgreSQL ended in recovery ({status}): {words}")));
             }
             let log = self.log();
-            // Before, every question would be a FATAL line in its log.
+            // Earlier connections would each add a FATAL line to its log.
             if log.contains(READY) {
                 match self.standing().await {
                     Ok(Standing::Over) => return Ok(()),
@@ -167,7 +167,7 @@ impl<'a> Server<'a> {
                         )));
                     }
                     Ok(Standing::Replaying(at)) => replayed(at),
-                    // It answers in a moment, or its log says why not.
+                    // It will answer soon, or its log says why it does not.
                     Err(_) => {}
                 }
             }
@@ -175,7 +175,7 @@ impl<'a> Server<'a> {
                 log.lines().find(|l| l.contains("role \"") && l.contains("does not exist"))
             {
                 return Err(problem(format!(
-                    "{line}: drill.user names a superuser of the cluster"
+                    "{line}: set drill.user to a superuser of the cluster"
                 )));
             }
             tokio::time::sleep(LOOK).await;
@@ -185,7 +185,7 @@ impl<'a> Server<'a> {
     async fn standing(&self) -> Result<Standing, Error> {
         let mut client = match self.client("postgres").await {
             Ok(client) => client,
-            // Not every cluster has kept it.
+            // The cluster may not have a database postgres.
             Err(_) => self.client("template1").await?,
         };
         let sql = "SELECT pg_is_in_recovery(), \
@@ -217,7 +217,7 @@ impl<'a> Server<'a> {
     /// Runs SQL.
     ///
     /// # Errors
-    /// What PostgreSQL says.
+    /// PostgreSQL's error.
     pub async fn query(
         &mut self,
         database: &str,
@@ -230,7 +230,7 @@ impl<'a> Server<'a> {
         Ok(rows.iter().map(|row| (0..row.len()).map(|n| cell(row, n)).collect()).collect())
     }
 
-    /// Problems that pg_amcheck finds.
+    /// Runs pg_amcheck and returns the problems that it finds.
     pub async fn amcheck(&self) -> Vec<String> {
         let Some(program) = self.programs.path("pg_amcheck") else {
             return vec!["pg_amcheck is not installed: tables and indexes were not checked".into()];
@@ -242,7 +242,7 @@ impl<'a> Server<'a> {
         ran(command, "pg_amcheck").await
     }
 
-    /// Stops it; what is wrong with that.
+    /// Stops PostgreSQL and returns the problems with that.
     pub async fn stop(&mut self) -> Vec<String> {
         let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         if let Some(pid) = pid {
@@ -253,9 +253,12 @@ impl<'a> Server<'a> {
         match ended {
             Ok(Ok(status)) if status.success() => Vec::new(),
             Ok(Ok(status)) => {
-                vec![format!("PostgreSQL did not stop well ({status}): {}", self.last_words(&ENDS))]
+                vec![format!(
+                    "PostgreSQL failed while it stopped ({status}): {}",
+                    self.last_words(&ENDS)
+                )]
             }
-            Ok(Err(error)) => vec![format!("wait for PostgreSQL's end: {error}")],
+            Ok(Err(error)) => vec![format!("wait for PostgreSQL to stop: {error}")],
             Err(_) => vec![format!("PostgreSQL did not stop within {STOP:?}")],
         }
     }
@@ -263,7 +266,8 @@ impl<'a> Server<'a> {
 
 impl Drop for Server<'_> {
     fn drop(&mut self) {
-        // Its children notice the postmaster's death by themselves; SIGQUIT tells them at once.
+        // The server processes would notice the postmaster's death by themselves; killing the process group is
+        // faster.
         let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process_group(pid, Signal::KILL);
@@ -271,8 +275,9 @@ impl Drop for Server<'_> {
     }
 }
 
-/// Problems that pg_checksums finds; none where this version's is not installed, as it only adds to the other checks:
-/// that of another version reads pg_control and tablespaces wrongly, and says nothing about the backup.
+/// Runs pg_checksums and returns the problems that it finds. Without a pg_checksums of exactly this version there are
+/// none, since it only adds to the other checks: another version misreads pg_control and tablespaces, which would say
+/// nothing about the backup.
 pub async fn checksums(programs: &Programs, data: &Path) -> Vec<String> {
     let Some(program) = programs.beside("pg_checksums") else { return Vec::new() };
     let mut command = programs.command(&program);
@@ -297,8 +302,8 @@ async fn ran(mut command: tokio::process::Command, name: &str) -> Vec<String> {
     }
 }
 
-/// Against what roles and databases are set to (`ALTER ROLE … SET`), which comes before what a session asks for: no limit of
-/// time, nothing that makes a good backup look bad, and nothing that makes a bad one look good.
+/// Session settings that override those of roles and databases (`ALTER ROLE … SET`): no time limits, nothing that
+/// makes a good backup look bad, and nothing that makes a bad one look good.
 fn session_options(major: u32) -> String {
     let mut options: Vec<&str> = vec![
         "statement_timeout=0",

@@ -1,13 +1,13 @@
-//! A CLIENT span for each program that a drill runs: its name, how it ended; never its arguments or output.
+//! A CLIENT span for each program that a drill runs: its name and how it ended, never its arguments or output.
 
 use std::process::{ExitStatus, Output};
 use tracing::{Span, field::Empty};
 
-/// The variable that hands a trace on to a program, as programs of OpenTelemetry read it; so does klio itself, which
-/// PostgreSQL runs as restore_command.
+/// The environment variable that passes a trace on to a program, by OpenTelemetry's convention. klio itself reads it,
+/// when PostgreSQL runs it as restore_command.
 pub const TRACEPARENT: &str = "TRACEPARENT";
 
-/// For a program that is about to run.
+/// A span for a program that is about to run.
 pub fn span(program: &str) -> Span {
     tracing::info_span!(
         "program",
@@ -20,7 +20,7 @@ pub fn span(program: &str) -> Span {
     )
 }
 
-/// The context to hand on; `None` when nothing is traced.
+/// The trace context to pass on; `None` if nothing is traced.
 pub fn traceparent() -> Option<String> {
     let mut found = None;
     klio_telemetry::propagate::inject(&mut |key, value| {
@@ -31,7 +31,7 @@ pub fn traceparent() -> Option<String> {
     found
 }
 
-/// How a program ended.
+/// Records how a program ended.
 pub fn ended(span: &Span, status: Option<ExitStatus>) {
     if let Some(code) = status.and_then(|status| status.code()) {
         span.record("process.exit.code", code);
@@ -45,7 +45,6 @@ pub fn ended(span: &Span, status: Option<ExitStatus>) {
     }
 }
 
-/// Runs a program to its end.
 pub fn run(
     program: &str,
     work: impl FnOnce() -> std::io::Result<Output>,
