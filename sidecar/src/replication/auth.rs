@@ -1,9 +1,8 @@
-//! Login: the startup message and whatever the server wants to see.
+//! Login: the startup message and authentication.
 //!
-//! A password leaves this process in the clear only over TLS or a unix socket.
-//! A server that starts SCRAM must finish it: it proves that it knows the password too.
-//! With `channel_binding=require` no other method gets as far as sending anything, and with `require_auth` none that it
-//! does not name.
+//! A password is sent in clear text only over TLS or a unix socket. A server that starts SCRAM must finish it, by
+//! which it proves that it knows the password, too. With `channel_binding=require` nothing is sent for any other
+//! method, and with `require_auth` nothing for a method that it does not list.
 
 use super::{
     error::{Error, ErrorKind, ServerError},
@@ -19,17 +18,17 @@ use postgres_protocol::{
 
 const OP: &str = "log in";
 
-/// As whom, and with what.
+/// The identity to log in with.
 pub(super) struct Login<'a> {
     pub user: &'a str,
     pub password: Option<Password>,
     pub channel_binding: ChannelBinding,
     pub require_auth: &'a RequireAuth,
-    /// The `tls-server-end-point` of this connection, where it has one.
+    /// The `tls-server-end-point` of this connection, if it has one.
     pub end_point: Option<Vec<u8>>,
 }
 
-/// Sends `parameters` and goes through authentication up to "ready for query".
+/// Sends `parameters` and authenticates until the server is ready for queries.
 pub(super) async fn log_in(
     wire: &mut Wire,
     parameters: &[(&str, &str)],
@@ -68,7 +67,7 @@ async fn authenticate(wire: &mut Wire, login: &Login<'_>) -> Result<(), Error> {
         }
         3 => {
             return Err(refuse(
-                "server asks for the password in the clear over an unencrypted connection".into(),
+                "server requests the password in clear text over an unencrypted connection".into(),
             ));
         }
         5 => {
@@ -87,11 +86,14 @@ async fn authenticate(wire: &mut Wire, login: &Login<'_>) -> Result<(), Error> {
     }
     match request(wire).await? {
         (0, _) => Ok(()),
-        (code, _) => Err(Error::protocol(OP, format!("expected to be in, found {}", method(code)))),
+        (code, _) => Err(Error::protocol(
+            OP,
+            format!("expected the login to succeed, found {}", method(code)),
+        )),
     }
 }
 
-/// The next authentication request: its number and the rest.
+/// The next authentication request: its code and the rest of its body.
 async fn request(wire: &mut Wire) -> Result<(u32, Bytes), Error> {
     loop {
         let mut frame = wire.receive(OP).await?;
@@ -101,7 +103,8 @@ async fn request(wire: &mut Wire) -> Result<(u32, Bytes), Error> {
                 return Ok((frame.body.try_get_u32().map_err(short)?, frame.body));
             }
             b'E' => return Err(Error::from_server(OP, ServerError::parse(&frame.body))),
-            // NegotiateProtocolVersion: the server takes less than we offered, which is the least.
+            // NegotiateProtocolVersion: the server supports a lower version than ours, which is the lowest, so
+            // nothing changes.
             b'v' => {}
             tag => return Err(unexpected(OP, "an authentication request", tag)),
         }
@@ -119,10 +122,13 @@ async fn scram(wire: &mut Wire, login: &Login<'_>, mechanisms: &[u8]) -> Result<
     scram.update(&sasl_answer(wire, 11).await?).map_err(bad)?;
     frontend::sasl_response(scram.message(), wire.output()).map_err(bad)?;
     let last = sasl_answer(wire, 12).await?;
-    scram.finish(&last).map_err(|e| refuse(format!("server does not know the password: {e}")))
+    scram.finish(&last).map_err(|e| {
+        refuse(format!("expected the server to prove that it knows the password: {e}"))
+    })
 }
 
-/// Binds where both sides can, and says so to a server that a meddler made look as if it could not.
+/// Uses channel binding if both sides can. If the server seems not to offer it, it is told that we could, so that it
+/// notices a man in the middle who removed the offer.
 fn choose(
     login: &Login<'_>,
     offers: impl Fn(&str) -> bool,
@@ -158,7 +164,7 @@ async fn sasl_answer(wire: &mut Wire, expected: u32) -> Result<Bytes, Error> {
 
 fn password<'a>(login: &'a Login<'_>) -> Result<&'a Password, Error> {
     login.password.as_ref().ok_or_else(|| {
-        refuse(format!("server asks for the password of user {:?}, none given", login.user))
+        refuse(format!("server requests the password of user {:?}, found none", login.user))
     })
 }
 
@@ -175,7 +181,7 @@ fn method(code: u32) -> String {
     match code {
         0 => "no authentication".into(),
         2 => "Kerberos".into(),
-        3 => "password in the clear".into(),
+        3 => "password in clear text".into(),
         5 => "md5".into(),
         7 | 8 => "GSSAPI".into(),
         9 => "SSPI".into(),

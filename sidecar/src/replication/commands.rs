@@ -1,8 +1,8 @@
 //! Commands on an idle replication connection
 //! (<https://www.postgresql.org/docs/current/protocol-replication.html>).
 //!
-//! Every method leaves the connection ready for the next, also after an error from the server.
-//! Not cancel-safe: a call dropped half way leaves its answer unread; drop the client then.
+//! Every method leaves the connection ready for the next command, even after an error of the server. Not cancel-safe:
+//! a call that is dropped half way leaves its answer unread, so the client must be dropped as well.
 
 use super::{
     connect::{self, Purpose},
@@ -29,31 +29,28 @@ impl fmt::Debug for Client {
     }
 }
 
-/// What IDENTIFY_SYSTEM tells.
+/// The answer to IDENTIFY_SYSTEM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SystemIdentity {
-    /// Set by initdb, the same on every standby of the cluster.
+    /// Assigned by initdb; the same on every standby of the cluster.
     pub system_identifier: u64,
-    /// The server's current timeline.
     pub timeline: TimelineId,
-    /// How far its WAL is flushed (on a standby: how far it can be streamed).
+    /// The position up to which its WAL is flushed; on a standby, up to which it can be streamed.
     pub flush_lsn: Lsn,
 }
 
-/// `server_version_num`.
+/// `server_version_num`, such as 150018.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ServerVersion(u32);
 
 impl ServerVersion {
-    /// From the number, such as 150018.
     pub const fn new(number: u32) -> Self {
         Self(number)
     }
-    /// The number, such as 150018.
     pub const fn number(self) -> u32 {
         self.0
     }
-    /// 15.
+    /// The major version, such as 15.
     pub const fn major(self) -> u32 {
         self.0 / 10_000
     }
@@ -69,7 +66,7 @@ impl Client {
     /// Opens a physical replication connection.
     ///
     /// # Errors
-    /// `Connect`, `Tls`, `Auth` and `Permission` are what a person has to look at.
+    /// An error of kind `Connect`, `Tls`, `Auth` or `Permission` needs a person's attention.
     pub async fn connect(info: &ConnInfo) -> Result<Client, Error> {
         Self::open(info, Purpose::Replication).await
     }
@@ -77,7 +74,7 @@ impl Client {
     /// Opens an ordinary connection, for [`Client::query`] in [`ConnInfo::sql_database`].
     ///
     /// # Errors
-    /// As [`Client::connect`].
+    /// As for [`Client::connect`].
     pub async fn connect_sql(info: &ConnInfo) -> Result<Client, Error> {
         Self::open(info, Purpose::Sql).await
     }
@@ -91,22 +88,23 @@ impl Client {
         Client { wire, host }
     }
 
-    /// The host that answered, of those given.
+    /// The host that the connection was made to, out of those in the connection string.
     pub const fn host(&self) -> &Host {
         &self.host
     }
 
-    /// How long the server may be silent before it counts as dead; 60 s at first.
+    /// Sets how long the server may send nothing before the connection counts as dead; initially 60 s.
     pub fn set_patience(&mut self, patience: Duration) {
         self.wire.set_patience(patience);
     }
 
-    /// The process that answered the login: PostgreSQL's own session, or whatever a pooler made up for us.
+    /// The process number that was sent at login: that of PostgreSQL's backend, or one invented by a connection
+    /// pooler.
     pub const fn peer_pid(&self) -> Option<u32> {
         self.wire.peer_pid()
     }
 
-    /// Whether the server was in recovery at its last word about it.
+    /// Whether the server was in recovery when it last reported `in_hot_standby`.
     pub fn in_hot_standby(&self) -> bool {
         self.wire.parameter("in_hot_standby") == Some("on")
     }
@@ -115,19 +113,19 @@ impl Client {
         rows::run(&mut self.wire, op, sql).await.map_err(|e| e.at(&self.host))
     }
 
-    /// Runs a simple query: SQL on a [`Client::connect_sql`] connection, otherwise a replication
-    /// command or SHOW. Several statements give the rows of all.
+    /// Runs a simple query: SQL on a [`Client::connect_sql`] connection, otherwise a replication command or SHOW. For
+    /// several statements the rows of all are returned together.
     ///
     /// # Errors
-    /// The server's, or a broken connection.
+    /// An error of the server, or a broken connection.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Row>, Error> {
         self.run("run query", sql).await
     }
 
-    /// IDENTIFY_SYSTEM.
+    /// Runs IDENTIFY_SYSTEM.
     ///
     /// # Errors
-    /// A broken connection or a row of another form.
+    /// A broken connection, or a row of an unexpected form.
     pub async fn identify_system(&mut self) -> Result<SystemIdentity, Error> {
         const OP: &str = "identify system";
         let row = rows::one(OP, self.run(OP, "IDENTIFY_SYSTEM").await?)?;
@@ -138,10 +136,10 @@ impl Client {
         })
     }
 
-    /// The value of a setting, as the server prints it.
+    /// The value of a setting, as SHOW prints it.
     ///
     /// # Errors
-    /// No such setting (kind `Server`), or not ours to see.
+    /// `Server` for an unknown setting or one that the role may not see.
     pub async fn show(&mut self, setting: &str) -> Result<String, Error> {
         let op = format!("show {setting}");
         let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'.';
@@ -152,8 +150,6 @@ impl Client {
         row.get(&op, 0, "a value")
     }
 
-    /// The server's version.
-    ///
     /// # Errors
     /// A broken connection.
     pub async fn server_version(&mut self) -> Result<ServerVersion, Error> {
@@ -166,7 +162,7 @@ impl Client {
     /// `wal_segment_size`.
     ///
     /// # Errors
-    /// A broken connection or a size that PostgreSQL cannot have.
+    /// A broken connection, or a size that PostgreSQL cannot have.
     pub async fn segment_size(&mut self) -> Result<SegmentSize, Error> {
         let text = self.show("wal_segment_size").await?;
         parse_size(&text).and_then(|bytes| SegmentSize::new(bytes).ok()).ok_or_else(|| {
@@ -175,10 +171,10 @@ impl Client {
         })
     }
 
-    /// READ_REPLICATION_SLOT; `None` when there is no such slot.
+    /// Runs READ_REPLICATION_SLOT; `None` when the slot does not exist.
     ///
     /// # Errors
-    /// A logical slot, or a broken connection.
+    /// The slot is logical, or the connection broke.
     pub async fn read_slot(&mut self, slot: &SlotName) -> Result<Option<SlotState>, Error> {
         let op = format!("read slot {slot}");
         let rows = self.run(&op, &format!("READ_REPLICATION_SLOT \"{slot}\"")).await?;
@@ -197,11 +193,11 @@ impl Client {
         Ok(Some(SlotState { restart_lsn, restart_timeline }))
     }
 
-    /// Creates a physical slot that keeps WAL from this moment on (RESERVE_WAL): one created
-    /// without would keep nothing until its first use.
+    /// Creates a physical slot that retains WAL from now on (RESERVE_WAL). Without that option a slot retains nothing
+    /// until its first use.
     ///
     /// # Errors
-    /// `SlotExists`; `Server` with 53400 when `max_replication_slots` is used up.
+    /// `SlotExists`; `Server` with SQLSTATE 53400 when `max_replication_slots` is exhausted.
     pub async fn create_slot(&mut self, slot: &SlotName) -> Result<CreatedSlot, Error> {
         let op = format!("create slot {slot}");
         let sql = format!("CREATE_REPLICATION_SLOT \"{slot}\" PHYSICAL RESERVE_WAL");
@@ -210,14 +206,16 @@ impl Client {
             Some(SlotState { restart_lsn: Some(lsn), restart_timeline: Some(timeline) }) => {
                 Ok(CreatedSlot { restart_lsn: lsn, restart_timeline: timeline })
             }
-            found => Err(Error::protocol(op, format!("expected it to keep WAL, found {found:?}"))),
+            found => {
+                Err(Error::protocol(op, format!("expected it to retain WAL, found {found:?}")))
+            }
         }
     }
 
     /// Drops a slot that nobody streams from.
     ///
     /// # Errors
-    /// `SlotMissing`, `SlotInUse`.
+    /// `SlotMissing` or `SlotInUse`.
     pub async fn drop_slot(&mut self, slot: &SlotName) -> Result<(), Error> {
         let sql = format!("DROP_REPLICATION_SLOT \"{slot}\"");
         self.run(&format!("drop slot {slot}"), &sql).await.map(drop)
@@ -234,14 +232,13 @@ impl Client {
         row.bytes(1).cloned().ok_or_else(|| Error::protocol(op, "expected a history, found none"))
     }
 
-    /// Starts to stream `timeline` from `start` on. `start` may be inside a segment.
+    /// Starts to stream `timeline` from `start`, which may be inside a segment.
     ///
-    /// PostgreSQL looks for the WAL only after it has agreed to stream: `WalRemoved` and
-    /// `StartAheadOfServer` come out of the stream's first [`WalStream::next`].
+    /// PostgreSQL looks for the WAL only after it has accepted the command, so `WalRemoved` and `StartAheadOfServer`
+    /// are reported by the first [`WalStream::next`].
     ///
     /// # Errors
-    /// `SlotInUse`, `SlotMissing`, `TimelineMissing`; `WalRemoved` for an invalidated slot, from
-    /// PostgreSQL 18 on.
+    /// `SlotInUse`, `SlotMissing`, `TimelineMissing`; from PostgreSQL 18 on, `WalRemoved` for an invalidated slot.
     pub async fn start(
         self,
         slot: Option<&SlotName>,
@@ -251,7 +248,7 @@ impl Client {
         WalStream::begin(self.wire, self.host, slot, timeline, start).await
     }
 
-    /// Ends the connection in good order.
+    /// Closes the connection cleanly.
     pub async fn close(self) {
         self.wire.close().await;
     }
@@ -263,7 +260,7 @@ fn timeline(op: &str, row: &Row, column: usize) -> Result<TimelineId, Error> {
         .ok_or_else(|| Error::new(ErrorKind::Protocol, op, "expected a timeline, found 0"))
 }
 
-/// A memory setting as SHOW prints it: a number and B, kB, MB, GB or TB.
+/// Parses a memory setting as SHOW prints it: a number and B, kB, MB, GB or TB.
 fn parse_size(text: &str) -> Option<u32> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

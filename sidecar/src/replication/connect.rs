@@ -1,7 +1,7 @@
-//! From a [`ConnInfo`] to a logged-in connection: hosts, addresses, TLS or not, role.
+//! From a [`ConnInfo`] to a logged-in connection: hosts, addresses, TLS, login, server role.
 //!
-//! Hosts and their addresses are tried in order; one that is not there, is starting up or has the
-//! wrong role is passed over, one that refuses us ends the search, as in libpq.
+//! Hosts and their addresses are tried in order, as in libpq. One that cannot be reached, is starting up or has the
+//! wrong role is skipped; one that refuses the login ends the search.
 
 use super::{
     auth::{self, Login},
@@ -22,26 +22,23 @@ use tokio::{
 };
 
 const OP: &str = "connect to PostgreSQL";
-/// wal_receiver_timeout's default: a server that is silent for longer is taken for dead.
+/// The default of wal_receiver_timeout: a server that sends nothing for longer counts as dead.
 pub(super) const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// `replication=true`.
     Replication,
-    /// Ordinary SQL.
     Sql,
 }
 
-/// One address to try.
 #[derive(Debug, Clone)]
 enum Endpoint {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
 
-/// Whether to ask for TLS on one attempt.
+/// Whether to request TLS in one attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encryption {
     Never,
@@ -49,7 +46,7 @@ enum Encryption {
     Always,
 }
 
-/// Connects to the first host that will do; gives the wire and the host.
+/// Connects to the first suitable host; returns the connection and the host.
 pub(super) async fn open(info: &ConnInfo, purpose: Purpose) -> Result<(Wire, Host), Error> {
     let mut hosts: Vec<&Host> = info.hosts.iter().collect();
     if info.shuffle_hosts {
@@ -148,7 +145,7 @@ async fn limited<T>(
     })
 }
 
-/// The ways to try, given `sslmode`.
+/// The attempts to make for an `sslmode`, in order.
 const fn plan(mode: SslMode) -> &'static [Encryption] {
     use Encryption::{Always, IfOffered, Never};
     match mode {
@@ -182,12 +179,14 @@ async fn one_endpoint(
         };
         match done {
             Ok(wire) => return Ok(wire),
-            // No line in pg_hba.conf for one kind of connection; perhaps for the other.
+            // pg_hba.conf has no line for this kind of connection; it may have one for the other.
             Err(e) if e.kind() == ErrorKind::Tls || is_no_such_line(&e) => last = last.or(Some(e)),
             Err(e) => return Err(e),
         }
     }
-    Err(last.unwrap_or_else(|| Error::new(ErrorKind::Connect, OP, "no way to try")))
+    Err(last.unwrap_or_else(|| {
+        Error::new(ErrorKind::Connect, OP, "expected a way to connect, found none")
+    }))
 }
 
 fn is_no_such_line(e: &Error) -> bool {
@@ -213,7 +212,7 @@ async fn attempt(
         }
     };
     let database = match purpose {
-        // What pg_hba.conf and the password file call it.
+        // The name that pg_hba.conf and the password file use.
         Purpose::Replication => "replication",
         Purpose::Sql => info.sql_database(),
     };
@@ -261,7 +260,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 fn tune(stream: &TcpStream, info: &ConnInfo) -> io::Result<()> {
-    // Status updates are small and commit latency waits for them.
+    // Status updates are small, and commits wait for them.
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     if let Some(limit) = info.tcp_user_timeout {
@@ -283,8 +282,8 @@ fn tune(stream: &TcpStream, info: &ConnInfo) -> io::Result<()> {
 
 type Negotiated = (Transport, Option<Vec<u8>>);
 
-/// Asks for TLS where wanted. Exactly one byte is read in the clear, so nothing that a meddler
-/// appended to it can pass for the server's (CVE-2021-23222).
+/// Requests TLS if wanted. Exactly one byte is read unencrypted, so that data injected by an attacker after it cannot
+/// be taken for the server's (CVE-2021-23222).
 async fn negotiate(
     info: &ConnInfo,
     host: &Host,
@@ -309,7 +308,7 @@ async fn negotiate(
             "ask for TLS",
             format!("sslmode={}: expected TLS, found a server without it", info.tls.mode),
         )),
-        // An error sent before TLS is not authenticated: its text is not shown (CVE-2024-10977).
+        // An error sent before TLS is not authenticated, so its text is not shown (CVE-2024-10977).
         byte => Err(Error::new(
             ErrorKind::Connect,
             "ask for TLS",
@@ -332,7 +331,7 @@ async fn handshake(info: &ConnInfo, host: &Host, stream: TcpStream) -> Result<Ne
     Ok((Transport::Tls(Box::new(stream)), end_point))
 }
 
-/// The name to verify: the host's, or, where names are not verified anyway, any that parses.
+/// The name to verify: the host's name, or, when names are not verified, any that can be parsed.
 fn server_name(
     info: &ConnInfo,
     host: &Host,
@@ -355,7 +354,8 @@ fn server_name(
     }
 }
 
-/// What is wrong with the server's role, if something is. Servers report both settings since 14.
+/// How the server's role differs from the wanted one; `None` if it fits. Servers report both settings since version
+/// 14.
 fn role_mismatch(wire: &Wire, wanted: TargetSessionAttrs) -> Option<String> {
     let on = |name: &str| wire.parameter(name) == Some("on");
     let standby = on("in_hot_standby");

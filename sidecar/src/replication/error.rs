@@ -1,37 +1,35 @@
-//! What can go wrong with a replication connection, by what a caller does about it.
+//! Errors of a replication connection, classified by what a caller does about them.
 //!
-//! PostgreSQL translates its messages (`lc_messages`), so kinds come from SQLSTATE and from the name
-//! of the C function that raised the error, which it never translates; English text is only a
-//! second chance. No password gets in here: errors hold what servers said and what we expected.
+//! PostgreSQL translates its messages (`lc_messages`). So kinds are derived from the SQLSTATE and from the name of
+//! the C function that raised the error, which are never translated; English text is only a fallback. Errors contain
+//! no passwords, only what servers sent and what was expected.
 
 use std::fmt;
 
 /// What a caller may do differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// Nobody there, starting up, shutting down, or no host with the wanted role: try again later.
+    /// Unreachable, starting up, shutting down, or no host with the wanted role: try again later.
     Connect,
     /// Certificates or the TLS handshake.
     Tls,
-    /// The server does not believe who we are, or `pg_hba.conf` has no line for us.
+    /// The login was refused, or `pg_hba.conf` has no line for it.
     Auth,
-    /// It knows us, and we may not.
+    /// The login succeeded, but the role lacks a permission.
     Permission,
-    /// The WAL asked for is gone: a gap. Never skip it silently (P2).
+    /// The requested WAL was removed, which is a gap. Never skip it silently (P2).
     WalRemoved,
     /// Another connection streams from the slot.
     SlotInUse,
-    /// No such slot.
     SlotMissing,
-    /// A slot of that name is there already.
     SlotExists,
-    /// The server has less WAL than we: an older primary came back, or a standby lags.
+    /// The server has less WAL than we do: an old primary came back, or a standby lags.
     StartAheadOfServer,
-    /// The server's history does not contain that timeline, or not that far.
+    /// The server's history does not contain that timeline, or not up to that position.
     TimelineMissing,
-    /// The other end does not follow the protocol.
+    /// The server violates the protocol.
     Protocol,
-    /// The connection broke or fell silent: connect again.
+    /// The connection broke or the server sent nothing for too long: connect again.
     Io,
     /// Any other error from the server; see [`Error::server`].
     Server,
@@ -54,15 +52,14 @@ pub struct Error {
 pub struct ServerError {
     /// `ERROR`, `FATAL` or `PANIC`, not translated.
     pub severity: String,
-    /// Five characters.
+    /// Five characters, not translated.
     pub sqlstate: String,
     /// In the server's language.
     pub message: String,
-    /// More about it.
     pub detail: Option<String>,
-    /// What to do, as the server sees it.
+    /// The server's own advice.
     pub hint: Option<String>,
-    /// The server's function that raised it.
+    /// Name of the C function that raised the error.
     pub routine: String,
 }
 
@@ -75,7 +72,7 @@ impl Error {
         Self::new(ErrorKind::Protocol, op, message)
     }
 
-    /// Puts the source's text in the message: it is printed where the chain is not.
+    /// Includes the source's text in the message, because the chain of sources is not always printed.
     pub(super) fn caused(
         kind: ErrorKind,
         op: impl Into<String>,
@@ -96,23 +93,22 @@ impl Error {
         }
     }
 
-    /// Says where, in front of what.
+    /// Adds the place to the operation.
     pub(super) fn at(mut self, place: &dyn fmt::Display) -> Self {
         self.op = format!("{} ({place})", self.op);
         self
     }
 
-    /// What to do about it.
     pub const fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// What the server said, if it was the server.
+    /// The error that the server sent, if it comes from the server.
     pub fn server(&self) -> Option<&ServerError> {
         self.server.as_deref()
     }
 
-    /// Advice for the person who reads the message.
+    /// Advice for the user.
     pub fn hint(&self) -> Option<&str> {
         if let Some(hint) = self.server().and_then(|s| s.hint.as_deref()) {
             return Some(hint);
@@ -127,14 +123,16 @@ impl Error {
                 "take a new base backup; a slot or a larger max_slot_wal_keep_size prevents this",
             ),
             ErrorKind::SlotInUse => Some("stop the other receiver, or use another slot name"),
-            ErrorKind::StartAheadOfServer => {
-                Some("this server has less WAL than Klio: is it an old primary that came back?")
-            }
+            ErrorKind::StartAheadOfServer => Some(
+                "check whether this is an old primary that came back: it has less WAL than Klio",
+            ),
             ErrorKind::Connect => {
                 Some("is PostgreSQL running, and are host and port in postgres.dsn right?")
             }
             ErrorKind::Tls => Some("check sslmode, sslrootcert and PostgreSQL's certificate"),
-            ErrorKind::Protocol => Some("is this PostgreSQL itself, and not a pooler before it?"),
+            ErrorKind::Protocol => Some(
+                "check that postgres.dsn leads to PostgreSQL itself, not to a connection pooler",
+            ),
             ErrorKind::Server if self.server().is_some_and(|s| s.sqlstate == "53300") => Some(
                 "raise max_wal_senders (it needs wal_level = replica) or max_connections, and \
                  restart PostgreSQL",
@@ -146,7 +144,7 @@ impl Error {
 }
 
 impl ServerError {
-    /// Reads the fields of an ErrorResponse or NoticeResponse; what is not UTF-8 is replaced.
+    /// Parses the fields of an ErrorResponse or NoticeResponse; bytes that are not UTF-8 are replaced.
     pub(super) fn parse(body: &[u8]) -> ServerError {
         let mut error = ServerError::default();
         for field in body.split(|b| *b == 0) {
@@ -166,7 +164,7 @@ impl ServerError {
         error
     }
 
-    /// After these the server hangs up.
+    /// After these, the server closes the connection.
     pub(super) fn is_fatal(&self) -> bool {
         self.severity == "FATAL" || self.severity == "PANIC"
     }
@@ -179,15 +177,15 @@ impl ServerError {
             ("42704", _) if says("slot") || self.routine.contains("Slot") => ErrorKind::SlotMissing,
             ("42710", _) => ErrorKind::SlotExists,
             ("55006", _) => ErrorKind::SlotInUse,
-            // Invalidated slots: StartReplication up to 17, ReplicationSlotAcquire from 18.
+            // For invalidated slots: StartReplication up to version 17, ReplicationSlotAcquire from 18 on.
             ("55000", "ReplicationSlotAcquire") => ErrorKind::WalRemoved,
             ("55000", _) if says("can no longer") => ErrorKind::WalRemoved,
-            // CheckXLogRemoved takes its SQLSTATE from whatever errno is at hand: XX000 was seen.
+            // CheckXLogRemoved derives its SQLSTATE from whatever errno is set: XX000 was observed.
             (_, "CheckXLogRemoved") | ("58P01", "WalSndSegmentOpen") => ErrorKind::WalRemoved,
             (_, _) if says("has already been removed") => ErrorKind::WalRemoved,
             ("58P01", "SendTimeLineHistory") => ErrorKind::TimelineMissing,
             (_, "tliSwitchPoint") => ErrorKind::TimelineMissing,
-            // Of its two such errors, only "not in this server's history" has a detail.
+            // Of the two errors of this kind, only "not in this server's history" has a detail.
             ("XX000", "StartReplication") if self.detail.is_some() => ErrorKind::TimelineMissing,
             ("XX000", "StartReplication") => ErrorKind::StartAheadOfServer,
             ("XX000", _) if says("ahead of the WAL flush position") => {

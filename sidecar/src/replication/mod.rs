@@ -1,11 +1,11 @@
 //! A client of PostgreSQL's physical replication protocol.
 //!
-//! [`Client::connect`] logs in, its methods run commands, [`Client::start`] turns it into a
-//! [`WalStream`], and the end of that gives the client back.
-//! Owns one socket; no task, no queue: backpressure is the caller not reading.
-//! Does not retry, reconnect or follow timelines; `streamer` does, by [`ErrorKind`] and [`StreamEnd`].
-//! Two promises to `streamer`: WAL comes without gap or overlap, and PostgreSQL hears of no
-//! position that the caller did not give (P1).
+//! [`Client::connect`] logs in, the client's methods run commands, [`Client::start`] turns the client into a
+//! [`WalStream`], and [`WalStream::finish`] returns the client. Each connection owns one socket, without a task or a
+//! queue: a caller that does not read slows PostgreSQL down. Nothing is retried, no connection is made again and no
+//! timeline is followed; `streamer` does that, based on [`ErrorKind`] and [`StreamEnd`]. `streamer` relies on two
+//! guarantees: WAL is delivered without holes or overlaps, and PostgreSQL is told only positions that the caller
+//! passed (P1).
 
 mod auth;
 mod commands;

@@ -1,4 +1,4 @@
-//! Answers to simple queries: rows of text.
+//! Results of simple queries: rows of text.
 
 use super::{
     error::{Error, ServerError},
@@ -7,16 +7,14 @@ use super::{
 use bytes::{Buf, Bytes};
 use std::str::FromStr;
 
-/// One row; `None` is NULL.
+/// A row of a result; `None` is NULL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row(pub(super) Vec<Option<Bytes>>);
 
 impl Row {
-    /// How many columns.
     pub fn len(&self) -> usize {
         self.0.len()
     }
-    /// Without columns.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -29,7 +27,7 @@ impl Row {
         std::str::from_utf8(self.bytes(column)?).ok()
     }
 
-    /// A column that must be there and parse.
+    /// Parses a column; NULL is an error.
     pub(super) fn get<T: FromStr>(
         &self,
         op: &str,
@@ -42,9 +40,9 @@ impl Row {
         })
     }
 
-    /// Reads the body of a DataRow.
+    /// Parses the body of a DataRow message.
     pub(super) fn parse(op: &str, mut body: Bytes) -> Result<Row, Error> {
-        let short = || Error::protocol(op, "expected a whole row, found a shortened one");
+        let short = || Error::protocol(op, "expected a whole row, found a truncated one");
         let count = body.try_get_u16().map_err(|_| short())?;
         let mut columns = Vec::new();
         for _ in 0..count {
@@ -59,8 +57,8 @@ impl Row {
     }
 }
 
-/// Runs one command and gives its rows; the connection is then ready for the next, also after
-/// an error that is not fatal.
+/// Runs one command and returns its rows. The connection is then ready for the next command, even after an error that
+/// is not fatal.
 pub(super) async fn run(wire: &mut Wire, op: &str, sql: &str) -> Result<Vec<Row>, Error> {
     send(wire, op, sql)?;
     let (mut rows, mut failure) = (Vec::new(), None);
@@ -96,7 +94,7 @@ pub(super) fn unexpected(op: &str, expected: &str, tag: u8) -> Error {
     Error::protocol(op, format!("expected {expected}, found message {:?}", char::from(tag)))
 }
 
-/// Exactly one row.
+/// Expects exactly one row.
 pub(super) fn one(op: &str, rows: Vec<Row>) -> Result<Row, Error> {
     let found = rows.len();
     let mut rows = rows.into_iter();

@@ -1,6 +1,6 @@
 //! Names and states of replication slots.
 //!
-//! A [`SlotName`] is what PostgreSQL allows and nothing else, so it needs no escaping in a command
+//! A [`SlotName`] contains only what PostgreSQL allows, so it needs no escaping in a command
 //! (<https://www.postgresql.org/docs/current/warm-standby.html#STREAMING-REPLICATION-SLOTS-MANIPULATION>).
 
 use klio_pg::{Lsn, TimelineId};
@@ -11,7 +11,6 @@ use std::{fmt, str::FromStr};
 #[serde(try_from = "String", into = "String")]
 pub struct SlotName(String);
 
-/// Not a slot's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected a slot name of 1 to 63 lower-case letters, digits and underscores, found {found:?}"
@@ -21,7 +20,6 @@ pub struct SlotNameError {
 }
 
 impl SlotName {
-    /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -58,22 +56,22 @@ impl fmt::Display for SlotName {
     }
 }
 
-/// What READ_REPLICATION_SLOT tells.
+/// The answer to READ_REPLICATION_SLOT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotState {
-    /// The oldest WAL it keeps. `None`: it keeps nothing, because it never reserved any or because
+    /// The oldest WAL that the slot retains. `None` when it retains nothing, because it never reserved any or because
     /// the server invalidated it; `pg_replication_slots.wal_status` tells which.
     pub restart_lsn: Option<Lsn>,
-    /// The timeline of that position.
+    /// The timeline of `restart_lsn`.
     pub restart_timeline: Option<TimelineId>,
 }
 
-/// A slot just created, which keeps WAL from here on.
+/// A slot that was just created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CreatedSlot {
-    /// The oldest WAL it keeps.
+    /// The oldest WAL that the slot retains.
     pub restart_lsn: Lsn,
-    /// The timeline of that position.
+    /// The timeline of `restart_lsn`.
     pub restart_timeline: TimelineId,
 }
 

@@ -1,9 +1,8 @@
-//! The WAL stream: START_REPLICATION and all that follows until it ends.
+//! The WAL stream: START_REPLICATION and all messages until its end.
 //!
-//! Pull-based: nothing is read that nobody asked for, so PostgreSQL waits when we are full.
-//! WAL comes out without gap or overlap: each message starts where the one before ended.
-//! P1: positions go to the server only through [`WalStream::send_status`]; the sign of life sent in
-//! a long silence repeats the last ones.
+//! Data is read only when the caller asks for an event, so PostgreSQL waits when we are full. WAL is delivered
+//! without holes or overlaps: each message starts where the previous one ended. P1: the server is told positions only
+//! through [`WalStream::send_status`]; the status that is sent during a long silence repeats the last ones.
 //! Cancel-safe: every method that borrows the stream may be dropped at any await and called again.
 
 use super::{
@@ -23,54 +22,52 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// What came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// WAL or a sign of life.
+    /// WAL or a keepalive.
     Message(ReplicationMessage),
-    /// Nothing more will come. Repeats when asked again.
+    /// Nothing more will come. Returned again by each further call.
     End(StreamEnd),
 }
 
-/// Why a stream ended in good order.
+/// Why a stream ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamEnd {
-    /// All of this timeline is here; the server's history goes on elsewhere.
+    /// The whole timeline has been received; the server continues on another one.
     TimelineEnded {
         /// Not always the next number.
         next: TimelineId,
-        /// Where it left this timeline.
+        /// The position at which the server left this timeline.
         switch: Lsn,
     },
-    /// The server shuts down and has sent all it had; the connection is gone.
+    /// The server shuts down and has sent all its WAL; the connection is closed.
     ServerShutdown,
-    /// We asked for it ([`WalStream::finish`]).
+    /// We ended the stream ([`WalStream::finish`]).
     Stopped,
 }
 
 /// A stream that ended.
 #[derive(Debug)]
 pub struct Finished {
-    /// How.
     pub end: StreamEnd,
-    /// The connection, ready for commands, unless the server is gone.
+    /// The connection, ready for commands; `None` if the server has shut down.
     pub client: Option<Client>,
 }
 
 #[derive(Debug)]
 enum State {
     Streaming,
-    /// Waits for the server's result and "ready"; `stopping` when we ended it.
+    /// Waits for the server's result and ReadyForQuery; `stopping` if we ended the stream.
     Ending {
         stopping: bool,
         next: Option<(TimelineId, Lsn)>,
     },
     Ended(StreamEnd),
-    /// An error was given out; nothing can follow.
+    /// An error was returned; no further call can succeed.
     Broken,
 }
 
-/// WAL of one timeline, from one position on.
+/// WAL of one timeline from one position on.
 pub struct WalStream {
     wire: Wire,
     host: Host,
@@ -104,7 +101,7 @@ impl WalStream {
         let Frame { tag, body } = wire.receive(&op).await.map_err(|e| e.at(&host))?;
         let state = match tag {
             b'W' => State::Streaming,
-            // Nothing left of this timeline: only the row that tells where it goes on.
+            // Nothing is left of this timeline: only the row with the next timeline follows.
             b'T' => State::Ending { stopping: false, next: None },
             b'E' => return Err(Error::from_server(op, ServerError::parse(&body)).at(&host)),
             tag => return Err(rows::unexpected(&op, "WAL", tag).at(&host)),
@@ -128,7 +125,6 @@ impl WalStream {
         })
     }
 
-    /// The timeline being streamed.
     pub const fn timeline(&self) -> TimelineId {
         self.timeline
     }
@@ -136,17 +132,16 @@ impl WalStream {
     pub const fn next_lsn(&self) -> Lsn {
         self.next_lsn
     }
-    /// Where it comes from.
     pub const fn host(&self) -> &Host {
         &self.host
     }
 
-    /// The next event. Cancel-safe.
+    /// Waits for the next event. Cancel-safe.
     ///
     /// # Errors
-    /// `WalRemoved` when the server has dropped the WAL that comes next; `StartAheadOfServer` when it
-    /// has less than the stream was to start with; `Io` when the connection
-    /// broke or was silent too long; `Protocol` when WAL skips or repeats. Final.
+    /// `WalRemoved` when the server has removed the next WAL; `StartAheadOfServer` when it has less than the
+    /// requested start; `Io` when the connection broke or the server sent nothing for too long; `Protocol` when WAL
+    /// is skipped or repeated. The stream cannot be used after an error.
     pub async fn next(&mut self) -> Result<Event, Error> {
         loop {
             if let Some(event) = self.try_next()? {
@@ -167,11 +162,11 @@ impl WalStream {
         }
     }
 
-    /// An event that is already here, without waiting and without a system call: to take many
-    /// messages at once, call it after [`WalStream::next`] until it gives `None`.
+    /// An event that has already arrived, without waiting and without a system call. To take many messages at once,
+    /// call this after [`WalStream::next`] until it returns `None`.
     ///
     /// # Errors
-    /// As [`WalStream::next`].
+    /// As for [`WalStream::next`].
     pub fn try_next(&mut self) -> Result<Option<Event>, Error> {
         loop {
             match self.state {
@@ -195,12 +190,12 @@ impl WalStream {
         }
     }
 
-    /// Tells the server what is written and flushed on the Klio server. Cancel-safe: once called,
-    /// the update goes out with this or the next call.
+    /// Tells the server which WAL is written and flushed on the Klio server. Cancel-safe: after the call, the update
+    /// is sent by it or by the next call.
     ///
     /// # Errors
-    /// A server that reads nothing for as long as the patience. A broken connection shows at the
-    /// next [`WalStream::next`], after all that the server had sent before.
+    /// The server reads nothing within the patience. A broken connection is reported by the next [`WalStream::next`],
+    /// after everything that the server had sent before.
     pub async fn send_status(&mut self, status: &StatusUpdate) -> Result<(), Error> {
         if !matches!(self.state, State::Streaming) {
             return Ok(());
@@ -213,10 +208,10 @@ impl WalStream {
         }
     }
 
-    /// Ends the stream in good order; WAL still on the way is dropped.
+    /// Ends the stream cleanly; WAL that is still on the way is dropped.
     ///
     /// # Errors
-    /// A broken connection, or an error the server had for us.
+    /// A broken connection, or an error of the server.
     pub async fn finish(mut self) -> Result<Finished, Error> {
         if matches!(self.state, State::Streaming) {
             frontend::copy_done(self.wire.output());
@@ -253,7 +248,7 @@ impl WalStream {
                 self.state = State::Ending { stopping: false, next: None };
                 Ok(None)
             }
-            // The server's last word when it shuts down, with no CopyDone before it.
+            // A server that shuts down sends this as its last message, without CopyDone before it.
             (b'C', State::Streaming) => Ok(self.end(StreamEnd::ServerShutdown)),
             (b'D', State::Ending { next, .. }) => {
                 *next = Some(next_timeline(op, &Row::parse(op, body)?)?);
@@ -294,8 +289,8 @@ impl WalStream {
         self.wire.patience() / 2
     }
 
-    /// When to do something about the silence: first ask for a sign of life, then give up. A caller
-    /// that did not read for a while is not taken for a dead server: it asks first, too.
+    /// When to act on silence: first a status request is sent, then the connection is given up. The request comes
+    /// first even if the caller has not read for a while, so that a live server is not taken for dead.
     fn silence_limit(&self) -> Instant {
         self.pinged.unwrap_or(self.heard) + self.half_patience()
     }

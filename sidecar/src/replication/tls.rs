@@ -1,7 +1,7 @@
-//! TLS as libpq means it: who is verified, who we are, and the channel binding.
+//! TLS by libpq's rules: which servers are trusted, the client certificate, and channel binding.
 //!
-//! TLS 1.2 and up, ring only. Files are read at every connection, so renewed certificates count.
-//! A root certificate that exists is honoured in every mode, as in libpq. `verify.rs` verifies.
+//! TLS 1.2 and newer, only with ring. Files are read for every connection, so that renewed certificates take effect.
+//! As in libpq, a root certificate that exists is used in every mode. `verify.rs` does the verification.
 
 use super::{
     error::{Error, ErrorKind},
@@ -23,7 +23,7 @@ const OP: &str = "prepare TLS";
 /// PG_ALPN_PROTOCOL in src/include/libpq/pqcomm.h.
 const ALPN: &[u8] = b"postgresql";
 
-/// Reads the files and makes the configuration. Blocking.
+/// Reads the certificate files and builds the configuration. Blocks.
 pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let versions: &[&rustls::SupportedProtocolVersion] = match settings {
@@ -44,7 +44,7 @@ pub(super) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Erro
         None => builder.with_no_client_auth(),
     };
     config.enable_sni = settings.sni;
-    // PostgreSQL demands it of TLS that begins without having been asked for.
+    // PostgreSQL requires ALPN on connections that start with TLS directly.
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
 }
@@ -98,7 +98,7 @@ fn certificates(keyword: &str, path: &Path) -> Result<Vec<CertificateDer<'static
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-/// Our certificate and key, if there is one to show.
+/// The client certificate and its key, if configured or present.
 fn identity(settings: &TlsSettings) -> Result<Option<Identity>, Error> {
     let present = |f: &&ClientFile| f.explicit || f.path.exists();
     let Some(cert) = settings.cert.as_ref().filter(present) else { return Ok(None) };
@@ -112,7 +112,7 @@ fn identity(settings: &TlsSettings) -> Result<Option<Identity>, Error> {
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     let read = |why: String| wrong(format!("sslkey: read {}: {why}", path.display()));
     let meta = fs::metadata(path).map_err(|e| read(e.to_string()))?;
-    // As libpq: root may share it with a group, anyone else keeps it alone.
+    // As in libpq: a group may read a key that belongs to root; any other key must be private.
     let forbidden = if meta.uid() == 0 { 0o037 } else { 0o077 };
     if meta.mode() & forbidden != 0 {
         return Err(read(format!(
@@ -127,8 +127,8 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     PrivateKeyDer::from_pem_slice(&content).map_err(|e| read(e.to_string()))
 }
 
-/// RFC 5929 `tls-server-end-point`: the certificate under the hash of its own signature, but never
-/// less than SHA-256. `None` where the signature has no such hash (Ed25519).
+/// RFC 5929 `tls-server-end-point`: the certificate, hashed with its signature's hash function, but at least with
+/// SHA-256. `None` if the signature has no such function (Ed25519).
 pub(super) fn end_point(cert: &CertificateDer<'_>) -> Option<Vec<u8>> {
     let (_, parsed) = X509Certificate::from_der(cert).ok()?;
     let oid = match SignatureAlgorithm::try_from(&parsed.signature_algorithm).ok()? {
@@ -136,7 +136,7 @@ pub(super) fn end_point(cert: &CertificateDer<'_>) -> Option<Vec<u8>> {
         _ => parsed.signature_algorithm.algorithm.to_id_string(),
     };
     match oid.as_str() {
-        // MD5 and SHA-1, with RSA, ECDSA or as the hash of RSASSA-PSS, count as SHA-256.
+        // MD5 and SHA-1, with RSA, ECDSA or as the hash of RSASSA-PSS, are replaced by SHA-256.
         "1.2.840.113549.1.1.4"
         | "1.2.840.113549.1.1.5"
         | "1.2.840.10045.4.1"

@@ -1,7 +1,6 @@
 //! The byte stream under the protocol: TCP, unix socket, or TLS over TCP.
 //!
-//! TLS reads through a large buffer: rustls asks the socket for 4 KiB at a time, which would be a
-//! system call each.
+//! TLS reads through a large buffer, because rustls reads 4 KiB at a time, each of which would be a system call.
 
 use std::{
     io,
@@ -14,10 +13,9 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
-/// Encrypted bytes read ahead of rustls.
+/// Capacity in bytes of the buffer between the socket and rustls.
 pub(super) const TLS_READ_BYTES: usize = 256 * 1024;
 
-/// One of the three.
 pub(super) enum Transport {
     Unix(UnixStream),
     Tcp(TcpStream),
@@ -25,7 +23,7 @@ pub(super) enum Transport {
 }
 
 impl Transport {
-    /// Nobody on the way can read a password.
+    /// Whether nobody on the network can read what is sent, such as a password.
     pub(super) const fn is_private(&self) -> bool {
         !matches!(self, Transport::Tcp(_))
     }

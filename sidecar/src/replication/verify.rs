@@ -1,9 +1,9 @@
-//! Verification of the server's certificate, to libpq's rules where they differ from the web's:
+//! Verification of the server's certificate by libpq's rules where they differ from those of the web:
 //!
-//! - a server certificate that is itself in the root file is trusted, also when it is marked as an
-//!   authority: PostgreSQL's manual makes such ones (`openssl req -x509`);
-//! - without any subjectAltName the common name counts, `*` for its first label;
-//! - below `verify-full` no name counts, and without roots nothing but the handshake's signature.
+//! - A server certificate that is itself in the root file is trusted, even if it is marked as an authority:
+//!   PostgreSQL's manual creates such certificates (`openssl req -x509`).
+//! - Without any subjectAltName the common name is used; its first label may be `*`.
+//! - Below `verify-full` no name is checked; without roots only the handshake's signature is checked.
 
 use rustls::{
     CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
@@ -18,7 +18,7 @@ use rustls::{
 use std::{sync::Arc, time::Duration};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// Who is trusted, and whether the name matters.
+/// The trusted certificates, and whether the name is checked.
 #[derive(Debug)]
 pub(super) struct Verifier {
     trust: Option<Trust>,
@@ -33,7 +33,7 @@ struct Trust {
 }
 
 impl Verifier {
-    /// Trusts `roots`, if any. Those that do not parse are passed over, but not all of them.
+    /// Trusts `roots`, if any. Certificates that cannot be parsed are ignored unless none remains.
     pub(super) fn new(
         roots: Option<Vec<CertificateDer<'static>>>,
         full: bool,
@@ -122,7 +122,7 @@ fn within_validity(cert: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error
     Err(Error::InvalidCertificate(problem))
 }
 
-/// Whether a certificate without subjectAltName has a common name for `name`.
+/// Whether a certificate without subjectAltName has a common name that fits `name`.
 fn common_name_fits(cert: &CertificateDer<'_>, name: &ServerName<'_>) -> bool {
     let (ServerName::DnsName(name), Ok((_, cert))) = (name, X509Certificate::from_der(cert)) else {
         return false;
@@ -131,7 +131,7 @@ fn common_name_fits(cert: &CertificateDer<'_>, name: &ServerName<'_>) -> bool {
         return false;
     }
     let mut names = cert.subject().iter_common_name();
-    // Several common names are ambiguous: none counts.
+    // Several common names are ambiguous, so none is used.
     match (names.next().map(|n| n.as_str()), names.next()) {
         (Some(Ok(pattern)), None) => name_matches(pattern, name.as_ref()),
         _ => false,

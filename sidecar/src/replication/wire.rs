@@ -1,11 +1,11 @@
-//! Framing: messages in and out of a byte stream.
+//! Framing: messages to and from a byte stream.
 //!
-//! Bodies are slices of the read buffer, never copies; one read fills it with as much as has
-//! arrived, so a message costs no system call of its own.
-//! Cancel-safe throughout: bytes read stay in `input`, bytes not yet written stay in `output`.
-//! A server that hangs up has said why before: when a write fails, what it sent is read to the end
-//! first, and the failed write shows only if that explains nothing.
-//! postgres-protocol's own `Message` knows no CopyBothResponse, hence the dispatch by tag here.
+//! Message bodies are slices of the read buffer, never copies. One read takes as much as has arrived, so that small
+//! messages share a system call. Everything is cancel-safe: bytes that were read stay in `input`, bytes that were not
+//! written yet stay in `output`. A server usually sends the reason before it closes the connection. So when a write
+//! fails, everything that the server sent is read first, and the write error is reported only if no other error is
+//! found. postgres-protocol's own `Message` does not support CopyBothResponse, so messages are dispatched by tag
+//! here.
 
 use super::{
     error::{Error, ErrorKind, ServerError},
@@ -24,33 +24,33 @@ use std::{
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio_util::io::poll_read_buf;
 
-/// A read buffer: four of PostgreSQL's largest WAL messages (128 KiB).
+/// Size of a read buffer: four of PostgreSQL's largest WAL messages (128 KiB).
 const READ_CHUNK_BYTES: usize = 512 * 1024;
-/// With less room than this a read is not worth its system call.
+/// With less room than this, a read is not worth its system call.
 const READ_ROOM_BYTES: usize = 32 * 1024;
-/// Far above anything a walsender sends; beyond it the length is garbage.
+/// Far more than a walsender ever sends; a larger length is garbage.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// One message: its tag and its body without the length.
+/// One message: its tag, and its body without the length.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Frame {
     pub tag: u8,
     pub body: Bytes,
 }
 
-/// A connection's both directions.
+/// Both directions of a connection.
 pub(super) struct Wire {
     transport: Transport,
     input: BytesMut,
     output: BytesMut,
-    /// TLS may hold bytes that it has taken from `output`.
+    /// Whether TLS may still hold bytes that it has taken from `output`.
     unflushed: bool,
-    /// A failed write, after which nothing more is written.
+    /// The error of a failed write, after which nothing more is written.
     deaf: Option<Error>,
     parameters: BTreeMap<String, String>,
-    /// Of the process that says it serves us.
+    /// The process number that the server sent at login.
     peer_pid: Option<u32>,
-    /// How long a silence or a stuck write may last.
+    /// How long the server may send nothing, or a write may block.
     patience: Duration,
 }
 
@@ -86,21 +86,23 @@ impl Wire {
         self.peer_pid = pid;
     }
 
-    /// The last value the server reported of a setting.
+    /// The value of a setting that the server reported last.
     pub(super) fn parameter(&self, name: &str) -> Option<&str> {
         self.parameters.get(name).map(String::as_str)
     }
 
-    /// Where to put messages; [`Wire::flush`] or the next receive sends them.
+    /// The buffer for outgoing messages; [`Wire::flush`] or the next receive sends them.
     pub(super) fn output(&mut self) -> &mut BytesMut {
         &mut self.output
     }
 
-    /// A whole message that is already here. Notices and settings are dealt with on the way.
+    /// A whole message that has already arrived. Notices and parameter reports before it are handled here.
     pub(super) fn buffered(&mut self, op: &str) -> Result<Option<Frame>, Error> {
         while let Some(frame) = split_frame(&mut self.input).map_err(|e| Error::protocol(op, e))? {
             match frame.tag {
-                b'N' => tracing::debug!(notice = %ServerError::parse(&frame.body), "notice"),
+                b'N' => {
+                    tracing::debug!(notice = %ServerError::parse(&frame.body), "PostgreSQL sent a notice")
+                }
                 b'S' => self.remember(&frame.body),
                 b'A' => {}
                 _ => return Ok(Some(frame)),
@@ -116,7 +118,7 @@ impl Wire {
         }
     }
 
-    /// Sends what waits, then reads what has arrived, at least one byte. Cancel-safe.
+    /// Sends pending messages, then reads what has arrived, at least one byte. Cancel-safe.
     pub(super) async fn exchange(&mut self, op: &str) -> Result<(), Error> {
         self.flush(op).await?;
         make_room(&mut self.input);
@@ -124,7 +126,8 @@ impl Wire {
         let read = poll_fn(|cx| poll_fill(transport, input, cx)).await;
         let failure = match read {
             Ok(0) => {
-                let closed = io::Error::new(io::ErrorKind::UnexpectedEof, "server hung up");
+                let closed =
+                    io::Error::new(io::ErrorKind::UnexpectedEof, "server closed the connection");
                 Error::caused(ErrorKind::Io, op, closed)
             }
             Ok(_) => return Ok(()),
@@ -133,8 +136,8 @@ impl Wire {
         Err(self.deaf.take().unwrap_or(failure))
     }
 
-    /// Sends what waits, within the patience. Cancel-safe: what is not sent is kept.
-    /// A broken connection shows at the next read.
+    /// Sends pending messages, within the patience. Cancel-safe: unsent bytes stay queued. A broken connection is
+    /// reported by the next read.
     pub(super) async fn flush(&mut self, op: &str) -> Result<(), Error> {
         if self.deaf.is_some() {
             self.output.clear();
@@ -173,7 +176,7 @@ impl Wire {
         }
     }
 
-    /// Says goodbye, so that the server does not log a lost connection.
+    /// Sends Terminate, so that the server does not log a lost connection.
     pub(super) async fn close(mut self) {
         postgres_protocol::message::frontend::terminate(&mut self.output);
         if self.flush("close the connection").await.is_ok() {
@@ -183,17 +186,17 @@ impl Wire {
 }
 
 pub(super) fn silent(op: &str, what: &str, patience: Duration) -> Error {
-    let message = format!("expected {what} within {} s, found silence", patience.as_secs_f32());
+    let message = format!("expected {what} within {} s, found none", patience.as_secs_f32());
     Error::new(ErrorKind::Io, op, message)
 }
 
-/// TLS 1.3 servers refuse a client certificate only after the handshake, at the first read.
+/// A TLS 1.3 server refuses a client certificate only after the handshake, so the error shows at the first read.
 fn broken(op: &str, e: io::Error) -> Error {
     let tls = e.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
     Error::caused(if tls { ErrorKind::Tls } else { ErrorKind::Io }, op, e)
 }
 
-/// Reads until nothing more is there or the buffer is nearly full.
+/// Reads until nothing more is available or the buffer is nearly full.
 fn poll_fill(
     transport: &mut Transport,
     input: &mut BytesMut,
@@ -201,7 +204,7 @@ fn poll_fill(
 ) -> Poll<io::Result<usize>> {
     let mut total = ready!(poll_read_buf(Pin::new(&mut *transport), cx, input))?;
     while total > 0 && input.capacity() - input.len() >= READ_ROOM_BYTES {
-        // An end or a fault after some bytes shows again at the next read.
+        // An end of file or an error after some bytes shows again at the next read.
         match poll_read_buf(Pin::new(&mut *transport), cx, input) {
             Poll::Ready(Ok(more)) if more > 0 => total += more,
             _ => break,
@@ -210,7 +213,8 @@ fn poll_fill(
     Poll::Ready(Ok(total))
 }
 
-/// Room for the message begun, or for a worthwhile read. Chunks that nobody holds are used again.
+/// Makes room for the rest of a message, or for a worthwhile read. Memory of buffers that nobody references is
+/// reused.
 fn make_room(input: &mut BytesMut) {
     let begun = match Header::parse(input) {
         Ok(Some(header)) => frame_bytes(header).min(MESSAGE_BYTES_MAX).saturating_sub(input.len()),
@@ -225,7 +229,7 @@ fn frame_bytes(header: Header) -> usize {
     usize::try_from(header.len()).unwrap_or(0) + 1
 }
 
-/// Takes one whole message off the front.
+/// Takes one whole message off the front of `input`.
 fn split_frame(input: &mut BytesMut) -> Result<Option<Frame>, String> {
     let Some(header) = Header::parse(input).map_err(|e| e.to_string())? else { return Ok(None) };
     let total = frame_bytes(header);
