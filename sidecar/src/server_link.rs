@@ -1,8 +1,8 @@
 //! The connection to `klio-server`: gRPC over TLS 1.3 with a client certificate.
 //!
-//! Certificates are read anew for every connection, so renewal needs no restart. The socket is opened
-//! here, not by tonic, so that a failure can say at which step it happened and what to do. A
-//! [`Connection`] never reconnects by itself: whoever holds it asks the server again where to go on.
+//! Certificates are read again for every connection, so that a renewal needs no restart. This module opens the socket
+//! instead of tonic, so that an error can name the step that failed and give advice. A [`Connection`] never
+//! reconnects by itself: its owner has to ask the server again where to continue.
 
 mod base;
 mod certificate;
@@ -32,23 +32,23 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-/// Window for what the server sends us: only `Fetch` sends much, and 4 MiB keeps a 1 Gbit/s link of
-/// 30 ms full.
+/// Flow-control window for data from the server. Only `Fetch` receives much; 4 MiB saturates a 1 Gbit/s link with 30
+/// ms latency.
 const WINDOW_BYTES: u32 = 4 << 20;
-/// Largest message accepted; the server sends at most 1 MiB at once.
+/// The largest accepted message; the server sends at most 1 MiB at a time.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// A dead network is noticed within two of these.
+/// A dead network is noticed within twice this time.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// A channel whose calls carry the trace context and are measured.
 pub type Traced = InterceptedService<Metered<Channel>, Propagate>;
 
-/// Where the server is and how to prove who we are. Cheap to clone; opens nothing by itself.
+/// The server's address and the settings to authenticate with. Cheap to clone; opens no connection by itself.
 #[derive(Debug, Clone)]
 pub struct ServerLink {
     settings: Arc<config::Server>,
     target: dial::Target,
-    /// `None`: calls are not measured.
+    /// `None` if calls are not measured.
     rpc: Option<RpcMeter>,
 }
 
@@ -57,21 +57,19 @@ pub struct ServerLink {
 pub struct Connection {
     channel: Channel,
     rpc: Option<RpcMeter>,
-    /// When the certificates of both ends expire; `None` without TLS.
+    /// Expiry of the certificates of both ends; `None` without TLS.
     pub expiry: Option<Expiry>,
 }
 
 impl ServerLink {
-    /// From the settings.
-    ///
     /// # Errors
-    /// An address that is none.
+    /// `Config` for an address that cannot be parsed.
     pub fn new(settings: &config::Server) -> Result<Self, Error> {
         let target = dial::Target::parse(&settings.address)?;
         Ok(Self { settings: Arc::new(settings.clone()), target, rpc: None })
     }
 
-    /// The same, with its calls measured.
+    /// The same link with its calls measured.
     pub fn metered(self, meter: &Meter) -> Self {
         let rpc = RpcMeter::new(meter, Side::Client, &klio_proto::SERVICES);
         Self { rpc: Some(rpc), ..self }
@@ -104,18 +102,19 @@ impl ServerLink {
             dial::dial(&self.target, &self.settings).await?;
         let mut once = Some(stream);
         let connector = tower::service_fn(move |_: http::Uri| {
-            // tonic asks again when the connection is lost; then the caller has to begin anew.
+            // tonic asks for a new stream when the connection is lost; the caller has to call `connect` again
+            // instead.
             let stream = once.take().ok_or_else(|| std::io::Error::other("connection lost"));
             std::future::ready(stream)
         });
         let opened = self.endpoint()?.connect_with_connector(connector).await;
-        // HTTP/2 servers begin with their settings; a server that refuses our certificate, with that.
+        // An HTTP/2 server sends its settings first; a server that refuses our certificate sends that error first.
         match greeting.await {
             Ok(Err(error)) if expiry.is_some() => {
                 return Err(certificate::explain(&error, &self.target.authority, &self.settings));
             }
             Ok(Err(error)) => return Err(self.failed("open HTTP/2", &error)),
-            // Not even read from: why is in `opened`.
+            // Nothing was read at all; `opened` has the reason.
             Ok(Ok(())) | Err(_) => {}
         }
         let channel = opened.map_err(|error| self.failed("open HTTP/2", &error))?;
@@ -128,7 +127,7 @@ impl ServerLink {
         let origin = format!("{scheme}://{authority}")
             .parse()
             .map_err(|error| self.failed("read address", &error))?;
-        // tonic refuses an https endpoint when TLS is not its own; the origin is what requests carry.
+        // tonic refuses https endpoints unless it does TLS itself; requests carry the origin instead.
         Ok(Endpoint::from_shared(format!("http://{authority}"))
             .map_err(|error| self.failed("read address", &error))?
             .origin(origin)
@@ -157,21 +156,18 @@ impl Connection {
         Metered::new(self.channel.clone(), self.rpc.clone())
     }
 
-    /// The WAL service.
     pub fn wal(&self) -> WalClient<Traced> {
         WalClient::with_interceptor(self.measured(), Propagate)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    /// The base-backup service.
     pub fn base(&self) -> BaseClient<Traced> {
         BaseClient::with_interceptor(self.measured(), Propagate)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    /// The catalogue service.
     pub fn catalog(&self) -> CatalogClient<Traced> {
         CatalogClient::with_interceptor(self.measured(), Propagate)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -186,7 +182,7 @@ impl Interceptor for Propagate {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         let metadata = request.metadata_mut();
         klio_telemetry::propagate::inject(&mut |key, value| {
-            // Telemetry never breaks a call: what is no valid header is left out (P9).
+            // P9: telemetry never breaks a call, so a value that is no valid header is omitted.
             if let (Ok(key), Ok(value)) =
                 (MetadataKey::<Ascii>::from_bytes(key.as_bytes()), value.parse())
             {

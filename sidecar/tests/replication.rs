@@ -1,6 +1,6 @@
 //! The replication client against a real PostgreSQL 15.
 //!
-//! Every test has its own server. Segments are 1 MiB, so that several fit in a test.
+//! Every test has its own server. Segments have 1 MiB, so that a test can fill several.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
@@ -52,7 +52,7 @@ async fn read_end(stream: &mut WalStream) -> StreamEnd {
     }
 }
 
-/// PostgreSQL's own bytes from `start` up to `end`, a segment's start.
+/// PostgreSQL's own bytes from `start` to `end`, the start of a segment.
 fn files(cluster: &Cluster, timeline: u32, start: Lsn, end: Lsn) -> Vec<u8> {
     let mut at = start.segment_start(mib1());
     let mut out = Vec::new();
@@ -77,7 +77,7 @@ async fn unix_socket_with_trust_answers_every_command() {
     assert_eq!(client.show("wal_level").await.unwrap(), "replica");
     assert!(!client.in_hot_standby());
 
-    // Errors leave the connection usable.
+    // The connection is still usable after an error.
     let e = client.show("no_such_setting").await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Server);
     assert_eq!(e.server().map(|s| s.sqlstate.as_str()), Some("42704"));
@@ -166,7 +166,7 @@ async fn role_without_replication_is_a_permission_error() {
     assert_eq!(e.kind(), ErrorKind::Auth, "{e}");
 }
 
-/// A server whose certificate is for `localhost`, and the authority's file.
+/// A server whose certificate is for `localhost`, and the file of its authority.
 async fn with_tls(hba: &str) -> (Cluster, Authority, String) {
     let authority = Authority::new();
     let server = authority.server(&["localhost"]);
@@ -242,7 +242,7 @@ async fn certificate_for_another_host_is_refused_by_verify_full_only() {
     }
 }
 
-/// PostgreSQL's manual tells people to make such certificates, and libpq takes them.
+/// PostgreSQL's manual recommends such certificates, and libpq accepts them.
 #[tokio::test]
 async fn self_signed_certificate_with_a_common_name_is_verified_as_by_libpq() {
     let hba = "hostssl replication klio 127.0.0.1/32 scram-sha-256";
@@ -314,7 +314,7 @@ async fn client_certificate_logs_in_without_a_password() {
     assert_eq!(e.kind(), ErrorKind::Tls, "{e}");
 }
 
-/// Other tools created slots that reserved no WAL before somebody streamed from them.
+/// Other tools created slots without reserving WAL, before anybody had streamed from them.
 #[tokio::test]
 async fn new_slot_reserves_wal_at_once() {
     let pg = Cluster::start(&[]).await;
@@ -384,7 +384,7 @@ async fn reads_dropped_half_way_lose_nothing() {
                 }
             }
         }
-        // Poll the read at least once between two drops of it.
+        // Poll the read at least once before it is dropped.
         if let Ok(event) = tokio::time::timeout(Duration::from_micros(50), stream.next()).await
             && let Event::Message(ReplicationMessage::XLogData(wal)) = event.unwrap()
         {
@@ -420,7 +420,7 @@ async fn reported_positions_reach_the_server_and_move_the_slot() {
 
 #[tokio::test]
 async fn promoted_standby_gives_the_next_timeline_and_the_switch_lsn() {
-    // A standby forgets streamed WAL at its next restart point.
+    // A standby removes streamed WAL at its next restart point.
     let primary = Cluster::start(&["wal_keep_size=64MB"]).await;
     let standby = primary.standby().await;
     let client = standby.client().await;
@@ -438,7 +438,7 @@ async fn promoted_standby_gives_the_next_timeline_and_the_switch_lsn() {
         panic!("expected the end of the timeline")
     };
     assert_eq!((next, stream.next_lsn()), (tli(2), switch));
-    // The end repeats.
+    // The end is returned again.
     assert!(matches!(stream.next().await, Ok(Event::End(StreamEnd::TimelineEnded { .. }))));
 
     let mut client = stream.finish().await.unwrap().client.unwrap();
@@ -446,11 +446,11 @@ async fn promoted_standby_gives_the_next_timeline_and_the_switch_lsn() {
     let history = TimelineHistory::parse(next, &history).unwrap();
     assert_eq!(history.switch_point(), Some(switch));
 
-    // Asking for the old timeline at its very end gives the answer at once.
+    // Requesting the old timeline at its very end is answered at once.
     let mut stream = client.start(None, tli(1), switch).await.unwrap();
     assert_eq!(read_end(&mut stream).await, StreamEnd::TimelineEnded { next, switch });
 
-    // As pg_receivewal: the new timeline from the start of the segment with the switch.
+    // Like pg_receivewal: the new timeline from the start of the segment that contains the switch point.
     let client = stream.finish().await.unwrap().client.unwrap();
     let start = switch.segment_start(mib1());
     let end = standby.fill(1).await;
@@ -458,7 +458,7 @@ async fn promoted_standby_gives_the_next_timeline_and_the_switch_lsn() {
     let got = read_to(&mut stream, end).await;
     assert!(got[..end.bytes_since(start) as usize] == files(&standby, 2, start, end));
 
-    // The old timeline beyond the switch, and a timeline nobody has.
+    // The old timeline beyond the switch point, and a timeline that does not exist.
     let beyond = standby.client().await.start(None, tli(1), switch.advance(1 << 20)).await;
     assert_eq!(beyond.unwrap_err().kind(), ErrorKind::TimelineMissing);
     let unknown = standby.client().await.start(None, tli(9), switch).await;
@@ -488,7 +488,7 @@ async fn target_session_attrs_finds_the_wanted_role() {
     ] {
         assert_eq!(Client::connect(&login(wanted)).await.unwrap().host().port, port, "{wanted}");
     }
-    // A host that is not there is passed over; a role that nobody has is an error.
+    // A host that cannot be reached is skipped; a role that no host has is an error.
     let dead = format!("host=/nonexistent,{}", primary.dir.path().display());
     let dead = format!("{dead} port=1,{} user=postgres", primary.port);
     assert_eq!(Client::connect(&info(&dead)).await.unwrap().host().port, primary.port);
@@ -628,14 +628,14 @@ async fn killed_server_is_an_io_or_connect_error() {
 
 #[tokio::test]
 async fn silent_server_is_asked_first_and_then_given_up() {
-    // No keepalives from this server unless it is asked.
+    // This server sends no keepalives unless it is asked.
     let pg = Cluster::start(&["wal_sender_timeout=0"]).await;
     let start = pg.lsn("SELECT pg_current_wal_flush_lsn()").await;
     let mut client = pg.client().await;
     let patience = Duration::from_millis(600);
     client.set_patience(patience);
     let mut stream = client.start(None, tli(1), start).await.unwrap();
-    // Alive but idle: answers keep coming for several times the patience.
+    // Alive but idle: its answers arrive for several times the patience.
     let begun = Instant::now();
     while begun.elapsed() < patience * 4 {
         stream.next().await.unwrap();

@@ -1,7 +1,7 @@
-//! Calls to the service `Base` that are tried again.
+//! Calls to the service `Base`, with retries.
 //!
-//! What can pass by itself is tried again with growing pauses, over a new connection where the old one may be
-//! lost, until patience ends. Only for calls that may be repeated: all of `Base` but its long answers.
+//! Transient errors are retried with growing pauses until the patience ends, over a new connection if the old one may
+//! be lost. Only for calls that may be repeated, which are all of `Base` except those with long answers.
 
 use super::{Connection, ServerLink, Traced};
 use crate::{
@@ -18,43 +18,44 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// How long one call is tried: a server that restarts is back by then, and a backup of hours goes on.
+/// How long one call is retried: long enough for a server to restart, so that a backup of hours survives it.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// A server that says nothing for this long is taken for dead: a pack and its fsync on a slow disk.
+/// A server that does not answer a call for this long counts as dead. Generous, for a pack and its fsync on a slow
+/// disk.
 const CALL_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// One server, one connection at a time.
+/// A link to one server, with one connection at a time.
 #[derive(Debug)]
 pub struct BaseLink {
     link: ServerLink,
     stop: CancellationToken,
     patience: Duration,
-    /// `None` until the first use and after each failure.
+    /// `None` until the first use and after each transient error.
     connection: Mutex<Option<Connection>>,
 }
 
 impl BaseLink {
-    /// Opens nothing yet; `stop` ends every call at once.
+    /// Opens no connection yet; cancelling `stop` ends every call at once.
     pub fn new(link: ServerLink, stop: CancellationToken) -> Self {
         Self { link, stop, patience: PATIENCE, connection: Mutex::default() }
     }
 
-    /// The same with another patience.
+    /// The same link with another patience.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// The server's address, as configured.
+    /// The server's address as configured.
     pub fn address(&self) -> &str {
         self.link.address()
     }
 
-    /// Runs one call until it works, is refused for good, or patience ends.
+    /// Runs a call until it succeeds, fails with a permanent error, or the patience ends.
     ///
     /// # Errors
-    /// The last one; what was being done is in front of its text.
+    /// The last error; its text begins with `doing`.
     pub async fn call<T, F>(&self, doing: &str, call: F) -> Result<T, Error>
     where
         F: AsyncFn(BaseClient<Traced>) -> Result<T, Status>,
@@ -83,7 +84,7 @@ impl BaseLink {
             if !error.retryable() || Instant::now() + pause >= deadline {
                 return Err(error);
             }
-            // Once is enough for a person: the last error ends the call.
+            // Warn only once; the last error is returned to the caller.
             if !std::mem::replace(&mut told, true) {
                 let patience = self.patience;
                 tracing::warn!(
@@ -110,17 +111,17 @@ impl BaseLink {
         result.map_err(|status| {
             let error = Error::from_status(doing, &status);
             if error.retryable() {
-                // Whatever it was, a fresh connection is none the worse.
+                // Whatever the cause is, a new connection does no harm.
                 *self.slot() = None;
             }
             error
         })
     }
 
-    /// The connection, opened if need be. One attempt.
+    /// The connection; opened in one attempt if there is none.
     ///
     /// # Errors
-    /// As [`ServerLink::connect`].
+    /// As for [`ServerLink::connect`].
     pub async fn connection(&self) -> Result<Connection, Error> {
         if let Some(open) = self.slot().clone() {
             return Ok(open);
@@ -135,7 +136,7 @@ impl BaseLink {
     }
 }
 
-/// What every call ends with after a stop.
+/// The error of every call after `stop` was cancelled.
 fn stopped(doing: &str) -> Error {
     Error::new(Failure::Code(Code::Unavailable), format!("{doing}: stopped"))
 }

@@ -1,6 +1,6 @@
-//! Reads the three files of a client bundle and explains what is wrong with a handshake.
+//! Reads the three files of a client bundle, and explains failed handshakes.
 //!
-//! Nothing is cached: each connection sees the files as they are now. Keys never get into a message.
+//! Nothing is cached: each connection uses the files as they are now. Keys never appear in a message.
 
 use crate::{
     config,
@@ -13,16 +13,16 @@ use rustls::{
 };
 use std::{io, path::Path, sync::Arc};
 
-/// When the certificates of a connection end, in Unix seconds.
+/// Expiry times of a connection's certificates, in Unix seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expiry {
-    /// Ours.
+    /// Of the client certificate; `None` if it cannot be read.
     pub client: Option<i64>,
-    /// The server's.
+    /// Of the server's certificate; `None` if it cannot be read.
     pub server: Option<i64>,
 }
 
-/// The TLS configuration from the files, and when our certificate ends.
+/// Builds the TLS configuration from the files; also returns the expiry time of the client certificate.
 pub(super) fn client_config(
     settings: &config::Server,
 ) -> Result<(ClientConfig, Option<i64>), Error> {
@@ -63,19 +63,19 @@ fn bad(name: &str, path: &Path, error: &dyn std::fmt::Display) -> Error {
     )
 }
 
-/// The end of a certificate's validity in Unix seconds; `None` when it cannot be read.
+/// The end of a certificate's validity in Unix seconds; `None` if it cannot be read.
 pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     Some(parsed.validity().not_after.timestamp())
 }
 
-/// Says which side's certificate a failed handshake is about.
+/// Explains which side's certificate made a handshake fail.
 pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server) -> Error {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>());
     let mut failure = Failure::Link;
     let hint = match inner {
-        // The latter from an authority that has the name of ours but another key.
+        // BadSignature comes from an authority that has the same name as ours but another key.
         Some(Tls::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => format!(
             "the server's certificate is not from the authority in {}",
             settings.ca.display()
@@ -85,7 +85,8 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
         )) => "the server's certificate is for another host name; use the name it was issued for"
             .into(),
         Some(Tls::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. })) => {
-            "the server's certificate has expired: renew it, or look at both clocks".into()
+            "the server's certificate has expired: renew it, or check the clocks of both machines"
+                .into()
         }
         Some(Tls::AlertReceived(
             Alert::CertificateExpired
@@ -109,7 +110,7 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
     Error::new(failure, format!("TLS with {place}: {error}")).hint(hint)
 }
 
-/// Where our clock alone explains the refusal: servers answer "expired" also before the first day.
+/// If the dates of our certificate explain the refusal, says so: servers answer "expired" even before the first day.
 fn out_of_date(path: &Path) -> String {
     let chain = certificates("server.cert", path).unwrap_or_default();
     let Some((_, leaf)) =

@@ -1,10 +1,10 @@
 //! Opens the socket and the TLS session below gRPC.
 //!
-//! A TLS 1.3 client has finished its handshake before the server has looked at its certificate: whether that
-//! is refused is known only with the server's first bytes, which [`Dialed::greeting`] tells of.
+//! A TLS 1.3 client finishes its handshake before the server has checked the client's certificate. Whether the server
+//! accepts it is known only with the server's first bytes; [`Dialed::greeting`] reports them.
 //!
-//! TLS 1.3 only: both ends are ours. Nagle's algorithm is off, because a lone commit waits for a
-//! small message.
+//! Only TLS 1.3 is used, because both ends are Klio's. Nagle's algorithm is off, because a single commit may wait for
+//! a small message.
 
 use super::certificate::{self, Expiry};
 use crate::{
@@ -34,7 +34,7 @@ pub(super) struct Target {
     port: u16,
 }
 
-/// The port of klio-server when the address names none.
+/// The port of klio-server if the address contains none.
 const DEFAULT_PORT: u16 = 7423;
 
 impl Target {
@@ -49,24 +49,22 @@ impl Target {
         let host = url.host().ok_or_else(wrong)?;
         let port = url.port().unwrap_or(DEFAULT_PORT);
         let authority = format!("{host}:{port}");
-        // An IPv6 address has brackets in a URL, and none in a certificate or for connecting.
+        // An IPv6 address has brackets in a URL, but none in a certificate or when connecting.
         let host = host.to_string().trim_matches(['[', ']']).to_owned();
         Ok(Self { authority, host, port })
     }
 }
 
-/// TCP with or without TLS.
 enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// An open socket.
 pub(super) struct Dialed {
     pub stream: TokioIo<Heard>,
     /// `None` without TLS.
     pub expiry: Option<Expiry>,
-    /// How the first reading went.
+    /// The result of the first read.
     pub greeting: oneshot::Receiver<io::Result<()>>,
 }
 
@@ -78,13 +76,12 @@ impl Dialed {
     }
 }
 
-/// A stream that tells how its first reading went.
+/// A stream that reports the result of its first read.
 pub(super) struct Heard {
     stream: Stream,
     first: Option<oneshot::Sender<io::Result<()>>>,
 }
 
-/// Connects.
 pub(super) async fn dial(target: &Target, settings: &config::Server) -> Result<Dialed, Error> {
     let place = &target.authority;
     let tcp = TcpStream::connect((target.host.as_str(), target.port)).await.map_err(|error| {
@@ -125,7 +122,7 @@ pub(super) async fn dial(target: &Target, settings: &config::Server) -> Result<D
     Ok(Dialed::new(Stream::Tls(Box::new(tls)), Some(expiry)))
 }
 
-/// An error for a second reader; rustls's own words are kept, as [`certificate::explain`] looks at them.
+/// Copies an error. A rustls error is kept as such, because [`certificate::explain`] examines it.
 fn copy(error: &io::Error) -> io::Error {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(tls) => io::Error::new(error.kind(), tls.clone()),

@@ -1,10 +1,9 @@
-//! A repository's files on the server: `storage`'s [`Files`] over the service `Base`.
+//! A repository's files on the server: the `storage` trait [`Files`] over the service `Base`.
 //!
-//! Every call blocks its thread and runs on the runtime it was given, so none may come from that runtime's
-//! own threads. What can pass by itself is tried again ([`BaseLink`]); `write` may be, because a file's name
-//! is its content (REPO2).
-//! Memory: the file that the caller holds, and two messages on the way.
-//! Once stopped, every call ends at once: an engine that works through a queue of files ends with it.
+//! Every call blocks its thread and runs on the given runtime, so it must not be made on a thread of that runtime.
+//! Transient errors are retried ([`BaseLink`]); `write` may be repeated, because a file's name is the hash of its
+//! content (REPO2). Memory: the file that the caller holds, and two messages in flight. After a stop every call fails
+//! at once, so that an engine with a queue of files ends, too.
 
 use super::{BaseLink, ServerLink, Traced};
 use crate::error::{Error, Failure};
@@ -30,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{Instrument, Span};
 
-/// One cluster's repository files behind gRPC. Cheap to clone.
+/// One cluster's repository files over gRPC. Cheap to clone.
 #[derive(Clone)]
 pub struct GrpcFiles {
     shared: Arc<Shared>,
@@ -40,9 +39,9 @@ struct Shared {
     base: BaseLink,
     cluster: ClusterName,
     runtime: Handle,
-    /// Of threads that know none: the engine's. The trace is to reach the server.
+    /// Parent span for threads without one, which are the engine's, so that the trace reaches the server.
     span: Span,
-    /// Why the last call failed for good, in words for a person.
+    /// The last permanent error, with its text for the user.
     failure: Mutex<Option<Error>>,
 }
 
@@ -53,8 +52,9 @@ impl fmt::Debug for GrpcFiles {
 }
 
 impl GrpcFiles {
-    /// Opens nothing yet; every call belongs to its thread's span, else to the one in which this was made. `runtime` must be driven by another thread than the callers' for as long as this
-    /// is used; `stop` ends all calls.
+    /// Opens no connection yet. `runtime` must be driven by another thread than the callers' for as long as this is
+    /// used. Cancelling `stop` ends all calls. A call belongs to its thread's span, or, if there is none, to the span
+    /// in which this was created.
     pub fn new(
         link: ServerLink,
         cluster: ClusterName,
@@ -66,7 +66,7 @@ impl GrpcFiles {
         Self { shared: Arc::new(Shared { base, cluster, runtime, span, failure }) }
     }
 
-    /// Why the last call failed for good: with the code and the hint that a storage error does not hold.
+    /// The last permanent error, with the code and the hint that a storage error lacks.
     pub fn failure(&self) -> Option<Error> {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -92,7 +92,7 @@ impl GrpcFiles {
     }
 }
 
-/// What a storage caller does about it.
+/// Classifies an error by what a caller in `storage` does about it.
 const fn kind(failure: Failure) -> Kind {
     match failure {
         Failure::Code(Code::NotFound) => Kind::NotFound,
@@ -122,7 +122,7 @@ fn wire_name(file: BaseFile) -> v1::FileName {
     v1::FileName { kind: wire_kind(file.kind).into(), id }
 }
 
-/// The messages of one file: its name first, then its bytes, without copying them.
+/// The messages of one file: first its name, then its bytes, which are not copied.
 fn messages(cluster: String, file: BaseFile, parts: &[Bytes]) -> Vec<v1::PutFileRequest> {
     let size = parts.iter().map(|p| p.len() as u64).sum();
     let first =
@@ -171,7 +171,7 @@ impl Files for GrpcFiles {
             if found == length {
                 return Ok(bytes);
             }
-            let message = format!("expected {length} bytes from {offset} on, found {found}");
+            let message = format!("expected {length} bytes from offset {offset}, found {found}");
             Err(Code::Corrupt.status(message))
         })
     }
@@ -185,16 +185,16 @@ impl Files for GrpcFiles {
 
     fn remove(&self, file: BaseFile) -> Result<(), StorageError> {
         let place = format!("{}/{}", self.place(), file.relative());
-        let detail = "expected the server, which alone removes; found a sidecar";
+        let detail = "expected the server, which alone removes files, found a sidecar";
         Err(StorageError::new(Kind::Denied, Op::Remove, place, detail))
     }
 }
 
 impl GrpcFiles {
-    /// Several ranges of a file, none empty, as one call: their bytes, one range after the other.
+    /// Reads several ranges of a file, none of them empty, with one call; returns the bytes of each range.
     ///
     /// # Errors
-    /// As `read_range`.
+    /// As for `read_range`.
     pub fn read_ranges(
         &self,
         file: BaseFile,
@@ -235,7 +235,8 @@ impl GrpcFiles {
         while let Some(message) = answer.message().await? {
             let data = message.data;
             if all.is_empty() {
-                // A server that sends without end is no server of ours; a pack is 32 MiB or little more.
+                // Limit the allocation, because the expected size comes from the caller's records. A pack is little
+                // more than 32 MiB.
                 all.reserve(usize::try_from(expected).unwrap_or(0).min(64 << 20).max(data.len()));
             }
             all.extend_from_slice(&data);

@@ -59,7 +59,7 @@ fn link(server: &FakeServer, directory: &Path) -> ServerLink {
     .unwrap()
 }
 
-/// TLS 1.3 clients learn that their certificate is refused only with the first answer.
+/// TLS 1.3 clients learn that their certificate was refused only with the first answer.
 async fn ask(link: &ServerLink) -> Result<Option<Expiry>, Error> {
     let connection = link.connect().await?;
     let answer = connection.wal().position(PositionRequest::default()).await;
@@ -77,7 +77,7 @@ async fn a_good_bundle_connects_and_knows_when_it_expires() {
     assert_eq!(expiry.server, expiry.client);
 }
 
-/// A program that reads its certificates once needs a restart for each renewal.
+/// Earlier, certificates were read only once, so that each renewal needed a restart.
 #[tokio::test]
 async fn renewed_certificates_are_used_without_a_restart() {
     let (old, new) = (Authority::new(), Authority::new());

@@ -1,8 +1,8 @@
-//! WAL from the bucket itself, without a server.
+//! WAL directly from the bucket, without a server.
 //!
-//! P7: a file is absent when a listing of its place says so and the cluster has WAL in this bucket at all. A
-//! segment that is missing while a later one of its timeline is there is a hole: it may still come, as uploads
-//! run side by side, and if it does not, recovery has to stop and not to end.
+//! P7: a file is absent if a listing of its place does not contain it and the cluster has any WAL in this bucket. A
+//! segment that is missing although a later one of its timeline exists is a hole. It may still arrive, because
+//! uploads run in parallel; if it does not, recovery must stop with an error instead of ending.
 
 use super::{Answer, Shape, WalSource};
 use crate::{
@@ -20,21 +20,20 @@ use klio_storage::{
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Reads a bucket.
 pub(super) struct FromBucket {
     bucket: Bucket,
     cluster: ClusterName,
-    /// PostgreSQL asks, which may be a standby.
+    /// Whether PostgreSQL asks, which may be a standby.
     for_postgresql: bool,
-    /// What the last file was: most often the next is the same, which saves a request.
+    /// Whether the last file was encrypted. The next one most likely is the same, which saves a request.
     encrypted: AtomicBool,
-    /// The cluster has WAL here.
+    /// Whether the cluster is known to have WAL in this bucket.
     known: AtomicBool,
 }
 
 impl FromBucket {
     pub fn new(bucket: Bucket, cluster: ClusterName, for_postgresql: bool) -> Self {
-        // Whoever gives an identity has something to decrypt.
+        // A user who gives an identity has something to decrypt.
         let encrypted = AtomicBool::new(bucket.keys.is_some());
         Self { bucket, cluster, for_postgresql, encrypted, known: AtomicBool::new(false) }
     }
@@ -43,7 +42,7 @@ impl FromBucket {
         if self.encrypted.load(Ordering::Relaxed) { Form::Age } else { Form::Plain }
     }
 
-    /// Begins to read one object; `None` when it is definitively not there.
+    /// Begins to read one object; `None` if it definitively does not exist.
     async fn open(&self, file: WalFile, form: Form) -> Result<Option<Answer>, Error> {
         let key = file.key_in(&self.cluster, form);
         let download = match self.bucket.tier2.download(&key).await {
@@ -58,7 +57,7 @@ impl FromBucket {
             (Form::Age, Some(keys)) => Some(keys.clone()),
             (Form::Age, None) => return Err(no_identity(&key)),
         };
-        // The answer has begun: what is missing from now on is trouble, not absence (P7).
+        // The answer has begun, so an object that is missing from now on is an error, not an absent file (P7).
         let pieces = download.map_err(|error| match error.kind {
             Kind::NotFound => Error::of_storage(Failure::Code(Code::Unavailable), &error),
             _ => of_storage(&error),
@@ -79,7 +78,7 @@ impl FromBucket {
         }
         let tier2 = &self.bucket.tier2;
         let mut at = tier2.wal_at(&self.cluster, name).await.map_err(|e| of_storage(&e))?;
-        // A whole segment before its partial one.
+        // A whole segment before the partial one.
         at.held.sort_by_key(|(held, _)| matches!(held, WalFile::Partial(_)));
         for (held, form) in at.held {
             if let Some(mut answer) = self.open(held, form).await? {
@@ -95,13 +94,13 @@ impl FromBucket {
             self.known.store(true, Ordering::Relaxed);
             let message = format!("{file} is not in the bucket, but {why}");
             return Err(Error::new(Failure::Code(Code::Unavailable), message).hint(
-                "it is being uploaded, or lost: klio list shows what is there, and what can be reached",
+                "the file is still being uploaded, or lost; klio list shows which WAL exists and what can be reached",
             ));
         }
         Err(self.absent(file).await?)
     }
 
-    /// What a standby sees of a file: it would follow a history that it must not see.
+    /// What a standby is shown of a file: it would follow a history that is not meant for it.
     async fn seen(&self, file: WalFile) -> Result<ForStandbys, Error> {
         let WalFile::History(timeline) = file else { return Ok(ForStandbys::AsItIs) };
         if !self.for_postgresql || !super::a_standby_asks() {
@@ -118,29 +117,29 @@ impl FromBucket {
         Ok(marks.for_standbys(timeline, path.as_ref()))
     }
 
-    /// Why a segment that is not there must have been there, of which a later timeline tells.
+    /// If a later timeline shows that a missing segment must have existed, the reason.
     async fn hole(&self, name: klio_pg::SegmentName) -> Result<Option<String>, Error> {
         let (tier2, cluster) = (&self.bucket.tier2, &self.cluster);
         let size = tier2.segment_size_of(cluster).await.map_err(|e| of_storage(&e))?;
         let at_rest = self.bucket.keys.clone().map_or(AtRest::Off, AtRest::On);
         let hole = tier2.hole_at(cluster, name, size, &at_rest).await;
         hole.map_err(|error| match error.kind {
-            // Of a history that went meanwhile: never this segment's (P7).
+            // The missing object is a history file that was removed meanwhile, not this segment (P7).
             Kind::NotFound => Error::of_storage(Failure::Code(Code::Unavailable), &error),
             _ => of_storage(&error),
         })
     }
 
-    /// The error for a file that is not there.
+    /// The error for a file that does not exist.
     async fn absent(&self, file: WalFile) -> Result<Error, Error> {
         if !self.known.load(Ordering::Relaxed) {
             let tier2 = &self.bucket.tier2;
             if !tier2.has_wal(&self.cluster).await.map_err(|e| of_storage(&e))? {
-                // A wrong name or prefix must not look like the end of an archive (P7).
+                // A wrong name or prefix must not look like the end of the archive (P7).
                 let place = tier2.url();
                 let message = format!("no WAL of a cluster {} is in {place}", self.cluster);
                 return Ok(Error::new(Failure::Config, message)
-                    .hint("are --cluster and --from as klio-server has them?"));
+                    .hint("check that --cluster and --from match klio-server's settings"));
             }
             self.known.store(true, Ordering::Relaxed);
         }
@@ -175,8 +174,11 @@ impl WalSource for FromBucket {
 }
 
 fn no_identity(key: &str) -> Error {
-    Error::new(Failure::Config, format!("read {key}: it is encrypted, and no identity was given"))
-        .hint("name the age identity file with --identity, KLIO_RESTORE__IDENTITY or restore.identity")
+    Error::new(
+        Failure::Config,
+        format!("read {key}: expected an identity to decrypt it, found none"),
+    )
+    .hint("name the age identity file with --identity, KLIO_RESTORE__IDENTITY or restore.identity")
 }
 
 #[cfg(test)]

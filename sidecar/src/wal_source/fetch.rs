@@ -1,7 +1,8 @@
-//! One file from a source into a target: one attempt, one that is soon over, or attempts until a deadline.
+//! Fetches one file from a source into a target: in one attempt, in one attempt with short timeouts, or in attempts
+//! until a deadline.
 //!
-//! P7: only a source's own `NotFound` is one. A damaged copy is asked for once more from the other tier or in the
-//! other form, and is an error for good after that.
+//! P7: only a source's own `NotFound` is returned as such. If a copy is damaged, the other copy is requested once,
+//! from the other tier or in the other form; if that fails, the damage is the error.
 
 use super::{
     Answer, WalSource,
@@ -22,20 +23,21 @@ use std::{path::Path, sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::{Instrument, Span, field::Empty};
 
-/// Pieces between the connection and the disk; a source gives up to 1 MiB each.
+/// Pieces in memory between the connection and the disk; a source sends up to 1 MiB in each.
 const PIECES_IN_FLIGHT: usize = 4;
 
-/// What WAL must agree with.
+/// What the WAL is checked against.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Expected {
-    /// Of the data directory that it is for; `None` where that is not known.
+    /// That of the data directory which the WAL is for; `None` if unknown.
     pub system_identifier: Option<u64>,
-    /// Who reads it has an end of its own, and fails when it does not get there: PostgreSQL with a recovery target.
+    /// Whether the reader is a PostgreSQL with a recovery target, which fails by itself if it does not reach the
+    /// target.
     pub has_target: bool,
 }
 
 impl Expected {
-    /// What the data directory's pg_control says; nothing when it cannot be read.
+    /// Reads the data directory's pg_control and configuration; what cannot be read is unknown.
     pub fn of_data_dir(directory: &Path) -> Self {
         let bytes = std::fs::read(directory.join("global/pg_control")).unwrap_or_default();
         let control = ControlFile::parse(&bytes).ok();
@@ -46,8 +48,8 @@ impl Expected {
     }
 }
 
-/// Whether a configuration file sets a recovery target. One that is set and taken back again in an included file is not
-/// known: then PostgreSQL is given what it asks for, as before.
+/// Whether a configuration file sets a recovery target. An included file that unsets it is not noticed; PostgreSQL
+/// then gets what it asks for.
 fn sets_target(text: &str) -> bool {
     text.lines().any(|line| {
         let line = line.trim_start().to_ascii_lowercase();
@@ -60,30 +62,27 @@ fn sets_target(text: &str) -> bool {
     })
 }
 
-/// A file that came, whole and checked.
+/// A file that was received whole and checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Received {
     /// Bytes of the file.
     pub size: u64,
-    /// Nothing of it will ever change.
+    /// Whether the file will never change.
     pub is_final: bool,
-    /// What it says of its cluster's segments.
+    /// The segment size according to the file's header.
     pub segment: Option<SegmentSize>,
 }
 
-/// Fetches one file.
 #[derive(Clone)]
 pub struct Fetch {
-    /// From where.
     pub source: Arc<dyn WalSource>,
-    /// Which.
     pub file: WalFile,
-    /// What it has to agree with.
+    /// What it is checked against.
     pub expected: Expected,
 }
 
 impl Fetch {
-    /// One attempt, or two when the first copy is damaged. `None` when `final_only` and it may still change.
+    /// Makes one attempt, or two if the first copy is damaged. `None` if `final_only` and the file may still change.
     ///
     /// # Errors
     /// `NotFound` is definitive.
@@ -96,14 +95,14 @@ impl Fetch {
         match self.attempt(target, final_only, false).await.map_err(doing) {
             Err(error) if error.failure == Failure::Code(Code::Corrupt) => {
                 tracing::warn!("{}; asking for the other copy", error.message);
-                // Where there is no other copy, the damage is the answer.
+                // If there is no other copy, the damage is the error.
                 self.attempt(target, final_only, true).await.map_err(|_| error)
             }
             answer => answer,
         }
     }
 
-    /// Tries until it works, is refused for good, or the time is up.
+    /// Tries until it succeeds, fails with a permanent error, or `deadline` passes.
     ///
     /// # Errors
     /// `NotFound` is definitive.
@@ -114,8 +113,8 @@ impl Fetch {
         result
     }
 
-    /// Once, and soon: for who asks again by itself. The first bytes are here when it has `begun`; then each pause
-    /// between them is at most `quiet_max`, and the whole ends before `longest`.
+    /// Makes one attempt with short timeouts, for a caller that asks again by itself. The first bytes must arrive
+    /// before `begun`, each pause after that is at most `quiet_max`, and the whole must end before `longest`.
     ///
     /// # Errors
     /// `NotFound` is definitive.
@@ -175,7 +174,7 @@ impl Fetch {
         if shape.before_hole && !self.expected.has_target {
             // PostgreSQL would take the padding for the end of WAL (P7).
             let message = format!(
-                "{} ends early: WAL behind it was lost, and later WAL of its timeline is there",
+                "{} ends early: the WAL after it was lost, but later WAL of its timeline exists",
                 self.file
             );
             return Err(Error::new(Failure::Code(Code::Gap), message).hint(
@@ -197,7 +196,7 @@ impl Fetch {
     }
 }
 
-/// For one file, however often it is tried.
+/// The span for one file, for all attempts together.
 pub fn span(file: WalFile) -> Span {
     tracing::info_span!(
         "wal.fetch",
@@ -208,7 +207,7 @@ pub fn span(file: WalFile) -> Span {
     )
 }
 
-/// How it ended. "Not found" is an answer, not a failure.
+/// Records the result on the span. "Not found" is an answer, not a failure.
 pub fn ended(span: &Span, result: Result<Option<&Received>, &Error>) {
     match result {
         Ok(received) => {
@@ -223,7 +222,7 @@ pub fn ended(span: &Span, result: Result<Option<&Received>, &Error>) {
     }
 }
 
-/// Passes all pieces on; what broke the source off.
+/// Passes all pieces on; returns the error that interrupted the source, if any.
 async fn pass_on(
     mut pieces: futures::stream::BoxStream<'static, Result<Bytes, Error>>,
     sender: mpsc::Sender<Bytes>,
@@ -232,7 +231,7 @@ async fn pass_on(
         match piece {
             // An empty piece would be the end marker.
             Ok(data) if data.is_empty() => {}
-            // A writer that gave up says why itself.
+            // The writer has failed and reports its own error.
             Ok(data) => {
                 if sender.send(data).await.is_err() {
                     return None;
@@ -241,12 +240,12 @@ async fn pass_on(
             Err(error) => return Some(error),
         }
     }
-    // An empty piece means that all has come; a queue that just ends does not.
+    // The empty piece marks the end; a queue that is merely closed does not.
     let _ = sender.send(Bytes::new()).await;
     None
 }
 
-/// All but a definitive answer. `Local` is not: the disk of the data directory is the caller's to mend.
+/// Every transient error except `Local`, because trying again does not fix the disk of the data directory.
 fn worth_retrying(error: &Error) -> bool {
     error.failure != Failure::Local && error.failure.retryable()
 }

@@ -1,7 +1,7 @@
-//! Where a restore gets its WAL from: a server, or the bucket itself.
+//! The source of a restore's WAL: a server, or the bucket itself.
 //!
-//! P7: `NotFound` from [`WalSource::ask`] is definitive and fresh: nothing here remembers an absence. Whatever
-//! breaks after an answer began is another error, and so is a file whose plain bytes are not what the name says.
+//! P7: `NotFound` from [`WalSource::ask`] is definitive and fresh; nothing here remembers that a file was absent. A
+//! failure after an answer began is another error, and so is a file whose content does not match its name.
 
 mod bucket;
 mod fetch;
@@ -27,11 +27,10 @@ use klio_storage::{
 };
 use std::{path::Path, sync::Arc};
 
-/// Gives WAL files.
 #[tonic::async_trait]
 pub trait WalSource: Send + Sync {
-    /// Finds a file and begins to read it. `other_copy` after a copy turned out damaged: read the second one,
-    /// where there are two.
+    /// Finds a file and begins to read it. `other_copy` is set after a copy turned out to be damaged: the second copy
+    /// is read, if there is one.
     ///
     /// # Errors
     /// `NotFound` is definitive (P7).
@@ -40,9 +39,9 @@ pub trait WalSource: Send + Sync {
 
 /// A file that is being read.
 pub struct Answer {
-    /// What the bytes will be.
+    /// How to interpret the bytes.
     pub shape: Shape,
-    /// To decrypt them with; `None` when they come as they are.
+    /// Keys to decrypt the bytes with; `None` if they are not encrypted.
     pub keys: Option<Keys>,
     /// The bytes; the end of the stream is the end of the file.
     pub pieces: BoxStream<'static, Result<Bytes, Error>>,
@@ -54,31 +53,32 @@ impl std::fmt::Debug for Answer {
     }
 }
 
-/// The source that the configuration names, for PostgreSQL: where that is a standby, which follows every history of a
-/// timeline that it is shown, those of undecided and retired timelines are not shown.
+/// The configured source, for use by PostgreSQL. A standby follows every timeline whose history file it finds, so the
+/// history files of undecided and retired timelines are hidden from it.
 ///
 /// # Errors
-/// Wrong settings, and files that cannot be read.
+/// Wrong settings, or a file named by them cannot be read.
 pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
     open_as(config, config.cluster()?, true)
 }
 
-/// Whether the PostgreSQL of this data directory is a standby; it is one with both signal files, too
+/// Whether the PostgreSQL of this data directory is a standby; it is one even if both signal files exist
 /// (<https://www.postgresql.org/docs/current/runtime-config-wal.html>, "Archive Recovery").
 pub(crate) fn is_standby(data: &Path) -> bool {
     data.join("standby.signal").exists()
 }
 
-/// Whether the PostgreSQL that asks is one. It runs its restore_command in its data directory, and what that starts
-/// lives there. Looked at for each question: a standby is promoted while its agent lives.
+/// Whether the requesting PostgreSQL is a standby. It runs restore_command in its data directory, which is also the
+/// working directory of the agent that this starts. Checked at each request, because a standby may be promoted while
+/// its agent runs.
 fn a_standby_asks() -> bool {
     is_standby(Path::new("."))
 }
 
-/// The same for a history that is known already. `for_postgresql`: it asks, and not a program that has to see everything.
+/// Like [`open`], for a given history. `for_postgresql` is false for a program that has to see every timeline.
 ///
 /// # Errors
-/// As [`open`].
+/// As for [`open`].
 pub fn open_as(
     config: &Config,
     cluster: ClusterName,

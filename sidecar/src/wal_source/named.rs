@@ -1,12 +1,12 @@
-//! The history that a cluster's name stands for in a bucket, found out with the first file and then kept: a decision that
-//! is made during a recovery must not give it another history's WAL (P11).
+//! Resolves a cluster's name to one of its histories in a bucket. This happens with the first file and is then kept:
+//! a decision that a person makes during a recovery must not switch the recovery to another history's WAL (P11).
 
 use super::{Answer, WalSource, bucket::FromBucket};
 use crate::{bucket::Bucket, error::Error};
 use klio_storage::layout::{ClusterName, WalFile};
 use tokio::sync::OnceCell;
 
-/// Reads a bucket by a name.
+/// Reads a bucket under a cluster name whose history is resolved at the first request.
 pub(super) struct Named {
     bucket: Bucket,
     named: ClusterName,

@@ -1,8 +1,8 @@
-//! Puts the bytes of an answer into a file and checks that they are the file that was asked for.
+//! Writes the bytes of an answer into a file and checks that they are the requested file.
 //!
-//! Runs on a blocking thread. A target is complete and checked when it is committed, and is removed otherwise.
-//! P7: bytes that end early, do not decode, or belong to another name, timeline, position or PostgreSQL are an
-//! error here, because PostgreSQL would take them for the end of WAL.
+//! Runs on a blocking thread. A target is complete and checked before it is committed; without a commit it is
+//! removed. P7: bytes that end early, cannot be decoded, or belong to another name, timeline, position or PostgreSQL
+//! are an error here, because PostgreSQL would take them for the end of WAL.
 
 use super::{
     fetch::{Expected, Received},
@@ -22,10 +22,10 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// Bytes of one write: a larger buffer was not faster.
+/// Bytes per write; a larger buffer was not faster.
 const COPY_BYTES: usize = 128 << 10;
 
-/// Everything that decides how bytes become the file.
+/// How to turn the received bytes into the file, and what to check.
 #[derive(Debug)]
 pub(super) struct Filling {
     pub file: WalFile,
@@ -34,7 +34,7 @@ pub(super) struct Filling {
     pub expected: Expected,
 }
 
-/// A file that is being written; removed when it is not committed.
+/// A file that is being written. Dropping it without a commit removes the file.
 #[derive(Debug)]
 pub struct Target {
     file: File,
@@ -43,21 +43,21 @@ pub struct Target {
 }
 
 impl Target {
-    /// A new file, for a directory that is ours alone.
+    /// Creates a new file in a directory that only our user can write to.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// A file-system error.
     pub fn create(path: PathBuf) -> Result<Self, Error> {
         let options = options().create_new(true).open(&path);
         let file = options.map_err(|error| local("create", &path, &error))?;
         Ok(Self { file, path, done: AtomicBool::new(false) })
     }
 
-    /// A file beside `path` that no other process writes: each holds a lock on its own, and what a killed one
-    /// left is used again.
+    /// Creates a temporary file beside `path` that no other process writes: each process locks its own, and a file
+    /// that a killed process left is used again.
     ///
     /// # Errors
-    /// As the file system fails.
+    /// A file-system error.
     pub fn beside(path: &Path) -> Result<Self, Error> {
         for number in 0..64 {
             let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -73,7 +73,7 @@ impl Target {
                 Err(TryLockError::WouldBlock) => continue,
                 Err(TryLockError::Error(error)) => return Err(local("lock", &place, &error)),
             }
-            // Another process may have renamed it between our opening and our locking it.
+            // Another process may have renamed the file after we opened and before we locked it.
             let same = fs::metadata(&place)
                 .and_then(|there| Ok((there, file.metadata()?)))
                 .is_ok_and(|(there, ours)| there.ino() == ours.ino() && there.dev() == ours.dev());
@@ -85,10 +85,10 @@ impl Target {
         Err(local("create a file beside", path, &error))
     }
 
-    /// Makes it `path`. `durable`: with fsync of the file and its directory.
+    /// Renames the file to `path`; with `durable`, after fsync of the file and followed by fsync of its directory.
     ///
     /// # Errors
-    /// As the file system fails; then it is removed.
+    /// A file-system error. The temporary file is removed when this is dropped.
     pub fn commit(&self, path: &Path, durable: bool) -> Result<(), Error> {
         if durable {
             self.file.sync_all().map_err(|error| self.failed(&error))?;
@@ -108,7 +108,7 @@ impl Target {
         local("write", &self.path, error)
     }
 
-    /// The first bytes; `None` when there are fewer than a segment's header has.
+    /// The first bytes of the file; `None` when it is shorter than a segment's header.
     fn header(&self, size: u64) -> Result<Option<[u8; SEGMENT_HEADER_BYTES]>, Error> {
         let mut bytes = [0; SEGMENT_HEADER_BYTES];
         if size < SEGMENT_HEADER_BYTES as u64 {
@@ -127,7 +127,8 @@ impl Drop for Target {
     }
 }
 
-/// Mode 0666 less the umask, as PostgreSQL's own files: it gives restore_command the umask of its data directory.
+/// Mode 0666 less the umask, as for PostgreSQL's own files: PostgreSQL runs restore_command with the umask of its
+/// data directory.
 fn options() -> fs::OpenOptions {
     let mut options = File::options();
     options.read(true).write(true);
@@ -138,7 +139,7 @@ fn corrupt(message: impl std::fmt::Display) -> Error {
     Error::new(Failure::Code(Code::Corrupt), message)
 }
 
-/// Writes what comes through `queue` into `target`, and checks it.
+/// Writes the pieces from `queue` into `target`, and checks the result.
 pub(super) fn fill(
     target: &Target,
     filling: &Filling,
@@ -181,17 +182,17 @@ fn check_header(filling: &Filling, bytes: &[u8; 40]) -> Result<SegmentHeader, Er
         Some(expected) => {
             let found = header.system_identifier;
             let message = format!(
-                "check system identifier: the data directory's is {expected}, the WAL's is {found}"
+                "check system identifier: expected {expected} as in the data directory, found {found} in the WAL"
             );
             Err(Error::new(Failure::Code(Code::WrongSystem), message)
-                .hint("this WAL is of another PostgreSQL: is --cluster right?"))
+                .hint("this WAL belongs to another PostgreSQL; check --cluster"))
         }
     }
 }
 
-/// Decrypts and decompresses into the target; how many plain bytes came.
+/// Decrypts and decompresses into the target; returns how many plain bytes were written.
 fn copy(target: &Target, filling: &Filling, pieces: &mut Pieces) -> Result<u64, Error> {
-    // One byte more than expected, to notice that there is more.
+    // One byte more than expected, so that surplus bytes are noticed.
     let limit = filling.shape.limit().saturating_add(1);
     match &filling.keys {
         None => copy_plain(target, filling.shape.compressed, &mut *pieces, limit),
@@ -230,7 +231,7 @@ fn pour(target: &Target, mut from: impl Read) -> Result<u64, Error> {
     }
 }
 
-/// Reads until the buffer is full or nothing is left: the fewer writes, the better.
+/// Reads until the buffer is full or the input ends, to make as few writes as possible.
 fn fill_buffer(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -244,8 +245,8 @@ fn fill_buffer(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// The queue as something to read. Ends with an error unless the empty piece came, so that a lost
-/// connection never looks like the end (P7).
+/// Reads from the queue. Ends with an error unless the empty piece has come, so that a lost connection never looks
+/// like the end of the file (P7).
 struct Pieces {
     queue: mpsc::Receiver<Bytes>,
     current: Bytes,
@@ -253,7 +254,7 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Whether everything was read and nothing is left over.
+    /// Whether all pieces were read and nothing is left over.
     fn is_whole(&mut self) -> bool {
         matches!(io::BufRead::fill_buf(self), Ok(rest) if rest.is_empty())
     }

@@ -1,6 +1,6 @@
-//! A source that answers soon or fails, for who asks again by itself: a standby.
+//! A source that answers soon or fails, for a standby, which asks again by itself.
 //!
-//! Not the whole file has a limit but every pause in it, so that a slow link still brings a large segment.
+//! Each pause is limited, not the whole transfer, so that a slow link can still deliver a large segment.
 
 use super::{Answer, WalSource};
 use crate::error::{Error, Failure};
@@ -10,12 +10,12 @@ use klio_storage::layout::WalFile;
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout_at};
 
-/// Watches another source.
+/// Limits the pauses of another source.
 pub(super) struct Prompt {
     pub inner: Arc<dyn WalSource>,
-    /// When the first bytes have to be here.
+    /// The first bytes must have arrived by then.
     pub begun: Instant,
-    /// How long nothing may come after that.
+    /// The longest pause after that.
     pub quiet_max: Duration,
 }
 
@@ -23,7 +23,7 @@ pub(super) struct Prompt {
 impl WalSource for Prompt {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
         let quiet_max = self.quiet_max;
-        // The other copy is asked for when one has come whole.
+        // The other copy is requested only after the first one was received, so its deadline starts anew.
         let begun = if other_copy { Instant::now() + quiet_max } else { self.begun };
         let asked = timeout_at(begun, self.inner.ask(file, other_copy)).await;
         let Answer { shape, keys, pieces } = asked.unwrap_or_else(|_| Err(silence()))?;
@@ -39,7 +39,10 @@ impl WalSource for Prompt {
 }
 
 fn silence() -> Error {
-    Error::new(Failure::Code(Code::Unavailable), "no answer for some seconds")
+    Error::new(
+        Failure::Code(Code::Unavailable),
+        "expected an answer within some seconds, found none",
+    )
 }
 
 #[cfg(test)]
@@ -49,13 +52,12 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// How the source behaves.
     #[derive(Clone, Copy, PartialEq)]
     enum Way {
         NeverAnswers,
         /// One piece, then nothing.
         Stalls,
-        /// One piece, and the other one when the answer had to have begun.
+        /// One piece, and another one after the deadline for the first.
         Slow,
     }
 

@@ -1,4 +1,4 @@
-//! WAL from klio-server, through one connection that is opened again after trouble.
+//! WAL from klio-server, over one connection that is opened again after a failure.
 
 use super::{Answer, Shape, WalSource};
 use crate::{
@@ -15,11 +15,10 @@ use klio_storage::layout::{ClusterName, WalFile};
 use tokio::sync::Mutex;
 use tonic::Streaming;
 
-/// Asks a server.
 pub(super) struct FromServer {
     link: ServerLink,
     cluster: String,
-    /// PostgreSQL asks, which may be a standby.
+    /// Whether PostgreSQL asks, which may be a standby.
     for_postgresql: bool,
     connection: Mutex<Option<Connection>>,
 }
@@ -30,7 +29,7 @@ impl FromServer {
     }
 
     async fn connection(&self) -> Result<Connection, Error> {
-        // Held while connecting: several that wait need one connection.
+        // Locked while connecting, so that several waiting callers share one connection.
         let mut slot = self.connection.lock().await;
         if let Some(open) = slot.as_ref() {
             return Ok(open.clone());
@@ -50,7 +49,7 @@ impl WalSource for FromServer {
             for_standby: self.for_postgresql && super::a_standby_asks(),
         };
         let answer = begin(&connection, request).await;
-        // A connection never comes back by itself; what the server answers with leaves it as good as it was.
+        // A lost connection never recovers; an error that the server returned does not affect the connection.
         if matches!(&answer, Err(error) if error.failure == Failure::Code(Code::Unavailable)) {
             *self.connection.lock().await = None;
         }
@@ -81,7 +80,7 @@ async fn next(rest: Rest) -> Option<(Result<Bytes, Error>, Rest)> {
         Ok(message) => message.map(|m| (Ok(m.data), Some(answer))),
         Err(status) => {
             let error = Error::from_status("read the server's answer", &status);
-            // The answer had begun: whatever broke it off, it is no "no such file" (P7).
+            // The answer had begun, so whatever interrupted it does not mean "no such file" (P7).
             let error = match error.failure {
                 Failure::Code(Code::NotFound) => {
                     Error::new(Failure::Code(Code::Unavailable), error.message)

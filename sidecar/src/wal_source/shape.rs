@@ -1,7 +1,7 @@
-//! What the bytes of an answer are, and how large the file has to be in the end.
+//! How to interpret the bytes of an answer, and how large the complete file must be.
 //!
-//! A segment has one exact size or is none; a partial one is filled up with zeros, which PostgreSQL reads as the
-//! end of WAL.
+//! A whole segment has exactly the segment size. A partial segment is padded with zeros, which PostgreSQL reads as
+//! the end of WAL.
 
 use crate::error::{Error, Failure};
 use klio_pg::{SegmentHeader, SegmentSize};
@@ -11,39 +11,37 @@ use klio_proto::{
 };
 use klio_storage::layout::WalFile;
 
-/// A history file is some lines; the largest reasonable size.
+/// A history file has some lines; this is a generous limit.
 const HISTORY_BYTES_MAX: u64 = 1 << 20;
-/// The largest wal_segment_size.
+/// The largest possible wal_segment_size.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
-/// Which kind of file came.
+/// The kind of a received file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// A whole segment: it never changes.
+    /// A whole segment, which never changes.
     Segment,
-    /// The beginning of one; more of it may come.
+    /// The beginning of a segment; more of it may follow.
     Partial,
-    /// A history file.
     History,
 }
 
-/// How the bytes come and how large the file has to be.
+/// How the bytes are encoded, and how large the file must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// What it is.
     pub content: Content,
-    /// As zstd frames.
+    /// Whether the bytes are zstd frames.
     pub compressed: bool,
-    /// Bytes that come, after decompression; `None` where that is not known before reading.
+    /// Number of bytes after decompression; `None` if unknown before reading.
     pub plain: Option<u64>,
-    /// `None` where the source does not know it.
+    /// The cluster's segment size; `None` if the source does not know it.
     pub segment: Option<SegmentSize>,
-    /// A partial segment behind whose hole WAL goes on.
+    /// A partial segment after which WAL was lost although later WAL exists.
     pub before_hole: bool,
 }
 
 impl Shape {
-    /// Of a file as it lies in the bucket.
+    /// The shape of a file that is stored in the bucket.
     pub fn stored(file: WalFile) -> Self {
         let content = match file {
             WalFile::Segment(_) => Content::Segment,
@@ -54,10 +52,10 @@ impl Shape {
         Self { content, compressed, plain: None, segment: None, before_hole: false }
     }
 
-    /// Of a server's answer.
+    /// The shape of a server's answer.
     ///
     /// # Errors
-    /// `Invalid` when it cannot be one.
+    /// `Invalid` for a header that no server may send.
     pub fn of(header: &FetchHeader) -> Result<Self, Error> {
         let wrong = |expected: &str, found: String| {
             let message = format!("read answer: expected {expected}, found {found}");
@@ -89,12 +87,12 @@ impl Shape {
         Ok(shape)
     }
 
-    /// Whether the file is finished for good, so that it may be fetched before it is asked for.
+    /// Whether the file is final, so that it may be fetched before it is requested.
     pub fn is_final(&self) -> bool {
         self.content == Content::Segment
     }
 
-    /// The most that may come.
+    /// The maximum number of plain bytes.
     pub fn limit(&self) -> u64 {
         match (self.content, self.segment) {
             (Content::History, _) => HISTORY_BYTES_MAX,
@@ -103,8 +101,8 @@ impl Shape {
         }
     }
 
-    /// The size of the file when `came` bytes came; `None` when that cannot be all. `header` is what a segment
-    /// says of itself, and `None` when fewer bytes came than a header has.
+    /// The size that the file must have after `came` bytes were received; `None` if they cannot be the whole file.
+    /// `header` is the segment's own header, or `None` if fewer bytes than a header were received.
     pub fn full_size(&self, came: u64, header: Option<&SegmentHeader>) -> Option<u64> {
         if self.plain.is_some_and(|plain| plain != came) || came > self.limit() {
             return None;
@@ -148,7 +146,7 @@ mod tests {
         assert_eq!(known.full_size(1 << 24, Some(&own)), Some(1 << 24));
         assert_eq!(known.full_size((1 << 24) - 1, Some(&own)), None);
         assert_eq!(known.full_size(1 << 24, Some(&header(1 << 20))), None);
-        // From a bucket: the segment says it itself.
+        // From a bucket, only the segment's own header gives its size.
         let unknown = Shape::stored("000000010000000000000001".parse().unwrap());
         assert_eq!(unknown.full_size(1 << 20, Some(&header(1 << 20))), Some(1 << 20));
         assert_eq!(unknown.full_size((1 << 20) - 1, Some(&header(1 << 20))), None);

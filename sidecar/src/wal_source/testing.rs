@@ -1,4 +1,4 @@
-//! A source in memory for tests: gives what it was told to hold, counts what was asked, and misbehaves as told.
+//! A source in memory for tests: returns the files that it was given, records requests, and fails as instructed.
 
 use super::{Answer, Shape, WalSource};
 use crate::error::{Error, Failure};
@@ -15,36 +15,35 @@ use tokio::sync::Semaphore;
 
 pub(crate) const SYSTEM: u64 = 77;
 
-/// State and instructions.
+/// Content of the source, and instructions.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
-    /// Whole segments that are there.
     pub segments: BTreeSet<SegmentName>,
-    /// Unfinished ones, with their plain bytes.
+    /// Unfinished segments, with their number of plain bytes.
     pub partials: BTreeMap<SegmentName, usize>,
     pub histories: BTreeMap<TimelineId, Vec<u8>>,
-    /// Fails with this instead of an answer.
+    /// If set, every request fails with this.
     pub fail: Option<Failure>,
     /// Files whose first copy is damaged.
     pub damaged: BTreeSet<WalFile>,
-    /// Every file asked for, in order.
+    /// Every requested file, in order.
     pub asked: Vec<WalFile>,
 }
 
-/// Gives 1 MiB segments of [`SimulatedWal`].
+/// Returns 1 MiB segments of [`SimulatedWal`].
 pub(crate) struct FakeSource {
     pub script: Mutex<Script>,
     wal: SimulatedWal,
-    /// One permit lets one answer out.
+    /// Each permit lets one request through.
     pub gate: Semaphore,
 }
 
-/// `number` on `timeline`, of 1 MiB segments.
+/// The segment `number` of `timeline`, of 1 MiB segments.
 pub(crate) fn segment(timeline: u32, number: u32) -> SegmentName {
     format!("{timeline:08X}{:08X}{:08X}", number / 4096, number % 4096).parse().unwrap()
 }
 
-/// What zstd makes of it, as the server stores it.
+/// Compresses as the server does.
 pub(crate) fn compress(plain: &[u8]) -> Vec<u8> {
     let mut context = zstd::bulk::Compressor::new(1).unwrap();
     context.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true)).unwrap();
@@ -52,7 +51,7 @@ pub(crate) fn compress(plain: &[u8]) -> Vec<u8> {
 }
 
 impl FakeSource {
-    /// With segments `numbers` of timeline 1; answers at once.
+    /// A source with the segments `numbers` of timeline 1, which answers at once.
     pub fn new(numbers: std::ops::Range<u32>) -> Self {
         let segments = numbers.map(|number| segment(1, number)).collect();
         let script = Mutex::new(Script { segments, ..Script::default() });

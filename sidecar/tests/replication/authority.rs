@@ -25,8 +25,8 @@ impl Authority {
         Authority { pem, issuer: Issuer::new(params, key) }
     }
 
-    /// What `openssl req -new -x509 -subj /CN=…` makes, as PostgreSQL's manual has it: no
-    /// subjectAltName, its own authority.
+    /// A certificate as made by `openssl req -new -x509 -subj /CN=…`, which PostgreSQL's manual describes: without
+    /// subjectAltName, and its own authority.
     pub fn self_signed(common_name: &str, last_year: i32) -> Issued {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! A throw-away PostgreSQL for these tests: one directory, one free port, gone on drop.
+//! A temporary PostgreSQL for these tests, with its own directory and a free port; removed on drop.
 //!
 //! PostgreSQL refuses to run as root, so as root everything runs as user `postgres`.
 
@@ -22,7 +22,6 @@ use std::{
 
 const BIN: &str = "/usr/lib/postgresql/15/bin";
 
-/// One server.
 pub struct Cluster {
     pub dir: tempfile::TempDir,
     pub port: u16,
@@ -30,7 +29,7 @@ pub struct Cluster {
     child: Option<Child>,
 }
 
-/// The user PostgreSQL runs as, if not ours.
+/// The user that PostgreSQL runs as, if not ours.
 fn postgres_ids() -> Option<(u32, u32)> {
     if !rustix::process::geteuid().is_root() {
         return None;
@@ -78,14 +77,14 @@ fn free_port() -> u16 {
 }
 
 impl Cluster {
-    /// A new cluster with 1 MiB segments, trust on the unix socket, running.
+    /// A new cluster with 1 MiB segments and trust authentication on the unix socket, running.
     pub async fn start(settings: &[&str]) -> Cluster {
         let mut cluster = Cluster::init(settings, 1);
         cluster.launch().await;
         cluster
     }
 
-    /// A new cluster that does not run yet.
+    /// A new cluster that is not started yet.
     pub fn init(settings: &[&str], segment_mib: u32) -> Cluster {
         let dir = new_dir();
         let mut initdb = program("initdb", dir.path());
@@ -96,7 +95,7 @@ impl Cluster {
         Cluster { dir, port: free_port(), settings, child: None }
     }
 
-    /// A hot standby of this one, running.
+    /// A running hot standby of this one.
     pub async fn standby(&self) -> Cluster {
         let dir = new_dir();
         let mut copy = program("pg_basebackup", dir.path());
@@ -148,7 +147,7 @@ impl Cluster {
         self.child.take().unwrap().wait().unwrap();
     }
 
-    /// The unix socket as superuser, and `more` on top.
+    /// A connection string for the superuser over the unix socket, with `more` appended.
     pub fn info(&self, more: &str) -> ConnInfo {
         let dir = self.dir.path().display();
         info(&format!("host={dir} port={} user=postgres dbname=postgres {more}", self.port))
@@ -170,7 +169,7 @@ impl Cluster {
         self.sql(sql).await.unwrap().parse().unwrap()
     }
 
-    /// Writes about `mib` MiB of WAL and ends the segment; gives the LSN where the next one begins.
+    /// Writes about `mib` MiB of WAL and ends the segment; returns the LSN where the next one begins.
     pub async fn fill(&self, mib: u32) -> Lsn {
         self.sql(&format!(
             "SELECT pg_logical_emit_message(false, 'x', repeat(md5(g::text), 3200)) \
@@ -183,12 +182,12 @@ impl Cluster {
             0 => end,
             _ => end.segment_start(size).advance(size.bytes()),
         };
-        // The switch is only streamed once it is flushed.
+        // The switch is streamed only after it was flushed.
         self.sql("CHECKPOINT").await;
         end
     }
 
-    /// PostgreSQL's own bytes of the segment that holds `lsn`.
+    /// PostgreSQL's own bytes of the segment that contains `lsn`.
     pub fn segment(&self, timeline: u32, lsn: Lsn) -> Vec<u8> {
         let timeline = TimelineId::new(timeline).unwrap();
         let name = SegmentName::containing(timeline, lsn, mib1()).to_string();

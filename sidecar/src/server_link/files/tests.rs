@@ -1,4 +1,4 @@
-//! Repository files over a real gRPC connection to a server in memory that fails as told.
+//! Repository files over a real gRPC connection to an in-memory server that fails as instructed.
 
 use super::*;
 use crate::config;
@@ -41,7 +41,7 @@ struct Script {
     files: BTreeMap<String, Vec<u8>>,
     /// Answers to the next calls; when empty, they succeed.
     fail: Vec<Code>,
-    /// Ranges come this much shorter than asked for.
+    /// Ranges are returned shorter than requested by this many bytes.
     short_by: u64,
     calls: usize,
     largest_message: usize,
@@ -222,7 +222,7 @@ async fn setup() -> Setup {
     Setup { fake, files, stop, _server: server }
 }
 
-/// Runs blocking work beside the runtime, as every caller of `Files` must.
+/// Runs blocking work off the runtime's thread, as every caller of `Files` must.
 async fn beside<T: Send + 'static>(
     setup: &Setup,
     work: impl FnOnce(&GrpcFiles) -> T + Send + 'static,

@@ -1,4 +1,4 @@
-//! What a directory that stands for a bucket gives, and above all when it says that something is not there (P7).
+//! A directory in place of a bucket: which files it returns, and above all when a file counts as absent (P7).
 
 use super::*;
 use crate::wal_source::{
@@ -30,7 +30,7 @@ impl Archive {
         self.directory.path().join(key)
     }
 
-    /// Stores a file of so many plain bytes.
+    /// Stores a file with that many plain bytes.
     fn store(&self, file: WalFile, form: Form, bytes: usize) {
         let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { panic!("{file}") };
         let mut stored = compress(&self.wal.plain(name)[..bytes]);
@@ -77,7 +77,7 @@ async fn both_forms_and_a_partial_segment_are_read() {
     }
 }
 
-/// Padded to a segment it would look like the end of WAL.
+/// Padded to a whole segment it would look like the end of WAL.
 #[tokio::test]
 async fn a_partial_segment_before_a_hole_is_for_those_who_know_their_end() {
     let archive = Archive::new();
@@ -122,7 +122,7 @@ async fn without_the_right_identity_nothing_encrypted_is_read() {
     assert_eq!(wrong.failure, Failure::Code(Code::Forbidden), "{wrong}");
 }
 
-/// A file that somebody put under another name is not replayed.
+/// A file that was stored under another name is not replayed.
 #[tokio::test]
 async fn a_segment_under_another_name_is_refused() {
     let archive = Archive::new();

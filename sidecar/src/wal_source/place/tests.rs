@@ -1,4 +1,4 @@
-//! What comes whole is placed; whatever is cut, damaged or somebody else's leaves nothing behind.
+//! A whole file is placed; one that is cut off, damaged or belongs to somebody else leaves nothing behind.
 
 use super::*;
 use crate::wal_source::testing::{FakeSource, SYSTEM, compress, segment};
@@ -32,7 +32,7 @@ fn partial(compressed: bool) -> Filling {
     Filling { file: name(), shape, keys: None, expected: Expected::default() }
 }
 
-/// Runs a write of `bytes`, cut into pieces; `whole` says whether the end marker comes.
+/// Writes `bytes` in pieces; `whole` says whether the end marker follows.
 fn put(bytes: &[u8], filling: &Filling, whole: bool) -> (Result<Received, Error>, Option<Vec<u8>>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("RECOVERYXLOG");
@@ -86,7 +86,7 @@ fn an_encrypted_segment_needs_its_key() {
     }
 }
 
-/// P7: a file that came half must not be there, not even under its temporary name.
+/// P7: a file that was received half must not exist, not even under its temporary name.
 #[test]
 fn whatever_is_cut_off_leaves_nothing_behind() {
     let (all, raw) = (compressed(), plain());
@@ -141,7 +141,7 @@ fn an_existing_file_survives_a_failed_fetch() {
     assert_eq!(fs::read(&path).unwrap(), b"old");
 }
 
-/// A process that was killed leaves its file; one that lives keeps its own.
+/// The file of a killed process is used again; a running process keeps its own.
 #[test]
 fn two_processes_never_write_one_file() {
     let directory = tempfile::tempdir().unwrap();
