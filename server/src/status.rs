@@ -404,7 +404,7 @@ fn once(problems: Vec<String>) -> Vec<String> {
 
 /// Why a file or a listing does not get to the bucket, without what is each one's own: its name and its place.
 fn cause_of(problem: &str) -> Option<String> {
-    let (what, error) = match problem.strip_prefix("offload ") {
+    let (what, error) = match problem.strip_prefix("archive ") {
         Some(rest) => rest.split_once(": ")?,
         None => ("", problem.strip_prefix("compare the tiers: ")?),
     };

@@ -3,7 +3,7 @@
 //! LISTED1  an object is here only after it was proven: uploaded by us, or listed with the size of tier 1's;
 //! LISTED2  an object proven while a comparison lists the bucket is not lost when the comparison's result is stored;
 //! LISTED3  nothing is said about a cluster before its objects were listed once in this run: the answer is `None`,
-//! never "empty".
+//!     never "empty".
 //!
 //! A listing rebuilds the whole state (P4). Code that removes an object from tier 2 calls [`BaseArchives::removed`].
 

@@ -69,7 +69,7 @@ struct Reach {
 impl OnDisk {
     /// Whether a file that a backup needs may be missing on tier 1. A pack that the bucket has and tier 1 does not was
     /// evicted. This says nothing about an earlier bucket, which this server cannot list.
-    fn let_go(&self, objects: &BTreeMap<BaseObject, u64>) -> bool {
+    fn may_lack_files(&self, objects: &BTreeMap<BaseObject, u64>) -> bool {
         let only_there = |object: &BaseObject| matches!(object, BaseObject::File(file) if file.kind == BaseKind::Data && !self.files.contains(file));
         self.had_bucket || objects.keys().any(only_there)
     }
@@ -179,12 +179,12 @@ impl BaseStore {
         disk: &OnDisk,
         objects: &BTreeMap<BaseObject, u64>,
     ) -> BTreeMap<BackupName, Reach> {
-        let let_go = disk.let_go(objects);
+        let may_lack_files = disk.may_lack_files(objects);
         let mut within = BTreeMap::new();
         let mut held = None;
         for record in disk.records.values() {
             let Ok(id) = record.snapshot.parse::<SnapshotId>() else { continue };
-            if !let_go && disk.files.contains(&id.file()) {
+            if !may_lack_files && disk.files.contains(&id.file()) {
                 within.insert(record.name.clone(), Reach { tier1: true, together: true });
                 continue;
             }
@@ -328,9 +328,9 @@ mod tests {
     #[test]
     fn where_there_was_a_bucket_once_tier_1_is_not_taken_for_whole() {
         let mut disk = OnDisk { files: BTreeSet::from([pack("a")]), ..OnDisk::default() };
-        assert!(!disk.let_go(&bucket(&[])) && !disk.let_go(&bucket(&["a"])));
-        assert!(disk.let_go(&bucket(&["a", "b"])));
+        assert!(!disk.may_lack_files(&bucket(&[])) && !disk.may_lack_files(&bucket(&["a"])));
+        assert!(disk.may_lack_files(&bucket(&["a", "b"])));
         disk.had_bucket = true;
-        assert!(disk.let_go(&bucket(&[])) && disk.let_go(&bucket(&["a"])));
+        assert!(disk.may_lack_files(&bucket(&[])) && disk.may_lack_files(&bucket(&["a"])));
     }
 }

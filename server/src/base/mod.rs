@@ -1,17 +1,17 @@
 //! Base backups on the server: a repository and a list of records for each cluster, over both tiers.
 //!
 //! BASE1  a repository has one secret for ever. It is durable before the repository's config exists, and a tier 1 that
-//! lost it takes it from tier 2 and never makes a new one (P10);
+//!     lost it takes it from tier 2 and never makes a new one (P10);
 //! BASE2  a client only appends: an existing file is never removed, nor replaced by other bytes (P8);
-//! BASE3  a record is written last, when everything it names is held (`commit.rs`); in tier 2 it comes after
-//!     everything it needs is proven there (`consumer/base.rs`);
-//! BASE4  what only tier 2 has can be listed and read: tier 1 may be empty;
-//! BASE5  "not found" means that both tiers were asked and both have no such thing (P7);
-//! BASE7  what a client sends is opened before it counts (P13, `admit.rs`);
-//! BASE6  a name is of one PostgreSQL, in both tiers: whoever brings another, or an older timeline, is refused (P8,
-//!     `identity.rs`).
+//! BASE3  a record is written last, when everything it names is stored (`commit.rs`); in tier 2 it is written after
+//!     everything it needs was proven there (`consumer/base.rs`);
+//! BASE4  what only tier 2 has can be listed and read, because tier 1 may be empty;
+//! BASE5  "not found" means that both tiers were asked and neither has it (P7);
+//! BASE6  a name belongs to one PostgreSQL, in both tiers: another one, or an older timeline, is refused (P8,
+//!     `identity.rs`);
+//! BASE7  what a client sends is decrypted and checked before it counts (P13, `admit.rs`).
 //!
-//! Removes nothing: that is `maintenance`, through [`BaseStore::repository`].
+//! This module removes nothing. `maintenance` does, through [`BaseStore::repository`].
 
 mod admit;
 mod archive;

@@ -1,10 +1,11 @@
-//! Who works on a cluster's repository: one backup at a time, any number of restores.
+//! Reservations of a cluster's repository: for one backup at a time and any number of restores.
 //!
-//! A reservation lives as long as its [`Lease`], which lives as long as the client's stream: no clock and no
-//! file can leave one behind. Maintenance takes [`Reservations::removal`] before it takes anything away, and a
-//! backup waits for its end, however long that takes: one that began meanwhile would name packs in an index that
-//! are just being removed. Only one that ran before, and lost its reservation, goes on beside it. A restore does not hold
-//! maintenance off: packs are marked long before they go (REPO4), and its WAL is kept by `readers`.
+//! A reservation lives as long as its [`Lease`], which lives as long as the client's stream, so no reservation can be
+//! left behind. Maintenance takes [`Reservations::removal`] before it removes anything, and a new backup waits until
+//! that ends, however long it takes. Otherwise the backup would write an index that names packs which are just being
+//! removed. Only a backup that ran before and lost its reservation goes on during a removal. A restore does not hold
+//! up maintenance: packs are marked long before they are removed (REPO4), and the restore's WAL is protected by
+//! `readers`.
 
 use super::{BaseStore, lock, tier2_status};
 use crate::readers::Restoring;
@@ -19,26 +20,27 @@ use std::{
 use time::{OffsetDateTime, format_description::FormatItem, macros::format_description};
 use tonic::Status;
 
-/// Sorts by time as text, and is a name in every file system and URL.
+/// The format of generated names. It sorts by time as text, and is valid in every file system and URL.
 const NAME: &[FormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
 
-/// How often a backup that waits for maintenance looks again.
+/// How often a backup that waits for maintenance checks again.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// A backup that runs and lost its reservation, as when the server was restarted, gives up after two minutes. What
-/// maintenance does beside it is harmless: it named its packs before that began (REPO4).
+/// A running backup that lost its reservation, for example because the server restarted, gives up after two minutes,
+/// so it waits less than that. Maintenance at the same time does it no harm, because it named its packs before
+/// maintenance began (REPO4).
 const RESUMED_WAITS: Duration = Duration::from_secs(60);
 
-/// Whether a backup that has asked for so long goes on beside maintenance.
+/// Whether a backup that has waited this long goes on during a removal.
 fn goes_beside(resumed: bool, asked_for: Duration) -> bool {
     resumed && asked_for >= RESUMED_WAITS
 }
 
-/// Who asks: the certificate's name and the address it comes from.
+/// A client: its certificate's name and the address it connects from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// The certificate's common name.
     pub name: String,
-    /// Of the connection; not its port, as a client may have several.
+    /// The address of the connection, without the port, because a client may have several.
     pub address: Option<IpAddr>,
 }
 
@@ -51,12 +53,11 @@ impl std::fmt::Display for Caller {
     }
 }
 
-/// What runs on a cluster now.
+/// What runs on a cluster at the moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Running {
-    /// The backup.
     pub backup: Option<BackupName>,
-    /// Restores.
+    /// The number of restores.
     pub restores: usize,
 }
 
@@ -83,11 +84,11 @@ pub struct Lease {
     reservations: Reservations,
     cluster: ClusterName,
     backup: Option<BackupName>,
-    /// Of a restore: keeps its WAL.
+    /// Of a restore: protects the WAL that it needs.
     restoring: Option<Restoring>,
 }
 
-/// Maintenance that takes something away; dropping it ends it.
+/// Maintenance that removes something; dropping it ends it.
 #[derive(Debug)]
 pub struct Removal {
     reservations: Reservations,
@@ -133,7 +134,7 @@ impl Drop for Lease {
 }
 
 impl Reservations {
-    /// What runs on a cluster now.
+    /// What runs on a cluster at the moment.
     pub fn running(&self, cluster: &ClusterName) -> Running {
         let clusters = lock(&self.0);
         clusters.get(cluster).map_or_else(Running::default, |work| Running {
@@ -145,7 +146,7 @@ impl Reservations {
     /// Reserves for maintenance, unless a backup runs.
     ///
     /// # Errors
-    /// That backup's name.
+    /// The name of the running backup.
     pub fn removal(&self, cluster: &ClusterName) -> Result<Removal, BackupName> {
         let mut clusters = lock(&self.0);
         let work = clusters.entry(cluster.clone()).or_default();
@@ -156,7 +157,7 @@ impl Reservations {
         Ok(Removal { reservations: self.clone(), cluster: cluster.clone() })
     }
 
-    /// Whether maintenance is taking something away.
+    /// Whether maintenance is removing something.
     fn is_removing(&self, cluster: &ClusterName) -> bool {
         lock(&self.0).get(cluster).is_some_and(|work| work.removals > 0)
     }
@@ -168,7 +169,8 @@ impl Reservations {
         Lease { reservations, cluster, backup: None, restoring: None }
     }
 
-    /// Reserves `name` for a backup; `None` while maintenance removes, unless it is to run `beside` that.
+    /// Reserves `name` for a backup; `None` while maintenance removes something, unless `beside` says that the backup
+    /// runs during that.
     ///
     /// # Errors
     /// `BUSY` while another backup of the cluster runs.
@@ -194,11 +196,12 @@ impl Reservations {
         Ok(Some(Lease { reservations, cluster, backup: Some(name), restoring: None }))
     }
 
-    /// Whether `caller` may send files: it has reserved a backup. By its name alone: one client may come by several ways.
+    /// Whether `caller` may send files because it has reserved a backup. Only the certificate's name is compared,
+    /// because a client may connect from several addresses.
     ///
     /// # Errors
-    /// `UNAVAILABLE` without one: a client whose reservation was lost takes it again and goes on. `BUSY` when it is
-    /// somebody else's.
+    /// `UNAVAILABLE` when there is no reservation: a client that lost it reserves again and goes on. `BUSY` when
+    /// another client has it.
     pub fn may_put(&self, cluster: &ClusterName, caller: &Caller) -> Result<(), Status> {
         match lock(&self.0).get(cluster).and_then(|work| work.backup.as_ref()) {
             Some((_, who)) if who.name == caller.name => Ok(()),
@@ -210,10 +213,10 @@ impl Reservations {
         }
     }
 
-    /// Whether `caller` may commit a backup of that name: it has reserved it.
+    /// Whether `caller` may commit a backup of that name because it has reserved it.
     ///
     /// # Errors
-    /// `BUSY` when somebody else has, `UNAVAILABLE` when nobody has.
+    /// `BUSY` when another client has reserved, `UNAVAILABLE` when nobody has.
     pub fn may_commit(
         &self,
         cluster: &ClusterName,
@@ -233,11 +236,11 @@ impl Reservations {
 }
 
 impl BaseStore {
-    /// Reserves for a backup, under `wanted` or a name made from the clock; waits while maintenance removes, but not
-    /// for ever when it is `resumed`: running already.
+    /// Reserves for a backup, under the name `wanted` or one made from the clock. Waits while maintenance removes
+    /// something, but not for ever when the backup is `resumed`, which means that it runs already.
     ///
     /// # Errors
-    /// `BUSY`; `INVALID` for a name that is taken.
+    /// `BUSY` while another backup runs; `INVALID` for a name that is taken.
     pub async fn reserve_backup(
         &self,
         cluster: &ClusterName,
@@ -250,7 +253,7 @@ impl BaseStore {
             let beside = goes_beside(resumed, asked.elapsed());
             if beside || !self.reservations().is_removing(cluster) {
                 let name = self.free_name(cluster, wanted).await?;
-                // Maintenance may have begun meanwhile.
+                // Maintenance may have begun in the meantime.
                 if let Some(lease) =
                     self.reservations().backup(cluster, name, caller.clone(), beside)?
                 {
@@ -261,16 +264,16 @@ impl BaseStore {
         }
     }
 
-    /// Reserves for a restore, of this backup where it says so: no WAL that it may need goes for good.
+    /// Reserves for a restore, of this backup if one is named, so that no WAL it may need is expired.
     pub async fn reserve_restore(&self, cluster: &ClusterName, backup: Option<&str>) -> Lease {
         let mut lease = self.reservations().restore(cluster);
-        // Before its backup is looked for: until that is known, all stays.
+        // Taken before the backup is looked up: until its start is known, all WAL stays.
         let restoring = self.readers().restore(cluster);
         if let Some(name) = backup.and_then(|name| name.parse::<BackupName>().ok()) {
             match self.backup(cluster, &name).await {
                 Ok(record) => restoring.needs_from(record.start_lsn),
                 Err(error) => {
-                    tracing::warn!(%cluster, backup = %name, error = error.message(), "a restore of a backup that cannot be looked up: all WAL stays meanwhile");
+                    tracing::warn!(%cluster, backup = %name, error = error.message(), "cannot look up the backup of a restore; no WAL is removed meanwhile");
                 }
             }
         }
@@ -297,8 +300,8 @@ impl BaseStore {
         Ok(name)
     }
 
-    /// Names that are taken in either tier. While the bucket was never listed and does not answer, tier 1's:
-    /// a backup does not wait for the bucket (P4), and a record there is never overwritten.
+    /// The names that are taken in either tier. If the bucket was never listed and does not answer, only those of tier
+    /// 1 are known: a backup does not wait for the bucket (P4), and a record there is never overwritten anyway.
     async fn names(&self, cluster: &ClusterName) -> Result<BTreeSet<BackupName>, Status> {
         let (this, name) = (self.clone(), cluster.clone());
         let held = super::run(move || this.records_on_disk(&name)).await?;

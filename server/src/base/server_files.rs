@@ -1,7 +1,8 @@
 //! A repository's files for the server's own work: creation, maintenance, verification.
 //!
-//! Reads fall through to tier 2, writes go to tier 1 and are queued, removals take from both tiers, tier 2
-//! first, and are told to `archive`. For the server alone: this is the only way that removes (BASE2).
+//! Reads fall through to tier 2. Writes go to tier 1 and are queued for upload. Removals remove from both tiers, tier
+//! 2 first, and are reported to `archive`. This is for the server alone, because nothing else can remove repository
+//! files (BASE2).
 
 use super::BaseStore;
 use bytes::Bytes;
@@ -13,13 +14,12 @@ use klio_storage::{
 use std::sync::Arc;
 use tokio::runtime::Handle;
 
-/// Both tiers of one cluster's repository. Every call blocks: on threads of their own only.
+/// Both tiers of one cluster's repository. Every call blocks, so it must run on a blocking thread.
 pub struct ServerFiles {
     base: BaseStore,
     cluster: ClusterName,
-    /// Tier 1 alone.
     local: Arc<LocalFiles>,
-    /// Both, or tier 1 alone without tier 2.
+    /// Both tiers, or tier 1 alone if there is no tier 2.
     files: Arc<dyn Files>,
 }
 
@@ -30,7 +30,7 @@ impl std::fmt::Debug for ServerFiles {
 }
 
 impl BaseStore {
-    /// A cluster's repository files for the server's own work. Inside the runtime only.
+    /// A cluster's repository files for the server's own work. Must be called inside the runtime.
     pub fn files(&self, cluster: &ClusterName) -> ServerFiles {
         let local = self.cluster(cluster).files.clone();
         let files: Arc<dyn Files> = match self.tier2() {
@@ -45,7 +45,6 @@ impl BaseStore {
 }
 
 impl ServerFiles {
-    /// Tier 1 alone.
     pub fn local(&self) -> &Arc<LocalFiles> {
         &self.local
     }

@@ -1,7 +1,7 @@
-//! What is on record about a cluster's timelines, over both tiers: a server that lost its disk, or a new one, knows what
-//! was found and decided before it takes a byte.
+//! The record of a cluster's timelines, over both tiers, so that a new server, or one that lost its disk, knows all
+//! findings and decisions before it accepts a byte.
 //!
-//! Tier 1 has the current record. The bucket gets it like `cluster.json`, and gives it back where tier 1 has none.
+//! The current record is on tier 1. It is uploaded like `cluster.json`, and read from the bucket if tier 1 has none.
 
 use super::{BaseStore, identity, learned::APART_HINT, run, tier2_status};
 use crate::errors;
@@ -18,17 +18,17 @@ use std::collections::BTreeSet;
 use tonic::Status;
 
 impl BaseStore {
-    /// Joins what the bucket has on record, once after each start: this tier 1 may be new, or have been set back. Where it holds
-    /// WAL, a stream goes on by what tier 1 knows while the bucket does not answer (P4).
+    /// Joins the bucket's record, once after each start, because this tier 1 may be new or may have been set back. If
+    /// tier 1 holds WAL and the bucket does not answer, a stream continues with what tier 1 knows (P4).
     ///
     /// # Errors
-    /// `UNAVAILABLE` when the bucket has to be asked and does not answer; as the disk fails.
+    /// `UNAVAILABLE` when the bucket has to be asked and does not answer; an I/O error of the disk.
     pub async fn adopt_timelines(&self, cluster: &ClusterName) -> Result<(), Status> {
         let wal = self.wal();
         let is_new = wal.timelines(cluster).is_empty() && wal.positions(cluster).is_empty();
         match self.learn_timelines(cluster, is_new).await {
             Err(error) if !is_new => {
-                tracing::warn!(%cluster, %error, "what the bucket knows of the cluster's timelines is not taken over");
+                tracing::warn!(%cluster, %error, "cannot take over the bucket's record of the cluster's timelines");
                 Ok(())
             }
             other => other,
@@ -41,10 +41,11 @@ impl BaseStore {
         self.learn(&self.0.timelines, of, must, Timelines::decode, join).await
     }
 
-    /// Joins a record of the bucket to tier 1's.
+    /// Joins the bucket's record with tier 1's.
     ///
     /// # Errors
-    /// `Conflict` when neither has all decisions of the other: then nothing is changed. As the disk fails.
+    /// `Conflict` when neither record contains all decisions of the other; then nothing is changed. An I/O error of
+    /// the disk.
     pub async fn join_timelines(
         &self,
         cluster: &ClusterName,
@@ -60,16 +61,16 @@ impl BaseStore {
             Error::new(Kind::Conflict, Op::Read, key, apart).hint(APART_HINT)
         })?;
         if changed {
-            tracing::warn!(%cluster, "what tier 2 knows of the cluster's timelines and tier 1 did not is taken over");
+            tracing::warn!(%cluster, "took over decisions about timelines that only tier 2 had on record");
             self.timelines_changed(cluster);
         }
         Ok(())
     }
 
-    /// What is on record, by tier 1 where it knows the cluster, else by the bucket.
+    /// The record, from tier 1 if it knows the cluster, else from the bucket.
     ///
     /// # Errors
-    /// `UNAVAILABLE`, `CORRUPT`: of the bucket.
+    /// `UNAVAILABLE` or `CORRUPT`, from the bucket.
     pub async fn timelines(&self, cluster: &ClusterName) -> Result<Timelines, Status> {
         let here = self.wal().timelines(cluster);
         let Some(tier2) = self.tier2() else { return Ok(here) };
@@ -84,10 +85,10 @@ impl BaseStore {
         Ok(theirs.unwrap_or_default())
     }
 
-    /// Puts a conflict on record, durably, and says so once.
+    /// Records a conflict durably, and logs it once.
     ///
     /// # Errors
-    /// As the disk fails: then nothing may be received because of it.
+    /// An I/O error of the disk; then nothing may be received on the basis of the mark.
     pub async fn mark_timeline(&self, cluster: &ClusterName, mark: Mark) -> Result<(), Status> {
         let (store, name, marked) = (self.wal().clone(), cluster.clone(), mark.clone());
         if run(move || store.mark(&name, marked)).await? {
@@ -98,10 +99,10 @@ impl BaseStore {
         Ok(())
     }
 
-    /// Carries out a decision, or says what it would change. Gives the marks before and after.
+    /// Carries out a decision, or with `dry_run` only determines its effect. Returns the marks before and after.
     ///
     /// # Errors
-    /// As the disk fails. The inner one says why the decision cannot be carried out.
+    /// An I/O error of the disk. The inner error says why the decision cannot be carried out.
     pub async fn decide_timeline(
         &self,
         cluster: &ClusterName,
@@ -110,7 +111,7 @@ impl BaseStore {
         + Send
         + 'static,
     ) -> Result<Result<(Timelines, Timelines), DecisionError>, Status> {
-        // Nothing is decided on a record that was set back.
+        // The record is joined with the bucket's first, so that no decision is made on one that was set back.
         self.learn_timelines(cluster, true).await?;
         let (store, name) = (self.wal().clone(), cluster.clone());
         let decided = run(move || {
@@ -130,7 +131,7 @@ impl BaseStore {
         Ok(decided)
     }
 
-    /// Whoever streams hears of it, and tier 2 gets the record.
+    /// Tells the live sessions, and queues the record for tier 2.
     fn timelines_changed(&self, cluster: &ClusterName) {
         let wal = self.wal();
         let state = self.0.parts.registry.cluster(cluster);
@@ -138,10 +139,11 @@ impl BaseStore {
         self.announce(cluster, BaseObject::Timelines, 0);
     }
 
-    /// What a standby gets instead of a file: a history that it must not see, or it would follow it.
+    /// What a standby receives instead of a file. It must not see the history of an undecided or retired timeline,
+    /// because it would follow it.
     ///
     /// # Errors
-    /// `NOT_FOUND`; as [`BaseStore::timelines`].
+    /// `NOT_FOUND`; the errors of [`BaseStore::timelines`].
     pub async fn instead_for_standbys(
         &self,
         cluster: &ClusterName,
@@ -165,7 +167,7 @@ impl BaseStore {
         }
     }
 
-    /// The timelines that somebody streams or that are on record, besides the one that is followed.
+    /// The timelines that are being streamed or are undecided, except the one that is followed.
     pub fn other_timelines(&self, cluster: &ClusterName) -> BTreeSet<TimelineId> {
         let wal = self.wal();
         let followed = wal.followed(cluster);
@@ -177,7 +179,7 @@ impl BaseStore {
     }
 }
 
-/// What tier 2's record says; `None` when there is none.
+/// Tier 2's record; `None` when there is none.
 async fn read(tier2: &Tier2, cluster: &ClusterName) -> Result<Option<Timelines>, Error> {
     let key = BaseObject::Timelines.key(cluster);
     let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;

@@ -1,8 +1,8 @@
-//! What can be recovered of a cluster, from what is known in memory: for gauges, which a scrape reads without asking a
-//! disk or a bucket. Pure.
+//! Which times a cluster can be recovered to, computed from what is in memory, so that the gauges of a scrape ask
+//! neither a disk nor a bucket. Pure.
 //!
-//! Says less rather than more: a backup counts only with every byte of WAL from its start on, and what follows a hole
-//! counts only with a backup behind it. `klio list` and a restore look at the files themselves.
+//! The result is conservative: a backup counts only with every byte of WAL from its start on, and WAL after a hole
+//! counts only with a backup after the hole. `klio list` and a restore look at the files themselves.
 
 use super::gauges::Summary;
 use klio_pg::{HistoryEntry, SegmentSize, TimelineHistory, TimelineId};
@@ -16,32 +16,32 @@ use klio_storage::{
 };
 use std::collections::BTreeMap;
 
-/// What is known of a cluster's WAL.
+/// What is known about a cluster's WAL.
 pub(super) struct Known {
-    /// Tier 1, with what it let go to tier 2.
+    /// The WAL of tier 1, including what was evicted because tier 2 has it.
     pub positions: Vec<Position>,
-    /// Tier 2.
+    /// The archived WAL.
     pub frontiers: Vec<Frontier>,
     pub gaps: Vec<Gap>,
-    /// WAL that no recovery passes.
+    /// Changes of `wal_level`: no recovery can replay WAL across them.
     pub levels: Vec<LevelChange>,
     pub histories: Vec<TimelineHistory>,
     pub segment_size: SegmentSize,
-    /// Which timelines are left aside.
+    /// Which timelines are undecided or retired.
     pub timelines: Timelines,
 }
 
-/// Every moment between the two can be recovered. Unix seconds.
+/// The cluster can be recovered to every moment between the two. Unix seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Window {
-    /// The end of its oldest backup, in PostgreSQL's clock.
+    /// The end of the window's oldest backup, by PostgreSQL's clock.
     pub earliest: f64,
-    /// The newest moment that is known to be held.
+    /// The newest moment up to which all WAL is known to be stored.
     pub latest: f64,
 }
 
 /// The window that reaches furthest on the timeline that is followed; `None` without a backup that can be recovered.
-/// `as_of`: all that PostgreSQL had then is held, in the server's clock.
+/// `as_of` is a time, by the server's clock, up to which all of PostgreSQL's WAL is stored.
 pub(super) fn window<'a>(
     known: &Known,
     backups: impl Iterator<Item = &'a Summary>,
@@ -65,7 +65,8 @@ pub(super) fn window<'a>(
     let earliest = stopped.clone().min_by(f64::total_cmp)?;
     let newest_backup = stopped.max_by(f64::total_cmp)?;
     let whole = together.clone().all(|(_, reach)| matches!(reach.stop, Stop::End { .. }));
-    // Behind a hole more is held than can be reached: when WAL ended before it nobody here knows.
+    // If there is a hole, more WAL is stored than can be reached, and it is unknown here at what time the WAL before
+    // the hole ended.
     let latest = as_of.filter(|_| whole).map_or(newest_backup, |at| at.max(newest_backup));
     Some(Window { earliest, latest })
 }
@@ -90,7 +91,7 @@ fn holdings(known: &Known) -> Holdings {
                 to: run.end,
                 reason: MINIMAL.to_owned(),
             }));
-            // A frontier passes over recorded gaps; nobody holds them.
+            // A frontier passes over recorded gaps, whose WAL is not stored anywhere.
             let gaps = known.gaps.iter().filter(|g| g.timeline == timeline);
             let missing = gaps.map(|g| Run { start: g.from, end: g.to }).chain(minimal);
             TimelineHoldings {
@@ -115,13 +116,13 @@ fn holdings(known: &Known) -> Holdings {
     }
 }
 
-/// As PostgreSQL writes it.
+/// The history in the format that PostgreSQL writes.
 fn text(history: &TimelineHistory) -> String {
     let line = |e: &HistoryEntry| format!("{}\t{}\tknown\n", e.timeline.get(), e.end);
     history.entries().iter().map(line).collect()
 }
 
-/// Ascending, with those that touch or overlap made one.
+/// Sorted, with runs that touch or overlap joined.
 fn merge(mut runs: Vec<Run>) -> Vec<Run> {
     runs.sort_unstable_by_key(|run| (run.start, run.end));
     let mut merged: Vec<Run> = Vec::new();
@@ -166,7 +167,7 @@ mod tests {
         }
     }
 
-    /// From and to in MiB of WAL; ended at this time.
+    /// A backup from and to these MiB of WAL, which ended at this time.
     fn backup(from: u64, to: u64, stopped_unix: f64) -> Summary {
         Summary::of_wal((tli(1), lsn(from)), (tli(1), lsn(to)), stopped_unix)
     }
@@ -179,9 +180,9 @@ mod tests {
     fn the_window_begins_with_the_oldest_backup_whose_wal_is_all_there() {
         let backups = [backup(2, 3, 20.0), backup(5, 6, 50.0), backup(9, 10, 90.0)];
         assert_eq!(both(&known(1, 20), &backups, 1000.0), Some((20.0, 1000.0)));
-        // WAL of the oldest has gone: it counts no more.
+        // Part of the oldest backup's WAL is gone, so it does not count.
         assert_eq!(both(&known(4, 20), &backups, 1000.0), Some((50.0, 1000.0)));
-        // WAL of the newest has not all come.
+        // Part of the newest backup's WAL has not arrived.
         assert_eq!(both(&known(1, 9), &backups, 40.0), Some((20.0, 50.0)));
         assert_eq!(both(&known(1, 20), &[], 1000.0), None);
     }

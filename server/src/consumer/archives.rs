@@ -1,9 +1,10 @@
-//! What is archived of every cluster: one state, moved by uploads, seals and comparisons, read by
-//! gauges and `klio status`.
+//! The archive state of every cluster. It is updated by uploads, seals and comparisons, and read by gauges and `klio
+//! status`.
 //!
-//! ARCHIVE1  an upload is in `archive.json`, durably, before its job is acknowledged.
-//! ARCHIVE2  an upload that is recorded while a comparison lists the bucket is not lost by its result.
-//! ARCHIVE3  reading never waits for a disk or a network.
+//! ARCHIVE1  an upload is recorded in `archive.json`, durably, before its job is acknowledged.
+//! ARCHIVE2  an upload recorded while a comparison lists the bucket is not lost when the comparison's result is
+//!     stored.
+//! ARCHIVE3  reading the state never waits for a disk or a network.
 
 use super::{ArchiveState, StoredFile, Tier1Files, now_unix};
 use crate::queue::{Job, Listener};
@@ -21,14 +22,14 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// Problems listed for one cluster; a thousand say no more than ten.
+/// The most problems listed for one cluster; more would not help anybody.
 const PROBLEMS_SHOWN: usize = 10;
 
-/// The problem of the queue, among those of files: no file's name.
+/// The key of the queue's problem among those of files; no file has this name.
 const QUEUE: &str = "queue";
-/// Nothing archived for so long while files wait is a problem by itself.
+/// If files wait and nothing was archived for this long, that is reported as a problem.
 const STALLED_SECONDS: f64 = 45.0;
-/// One upload over a slow link may take a while; one that takes longer is no excuse.
+/// How long an upload may hold that report back, because a slow link needs time.
 const SLOW_UPLOAD: Duration = Duration::from_secs(600);
 
 /// A cheap handle on the state of all clusters.
@@ -42,8 +43,7 @@ pub struct Archives {
 #[derive(Default)]
 struct Cluster {
     state: Mutex<State>,
-    /// Held while writing; says which version is on disk, so that uploads that end together share one
-    /// write.
+    /// Locked while writing. Holds the version on disk, so that uploads that end together share one write.
     written: tokio::sync::Mutex<u64>,
 }
 
@@ -53,15 +53,15 @@ struct State {
     archive: Option<Archive>,
     /// Counts changes of `archive`.
     version: u64,
-    /// Finished files not known to be in tier 2, and since when they wait.
+    /// Finished files that are not known to be in tier 2, and since when they wait, in Unix seconds.
     pending: BTreeMap<WalFile, u64>,
-    /// What is wrong, by file; the empty name is the cluster as a whole.
+    /// Problems by file; the empty name stands for the cluster as a whole.
     problems: BTreeMap<String, String>,
-    /// Proven since the running comparison began (ARCHIVE2).
+    /// Files proven since the running comparison began (ARCHIVE2).
     since: Option<BTreeSet<WalFile>>,
-    /// When something was last archived, or began to wait for it.
+    /// When a file was last archived, or when the first one began to wait.
     progress: Option<Instant>,
-    /// Uploads under way.
+    /// The number of uploads under way.
     moving: usize,
 }
 
@@ -75,15 +75,15 @@ impl Drop for Moving {
     }
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 pub(super) struct Compared {
     /// Finished files that tier 2 does not have.
     pub(super) missing: Vec<StoredFile>,
 }
 
 impl Archives {
-    /// Over this tier 1. Reads one small file for each cluster, so that what earlier runs archived is
-    /// known before anybody asks; blocking. What waits is known when a cluster is loaded.
+    /// Creates the state for this tier 1. Reads one small file for each cluster, so that what earlier runs archived is
+    /// known from the start; blocking. Which files wait is known once a cluster is loaded.
     pub fn new(files: Arc<dyn Tier1Files>) -> Self {
         let this = Self { files, clusters: Arc::default(), appeared: Arc::default() };
         for name in this.files.clusters().unwrap_or_default() {
@@ -92,28 +92,28 @@ impl Archives {
         this
     }
 
-    /// What an earlier run knew, for the same segment size. Blocking.
+    /// The recorded archive of an earlier run, if it has the same segment size. Blocking.
     fn known(&self, name: &ClusterName) -> Option<Archive> {
         let size = self.files.segment_size(name);
         let known = archive_file::read(&self.files.archive_path(name)).unwrap_or_else(|error| {
-            tracing::warn!(cluster = %name, %error, "rebuilt by comparing both tiers");
+            tracing::warn!(cluster = %name, %error, "cannot read archive.json; rebuilding it by comparing both tiers");
             None
         });
         known.filter(|archive| Some(archive.segment_size()) == size)
     }
 
-    /// To be told of each finished file.
+    /// A listener that is called for each finished file.
     pub fn listener(&self) -> Listener {
         let this = self.clone();
         Arc::new(move |job| this.sealed(job))
     }
 
-    /// Resolves when a cluster seals its first file: its archive begins at once. Cancel-safe.
+    /// Resolves when a cluster seals its first file, so that archiving begins at once. Cancel-safe.
     pub(super) async fn appeared(&self) {
         self.appeared.notified().await;
     }
 
-    /// What is known of a cluster now.
+    /// What is known about a cluster now.
     pub fn state(&self, name: &ClusterName) -> ArchiveState {
         let (gaps, positions) = (self.files.gaps(name), self.files.positions(name));
         let cluster = self.cluster(name);
@@ -122,7 +122,7 @@ impl Archives {
         let state = &*state;
         let archive = state.archive.as_ref();
         let frontiers = archive.map(|archive| archive.frontiers(&gaps)).unwrap_or_default();
-        // What is left aside is archived like the rest, and is not what the cluster's position means.
+        // Undecided and retired timelines are archived like the rest, but do not count for the cluster's position.
         let counts = |timeline| !self.files.is_aside(name, timeline);
         let shown: Vec<_> = frontiers.iter().filter(|f| counts(f.timeline)).copied().collect();
         let held: Vec<_> = positions.into_iter().filter(|p| counts(p.timeline)).collect();
@@ -135,7 +135,7 @@ impl Archives {
         if stalled_seconds > STALLED_SECONDS && problems.is_empty() {
             let waiting = state.pending.len();
             problems.push(format!(
-                "archiving stands: nothing was archived for {stalled_seconds:.0} s while {waiting} files wait"
+                "archiving has stopped: nothing was archived for {stalled_seconds:.0} s while {waiting} files wait"
             ));
         }
         ArchiveState {
@@ -151,8 +151,8 @@ impl Archives {
         }
     }
 
-    /// WAL that this backup needs, is finished, and is not known to be in tier 2; in words. What PostgreSQL has not finished
-    /// is not waited for: an idle standby's segment may stay open for days.
+    /// Finished WAL that this backup needs and that is not known to be in tier 2, as text. A segment that PostgreSQL
+    /// has not finished is not waited for: that of an idle standby may stay open for days.
     pub(super) fn owed_to(&self, name: &ClusterName, backup: &BackupRecord) -> Option<String> {
         let size = self.files.segment_size(name)?;
         let timelines = backup.start_timeline..=backup.stop_timeline;
@@ -177,12 +177,12 @@ impl Archives {
         state.pending.keys().find(needed).map(|file| format!("{file} is not in tier 2"))
     }
 
-    /// Whether finished files wait.
+    /// Whether finished files wait for upload.
     pub(super) fn waits(&self, name: &ClusterName) -> bool {
         !lock(&self.cluster(name).state).pending.is_empty()
     }
 
-    /// Says that archiving stands, and why; `None` when it goes on.
+    /// Records that archiving has stopped, and why; `None` when it continues.
     pub(super) fn stands(&self, name: &ClusterName, why: Option<String>) {
         let cluster = self.cluster(name);
         let mut state = lock(&cluster.state);
@@ -192,14 +192,14 @@ impl Archives {
         }
     }
 
-    /// An upload begins; it ends with what is given back.
+    /// Counts an upload that begins; it ends when the result is dropped.
     pub(super) fn moving(&self, name: &ClusterName) -> Moving {
         let cluster = self.cluster(name);
         lock(&cluster.state).moving += 1;
         Moving(cluster)
     }
 
-    /// A finished file that tier 2 does not have yet.
+    /// Records a finished file, unless tier 2 has it already.
     fn sealed(&self, job: &Job) {
         let cluster = self.cluster(&job.cluster);
         let mut state = lock(&cluster.state);
@@ -208,8 +208,8 @@ impl Archives {
         }
         if let Some(archive) = &mut state.archive {
             archive.hold([job.file]);
-            // A comparison was quicker: the queue may drop this job as one it had, and nothing would
-            // ever take it from `pending`.
+            // A comparison was faster. The queue may discard this job as a duplicate, and then nothing would ever
+            // remove the file from `pending`.
             if archive.has(job.file) {
                 return;
             }
@@ -217,7 +217,7 @@ impl Archives {
         state.pending.entry(job.file).or_insert_with(now_unix);
     }
 
-    /// Reads what an earlier run knew, and what tier 1 holds beyond it. Blocking.
+    /// Reads what an earlier run recorded, and which files on tier 1 wait beyond that. Blocking.
     pub(super) fn load(&self, name: &ClusterName) {
         let cluster = self.cluster(name);
         let size = self.files.segment_size(name);
@@ -265,7 +265,7 @@ impl Archives {
         self.write(name, &cluster, version).await
     }
 
-    /// Makes `version` or a later one durable.
+    /// Makes `version` or a later version durable.
     async fn write(
         &self,
         name: &ClusterName,
@@ -289,12 +289,12 @@ impl Archives {
         Ok(())
     }
 
-    /// Before listing the bucket (ARCHIVE2).
+    /// Called before the bucket is listed (ARCHIVE2).
     pub(super) fn begin_comparing(&self, name: &ClusterName) {
         lock(&self.cluster(name).state).since = Some(BTreeSet::new());
     }
 
-    /// The result of a comparison. Says what is missing.
+    /// Stores the result of a comparison, and returns what is missing.
     pub(super) async fn compared(
         &self,
         name: &ClusterName,
@@ -315,13 +315,13 @@ impl Archives {
         Ok(Compared { missing })
     }
 
-    /// Says what is wrong with a file, or with the cluster as a whole.
+    /// Records a problem of a file, or of the cluster as a whole.
     pub(super) fn problem(&self, name: &ClusterName, file: Option<WalFile>, text: String) {
         let key = file.map(|f| f.to_string()).unwrap_or_default();
         lock(&self.cluster(name).state).problems.insert(key, text);
     }
 
-    /// The cluster as a whole is well again.
+    /// Clears the problem of the cluster as a whole.
     pub(super) fn no_problem(&self, name: &ClusterName) {
         lock(&self.cluster(name).state).problems.remove("");
     }
@@ -336,7 +336,8 @@ impl Archives {
 }
 
 impl State {
-    /// See [`ArchiveState::stalled_seconds`]. By a clock that does not jump: what waited before this run began to wait with it.
+    /// See [`ArchiveState::stalled_seconds`]. Uses a monotonic clock, so what waited before this run counts as waiting
+    /// since its start.
     fn stalled_seconds(&mut self, now: Instant) -> f64 {
         if self.pending.is_empty() {
             self.progress = None;
@@ -347,9 +348,9 @@ impl State {
         if self.moving > 0 && stalled < SLOW_UPLOAD { 0.0 } else { stalled.as_secs_f64() }
     }
 
-    /// How far the newest timeline is archived. One of which nothing is sealed yet begins with nothing
-    /// to archive. It needs what it came from: WAL of an older timeline that is not archived and lies
-    /// before its first segment holds it.
+    /// How far the newest timeline is archived. If nothing of it is sealed yet, its archived end is its start. A
+    /// timeline also needs the WAL that it descends from, so unarchived WAL of an older timeline that lies before the
+    /// start of this one counts as the end.
     fn newest(
         &self,
         archive: &Archive,
@@ -366,7 +367,7 @@ impl State {
         let mut newest = unsealed.or(last)?;
         let older = self.pending.keys().filter(|file| file.timeline() < newest.timeline);
         let waiting = older.filter_map(|file| archive.start_of(*file));
-        // One that ended lies before it for ever: only what is not sealed yet counts.
+        // A timeline that has ended stays before it for ever, so only WAL that is not sealed yet counts.
         let older =
             positions.iter().filter(|p| p.timeline < newest.timeline && p.sealed < p.flushed);
         let oldest = older.map(|position| position.sealed).chain(waiting).min();
@@ -376,7 +377,7 @@ impl State {
         Some(newest)
     }
 
-    /// Finished files that are not archived as far as is known, since they were finished.
+    /// Adds finished files that are not known to be archived, with the time at which they were finished.
     fn wait_for(&mut self, held: &[StoredFile]) {
         for file in held {
             if !self.archive.as_ref().is_some_and(|archive| archive.has(file.file)) {
@@ -406,14 +407,14 @@ impl State {
     ) -> Vec<StoredFile> {
         let local: BTreeMap<WalFile, u64> = held.iter().map(|f| (f.file, f.size)).collect();
         let accepts = |file, size| {
-            // Of another size: not proven to be ours. The upload compares the contents.
+            // An object of another size is not proven to be ours; the upload compares the contents.
             let local = local.get(&file).copied().unwrap_or(size);
             match &self.archive {
                 Some(archive) => archive.accepts(file, local, size),
                 None => local == size,
             }
         };
-        // Of a file in both forms the one that is proven counts.
+        // If a file is there in both forms, the proven one counts.
         let mut objects: BTreeMap<WalFile, &StoredObject> = BTreeMap::new();
         for object in stored {
             let there = objects.entry(object.file).or_insert(object);
@@ -430,8 +431,8 @@ impl State {
         let mut missing: Vec<StoredFile> =
             held.iter().filter(|f| !proven.contains(&f.file)).copied().collect();
         missing.sort_by_key(|f| f.file);
-        // A file sealed after tier 1 was listed stays pending; one that is neither there nor missing
-        // has been dealt with.
+        // A file that was sealed after tier 1 was listed stays pending. A file that is neither on tier 1 nor missing
+        // has been handled.
         let newest = held.iter().map(|f| f.modified_unix).max().unwrap_or(0);
         self.pending.retain(|file, unix| {
             !proven.contains(file) && (local.contains_key(file) || *unix >= newest)
@@ -457,6 +458,6 @@ impl State {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A state is never left half changed: no panic between two related changes.
+    // A panic cannot leave a state half changed, because none can happen between two related changes.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

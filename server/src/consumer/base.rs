@@ -1,12 +1,14 @@
-//! One cluster's base backups: the objects of its jobs are uploaded, proven, acknowledged.
+//! One cluster's base backups: uploads the objects of its jobs, proves them, and acknowledges the jobs.
 //!
-//! COPY1  a record goes to tier 2 only when everything its backup needs is proven there: packs, index files,
-//!     snapshot, config, keys, secret, `cluster.json`, and all WAL between its start and its stop that is finished.
-//!     In the bucket a record therefore says that its backup can be restored from the bucket alone; but that
+//! COPY1  a record is uploaded only when everything its backup needs is proven in tier 2: packs, index files,
+//!     snapshot, config, keys, secret, `cluster.json`, and all finished WAL between its start and its stop. A record
+//!     in the bucket therefore says that its backup can be restored from the bucket alone. The exception is the backup
 //!     of an idle standby, whose last segment PostgreSQL has not finished;
-//! COPY2  a repository file is uploaded only with the bytes of its name: damage on tier 1 stays there;
-//! COPY3  what maintenance removed from tier 1 before its turn came is no longer work to do;
-//! COPY4  what changed while its job was under way gets another one when the queue has let go of that: it takes no second job before.
+//! COPY2  a repository file is uploaded only if it has the bytes of its name, so that damage on tier 1 does not
+//!     spread;
+//! COPY3  a file that maintenance removed from tier 1 before its turn is no longer work to do;
+//! COPY4  an object that changed during its job gets another job after the queue has removed the first one, because
+//!     the queue accepts no second job before that.
 
 use super::{
     Attempt, Parts,
@@ -37,10 +39,10 @@ use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-/// A record that waits for its packs looks again soon: they are on their way.
+/// The longest pause of a record that waits for its packs: they are being uploaded.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// The work of a cluster.
+/// The uploads of one cluster's base backups.
 pub(super) struct BaseWork {
     parts: Parts,
     base: BaseStore,
@@ -50,18 +52,18 @@ pub(super) struct BaseWork {
 
 /// How a job ended.
 enum Done {
-    /// The object is proven, with its size; this many bytes were written.
+    /// The object is proven to have this size; `written` bytes were uploaded.
     Proven { size: u64, written: u64, attempt: Attempt },
-    /// There is nothing to do any more (COPY3).
+    /// There is nothing left to do (COPY3).
     Moot,
-    /// Something else must be there first (COPY1).
+    /// Another object has to be in tier 2 first (COPY1).
     Waiting(String),
 }
 
-/// What a record waits for.
+/// A record, and what it waits for.
 struct Needed {
     record: BackupRecord,
-    /// Objects that tier 2 is not known to have.
+    /// Objects that are not known to be in tier 2.
     missing: Vec<BaseObject>,
 }
 
@@ -92,7 +94,7 @@ impl Process for BaseWork {
     }
 
     /// COPY4.
-    fn let_go(&self, message: &Message) {
+    fn removed_from_queue(&self, message: &Message) {
         let Ok(job) = BaseJob::decode(&message.payload) else { return };
         if self.base.archives().is_anew(&self.cluster, &job.object) {
             self.base.announce(&self.cluster, job.object, job.size);
@@ -159,13 +161,13 @@ impl BaseWork {
                 AckKind::Ack
             }
             Ok(Done::Moot) => {
-                tracing::debug!(cluster = %self.cluster, object = %job.object, "removed before its turn");
+                tracing::debug!(cluster = %self.cluster, object = %job.object, "object was removed before it was uploaded");
                 archives.moot(&self.cluster, &job.object);
                 span.record("outcome", "moot");
                 AckKind::Ack
             }
             Ok(Done::Waiting(reason)) => {
-                tracing::debug!(cluster = %self.cluster, object = %job.object, reason, "waits");
+                tracing::debug!(cluster = %self.cluster, object = %job.object, reason, "upload waits for other objects");
                 observer.attempted_base(&self.cluster, Attempt::Waiting, 0);
                 span.record("outcome", Attempt::Waiting.as_str());
                 AckKind::Nak(Some(pause(delivered, Attempt::Waiting).min(WAIT_MAX)))
@@ -189,9 +191,9 @@ impl BaseWork {
         let pause = pause(delivered, attempt);
         tracing::warn!(
             cluster = %self.cluster, object = %job.object, %error, attempt = delivered,
-            pause_seconds = pause.as_secs_f64(), "offload failed; tried again"
+            pause_seconds = pause.as_secs_f64(), "upload failed; trying again after a pause"
         );
-        let text = format!("offload {}: {error}", job.object);
+        let text = format!("archive {}: {error}", job.object);
         self.base.archives().problem(&self.cluster, Some(&job.object), text);
         AckKind::Nak(Some(pause))
     }
@@ -217,7 +219,7 @@ impl BaseWork {
         }
     }
 
-    /// COPY1: after everything that its backup needs.
+    /// COPY1: uploads a record after everything that its backup needs.
     async fn record(&self, object: &BaseObject, name: &BackupName) -> Result<Done, Error> {
         let Some(Needed { record, missing }) = self.missing_for(name).await? else {
             return Ok(Done::Moot);
@@ -254,13 +256,13 @@ impl BaseWork {
                 };
                 Ok(Done::Proven { size: uploaded.size, written, attempt })
             }
-            // COPY3; and what is in tier 2 alone has been proven by whoever took it from tier 1.
+            // COPY3. An object that is in tier 2 only was proven by the code that removed it from tier 1.
             Err(error) if error.kind == Kind::NotFound => Ok(Done::Moot),
             Err(error) => Err(error),
         }
     }
 
-    /// What a record's backup needs and tier 2 is not known to have; `None` when the record is gone.
+    /// What a record's backup needs and tier 2 is not known to have; `None` when the record no longer exists.
     async fn missing_for(&self, name: &BackupName) -> Result<Option<Needed>, Error> {
         let base = &self.base;
         let (disk, cluster, wanted) = (base.clone(), self.cluster.clone(), name.clone());
@@ -285,7 +287,7 @@ impl BaseWork {
         let known = base.list_tier2(&self.cluster).await?;
         let held = base.objects_of_tier1(&self.cluster).await?;
         let sizes: BTreeMap<_, _> = held.into_iter().collect();
-        // Both forms may be there, of earlier and later settings: the one that tier 1 reads first.
+        // Both forms may exist, from earlier and later settings; the one that tier 1 reads first counts.
         let [secret, other] = secret_objects(base.at_rest());
         let secret = if sizes.contains_key(&secret) { secret } else { other };
         let fixed = needed.keys().copied().map(BaseObject::File);
@@ -300,7 +302,8 @@ impl BaseWork {
         }
     }
 
-    /// Queues what a record waits for: its jobs may be lost. One that is queued stays queued once.
+    /// Queues what a record waits for, because its jobs may have been lost. A job that is queued already is not queued
+    /// twice.
     async fn wait_for(&self, missing: Vec<BaseObject>) -> Result<Done, Error> {
         let reason = match missing.as_slice() {
             [one] => format!("{one} is not in tier 2"),
@@ -312,7 +315,7 @@ impl BaseWork {
         Ok(Done::Waiting(reason))
     }
 
-    /// One of the few objects whose content may change: tier 1's is the current one.
+    /// Uploads one of the few objects whose content may change; the current content is tier 1's.
     async fn keep_current(
         &self,
         object: &BaseObject,
@@ -354,13 +357,13 @@ impl BaseWork {
         Ok(Done::Proven { size, written: size, attempt: Attempt::Stored })
     }
 
-    /// What tier 2 has of a record.
+    /// Tier 2's copy of a record.
     async fn read_record(&self, object: &BaseObject) -> Result<Option<Bytes>, Error> {
         self.parts.tier2.read_small(&object.key(&self.cluster), record::LIMIT_BYTES).await
     }
 
-    /// Takes over what only tier 2 knows, so that tier 1's file has all of it: this tier 1 was set back. Where both know
-    /// decisions that the other does not, nothing is changed, and it is shown.
+    /// Takes over what only tier 2 knows, so that tier 1's file contains all of it; tier 1 may have been set back. If
+    /// each knows decisions that the other does not, nothing is changed and an error is returned.
     async fn join(&self, object: &BaseObject, theirs: &[u8]) -> Result<(), Error> {
         let key = object.key(&self.cluster);
         match object {
@@ -383,8 +386,8 @@ impl BaseWork {
         }
     }
 
-    /// Whether tier 1's content is a later form of what tier 2 has: another wrapping of the same secret,
-    /// another version of the same PostgreSQL.
+    /// Whether tier 1's content is a later form of tier 2's: the same secret encrypted differently, or another version
+    /// of the same PostgreSQL.
     fn may_replace(&self, object: &BaseObject, ours: &[u8], theirs: &[u8]) -> Result<bool, Error> {
         let place = object.relative();
         match object {
@@ -398,7 +401,7 @@ impl BaseWork {
                 let theirs: Generations = record::decode(theirs, &place)?;
                 Ok(ours.joined(&theirs).is_ok_and(|joined| joined == ours))
             }
-            // Joined a moment ago; what is on record never goes.
+            // They were joined a moment ago, and entries are never removed.
             BaseObject::Timelines => {
                 let ours = Timelines::decode(ours, &place)?;
                 let theirs = Timelines::decode(theirs, &place)?;
@@ -410,14 +413,14 @@ impl BaseWork {
                 let theirs = decode_secret(theirs, *encrypted, at_rest, &place)?;
                 Ok(ours.master_key == theirs.master_key)
             }
-            // Joined a moment ago: ours has all of theirs.
+            // They were joined a moment ago, so ours contains all of theirs.
             BaseObject::WalLevels => Ok(true),
             BaseObject::File(_) | BaseObject::Record(_) => Ok(false),
         }
     }
 }
 
-/// COPY1: in tier 2, and with tier 1's size where tier 1 has it.
+/// COPY1: whether an object is in tier 2, with tier 1's size if tier 1 has it.
 fn is_proven(
     object: &BaseObject,
     known: &BTreeMap<BaseObject, u64>,
@@ -436,7 +439,8 @@ pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<()
         let held = base.objects_of_tier1(cluster).await?;
         let stored = base.objects_of_tier2(cluster).await?;
         let mut missing = archives.compared(cluster, &held, &stored, base.now_unix());
-        // Their size says nothing about their content: looked at again each time, and only then written.
+        // The size of changing objects says nothing about their content, so they are compared again each time, and
+        // written only if they differ.
         let again = held.into_iter().filter(|(object, _)| !object.is_fixed());
         let again: Vec<_> =
             again.filter(|(object, _)| !missing.iter().any(|(m, _)| m == object)).collect();
@@ -446,13 +450,13 @@ pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<()
     };
     archives.no_problem(cluster);
     if let Err(error) = base.backups(cluster).await {
-        tracing::debug!(%cluster, %error, "backups cannot be listed");
+        tracing::debug!(%cluster, %error, "cannot list backups");
     }
     let job = |(object, size)| BaseJob { cluster: cluster.clone(), object, size };
     publish(parts, cluster, missing.into_iter().map(job)).await
 }
 
-/// What opens the repository first, records last.
+/// The order of uploads: first what opens the repository, records last.
 const fn rank(object: &BaseObject) -> u8 {
     match object {
         BaseObject::Cluster

@@ -1,5 +1,5 @@
-//! Tier 1 as a plain directory, by layout.rs alone: tests put there what they like, such as a damaged
-//! file, without a store that would have something to say about it.
+//! Tier 1 as a plain directory, by layout.rs alone: tests place files of their choice there, such as a damaged one,
+//! without a store that would object.
 
 use super::{StoredFile, Tier1Files};
 use klio_pg::SegmentSize;
@@ -16,7 +16,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// A directory of sealed files, and what a store would know besides. Clones share it.
+/// A directory of sealed files, and the facts that a store would know. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Directory {
     root: PathBuf,
@@ -36,12 +36,12 @@ impl Directory {
         Self { root: root.into(), segment_size, known: Arc::default() }
     }
 
-    /// Puts a gap on record.
+    /// Records a gap.
     pub(super) fn record_gap(&self, gap: Gap) {
         self.known.lock().unwrap().gaps.push(gap);
     }
 
-    /// How far timelines are.
+    /// Sets how far timelines reach.
     pub(super) fn set_positions(&self, positions: &[Position]) {
         self.known.lock().unwrap().positions = positions.to_vec();
     }
@@ -98,7 +98,7 @@ impl Tier1Files for Directory {
     }
 }
 
-/// What a directory holds; nothing where there is no directory.
+/// The entries of a directory; empty if it does not exist.
 fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
     let fail = |error| Error::io(Op::List, directory, error);
     let listing = match fs::read_dir(directory) {

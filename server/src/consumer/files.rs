@@ -12,7 +12,6 @@ use std::path::PathBuf;
 /// A finished file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoredFile {
-    /// Which.
     pub file: WalFile,
     /// Bytes on disk.
     pub size: u64,
@@ -20,46 +19,47 @@ pub struct StoredFile {
     pub modified_unix: u64,
 }
 
-/// Reads tier 1. Blocking, unless it says otherwise: called off the runtime's threads.
+/// Reads tier 1. Unless a method says otherwise it blocks, so it is called on blocking threads.
 pub trait Tier1Files: Send + Sync + 'static {
-    /// The clusters that have anything.
+    /// The clusters that have any files.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     fn clusters(&self) -> Result<Vec<ClusterName>, Error>;
     /// Every finished file of a cluster.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     fn list(&self, cluster: &ClusterName) -> Result<Vec<StoredFile>, Error>;
-    /// Where a finished file lies in a form, if it does.
+    /// The path at which a finished file lies in a form, if it exists.
     fn path(&self, cluster: &ClusterName, file: WalFile, form: Form) -> PathBuf;
     /// How finished files are encrypted.
     fn at_rest(&self) -> AtRest;
-    /// Where the archive's state of a cluster is kept.
+    /// Where a cluster's archive state is stored.
     fn archive_path(&self, cluster: &ClusterName) -> PathBuf;
     /// The cluster's segment size; `None` while nothing is pinned.
     fn segment_size(&self, cluster: &ClusterName) -> Option<SegmentSize>;
     /// The recorded gaps. From memory: never waits for a disk.
     fn gaps(&self, cluster: &ClusterName) -> Vec<Gap>;
-    /// How far each timeline with WAL is, sealed or not. From memory: never waits for a disk.
+    /// How far each timeline with WAL reaches, sealed or not. From memory: never waits for a disk.
     fn positions(&self, cluster: &ClusterName) -> Vec<Position>;
-    /// Who does not name it does not get there: undecided or retired. From memory.
+    /// Whether the timeline is undecided or retired. From memory.
     fn is_aside(&self, _: &ClusterName, _: TimelineId) -> bool {
         false
     }
-    /// Retention let it go for good, from both tiers. From memory: never waits for a disk.
+    /// Whether retention has expired the file in both tiers. From memory: never waits for a disk.
     fn expired(&self, cluster: &ClusterName, file: WalFile) -> bool;
-    /// Reads a finished file again that was found damaged, and puts it aside when it is. True when it was: it is missed now.
+    /// Reads a finished file again that was found damaged, and sets it aside if it is. Returns true if so; the file
+    /// then counts as missing.
     ///
     /// # Errors
-    /// As the disk fails.
+    /// An I/O error of the disk.
     fn doubt(&self, _: &ClusterName, _: WalFile) -> Result<bool, Error> {
         Ok(false)
     }
 }
 
-/// The store itself: knows what is pinned, and lists what it has finished.
+/// The store itself: knows what is pinned, and lists its finished files.
 impl Tier1Files for WalStore {
     fn clusters(&self) -> Result<Vec<ClusterName>, Error> {
         Ok(WalStore::clusters(self))

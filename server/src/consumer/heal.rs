@@ -1,7 +1,8 @@
-//! Takes from tier 2 what tier 1 lost: damaged WAL of which the bucket has a good copy.
+//! Repairs damaged WAL on tier 1 from tier 2, if the bucket has a good copy.
 //!
-//! - As from PostgreSQL, nothing is replaced before all of it has come and was checked; what was damaged is kept aside.
-//! - A failure is a warning: the next comparison tries again, and PostgreSQL is asked besides.
+//! - As with WAL from PostgreSQL, nothing is replaced before all of it has arrived and was checked; the damaged file
+//!   is set aside.
+//! - A failure is a warning: the next comparison tries again, and PostgreSQL is asked as well.
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
@@ -16,7 +17,7 @@ use std::pin::Pin;
 
 type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send>>;
 
-/// Heals what can be healed of a cluster. `stored`: what tier 2 has.
+/// Repairs what can be repaired of a cluster. `stored` lists the objects in tier 2.
 pub(super) async fn heal(
     tier2: &Tier2,
     store: &WalStore,
@@ -26,7 +27,7 @@ pub(super) async fn heal(
     for file in store.mendable(cluster) {
         let (of, place) = (store.clone(), cluster.clone());
         if let Err(error) = blocking(move || of.doubt(&place, file)).await {
-            tracing::warn!(%cluster, %file, %error, "not looked whether it is here again");
+            tracing::warn!(%cluster, %file, %error, "cannot check whether a damaged file is good again");
         }
         if !store.mendable(cluster).contains(&file) {
             continue;
@@ -38,10 +39,10 @@ pub(super) async fn heal(
         };
         match done {
             Ok(()) => {
-                tracing::info!(%cluster, %file, "tier 1 had lost this WAL, and has it again from tier 2");
+                tracing::info!(%cluster, %file, "restored lost WAL on tier 1 from tier 2");
             }
             Err(error) => {
-                tracing::warn!(%cluster, %file, %error, "tier 1 lost this WAL, and it could not be taken from tier 2; tried again later");
+                tracing::warn!(%cluster, %file, %error, "cannot restore lost WAL on tier 1 from tier 2; trying again later");
             }
         }
     }
@@ -54,7 +55,7 @@ async fn blocking<T: Send + 'static>(
     done.map_err(|e| Error::new(Kind::Io, Op::Recover, "tier 1", e))?
 }
 
-/// The object as it is stored, or decrypted.
+/// The object as it is stored, or decrypted if keys are given.
 async fn pieces(
     tier2: &Tier2,
     cluster: &ClusterName,
@@ -124,7 +125,8 @@ mod tests {
 
     const SEGMENT: u64 = 1 << 20;
 
-    /// The problem stayed for ever, and letting go of the file failed for ever, although the bucket had all of it.
+    /// Regression test: the problem was never cleared, and evicting the file failed every time, although the bucket
+    /// had all of it.
     #[tokio::test]
     async fn what_rotted_on_tier_1_is_taken_from_tier_2_again() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,11 +1,10 @@
-//! Moves finished WAL files from tier 1 to tier 2.
+//! Uploads finished WAL files from tier 1 to tier 2.
 //!
-//! Delivery is at least once, so every job is idempotent: same job, same object key, same plaintext.
-//! A job is acknowledged after the archive's state records the upload, never before. Order between
-//! jobs is not promised. A job is never given up: it comes again with a longer pause, for ever (P5).
-//! One cluster cannot hold up another: each has its own durable consumer, a bound of its own below the
-//! global one, and only one upload at a time while it fails.
-//! Does not delete anything; that is `retention`.
+//! Delivery is at least once, so every job is idempotent: same job, same object key, same plaintext. A job is
+//! acknowledged after the archive's state records the upload, never before. The order of jobs is not guaranteed. A job
+//! is never given up: it is delivered again after a longer pause, for ever (P5). One cluster cannot hold up another:
+//! each has its own durable consumer and its own limit below the global one, and uploads one file at a time while
+//! uploads fail. The consumer deletes nothing; `maintenance` does.
 
 mod archives;
 mod base;
@@ -39,16 +38,16 @@ use std::{
 use tokio::{sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// How often tier 1 is asked for new clusters.
+/// How often tier 1 is checked for new clusters.
 const CLUSTERS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The `[consumer]` section.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConsumerConfig {
-    /// Uploads at once, of all clusters together.
+    /// The number of concurrent uploads over all clusters.
     pub uploads: usize,
-    /// Uploads at once of one cluster.
+    /// The number of concurrent uploads of one cluster.
     pub uploads_per_cluster: usize,
     /// Seconds between two comparisons of the tiers.
     pub reconcile_interval_seconds: u32,
@@ -61,7 +60,6 @@ impl Default for ConsumerConfig {
 }
 
 impl ConsumerConfig {
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if !(1..=256).contains(&self.uploads) {
@@ -83,55 +81,55 @@ impl ConsumerConfig {
     }
 }
 
-/// What is known of a cluster's archive.
+/// What is known about a cluster's archive.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArchiveState {
-    /// Everything up to here is in tier 2, of `timeline` and of those it came from, with no hole but
-    /// recorded gaps; the first byte held when nothing is, 0/0 when nothing is known.
+    /// Everything up to here is in tier 2, of `timeline` and of those it descends from, with no holes except recorded
+    /// gaps. If nothing is archived, this is the first stored byte; 0/0 when nothing is known.
     pub archived_lsn: Lsn,
-    /// The newest timeline held, even if nothing of it is sealed yet.
+    /// The newest timeline, even if nothing of it is sealed yet.
     pub timeline: Option<TimelineId>,
     /// Unix time at which the newest object was written.
     pub latest_archived_unix: Option<f64>,
-    /// Since when the oldest finished file waits for tier 2; `None` when none does.
+    /// Since when the oldest finished file waits for upload; `None` when none does.
     pub oldest_unarchived_unix: Option<f64>,
-    /// How many wait.
+    /// The number of files that wait.
     pub unarchived_files: u64,
-    /// How long files have waited now with none of them archived; 0 when none waits, and for a while of a slow upload.
+    /// For how many seconds files have waited without any of them being archived; 0 when none waits, and during the
+    /// first minutes of a slow upload.
     pub stalled_seconds: f64,
     /// WAL files in tier 2.
     pub totals: Totals,
-    /// What keeps files from tier 2, in words.
+    /// Why files cannot be archived, as texts.
     pub problems: Vec<String>,
-    /// Of every timeline, ascending.
+    /// The frontiers of all timelines, ascending.
     pub frontiers: Vec<Frontier>,
 }
 
-/// How an attempt to move a file ended: a closed set, for a metric's attribute.
+/// How an attempt to upload a file ended: a closed set, for a metric's attribute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Attempt {
-    /// Written by this attempt.
+    /// This attempt uploaded it.
     Stored,
-    /// Was in tier 2 already, with the same content.
+    /// It was in tier 2 already, with the same content.
     AlreadyThere,
-    /// In neither tier.
+    /// It is in neither tier.
     Missing,
-    /// The tier-1 file is damaged.
+    /// The file on tier 1 is damaged.
     Corrupt,
     /// What it needs is not in tier 2 yet.
     Waiting,
-    /// Other content is in tier 2.
+    /// Tier 2 has other content under its name.
     Conflict,
-    /// Credentials.
+    /// The credentials were refused.
     Denied,
-    /// Configuration, such as a missing bucket.
+    /// The configuration is wrong; for example the bucket does not exist.
     Invalid,
-    /// Network, throttling, a store that is down or full.
+    /// The network failed, or the object store throttles, is down or is full.
     Transient,
 }
 
 impl Attempt {
-    /// Every one.
     pub const ALL: [Attempt; 9] = [
         Attempt::Stored,
         Attempt::AlreadyThere,
@@ -160,9 +158,9 @@ impl Attempt {
     }
 }
 
-/// Told of every attempt: for counters.
+/// Is called for every attempt, to count them.
 pub trait Observer: Send + Sync + 'static {
-    /// An attempt ended. `bytes` were written to tier 2: 0 unless `Stored`.
+    /// An attempt ended and uploaded `bytes`: 0 unless `Stored`.
     fn attempted(&self, cluster: &ClusterName, attempt: Attempt, bytes: u64);
 
     /// The same for an object of base backups.
@@ -177,47 +175,45 @@ impl Observer for () {
 /// What the consumer works with.
 #[derive(Clone)]
 pub struct Parts {
-    /// The queue.
     pub queue: Queue,
-    /// Where to.
+    /// The destination.
     pub tier2: Tier2,
-    /// Where from.
+    /// The source.
     pub files: Arc<dyn Tier1Files>,
-    /// The state it moves.
+    /// The state that uploads update.
     pub archives: Archives,
     /// Base backups, where they are served.
     pub base: Option<BaseStore>,
-    /// Counts.
     pub observer: Arc<dyn Observer>,
 }
 
-/// Starts the consumer. The caller owns the tasks; they end soon after `cancel`, and uploads under way
-/// are dropped: their objects are whole or absent, their jobs come again.
+/// Starts the consumer. The caller owns the tasks. They end soon after `cancel`, and uploads under way are dropped:
+/// their objects are whole or absent, and their jobs are delivered again.
 pub fn start(config: &ConsumerConfig, parts: Parts, cancel: CancellationToken) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let every = Duration::from_secs(config.reconcile_interval_seconds.into());
     tasks.spawn(keep_reconciling(parts.clone(), every, cancel.clone()));
     let slots = Arc::new(Semaphore::new(config.uploads));
-    // Of their own: a base backup of many packs must not keep WAL from the bucket.
+    // Base backups have slots of their own, so that many packs cannot keep WAL from being uploaded.
     let base_slots = Arc::new(Semaphore::new(config.uploads));
     let slots = Slots { wal: slots, base: base_slots, per_cluster: config.uploads_per_cluster };
     tasks.spawn(follow_clusters(parts, slots, cancel));
     tasks
 }
 
-/// Starts the reconciler again should it end by a bug: nothing else finds what was lost (P4).
+/// Restarts the reconciler if a bug ends it, because nothing else finds what was lost (P4).
 async fn keep_reconciling(parts: Parts, every: Duration, cancel: CancellationToken) {
     while !cancel.is_cancelled() {
         let mut task = JoinSet::new();
         task.spawn(reconcile::run(parts.clone(), every, cancel.clone()));
         if let Some(Err(error)) = task.join_next().await {
-            tracing::error!(%error, "the reconciler ended; it is started again");
+            tracing::error!(%error, "the reconciler ended unexpectedly; restarting it");
             tokio::time::sleep(CLUSTERS_INTERVAL).await;
         }
     }
 }
 
-/// Uploads at once.
+/// The limits of concurrent uploads.
 struct Slots {
     wal: Arc<Semaphore>,
     base: Arc<Semaphore>,
@@ -242,7 +238,7 @@ impl Slots {
     }
 }
 
-/// One worker of each kind for each cluster, as clusters appear.
+/// Runs one worker of each kind for each cluster, as clusters appear.
 async fn follow_clusters(parts: Parts, slots: Slots, cancel: CancellationToken) {
     let mut workers = JoinSet::new();
     let mut names = HashMap::new();
@@ -254,10 +250,10 @@ async fn follow_clusters(parts: Parts, slots: Slots, cancel: CancellationToken) 
             _ = tick.tick() => {}
             () = parts.archives.appeared() => {}
             Some(ended) = workers.join_next_with_id() => {
-                // A worker ends only by `cancel` or by a bug; offloading must go on (P5).
+                // A worker ends only by `cancel` or by a bug; uploads must go on (P5).
                 let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
                 if let Some((cluster, work)) = names.remove(&id) {
-                    tracing::error!(%cluster, ?work, "an offload worker ended; it is started again");
+                    tracing::error!(%cluster, ?work, "an upload worker ended unexpectedly; restarting it");
                     known.remove(&(cluster, work));
                 }
                 continue;
@@ -285,13 +281,13 @@ async fn load(parts: &Parts, cluster: &ClusterName) {
     let _ = tokio::task::spawn_blocking(move || archives.load(&cluster)).await;
 }
 
-/// Tier 1's clusters; none while the disk fails, which others report.
+/// Tier 1's clusters; none while the disk fails, which other code reports.
 async fn clusters(parts: &Parts) -> Vec<ClusterName> {
     let files = Arc::clone(&parts.files);
     match tokio::task::spawn_blocking(move || files.clusters()).await {
         Ok(Ok(clusters)) => clusters,
         Ok(Err(error)) => {
-            tracing::warn!(%error, "tier 1 cannot be listed");
+            tracing::warn!(%error, "cannot list the clusters on tier 1");
             Vec::new()
         }
         Err(_) => Vec::new(),

@@ -1,7 +1,7 @@
 //! Compares tier 1 with tier 2 and queues what is missing (P4).
 //!
-//! At the start, from time to time, whenever the queue came up or lost something. This is what
-//! backfills when tier 2 is added later, and what heals a lost queue. Queuing twice is harmless.
+//! Runs at start, periodically, and whenever the queue has connected or lost something. It uploads existing files when
+//! tier 2 is added later, and restores the jobs of a lost queue. Queuing a file twice is harmless.
 
 use super::{Parts, clusters};
 use crate::queue::{Job, Task, Wanted};
@@ -12,11 +12,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-/// Clusters compared at once.
+/// How many clusters are compared at once.
 const CLUSTERS_AT_ONCE: usize = 4;
-/// Jobs published at once: they share the queue's fsync.
+/// How many jobs are published at once, sharing the queue's fsync.
 const JOBS_AT_ONCE: usize = 32;
-/// Many losses in a moment are one round.
+/// Several losses within this time cause one comparison.
 const SETTLE: Duration = Duration::from_millis(200);
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
     let mut next_full = Instant::now();
     let mut failed: BTreeSet<ClusterName> = BTreeSet::new();
     let mut retry_after = RETRY_MIN;
-    // Not from each round on: wishes for other clusters would put it off for ever.
+    // A fixed time, because comparisons of other clusters would otherwise postpone the retry for ever.
     let mut retry_at = Instant::now();
     while !cancel.is_cancelled() {
         let wanted = tokio::select! {
@@ -63,7 +63,7 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
     }
 }
 
-/// Gives back the clusters that failed.
+/// Returns the clusters that failed.
 async fn reconcile_all(parts: &Parts, which: Vec<ClusterName>) -> Vec<ClusterName> {
     let each = stream::iter(which).map(|cluster| {
         let span = tracing::info_span!(parent: None, "reconcile", %cluster);
@@ -72,15 +72,15 @@ async fn reconcile_all(parts: &Parts, which: Vec<ClusterName>) -> Vec<ClusterNam
     each.buffer_unordered(CLUSTERS_AT_ONCE).filter_map(|failed| async { failed }).collect().await
 }
 
-/// Gives back the cluster when it failed.
+/// Returns the cluster if the comparison failed.
 async fn compare(parts: &Parts, cluster: ClusterName) -> Option<ClusterName> {
-    // One kind's trouble is not the other's.
+    // Both run, because an error of one kind of object must not stop the other.
     let (wal, base) =
         (reconcile(parts, &cluster).await, super::base::reconcile(parts, &cluster).await);
     match wal.and(base) {
         Ok(()) => None,
         Err(error) => {
-            tracing::warn!(%cluster, %error, "the tiers cannot be compared; tried again later");
+            tracing::warn!(%cluster, %error, "cannot compare the tiers; trying again later");
             parts.archives.problem(&cluster, None, format!("compare the tiers: {error}"));
             Some(cluster)
         }
@@ -95,7 +95,7 @@ async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
         listed.map_err(|error| Error::new(Kind::Io, Op::List, "tier 1", error))??
     };
     let mut stored = parts.tier2.list_wal(cluster).await?;
-    // Listed before, and let go since: nothing of it is missing, and no frontier begins with it.
+    // Files that expired since they were listed are not missing, and no frontier begins with them.
     held.retain(|f| !parts.files.expired(cluster, f.file));
     stored.retain(|o| !parts.files.expired(cluster, o.file));
     if let Some(base) = &parts.base {
@@ -106,7 +106,7 @@ async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
     if compared.missing.is_empty() {
         return Ok(());
     }
-    tracing::info!(%cluster, files = compared.missing.len(), "queuing what tier 2 does not have");
+    tracing::info!(%cluster, files = compared.missing.len(), "queuing files that tier 2 does not have");
     let jobs = compared.missing.into_iter().map(|file| Job {
         cluster: cluster.clone(),
         file: file.file,
@@ -116,7 +116,7 @@ async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
     publish(parts, cluster, jobs).await
 }
 
-/// Queues jobs in order, so that a frontier moves from the first one on.
+/// Queues jobs in order, so that a frontier advances from the first one on.
 pub(super) async fn publish(
     parts: &Parts,
     cluster: &ClusterName,
@@ -126,10 +126,10 @@ pub(super) async fn publish(
         .map(|job| parts.queue.publish_and_wait(job))
         .buffered(JOBS_AT_ONCE)
         .filter_map(|result| async { result.err() });
-    // The first failure ends it: the queue is down or full, and the whole is tried again.
+    // The first failure ends it: the queue is down or full, and everything is tried again later.
     let first = std::pin::pin!(published).next().await;
     match first {
-        // Coming up, the queue asks for all clusters by itself.
+        // When the queue connects, it asks for a comparison of all clusters.
         Some(_) if !parts.queue.stats().connected => Ok(()),
         Some(error) => {
             Err(Error::new(Kind::Transient, Op::Upload, format!("queue jobs of {cluster}"), error))

@@ -309,7 +309,7 @@ async fn one_broken_cluster_does_not_hold_up_another() {
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("well", 30).await;
     eventually("the trouble is named", || {
-        test.state("broken").problems.iter().any(|p| p.contains("offload"))
+        test.state("broken").problems.iter().any(|p| p.contains("archive "))
     })
     .await;
     assert_eq!(test.state("broken").archived_lsn, Lsn::ZERO);

@@ -1,4 +1,4 @@
-//! One cluster's WAL: the files of its jobs are uploaded, recorded, acknowledged.
+//! One cluster's WAL: uploads the files of its jobs, records them, and acknowledges the jobs.
 
 use super::{
     Attempt, Parts,
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-/// The work of a cluster.
+/// The uploads of one cluster's WAL.
 pub(super) struct WalWork {
     parts: Parts,
     cluster: ClusterName,
@@ -104,28 +104,29 @@ impl WalWork {
         span.record("outcome", attempt.as_str());
         let Err(error) = result else { return AckKind::Ack };
         if attempt == Attempt::Missing && self.parts.files.expired(&self.cluster, job.file) {
-            tracing::debug!(cluster = %self.cluster, file = %job.file, "let go before its turn");
+            tracing::debug!(cluster = %self.cluster, file = %job.file, "file expired before it was uploaded");
             return AckKind::Ack;
         }
         self.parts.observer.attempted(&self.cluster, attempt, 0);
         span.record("otel.status_code", "ERROR");
         span.record("error.type", attempt.as_str());
         if attempt == Attempt::Corrupt && self.put_aside(job.file).await {
-            // What comes in its place is queued when it is sealed, and a comparison takes it from tier 2 if that has it.
+            // The segment that replaces it is queued when it is sealed; a comparison takes it from tier 2 if tier 2
+            // has it.
             self.parts.queue.want(&self.cluster);
             return AckKind::Ack;
         }
         let pause = pause(delivered, attempt);
         tracing::warn!(
             cluster = %self.cluster, file = %job.file, %error, attempt = delivered,
-            pause_seconds = pause.as_secs_f64(), "offload failed; tried again"
+            pause_seconds = pause.as_secs_f64(), "upload failed; trying again after a pause"
         );
-        let text = format!("offload {}: {error}", job.file);
+        let text = format!("archive {}: {error}", job.file);
         self.parts.archives.problem(&self.cluster, Some(job.file), text);
         AckKind::Nak(Some(pause))
     }
 
-    /// Whether the local file is damaged, and is missed from now on (`rotten.rs` of storage).
+    /// Whether the local file is damaged. If so, it is set aside and counts as missing (`rotten.rs` of storage).
     async fn put_aside(&self, file: WalFile) -> bool {
         let (files, cluster) = (Arc::clone(&self.parts.files), self.cluster.clone());
         rot::put_aside(&self.cluster, file, move || files.doubt(&cluster, file)).await
@@ -136,7 +137,7 @@ impl WalWork {
         let key = job.file.key_in(&self.cluster, form);
         let source = self.source(job, form);
         match self.parts.tier2.upload(&source, &key).await {
-            // Not on tier 1 any more: done if tier 2 has it.
+            // It is not on tier 1 any more; the job is done if tier 2 has it.
             Err(error) if error.kind == Kind::NotFound => {
                 for form in Form::BOTH {
                     let key = job.file.key_in(&self.cluster, form);
@@ -148,13 +149,13 @@ impl WalWork {
                         });
                     }
                 }
-                Err(error.hint("the file is in neither tier: restore it to tier 1"))
+                Err(error.hint("restore the file to tier 1, as it is in neither tier"))
             }
             result => result,
         }
     }
 
-    /// The form in which tier 1 has a file, and its size; the form of new ones where it has none.
+    /// The form in which tier 1 has a file, and its size; if it has none, the form of new files.
     async fn local(&self, file: WalFile) -> (Form, Option<u64>) {
         let files = &self.parts.files;
         let ours = if files.at_rest().is_on() { Form::Age } else { Form::Plain };
@@ -185,7 +186,7 @@ impl WalWork {
         }
     }
 
-    /// ARCHIVE1 before JOB1.
+    /// Records the upload (ARCHIVE1) before the job is acknowledged (JOB1).
     async fn record(&self, job: &Job, uploaded: Uploaded) -> Result<Attempt, Error> {
         let (_, local_size) = self.local(job.file).await;
         let archives = &self.parts.archives;
@@ -195,7 +196,7 @@ impl WalWork {
             Outcome::AlreadyThere => (Attempt::AlreadyThere, 0),
         };
         self.parts.observer.attempted(&self.cluster, attempt, bytes);
-        tracing::debug!(cluster = %self.cluster, file = %job.file, outcome = attempt.as_str(), "offloaded");
+        tracing::debug!(cluster = %self.cluster, file = %job.file, outcome = attempt.as_str(), "file uploaded");
         Ok(attempt)
     }
 }
@@ -211,7 +212,7 @@ pub(super) const fn attempt_of(error: &Error) -> Attempt {
     }
 }
 
-/// Trouble of one file says nothing about the next one.
+/// Whether the object store failed. An error of one file says nothing about the next one.
 pub(super) const fn is_of_the_store(attempt: Attempt) -> bool {
     matches!(attempt, Attempt::Denied | Attempt::Invalid | Attempt::Transient)
 }

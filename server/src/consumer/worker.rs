@@ -1,11 +1,12 @@
-//! One cluster's jobs of one kind: pulled from its own durable consumer, done, acknowledged.
+//! The worker of one cluster's jobs of one kind: pulls them from its own durable consumer, processes them, and
+//! acknowledges them.
 //!
-//! JOB1  acknowledged only after the work is proven and recorded.
-//! JOB2  redelivered without end; the pause doubles with jitter: up to five minutes for trouble with one file, up to half a minute for
-//!     trouble with the store, so that soon after an outage everything moves again.
-//! JOB3  a long upload, or a wait for a slot, tells the queue that it goes on.
-//! JOB4  what the queue does not give is made anew, however it is damaged (P4): while files wait and no job comes, the remedies
-//!     of [`Remedy`] are tried one after the other, and it is said.
+//! JOB1  a job is acknowledged only after its upload is proven and recorded.
+//! JOB2  a job is redelivered without end. The pause doubles, with jitter: up to five minutes for an error of one
+//!     file, up to half a minute for an error of the object store, so that uploads resume soon after an outage.
+//! JOB3  during a long upload or a wait for a slot, the queue is told that the job is in progress.
+//! JOB4  jobs that the queue does not deliver are created again, however the queue is damaged (P4): while files wait
+//!     and no job comes, the remedies of [`Remedy`] are tried one after the other, and a problem is reported.
 
 use super::{Attempt, wal::is_of_the_store};
 use crate::queue::{Connection, JobError, Queue, Repair, STREAM};
@@ -30,62 +31,62 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Without a word for this long, a job goes to somebody else.
+/// If a job shows no progress for this long, the queue delivers it again.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
-/// Jobs out at once, delayed ones included: so many files of one cluster may fail without stopping
-/// the others of that cluster.
+/// The most unacknowledged jobs, delayed ones included, so that this many files of a cluster may fail without stopping
+/// its other files.
 const OUT_MAX: i64 = 10_000;
-/// How long one question for jobs stays open; after each that had no answer it is asked whether there should have been one.
+/// How long one request for jobs stays open. After each request without an answer it is checked whether there should
+/// have been a job.
 const PULL_EXPIRES: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
-/// Errors of the queue in a row, a second apart, before something is done about them.
+/// How many errors of the queue in a row, a second apart, lead to a remedy.
 const ERRORS_MAX: u32 = 3;
-/// All remedies were tried: something else is wrong, and trying again at once would only lose jobs.
+/// The pause after all remedies were tried: something else is wrong, and trying again at once would only lose jobs.
 const TRIED_ALL_PAUSE: Duration = Duration::from_secs(600);
 const RETRY_MIN: Duration = Duration::from_secs(1);
-/// A file that is damaged or in conflict waits for a person.
+/// The longest pause for a file that is damaged or in conflict, which waits for a person.
 const RETRY_MAX: Duration = Duration::from_secs(300);
-/// A store that answers again is found by asking it. One attempt of a cluster at a time is no burden ([`Turns`]).
+/// The longest pause for the object store. Only an attempt shows that it answers again, and one attempt per cluster at
+/// a time is no burden ([`Turns`]).
 const STORE_RETRY_MAX: Duration = Duration::from_secs(30);
-/// Between two tries to follow a queue that answers with errors.
+/// The pause between two attempts to use a queue that answers with errors.
 const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
-/// The work of a kind of jobs of one cluster.
+/// How the jobs of one kind and cluster are processed.
 pub(super) trait Process: Send + Sync + 'static {
-    /// Whose.
     fn cluster(&self) -> &ClusterName;
-    /// Where jobs come from.
     fn queue(&self) -> &Queue;
-    /// Name of the durable consumer, what it is for, and its subjects.
+    /// The name of the durable consumer, its description, and its subjects.
     fn consumer(&self) -> (String, &'static str, String);
-    /// Whether finished files wait for tier 2.
+    /// Whether finished files wait for upload.
     fn waits(&self) -> bool;
-    /// Says that archiving stands, and why; `None` when it goes on.
+    /// Records that archiving has stopped, and why; `None` when it continues.
     fn stands(&self, why: Option<String>);
-    /// Whether what a job is about may change, so that it may be queued again while it is done.
+    /// Whether the object of a job may change, so that it may be queued again while the job runs.
     fn changes(&self) -> bool {
         false
     }
-    /// The queue has let a job go: from now on the same one can be queued again.
-    fn let_go(&self, _message: &Message) {}
-    /// Does a job, delivered for the `delivered`-th time, and says what becomes of it.
+    /// Called when the queue has removed the job, so that the same job can be queued again.
+    fn removed_from_queue(&self, _message: &Message) {}
+    /// Processes a job that was delivered for the `delivered`-th time, and returns how to acknowledge it.
     fn process<'a>(&'a self, message: &'a Message, delivered: i64) -> BoxFuture<'a, AckKind>;
 }
 
-/// What is done about a queue that gives no jobs, in this order.
+/// What is done about a queue that delivers no jobs, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Remedy {
-    /// Jobs may be lost: the tiers are compared, which queues them again.
+    /// Jobs may be lost: compare the tiers, which queues them again.
     Compare,
-    /// The consumer forgot what it owes: it is made anew, and gives everything.
+    /// The consumer has forgotten what it has to deliver: create it again, so that it delivers everything.
     Consumer,
-    /// The stream is made anew, for all clusters.
+    /// Create the stream again, for all clusters.
     Stream,
-    /// The store on disk is thrown away.
+    /// Delete the queue's store on disk.
     Store,
 }
 
-/// What was tried since a job came.
+/// What was tried since the last job came.
 #[derive(Default)]
 struct Tried {
     errors: u32,
@@ -98,7 +99,7 @@ struct Tried {
 impl Tried {
     const ALL: [Remedy; 4] = [Remedy::Compare, Remedy::Consumer, Remedy::Stream, Remedy::Store];
 
-    /// The next one, if it is time for one.
+    /// The next remedy, if it is time for one.
     fn next(&mut self, now: Instant) -> Option<Remedy> {
         if self.pause_until.is_some_and(|until| now < until) {
             return None;
@@ -109,7 +110,7 @@ impl Tried {
         Some(next)
     }
 
-    /// The queue answers with an error once more; comparing would not help.
+    /// Counts an error of the queue. Comparing would not help against errors, so that remedy is skipped.
     fn failed(&mut self, now: Instant) -> Option<Remedy> {
         self.errors += 1;
         if self.errors < ERRORS_MAX {
@@ -120,7 +121,8 @@ impl Tried {
         self.next(now)
     }
 
-    /// No job came. Files must have waited through the whole of the question before.
+    /// Handles a request that brought no job. A remedy is due only if files were already waiting when the request
+    /// before ended.
     fn nothing_came(&mut self, waits: bool, now: Instant) -> Option<Remedy> {
         self.errors = 0;
         match self.since {
@@ -135,7 +137,7 @@ impl Tried {
 /// The worker of a cluster.
 pub(super) struct Worker {
     shared: Arc<dyn Process>,
-    /// Until when jobs stay away because they failed: no sign that the queue does not give them.
+    /// Until when failed jobs are delayed; meanwhile a missing job does not mean that the queue does not deliver.
     delayed: Arc<std::sync::Mutex<Option<Instant>>>,
     own_slots: Arc<Semaphore>,
     own_slots_max: usize,
@@ -147,7 +149,7 @@ impl Worker {
         Self { shared, delayed: Arc::default(), own_slots, own_slots_max }
     }
 
-    /// Until cancelled. Uploads outlive a reconnect; only their acknowledgement may get lost.
+    /// Runs until cancelled. Uploads survive a reconnect; only their acknowledgement may be lost.
     pub(super) async fn run(self, cancel: CancellationToken) {
         let mut uploads = JoinSet::new();
         let mut connections = self.shared.queue().connection();
@@ -170,12 +172,12 @@ impl Worker {
                 }
             };
             if let Err(error) = ended {
-                tracing::debug!(cluster = %self.shared.cluster(), %error, "jobs cannot be pulled");
+                tracing::debug!(cluster = %self.shared.cluster(), %error, "cannot pull jobs from the queue");
                 if let Some(remedy) = tried.failed(Instant::now()) {
                     let why = format!("the queue gives no jobs: {error}");
                     tokio::select! {
                         () = cancel.cancelled() => break,
-                        () = self.mend(&connection, remedy, why) => {}
+                        () = self.repair_queue(&connection, remedy, why) => {}
                     }
                 }
                 tokio::select! {
@@ -187,7 +189,7 @@ impl Worker {
         uploads.shutdown().await;
     }
 
-    /// Pulls and starts jobs until something breaks.
+    /// Pulls and starts jobs until an error occurs.
     async fn follow(
         &self,
         connection: &Connection,
@@ -230,17 +232,17 @@ impl Worker {
             }
             drop(free);
             if !any {
-                // Somebody may have removed it: then nothing would ever come.
+                // Somebody may have removed the consumer; then no job would ever come.
                 consumer.get_info().await?;
                 if let Some(remedy) = tried.nothing_came(self.waits_for_jobs(), Instant::now()) {
                     let why = "the queue has no job for files that wait".to_owned();
-                    self.mend(connection, remedy, why).await;
+                    self.repair_queue(connection, remedy, why).await;
                 }
             }
         }
     }
 
-    /// Files wait, none is being moved, and none was put off because it failed.
+    /// Whether files wait while none is being uploaded and none was delayed after a failure.
     fn waits_for_jobs(&self) -> bool {
         let idle = self.own_slots.available_permits() == self.own_slots_max;
         let delayed = *self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -252,18 +254,19 @@ impl Worker {
         waits
     }
 
-    async fn mend(&self, connection: &Connection, remedy: Remedy, why: String) {
+    async fn repair_queue(&self, connection: &Connection, remedy: Remedy, why: String) {
         let (cluster, queue) = (self.shared.cluster(), self.shared.queue());
-        tracing::warn!(%cluster, ?remedy, why, "archiving stands; the queue is mended");
-        self.shared.stands(Some(format!("archiving stands: {why}; the queue is being mended")));
+        tracing::warn!(%cluster, ?remedy, why, "archiving has stopped; repairing the queue");
+        self.shared
+            .stands(Some(format!("archiving has stopped: {why}; the queue is being repaired")));
         match remedy {
             Remedy::Compare => queue.want(cluster),
             Remedy::Consumer => {
                 let (name, ..) = self.shared.consumer();
                 let removed = connection.jetstream.delete_consumer_from_stream(&name, STREAM);
-                // What cannot be removed is left to the next remedy.
+                // If it cannot be removed, the next remedy follows.
                 if let Ok(Err(error)) = tokio::time::timeout(ACK_WAIT, removed).await {
-                    tracing::debug!(%cluster, %error, "the consumer could not be removed");
+                    tracing::debug!(%cluster, %error, "cannot remove the queue's consumer");
                 }
                 queue.want(cluster);
             }
@@ -288,7 +291,7 @@ fn consumer_config(work: &dyn Process) -> pull::Config {
     }
 }
 
-/// Gives back for how long the job stays away because it failed.
+/// Returns how long the job is delayed because it failed.
 async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
     let delivered = message.info().map_or(1, |info| info.delivered.max(1));
     let mut processing = work.process(&message, delivered);
@@ -311,18 +314,18 @@ async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
         false => message.ack_with(answer).await,
     };
     match told {
-        Ok(()) if done => work.let_go(&message),
+        Ok(()) if done => work.removed_from_queue(&message),
         Ok(()) => {}
-        // Lost: the job comes again, and finds its work done.
+        // If the acknowledgement is lost, the job is delivered again and finds its work done.
         Err(error) => {
-            tracing::debug!(cluster = %work.cluster(), %error, "an acknowledgement was lost");
+            tracing::debug!(cluster = %work.cluster(), %error, "cannot acknowledge a job; it will be delivered again");
         }
     }
     pause
 }
 
-/// The job in a message, or what becomes of a message without one of this cluster. `problem` is told why one is left
-/// in the queue, for a server that understands it.
+/// The job in a message, or how to acknowledge a message without a job of this cluster. `problem` is told why a
+/// message is left in the queue for a server that understands it.
 pub(super) fn read_job<T>(
     cluster: &ClusterName,
     job: Result<T, JobError>,
@@ -331,26 +334,26 @@ pub(super) fn read_job<T>(
 ) -> Result<T, AckKind> {
     let why = match job {
         Ok(job) if whose(&job) == cluster => return Ok(job),
-        Ok(job) => format!("a job of {} came here", whose(&job)),
+        Ok(job) => format!("expected a job of {cluster}, found one of {}", whose(&job)),
         Err(error @ JobError::Version(_)) => error.to_string(),
         Err(error) => {
-            // Nothing can ever read it, and what it meant is found by comparing.
+            // No version can read it, and a comparison queues the file again.
             tracing::error!(%cluster, %error, "dropping a malformed job");
             return Err(AckKind::Term);
         }
     };
-    tracing::warn!(%cluster, problem = why, "a job is left in the queue");
+    tracing::warn!(%cluster, problem = why, "cannot process a job; leaving it in the queue");
     problem(why);
     Err(AckKind::Nak(Some(RETRY_MAX)))
 }
 
-/// A cluster's turns at the slots that all clusters share.
+/// A cluster's access to the slots that all clusters share.
 pub(super) struct Turns {
-    /// Of all clusters; fair, first come first served.
+    /// The slots of all clusters; fair, first come first served.
     slots: Arc<Semaphore>,
-    /// The last attempt failed.
+    /// Whether the last attempt failed.
     failing: AtomicBool,
-    /// While failing, one at a time: three hanging uploads must not take the slots of others.
+    /// While attempts fail, one runs at a time, so that hanging uploads do not occupy the slots of other clusters.
     one_at_a_time: Mutex<()>,
 }
 
@@ -359,7 +362,7 @@ impl Turns {
         Self { slots, failing: AtomicBool::new(false), one_at_a_time: Mutex::new(()) }
     }
 
-    /// Does `work` when it is its turn; `None` when the slots are closed.
+    /// Runs `work` when it is its turn; `None` when the slots are closed.
     pub(super) async fn take<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let _alone = match self.failing.load(Ordering::Relaxed) {
             true => Some(self.one_at_a_time.lock().await),
@@ -369,13 +372,14 @@ impl Turns {
         Some(work.await)
     }
 
-    /// Says how the last attempt went.
+    /// Records whether the last attempt failed.
     pub(super) fn failed(&self, failed: bool) {
         self.failing.store(failed, Ordering::Relaxed);
     }
 }
 
-/// JOB2: about 1, 2, 4 … seconds after the first, second, third attempt, of which a random half to whole.
+/// JOB2: about 1, 2, 4 … seconds after the first, second, third attempt, multiplied by a random factor between one
+/// half and one.
 pub(super) fn pause(delivered: i64, attempt: Attempt) -> Duration {
     let most = if is_of_the_store(attempt) { STORE_RETRY_MAX } else { RETRY_MAX };
     let doublings = (delivered.max(1) - 1).min(16) as u32;
@@ -422,7 +426,7 @@ mod tests {
         }
     }
 
-    /// After a few 503s a small record was waited for over two minutes.
+    /// Regression test: after a few 503s, a small record was waited for over two minutes.
     #[test]
     fn after_an_outage_of_the_store_whatever_failed_is_tried_within_half_a_minute() {
         for attempt in [Attempt::Transient, Attempt::Denied, Attempt::Invalid] {

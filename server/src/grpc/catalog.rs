@@ -158,8 +158,8 @@ impl Catalog for CatalogService {
         &self,
         request: Request<v1::TimelinesRequest>,
     ) -> Result<Response<v1::TimelinesResponse>, Status> {
-        let (_, cluster) =
-            self.auth.require(&request, &request.get_ref().cluster, Rpc::Timelines)?;
+        let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Timelines)?;
+        let cluster = self.histories.base.resolve(named).await?;
         Ok(Response::new(self.timelines_of(&cluster).await?))
     }
 
@@ -167,8 +167,9 @@ impl Catalog for CatalogService {
         &self,
         request: Request<v1::DecideTimelineRequest>,
     ) -> Result<Response<v1::DecideTimelineResponse>, Status> {
-        let (identity, cluster) =
+        let (identity, named) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::DecideTimeline)?;
+        let cluster = self.histories.base.resolve(named).await?;
         Ok(Response::new(self.decide(&identity, &cluster, request.get_ref()).await?))
     }
 }

@@ -1,8 +1,8 @@
 //! Applies a retention plan, one cluster at a time.
 //!
-//! Records go first, from both tiers and durably, so that a backup without a record is the only half state
-//! there is; then snapshots, packs and tier 1's copies in a child process; then WAL. Any step may be the
-//! last one: what is left over is found by the next run, and everything that has a record can be restored.
+//! Records are removed first, from both tiers and durably, so that a backup without a record is the only possible half
+//! state. Then follow snapshots, packs and tier 1's copies, in a child process, and then WAL. A crash may come after
+//! any step: the next run finds what is left over, and every backup that has a record can be restored.
 
 use super::{
     Inner,
@@ -23,13 +23,13 @@ use klio_storage::{
 use std::{collections::BTreeSet, time::Duration};
 use tonic::Status;
 
-/// For so long a snapshot must have been without a record, in every listing of that time, before it is forgotten.
+/// How long a snapshot must have had no record, in every listing during that time, before it is forgotten.
 const ORPHAN_SECONDS: f64 = 3.0 * 86_400.0;
-/// How often a running backup is looked at.
+/// How often the state of a running backup is checked.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 impl Inner {
-    /// Plans and applies. A running backup is waited for before the turn is taken, so that the turn is never held idle.
+    /// Plans and applies. It waits for a running backup before it takes the turn, so that the turn is never held idle.
     pub(super) async fn apply(
         &self,
         cluster: &ClusterName,
@@ -41,7 +41,7 @@ impl Inner {
         let result = match alone {
             Ok(_alone) => self.apply_plan(cluster, &mut outcome, tell).await,
             Err(running) => {
-                let text = format!("backup {running} is running; nothing was removed beside it");
+                let text = format!("backup {running} is running; nothing was removed meanwhile");
                 outcome.held_back.push(text);
                 outcome.alarm = self.metrics.is_alarmed(cluster);
                 outcome.alarms = Some(self.metrics.alarms(cluster));
@@ -72,12 +72,12 @@ impl Inner {
             record::store(base.disk().as_ref(), &path, &outcome)
         });
         if let Ok(Err(error)) = kept.await {
-            tracing::warn!(%cluster, %error, "the result of maintenance is not kept");
+            tracing::warn!(%cluster, %error, "cannot store the result of maintenance");
         }
     }
 
-    /// MAINT1. The turn, and with it either the word that no backup runs or the one that still does when patience is over. Nothing
-    /// is held while a backup is waited for: neither the turn, nor new backups.
+    /// MAINT1: takes the turn, together with either a guarantee that no backup runs, or the name of the one that still
+    /// runs after the waiting time. While it waits for a backup it holds nothing, neither the turn nor new backups.
     async fn turn_beside_no_backup(
         &self,
         cluster: &ClusterName,
@@ -94,7 +94,7 @@ impl Inner {
             tell(Step { phase: "wait for other maintenance".into(), ..Step::default() });
             let turn = self.turns.take(cluster).await;
             let alone = self.base.reservations().removal(cluster);
-            // One that began while the turn was waited for is waited for as well.
+            // A backup that began while the turn was waited for is waited for as well.
             if alone.is_ok() || tokio::time::Instant::now() >= until {
                 return (turn, alone);
             }
@@ -113,13 +113,13 @@ impl Inner {
         outcome.alarms = Some(plan.alarms.clone());
         self.metrics.alarmed(cluster, &plan.alarms);
         for alarm in &plan.alarms {
-            tracing::error!(%cluster, alarm, "nothing is removed for good");
+            tracing::error!(%cluster, alarm, "retention is paused; nothing is removed for good");
         }
         outcome.held_back.clone_from(&plan.alarms);
         if plan.hold == Hold::All {
             return Ok(());
         }
-        // P6: before anything goes, whether it is known what is damaged.
+        // P6: if the damage record cannot be read, nothing is removed.
         self.known_damage(cluster).await?;
         let records = self.base.backups(cluster).await?.backups;
         let records: Vec<BackupRecord> = records.into_iter().map(|b| b.record).collect();
@@ -140,7 +140,7 @@ impl Inner {
         outcome.held_back.extend(pruned.held_back);
         tell(Step { phase: "expire WAL".into(), ..Step::default() });
         self.expire_wal(cluster, &plan, outcome).await?;
-        // What the gauges and listings remember follows what is there.
+        // Lists again, so that gauges and listings follow what is left.
         self.base.backups(cluster).await.map(drop)
     }
 
@@ -162,7 +162,7 @@ impl Inner {
             .filter_map(&snapshot)
             .collect();
         let gone = records.iter().filter(|record| expired.contains(&record.name));
-        // Two records of one snapshot: as long as one stays, the snapshot stays.
+        // If two records have the same snapshot, it stays as long as one of them stays.
         let forget = gone.filter_map(&snapshot).filter(|id| !recorded.contains(id)).collect();
         let keeps = |record: &&BackupRecord| {
             plan.backups.iter().any(|b| b.name == record.name && b.tier1.keep)
@@ -174,7 +174,7 @@ impl Inner {
             recorded,
             now_unix: self.base.now_unix(),
             orphan_seconds: ORPHAN_SECONDS,
-            // By the same clock packs that nobody needs, and snapshots without a record, go for good.
+            // Unneeded packs and snapshots without a record are removed by the same clock, so the same hold applies.
             prune: plan.hold == Hold::Nothing,
             keep_marked_seconds: self.settings.maintenance.keep_marked_seconds,
             near: evicts.then_some(near),
@@ -182,8 +182,9 @@ impl Inner {
         }
     }
 
-    /// Makes a backup cease to exist: tier 2 first, where credentials that may only read say no before
-    /// anything is gone; durably, so that it does not come back without its snapshot.
+    /// Removes the record of a backup, which ends the backup's existence. Tier 2 comes first, because read-only
+    /// credentials are refused there before anything is removed. The removal is durable, so that the record does not
+    /// come back without its snapshot.
     async fn remove_record(&self, cluster: &ClusterName, name: &BackupName) -> Result<(), Status> {
         let object = BaseObject::Record(name.clone());
         if let Some(tier2) = self.base.tier2() {
@@ -208,7 +209,7 @@ impl Inner {
     }
 }
 
-/// The backups whose own copy tier 1 had and let go; none when the child did not come to that.
+/// The backups whose copy on tier 1 was evicted; none when the child did not get that far.
 fn evicted(plan: &RetentionPlan, pruned: &PruneResult) -> Vec<BackupName> {
     if !pruned.evicted {
         return Vec::new();

@@ -1,7 +1,7 @@
-//! Starts the child for work on a repository, and follows it.
+//! Starts the child process for work on a repository, and reads its output.
 //!
-//! The child ends with its [`Child`]: the pipe to it closes and it is killed. A child that ends without a
-//! result is an error, never a result, and so is one that tells of no progress for [`SILENCE_MAX`]: its turn is another's.
+//! The child ends with its [`Child`], because the pipe to it closes and it is killed. A child that ends without a
+//! result, or that reports no progress for [`SILENCE_MAX`], counts as an error, and its turn ends.
 
 use super::{
     Inner,
@@ -20,11 +20,11 @@ use tokio::{
 use tonic::Status;
 use tracing::{Instrument, field::Empty};
 
-/// Every file that is read is told of, every ten seconds at most: silence is one read that does not end, as of a pack over a very
-/// slow link, or an index of many millions of pieces being sorted.
+/// The child reports every file it reads, at most every ten seconds. Silence therefore means one very long step, such
+/// as reading a pack over a very slow link, or sorting an index of many millions of chunks.
 const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
-/// Told how far the work is; never waits.
+/// Receives reports of progress; never waits.
 pub type Tell<'a> = &'a (dyn Fn(Step) + Send + Sync);
 
 impl Inner {
@@ -46,7 +46,7 @@ impl Inner {
         }
     }
 
-    /// Packs that a prune has opened and found bad are known to be damaged, as those that a verification finds.
+    /// Records packs that a prune opened and found bad as damaged, like those that a verification finds.
     async fn learn_bad(&self, cluster: &ClusterName, bad: &[Damage]) -> Result<(), Status> {
         if bad.is_empty() {
             return Ok(());
@@ -61,7 +61,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads what is stored.
+    /// Reads what is stored and checks it.
     pub(super) async fn read_back(
         &self,
         cluster: &ClusterName,
@@ -96,12 +96,12 @@ impl Inner {
         result
     }
 
-    /// Trouble of the bucket is no bug.
+    /// An error of the bucket is not an internal error.
     fn failed(&self, error: String) -> Status {
         let url = self.base.tier2().map(|tier2| tier2.url().trim_end_matches('/'));
         match url {
             Some(url) if error.contains(url) => {
-                Code::Unavailable.status(format!("tier 2 could not be used: {error}"))
+                Code::Unavailable.status(format!("cannot use tier 2: {error}"))
             }
             _ => Code::Internal.status(error),
         }
@@ -178,7 +178,7 @@ impl Inner {
 
 fn silent() -> String {
     let seconds = SILENCE_MAX.as_secs();
-    format!("the child process told of no progress for {seconds} s and was ended")
+    format!("the child process reported no progress for {seconds} s and was ended")
 }
 
 fn unexpected(line: &Line) -> Status {

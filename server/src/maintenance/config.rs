@@ -6,21 +6,21 @@ use klio_storage::{
 };
 use std::{collections::BTreeMap, time::Duration};
 
-/// Longest time that any setting here may ask for, in seconds: a year.
+/// The longest time that a setting here accepts, in seconds: a year.
 const SECONDS_MAX: u64 = 366 * 86_400;
 
-/// `[retention]`: what is kept. A section replaces what it names; the rest stays as the default is, and
-/// as `[retention]` says for `[retention.clusters.NAME]`.
+/// `[retention]`: which backups and WAL are retained. A section replaces only the rules that it names. The other rules
+/// come from the defaults, and for `[retention.clusters.NAME]` from `[retention]`.
 #[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetentionConfig {
-    /// Copies on this server's disk.
+    /// Rules for copies on this server's disk.
     pub tier1: PolicyPatch,
-    /// What exists at all.
+    /// Rules for backups in tier 2; they decide which backups exist at all.
     pub tier2: PolicyPatch,
-    /// How old a backup must be to displace others.
+    /// How old a backup must be before older ones expire because of it.
     pub minimum_age: Option<MinimumAge>,
-    /// For single clusters.
+    /// Rules for single clusters.
     pub clusters: BTreeMap<ClusterName, ClusterRetention>,
 }
 
@@ -86,7 +86,7 @@ impl RetentionConfig {
             tier2: default.tier2.with(&self.tier2),
             minimum_age_seconds: age(&self.minimum_age, default.minimum_age_seconds),
         };
-        // A generation has its cluster's, unless it has its own.
+        // A generation uses its cluster's rules, unless it has its own.
         match self.clusters.get(cluster).or_else(|| self.clusters.get(&cluster.base())) {
             Some(own) => Policies {
                 tier1: all.tier1.with(&own.tier1),
@@ -97,7 +97,6 @@ impl RetentionConfig {
         }
     }
 
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let mut names: Vec<(String, Policies)> = Vec::new();
         if let Ok(any) = "any".parse::<ClusterName>()
@@ -120,13 +119,13 @@ impl RetentionConfig {
 #[derive(Debug, Clone, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MaintenanceConfig {
-    /// Apply retention by itself: after backups and from time to time.
+    /// Apply retention automatically: after backups and periodically.
     pub enabled: bool,
     /// Seconds between two runs for a cluster.
     pub interval_seconds: u64,
-    /// Seconds that a pack stays after it was marked as needed by nobody.
+    /// How many seconds a pack stays after it was marked as not needed.
     pub keep_marked_seconds: u64,
-    /// Seconds to wait for a running backup before doing without.
+    /// How many seconds to wait for a running backup before giving up.
     pub wait_for_backup_seconds: u64,
 }
 
@@ -135,7 +134,7 @@ impl Default for MaintenanceConfig {
         Self {
             enabled: true,
             interval_seconds: 86_400,
-            // As long as a backup or a restore may take, and a little less than a day.
+            // Longer than a backup or a restore usually takes, and a little less than a day.
             keep_marked_seconds: 23 * 3600,
             wait_for_backup_seconds: 600,
         }
@@ -143,7 +142,6 @@ impl Default for MaintenanceConfig {
 }
 
 impl MaintenanceConfig {
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let all = [
             ("interval_seconds", self.interval_seconds, 1),
@@ -157,12 +155,12 @@ impl MaintenanceConfig {
         .collect()
     }
 
-    /// Between two runs.
+    /// The time between two runs.
     pub const fn interval(&self) -> Duration {
         Duration::from_secs(self.interval_seconds)
     }
 
-    /// For a running backup.
+    /// How long to wait for a running backup.
     pub const fn wait_for_backup(&self) -> Duration {
         Duration::from_secs(self.wait_for_backup_seconds)
     }
@@ -172,9 +170,9 @@ impl MaintenanceConfig {
 #[derive(Debug, Clone, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VerifyConfig {
-    /// Read back what reached tier 2 after each backup.
+    /// Verify what reached tier 2 after each backup.
     pub after_backup: bool,
-    /// Share of its packs that is read then, 0 to 100; everything else of it is always read.
+    /// The percentage of its packs that is read then, 0 to 100; everything else of the backup is always read.
     pub read_percent: f64,
 }
 
@@ -185,7 +183,6 @@ impl Default for VerifyConfig {
 }
 
 impl VerifyConfig {
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         match (0.0..=100.0).contains(&self.read_percent) {
             true => Vec::new(),
@@ -196,14 +193,14 @@ impl VerifyConfig {
     }
 }
 
-/// All three.
+/// The settings of the three sections.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// What is kept.
+    /// What is retained.
     pub retention: RetentionConfig,
-    /// When it is applied.
+    /// When retention is applied.
     pub maintenance: MaintenanceConfig,
-    /// What is read back.
+    /// What is verified.
     pub verify: VerifyConfig,
 }
 

@@ -1,6 +1,6 @@
-//! Gathers what a retention plan follows from.
+//! Gathers the facts from which a retention plan is computed.
 //!
-//! P6: whatever cannot be read becomes a problem in words, and a problem empties the plan.
+//! P6: a fact that cannot be read becomes a problem, and a problem empties the plan.
 
 use super::Inner;
 use crate::base::ListedBackup;
@@ -14,26 +14,26 @@ use klio_storage::{
 };
 use tonic::Status;
 
-/// PostgreSQL's default; nothing is decided by it where nothing is pinned.
+/// PostgreSQL's default. It has no effect, because a cluster without a pinned system has nothing to decide on.
 const SEGMENT_BYTES: u32 = 16 << 20;
 
 impl Inner {
-    /// The plan for now.
+    /// The plan for the current time.
     pub(super) async fn plan(&self, cluster: &ClusterName) -> Result<RetentionPlan, Status> {
         let facts = self.facts(cluster).await?;
         let policies = self.settings.retention.of(cluster);
         Ok(retention::plan(&facts, &policies, self.base.now_unix()))
     }
 
-    /// Why the clock cannot be believed.
+    /// The reasons why the clock cannot be believed.
     pub(super) fn clock_doubts(&self, cluster: &ClusterName) -> Vec<String> {
         let (now_unix, mut doubts) = (self.base.now_unix(), self.base.clock_doubts());
-        // What was done last was done before now.
+        // The last run ended before now, so its time must not be in the future.
         if let Some(last) = self.metrics.latest_maintenance(cluster)
             && last > now_unix + TIMES_DIFFER_SECONDS
         {
             doubts.push(format!(
-                "the server's clock says {now_unix:.0}, and the last maintenance ended at {last:.0}; nothing is removed meanwhile; hint: set the clock right; the next run believes it when it is"
+                "the server's clock says {now_unix:.0}, and the last maintenance ended at {last:.0}; nothing is removed meanwhile; hint: correct the clock; the next run checks it again"
             ));
         }
         doubts
@@ -41,7 +41,7 @@ impl Inner {
 
     async fn facts(&self, cluster: &ClusterName) -> Result<Facts, Status> {
         let listed = self.base.backups(cluster).await?;
-        // What arrived a moment ago counts.
+        // Asked now, so that WAL that has just arrived counts.
         let holdings = self.holdings_now(cluster).await?;
         let mut problems = listed.problems;
         if problems.is_empty() {
@@ -73,8 +73,8 @@ impl Inner {
     }
 }
 
-/// Whether WAL that the backup needs is held, and not in tier 2 yet: without it tier 2 alone gives nothing back, so
-/// nothing older may go in the backup's favour.
+/// Whether WAL that the backup needs is stored and not yet in tier 2. Without it tier 2 alone cannot restore the
+/// backup, so no older backup may be removed in favour of it.
 fn is_on_its_way(record: &BackupRecord, held: &Survey, far: &Survey) -> bool {
     held.broken(record).is_none() && far.broken(record).is_some()
 }
@@ -83,7 +83,7 @@ fn timelines(holdings: &Holdings, problems: &mut Vec<String>) -> Vec<KnownTimeli
     let mut known = Vec::new();
     for line in &holdings.timelines {
         let Some(end) = line.runs.iter().map(|run| run.end).max() else { continue };
-        // A person may decide for it: nothing of it goes (P6).
+        // A person may still decide for an undecided timeline, so nothing of it is removed (P6).
         if holdings.standing(line.timeline) == Some(Standing::Undecided) {
             continue;
         }
@@ -107,7 +107,7 @@ mod tests {
 
     const SEGMENT: u64 = 1 << 20;
 
-    /// What is held from segment 1 up to this one.
+    /// The WAL from segment 1 up to this one.
     fn held_up_to(segment: u64) -> Survey {
         let run = Run { start: Lsn::new(SEGMENT), end: Lsn::new(segment * SEGMENT) };
         let line = TimelineHoldings {
@@ -126,7 +126,7 @@ mod tests {
         let way = |held, far| is_on_its_way(&record, &held_up_to(held), &held_up_to(far));
         assert!(way(5, 4) && way(9, 2));
         assert!(!way(5, 5) && !way(9, 6));
-        // What nobody has is not on its way: verification says that it is lost.
+        // WAL that no tier has is not on its way; verification reports it as lost.
         assert!(!way(4, 4));
     }
 }

@@ -1,8 +1,9 @@
-//! Instruments of verification, drills and maintenance.
+//! The instruments of verification, drills and maintenance.
 //!
-//! Damage counts for as long as it is known: by the newest outcome of each backup that exists, not by the last run, which may
-//! have looked at less. Times are of clocks that jump: what is reported now counts as the newest whatever its time says,
-//! and of what earlier runs of the server kept, one of the future is taken for older than the others.
+//! Damage counts for as long as it is known: it is taken from the newest outcome of each existing backup, not from the
+//! last run, which may have checked less. Times come from clocks that may jump. A result that is reported now counts
+//! as the newest, whatever its time says. Among the stored results of earlier runs of the server, one that is dated in
+//! the future counts as older than the others.
 
 use crate::metrics::{Reading, Tallies, ZEROS};
 use klio_storage::{
@@ -14,21 +15,21 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// What is remembered of a cluster.
+/// What is in memory about a cluster.
 #[derive(Debug, Clone, Default)]
 struct Last {
     verified: Option<f64>,
-    /// What the newest verification of each backup found and could not repair.
+    /// Per backup, the damage that its newest verification found and could not repair.
     damaged: BTreeMap<BackupName, Vec<Damage>>,
-    /// What is no single backup's.
+    /// Damage that belongs to no single backup.
     others: Vec<Damage>,
     drilled: Option<DrillOutcome>,
     maintained: Option<f64>,
-    /// All data was read since then.
+    /// The time since when all data was read.
     all_read_since: Option<f64>,
-    /// The clock cannot be believed.
+    /// Whether the clock cannot be believed.
     doubt: Option<bool>,
-    /// Why the last plan let less go than the policies do; `None` while nobody knows.
+    /// Why the last plan removed less than the policies say; `None` while that is unknown.
     alarms: Option<Vec<String>>,
 }
 
@@ -42,12 +43,12 @@ impl Last {
     }
 }
 
-/// Whether a kept time counts as newer than another one.
+/// Whether a stored time counts as newer than another one.
 fn is_newer(time: f64, than: f64, now_unix: f64) -> bool {
     (time <= now_unix, time) >= (than <= now_unix, than)
 }
 
-/// Counts, and last results.
+/// Counters, and the last results.
 #[derive(Default)]
 pub struct MaintenanceMetrics {
     tallies: Tallies,
@@ -59,7 +60,7 @@ impl MaintenanceMetrics {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A verification ended. Damage counts as found even where it was repaired.
+    /// Counts a verification that ended. Damage counts as found even if it was repaired.
     pub(super) fn verified(&self, cluster: &ClusterName, outcome: &VerifyOutcome) {
         let name = match outcome.damaged.is_empty() && outcome.repaired.is_empty() {
             true => "klio.consumer.backup_verification_success",
@@ -69,7 +70,7 @@ impl MaintenanceMetrics {
         self.last().entry(cluster.clone()).or_default().verified = Some(outcome.finished_unix);
     }
 
-    /// What is kept beside backups from now on.
+    /// Replaces the damage that is recorded for the backups of this outcome.
     pub(super) fn kept(&self, cluster: &ClusterName, outcome: &VerifyOutcome) {
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
@@ -78,44 +79,44 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// How far the data was read.
+    /// Records since when all data was read.
     pub(super) fn covered(&self, cluster: &ClusterName, coverage: &Coverage) {
         self.last().entry(cluster.clone()).or_default().all_read_since =
             coverage.all_read_since_unix;
     }
 
-    /// Since when all data was read; `None` when not all was.
+    /// Since when all data was read; `None` when part of it was not.
     pub fn all_read_since(&self, cluster: &ClusterName) -> Option<f64> {
         self.last().get(cluster)?.all_read_since
     }
 
-    /// Whether the clock cannot be believed; true when that is news.
+    /// Records whether the clock cannot be believed; returns true when it was believed before.
     pub(super) fn doubted(&self, cluster: &ClusterName, doubt: bool) -> bool {
         let mut last = self.last();
         let before = last.entry(cluster.clone()).or_default().doubt.replace(doubt);
         doubt && before != Some(true)
     }
 
-    /// What is known of a cluster besides.
+    /// Records the damage that belongs to no single backup.
     pub(super) fn known(&self, cluster: &ClusterName, known: &KnownDamage) {
         self.last().entry(cluster.clone()).or_default().others.clone_from(&known.others);
     }
 
-    /// A backup is gone, and its damage with it.
+    /// Forgets the damage of a backup that was removed.
     pub(super) fn forgotten(&self, cluster: &ClusterName, name: &BackupName) {
         if let Some(last) = self.last().get_mut(cluster) {
             last.damaged.remove(name);
         }
     }
 
-    /// These are all the backups there are: a crash may have left an outcome of one that expired.
+    /// Forgets the damage of all backups except these, because a crash may have left the outcome of an expired one.
     pub(super) fn retain(&self, cluster: &ClusterName, there: &BTreeSet<&BackupName>) {
         if let Some(last) = self.last().get_mut(cluster) {
             last.damaged.retain(|name, _| there.contains(name));
         }
     }
 
-    /// One of an earlier run of the server.
+    /// Takes a stored verification of an earlier run of the server.
     pub(super) fn seen_verified(
         &self,
         cluster: &ClusterName,
@@ -130,12 +131,12 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// A drill was reported.
+    /// Records a drill that was reported.
     pub(super) fn drilled(&self, cluster: &ClusterName, outcome: &DrillOutcome) {
         self.last().entry(cluster.clone()).or_default().drilled = Some(outcome.clone());
     }
 
-    /// One of an earlier run of the server.
+    /// Takes a stored drill of an earlier run of the server.
     pub(super) fn seen_drilled(
         &self,
         cluster: &ClusterName,
@@ -151,7 +152,7 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// Maintenance ended.
+    /// Counts a run of maintenance that ended.
     pub(super) fn maintained(&self, cluster: &ClusterName, ok: bool, outcome: &MaintenanceOutcome) {
         let word = match (ok, outcome.held_back.is_empty()) {
             (false, _) => "failed",
@@ -175,12 +176,12 @@ impl MaintenanceMetrics {
         }
     }
 
-    /// One of an earlier run of the server.
+    /// Takes the stored result of an earlier run of the server.
     pub(super) fn seen_maintained(&self, cluster: &ClusterName, outcome: &MaintenanceOutcome) {
         let mut last = self.last();
         let entry = last.entry(cluster.clone()).or_default();
         entry.maintained = Some(outcome.finished_unix);
-        // An earlier version did not tell an alarm's reasons from what else was held back.
+        // An earlier version did not separate the reasons of an alarm from other reasons to hold back.
         let reasons = || outcome.alarms.clone().unwrap_or_else(|| outcome.held_back.clone());
         entry.alarms = Some(if outcome.alarm { reasons() } else { Vec::new() });
     }
@@ -190,22 +191,22 @@ impl MaintenanceMetrics {
         self.last().get(cluster)?.maintained
     }
 
-    /// Whether the last plan had to be empty, as far as is known.
+    /// Whether the last plan raised an alarm, as far as is known.
     pub(super) fn is_alarmed(&self, cluster: &ClusterName) -> bool {
         self.last().get(cluster).is_some_and(Last::is_alarmed)
     }
 
-    /// Why the last plan had to be empty.
+    /// The alarms of the last plan.
     pub(super) fn alarms(&self, cluster: &ClusterName) -> Vec<String> {
         self.last().get(cluster).and_then(|last| last.alarms.clone()).unwrap_or_default()
     }
 
-    /// Why a plan had to let less go; nothing when all is well.
+    /// Records why a plan removes less than the policies say; empty when there is no reason.
     pub(super) fn alarmed(&self, cluster: &ClusterName, alarms: &[String]) {
         self.last().entry(cluster.clone()).or_default().alarms = Some(alarms.to_vec());
     }
 
-    /// What stays bad until a drill, a verification or maintenance ends well, in words.
+    /// Problems that last until a drill, a verification or maintenance succeeds, as texts.
     pub fn problems(&self, cluster: &ClusterName) -> Vec<String> {
         let last = self.last();
         let Some(last) = last.get(cluster) else { return Vec::new() };
@@ -225,7 +226,7 @@ impl MaintenanceMetrics {
         problems
     }
 
-    /// All that there is of these clusters.
+    /// All values of these clusters.
     pub fn read(&self, clusters: &BTreeSet<ClusterName>, now_unix: f64, out: &mut Vec<Reading>) {
         let zeros = ZEROS.iter().filter(|(name, _)| !name.starts_with("klio.wal."));
         self.tallies.read(clusters, &zeros.copied().collect::<Vec<_>>(), out);
@@ -336,7 +337,7 @@ mod tests {
         run(&verified("old", 10.0, &["x", "y"]));
         run(&verified("new", 20.0, &[]));
         assert_eq!(damaged(), Some(2.0));
-        // The same file, needed by both, is one.
+        // A file that two backups need counts once.
         run(&verified("new", 30.0, &["x"]));
         assert_eq!(damaged(), Some(2.0));
         let others = verified("none", 30.0, &["pg/wal"]).damaged;
@@ -353,7 +354,7 @@ mod tests {
         assert_eq!(damaged(), Some(0.0));
     }
 
-    /// Now is 1000.
+    /// The current time is 1000.
     #[test]
     fn an_outcome_of_the_future_hides_no_other() {
         let pg = "pg".parse().unwrap();
@@ -368,7 +369,7 @@ mod tests {
             assert_eq!(value(&metrics, "klio.drill.latest_success"), Some(0.0));
             assert_eq!(value(&metrics, "klio.verify.latest_age"), Some(100.0));
         }
-        // Now the server's clock was ahead, and is not any more.
+        // The server's clock was ahead before, and is not any more.
         let metrics = MaintenanceMetrics::default();
         for outcome in [drill(5000.0, true), drill(900.0, false)] {
             metrics.drilled(&pg, &outcome);
@@ -415,7 +416,7 @@ mod tests {
         assert_eq!(metrics.problems(&pg), [""; 0]);
     }
 
-    /// What was only held back became an alarm of its own with each restart.
+    /// Regression test: after each restart, a reason that had only held something back became an alarm.
     #[test]
     fn after_a_restart_an_alarm_has_its_own_reasons_only() {
         let (metrics, pg) = (MaintenanceMetrics::default(), "pg".parse().unwrap());

@@ -1,11 +1,11 @@
-//! Takes away what retention lets go, and proves what stays. The only part of Klio that removes (P8).
+//! Removes what retention expires, and verifies what stays. This is the only part of Klio that removes data (P8).
 //!
-//! MAINT1  one piece of work at a time for a cluster, not beside a running backup of it, and few over all clusters; who waits
-//!     holds nothing that another cluster needs;
-//! MAINT2  a plan is made from what both tiers say now; what is in doubt empties it (P6);
-//! MAINT3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it back (P5);
-//! MAINT4  any step may be the last one before a crash: every backup that has a record can be restored;
-//! MAINT5  work on a repository is done by a child process (`worker`), which ends with the server.
+//! MAINT1  one piece of work runs at a time for a cluster, never during a backup of that cluster, and only a few run
+//!     over all clusters; work that waits holds nothing that another cluster needs;
+//! MAINT2  a plan is made from what both tiers say now, and any doubt empties it (P6);
+//! MAINT3  nothing leaves tier 1 before it is proven in tier 2, at that moment, by reading it there (P5);
+//! MAINT4  a crash may come after any step: every backup that has a record can be restored;
+//! MAINT5  work on a repository is done in a child process (`worker`), which ends with the server.
 
 mod apply;
 mod child;
@@ -34,25 +34,24 @@ use klio_storage::{
 use std::{path::PathBuf, sync::Arc};
 use tonic::Status;
 
-/// What it works with.
+/// What [`Maintenance`] is made of.
 pub struct Parts {
     /// Backups and both tiers.
     pub base: BaseStore,
     /// How far WAL is archived; `None` without a bucket.
     pub archives: Option<Archives>,
-    /// What is kept, and when that is looked at.
+    /// What is retained, and when that is checked.
     pub settings: Settings,
-    /// Tier 1 and the queue live below it.
+    /// The directory that contains tier 1 and the queue.
     pub data_dir: PathBuf,
-    /// The configuration file, for the child.
+    /// The configuration file, for the child process.
     pub config_path: PathBuf,
-    /// klio-server itself.
+    /// The path of klio-server itself.
     pub program: PathBuf,
-    /// Counts.
     pub metrics: Arc<MaintenanceMetrics>,
 }
 
-/// Cheap to clone.
+/// Runs maintenance and verification; cheap to clone.
 #[derive(Clone)]
 pub struct Maintenance(Arc<Inner>);
 
@@ -64,15 +63,15 @@ struct Inner {
     config_path: PathBuf,
     program: PathBuf,
     metrics: Arc<MaintenanceMetrics>,
-    /// MAINT1.
+    /// Whose turn it is (MAINT1).
     turns: turns::Turns,
 }
 
-/// Clocks that differ by less are as good as clocks get without help: no reason for a warning.
+/// A difference between clocks that is normal without special hardware, and no reason for a warning.
 const SKEW_SECONDS: f64 = 5.0;
 
-/// Where the result of the last maintenance of a cluster is kept: `<cluster>/maintenance.json`, in the shape of
-/// `record`. Losing it loses knowledge only.
+/// The file with the result of a cluster's last maintenance: `<cluster>/maintenance.json`, in the format of `record`.
+/// Losing it loses only this information.
 fn last_run_path(base: &BaseStore, cluster: &ClusterName) -> PathBuf {
     base.root().join(cluster.as_str()).join("maintenance.json")
 }
@@ -80,7 +79,7 @@ fn last_run_path(base: &BaseStore, cluster: &ClusterName) -> PathBuf {
 fn last_run(base: &BaseStore, cluster: &ClusterName) -> Option<MaintenanceOutcome> {
     let read = record::load(base.disk().as_ref(), &last_run_path(base, cluster));
     read.unwrap_or_else(|error| {
-        tracing::warn!(%cluster, %error, "the last maintenance is not known");
+        tracing::warn!(%cluster, %error, "cannot read the result of the last maintenance");
         None
     })
 }
@@ -101,7 +100,7 @@ impl Maintenance {
             }
             metrics.covered(&cluster, &base.coverage_on_disk(&cluster));
             let (disk, root, now) = (base.disk().as_ref(), base.root(), base.now_unix());
-            // Also of backups that only tier 2 has; expiring one removes what is known of it.
+            // Includes outcomes of backups that only tier 2 has. Expiring a backup removes its outcomes.
             for name in outcomes::names(disk, root, &cluster).unwrap_or_default() {
                 if let Ok(Some(outcome)) = outcomes::load_verified(disk, root, &cluster, &name) {
                     metrics.seen_verified(&cluster, &outcome, now);
@@ -126,15 +125,15 @@ impl Maintenance {
     /// What maintenance would do now.
     ///
     /// # Errors
-    /// When a tier cannot be asked.
+    /// An error of a tier that cannot be asked.
     pub async fn plan(&self, cluster: &ClusterName) -> Result<RetentionPlan, Status> {
         self.0.plan(cluster).await
     }
 
-    /// Applies the plan. Dropping the future stops it; the next run goes on.
+    /// Applies the plan. Dropping the future stops it; the next run continues.
     ///
     /// # Errors
-    /// The first thing that did not work; what was done until then is done.
+    /// The first error; what was done before it stays done.
     pub async fn apply(
         &self,
         cluster: &ClusterName,
@@ -143,10 +142,10 @@ impl Maintenance {
         self.0.apply(cluster, tell).await
     }
 
-    /// Proves what is stored. Dropping the future stops it.
+    /// Verifies what is stored. Dropping the future stops it.
     ///
     /// # Errors
-    /// When it could not be read for reasons that say nothing about it.
+    /// An error that says nothing about the stored data, such as a tier that does not answer.
     pub async fn verify(
         &self,
         cluster: &ClusterName,
@@ -156,10 +155,10 @@ impl Maintenance {
         self.0.verify(cluster, request, tell).await
     }
 
-    /// Keeps the result of a drill.
+    /// Stores the result of a drill.
     ///
     /// # Errors
-    /// `INVALID` for one that cannot be read, `NOT_FOUND` for a backup that is not there.
+    /// `INVALID` for a document that cannot be read, `NOT_FOUND` for a backup that does not exist.
     pub async fn record_drill(&self, cluster: &ClusterName, document: &[u8]) -> Result<(), Status> {
         let mut outcome: DrillOutcome = serde_json::from_slice(document)
             .map_err(|e| Code::Invalid.status(format!("record a drill of {cluster}: {e}")))?;
@@ -177,7 +176,7 @@ impl Maintenance {
             outcomes::store_drilled(base.disk().as_ref(), base.root(), &name, &kept)
         });
         let stored =
-            stored.await.map_err(|e| Code::Internal.status(format!("keep a drill: {e}")))?;
+            stored.await.map_err(|e| Code::Internal.status(format!("record a drill: {e}")))?;
         stored.map_err(|e| errors::status(&e))?;
         self.0.metrics.drilled(cluster, &outcome);
         Ok(())

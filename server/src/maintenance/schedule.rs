@@ -1,8 +1,8 @@
-//! Maintenance and verification by themselves: after backups, and from time to time.
+//! Runs maintenance and verification automatically: after backups, and periodically.
 //!
-//! What a backup brought is read back from tier 2 once its record is there; then retention is applied. A
-//! failure is logged and tried again at the next look that finds it due, with a growing pause. Clusters are looked after side
-//! by side: one whose turn is taken, by a client that asks for verification without end, delays no other (P13).
+//! A new backup is verified in tier 2 once its record is there; then retention is applied. A failure is logged, and
+//! the work is tried again after a pause that grows. Clusters are handled concurrently: one whose turn is taken, for
+//! example by a client that requests verification without end, delays no other (P13).
 
 use super::{Inner, Maintenance, verify::Request};
 use futures::{StreamExt, stream::FuturesUnordered};
@@ -20,22 +20,22 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::Instrument;
 
-/// Clusters that are looked after side by side; most of them wait for their turn.
+/// How many clusters are handled concurrently; most of them wait for their turn.
 const CLUSTERS_AT_ONCE: usize = 64;
-/// How often it is asked whether something is due. Reads what is known in memory.
+/// How often it is checked whether something is due. The check reads memory only.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// A cluster that was never looked after, after a start.
+/// The delay after a start for a cluster that has never been maintained.
 const FIRST_AFTER: Duration = Duration::from_secs(300);
 const RETRY_MIN: Duration = Duration::from_secs(30);
 const RETRY_MAX: Duration = Duration::from_secs(3600);
 
-/// What is known of a cluster.
+/// What is in memory about a cluster.
 struct Known {
-    /// Backups in tier 2 that were looked after; kept over restarts.
+    /// Backups in tier 2 that were handled already; stored across restarts.
     seen: BTreeSet<BackupName>,
-    /// The next run by the clock.
+    /// The time of the next periodic run.
     next: Instant,
-    /// Nothing before: something failed.
+    /// The earliest time of the next attempt after a failure.
     not_before: Instant,
     pause: Duration,
 }
@@ -63,7 +63,7 @@ impl Maintenance {
 
 impl Inner {
     async fn look(&self) {
-        // Of the clusters that nobody looks after now.
+        // Only clusters that are not being handled now; entries of the others are in their task.
         let mut known: BTreeMap<ClusterName, Known> = BTreeMap::new();
         let mut busy: BTreeSet<ClusterName> = BTreeSet::new();
         let mut running = FuturesUnordered::new();
@@ -106,17 +106,17 @@ impl Inner {
         }
     }
 
-    /// An alarm stands for as long as there is a doubt, not only when a plan is made.
+    /// Keeps the alarm about the clock up to date for as long as there is a doubt, not only when a plan is made.
     fn watch_clock(&self, cluster: &ClusterName) {
         let doubts = self.clock_doubts(cluster);
         if self.metrics.doubted(cluster, !doubts.is_empty()) {
             let doubts = doubts.join("; ");
-            tracing::error!(%cluster, doubts, "the clock cannot be believed");
+            tracing::error!(%cluster, doubts, "the clock cannot be believed; nothing is removed meanwhile");
         }
     }
 
-    /// The backups whose records are proven there; tier 1's without a bucket. `None` before the bucket was
-    /// listed.
+    /// The backups whose records are proven in tier 2, or without a bucket those of tier 1. `None` before the bucket
+    /// was listed.
     fn in_tier2(&self, cluster: &ClusterName) -> Option<BTreeSet<BackupName>> {
         if self.base.tier2().is_some() {
             return self.base.archives().records(cluster);
@@ -125,7 +125,8 @@ impl Inner {
         Some(records.into_iter().map(|(name, _)| name).collect())
     }
 
-    /// `<cluster>/read-back.json`: names, in the shape of `record`. Losing it costs reading once more.
+    /// `<cluster>/read-back.json`: names of backups, in the format of `record`. If it is lost, the backups are
+    /// verified once more.
     fn seen_path(&self, cluster: &ClusterName) -> PathBuf {
         self.base.root().join(cluster.as_str()).join("read-back.json")
     }
@@ -142,13 +143,13 @@ impl Inner {
         }
     }
 
-    /// Until the first run after a start: what is left of the interval.
+    /// The time until the first run after a start: what is left of the interval.
     fn due_in(&self, cluster: &ClusterName) -> Duration {
         let interval = self.settings.maintenance.interval();
         let Some(last) = self.metrics.latest_maintenance(cluster) else {
             return FIRST_AFTER.min(interval);
         };
-        // A clock that went back is no reason to wait longer than an interval.
+        // A clock that went back does not make the wait longer than one interval.
         let since = Duration::try_from_secs_f64(self.base.now_unix() - last).unwrap_or_default();
         interval.saturating_sub(since)
     }
@@ -159,7 +160,7 @@ impl Inner {
             if self.settings.verify.after_backup
                 && let Err(error) = self.read_one_back(cluster, &name).await
             {
-                tracing::warn!(%cluster, backup = %name, error = error.message(), "could not be read back; tried again");
+                tracing::warn!(%cluster, backup = %name, error = error.message(), "cannot verify a backup; trying again later");
                 return entry.failed();
             }
             entry.seen.insert(name);
@@ -168,7 +169,7 @@ impl Inner {
         if self.settings.maintenance.enabled
             && let Err(error) = self.apply(cluster, &quiet).await
         {
-            tracing::error!(%cluster, error = error.message(), "maintenance failed; tried again");
+            tracing::error!(%cluster, error = error.message(), "maintenance failed; trying again later");
             entry.next = Instant::now();
             return entry.failed();
         }

@@ -1,7 +1,7 @@
-//! Whose turn it is (MAINT1): one piece of work for each cluster, and so many at once over all of them.
+//! Whose turn it is (MAINT1): one piece of work for each cluster, and a limited number over all of them.
 //!
-//! Who waits for the own cluster's turn holds none of the shared places, so a cluster that asks for much waits for itself
-//! alone (P13). Both queues are fair. A turn ends when it is dropped, with whatever held it.
+//! Work that waits for its own cluster's turn holds none of the shared places, so a cluster that requests much delays
+//! only itself (P13). Both queues are fair. A turn ends when its guard is dropped.
 
 use klio_storage::layout::ClusterName;
 use std::{
@@ -10,7 +10,7 @@ use std::{
 };
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 
-/// Each is a child process with the index of a repository in its memory.
+/// The number of shared places. Each is a child process that holds the index of a repository in memory.
 const AT_ONCE: usize = 2;
 
 /// All turns.
@@ -22,7 +22,7 @@ pub(super) struct Turns {
 /// A turn; dropping it ends it.
 pub(super) struct Turn {
     _own: OwnedMutexGuard<()>,
-    /// `None` when the places are closed, which nobody does.
+    /// `None` when the semaphore is closed, which never happens.
     _place: Option<OwnedSemaphorePermit>,
 }
 
@@ -54,7 +54,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// One stream that nobody read held verification and retention of all clusters.
+    /// Regression test: one stream that nobody read held up verification and retention of all clusters.
     #[tokio::test]
     async fn a_cluster_that_waits_for_itself_holds_no_other_up() {
         let turns = Turns::default();
@@ -65,7 +65,7 @@ mod tests {
             assert!(wait.as_mut().now_or_never().is_none(), "one at a time for each cluster");
         }
         let other = turns.take(&b).now_or_never().expect("b does not wait for a");
-        // The places are used up: now everybody waits, and the first that asked is the next.
+        // The places are used up, so everybody waits, and the first that asked is the next.
         let mut third = Box::pin(turns.take(&c));
         assert!(third.as_mut().now_or_never().is_none());
         drop(other);

@@ -1,8 +1,8 @@
-//! Proves what is stored, and keeps the result beside each backup.
+//! Verifies what is stored, and stores the result for each backup.
 //!
-//! Damage that was found stays known until it is disproved: what an earlier verification found and could not repair is read
-//! again whatever the share, so that a smaller one says the same of it or has seen it good. A finding that is also another
-//! backup's is kept beside that one, too.
+//! Damage that was found stays recorded until it is disproved. What an earlier verification found and could not repair
+//! is read again, whatever the percentage, so a run that reads less either confirms it or finds it good. A finding
+//! that also concerns another backup is recorded for that one, too.
 
 use super::{
     Inner,
@@ -31,14 +31,15 @@ use tonic::Status;
 pub struct Request {
     /// `None`: every backup.
     pub backup: Option<BackupName>,
-    /// Share of packs that is read, 0 to 100.
+    /// The percentage of packs that is read, 0 to 100.
     pub read_percent: f64,
-    /// The same share of the WAL behind the backups.
+    /// Whether to read the same percentage of the WAL after the backups.
     pub wal: bool,
 }
 
 impl Inner {
-    /// Stretches of `wal_level = minimal` in WAL that an earlier build received: they are holes from now on.
+    /// Records stretches of `wal_level = minimal` in WAL that an earlier version received; they count as holes from
+    /// now on.
     async fn learn_levels(
         &self,
         cluster: &ClusterName,
@@ -56,7 +57,7 @@ impl Inner {
         Ok(())
     }
 
-    /// WAL files of tier 1 that were found damaged, and that no copy was left to repair from: they are put aside, and asked for
+    /// Sets aside damaged WAL files of tier 1 that could not be repaired from a copy, so that they are requested
     /// again.
     async fn doubt_damaged(&self, cluster: &ClusterName, result: &VerifyResult) {
         let wal = format!("{}/", wal_key(cluster));
@@ -86,7 +87,7 @@ impl Inner {
         let known = self.known_damage(cluster).await?;
         let again = again(&chosen, &known);
         let holdings = self.holdings_now(cluster).await?;
-        // A hole that was found stays one until nobody is found to miss it.
+        // A recorded hole stays recorded until a check over all backups no longer finds it.
         let had_holes = known.others.iter().any(|d| d.key == wal_key(cluster));
         let scope = if had_holes { &listed.backups } else { &chosen };
         let looks = request.wal || had_holes || again.iter().any(|key| is_wal(cluster, key));
@@ -106,7 +107,7 @@ impl Inner {
         let coverage = coverage.after(&result.advance, began_unix);
         self.base.keep_coverage(cluster, coverage).await?;
         self.metrics.covered(cluster, &coverage);
-        // Asked again: a record that could not be read may be good by now.
+        // Listed again, because a record that could not be read may be good by now.
         let problems = self.base.backups(cluster).await?.problems;
         let mut result = complete(cluster, result, &chosen, &holdings, &problems);
         result.damaged.extend(lost.into_iter().map(|hole| of_no_backup(cluster, &hole)));
@@ -115,14 +116,14 @@ impl Inner {
         for other in &others {
             self.tell_other(cluster, other, &result).await?;
         }
-        // Asked for some backups, what none of them needs is not their damage.
+        // If some backups were requested, damage that none of them needs is not part of their result.
         let is_theirs = |finding: &Finding| {
             let is_pack = pack_of(cluster, &finding.damage.key).is_some();
             all || finding.backups.iter().any(|name| names.contains(name))
                 || finding.backups.is_empty() && !is_pack
         };
         result.damaged.retain(is_theirs);
-        // A share is of all packs: what was made good in one of them is told, whoever needs it.
+        // A percentage counts over all packs, so a repair is reported whoever needs the pack.
         result.repaired.retain(|finding| request.read_percent < 100.0 || is_theirs(finding));
         let outcome =
             |backups: Vec<BackupName>, damaged: Vec<Damage>, repaired: Vec<Damage>| VerifyOutcome {
@@ -151,19 +152,19 @@ impl Inner {
             tracing::error!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "damaged object found");
         }
         for damage in &outcome.repaired {
-            tracing::warn!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "was damaged; repaired from the other tier");
+            tracing::warn!(%cluster, tier = damage.tier, key = damage.key, problem = damage.problem, "damaged object repaired from the other tier");
         }
         Ok(outcome)
     }
 
-    /// Both tiers as they are listed now.
+    /// What both tiers hold by a new listing.
     pub(super) async fn holdings_now(&self, cluster: &ClusterName) -> Result<Holdings, Status> {
         self.base.forget_wal_listing(cluster);
         self.base.holdings(cluster).await
     }
 
-    /// WAL behind the backups that neither tier has. What is sealed between two listings is in none of them for a moment: it
-    /// must be missing twice.
+    /// WAL after the backups that neither tier has. A file that is sealed between two listings may be in neither of
+    /// them, so it counts only if it is missing twice.
     async fn lost(
         &self,
         cluster: &ClusterName,
@@ -211,7 +212,8 @@ impl Inner {
         }
     }
 
-    /// What tier 2 must hold: what is archived without a hole, but what was let go and recorded gaps.
+    /// The WAL that tier 2 must have: everything below the archived frontier, except what was removed and recorded
+    /// gaps.
     fn archived(&self, cluster: &ClusterName) -> Vec<Archived> {
         let Some(archives) = &self.archives else { return Vec::new() };
         let (horizons, gaps) = (self.base.wal().horizons(cluster), self.base.wal().gaps(cluster));
@@ -230,7 +232,7 @@ impl Inner {
         owed
     }
 
-    /// What is known to be damaged, whoever needs it.
+    /// The recorded damage, whoever needs the files.
     pub(super) async fn known_damage(&self, cluster: &ClusterName) -> Result<KnownDamage, Status> {
         let (base, cluster) = (self.base.clone(), cluster.clone());
         let known = tokio::task::spawn_blocking(move || base.known_damage(&cluster));
@@ -240,15 +242,15 @@ impl Inner {
             Kind::Corrupt => {
                 tracing::error!(%error, "cannot read damaged.json; pruning is paused");
                 Code::Corrupt.status(format!(
-                    "damaged.json: expected what is known to be damaged, found a file that is damaged itself; hint: {}",
-                    error.hint.unwrap_or("klio verify finds it again")
+                    "read damaged.json: expected a list of damaged files, found a file that is damaged itself; hint: {}",
+                    error.hint.unwrap_or("run klio verify, which finds the damage again")
                 ))
             }
             _ => errors::status(&error),
         })
     }
 
-    /// Adds what was found, and takes away what was disproved. `all`: every backup was looked at.
+    /// Adds the damage that was found, and removes what was disproved. `all` says that every backup was verified.
     async fn learn(
         &self,
         cluster: &ClusterName,
@@ -262,7 +264,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Keeps damage beside a backup that was not asked for and needs it all the same: retention counts on what is kept.
+    /// Records damage for a backup that was not requested but needs the damaged file, because retention depends on
+    /// these records.
     async fn tell_other(
         &self,
         cluster: &ClusterName,
@@ -291,7 +294,7 @@ impl Inner {
             damaged: Vec::new(),
             repaired: Vec::new(),
         });
-        tracing::error!(%cluster, backup = %name, files = found.len(), "damage that was found beside it is this backup's, too");
+        tracing::error!(%cluster, backup = %name, files = found.len(), "damage found while verifying another backup affects this one, too");
         outcome.ok = false;
         outcome.damaged.extend(found);
         self.keep_outcome(cluster, outcome).await
@@ -308,7 +311,7 @@ impl Inner {
             outcomes::store_verified(base.disk().as_ref(), base.root(), &cluster, &outcome)
         });
         let kept =
-            kept.await.map_err(|e| Code::Internal.status(format!("keep the outcome: {e}")))?;
+            kept.await.map_err(|e| Code::Internal.status(format!("store the outcome: {e}")))?;
         kept.map_err(|e| errors::status(&e))
     }
 }
@@ -327,7 +330,7 @@ fn choose(
     }
 }
 
-/// What was found damaged before, and is read again whatever the share.
+/// The files that were found damaged before; they are read again whatever the percentage.
 fn again(chosen: &[ListedBackup], known: &KnownDamage) -> BTreeSet<String> {
     let kept = chosen.iter().filter_map(|backup| backup.verified.as_ref());
     let kept = kept.flat_map(|outcome| &outcome.damaged);
@@ -338,7 +341,7 @@ fn damage_of(findings: &[Finding], which: impl Fn(&Finding) -> bool) -> Vec<Dama
     findings.iter().filter(|f| which(f)).map(|f| f.damage.clone()).collect()
 }
 
-/// Of findings that name no single file.
+/// The key of findings that name no single file.
 fn wal_key(cluster: &ClusterName) -> String {
     format!("{cluster}/wal")
 }
@@ -351,9 +354,9 @@ fn is_wal(cluster: &ClusterName, key: &str) -> bool {
     key.strip_prefix(&wal_key(cluster)).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// What is known after a verification. Packs are known by their keys: those that were damaged before were all read again, if
-/// the repository could be opened. Of the rest, records and holes are looked at each time, small files when all
-/// backups are.
+/// Updates the recorded damage after a verification. Packs are identified by their keys: all that were damaged before
+/// were read again, if the repository could be opened. Of the other findings, records and holes are checked each time,
+/// small files only when all backups are verified.
 fn learn(cluster: &ClusterName, known: &mut KnownDamage, result: &VerifyResult, all: bool) {
     known.packs.retain(|damage| !result.disproved.contains(&damage.key));
     let is_pack = |damage: &Damage| pack_of(cluster, &damage.key).is_some();
@@ -367,8 +370,9 @@ fn learn(cluster: &ClusterName, known: &mut KnownDamage, result: &VerifyResult, 
     known.others.extend(others);
 }
 
-/// What is missing behind these backups, on every timeline that they lead to, and is not on record as a gap or as
-/// expired. Also below where this tier 1 begins: a server that was put in place of a lost one has the rest in tier 2.
+/// The WAL that is missing after these backups, on every timeline that they lead to, and that is not recorded as a gap
+/// or as expired. WAL below the beginning of this tier 1 is included: a server that replaced a lost one has that part
+/// in tier 2.
 fn lost<'a>(
     holdings: &Holdings,
     backups: impl Iterator<Item = &'a BackupRecord> + Clone,
@@ -376,9 +380,9 @@ fn lost<'a>(
     let Ok(size) = SegmentSize::new(holdings.segment_size) else { return Vec::new() };
     let mut all: Vec<Hole> = Vec::new();
     for line in &holdings.timelines {
-        // A history that cannot be read is found where it is read back.
+        // A history that cannot be read is found when it is verified itself.
         let Ok(path) = Path::new(holdings, line.timeline, size) else { continue };
-        // What is missing between its start and its stop is told of the backup itself.
+        // Missing WAL between a backup's start and its stop is reported for that backup.
         let Some(from) = backups.clone().filter(|b| path.serves(b)).map(|b| b.stop_lsn).min()
         else {
             continue;
@@ -390,14 +394,14 @@ fn lost<'a>(
     all
 }
 
-/// Every backup can be restored to its own end all the same.
+/// A finding that belongs to no backup: every backup can still be restored to its own end.
 fn of_no_backup(cluster: &ClusterName, hole: &Hole) -> Finding {
     let key = wal_key(cluster);
     let damage = Damage { tier: "both".into(), key, problem: hole.to_string() };
     Finding { damage, backups: Vec::new(), lost: false }
 }
 
-/// Adds what only the server can say: records that cannot be read, and WAL that is missing.
+/// Adds what only the server knows: records that cannot be read, and WAL that is missing.
 fn complete(
     cluster: &ClusterName,
     mut result: VerifyResult,
@@ -466,10 +470,10 @@ pub(super) mod tests {
         learn(&cluster, &mut known, &bad(&["a"]), true);
         learn(&cluster, &mut known, &bad(&[]), false);
         assert_eq!((packs(&known), known.others.len()), (vec![pack.clone()], 0));
-        // The repository could not be opened: nothing was read, and nothing is disproved.
+        // The repository could not be opened, so nothing was read and nothing is disproved.
         learn(&cluster, &mut known, &VerifyResult::default(), true);
         assert_eq!(packs(&known), std::slice::from_ref(&pack));
-        // Good in the other tier, which only could not be written here: there is a good copy.
+        // The pack is good in the other tier and only could not be written here, so there is a good copy.
         let disproved = BTreeSet::from([pack.clone()]);
         let damaged = vec![finding(&pack, &["a"], false)];
         learn(
@@ -498,7 +502,7 @@ pub(super) mod tests {
         assert_eq!(known, KnownDamage::default());
     }
 
-    /// From one segment to another.
+    /// A backup from one segment to another.
     pub fn backup(name: &str, start: u64, stop: u64) -> BackupRecord {
         backup_record(name.parse().unwrap(), tli(1), lsn(start), lsn(stop))
     }
@@ -517,7 +521,7 @@ pub(super) mod tests {
         lost.into_iter().map(|hole| (hole.timeline.get(), hole.from, hole.to)).collect()
     }
 
-    /// A new tier 1 may begin at segment 20: what only tier 2 has counts like the rest.
+    /// A new tier 1 may begin at segment 20; WAL that only tier 2 has counts like the rest.
     #[test]
     fn wal_that_both_tiers_lost_behind_a_backup_is_found_wherever_tier_1_begins() {
         let mut holdings = Holdings {
@@ -527,14 +531,14 @@ pub(super) mod tests {
         };
         let old = [backup("a", 2, 3), backup("b", 10, 11)];
         assert_eq!(found(&holdings, &old), [(1, lsn(8), lsn(9)), (1, lsn(12), lsn(13))]);
-        // What is in front of the oldest backup nobody needs.
+        // Nobody needs WAL from before the oldest backup.
         assert_eq!(found(&holdings, &old[1..]), [(1, lsn(12), lsn(13))]);
         assert_eq!(found(&holdings, &[]), []);
-        // What is on record is no news.
+        // A recorded gap is not reported again.
         let gap = KnownGap { timeline: tli(1), from: lsn(8), to: lsn(9), reason: "x".into() };
         holdings.gaps.push(gap);
         assert_eq!(found(&holdings, &old), [(1, lsn(12), lsn(13))]);
-        // Told once, though two timelines come from there.
+        // It is reported once, although two timelines come from there.
         let history = |number: u32| format!("1\t{}\tx\n", lsn(20 + u64::from(number)));
         for number in [2, 3] {
             let runs = [(20 + u64::from(number), 40)];

@@ -1,10 +1,10 @@
-//! Lets WAL go that no kept backup needs.
+//! Removes WAL that no retained backup needs.
 //!
-//! For each timeline, oldest first: the horizon is put on record; then each file of tier 1 is proven in
-//! tier 2 by reading it back, and goes (P5); then what may go for good goes from tier 2. Only below the
-//! contiguous archived frontier, never the last file of a timeline, histories never. It stops at the first
-//! object that tier 2 does not let go, so that no hole comes to be behind one that is left. What a restore or a
-//! recovery may still read goes from tier 1 to tier 2, but not for good (`readers`).
+//! For each timeline, oldest first: the horizon is recorded; then each file on tier 1 is proven in tier 2 by reading
+//! it there, and evicted (P5); then expired WAL is removed from tier 2. Only WAL below the contiguous archived
+//! frontier is removed, never the last file of a timeline, and never a history. It stops at the first object that
+//! cannot be removed from tier 2, so that no hole appears behind one that is left. WAL that a restore or a recovery
+//! may still read is evicted from tier 1, but not expired (`readers`).
 
 use super::Inner;
 use crate::{
@@ -22,7 +22,7 @@ use klio_storage::{
 };
 use tonic::Status;
 
-/// Files named in an outcome; the rest are a number.
+/// How many files an outcome names; the others are counted.
 const NAMED_MAX: usize = 10;
 
 impl Inner {
@@ -60,7 +60,8 @@ impl Inner {
             return Ok(());
         };
         if self.held_from(cluster, line.timeline).is_none() {
-            // Of a tier 1 that was lost: there is nothing to prove here, nor a place for a horizon.
+            // The timeline is from a tier 1 that was lost, so there is nothing to prove here and no place for a
+            // horizon.
             let Some(gone) = line.tier2_below else { return Ok(()) };
             let far = Far { timeline: line.timeline, below: gone, readers: self.base.readers() };
             expire_told(tier2, cluster, size, far, outcome).await;
@@ -78,8 +79,10 @@ impl Inner {
             if let Err(error) = self.prove(tier2, cluster, &file).await {
                 kept += 1;
                 if kept <= NAMED_MAX {
-                    let text =
-                        format!("{} stays on tier 1, not proven in tier 2: {error}", file.file);
+                    let text = format!(
+                        "{} stays on tier 1, because it is not proven in tier 2: {error}",
+                        file.file
+                    );
                     outcome.held_back.push(text);
                 }
                 continue;
@@ -101,7 +104,7 @@ impl Inner {
         Ok(())
     }
 
-    /// How much of what may go for good nobody reads now. Why the rest stays is told, if there is any.
+    /// The part of expired WAL that nobody reads now. If another part stays, the reason is reported.
     fn unread(
         &self,
         cluster: &ClusterName,
@@ -117,7 +120,7 @@ impl Inner {
         from
     }
 
-    /// The first byte of a timeline that is held and known to tier 1.
+    /// The first byte of a timeline that tier 1 holds or has evicted.
     fn held_from(&self, cluster: &ClusterName, timeline: TimelineId) -> Option<Lsn> {
         let positions = self.base.wal().positions(cluster);
         positions.into_iter().find(|p| p.timeline == timeline).map(|p| p.start)
@@ -129,7 +132,7 @@ impl Inner {
         state.frontiers.iter().find(|f| f.timeline == timeline).map(|f| f.archived)
     }
 
-    /// P5, at this moment: the object is read back and holds what the file holds.
+    /// P5, at this moment: the object is read, and its content is that of the file.
     async fn prove(
         &self,
         tier2: &Tier2,
@@ -152,7 +155,7 @@ impl Inner {
         tier2.prove(&source, &key).await.map(drop)
     }
 
-    /// Only where there is something to let go: a horizon is written durably. `None`: nothing is held.
+    /// Raises the horizon, durably, but only if there is something to remove. `None`: nothing is stored.
     async fn raise(
         &self,
         cluster: &ClusterName,
@@ -207,12 +210,12 @@ impl Inner {
     }
 }
 
-/// What may go from tier 2.
+/// The WAL that may be removed from tier 2.
 struct Far<'a> {
     timeline: TimelineId,
-    /// What ends at or below this.
+    /// Only segments that end at or below this position.
     below: Lsn,
-    /// But not what somebody reads, asked before each removal: there may be thousands.
+    /// Except what somebody reads. This is checked before each removal, because there may be thousands.
     readers: &'a Readers,
 }
 
@@ -220,7 +223,7 @@ fn stays(timeline: TimelineId, below: Lsn, why: &str) -> String {
     format!("WAL of timeline {timeline:?} below {below} stays: {why}")
 }
 
-/// The same as [`expire_far`], with its failure told.
+/// The same as [`expire_far`], with an error reported in the outcome.
 async fn expire_told(
     tier2: &Tier2,
     cluster: &ClusterName,
@@ -229,15 +232,15 @@ async fn expire_told(
     outcome: &mut MaintenanceOutcome,
 ) {
     if let Err(error) = expire_far(tier2, cluster, size, far, outcome).await {
-        tracing::error!(%cluster, %error, "WAL that nobody needs stays in tier 2");
+        tracing::error!(%cluster, %error, "cannot remove expired WAL from tier 2");
         outcome.held_back.push(format!("remove WAL from tier 2: {error}"));
     }
 }
 
-/// Takes from tier 2 what lies below the plan's position, oldest first, but the timeline's last object.
+/// Removes from tier 2 what lies below the plan's position, oldest first, except the timeline's last object.
 ///
-/// P6: the plan's, and not that of the horizon: on a new server, whose tier 1 began in the middle, the horizon begins
-/// there, too, and what lies below is what every older backup needs.
+/// P6: the position is the plan's, not the horizon's. On a new server, whose tier 1 began in the middle, the horizon
+/// begins there as well, and every older backup needs the WAL below it.
 async fn expire_far(
     tier2: &Tier2,
     cluster: &ClusterName,

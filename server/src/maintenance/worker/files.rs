@@ -1,9 +1,8 @@
-//! Both tiers of a repository for work that removes.
+//! Both tiers of a repository, for work that removes files.
 //!
-//! What is written is in both tiers before the call returns, so that an index is never taken away before
-//! the one that replaces it can be read in either tier, whatever crashes in between. What is removed goes
-//! from tier 2 first: credentials that may only read stop it before anything is gone. The server is told
-//! of each.
+//! What is written is in both tiers before the call returns, so that an index is never removed before the one that
+//! replaces it can be read in either tier, whatever crashes in between. Files are removed from tier 2 first, because
+//! read-only credentials are refused there before anything is removed. The server is told of each removal.
 
 use super::Ground;
 use crate::maintenance::protocol::Line;
@@ -18,7 +17,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// Files that tell the server that they are read: the steps of a verification that only read say nothing else for hours.
+/// Files that report to the server when they are read, because a verification may do nothing but read for hours.
 #[derive(Debug)]
 pub(super) struct Telling {
     files: Arc<dyn Files>,
@@ -61,14 +60,14 @@ impl Files for Telling {
     }
 }
 
-/// Bytes that were freed.
+/// Bytes that were freed in each tier.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Freed {
     pub(super) tier1: u64,
     pub(super) tier2: u64,
 }
 
-/// Both tiers.
+/// The files in both tiers.
 #[derive(Debug)]
 pub(super) struct Both {
     local: Arc<LocalFiles>,

@@ -1,8 +1,8 @@
-//! The child process: `klio-server repository`, with a job on standard input. Hidden: for the server.
+//! The child process: `klio-server repository`, with a job on standard input. It is a hidden verb for the server only.
 //!
-//! Its own process, so that the memory of a large index, and a panic in it, stay here. It works below
-//! others (nice 10), and ends with the server: the end of standard input ends it at once, in the middle
-//! of whatever it does, which every step of it allows.
+//! It is a process of its own, so that the memory of a large index, and a panic, do not affect the server. It runs at
+//! low priority (nice 10), and ends with the server: the end of standard input ends it at once, in the middle of its
+//! work, and every step is written so that this is safe.
 
 mod files;
 mod orphans;
@@ -33,17 +33,17 @@ use std::{
 };
 use tokio::runtime::{Handle, Runtime};
 
-/// A broken pipe means that the server is gone.
+/// The exit status when the pipe is broken, which means that the server is gone.
 const EXIT_ORPHAN: i32 = 3;
 
-/// How often a step that only reads says that it goes on.
+/// How often a step that only reads reports that it is still running.
 const STILL_EVERY: Duration = Duration::from_secs(10);
 
 /// Writes lines to the server. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 struct Output(Arc<Mutex<Told>>);
 
-/// The last step that was told, and when.
+/// The last step that was reported, and when.
 #[derive(Debug, Default)]
 struct Told {
     at: Option<Instant>,
@@ -66,7 +66,8 @@ impl Output {
         self.say(&Line::Progress(step));
     }
 
-    /// Something was read: the step goes on. Says the last one again, from time to time.
+    /// Called when something was read: the step is still running. Reports the last step again, at most every
+    /// [`STILL_EVERY`].
     fn still(&self) {
         let step = {
             let mut told = self.told();
@@ -84,7 +85,7 @@ impl Output {
     }
 }
 
-/// What the work is done with.
+/// What the work needs.
 struct Ground {
     cluster: ClusterName,
     disk: Arc<dyn Disk>,
@@ -98,13 +99,13 @@ struct Ground {
     out: Output,
 }
 
-/// How long a result may wait for a collector that is not there.
+/// How long a result may wait for a telemetry collector that does not answer.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs a job to its end. The result goes to standard output, also a failure.
+/// Runs a job to its end. The result, or a failure, goes to standard output.
 ///
 /// # Errors
-/// Only of what comes before a job is understood.
+/// Only errors from before the job was read.
 pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> anyhow::Result<()> {
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line).context("read the job")?;
@@ -112,12 +113,12 @@ pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> 
     std::thread::Builder::new()
         .name("parent".into())
         .spawn(|| {
-            // Nothing more comes; the end of it does, when the server stops, dies or lets go.
+            // Nothing more is sent; the pipe ends when the server stops, dies or drops the child.
             let _ = io::stdin().lock().read_to_end(&mut Vec::new());
             std::process::exit(EXIT_ORPHAN);
         })
         .context("watch the server")?;
-    // Others first; a system that does not allow it is no reason not to work.
+    // Other processes come first. If the system does not allow it, the work is done anyway.
     let _ = rustix::process::nice(10);
     let out = Output::default();
     match traced(command, config, debug, job, runtime, &out) {
@@ -127,8 +128,8 @@ pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> 
     Ok(())
 }
 
-/// Does it below its root span, which continues the server's trace. Spans leave before the result does: with the result
-/// the server lets go.
+/// Runs the job below its root span, which continues the server's trace. Spans are sent before the result, because the
+/// server ends the child when it has the result.
 fn traced(
     command: &Command,
     path: &Path,
@@ -195,17 +196,17 @@ fn work(
 }
 
 impl Ground {
-    /// Where an object lies on tier 1.
+    /// The path of an object on tier 1.
     fn path(&self, object: &BaseObject) -> PathBuf {
         self.root.join(object.key(&self.cluster))
     }
 
-    /// What opens the repository, of tier 1, else of tier 2; `None` when there is no repository.
+    /// The secret of the repository, from tier 1 or else tier 2; `None` when there is no repository.
     fn secret(&self) -> Result<Option<Secret>, klio_storage::Error> {
         for object in secret_objects(&self.at_rest) {
             let encrypted = matches!(object, BaseObject::Secret { encrypted: true });
             let path = self.path(&object);
-            // A damaged one is for verify to find; the other tier's copy may open what is there.
+            // A damaged copy is reported by verification; the other tier's copy may still open the repository.
             if let Ok(bytes) = read_small(self.disk.as_ref(), &path, SECRET_LIMIT_BYTES)
                 && let Ok(secret) = decode_secret(&bytes, encrypted, &self.at_rest, path.display())
             {

@@ -1,10 +1,11 @@
-//! Snapshots that no record names: what backups left that never came to be.
+//! Snapshots that no record names: the remains of backups that were never committed.
 //!
-//! A listing may leave a record out, a new server may see a bucket for the first time, and a backup may be just about to be
-//! committed. So a snapshot goes in two phases, as packs do: the first run that finds it without a record marks it, by the
-//! server's clock alone (`<cluster>/orphans.json`, tier 1 only, in the shape of `record`), and one that comes days later
-//! forgets it, if no listing in between named it, and if the record of the name that it bears is in neither tier when it is
-//! asked for by that name. So nothing is forgotten in the first days of an empty tier 1. Losing the file costs days.
+//! A listing may leave out a record, a new server may see a bucket for the first time, and a backup may be about to be
+//! committed. So a snapshot is removed in two phases, like packs. The first run that finds it without a record marks
+//! it, by the server's clock only (`<cluster>/orphans.json`, tier 1 only, in the format of `record`). A run days later
+//! forgets it if no listing in between named it, and if neither tier has a record of its backup's name when asked for
+//! it by that name. So nothing is forgotten in the first days of an empty tier 1. Losing the file costs only those
+//! days.
 
 use super::Ground;
 use anyhow::{Context, bail};
@@ -20,7 +21,7 @@ use std::{
     path::PathBuf,
 };
 
-/// Since when each was found without a record, Unix seconds.
+/// Since when each snapshot has been without a record, in Unix seconds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Marks {
     #[serde(default)]
@@ -28,7 +29,7 @@ struct Marks {
 }
 
 impl Marks {
-    /// The marks after a look at a moment, and those that have borne theirs for long enough.
+    /// The marks after a listing at the time `now_unix`, and the snapshots that have been marked for long enough.
     fn after(
         &self,
         without: &BTreeSet<SnapshotId>,
@@ -38,7 +39,7 @@ impl Marks {
         let (mut marks, mut due) = (Self::default(), BTreeSet::new());
         for id in without {
             let known = self.since_unix.get(&id.to_string()).copied();
-            // A mark of the future is of a clock that was wrong.
+            // A mark that lies in the future comes from a clock that was wrong.
             let since = known.filter(|since| *since <= now_unix).unwrap_or(now_unix);
             if since + wait_seconds <= now_unix {
                 due.insert(*id);
@@ -53,7 +54,7 @@ fn path(ground: &Ground) -> PathBuf {
     ground.root.join(ground.cluster.as_str()).join("orphans.json")
 }
 
-/// Marks those without a record and gives those that may go now.
+/// Marks the snapshots without a record, and returns those that may be removed now.
 pub(super) fn due(
     ground: &Ground,
     all: &[SnapshotSummary],
@@ -67,7 +68,7 @@ pub(super) fn due(
     let known: Marks = match record::load(ground.disk.as_ref(), &path) {
         Ok(known) => known.unwrap_or_default(),
         Err(error) => {
-            tracing::warn!(%error, "which snapshots were without a record is not known; they are marked anew");
+            tracing::warn!(%error, "cannot read orphans.json; snapshots without a record are marked again");
             Marks::default()
         }
     };
@@ -78,8 +79,8 @@ pub(super) fn due(
     Ok(due)
 }
 
-/// The backups that have one of these snapshots all the same, asked for by name in both tiers. P6: a record that is there and
-/// cannot be read stops the work.
+/// The backups that do have one of these snapshots, found by asking both tiers for their names. P6: a record that
+/// exists and cannot be read stops the work.
 pub(super) fn asked_for(
     ground: &Ground,
     all: &[SnapshotSummary],
@@ -139,7 +140,7 @@ mod tests {
         assert_eq!(due, none);
         let (_, due) = marks.after(&BTreeSet::from([a, b]), 1003.0 * DAY, 3.0 * DAY);
         assert_eq!(due, BTreeSet::from([a]));
-        // A listing that named its record in between: it begins anew.
+        // A listing in between named its record, so the wait starts again.
         let (marks, _) = marks.after(&BTreeSet::from([b]), 1002.5 * DAY, 3.0 * DAY);
         let (_, due) = marks.after(&BTreeSet::from([a, b]), 1003.0 * DAY, 3.0 * DAY);
         assert_eq!(due, none);

@@ -1,9 +1,11 @@
-//! Takes out of a repository what no backup needs, and out of tier 1 what it need not keep.
+//! Removes from a repository what no backup needs, and evicts from tier 1 what it need not keep.
 //!
-//! In this order: snapshots without a record, packs that an index names in vain (ABSENT3), packs and indexes in two phases
-//! (REPO4), then tier 1's copies.
-//! P13: what is held twice is opened before one of the two may go, and the one that opens stays.
-//! P5: a pack leaves tier 1 only after the one in tier 2 was read back and has the SHA-256 of its name.
+//! The order is: snapshots without a record, index entries for missing packs (ABSENT3), packs and indexes in two
+//! phases (REPO4), then tier 1's copies.
+//!
+//! P13: if two packs hold the same chunks, both are opened before one of them may be removed, and one that opens
+//! stays.
+//! P5: a pack is evicted from tier 1 only after the one in tier 2 was read and has the SHA-256 of its name.
 
 use super::{Ground, files::Both, orphans};
 use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
@@ -29,15 +31,15 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     }
     let mut damaged: BTreeSet<BaseFile> =
         job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
-    // ABSENT1: what a damaged pack has and another one, too, is needed of the other one.
+    // ABSENT1: a chunk that a damaged pack and another pack have is taken from the other one.
     let mut held = None;
     if job.prune {
         if let Some(why) = drop_absent(&repository, job)? {
             result.held_back.push(why);
             return Ok(result);
         }
-        phase(ground, "open what is held twice");
-        let bad = repository.prove_duplicates().context("open what is held twice")?;
+        phase(ground, "open packs with duplicate content");
+        let bad = repository.prove_duplicates().context("open packs with duplicate content")?;
         damaged.extend(bad.keys());
         result.bad = bad.into_iter().map(|(file, problem)| damage(ground, file, problem)).collect();
     }
@@ -62,7 +64,7 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     Ok(result)
 }
 
-/// Snapshots that no backup has.
+/// Forgets the snapshots that no backup has.
 fn forget(
     ground: &Ground,
     repository: &Repository,
@@ -78,7 +80,7 @@ fn forget(
     for (id, name) in orphans::asked_for(ground, &all, &forget)? {
         forget.remove(&id);
         result.held_back.push(format!(
-            "snapshot {id} stays: the listing of backups left out the record of {name}, which is there when it is asked for by its name; hint: a bucket that forgets objects in its listings is not to be trusted with removals"
+            "snapshot {id} stays: the listing of backups left out the record of {name}, which exists; hint: check the bucket, whose listings are incomplete"
         ));
     }
     if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
@@ -98,7 +100,7 @@ fn forget(
 
 fn damage(ground: &Ground, file: BaseFile, problem: String) -> Damage {
     let key = file.key(&ground.cluster);
-    tracing::error!(key, problem, "held twice, and this one is damaged");
+    tracing::error!(key, problem, "a pack with duplicate content is damaged");
     Damage { tier: "both".to_owned(), key, problem }
 }
 
@@ -106,10 +108,10 @@ fn phase(ground: &Ground, text: &str) {
     ground.out.progress(Step { phase: text.to_owned(), ..Step::default() });
 }
 
-/// Puts an index right that names packs that are not whole on tier 1, or in neither tier; says why not when only a snapshot
-/// without a record needs them: that one goes when it is old enough.
+/// Corrects an index that names packs which are missing in both tiers, or not whole on tier 1. If a snapshot without a
+/// record needs them, returns why the index was not corrected; that snapshot is removed when it is old enough.
 fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option<String>> {
-    let found = repository.drop_absent().context("look for packs that an index names in vain")?;
+    let found = repository.drop_absent().context("look for missing packs that an index names")?;
     let count = found.absent;
     if let Some(id) = found.torn.iter().find(|id| job.recorded.contains(id)) {
         bail!(
@@ -124,14 +126,15 @@ fn drop_absent(repository: &Repository, job: &PruneJob) -> anyhow::Result<Option
     if count > 0 {
         tracing::warn!(
             count,
-            "the index named packs that are not whole on tier 1, or in neither tier; no backup needs them, and they are out of it"
+            "removed missing or incomplete packs from the index; no backup needs them"
         );
     }
     Ok(None)
 }
 
-/// Takes packs that are known to be damaged out of the index, when every snapshot is whole without them. Where one is not, packs
-/// stay, all of them, and it says so: of a chunk with two places the prune would keep either one, and it may be the bad one.
+/// Removes packs that are known to be damaged from the index, if every snapshot is whole without them. If one is not,
+/// all packs stay and the reason is returned: of a chunk with two copies the prune would keep either one, which may be
+/// the damaged one.
 fn drop_damaged(
     knowing: &Repository,
     damaged: &BTreeSet<BaseFile>,
@@ -143,10 +146,7 @@ fn drop_damaged(
     let (count, torn) = (found.absent, found.torn.len());
     if torn == 0 {
         if count > 0 {
-            tracing::warn!(
-                count,
-                "the index named damaged packs; no backup needs them, and they are out of it"
-            );
+            tracing::warn!(count, "removed damaged packs from the index; no backup needs them");
         }
         return Ok(None);
     }
@@ -155,7 +155,7 @@ fn drop_damaged(
     )))
 }
 
-/// The snapshots of every record on tier 1 at this moment. P6: one that cannot be read stops the work.
+/// The snapshots of every record on tier 1 at this moment. P6: a record that cannot be read stops the work.
 fn recorded_now(ground: &Ground) -> anyhow::Result<BTreeSet<SnapshotId>> {
     let directory = ground.root.join(ground.cluster.as_str()).join("backups");
     let entries = match std::fs::read_dir(&directory) {
@@ -186,14 +186,14 @@ fn evict(
     let Some(tier2) = &ground.tier2 else { return Ok(()) };
     let needed = repository.packs_of(near).context("find what tier 1 keeps")?;
     let held = ground.local.list(BaseKind::Data).context("list tier 1")?;
-    // A damaged one cannot be proven; it stays for its good pieces.
+    // A damaged pack cannot be proven; it stays on tier 1 for its good chunks.
     let goes = |file: &BaseFile| !needed.contains(file) && !damaged.contains(file);
     let going: Vec<(BaseFile, u64)> = held.into_iter().filter(|(file, _)| goes(file)).collect();
     let total_bytes = going.iter().map(|(_, size)| size).sum();
     let mut done_bytes = 0;
     for (number, (file, size)) in going.iter().enumerate() {
         ground.out.progress(Step {
-            phase: "prove packs in tier 2 and let tier 1's copies go".into(),
+            phase: "prove packs in tier 2 and evict tier 1's copies".into(),
             done_bytes,
             total_bytes,
             done_files: number as u64,
@@ -209,7 +209,7 @@ fn evict(
             grows: false,
             wrapping: Wrapping::default(),
         };
-        // Reads back what is there and compares it, or puts it there: P5, at this moment.
+        // P5, at this moment: reads tier 2's object and compares it, or uploads it if it is not there.
         let proven = ground.runtime.block_on(tier2.prove(&source, &object.key(&ground.cluster)));
         match proven {
             Ok(uploaded) if uploaded.size == *size && uploaded.sha256 == file.id => {
@@ -217,7 +217,9 @@ fn evict(
                 result.packs_evicted += 1;
                 result.freed_tier1_bytes += size;
             }
-            Ok(_) => result.held_back.push(format!("{object}: tier 2 holds another one")),
+            Ok(_) => result
+                .held_back
+                .push(format!("{object} stays on tier 1: tier 2 holds other content")),
             Err(error) => result.held_back.push(format!("{object} stays on tier 1: {error}")),
         }
         if result.held_back.len() > 20 {

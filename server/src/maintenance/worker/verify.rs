@@ -1,16 +1,17 @@
-//! Reads what is stored in both tiers and proves it: repository files against their names, records and
-//! secrets against their checksums, the structure by the repository's own check, WAL by `verify_wal.rs`.
+//! Reads what is stored in both tiers and verifies it: repository files against their names, records and secrets
+//! against their checksums, the structure by the repository's own check, and WAL by `verify_wal.rs`.
 //!
-//! A copy that is proven bad, or missing where it must be, is written again from a copy in the other tier
-//! that was proven good a moment before, and read once more: an exception to OBJECT4. What cannot be
-//! read for other reasons (a bucket that does not answer) ends the run: it says nothing about the data.
-//! Where the good copy has another form (encrypted or not), what it holds is written in the form of the bad one.
+//! A copy that is bad, or missing where it must exist, is written again from a copy in the other tier that was proven
+//! good a moment before, and then read once more. This is an exception to OBJECT4. An error that says nothing about
+//! the data, such as a bucket that does not answer, ends the run. If the good copy has another form (encrypted or
+//! not), its content is written in the form of the bad one.
 //!
-//! A pack that is read is opened: every piece in it is decrypted, decompressed and compared with its name, and with what the index
-//! says, which is what a restore goes by (`PackProof`). The share goes on where the last run ended (`Coverage`).
+//! A pack that is read is also opened: every blob in it is decrypted, decompressed and compared with its name, and
+//! with the index, which a restore relies on (`PackProof`). A percentage continues where the last run ended
+//! (`Coverage`).
 //!
-//! What an earlier verification found damaged is read first, whatever the share. Packs with a good copy in no tier are left
-//! out of the repository from then on: a backup needs such a pack only where nothing else has what is in it.
+//! What an earlier verification found damaged is read first, whatever the percentage. Packs without a good copy in
+//! either tier are then left out of the repository: a backup needs such a pack only if no other pack has its content.
 
 use super::{Ground, files::Telling, verify_wal};
 use crate::maintenance::protocol::{Finding, Step, VerifyBackup, VerifyJob, VerifyResult};
@@ -34,7 +35,6 @@ use std::{
     sync::Arc,
 };
 
-/// A tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tier {
     One,
@@ -50,21 +50,21 @@ impl Tier {
     }
 }
 
-/// A copy of an object in a tier.
+/// A copy of an object in one tier.
 pub(super) enum Copy {
     Good(Bytes),
-    /// Why it is bad.
+    /// The copy is bad, for this reason.
     Bad(String),
     Missing,
 }
 
-/// Whether bytes are what they should be; the text says what is wrong.
+/// Checks whether bytes are what they should be; the error says what is wrong.
 pub(super) type Judge<'a> = &'a dyn Fn(&Bytes) -> Result<(), String>;
 
-/// Makes a good copy of something else.
+/// Makes a good copy from another source.
 pub(super) type Instead<'a> = &'a mut dyn FnMut(&mut Checker<'_>) -> Result<Option<Bytes>, Error>;
 
-/// What has been found so far.
+/// The state of a verification, and what it has found so far.
 pub(super) struct Checker<'a> {
     pub(super) ground: &'a Ground,
     pub(super) result: VerifyResult,
@@ -96,7 +96,7 @@ impl Checker<'_> {
         self.ground.out.progress(self.step.clone());
     }
 
-    /// Reads a copy and judges it.
+    /// Reads a copy and checks it.
     pub(super) fn copy(&mut self, tier: Tier, key: &str, judge: Judge<'_>) -> Result<Copy, Error> {
         self.ground.out.still();
         let read = match tier {
@@ -105,7 +105,7 @@ impl Checker<'_> {
                 match std::fs::read(&path) {
                     Ok(bytes) => Ok(Bytes::from(bytes)),
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Copy::Missing),
-                    // A disk that cannot give it back has lost it.
+                    // If the disk cannot return the data, the copy counts as bad.
                     Err(e) => return Ok(Copy::Bad(format!("cannot be read: {e}"))),
                 }
             }
@@ -128,7 +128,7 @@ impl Checker<'_> {
         })
     }
 
-    /// Proves an object in both tiers, and repairs one from the other. `expected` says where it must be.
+    /// Verifies an object in both tiers, and repairs one from the other. `expected` says in which tiers it must be.
     pub(super) fn prove(
         &mut self,
         key: &str,
@@ -139,7 +139,7 @@ impl Checker<'_> {
         self.prove_or(key, expected, owners, judge, &mut |_| Ok(None))
     }
 
-    /// The same; when there is no good copy, `instead` may make one of something else.
+    /// The same; if there is no good copy, `instead` may make one from another source.
     pub(super) fn prove_or(
         &mut self,
         key: &str,
@@ -193,7 +193,7 @@ impl Checker<'_> {
                 }
                 Err(error) => {
                     let text = format!(
-                        "{problem}; writing the good copy of the other tier failed: {error}"
+                        "{problem}; cannot repair it from the good copy in the other tier: {error}"
                     );
                     self.damaged(damage(text), owners());
                 }
@@ -212,7 +212,7 @@ impl Checker<'_> {
         self.result.damaged.push(finding);
     }
 
-    /// Writes a proven copy over a proven-bad one, durably, and reads it back.
+    /// Writes a copy that was proven good over a bad one, durably, and reads it again.
     fn repair(
         &mut self,
         tier: Tier,
@@ -238,9 +238,12 @@ impl Checker<'_> {
             Copy::Bad(problem) => {
                 Err(Error::new(Kind::Corrupt, klio_storage::Op::Write, key, problem))
             }
-            Copy::Missing => {
-                Err(Error::new(Kind::Io, klio_storage::Op::Write, key, "not there afterwards"))
-            }
+            Copy::Missing => Err(Error::new(
+                Kind::Io,
+                klio_storage::Op::Write,
+                key,
+                "expected the repaired copy, found none",
+            )),
         }
     }
 
@@ -262,8 +265,8 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// `cluster.json` and the secret, in whichever form they are there. Both are in a tier before the first record is (BASE1, S3):
-    /// where there is a record and they are not, they are lost.
+    /// Verifies `cluster.json` and the secret, in whichever form they exist. Both are in a tier before the first
+    /// record is (BASE1, COPY1), so if a record exists and they do not, they are lost.
     fn cluster_files(&mut self, job: &VerifyJob, names: &[BackupName]) -> Result<(), Error> {
         let owners = || names.to_vec();
         let all = || job.backups.iter().chain(&job.others);
@@ -292,7 +295,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// What opens the repository; `None` without one, and where it was found to be damaged.
+    /// The secret of the repository; `None` if there is none, or if it was found damaged.
     fn secret(&self) -> anyhow::Result<Option<Secret>> {
         let keys = secret_objects(&self.ground.at_rest).map(|o| o.key(&self.ground.cluster));
         let told = self.result.damaged.iter().any(|finding| keys.contains(&finding.damage.key));
@@ -321,7 +324,7 @@ impl Checker<'_> {
                     BaseKind::Snapshot => of_snapshot(job, SnapshotId::new(file.id)),
                     _ => names.to_vec(),
                 };
-                // Asked for some backups, another one's snapshot is not their damage.
+                // If some backups were requested, the snapshot of another backup is not part of their result.
                 if !job.all && owners.is_empty() {
                     continue;
                 }
@@ -337,7 +340,7 @@ impl Checker<'_> {
             Ok(repository) => repository,
             Err(error) => {
                 let key = BaseFile::CONFIG.key(&self.ground.cluster);
-                let problem = format!("the repository cannot be opened: {error}");
+                let problem = format!("cannot open the repository: {error}");
                 self.damaged(Damage { tier: "tier1".into(), key, problem }, names.to_vec());
                 return Ok(());
             }
@@ -362,7 +365,7 @@ impl Checker<'_> {
                 (None, Some(file)) if file.kind == BaseKind::Data => owners(&needs, file),
                 _ => names.to_vec(),
             };
-            // Asked for some backups, what none of them needs is not their damage.
+            // If some backups were requested, damage that none of them needs is not part of their result.
             if !job.all && owners.is_empty() {
                 continue;
             }
@@ -372,7 +375,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Files of a kind over both tiers, and in which they are.
+    /// The files of a kind, with their size in each tier.
     fn listed(&self, kind: BaseKind) -> Result<Listing, Error> {
         let mut all = Listing::new();
         for (file, size) in self.ground.local.list(kind)? {
@@ -386,7 +389,7 @@ impl Checker<'_> {
         Ok(all)
     }
 
-    /// The files that each of these backups needs; one whose structure cannot be read is a finding of the check.
+    /// The files that each of these backups needs. One whose structure cannot be read is reported by the check.
     fn needs<'b>(
         repository: &Repository,
         backups: impl Iterator<Item = &'b VerifyBackup>,
@@ -400,18 +403,19 @@ impl Checker<'_> {
         backups.filter_map(of).collect()
     }
 
-    /// The packs that were found to have a good copy nowhere.
+    /// The packs that have no good copy in either tier.
     fn lost_packs(&self) -> BTreeSet<BaseFile> {
         let lost = self.result.damaged.iter().filter(|finding| finding.lost);
         lost.filter_map(|f| pack_of(&self.ground.cluster, &f.damage.key)).collect()
     }
 
-    /// The repository as one who knows of them sees it (ABSENT1).
+    /// The repository without the packs that are known to be lost (ABSENT1).
     fn without_lost(&self, repository: &Repository, files: &Arc<dyn Files>) -> Repository {
         repository.with_files(Arc::new(Without::new(files.clone(), self.lost_packs())))
     }
 
-    /// Reads what was damaged before and a share of the rest; gives what the backups need without what is lost.
+    /// Reads the packs that were damaged before, and a percentage of the others. Returns what the backups need without
+    /// the lost packs.
     fn packs(
         &mut self,
         job: &VerifyJob,
@@ -426,14 +430,16 @@ impl Checker<'_> {
             self.give_to_owners(&needs);
             return Ok(needs);
         }
-        // Of what was found just now, too; and it may be others' that were not asked for.
+        // Computed again without the packs that were found lost just now, and for all backups, because others may need
+        // them as well.
         let all = job.backups.iter().chain(&job.others);
         let needs = Self::needs(&self.without_lost(repository, files), all);
         self.give_to_owners(&needs);
         Ok(needs)
     }
 
-    /// Packs that an earlier verification found damaged. One that is gone since is for the check to miss.
+    /// Reads packs that an earlier verification found damaged. One that no longer exists is reported as missing by the
+    /// check.
     fn again(&mut self, job: &VerifyJob, proof: &PackProof) -> Result<(), Error> {
         self.phase("read again what was found damaged");
         let cluster = &self.ground.cluster;
@@ -449,7 +455,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Says of each finding in a pack which backups need it.
+    /// Sets for each finding in a pack which backups need it.
     fn give_to_owners(&mut self, needs: &[Needs]) {
         for finding in self.result.damaged.iter_mut().chain(&mut self.result.repaired) {
             let Some(file) = pack_of(&self.ground.cluster, &finding.damage.key) else { continue };
@@ -465,7 +471,7 @@ impl Checker<'_> {
         let known = self.lost_packs();
         let archived = |file: &BaseFile| needs.iter().any(|n| n.tier2 && n.files.contains(file));
         let size = |(one, two): &(Option<u64>, Option<u64>)| one.or(*two).unwrap_or(0);
-        // Whatever is proven by the listing alone to be wrong is read.
+        // Packs that the listing alone shows to be wrong are always read.
         let odd = |file: &BaseFile, (one, two): &(Option<u64>, Option<u64>)| {
             one.zip(*two).is_some_and(|(one, two)| one != two) || two.is_none() && archived(file)
         };
@@ -499,8 +505,8 @@ impl Checker<'_> {
     }
 }
 
-/// The packs whose turn it is, of all in the order of their names: behind the last one read, until there is a share of the bytes.
-/// A run ends at the last pack, so that what it has proven is one stretch.
+/// The packs whose turn it is, in the order of their names: those after the last one read, until their sizes reach the
+/// percentage of all bytes. A run ends at the last pack, so that what it has verified is one contiguous range.
 fn next_share(
     all: &[(BaseFile, u64)],
     percent: f64,
@@ -512,7 +518,7 @@ fn next_share(
         return (&[], Advance::default());
     }
     let from = after.map_or(0, |last| all.partition_point(|(file, _)| file.id <= last));
-    // What was behind the last one read is gone: the pass has come round, and the next one begins.
+    // The packs after the last one read no longer exist, so the pass is complete and the next one begins.
     let from = if from == all.len() { 0 } else { from };
     let mut count = 0;
     let mut bytes = 0.0;
@@ -529,8 +535,8 @@ fn next_share(
     (turn, advance)
 }
 
-/// Which forms of the secret must be in which tiers, for `[form][tier]` that is there: one of them in each that needs it, as the
-/// other tier has it, so that it can be repaired from there.
+/// Which forms of the secret must be in which tiers, given which exist as `[form][tier]`: one form in each tier that
+/// needs it. If a tier has none, the form of the other tier is expected, so that it can be repaired from there.
 fn forms_expected(there: [[bool; 2]; 2], needed: [bool; 2]) -> [[bool; 2]; 2] {
     let mut expected = [[false; 2]; 2];
     for tier in [0, 1] {
@@ -542,7 +548,7 @@ fn forms_expected(there: [[bool; 2]; 2], needed: [bool; 2]) -> [[bool; 2]; 2] {
     expected
 }
 
-/// Files, and their sizes in tier 1 and tier 2.
+/// Files, with their sizes in tier 1 and tier 2.
 type Listing = BTreeMap<BaseFile, (Option<u64>, Option<u64>)>;
 
 /// What a backup needs of the repository.
@@ -552,7 +558,7 @@ struct Needs {
     files: BTreeSet<BaseFile>,
 }
 
-/// The backups of a snapshot: one, as a rule.
+/// The backups of a snapshot; usually one.
 fn of_snapshot(job: &VerifyJob, snapshot: SnapshotId) -> Vec<BackupName> {
     let own = |b: &&VerifyBackup| b.record.snapshot.parse() == Ok(snapshot);
     job.backups.iter().filter(own).map(|b| b.record.name.clone()).collect()
@@ -573,13 +579,13 @@ fn named(file: BaseFile, bytes: &[u8]) -> Result<(), String> {
     }
 }
 
-/// The config's name says nothing: the repository's key must open it.
+/// The config's name is no checksum, so the config is checked by opening the repository with its secret.
 fn opens(files: &Arc<dyn Files>, secret: &Secret, bytes: &[u8]) -> Result<(), String> {
     let only = Arc::new(OnlyConfig { files: files.clone(), config: Bytes::copy_from_slice(bytes) });
     Repository::open(only, secret).map(drop).map_err(|error| error.detail)
 }
 
-/// A repository with these bytes as its config.
+/// A repository that has these bytes as its config.
 #[derive(Debug)]
 struct OnlyConfig {
     files: Arc<dyn Files>,
@@ -615,7 +621,7 @@ impl Files for OnlyConfig {
 mod tests {
     use super::*;
 
-    /// Whatever the share, and whatever comes and goes between two runs.
+    /// This must hold for any percentage, and whatever packs appear and disappear between two runs.
     #[test]
     fn every_pack_is_read_in_turn() {
         let pack = |n: u32| {
@@ -639,7 +645,7 @@ mod tests {
             assert_eq!(read.len(), 100);
             assert!(runs <= (100.0 / percent).ceil() as usize, "{runs} runs of {percent} %");
         }
-        // The pack that was read last went, and so did all behind it.
+        // The pack that was read last was removed, and so were all after it.
         let last = all[60].0.id;
         let fewer: Vec<_> = all[..60].to_vec();
         assert!(next_share(&fewer, 10.0, Some(last)).1.began);
@@ -655,7 +661,7 @@ mod tests {
         assert_eq!(forms_expected([none, none], [false, false]), [none, none]);
         assert_eq!(forms_expected([none, none], both), [both, none]);
         assert_eq!(forms_expected([none, none], one), [one, none]);
-        // Each tier may have its own form, of another time.
+        // Each tier may have its own form, from different times.
         assert_eq!(forms_expected([one, two], both), [none, none]);
         // What the other tier has can be written again.
         assert_eq!(forms_expected([none, one], both), [none, two]);
