@@ -1,6 +1,6 @@
-//! What may be typed.
+//! The command line.
 //!
-//! Flags are settings of the file under another name; which is decided in [`Global::flags`] alone.
+//! Options that are settings under another name are turned into settings in [`Cli::flags`] only.
 
 use crate::{config::parse_duration, restore::Action};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,22 +10,20 @@ use std::{path::PathBuf, time::Duration};
 #[derive(Debug, Parser)]
 #[command(name = "klio", version, disable_help_subcommand = true, arg_required_else_help = true)]
 pub struct Cli {
-    /// For every command.
     #[command(flatten)]
     pub global: Global,
-    /// The verb.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// Headings of `--help`. Options without one are the verb's own.
+/// Headings of `--help`. Options without a heading belong to the command itself.
 const TARGET: &str = "Target";
 const STANDBY: &str = "Standby";
 const SOURCE: &str = "Source";
 const OUTPUT: &str = "Output";
 const GLOBAL: &str = "Global options";
 
-/// For every command.
+/// Options of every command.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = GLOBAL)]
 pub struct Global {
@@ -58,7 +56,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// The verbs.
+/// All commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Stream WAL from PostgreSQL to the server until stopped
@@ -75,7 +73,7 @@ pub enum Command {
     Restore(Box<RestoreArgs>),
     /// Restore the newest backup to a scratch directory, recover and check it, and clean up
     Drill(DrillArgs),
-    /// Read back what is stored and check it; repairs one tier from the other
+    /// Verify what is stored and repair one tier from the other
     Verify(VerifyArgs),
     /// Show or delete what the retention policy no longer keeps
     #[command(subcommand)]
@@ -107,7 +105,7 @@ pub enum Command {
     },
 }
 
-/// A generated reference.
+/// A generated part of docs/.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Table {
     /// Instruments of klio.
@@ -198,12 +196,10 @@ pub struct ListArgs {
     /// What to list [default: backups]
     #[command(subcommand)]
     pub what: Option<ListCommand>,
-    /// As for `klio list backups`.
     #[command(flatten)]
     pub backups: ListBackupsArgs,
 }
 
-/// What to list.
 #[derive(Debug, Subcommand)]
 pub enum ListCommand {
     /// Base backups, the times that can be restored, and every hole in WAL
@@ -235,7 +231,7 @@ pub struct RestoreArgs {
     /// Put a tablespace elsewhere; OLD is its location or OID (can be repeated)
     #[arg(long, value_name = "OLD=NEW")]
     pub tablespace_map: Vec<String>,
-    /// Reuse what is in the directory: rewrite what differs, remove what is not in the backup
+    /// Reuse what is in the directory: rewrite what differs and remove what is not in the backup
     #[arg(long)]
     pub delta: bool,
     /// Make a copy to look at only: no archiving, subscriptions, preloaded libraries, synchronous standbys or TCP, even
@@ -250,13 +246,13 @@ pub struct RestoreArgs {
     /// Timeline to follow: a number, latest, or current (the backup's) [default: latest]
     #[arg(long, value_name = "TIMELINE", help_heading = TARGET)]
     pub target_timeline: Option<String>,
-    /// End just before the time, position or transaction instead of just behind it
+    /// Stop just before the time, position or transaction instead of just after it
     #[arg(long, help_heading = TARGET)]
     pub exclusive: bool,
     /// What PostgreSQL does at the target [default: pause; with --latest: promote]
     #[arg(long, value_name = "ACTION", value_parser = parse_action, help_heading = TARGET)]
     pub target_action: Option<Action>,
-    /// Make a standby: standby.signal, no end, always the newest timeline (not with another target option)
+    /// Set up a standby: standby.signal, no target, always the newest timeline (not with another target option)
     #[arg(long, help_heading = STANDBY)]
     pub standby: bool,
     /// Primary that the standby streams from (primary_conninfo) [default: none, it follows the archive]
@@ -287,12 +283,12 @@ fn parse_action(text: &str) -> Result<Action, String> {
     }
 }
 
-/// Where recovery ends. Without any: the latest state.
+/// Where recovery ends; without any of these, at the latest state.
 #[derive(Debug, Clone, Default, Args)]
 #[group(multiple = false)]
 #[command(next_help_heading = TARGET)]
 pub struct TargetArgs {
-    /// Recover to the end of the WAL that is held (the default)
+    /// Recover to the end of the stored WAL (the default)
     #[arg(long)]
     pub latest: bool,
     /// Recover to a time of PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
@@ -304,7 +300,7 @@ pub struct TargetArgs {
     /// Recover to a restore point (pg_create_restore_point)
     #[arg(long, value_name = "NAME")]
     pub target_name: Option<String>,
-    /// Recover to the end of a transaction, as xmin or pg_current_xact_id() (with its epoch) shows it
+    /// Recover to the end of a transaction; XID as shown by xmin or by pg_current_xact_id() (with its epoch)
     #[arg(long, value_name = "XID")]
     pub target_xid: Option<u64>,
     /// Recover only until the backup is consistent
@@ -324,7 +320,7 @@ pub struct DrillArgs {
     /// Database for the query
     #[arg(long, value_name = "NAME", default_value = "postgres")]
     pub database: String,
-    /// Directory in which the scratch directory is made [default: drill.dir, or the system's temporary directory]
+    /// Directory in which the scratch directory is created [default: drill.dir, or the system's temporary directory]
     #[arg(long = "in", value_name = "DIR")]
     pub in_dir: Option<PathBuf>,
     /// Time limit; a drill that takes longer has failed
@@ -346,10 +342,10 @@ pub struct VerifyArgs {
     /// Backup to verify [default: all]
     #[arg(long, value_name = "NAME")]
     pub backup: Option<String>,
-    /// Packs to read back: all, or a percentage of them; indexes and snapshots are always read
+    /// Packs to verify: all, or a percentage of them; indexes and snapshots are always verified
     #[arg(long, value_name = "PERCENT", default_value = "all")]
     pub read_data: String,
-    /// Read back the same share of the WAL that follows the backups
+    /// Verify the same share of the WAL that follows the backups
     #[arg(long)]
     pub wal: bool,
     /// Print JSON
@@ -377,7 +373,7 @@ pub enum RetentionCommand {
 /// `klio timeline`
 #[derive(Debug, Subcommand)]
 pub enum TimelineCommand {
-    /// List every timeline, whether it is streaming, the conflicts that were found and who decided them
+    /// List every timeline, whether it is streaming, its conflicts and who decided them
     List {
         /// Print JSON
         #[arg(long, help_heading = OUTPUT)]
@@ -409,7 +405,7 @@ pub struct WalFetchArgs {
     /// How long to keep trying when the server does not answer
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
-    /// What is left of a standby's patience
+    /// Time that is left until a standby needs an answer
     #[arg(long, hide = true, value_parser = parse_duration)]
     pub answer_within: Option<Duration>,
     /// Do not use the read-ahead agent
@@ -422,16 +418,16 @@ pub struct WalFetchArgs {
 /// `klio wal-agent`
 #[derive(Debug, Args)]
 pub struct WalAgentArgs {
-    /// Directory for WAL that waits
+    /// Directory for WAL that was read ahead
     #[arg(long, value_name = "DIRECTORY")]
     pub spool: PathBuf,
     /// Data directory that is being recovered
     #[arg(long, value_name = "DIRECTORY")]
     pub data_dir: Option<PathBuf>,
-    /// Of the settings of whoever started it
+    /// Fingerprint of the settings of the caller
     #[arg(long, value_name = "HEX")]
     pub fingerprint: String,
-    /// Serve, instead of starting a child that does and waiting for it
+    /// Serve, instead of starting a child process that serves and waiting for it
     #[arg(long)]
     pub serve: bool,
     #[command(flatten)]
@@ -451,7 +447,7 @@ pub struct SourceArgs {
 }
 
 impl SourceArgs {
-    /// As settings.
+    /// Adds these options as settings.
     pub fn flags(&self, into: &mut Flags) {
         into.extend(self.from.clone().map(|v| ("restore.from", v)));
         into.extend(self.identity.clone().map(|v| ("restore.identity", v)));
@@ -461,7 +457,7 @@ impl SourceArgs {
 /// `klio generation`
 #[derive(Debug, Subcommand)]
 pub enum GenerationCommand {
-    /// List every history, what is held of it, and who decided about it
+    /// List every history, its WAL and backups, and who decided about it
     List {
         /// Print JSON
         #[arg(long, help_heading = OUTPUT)]
@@ -473,7 +469,7 @@ pub enum GenerationCommand {
     Retire(DecideArgs),
 }
 
-/// A decision about a history.
+/// Arguments of `klio generation follow` and `retire`.
 #[derive(Debug, Args)]
 pub struct DecideArgs {
     /// Number of the history
@@ -496,7 +492,7 @@ pub enum SlotCommand {
     Drop(SlotArgs),
 }
 
-/// Which slot.
+/// Arguments of `klio slot show` and `drop`.
 #[derive(Debug, Args)]
 pub struct SlotArgs {
     /// libpq connection string of PostgreSQL
@@ -507,11 +503,11 @@ pub struct SlotArgs {
     pub slot: Option<String>,
 }
 
-/// A setting and its value from the command line.
+/// Settings and their values from the command line.
 pub type Flags = Vec<(&'static str, String)>;
 
 impl Command {
-    /// For the root span; from a closed set.
+    /// The name for the root span, from a fixed set.
     pub const fn name(&self) -> &'static str {
         match self {
             Command::Stream(_) => "stream",
@@ -564,7 +560,7 @@ impl Command {
 }
 
 impl Cli {
-    /// The flags as settings, over file and environment.
+    /// The options as settings; they override the file and the environment.
     pub fn flags(&self) -> Flags {
         let mut flags = Flags::new();
         let global = &self.global;

@@ -1,8 +1,8 @@
-//! `klio backup`: takes a base backup now, and shows how it goes.
+//! `klio backup`: takes a base backup now, and shows its progress.
 //!
-//! A bar on a terminal, a line every few seconds elsewhere, both on standard error; the result on standard
-//! output. The exit status tells a backup that failed from one that was taken and then could not be
-//! verified or tidied up after (TAKE5).
+//! Progress is a bar on a terminal and a line every few seconds elsewhere, both on standard error; the result goes to
+//! standard output. The exit status distinguishes a backup that failed from one that was taken but could not be
+//! verified or cleaned up after (TAKE5).
 
 use super::{
     args::BackupArgs,
@@ -22,10 +22,8 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-const STOPPING: &str =
-    "stopping: PostgreSQL leaves backup mode, and what was sent stays for the next backup";
+const STOPPING: &str = "stopping: PostgreSQL leaves backup mode; what was sent stays on the server for the next backup";
 
-/// Runs it.
 pub(super) async fn run(
     config: &Config,
     args: &BackupArgs,
@@ -46,7 +44,7 @@ pub(super) async fn run(
     Ok(status(&done))
 }
 
-/// What a backup needs, from the configuration.
+/// Everything that a backup needs, from the configuration.
 pub(super) fn backup(
     config: &Config,
     metrics: Metrics,
@@ -78,7 +76,7 @@ fn order(args: &BackupArgs) -> Result<Order, Error> {
     })
 }
 
-/// TAKE5: a backup that was taken is told from one that was not.
+/// The exit status, which tells a backup that was taken from one that was not (TAKE5).
 fn status(done: &Done) -> u8 {
     if done.verified.failed() {
         exit::UNVERIFIED
@@ -91,15 +89,15 @@ fn status(done: &Done) -> u8 {
     }
 }
 
-/// What is wrong with a backup that was taken, for a person.
+/// Prints what is wrong with a backup that was taken.
 fn complain(done: &Done) {
     let name = &done.record.name;
     match &done.verified {
         After::Failed(error) => {
-            say(&format!("klio backup: {name} was taken, and could not be verified: {error}"));
+            say(&format!("klio backup: {name} was taken, but could not be verified: {error}"));
         }
         After::Ran(outcome) if !outcome.ok => {
-            say(&format!("klio backup: {name} was taken, and its verification found damage:"));
+            say(&format!("klio backup: {name} was taken, but its verification found damage:"));
             outcome
                 .damaged
                 .iter()
@@ -116,12 +114,14 @@ fn complain(done: &Done) {
         After::Ran(_) | After::Off => {}
     }
     if let After::Failed(error) = &done.maintained {
-        say(&format!("klio backup: {name} was taken, and maintenance after it failed: {error}"));
+        say(&format!(
+            "klio backup: {name} was taken, but the maintenance after it failed: {error}"
+        ));
     }
     let pages = &done.record.pages;
     if pages.bad > 0 {
         say(&format!(
-            "klio backup: {name} was taken, with {} pages whose checksums are wrong in PostgreSQL's files:",
+            "klio backup: {name} was taken, but {} pages have wrong checksums in PostgreSQL's files:",
             pages.bad
         ));
         pages.examples.iter().take(20).for_each(|p| {
@@ -133,7 +133,7 @@ fn complain(done: &Done) {
     }
 }
 
-/// For the display.
+/// What the progress display shows.
 fn view(seen: &Seen) -> View {
     let moved = (seen.phase == "copying" && seen.total_bytes > 0).then(|| Moved {
         bytes: seen.bytes,
@@ -143,7 +143,8 @@ fn view(seen: &Seen) -> View {
     View { phase: seen.phase, moved }
 }
 
-/// `512 of 985 files, 41.0 MiB stored (3 % of their size)`: the rest was there already, is compressed away, or on its way.
+/// For example `512 of 985 files, 41.0 MiB stored (3 % of their size)`. The other bytes were stored already, were
+/// saved by compression, or are not sent yet.
 fn files(seen: &Seen) -> String {
     let stored = text::size(seen.stored);
     let share = 100.0 * seen.stored as f64 / seen.bytes.max(1) as f64;
@@ -155,7 +156,7 @@ fn files(seen: &Seen) -> String {
     )
 }
 
-/// What a person wants to know at the end.
+/// The result as text.
 fn summary(done: &Done) -> String {
     let record = &done.record;
     let share = 100.0 * record.added_bytes as f64 / (record.size_bytes as f64).max(1.0);

@@ -1,10 +1,9 @@
-//! `klio check`: item by item, with a hint for each failure. Ends with 3 when an item failed.
+//! `klio check`: prints one line per item, with a hint for each problem. Ends with 3 if an item failed.
 
 use super::{check_postgres, check_server, exit, print};
 use crate::{config::Config, error::Error};
 use serde_json::json;
 
-/// How an item is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mark {
     Ok,
@@ -12,17 +11,15 @@ pub(super) enum Mark {
     Fail,
 }
 
-/// One item.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Item {
     pub mark: Mark,
     pub name: &'static str,
     pub text: String,
-    /// Empty when there is nothing to do.
+    /// Empty if there is nothing to do.
     pub hint: String,
 }
 
-/// All items so far.
 #[derive(Debug, Default)]
 pub(super) struct Report(pub Vec<Item>);
 
@@ -37,7 +34,6 @@ impl Report {
     }
 }
 
-/// Runs it.
 pub(super) async fn run(config: &Config, as_json: bool) -> Result<u8, Error> {
     let mut report = Report::default();
     let identity = check_postgres::run(config, &mut report).await?;
@@ -59,7 +55,7 @@ fn to_text(report: &Report) -> String {
     }
     let count = |mark| report.0.iter().filter(|item| item.mark == mark).count();
     out += &format!(
-        "\n{} ok, {} to look at, {} failed\n",
+        "\n{} ok, {} warnings, {} failed\n",
         count(Mark::Ok),
         count(Mark::Warn),
         count(Mark::Fail)
@@ -96,6 +92,6 @@ mod tests {
         let text = to_text(&report);
         assert!(text.contains("OK    wal_level  replica\n"), "{text}");
         assert!(text.contains("hint: start it") && !text.contains("never shown"), "{text}");
-        assert!(text.ends_with("1 ok, 0 to look at, 1 failed\n"), "{text}");
+        assert!(text.ends_with("1 ok, 0 warnings, 1 failed\n"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! PostgreSQL's half of `klio check`. Changes nothing: the slot is looked at, never created.
+//! The part of `klio check` that looks at PostgreSQL. Changes nothing: the slot is only read, never created.
 
 use super::{
     check::{Mark, Report},
@@ -12,12 +12,13 @@ use crate::{
     streamer::{Identity, sort},
 };
 
-/// Clocks further apart make times in status and logs misleading.
+/// A larger difference of clocks makes times in status and logs misleading.
 pub(super) const SKEW_WARN_SECONDS: f64 = 5.0;
-/// Further apart, one of them is wrong, and retention, schedules and target times go by it.
+/// With a larger difference one of the clocks must be wrong, and retention, schedules and target times depend on
+/// them.
 const SKEW_FAIL_SECONDS: f64 = 3600.0;
 
-/// Looks at everything that can be reached; gives the identity for the server's half.
+/// Checks everything that can be reached, and returns PostgreSQL's identity for the check of the server.
 pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<Identity>, Error> {
     let info = conninfo(config)?;
     let identity = match replication(&info, report).await {
@@ -34,7 +35,7 @@ pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<I
             }
             client.close().await;
         }
-        // The same trouble again: said once.
+        // This is the same failure as above and was reported there.
         Err(_) if identity.is_none() => {}
         Err(error) => report.add(
             Mark::Warn,
@@ -101,7 +102,8 @@ fn level(wal_level: &str, report: &mut Report) {
     );
 }
 
-/// Used and allowed counts, synchronous_standby_names, the clock and wal_level, in one row.
+/// One row: used and allowed counts, synchronous_standby_names, the clock, connected names, wal_level, and the
+/// segment size.
 const LIMITS: &str = "SELECT \
     (SELECT count(*) FROM pg_stat_replication), current_setting('max_wal_senders'), \
     (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots'), \
@@ -110,7 +112,7 @@ const LIMITS: &str = "SELECT \
     current_setting('wal_level'), \
     (SELECT setting FROM pg_settings WHERE name = 'wal_segment_size')";
 
-/// `alone`: there is no replication connection that has told wal_level.
+/// With `alone`, there was no replication connection from which wal_level is known.
 async fn sql(
     client: &mut Client,
     config: &Config,
@@ -126,7 +128,7 @@ async fn sql(
     }
     let number = |column| row.text(column).and_then(|t| t.parse::<u64>().ok()).unwrap_or(0);
     let streaming = found.as_ref().is_some_and(|slot| slot.active);
-    // Ours counts as used when it streams; otherwise one more has to be free.
+    // Klio's own connection is among those in use if it streams; otherwise one more has to be free.
     let needed = |used: u64, ours: bool| if ours { used } else { used + 1 };
     let (used, limit) = (number(0), number(1));
     report.add(
@@ -157,7 +159,8 @@ async fn sql(
     Ok(())
 }
 
-/// `segment`: its size. As little as that also an idle PostgreSQL writes while klio stream is started again.
+/// Reports the slot. `segment` is the segment size: even an idle PostgreSQL writes up to that much while klio stream
+/// is restarted, so less than that gets only a warning.
 fn slot_item(
     name: &str,
     found: Option<slot::SlotRow>,
@@ -175,19 +178,19 @@ fn slot_item(
     let state = match (row.active, unreceived) {
         (true, _) => format!("streaming, keeps {kept}"),
         (false, 0) => "idle, keeps nothing".to_owned(),
-        (false, _) => format!("nobody receives, keeps {kept} that klio-server may not have"),
+        (false, _) => format!("nobody receives it, keeps {kept} that klio-server may not have"),
     };
     let (mark, hint) = match row.wal_status.as_str() {
         "lost" => {
-            (Mark::Fail, "WAL was lost; klio stream records the gap and creates the slot anew")
+            (Mark::Fail, "WAL was lost; klio stream records the gap and creates the slot again")
         }
         "unreserved" => (Mark::Warn, "WAL is about to be lost: max_slot_wal_keep_size is exceeded"),
         "extended" if !row.active => {
-            (Mark::Fail, "nobody reads the slot: start klio stream, or klio slot drop")
+            (Mark::Fail, "nobody reads the slot: start klio stream, or run klio slot drop")
         }
         _ if unreceived >= segment => (
             Mark::Fail,
-            "start klio stream or look at its log; klio slot drop, if it is not to come back",
+            "start klio stream or look at its log; if it will not come back, run klio slot drop",
         ),
         _ if unreceived > 0 => (Mark::Warn, "start klio stream"),
         _ => (Mark::Ok, ""),
@@ -196,18 +199,18 @@ fn slot_item(
     report.add(mark, "slot", format!("{name}: {state}, {status}"), hint);
 }
 
-/// Compares a clock with ours.
+/// Compares a clock with this machine's.
 pub(super) fn clock(name: &'static str, theirs: f64, report: &mut Report) {
     let skew = theirs - text::now();
     let side = if skew < 0.0 { "behind" } else { "ahead of" };
-    let text = format!("{} {side} ours", text::duration(skew.abs()));
+    let text = format!("{} {side} this machine's", text::duration(skew.abs()));
     if skew.abs() < SKEW_FAIL_SECONDS {
         let mark = if skew.abs() > SKEW_WARN_SECONDS { Mark::Warn } else { Mark::Ok };
         return report.add(mark, name, text, "synchronise the clocks (NTP)");
     }
-    // Which of them is right, a person has to say.
+    // Klio cannot know which of the two is right, so it shows both.
     let text = format!("{} there, {} here: {text}", text::time(theirs), text::time(text::now()));
-    let hint = "one of the two is wrong: set it, and synchronise the clocks (NTP); retention, schedules and --target-time go by them";
+    let hint = "one of the two is wrong: set it, and synchronise the clocks (NTP); retention, schedules and --target-time depend on them";
     report.add(Mark::Fail, name, text, hint);
 }
 
@@ -238,7 +241,7 @@ mod tests {
         assert_eq!(mark(Some(idle(4096)), true), Mark::Warn);
         let dead = item(Some(idle(22 << 20)), true);
         assert_eq!(dead.mark, Mark::Fail);
-        assert!(dead.text.contains("nobody receives, keeps 22"), "{dead:?}");
+        assert!(dead.text.contains("nobody receives it, keeps 22"), "{dead:?}");
         let live = slot::SlotRow { active: true, ..idle(22 << 20) };
         assert_eq!(mark(Some(live), true), Mark::Ok);
     }

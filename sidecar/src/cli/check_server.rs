@@ -1,4 +1,4 @@
-//! The server's half of `klio check`.
+//! The part of `klio check` that looks at the server.
 
 use super::{
     check::{Mark, Report},
@@ -13,12 +13,12 @@ use crate::{
 };
 use klio_proto::v1::{CheckRequest, CheckResponse, PositionRequest};
 
-/// Certificates that end sooner are worth a warning.
+/// A certificate that expires sooner than this gets a warning.
 const EXPIRY_WARN_SECONDS: f64 = 14.0 * 86400.0;
-/// Less free space on tier 1 than this share is worth a warning.
+/// Less free space on tier 1 than this share gets a warning.
 const FREE_WARN_SHARE: f64 = 0.1;
 
-/// Looks at everything that can be reached.
+/// Checks the server, its certificates, and everything that it reports.
 pub(super) async fn run(
     config: &Config,
     postgres: Option<Identity>,
@@ -47,14 +47,15 @@ pub(super) async fn run(
     Ok(())
 }
 
-/// The PostgreSQL that was pinned under this name must be this one.
+/// Checks that the PostgreSQL that is pinned under the cluster's name is this one.
 async fn system(connection: &Connection, cluster: String, pg: Identity, report: &mut Report) {
     let request = PositionRequest {
         cluster,
         system_identifier: pg.system_identifier,
         segment_size: pg.segment_size.as_u32(),
         postgres_version: pg.version,
-        // Whether this PostgreSQL is the one that the name stands for is what is asked.
+        // The check is whether this PostgreSQL is the one that the name stands for, so no other generation may
+        // answer.
         knows_generations: false,
         with_tier2: false,
     };
@@ -67,14 +68,21 @@ async fn system(connection: &Connection, cluster: String, pg: Identity, report: 
             );
             report.add(Mark::Ok, "position", text, "");
         }
-        Err(status) => report.fail("position", &Error::from_status("ask for it", &status)),
+        Err(status) => {
+            report.fail("position", &Error::from_status("ask for the position", &status))
+        }
     }
 }
 
 fn certificates(expiry: Option<Expiry>, report: &mut Report) {
     let Some(expiry) = expiry else {
         let hint = "server.unsafe_plaintext is for tests only";
-        return report.add(Mark::Warn, "tls", "none: anybody on the way can read WAL", hint);
+        return report.add(
+            Mark::Warn,
+            "tls",
+            "none: anybody on the network between can read WAL",
+            hint,
+        );
     };
     let each = [("client certificate", expiry.client), ("server certificate", expiry.server)];
     for (name, end) in each {
@@ -108,12 +116,7 @@ fn answered(cluster: &str, answer: &CheckResponse, report: &mut Report) {
     report.add(mark, "tier 1", text, "free space, or give the server a larger disk");
     let mark = if answer.queue_ready { Mark::Ok } else { Mark::Warn };
     let state = if answer.queue_ready { "ready" } else { "not ready" };
-    report.add(
-        mark,
-        "queue",
-        state,
-        "WAL is received and kept meanwhile; look at the server's log",
-    );
+    report.add(mark, "queue", state, "WAL is still received and stored; look at the server's log");
     let mark = if answer.tier2_configured { Mark::Ok } else { Mark::Warn };
     let state = if answer.tier2_configured { "configured" } else { "not configured" };
     report.add(mark, "tier 2", state, "set [tier2] in the server's configuration to archive WAL");

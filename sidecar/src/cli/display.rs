@@ -1,7 +1,7 @@
-//! How far this program's own long work is, for a person: a bar on a terminal, a line every few seconds
-//! elsewhere, both on standard error. A signal ends the work early.
+//! Shows how far long work in this program is: as a bar on a terminal, as a line every few seconds elsewhere, both on
+//! standard error. A signal ends the work early.
 //!
-//! Observation only: nothing is decided by what is shown.
+//! This only observes: no decision depends on what is shown.
 
 use super::{say, stream, text};
 use crate::error::{Error, Failure};
@@ -12,27 +12,27 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Between two looks, by where they are shown.
+/// Pause between two updates, on a terminal (`BAR`) and elsewhere (`LINE`).
 const BAR: Duration = Duration::from_millis(200);
 const LINE: Duration = Duration::from_secs(5);
 
-/// One look at the work.
+/// The state of the work at one moment.
 pub(super) struct View {
-    /// What is being done, in words.
+    /// What is being done, as text for the user.
     pub phase: &'static str,
-    /// Of a phase that moves files, once their size is known.
+    /// For a phase that moves files, once their size is known.
     pub moved: Option<Moved>,
 }
 
-/// How much of it is done.
+/// How much has been moved.
 pub(super) struct Moved {
     pub bytes: u64,
     pub total_bytes: u64,
-    /// `512 of 985 files`, and what else counts.
+    /// For example `512 of 985 files`, and other counts.
     pub files: String,
 }
 
-/// Work with a display beside it; a signal cancels `stop`, after these words.
+/// Runs work with a display beside it. A signal prints `stopping` and cancels `stop`.
 pub(super) async fn watched<T>(
     stop: &CancellationToken,
     stopping: &str,
@@ -54,7 +54,7 @@ pub(super) async fn watched<T>(
     }
 }
 
-/// Whatever failed after a stop failed because of it.
+/// Replaces the error of work that was stopped: whatever failed after the stop, failed because of it.
 pub(super) fn or_stopped(stop: &CancellationToken, error: Error, hint: &str) -> Error {
     if stop.is_cancelled() {
         Error::new(Failure::Stopped, "stopped before it was done").hint(hint)
@@ -63,7 +63,7 @@ pub(super) fn or_stopped(stop: &CancellationToken, error: Error, hint: &str) -> 
     }
 }
 
-/// Shows it until it is dropped; never ends by itself.
+/// Shows the progress until the future is dropped; it never ends by itself.
 pub(super) async fn show(quiet: bool, look: impl Fn() -> View) {
     if quiet {
         return std::future::pending().await;
@@ -71,7 +71,7 @@ pub(super) async fn show(quiet: bool, look: impl Fn() -> View) {
     if std::io::stderr().is_terminal() { bar(look).await } else { lines(look).await }
 }
 
-/// Clears the bar when it goes.
+/// Clears the bar when it is dropped.
 struct Cleared(ProgressBar);
 
 impl Drop for Cleared {
@@ -117,7 +117,7 @@ async fn lines(look: impl Fn() -> View) {
     }
 }
 
-/// `copying: 1.2 GiB of 3.1 GiB (38 %), 512 of 985 files, 410.2 MiB/s, about 4.5 s left`
+/// For example `copying: 1.2 GiB of 3.1 GiB (38 %), 512 of 985 files, 410.2 MiB/s, about 4.5 s left`.
 pub(super) fn line(view: &View, seconds: f64) -> String {
     let Some(moved) = &view.moved else {
         return format!("{} after {}", view.phase, text::duration(seconds));

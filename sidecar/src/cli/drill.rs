@@ -1,6 +1,6 @@
-//! `klio drill`: a restore that is thrown away, and what it showed.
+//! `klio drill`: runs a drill and prints its result.
 //!
-//! Ends with 0 only when nothing at all was found wrong and the server knows it.
+//! The exit status is 0 only if no problem was found and the server has recorded the result.
 
 use super::{
     args::{Cli, DrillArgs},
@@ -18,7 +18,6 @@ use serde_json::json;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// Runs it.
 pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<u8, Error> {
     let backup = args.backup.as_deref().map(str::parse).transpose();
     let backup =
@@ -34,7 +33,8 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
     let source = Source::open(config, &stop)?.settle(config).await?;
     let typed = args.source.from.is_some();
     let invocation = restore::invocation(config, cli, typed, source.told())?;
-    // Its own stop: a limit ends the work, and the server is told all the same.
+    // A token of its own, because a drill that exceeds its time limit cancels it, and the server is told
+    // nevertheless.
     let engine = Restore { source, progress: Arc::default(), stop: stop.child_token(), invocation };
     let shown = display::show(args.quiet, || restore::view(&engine.progress.seen()));
     let work = drill::run(&engine, config, &exercise);
@@ -47,7 +47,7 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
         print(&describe(&report));
     }
     if let Err(error) = &recorded {
-        say(&format!("klio drill: the server was not told: {error}"));
+        say(&format!("klio drill: the result could not be recorded on the server: {error}"));
     }
     Ok(if report.outcome.ok && recorded.is_ok() { exit::OK } else { exit::PROBLEM })
 }

@@ -1,9 +1,9 @@
-//! Exit statuses of `klio`: the one place. `klio help exit-codes` prints this table.
+//! All exit statuses of `klio`. `klio help exit-codes` prints them.
 //!
-//! P7: PostgreSQL takes 1 to 125 from restore_command as "the archive has no such file" and then ends
-//! recovery. So `wal-fetch` answers 1 only when the server said NOT_FOUND, and 200 for all other
-//! trouble. Wrong usage is 2, except where a restore_command could be what was typed, misspelt or not: that is 200, too.
-//! A standby, which would stop for good at 200, gets 75 in both cases: it asks again by itself.
+//! PostgreSQL takes a status of 1 to 125 from restore_command as "the archive has no such file" and then ends
+//! recovery. So `wal-fetch` returns 1 only if the server said NOT_FOUND, and 200 for every other failure (P7). Wrong
+//! usage is 2, except where the command line may be a restore_command, misspelt or not: that is 200, too. A standby
+//! would stop for good at 200, so there both cases return 75, and PostgreSQL asks again by itself.
 
 use super::{args::Cli, wal_fetch::Asker};
 use crate::error::{Error, Failure};
@@ -12,36 +12,36 @@ use klio_proto::Code;
 use klio_storage::layout::WalFile;
 use std::ffi::OsString;
 
-/// All went well.
 pub const OK: u8 = 0;
-/// Wrong usage of a command that is no restore_command.
+/// Wrong usage of a command that cannot be a restore_command.
 pub const USAGE: u8 = 2;
-/// The command did its work and found a problem, and said which.
+/// The command did its work, and found and printed a problem.
 pub const PROBLEM: u8 = 3;
 /// A setting is wrong or missing.
 pub const CONFIG: u8 = 4;
-/// PostgreSQL cannot be reached, or refuses.
+/// PostgreSQL cannot be reached, or refused the request.
 pub const POSTGRES: u8 = 5;
 /// A local file cannot be read or written.
 pub const LOCAL: u8 = 6;
-/// `backup` took the backup, and verifying it failed or found damage.
+/// `backup` took the backup, but its verification failed or found damage.
 pub const UNVERIFIED: u8 = 7;
-/// `backup` took the backup, and maintenance after it failed.
+/// `backup` took the backup, but the maintenance after it failed.
 pub const UNMAINTAINED: u8 = 8;
 /// `verify` found damage that could not be repaired.
 pub const DAMAGED: u8 = 40;
-/// `verify` found damage, and repaired all of it from the other tier.
+/// `verify` found damage and repaired all of it from the other tier.
 pub const REPAIRED: u8 = 41;
-/// Ended by a signal before it was done.
+/// A signal ended the command before it was done.
 pub const STOPPED: u8 = 9;
 /// `restore`: the target cannot be reached; nothing was touched.
 pub const UNREACHABLE: u8 = 30;
-/// Wrong usage of what may be a restore_command, and every failure of `wal-fetch` but a definitive NOT_FOUND.
+/// Wrong usage of what may be a restore_command, and every failure of `wal-fetch` except a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
-/// The same where a standby asks: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of sysexits.h.
+/// Used instead of [`STOP_RECOVERY`] for a standby: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of
+/// sysexits.h.
 pub const ASK_AGAIN: u8 = 75;
 
-/// The status of a command that failed; `wal-fetch` has its own.
+/// The status of a command that failed; `wal-fetch` has its own ([`of_wal_fetch`]).
 pub const fn of(error: &Error) -> u8 {
     match error.failure {
         Failure::Code(code) => code.exit(),
@@ -56,7 +56,7 @@ pub const fn of(error: &Error) -> u8 {
     }
 }
 
-/// P7: the status of a failed `wal-fetch`.
+/// The status of a failed `wal-fetch` (P7).
 pub(super) const fn of_wal_fetch(error: &Error, asker: Asker) -> u8 {
     match error.failure {
         Failure::Code(Code::NotFound) => Code::NotFound.exit(),
@@ -64,7 +64,7 @@ pub(super) const fn of_wal_fetch(error: &Error, asker: Asker) -> u8 {
     }
 }
 
-/// The status where PostgreSQL asked and nobody can say whether there is such a file.
+/// The status for PostgreSQL when it is unknown whether the file exists.
 pub(super) const fn of_trouble(asker: Asker) -> u8 {
     match asker {
         Asker::Once => STOP_RECOVERY,
@@ -72,12 +72,13 @@ pub(super) const fn of_trouble(asker: Asker) -> u8 {
     }
 }
 
-/// The status of a command line that cannot be understood.
+/// The status of a command line that cannot be parsed.
 pub(super) fn of_usage(arguments: &[OsString], asker: Asker) -> u8 {
     if may_be_restore_command(arguments) { of_trouble(asker) } else { USAGE }
 }
 
-/// Whether PostgreSQL may have run this, misspelt or not: then a lower status would end recovery (P7).
+/// Whether PostgreSQL may have run this command line, misspelt or not: a status below 126 would then end recovery
+/// (P7).
 fn may_be_restore_command(arguments: &[OsString]) -> bool {
     let words = || arguments.iter().skip(1).filter_map(|word| word.to_str());
     let command = Cli::command();
@@ -86,16 +87,16 @@ fn may_be_restore_command(arguments: &[OsString]) -> bool {
     !words().any(another) || words().any(of_recovery)
 }
 
-/// The table, for people.
+/// The table as text.
 pub fn table() -> String {
     rows().iter().map(|(status, text)| format!("{status:>5}  {text}\n")).collect()
 }
 
-/// Every status and what it means, ascending.
+/// Every status and its meaning, in ascending order.
 pub(super) fn rows() -> Vec<(u8, String)> {
     let own = [
         (OK, "done"),
-        (USAGE, "wrong usage, except of what may be a restore_command (200)"),
+        (USAGE, "wrong usage, unless the command may be a restore_command (200)"),
         (
             PROBLEM,
             "check, status, list, verify, drill or retention: found a problem and printed it; backup: taken, but some pages have wrong checksums",
@@ -114,11 +115,11 @@ pub(super) fn rows() -> Vec<(u8, String)> {
         (STOPPED, "interrupted by a signal"),
         (
             ASK_AGAIN,
-            "wal-fetch on a standby: any failure but NOT_FOUND, wrong usage too (PostgreSQL asks again by itself)",
+            "wal-fetch on a standby: any failure except NOT_FOUND, also wrong usage (PostgreSQL asks again by itself)",
         ),
         (
             STOP_RECOVERY,
-            "wal-fetch: any failure but NOT_FOUND; wrong usage without a known command, or with the name of a WAL file, as a misspelt restore_command has it. PostgreSQL takes every status up to 125 for the end of the archive, and stops above it",
+            "wal-fetch: any failure except NOT_FOUND; also wrong usage that may be a misspelt restore_command, which has no known command or the name of a WAL file. PostgreSQL takes every status up to 125 for the end of the archive, and stops at a higher one",
         ),
     ];
     let mut rows: Vec<(u8, String)> =
@@ -134,7 +135,7 @@ pub(super) fn rows() -> Vec<(u8, String)> {
 mod tests {
     use super::*;
 
-    /// P7.
+    /// P7: `wal-fetch` returns 1 only for NOT_FOUND.
     #[test]
     fn wal_fetch_answers_one_only_for_not_found() {
         for failure in Failure::all() {

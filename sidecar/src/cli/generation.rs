@@ -1,5 +1,5 @@
-//! `klio generation`: the histories of a cluster, and a person's decision about one. `list` ends with 3 while one is
-//! undecided.
+//! `klio generation`: lists the histories of a cluster, and sends a person's decision about one. `list` ends with 3
+//! while a history is undecided.
 
 use super::{
     args::{DecideArgs, GenerationCommand},
@@ -12,7 +12,6 @@ use klio_proto::v1::{
 };
 use serde_json::{Value, json};
 
-/// Runs it.
 pub(super) async fn run(config: &Config, command: &GenerationCommand) -> Result<u8, Error> {
     match command {
         GenerationCommand::List { json } => list(config, *json).await,

@@ -1,10 +1,10 @@
-//! `klio help`: a command's help, every setting, every exit status.
+//! `klio help`: the help of a command, the list of settings, or the list of exit statuses.
 
 use super::{args::Cli, exit, say, table};
 use crate::config::keys::KEYS;
 use clap::CommandFactory;
 
-/// Prints a topic.
+/// Prints a topic and returns the exit status.
 pub(super) fn print(topic: Option<&str>) -> u8 {
     let mut command = Cli::command();
     let text = match topic {

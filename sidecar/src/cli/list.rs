@@ -1,4 +1,4 @@
-//! `klio list wal`: ranges of WAL by timeline and tier, and gaps.
+//! `klio list wal`: ranges of WAL by timeline and tier, and recorded gaps.
 
 pub(super) mod backups;
 
@@ -11,7 +11,6 @@ use crate::{config::Config, error::Error};
 use klio_proto::v1::{ListWalRequest, ListWalResponse};
 use serde_json::{Value, json};
 
-/// Runs it.
 pub(super) async fn wal(config: &Config, as_json: bool) -> Result<u8, Error> {
     let answer = connect(config)
         .await?

@@ -1,7 +1,8 @@
-//! The command line: parse, load the configuration, start telemetry, run one verb, give its exit status.
+//! The command line: parses it, loads the configuration, starts telemetry, runs one command and returns its exit
+//! status.
 //!
-//! No business decision here. P7: no way out of `wal-fetch` but success and a definitive "not found" is
-//! below 126, not even a panic or wrong usage; where a standby asks, none is above.
+//! No business decisions are made here. `wal-fetch` ends with a status below 126 only for success and a definitive
+//! "not found", even if it panics or its usage is wrong (P7). For a standby, no status is above 125.
 
 mod args;
 mod backup;
@@ -45,14 +46,15 @@ use std::{ffi::OsString, io::Write, time::Duration};
 use tracing::Instrument;
 use wal_fetch::Asker;
 
-/// How long the way out may wait for telemetry.
+/// How long the program waits at the end for telemetry to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
-/// The same where PostgreSQL waits, once for every segment: a dead collector must not make recovery crawl (P9).
+/// The same for `wal-fetch`, which PostgreSQL runs once per segment: a dead collector must not slow down recovery
+/// (P9).
 const FETCH_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Runs the program with these arguments; gives its exit status.
+/// Runs the program with these arguments and returns its exit status.
 pub fn main(arguments: Vec<OsString>) -> u8 {
-    // Whatever the rest looks like, this is what PostgreSQL started.
+    // Whatever the other arguments are, PostgreSQL started these two commands.
     let editing = arguments.get(1).is_some_and(|verb| verb == wal_tablespaces::VERB);
     let fetching = editing || arguments.iter().any(|a| a == "wal-fetch");
     let asker = Asker::of(&arguments);
@@ -74,7 +76,7 @@ pub fn main(arguments: Vec<OsString>) -> u8 {
 }
 
 fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
-    // A provider that is already installed stays.
+    // Fails only if a provider is installed already; that one stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
@@ -86,7 +88,7 @@ fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
             };
         }
     };
-    // Also a command that fails because of its configuration is a trace.
+    // A command that fails because of its configuration is traced as well, so the error is not returned here.
     let (config, problem) = match Config::load(cli.global.config.as_deref(), &cli.flags()) {
         Ok(config) => {
             let problem = config.validate(needs(&cli.command)).err();
@@ -95,7 +97,7 @@ fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
         Err(error) => (Config::default(), Some(error)),
     };
     let problem = match &cli.command {
-        // They say the same whatever the configuration is.
+        // These commands do not depend on the configuration.
         Command::Help { .. } | Command::Reference { .. } => None,
         _ => problem,
     };
@@ -115,12 +117,13 @@ fn run(arguments: Vec<OsString>, asker: Asker) -> u8 {
     }
 }
 
-/// A closed stderr must not become a panic. Much of what is said was written by others: it moves no cursor.
+/// Prints a message. A closed stderr must not cause a panic. Much of the text comes from elsewhere, so control
+/// characters are made visible.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", visible::lines(text));
 }
 
-/// Prints a result, as [`say`] does. A reader that went away (`klio status | head`) is no error.
+/// Prints a result, as [`say`] does. It is not an error if the reader is gone (`klio status | head`).
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(visible::lines(text).as_bytes());
 }
@@ -161,8 +164,8 @@ fn execute(
     arguments: &[OsString],
     asker: Asker,
 ) -> Result<u8, Error> {
-    // One thread: a commit crosses this program twice, and every hand-over between threads costs it tens
-    // of microseconds (measured: docs/benchmarks.md). Telemetry exports on threads of its own.
+    // One thread, because each commit passes through this program twice, and every switch between threads would add
+    // tens of microseconds (docs/benchmarks.md). Telemetry has threads of its own.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -189,7 +192,8 @@ fn execute(
         telemetry::epilogue(trace, delivery);
         result
     });
-    // P9: a name that DNS does not answer for, or a disk that hangs, holds a blocking thread for as long as it likes, but not us.
+    // A DNS lookup or a disk that hangs may block a thread for any time, but must not keep the program from ending
+    // (P9).
     runtime.shutdown_background();
     result
 }
@@ -227,12 +231,12 @@ async fn verb(
     }
 }
 
-/// One connection for a command.
+/// Opens one connection to the server.
 async fn connect(config: &Config) -> Result<Connection, Error> {
     ServerLink::new(&config.server)?.connect().await
 }
 
-/// Where PostgreSQL is, with `PG*` variables and the password file.
+/// The connection settings of PostgreSQL, with `PG*` variables and the password file.
 fn conninfo(config: &Config) -> Result<ConnInfo, Error> {
     ConnInfo::parse(config.postgres.dsn.expose(), &crate::config::environment).map_err(|error| {
         Error::new(Failure::Config, error).hint("postgres.dsn is a libpq connection string or URL")

@@ -1,6 +1,6 @@
-//! `klio reference`: prints the generated parts of docs/, so that they cannot drift.
+//! `klio reference`: prints the generated parts of docs/, so that these cannot differ from the code.
 //!
-//! `make docs` writes them; a test compares. The tables are the code's own.
+//! `make docs` writes them, and a test compares them. The tables are those that the code itself uses.
 
 use super::{args::Table, exit, print};
 use crate::{backup, config::keys::KEYS, error::Failure, streamer};

@@ -1,4 +1,4 @@
-//! `klio restore`: plans, shows, restores, and says what to do next.
+//! `klio restore`: plans a restore, shows the plan, carries it out, and says what to do next.
 //!
 //! The plan goes to standard output, progress and notes to standard error.
 
@@ -28,7 +28,6 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Runs it.
 pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Result<u8, Error> {
     let order = order(args)?;
     let stop = CancellationToken::new();
@@ -50,7 +49,7 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
         restore.carry_out(planned).await.map(|done| (plan, Some((done, start)), major))
     });
     let (plan, done, major) = work.await.map_err(|error| {
-        display::or_stopped(&stop, error, "an unfinished directory is continued with --delta")
+        display::or_stopped(&stop, error, "continue in an unfinished directory with --delta")
     })?;
     if args.json {
         print(&format!(
@@ -101,19 +100,19 @@ fn order(args: &RestoreArgs) -> Result<Order, Error> {
     })
 }
 
-/// A standby has no end, and is there to take over.
+/// Reads the options for a standby. A standby has no target and may have to take over, so other options are refused.
 fn standby(args: &RestoreArgs) -> Result<Option<Standby>, Error> {
     if !args.standby {
         return match (&args.primary_conninfo, &args.primary_slot_name) {
             (None, None) => Ok(None),
-            (Some(_), _) => Err(wrong("read --primary-conninfo: expected --standby beside it")),
-            (_, Some(_)) => Err(wrong("read --primary-slot-name: expected --standby beside it")),
+            (Some(_), _) => Err(wrong("read --primary-conninfo: expected --standby with it")),
+            (_, Some(_)) => Err(wrong("read --primary-slot-name: expected --standby with it")),
         };
     }
     let target = &args.target;
     let follows = args.target_timeline.as_deref().is_none_or(|timeline| timeline == "latest");
     let no_end =
-        "a standby has no end, it follows its primary: leave that out, or leave --standby out";
+        "a standby has no target, it follows its primary: leave out this option or --standby";
     for (is_set, flag, why) in [
         (target.target_time.is_some(), "--target-time", no_end),
         (target.target_lsn.is_some(), "--target-lsn", no_end),
@@ -122,15 +121,19 @@ fn standby(args: &RestoreArgs) -> Result<Option<Standby>, Error> {
         (target.target_immediate, "--target-immediate", no_end),
         (args.target_action.is_some(), "--target-action", no_end),
         (args.exclusive, "--exclusive", no_end),
-        (!follows, "--target-timeline", "a standby follows the newest timeline: leave that out"),
+        (
+            !follows,
+            "--target-timeline",
+            "a standby follows the newest timeline: leave out this option",
+        ),
         (
             args.harmless,
             "--harmless",
-            "a standby acts on its primary, and may have to take over: to look at a state, restore without --standby",
+            "a standby acts on its primary, and may have to take over: for a harmless copy, restore without --standby",
         ),
     ] {
         if is_set {
-            return Err(wrong(format!("read {flag}: expected none beside --standby")).hint(why));
+            return Err(wrong(format!("read {flag}: expected none with --standby")).hint(why));
         }
     }
     let primary = args.primary_conninfo.as_deref().map(Written::parse).transpose();
@@ -138,7 +141,7 @@ fn standby(args: &RestoreArgs) -> Result<Option<Standby>, Error> {
     let slot = args.primary_slot_name.as_deref().map(str::parse).transpose();
     let slot = slot.map_err(|error| wrong(format!("read --primary-slot-name: {error}")))?;
     if slot.is_some() && primary.is_none() {
-        return Err(wrong("read --primary-slot-name: expected --primary-conninfo beside it"));
+        return Err(wrong("read --primary-slot-name: expected --primary-conninfo with it"));
     }
     Ok(Some(Standby { primary, slot }))
 }
@@ -148,12 +151,13 @@ fn exclusive(args: &RestoreArgs, target: &Target) -> Result<bool, Error> {
     match args.exclusive && !fits {
         false => Ok(args.exclusive),
         true => Err(wrong(
-            "read --exclusive: expected --target-time, --target-lsn or --target-xid beside it",
+            "read --exclusive: expected --target-time, --target-lsn or --target-xid with it",
         )),
     }
 }
 
-/// Without the slash at the end and without `.`; links stay, as the user may mean them.
+/// Makes a path absolute, without a trailing slash and without `.`. Links are not resolved, as the user may want
+/// them.
 pub(super) fn absolute(path: &Path) -> Result<PathBuf, Error> {
     let path = std::path::absolute(path)
         .map_err(|error| Error::new(Failure::Local, format!("{}: {error}", path.display())))?;
@@ -161,7 +165,7 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf, Error> {
 }
 
 fn tablespace(map: &str) -> Result<(String, PathBuf), Error> {
-    // A location may hold an equals sign; the new one is behind the last.
+    // The old location may contain an equals sign, so the last one separates.
     let (old, new) =
         map.rsplit_once('=').filter(|(old, new)| !old.is_empty() && !new.is_empty()).ok_or_else(
             || wrong(format!("read --tablespace-map: expected OLD=NEW, found {map:?}")),
@@ -187,7 +191,7 @@ fn target(args: &TargetArgs) -> Result<Target, Error> {
         return Ok(Target::Name(name.clone()));
     }
     Ok(match args.target_xid {
-        // PostgreSQL's recovery_target_xid has no epoch; it is compared with the backup's.
+        // PostgreSQL's recovery_target_xid has no epoch; the epoch is compared with that of the backup.
         Some(xid) => Target::Xid(xid as u32),
         None if args.target_immediate => Target::Immediate,
         None => Target::Latest,
@@ -212,7 +216,7 @@ fn timeline(text: Option<&str>) -> Result<TimelineChoice, Error> {
     }
 }
 
-/// How wal-fetch is to be called: the same configuration, with what was typed over it.
+/// How restore_command calls wal-fetch: with the same configuration file, and with the options that override it.
 pub(super) fn invocation(
     config: &Config,
     cli: &Cli,
@@ -226,7 +230,7 @@ pub(super) fn invocation(
     match &config.file {
         Some(file) => add("--config", absolute(file)?.display().to_string()),
         None => say(
-            "note: no configuration file was used: PostgreSQL needs the same KLIO_ variables for restore_command",
+            "note: no configuration file was used, so PostgreSQL needs the same KLIO_ variables for restore_command",
         ),
     }
     add("--cluster", cluster.to_string());
@@ -243,7 +247,7 @@ pub(super) fn invocation(
     Ok(Invocation { program, arguments })
 }
 
-/// The recovery target in words.
+/// The recovery target as text for the user.
 pub(super) fn recovery(recovery: &Recovery, inclusive: bool) -> String {
     let before = if inclusive { "" } else { "before " };
     let end = match recovery {
@@ -267,7 +271,7 @@ fn describe(planned: &Planned, order: &Order) -> String {
     };
     let newest = if settings.standby.is_some() { ", and whichever comes after it" } else { "" };
     let mut out = format!(
-        "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {target}\n  timeline     {}{newest}\n  WAL          from {}, held to {}{}\n  size         {} in {} files\n",
+        "restore to {}\n  backup       {} of {}, ended at {} ({}), timeline {}\n  target       {target}\n  timeline     {}{newest}\n  WAL          from {}, stored to {}{}\n  size         {} in {} files\n",
         planned.places.data.display(),
         record.name,
         text::time(record.started_postgres_unix),
@@ -339,7 +343,8 @@ fn done_json(done: Done) -> Value {
     })
 }
 
-/// How PostgreSQL is started: with configuration of elsewhere, nothing in that leads to the original's data (P12).
+/// The command that starts PostgreSQL. If the configuration is outside of the data directory, options override those
+/// settings in it that lead to the original's data (P12).
 fn start(planned: &Planned, order: &Order) -> String {
     let data = shell(&order.to.display().to_string());
     if planned.has_conf {
@@ -355,13 +360,13 @@ fn summary(done: &Done, order: &Order, major: u32, start: &str) -> String {
     let removed =
         if done.removed > 0 { format!(", {} removed", done.removed) } else { String::new() };
     let next = match order.standby {
-        Some(_) => "which becomes a standby, and is made a primary by pg_ctl promote only",
+        Some(_) => "which becomes a standby and stays one until pg_ctl promote",
         None => "which recovers by itself",
     };
     let slot = order.standby.as_ref().and_then(|standby| standby.slot.as_ref());
     let slot = slot.map_or_else(String::new, |slot| {
         format!(
-            "the slot has to be there on the primary: select pg_create_physical_replication_slot('{slot}')\n"
+            "the slot must exist on the primary: select pg_create_physical_replication_slot('{slot}')\n"
         )
     });
     format!(
@@ -374,7 +379,7 @@ fn summary(done: &Done, order: &Order, major: u32, start: &str) -> String {
     )
 }
 
-/// For the display.
+/// What the progress display shows.
 pub(super) fn view(seen: &Seen) -> View {
     let moved = (seen.phase == "restoring" && seen.total_bytes > 0).then(|| Moved {
         bytes: seen.bytes,

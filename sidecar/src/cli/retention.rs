@@ -1,4 +1,4 @@
-//! `klio retention plan` and `klio retention apply`: what goes and why, and doing it.
+//! `klio retention plan` and `klio retention apply`: shows what would be deleted and why, or deletes it.
 
 use super::{
     args::RetentionCommand,
@@ -17,7 +17,6 @@ use klio_proto::{
 use klio_storage::catalog::{MaintenanceOutcome, RetentionPlan, retention::Decision};
 use serde::Serialize;
 
-/// Runs it.
 pub(super) async fn run(config: &Config, command: &RetentionCommand) -> Result<u8, Error> {
     match command {
         RetentionCommand::Plan { json } => plan(config, *json).await,
@@ -76,7 +75,7 @@ fn word(decision: &Decision) -> &'static str {
 fn explain(plan: &RetentionPlan) -> String {
     let mut out = String::new();
     for alarm in &plan.alarms {
-        out += &format!("NOTHING GOES: {alarm}\n");
+        out += &format!("NOTHING IS DELETED: {alarm}\n");
     }
     let mut rows = Vec::new();
     for backup in &plan.backups {
@@ -124,7 +123,7 @@ fn summary(outcome: &MaintenanceOutcome) -> String {
         _ => names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
     };
     let mut out = format!(
-        "backups expired      {}\nevicted from tier 1  {}\nWAL files removed    {} from tier 1, {} from tier 2\npacks                {} removed, {} marked to go later\nfreed                {} on tier 1, {} in tier 2\n",
+        "backups expired      {}\nevicted from tier 1  {}\nWAL files removed    {} from tier 1, {} from tier 2\npacks                {} removed, {} marked for later removal\nfreed                {} on tier 1, {} in tier 2\n",
         names(&outcome.expired),
         names(&outcome.evicted),
         outcome.wal_removed_tier1,
@@ -177,7 +176,7 @@ mod tests {
         };
         let text = explain(&plan);
         for part in [
-            "NOTHING GOES: a record",
+            "NOTHING IS DELETED: a record",
             "DROP",
             "no rule of tier 1",
             "keep",

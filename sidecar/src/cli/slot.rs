@@ -1,4 +1,4 @@
-//! `klio slot show` and `klio slot drop`: a slot that is left behind fills PostgreSQL's disk.
+//! `klio slot show` and `klio slot drop`. A slot that nobody uses any more fills PostgreSQL's disk.
 
 use super::{conninfo, exit, print, table, text};
 use crate::{
@@ -12,21 +12,19 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SlotRow {
     pub active: bool,
-    /// `reserved`, `extended`, `unreserved`, `lost`; empty when it keeps nothing.
+    /// `reserved`, `extended`, `unreserved` or `lost`; empty if the slot keeps no WAL.
     pub wal_status: String,
     pub restart_lsn: Option<String>,
     pub retained_bytes: Option<u64>,
 }
 
-/// The configured slot's name.
 pub(super) fn name(config: &Config) -> Result<SlotName, Error> {
     let slot = &config.postgres.slot;
     slot.parse().map_err(|error| Error::new(Failure::Config, format!("postgres.slot: {error}")))
 }
 
-/// Reads the slot's row over an SQL connection.
 pub(super) async fn read(client: &mut Client, slot: &SlotName) -> Result<Option<SlotRow>, Error> {
-    // A slot name has no character that needs quoting.
+    // Slot names cannot contain characters that need quoting.
     let sql = format!(
         "SELECT active, coalesce(wal_status, ''), restart_lsn, pg_wal_lsn_diff(CASE WHEN \
          pg_is_in_recovery() THEN coalesce(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) \
@@ -51,7 +49,7 @@ pub(super) async fn show(config: &Config) -> Result<u8, Error> {
     let Some(row) = found else {
         return Err(Error::new(
             Failure::PostgresRefused,
-            format!("read slot {slot}: there is none"),
+            format!("read slot {slot}: it does not exist"),
         )
         .hint("klio stream creates it"));
     };

@@ -1,7 +1,7 @@
-//! `klio status`: how far each cluster is, as a table or JSON. Ends with 3 when there is a problem or gap.
+//! `klio status`: how far each cluster is, as a table or JSON. Ends with 3 if there is a problem or gap.
 //!
-//! A cluster that nobody streams has a problem. How far behind it is, nobody knows: never 0, in bytes unknown, in
-//! time since all was last known to be here.
+//! A cluster to which nobody streams has a problem. Nobody knows how far behind it is, so its lag is never shown as 0: the
+//! bytes are unknown, and the time is the time since everything was last known to be here.
 
 use super::{
     args::StatusArgs, connect, exit, generation, print, say, table, text, timeline::record_json,
@@ -11,7 +11,6 @@ use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusRespons
 use klio_telemetry::visible::line;
 use serde_json::{Value, json};
 
-/// Runs it.
 pub(super) async fn run(config: &Config, args: &StatusArgs) -> Result<u8, Error> {
     let cluster = if args.all { String::new() } else { config.cluster()?.to_string() };
     let answer = connect(config)
@@ -24,20 +23,20 @@ pub(super) async fn run(config: &Config, args: &StatusArgs) -> Result<u8, Error>
     let out = if args.json { format!("{:#}\n", to_json(&answer)) } else { to_table(&answer) };
     if answer.clusters.is_empty() {
         say(
-            "nothing has streamed to this server yet: is klio stream running, and is the cluster's name right?",
+            "nothing has streamed to this server yet: check that klio stream is running and that the cluster's name is right",
         );
     }
     print(&out);
     Ok(if is_bad(&answer) { exit::PROBLEM } else { exit::OK })
 }
 
-/// Whether somebody has to look. A server that has nothing protects nothing.
+/// Whether somebody has to act. A server without any cluster protects nothing, so that counts as well.
 fn is_bad(answer: &StatusResponse) -> bool {
     let bad = |c: &ClusterStatus| !problems(c).is_empty() || !c.gaps.is_empty();
     answer.clusters.is_empty() || answer.clusters.iter().any(bad)
 }
 
-/// What the server says, and what it does not: that nothing streams.
+/// The problems that the server reports, and a missing stream, which it does not report as a problem.
 fn problems(c: &ClusterStatus) -> Vec<String> {
     let mut problems = c.problems.clone();
     if !c.connected {
@@ -46,16 +45,17 @@ fn problems(c: &ClusterStatus) -> Vec<String> {
     problems
 }
 
-/// A stream that goes elsewhere is not one that stands still: PostgreSQL is not to be looked at for it.
+/// The problem of a cluster without a stream. If the stream goes into another generation, it must not be reported as
+/// missing, because PostgreSQL is fine then.
 fn unstreamed(c: &ClusterStatus) -> String {
     if let Some(apart) = c.generations.iter().find(|g| g.connected && g.state != "current") {
         return format!(
-            "nothing streams into the current generation: klio stream is received apart, into generation {} ({})",
+            "nothing streams into the current generation: klio stream streams into generation {} ({})",
             apart.number, apart.state
         );
     }
     let since = durable_as_of(c).map_or_else(
-        || "and how far PostgreSQL went on is not known".to_owned(),
+        || "and how much PostgreSQL has written meanwhile is unknown".to_owned(),
         |time| format!("and what PostgreSQL wrote after {} is not here", text::time(time)),
     );
     format!("nothing streams, {since}: start klio stream beside PostgreSQL, or look at its log")
@@ -65,7 +65,8 @@ fn durable_as_of(c: &ClusterStatus) -> Option<f64> {
     (c.durable_as_of_time > 0.0).then_some(c.durable_as_of_time)
 }
 
-/// How far tier 1 is behind PostgreSQL: bytes and seconds, where they are known. Older servers said 0 without a stream.
+/// How far tier 1 is behind PostgreSQL in bytes and seconds, where known. Older servers sent 0 if there was no
+/// stream.
 fn flush_lag(c: &ClusterStatus, now: f64) -> (Option<u64>, Option<f64>) {
     match (&c.flush_lag, c.connected) {
         (Some(lag), true) => (Some(lag.bytes), Some(lag.seconds)),
@@ -112,7 +113,7 @@ fn to_table(answer: &StatusResponse) -> String {
         for other in &cluster.other_timelines {
             let stream = if other.connected { "connected" } else { "not connected" };
             out += &format!(
-                "{}: beside it timeline {}, {}: {stream}, flushed {}\n",
+                "{}: also timeline {}, {}: {stream}, flushed {}\n",
                 cluster.cluster,
                 other.timeline,
                 super::timeline::standing(other),
@@ -154,7 +155,7 @@ fn row(c: &ClusterStatus) -> Vec<String> {
     ]
 }
 
-/// One gap for people.
+/// A gap as text.
 pub(super) fn gap_text(gap: &GapRecord) -> String {
     format!(
         "gap on timeline {} from {} to {} ({}), recorded {}: {}",
@@ -167,7 +168,7 @@ pub(super) fn gap_text(gap: &GapRecord) -> String {
     )
 }
 
-/// A place that was not proven, for people.
+/// A position at which continuity was not proven, as text.
 fn unproven_text(place: &Unproven) -> String {
     format!(
         "note: continuity is not proven at {} on timeline {}, {}: {}; a base backup taken since then does not need the WAL before it",
@@ -178,7 +179,7 @@ fn unproven_text(place: &Unproven) -> String {
     )
 }
 
-/// One gap for programs.
+/// A gap as JSON.
 pub(super) fn gap_json(gap: &GapRecord) -> Value {
     json!({
         "timeline": gap.timeline,
@@ -302,7 +303,7 @@ mod tests {
         assert!(problems(&cluster)[0].contains("start klio stream"));
     }
 
-    /// Whatever the server says of a stream that ended: an older one says 0.
+    /// Does not depend on the lag that the server reports for a stream that ended: an older server says 0.
     #[test]
     fn a_cluster_that_nobody_streams_is_a_problem_with_an_unknown_lag() {
         let mut cluster = ClusterStatus {

@@ -1,4 +1,4 @@
-//! `klio stream`: wires streamer, admin port and signals, and ends all of them in order.
+//! `klio stream`: starts streamer, backup schedule, admin port and signal handling, and ends all of them in order.
 
 use super::{conninfo, exit, slot};
 use crate::{
@@ -25,14 +25,13 @@ use tokio_util::sync::CancellationToken;
 
 /// How often PostgreSQL is asked how much WAL the slot keeps.
 const SLOT_INTERVAL: Duration = Duration::from_secs(30);
-/// The same while there is no answer: at the very start there is no slot yet.
+/// The same while there is no answer; at the very start, the slot does not exist yet.
 const SLOT_RETRY: Duration = Duration::from_secs(5);
-/// How long a look at PostgreSQL's disk may take.
+/// How long reading the state of PostgreSQL's disk may take.
 const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM or SIGINT.
 pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Error> {
-    // Which of its histories this PostgreSQL continues is found out.
+    // The base name: the streamer finds out which of the cluster's histories this PostgreSQL continues.
     let cluster = config.cluster()?.base();
     let info = Arc::new(conninfo(config)?);
     let slot = slot::name(config)?;
@@ -63,7 +62,7 @@ pub(super) async fn run(config: &Config, telemetry: &Telemetry) -> Result<u8, Er
     if tokio::time::timeout(Duration::from_secs(2), ended).await.is_err() {
         tasks.abort_all();
     }
-    // PostgreSQL leaves backup mode with the session, whatever becomes of the thread.
+    // PostgreSQL leaves backup mode when the session ends, even if the thread is still running.
     if tokio::time::timeout(config.stream.stop_timeout, backups.ended()).await.is_err() {
         tracing::warn!("the backup that was running did not end in time");
     }
@@ -83,7 +82,7 @@ async fn serve_admin(
         tasks.spawn(admin::serve(listener, pages.clone(), stop.clone()));
     }
     if let Some(page) = telemetry.prometheus() {
-        // P9: a metrics port in use does not keep WAL from flowing.
+        // A metrics port that is in use must not keep WAL from being streamed (P9).
         match admin::listen((page.host.clone(), page.port)).await {
             Ok(listener) => drop(tasks.spawn(admin::serve(listener, pages, stop.clone()))),
             Err(error) => telemetry
@@ -94,12 +93,12 @@ async fn serve_admin(
     Ok(())
 }
 
-/// SIGTERM and SIGINT.
+/// Handlers for SIGTERM and SIGINT.
 pub(super) fn signals() -> Result<(Signal, Signal), Error> {
     Ok((handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?))
 }
 
-/// Waits for either.
+/// Waits for one of the two signals.
 pub(super) async fn signalled(signals: &mut (Signal, Signal)) {
     tokio::select! {
         _ = signals.0.recv() => {}
@@ -120,7 +119,7 @@ async fn stop_on(mut signals: (Signal, Signal), stop: CancellationToken) {
     stop.cancel();
 }
 
-/// Best effort: a role without the right to connect to a database only leaves the gauge empty.
+/// Best effort: if the role may not connect to a database, the gauges are just empty.
 async fn watch_slot(
     info: Arc<ConnInfo>,
     slot: SlotName,
@@ -163,8 +162,8 @@ async fn watch_slot(
     }
 }
 
-/// Where the disk with PostgreSQL's WAL would be, and whose it has to be. `setting` is `postgres.data_directory`, empty when
-/// PostgreSQL is to be asked, which a role without pg_read_all_settings may not.
+/// The directory on the disk with PostgreSQL's WAL, and the system identifier that it must have. `setting` is
+/// `postgres.data_directory`; if it is empty, PostgreSQL is asked, which needs a role with pg_read_all_settings.
 async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<(PathBuf, u64)> {
     let sql = "SELECT system_identifier FROM pg_control_system()";
     let rows = client.query(sql).await.ok()?;
@@ -177,7 +176,8 @@ async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<(PathBuf, 
     Some((data, system_identifier))
 }
 
-/// Looks at a disk that may hang: on a thread of its own, never on two, and nobody waits for long.
+/// Reads the state of a disk that may hang: on a blocking thread, never on two at once, and with a time limit for the
+/// caller.
 #[derive(Debug)]
 struct SpaceReader {
     patience: Duration,
@@ -185,7 +185,7 @@ struct SpaceReader {
 }
 
 impl SpaceReader {
-    /// `None` when it is not known now.
+    /// `None` if the state cannot be read now.
     async fn of(&mut self, place: Option<(PathBuf, u64)>) -> Option<disk::Space> {
         let (data, system_identifier) = place?;
         let look = move || disk::space(&data, system_identifier);

@@ -1,8 +1,8 @@
-//! Aligned text tables, without colour or borders. A cell is one line, whoever wrote it.
+//! Aligned text tables, without colour or borders. Each cell is one line; other line ends are made visible.
 
 use klio_telemetry::visible::line;
 
-/// Columns are as wide as their widest cell; numbers go to the right.
+/// Columns are as wide as their widest cell; columns of numbers are aligned to the right.
 pub fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     let columns = header.len();
     let cell = |row: &[String], column: usize| {

@@ -1,4 +1,4 @@
-//! Hands the `[telemetry]` section to the telemetry crate, and opens a command's root span.
+//! Passes the `[telemetry]` section to the telemetry crate, and opens the root span of a command.
 
 use super::{
     args::{Cli, Command},
@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, ffi::OsString, panic::AssertUnwindSafe};
 use tracing::{Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// What the configuration says; the telemetry crate reads the `OTEL_*` variables itself.
+/// The options from the configuration; the telemetry crate itself reads the `OTEL_*` variables.
 pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     let telemetry = &config.telemetry;
     let mut overrides = BTreeMap::new();
@@ -36,7 +36,7 @@ pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     if !telemetry.enabled {
         set("OTEL_SDK_DISABLED", "true");
     }
-    // As variables, so that a bad value is a warning like any other (P9).
+    // Passed as variables, so that a wrong value causes a warning like any other (P9).
     set("KLIO_LOG_FORMAT", &telemetry.log_format);
     set("RUST_LOG", &telemetry.log_level);
     Options {
@@ -49,15 +49,16 @@ pub(super) fn options(cli: &Cli, config: &Config) -> Options {
     }
 }
 
-/// `cli.<command>`, with the arguments as typed but for secrets; below the caller's span where `TRACEPARENT` names one.
-/// The arguments are an attribute of the trace only: in front of each log line they would hide the line.
+/// The span `cli.<command>`, with the arguments as typed except for secrets. It is a child of the caller's span if
+/// `TRACEPARENT` names one. The arguments are an attribute of the trace only, because in front of each log line they
+/// would hide its text.
 pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
     macro_rules! span {
         ($name:literal) => {
             tracing::info_span!($name, otel.status_code = Empty, error.r#type = Empty)
         };
     }
-    // A new verb does not compile without a span.
+    // A new command does not compile without a span here.
     let span = match command {
         Command::Stream(_) => span!("cli.stream"),
         Command::Backup(_) => span!("cli.backup"),
@@ -76,7 +77,7 @@ pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
         Command::Reference { .. } => span!("cli.reference"),
         Command::Help { .. } => span!("cli.help"),
     };
-    // An agent outlives who started it, and its work belongs to whoever asks.
+    // An agent outlives the process that started it, and works for whoever asks, so it gets no parent.
     if !matches!(command, Command::WalAgent(_)) {
         propagate::adopt(&span, &|key| environment(&key.to_ascii_uppercase()));
     }
@@ -85,8 +86,8 @@ pub(super) fn root_span(command: &Command, arguments: &[OsString]) -> Span {
     span
 }
 
-/// The command to its end. A panic is a failure, so that what is queued is flushed after it as well; so is a signal,
-/// for commands that do not listen to signals themselves.
+/// Runs the command to its end. A panic becomes an error, so that telemetry is flushed after it, and so does a
+/// signal, for commands that do not handle signals themselves.
 pub(super) async fn to_its_end(
     command: &Command,
     work: impl Future<Output = Result<u8, Error>>,
@@ -103,17 +104,17 @@ pub(super) async fn to_its_end(
             }
         }
     };
-    // The message and the place are on standard error already.
+    // The panic's message and location were already printed on standard error.
     ended.unwrap_or_else(|_| Err(Error::new(Failure::Code(Code::Internal), "panicked")))
 }
 
-/// Whether the command knows itself what to do about a signal. PostgreSQL stops `wal-fetch` with SIGTERM and must see
-/// that it ended by it (RestoreArchivedFile() in src/backend/access/transam/xlogarchive.c), so nothing is caught there.
+/// Whether the command handles signals itself. PostgreSQL stops `wal-fetch` with SIGTERM and must see that the signal
+/// ended it (RestoreArchivedFile() in src/backend/access/transam/xlogarchive.c), so its signals are not caught here.
 const fn listens(command: &Command) -> bool {
     !matches!(command, Command::Status(_) | Command::Check(_) | Command::List(_) | Command::Slot(_))
 }
 
-/// Marks the root span when the command failed.
+/// Records how the command ended in the root span.
 pub(super) fn record(span: &Span, result: &Result<u8, Error>) {
     match result {
         Ok(status) => span.set_attribute("process.exit.code", i64::from(*status)),
@@ -124,7 +125,7 @@ pub(super) fn record(span: &Span, result: &Result<u8, Error>) {
     }
 }
 
-/// The last line of a command whose spans go somewhere.
+/// Prints the last line of a command whose spans were exported.
 pub(super) fn epilogue(trace: Option<String>, delivery: Delivery) {
     if let Some(line) = delivery.closing_line(trace) {
         say(&line);

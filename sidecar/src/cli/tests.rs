@@ -13,7 +13,7 @@ use std::{path::Path, thread};
 
 const SEGMENT: &str = "000000010000000000000003";
 
-/// Runs `klio` as PostgreSQL would, on a thread of its own because it builds its own runtime.
+/// Runs `klio` as PostgreSQL would, on a thread of its own because `klio` creates its own runtime.
 async fn klio(arguments: &[&str]) -> u8 {
     let all: Vec<OsString> = ["klio"].iter().chain(arguments).map(Into::into).collect();
     let (done, result) = tokio::sync::oneshot::channel();
@@ -61,7 +61,7 @@ async fn wal_fetch_gives_a_segment_back() {
     assert!(std::fs::read(&path).unwrap() == plain);
 }
 
-/// P7: in WAL-G and in plugins for CloudNativePG a network error looked like the end of WAL.
+/// P7. With WAL-G, and with plugins for CloudNativePG, a network error was taken for the end of WAL.
 #[tokio::test]
 async fn wal_fetch_answers_one_only_when_the_server_says_not_found() {
     let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
@@ -97,7 +97,7 @@ async fn wal_fetch_stops_recovery_when_the_answer_is_cut_off() {
 #[tokio::test]
 async fn every_wrong_way_to_call_it_stops_recovery() {
     let directory = tempfile::tempdir().unwrap();
-    // Nobody listens there: the port was the kernel's choice and is closed again.
+    // Nobody listens on this port: the kernel chose it and it was closed again.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", closed.local_addr().unwrap());
     drop(closed);
@@ -122,8 +122,8 @@ async fn every_wrong_way_to_call_it_stops_recovery() {
     assert!(!Path::new(&path).exists());
 }
 
-/// P7's exception: a status above 125 takes a standby down, and then it can be neither promoted nor started while the
-/// archive is away. Absence stays 1.
+/// The exception from P7: a status above 125 would end a standby, which could then be neither promoted nor started
+/// while the archive is away. For a file that does not exist the status stays 1.
 #[tokio::test]
 async fn no_trouble_and_no_wrong_call_stops_a_standby() {
     let (server, directory) = (FakeServer::start().await, tempfile::tempdir().unwrap());
@@ -162,7 +162,7 @@ async fn no_trouble_and_no_wrong_call_stops_a_standby() {
     assert!(std::fs::read(&path).unwrap() == plain);
 }
 
-/// A firewall that drops what comes: nobody answers, nobody refuses.
+/// A firewall that drops packets: the connection is neither accepted nor refused.
 #[tokio::test]
 async fn a_server_that_is_silent_holds_a_standby_for_less_than_it_waits_anyway() {
     let directory = tempfile::tempdir().unwrap();

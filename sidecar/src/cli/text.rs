@@ -1,10 +1,10 @@
-//! Times, sizes and positions as a person reads them.
+//! Times, sizes and positions as text for people.
 
 use klio_pg::{ByteSize, Lsn};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// `16/B374D848`, or `-` for "nothing yet".
+/// `16/B374D848`, or `-` for 0, which means "nothing yet".
 pub(super) fn lsn(value: u64) -> String {
     if value == 0 { "-".into() } else { Lsn::new(value).to_string() }
 }
@@ -14,7 +14,7 @@ pub(super) fn size(bytes: u64) -> String {
     ByteSize::new(bytes).to_string()
 }
 
-/// RFC 3339 in UTC, or `-` for "never".
+/// RFC 3339 in UTC, or `-` for 0, which means "never".
 pub(super) fn time(unix: f64) -> String {
     if unix <= 0.0 {
         return "-".into();
@@ -36,7 +36,7 @@ pub(super) fn duration(seconds: f64) -> String {
     }
 }
 
-/// Seconds since the epoch, by our clock.
+/// Seconds since 1970, by this machine's clock.
 pub(super) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }

@@ -1,4 +1,4 @@
-//! `klio timeline list`, `follow` and `retire`: what is known of a cluster's timelines, and a person's decision about one.
+//! `klio timeline list`, `follow` and `retire`: lists a cluster's timelines, and sends a person's decision about one.
 
 use super::{
     args::{DecideTimelineArgs, TimelineCommand},
@@ -11,7 +11,6 @@ use klio_proto::v1::{
 };
 use serde_json::{Value, json};
 
-/// Runs it.
 pub(super) async fn run(config: &Config, command: &TimelineCommand) -> Result<u8, Error> {
     match command {
         TimelineCommand::List { json } => list(config, *json).await,
@@ -55,7 +54,7 @@ async fn decide(
 fn outcome(answer: &DecideTimelineResponse, dry_run: bool) -> String {
     let mut out = String::new();
     if dry_run {
-        out += "nothing was changed; this would be:\n";
+        out += "nothing was changed; this would happen:\n";
     }
     answer.changes.iter().for_each(|change| out += &format!("{change}\n"));
     out + "\n" + &to_text(&answer.timelines)
@@ -93,7 +92,7 @@ fn to_text(timelines: &[TimelineRecord]) -> String {
     out
 }
 
-/// One word; a timeline that nothing was decided about and that is not followed has ended.
+/// The standing in one word. A timeline without a decision that is not followed has ended.
 pub(super) fn standing(t: &TimelineRecord) -> &str {
     if t.standing.is_empty() { "ended" } else { &t.standing }
 }

@@ -1,5 +1,4 @@
-//! `klio verify`: has the server prove what is stored. Any damage is an exit status of its own, also
-//! where it is repaired.
+//! `klio verify`: has the server verify what is stored. Damage has exit statuses of its own, even if it was repaired.
 
 use super::{
     args::VerifyArgs,
@@ -15,7 +14,6 @@ use klio_storage::catalog::VerifyOutcome;
 
 const DOING: &str = "verify";
 
-/// Runs it.
 pub(super) async fn run(config: &Config, args: &VerifyArgs) -> Result<u8, Error> {
     let request = VerifyRequest {
         cluster: config.cluster()?.to_string(),
@@ -51,8 +49,8 @@ fn percent(text: &str) -> Result<f64, Error> {
     })
 }
 
-/// Damage that was repaired is told from damage that stays, and both from none. Nothing to look at proves nothing:
-/// most often the cluster's name is not the right one.
+/// Repaired damage, remaining damage and no damage have different statuses. If there is no backup to verify, nothing
+/// was proven, which is a problem: most often the cluster's name is wrong.
 const fn status(outcome: &VerifyOutcome) -> u8 {
     match (outcome.damaged.is_empty(), outcome.repaired.is_empty()) {
         (true, true) if outcome.backups.is_empty() => exit::PROBLEM,
@@ -71,7 +69,7 @@ fn summary(outcome: &VerifyOutcome) -> String {
         out += &format!("repaired  {} {}: {}\n", damage.tier, damage.key, damage.problem);
     }
     let verdict = match (outcome.damaged.len(), outcome.repaired.len()) {
-        (0, 0) if outcome.backups.is_empty() => "nothing was proven".to_owned(),
+        (0, 0) if outcome.backups.is_empty() => "nothing was verified".to_owned(),
         (0, 0) => "all good".to_owned(),
         (0, repaired) => format!("{repaired} damaged, all repaired from the other tier"),
         (damaged, repaired) => format!("{damaged} DAMAGED, {repaired} repaired"),
@@ -87,7 +85,7 @@ fn summary(outcome: &VerifyOutcome) -> String {
     )
 }
 
-/// A server of before does not say it.
+/// How old the oldest verification of the data is. Older servers do not say it.
 fn coverage(outcome: &VerifyOutcome) -> String {
     match outcome.all_read_since_unix {
         Some(since) => {
@@ -138,7 +136,7 @@ mod tests {
     fn without_a_backup_nothing_is_proven() {
         let none = |damaged| VerifyOutcome { backups: Vec::new(), ..outcome(damaged, 0) };
         assert_eq!(status(&none(0)), exit::PROBLEM);
-        assert!(summary(&none(0)).contains("nothing was proven"));
+        assert!(summary(&none(0)).contains("nothing was verified"));
         assert_eq!(status(&none(1)), exit::DAMAGED);
     }
 

@@ -1,8 +1,8 @@
-//! `klio wal-agent`: the read-ahead agent as a process. Not for people: `wal-fetch` starts it.
+//! `klio wal-agent`: the read-ahead agent as a process. It is not for people: `wal-fetch` starts it.
 //!
-//! Two processes: one serves, the other waits for it and always ends with 0. Where PostgreSQL is process 1, as in
-//! many containers, orphans become its children, and a child that ends by a signal would make it restart. The one that
-//! waits also removes what a killed one left.
+//! There are two processes: one serves, the other waits for it and always ends with 0. If PostgreSQL is process 1, as
+//! in many containers, orphaned processes become its children, and a child that was killed by a signal would make
+//! PostgreSQL restart. The waiting process also removes what a killed one left behind.
 
 use super::args::WalAgentArgs;
 use crate::{
@@ -18,15 +18,15 @@ use std::{
 const SERVE: &str = "--serve";
 const SPOOL: &str = "--spool";
 
-/// Whether this is the one that waits.
+/// Whether this is the process that waits.
 pub(super) fn is_outer(arguments: &[OsString]) -> bool {
     arguments.iter().all(|argument| argument != SERVE)
 }
 
-/// Starts the one that serves, and waits for its end.
+/// Starts the process that serves, and waits for its end.
 pub(super) fn supervise(arguments: &[OsString]) -> u8 {
     agent::close_inherited();
-    // Not one of PostgreSQL's process group any more, which is signalled as a whole.
+    // Leaves PostgreSQL's process group, because PostgreSQL signals the whole group.
     let _ = rustix::process::setsid();
     let child = std::env::current_exe().and_then(|program| {
         let mut command = Command::new(program);
@@ -34,7 +34,7 @@ pub(super) fn supervise(arguments: &[OsString]) -> u8 {
         command.spawn()
     });
     match child.and_then(|mut child| child.wait()) {
-        // Killed, perhaps: PostgreSQL needs the space.
+        // If the process was killed, its files are left, and PostgreSQL needs the space.
         Ok(_) => {
             let mut words = arguments.iter();
             if words.any(|word| word == SPOOL)
@@ -48,7 +48,6 @@ pub(super) fn supervise(arguments: &[OsString]) -> u8 {
     super::exit::OK
 }
 
-/// Serves.
 pub(super) async fn run(config: &Config, args: &WalAgentArgs) -> Result<u8, Error> {
     let job = Job {
         spool: args.spool.clone(),

@@ -1,10 +1,11 @@
-//! `klio wal-fetch %f "%p"`: what restore_command runs.
+//! `klio wal-fetch %f "%p"`, the command in restore_command.
 //!
-//! P7: only a source's definitive NOT_FOUND is "no such file", and the beginning of a segment of which PostgreSQL has as
-//! much itself (own.rs); everything else is tried again until the timeout and then stops recovery. Where a standby asks, it is tried once, for some seconds, and PostgreSQL asks again
-//! (asker.rs). PATH appears complete and of the exact size, or not at all.
+//! "No such file" is answered in two cases only: a source said NOT_FOUND definitively, or the stored file is the
+//! beginning of a segment of which PostgreSQL itself has as much (own.rs). Every other failure is retried until the
+//! timeout and then stops recovery (P7). For a standby, it is tried once, for some seconds, and PostgreSQL asks again
+//! (asker.rs). PATH appears complete and with the exact size, or not at all.
 //!
-//! PostgreSQL's own %p is not fsynced: a file that it keeps goes through durable_rename(), which fsyncs it first
+//! PostgreSQL's own %p is not fsynced: before it keeps a file, PostgreSQL fsyncs it in durable_rename()
 //! (KeepFileRestoredFromArchive() in src/backend/access/transam/xlogarchive.c), and after a crash it deletes what is
 //! left under that name and asks again (RestoreArchivedFile(), same file). Any other PATH is fsynced, and is fetched
 //! without the read-ahead agent.
@@ -40,7 +41,8 @@ use resident::Resident;
 const NO_AGENT: &str = "--no-agent";
 const ANSWER_WITHIN: &str = "--answer-within";
 
-/// The way of almost every call: ask the agent, without what a longer way needs. `Err` gives the arguments for that.
+/// The fast path of almost every call: asks the agent, without parsing options or starting telemetry. `Err` has the
+/// arguments for the normal path.
 pub(super) fn quickly(arguments: &[OsString], asker: Asker) -> Result<u8, Vec<OsString>> {
     let mut longer = arguments.to_vec();
     let Some(request) = quick::Request::read(arguments) else { return Err(longer) };
@@ -65,7 +67,7 @@ pub(super) fn quickly(arguments: &[OsString], asker: Asker) -> Result<u8, Vec<Os
             }
             longer.push(NO_AGENT.into());
             if asker != Asker::Once {
-                // What is left of it, for both ways together.
+                // The time that is left, because both paths together must stay within it.
                 let left = patience.deadline.saturating_duration_since(Instant::now());
                 longer.extend([ANSWER_WITHIN.into(), format!("{}ms", left.as_millis()).into()]);
             }
@@ -74,7 +76,6 @@ pub(super) fn quickly(arguments: &[OsString], asker: Asker) -> Result<u8, Vec<Os
     }
 }
 
-/// Runs it.
 pub(super) async fn run(
     config: &Config,
     cli: &Cli,
@@ -90,7 +91,7 @@ pub(super) async fn run(
         && let Some(resident) =
             Resident::of(config, cli.global.config.as_deref(), &cli.flags(), &args.path)
     {
-        // Blocks this thread, which has nothing else to do.
+        // This blocks the thread, which has nothing else to do.
         match resident.ask(file, &args.path, &patience) {
             Outcome::Placed => return placed(file, &args.path),
             Outcome::Absent(message) => {
@@ -106,16 +107,15 @@ pub(super) async fn run(
     placed(file, &args.path)
 }
 
-/// It is there; PostgreSQL takes it unless its own is the longer one.
+/// The file is in place. PostgreSQL uses it, unless its own copy is the longer one.
 fn placed(file: WalFile, path: &Path) -> Result<u8, Error> {
     match own::is_enough(file, path) {
         Ok(false) => Ok(exit::OK),
         Ok(true) => Err(Error::new(Failure::Code(Code::NotFound), own::message(file))),
-        Err(error) => Err(local("compare with PostgreSQL's own", path, &error)),
+        Err(error) => Err(local("compare PostgreSQL's own copy with", path, &error)),
     }
 }
 
-/// Fetches without an agent.
 async fn directly(
     config: &Config,
     file: WalFile,
@@ -135,12 +135,12 @@ async fn directly(
     target.commit(path, !is_postgresql_s(path))
 }
 
-/// Whether PostgreSQL asked for this in recovery: these are its names for what it restores.
+/// Whether PostgreSQL asked for this file in recovery: it restores under these names.
 fn is_postgresql_s(path: &Path) -> bool {
     matches!(path.file_name().and_then(OsStr::to_str), Some("RECOVERYXLOG" | "RECOVERYHISTORY"))
 }
 
-/// The data directory of `<data>/pg_wal/RECOVERYXLOG`; PostgreSQL runs the command in it.
+/// The data directory of `<data>/pg_wal/RECOVERYXLOG`. PostgreSQL runs the command in its data directory.
 fn data_dir(path: &Path) -> Option<&Path> {
     let directory =
         path.parent().filter(|directory| directory.file_name() == Some(OsStr::new("pg_wal")))?;

@@ -1,18 +1,18 @@
-//! `klio wal-tablespaces %f "%p"`: the second half of a restore_command whose copy has tablespaces elsewhere.
+//! `klio wal-tablespaces %f "%p"`: the second half of a restore_command for a copy whose tablespaces are elsewhere.
 //!
-//! What `wal-fetch` put in place loses the locations of tablespaces that were made after the backup, as
-//! `klio-restore.tablespaces` in the data directory says (`klio_pg::Edit`): replay follows the links of the copy, never a path
-//! of the original (P12). Anything unexpected stops PostgreSQL (P7). Needs no configuration.
+//! It changes the segment that `wal-fetch` put in place: it removes the locations of tablespaces that were created
+//! after the backup, as listed in `klio-restore.tablespaces` in the data directory (`klio_pg::Edit`). So replay
+//! follows the links of the copy, and never a path of the original (P12). Anything unexpected stops PostgreSQL (P7).
+//! It needs no configuration.
 
 use super::exit;
 use crate::restore::EDITS;
 use klio_pg::{Edit, SegmentName, SegmentSize, edit_segment};
 use std::{ffi::OsString, fs, path::Path};
 
-/// Its name.
 pub(super) const VERB: &str = "wal-tablespaces";
 
-/// Runs it; PostgreSQL starts it in the data directory.
+/// Runs the command. PostgreSQL starts it in the data directory.
 pub(super) fn run(arguments: &[OsString]) -> u8 {
     match edit(arguments) {
         Ok(()) => exit::OK,
@@ -25,7 +25,7 @@ pub(super) fn run(arguments: &[OsString]) -> u8 {
 
 fn edit(arguments: &[OsString]) -> Result<(), String> {
     let [name, path] = arguments else { return Err("expected %f \"%p\"".to_owned()) };
-    // A timeline's history.
+    // A history file has no tablespaces.
     let Ok(name) = name.to_string_lossy().parse::<SegmentName>() else { return Ok(()) };
     let path = Path::new(path);
     let failed = |what: &str, path: &Path, error: std::io::Error| {

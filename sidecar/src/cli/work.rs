@@ -1,6 +1,6 @@
-//! Long work on the server that a command waits for: shows its steps, gives its outcome.
+//! Waits for long work on the server: shows its progress and returns its outcome.
 //!
-//! A bar on a terminal, a line every few seconds elsewhere, both on standard error. A signal ends the
+//! Progress is a bar on a terminal, and a line every few seconds elsewhere, both on standard error. A signal ends the
 //! command, and with it the work.
 
 use super::{say, stream, text};
@@ -15,16 +15,16 @@ use std::{
 };
 use tonic::Streaming;
 
-/// Between two lines where there is no terminal.
+/// Pause between two lines if there is no terminal.
 const LINE: Duration = Duration::from_secs(5);
 
-/// A step, or the JSON of the outcome.
+/// What the server sends: a step of the work, or the outcome as JSON.
 pub(super) enum Answer {
     Step(Progress),
     Outcome(bytes::Bytes),
 }
 
-/// Follows the answers to the outcome.
+/// Shows the steps and returns the outcome.
 pub(super) async fn follow<T, A>(
     doing: &str,
     mut answers: Streaming<A>,
@@ -45,7 +45,7 @@ where
         };
         let answer = answer.map_err(|status| Error::from_status(doing, &status))?;
         let Some(answer) = answer else {
-            let text = format!("{doing}: the server ended without an outcome");
+            let text = format!("{doing}: the server ended the call without an outcome");
             return Err(Error::new(Failure::Code(Code::Unavailable), text));
         };
         match read(answer) {
@@ -60,7 +60,7 @@ where
     }
 }
 
-/// What a person sees meanwhile.
+/// The progress display.
 enum Shown {
     Nothing,
     Bar(ProgressBar),

@@ -234,9 +234,7 @@ impl Neutral {
             if *needed > set {
                 self.corrected.push((name, needed.to_string()));
                 if conf.found {
-                    self.notes.push(format!(
-                        "{name} is {needed}, not {set}: recovery needs it"
-                    ));
+                    self.notes.push(format!("{name} is {needed}, not {set}: recovery needs it"));
                 }
             }
         }
@@ -257,7 +255,8 @@ fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
     }
     if subscriptions {
         deeds.push(
-            "receives rows for its subscriptions from the publishers, in place of the original".to_owned(),
+            "receives rows for its subscriptions from the publishers, in place of the original"
+                .to_owned(),
         );
     }
     if let Some(names) = set("synchronous_standby_names") {

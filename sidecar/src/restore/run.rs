@@ -149,8 +149,9 @@ impl Restore {
                 }
                 Verdict::Wait(left) => left,
             };
-            self.progress
-                .enter("waiting until it is certain that PostgreSQL wrote nothing more before the target");
+            self.progress.enter(
+                "waiting until it is certain that PostgreSQL wrote nothing more before the target",
+            );
             tracing::info!(
                 ?left,
                 "waiting until it is certain that PostgreSQL wrote nothing more before the target"

@@ -77,9 +77,7 @@ impl Known {
         let files = outcome.damaged.iter().filter(|damage| self.needs(&damage.key)).count();
         let name = &self.record.name;
         (files > 0).then(|| {
-            format!(
-                "backup {name} is damaged: {files} of its files are changed or missing"
-            )
+            format!("backup {name} is damaged: {files} of its files are changed or missing")
         })
     }
 
@@ -438,7 +436,10 @@ impl Source {
             });
         }
         let place = bucket.tier2.url();
-        let message = format!("open the repository of cluster {}: {place} has no repository.json[.age]", self.cluster);
+        let message = format!(
+            "open the repository of cluster {}: {place} has no repository.json[.age]",
+            self.cluster
+        );
         Err(Error::new(Failure::Code(Code::Corrupt), message))
     }
 

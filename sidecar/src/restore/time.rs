@@ -150,9 +150,9 @@ fn offset(text: &str) -> Option<Offset> {
 
 fn at(local: DateTime, zone: &Zone, text: &str) -> Result<Timestamp, String> {
     match zone {
-        Zone::Offset(offset) => offset
-            .to_timestamp(local)
-            .map_err(|_| format!("{text:?} is out of range")),
+        Zone::Offset(offset) => {
+            offset.to_timestamp(local).map_err(|_| format!("{text:?} is out of range"))
+        }
         Zone::Named(zone) => in_zone(local, zone, text),
     }
 }

@@ -1,4 +1,4 @@
-//! `klio list`: base backups, and what can be recovered, per timeline, with every hole and its reason.
+//! `klio list`: base backups, and for each timeline what can be restored, with every hole and its reason.
 
 use super::super::{exit, print, table, text};
 use crate::{
@@ -12,14 +12,13 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tokio_util::sync::CancellationToken;
 
-/// The time of the last commit of each window, by its end; absent where WAL was not readable.
+/// The time of the last commit in each window, by timeline and end. Windows whose WAL could not be read are missing.
 type Ends = BTreeMap<(u32, u64), i64>;
 
-/// Runs it.
 pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Error> {
     let source = Source::open(config, &CancellationToken::new())?.settle(config).await?;
     let catalog = source.catalog().await?;
-    // What can be recovered is what klio restore would take by itself (RESTORE6).
+    // What is listed as restorable is what klio restore would choose without `--backup` (RESTORE6).
     let survey = Survey::new(&catalog.holdings, catalog.sound());
     let lines = survey.lines();
     let ends = ends(&source, &survey, &lines).await?;
@@ -33,7 +32,7 @@ pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Er
     Ok(if problems { exit::PROBLEM } else { exit::OK })
 }
 
-/// What a listing says must not depend on WAL that cannot be read now; a stop by the user ends it.
+/// Reads the last commit of each window. WAL that cannot be read does not fail the listing; a stop by the user does.
 async fn ends(source: &Source, survey: &Survey, lines: &[Line]) -> Result<Ends, Error> {
     let mut ends = Ends::new();
     for line in lines {
@@ -51,7 +50,9 @@ async fn ends(source: &Source, survey: &Survey, lines: &[Line]) -> Result<Ends, 
                     ends.extend(time.map(|time| (key, time)));
                 }
                 Err(error) if error.failure == Failure::Stopped => return Err(error),
-                Err(error) => tracing::warn!("last commit before {}: {error}", window.reach.end),
+                Err(error) => {
+                    tracing::warn!(%error, end = %window.reach.end, "cannot read the time of the last commit");
+                }
             }
         }
     }
@@ -113,7 +114,7 @@ fn to_text(catalog: &Catalog, survey: &Survey, lines: &[Line], ends: &Ends) -> S
     for known in &catalog.backups {
         let record = &known.record;
         if let Some(doubt) = known.doubt() {
-            out += &format!("{doubt}: klio restore takes another where it can\n");
+            out += &format!("{doubt}: klio restore uses another backup if it can\n");
         }
         if let Some(hole) = survey.broken(record) {
             out += &format!("backup {} cannot be restored: {hole}\n", record.name);
@@ -138,7 +139,7 @@ fn to_text(catalog: &Catalog, survey: &Survey, lines: &[Line], ends: &Ends) -> S
 
 fn line_text(line: &Line, ends: &Ends) -> String {
     let parent = line.parent.map_or_else(String::new, |(timeline, at)| {
-        format!(" (left timeline {} at {at})", timeline.get())
+        format!(" (branched off timeline {} at {at})", timeline.get())
     });
     let aside = line.aside.map_or_else(String::new, |standing| {
         format!(
@@ -164,7 +165,7 @@ fn line_text(line: &Line, ends: &Ends) -> String {
     }
     for run in &line.unserved {
         out += &format!(
-            "    WAL from {} to {} is held, and no backup leads to it\n",
+            "    WAL from {} to {} is stored, but no backup leads to it\n",
             run.start, run.end
         );
     }
@@ -174,7 +175,7 @@ fn line_text(line: &Line, ends: &Ends) -> String {
     out
 }
 
-/// The latest time that can be recovered.
+/// The latest time that can be restored, as text.
 fn until(line: &Line, window: &Window, ends: &Ends) -> Option<String> {
     until_micros(line, window, ends).map(|micros| match window.reach.stop {
         Stop::End { idle_until_unix: Some(_) } => format!("now, {}", show_time(micros)),

@@ -1,15 +1,15 @@
-//! Who runs `wal-fetch`, and so what trouble has to look like. Decided from the arguments as they are, before any of
-//! them is understood: a misspelt restore_command asks as well.
+//! Finds out who runs `wal-fetch`, which decides how a failure is reported. The decision uses the raw arguments,
+//! before they are parsed, because a misspelt restore_command is run by PostgreSQL too.
 //!
-//! P7: trouble ends recovery with a status above 125, except on a standby. PostgreSQL in standby mode takes every status
-//! below 126 for "not there", goes on to its primary and asks again; one above ends the server, which then can neither be
-//! promoted nor started while the archive is away (RestoreArchivedFile() in src/backend/access/transam/xlogarchive.c,
-//! WaitForWALToBecomeAvailable() in xlogrecovery.c).
+//! A failure ends recovery with a status above 125 (P7), except on a standby. PostgreSQL in standby mode takes every
+//! status below 126 for "not there", goes on to its primary and asks again. A status above 125 ends the server, which
+//! then can neither be promoted nor started while the archive is away (RestoreArchivedFile() in
+//! src/backend/access/transam/xlogarchive.c, WaitForWALToBecomeAvailable() in xlogrecovery.c).
 //!
-//! A promotion asks once more when standby.signal has gone already: for the history of the timeline it comes from
-//! (writeTimeLineHistory() in timeline.c). Stopped there, PostgreSQL would start again as a primary on the old timeline.
-//! It needs no archive for that where its own copy lies in pg_wal, to which RestoreArchivedFile() falls back, or where the
-//! timeline is the first, which has no history: then it gets a short answer too.
+//! A promotion asks once more after it has removed standby.signal: for the history of the timeline that it comes from
+//! (writeTimeLineHistory() in timeline.c). If it were stopped there, PostgreSQL would start again as a primary on the
+//! old timeline. It does not need the archive for that if it has its own copy in pg_wal, which RestoreArchivedFile()
+//! then uses, or if the timeline is the first, which has no history. In these cases it gets a quick answer too.
 
 use super::{data_dir, is_postgresql_s};
 use crate::{
@@ -24,22 +24,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A standby asks again every wal_retrieve_retry_interval (5 s), and one that is being promoted asks four or five times
-/// before it serves: it gets its answer within that interval, the way out included.
+/// A standby asks again every wal_retrieve_retry_interval (5 s), and a standby that is being promoted asks four or
+/// five times before it accepts connections. So it gets its answer within that interval, including the time to end
+/// this program.
 const STANDBY_PATIENCE: Duration = Duration::from_secs(4);
-/// How long nothing may come in a fetch that has begun: a slow link is no trouble.
+/// How long a fetch that has begun may receive nothing: a slow link is not a failure.
 pub(super) const STANDBY_QUIET_MAX: Duration = STANDBY_PATIENCE;
-/// An agent says every second that it is at work. On a standby there has to be time left to fetch without it.
+/// How long an agent may be silent on a standby. It reports every second that it is working; after a longer silence,
+/// there has to be time left to fetch without it.
 const STANDBY_SILENCE: Duration = Duration::from_secs(2);
 
 /// Who waits for the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::cli) enum Asker {
-    /// Recovery to an end, `pg_rewind`, or a person: nobody asks again by itself.
+    /// Recovery to a target, `pg_rewind`, or a person: nobody asks again automatically.
     Once,
     /// PostgreSQL as a standby.
     Standby,
-    /// PostgreSQL that asks for a history which it does not need from anybody.
+    /// PostgreSQL that asks for a history file but can go on without it.
     Content,
 }
 
@@ -47,7 +49,7 @@ pub(in crate::cli) enum Asker {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::cli) struct Patience {
     pub asker: Asker,
-    /// When it has to have ended.
+    /// When the call has to be finished.
     pub deadline: Instant,
     /// A standby's fetch that makes progress may go on until then.
     pub longest: Instant,
@@ -80,7 +82,7 @@ impl Asker {
         }
     }
 
-    /// From now on; `within` is what a first try left of it.
+    /// Limits that start now; `within` is the time that a first attempt left over.
     pub fn patience(self, timeout: Duration, within: Option<Duration>) -> Patience {
         let now = Instant::now();
         let longest = now + timeout;
@@ -93,30 +95,32 @@ impl Asker {
         Patience { asker: self, deadline, longest }
     }
 
-    /// How long an agent may say nothing; `None`: as long as the agent's client finds right.
+    /// How long an agent may be silent; `None` for the default of the agent's client.
     pub fn silence_max(self) -> Option<Duration> {
         (self != Asker::Once).then_some(STANDBY_SILENCE)
     }
 
-    /// What a failed call says besides its reason: PostgreSQL's log is where it is read.
+    /// Adds to an error what it means for the asker, because it is read in PostgreSQL's log.
     pub fn explain(self, file: &str, error: Error) -> Error {
         if self == Asker::Once || error.failure == Failure::Code(Code::NotFound) {
             return error;
         }
         if self == Asker::Content {
-            return error.hint("PostgreSQL goes on with the history that it has itself");
+            return error.hint("PostgreSQL goes on with its own copy of the history file");
         }
         let missing = match file.parse() {
             Ok(WalFile::History(timeline)) => format!(
-                "whether the archive has timeline {} is not known: promoted now, this standby may take a number that is \
-                 already taken",
+                "it is unknown whether the archive has timeline {}: if promoted now, this standby may take a number that \
+                 is already in use",
                 timeline.get()
             ),
             Ok(file) => format!(
-                "promoted now, this standby lacks what only the archive has, from {} on",
+                "if promoted now, this standby lacks the WAL that only the archive has, from {} on",
                 file.to_string().split('.').next().unwrap_or_default()
             ),
-            Err(_) => "promoted now, this standby lacks what only the archive has".to_owned(),
+            Err(_) => {
+                "if promoted now, this standby lacks the WAL that only the archive has".to_owned()
+            }
         };
         let hint = match error.hint.as_str() {
             "" => String::new(),
@@ -128,8 +132,8 @@ impl Asker {
     }
 }
 
-/// `pg_rewind` asks for segments by their own names (RestoreArchivedFile() in src/fe_utils/archive.c), also in the data
-/// directory of what was a standby. It gives up at the first failure, so it gets the long patience.
+/// `pg_rewind` asks for segments by their own names (RestoreArchivedFile() in src/fe_utils/archive.c), also in the
+/// data directory of a former standby. It gives up at the first failure, so it gets the long timeout.
 fn is_pg_rewind_s(path: &Path) -> bool {
     let in_pg_wal = path.parent().is_some_and(|directory| directory.ends_with("pg_wal"));
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -144,7 +148,7 @@ mod tests {
         text.split_whitespace().map(Into::into).collect()
     }
 
-    /// P7 and its exception; PostgreSQL's own rule where both files are there.
+    /// P7 and its exception for a standby; if both signal files exist, PostgreSQL's own rule decides.
     #[test]
     fn only_a_data_directory_with_standby_signal_is_a_standby() {
         let directory = tempfile::tempdir().unwrap();
@@ -153,7 +157,7 @@ mod tests {
         let asks = [
             format!("klio wal-fetch {segment} {data}/pg_wal/RECOVERYXLOG"),
             format!("klio wal-fetch 00000002.history {data}/pg_wal/RECOVERYHISTORY --timeout 9s"),
-            // Misspelt, in two ways.
+            // Misspelt in two ways.
             format!("klio wal-fech {segment} {data}/pg_wal/RECOVERYXLOG"),
             format!("klio --sorce x wal-fetch nonsense {data}/pg_wal/RECOVERYXLOG"),
         ];
@@ -176,7 +180,7 @@ mod tests {
         }
     }
 
-    /// PostgreSQL 15 removes standby.signal before it asks this; found by the end-to-end test of a promotion.
+    /// PostgreSQL 15 removes standby.signal before it asks for this; the end-to-end test of a promotion found it.
     #[test]
     fn a_promotion_is_not_stopped_for_a_history_that_it_does_not_need() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,14 +1,15 @@
-//! PostgreSQL's own copy of an unfinished segment, where it is the longer one.
+//! Keeps PostgreSQL's own copy of an unfinished segment if it is the longer one.
 //!
-//! What is held of a segment that is being received is the beginning of one, filled up with zeros. A standby has often more of
-//! it, from its primary. PostgreSQL would rename ours over its own (KeepFileRestoredFromArchive() in xlogarchive.c): it would
-//! lose WAL that nobody else may have, and a promotion would not find its last record again and panic (FinishWalRecovery()
-//! in xlogrecovery.c). So what is no more than it has itself is "no such file", which makes it read its own, as it would
-//! anyway where an archive takes only whole segments. Decided by bytes and records: what is longer here, or is another history, is
-//! given as ever.
+//! Of a segment that is still being received, the server has only the beginning; the rest is zeros. A standby often
+//! has more of it, from its primary. PostgreSQL would rename the fetched file over its own
+//! (KeepFileRestoredFromArchive() in xlogarchive.c): it would lose WAL that nobody else may have, and a promotion
+//! would not find its last record again and panic (FinishWalRecovery() in xlogrecovery.c). So if the fetched file has
+//! no more than PostgreSQL's own, the answer is "no such file", and PostgreSQL reads its own copy, as it does with
+//! archives that only take complete segments. Bytes and records decide: a file that is longer, or of another history,
+//! is handed over as always.
 //!
-//! The same holds for the history of a timeline that standbys pass over: who has the history itself, from its own promotion or
-//! from a restore, keeps it.
+//! The same holds for the history file of a timeline that standbys pass over: a PostgreSQL that has the real history,
+//! from its own promotion or from a restore, keeps it.
 
 use super::data_dir;
 use klio_pg::{Lsn, PAGE_BYTES, RecordWalker, SEGMENT_HEADER_BYTES, SegmentHeader};
@@ -21,10 +22,11 @@ use std::{
 
 const READ_BYTES: usize = 256 << 10;
 
-/// After `file` came to `path`: whether PostgreSQL has as much itself. Then what came is removed again.
+/// Whether PostgreSQL has at least as much itself as the `file` that was fetched to `path`. If so, the fetched file
+/// is removed again.
 ///
 /// # Errors
-/// As the file system fails.
+/// An I/O error of the file system.
 pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
     let Some(data) = data_dir(path) else { return Ok(false) };
     let own = data.join("pg_wal").join(file.to_string());
@@ -43,14 +45,16 @@ pub(super) fn is_enough(file: WalFile, path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// In words, for PostgreSQL's log.
+/// The reason as text, for PostgreSQL's log.
 pub(super) fn message(file: WalFile) -> String {
     match file {
         WalFile::History(_) => {
-            format!("{file} is in pg_wal already, and is held for standbys to pass over only")
+            format!(
+                "{file} is in pg_wal already; the stored one only tells standbys to pass over this timeline"
+            )
         }
         WalFile::Segment(_) | WalFile::Partial(_) => {
-            format!("what is held of {file} so far is in pg_wal already")
+            format!("everything that is stored of {file} so far is in pg_wal already")
         }
     }
 }
@@ -65,12 +69,12 @@ fn has_as_much(own: &Path, came: &Path, data: &Path) -> io::Result<bool> {
     }
     let Ok(major) = fs::read_to_string(data.join("PG_VERSION")) else { return Ok(false) };
     let Ok(major) = major.trim().parse() else { return Ok(false) };
-    // The last bytes of a record may be zeros: where they come to an end says only the record.
+    // The last bytes of a record may be zeros, so only the records show where the content ends.
     let [own, came] = [records_end(&mut own, major)?, records_end(&mut came, major)?];
     Ok(own > came || (own == came && !may_be_whole))
 }
 
-/// Behind the last byte that is no zero; `None` where there is none.
+/// The offset after the last byte that is not zero; `None` if all are zero.
 fn end_of(file: &mut File, size: u64) -> io::Result<Option<u64>> {
     let mut page = vec![0; PAGE_BYTES as usize];
     let mut at = size.saturating_sub(PAGE_BYTES);
@@ -104,7 +108,7 @@ fn begins_alike(one: &mut File, other: &mut File, length: u64) -> io::Result<boo
     Ok(true)
 }
 
-/// Behind the last whole record; `None` where there is none.
+/// The position after the last complete record; `None` if there is none.
 fn records_end(file: &mut File, major: u32) -> io::Result<Option<Lsn>> {
     file.seek(SeekFrom::Start(0))?;
     let mut header = [0; SEGMENT_HEADER_BYTES];
@@ -126,7 +130,7 @@ fn records_end(file: &mut File, major: u32) -> io::Result<Option<Lsn>> {
 mod tests {
     use super::*;
 
-    /// Whether PostgreSQL's own is enough, and whether what came is still there.
+    /// Whether PostgreSQL's own copy is enough, and whether the fetched file still exists.
     fn asked(own: Option<&[u8]>, came: &[u8]) -> (bool, bool) {
         let directory = tempfile::tempdir().unwrap();
         let wal = directory.path().join("pg_wal");
@@ -160,7 +164,7 @@ mod tests {
             (None, segment(500_000)),
             (Some(segment(400_000)), segment(500_000)),
             (Some(other), segment(500_000)),
-            // A whole one, also beside the same.
+            // A complete segment, also if the same is there.
             (Some(segment(1 << 20)), segment(1 << 20)),
             (Some(segment(600_000)[..700_000].to_vec()), segment(500_000)),
             (Some(segment(600_000)), vec![0; 1 << 20]),
@@ -179,7 +183,7 @@ mod tests {
         !bytes.fold(!0, step)
     }
 
-    /// Segment 1 of timeline 1 with records of these lengths, as PostgreSQL 15 writes them, and zeros behind.
+    /// Segment 1 of timeline 1 with records of these lengths, as PostgreSQL 15 writes them, followed by zeros.
     fn records(lengths: &[usize]) -> Vec<u8> {
         let mut out: Vec<u8> = Vec::new();
         let mut prev = 0_u64;
@@ -225,21 +229,21 @@ mod tests {
         out.extend_from_slice(if long { &header } else { &header[..24] });
     }
 
-    /// In the last page bytes alone do not say whether a segment is whole: its records do.
+    /// In the last page, bytes alone do not show whether a segment is complete, but its records do.
     #[test]
     fn an_unfinished_segment_that_reaches_the_last_page_is_judged_by_its_records() {
-        // Up to 3000 bytes before the end, short of a page header each.
+        // Up to 3000 bytes before the end, minus a page header each.
         let most = SEGMENT - 3000 - 40 - 127 * 24;
         let (came, longer) = (records(&[100, most - 100]), records(&[100, most - 100, 1000]));
         assert!(came[SEGMENT - PAGE_BYTES as usize..].contains(&0x5A));
         assert_eq!(asked(Some(&longer), &came), (true, false), "PostgreSQL has a record more");
         assert_eq!(asked(Some(&came), &longer), (false, true), "what came has one more");
-        // As much as it has: it may be whole, and is given.
+        // PostgreSQL has as much, but the fetched one may be complete, so it is handed over.
         assert_eq!(asked(Some(&came), &came), (false, true));
-        // Of one that ends before its last page that is known.
+        // If it ends before the last page, it cannot be complete.
         let short = records(&[100, most / 2]);
         assert_eq!(asked(Some(&short), &short), (true, false));
-        // A torn record more is none.
+        // A torn record does not count as more.
         let mut torn = longer.clone();
         torn[SEGMENT - 2500] ^= 1;
         assert_eq!(asked(Some(&torn), &came), (false, true));

@@ -1,14 +1,15 @@
-//! Reads a plain `wal-fetch` command line by hand, because PostgreSQL starts one program a segment.
+//! Parses an ordinary `wal-fetch` command line by hand, because PostgreSQL starts one program per segment and parsing
+//! with clap takes longer.
 //!
-//! Understands what is usual in a restore_command and nothing else: whatever is unknown, wrong or wants telemetry goes
-//! the long way, which says what is wrong with it.
+//! It understands only what is usual in a restore_command. Everything that is unknown, wrong or needs telemetry takes
+//! the normal path, which also reports what is wrong.
 
 use super::{is_postgresql_s, resident::Resident};
 use crate::config::{Config, Needs, parse_duration, telemetry_wanted};
 use klio_storage::layout::WalFile;
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-/// As the long way's default.
+/// The default of the normal path.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A call of `wal-fetch` by PostgreSQL.
@@ -22,12 +23,12 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// `None` when it has to go the long way.
+    /// `None` if the call has to take the normal path.
     pub fn read(arguments: &[OsString]) -> Option<Self> {
         let words: Option<Vec<&str>> = arguments.iter().skip(1).map(|a| a.to_str()).collect();
         let mut words = words?.into_iter();
         let (mut config, mut timeout) = (None, TIMEOUT);
-        // In the order in which `Cli::flags` gives them.
+        // Listed below in the same order as in `Cli::flags`.
         let (mut cluster, mut server, mut from, mut identity) = (None, None, None, None);
         let mut plain = Vec::new();
         while let Some(word) = words.next() {
@@ -64,10 +65,10 @@ impl Request {
         Some(Self { file, path, timeout, config, flags })
     }
 
-    /// The agent to ask; `None` when it has to go the long way.
+    /// The agent to ask; `None` if the call has to take the normal path.
     pub fn resident(&self) -> Option<Resident> {
         let config = Config::load(self.config.as_deref(), &self.flags).ok()?;
-        // A span for each call is what tracing is for.
+        // Tracing needs a span for each call.
         if telemetry_wanted(&config) {
             return None;
         }
@@ -86,7 +87,8 @@ mod tests {
         text.split_whitespace().map(Into::into).collect()
     }
 
-    /// The same line must mean the same both ways, or an agent would be taken for one with other settings.
+    /// The same command line must mean the same on both paths, or the agent would be taken for one with other
+    /// settings.
     #[test]
     fn what_is_read_by_hand_is_what_clap_reads() {
         for line in [

@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Settings that may come from flags, and the flags.
+/// Settings that may come from options, and these options.
 const FLAGS: [(&str, &str); 4] = [
     ("cluster", "--cluster"),
     ("server.address", "--server"),
@@ -32,7 +32,7 @@ pub(super) struct Resident {
 }
 
 impl Resident {
-    /// `None` where there is to be none: it is switched off, or it is not PostgreSQL that asks.
+    /// `None` if no agent is to be used: it is disabled, or PostgreSQL is not the caller.
     pub fn of(
         config: &Config,
         file: Option<&Path>,
@@ -63,15 +63,15 @@ impl Resident {
         Some(Self { spool, fingerprint, arguments, data_dir: data_dir(path).map(Path::to_owned) })
     }
 
-    /// Asks it, and starts it if it is not there.
+    /// Asks the agent, and starts it if it does not run.
     pub fn ask(&self, file: WalFile, path: &Path, patience: &Patience) -> Outcome {
         let Self { spool, fingerprint, arguments, data_dir } = self;
         let (deadline, silence_max) = (patience.deadline, patience.asker.silence_max());
         let silence_max = silence_max.unwrap_or(client::SILENCE_MAX);
         let errand = Errand { spool, fingerprint, file, path, deadline, silence_max };
         client::ask(&errand, || {
-            // PostgreSQL asks for a history file when it has ended recovery; nobody needs an agent for
-            // that, and nothing has to be said about it.
+            // PostgreSQL asks for a history file after it has ended recovery. Nobody needs an agent for that, and
+            // there is nothing to report.
             if data_dir.as_deref().is_some_and(|data_dir| !signalled(data_dir)) {
                 return Err(std::io::Error::other(""));
             }
