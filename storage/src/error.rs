@@ -1,36 +1,35 @@
-//! One error for the crate, with a coarse kind: a new kind exists only where a caller acts differently.
+//! The error type of the crate, with a coarse kind: there is a separate kind only where a caller acts differently.
 //!
-//! Text names the place, what was expected and what was found; `hint` is for the person who reads it.
+//! The text names the place, what was expected and what was found; `hint` is for the person who reads it.
 
 use std::{fmt, io, path::Path};
 
 /// What a caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Nothing of that name exists. Definitive: a restore may conclude the end of WAL from it (P7).
+    /// Nothing of that name exists. This is definitive: a restore may conclude the end of WAL from it (P7).
     NotFound,
     /// Somebody else holds it, or something different is already there.
     Conflict,
-    /// The caller asked for something that cannot be right; trying again will not help.
+    /// The caller asked for something impossible; trying again does not help.
     Invalid,
-    /// Stored bytes are not what was stored. Never returned for a torn tail after a crash.
+    /// Stored bytes are not those that were written. Never returned for a torn tail after a crash.
     Corrupt,
-    /// Written by a newer Klio in a format that this one does not know. Nothing is wrong with it; it is left as it is.
+    /// A newer Klio wrote it in a format that this one does not know. It is not damaged, and is left unchanged.
     Newer,
-    /// No space left; goes away when space returns.
+    /// No space left; succeeds once there is space again.
     Full,
-    /// A write or an fsync failed: the handle is poisoned (P3); reopen to recover.
+    /// A write or an fsync failed, and the handle is poisoned (P3); reopen to recover.
     Poisoned,
-    /// Trouble that may pass: network, throttling, interrupted I/O.
+    /// A problem that may be temporary: network, throttling, interrupted I/O.
     Transient,
-    /// Credentials or permissions.
+    /// Missing credentials or permissions.
     Denied,
     /// Any other I/O failure.
     Io,
 }
 
 impl Kind {
-    /// Every kind.
     pub const ALL: [Kind; 10] = [
         Kind::NotFound,
         Kind::Conflict,
@@ -44,7 +43,7 @@ impl Kind {
         Kind::Io,
     ];
 
-    /// A word of a closed set for `error.type`.
+    /// The value of the attribute `error.type`, out of a fixed set.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::NotFound => "missing",
@@ -61,7 +60,7 @@ impl Kind {
     }
 }
 
-/// What was being done.
+/// The operation that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Op {
     Open,
@@ -108,22 +107,20 @@ impl fmt::Display for Op {
 #[derive(Debug, thiserror::Error)]
 #[error("{op} {place}: {detail}{}", self.hint.map(|h| format!("; hint: {h}")).unwrap_or_default())]
 pub struct Error {
-    /// What the caller can do.
     pub kind: Kind,
-    /// What was being done.
     pub op: Op,
-    /// The file, object or thing it was done to.
+    /// The file, object or thing that the operation was applied to.
     pub place: String,
     /// What was expected and found.
     pub detail: String,
-    /// For the reader, where there is something to do.
+    /// Advice for the reader, if there is something to do.
     pub hint: Option<&'static str>,
     #[source]
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
-    /// An error without a cause below it.
+    /// An error without an underlying cause.
     pub fn new(kind: Kind, op: Op, place: impl fmt::Display, detail: impl fmt::Display) -> Self {
         Self {
             kind,
@@ -135,7 +132,7 @@ impl Error {
         }
     }
 
-    /// From an I/O error on a path; the kind follows from the error number.
+    /// An error from an I/O error on a path; the error number determines the kind.
     pub fn io(op: Op, path: &Path, source: io::Error) -> Self {
         let kind = match source.kind() {
             io::ErrorKind::NotFound => Kind::NotFound,
@@ -154,7 +151,7 @@ impl Error {
         self
     }
 
-    /// Names the place, where the one who failed did not know it.
+    /// Replaces the place, for a caller that knows it better than the code that failed.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
         self.place = place.to_string();

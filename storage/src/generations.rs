@@ -1,41 +1,42 @@
-//! The histories of a cluster, and which of them its name stands for (P11): `<cluster>/generations.json` in both tiers,
-//! in the form of `record.rs`. Pure.
+//! The histories of a cluster, and which of them its name refers to (P11): `<cluster>/generations.json` in both tiers,
+//! in the format of `record.rs`. Pure.
 //!
-//! - Each generation is a complete cluster of its own in both tiers: the first below `<cluster>`, another one below
-//!   `<cluster>@<number>`. Without a record there is one, the first.
-//! - Numbers are never used twice. Exactly one generation is current; only a person changes which.
-//! - What was found once is never forgotten by time or a restart: an undecided generation, a refused history. A refused
-//!   one has a number, too, so that a person can decide about it the same way; nothing of it is held.
-//! - Two records of one cluster are one when one goes on where the other ends: it has all its generations and all its decisions.
-//!   Anything else is shown to a person (`Apart`), and no decision is lost.
+//! - Each generation is a complete cluster of its own in both tiers: the first in `<cluster>`, each further one in
+//!   `<cluster>@<number>`. Without a record there is only the first.
+//! - Numbers are never used twice. Exactly one generation is current, and only a person changes which.
+//! - An undecided generation or a refused history is never forgotten by time or a restart. A refused one has a number,
+//!   too, so that a person can decide about it in the same way, although none of its WAL is stored.
+//! - Two records of one cluster are merged if one continues the other, which means that it has all generations and all
+//!   decisions of the other. Otherwise both are shown to a person (`Apart`), and no decision is lost.
 
 use crate::{layout::ClusterName, record::Unknown};
 use klio_pg::{Lsn, TimelineId};
 use serde::{Deserialize, Serialize};
 
-/// Undecided generations that are received at the same time. More is a machine that makes copies, not a person's mistake.
+/// The largest number of undecided generations that are received at the same time. More are caused by a machine that
+/// makes copies, not by a person's mistake.
 pub const UNDECIDED_MAX: usize = 8;
-/// Places remembered of each kind; the oldest go.
+/// The largest number of unproven positions that are recorded; the oldest are dropped.
 const REMEMBERED_MAX: usize = 32;
 
-/// What a person has decided about a history.
+/// The state of a history, as a person decided it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The name stands for it.
+    /// The cluster's name refers to it.
     Current,
-    /// Received and kept; nobody has said yet what it is.
+    /// Its WAL is received and stored; nobody has decided yet what it is.
     Undecided,
-    /// The name stood for it once. It stays restorable, and takes no more WAL.
+    /// The cluster's name referred to it earlier. It can still be restored, and receives no more WAL.
     Older,
-    /// A person said that it is not this cluster. It takes no more WAL.
+    /// A person said that it is not this cluster. It receives no more WAL.
     Retired,
-    /// Not received, because the settings say so; nobody has decided yet.
+    /// Not received, because of the settings; nobody has decided yet.
     Refused,
 }
 
 impl State {
-    /// The word for people.
+    /// The word shown to people.
     pub const fn word(self) -> &'static str {
         match self {
             State::Current => "current",
@@ -46,7 +47,7 @@ impl State {
         }
     }
 
-    /// Whether a PostgreSQL may stream into it.
+    /// Whether a PostgreSQL may stream to it.
     pub const fn is_open(self) -> bool {
         matches!(self, State::Current | State::Undecided)
     }
@@ -55,36 +56,36 @@ impl State {
 /// One history of a cluster.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
-    /// From 1 up, in the order they were found.
+    /// From 1, in the order in which they were found.
     pub number: u32,
-    /// What a person decided.
     pub state: State,
     /// When it was found, Unix seconds; 0 for the first.
     pub since_unix: f64,
-    /// Of its PostgreSQL, as a decimal number: JSON numbers lose its last digits. Empty where it is not known.
+    /// The system identifier as a decimal string, because JSON numbers lose its last digits. Empty if it is not known.
     pub system_identifier: String,
-    /// Why it is one: where the histories part, and both sides. Empty for the first.
+    /// Why it is a separate history: where the histories diverge, and both sides. Empty for the first.
     pub reason: String,
-    /// Whether its WAL was ever taken: nothing of a refused one is held.
+    /// Whether its WAL was ever received: there is no WAL of a refused one.
     #[serde(default = "yes")]
     pub taken: bool,
-    /// Who decided last; empty when nobody has.
+    /// Who decided last; empty if nobody has.
     pub decided_by: String,
-    /// When, Unix seconds.
+    /// When that was, Unix seconds.
     pub decided_unix: f64,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
 impl Generation {
-    /// Whether both are of one finding: a number can be given to another one by a server that did not know the first.
+    /// Whether both describe the same history: a server that did not know the first one may have given its number to
+    /// another.
     fn is_same_history(&self, other: &Self) -> bool {
         let [one, two] = [self, other].map(|g| (g.reason.as_str(), g.system_identifier.as_str()));
         one == two && (self.since_unix - other.since_unix).abs() < 1.0
     }
 
-    /// Whether it is of this PostgreSQL, as far as is known.
+    /// Whether it belongs to this PostgreSQL, as far as is known.
     pub fn is_of(&self, system_identifier: u64) -> bool {
         self.system_identifier.is_empty() || self.system_identifier == system_identifier.to_string()
     }
@@ -93,38 +94,36 @@ impl Generation {
 /// A decision of a person.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Decided {
-    /// About this generation.
+    /// The generation that was decided about.
     pub number: u32,
-    /// What it became.
+    /// The new state.
     pub state: State,
-    /// Who.
+    /// The name of whoever decided.
     pub by: String,
-    /// When, Unix seconds.
+    /// Unix seconds.
     pub at_unix: f64,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
-/// Two records of one cluster of which neither goes on where the other ends.
+/// Two records of one cluster, neither of which continues the other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expected one record to go on where the other ends, found that {0}")]
+#[error("expected one record to continue the other, found that {0}")]
 pub struct Apart(String);
 
-/// A place where nothing showed that new WAL continues the old.
+/// A position where nothing proved that new WAL continues the old.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Unproven {
-    /// In this generation.
     pub generation: u32,
-    /// On this timeline.
     pub timeline: TimelineId,
-    /// New WAL begins here.
+    /// Where the new WAL begins.
     pub at: Lsn,
     /// Why nothing could be compared.
     pub reason: String,
-    /// When, Unix seconds.
+    /// Unix seconds.
     pub recorded_unix: f64,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -133,68 +132,62 @@ const fn yes() -> bool {
     true
 }
 
-/// Everything that is known about the histories of one cluster.
+/// Everything that is recorded about the histories of one cluster.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Generations {
-    /// Grows with each change: of two records the higher one is the later one.
+    /// Grows with each change: the record with the higher version is the later one.
     #[serde(default)]
     pub version: u64,
-    /// All of them, oldest first; empty while there is only the first.
+    /// All generations, oldest first; empty while there is only the first.
     #[serde(default)]
     pub generations: Vec<Generation>,
     /// Newest last.
     #[serde(default)]
     pub unproven: Vec<Unproven>,
-    /// Every decision, oldest first. Records of before have none, also where something was decided.
+    /// Every decision, oldest first. Older versions did not record any.
     #[serde(default)]
     pub decisions: Vec<Decided>,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
-/// Why a change was not made.
+/// Why a change was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// No such number.
+    /// There is no such number.
     #[error("expected one of generations {known}, found {found}")]
-    Unknown {
-        /// What there is.
-        known: String,
-        /// What was named.
-        found: u32,
-    },
-    /// Too many at once.
+    Unknown { known: String, found: u32 },
+    /// Too many at the same time.
     #[error(
-        "expected at most {UNDECIDED_MAX} undecided generations, found that many already: decide about them first"
+        "expected at most {UNDECIDED_MAX} undecided generations, found that many: decide about them first"
     )]
     TooMany,
-    /// The name stands for it.
-    #[error("generation {0} is the one the name stands for: follow another one first")]
+    /// The cluster's name refers to it.
+    #[error("generation {0} is the current one: follow another one first")]
     IsCurrent(u32),
-    /// There is nothing to do.
+    /// It has that state already.
     #[error("generation {0} is {1} already")]
     Already(u32, &'static str),
 }
 
 impl Generations {
-    /// Every generation, the first included when it was never written down.
+    /// Every generation, including the first one if it was never recorded.
     pub fn all(&self) -> Vec<Generation> {
         if self.generations.is_empty() { vec![first()] } else { self.generations.clone() }
     }
 
-    /// The number the name stands for.
+    /// The number of the generation that the cluster's name refers to.
     pub fn current(&self) -> u32 {
         self.generations.iter().find(|g| g.state == State::Current).map_or(1, |g| g.number)
     }
 
-    /// One of them.
     pub fn get(&self, number: u32) -> Option<Generation> {
         self.all().into_iter().find(|g| g.number == number)
     }
 
-    /// In the order in which a PostgreSQL looks for the one it continues: those that may be streamed into, then the others,
-    /// newest first.
+    /// The generations in the order in which a PostgreSQL looks for the one that it continues: first those that it may
+    /// stream to, then the others, newest first.
     pub fn by_rank(&self) -> Vec<Generation> {
         let mut all = self.all();
         all.sort_by_key(|g| {
@@ -208,7 +201,7 @@ impl Generations {
         all
     }
 
-    /// Those that nobody has decided about.
+    /// The generations that nobody has decided about.
     pub fn undecided(&self) -> impl Iterator<Item = &Generation> {
         self.generations.iter().filter(|g| matches!(g.state, State::Undecided | State::Refused))
     }
@@ -223,10 +216,11 @@ impl Generations {
         cluster.generation(number)
     }
 
-    /// A generation for a history that is none of these: undecided when its WAL is `taken`, else refused. One that was
-    /// refused before stays the same one, and what a person decided about it holds.
+    /// Adds a generation for a new history: undecided if its WAL is `taken`, otherwise refused. A history that was
+    /// refused before keeps its number, and a person's decision about it stays valid.
     ///
     /// # Errors
+    /// `TooMany`.
     /// `TooMany`.
     pub fn begin(
         &mut self,
@@ -263,7 +257,7 @@ impl Generations {
         Ok(made)
     }
 
-    /// The name stands for `number` from now on; the former one becomes older.
+    /// Makes the cluster's name refer to `number`; the former generation becomes older.
     ///
     /// # Errors
     /// `Unknown`, `Already`.
@@ -275,7 +269,7 @@ impl Generations {
         Ok(())
     }
 
-    /// `number` takes no more WAL, for good.
+    /// Retires `number`: it receives no more WAL, permanently.
     ///
     /// # Errors
     /// `Unknown`, `IsCurrent`, `Already`.
@@ -288,7 +282,7 @@ impl Generations {
         Ok(())
     }
 
-    /// Remembers a place that could not be proven. `false` when it was known.
+    /// Records an unproven position. `false` if it was recorded already.
     pub fn note_unproven(&mut self, found: Unproven) -> bool {
         let same = |known: &Unproven| {
             (known.generation, known.timeline, known.at)
@@ -303,10 +297,11 @@ impl Generations {
         true
     }
 
-    /// The two as one: the later one, with the unproven places of both. `Ok` is later than either where both have something
-    /// that the other lacks.
+    /// Merges both records: the later one, with the unproven positions of both. The result has a higher version than
+    /// either if each has something that the other lacks.
     ///
     /// # Errors
+    /// When neither continues the other.
     /// Where neither has all of the other.
     pub fn joined(&self, other: &Self) -> Result<Self, Apart> {
         let (ours, theirs) = (self.lacks(other), other.lacks(self));
@@ -333,7 +328,7 @@ impl Generations {
         Ok(all)
     }
 
-    /// What of `other` this one does not have, in words; `None` when it has all of it.
+    /// What `other` has and this record lacks, in words; `None` if it has everything.
     fn lacks(&self, other: &Self) -> Option<String> {
         let Some(more) = self.decisions.strip_prefix(other.decisions.as_slice()) else {
             let decision = other.decisions.iter().find(|made| !self.decisions.contains(made));
@@ -353,7 +348,7 @@ impl Generations {
             let decided = more.iter().any(|made| made.number == number)
                 || ours.state == theirs.state
                 || (theirs.state, ours.state) == (State::Refused, State::Undecided)
-                // Before decisions were kept, the later one counted.
+                // Before decisions were recorded, the later state counted.
                 || self.decisions.is_empty() && self.version > other.version
                     && ours.decided_unix > theirs.decided_unix;
             let what = || format!("that generation {number} is {}", theirs.state.word());
@@ -470,7 +465,7 @@ mod tests {
         Unproven { generation: 1, timeline, at, reason, recorded_unix: at.as_u64() as f64, unknown }
     }
 
-    /// Tier 1 was set back to before a decision, or both tiers went on apart.
+    /// Tier 1 was reset to before a decision, or both tiers continued independently.
     #[test]
     fn of_two_records_the_one_that_has_all_of_the_other_counts_and_no_decision_is_lost() {
         let mut old = Generations { version: 1, ..Generations::default() };
@@ -479,7 +474,7 @@ mod tests {
         later.retire(2, "ann", 9.0).unwrap();
         assert_eq!(old.joined(&later), Ok(later.clone()));
         assert_eq!(later.joined(&old), Ok(later.clone()));
-        // Many small changes make a higher version, and no decision: it still gives way to the one that has it.
+        // Many small changes give a higher version but no decision: the record with the decision still wins.
         let mut stale = Generations { version: 40, ..old.clone() };
         assert!(stale.note_unproven(noted(5)));
         let joined = stale.joined(&later).unwrap();
@@ -487,7 +482,7 @@ mod tests {
         assert_eq!(joined.unproven.len(), 1);
         assert_eq!(joined.joined(&stale), Ok(joined.clone()));
         assert_eq!(joined.joined(&later), Ok(joined));
-        // Both decided, and not the same: a person has to look.
+        // Both decided, differently: a person has to look.
         let mut other = Generations { version: 90, ..old.clone() };
         other.follow(2, "bob", 50.0).unwrap();
         for (one, two) in [(&other, &later), (&later, &other)] {
@@ -498,7 +493,7 @@ mod tests {
         let mut twin = Generations { version: 7, ..Generations::default() };
         twin.begin("a copy".into(), 8, 1.0, true).unwrap();
         assert!(twin.joined(&old).unwrap_err().to_string().contains("another history"));
-        // One that was decided before decisions were kept.
+        // A generation that was decided about before decisions were recorded.
         let before = Generations { decisions: vec![], ..later.clone() };
         assert_eq!(old.joined(&before), Ok(before.clone()));
         assert_eq!(before.joined(&old), Ok(before));

@@ -1,22 +1,22 @@
-//! Every path and object key of both tiers: built and parsed here and nowhere else.
+//! Every path and object key of both tiers is built and parsed here, and nowhere else.
 //!
 //! Keys are relative, with `/`, the same in both tiers:
 //!
 //! | key | what |
 //! |---|---|
 //! | `<cluster>/cluster.json` | what was pinned at first contact |
-//! | `<cluster>/generations.json` | which histories of the cluster there are (`generations.rs`) |
-//! | `<cluster>@<number>/…` | the same of its second generation and later ones |
+//! | `<cluster>/generations.json` | the histories of the cluster (`generations.rs`) |
+//! | `<cluster>@<number>/…` | the same for its second generation and later ones |
 //! | `<cluster>/wal/<timeline>/<segment>.zst[.age]` | sealed segment |
-//! | `<cluster>/wal/<timeline>/<segment>.partial.zst[.age]` | last, unfinished segment of an ended timeline |
+//! | `<cluster>/wal/<timeline>/<segment>.partial.zst[.age]` | last, incomplete segment of an ended timeline |
 //! | `<cluster>/wal/<timeline>.history[.age]` | history file of a timeline |
 //! | `<cluster>/wal/<timeline>/<segment>.open` | tier 1 only: the segment being received |
-//! | `<cluster>/wal/<timeline>/<segment>.open.damaged-<n>` | tier 1 only: such a file that lost what was acknowledged, as it was found |
-//! | `<cluster>/wal/<timeline>/<segment>[.partial].zst[.age].damaged-<n>` | tier 1 only: a sealed file that rotted, as it was found |
-//! | `<cluster>/open.key.age` | tier 1 only: the key of the segments being received, wrapped |
+//! | `<cluster>/wal/<timeline>/<segment>.open.damaged-<n>` | tier 1 only: such a file that lost acknowledged WAL, kept as it was found |
+//! | `<cluster>/wal/<timeline>/<segment>[.partial].zst[.age].damaged-<n>` | tier 1 only: a sealed file that rotted, kept as it was found |
+//! | `<cluster>/open.key.age` | tier 1 only: the wrapped key of the segments being received |
 //! | `<cluster>/base/…`, `<cluster>/backups/…` | base backups: `layout/base.rs` |
 //!
-//! A name from outside becomes part of a path only through a type of this file, so `../` cannot.
+//! An external name becomes part of a path only through a type of this file, so it cannot contain `../`.
 
 pub mod base;
 
@@ -25,25 +25,25 @@ pub use base::{BackupName, BackupNameError, BaseFile, BaseKind, BaseObject};
 use klio_pg::{SegmentName, TimelineId};
 use std::{fmt, str::FromStr};
 
-/// The name of a segment's journal that was found to be damaged: the how manieth of that segment.
+/// The name for the `number`th damaged journal of a segment.
 pub fn damaged_journal(segment: SegmentName, number: u32) -> String {
     format!("{segment}.open.damaged-{number}")
 }
 
-/// The name of a sealed file, of this name, that was found to be damaged: the how manieth of it.
+/// The name for the `number`th damaged copy of a sealed file that was called `stored`.
 pub fn damaged_sealed(stored: &str, number: u32) -> String {
     format!("{stored}.damaged-{number}")
 }
 
-/// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue
-/// subject, a metric attribute and a directory.
+/// A cluster's name: 1 to 63 of `a-z 0-9 _ -`, beginning with a letter or digit. Also safe as a queue subject, a metric
+/// attribute and a directory name.
 #[derive(
     Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
 #[serde(try_from = "String", into = "String")]
 pub struct ClusterName(String);
 
-/// Not a cluster name.
+/// The text is not a cluster name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected a cluster name of 1 to 63 characters a-z, 0-9, _ or -, beginning with a letter or digit, found {found:?}"
@@ -52,35 +52,35 @@ pub struct ClusterNameError {
     found: String,
 }
 
-/// Between a cluster's name and the number of one of its generations.
+/// Separates a cluster's name from the number of one of its generations.
 const GENERATION_MARK: char = '@';
 
 impl ClusterName {
-    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The name without a generation's number.
+    /// The name without a generation number.
     pub fn base(&self) -> Self {
         Self(self.0.split(GENERATION_MARK).next().unwrap_or_default().to_owned())
     }
 
-    /// The number of the generation it names, if it names one.
+    /// The generation number, if the name has one.
     pub fn number(&self) -> Option<u32> {
         self.0.split_once(GENERATION_MARK)?.1.parse().ok()
     }
 
-    /// Where a generation of this cluster lies: the first under the plain name, another one under `<name>@<number>`.
+    /// The directory name of a generation of this cluster: the plain name for the first, `<name>@<number>` for the
+    /// others.
     pub fn generation(&self, number: u32) -> Self {
         let base = self.base();
         if number <= 1 { base } else { Self(format!("{base}{GENERATION_MARK}{number}")) }
     }
 
-    /// Reads `<name>` or `<name>@<number>`: what a caller may name, and what a directory may be called.
+    /// Parses `<name>` or `<name>@<number>`, as used by callers and as directory names.
     ///
     /// # Errors
-    /// As for a plain name; a number is 1 or more, without leading zeros.
+    /// As for a plain name; a number must be 1 or more, without leading zeros.
     pub fn parse_generation(text: &str) -> Result<Self, ClusterNameError> {
         let Some((base, number)) = text.split_once(GENERATION_MARK) else { return text.parse() };
         let fail = || ClusterNameError { found: text.chars().take(70).collect() };
@@ -108,7 +108,7 @@ impl FromStr for ClusterName {
 
 impl TryFrom<String> for ClusterName {
     type Error = ClusterNameError;
-    /// Records and jobs name generations as well; what a user makes up goes through `FromStr`, which refuses them.
+    /// Records and jobs name generations as well; names that users choose go through `FromStr`, which refuses them.
     fn try_from(text: String) -> Result<Self, Self::Error> {
         Self::parse_generation(&text)
     }
@@ -126,10 +126,10 @@ impl fmt::Display for ClusterName {
     }
 }
 
-/// How a file lies in a tier. Both forms may be there, of earlier and later settings; their plain content is the same.
+/// How a file is stored in a tier. After a change of settings both forms may exist; their plain content is the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Form {
-    /// As it is.
+    /// Not encrypted.
     Plain,
     /// In a standard age file (`crypt`).
     Age,
@@ -139,7 +139,7 @@ impl Form {
     /// Both, the encrypted one first.
     pub const BOTH: [Form; 2] = [Form::Age, Form::Plain];
 
-    /// The end of the name.
+    /// The suffix of the file name.
     pub const fn suffix(self) -> &'static str {
         match self {
             Form::Plain => "",
@@ -147,7 +147,6 @@ impl Form {
         }
     }
 
-    /// The other one.
     pub const fn other(self) -> Self {
         match self {
             Form::Plain => Form::Age,
@@ -156,25 +155,24 @@ impl Form {
     }
 }
 
-/// The key of the journals of a cluster, age-wrapped; in tier 1 only.
+/// The age-wrapped key of a cluster's journals; on tier 1 only.
 pub const OPEN_KEY: &str = "open.key.age";
 
 /// Which timelines of a cluster are in conflict, and what was decided; the same name in both tiers.
 pub const TIMELINES: &str = "timelines.json";
 
-/// A finished WAL file of a cluster, as it lies in both tiers.
+/// A finished WAL file of a cluster, in either tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WalFile {
     /// A complete segment.
     Segment(SegmentName),
-    /// The last, unfinished segment of an ended timeline.
+    /// The last, incomplete segment of an ended timeline.
     Partial(SegmentName),
-    /// A timeline's history.
+    /// A timeline's history file.
     History(TimelineId),
 }
 
 impl WalFile {
-    /// The timeline it belongs to.
     pub const fn timeline(self) -> TimelineId {
         match self {
             WalFile::Segment(name) | WalFile::Partial(name) => name.timeline(),
@@ -182,7 +180,7 @@ impl WalFile {
         }
     }
 
-    /// The key below `<cluster>/wal/` of its plain form.
+    /// The key of the plain form, below `<cluster>/wal/`.
     pub fn relative(self) -> String {
         match self {
             WalFile::Segment(name) => format!("{}/{name}.zst", name.timeline()),
@@ -191,22 +189,22 @@ impl WalFile {
         }
     }
 
-    /// The key below `<cluster>/wal/` of a form.
+    /// The key of a form, below `<cluster>/wal/`.
     pub fn relative_in(self, form: Form) -> String {
         format!("{}{}", self.relative(), form.suffix())
     }
 
-    /// The key in both tiers of its plain form.
+    /// The key of the plain form, in both tiers.
     pub fn key(self, cluster: &ClusterName) -> String {
         self.key_in(cluster, Form::Plain)
     }
 
-    /// The key in both tiers of a form.
+    /// The key of a form, in both tiers.
     pub fn key_in(self, cluster: &ClusterName, form: Form) -> String {
         format!("{cluster}/wal/{}", self.relative_in(form))
     }
 
-    /// Reads a key below `<cluster>/wal/` in either form; `None` for anything that is not a finished WAL file.
+    /// Parses a key below `<cluster>/wal/` in either form; `None` for anything that is not a finished WAL file.
     pub fn parse_stored(text: &str) -> Option<(Self, Form)> {
         let (plain, form) = match text.strip_suffix(Form::Age.suffix()) {
             Some(plain) => (plain, Form::Age),
@@ -215,7 +213,7 @@ impl WalFile {
         Some((Self::parse_relative(plain)?, form))
     }
 
-    /// Reads a key below `<cluster>/wal/` in its plain form; `None` for anything else.
+    /// Parses a key below `<cluster>/wal/` in its plain form; `None` for anything else.
     pub fn parse_relative(text: &str) -> Option<Self> {
         if let Some((directory, file)) = text.split_once('/') {
             let timeline: TimelineId = directory.parse().ok()?;
@@ -230,7 +228,7 @@ impl WalFile {
     }
 }
 
-/// What PostgreSQL writes for `%f` in a restore_command, or Klio's own name of a partial segment.
+/// Parses what PostgreSQL passes for `%f` in a restore_command, or Klio's own name of a partial segment.
 impl FromStr for WalFile {
     type Err = WalFileNameError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -256,7 +254,7 @@ impl fmt::Display for WalFile {
     }
 }
 
-/// Not the name of a WAL file.
+/// The text is not the name of a WAL file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected a segment (24 hexadecimal digits), a .partial or a .history file name, found {found:?}"

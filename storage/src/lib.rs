@@ -1,7 +1,8 @@
-//! What Klio keeps and how it lies on disk and in the bucket.
+//! What Klio stores, and how it is stored on disk and in the bucket.
 //!
-//! Layout of both tiers, codec, tier-1 WAL store, tier-2 store and catalogue. Knows no gRPC, no queue
-//! and no exporter: callers pass bytes in and get facts and errors out.
+//! The layout of both tiers, the codec, the tier-1 WAL store, the tier-2 store and the catalog. This
+//! crate knows nothing of gRPC, the queue or exporters: callers pass bytes in and get facts and
+//! errors back.
 
 pub mod catalog;
 pub mod crypt;

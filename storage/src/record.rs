@@ -1,5 +1,5 @@
-//! Small JSON records with a version and a checksum: the one shape for `cluster.json`, `gaps.json`,
-//! backup records and their like.
+//! Small JSON records with a version and a checksum: the common format of `cluster.json`, `gaps.json`, backup records
+//! and others.
 //!
 //! | field | what |
 //! |---|---|
@@ -7,13 +7,15 @@
 //! | `crc32c` | checksum of the text of `body` exactly as it is stored, eight hexadecimal digits |
 //! | `body` | the record |
 //!
-//! In format 1 the checksum is that of `body` written without white space; such files are read, and no more written.
+//! In format 1 the checksum is that of `body` written without white space. Such files are still read, but no longer
+//! written.
 //!
 //! - The checksum does not depend on which fields a program knows, so a record may gain and lose fields within a format
-//!   (P10): what is new has a default, what is unknown is kept by whoever writes the record again (`unknown.rs`). A new
-//!   format is only for what an older program would get wrong, and such a program refuses it as `Newer`, not as damage.
-//! - Read by hand with any JSON tool. Replaced as a whole, durably, never written into. A record that cannot be read is
-//!   `Corrupt` or `Newer`, never "not there" (P6).
+//!   (P10): new fields have a default, and unknown ones are preserved by whoever writes the record again
+//!   (`unknown.rs`). A new format is only needed for something that an older program would get wrong; such a program
+//!   refuses it as `Newer`, not as damage.
+//! - Any JSON tool can read it. It is replaced as a whole, durably, and never modified in place. A record that cannot
+//!   be read is `Corrupt` or `Newer`, never absent (P6).
 
 mod text;
 mod unknown;
@@ -30,11 +32,11 @@ use crate::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt::Display, io, path::Path};
 
-/// The checksum is of the body without white space.
+/// The format whose checksum is of the body without white space.
 const COMPACT: u32 = 1;
-/// The checksum is of the body as it is stored.
+/// The format whose checksum is of the body as it is stored.
 const FORMAT: u32 = 2;
-/// Far more than any record ever takes.
+/// Far more than any record needs.
 pub const LIMIT_BYTES: u64 = 16 << 20;
 
 #[derive(Deserialize)]
@@ -51,7 +53,7 @@ fn sum(text: &str) -> String {
     format!("{:08x}", crc32c::crc32c(text.as_bytes()))
 }
 
-/// The text of the body, if it is as it was stored.
+/// The text of the body, if its checksum is right.
 fn checked<'a>(bytes: &'a [u8], place: &dyn Display) -> Result<&'a str, Error> {
     let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Read, place, detail);
     let version: Version = serde_json::from_slice(bytes).map_err(|e| corrupt(e.to_string()))?;
@@ -60,7 +62,7 @@ fn checked<'a>(bytes: &'a [u8], place: &dyn Display) -> Result<&'a str, Error> {
         let detail = format!(
             "expected format version {FORMAT} or older, found {found}: it was written by a newer Klio"
         );
-        let hint = "use a Klio at least as new as the one that wrote it; the file is left as it is";
+        let hint = "use a Klio at least as new as the one that wrote it; the file is left unchanged";
         return Err(Error::new(Kind::Newer, Op::Read, place, detail).hint(hint));
     }
     if found < COMPACT {
@@ -78,23 +80,23 @@ fn checked<'a>(bytes: &'a [u8], place: &dyn Display) -> Result<&'a str, Error> {
     Err(corrupt(format!("expected checksum {expected}, found {found:?}")))
 }
 
-/// Reads a record's bytes. `place` is for the error.
+/// Parses a record's bytes. `place` is for the error.
 ///
 /// # Errors
-/// `Newer` for a format of later; `Corrupt`: not JSON, or another checksum.
+/// `Newer` for a newer format; `Corrupt` if it is not JSON or has another checksum.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8], place: impl Display) -> Result<T, Error> {
     let body = checked(bytes, &place)?;
     serde_json::from_str(body).map_err(|e| Error::new(Kind::Corrupt, Op::Read, place, e))
 }
 
-/// A record's bytes.
+/// The bytes of a record.
 ///
 /// # Errors
-/// `Invalid` for a body that JSON cannot hold.
+/// `Invalid` for a body that JSON cannot represent.
 pub fn encode<T: Serialize>(body: &T, place: impl Display) -> Result<Vec<u8>, Error> {
     let pretty = serde_json::to_string_pretty(body)
         .map_err(|e| Error::new(Kind::Invalid, Op::Write, &place, e))?;
-    // Only for the eye; inside strings there are no newlines.
+    // Indentation for readers; there are no newlines inside strings.
     let body = pretty.replace('\n', "\n  ");
     let crc32c = sum(&body);
     let text = format!(
@@ -106,7 +108,7 @@ pub fn encode<T: Serialize>(body: &T, place: impl Display) -> Result<Vec<u8>, Er
 /// Reads a record's file; `None` when there is none.
 ///
 /// # Errors
-/// As [`decode`], and as the disk fails.
+/// As [`decode`], or an I/O error of the disk.
 pub fn load<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, Error> {
     match read_small(disk, path, LIMIT_BYTES) {
         Ok(bytes) => decode(&bytes, path.display()).map(Some),
@@ -118,15 +120,16 @@ pub fn load<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<
 /// Replaces a record's file, durably.
 ///
 /// # Errors
-/// As [`encode`], and as the disk fails; then the old one is still there.
+/// As [`encode`], or an I/O error of the disk; then the old file is still in place.
 pub fn store<T: Serialize>(disk: &dyn Disk, path: &Path, body: &T) -> Result<(), Error> {
     durable::overwrite(disk, path, &encode(body, path.display())?)
 }
 
-/// Makes sure of a record that start found: its rename may not be durable. The bytes stay as they are, whoever wrote them.
+/// Makes a record durable that was found at start, because its rename may not be durable. The bytes are unchanged,
+/// whoever wrote them.
 ///
 /// # Errors
-/// As [`decode`], and as the disk fails.
+/// As [`decode`], or an I/O error of the disk.
 pub fn prove(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
     let bytes = match read_small(disk, path, LIMIT_BYTES) {
         Ok(bytes) => bytes,

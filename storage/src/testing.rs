@@ -1,7 +1,8 @@
-//! WAL that looks like PostgreSQL's, made up, and a backup's record: for tests of this and other crates. Not used by the programs.
+//! Simulated WAL that looks like PostgreSQL's, and a backup record, for tests of this and other crates. Not used by the
+//! programs.
 //!
-//! A pure function of timeline and position, so a test needs no copy of what it sent: it asks again. Page headers are
-//! those of a real server, the rest is noise and zeros that compress about as WAL does.
+//! The WAL is a pure function of timeline and position, so a test need not keep a copy of what it sent. Page headers
+//! are those of a real server; the rest is noise and zeros that compress about as well as WAL does.
 
 pub use crate::repository::{Forge, ForgedPiece};
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
 };
 use klio_pg::{Lsn, PAGE_BYTES, SegmentSize, TimelineHistory, TimelineId};
 
-/// The record of an empty backup of a cluster with segments of 1 MiB, for tests to change what they are about.
+/// The record of an empty backup of a cluster with segments of 1 MiB. Tests change the fields they need.
 pub fn backup_record(
     name: BackupName,
     timeline: TimelineId,
@@ -53,14 +54,14 @@ pub fn backup_record(
 }
 
 const PAGE: usize = PAGE_BYTES as usize;
-/// Every so many bytes of a page there are 8 that occur nowhere else.
+/// At this interval a page has 8 bytes that occur nowhere else.
 const STAMP_EVERY: usize = 512;
 
-/// The WAL of one made-up cluster.
+/// The WAL of one simulated cluster.
 #[derive(Debug, Clone)]
 pub struct SimulatedWal {
     pinned: Pinned,
-    /// Noise in the first part, zeros after it.
+    /// Noise in the first part, zeros behind it.
     template: Vec<u8>,
 }
 
@@ -80,7 +81,7 @@ const fn magic(postgres_version: u32) -> u16 {
 }
 
 impl SimulatedWal {
-    /// WAL of which about `noise_percent` (0 to 100) of each page does not compress.
+    /// WAL in which about `noise_percent` (0 to 100) of each page does not compress.
     pub fn new(pinned: Pinned, noise_percent: usize) -> Self {
         let mut template = vec![0; PAGE];
         let noise = PAGE * noise_percent.min(100) / 100;
@@ -91,20 +92,20 @@ impl SimulatedWal {
         Self { pinned, template }
     }
 
-    /// A PostgreSQL 17 with 1 MiB segments, the smallest there are.
+    /// A PostgreSQL 17 with segments of 1 MiB, the smallest size there is.
     pub fn small(system_identifier: u64) -> Self {
         let segment_size = SegmentSize::new(1 << 20).expect("PostgreSQL allows 1 MiB");
         let pinned = Pinned { system_identifier, segment_size, postgres_version: 170_002 };
         Self::new(pinned, 12)
     }
 
-    /// What its server says of itself.
+    /// The identity that its server reports.
     pub const fn pinned(&self) -> Pinned {
         self.pinned
     }
 
-    /// The bytes from `from` to `to` as a server on the timeline of `history` has them: up to each switch point
-    /// those of the ancestor.
+    /// The bytes from `from` to `to` as a server on the timeline of `history` has them: up to each switch point they
+    /// are those of the ancestor.
     pub fn bytes(&self, history: &TimelineHistory, from: Lsn, to: Lsn) -> Vec<u8> {
         let mut out = Vec::with_capacity(to.bytes_since(from) as usize);
         let mut at = from.as_u64();
@@ -122,7 +123,7 @@ impl SimulatedWal {
         let owner = history.timeline_at(Lsn::new(at));
         let mut page = self.page_of(owner, at);
         for entry in history.entries() {
-            // The switch point lies in this page: from there on the bytes are the descendant's.
+            // The switch point is in this page: from there on the bytes are those of the descendant.
             let switch = entry.end.as_u64();
             if switch > at && switch - at < PAGE_BYTES {
                 let cut = ((switch - at) as usize).max(40);

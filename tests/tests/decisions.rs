@@ -138,7 +138,7 @@ async fn two_decisions_that_know_nothing_of_each_other_are_told_and_both_records
     setup.site.start().await;
     eventually("the contradiction to be told", PATIENCE, || async {
         let said = setup.site.klio(None, &["status"]).await.stdout;
-        if said.contains("go on where the other ends") { Ok(()) } else { Err(said) }
+        if said.contains("expected one record to continue the other") { Ok(()) } else { Err(said) }
     })
     .await;
     let refused = setup.decide(&["follow", "1"]).await;

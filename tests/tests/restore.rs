@@ -144,7 +144,7 @@ async fn what_cannot_be_reached_is_refused_and_nothing_is_touched() {
         &["before the end of backup only"],
     )
     .await;
-    r.refused(&["--target-lsn", "F/0"], UNREACHABLE, &["F/0 is after the last WAL held"]).await;
+    r.refused(&["--target-lsn", "F/0"], UNREACHABLE, &["F/0 is behind the end of the WAL"]).await;
     r.refused(
         &["--target-name", "nobody made it"],
         UNREACHABLE,

@@ -1,15 +1,15 @@
 //! How far each timeline of a cluster is archived without a hole. Pure.
 //!
-//! FRONTIER1  the frontier of a timeline is the end of the unbroken run of archived segments that begins with
-//!     the first segment held on that timeline in either tier: never the latest upload (P5).
-//! FRONTIER2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to hold
-//!     an earlier segment than was known, and `rebuild`, from listings of both tiers.
-//! FRONTIER3  a recorded gap does not end the run, as nothing of it will ever come: the frontier continues
-//!     behind it. The bytes before a gap that begins inside a segment are a partial segment, and the
-//!     frontier waits for that one too. Other partial segments and history files move no frontier.
+//! FRONTIER1  the frontier of a timeline is the end of the unbroken run of archived segments that begins with the
+//!            timeline's first segment in either tier. It is never simply the latest upload (P5).
+//! FRONTIER2  recording an upload never moves a frontier back. Only `hold` may, when tier 1 turns out to have an
+//!            earlier segment than was known, and `rebuild`, from listings of both tiers.
+//! FRONTIER3  a recorded gap does not end the run, because its WAL will never arrive: the frontier continues behind it.
+//!            If a gap begins inside a segment, the bytes before it are a partial segment, and the frontier waits for
+//!            that one too. Other partial segments and history files do not affect the frontier.
 //!
-//! Gaps are passed in and never kept: tier 1 has them on record, and two records could differ. Archived
-//! segments are kept as ranges, so memory grows with the holes and not with what is archived.
+//! Gaps are passed in and never stored here: tier 1 has them on record, and two records could differ. Archived segments
+//! are stored as ranges, so memory grows with the number of holes and not with the amount of WAL.
 
 use crate::{layout::WalFile, wal::Gap};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
@@ -27,39 +27,38 @@ pub struct Archive {
     histories: BTreeSet<u32>,
     totals: Totals,
     latest_archived_unix: Option<u64>,
-    /// Objects whose size is not the local file's although their plaintext is the same: proven once,
-    /// not to be compared again. Name to object size.
+    /// Objects whose size differs from the local file's although their plaintext is the same: this was proven once and
+    /// need not be compared again. Maps the name to the object's size.
     other_sizes: BTreeMap<String, u64>,
 }
 
-/// What tier 2 holds of a cluster.
+/// What tier 2 has of a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Totals {
     /// WAL files of all kinds.
     pub files: u64,
-    /// Their bytes in the store.
+    /// Their size in the object store.
     pub bytes: u64,
 }
 
 /// How far one timeline is archived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frontier {
-    /// The timeline.
     pub timeline: TimelineId,
-    /// Start of the first segment held.
+    /// Start of the timeline's first segment.
     pub start: Lsn,
-    /// Everything from `start` up to here is archived, or in a recorded gap.
+    /// Everything from `start` up to here is archived, or is in a recorded gap.
     pub archived: Lsn,
 }
 
-/// Segments of one timeline as numbers (position divided by segment size).
+/// Segments of one timeline as numbers (LSN divided by segment size).
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 struct Run {
-    /// The first whole segment held in either tier.
+    /// The first complete segment in either tier.
     start: Option<u64>,
-    /// Archived segments as ranges, first to one past the last, that neither overlap nor touch.
+    /// Archived segments as ranges (first to one past the last), which neither overlap nor touch.
     archived: BTreeMap<u64, u64>,
-    /// Partial segments held in either tier, and whether they are archived.
+    /// Partial segments in either tier, and whether they are archived.
     partials: BTreeMap<u64, bool>,
 }
 
@@ -67,9 +66,9 @@ struct Run {
 struct Hole {
     /// The segment of which only the beginning exists.
     partial: Option<u64>,
-    /// The first segment of which nothing exists.
+    /// The first segment that is missing entirely.
     first: u64,
-    /// The segment with which WAL goes on.
+    /// The segment with which WAL continues.
     end: u64,
 }
 
@@ -87,7 +86,7 @@ impl Run {
         self.end_of_range(number).is_some()
     }
 
-    /// One past the last segment of the archived range that `number` is in.
+    /// One past the last segment of the archived range that contains `number`.
     fn end_of_range(&self, number: u64) -> Option<u64> {
         let (_, end) = self.archived.range(..=number).next_back()?;
         (number < *end).then_some(*end)
@@ -107,14 +106,14 @@ impl Run {
         self.archived.insert(first, end);
     }
 
-    /// Start and end of the run; `None` while nothing is held. The bytes before a gap may be all that
-    /// there is of the first segment.
+    /// Start and end of the run; `None` without any segment. The bytes before a gap may be all that exists of the first
+    /// segment.
     fn frontier(&self, holes: &[Hole]) -> Option<(u64, u64)> {
         let partials = holes.iter().filter_map(|hole| hole.partial);
         let held = partials.filter(|number| self.partials.contains_key(number));
         let start = held.chain(self.start).min()?;
         let mut at = start;
-        // Ends: each step is a step forward, into one of finitely many ends.
+        // This terminates: each step moves forward, to one of finitely many range ends.
         while let Some(next) = self.step(at, holes) {
             at = next;
         }
@@ -136,7 +135,7 @@ impl Run {
 }
 
 impl Archive {
-    /// Nothing known yet.
+    /// An empty archive.
     pub const fn new(segment_size: SegmentSize) -> Self {
         Self {
             segment_size,
@@ -148,8 +147,8 @@ impl Archive {
         }
     }
 
-    /// From listings of both tiers. `held` is tier 1; `archived` is what tier 2 was proven to hold,
-    /// with the sizes and times of the objects. Keeps what only earlier uploads could tell.
+    /// Computes the archive from listings of both tiers. `held` is tier 1; `archived` is what tier 2 was proven to
+    /// have, with the sizes and times of the objects. Facts that only earlier uploads could tell are preserved.
     pub fn rebuild(
         &self,
         held: impl IntoIterator<Item = WalFile>,
@@ -169,8 +168,8 @@ impl Archive {
         next
     }
 
-    /// Files that tier 1 holds: the first segment of a timeline is where its run begins. One before
-    /// the known beginning is not archived as far as we know, so the frontier goes back to it (FRONTIER1).
+    /// Adds files on tier 1: the first segment of a timeline is where its run begins. A segment before the known
+    /// beginning counts as not archived, so the frontier goes back to it (FRONTIER1).
     pub fn hold(&mut self, files: impl IntoIterator<Item = WalFile>) {
         for file in files {
             let Some(number) = self.number(file) else { continue };
@@ -184,8 +183,8 @@ impl Archive {
         }
     }
 
-    /// An object that is proven; `written_unix` is when it was written, where that is known. Recording
-    /// a file again changes nothing else.
+    /// Records a proven object; `written_unix` is when it was written, if that is known. Recording a file again changes
+    /// nothing else.
     pub fn record(&mut self, file: WalFile, size: u64, written_unix: Option<u64>) {
         self.latest_archived_unix = self.latest_archived_unix.max(written_unix);
         if self.has(file) {
@@ -209,23 +208,23 @@ impl Archive {
         }
     }
 
-    /// Remembers that an object of another size than the local file's was proven to hold the same.
+    /// Records that an object whose size differs from the local file's was proven to have the same content.
     pub fn accept_size(&mut self, file: WalFile, size: u64) {
         self.other_sizes.insert(file.to_string(), size);
     }
 
-    /// A local file of this size was proven to be archived, and is about to be written again with another size: what is
-    /// known of its object stays so.
+    /// Call this before a local file that was proven to be archived is rewritten with another size: its object then
+    /// stays accepted.
     pub fn keep_size(&mut self, file: WalFile, local_size: u64) {
         self.other_sizes.entry(file.to_string()).or_insert(local_size);
     }
 
-    /// Whether an object of `size` is known to stand for a local file of `local_size`.
+    /// Whether an object of `size` is known to match a local file of `local_size`.
     pub fn accepts(&self, file: WalFile, local_size: u64, size: u64) -> bool {
         local_size == size || self.other_sizes.get(&file.to_string()) == Some(&size)
     }
 
-    /// Whether a file is archived, as far as is known.
+    /// Whether a file is known to be archived.
     pub fn has(&self, file: WalFile) -> bool {
         let timeline = file.timeline().get();
         let Some(number) = self.number(file) else {
@@ -237,7 +236,7 @@ impl Archive {
         })
     }
 
-    /// The frontier of each timeline with a segment, ascending, given every gap on record.
+    /// The frontier of each timeline with a segment, ascending, given all recorded gaps.
     pub fn frontiers(&self, gaps: &[Gap]) -> Vec<Frontier> {
         let lsn = |number: u64| Lsn::new(number.saturating_mul(self.segment_size.bytes()));
         let frontier = |(timeline, run): (&u32, &Run)| {
@@ -250,7 +249,7 @@ impl Archive {
         self.timelines.iter().filter_map(frontier).collect()
     }
 
-    /// What tier 2 holds.
+    /// What tier 2 has.
     pub const fn totals(&self) -> Totals {
         self.totals
     }
@@ -260,12 +259,11 @@ impl Archive {
         self.latest_archived_unix
     }
 
-    /// The segment size it counts with.
     pub const fn segment_size(&self) -> SegmentSize {
         self.segment_size
     }
 
-    /// The position of a segment's first byte; `None` for a history file.
+    /// The LSN of a segment's first byte; `None` for a history file.
     pub fn start_of(&self, file: WalFile) -> Option<Lsn> {
         match file {
             WalFile::Segment(name) | WalFile::Partial(name) => name.start_lsn(self.segment_size),

@@ -1,13 +1,14 @@
-//! `<cluster>/archive.json` in tier 1: the archive's state across restarts. A cache: both tiers rebuild
-//! it (P4), so a file that cannot be read costs a listing, never a segment.
+//! `<cluster>/archive.json` in tier 1: the archive's state across restarts. It is a cache that can be rebuilt from both
+//! tiers (P4), so an unreadable file costs a listing, never a segment.
 //!
 //! | line | what |
 //! |---|---|
 //! | 1 | JSON: `format` = `klio-archive`, `version` = 1, `crc32c` of line 2 without its newline, 8 hex digits |
 //! | 2 | JSON: the `Archive` |
 //!
-//! Read it with `tail -1 archive.json | jq` (P10). Replaced by temporary file, fsync, rename, fsync of
-//! the directory: after a crash the old or the new one is there, whole. Fields may come within a version: unknown ones are passed over.
+//! Read it with `tail -1 archive.json
+//! jq` (P10). It is replaced by temporary file, fsync, rename, fsync of the directory: after a crash either the old or
+//! the new file is there, complete. Fields may be added within a version: unknown ones are ignored.
 
 use super::Archive;
 use crate::{
@@ -30,7 +31,7 @@ struct Header {
     crc32c: String,
 }
 
-/// Where the file of a cluster lies below the tier-1 root.
+/// The path of a cluster's file below the tier-1 root.
 pub fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
     root.join(cluster.as_str()).join("archive.json")
 }
@@ -53,7 +54,7 @@ pub fn read(path: &Path) -> Result<Option<Archive>, Error> {
 /// Replaces the file, durably.
 ///
 /// # Errors
-/// As the disk fails; then the old file is still there.
+/// An I/O error of the disk; then the old file is still in place.
 pub fn write(path: &Path, archive: &Archive) -> Result<(), Error> {
     let bytes = encode(archive)
         .map_err(|error| Error::new(Kind::Invalid, Op::Write, path.display(), error))?;
@@ -152,7 +153,7 @@ mod tests {
             prop_assert!(decode(&good[..at]).is_err());
             let mut flipped = good.clone();
             flipped[at] ^= 1 << bit;
-            // A flip may turn one digit's case in the header's checksum: then it is no damage.
+            // The flip may only have changed the case of a checksum digit in the header, which is not damage.
             if let Ok(read) = decode(&flipped) {
                 prop_assert_eq!(read, archive(&numbers));
             }

@@ -1,24 +1,22 @@
-//! One record for each base backup: `<cluster>/backups/<name>.json`, in the shape of `crate::record`.
+//! One record for each base backup: `<cluster>/backups/<name>.json`, in the format of `crate::record`.
 //!
-//! Written last and atomically, by the server, when everything it names is durable: a backup without a
-//! record does not exist. Never changed afterwards; what is learnt later (verification, drills, tier 2)
-//! is kept beside it. Times are Unix seconds: of PostgreSQL's clock where the name says `postgres`,
-//! because recovery targets are in that clock, else of the server's.
+//! The server writes it last and atomically, when everything that it names is durable: a backup without a record does
+//! not exist. It is not changed afterwards; what is learnt later (verification, drills, tier 2) is stored in other
+//! files. Times are Unix seconds: of PostgreSQL's clock where the field's name says `postgres`, because recovery
+//! targets refer to that clock, otherwise of the server's clock.
 
 use crate::{layout::BackupName, record::Unknown};
 use klio_pg::{Lsn, TimelineId};
 use serde::{Deserialize, Serialize};
 
-/// A base backup.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackupRecord {
-    /// Its name.
     pub name: BackupName,
-    /// Of the cluster that was backed up; text, as many JSON readers round large numbers.
+    /// Of the cluster that was backed up; a string, because many JSON readers round large numbers.
     pub system_identifier: String,
     /// `server_version_num`, for example 150018.
     pub postgres_version: u32,
-    /// Bytes.
+    /// In bytes.
     pub segment_size: u32,
     /// The timeline it began on, from backup_label's START TIMELINE.
     pub start_timeline: TimelineId,
@@ -26,83 +24,80 @@ pub struct BackupRecord {
     pub start_lsn: Lsn,
     /// The timeline it ended on.
     pub stop_timeline: TimelineId,
-    /// WAL is needed up to here, or the backup is not consistent.
+    /// WAL is needed up to here; before that the restored cluster is not consistent.
     pub stop_lsn: Lsn,
     /// When pg_backup_start returned.
     pub started_postgres_unix: f64,
     /// When pg_backup_stop returned: the earliest time that can be recovered to.
     pub stopped_postgres_unix: f64,
-    /// When the work began, in the clock of the machine that did it.
+    /// When the backup began, in the clock of the machine that took it.
     pub begun_unix: f64,
     /// When the record was committed, in the server's clock; set by the server.
     pub committed_unix: f64,
-    /// Seconds from beginning to commit.
+    /// Seconds from the beginning to the commit.
     pub duration_seconds: f64,
-    /// Taken from a standby.
+    /// Whether it was taken from a standby.
     pub from_standby: bool,
-    /// The snapshot in the repository: 64 hexadecimal digits.
+    /// The id of the snapshot in the repository: 64 hexadecimal digits.
     pub snapshot: String,
-    /// What pg_backup_stop gave; also a file of the snapshot.
+    /// The output of pg_backup_stop; also a file in the snapshot.
     pub backup_label: String,
-    /// What pg_backup_stop gave; empty without tablespaces.
+    /// The output of pg_backup_stop; empty without tablespaces.
     #[serde(default)]
     pub tablespace_map: String,
-    /// Besides the default ones.
+    /// Tablespaces other than the default ones.
     #[serde(default)]
     pub tablespaces: Vec<TablespaceRecord>,
     /// Bytes of all files, before deduplication and compression.
     pub size_bytes: u64,
-    /// Files in it.
     pub files: u64,
-    /// Directories in it.
     pub directories: u64,
-    /// Bytes that were new, before compression.
+    /// Bytes of new content, before compression.
     pub added_bytes: u64,
     /// Bytes that were added to the repository.
     pub stored_bytes: u64,
-    /// How page checksums went.
+    /// The result of checking page checksums.
     pub pages: PagesRecord,
-    /// What the user called it.
+    /// Free text from the user.
     #[serde(default)]
     pub label: Option<String>,
-    /// Never expires by policy.
+    /// The backup never expires by policy.
     #[serde(default)]
     pub keep: bool,
-    /// When a person gave it the time that is in `committed_unix`: the server's clock had been wrong.
+    /// When a person corrected the time in `committed_unix` because the server's clock had been wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redated_unix: Option<f64>,
     /// Version of the klio that took it.
     pub klio_version: String,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
-/// A tablespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TablespaceRecord {
-    /// Its OID; `tablespaces/<oid>/` in the snapshot.
+    /// The tablespace's OID; its directory in the snapshot is `tablespaces/<oid>/`.
     pub oid: u32,
-    /// Where it lay.
+    /// Its original path.
     pub location: String,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
-/// Page checksums seen while reading.
+/// The result of checking page checksums while reading.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagesRecord {
-    /// The cluster has data checksums.
+    /// Whether the cluster has data checksums.
     pub enabled: bool,
-    /// Pages that were checked.
+    /// Number of pages that were checked.
     pub checked: u64,
-    /// Pages whose checksum is wrong, and which were read again: how many.
+    /// Number of pages whose checksum was still wrong after they were read again.
     pub bad: u64,
     /// The first hundred of them.
     #[serde(default)]
     pub examples: Vec<BadPage>,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -114,70 +109,67 @@ pub struct BadPage {
     pub file: String,
     /// Block number in the relation's fork.
     pub block: u64,
-    /// As computed.
+    /// The computed checksum.
     pub expected: u16,
-    /// As found in the page.
+    /// The checksum in the page.
     pub found: u16,
 }
 
 /// Result of a verification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VerifyOutcome {
-    /// The backups that were looked at.
+    /// The backups that were verified.
     pub backups: Vec<BackupName>,
-    /// Nothing is damaged, or all that was is good again.
+    /// Nothing is damaged, or everything that was has been repaired.
     pub ok: bool,
-    /// Server's clock.
+    /// In the server's clock.
     pub finished_unix: f64,
-    /// Seconds.
     pub duration_seconds: f64,
-    /// Share of the data that was read, 0 to 100.
+    /// Percentage of the data that was read, 0 to 100.
     pub read_percent: f64,
-    /// All data of the repository was read since then, in this run or in the ones before it, Unix seconds; `None` while that
-    /// was never come to its end.
+    /// All data of the repository was read since then, in this run or in earlier ones, Unix seconds; `None` until a
+    /// full pass has been completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub all_read_since_unix: Option<f64>,
     /// Bytes read in both tiers.
     pub read_bytes: u64,
-    /// Files looked at in both tiers.
+    /// Files checked in both tiers.
     pub files: u64,
-    /// What is damaged or missing and could not be repaired.
+    /// Files that are damaged or missing and could not be repaired.
     pub damaged: Vec<Damage>,
-    /// What was damaged or missing in one tier and is good again.
+    /// Files that were damaged or missing in one tier and have been repaired.
     pub repaired: Vec<Damage>,
 }
 
-/// A stored file that is not what was stored.
+/// A stored file that is damaged or missing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Damage {
     /// `tier1` or `tier2`.
     pub tier: String,
-    /// Its key.
     pub key: String,
-    /// What was expected and found.
+    /// What was expected and what was found.
     pub problem: String,
 }
 
 /// Result of a restore drill.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrillOutcome {
-    /// Which backup was restored.
     pub backup: BackupName,
-    /// Everything asked for was done and found good.
+    /// Whether everything that was requested was done and no problem was found.
     pub ok: bool,
-    /// Clock of the machine that did it, but never later than the server's when it was told.
+    /// In the clock of the machine that ran the drill, but never later than the server's clock when the result arrived.
     pub finished_unix: f64,
-    /// Seconds until all files were there.
+    /// Seconds until all files were restored.
     pub restore_seconds: f64,
-    /// Seconds from starting PostgreSQL until it was consistent and at its end of WAL.
+    /// Seconds from starting PostgreSQL until it was consistent and had replayed all WAL.
     pub recovery_seconds: f64,
-    /// Seconds of pg_amcheck and the query.
+    /// Seconds for pg_amcheck and the query.
     pub check_seconds: f64,
     /// Where recovery ended.
     pub recovered_lsn: Option<Lsn>,
-    /// What was wrong.
+    /// The problems that were found.
     pub problems: Vec<String>,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -185,13 +177,12 @@ pub struct DrillOutcome {
 /// Result of maintenance.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct MaintenanceOutcome {
-    /// Server's clock.
+    /// In the server's clock.
     pub finished_unix: f64,
-    /// Seconds.
     pub duration_seconds: f64,
-    /// Backups that are gone, from every tier.
+    /// Backups that were removed from every tier.
     pub expired: Vec<BackupName>,
-    /// Backups of which tier 1 no longer keeps its own copy.
+    /// Backups whose copy on tier 1 was evicted.
     pub evicted: Vec<BackupName>,
     /// Bytes freed in tier 1.
     pub freed_tier1_bytes: u64,
@@ -201,16 +192,17 @@ pub struct MaintenanceOutcome {
     pub wal_removed_tier1: u64,
     /// WAL files removed from tier 2.
     pub wal_removed_tier2: u64,
-    /// Packs that are marked, and go at a later run.
+    /// Packs that are marked for removal by a later run.
     pub packs_marked: u64,
-    /// Packs that went.
+    /// Packs that were removed.
     pub packs_removed: u64,
-    /// Why less was done than the plan says.
+    /// Reasons why less was done than planned.
     pub held_back: Vec<String>,
-    /// The plan had to be empty, for one of these reasons. Of a run that made no plan: the last one that did.
+    /// Whether the plan had to be empty, for one of `alarms`. In a run that made no plan, this is the value of the last
+    /// run that did.
     #[serde(default)]
     pub alarm: bool,
-    /// Those reasons. Absent in an outcome of an earlier version: then what was held back has them first.
+    /// The reasons for `alarm`. Absent in an outcome of an earlier version, where they come first in `held_back`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alarms: Option<Vec<String>>,
 }

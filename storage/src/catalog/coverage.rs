@@ -1,8 +1,10 @@
-//! How far the data of a cluster's repository was read: `<cluster>/coverage.json`, tier 1 only, in the shape of `crate::record`.
+//! How far the data of a cluster's repository was read by verification: `<cluster>/coverage.json`, tier 1 only, in the
+//! format of `crate::record`.
 //!
-//! Verification reads a share of the packs at a time, in the order of their names, and goes on where the last run ended. When it
-//! has come round, all data was read since that pass began: so everything is read in turn, and how long ago is known. A
-//! pack that a client sends meanwhile was opened when it came. Losing the file costs knowledge: the next pass begins anew.
+//! Verification reads a share of the packs at a time, in the order of their names, and continues where the last run
+//! ended. Once it has reached the last pack, all data was read since that pass began, so all data is read in turn, and
+//! it is known how long ago. A pack that arrives from a client meanwhile was opened on arrival. Losing the file only
+//! loses this knowledge: the next pass starts over.
 
 use crate::{
     Error,
@@ -14,31 +16,31 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// How far.
+/// The progress of verification.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Coverage {
-    /// The repository was made by a server that opens what clients send.
+    /// The server has opened every pack on arrival since the repository was created.
     #[serde(default)]
     pub opened_from_the_start: bool,
-    /// The pack that was read last in the running pass.
+    /// The last pack that was read in the current pass.
     #[serde(default)]
     pub last_read: Option<Sha256Sum>,
-    /// When the running pass began, Unix seconds.
+    /// When the current pass began, Unix seconds.
     #[serde(default)]
     pub pass_began_unix: Option<f64>,
-    /// When the last pass that came round began: everything was read since.
+    /// When the last complete pass began, Unix seconds: everything was read since.
     #[serde(default)]
     pub all_read_since_unix: Option<f64>,
 }
 
-/// What a run read of the packs, in the order of their names.
+/// Which packs a run read, in the order of their names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Advance {
-    /// It began with the first pack.
+    /// The run began with the first pack.
     pub began: bool,
-    /// It came to the last pack.
+    /// The run reached the last pack.
     pub came_round: bool,
-    /// The pack that it read last.
+    /// The last pack that the run read.
     pub last_read: Option<Sha256Sum>,
 }
 
@@ -48,12 +50,12 @@ impl Coverage {
         self.opened_from_the_start || self.all_read_since_unix.is_some()
     }
 
-    /// After a run that began at a moment.
+    /// The coverage after a run that began at `run_began_unix`.
     #[must_use]
     pub fn after(self, run: &Advance, run_began_unix: f64) -> Self {
         let pass = if run.began { Some(run_began_unix) } else { self.pass_began_unix };
         if run.came_round {
-            // A pass whose beginning nobody knows proves nothing.
+            // A pass whose beginning is unknown proves nothing.
             let all_read_since_unix = pass.or(self.all_read_since_unix);
             return Self { last_read: None, pass_began_unix: None, all_read_since_unix, ..self };
         }
@@ -66,18 +68,18 @@ fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
     root.join(cluster.as_str()).join("coverage.json")
 }
 
-/// What is known; nothing where there is no file. `root` is tier 1's.
+/// Reads the file; empty coverage if there is none. `root` is that of tier 1.
 ///
 /// # Errors
-/// `Corrupt`, or as the disk fails.
+/// `Corrupt`, or an I/O error of the disk.
 pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Coverage, Error> {
     record::load(disk, &path(root, cluster)).map(Option::unwrap_or_default)
 }
 
-/// Replaces it, durably.
+/// Replaces the file, durably.
 ///
 /// # Errors
-/// As the disk fails; then the old one is still there.
+/// An I/O error of the disk; then the old file is still in place.
 pub fn store(
     disk: &dyn Disk,
     root: &Path,
@@ -107,12 +109,12 @@ mod tests {
         let known = known.after(&run(false, true, "c"), 30.0);
         assert_eq!((known.all_read_since_unix, known.last_read), (Some(10.0), None));
         assert!(known.all_opened());
-        // The next pass: what was proven stays proven until it has come round, too.
+        // During the next pass the old result stays valid until that pass is complete.
         let known = known.after(&run(true, false, "a"), 40.0);
         assert_eq!((known.pass_began_unix, known.all_read_since_unix), (Some(40.0), Some(10.0)));
         let known = known.after(&run(true, true, "z"), 50.0);
         assert_eq!(known.all_read_since_unix, Some(50.0));
-        // A run that had nothing to read of the packs moves nothing.
+        // A run that had no packs to read changes nothing.
         assert_eq!(known.after(&Advance::default(), 60.0), known);
     }
 

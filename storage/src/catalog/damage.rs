@@ -1,10 +1,11 @@
-//! What is known to be damaged in a cluster and was not disproved since: `<cluster>/damaged.json`, tier 1 only, in the
-//! shape of `crate::record`.
+//! Damage in a cluster that has been found and not been disproved since: `<cluster>/damaged.json`, tier 1 only, in the
+//! format of `crate::record`.
 //!
-//! An outcome (`outcomes.rs`) says what one backup lacks. This says what is bad whoever needs it: a pack stays in it when every
-//! backup has found its content elsewhere, or the next one would take the bad copy for the good one. What is in it leaves it
-//! only by being read and found good, or gone. Who lost the file (with tier 1, say) prunes as if nothing were damaged, until
-//! a verification of everything has found it again.
+//! An outcome (`outcomes.rs`) says what one backup lacks. This file says what is damaged, no matter who needs it: a
+//! pack stays listed even when every backup has found its content elsewhere, because otherwise the next backup would
+//! take the bad copy for a good one. An entry is removed only when its file was read and found good, or was deleted. If
+//! the file is lost (with tier 1, say), pruning assumes that nothing is damaged until a full verification has found the
+//! damage again.
 
 use super::Damage;
 use crate::{
@@ -19,28 +20,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Damage of a cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownDamage {
     /// Packs of which no tier has a good copy.
     #[serde(default)]
     pub packs: Vec<Damage>,
-    /// Whatever else is no single backup's: records that cannot be read, WAL that is lost behind the backups.
+    /// Damage that does not belong to a single backup: records that cannot be read, WAL that is lost behind the
+    /// backups.
     #[serde(default)]
     pub others: Vec<Damage>,
-    /// What a newer version says besides.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
 impl KnownDamage {
-    /// The packs.
+    /// The damaged packs as repository files.
     pub fn pack_files(&self, cluster: &ClusterName) -> BTreeSet<BaseFile> {
         self.packs.iter().filter_map(|damage| pack_of(cluster, &damage.key)).collect()
     }
 }
 
-/// The pack of this key; `None` for any other key.
+/// The pack with this key; `None` for any other key.
 pub fn pack_of(cluster: &ClusterName, key: &str) -> Option<BaseFile> {
     let relative = key.strip_prefix(cluster.as_str())?.strip_prefix('/')?;
     match BaseObject::parse_relative(relative)? {
@@ -53,15 +54,15 @@ fn path(root: &Path, cluster: &ClusterName) -> PathBuf {
     root.join(cluster.as_str()).join("damaged.json")
 }
 
-/// What is known; nothing where there is no file. `root` is tier 1's.
+/// Reads the file; no damage if there is none. `root` is that of tier 1.
 ///
 /// # Errors
-/// `Corrupt`, or as the disk fails.
+/// `Corrupt`, or an I/O error of the disk.
 pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<KnownDamage, Error> {
     let known = record::load(disk, &path(root, cluster)).map_err(|error| match error.kind {
         Kind::Corrupt => {
             let hint =
-                "remove it from the cluster's directory of tier 1, then klio verify --read-data all finds again what it said";
+                "remove the file from the cluster's directory on tier 1, then run klio verify --read-data all, which finds the damage again";
             error.hint(hint)
         }
         _ => error,
@@ -69,10 +70,10 @@ pub fn load(disk: &dyn Disk, root: &Path, cluster: &ClusterName) -> Result<Known
     Ok(known.unwrap_or_default())
 }
 
-/// Replaces what is known, durably.
+/// Replaces the file, durably.
 ///
 /// # Errors
-/// As the disk fails; then the old one is still there.
+/// An I/O error of the disk; then the old file is still in place.
 pub fn store(
     disk: &dyn Disk,
     root: &Path,

@@ -1,7 +1,7 @@
-//! What WAL and which timelines are held of a cluster: the facts that recovery is planned from.
+//! The WAL and timelines that exist of a cluster: the facts from which recovery is planned.
 //!
-//! The same from a server (both tiers and the open segment) and from a listing of the bucket alone.
-//! A run is contiguous: every byte between its ends can be given back.
+//! The format is the same whether they come from a server (both tiers and the open segment) or from a listing
+//! of the bucket alone. A run is contiguous: every byte between its ends can be restored.
 
 use super::{Mark, Standing, Timelines};
 use crate::{Error, Kind, Op, layout::WalFile, wal::LevelChange};
@@ -9,70 +9,62 @@ use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// A cluster's WAL.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Holdings {
-    /// Bytes; 0 when nothing is known.
+    /// In bytes; 0 if unknown.
     pub segment_size: u32,
-    /// Text, as many JSON readers round large numbers.
+    /// A string, because many JSON readers round large numbers.
     pub system_identifier: String,
     /// Ascending.
     pub timelines: Vec<TimelineHoldings>,
-    /// WAL that is known never to come.
+    /// WAL that is known to be lost.
     pub gaps: Vec<KnownGap>,
-    /// WAL that was held and is damaged on tier 1. It may come again, and may be in tier 2.
+    /// WAL that was received and is damaged on tier 1. It may be sent again, and may be in tier 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<KnownGap>,
-    /// Timelines of which more than one is written, and what was decided about them.
+    /// Timelines that were written at the same time as another one, and what was decided about them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
-    /// Clock of who made this, Unix seconds.
+    /// When this was made, Unix seconds in the clock of whoever made it.
     pub as_of_unix: f64,
 }
 
-/// A timeline's WAL.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TimelineHoldings {
-    /// Which.
     pub timeline: TimelineId,
-    /// Its history file as PostgreSQL wrote it; timeline 1 has none.
+    /// The history file as PostgreSQL wrote it; timeline 1 has none.
     pub history: Option<String>,
-    /// Ascending, not touching each other.
+    /// Ascending; they do not touch each other.
     pub runs: Vec<Run>,
-    /// Receiving it now, and all that PostgreSQL has is here: then the state at any later moment up to
-    /// `as_of_unix` is the state at the end of the last run.
+    /// The timeline is being received, and all WAL that PostgreSQL has is here. The state at any later moment
+    /// up to `as_of_unix` is then the state at the end of the last run.
     pub caught_up: bool,
 }
 
 /// A contiguous run of WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
-    /// Its first byte.
     pub start: Lsn,
-    /// One past its last byte.
+    /// One past the last byte.
     pub end: Lsn,
 }
 
 /// A recorded gap.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct KnownGap {
-    /// Which timeline.
     pub timeline: TimelineId,
-    /// First byte missing.
+    /// The first missing byte.
     pub from: Lsn,
-    /// First byte held again.
+    /// The first byte that exists again.
     pub to: Lsn,
-    /// Why.
     pub reason: String,
 }
 
 /// A finished file in a tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldFile {
-    /// Which.
     pub file: WalFile,
-    /// One past the last byte of a partial segment, where that is known; one of which it is not counts
-    /// for nothing.
+    /// One past the last byte of a partial segment, if that is known; otherwise the partial segment is ignored.
     pub end: Option<Lsn>,
 }
 
@@ -85,40 +77,38 @@ impl From<WalFile> for HeldFile {
 /// Durable WAL of a segment that is not sealed yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpenWal {
-    /// Its timeline.
     pub timeline: TimelineId,
-    /// Its first byte.
     pub start: Lsn,
-    /// One past its last durable byte.
+    /// One past the last durable byte.
     pub end: Lsn,
 }
 
-/// What holdings are made of. A bucket alone has no `tier1`, no `open` and nothing `caught_up`.
+/// The input of [`Holdings::from_parts`]. A bucket alone has no `tier1`, no `open` and no `caught_up`.
 #[derive(Debug, Clone, Default)]
 pub struct Parts {
-    /// Without it nothing can be said of any segment.
+    /// Without it no segment can be interpreted.
     pub segment_size: Option<SegmentSize>,
-    /// As pinned.
+    /// As pinned at first contact.
     pub system_identifier: Option<u64>,
     /// Finished files on tier 1.
     pub tier1: Vec<HeldFile>,
     /// Finished files in tier 2.
     pub tier2: Vec<HeldFile>,
-    /// Of tier 1.
+    /// Unsealed WAL on tier 1.
     pub open: Vec<OpenWal>,
     /// The content of every history file of either tier.
     pub histories: BTreeMap<TimelineId, String>,
-    /// On record.
+    /// The recorded gaps.
     pub gaps: Vec<KnownGap>,
     /// As in [`Holdings`].
     pub damaged: Vec<KnownGap>,
-    /// On record about timelines.
+    /// The recorded decisions about timelines.
     pub marks: Timelines,
-    /// Where WAL was written that no recovery passes.
+    /// Where WAL was written that recovery cannot pass.
     pub levels: Vec<LevelChange>,
-    /// The timeline that is being received, when all of it that PostgreSQL has is here.
+    /// The timeline that is being received, if all WAL that PostgreSQL has is here.
     pub caught_up: Option<TimelineId>,
-    /// Now.
+    /// The current time, Unix seconds.
     pub as_of_unix: f64,
 }
 
@@ -142,7 +132,7 @@ impl Holdings {
         let line = |(timeline, runs)| {
             let runs = merge(runs);
             let minimal = minimal(&parts.levels, timeline, &runs);
-            // It may be received to its end, and still the state of now cannot be recovered.
+            // Even if all WAL was received, the current state cannot be recovered.
             let caught_up = parts.caught_up == Some(timeline)
                 && !minimal.iter().any(|m| runs.last().is_some_and(|last| m.end >= last.end));
             let runs = without(runs, &minimal);
@@ -168,22 +158,21 @@ impl Holdings {
         }
     }
 
-    /// A timeline's holdings.
     pub fn timeline(&self, timeline: TimelineId) -> Option<&TimelineHoldings> {
         self.timelines.iter().find(|line| line.timeline == timeline)
     }
 
-    /// What is on record about timelines.
+    /// The recorded decisions about timelines.
     pub fn timelines_on_record(&self) -> Timelines {
         Timelines::new(self.marks.clone())
     }
 
-    /// A timeline's standing, where it has one.
+    /// A timeline's standing, if one is recorded.
     pub fn standing(&self, timeline: TimelineId) -> Option<Standing> {
         self.marks.iter().find(|mark| mark.timeline == timeline).map(|mark| mark.standing)
     }
 
-    /// A timeline's ancestors; none for one without a history file.
+    /// A timeline's ancestors; empty for one without a history file.
     ///
     /// # Errors
     /// `Corrupt` for a history that PostgreSQL would refuse.
@@ -195,10 +184,10 @@ impl Holdings {
             .map_err(|e| Error::new(Kind::Corrupt, Op::Read, timeline.history_file_name(), e))
     }
 
-    /// The first stretch of WAL that is missing between `start` and `stop` on the way to `timeline`, over
-    /// every timeline it passes; `None` when every byte is held. The first segment of a timeline repeats its
-    /// parent's bytes, and counts for them: of a promotion in the middle of a segment the child's copy may be
-    /// all that ever comes.
+    /// The first stretch of missing WAL between `start` and `stop` on the path to `timeline`, over every
+    /// timeline on the path; `None` when every byte exists. The first segment of a timeline repeats its
+    /// parent's bytes and counts for them: after a promotion in the middle of a segment, the child's copy may
+    /// be the only one that ever arrives.
     ///
     /// # Errors
     /// As [`Holdings::history`].
@@ -224,7 +213,8 @@ impl Holdings {
         Ok(None)
     }
 
-    /// The timelines on the way to `timeline`, each up to where it was left, none further than `stop`.
+    /// The timelines on the path to `timeline`, each up to the point where the path leaves it, and none beyond
+    /// `stop`.
     fn way(&self, timeline: TimelineId, stop: Lsn) -> Result<Vec<Leg<'_>>, Error> {
         let history = self.history(timeline)?;
         let size = SegmentSize::new(self.segment_size).ok();
@@ -241,7 +231,7 @@ impl Holdings {
     }
 }
 
-/// A timeline on a way.
+/// A timeline on a path.
 struct Leg<'a> {
     timeline: TimelineId,
     /// The start of its first segment.
@@ -271,10 +261,11 @@ fn run_of(held: HeldFile, size: SegmentSize) -> Option<Run> {
     }
 }
 
-/// Why WAL that is held is still a hole.
-pub const MINIMAL: &str = "written with wal_level = minimal: no recovery passes it";
+/// Why existing WAL still counts as a hole.
+pub const MINIMAL: &str = "written with wal_level = minimal: recovery cannot pass it";
 
-/// The stretches of a timeline that no recovery passes. One that has not ended goes to the end of what is held.
+/// The stretches of a timeline that recovery cannot pass. A stretch that has not ended extends to the end of
+/// the WAL.
 pub fn minimal(levels: &[LevelChange], timeline: TimelineId, runs: &[Run]) -> Vec<Run> {
     let mut own: Vec<&LevelChange> = levels.iter().filter(|c| c.timeline == timeline).collect();
     own.sort_by_key(|change| change.lsn);
@@ -295,7 +286,7 @@ pub fn minimal(levels: &[LevelChange], timeline: TimelineId, runs: &[Run]) -> Ve
     found
 }
 
-/// What is left of runs without these stretches.
+/// The runs without these stretches.
 pub fn without(runs: Vec<Run>, stretches: &[Run]) -> Vec<Run> {
     stretches.iter().fold(runs, |runs, stretch| {
         let cut = |run: Run| {
@@ -308,7 +299,7 @@ pub fn without(runs: Vec<Run>, stretches: &[Run]) -> Vec<Run> {
     })
 }
 
-/// Ascending, with those that touch or overlap made one.
+/// Sorts the runs and joins those that touch or overlap.
 fn merge(mut runs: Vec<Run>) -> Vec<Run> {
     runs.sort_unstable_by_key(|run| (run.start, run.end));
     let mut merged: Vec<Run> = Vec::new();
@@ -381,7 +372,8 @@ mod tests {
         assert_eq!(holdings.timelines[0].runs, [run(1.0, 2.5)]);
     }
 
-    /// The way to a timeline leaves each ancestor where its history says, and needs no more of it.
+    /// The path to a timeline leaves each ancestor where its history says, and needs no WAL of the ancestor
+    /// behind that point.
     #[test]
     fn a_backup_may_cross_timelines() {
         let mut histories = BTreeMap::new();
@@ -392,7 +384,7 @@ mod tests {
         let whole = Parts { tier2: files.clone(), histories: histories.clone(), ..parts() };
         let holdings = Holdings::from_parts(whole);
         let missing = |h: &Holdings| h.first_missing(tli(5), lsn(1.0), lsn(4.75)).unwrap();
-        // Timeline 3 lacks its segment 4, whose bytes up to its end at 4.5 are in the copy of timeline 5.
+        // Timeline 3 lacks its segment 4, but its bytes up to its end at 4.5 are in the copy of timeline 5.
         assert_eq!(missing(&holdings), None);
         let mut fewer = files;
         fewer.retain(|held| held.file != segment(5, 4).file);
@@ -400,7 +392,7 @@ mod tests {
         assert_eq!(missing(&holdings), Some((tli(3), run(4.0, 4.5))));
     }
 
-    /// What is held and cannot be replayed is a hole with that reason; behind it all is as ever.
+    /// WAL that exists but cannot be replayed is a hole with that reason; the WAL behind it is not affected.
     #[test]
     fn a_stretch_of_minimal_wal_is_a_hole() {
         let at = |segments: f64, minimal| LevelChange {
@@ -422,11 +414,11 @@ mod tests {
         let lasts = with(vec![at(2.5, true)]);
         assert_eq!(lasts.timelines[0].runs, [run(1.0, 2.5)]);
         assert!(!lasts.timelines[0].caught_up && lasts.gaps.len() == 1);
-        // One that lies behind what is held is of no other timeline's concern.
+        // A stretch that begins behind the last WAL changes nothing.
         assert_eq!(with(vec![at(9.0, true)]).gaps, []);
     }
 
-    /// The parent's last bytes came to nobody before the promotion; the child's first segment repeats them.
+    /// The parent's last bytes were not received before the promotion; the child's first segment repeats them.
     #[test]
     fn the_child_s_copy_of_a_segment_counts_for_its_parent() {
         let histories = BTreeMap::from([(tli(2), format!("1\t{}\tx\n", lsn(2.75)))]);
@@ -436,14 +428,14 @@ mod tests {
         let holdings = Holdings::from_parts(whole);
         let missing = |h: &Holdings, stop| h.first_missing(tli(2), lsn(1.0), lsn(stop)).unwrap();
         assert_eq!(missing(&holdings, 2.9), None);
-        // A child's segment before its first one is nobody's history.
+        // A child's segment before its first one belongs to no history.
         let tier1 = vec![segment(1, 1), segment(2, 1), segment(2, 3)];
         let holdings = Holdings::from_parts(Parts { tier1, histories, ..parts() });
         assert_eq!(missing(&holdings, 2.9), Some((tli(1), run(2.0, 2.75))));
     }
 
     proptest! {
-        /// Runs ascend, do not touch, and hold exactly the segments that were given.
+        /// Runs ascend, do not touch each other, and contain exactly the given segments.
         #[test]
         fn runs_are_what_was_given(numbers in prop::collection::btree_set(0u64..60, 0..30), split: u64) {
             let (one, two): (Vec<u64>, Vec<u64>) =

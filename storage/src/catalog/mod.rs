@@ -1,7 +1,7 @@
-//! What exists: facts derived from both tiers, kept so that they survive a restart.
+//! What exists: facts derived from both tiers, stored so that they survive a restart.
 //!
-//! Pure where it decides; what it writes is a cache that both tiers can rebuild (P4), or a record that
-//! is never changed.
+//! The deciding parts are pure. What is written is either a cache that both tiers can rebuild (P4), or
+//! a record that is never changed.
 
 pub mod archive;
 pub mod archive_file;

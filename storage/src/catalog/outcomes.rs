@@ -1,10 +1,10 @@
-//! What is learnt of a backup after its record was written: `<cluster>/verify/<name>.json` and
-//! `<cluster>/drills/<name>.json`, tier 1 only, the newest one of each, in the shape of `crate::record`.
+//! What is learnt about a backup after its record was written: `<cluster>/verify/<name>.json` and
+//! `<cluster>/drills/<name>.json`, tier 1 only, the newest one of each, in the format of `crate::record`.
 //!
-//! Newest is what arrived last, whatever its time says: clocks jump. Losing them loses knowledge, never a backup. One that
-//! cannot be read is an error for the caller, who shows it and goes on. What is decided from them: a backup whose
-//! verification found damage takes no place from a good one in retention, and the next verification reads again what
-//! they name as damaged.
+//! The newest outcome is the one that arrived last, whatever its time says, because clocks jump. Losing the files loses
+//! knowledge, never a backup. An unreadable file is an error for the caller, which reports it and continues. Two
+//! decisions depend on them: a backup in which verification found damage does not take the place of a good one in
+//! retention, and the next verification reads again whatever they list as damaged.
 
 use super::{DrillOutcome, VerifyOutcome};
 use crate::{
@@ -27,10 +27,10 @@ fn path(root: &Path, cluster: &ClusterName, directory: &str, name: &BackupName) 
     root.join(cluster.as_str()).join(directory).join(format!("{name}.json"))
 }
 
-/// The newest verification of a backup; `None` when there was none. `root` is tier 1's.
+/// The newest verification of a backup; `None` when there was none. `root` is that of tier 1.
 ///
 /// # Errors
-/// `Corrupt`, or as the disk fails.
+/// `Corrupt`, or an I/O error of the disk.
 pub fn load_verified(
     disk: &dyn Disk,
     root: &Path,
@@ -43,7 +43,7 @@ pub fn load_verified(
 /// The newest drill of a backup; `None` when there was none.
 ///
 /// # Errors
-/// `Corrupt`, or as the disk fails.
+/// `Corrupt`, or an I/O error of the disk.
 pub fn load_drilled(
     disk: &dyn Disk,
     root: &Path,
@@ -53,10 +53,10 @@ pub fn load_drilled(
     record::load(disk, &path(root, cluster, DRILLED, name))
 }
 
-/// The backups of which anything was learnt.
+/// The backups that have an outcome.
 ///
 /// # Errors
-/// As the disk fails.
+/// An I/O error of the disk.
 pub fn names(
     disk: &dyn Disk,
     root: &Path,
@@ -76,10 +76,10 @@ pub fn names(
     Ok(names)
 }
 
-/// Keeps a verification for every backup that it looked at, durably, in place of the one that is there.
+/// Stores a verification for every backup that it covers, durably, replacing the previous one.
 ///
 /// # Errors
-/// As the disk fails; some may have been written then.
+/// An I/O error of the disk; some outcomes may have been written by then.
 pub fn store_verified(
     disk: &dyn Disk,
     root: &Path,
@@ -92,10 +92,10 @@ pub fn store_verified(
     Ok(())
 }
 
-/// Keeps a drill, durably, in place of the one that is there.
+/// Stores a drill, durably, replacing the previous one.
 ///
 /// # Errors
-/// As the disk fails.
+/// An I/O error of the disk.
 pub fn store_drilled(
     disk: &dyn Disk,
     root: &Path,
@@ -105,10 +105,10 @@ pub fn store_drilled(
     store(disk, root, cluster, &path(root, cluster, DRILLED, &outcome.backup), outcome)
 }
 
-/// Forgets what is known of a backup that is gone.
+/// Removes the outcomes of a backup that was deleted.
 ///
 /// # Errors
-/// As the disk fails; one that is not there is no error.
+/// An I/O error of the disk; missing files are not an error.
 pub fn remove(
     disk: &dyn Disk,
     root: &Path,
@@ -167,7 +167,7 @@ mod tests {
         let name = "b.1".parse().unwrap();
         let load = || load_drilled(&disk, root, &cluster, &name).unwrap();
         assert_eq!(load(), None);
-        // The clock of the second was a year ahead.
+        // The second drill ran on a machine whose clock was a year ahead.
         for (finished, ok) in [(5.0, true), (5.0 + 31_536_000.0, true), (7.0, false)] {
             store_drilled(&disk, root, &cluster, &drill(finished, ok)).unwrap();
             assert_eq!(load(), Some(drill(finished, ok)));

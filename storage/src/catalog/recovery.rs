@@ -1,12 +1,12 @@
 //! Decides what can be recovered, and from which backup. Pure: the same holdings and records give the same
 //! plan.
 //!
-//! REACH1  a plan's backup and every byte of WAL from its start to the plan's reach are held;
-//! REACH2  a recovery never ends before a hole as if that were the end of WAL (P7): `latest` is refused there;
+//! REACH1  a plan's backup and every byte of WAL from its start to the plan's reach exist;
+//! REACH2  a recovery never stops at a hole as if that were the end of WAL (P7): `latest` is refused there;
 //! REACH3  a refusal says what can be reached instead, and what is in the way.
 //!
-//! Times are PostgreSQL's, not this machine's. Where on the way a time, a name or a transaction is, WAL itself
-//! knows: who carries a plan out looks there (sidecar, `restore/target.rs`).
+//! Times are PostgreSQL's, not this machine's. Where exactly a time, a name or a transaction is can only be
+//! read from the WAL itself: whoever executes a plan looks there (sidecar, `restore/target.rs`).
 
 mod path;
 mod plan;
@@ -21,13 +21,13 @@ use crate::layout::BackupName;
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use std::collections::BTreeMap;
 
-/// What is there, in the order in which it is looked at.
+/// What exists, prepared for planning.
 #[derive(Debug, Clone)]
 pub struct Survey {
     /// Oldest end first.
     backups: Vec<BackupRecord>,
     paths: BTreeMap<TimelineId, Path>,
-    /// Which timelines are left aside: followed only by who names them.
+    /// Which timelines are undecided or retired: these are only followed if they are named explicitly.
     timelines: Timelines,
     problems: Vec<String>,
 }
@@ -35,35 +35,34 @@ pub struct Survey {
 /// What can be recovered when a timeline is followed to its end.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
-    /// Which.
     pub timeline: TimelineId,
-    /// The timeline it came from, and where.
+    /// The parent timeline, and the switch point.
     pub parent: Option<(TimelineId, Lsn)>,
-    /// Undecided or retired: a restore gets there only by its number.
+    /// If it is undecided or retired: a restore follows it only if its number is given.
     pub aside: Option<Standing>,
     /// Ascending.
     pub windows: Vec<Window>,
-    /// Ascending, behind the first byte held.
+    /// Ascending, behind the first byte of WAL.
     pub holes: Vec<Hole>,
-    /// WAL that no backup leads to.
+    /// WAL that cannot be reached from any backup.
     pub unserved: Vec<Run>,
 }
 
-/// Every position from the end of the first of these backups up to a point can be recovered.
+/// Every position from the end of the first of these backups up to `reach` can be recovered.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Window {
     /// Oldest first; never empty.
     pub backups: Vec<BackupName>,
     /// The earliest position: where the oldest of the backups ended.
     pub from: Lsn,
-    /// When that was, in PostgreSQL's clock.
+    /// The time of that position, in PostgreSQL's clock.
     pub from_unix: f64,
-    /// The latest.
+    /// The latest position.
     pub reach: Reach,
 }
 
 impl Survey {
-    /// From what a server or a bucket tells.
+    /// Builds the survey from the answer of a server or the listing of a bucket.
     pub fn new(holdings: &Holdings, backups: Vec<BackupRecord>) -> Self {
         let mut problems = Vec::new();
         let known = backups.first().map_or(0, |backup| backup.segment_size);
@@ -95,29 +94,28 @@ impl Survey {
     pub fn backups(&self) -> &[BackupRecord] {
         &self.backups
     }
-    /// What could not be read; then nothing is known about the timelines it names.
+    /// Problems with what could not be read. Nothing is known about the timelines that they name.
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
-    /// The way to a timeline.
     pub fn path(&self, timeline: TimelineId) -> Option<&Path> {
         self.paths.get(&timeline)
     }
-    /// Which timelines there are, ascending.
+    /// All timelines, ascending.
     pub fn timelines(&self) -> impl Iterator<Item = TimelineId> {
         self.paths.keys().copied()
     }
-    /// The newest timeline that is not undecided or retired.
+    /// The newest timeline that is neither undecided nor retired.
     pub fn newest(&self) -> Option<TimelineId> {
         self.timelines.followed(self.paths.keys().copied())
     }
 
-    /// What is on record about timelines.
+    /// The recorded decisions about timelines.
     pub const fn marks(&self) -> &Timelines {
         &self.timelines
     }
 
-    /// Every timeline, ascending.
+    /// What can be recovered on each timeline, ascending.
     pub fn lines(&self) -> Vec<Line> {
         self.paths.values().map(|path| self.line(path)).collect()
     }
@@ -165,7 +163,7 @@ impl Survey {
             timeline: backup.stop_timeline,
             from: backup.start_lsn,
             to: backup.stop_lsn,
-            reason: "nothing is held of this timeline".into(),
+            reason: "there is no WAL of this timeline".into(),
         };
         let Some(path) = self.paths.get(&backup.stop_timeline) else { return Some(unknown()) };
         let reach = path.reach(backup.start_lsn);

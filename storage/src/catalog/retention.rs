@@ -1,25 +1,27 @@
-//! Decides what may go. Pure: the same catalogue, policy and time give the same plan.
+//! Decides what may be removed. Pure: the same catalog, policy and time give the same plan.
 //!
-//! - In doubt it keeps (P6): one unreadable record empties the plan and raises an alarm; a backup of an odd time stays and
-//!   takes nobody's place. A clock in doubt, of the server or of a record, raises the alarm and lets nothing go for good; what
-//!   tier 2 has still leaves tier 1, since that does not rest on a clock, and one wrong clock must not fill the disk of all.
-//! - A backup that is not proven in tier 2 stays in tier 1, and takes no place in tier 2's counts, so that
-//!   it pushes out none that is. What tier 1 keeps, tier 2 keeps too.
-//! - A backup that cannot be given back whole, not even by both tiers together, as when the bucket that holds it
-//!   was taken out of the configuration, counts for no rule, and while there is one nothing goes: it may come back.
-//!   Nobody is told to take away a record that tier 2 does not have yet.
-//! - A backup that is younger than the minimum age displaces nothing, and stays itself: whoever can take backups cannot
-//!   push out the good ones with new ones before a person has had the time to see it (P13).
-//! - A time that jumps against what is known is such a doubt, too: a record whose two clocks differ by more than a day
-//!   (`clock.rs`), and whatever the server knows of its own clock.
-//! - The newest backup without known damage always stays, and so does the newest that is old enough to displace others. A damaged one takes no place from a good one.
-//! - Time alone expires little: a recovery window ends at the newest backup that is old enough, not now. When backups stop,
-//!   so does expiring, a minimum age later.
-//! - WAL goes only below the start of every kept backup that can lead to its timeline, and never what is
-//!   newer than the newest backup. LSNs never fall along a path of timelines, so a kept backup needs
-//!   nothing below its start on any of them.
+//! - In doubt it keeps (P6): one unreadable record empties the plan and raises an alarm. A backup with an impossible
+//!   time is kept and does not count for any rule. If a clock, of the server or of a record, is in doubt, an alarm is
+//!   raised and nothing is removed for good; eviction of what tier 2 has continues, because it does not depend on a
+//!   clock, and one wrong clock must not fill the disk that all clusters share.
+//! - A backup that is not proven in tier 2 stays in tier 1 and does not count for tier 2's rules, so that it cannot
+//!   push out one that is proven. What tier 1 keeps, tier 2 keeps too.
+//! - A backup that cannot be restored completely, not even from both tiers together (for example because its bucket was
+//!   removed from the configuration), counts for no rule, and while there is one nothing is removed: it may come back.
+//!   Nobody is advised to remove a record that tier 2 does not have yet.
+//! - A backup younger than the minimum age displaces nothing, and is kept itself: somebody who can take backups cannot
+//!   push out the good ones with new ones before a person has had time to notice (P13).
+//! - A time that contradicts other facts is such a doubt, too: a record whose two clocks differ by more than a day
+//!   (`clock.rs`), and whatever the server knows about its own clock.
+//! - The newest backup without known damage is always kept, and so is the newest that is old enough to displace others.
+//!   A damaged one never takes the place of a good one.
+//! - Time alone expires little: a recovery window ends at the newest backup that is old enough, not now. When backups
+//!   stop, expiry stops as well, one minimum age later.
+//! - WAL is removed only below the start of every kept backup that can lead to its timeline, and never if it is newer
+//!   than the newest backup. LSNs never decrease along a path of timelines, so a kept backup needs nothing below its
+//!   start on any of them.
 //!
-//! The plan says what may go; P5 is proven by those who remove, at the moment they do.
+//! The plan says what may be removed; whoever removes it proves P5 at that moment.
 
 mod clock;
 mod days;
@@ -38,69 +40,65 @@ use crate::layout::BackupName;
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
 
-/// A backup as the catalogue knows it.
+/// A backup and where it is stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KnownBackup {
-    /// Its record.
     pub record: BackupRecord,
-    /// Everything it needs is on tier 1.
+    /// Whether everything it needs is on tier 1.
     pub tier1: bool,
-    /// Everything it needs was proven in tier 2.
+    /// Whether everything it needs was proven in tier 2.
     pub tier2: bool,
-    /// Every file it needs is on tier 1 or proven in tier 2: the next backup after tier 1 let packs go is of this
-    /// kind until its record is in tier 2.
+    /// Whether every file it needs is on tier 1 or proven in tier 2. After tier 1 has evicted packs, the next backup is
+    /// of this kind until its record is in tier 2.
     pub together: bool,
-    /// A verification found damage in it that could not be repaired.
+    /// Whether a verification found damage in it that could not be repaired.
     pub damaged: bool,
 }
 
 impl KnownBackup {
-    /// A tier, or both together, can give it back whole.
+    /// Whether it can be restored completely, from one tier or from both together.
     pub const fn is_within_reach(&self) -> bool {
         self.tier1 || self.tier2 || self.together
     }
 }
 
-/// A timeline with WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownTimeline {
-    /// Which.
     pub timeline: TimelineId,
-    /// Its ancestors; `None` when its history file is not held or not readable. Timeline 1 has none.
+    /// Its ancestors; `None` when its history file is missing or unreadable. Timeline 1 has none.
     pub history: Option<TimelineHistory>,
-    /// One past the last byte held.
+    /// One past the last byte of its WAL.
     pub end: Lsn,
 }
 
-/// Everything a plan follows from, but the policy and the time.
+/// Everything that a plan depends on, apart from the policy and the time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
     /// In any order.
     pub backups: Vec<KnownBackup>,
-    /// What could not be read, in words.
+    /// What could not be read, one sentence each.
     pub problems: Vec<String>,
-    /// Why the server's clock cannot be believed, in words.
+    /// Why the server's clock cannot be trusted, one sentence each.
     pub clock: Vec<String>,
     /// In any order.
     pub timelines: Vec<KnownTimeline>,
-    /// Of the WAL.
     pub segment_size: SegmentSize,
-    /// There is a bucket. Without one tier 1 keeps what either policy asks for.
+    /// Whether there is a bucket. Without one, tier 1 keeps what either policy asks for.
     pub has_tier2: bool,
 }
 
-/// What may go, and why the rest stays.
+/// What may be removed, and why the rest is kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RetentionPlan {
-    /// The time it was made for, Unix seconds.
+    /// The time for which it was made, Unix seconds.
     pub as_of_unix: f64,
-    /// The policies it follows.
+    /// The policies that it follows.
     pub policies: Policies,
-    /// There is a bucket.
+    /// Whether there is a bucket.
     pub has_tier2: bool,
-    /// Why less may go than the policies let; empty when all is well.
+    /// Why less may be removed than the policies allow; empty if nothing is in doubt.
     pub alarms: Vec<String>,
-    /// What the alarms hold back. A plan of a server of before has alarms only where they hold all.
+    /// How much the alarms hold back. An older server sends alarms only if they hold back everything.
     #[serde(default)]
     pub hold: Hold,
     /// Every backup, oldest first.
@@ -109,79 +107,75 @@ pub struct RetentionPlan {
     pub wal: Vec<WalPlan>,
 }
 
-/// How much of a plan a doubt takes away.
+/// How much of a plan is held back because of a doubt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hold {
     /// Nothing: there is no doubt.
     #[default]
     Nothing,
-    /// What would go for good. What tier 2 has leaves tier 1 as ever.
+    /// Everything that would be removed for good. WAL and backups in tier 2 are still evicted from tier 1.
     ForGood,
-    /// All.
+    /// Everything.
     All,
 }
 
-/// What becomes of a backup.
+/// The decision about a backup.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackupPlan {
-    /// Which.
     pub name: BackupName,
     /// When it was committed, Unix seconds.
     pub committed_unix: f64,
-    /// Its own copy on tier 1.
+    /// The decision about its copy on tier 1.
     pub tier1: Decision,
-    /// In tier 2; without a bucket the same as `tier1`. One that neither keeps is gone.
+    /// The decision about its copy in tier 2; without a bucket the same as `tier1`. A backup that neither tier keeps
+    /// expires.
     pub tier2: Decision,
 }
 
-/// What becomes of a backup in a tier.
+/// The decision about a backup in one tier.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
-    /// It is there now.
+    /// Whether it is there now.
     pub present: bool,
-    /// It stays, if it is there.
+    /// Whether it is kept, if it is there.
     pub keep: bool,
-    /// Why.
     pub reasons: Vec<String>,
 }
 
-/// What becomes of a timeline's WAL.
+/// The decision about a timeline's WAL.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WalPlan {
-    /// Which.
     pub timeline: TimelineId,
-    /// On tier 1: segments that end at or below this may go; `None`: nothing may.
+    /// On tier 1, segments that end at or below this may be removed; `None`: none may.
     pub tier1_below: Option<Lsn>,
-    /// Why.
     pub tier1_reason: String,
-    /// In tier 2 (without a bucket: for good): segments that end at or below this may go.
+    /// In tier 2 (without a bucket: for good), segments that end at or below this may be removed.
     pub tier2_below: Option<Lsn>,
-    /// Why.
     pub tier2_reason: String,
 }
 
 impl RetentionPlan {
-    /// Names of the backups that no tier keeps any more.
+    /// Names of the backups that no tier keeps any longer.
     pub fn expired(&self) -> Vec<BackupName> {
         let gone = |b: &&BackupPlan| !b.tier1.keep && !b.tier2.keep;
         self.backups.iter().filter(gone).map(|b| b.name.clone()).collect()
     }
 
-    /// Names of the backups that tier 2 keeps and of which tier 1 need not have a copy.
+    /// Names of the backups that tier 2 keeps and tier 1 may evict.
     pub fn evicted(&self) -> Vec<BackupName> {
         let gone = |b: &&BackupPlan| !b.tier1.keep && b.tier2.keep;
         self.backups.iter().filter(gone).map(|b| b.name.clone()).collect()
     }
 
-    /// Nothing may go.
+    /// Whether nothing may be removed.
     pub fn is_empty(&self) -> bool {
         let wal = |w: &WalPlan| w.tier1_below.is_none() && w.tier2_below.is_none();
         self.backups.iter().all(|b| b.tier1.keep && b.tier2.keep) && self.wal.iter().all(wal)
     }
 }
 
-/// Makes the plan for a moment, in Unix seconds of the server's clock.
+/// Makes the plan for a point in time, in Unix seconds of the server's clock.
 pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan {
     let mut backups: Vec<&KnownBackup> = facts.backups.iter().collect();
     backups.sort_by(|a, b| rules::order(&a.record).total_cmp(&rules::order(&b.record)));
@@ -213,7 +207,7 @@ pub fn plan(facts: &Facts, policies: &Policies, now_unix: f64) -> RetentionPlan 
     RetentionPlan { as_of_unix: now_unix, policies, has_tier2, alarms, hold, backups: decided, wal }
 }
 
-const IN_DOUBT: &str = "something is in doubt, so nothing goes";
+const IN_DOUBT: &str = "something is in doubt, so nothing is removed";
 
 fn stay(decision: &mut Decision) {
     if !decision.keep {
@@ -221,49 +215,50 @@ fn stay(decision: &mut Decision) {
     }
 }
 
-/// Backups that cannot be given back: of which nobody knows whether they are lost or only elsewhere.
+/// The alarm about backups that cannot be restored, if there are any: nobody knows whether they are lost or only stored
+/// elsewhere.
 fn out_of_reach(facts: &Facts, backups: &[&KnownBackup]) -> Option<String> {
     let lost: Vec<&str> =
         backups.iter().filter(|b| !b.is_within_reach()).map(|b| b.record.name.as_str()).collect();
     let (first, more) = (lost.first()?, lost.len() - 1);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    // With a bucket, every one of them is a backup whose record is still to go there.
+    // With a bucket, each of them is a backup whose record has not been uploaded yet.
     let (why, hint) = match facts.has_tier2 {
         true => (
             "tier 1 lacks a part of it, and tier 2 does not have it",
-            "; klio verify says what is missing".to_owned(),
+            "; klio verify shows what is missing".to_owned(),
         ),
         false => (
             "tier 1 lacks a part of it, and the configuration has no [tier2]",
             format!(
-                "; a backup that is lost for good: take its record out of tier 1, <cluster>/backups/{first}.json"
+                "; for a backup that is lost for good, remove its record from tier 1: <cluster>/backups/{first}.json"
             ),
         ),
     };
     Some(format!(
-        "backup {first}{more}: {why}; nothing is removed meanwhile; hint: put the bucket that holds it back into [tier2]{hint}"
+        "backup {first}{more}: {why}; nothing is removed meanwhile; hint: put the bucket that has the missing part back into [tier2]{hint}"
     ))
 }
 
-/// P6: what makes a plan impossible.
+/// P6: reasons why no plan can be made.
 fn unclear(facts: &Facts, backups: &[&KnownBackup]) -> Vec<String> {
     let unreadable =
         |problem: &String| format!("{problem}; hint: while it cannot be read, nothing is removed");
     facts.problems.iter().map(unreadable).chain(out_of_reach(facts, backups)).collect()
 }
 
-/// P6: why no time can be believed.
+/// P6: reasons why no time can be trusted.
 fn clock_alarms(facts: &Facts, backups: &[&KnownBackup], now_unix: f64) -> Vec<String> {
     let mut alarms = facts.clock.clone();
     alarms.extend(clock::doubts(backups));
     let newest = backups.iter().map(|b| &b.record).rfind(|r| rules::has_time(r));
-    // A time that is no number is in doubt as well.
+    // The comparison treats NaN as a doubt as well.
     let behind = |r: &&BackupRecord| {
         now_unix.partial_cmp(&r.committed_unix).is_none_or(std::cmp::Ordering::is_lt)
     };
     if let Some(newest) = newest.filter(behind) {
         alarms.push(format!(
-            "the clock says {now_unix:.0}, and backup {} was committed at {:.0}; hint: set the server's clock right; where it was wrong when the backup was committed, klio-server backup redate gives the record the right time",
+            "the clock says {now_unix:.0}, but backup {} was committed at {:.0}; hint: correct the server's clock; if it was wrong when the backup was committed, correct the record with klio-server backup redate",
             newest.name, newest.committed_unix
         ));
     }

@@ -1,21 +1,24 @@
-//! `<cluster>/timelines.json`: the timelines of which more than one is written, and what a person decided about them.
+//! `<cluster>/timelines.json`: timelines that were written at the same time as another one, and what a person decided
+//! about them.
 //!
 //! - MARK1  A mark is durable before the first byte that is received because of it is acknowledged.
-//! - MARK2  Only a person's decision takes a mark away or changes it: never time, never a restart.
-//! - MARK3  What is undecided or retired is held like any other WAL (P2), and is followed by nobody who did not name it.
+//! - MARK2  Only a person's decision removes or changes a mark: never time, never a restart.
+//! - MARK3  Undecided and retired timelines are stored like any other WAL (P2), and are followed only by those who name
+//!   them.
 //!
-//! In the shape of `crate::record`, the same in both tiers. A timeline without a mark is an ordinary one: the newest of
+//! In the format of `crate::record`, the same in both tiers. A timeline without a mark is an ordinary one: the newest
+//! timeline with WAL is the one that is followed.
 //! those that have WAL is the one that is followed.
 //!
 //! | field | what |
 //! |---|---|
-//! | `timeline` | which |
+//! | `timeline` | the marked timeline |
 //! | `standing` | `undecided`, `retired` or `followed` |
 //! | `against` | the other timeline of the conflict |
 //! | `reason` | what was found, in words |
 //! | `marked_unix` | when it was found, in seconds since 1970, by the server's clock |
-//! | `decided_unix`, `decided_by` | when and by whom it was decided; absent while it is not |
-//! | `earlier` | what the mark said before, oldest first: who goes on from which record is told by it |
+//! | `decided_unix`, `decided_by` | when and by whom it was decided; absent until then |
+//! | `earlier` | earlier values of the mark, oldest first; they show which of two records continues the other |
 //!
 //! Pure: the store and the server write the file.
 
@@ -27,20 +30,18 @@ use klio_pg::{Lsn, TimelineHistory, TimelineId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What a mark says of a timeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Standing {
-    /// Its PostgreSQL writes, and so does that of another timeline. A person has to decide.
+    /// Its PostgreSQL and that of another timeline both write. A person has to decide.
     Undecided,
-    /// A person decided against it: nothing more of it is received.
+    /// A person decided against it: no more of its WAL is received.
     Retired,
     /// A person decided for it.
     Followed,
 }
 
 impl Standing {
-    /// One word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Standing::Undecided => "undecided",
@@ -56,45 +57,40 @@ impl fmt::Display for Standing {
     }
 }
 
-/// What is on record about one timeline.
+/// What is recorded about one timeline.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Mark {
-    /// Which.
     pub timeline: TimelineId,
-    /// See above.
     pub standing: Standing,
     /// The other timeline of the conflict.
     pub against: TimelineId,
-    /// What was found, in words.
+    /// What was found, as a sentence.
     pub reason: String,
-    /// When it was found.
+    /// When it was found, Unix seconds.
     pub marked_unix: f64,
-    /// When a person decided.
+    /// When a person decided, Unix seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_unix: Option<f64>,
-    /// Who decided: the name in the certificate.
+    /// The name in the certificate of whoever decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<String>,
-    /// What it was before, oldest first.
+    /// Earlier values, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub earlier: Vec<Earlier>,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
 
-/// What a mark said once.
+/// An earlier value of a mark.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Earlier {
-    /// As of the mark.
     pub standing: Standing,
-    /// As of the mark.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_unix: Option<f64>,
-    /// As of the mark.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<String>,
-    /// Of later versions.
+    /// Fields that a newer version wrote.
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -107,7 +103,7 @@ impl Mark {
         Earlier { standing, decided_unix, decided_by: decided_by.clone(), unknown }
     }
 
-    /// Whether it has all decisions of another one for the same timeline, in their order.
+    /// Whether it contains all decisions of another mark for the same timeline, in the same order.
     fn goes_on_from(&self, other: &Self) -> bool {
         let decisions = |mark: &Self| -> Vec<Earlier> {
             let all = mark.earlier.iter().cloned().chain([mark.now()]);
@@ -117,27 +113,28 @@ impl Mark {
     }
 }
 
-/// What a standby sees of a timeline's history.
+/// What a standby is shown of a timeline's history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ForStandbys {
     /// The history itself.
     AsItIs,
-    /// [`PASSED_OVER`]: a newer timeline is followed, which a standby would not find without it.
+    /// [`PASSED_OVER`]: a newer timeline is followed, which the standby would otherwise not find.
     PassedOver,
-    /// Nothing: it would follow it.
+    /// Nothing, because the standby would follow it.
     Hidden,
 }
 
-/// In place of the history of a timeline that is left aside. PostgreSQL looks for histories number by number, up to the first
-/// that is missing (`findNewestTimeLine()` in timeline.c), and takes the newest: where one is missing it never comes to the
-/// timeline that is followed. If this one is the newest it sees, because nobody answered for the next, it says of a timeline
-/// that left its ancestor before where any standby is, which none follows (`rescanLatestTimeLine()` in xlogrecovery.c).
+/// Shown instead of the history of an undecided or retired timeline. PostgreSQL looks for history files number by
+/// number up to the first missing one (`findNewestTimeLine()` in timeline.c) and takes the newest, so with a missing
+/// file it would never reach the followed timeline. If this is the newest file that it sees, because nobody answered
+/// for the next number, the content describes a timeline that left its ancestor before the position of any standby,
+/// which no standby follows (`rescanLatestTimeLine()` in xlogrecovery.c).
 pub const PASSED_OVER: &str = "1\t0/1\tdecided against: a standby passes it over\n";
 
-/// Two records of which neither has all decisions of the other.
+/// Two records that each lack a decision of the other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "expected one record to go on where the other ends, found timeline {0:?} decided in two ways"
+    "expected one record to continue the other, found timeline {0:?} decided in two ways"
 )]
 pub struct DecidedApart(TimelineId);
 
@@ -146,42 +143,42 @@ pub struct DecidedApart(TimelineId);
 pub struct Decision {
     /// The name in the certificate.
     pub by: String,
-    /// Seconds since 1970.
+    /// Unix seconds.
     pub at_unix: f64,
 }
 
 /// Why a decision cannot be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecisionError {
-    /// Nothing is known of it.
-    #[error("expected a timeline of which WAL is held, found none of timeline {0:?}")]
+    /// There is no record and no WAL of it.
+    #[error("expected a timeline with WAL, found none of timeline {0:?}")]
     Unknown(TimelineId),
-    /// Following it needs nothing.
+    /// It is followed already.
     #[error("timeline {0:?} is followed already, and no other is undecided")]
     Followed(TimelineId),
-    /// Something must be followed.
+    /// One timeline must be followed.
     #[error(
         "timeline {0:?} is the one that is followed: decide which other timeline to follow instead"
     )]
     RetiresFollowed(TimelineId),
-    /// Nothing to do.
+    /// It is retired already.
     #[error("timeline {0:?} is retired already")]
     Retired(TimelineId),
 }
 
-/// All marks of a cluster, one for each timeline at most, ascending.
+/// All marks of a cluster, at most one per timeline, ascending.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Timelines(Vec<Mark>);
 
 impl Timelines {
-    /// From what was stored. Of two marks for one timeline the later one counts.
+    /// From the stored marks. If there are two for one timeline, the later one counts.
     pub fn new(marks: Vec<Mark>) -> Self {
         let mut all = Self::default();
         marks.into_iter().for_each(|mark| all.set(mark));
         all
     }
 
-    /// Reads the bytes of a `timelines.json` of either tier. `place` is for the error.
+    /// Parses the bytes of a `timelines.json` from either tier. `place` is for the error.
     ///
     /// # Errors
     /// `Corrupt`.
@@ -194,38 +191,38 @@ impl Timelines {
         &self.0
     }
 
-    /// Whether nothing was ever in conflict.
+    /// Whether there are no marks: nothing was ever in conflict.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// What is on record about a timeline.
+    /// The mark of a timeline.
     pub fn mark(&self, timeline: TimelineId) -> Option<&Mark> {
         self.0.iter().find(|mark| mark.timeline == timeline)
     }
 
-    /// Its standing, where it has a mark.
+    /// The standing of a timeline that has a mark.
     pub fn standing(&self, timeline: TimelineId) -> Option<Standing> {
         self.mark(timeline).map(|mark| mark.standing)
     }
 
-    /// Those that a person has to decide about.
+    /// The marks that a person has to decide about.
     pub fn undecided(&self) -> impl Iterator<Item = &Mark> {
         self.0.iter().filter(|mark| mark.standing == Standing::Undecided)
     }
 
-    /// Whether a timeline is left aside: only who names it gets there.
+    /// Whether a timeline is set aside (undecided or retired): it is followed only by those who name it.
     pub fn is_aside(&self, timeline: TimelineId) -> bool {
         matches!(self.standing(timeline), Some(Standing::Undecided | Standing::Retired))
     }
 
-    /// The one that is followed, of those that are held.
+    /// The followed timeline among those in `held`.
     pub fn followed(&self, held: impl IntoIterator<Item = TimelineId>) -> Option<TimelineId> {
         held.into_iter().filter(|timeline| !self.is_aside(*timeline)).max()
     }
 
-    /// What a standby gets that asks for a timeline's history: it follows the newest that it sees. The way to the followed
-    /// timeline is seen in any case.
+    /// What a standby gets when it asks for a timeline's history, given that it follows the newest one it sees. It
+    /// always sees the path to the followed timeline.
     pub fn for_standbys(
         &self,
         timeline: TimelineId,
@@ -243,9 +240,9 @@ impl Timelines {
         }
     }
 
-    /// What a new timeline inherits: it left a timeline that is aside, also over others, at a place that the followed one does not share. One
-    /// with a mark of its own inherits nothing: what a person decided about it counts, also where none of its WAL is held,
-    /// as on a new server (MARK2).
+    /// The mark that a new timeline inherits. It inherits one if it left a timeline that is set aside, also through
+    /// others, at a point that the followed timeline does not share. A timeline with its own mark inherits nothing: a
+    /// person's decision about it counts even if none of its WAL is here, as on a new server (MARK2).
     pub fn inherits(
         &self,
         history: &TimelineHistory,
@@ -254,7 +251,7 @@ impl Timelines {
         if self.mark(history.timeline()).is_some() {
             return None;
         }
-        // The nearest of which something was decided or found says what the way behind it is.
+        // The nearest ancestor with a mark determines the standing of everything behind it.
         let mut way = history.entries().iter().rev();
         let (parent, mark) = way.find_map(|entry| Some((entry, self.mark(entry.timeline)?)))?;
         let shared = |followed: &TimelineHistory| {
@@ -266,8 +263,8 @@ impl Timelines {
         (self.is_aside(mark.timeline) && !followed.is_some_and(shared)).then_some(mark)
     }
 
-    /// What lies on the way to a timeline that is left aside and would be followed without a mark of its own: its PostgreSQL
-    /// was promoted more than once, and its WAL of each of these timelines is received.
+    /// The timelines on the path to a timeline that is set aside which would be followed without a mark of their own:
+    /// its PostgreSQL was promoted more than once, and the WAL of each of these timelines is received.
     pub fn unmarked_on_the_way(
         &self,
         history: &TimelineHistory,
@@ -281,17 +278,17 @@ impl Timelines {
             .collect()
     }
 
-    /// Puts a mark on record, in place of an earlier one, which it remembers.
+    /// Records a mark and keeps the value of an earlier one in `earlier`.
     pub fn put(&mut self, mark: Mark) {
         let known = self.mark(mark.timeline).filter(|known| known.now() != mark.now());
         let earlier = known.map(|known| [&known.earlier[..], &[known.now()]].concat());
         self.set(Mark { earlier: earlier.unwrap_or_else(|| mark.earlier.clone()), ..mark });
     }
 
-    /// The two as one: of each timeline the mark that has all decisions of the other.
+    /// Merges both records: for each timeline, the mark that contains all decisions of the other.
     ///
     /// # Errors
-    /// Where neither has.
+    /// When neither mark contains all decisions of the other.
     pub fn joined(&self, other: &Self) -> Result<Self, DecidedApart> {
         let mut all = self.clone();
         for theirs in &other.0 {
@@ -312,18 +309,19 @@ impl Timelines {
         self.0.sort_by_key(|mark| mark.timeline);
     }
 
-    /// The marks once a person has decided for a timeline: what is undecided, what was followed and what is newer is
-    /// retired. Its ancestors stay what they are, unless one of them was in conflict with it.
+    /// The marks after a person has decided for a timeline: undecided timelines, the followed one and newer ones become
+    /// retired. Ancestors of the timeline are unchanged, unless one of them was in conflict with it.
     ///
     /// # Errors
-    /// Why it cannot be followed.
+    /// The reason why it cannot be followed.
     pub fn follow(
         &self,
         timeline: TimelineId,
         held: &[TimelineId],
         decision: &Decision,
     ) -> Result<Self, DecisionError> {
-        // On a new server nothing is held of what a decision is about: a retired one could never be followed again.
+        // On a new server there is no WAL of the timelines that were decided about; without the mark, a retired one
+        // could never be followed again.
         if !held.contains(&timeline) && self.mark(timeline).is_none() {
             return Err(DecisionError::Unknown(timeline));
         }
@@ -350,10 +348,10 @@ impl Timelines {
         Ok(after)
     }
 
-    /// The marks once a person has decided against a timeline.
+    /// The marks after a person has decided against a timeline.
     ///
     /// # Errors
-    /// Why it cannot be retired.
+    /// The reason why it cannot be retired.
     pub fn retire(
         &self,
         timeline: TimelineId,
@@ -435,7 +433,7 @@ mod tests {
         TimelineHistory::parse(tli(timeline), text.as_bytes()).unwrap()
     }
 
-    /// A tier 1 that was set back, or two servers that both decided.
+    /// A tier 1 that was reset to an earlier state, or two servers that both decided.
     #[test]
     fn joined_records_lose_no_decision_and_two_decisions_are_told() {
         let held = [tli(1), tli(2), tli(3)];
@@ -450,7 +448,7 @@ mod tests {
         let other = old.follow(tli(3), &held, &other).unwrap();
         assert_eq!(other.joined(&decided), Err(DecidedApart(tli(3))));
         assert_eq!(decided.joined(&other), Err(DecidedApart(tli(3))));
-        // Found again by a server that knew nothing of the decision.
+        // Found again by a server that did not know the decision.
         let found =
             Timelines::new(vec![Mark { marked_unix: 70.0, ..undecided(3, 1) }, undecided(4, 3)]);
         let joined = found.joined(&decided).unwrap();
@@ -482,7 +480,7 @@ mod tests {
             after.retire(tli(1), &held, &decision()),
             Err(DecisionError::RetiresFollowed(tli(1)))
         );
-        // A change of mind: what was retired can still be followed.
+        // A retired timeline can still be followed later.
         let back = after.follow(tli(2), &held, &decision()).unwrap();
         assert_eq!(back.followed(held), Some(tli(2)));
         assert_eq!(back.standing(tli(1)), Some(Standing::Retired));
@@ -517,7 +515,7 @@ mod tests {
         assert_eq!(unknown, Err(DecisionError::Unknown(tli(7))));
     }
 
-    /// A standby follows whatever history it is shown, and looks no further than to the first that is missing.
+    /// A standby follows whatever history it is shown, and looks no further than the first missing one.
     #[test]
     fn standbys_see_the_way_to_the_followed_timeline_and_nothing_aside() {
         let marks = Timelines::new(vec![undecided(2, 1), undecided(4, 3)]);
@@ -528,7 +526,7 @@ mod tests {
         assert_eq!(seen(3, Some(&three)), ForStandbys::AsItIs);
         assert_eq!(seen(4, Some(&three)), ForStandbys::Hidden);
         assert_eq!(seen(2, None), ForStandbys::Hidden);
-        // Followed is one that left the first timeline, too.
+        // The followed timeline left the first timeline as well.
         assert_eq!(seen(2, Some(&other)), ForStandbys::PassedOver);
         assert_eq!(seen(4, Some(&five)), ForStandbys::PassedOver);
     }
@@ -545,16 +543,16 @@ mod tests {
         let one = TimelineHistory::root(tli(1));
         assert!(marks.inherits(&history(3, &[(1, 100), (2, 200)]), Some(&one)).is_some());
         assert!(marks.inherits(&history(3, &[(1, 100)]), Some(&one)).is_none());
-        // The old primary, 1, is retired for 2, which left it at 100.
+        // The old primary, 1, is retired in favor of 2, which left it at 100.
         let retired = marks.follow(tli(2), &[tli(1), tli(2)], &decision()).unwrap();
         let two = history(2, &[(1, 100)]);
         assert!(retired.inherits(&history(3, &[(1, 90)]), Some(&two)).is_none());
         assert!(retired.inherits(&history(3, &[(1, 110)]), Some(&two)).is_some());
         assert!(retired.inherits(&history(3, &[(1, 100), (2, 200)]), Some(&two)).is_none());
-        // What was decided stays decided where nothing of it is held yet, for what came from it, too.
+        // A decision also applies where none of the WAL is here yet, and to timelines that came from it.
         assert!(retired.inherits(&two, None).is_none());
         assert!(retired.inherits(&history(3, &[(1, 100), (2, 200)]), None).is_none());
-        // Promoted more than once: over a timeline that nobody has heard of.
+        // Promoted more than once, through an unknown timeline.
         assert!(marks.inherits(&history(4, &[(1, 100), (2, 200), (3, 300)]), Some(&one)).is_some());
     }
 

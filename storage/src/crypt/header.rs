@@ -1,23 +1,23 @@
-//! What can be read of an age file without a key.
+//! What can be read from an age file without a key.
 //!
 //! An age header is text: a version line, stanzas of `-> TYPE ARGUMENTS` with a base64 body, and `--- MAC`. For each
-//! recipient we add, behind the stanza that age needs,
+//! recipient we add the following stanza behind the one that age needs:
 //!
 //! ```text
 //! -> klio/recipient age1…
 //!
 //! ```
 //!
-//! which the format tells every reader to ignore. It makes a wrong key a matter of reading instead of guessing. It is
-//! covered by the header's MAC, and public recipients are no secret.
+//! The format tells every reader to ignore it. With it, a wrong key is recognized by reading the header instead of
+//! guessing. It is covered by the header's MAC, and public recipients are not secret.
 
 use age::{EncryptError, Recipient, x25519};
 use age_core::format::{FileKey, Stanza};
 use std::collections::HashSet;
 
-/// How every age file begins.
+/// The beginning of every age file.
 pub const MAGIC: &[u8] = b"age-encryption.org/v1\n";
-/// More than our headers take, with dozens of recipients.
+/// More than our headers need, even with dozens of recipients.
 pub const HEADER_LIMIT_BYTES: usize = 16 << 10;
 
 const TAG: &str = "klio/recipient";
@@ -47,8 +47,9 @@ impl Recipient for Named {
     }
 }
 
-/// For whom an age file is, as its header says: empty for a file that Klio did not write. `None` when the bytes, the first
-/// [`HEADER_LIMIT_BYTES`] of a file or all of it, are no age header. Nothing is authenticated: for messages only.
+/// The recipients that an age file's header names: empty for a file that Klio did not write. `None` when the bytes (all
+/// of the file, or its first [`HEADER_LIMIT_BYTES`]) are not an age header. Nothing is authenticated, so use the result
+/// for messages only.
 pub fn recipients_of(bytes: &[u8]) -> Option<Vec<String>> {
     let mut found = Vec::new();
     for line in bytes.strip_prefix(MAGIC)?.split(|b| *b == b'\n') {
@@ -57,7 +58,7 @@ pub fn recipients_of(bytes: &[u8]) -> Option<Vec<String>> {
         }
         let line = std::str::from_utf8(line).ok()?;
         if let Some((TAG, name)) = line.strip_prefix("-> ").and_then(|rest| rest.split_once(' ')) {
-            // From outside: only what is a recipient gets into a message.
+            // The header is untrusted: only valid recipients get into a message.
             if name.parse::<x25519::Recipient>().is_ok() {
                 found.push(name.to_owned());
             }

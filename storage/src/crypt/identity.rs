@@ -1,14 +1,14 @@
 //! The text of an identity file, as `age-keygen` writes it.
 //!
-//! One identity a line (`AGE-SECRET-KEY-1…`), `#` begins a comment. The first one is the newest: what is written is for
-//! it. A rotation puts a new one in front and keeps the rest.
+//! One identity per line (`AGE-SECRET-KEY-1…`), `#` begins a comment. The first one is the newest, and new files are
+//! encrypted for it. A rotation inserts a new one at the beginning and keeps the others.
 
 use crate::{Error, Kind, Op};
 use age::{secrecy::ExposeSecret, x25519};
 use std::fmt;
 use zeroize::Zeroizing;
 
-/// An identity file's text; wiped when dropped.
+/// The text of an identity file; wiped when dropped.
 #[derive(Clone)]
 pub struct IdentityText(Zeroizing<String>);
 
@@ -19,7 +19,7 @@ impl fmt::Debug for IdentityText {
 }
 
 impl IdentityText {
-    /// A new identity's file, and its public recipient. `created` goes into a comment.
+    /// Generates an identity: the text of its file, and its public recipient. `created` goes into a comment.
     pub fn generate(created: &str) -> (Self, String) {
         let identity = x25519::Identity::generate();
         let recipient = identity.to_public().to_string();
@@ -31,17 +31,17 @@ impl IdentityText {
         (Self(text), recipient)
     }
 
-    /// An existing file's text.
+    /// From the text of an existing file.
     pub fn new(text: Zeroizing<String>) -> Self {
         Self(text)
     }
 
-    /// The text: secret.
+    /// The text, which is secret.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// This text with the identities of `older` behind its own.
+    /// This text followed by the identities of `older`.
     #[must_use]
     pub fn before(self, older: &Self) -> Self {
         Self(Zeroizing::new(format!("{}{}", *self.0, *older.0)))
@@ -55,12 +55,12 @@ impl IdentityText {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            // The line is not repeated: it may be a secret with a typing error.
+            // The line is not repeated in the error: it may be a secret with a typing error.
             let identity = line.parse().map_err(|why: &str| {
                 let number = number + 1;
                 let detail = format!("expected AGE-SECRET-KEY-1… on line {number}, found {why}");
                 Error::new(Kind::Invalid, Op::Configure, place, detail)
-                    .hint("klio-server keygen makes one; plugins and passphrases are not supported")
+                    .hint("create one with klio-server keygen; plugins and passphrases are not supported")
             })?;
             found.push(identity);
         }

@@ -1,4 +1,4 @@
-//! Decrypts what comes over a network, piece by piece and without a thread.
+//! Decrypts data from the network, piece by piece and without a thread.
 
 use super::{Keys, header::HEADER_LIMIT_BYTES, payload_error};
 use crate::Error;
@@ -11,8 +11,8 @@ use std::io;
 const PIECE_BYTES: usize = 64 << 10;
 
 impl Keys {
-    /// What an age file that comes in pieces holds. Its errors are as those of [`Keys::decrypt`] and [`payload_error`], or
-    /// the stream's own; `place` is for them.
+    /// The plain content of an age file that arrives in pieces. Its errors are those of [`Keys::decrypt`] and
+    /// [`payload_error`], or of the stream; `place` is for them.
     ///
     /// # Errors
     /// As [`Keys::decrypt`].

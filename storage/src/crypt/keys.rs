@@ -1,4 +1,4 @@
-//! The keys a process works with: identities that decrypt, recipients for whom it encrypts.
+//! The keys of a process: identities for decryption, recipients for encryption.
 
 use super::{
     header::{self, HEADER_LIMIT_BYTES, Named},
@@ -15,9 +15,9 @@ use std::{
 };
 use zeroize::Zeroizing;
 
-/// Identity files are a few lines.
+/// Identity files have a few lines.
 const IDENTITY_LIMIT_BYTES: u64 = 1 << 20;
-/// For small secrets: enough that their buffer never grows, which would leave copies behind.
+/// The buffer for small secrets. It is large enough that it never grows, which would leave copies in memory.
 const SMALL_SECRET_BYTES: usize = 16 << 10;
 
 /// Identities, newest first, and recipients. A clone is cheap.
@@ -25,7 +25,7 @@ const SMALL_SECRET_BYTES: usize = 16 << 10;
 pub struct Keys(Arc<Inner>);
 
 struct Inner {
-    /// With the recipient of each. Empty for keys that only encrypt.
+    /// Each with its recipient. Empty for keys that can only encrypt.
     identities: Vec<(x25519::Identity, String)>,
     recipients: Vec<Named>,
 }
@@ -37,19 +37,19 @@ impl fmt::Debug for Keys {
 }
 
 impl Keys {
-    /// From an identity file and further recipients.
+    /// From an identity file and additional recipients.
     ///
     /// # Errors
-    /// `NotFound`, `Denied` or `Io` of the file; `Invalid` when it holds no identity, or something that is none.
+    /// `NotFound`, `Denied` or `Io` of the file; `Invalid` when it has no identity or an invalid line.
     pub fn load(identity_file: &Path, extra_recipients: &[String]) -> Result<Self, Error> {
         let text = read_identity(identity_file)?;
         Self::of(&text, extra_recipients, &identity_file.display().to_string())
     }
 
-    /// From an identity file's text and further recipients.
+    /// From the text of an identity file and additional recipients.
     ///
     /// # Errors
-    /// `Invalid` when it holds no identity, or something that is none.
+    /// `Invalid` when it has no identity or an invalid line.
     pub fn from_text(identities: &str, extra_recipients: &[String]) -> Result<Self, Error> {
         let text = IdentityText::new(Zeroizing::new(identities.to_owned()));
         Self::of(&text, extra_recipients, "age identity")
@@ -83,13 +83,13 @@ impl Keys {
         Ok(Self(Arc::new(Inner { identities, recipients })))
     }
 
-    /// A new identity: the text of its file, and its public recipient.
+    /// Generates an identity: the text of its file, and its public recipient.
     pub fn generate() -> (Zeroizing<String>, String) {
         let (text, recipient) = IdentityText::generate("by klio");
         (Zeroizing::new(text.expose().to_owned()), recipient)
     }
 
-    /// For whom new files are: the newest identity's recipient, then the extra ones.
+    /// The recipients of new files: the newest identity's, then the additional ones.
     pub fn recipients(&self) -> Vec<String> {
         self.0.recipients.iter().map(|recipient| recipient.name.clone()).collect()
     }
@@ -102,7 +102,7 @@ impl Keys {
     /// Encrypts something small.
     ///
     /// # Errors
-    /// `Invalid`: cannot happen with recipients that were parsed.
+    /// `Invalid`, which cannot happen with recipients that were parsed.
     pub fn wrap(&self, plain: &[u8]) -> Result<Vec<u8>, Error> {
         let mut writer = self.encrypt(Vec::with_capacity(plain.len() + 1024))?;
         let done = writer.write_all(plain).and_then(|()| writer.finish());
@@ -120,10 +120,10 @@ impl Keys {
         Ok(plain)
     }
 
-    /// Encrypts what is written into the result, into `to`. It must be finished.
+    /// Returns a writer that encrypts into `to`. It must be finished.
     ///
     /// # Errors
-    /// `Io` when `to` fails to take the header.
+    /// `Io` when writing the header to `to` fails.
     pub fn encrypt<W: Write>(&self, to: W) -> Result<Encrypted<W>, Error> {
         let recipients = self.0.recipients.iter().map(|r| r as &dyn age::Recipient);
         let encryptor = Encryptor::with_recipients(recipients)
@@ -134,12 +134,11 @@ impl Keys {
         Ok(Encrypted(writer))
     }
 
-    /// Decrypts `from`, whose header is read here. What the result fails with while it is read becomes an error of ours
-    /// through [`payload_error`].
+    /// Decrypts `from`, whose header is read here. Convert errors while reading the result with [`payload_error`].
     ///
     /// # Errors
-    /// `Denied` when none of the identities opens it, with those it is for; `Corrupt` when it is no age file, or its
-    /// header was changed; what `from` fails with.
+    /// `Denied`, with the recipients, when none of the identities decrypts it; `Corrupt` when it is not an age file or
+    /// its header was changed; an error of `from`.
     pub fn decrypt<R: Read>(&self, mut from: R) -> Result<Decrypted<R>, Error> {
         let mut head = Vec::with_capacity(HEADER_LIMIT_BYTES);
         (&mut from)
@@ -147,7 +146,7 @@ impl Keys {
             .read_to_end(&mut head)
             .map_err(|e| Error::io(Op::Read, Path::new("age file"), e))?;
         let recipients = header::recipients_of(&head);
-        // Without a buffer of its own the second part ends a header that is longer than any of ours.
+        // With a zero-capacity buffer, the second part ends a header that is longer than any of ours.
         let whole = io::Cursor::new(head).chain(BufReader::with_capacity(0, from));
         let identities = self.identities().map(|identity| identity as &dyn Identity);
         Decryptor::new_buffered(whole)
@@ -160,7 +159,7 @@ impl Keys {
         self.0.identities.iter().map(|(identity, _)| identity)
     }
 
-    /// Why a header does not open.
+    /// The error for a header that cannot be decrypted.
     pub(super) fn header_error(&self, cause: DecryptError, recipients: Option<&[String]>) -> Error {
         let place = "age file";
         let own = self.own();
@@ -192,7 +191,7 @@ fn listed(names: &[String]) -> String {
     if names.is_empty() { "somebody the header does not name".into() } else { names.join(" or ") }
 }
 
-/// An error while the content of an age file is read: changed and cut bytes are `Corrupt`.
+/// The error for a failure while the content of an age file is read: changed or truncated bytes are `Corrupt`.
 pub fn payload_error(place: impl fmt::Display, cause: &io::Error) -> Error {
     use io::ErrorKind::{InvalidData, UnexpectedEof};
     let kind = match cause.kind() {
@@ -202,10 +201,10 @@ pub fn payload_error(place: impl fmt::Display, cause: &io::Error) -> Error {
     Error::new(kind, Op::Read, place, cause)
 }
 
-/// An identity file's text.
+/// Reads the text of an identity file.
 ///
 /// # Errors
-/// `NotFound`, `Denied` or `Io` of the file; `Invalid` when it is far too large or no text.
+/// `NotFound`, `Denied` or `Io` of the file; `Invalid` when it is far too large or not text.
 pub fn read_identity(path: &Path) -> Result<IdentityText, Error> {
     let failed = |e| {
         Error::io(Op::Open, path, e)

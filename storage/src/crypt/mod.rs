@@ -1,12 +1,15 @@
-//! Encryption at rest: one age identity, given by the user, is the root of everything.
+//! Encryption at rest. Everything depends on one age identity, which the user provides.
 //!
-//! CRYPT1  What is encrypted is a standard age file (<https://age-encryption.org/v1>): `age -d -i identity FILE` opens it (P10).
-//! CRYPT2  New files are for the newest identity and every extra recipient; every identity of the file opens old ones, so a
-//!     rotated key keeps working until all that needs it is written again.
-//! CRYPT3  A wrong key is `Denied` and names whom the file is for; changed or cut bytes are `Corrupt`. Never a short result.
-//! CRYPT4  No secret in a message, a log line or `Debug`.
+//! CRYPT1  Encrypted files are standard age files (<https://age-encryption.org/v1>): `age -d -i identity FILE` decrypts
+//!         them (P10).
+//! CRYPT2  New files are encrypted for the newest identity and every additional recipient; every identity in the file
+//!         decrypts old ones, so a rotated key keeps working until all files that need it are rewritten.
+//! CRYPT3  A wrong key is `Denied`, and the error names the file's recipients; changed or truncated bytes are
+//!         `Corrupt`. The result is never shortened.
+//! CRYPT4  No secret appears in a message, a log line or `Debug`.
 //!
-//! An X25519 header does not say for whom it is. Ours does, in a stanza that every age ignores (`header.rs`).
+//! An X25519 header does not name its recipients. Ours does, in a stanza that every age implementation ignores
+//! (`header.rs`).
 
 mod header;
 mod identity;
@@ -19,20 +22,20 @@ pub use identity::IdentityText;
 pub use keys::{Keys, payload_error, read_identity};
 pub use stream::{Decrypted, Encrypted};
 
-/// Whether what is written is encrypted.
+/// Whether new files are encrypted, and with which keys.
 #[derive(Debug, Clone, Default)]
 pub enum AtRest {
-    /// Plain, by an explicit setting. Encrypted files of earlier are not readable.
+    /// Not encrypted, by an explicit setting. Files that were encrypted earlier cannot be read.
     #[default]
     Off,
-    /// Encrypted with these keys. Plain files of earlier stay readable.
+    /// Encrypted with these keys. Existing plain files can still be read.
     On(Keys),
-    /// Plain from now on, but these keys still open what was encrypted before.
+    /// Not encrypted from now on, but these keys still decrypt what was encrypted earlier.
     OffWith(Keys),
 }
 
 impl AtRest {
-    /// The keys to write with.
+    /// The keys to encrypt with.
     pub const fn writing(&self) -> Option<&Keys> {
         match self {
             AtRest::On(keys) => Some(keys),
@@ -40,7 +43,7 @@ impl AtRest {
         }
     }
 
-    /// The keys to read with.
+    /// The keys to decrypt with.
     pub const fn reading(&self) -> Option<&Keys> {
         match self {
             AtRest::On(keys) | AtRest::OffWith(keys) => Some(keys),
@@ -53,13 +56,13 @@ impl AtRest {
         self.writing().is_some()
     }
 
-    /// The keys to read with, or why `place`, which is encrypted, cannot be read.
+    /// The keys to decrypt with, or the error that the encrypted `place` cannot be read.
     ///
     /// # Errors
     /// `Denied` without keys.
     pub fn need(&self, place: impl std::fmt::Display) -> Result<&Keys, crate::Error> {
         self.reading().ok_or_else(|| {
-            let detail = "expected an age identity to decrypt it, found encryption switched off and none given";
+            let detail = "expected an age identity to decrypt it, found encryption switched off and no identity";
             crate::Error::new(crate::Kind::Denied, crate::Op::Open, place, detail)
                 .hint("set encryption.identity_file to the identity it was encrypted for")
         })

@@ -1,18 +1,18 @@
-//! Encrypting and decrypting as bytes pass: 64 KiB in memory, whatever the size.
+//! Streaming encryption and decryption: 64 KiB in memory, whatever the size.
 
 use std::{
     fmt,
     io::{self, BufReader, Chain, Cursor, Read, Write},
 };
 
-/// A writer that encrypts. Without [`Encrypted::finish`] the file is cut, and no reader takes it for whole.
+/// A writer that encrypts. Without [`Encrypted::finish`] the file is truncated, which every reader notices.
 pub struct Encrypted<W: Write>(pub(super) age::stream::StreamWriter<W>);
 
 impl<W: Write> Encrypted<W> {
-    /// Writes the end, and gives the writer back.
+    /// Writes the end, and returns the inner writer.
     ///
     /// # Errors
-    /// Of the writer.
+    /// An error of the inner writer.
     pub fn finish(self) -> io::Result<W> {
         self.0.finish()
     }
@@ -33,7 +33,8 @@ impl<W: Write> fmt::Debug for Encrypted<W> {
     }
 }
 
-/// A reader that decrypts. Changed or cut bytes give `InvalidData` or `UnexpectedEof`, never an early end.
+/// A reader that decrypts. Changed or truncated bytes give `InvalidData` or `UnexpectedEof`, never an early
+/// end.
 pub struct Decrypted<R: Read>(
     pub(super) age::stream::StreamReader<Chain<Cursor<Vec<u8>>, BufReader<R>>>,
 );

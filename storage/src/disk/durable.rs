@@ -1,8 +1,9 @@
-//! Durable rename, durable directory, atomic overwrite of a small file: here and nowhere else.
+//! Durable rename, durable directory creation, and atomic overwrite of a small file. They are implemented
+//! only here.
 //!
-//! Each returns `Ok` only when what it did survives a power loss. After an error the old or the new state
-//! may be found, never a mixture, and doing it again from the start is safe: every try makes a new file and
-//! a new rename, so that a failed fsync is never asked a second time about the same change (P3).
+//! Each returns `Ok` only when its effect survives a power loss. After an error the old or the new state
+//! may be found, never a mixture, and repeating the call is safe: every attempt makes a new file and a new
+//! rename, so that a failed fsync is never retried for the same change (P3).
 
 use super::Disk;
 use crate::{Error, Op};
@@ -12,27 +13,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What an unfinished file ends with; removed at start.
+/// The suffix of unfinished files, which are removed at start.
 pub const TMP_SUFFIX: &str = ".tmp";
 
-/// `path` with `.tmp` behind it.
+/// `path` with `.tmp` appended.
 pub fn tmp_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(TMP_SUFFIX);
     name.into()
 }
 
-/// The directory of a path.
 pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
 
 /// Renames a file whose content is already synced and makes the new name durable.
 ///
-/// The old name may come back after a crash when it lies in another directory.
+/// If the old name is in another directory, it may reappear after a crash.
 ///
 /// # Errors
-/// Of the rename or of the fsync of the new directory.
+/// An error of the rename, or of the fsync of the new directory.
 pub fn rename(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), Error> {
     disk.rename(from, to).map_err(|e| Error::io(Op::Rename, to, e))?;
     sync_dir(disk, parent(to))
@@ -41,15 +41,15 @@ pub fn rename(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), Error> {
 /// Makes the names in a directory durable.
 ///
 /// # Errors
-/// Of the fsync.
+/// An error of the fsync.
 pub fn sync_dir(disk: &dyn Disk, directory: &Path) -> Result<(), Error> {
     disk.sync_dir(directory).map_err(|e| Error::io(Op::Sync, directory, e))
 }
 
-/// Puts `content` at `path`, durably: after a crash it is the old or the new content, whole.
+/// Writes `content` to `path`, durably: after a crash the old or the new content is there, complete.
 ///
 /// # Errors
-/// Of any step.
+/// An error of any step.
 pub fn overwrite(disk: &dyn Disk, path: &Path, content: &[u8]) -> Result<(), Error> {
     let tmp = tmp_path(path);
     remove_if_there(disk, &tmp)?;
@@ -59,17 +59,17 @@ pub fn overwrite(disk: &dyn Disk, path: &Path, content: &[u8]) -> Result<(), Err
         file.sync_all().map_err(|e| Error::io(Op::Sync, &tmp, e))
     };
     write().inspect_err(|_| {
-        // The first error is the one to report; start removes what is left.
+        // The first error is the one to report; the next start removes the rest.
         let _ = disk.remove(&tmp);
     })?;
     rename(disk, &tmp, path)
 }
 
-/// Creates a directory, durably, where it is not there. Its parent must exist.
+/// Creates a directory, durably, unless it exists. Its parent must exist.
 ///
 /// # Errors
-/// Of any step. The directory is taken away again when its name could not be made durable, so that the next
-/// try does not trust it.
+/// An error of any step. If its name cannot be made durable, the directory is removed again, so that the
+/// next attempt does not rely on it.
 pub fn create_dir(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
     match disk.create_dir(path) {
         Ok(()) => {}
@@ -77,15 +77,15 @@ pub fn create_dir(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
         Err(e) => return Err(Error::io(Op::Create, path, e)),
     }
     sync_dir(disk, parent(path)).inspect_err(|_| {
-        // Fails, as it should, where the directory is an old one with files in it.
+        // This fails, as intended, if the directory existed before and has files in it.
         let _ = disk.remove_dir(path);
     })
 }
 
-/// Removes a file; not durably.
+/// Removes a file, but not durably. A missing file is not an error.
 ///
 /// # Errors
-/// Other than that there is none.
+/// An I/O error of the disk.
 pub fn remove_if_there(disk: &dyn Disk, path: &Path) -> Result<(), Error> {
     match disk.remove(path) {
         Ok(()) => Ok(()),
@@ -99,7 +99,8 @@ mod tests {
     use super::*;
     use crate::disk::{Restart, SimDisk, read_small};
 
-    /// A crash at every step leaves the old or the new content, and the new one once `Ok` was returned.
+    /// After a crash at any step the old or the new content is there, and the new one once `Ok` was
+    /// returned.
     #[test]
     fn an_overwrite_is_old_or_new_after_a_crash_anywhere() {
         let path = Path::new("/a");

@@ -1,12 +1,13 @@
 //! The disk below tier 1, as a small trait with two implementations: the real one and a simulated one.
 //!
 //! The trait states what a caller may rely on after a crash, and no more:
-//! - bytes written survive only once `sync_data` or `sync_all` of that file returned `Ok`;
-//! - a created, renamed or removed name survives only once `sync_dir` of its directory returned `Ok`;
+//! - written bytes are certain to survive only once `sync_data` or `sync_all` of that file returned `Ok`;
+//! - a created, renamed or removed name is certain to survive only once `sync_dir` of its directory returned
+//!   `Ok`;
 //! - until then any part of it may survive, in any order, torn at sector boundaries;
-//! - a sync that failed says nothing about the file, and a later `Ok` does not take that back.
+//! - after a failed sync the state of the file is unknown, and a later `Ok` does not change that.
 //!
-//! There is no way to truncate a file: what was acknowledged can only be replaced by a whole new file (P2).
+//! There is no way to truncate a file: acknowledged bytes can only be replaced by a complete new file (P2).
 
 pub mod durable;
 mod real;
@@ -17,61 +18,59 @@ pub use sim::{Restart, SimDisk};
 
 use std::{fmt, io, path::Path, sync::Arc};
 
-/// What a tear can separate: the unit that a disk writes whole.
+/// The unit that a disk writes atomically; writes can be torn between sectors.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// An open file. Positions are explicit, so one handle may be shared.
+/// An open file. Offsets are explicit, so one handle may be shared.
 pub trait DiskFile: Send + Sync + fmt::Debug {
-    /// Reads at `offset`; fewer bytes than asked only at the end of the file.
+    /// Reads at `offset`; returns fewer bytes than requested only at the end of the file.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Writes all of `bytes` at `offset`. After an error any part may have been written.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
     /// fdatasync: content and length. Must not be called again on this handle after an error (P3).
     ///
     /// # Errors
-    /// As the operating system reports; the content is unknown then.
+    /// An error of the operating system; the state of the content is then unknown.
     fn sync_data(&self) -> io::Result<()>;
 
-    /// fsync: also the times. Must not be called again on this handle after an error (P3).
+    /// fsync: fdatasync plus the times. Must not be called again on this handle after an error (P3).
     ///
     /// # Errors
-    /// As the operating system reports; the content is unknown then.
+    /// An error of the operating system; the state of the content is then unknown.
     fn sync_all(&self) -> io::Result<()>;
 
     /// The length in bytes.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn size(&self) -> io::Result<u64>;
 }
 
 /// A shared open file.
 pub type FileHandle = Arc<dyn DiskFile>;
 
-/// Held for as long as it lives.
+/// A lock that is held until this value is dropped.
 pub trait DiskLock: Send + Sync + fmt::Debug {}
 
 /// One name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
-    /// The name; entries whose names are not UTF-8 are never listed, as Klio makes none.
+    /// Entries whose names are not UTF-8 are never listed, because Klio does not create any.
     pub name: String,
-    /// A directory, not a file.
     pub is_dir: bool,
 }
 
 /// Facts about a file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stat {
-    /// Bytes.
     pub size: u64,
     /// Seconds since 1970.
     pub modified_unix: f64,
@@ -94,7 +93,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Renames a file, replacing `to`.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes a file.
@@ -112,13 +111,13 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Removes an empty directory.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Makes the names in a directory durable.
     ///
     /// # Errors
-    /// As the operating system reports; which names are durable is unknown then.
+    /// An error of the operating system; it is then unknown which names are durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
     /// The names in a directory, sorted.
@@ -133,29 +132,29 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `NotFound` when there is none.
     fn stat(&self, path: &Path) -> io::Result<Stat>;
 
-    /// Sets the time of a file's last change: for a copy that takes an older file's place. Not durable by itself.
+    /// Sets the modification time of a file, for a copy that replaces an older file. Not durable by itself.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn set_modified(&self, path: &Path, unix: f64) -> io::Result<()>;
 
     /// Free and total bytes of the file system that holds `path`.
     ///
     /// # Errors
-    /// As the operating system reports.
+    /// An error of the operating system.
     fn space(&self, path: &Path) -> io::Result<(u64, u64)>;
 
-    /// Takes an exclusive lock on a file, creating it where it is not there.
+    /// Takes an exclusive lock on a file, and creates the file if needed.
     ///
     /// # Errors
     /// `WouldBlock` when somebody else holds it.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>>;
 }
 
-/// Fills `buf` from `offset`; returns how much there was before the end of the file.
+/// Fills `buf` from `offset`; returns the number of bytes before the end of the file.
 ///
 /// # Errors
-/// As the disk reports.
+/// An error of the disk.
 pub fn read_full(file: &dyn DiskFile, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
@@ -172,7 +171,7 @@ pub fn read_full(file: &dyn DiskFile, buf: &mut [u8], offset: u64) -> io::Result
 /// Reads a whole small file.
 ///
 /// # Errors
-/// As the disk reports, or `InvalidData` when it is longer than `limit` bytes.
+/// An error of the disk, or `InvalidData` when the file is longer than `limit` bytes.
 pub fn read_small(disk: &dyn Disk, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let file = disk.open(path, false)?;
     let size = file.size()?;

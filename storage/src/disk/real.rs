@@ -1,4 +1,4 @@
-//! The Disk of the operating system. What it makes can be read and locked by its owner alone, whatever the umask.
+//! The disk of the operating system. Only the owner can read or lock what it creates, whatever the umask.
 
 use super::{Disk, DiskFile, DiskLock, Entry, FileHandle, Stat};
 use std::{
@@ -10,11 +10,10 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-/// WAL and backups hold everything that the database does.
+/// WAL and backups contain all data of the database.
 const FILE_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// Files of this machine.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RealDisk;
 
@@ -41,7 +40,7 @@ impl DiskFile for RealFile {
 
 #[derive(Debug)]
 struct RealLock {
-    /// The lock ends when this is closed.
+    /// Closing the file releases the lock.
     _file: File,
 }
 
@@ -126,7 +125,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// Tier 1 was world-readable under the usual umask, and any local user could hold its lock.
+    /// Earlier, tier 1 was world-readable under the usual umask, and any local user could hold its lock.
     #[test]
     fn nobody_but_the_owner_may_read_or_lock_what_is_made() {
         let dir = tempfile::tempdir().unwrap();

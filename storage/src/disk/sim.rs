@@ -1,19 +1,20 @@
-//! A disk that forgets: for tests that crash anywhere and look what survived.
+//! A simulated disk that loses data, for tests that crash anywhere and check what survived.
 //!
-//! Model, chosen to be at least as unkind as Linux with ext4 without a journal:
+//! The model is meant to be at least as unkind as Linux with ext4 without a journal:
 //!
-//! - A file has the content that programs see (`cache`) and the content on the medium (`disk`). Each unsynced
-//!   sector of 512 bytes survives a power loss or not, on its own; so does the length.
-//! - Unsynced sectors may reach the medium at any time before (write-back), so that mixtures of several writes occur.
-//! - A name that was created, renamed or removed and not synced survives or not, on its own: after a rename both
+//! - A file has the content that programs see (`cache`) and the content on the medium (`disk`). Each unsynced sector of
+//!   512 bytes survives a power loss or not, independently; so does the length.
+//! - Unsynced sectors may reach the medium at any time before that (write-back), so mixtures of several writes occur.
+//! - A name that was created, renamed or removed and not synced survives or not, independently: after a rename both
 //!   names may exist, or neither.
-//! - A sync that fails leaves some of the sectors unwritten and marks them clean. They stay readable, or are
-//!   dropped from the cache, and the next sync succeeds without having written them ("fsyncgate", 2018).
-//! - Only where a test asks for it, the medium lies: a sync that succeeds leaves a sector as it was, or writes it to another place
-//!   of the file; a file cannot be read; a bit is another.
-//! - Space is the sum of all lengths plus one block a file; writing beyond it writes a part and fails.
+//! - A failed sync leaves some of the sectors unwritten and marks them clean. They stay readable, or are dropped from
+//!   the cache, and the next sync succeeds without having written them ("fsyncgate", 2018).
+//! - Only if a test asks for it, the medium fails silently: a successful sync leaves a sector unchanged or writes it to
+//!   another place in the file; a file cannot be read; a bit is flipped.
+//! - The used space is the sum of all lengths plus one block per file; a write beyond the capacity writes a part and
+//!   fails.
 //!
-//! Deterministic: the same seed and the same calls give the same disk. Used only in tests, also of other crates.
+//! Deterministic: the same seed and the same calls give the same disk. Used only in tests, also by other crates.
 
 use super::{Disk, DiskFile, DiskLock, Entry, FileHandle, SECTOR_BYTES, Stat};
 use std::{
@@ -24,7 +25,7 @@ use std::{
 };
 
 const SECTOR: usize = SECTOR_BYTES as usize;
-/// What a file costs beside its content.
+/// The space that a file takes besides its content.
 const FILE_COST: u64 = 4096;
 const ROOT: u64 = 0;
 const EIO: i32 = 5;
@@ -32,9 +33,9 @@ const EIO: i32 = 5;
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
-    /// The process dies; the cache stays, with whatever a failed sync left in it.
+    /// The process dies; the cache stays, including whatever a failed sync left in it.
     Kill,
-    /// The machine loses power; only what reached the medium stays.
+    /// The machine loses power; only what reached the medium survives.
     PowerLoss,
 }
 
@@ -46,7 +47,7 @@ pub struct SimDisk(Arc<Mutex<Inner>>);
 struct FileNode {
     cache: Vec<u8>,
     disk: Vec<u8>,
-    /// One for each sector of `cache` whose content is not on the medium yet.
+    /// One flag for each sector of `cache`: its content is not on the medium yet.
     dirty: Vec<bool>,
     modified: u64,
 }
@@ -55,7 +56,7 @@ struct FileNode {
 struct DirNode {
     cache: BTreeMap<String, u64>,
     disk: BTreeMap<String, u64>,
-    /// Unsynced changes in order: a name and what it leads to now.
+    /// Unsynced changes in order: a name, and the node that it refers to now.
     pending: Vec<(String, Option<u64>)>,
 }
 
@@ -70,7 +71,7 @@ struct Inner {
     random: u64,
     nodes: BTreeMap<u64, Node>,
     next_node: u64,
-    /// Handles of an earlier run of the program are dead.
+    /// Handles from earlier runs of the program are invalid.
     epoch: u64,
     operations: u64,
     writes: u64,
@@ -79,7 +80,7 @@ struct Inner {
     fail_sync_at: BTreeSet<u64>,
     fail_write_at: BTreeSet<u64>,
     lies_at: BTreeMap<u64, Lie>,
-    /// With the error that reading it ends with.
+    /// Unreadable files, with the error number that reading returns.
     unreadable: BTreeMap<u64, i32>,
     capacity: Option<u64>,
     crashed: bool,
@@ -87,7 +88,7 @@ struct Inner {
     interruptions: BTreeMap<PathBuf, Interruption>,
 }
 
-/// What a test does in the middle of somebody else's change.
+/// An action of a test in the middle of another change.
 struct Interruption(Box<dyn FnOnce() + Send>);
 
 impl fmt::Debug for Interruption {
@@ -96,12 +97,12 @@ impl fmt::Debug for Interruption {
     }
 }
 
-/// How a sync lies that says it succeeded.
+/// How a sync fails silently.
 #[derive(Debug, Clone, Copy)]
 enum Lie {
-    /// A sector stays as it was on the medium.
+    /// A sector keeps its old content on the medium.
     Lost,
-    /// A sector is written to another place of the file.
+    /// A sector is written to another place in the file.
     Misdirected,
 }
 
@@ -110,7 +111,7 @@ fn power_is_off() -> io::Error {
 }
 
 impl Inner {
-    /// splitmix64.
+    /// The splitmix64 generator.
     fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.random;
@@ -123,7 +124,7 @@ impl Inner {
         self.random().is_multiple_of(n)
     }
 
-    /// Counts a change; the one at which the crash is due is told so and may still do a part.
+    /// Counts a change. Returns true for the change at which the crash happens, which may still be partly done.
     fn step(&mut self) -> io::Result<bool> {
         if self.crashed {
             return Err(power_is_off());
@@ -252,7 +253,7 @@ impl Inner {
         outcome
     }
 
-    /// Some unsynced sectors reach the medium early.
+    /// Writes some unsynced sectors to the medium early.
     fn write_back(&mut self, node: u64) -> io::Result<()> {
         let chance = 1 + self.random() % 4;
         for sector in self.file(node)?.dirty_sectors() {
@@ -296,7 +297,7 @@ impl Inner {
         Ok(())
     }
 
-    /// One of the sectors that are about to be synced goes wrong, in silence.
+    /// Silently corrupts one of the sectors that are about to be synced.
     fn lie(&mut self, node: u64, lie: Lie) -> io::Result<()> {
         let dirty = self.file(node)?.dirty_sectors();
         if dirty.is_empty() {
@@ -328,7 +329,7 @@ impl Inner {
             }
             lost.insert(name.clone());
             if crashes {
-                // Not lost yet: the machine may go on without the program.
+                // It is not lost yet: the machine may keep running without the program.
                 self.dir(node)?.pending.push((name, to));
             }
         }
@@ -339,7 +340,7 @@ impl Inner {
         }
     }
 
-    /// What survives: nothing unsynced, all of it, or a mixture.
+    /// Decides what survives: nothing unsynced, all of it, or a mixture.
     fn lose_power(&mut self) {
         let mode = self.random() % 4;
         let survives = |inner: &mut Self| match mode {
@@ -363,7 +364,7 @@ impl Inner {
                     file.dirty = vec![false; file.cache.len().div_ceil(SECTOR)];
                 }
                 Node::Dir(dir) => {
-                    // For one name later changes follow earlier ones; between names there is no order.
+                    // Changes of one name survive in order; changes of different names are independent.
                     let mut lost = BTreeSet::new();
                     for (name, to) in std::mem::take(&mut dir.pending) {
                         if lost.contains(&name) || !survives(self) {
@@ -396,7 +397,7 @@ impl FileNode {
             return;
         }
         if self.cache.len() < end {
-            // Not `resize`, which takes a debug build a loop over every byte.
+            // Not `resize`, which in a debug build loops over every byte.
             self.cache.extend_from_slice(&vec![0; end - self.cache.len()]);
             self.dirty.resize(end.div_ceil(SECTOR), false);
         }
@@ -422,7 +423,7 @@ impl FileNode {
         self.dirty[sector] = false;
     }
 
-    /// The sync failed for this sector: it counts as clean, and may be read from the medium again.
+    /// The sync failed for this sector: it is marked clean, and its content may be dropped from the cache.
     fn forget(&mut self, sector: usize, evict: bool) {
         self.dirty[sector] = false;
         if evict {
@@ -443,7 +444,7 @@ impl DirNode {
 }
 
 impl SimDisk {
-    /// An empty disk whose luck is decided by `seed`.
+    /// An empty disk; `seed` determines its random choices.
     pub fn new(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             random: seed,
@@ -469,12 +470,12 @@ impl SimDisk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes (writes, syncs, names) so far.
+    /// Number of changes so far (writes, syncs, names).
     pub fn operations(&self) -> u64 {
         self.inner().operations
     }
 
-    /// File writes and syncs (of files and directories) so far.
+    /// Number of file writes and syncs (of files and directories) so far.
     pub fn writes_and_syncs(&self) -> (u64, u64) {
         let inner = self.inner();
         (inner.writes, inner.syncs)
@@ -486,7 +487,7 @@ impl SimDisk {
         inner.crash_at = Some(inner.operations + n);
     }
 
-    /// True once the crash came: every call fails until [`SimDisk::restart`].
+    /// True after the crash: every call fails until [`SimDisk::restart`].
     pub fn crashed(&self) -> bool {
         self.inner().crashed
     }
@@ -498,39 +499,39 @@ impl SimDisk {
         inner.fail_sync_at.insert(at);
     }
 
-    /// Fails the file write after the next `n`, part of it done.
+    /// Fails the file write after the next `n`; a part of it is written.
     pub fn fail_write_after(&self, n: u64) {
         let mut inner = self.inner();
         let at = inner.writes + n + 1;
         inner.fail_write_at.insert(at);
     }
 
-    /// The sync after the next `n` leaves a sector as it was, and says it succeeded.
+    /// The sync after the next `n` leaves a sector unchanged on the medium, but reports success.
     pub fn lose_in_sync_after(&self, n: u64) {
         let mut inner = self.inner();
         let at = inner.syncs + n + 1;
         inner.lies_at.insert(at, Lie::Lost);
     }
 
-    /// The sync after the next `n` writes a sector to another place of the file, and says it succeeded.
+    /// The sync after the next `n` writes a sector to another place in the file, but reports success.
     pub fn misdirect_in_sync_after(&self, n: u64) {
         let mut inner = self.inner();
         let at = inner.syncs + n + 1;
         inner.lies_at.insert(at, Lie::Misdirected);
     }
 
-    /// Every read of a file fails from now on, as one from a bad sector does.
+    /// Makes every read of a file fail from now on, like a bad sector does.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no such file.
     pub fn fail_reads(&self, path: &Path) -> io::Result<()> {
         self.fail_reads_with(path, EIO)
     }
 
-    /// The same with another error of the operating system.
+    /// The same with another error number of the operating system.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no such file.
     pub fn fail_reads_with(&self, path: &Path, code: i32) -> io::Result<()> {
         let mut inner = self.inner();
         let node = inner.find(path)?;
@@ -538,8 +539,8 @@ impl SimDisk {
         Ok(())
     }
 
-    /// Runs `then` once, just before a name `path` is given to a file or taken from it. The disk is not locked meanwhile, so
-    /// `then` sees what another thread would see at that moment.
+    /// Runs `then` once, just before the name `path` is created or removed. The disk is not locked meanwhile, so `then`
+    /// sees what another thread would see at that moment.
     pub fn before_name_changes(&self, path: &Path, then: impl FnOnce() + Send + 'static) {
         self.inner().interruptions.insert(path.to_owned(), Interruption(Box::new(then)));
     }
@@ -551,7 +552,7 @@ impl SimDisk {
         }
     }
 
-    /// Forgets planned failures that did not come, and lets files be read again; a planned crash stays.
+    /// Cancels planned faults and makes files readable again; a planned crash stays.
     pub fn clear_faults(&self) {
         let mut inner = self.inner();
         inner.lies_at.clear();
@@ -560,12 +561,12 @@ impl SimDisk {
         inner.fail_write_at.clear();
     }
 
-    /// Bytes the disk can hold; `None` for no end.
+    /// Sets the capacity in bytes; `None` for unlimited.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.inner().capacity = bytes;
     }
 
-    /// Bytes in use: what [`SimDisk::set_capacity`] must be to leave nothing free.
+    /// Bytes in use: passing this to [`SimDisk::set_capacity`] leaves no free space.
     pub fn used(&self) -> u64 {
         let mut inner = self.inner();
         let before = inner.capacity.replace(u64::MAX);
@@ -588,8 +589,8 @@ impl SimDisk {
         Ok(())
     }
 
-    /// Ends the program and starts the machine again: handles and locks of before are dead, planned faults and
-    /// crashes forgotten.
+    /// Ends the program and starts the machine again: existing handles and locks become invalid, and planned faults and
+    /// crashes are cancelled.
     pub fn restart(&self, how: Restart) {
         let mut inner = self.inner();
         if how == Restart::PowerLoss {
@@ -601,7 +602,7 @@ impl SimDisk {
         self.restart_program();
     }
 
-    /// Ends the program and starts it again, as [`Restart::Kill`], with a planned crash still to come.
+    /// Ends the program and starts it again, as [`Restart::Kill`], but keeps a planned crash.
     pub fn restart_program(&self) {
         let mut inner = self.inner();
         inner.epoch += 1;

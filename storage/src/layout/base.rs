@@ -4,13 +4,13 @@
 //! |---|---|
 //! | `<cluster>/base/config`, `keys/<id>`, `index/<id>`, `snapshots/<id>` | a restic-format repository |
 //! | `<cluster>/base/data/<first two digits>/<id>` | its packs |
-//! | `<cluster>/timelines.json` | timelines of which more than one is written, and what was decided |
-//! | `<cluster>/repository.json[.age]` | what opens the repository: password and master key |
+//! | `<cluster>/timelines.json` | timelines that were written at the same time as another one, and what was decided |
+//! | `<cluster>/repository.json[.age]` | the repository's secret: password and master key |
 //! | `<cluster>/wal_levels.json` | where WAL was written with `wal_level = minimal` |
 //! | `<cluster>/backups/<name>.json` | one record for each base backup |
 //!
 //! The repository layout is restic's (<https://restic.readthedocs.io/en/stable/100_references.html#repository-layout>).
-//! An id is the SHA-256 of the file's bytes, which is how every reader of it can check them.
+//! An id is the SHA-256 of the file's bytes, with which every reader can verify them.
 
 use super::ClusterName;
 use crate::{tier2::Sha256Sum, wal::LEVELS};
@@ -19,20 +19,19 @@ use std::{fmt, str::FromStr};
 /// The kinds of files in a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BaseKind {
-    /// The one `config`.
+    /// The repository's only `config`.
     Config,
-    /// A password's wrapping of the master key.
+    /// The master key, wrapped with a password.
     Key,
     /// A pack of chunks.
     Data,
-    /// Where chunks lie in packs.
+    /// Which chunk is in which pack.
     Index,
-    /// A snapshot: the root of a tree of files.
+    /// A snapshot: the root of a file tree.
     Snapshot,
 }
 
 impl BaseKind {
-    /// All of them.
     pub const ALL: [BaseKind; 5] =
         [BaseKind::Config, BaseKind::Key, BaseKind::Data, BaseKind::Index, BaseKind::Snapshot];
 
@@ -51,14 +50,12 @@ impl BaseKind {
 /// The name of a repository file: the SHA-256 of its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BaseFile {
-    /// Which kind.
     pub kind: BaseKind,
-    /// Its id; all zero for the config, whose name says nothing about its bytes.
+    /// The id; all zero for the config, whose name does not depend on its bytes.
     pub id: Sha256Sum,
 }
 
 impl BaseFile {
-    /// The config.
     pub const CONFIG: BaseFile = BaseFile { kind: BaseKind::Config, id: Sha256Sum::new([0; 32]) };
 
     /// The key below `<cluster>/base/`.
@@ -81,7 +78,7 @@ impl BaseFile {
         format!("{cluster}/base/{}", self.relative())
     }
 
-    /// Reads a key below `<cluster>/base/`; `None` for anything that is not a repository file.
+    /// Parses a key below `<cluster>/base/`; `None` for anything that is not a repository file.
     pub fn parse_relative(text: &str) -> Option<Self> {
         if text == "config" {
             return Some(Self::CONFIG);
@@ -97,7 +94,7 @@ impl BaseFile {
     }
 }
 
-/// Where a cluster's repository begins, for tools that want its address.
+/// The key prefix of a cluster's repository, for tools that need its address.
 pub fn repository_prefix(cluster: &ClusterName) -> String {
     format!("{cluster}/base")
 }
@@ -109,7 +106,7 @@ pub fn repository_prefix(cluster: &ClusterName) -> String {
 #[serde(try_from = "String", into = "String")]
 pub struct BackupName(String);
 
-/// Not a backup name.
+/// The text is not a backup name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected a backup name of 1 to 63 characters A-Z, a-z, 0-9, ., _ or -, beginning with a letter or digit, found {found:?}"
@@ -119,17 +116,16 @@ pub struct BackupNameError {
 }
 
 impl BackupName {
-    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The record's key in both tiers.
+    /// The key of the record in both tiers.
     pub fn record_key(&self, cluster: &ClusterName) -> String {
         format!("{cluster}/backups/{}.json", self.0)
     }
 
-    /// Reads a file name of `<cluster>/backups/`.
+    /// Parses a file name in `<cluster>/backups/`.
     pub fn parse_record(file: &str) -> Option<Self> {
         file.strip_suffix(".json")?.parse().ok()
     }
@@ -168,26 +164,26 @@ impl fmt::Display for BackupName {
     }
 }
 
-/// Anything of a cluster that tier 2 keeps besides WAL: one type for jobs, listings and keys.
+/// An object of a cluster in tier 2 other than WAL: one type for jobs, listings and keys.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BaseObject {
     /// `cluster.json`: what was pinned at first contact. The PostgreSQL version in it may change.
     Cluster,
-    /// `generations.json`: which histories of the cluster there are. It changes when one is found, and when a person
-    /// decides.
+    /// `generations.json`: the histories of the cluster. It changes when a new one is found, and when a person decides.
     Generations,
-    /// `timelines.json`: which timelines are in conflict. It changes when one is found, and when a person decides.
+    /// `timelines.json`: which timelines are in conflict. It changes when a conflict is found, and when a person
+    /// decides.
     Timelines,
     /// `repository.json[.age]`; the wrapping may change, the secret inside does not.
     Secret {
-        /// Age-wrapped.
+        /// Whether it is age-wrapped.
         encrypted: bool,
     },
-    /// `wal_levels.json`: where WAL was written that no recovery passes. Entries are only added.
+    /// `wal_levels.json`: where WAL was written that recovery cannot pass. Entries are only added.
     WalLevels,
     /// A file of the repository.
     File(BaseFile),
-    /// The record of a backup. In tier 2 it says that all the backup needs is there.
+    /// The record of a backup. In tier 2 its presence means that everything the backup needs is there.
     Record(BackupName),
 }
 
@@ -211,12 +207,12 @@ impl BaseObject {
         format!("{cluster}/{}", self.relative())
     }
 
-    /// Whether its content never changes: what is there under its key is all there will ever be.
+    /// Whether the content under its key never changes.
     pub const fn is_fixed(&self) -> bool {
         matches!(self, BaseObject::File(_) | BaseObject::Record(_))
     }
 
-    /// Reads a key below `<cluster>/`; `None` for anything else, WAL included.
+    /// Parses a key below `<cluster>/`; `None` for anything else, including WAL.
     pub fn parse_relative(text: &str) -> Option<Self> {
         match text {
             "cluster.json" => return Some(BaseObject::Cluster),
@@ -235,7 +231,7 @@ impl BaseObject {
     }
 }
 
-/// The key below `<cluster>/`, which says nothing about the cluster.
+/// The key below `<cluster>/`, without the cluster's name.
 impl fmt::Display for BaseObject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.relative())

@@ -1,7 +1,7 @@
-//! The text of a JSON document as it is stored, without reading values into types: what a checksum covers must not depend
-//! on which fields a program knows. Pure. Both expect a document that a JSON reader has accepted.
+//! The text of a JSON document as it is stored, without parsing values into types: what a checksum covers must not
+//! depend on which fields a program knows. Pure. Both functions expect a document that a JSON parser has accepted.
 
-/// Where the next character outside strings stands that `wanted` wants, from `at` on; strings are passed over whole.
+/// The position of the next character from `at` on that satisfies `wanted`; strings are skipped.
 fn find(text: &[u8], mut at: usize, wanted: impl Fn(u8) -> bool) -> Option<usize> {
     while let Some(byte) = text.get(at) {
         if wanted(*byte) {
@@ -12,7 +12,7 @@ fn find(text: &[u8], mut at: usize, wanted: impl Fn(u8) -> bool) -> Option<usize
     None
 }
 
-/// One past the string that begins at `at`.
+/// The position behind the string that begins at `at`.
 fn after_string(text: &[u8], at: usize) -> Option<usize> {
     let mut at = at + 1;
     loop {
@@ -24,7 +24,7 @@ fn after_string(text: &[u8], at: usize) -> Option<usize> {
     }
 }
 
-/// One past the value that begins at `at`.
+/// The position behind the value that begins at `at`.
 fn after_value(text: &[u8], at: usize) -> Option<usize> {
     match text.get(at)? {
         b'"' => after_string(text, at),
@@ -67,7 +67,7 @@ pub(super) fn member<'a>(document: &'a str, name: &str) -> Option<&'a str> {
     }
 }
 
-/// The same value without white space between its parts, as a compact JSON writer gives it.
+/// The same value without white space between its tokens, as a compact JSON writer produces it.
 pub(super) fn compact(value: &str) -> String {
     let text = value.as_bytes();
     let (mut out, mut at) = (String::with_capacity(text.len()), 0);

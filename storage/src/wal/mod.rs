@@ -552,12 +552,7 @@ impl WalStore {
             None => Err(not_found(Op::Read, cluster.path_of(file).display())),
             Some((kind, text)) => {
                 let kind = if *kind == Kind::NotFound { Kind::Corrupt } else { *kind };
-                Err(Error::new(
-                    kind,
-                    Op::Read,
-                    file,
-                    format!("the cluster cannot be read: {text}"),
-                ))
+                Err(Error::new(kind, Op::Read, file, format!("the cluster cannot be read: {text}")))
             }
         }
     }

@@ -98,7 +98,8 @@ impl WalStore {
             (Arc::clone(entry), state.history(timeline).ok_or_else(no_hole)?)
         };
         if entry.refilled.swap(true, Ordering::AcqRel) {
-            let detail = "expected a segment that nobody is rebuilding, found one that is being rebuilt";
+            let detail =
+                "expected a segment that nobody is rebuilding, found one that is being rebuilt";
             return Err(Error::new(Kind::Conflict, Op::Open, entry.path.display(), detail));
         }
         let give_up = |error| {
@@ -259,8 +260,9 @@ impl Refill {
 
     fn another(&self, at: Lsn, expected: String) -> Error {
         let detail = format!("expected {expected}, found other WAL at {at}");
-        Error::new(Kind::Conflict, Op::Append, self.entry.path.display(), detail)
-            .hint("check which PostgreSQL sent this: it is another history, and nothing was changed")
+        Error::new(Kind::Conflict, Op::Append, self.entry.path.display(), detail).hint(
+            "check which PostgreSQL sent this: it is another history, and nothing was changed",
+        )
     }
 }
 

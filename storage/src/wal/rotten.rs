@@ -283,8 +283,7 @@ impl Cluster {
             self.doubt(*file)?;
             if let (Some(stored), WalFile::Partial(_)) = (self.stored(*file)?, file) {
                 self.plain_size_of(&stored, pinned.segment_size.bytes())?;
-                let detail =
-                    "expected the damaged file to be set aside, found it readable now: it is read again";
+                let detail = "expected the damaged file to be set aside, found it readable now: it is read again";
                 return Err(Error::new(
                     Kind::Transient,
                     Op::Recover,

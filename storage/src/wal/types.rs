@@ -147,9 +147,7 @@ pub enum OpenRefusal {
     },
     /// Another writer is active; fence it first if it should be replaced (WAL3).
     #[error("expected no other writer of timeline {timeline}, found one")]
-    WriterPresent {
-        timeline: TimelineId,
-    },
+    WriterPresent { timeline: TimelineId },
 }
 
 /// Why a writer was not opened.
@@ -157,10 +155,7 @@ pub enum OpenRefusal {
 pub enum OpenError {
     /// The request was refused.
     #[error("open writer of {cluster}: {refusal}")]
-    Refused {
-        cluster: String,
-        refusal: OpenRefusal,
-    },
+    Refused { cluster: String, refusal: OpenRefusal },
     /// The disk failed.
     #[error(transparent)]
     Failed(#[from] Error),

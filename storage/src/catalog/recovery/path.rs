@@ -1,8 +1,7 @@
-//! The way to a timeline: which stretch of WAL counts on which timeline, and what of it is held.
+//! The path to a timeline: which stretch of WAL belongs to which timeline, and which of it exists.
 //!
-//! A timeline's first segment repeats its parent's bytes up to the switch point, and PostgreSQL prefers the
-//! file of the newer timeline (`XLogFileReadAnyTLI`). So the parent's last bytes may be held in the
-//! child's segment alone.
+//! A timeline's first segment repeats its parent's bytes up to the switch point, and PostgreSQL prefers the file of
+//! the newer timeline (`XLogFileReadAnyTLI`). So the parent's last bytes may exist in the child's segment only.
 
 use crate::{
     Error,
@@ -10,16 +9,16 @@ use crate::{
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 
-/// WAL that is not there.
+/// Missing WAL.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Hole {
-    /// The timeline of its first byte.
+    /// The timeline of the first missing byte.
     pub timeline: TimelineId,
-    /// First byte missing.
+    /// The first missing byte.
     pub from: Lsn,
-    /// First byte held again, or known to have existed.
+    /// The first byte that exists again, or is known to have existed.
     pub to: Lsn,
-    /// Why it is missing, as far as is known.
+    /// Why it is missing, as far as that is known.
     pub reason: String,
 }
 
@@ -33,12 +32,13 @@ impl std::fmt::Display for Hole {
 /// Why WAL cannot be replayed any further.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stop {
-    /// It is the end of what is held, and nothing is known to come after it.
+    /// The end of the existing WAL; nothing is known to follow it.
     End {
-        /// PostgreSQL had nothing after it either when this was made: the state at any moment up to then.
+        /// Until then PostgreSQL had no more WAL either: the last state is the state at any moment up to this time
+        /// (Unix seconds).
         idle_until_unix: Option<f64>,
     },
-    /// More is held behind it, or is known to have existed.
+    /// More WAL exists behind it, or is known to have existed.
     Hole(Hole),
 }
 
@@ -47,13 +47,13 @@ pub enum Stop {
 pub struct Reach {
     /// One past the last byte.
     pub end: Lsn,
-    /// The timeline of that byte.
+    /// The timeline of the last byte.
     pub timeline: TimelineId,
-    /// Why no further.
+    /// Why replay stops there.
     pub stop: Stop,
 }
 
-/// A timeline on the way, from where it left its parent to where it was left.
+/// A timeline on the path, from its switch point to the point where the path leaves it.
 #[derive(Debug, Clone, PartialEq)]
 struct Line {
     timeline: TimelineId,
@@ -61,7 +61,7 @@ struct Line {
     end: Option<Lsn>,
     runs: Vec<Run>,
     gaps: Vec<(Run, String)>,
-    /// What is missing there is damaged on tier 1, and on record as nothing else.
+    /// WAL that is missing because it is damaged on tier 1, without another record.
     damaged: Vec<(Run, String)>,
 }
 
@@ -74,20 +74,20 @@ impl Line {
         Some(self.end.map_or(run.end, |end| run.end.min(end))).filter(|end| *end > at)
     }
 
-    /// The first byte after `at` that is held or known to have existed.
+    /// The first byte after `at` that exists.
     fn next(&self, at: Lsn, size: SegmentSize) -> Option<Lsn> {
         let counts = |lsn: &Lsn| *lsn > at && self.end.is_none_or(|end| *lsn < end);
-        // Its first segment repeats the parent's bytes, and they count like those of `holds_to`.
+        // Its first segment repeats the parent's bytes, and they count as in `holds_to`.
         let begin = self.begin.segment_start(size);
         let runs = self.runs.iter().filter(|run| run.end > begin).map(|run| run.start.max(begin));
         runs.filter(counts).min()
     }
 }
 
-/// Of a hole, or a part of one, that is not on record.
+/// The reason for a hole, or a part of one, without a record.
 const UNKNOWN: &str = "never received, or lost";
 
-/// How far every byte from `at` on is on record as missing.
+/// Up to where every byte from `at` on is recorded as missing.
 fn recorded_to(at: Lsn, gaps: &[(Run, &str)]) -> Lsn {
     let further = |to: Lsn, (gap, _): &(Run, &str)| match gap.start <= to {
         true => to.max(gap.end),
@@ -96,7 +96,8 @@ fn recorded_to(at: Lsn, gaps: &[(Run, &str)]) -> Lsn {
     gaps.iter().fold(at, further)
 }
 
-/// Why a hole is there; of one that is on record in part, both. `damaged`: what is known where it is not on record.
+/// The reason for a hole. If only a part of it is recorded, both reasons. `damaged` is the reason for the part
+/// without a record, if it is known.
 fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)], damaged: Option<&str>) -> String {
     let mut reasons: Vec<&str> = Vec::new();
     for (_, reason) in gaps.iter().filter(|(gap, _)| gap.start < to) {
@@ -110,19 +111,19 @@ fn why(from: Lsn, to: Lsn, gaps: &[(Run, &str)], damaged: Option<&str>) -> Strin
     reasons.join("; in part: ")
 }
 
-/// The way to a timeline through its ancestors.
+/// The path to a timeline through its ancestors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Path {
     timeline: TimelineId,
     size: SegmentSize,
     lines: Vec<Line>,
     idle_until_unix: Option<f64>,
-    /// Its history file is held, or it is timeline 1, which has none.
+    /// The history file exists, or this is timeline 1, which has none.
     pub has_history: bool,
 }
 
 impl Path {
-    /// From what is held.
+    /// Builds the path from the existing WAL.
     ///
     /// # Errors
     /// `Corrupt` for a history file that PostgreSQL would refuse.
@@ -157,15 +158,15 @@ impl Path {
         Ok(Self { timeline, size, lines, idle_until_unix, has_history })
     }
 
-    /// The timeline it leads to.
+    /// The timeline at the end of the path.
     pub const fn timeline(&self) -> TimelineId {
         self.timeline
     }
-    /// Bytes of a segment.
     pub const fn segment_size(&self) -> SegmentSize {
         self.size
     }
-    /// Up to where this way and another one are the same; `None` when one way is nothing but the other.
+    /// The position up to which this path and another one are the same; `None` when one is the beginning of the
+    /// other.
     pub fn parts_from(&self, other: &Self) -> Option<Lsn> {
         for (ours, theirs) in self.lines.iter().zip(&other.lines) {
             if ours.timeline != theirs.timeline {
@@ -178,23 +179,23 @@ impl Path {
         None
     }
 
-    /// Where this timeline left its parent; `None` without one.
+    /// Where this timeline left its parent; `None` without a parent.
     pub fn switch_point(&self) -> Option<Lsn> {
         self.lines.last().filter(|_| self.lines.len() > 1).map(|line| line.begin)
     }
-    /// The timelines it passes, oldest first.
+    /// The timelines on the path, oldest first.
     pub fn timelines(&self) -> impl Iterator<Item = TimelineId> {
         self.lines.iter().map(|line| line.timeline)
     }
 
-    /// Whether the byte before `lsn` counts on `timeline` on this way.
+    /// Whether the byte before `lsn` belongs to `timeline` on this path.
     pub fn passes(&self, timeline: TimelineId, lsn: Lsn) -> bool {
         let line = self.lines.iter().find(|line| line.timeline == timeline);
         line.is_some_and(|l| lsn >= l.begin && l.end.is_none_or(|end| lsn <= end))
     }
 
-    /// Whether a recovery that begins with this backup can follow this way: the way must not have left the
-    /// backup's timeline before the backup ended.
+    /// Whether a recovery from this backup can follow this path: the path must not have left the backup's timeline
+    /// before the backup ended.
     pub fn serves(&self, backup: &BackupRecord) -> bool {
         self.passes(backup.start_timeline, backup.start_lsn)
             && self.passes(backup.stop_timeline, backup.stop_lsn)
@@ -215,7 +216,7 @@ impl Path {
                 None => break,
             }
         }
-        // A byte belongs to the timeline it is before the end of.
+        // The timeline of the last replayed byte, which is the one before `at`.
         let timeline = self.lines[self.line_at(Lsn::new(at.as_u64().saturating_sub(1)))].timeline;
         Reach { end: at, timeline, stop: self.stop_at(at) }
     }
@@ -226,9 +227,9 @@ impl Path {
         let later = &self.lines[index..];
         let held = later.iter().filter_map(|line| line.next(at, self.size)).min();
         let gaps = self.gaps_after(at);
-        // PostgreSQL was promoted at the end of this line, so it had WAL up to there.
+        // PostgreSQL was promoted at the end of this timeline, so its WAL existed up to there.
         let promoted = here.end.filter(|end| *end > at);
-        // What is damaged was there.
+        // Damaged WAL existed.
         let damaged = here.damaged.iter().map(|(run, _)| run.end).filter(|end| *end > at);
         let known = gaps.iter().map(|(gap, _)| gap.end).chain(promoted).chain(damaged).max();
         match held.or(known) {
@@ -241,7 +242,7 @@ impl Path {
         }
     }
 
-    /// What is on record as missing of the way from `at` on, ascending; only the parts that count.
+    /// The recorded gaps on the path from `at` on, ascending, limited to the parts that matter.
     fn gaps_after(&self, at: Lsn) -> Vec<(Run, &str)> {
         let mut gaps = Vec::new();
         for line in &self.lines[self.line_at(at)..] {
@@ -256,14 +257,14 @@ impl Path {
         gaps
     }
 
-    /// The holes behind `from` of which not every byte is on record as missing.
+    /// The holes behind `from` that are not completely recorded as missing.
     pub fn lost(&self, from: Lsn) -> Vec<Hole> {
         let mut holes = self.holes(from);
         holes.retain(|hole| recorded_to(hole.from, &self.gaps_after(hole.from)) < hole.to);
         holes
     }
 
-    /// Every hole behind the first byte held, in order.
+    /// Every hole behind the first byte of WAL, in order.
     pub fn holes(&self, from: Lsn) -> Vec<Hole> {
         let mut holes = Vec::new();
         let mut at = from;
@@ -277,7 +278,7 @@ impl Path {
         holes
     }
 
-    /// The first byte held on any timeline of the way.
+    /// The first existing byte on any timeline of the path.
     pub fn first_held(&self) -> Option<Lsn> {
         let counts = |line: &Line| {
             let (begin, end) = (line.begin.segment_start(self.size), line.end);
@@ -289,13 +290,13 @@ impl Path {
         self.lines.iter().filter_map(counts).min()
     }
 
-    /// One past the last byte held of the timeline itself.
+    /// One past the last existing byte of the timeline itself.
     pub fn own_end(&self) -> Option<Lsn> {
         self.lines.last()?.runs.last().map(|run| run.end)
     }
 
-    /// The names a segment can have on this way, the one PostgreSQL prefers first: that of the newest
-    /// timeline that holds some of it.
+    /// The file names that a segment can have on this path, in the order of PostgreSQL's preference: the newest
+    /// timeline with some of it first.
     pub fn names(&self, at: Lsn) -> Vec<SegmentName> {
         let start = at.segment_start(self.size);
         let mut lines: Vec<&Line> =

@@ -1,11 +1,11 @@
-//! From a target to a backup and a way, or to the reason why there is none.
+//! Finds a backup and a path for a recovery target, or the reason why there is none.
 
 use super::{Hole, Path, Reach, Stop, Survey};
 use crate::{catalog::BackupRecord, layout::BackupName};
 use klio_pg::{Lsn, TimelineId};
 use std::fmt;
 
-/// Where a recovery is to end.
+/// Where a recovery should end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// The end of the timeline.
@@ -13,10 +13,7 @@ pub enum Target {
     /// As soon as the backup is consistent.
     Immediate,
     /// After the last commit at or before this time: microseconds since 1970, in PostgreSQL's clock.
-    Time {
-        /// See above.
-        unix_micros: i64,
-    },
+    Time { unix_micros: i64 },
     /// After the record that begins at or after this position.
     Lsn(Lsn),
     /// At the restore point of this name.
@@ -28,25 +25,24 @@ pub enum Target {
 /// Which timeline to follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimelineChoice {
-    /// The newest; with a backup of choice, the newest that it leads to.
+    /// The newest; if a backup is given, the newest that it leads to.
     #[default]
     Latest,
-    /// That of the backup.
+    /// The backup's timeline.
     Current,
-    /// This one.
     Number(TimelineId),
 }
 
-/// A backup, a way, and how far it goes.
+/// A backup, a path, and how far WAL can be replayed along it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
-    /// What is restored.
+    /// The backup to restore.
     pub backup: BackupRecord,
-    /// The way WAL is replayed along; its timeline is the one to follow.
+    /// The path along which WAL is replayed; its timeline is the one to follow.
     pub path: Path,
     /// How far WAL can be replayed.
     pub reach: Reach,
-    /// What the reader should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
@@ -55,9 +51,9 @@ pub struct Plan {
 pub struct Refusal {
     /// What is in the way.
     pub problem: String,
-    /// The hole in the way, where it is one.
+    /// The hole that is in the way, if that is the problem.
     pub hole: Option<Hole>,
-    /// What can be recovered instead, a sentence each.
+    /// What can be recovered instead, one sentence each.
     pub reachable: Vec<String>,
 }
 
@@ -74,7 +70,7 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Why one backup will not do, the more telling the later.
+/// Why a backup is unsuitable; later variants explain more.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Unfit {
     OffTheWay,
@@ -94,7 +90,7 @@ impl Survey {
     /// The best plan for a target.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason why there is none.
     pub fn plan(
         &self,
         target: &Target,
@@ -105,11 +101,11 @@ impl Survey {
         self.plans(target, timeline, backup)?.into_iter().next().map_or_else(|| refuse("none"), Ok)
     }
 
-    /// Every plan for a target, the newest backup first. Of `Time`, `Name` and `Xid` only the backup's side is
-    /// decided; WAL tells the rest.
+    /// Every plan for a target, the newest backup first. For `Time`, `Name` and `Xid` only the choice of
+    /// backup is decided here; the rest can only be read from the WAL.
     ///
     /// # Errors
-    /// Why there is none; the list is never empty.
+    /// The reason why there is none; the list is never empty.
     pub fn plans(
         &self,
         target: &Target,
@@ -174,7 +170,7 @@ impl Survey {
             (Stop::End { .. }, None) => Ok(self.finish(record, path, reach, target, choice)),
             (Stop::End { .. }, Some(lsn)) => {
                 let text = format!(
-                    "{lsn} is after the last WAL held of timeline {}, which ends at {}",
+                    "{lsn} is behind the end of the WAL of timeline {}, which is {}",
                     path.timeline().get(),
                     reach.end
                 );
@@ -211,7 +207,7 @@ impl Survey {
         };
         let no = |problem: String| Rejected { why: Unfit::OffTheWay, problem, hole: None };
         if wanted.is_none() && !by_name && !self.paths.is_empty() {
-            let text = "every timeline that is held is undecided or retired: name one with --target-timeline";
+            let text = "every timeline with WAL is undecided or retired: choose one with --target-timeline";
             return Err(no(text.to_owned()));
         }
         let standing = self.timelines.mark(own).filter(|_| self.timelines.is_aside(own));
@@ -219,7 +215,7 @@ impl Survey {
             let named = matches!(choice, TimelineChoice::Number(_));
             if !named {
                 return Err(no(format!(
-                    "backup {} is of timeline {}, which is {}: name it with --target-timeline",
+                    "backup {} is on timeline {}, which is {}: choose it with --target-timeline",
                     record.name,
                     own.get(),
                     mark.standing
@@ -228,11 +224,11 @@ impl Survey {
         }
         let wanted = wanted.unwrap_or(own);
         let Some(path) = self.paths.get(&wanted) else {
-            return Err(no(format!("nothing is held of timeline {}", wanted.get())));
+            return Err(no(format!("there is no WAL of timeline {}", wanted.get())));
         };
         if !path.serves(record) {
             let text = format!(
-                "backup {} ended on timeline {} at {}, which timeline {} does not lead through",
+                "backup {} ended on timeline {} at {}, which is not on the path to timeline {}",
                 record.name,
                 own.get(),
                 record.stop_lsn,
@@ -241,7 +237,7 @@ impl Survey {
             return Err(no(text));
         }
         if !path.has_history && wanted != record.start_timeline {
-            return Err(no(format!("{} is not held", wanted.history_file_name())));
+            return Err(no(format!("{} is missing", wanted.history_file_name())));
         }
         Ok(path)
     }
@@ -262,7 +258,7 @@ impl Survey {
             notes.extend(self.timelines.undecided().map(|mark| {
                 let timeline = mark.timeline.get();
                 format!(
-                    "timeline {timeline} is undecided, and is not followed: {}; --target-timeline {timeline} gets there",
+                    "timeline {timeline} is undecided and is not followed: {}; use --target-timeline {timeline} to follow it",
                     mark.reason
                 )
             }));
@@ -273,7 +269,8 @@ impl Survey {
         Plan { backup: record.clone(), path: path.clone(), reach, notes }
     }
 
-    /// Timelines that hold WAL from a time that is also on this way: the reader may have meant them.
+    /// Names other timelines with WAL from the same period that are not on this path: the user may have meant
+    /// one of them.
     fn left_aside(&self, path: &Path) -> Option<String> {
         let aside = |other: &&Path| {
             let end = other.own_end().filter(|_| other.timeline() != path.timeline());
@@ -304,12 +301,13 @@ impl Survey {
         self.refusal(problem, None)
     }
 
-    /// The newest backup's reason counts most, but one of the target itself counts more than a detour.
+    /// The newest backup's reason comes first, but a reason about the target itself is more important than one
+    /// about the path.
     fn explain(&self, rejected: Vec<Rejected>) -> Refusal {
         let all_too_late = rejected.iter().all(|no| no.why <= Unfit::TooLate);
         let mut rejected = rejected;
         let chosen = if all_too_late {
-            // Then the oldest backup says it: nothing reaches that far back.
+            // Report the oldest backup's reason: nothing reaches that far back.
             rejected.iter().rposition(|no| no.why == Unfit::TooLate)
         } else {
             rejected.iter().position(|no| no.why > Unfit::TooLate)
@@ -318,7 +316,7 @@ impl Survey {
         self.refusal(chosen.problem, chosen.hole)
     }
 
-    /// A refusal with what can be reached instead.
+    /// A refusal that lists what can be reached instead.
     pub fn refusal(&self, problem: String, hole: Option<Hole>) -> Refusal {
         let mut reachable = Vec::new();
         for line in self.lines() {
@@ -343,7 +341,7 @@ impl Survey {
     }
 }
 
-/// Whole microseconds, as PostgreSQL counts.
+/// Whole microseconds, PostgreSQL's resolution.
 fn micros(unix: f64) -> i64 {
     (unix * 1e6).round() as i64
 }

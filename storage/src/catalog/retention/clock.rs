@@ -1,18 +1,19 @@
-//! What the records themselves say against their times.
+//! Contradictions between the times in a backup record.
 //!
-//! A record has two clocks: the server's, which dates it, and PostgreSQL's, which says when the copy ended. They are of two
-//! machines, and a commit may wait hours for WAL; beyond a day one of them is wrong, or jumped. Which one nobody can know from
-//! here, so a person decides: the record is given a time (`redated_unix`), or is removed.
+//! A record has times of two clocks: the server's, which dates it, and PostgreSQL's, which says when the copy ended.
+//! They come from two machines, and a commit may wait hours for WAL; but if they differ by more than a day, one of them
+//! is wrong or jumped. Which one cannot be decided here, so a person decides: the record is given a time
+//! (`redated_unix`), or is removed.
 
 use super::{KnownBackup, rules};
 use crate::catalog::BackupRecord;
 
-/// By how much times may differ that should be the same.
+/// The largest difference between two times that should be about equal.
 pub const TIMES_DIFFER_SECONDS: f64 = 86_400.0;
 
-const HINT: &str = "nothing is removed for good meanwhile; hint: klio-server backup redate --to postgres when PostgreSQL's clock was right, --to server when the server's was; or klio-server backup remove";
+const HINT: &str = "nothing is removed for good meanwhile; hint: run klio-server backup redate, with --to postgres if PostgreSQL's clock was right or --to server if the server's was; or klio-server backup remove";
 
-/// In words; `backups` in any order.
+/// The contradictions, one sentence each; `backups` in any order.
 pub(super) fn doubts(backups: &[&KnownBackup]) -> Vec<String> {
     backups.iter().filter_map(|backup| two_clocks(&backup.record)).collect()
 }
@@ -24,7 +25,7 @@ pub(super) fn is_in_doubt(record: &BackupRecord) -> bool {
 
 fn two_clocks(record: &BackupRecord) -> Option<String> {
     let (server, postgres) = (record.committed_unix, record.stopped_postgres_unix);
-    // An odd time is kept by another rule, and of an older record nobody may know better.
+    // Another rule keeps a backup with an impossible time, and for an old record nobody may know the right one.
     if record.redated_unix.is_some() || !rules::has_time(record) {
         return None;
     }

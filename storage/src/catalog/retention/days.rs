@@ -2,7 +2,6 @@
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 
-/// A kind of period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Period {
     Hour,
@@ -13,7 +12,7 @@ pub(super) enum Period {
 }
 
 impl Period {
-    /// What the rule is called.
+    /// The name of the rule.
     pub(super) const fn word(self) -> &'static str {
         match self {
             Period::Hour => "hourly",
@@ -24,7 +23,8 @@ impl Period {
         }
     }
 
-    /// Names the period that a moment is in. Later periods compare greater for years 0 to 9999.
+    /// The name of the period that contains a time. Later periods compare greater for the years 0
+    /// to 9999.
     pub(super) fn of(self, unix: f64) -> Option<String> {
         let at = civil(unix)?;
         Some(match self {
@@ -40,14 +40,14 @@ impl Period {
     }
 }
 
-/// `2026-11-21 07:57 UTC`.
+/// Formats a time as `2026-11-21 07:57 UTC`.
 pub(super) fn moment(unix: f64) -> String {
     civil(unix)
         .map_or_else(|| format!("{unix}"), |at| at.strftime("%Y-%m-%d %H:%M UTC").to_string())
 }
 
 fn civil(unix: f64) -> Option<DateTime> {
-    // Whole seconds: `as` saturates, and jiff refuses what is no time.
+    // Whole seconds: `as` saturates, and jiff refuses values that are not a valid time.
     let at = Timestamp::from_second(unix.floor() as i64).ok()?;
     Some(at.to_zoned(TimeZone::UTC).datetime())
 }

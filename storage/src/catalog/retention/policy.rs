@@ -1,63 +1,57 @@
-//! What a person asks to be kept.
+//! The retention policies that a person configures.
 
 use serde::{Deserialize, Serialize};
 
-/// What to keep in a tier. A backup stays when any of these names it.
+/// What to keep in a tier. A backup is kept if any of these rules selects it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
-    /// The newest so many.
+    /// This many of the newest backups.
     pub last: u32,
-    /// The newest of each of the newest so many hours that have one.
+    /// The newest backup of each of the last so many hours that have one.
     pub hourly: u32,
-    /// Of days (UTC).
+    /// The same for days (UTC).
     pub daily: u32,
-    /// Of weeks, which begin on Monday.
+    /// The same for weeks, which begin on Monday.
     pub weekly: u32,
-    /// Of months.
+    /// The same for months.
     pub monthly: u32,
-    /// Of years.
+    /// The same for years.
     pub yearly: u32,
-    /// Every moment of so many days before the newest backup can be recovered to.
+    /// Keep what is needed to recover any point in time in this many days before the newest backup.
     pub recovery_window_days: u32,
 }
 
-/// Some settings of a policy; the rest stays as it was.
+/// Changes to some settings of a policy; `None` leaves a setting unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyPatch {
-    /// As in [`Policy`].
     pub last: Option<u32>,
-    /// As in [`Policy`].
     pub hourly: Option<u32>,
-    /// As in [`Policy`].
     pub daily: Option<u32>,
-    /// As in [`Policy`].
     pub weekly: Option<u32>,
-    /// As in [`Policy`].
     pub monthly: Option<u32>,
-    /// As in [`Policy`].
     pub yearly: Option<u32>,
-    /// As in [`Policy`].
     pub recovery_window_days: Option<u32>,
 }
 
 /// A policy for each tier.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policies {
-    /// Copies on the server's disk, for fast restores.
+    /// Applies to the copies on the server's disk, for fast restores.
     pub tier1: Policy,
-    /// What exists at all.
+    /// Applies to which backups exist at all.
     pub tier2: Policy,
-    /// A backup that is younger displaces nothing (P13). 0 in a plan of an older server.
+    /// A younger backup displaces nothing (P13). 0 in a plan of an older server.
     #[serde(default)]
     pub minimum_age_seconds: u64,
 }
 
-/// A week: long enough for a person to see that something is wrong with what is backed up now.
+/// A week: long enough for a person to notice that something is wrong with the current backups.
 pub const MINIMUM_AGE_SECONDS: u64 = 7 * 86_400;
 
-/// Safe: a month can be recovered, two backups stay whatever their age, and the newest is near.
+/// Safe defaults: any point in a month can be recovered, two backups are kept whatever their age,
+/// and the newest is on tier 1.
 impl Default for Policies {
     fn default() -> Self {
         Self {
@@ -69,12 +63,12 @@ impl Default for Policies {
 }
 
 impl Policy {
-    /// It names at least one backup.
+    /// Whether it selects at least one backup.
     pub fn names_something(&self) -> bool {
         *self != Policy::default()
     }
 
-    /// This policy with the settings of a patch.
+    /// This policy with the changes of a patch.
     #[must_use]
     pub fn with(&self, patch: &PolicyPatch) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! Which backups the policies name.
+//! Which backups the policies select.
 
 use super::{
     BackupPlan, Decision, Facts, KnownBackup, Policies, Policy,
@@ -8,23 +8,23 @@ use crate::catalog::BackupRecord;
 use klio_pg::{TimelineHistory, TimelineId};
 use std::collections::BTreeSet;
 
-/// 2000-01-01: no PostgreSQL that Klio speaks to was backed up before.
+/// 2000-01-01: no PostgreSQL version that Klio supports was backed up before.
 const FIRST_UNIX: f64 = 946_684_800.0;
-/// Year 10000: no clock says that.
+/// Year 10000: no working clock says that.
 const LAST_UNIX: f64 = 253_402_300_800.0;
 const DAY_SECONDS: f64 = 86_400.0;
 
-/// A time that a policy can go by.
+/// Whether the backup's time is plausible, so that a policy can use it.
 pub(super) fn has_time(record: &BackupRecord) -> bool {
     (FIRST_UNIX..LAST_UNIX).contains(&record.committed_unix)
 }
 
-/// Odd times first: they are nobody's newest.
+/// The sort key by time. Implausible times come first, so that they are never the newest.
 pub(super) fn order(record: &BackupRecord) -> f64 {
     if has_time(record) { record.committed_unix } else { 0.0 }
 }
 
-/// Old enough to displace others.
+/// Whether a backup is old enough to displace others.
 pub(super) fn is_aged(record: &BackupRecord, policies: &Policies, now_unix: f64) -> bool {
     record.committed_unix + policies.minimum_age_seconds as f64 <= now_unix
 }
@@ -43,7 +43,7 @@ pub(super) fn decide(
         everything.iter().copied().filter(fits).collect()
     };
     let named = |policy: &Policy, only: &dyn Fn(&KnownBackup) -> bool| {
-        // Twice: a damaged backup must not push out a good one, and is not dropped for being damaged.
+        // Applied twice: a damaged backup must not push out a good one, and is not dropped because it is damaged.
         let good = timed(&|b| only(b) && !b.damaged);
         let all = timed(only);
         let mut reasons = name_all(policy, backups, &good, facts);
@@ -54,13 +54,14 @@ pub(super) fn decide(
         reasons
     };
     let by1 = named(&policies.tier1, &KnownBackup::is_within_reach);
-    // What tier 1 asks for exists in tier 2, too: a young one takes the near copy from an older one, not its existence.
+    // What tier 1's policy selects exists in tier 2, too. A young backup may take an older one's place on tier 1, but
+    // must not end its existence.
     let by1_aged = named(&policies.tier1, &|b| b.is_within_reach() && aged(b));
     let exists = |b: &KnownBackup| b.tier2 || !facts.has_tier2 && b.is_within_reach();
     let mut by2 = named(&policies.tier2, &|b| exists(b) && aged(b));
     let all = named(&policies.tier2, &exists);
     for ((backup, own), all) in backups.iter().zip(&mut by2).zip(all) {
-        // Of an old one: only what old ones leave to it.
+        // A young backup is selected by the full rules; old ones only compete with old ones.
         if has_time(&backup.record) && !aged(backup) {
             own.push(young(policies));
             own.extend(all);
@@ -74,19 +75,19 @@ pub(super) fn decide(
     let always = |index: usize| {
         let mut reasons = Vec::new();
         if !has_time(&backups[index].record) {
-            reasons.push("its time cannot be right, so no rule applies".to_owned());
+            reasons.push("its time is impossible, so no rule applies".to_owned());
         }
         if backups[index].record.keep {
             reasons.push("keep flag".to_owned());
         }
         if !backups[index].is_within_reach() {
             reasons
-                .push("not even both tiers together have all of it, so no rule applies".to_owned());
+                .push("even both tiers together lack a part of it, so no rule applies".to_owned());
         }
         match newest_good {
             None => reasons.push("no backup is known to be good".to_owned()),
             Some(newest) if newest == index => reasons.push("newest good backup".to_owned()),
-            // The good one that there is displaces nothing yet, also not one of which damage is known.
+            // The good backup is too young to displace anything, even a backup with known damage.
             Some(_) if newest_aged.is_none() => {
                 reasons
                     .push(format!("no backup is known to be good that is not {}", young(policies)));
@@ -139,7 +140,7 @@ fn decide_one(
         if two.is_empty() {
             two.extend(asked(&one, "tier 1"));
         }
-        let evicted = "it is proven in tier 2 and no rule of tier 1 names it".to_owned();
+        let evicted = "it is proven in tier 2 and no rule of tier 1 selects it".to_owned();
         (why(one, evicted), why(two, unnamed(&policies.tier2)))
     } else {
         let mut all = always;
@@ -179,10 +180,10 @@ fn unnamed(policy: &Policy) -> String {
     ];
     let set = counts.iter().filter(|(_, count)| **count > 0);
     let words: Vec<String> = set.map(|(word, count)| format!("{word} {count}")).collect();
-    format!("no rule names it ({})", words.join(", "))
+    format!("no rule selects it ({})", words.join(", "))
 }
 
-/// The reasons for which a policy names each backup, by its index; only `candidates` count.
+/// For each backup, the reasons why a policy selects it; only `candidates` count.
 fn name_all(
     policy: &Policy,
     backups: &[&KnownBackup],
@@ -218,7 +219,7 @@ fn name_all(
     reasons
 }
 
-/// All of the window, and for each timeline that was alive in it the newest before it.
+/// Selects all backups in the window, and for each timeline that was alive in it the newest backup before the window.
 fn name_window(
     days: u32,
     backups: &[&KnownBackup],
@@ -245,8 +246,8 @@ fn name_window(
     }
 }
 
-/// Timelines that may have had WAL in the window. One is over when a backup from before the window is
-/// of a newer one (P8: a new timeline wins over an old one, never the other way round).
+/// Timelines that may have had WAL in the window. A timeline is over if a backup from before the window is on a newer
+/// one (P8: a new timeline replaces an old one, never the other way round).
 fn alive(
     backups: &[&KnownBackup],
     older: &[usize],
@@ -262,15 +263,15 @@ fn alive(
     all.iter().filter(|t| !is_over(t)).map(|t| (*t, history(*t))).collect()
 }
 
-/// A timeline's ancestors, where they are known.
+/// A timeline's ancestors, if they are known.
 pub(super) fn history(facts: &Facts, timeline: TimelineId) -> Option<TimelineHistory> {
     let known = facts.timelines.iter().find(|t| t.timeline == timeline);
     let stored = known.and_then(|t| t.history.clone());
     stored.or_else(|| (timeline.get() == 1).then(|| TimelineHistory::root(timeline)))
 }
 
-/// Whether a recovery that begins with this backup can end on a timeline. `None`: not known, then only
-/// the timeline itself is sure.
+/// Whether a recovery from this backup can end on a timeline. If the history is unknown, only on the backup's own
+/// timeline.
 fn leads_to(
     record: &BackupRecord,
     timeline: TimelineId,

@@ -303,7 +303,7 @@ fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
             assert!(plan.alarms[0].contains(part), "{part}: {:?}", plan.alarms);
         }
         // Tier 2 is still owed its record: nobody may be told to take it away.
-        assert_eq!(plan.alarms[0].contains("take its record"), !has_tier2, "{:?}", plan.alarms);
+        assert_eq!(plan.alarms[0].contains("remove its record"), !has_tier2, "{:?}", plan.alarms);
         let reasons = |day: usize| plan.backups[day].tier1.reasons.join(", ");
         assert!(reasons(2).contains("last 1"), "{}", reasons(2));
         assert!(!reasons(5).contains("last"), "{}", reasons(5));

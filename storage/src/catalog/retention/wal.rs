@@ -1,13 +1,13 @@
-//! How far down WAL may go.
+//! How far WAL may be removed.
 
 use super::{BackupPlan, Facts, KnownBackup, KnownTimeline, WalPlan, rules};
 use crate::catalog::BackupRecord;
 use klio_pg::{Lsn, TimelineId};
 
-/// A horizon with its reason.
+/// The position below which WAL may be removed, with the reason.
 type Horizon = (Option<Lsn>, String);
 
-/// For every timeline.
+/// The plan for every timeline.
 pub(super) fn horizons(
     backups: &[&KnownBackup],
     decided: &[BackupPlan],
@@ -20,16 +20,16 @@ pub(super) fn horizons(
     };
     let any = kept(&|plan| plan.tier1.keep || plan.tier2.keep);
     let mut near = kept(&|plan| plan.tier1.keep);
-    // Tier 1 may keep no backup at all; what came after the newest good one stays anyway.
+    // Tier 1 may keep no backup at all; the WAL after the newest good one is kept anyway.
     let good = backups.iter().rfind(|b| !b.damaged && rules::has_time(&b.record));
     near.extend(good.or(backups.last()).map(|b| &b.record));
-    // Of all backups, not only of those that stay: otherwise keeping one more could let WAL go. A young one displaces nothing,
-    // neither another timeline's WAL (P13).
+    // From all backups, not only the kept ones: otherwise keeping one more backup could allow WAL to be removed. A
+    // young backup displaces nothing, and that includes another timeline's WAL (P13).
     let old = backups.iter().map(|b| &b.record).filter(|record| is_aged(record));
     let last = old.map(|record| record.start_timeline).max();
     let plan = |line: &KnownTimeline| {
         let (tier2_below, tier2_reason) = for_good(line, &any, last, facts, is_aged);
-        // What may go for good may go here too.
+        // WAL that may be removed for good may be removed here too.
         let both = (tier2_below, tier2_reason.clone());
         let own = facts.has_tier2.then(|| horizon(line, &near, last, facts));
         let (tier1_below, tier1_reason) = own.filter(|own| own.0 >= both.0).unwrap_or(both);
@@ -39,7 +39,7 @@ pub(super) fn horizons(
     sorted(facts).into_iter().map(plan).collect()
 }
 
-/// The same, with nothing that goes for good: only what tier 2 has leaves tier 1.
+/// The same plan without permanent removal: only WAL that tier 2 has is evicted from tier 1.
 pub(super) fn only_near(plans: Vec<WalPlan>, facts: &Facts, reason: &str) -> Vec<WalPlan> {
     let near =
         |plan: WalPlan| WalPlan { tier2_below: None, tier2_reason: reason.to_owned(), ..plan };
@@ -49,7 +49,7 @@ pub(super) fn only_near(plans: Vec<WalPlan>, facts: &Facts, reason: &str) -> Vec
     }
 }
 
-/// For every timeline: all stays.
+/// Keeps everything on every timeline.
 pub(super) fn nothing(facts: &Facts, reason: &str) -> Vec<WalPlan> {
     let keep = |line: &KnownTimeline| WalPlan {
         timeline: line.timeline,
@@ -67,7 +67,8 @@ fn sorted(facts: &Facts) -> Vec<&KnownTimeline> {
     lines
 }
 
-/// As `horizon`, but what only young backups need is left alone: below them there may be what none of them says (P13).
+/// As `horizon`, but if only young backups need the timeline, nothing is removed: the WAL below them may be needed by
+/// something that they do not show (P13).
 fn for_good(
     line: &KnownTimeline,
     kept: &[&BackupRecord],
@@ -93,7 +94,7 @@ fn horizon(
     facts: &Facts,
 ) -> Horizon {
     if kept.is_empty() {
-        return (None, "there is no backup: nothing goes".to_owned());
+        return (None, "there is no backup: nothing is removed".to_owned());
     }
     let needing = kept.iter().filter(|record| may_read(record, line.timeline, facts));
     match needing.min_by_key(|record| record.start_lsn) {
@@ -109,7 +110,7 @@ fn horizon(
     }
 }
 
-/// Whether a recovery from this backup may read WAL of the timeline. Where its history is not known, it may.
+/// Whether a recovery from this backup may read WAL of the timeline. If the timeline's history is unknown, it may.
 fn may_read(record: &BackupRecord, timeline: TimelineId, facts: &Facts) -> bool {
     if timeline <= record.start_timeline {
         return timeline == record.start_timeline;

@@ -360,7 +360,8 @@ fn a_damaged_segment_in_the_middle_is_made_anew_beside_the_stream() {
             assert_eq!(store.holes(&rig.name), [hole()]);
             let problems = store.problems(&rig.name).join("\n");
             assert!(
-                problems.contains("as long as PostgreSQL has it") && problems.contains("klio backup"),
+                problems.contains("as long as PostgreSQL has it")
+                    && problems.contains("klio backup"),
                 "{problems}"
             );
             let mut writer = rig.writer(&store, 1, 3 * MIB + 700);
