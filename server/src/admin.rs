@@ -1,4 +1,4 @@
-//! HTTP for probes and scrapers: /livez (and /healthz), /readyz, /metrics. No secrets, no changes.
+//! HTTP for probes and scrapers: /livez (and /healthz), /readyz, /metrics. It shows no secrets and changes nothing.
 
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
 use klio_telemetry::{Prometheus, Telemetry, visible};
@@ -6,24 +6,24 @@ use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// Asks whether the server is ready; the answer lists what is not.
+/// Returns why the server is not ready; empty when it is.
 pub type Readiness =
     Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Vec<String>> + Send>> + Send + Sync>;
 
-/// A port that could not be had.
+/// A port that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("listen on {address} for {purpose}: {cause}; hint: is another program using the port?")]
 pub struct ListenError {
     address: String,
     purpose: &'static str,
-    // In the text: not a source, which would be printed behind it again.
+    // Part of the text, and not a source, which would be printed a second time.
     cause: std::io::Error,
 }
 
 /// Binds a port.
 ///
 /// # Errors
-/// Names address and purpose.
+/// The error names address and purpose.
 pub async fn bind(
     address: impl Into<String>,
     purpose: &'static str,
@@ -35,10 +35,10 @@ pub async fn bind(
     }
 }
 
-/// Binds what OTEL_EXPORTER_PROMETHEUS_HOST and _PORT say. P9: a port that is taken keeps no WAL from flowing.
+/// Binds the address of OTEL_EXPORTER_PROMETHEUS_HOST and _PORT. P9: a port that is in use does not stop WAL.
 ///
 /// # Errors
-/// With KLIO_OTEL_STRICT only.
+/// Only with KLIO_OTEL_STRICT.
 pub async fn scrape_port(
     page: &Prometheus,
     telemetry: &Telemetry,
@@ -79,7 +79,7 @@ pub fn metrics_router(page: Prometheus) -> Router {
         get(move || {
             let page = page.clone();
             async move {
-                // Gauges read the disk; that must not hold up the runtime's workers.
+                // Gauges read the disk, which must not block the runtime's workers.
                 let text = tokio::task::spawn_blocking(move || page.render()).await;
                 let kind = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
                 (kind, text.unwrap_or_default()).into_response()
@@ -95,6 +95,6 @@ pub async fn serve(listener: TcpListener, router: Router, cancel: CancellationTo
         .with_graceful_shutdown(async move { cancel.cancelled().await })
         .await;
     if let Err(error) = served {
-        tracing::error!(%address, %error, "serve HTTP");
+        tracing::error!(%address, %error, "the HTTP server failed");
     }
 }

@@ -1,10 +1,11 @@
-//! The server on one screen: configuration -> build -> run -> drain.
+//! The server as a whole: configuration -> build -> run -> drain.
 //!
-//! Start: ports first (a taken port must not leave half a server), then tier 1 with its recovery, then
-//! everything that only follows. Receiving WAL needs tier 1 and nothing else: queue and bucket may be
-//! down (P4); but of a cluster that tier 1 knows nothing of, the bucket is asked first (P8). Stop: no new
-//! streams, sessions end with what is durable, seals finish, consumer and queue stop, each within
-//! [`DRAIN_TIMEOUT`]; laggards are named.
+//! Start: first the ports (a taken port must not leave half a server), then tier 1 with its recovery, then everything
+//! else. Receiving WAL needs tier 1 only: queue and bucket may be down (P4), except that for a cluster unknown to tier
+//! 1 the bucket is asked first (P8).
+//!
+//! Stop: no new streams are accepted, sessions end with what is durable, seals finish, and consumer and queue stop,
+//! all within [`DRAIN_TIMEOUT`]. Tasks that do not end in time are logged by name.
 
 use crate::{
     admin::{self, bind},
@@ -58,26 +59,26 @@ use tonic::transport::{Server, server::Router};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::util::{Identity, Stack};
 
-/// All of the way out, but telemetry's flush.
+/// The time for the whole shutdown, except the flush of telemetry.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
-/// Of that, for throwing away what the bucket has of uploads that are not at their end.
+/// The part of it for removing unfinished uploads from the bucket.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 /// A message is at most a batch of WAL with some room; larger ones are refused unread.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
-/// One stream of WAL, some fetches, some questions; a client that wants more is broken.
+/// A client needs one stream of WAL, some fetches and some requests; one that wants more is broken.
 const STREAMS_PER_CONNECTION_MAX: u32 = 64;
-/// Finds a peer that is gone without a word, so that its place is free for the next.
+/// Finds a peer that vanished silently, so that its place becomes free.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-/// How often gRPC health is brought up to what /readyz says; each look writes a byte to tier 1.
+/// How often gRPC health is updated to what /readyz says; each check writes a byte to tier 1.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A running server.
 pub struct Running {
-    /// Stop asking for more.
+    /// Ends accepting and receiving.
     front: CancellationToken,
-    /// Stop sealing, moving and answering.
+    /// Ends sealing, uploading and answering.
     back: CancellationToken,
-    /// Stop the queue and its child, when nobody uses it any more.
+    /// Ends the queue and its child, when nobody uses it any more.
     last: CancellationToken,
     sessions: TaskTracker,
     tasks: Vec<(&'static str, JoinHandle<()>)>,
@@ -209,7 +210,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
         CatalogService { auth: auth.clone(), histories, board: board.clone(), tier2: served };
     let count = CountLayer { auth: auth.clone(), quotas: quotas.clone() };
     let admit: tls::Admit = Arc::new(move |chain| {
-        // One who has no role is told so by the first call; until then all of those share one quota.
+        // A client without a role is refused by its first call; until then all such clients share one quota.
         let whose = match auth.identify_chain(chain) {
             Ok(identity) => counted::whose(&identity),
             Err(_) => Some(Whose::Person(String::new())),
@@ -259,7 +260,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     })
 }
 
-/// The one place that spawns: every handle ends up in [`Running`].
+/// The only place that spawns tasks: every handle is owned by [`Running`].
 #[expect(clippy::disallowed_methods, reason = "the handle is owned by Running")]
 pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     tokio::spawn(task)
@@ -274,7 +275,7 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
     let store = tokio::task::spawn_blocking(move || {
         private::directory(&root)
             .with_context(|| format!("create directory {}", root.display()))?;
-        // Before anything is touched.
+        // Checked before anything is changed.
         check_keys(&RealDisk, &root, &at_rest).map_err(KeyProblem::from)?;
         let options = WalOptions { at_rest, ..WalOptions::default() };
         WalStore::open(Arc::new(RealDisk), root, options).context("open tier 1")
@@ -282,7 +283,7 @@ async fn open_store(config: &Config) -> anyhow::Result<WalStore> {
     let store = store.await??;
     for cluster in store.clusters() {
         for position in store.positions(&cluster) {
-            tracing::info!(%cluster, timeline = ?position.timeline, start = %position.start, flushed = %position.flushed, "recovered");
+            tracing::info!(%cluster, timeline = ?position.timeline, start = %position.start, flushed = %position.flushed, "recovered WAL of a timeline");
         }
         for problem in store.problems(&cluster) {
             tracing::error!(%cluster, problem, "problem on the tier 1 disk");
@@ -329,7 +330,7 @@ async fn open_maintenance(
     Ok(tokio::task::spawn_blocking(move || Maintenance::new(parts)).await?)
 }
 
-/// After a restart the gauges show the true last times, read from the store.
+/// Reads the last times from the store, so that the gauges are right after a restart.
 async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow::Result<()> {
     let (store, metrics) = (store.clone(), metrics.clone());
     tokio::task::spawn_blocking(move || {
@@ -347,7 +348,7 @@ async fn remember_last_times(store: &WalStore, metrics: &Arc<Metrics>) -> anyhow
     Ok(())
 }
 
-/// Every service behind the layers that measure calls and make spans of them.
+/// All services behind the layers that measure, trace and count calls.
 type Services = Router<Stack<CountLayer, Stack<TraceLayer, Stack<RpcLayer, Identity>>>>;
 
 async fn router(
@@ -381,7 +382,7 @@ async fn router(
     Ok((router, Health(health)))
 }
 
-/// What gRPC's own health service answers: the same as /readyz, for all services and for the server as a whole.
+/// Answers of gRPC's own health service: the same as /readyz, for each service and for the server as a whole.
 struct Health(HealthReporter);
 
 impl Health {
@@ -437,18 +438,18 @@ fn serve(
 
 fn report(served: Result<(), tonic::transport::Error>) {
     if let Err(error) = served {
-        tracing::error!(%error, "serve gRPC");
+        tracing::error!(%error, "the gRPC server failed");
     }
 }
 
 impl Running {
-    /// Resolves when a task that the server cannot be without has ended by itself, with its name.
+    /// Resolves with the name of a required task that has ended by itself.
     pub async fn broken(&mut self) -> &'static str {
         let tasks = self.tasks.iter_mut().chain(&mut self.background);
         let ends = tasks.map(|(name, handle)| {
             Box::pin(async move {
                 if let Err(error) = handle.await {
-                    tracing::error!(task = *name, %error, "task ended");
+                    tracing::error!(task = *name, %error, "a task ended unexpectedly");
                 }
                 *name
             })
@@ -470,7 +471,7 @@ impl Running {
                 continue;
             }
             if tokio::time::timeout_at(deadline, &mut handle).await.is_err() {
-                tracing::warn!(task = name, "did not end in time");
+                tracing::warn!(task = name, "task did not end in time");
                 handle.abort();
             }
         }
@@ -484,17 +485,18 @@ impl Running {
     }
 }
 
-/// A store that does not answer keeps nobody from stopping: its lifecycle rule clears what stays.
+/// Removes unfinished uploads. An object store that does not answer does not delay the stop; its lifecycle rule
+/// removes what is left.
 async fn abandon(tier2: &Tier2, deadline: tokio::time::Instant) {
     let until = deadline.min(tokio::time::Instant::now() + ABANDON_TIMEOUT);
     if tokio::time::timeout_at(until, tier2.abandon()).await.is_err() {
-        tracing::warn!("half-done uploads stay in tier 2: it did not answer in time");
+        tracing::warn!("tier 2 did not answer in time; unfinished uploads stay there");
     }
 }
 
 async fn drain(name: &'static str, tasks: &mut JoinSet<()>, deadline: tokio::time::Instant) {
     let all = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout_at(deadline, all).await.is_err() {
-        tracing::warn!(task = name, "did not end in time");
+        tracing::warn!(task = name, "task did not end in time");
     }
 }

@@ -1,10 +1,11 @@
-//! Why the server's own clock cannot be believed, as far as other clocks tell (P6: in doubt, keep).
+//! Detects that the server's own clock cannot be believed, by comparison with other clocks (P6: in doubt, keep).
 //!
-//! - A clock that does not move as fast as the time since the machine started was set by a step. Small ones are NTP's.
-//! - The bucket says its time with every answer.
+//! - A clock that does not advance like the time since the machine started was set by a step. Small steps come from
+//!   NTP.
+//! - The bucket sends its time with every answer.
 //!
-//! A step is in doubt until the bucket's clock agrees with what the clock says now, or until klio-server is started again by
-//! somebody who has looked. Who removes by age asks first; nothing else depends on it.
+//! After a step the clock is in doubt until the bucket's clock agrees with it, or until somebody who has checked it
+//! restarts klio-server. Only removal by age depends on this.
 
 use klio_storage::{catalog::retention::TIMES_DIFFER_SECONDS, tier2::HeardDate};
 use std::{
@@ -12,12 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Steps up to this are what NTP does after a start, or a leap second.
+/// Steps up to this size come from NTP after a start, or from a leap second.
 const STEP_SECONDS: f64 = 3600.0;
-/// What the bucket said is as good as now for so long.
+/// The bucket's time counts for this long after it was received.
 const HEARD_LATELY: Duration = Duration::from_secs(7200);
 
-/// Remembers how the clock went since it was made.
+/// Compares the clock with the time since boot, from its creation on.
 #[derive(Debug)]
 pub struct ClockWatch(Mutex<Anchor>);
 
@@ -30,17 +31,17 @@ struct Anchor {
 /// A reading of all clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct Reading {
-    /// The server's clock, Unix seconds.
+    /// The server's clock, in Unix seconds.
     pub wall_unix: f64,
-    /// Time since the machine started, with the time that it slept.
+    /// Time since the machine started, including the time that it slept.
     pub since_boot: Duration,
-    /// What the bucket said.
+    /// The bucket's time.
     pub bucket: Option<HeardDate>,
-    /// The clock that `bucket` was heard by.
+    /// The monotonic clock by which `bucket` was received.
     pub now: Instant,
 }
 
-/// Time since the machine started, with the time that it slept.
+/// Time since the machine started, including the time that it slept.
 pub fn since_boot() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
@@ -48,12 +49,12 @@ pub fn since_boot() -> Duration {
 }
 
 impl ClockWatch {
-    /// From now on.
+    /// Starts at this moment.
     pub fn new(wall_unix: f64, since_boot: Duration) -> Self {
         Self(Mutex::new(Anchor { wall_unix, since_boot }))
     }
 
-    /// In words; nothing when there is no reason for doubt.
+    /// The reasons for doubt, as texts; empty when there are none.
     pub fn doubts(&self, reading: &Reading) -> Vec<String> {
         let mut anchor = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let lately =
@@ -62,7 +63,7 @@ impl ClockWatch {
         let ahead = bucket.map(|heard| heard.ahead_of(reading.wall_unix, reading.now));
         if let Some(ahead) = ahead.filter(|ahead| ahead.abs() > TIMES_DIFFER_SECONDS) {
             return vec![format!(
-                "the server's clock says {:.0}, and the bucket's is {:.1} days {}; nothing is removed meanwhile; hint: set the clock that is wrong right, then klio retention plan",
+                "the server's clock says {:.0}, and the bucket's is {:.1} days {}; nothing is removed meanwhile; hint: correct the wrong clock, then run klio retention plan",
                 reading.wall_unix,
                 ahead.abs() / 86_400.0,
                 if ahead > 0.0 { "ahead of it" } else { "behind it" },
@@ -74,12 +75,12 @@ impl ClockWatch {
             return Vec::new();
         }
         if bucket.is_some() {
-            // It agrees with what the clock says now.
+            // The bucket's clock agrees with the current time of the server's.
             *anchor = Anchor { wall_unix: reading.wall_unix, since_boot: reading.since_boot };
             return Vec::new();
         }
         vec![format!(
-            "the server's clock was set {} by {:.1} hours while klio-server ran; nothing is removed meanwhile; hint: see that it is right now, then start klio-server again",
+            "the server's clock was set {} by {:.1} hours while klio-server ran; nothing is removed meanwhile; hint: check that the clock is right now, then restart klio-server",
             if step > 0.0 { "forward" } else { "back" },
             step.abs() / 3600.0
         )]
@@ -115,7 +116,7 @@ mod tests {
         }
     }
 
-    /// A clock that was once 400 days ahead expired good backups: ahead, and back again.
+    /// Regression test: a clock that was 400 days ahead for a while caused good backups to expire.
     #[test]
     fn a_step_is_a_doubt_until_the_bucket_agrees() {
         for (step, word) in [(400.0 * DAY, "forward by 9600.0 hours"), (-2.0 * DAY, "back by 48.0")]
@@ -125,7 +126,7 @@ mod tests {
                 let doubts = watch.doubts(&reading(passed, step, None));
                 assert!(doubts.len() == 1 && doubts[0].contains(word), "{doubts:?}");
             }
-            // The clock was set right after all: no doubt is left.
+            // The clock was corrected, so no doubt is left.
             assert_eq!(watch.doubts(&reading(30.0, 0.0, None)), [""; 0]);
             assert_eq!(watch.doubts(&reading(40.0, step, Some(3.0))), [""; 0]);
             assert_eq!(watch.doubts(&reading(50.0, step, None)), [""; 0]);

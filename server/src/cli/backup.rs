@@ -1,8 +1,9 @@
-//! `klio-server backup`: what only a person may decide about a record: another time, or none at all.
+//! `klio-server backup`: decisions about a backup's record that only a person may make: another time, or removal.
 //!
-//! - The server is stopped meanwhile: whoever has tier 1 has its lock.
-//! - Both tiers get the same, tier 2 first, and doing it again is harmless. Of the record only its time changes, and that a
-//!   person gave it. Data goes by retention alone: the snapshot of a removed record stays for days (`orphans.rs`).
+//! - The server has to be stopped, because whoever works on tier 1 has its lock.
+//! - Both tiers get the same record, tier 2 first, and repeating the command is harmless. Only the time of the record
+//!   changes, and the fact that a person changed it. Data is removed by retention only: the snapshot of a removed
+//!   record stays for days (`orphans.rs`).
 
 use super::key::open_store;
 use crate::{config::Config, encryption::KeyProblem};
@@ -22,24 +23,24 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 /// The verbs of `backup`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Verb {
-    /// Give a backup another time of commit, when the server's clock was wrong. Stop the server first.
+    /// Set another commit time for a backup, after the server's clock was wrong. Stop the server first
     Redate(RedateArgs),
-    /// Make a backup cease to exist: take its record out of both tiers. Stop the server first.
+    /// Remove a backup's record from both tiers, so that the backup no longer exists. Stop the server first
     Remove(RemoveArgs),
 }
 
-/// Which backup.
+/// The backup that a verb is about.
 #[derive(Debug, clap::Args)]
 pub struct Which {
-    /// The server's configuration file.
+    /// Configuration file of the server
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
-    /// Whose.
+    /// Cluster of the backup
     #[arg(long)]
     pub cluster: ClusterName,
-    /// The backup, as klio list shows it.
+    /// Name of the backup, as klio list shows it
     pub name: BackupName,
-    /// Say what would be done, and change nothing.
+    /// Print what would be done, and change nothing
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -47,10 +48,10 @@ pub struct Which {
 /// Arguments of `backup redate`.
 #[derive(Debug, clap::Args)]
 pub struct RedateArgs {
-    /// Which backup.
     #[command(flatten)]
     pub which: Which,
-    /// When it was committed, as 2026-11-30T07:00:00Z; postgres: when PostgreSQL's clock said that it ended; server: as it is now, by the server's clock.
+    /// Commit time to set, such as 2026-11-30T07:00:00Z; postgres: the time at which the backup ended by PostgreSQL's
+    /// clock; server: the current value, which is right
     #[arg(long, value_name = "TIME")]
     pub to: At,
 }
@@ -58,7 +59,6 @@ pub struct RedateArgs {
 /// Arguments of `backup remove`.
 #[derive(Debug, clap::Args)]
 pub struct RemoveArgs {
-    /// Which backup.
     #[command(flatten)]
     pub which: Which,
 }
@@ -66,9 +66,9 @@ pub struct RemoveArgs {
 /// A time, or where to take it from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum At {
-    /// The record's own, of PostgreSQL's clock.
+    /// The record's stop time, by PostgreSQL's clock.
     Postgres,
-    /// The record's own, of the server's clock: it is right as it is.
+    /// The record's commit time, by the server's clock: it is right as it is.
     Server,
     /// Unix seconds.
     Unix(f64),
@@ -102,7 +102,6 @@ impl At {
 }
 
 impl Verb {
-    /// Which backup it is about.
     pub const fn which(&self) -> &Which {
         match self {
             Verb::Redate(args) => &args.which,
@@ -111,19 +110,18 @@ impl Verb {
     }
 }
 
-/// Both tiers, locked.
+/// The record of a backup in both tiers.
 struct Place {
     cluster: ClusterName,
     name: BackupName,
     path: PathBuf,
     root: PathBuf,
     tier2: Option<Tier2>,
-    /// As JSON: fields of a version to come stay.
+    /// As JSON, so that fields of a later version are kept.
     near: Option<Value>,
     far: Option<Value>,
 }
 
-/// Does it.
 pub async fn run(verb: &Verb, now_unix: f64) -> anyhow::Result<()> {
     let which = verb.which();
     let config = Config::load(&which.config)?;
@@ -135,7 +133,7 @@ pub async fn run(verb: &Verb, now_unix: f64) -> anyhow::Result<()> {
             let at = args.to.of(&record);
             if !at.is_finite() || at > now_unix {
                 bail!(
-                    "redate {}: expected a time that is over, found {at:.0}; hint: date says what this machine takes for now",
+                    "redate {}: expected a time in the past, found {at:.0}; hint: check this machine's clock with date",
                     which.name
                 );
             }
@@ -147,7 +145,7 @@ pub async fn run(verb: &Verb, now_unix: f64) -> anyhow::Result<()> {
         }
         Verb::Remove(_) => {
             println!(
-                "{}: committed {}, snapshot {}: its record goes from {}",
+                "{}: committed {}, snapshot {}: removing its record from {}",
                 which.name,
                 said(record.committed_unix),
                 record.snapshot,
@@ -242,7 +240,7 @@ impl Place {
         }
         outcomes::remove(&RealDisk, &self.root, &self.cluster, &self.name)?;
         println!(
-            "its data stays for three days after the next maintenance has found it without a record"
+            "its data stays for three days after the next maintenance run, which finds it without a record"
         );
         Ok(())
     }

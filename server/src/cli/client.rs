@@ -1,4 +1,4 @@
-//! `klio-server client NAME@CLUSTER`: a further bundle, signed by the local authority.
+//! `klio-server client NAME@CLUSTER`: issues another client bundle, signed by the local authority.
 
 use super::init::{self, CONFIG_FILE};
 use crate::{config::Config, grpc::roles::RoleName, pki};
@@ -9,16 +9,16 @@ use std::path::PathBuf;
 /// Arguments of `client`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Who it is for: NAME@CLUSTER, or only NAME with --role or --admin.
+    /// Name for the certificate: NAME@CLUSTER, or only NAME with --role or --admin
     pub name: String,
-    /// The server's configuration file; ca.crt and ca.key lie beside it.
+    /// Configuration file of the server; ca.crt and ca.key are in the same directory
     #[arg(short, long, env = "KLIO_CONFIG", default_value = CONFIG_FILE)]
     pub config: PathBuf,
-    /// Somebody without a cluster: an observer sees how every cluster is and no data, an operator also asks for
-    /// verification and maintenance, an admin also reads WAL.
+    /// Role without a cluster: an observer sees the status of every cluster and no data, an operator may also request
+    /// verification and maintenance, an admin may also read WAL
     #[arg(long, value_parser = role, conflicts_with = "admin")]
     pub role: Option<RoleName>,
-    /// The same as --role admin.
+    /// Same as --role admin
     #[arg(long)]
     pub admin: bool,
 }
@@ -35,7 +35,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = Config::load(&args.config)?;
     let dir = args.config.parent().unwrap_or(std::path::Path::new("."));
     let authority = pki::read_authority(dir)
-        .context("client bundles are signed by the authority of klio-server init; with another authority issue a certificate there, common name NAME@CLUSTER")?;
+        .context("read the authority of klio-server init, which signs client bundles; hint: with another authority, issue a certificate there with common name NAME@CLUSTER")?;
     let address = config
         .public_address
         .clone()

@@ -1,10 +1,10 @@
-//! Exit statuses of `klio-server`: the one place. docs/errors.md is generated from this table.
+//! Exit statuses of `klio-server`, all in this table. docs/errors.md is generated from it.
 
 /// Something failed; the message says what.
 pub const FAILED: u8 = 1;
-/// The command line cannot be understood.
+/// The command line is wrong.
 pub const USAGE: u8 = 2;
-/// The identity for encryption at rest is missing, or is another one.
+/// The identity for encryption at rest is missing, or is the wrong one.
 pub const NO_KEY: u8 = 3;
 
 /// Every status and what it means, ascending.

@@ -1,4 +1,4 @@
-//! `klio-server init DIR`: everything a first start needs, in one directory. Overwrites nothing.
+//! `klio-server init DIR`: creates everything that a first start needs, in one directory. Overwrites nothing.
 
 use super::keygen;
 use crate::pki::{self, CA_CERT, CA_KEY, Subject};
@@ -18,27 +18,27 @@ pub const IDENTITY_FILE: &str = "identity.txt";
 /// Arguments of `init`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The directory to create or fill.
+    /// Directory to create or fill
     pub dir: PathBuf,
-    /// Host names and addresses the server will be reached by; the first one goes into client bundles.
+    /// Host names and addresses by which the server is reached; client bundles use the first one
     #[arg(long = "host", default_values_t = ["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()])]
     pub hosts: Vec<String>,
-    /// Where the server listens.
+    /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:7423")]
     pub listen: std::net::SocketAddr,
-    /// Where /livez, /readyz and /metrics are served.
+    /// Address that serves /livez, /readyz and /metrics
     #[arg(long, default_value = "127.0.0.1:7424")]
     pub admin_listen: std::net::SocketAddr,
-    /// Where WAL is kept; below DIR when not given.
+    /// Directory for WAL and base backups [default: data in DIR]
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
-    /// The cluster of the first client bundle.
+    /// Cluster of the first client bundle
     #[arg(long, default_value = "main")]
     pub cluster: String,
-    /// Store WAL and the keys of base backups unencrypted: no identity is made.
+    /// Store WAL and the keys of base backups unencrypted, without an identity
     #[arg(long)]
     pub unencrypted: bool,
-    /// Further age recipients, such as the public key of an offline recovery identity.
+    /// Additional age recipients, such as the public key of an offline recovery identity
     #[arg(long = "recipient", conflicts_with = "unencrypted")]
     pub recipients: Vec<String>,
 }
@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         write(IDENTITY_FILE, identity.expose(), true)?;
     }
     let address = address(host, args.listen.port());
-    // Credentials of the bucket are written into it.
+    // The configuration file may contain credentials of the bucket, so only its owner may read it.
     write(CONFIG_FILE, &config_text(args, &address), true)?;
     let subject = Subject::Client(format!("klio@{cluster}"));
     let bundle = bundle(&args.dir, &authority, &subject, Some(&cluster), &address)?;
@@ -98,7 +98,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `https://host:port`, with brackets where the host is an IPv6 address.
+/// `https://host:port`, with brackets if the host is an IPv6 address.
 pub fn address(host: &str, port: u16) -> String {
     if host.contains(':') {
         format!("https://[{host}]:{port}")
@@ -107,7 +107,7 @@ pub fn address(host: &str, port: u16) -> String {
     }
 }
 
-/// A host as a certificate has it: the brackets of an IPv6 address belong to a URL only.
+/// A host as it appears in a certificate: the brackets of an IPv6 address belong only to a URL.
 fn bare(host: &str) -> String {
     let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
     inner.filter(|inner| inner.contains(':')).unwrap_or(host).to_owned()
@@ -121,7 +121,7 @@ fn private_dir(dir: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("create directory {}", dir.display()))
 }
 
-/// Writes a client bundle below `clients/`; gives back its directory.
+/// Writes a client bundle below `clients/`; returns its directory.
 pub fn bundle(
     dir: &Path,
     authority: &pki::Pair,

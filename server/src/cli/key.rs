@@ -1,10 +1,12 @@
-//! `klio-server key`: which key opens what, a new identity, and writing what there is again for it.
+//! `klio-server key`: shows which key opens what, creates a new identity, and encrypts existing files again for it.
 //!
-//! - The new identity is in the identity file, durably and before the old ones, before anything is encrypted for it. The
-//!   old ones stay there: a stop at any point leaves everything readable, and `key rewrap` goes on.
-//! - The server is stopped meanwhile: whoever has tier 1 has its lock.
-//! - An object of tier 2 is written over only by one that was proven to hold the same, in one request, and is read back:
-//!   at every moment there is one that the identity file opens (P5). A second exception to OBJECT4, beside verification.
+//! - The new identity is in the identity file, durably and before the old ones, before anything is encrypted for it.
+//!   The old ones stay in the file, so after an interruption at any point everything is readable, and `key rewrap`
+//!   continues.
+//! - The server has to be stopped, because whoever works on tier 1 has its lock.
+//! - An object of tier 2 is replaced only by one that was proven to have the same content, in one request, and is read
+//!   afterwards. So at every moment there is an object that the identity file opens (P5). This is a second exception
+//!   to OBJECT4, besides verification.
 
 mod far;
 
@@ -28,30 +30,31 @@ use std::{
     sync::Arc,
 };
 
-/// More than a wrapped secret takes.
+/// More than an encrypted secret needs.
 const SECRET_LIMIT_BYTES: u64 = 1 << 20;
 
 /// The verbs of `key`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Verb {
-    /// List which recipients the encrypted files are for, and whether the identity file opens them.
+    /// List the recipients of the encrypted files, and whether the identity file opens them
     Show(ShowArgs),
-    /// Put a new identity in front of the identity file, and wrap the small keys again for it. Stop the server first.
+    /// Add a new identity at the beginning of the identity file, and encrypt the small keys for it. Stop the server
+    /// first
     Rotate(RewrapArgs),
-    /// Wrap the small keys again for the newest identity and the recipients there are now. Stop the server first.
+    /// Encrypt the small keys again for the newest identity and the current recipients. Stop the server first
     Rewrap(RewrapArgs),
 }
 
 /// Arguments of `key show`.
 #[derive(Debug, clap::Args)]
 pub struct ShowArgs {
-    /// The server's configuration file.
+    /// Configuration file of the server
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
-    /// Look into the bucket too: one small request for each encrypted object.
+    /// Check the bucket too, with one small request for each encrypted object
     #[arg(long)]
     pub tier2: bool,
-    /// Name every file.
+    /// List every file
     #[arg(long)]
     pub files: bool,
 }
@@ -59,15 +62,14 @@ pub struct ShowArgs {
 /// Arguments of `key rotate` and `key rewrap`.
 #[derive(Debug, clap::Args)]
 pub struct RewrapArgs {
-    /// The server's configuration file.
+    /// Configuration file of the server
     #[arg(short, long, env = "KLIO_CONFIG", default_value = "klio-server.toml")]
     pub config: PathBuf,
-    /// Also write sealed WAL again, in both tiers: each byte of WAL in the bucket is read, written and read once more.
+    /// Encrypt sealed WAL again too, in both tiers: all WAL in the bucket is read, written and read once more
     #[arg(long)]
     pub rewrap_wal: bool,
 }
 
-/// Does it.
 pub async fn run(verb: &Verb) -> anyhow::Result<()> {
     match verb {
         Verb::Show(args) => show(args).await,
@@ -83,7 +85,7 @@ fn tier1(config: &Config) -> PathBuf {
     config.data_dir.join("tier1")
 }
 
-/// Opens tier 1, which keeps the server from it.
+/// Opens tier 1; its lock keeps a server from starting.
 pub(super) fn open_store(config: &Config, at_rest: &AtRest) -> anyhow::Result<WalStore> {
     let (root, at_rest) = (tier1(config), at_rest.clone());
     fs::create_dir_all(&root).with_context(|| format!("create directory {}", root.display()))?;
@@ -92,12 +94,12 @@ pub(super) fn open_store(config: &Config, at_rest: &AtRest) -> anyhow::Result<Wa
     WalStore::open(Arc::new(RealDisk), root, options).context("open tier 1: is the server stopped?")
 }
 
-/// Puts a new identity first.
+/// Adds a new identity at the beginning of the identity file.
 fn rotate(config: &Config) -> anyhow::Result<()> {
     let Some(path) = &config.encryption.identity_file else {
         bail!("expected encryption.identity_file, found none: there is nothing to rotate");
     };
-    // Proves that the identity is the right one and the server stopped, before anything changes.
+    // Proves that the identity is the right one and that the server is stopped, before anything changes.
     drop(open_store(config, &config.at_rest().map_err(KeyProblem::from)?)?);
     let old = crypt::read_identity(path)?;
     let (new, recipient) = keygen::generate();
@@ -105,15 +107,15 @@ fn rotate(config: &Config) -> anyhow::Result<()> {
         .with_context(|| format!("write {}", path.display()))?;
     println!("{recipient}");
     println!(
-        "the new identity is the first one in {}: copy the file to where you keep it safe",
+        "the new identity is the first one in {}: copy the file to your safe place",
         path.display()
     );
     Ok(())
 }
 
-/// Durable, readable by its owner only, whole at every moment.
+/// Replaces the file durably. It is whole at every moment and readable by its owner only.
 fn replace_identity(path: &Path, text: &IdentityText) -> anyhow::Result<()> {
-    // A link, as secrets are often mounted, stays a link.
+    // A symbolic link, as secrets are often mounted, stays a link.
     let path = fs::canonicalize(path)?;
     let tmp = durable::tmp_path(&path);
     match fs::remove_file(&tmp) {
@@ -155,13 +157,15 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
         println!("nothing on tier 1 needs an older identity");
     }
     for (recipient, files) in left {
-        println!("{files} files on tier 1 still need the identity of {recipient}: keep it");
+        println!(
+            "{files} files on tier 1 still need the identity of {recipient}: keep that identity"
+        );
     }
     match &tier2 {
         Some(tier2) if args.rewrap_wal => far::tell_still_needed(tier2, keys).await,
         Some(_) => {
             println!(
-                "WAL that is in tier 2 already stays for the identity it was written for: keep that one; hint: klio-server key show --tier2 counts it, klio-server key rewrap --rewrap-wal writes it again"
+                "WAL in tier 2 still needs the identity it was encrypted for: keep that identity; hint: klio-server key show --tier2 counts such WAL, klio-server key rewrap --rewrap-wal encrypts it again"
             );
             Ok(())
         }
@@ -193,7 +197,7 @@ async fn rewrap_object(tier2: &Tier2, cluster: &ClusterName, keys: &Keys) -> any
 
 fn rewrap_wal(store: &WalStore, cluster: &ClusterName) -> anyhow::Result<()> {
     let held = store.list(cluster)?;
-    // What is archived was proven to be these files; that they get other sizes must not put it in doubt.
+    // What is archived was proven to be these files, so their new sizes must not make them count as unproven.
     let path = archive_file::path(store.root(), cluster);
     if let Some(mut archive) = archive_file::read(&path)? {
         for stored in held.iter().filter(|stored| archive.has(stored.file)).collect::<Vec<_>>() {
@@ -210,7 +214,7 @@ fn rewrap_wal(store: &WalStore, cluster: &ClusterName) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Files by recipient that the newest identity does not open.
+/// The number of files that the newest identity does not open, by recipient.
 fn still_needed(root: &Path, at_rest: &AtRest) -> anyhow::Result<BTreeMap<String, usize>> {
     let newest = at_rest.reading().and_then(|keys| keys.own().into_iter().next());
     let mut left = BTreeMap::new();
@@ -251,7 +255,7 @@ async fn show(args: &ShowArgs) -> anyhow::Result<()> {
     );
     for (n, recipient) in own.iter().enumerate() {
         println!(
-            "the identity file opens what is for {recipient}{}",
+            "the identity file opens files for {recipient}{}",
             if n == 0 { " (newest)" } else { "" }
         );
     }

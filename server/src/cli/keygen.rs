@@ -1,4 +1,4 @@
-//! `klio-server keygen`: makes an age identity. Overwrites nothing.
+//! `klio-server keygen`: creates an age identity. Overwrites nothing.
 
 use crate::pki;
 use anyhow::Context;
@@ -9,7 +9,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 /// Arguments of `keygen`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Write the identity to this new file (mode 0600) instead of standard output.
+    /// Write the identity to this new file (mode 0600) instead of standard output
     #[arg(short, long)]
     pub out: Option<PathBuf>,
 }
@@ -21,7 +21,7 @@ pub fn generate() -> (IdentityText, String) {
     IdentityText::generate(&now.unwrap_or_default())
 }
 
-/// Writes or prints it.
+/// Writes or prints a new identity.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let (text, recipient) = generate();
     let Some(path) = &args.out else {

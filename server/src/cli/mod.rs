@@ -1,4 +1,4 @@
-//! The commands of `klio-server`: one verb a file.
+//! The commands of `klio-server`, one verb per file.
 
 pub mod backup;
 pub mod client;
@@ -24,7 +24,6 @@ pub struct Cli {
     /// Log debug messages, with trace ids
     #[arg(long, global = true)]
     pub debug: bool,
-    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -34,7 +33,7 @@ pub struct Cli {
 pub enum Command {
     /// Write a commented configuration, a local CA, the server's certificate and a first client bundle
     Init(init::Args),
-    /// Make an age identity for encryption at rest and print its public recipient
+    /// Create an age identity for encryption at rest and print its public recipient
     Keygen(keygen::Args),
     /// Show or change the keys of encryption at rest
     #[command(subcommand)]
@@ -46,7 +45,7 @@ pub enum Command {
     Run(RunArgs),
     /// Issue a client bundle: certificate, key and configuration for one klio
     Client(client::Args),
-    /// Work on a repository for the server: a job on standard input
+    /// Work on a repository for the server, with a job on standard input
     #[command(hide = true)]
     Repository(RunArgs),
     /// Print a generated table of the documentation
@@ -76,7 +75,7 @@ impl Command {
     }
 }
 
-/// What went wrong, with its causes. One that the text before it says already is not said again.
+/// An error with its causes. A cause that the text before it contains already is left out.
 pub fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -91,7 +90,7 @@ pub fn chain(error: &anyhow::Error) -> String {
 mod tests {
     use super::*;
 
-    /// `init` in a directory of somebody else's said "Permission denied" twice.
+    /// Regression test: `init` in a directory of another user said "Permission denied" twice.
     #[test]
     fn a_cause_is_said_once() {
         let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);

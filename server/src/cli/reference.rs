@@ -1,6 +1,6 @@
-//! `klio-server reference`: prints the generated parts of docs/, so that they cannot drift.
+//! `klio-server reference`: prints the generated parts of docs/, so that they cannot become outdated.
 //!
-//! `make docs` writes them; a test compares. The tables are the code's own.
+//! `make docs` writes them, and a test compares them. The tables are those that the code uses.
 
 use super::exit;
 use crate::{
@@ -11,7 +11,7 @@ use klio_proto::Code;
 use klio_telemetry::catalogue;
 use std::fmt::Write as _;
 
-/// Which table.
+/// The tables that can be printed.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub enum Table {
     /// Instruments of klio-server.
@@ -31,7 +31,7 @@ pub enum Table {
 /// Arguments of `reference`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Which table.
+    /// Table to print
     pub table: Table,
 }
 

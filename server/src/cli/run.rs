@@ -1,4 +1,4 @@
-//! `klio-server run`: configuration, telemetry, the server, a signal, the way out.
+//! `klio-server run`: loads the configuration, starts telemetry and the server, waits for a signal, and stops.
 
 use super::{Command, RunArgs, telemetry};
 use crate::{app, config::Config};
@@ -14,7 +14,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Runs until a signal or a fatal error.
 pub async fn run(command: &Command, args: &RunArgs, debug: bool) -> anyhow::Result<()> {
     let config = Config::load(&args.config);
-    // A start that fails because of its configuration is a trace as well.
+    // Telemetry starts even with a bad configuration, so that this failure is in a trace as well.
     let settings = config.as_ref().map(|config| config.telemetry.clone()).unwrap_or_default();
     let telemetry = klio_telemetry::start(telemetry::options(&settings, debug))?;
     let span = telemetry::root_span(command);
@@ -24,7 +24,7 @@ pub async fn run(command: &Command, args: &RunArgs, debug: bool) -> anyhow::Resu
         Err(error) => Err(error.into()),
     };
     if let Err(error) = &outcome {
-        tracing::error!(parent: &span, error = super::chain(error), "klio-server ends");
+        tracing::error!(parent: &span, error = super::chain(error), "klio-server stops because of an error");
     }
     telemetry::record(&span, &outcome);
     drop(span);
@@ -39,7 +39,7 @@ async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
     let outcome = tokio::select! {
         _ = terminate.recv() => { tracing::info!("SIGTERM: stopping"); Ok(()) }
         _ = interrupt.recv() => { tracing::info!("SIGINT: stopping"); Ok(()) }
-        // Half a server would look alive to its supervisor: end, so that it is started again.
+        // A server with a missing part would look alive to its supervisor, so it ends, to be restarted.
         name = running.broken() => Err(anyhow::anyhow!("task {name} ended by itself")),
     };
     running.stop().await;

@@ -1,8 +1,9 @@
-//! Telemetry of one command: what it is told, the root span `cli.<command>`, the closing line.
+//! Telemetry of one command: its options, the root span `cli.<command>`, and the closing line.
 //!
-//! - Every verb runs below its root span ([`root_span`], a table over [`Command`]: a new verb does not compile without).
-//! - Telemetry never changes what a command writes: the console exporter, which writes to standard output, is off where
-//!   standard output is a file's content or a protocol.
+//! - Every verb runs below its root span ([`root_span`], a match over [`Command`]: a new verb without one does not
+//!   compile).
+//! - Telemetry never changes the output of a command. The console exporter writes to standard output, so it is off
+//!   where standard output is a file's content or a protocol.
 
 use super::Command;
 use crate::{
@@ -24,7 +25,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const EXPORTERS: [&str; 3] =
     ["OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"];
 
-/// What `[telemetry]` says.
+/// The options from `[telemetry]`.
 pub fn options(telemetry: &TelemetryConfig, debug: bool) -> Options {
     Options {
         service: "klio-server",
@@ -36,7 +37,7 @@ pub fn options(telemetry: &TelemetryConfig, debug: bool) -> Options {
     }
 }
 
-/// For a command whose standard output is not for people, and which is over before anybody reads a metric.
+/// Options for a command whose standard output is not for people, and which ends before anybody reads a metric.
 pub fn quiet_options(telemetry: &TelemetryConfig, debug: bool) -> Options {
     let mut options = options(telemetry, debug);
     without_console(&mut options.overrides, &|name| environment(name));
@@ -54,7 +55,8 @@ fn without_console(overrides: &mut BTreeMap<String, String>, get: &dyn Fn(&str) 
     }
 }
 
-/// `cli.<command>`, with the arguments as typed but for secrets; below the caller's span where `TRACEPARENT` names one.
+/// The span `cli.<command>`, with the arguments as typed except secrets; below the caller's span if `TRACEPARENT`
+/// names one.
 pub fn root_span(command: &Command) -> Span {
     macro_rules! span {
         ($name:literal) => {
@@ -84,7 +86,7 @@ pub fn record(span: &Span, result: &anyhow::Result<()>) {
     span.record("error.type", error_type(error));
 }
 
-/// Of a closed set.
+/// The kind of an error, from a closed set.
 fn error_type(error: &anyhow::Error) -> &'static str {
     if error.downcast_ref::<KeyProblem>().is_some() {
         "KEY"
@@ -95,7 +97,7 @@ fn error_type(error: &anyhow::Error) -> &'static str {
     }
 }
 
-/// The last line of a command whose spans go somewhere.
+/// Prints the last line of a command whose spans are exported.
 pub fn epilogue(trace: Option<String>, delivery: Delivery) {
     if let Some(line) = delivery.closing_line(trace) {
         // A closed standard error must not become a panic.
@@ -103,14 +105,14 @@ pub fn epilogue(trace: Option<String>, delivery: Delivery) {
     }
 }
 
-/// A panic is a failure like others, so that what is queued is flushed after it as well. Its message and place are on
+/// Turns a panic into an error, so that queued spans are flushed after it as well. Its message and place are on
 /// standard error already.
 pub async fn caught(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let ended = AssertUnwindSafe(work).catch_unwind().await;
     ended.unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")))
 }
 
-/// So is a signal, where nothing listens to it.
+/// Turns a signal into an error, for verbs that do not handle signals themselves.
 async fn interruptible(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
@@ -121,14 +123,14 @@ async fn interruptible(work: impl Future<Output = anyhow::Result<()>>) -> anyhow
     }
 }
 
-/// Runs a verb that is over soon, below its root span. `config`: where its `[telemetry]` is, if it has one.
+/// Runs a short verb below its root span. `config` is the file with its `[telemetry]`, if it has one.
 pub async fn traced(
     command: &Command,
     debug: bool,
     config: Option<&Path>,
     work: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
-    // What is wrong with the file the verb says itself.
+    // The verb itself reports what is wrong with the file.
     let settings = config.and_then(|path| Config::load(path).ok()).map(|config| config.telemetry);
     let settings = settings.unwrap_or_default();
     let telemetry = klio_telemetry::start(quiet_options(&settings, debug))?;

@@ -6,10 +6,10 @@
 //! | organisational unit `klio-observer`, `klio-operator`, `klio-admin` | that role |
 //! | a `[[auth.map]]` entry for the common name | what the entry says, whatever else the subject says |
 //!
-//! Anything else is refused. A unit counts only in certificates of the authority that `klio-server init` made: others issue
-//! units for their own purposes, and who may write a request there must not become an administrator here.
-//! `[auth] trust_units` says otherwise. Chain and role are looked at again on each call and during long ones, against the
-//! authorities and the map of now.
+//! Anything else is refused. A unit counts only in certificates of the authority that `klio-server init` created:
+//! other authorities issue units for their own purposes, and whoever may write a request there must not become an
+//! administrator here. `[auth] trust_units` overrides this. Chain and role are checked again on each call and during
+//! long ones, against the current authorities and the current map.
 
 use super::roles::{Role, RoleName, Rpc};
 use crate::{config::Config, tls::Loaded};
@@ -29,14 +29,14 @@ use tonic::{
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// How often the configuration file is looked at, as certificates are.
+/// How often the configuration file is checked for changes; the same as for certificates.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
 /// `[auth]`
 #[derive(Debug, Clone, Default, serde::Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
-    /// Roles for certificates whose subject does not say them.
+    /// Roles for certificates whose subject does not give one.
     pub map: Vec<MapEntry>,
     /// Organisational units count in certificates of every authority in `tls.client_ca`.
     pub trust_units: bool,
@@ -48,9 +48,9 @@ pub struct AuthConfig {
 pub struct MapEntry {
     /// The subject's common name, compared exactly.
     pub common_name: String,
-    /// The cluster of a tenant.
+    /// The cluster, for a tenant.
     pub cluster: Option<ClusterName>,
-    /// Or: the role of somebody who has no cluster.
+    /// The role, for a caller without a cluster.
     pub role: Option<RoleName>,
     /// The same as `role = "admin"`.
     #[serde(default)]
@@ -58,7 +58,7 @@ pub struct MapEntry {
 }
 
 impl MapEntry {
-    /// What it gives; `None` when it says nothing or two things.
+    /// The role that the entry gives; `None` when it gives none or more than one.
     fn given(&self) -> Option<Role> {
         match (&self.cluster, self.role, self.admin) {
             (Some(cluster), None | Some(RoleName::Tenant), false) => {
@@ -73,7 +73,6 @@ impl MapEntry {
 }
 
 impl AuthConfig {
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let bad = self.map.iter().filter(|entry| entry.given().is_none());
         let problems: Vec<String> = bad
@@ -84,25 +83,25 @@ impl AuthConfig {
                 )
             })
             .collect();
-        // The first one counts, as it always did.
+        // The first of two entries counts, as in earlier versions.
         for (at, entry) in self.map.iter().enumerate() {
             if self.map[..at].iter().any(|earlier| earlier.common_name == entry.common_name) {
                 let name = &entry.common_name;
-                tracing::warn!("auth.map {name:?} stands twice: the first entry counts");
+                tracing::warn!("auth.map {name:?} has two entries; the first one counts");
             }
         }
         problems
     }
 }
 
-/// Who is calling.
+/// An authenticated caller.
 #[derive(Clone)]
 pub struct Identity {
     /// The certificate's common name, or `plaintext`.
     pub name: String,
-    /// What it may touch; `None` with unsafe plaintext: everything.
+    /// What the caller may access; `None` with unsafe plaintext, which means everything.
     pub role: Option<Role>,
-    /// End of the certificate, Unix seconds; 0 with plaintext.
+    /// End of the certificate, in Unix seconds; 0 with plaintext.
     pub expires_unix: i64,
     chain: Option<Arc<Vec<CertificateDer<'static>>>>,
 }
@@ -113,7 +112,8 @@ impl Identity {
         self.role.as_ref().is_none_or(|role| role.sees(cluster))
     }
 
-    /// The cluster that the caller's calls, connections and bytes count for; `None` for one who has no cluster.
+    /// The cluster that the caller's calls, connections and bytes are counted for; `None` for a caller without a
+    /// cluster.
     pub fn tenant(&self) -> Option<&ClusterName> {
         match &self.role {
             Some(Role::Tenant(cluster)) => Some(cluster),
@@ -122,16 +122,16 @@ impl Identity {
     }
 }
 
-/// Checks callers. Cheap to clone.
+/// Authenticates and authorizes callers. Cheap to clone.
 #[derive(Clone)]
 pub struct Auth {
-    /// `None`: unsafe plaintext was asked for.
+    /// `None` when unsafe plaintext is configured.
     tls: Option<watch::Receiver<Arc<Loaded>>>,
     rules: watch::Receiver<Arc<AuthConfig>>,
 }
 
 impl Auth {
-    /// With the certificates in use, or `None` for unsafe plaintext, and the roles in use.
+    /// Uses the current certificates, or `None` for unsafe plaintext, and the current roles.
     pub fn new(
         tls: Option<watch::Receiver<Arc<Loaded>>>,
         rules: watch::Receiver<Arc<AuthConfig>>,
@@ -139,12 +139,12 @@ impl Auth {
         Self { tls, rules }
     }
 
-    /// Who is calling.
+    /// The caller of a request.
     pub fn identify<T>(&self, request: &Request<T>) -> Result<Identity, Status> {
         self.identify_by(request.extensions())
     }
 
-    /// Who is calling, from a request's extensions.
+    /// The caller, from a request's extensions.
     pub fn identify_by(&self, extensions: &Extensions) -> Result<Identity, Status> {
         if let Some(identity) = extensions.get::<Identity>() {
             return Ok(identity.clone());
@@ -153,7 +153,7 @@ impl Auth {
         self.identify_chain(info.and_then(|info| info.peer_certs()))
     }
 
-    /// Who has this certificate chain.
+    /// The caller with this certificate chain.
     pub fn identify_chain(
         &self,
         chain: Option<Arc<Vec<CertificateDer<'static>>>>,
@@ -178,7 +178,7 @@ impl Auth {
         })
     }
 
-    /// Whether an identity is still good: not expired, authority not removed, role the same.
+    /// Checks an identity again: not expired, authority not removed, role unchanged.
     pub fn recheck(&self, identity: &Identity) -> Result<(), Status> {
         let Some(chain) = &identity.chain else { return Ok(()) };
         let now = self.identify_chain(Some(Arc::clone(chain)))?;
@@ -189,7 +189,7 @@ impl Auth {
         Err(Code::Forbidden.status(format!("the role of certificate {name:?} was changed")))
     }
 
-    /// Resolves when the certificates or roles in use change; never with plaintext. Cancel-safe.
+    /// Resolves when the certificates or roles change; never with plaintext. Cancel-safe.
     pub async fn changed(&mut self) {
         let Some(tls) = &mut self.tls else { return std::future::pending().await };
         let certificates = async {
@@ -208,7 +208,7 @@ impl Auth {
         }
     }
 
-    /// The caller and the cluster, when the one may make this call for the other.
+    /// The caller and the cluster, if the caller may make this call for the cluster.
     pub fn require<T>(
         &self,
         request: &Request<T>,
@@ -228,8 +228,8 @@ impl Auth {
     ) -> Result<Role, Status> {
         let rules = Arc::clone(&self.rules.borrow());
         if let Some(entry) = rules.map.iter().find(|e| e.common_name == name) {
-            // An entry with nothing is refused by the configuration's validation; here it means nobody.
-            let nothing = || Code::Forbidden.status(format!("[[auth.map]] gives {name:?} nothing"));
+            // The configuration's validation refuses such an entry; here it gives no role.
+            let nothing = || Code::Forbidden.status(format!("[[auth.map]] gives {name:?} no role"));
             return entry.given().ok_or_else(nothing);
         }
         let own = || self.tls.as_ref().is_some_and(|tls| tls.borrow().is_of_own_authority(chain));
@@ -256,7 +256,7 @@ fn stranger(name: &str, unit: Option<RoleName>) -> String {
     }
 }
 
-/// The cluster that a call names, when this caller may make the call for it.
+/// The cluster that a call names, if this caller may make the call for it.
 pub fn permit(identity: &Identity, cluster: &str, rpc: Rpc) -> Result<ClusterName, Status> {
     let cluster = ClusterName::parse_generation(cluster)
         .map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
@@ -277,8 +277,8 @@ pub fn permit(identity: &Identity, cluster: &str, rpc: Rpc) -> Result<ClusterNam
     }))
 }
 
-/// Keeps the newest good `[auth]` of the configuration file in `current` until cancelled. A file that cannot be used is said
-/// once, and the former roles stay.
+/// Keeps the newest valid `[auth]` of the configuration file in `current` until cancelled. A file that cannot be used
+/// is logged once, and the previous roles stay.
 pub async fn reload(
     file: PathBuf,
     current: watch::Sender<Arc<AuthConfig>>,
@@ -290,7 +290,7 @@ pub async fn reload(
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(RELOAD_INTERVAL) => {}
         }
-        // Gone, or in the middle of being replaced: the last good one serves on.
+        // The file is gone or just being replaced; the last valid one stays in use.
         let Ok(bytes) = std::fs::read(&file) else { continue };
         if known.as_ref() == Some(&bytes) {
             continue;
@@ -304,11 +304,11 @@ fn take_over(file: &Path, current: &watch::Sender<Arc<AuthConfig>>) {
     match Config::load(file) {
         Ok(config) if config.auth == **current.borrow() => {}
         Ok(config) => {
-            tracing::info!("[auth] changed in the configuration and is in use now");
+            tracing::info!("using the changed [auth] of the configuration file");
             current.send_replace(Arc::new(config.auth));
         }
         Err(error) => {
-            tracing::warn!(%error, "the changed configuration is not usable; the former [auth] stays");
+            tracing::warn!(%error, "cannot use the changed configuration file; keeping the previous [auth]");
         }
     }
 }
@@ -319,7 +319,8 @@ struct Subject {
     expires_unix: i64,
 }
 
-/// One common name and at most one unit that means something here: a subject that says two things says nothing.
+/// Requires one common name and at most one unit that has a meaning here, because a subject with two of them is
+/// ambiguous.
 fn subject(der: &CertificateDer<'_>) -> Result<Subject, Status> {
     let refuse =
         |detail: String| Code::Unauthenticated.status(format!("read client certificate: {detail}"));
@@ -348,7 +349,8 @@ mod tests {
         Identity { name: "x".into(), role, expires_unix: 0, chain: None }
     }
 
-    /// In other servers any client with a valid certificate could read and write any cluster (P8).
+    /// Guards against a bug of other servers, where any client with a valid certificate could read and write any
+    /// cluster (P8).
     #[test]
     fn one_clusters_certificate_cannot_touch_another() {
         let own = identity(Some(Role::Tenant("pg-1".parse().unwrap())));
@@ -415,7 +417,7 @@ mod tests {
             let path = |name: &str| dir.path().join(name);
             std::fs::write(path("cert"), server.cert).unwrap();
             std::fs::write(path("key"), server.key).unwrap();
-            // The company's comes first: places say nothing.
+            // The company's authority comes first, because the order must not matter.
             std::fs::write(path("ca"), format!("{}{}", company.cert, own.cert)).unwrap();
             let files = crate::tls::TlsFiles {
                 cert: path("cert"),
@@ -435,7 +437,7 @@ mod tests {
         }
     }
 
-    /// An organisational unit of any authority in client_ca made an administrator.
+    /// Regression test: an organisational unit of any authority in client_ca made an administrator.
     #[test]
     fn a_unit_counts_only_for_the_servers_own_authority_or_where_units_are_trusted() {
         let two = Two::new();
@@ -449,7 +451,7 @@ mod tests {
             assert_eq!(two.role(&two.own, &subject, mapped), Some(Role::Observer));
             assert_eq!(two.role(&two.company, &subject, mapped), Some(Role::Observer));
         }
-        // With a unit that does not count it is what its name says, and no more.
+        // With a unit that does not count, the certificate has the role of its name and no more.
         let subject = pki::Subject::Person("klio@a".into(), RoleName::Admin);
         let tenant = Some(Role::Tenant("a".parse().unwrap()));
         assert_eq!(two.role(&two.company, &subject, ""), tenant);

@@ -1,4 +1,4 @@
-//! The base-backup service: translates, calls, translates back.
+//! The base-backup service: translates requests, calls the store, and translates the answers back.
 
 use super::{
     auth::{Auth, permit},
@@ -29,31 +29,27 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
-/// A client that says nothing is let go after this.
+/// A client that sends nothing for this long is disconnected.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// Shows a client that its reservation is alive; a broken connection is found by TCP and HTTP/2 themselves.
+/// Shows a client that its reservation is alive. A broken connection is detected by TCP and HTTP/2.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Steps on their way to a caller.
+/// How many progress steps may wait for a caller.
 const STEPS_MAX: usize = 16;
-/// Names of one message of a list: far below the limit of a message.
+/// The names in one message of a listing: far below the size limit of a message.
 const LISTED_MAX: usize = 5_000;
 
-/// The service.
 #[derive(Clone)]
 pub struct BaseService {
-    /// Who may do what.
     pub auth: Auth,
-    /// Does it.
     pub base: BaseStore,
     /// Knows which history a caller's PostgreSQL continues.
     pub comparer: Comparer,
-    /// Removes and proves.
+    /// Runs maintenance and verification.
     pub maintenance: Maintenance,
-    /// What a cluster may use.
     pub quotas: Quotas,
-    /// Owns what sends bytes.
+    /// Owns the tasks that send bytes.
     pub tasks: TaskTracker,
-    /// Ends reservations.
+    /// Ends all reservations when the server stops.
     pub shutdown: CancellationToken,
 }
 
@@ -77,7 +73,7 @@ fn file_of(name: &FileName) -> Result<BaseFile, Status> {
     Ok(BaseFile { kind: kind_of(name.kind), id })
 }
 
-/// JSON for the wire; of types that JSON can hold.
+/// JSON for the wire, of types that JSON can represent.
 fn json<T: Serialize>(what: &str, value: &T) -> Result<Bytes, Status> {
     let text = serde_json::to_vec(value);
     text.map(Bytes::from).map_err(|e| Code::Internal.status(format!("write {what}: {e}")))
@@ -96,7 +92,7 @@ fn entry(backup: &ListedBackup) -> Result<v1::BackupEntry, Status> {
 }
 
 impl BaseService {
-    /// The next message, from a client that has not fallen silent, to a server that is not stopping.
+    /// The next message. Fails if the client sends nothing for [`SILENCE_MAX`], or if the server stops.
     async fn next<T>(&self, inbound: &mut Streaming<T>) -> Result<Option<T>, Status> {
         tokio::select! {
             message = inbound.message() => message,
@@ -154,7 +150,7 @@ impl Base for BaseService {
         let PutFile { name, size, data, .. } = PutFile::try_from(first)?;
         Span::current().record("bytes", size);
         let mut incoming = self.base.begin_put(&cluster, file_of(&name)?, size, &caller).await?;
-        // What is there takes nothing: a retry whose first answer was lost.
+        // A file that exists already uses no quota: it is a retry whose first answer was lost.
         let coming = match incoming.is_there() {
             true => None,
             false => Some(self.quotas.put(&self.base, &cluster, size).await?),
@@ -257,7 +253,7 @@ impl Base for BaseService {
         let cluster = self.base.resolve(cluster).await?;
         let found = self.base.backups(&cluster).await?;
         let backups = found.backups.iter().map(entry).collect::<Result<_, _>>()?;
-        // A listing says what status says of the same WAL.
+        // A listing reports the same problems of the WAL as `klio status`.
         let problems = [found.problems, self.base.wal().problems(&cluster)].concat();
         Ok(Response::new(v1::ListBackupsResponse { backups, problems }))
     }
@@ -352,7 +348,7 @@ impl Base for BaseService {
     }
 }
 
-/// What long work tells.
+/// What long work sends to the caller.
 enum Found {
     Step(Step),
     Outcome(Bytes),
@@ -363,14 +359,15 @@ fn progress(step: Step) -> v1::Progress {
     v1::Progress { phase, done_bytes, total_bytes, done_files, total_files }
 }
 
-/// A step that nobody has time for is left out: another follows.
+/// A step is dropped if the channel is full, because another one follows.
 fn teller(steps: mpsc::Sender<Step>) -> impl Fn(Step) + Send + Sync {
     move |step| drop(steps.try_send(step))
 }
 
 impl BaseService {
-    /// Work that goes on for as long as the caller is connected and the server runs: its steps, then its result. It runs on a
-    /// task of its own and never waits for the caller: one who does not read gets fewer steps, and holds nothing (P13).
+    /// Runs work for as long as the caller is connected and the server runs, and sends its steps and then its result.
+    /// The work has a task of its own and never waits for the caller: a caller that does not read receives fewer
+    /// steps, and holds nothing up (P13).
     fn follow<T, W>(
         &self,
         work: impl FnOnce(mpsc::Sender<Step>) -> W,
@@ -384,7 +381,7 @@ impl BaseService {
         let (tell, done) = oneshot::channel();
         let (work, shutdown, left) =
             (work(sender), self.shutdown.clone(), CancellationToken::new());
-        // Goes with the answer, and ends the work when the caller is gone.
+        // Moves into the answer, and ends the work when the caller is gone.
         let here = left.clone().drop_guard();
         let work = async move {
             let done = tokio::select! {
@@ -392,11 +389,11 @@ impl BaseService {
                 () = left.cancelled() => return,
                 () = shutdown.cancelled() => Err(Code::Unavailable.status("the server is stopping")),
             };
-            // Nobody has to wait for it.
+            // The caller may be gone.
             drop(tell.send(done));
         };
         self.tasks.spawn(work.in_current_span());
-        // The sender goes with the work, so the steps end when it does.
+        // The work owns the sender, so the steps end when the work does.
         let steps = ReceiverStream::new(steps).map(|step| Ok(Found::Step(step)));
         let last = async move {
             let done = done.await;
@@ -409,7 +406,7 @@ impl BaseService {
     }
 }
 
-/// The name at once, then a sign of life every few seconds; the lease lives as long as the stream.
+/// Sends the name at once, and then a heartbeat every few seconds. The lease lives as long as the stream.
 fn heartbeats(
     lease: Lease,
     shutdown: CancellationToken,

@@ -1,4 +1,4 @@
-//! The catalogue service: what exists, and how it goes.
+//! The catalog service: what a cluster has, and its status.
 
 use super::{auth::Auth, generations::Histories, roles::Rpc, timelines};
 use crate::{
@@ -23,24 +23,22 @@ use std::{
 };
 use tonic::{Request, Response, Status};
 
-/// The service.
 #[derive(Clone)]
 pub struct CatalogService {
-    /// Who may look.
     pub auth: Auth,
     /// The histories of clusters.
     pub histories: Histories,
-    /// What is known.
+    /// The status of all clusters.
     pub board: Arc<StatusBoard>,
-    /// For listings of the bucket.
+    /// Tier 2, for listings of the bucket.
     pub tier2: Option<Tier2>,
 }
 
-/// Runs blocking reads off the runtime's workers.
+/// Runs blocking reads on a blocking thread.
 async fn read<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
     tokio::task::spawn_blocking(work)
         .await
-        .map_err(|e| Code::Internal.status(format!("read catalogue: {e}")))
+        .map_err(|e| Code::Internal.status(format!("read catalog: {e}")))
 }
 
 #[tonic::async_trait]
@@ -61,7 +59,7 @@ impl Catalog for CatalogService {
             }
         };
         let board = self.board.clone();
-        // A history that takes nothing any more is told of at the current one: nobody is to stream it.
+        // A closed history is not listed itself, because nobody may stream it; the current one reports it.
         let of = only.clone();
         let views = read(move || {
             let mut views = board.clusters();
@@ -175,7 +173,7 @@ impl Catalog for CatalogService {
 }
 
 impl CatalogService {
-    /// With the histories of the cluster, where this is its current one.
+    /// The status of a cluster; for the current generation also all generations.
     fn status_of(&self, view: &ClusterView) -> v1::ClusterStatus {
         let mut status = status_of(view);
         status.other_timelines = self.other_timelines(&view.name);
@@ -197,7 +195,7 @@ impl CatalogService {
         status
     }
 
-    /// Those that somebody streams or that are undecided, besides the one that is followed.
+    /// The timelines that are being streamed or are undecided, except the one that is followed.
     fn other_timelines(&self, cluster: &ClusterName) -> Vec<v1::TimelineRecord> {
         let Some(base) = &self.board.base else { return Vec::new() };
         let others = base.other_timelines(cluster);
@@ -210,7 +208,7 @@ impl CatalogService {
     async fn remote(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
         let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
         let listed = tier2.list_wal(cluster).await.map_err(|error| {
-            tracing::warn!(%cluster, %error, "list tier 2");
+            tracing::warn!(%cluster, %error, "cannot list WAL in tier 2");
             Code::Unavailable.status(format!("list WAL: {}", errors::of_tier2(&error)))
         })?;
         Ok(listed.into_iter().map(|o| (o.file, o.size)).collect())
@@ -222,7 +220,7 @@ fn gap_of(gap: &Gap) -> v1::GapRecord {
         timeline: gap.timeline.get(),
         from_lsn: gap.from.as_u64(),
         to_lsn: gap.to.as_u64(),
-        // Also what an earlier build kept as it came.
+        // Cleaned here as well, because an earlier version stored the reason unchanged.
         reason: visible::line(&gap.reason).into_owned(),
         recorded_time: gap.recorded_unix,
     }
@@ -266,7 +264,7 @@ fn status_of(view: &ClusterView) -> v1::ClusterStatus {
     }
 }
 
-/// Contiguous runs of segments, by timeline. A partial ends its run.
+/// Contiguous runs of segments, by timeline. A partial segment ends its run.
 fn ranges(tier: &str, files: &[(WalFile, u64)], size: SegmentSize) -> Vec<v1::WalRange> {
     let mut by_start = BTreeMap::new();
     for (file, stored) in files {

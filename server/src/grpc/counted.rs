@@ -1,6 +1,7 @@
-//! Counts the calls of klio.v1 by caller, from their first byte to the end of their answer, and refuses those over the quota.
+//! Counts the calls of klio.v1 by caller, from their first byte to the end of their answer, and refuses calls over the
+//! quota.
 //!
-//! Who calls is found out here once; handlers find the identity in the request.
+//! The caller is identified here, once; handlers find the identity in the request.
 
 use super::auth::{Auth, Identity};
 use crate::quota::{Counted, Quotas, Whose};
@@ -17,9 +18,8 @@ use tower::{Layer, Service};
 /// Wraps a service so that its calls are counted.
 #[derive(Clone)]
 pub struct CountLayer {
-    /// Who calls.
     pub auth: Auth,
-    /// How many they may.
+    /// The limits.
     pub quotas: Quotas,
 }
 
@@ -37,7 +37,7 @@ pub struct Counting<S> {
     with: CountLayer,
 }
 
-/// Whose places a caller takes; nobody's with plaintext.
+/// Whose quota a caller uses; nobody's with plaintext.
 pub fn whose(identity: &Identity) -> Option<Whose> {
     identity.role.as_ref()?;
     Some(match identity.tenant() {
@@ -47,7 +47,7 @@ pub fn whose(identity: &Identity) -> Option<Whose> {
 }
 
 impl CountLayer {
-    /// `None` for what is not of klio.v1: health and reflection tell nothing and hold nothing.
+    /// `None` for calls outside klio.v1: health and reflection return no data and hold no resources.
     fn admit<I>(&self, request: &mut Request<I>) -> Result<Option<Counted>, Status> {
         let method = request.uri().path().trim_start_matches('/').to_owned();
         if !method.starts_with("klio.v1.") {
@@ -91,7 +91,7 @@ where
     }
 }
 
-/// An answer that holds its call's place.
+/// The body of an answer, which holds the place of its call.
 pub struct CountedBody<B> {
     body: Pin<Box<B>>,
     _place: Option<Counted>,

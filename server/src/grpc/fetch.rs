@@ -25,7 +25,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::{Instrument, Span};
 
-/// Bytes of one message, and messages waiting: 1 MiB in flight for each fetch.
+/// Bytes of one message, and how many messages may wait: 1 MiB in memory for each fetch.
 const PIECE_BYTES: usize = 256 << 10;
 const PIECES_MAX: usize = 4;
 
@@ -51,7 +51,7 @@ pub fn stream(found: Located, before_hole: bool, tasks: &TaskTracker) -> Answers
     ReceiverStream::new(outbound).boxed()
 }
 
-/// A history that is given instead of what is held.
+/// A history that is sent instead of the stored one.
 pub fn history(content: &'static str) -> Answers {
     let header = v1::FetchHeader {
         kind: FetchKind::HistoryRaw.into(),
@@ -128,8 +128,8 @@ async fn from_disk(found: Found, segment_size: u32, before_hole: bool, pieces: P
         // The durable bytes of a segment that is still being received.
         Found::Open(open) => Reader::Open(open),
     };
-    // A thread is taken for each piece and only when the caller has room for it: callers that do not
-    // read must not hold the threads that others' WAL is written with (P8).
+    // A thread is used for each piece, and only when the caller has room for it, so that callers which do not read
+    // cannot block the threads that write WAL of others (P8).
     while let Ok(room) = pieces.reserve().await {
         let read = tokio::task::spawn_blocking(move || (reader.next(), reader)).await;
         match read {
@@ -146,7 +146,7 @@ async fn from_disk(found: Found, segment_size: u32, before_hole: bool, pieces: P
     }
 }
 
-/// The status of a transfer that has begun: what was found and then vanished is no absence (P7).
+/// The status of a transfer that has begun. A file that was found and then vanished is not "not found" (P7).
 fn broken(error: &Error) -> Status {
     match error.kind {
         Kind::NotFound => {
@@ -157,7 +157,7 @@ fn broken(error: &Error) -> Status {
     }
 }
 
-/// What is left to send of a file.
+/// The part of a file that is still to be sent.
 enum Reader {
     Stored { path: PathBuf, keys: Option<Keys>, file: Option<Box<dyn Read + Send>> },
     Open(Box<OpenSegment>),
@@ -200,7 +200,7 @@ mod tests {
         Located::Tier1 { found, segment_size: 1 << 20 }
     }
 
-    /// P8: a caller that does not read holds no thread.
+    /// P8: a caller that does not read blocks no thread.
     #[test]
     fn a_caller_that_does_not_read_holds_no_thread() {
         let dir = tempfile::tempdir().unwrap();
@@ -219,7 +219,7 @@ mod tests {
                 let other = tokio::task::spawn_blocking(|| ());
                 tokio::time::timeout(Duration::from_secs(10), other).await.unwrap().unwrap();
             }
-            // And it gets all when it does read.
+            // When it does read, it receives everything.
             let mut count = 0;
             while let Some(piece) = unread[0].next().await {
                 count += piece.unwrap().data.len();

@@ -1,6 +1,6 @@
-//! The histories of a cluster for people: what there is, and what a decision about one would do.
+//! The histories of a cluster for people: which there are, and what a decision about one would do.
 //!
-//! A dry run and the decision say the same, and the decision is made of the same facts.
+//! A dry run and the decision report the same effects, which are computed from the same facts.
 
 use super::auth::Identity;
 use crate::{base::BaseStore, errors, receive::Registry};
@@ -16,12 +16,11 @@ use klio_storage::{
 use std::sync::Arc;
 use tonic::Status;
 
-/// What tells of generations, and changes them.
+/// Lists generations and carries out decisions about them.
 #[derive(Clone)]
 pub struct Histories {
-    /// What there is.
     pub base: BaseStore,
-    /// Who streams.
+    /// The live sessions.
     pub registry: Arc<Registry>,
 }
 
@@ -29,7 +28,7 @@ impl Histories {
     /// All generations of a cluster.
     ///
     /// # Errors
-    /// As the tiers answer.
+    /// The errors of the tiers.
     pub async fn list(&self, cluster: &ClusterName) -> Result<Vec<v1::Generation>, Status> {
         let mut found = Vec::new();
         for generation in self.base.generations(cluster).await?.all() {
@@ -38,11 +37,11 @@ impl Histories {
         Ok(found)
     }
 
-    /// What is known of one, without its sizes and backups: cheap.
+    /// A generation without its sizes and backups, which is cheap to compute.
     pub fn outline(&self, cluster: &ClusterName, generation: &Generation) -> v1::Generation {
         let place = Generations::place(cluster, generation.number);
         let positions = self.base.wal().positions(&place);
-        // What is left aside is not how far a history is.
+        // An undecided or retired timeline does not say how far the history reaches.
         let followed = self.base.wal().followed(&place);
         let newest = positions.iter().find(|p| Some(p.timeline) == followed);
         let newest = newest.or_else(|| positions.iter().max_by_key(|p| p.timeline));
@@ -86,10 +85,10 @@ impl Histories {
         })
     }
 
-    /// Decides, or with `dry_run` says what that would do.
+    /// Decides, or with `dry_run` only says what the decision would do.
     ///
     /// # Errors
-    /// `INVALID` for what cannot be decided.
+    /// `INVALID` for a decision that is not possible.
     pub async fn decide(
         &self,
         identity: &Identity,
@@ -119,7 +118,7 @@ impl Histories {
         self.base.change_generations(cluster, change).await?;
         let ended = if decision == Decision::Follow { former } else { number };
         self.registry.end(&Generations::place(cluster, ended));
-        tracing::warn!(cluster = %cluster.base(), number, ?decision, by = identity.name, "a person has decided about a generation");
+        tracing::warn!(cluster = %cluster.base(), number, ?decision, by = identity.name, "a person decided about a generation");
         Ok(effects)
     }
 
@@ -142,25 +141,27 @@ impl Histories {
         let streams = |n: u32| of(n).is_some_and(|g| g.connected);
         let end = |n: u32| match streams(n) {
             true => {
-                format!("what streams into generation {n} now is ended, and refused from then on")
+                format!("the stream into generation {n} ends now and is refused from then on")
             }
-            false => format!("nothing streams into generation {n} now; what comes is refused"),
+            false => format!("nothing streams into generation {n} now; later streams are refused"),
         };
         if decision == Decision::Retire {
             said.push(end(number));
             said.push(format!(
-                "its WAL and backups stay restorable with --generation {number} until retention lets them go"
+                "its WAL and backups stay restorable with --generation {number} until retention expires them"
             ));
             return Ok(said);
         }
-        said.push(format!("{base} stands for generation {number} instead of generation {former}"));
+        said.push(format!(
+            "the name {base} means generation {number} from now on, no longer generation {former}"
+        ));
         said.push(end(former));
         said.push(format!(
-            "generation {former} stays restorable with --generation {former} until retention lets it go"
+            "generation {former} stays restorable with --generation {former} until retention expires it"
         ));
         if all.get(number).is_some_and(|g| g.state == State::Refused) {
             said.push(format!(
-                "nothing of generation {number} is held yet: its PostgreSQL is received from its next connection on"
+                "generation {number} has no WAL yet: its PostgreSQL is received from its next connection on"
             ));
         }
         Ok(said)
@@ -177,7 +178,7 @@ fn sentence(generation: &v1::Generation) -> String {
     match generation.timeline {
         0 => format!("generation {number} ({state}) has no WAL on this server, and {backups}"),
         timeline => format!(
-            "generation {number} ({state}) is held on timeline {timeline} up to {}, {} bytes of WAL on tier 1, and has {backups}",
+            "generation {number} ({state}) reaches {} on timeline {timeline}, with {} bytes of WAL on tier 1, and has {backups}",
             Lsn::new(generation.flushed_lsn),
             generation.stored_bytes
         ),

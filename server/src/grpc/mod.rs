@@ -1,4 +1,5 @@
-//! The gRPC services: translate, call, translate back. No decisions here.
+//! The gRPC services: they translate requests, call the rest of the server, and translate the answers back. They make
+//! no decisions.
 
 pub mod auth;
 mod base;

@@ -1,9 +1,9 @@
-//! Who may make which call: one table of every RPC of klio.v1, from which permission is decided (P8, P13).
+//! Which role may make which call: one table of every RPC of klio.v1, from which permissions are decided (P8, P13).
 //!
-//! - An RPC without a row cannot be called by anybody: a handler asks with its [`Rpc`]. A test walks the compiled
-//!   descriptors and fails for an RPC that has no row here, and docs/access.md shows the same table.
-//! - What opens a repository goes to the tenant alone. No administrator needs it: a restore is done with a bundle of
-//!   the cluster, which `klio-server client` issues.
+//! - An RPC without a row cannot be called by anybody, because a handler asks with its [`Rpc`]. A test walks the
+//!   compiled descriptors and fails for an RPC without a row, and docs/access.md shows the same table.
+//! - Only the tenant can open a repository. An administrator does not need to: a restore uses a client bundle of the
+//!   cluster, which `klio-server client` issues.
 
 use klio_storage::layout::ClusterName;
 
@@ -13,21 +13,21 @@ use klio_storage::layout::ClusterName;
 )]
 #[serde(rename_all = "lowercase")]
 pub enum RoleName {
-    /// The sidecar of one cluster: everything on that cluster that adds to it, reads it or restores it.
+    /// The sidecar of one cluster: may add to that cluster, read it and restore it.
     Tenant,
-    /// Sees how every cluster is: no data, no secrets, no changes.
+    /// Sees the status of every cluster, but no data and no secrets, and changes nothing.
     Observer,
-    /// An observer who also asks for verification and maintenance, and decides for a cluster.
+    /// An observer that may also request verification and maintenance, and make decisions about a cluster.
     Operator,
-    /// An operator who also reads WAL and repository files of every cluster; writes none.
+    /// An operator that may also read WAL and repository files of every cluster, but writes none.
     Admin,
 }
 
 impl RoleName {
-    /// All, in the order of the table.
+    /// All roles, in the order of the table.
     pub const ALL: [Self; 4] = [Self::Tenant, Self::Observer, Self::Operator, Self::Admin];
 
-    /// As it is written in configuration, on the command line and in messages.
+    /// The name in configuration, on the command line and in messages.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Tenant => "tenant",
@@ -37,7 +37,8 @@ impl RoleName {
         }
     }
 
-    /// The organisational unit of a certificate that has this role; a tenant's common name says it.
+    /// The organisational unit of a certificate with this role; `None` for a tenant, which is recognised by its common
+    /// name.
     pub const fn unit(self) -> Option<&'static str> {
         match self {
             Self::Tenant => None,
@@ -47,27 +48,26 @@ impl RoleName {
         }
     }
 
-    /// The role that an organisational unit stands for.
+    /// The role that an organisational unit gives.
     pub fn of_unit(unit: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|role| role.unit() == Some(unit))
     }
 }
 
-/// What a caller is.
+/// The role of a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// One cluster's.
+    /// The tenant of this cluster.
     Tenant(ClusterName),
-    /// Every cluster's.
+    /// For every cluster.
     Observer,
-    /// Every cluster's.
+    /// For every cluster.
     Operator,
-    /// Every cluster's.
+    /// For every cluster.
     Admin,
 }
 
 impl Role {
-    /// Its kind.
     pub const fn name(&self) -> RoleName {
         match self {
             Self::Tenant(_) => RoleName::Tenant,
@@ -82,7 +82,7 @@ impl Role {
         rpc.roles().contains(&self.name()) && self.sees(cluster)
     }
 
-    /// Whether it is this cluster's or everybody's.
+    /// Whether the role covers this cluster.
     pub fn sees(&self, cluster: &ClusterName) -> bool {
         match self {
             Self::Tenant(own) => *own == cluster.base(),
@@ -104,7 +104,7 @@ macro_rules! table {
             /// `package.Service/Method`.
             pub const fn method(self) -> &'static str { match self { $(Self::$rpc => $method),* } }
 
-            /// Who may make it.
+            /// The roles that may make the call.
             pub const fn roles(self) -> &'static [RoleName] {
                 match self { $(Self::$rpc => &[$(RoleName::$role),*],)* }
             }
@@ -156,7 +156,7 @@ mod tests {
         assert!(Rpc::ALL.iter().all(|rpc| !other.may(*rpc, &main())));
     }
 
-    /// P13: the secret of a repository, and whatever writes, is the tenant's alone.
+    /// P13: only the tenant may open a repository or write.
     #[test]
     fn what_opens_a_repository_and_what_writes_is_the_tenants_alone() {
         let own = [

@@ -1,4 +1,4 @@
-//! The timelines of a cluster, and a person's decision about one: translates, calls, translates back.
+//! The timelines of a cluster, and a person's decisions about them.
 
 use super::{auth::Identity, catalog::CatalogService};
 use crate::{
@@ -16,7 +16,7 @@ use klio_storage::{
 };
 use tonic::Status;
 
-/// Every timeline with these marks.
+/// Every timeline, with these marks applied.
 pub(super) fn records(
     board: &StatusBoard,
     cluster: &ClusterName,
@@ -25,7 +25,7 @@ pub(super) fn records(
     let store = &board.store;
     let positions = store.positions(cluster);
     let followed = marks.followed(positions.iter().map(|position| position.timeline));
-    // On a new server, before the first contact.
+    // On a new server nothing is followed before the first contact, so the decisions tell.
     let decided = marks.marks().iter().filter(|mark| mark.standing == Standing::Followed);
     let followed = followed.or_else(|| decided.map(|mark| mark.timeline).max());
     let live = board.registry.cluster(cluster);
@@ -60,7 +60,7 @@ pub(super) fn records(
     all.into_iter().map(record).collect()
 }
 
-/// What changes, a sentence each.
+/// What a decision changes, one sentence each.
 fn changes(before: &[v1::TimelineRecord], after: &[v1::TimelineRecord]) -> Vec<String> {
     let word = |record: &v1::TimelineRecord| match record.standing.as_str() {
         "" => "an ended ancestor".to_owned(),
@@ -72,7 +72,7 @@ fn changes(before: &[v1::TimelineRecord], after: &[v1::TimelineRecord]) -> Vec<S
         if new.standing == Standing::Retired.as_str() {
             let ended = if new.connected { "its stream is ended, and " } else { "" };
             text += &format!(
-                "; {ended}nothing more of it is received; its WAL stays until retention lets it go"
+                "; {ended}nothing more of it is received; its WAL stays until retention expires it"
             );
         }
         changes.push(text);
@@ -118,7 +118,7 @@ impl CatalogService {
         let timelines = records(&self.board, cluster, &after);
         let changes = changes(&before, &timelines);
         if !request.dry_run {
-            tracing::warn!(%cluster, by = identity.name, ?changes, "a person decided about timelines");
+            tracing::warn!(%cluster, by = identity.name, ?changes, "a person decided about a timeline");
         }
         Ok(v1::DecideTimelineResponse { timelines, changes })
     }

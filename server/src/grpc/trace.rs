@@ -1,8 +1,9 @@
-//! One SERVER span for each call of klio.v1, below the caller's where it sent a trace context.
+//! One SERVER span for each call of klio.v1, below the caller's span if it sent a trace context.
 //!
-//! - Names are those of [`name`], a table: no caller makes a name. Health checks and reflection make no span.
-//! - The span is current in the handler and wherever the answer's body is polled, and ends with the body: a stream is
-//!   one span, however many messages it carries.
+//! - Span names come from the table [`name`], so a caller cannot create one. Health checks and reflection have no
+//!   span.
+//! - The span is current in the handler and whenever the answer's body is polled, and it ends with the body: a stream
+//!   is one span, however many messages it carries.
 //! - `error.type` is a name of `Code` (a closed set). "Not found" is an answer, not a failure.
 
 use http::{HeaderMap, Request, Response};
@@ -70,7 +71,7 @@ methods! {
     "klio.v1.Catalog/DecideTimeline" => "catalog.decide_timeline"
 }
 
-/// Wraps a service so that its calls are spans.
+/// Wraps a service so that its calls have spans.
 #[derive(Debug, Clone, Copy)]
 pub struct TraceLayer;
 
@@ -81,7 +82,7 @@ impl<S> Layer<S> for TraceLayer {
     }
 }
 
-/// A service whose calls are spans.
+/// A service whose calls have spans.
 #[derive(Debug, Clone)]
 pub struct Traced<S> {
     inner: S,
@@ -117,7 +118,7 @@ where
     }
 }
 
-/// Takes the status from headers or trailers, if it is there.
+/// Takes the status from headers or trailers, if they contain it.
 fn record(span: &Span, headers: &HeaderMap) {
     let text = |key: &str| headers.get(key).and_then(|value| value.to_str().ok());
     let Some(number) = text("grpc-status").filter(|number| *number != "0") else { return };
@@ -132,7 +133,7 @@ fn record(span: &Span, headers: &HeaderMap) {
     }
 }
 
-/// The body of an answer: its end is the end of the span.
+/// The body of an answer; the span ends with it.
 #[derive(Debug)]
 pub struct TracedBody<B> {
     body: Pin<Box<B>>,
@@ -183,7 +184,7 @@ mod tests {
         include_str!("../../../proto/proto/klio/v1/catalog.proto"),
     ];
 
-    /// A new method without a span fails here.
+    /// This fails for a new method without a span.
     #[test]
     fn every_method_of_the_interface_has_a_span() {
         let mut methods = Vec::new();

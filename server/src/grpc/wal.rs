@@ -1,4 +1,4 @@
-//! The WAL service: translates, calls, translates back.
+//! The WAL service: translates requests, calls the receiver, and translates the answers back.
 
 use super::{
     auth::{Auth, permit},
@@ -36,15 +36,15 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-/// A client that opens a stream and says nothing is let go after this.
+/// A client that opens a stream and sends nothing for this long is disconnected.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
-/// PostgreSQL may have to read a segment between two messages.
+/// The longest pause between two messages of a comparison, because PostgreSQL may have to read a segment in between.
 const COMPARE_TIMEOUT: Duration = Duration::from_secs(60);
-const REFILLING: &str = "take a damaged segment again";
-/// Acknowledgements waiting for the network. A client that does not read them stalls only itself.
+const REFILLING: &str = "refill a damaged segment";
+/// How many acknowledgements may wait for the network. A client that does not read them delays only itself.
 const RESPONSES_MAX: usize = 16;
 
-/// The messages of a client that does not fall silent.
+/// The messages of a client, with a time limit for each.
 struct Messages<T>(Streaming<T>);
 
 impl<T> Messages<T> {
@@ -73,25 +73,20 @@ impl Pieces for Messages<v1::RefillRequest> {
     }
 }
 
-/// The service.
 #[derive(Clone)]
 pub struct WalService {
-    /// Who may do what.
     pub auth: Auth,
-    /// Makes sessions.
     pub receiver: Receiver,
-    /// Reads both tiers.
     pub source: Source,
-    /// Gets jobs for history files.
+    /// Receives jobs for history files.
     pub queue: queue::Publisher,
-    /// Owns the sessions.
     pub tasks: TaskTracker,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl WalService {
-    /// How far each timeline of one generation is.
+    /// How far each timeline of one generation reaches.
     async fn positions(
         &self,
         cluster: &ClusterName,
@@ -116,11 +111,12 @@ impl WalService {
             let place = Generations::place(named, number);
             !self.receiver.store.positions(&place).is_empty()
         };
-        // Tier 1 was lost, or this is first contact. One that holds nothing yet beside others needs no bucket (P4).
+        // If no generation holds anything, tier 1 was lost or this is the first contact, so the bucket is asked. An
+        // empty generation beside others does not need the bucket (P4).
         let with_tier2 = with_tier2 || !generations.all().iter().any(|g| holds(g.number));
         for generation in generations.by_rank() {
             let place = Generations::place(named, generation.number);
-            // What is on record already is not asked of a bucket that may be down (P4).
+            // If the identity is recorded already, a bucket that is down does not matter (P4).
             let is_of = generation.is_of(system.system_identifier);
             let same_system = is_of
                 && match base.check_system(&place, system).await {
@@ -187,7 +183,7 @@ impl Wal for WalService {
         let refuses = self.receiver.options.on_divergence == OnDivergence::Refuse;
         let reason = match base.check_system(&current, asked.system).await {
             Err(other) if Code::of(&other) == Code::WrongSystem && refuses => {
-                // P11: remembered until a person decides, whatever the settings of the next server say.
+                // P11: recorded until a person decides, whatever the settings are after the next start.
                 let system = asked.system.system_identifier;
                 let reason = other.message().to_owned();
                 return match base.begin_generation(&current, reason, system, false).await {
@@ -214,7 +210,7 @@ impl Wal for WalService {
         let PutHistoryRequest { system, timeline, content, .. } =
             PutHistoryRequest::try_from(request.into_inner())?;
         let (store, name) = (self.receiver.store.clone(), cluster.clone());
-        // First contact may be with a cluster that was promoted long ago: its history comes before its WAL.
+        // The first contact may be with a cluster that was promoted long ago, whose history comes before its WAL.
         self.receiver.base.pin(&cluster, system).await?;
         let size = content.len() as u64;
         let new = store.history(&cluster, timeline).is_err();
@@ -296,7 +292,8 @@ impl Wal for WalService {
         let cluster = self.receiver.base.resolve_open(named).await?;
         let mut open = Open::try_from(open)?;
         if let Some(gap) = &mut open.gap {
-            // Kept for years and shown to others: one line, and nothing that a terminal obeys.
+            // The reason is stored for years and shown to others, so it must be one line without terminal control
+            // characters.
             gap.reason = visible::line(&gap.reason).into_owned();
         }
         let (responses, outbound) = mpsc::channel(RESPONSES_MAX);

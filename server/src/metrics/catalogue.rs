@@ -1,6 +1,7 @@
-//! Name, type, unit, attributes and meaning of every instrument of klio-server; docs/metrics.md is made of it.
+//! The metric table: name, type, unit, attributes and meaning of every instrument of klio-server. docs/metrics.md is
+//! generated from it.
 //!
-//! `cluster_name` is on all that tells of a cluster; what tells of the server as a whole has no attribute.
+//! Metrics of a cluster have the attribute `cluster_name`; those of the server as a whole have none.
 
 use crate::consumer::Attempt;
 use klio_proto::Code;
@@ -90,26 +91,26 @@ pub const CATALOGUE: &[Row] = &[
         "klio.quota.used_ratio",
         Gauge,
         "1",
-        "what a cluster stores of what it may (quota.stored_bytes), 0 where that has no bound; above 1 base backups are refused",
+        "stored bytes of a cluster as a share of its quota (quota.stored_bytes), 0 without a quota; above 1 base backups are refused",
     ),
     of_cluster("klio.wal.gaps", Gauge, "", "recorded gaps in the cluster's WAL"),
     of_cluster(
         "klio.cluster.undecided_generations",
         Gauge,
         "",
-        "other histories of the cluster about which nobody has decided",
+        "other histories of the cluster that wait for a person's decision",
     ),
     of_cluster(
         "klio.wal.damaged_journals",
         Gauge,
         "",
-        "stretches of acknowledged WAL that are damaged on tier 1 and not held again",
+        "stretches of acknowledged WAL that are damaged on tier 1 and not yet restored",
     ),
     of_cluster(
         "klio.cluster.undecided_timelines",
         Gauge,
         "",
-        "timelines that are received and about which a person has to decide",
+        "timelines that are received and wait for a person's decision",
     ),
     of_cluster(
         "klio.consumer.written_size",
@@ -149,17 +150,17 @@ pub const CATALOGUE: &[Row] = &[
         "",
         "backup verifications that found corruption",
     ),
-    of_cluster("klio.base.snapshots", Gauge, "", "snapshots kept"),
+    of_cluster("klio.base.snapshots", Gauge, "", "stored snapshots"),
     of_cluster(
         "klio.base.latest_snapshot_size",
         Gauge,
         "By",
-        "size of the newest, before compression and deduplication",
+        "size of the newest snapshot, before compression and deduplication",
     ),
-    of_cluster("klio.base.latest_snapshot_files", Gauge, "", "files in it"),
-    of_cluster("klio.base.latest_snapshot_dirs", Gauge, "", "directories in it"),
-    of_cluster("klio.base.latest_snapshot_age", Gauge, "s", "its age now"),
-    of_cluster("klio.base.oldest_snapshot_age", Gauge, "s", "age of the oldest"),
+    of_cluster("klio.base.latest_snapshot_files", Gauge, "", "files in the newest snapshot"),
+    of_cluster("klio.base.latest_snapshot_dirs", Gauge, "", "directories in the newest snapshot"),
+    of_cluster("klio.base.latest_snapshot_age", Gauge, "s", "age of the newest snapshot"),
+    of_cluster("klio.base.oldest_snapshot_age", Gauge, "s", "age of the oldest snapshot"),
     of_cluster("klio.base.unarchived_files", Gauge, "", "objects of base backups not in tier 2"),
     of_cluster(
         "klio.base.archive_lag_time",
@@ -184,20 +185,20 @@ pub const CATALOGUE: &[Row] = &[
         "klio.recovery.earliest_time",
         Gauge,
         "s",
-        "Unix time of the earliest moment from which on every moment can be recovered",
+        "Unix time of the earliest moment to recover to; every later one up to the latest can be recovered, too",
     ),
     of_cluster(
         "klio.recovery.latest_time",
         Gauge,
         "s",
-        "Unix time of the latest moment that can be recovered; now, while all that PostgreSQL has is durable",
+        "Unix time of the latest moment to recover to; the current time while all of PostgreSQL's WAL is durable",
     ),
     of_cluster("klio.maintenance.runs", Counter, "", "maintenance runs, by outcome")
         .with(BY_OUTCOME),
     of_cluster("klio.maintenance.freed_size", Counter, "By", "bytes freed, by tier").with(BY_TIER),
     of_cluster("klio.maintenance.wal_removed", Counter, "", "WAL files removed, by tier")
         .with(BY_TIER),
-    of_cluster("klio.maintenance.expired", Counter, "", "backups that retention let go"),
+    of_cluster("klio.maintenance.expired", Counter, "", "backups that retention expired"),
     of_cluster(
         "klio.maintenance.alarm",
         Gauge,
@@ -208,7 +209,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.maintenance.clock_doubt",
         Gauge,
         "",
-        "1 while the server's clock disagrees with what else tells the time, so that nothing is removed by age",
+        "1 while the server's clock disagrees with other clocks, so that nothing is removed by age",
     ),
     of_cluster("klio.maintenance.latest_time", Gauge, "s", "Unix time of the last maintenance"),
     of_cluster("klio.verify.latest_age", Gauge, "s", "age of the last verification"),
@@ -216,13 +217,13 @@ pub const CATALOGUE: &[Row] = &[
         "klio.verify.coverage_age",
         Gauge,
         "s",
-        "all data was read within so long: age of the beginning of the last round over all packs",
+        "time within which all data was read: age of the beginning of the last pass over all packs",
     ),
     of_cluster(
         "klio.verify.damaged",
         Gauge,
         "",
-        "what verification found and could not repair, by the newest outcome of each backup",
+        "damaged files that could not be repaired, by the newest verification of each backup",
     ),
     of_cluster("klio.drill.latest_age", Gauge, "s", "age of the last restore drill"),
     of_cluster(
@@ -235,13 +236,13 @@ pub const CATALOGUE: &[Row] = &[
         "klio.drill.restore_duration",
         Gauge,
         "s",
-        "time of the last drill until all files were there",
+        "time that the last drill needed to restore all files",
     ),
     of_cluster(
         "klio.drill.recovery_duration",
         Gauge,
         "s",
-        "time of the last drill until PostgreSQL was at its end",
+        "time that PostgreSQL needed for recovery in the last drill",
     ),
     plain("klio.queue.messages", Gauge, "", "messages stored in the JetStream queue"),
     plain("klio.queue.bytes", Gauge, "By", "bytes stored in the JetStream queue"),
@@ -267,7 +268,7 @@ pub fn row(name: &str) -> Option<&'static Row> {
     CATALOGUE.iter().find(|row| row.name == name)
 }
 
-/// Attribute and its values; the closed sets are the code's own.
+/// Each attribute and its values; closed sets are taken from the code.
 pub fn attributes() -> Vec<(&'static str, String)> {
     let words = |words: &[&str]| words.join(", ");
     let offloads: Vec<_> = Attempt::ALL.iter().map(|attempt| attempt.as_str()).collect();
@@ -280,18 +281,17 @@ pub fn attributes() -> Vec<(&'static str, String)> {
         ("error.type of klio.wal.session_failures", words(&codes)),
         (
             "error.type of rpc.*",
-            "the names of gRPC's status codes but OK; absent when the call went well".into(),
+            "the names of gRPC's status codes except OK; absent when the call succeeded".into(),
         ),
     ]
 }
 
-/// How maintenance can end.
+/// The outcomes of maintenance.
 pub const MAINTENANCE_OUTCOMES: &[&str] = &["done", "held_back", "failed"];
-/// Both.
 pub const TIERS: &[&str] = &["tier1", "tier2"];
 
-/// Counters that begin with 0 as soon as there is a cluster: `increase()` sees the first one only then. Of offloads
-/// that is what an alert looks at; each other outcome appears with its first.
+/// Counters that start at 0 as soon as a cluster exists, because `increase()` counts the first event only then. Of the
+/// outcomes of offloads only those that an alert uses are listed; each other outcome appears with its first event.
 pub const ZEROS: &[(&str, &[&str])] = &[
     ("klio.wal.written_size", &[""]),
     ("klio.wal.written", &[""]),
@@ -305,7 +305,7 @@ pub const ZEROS: &[(&str, &[&str])] = &[
     ("klio.maintenance.expired", &[""]),
 ];
 
-/// The same with a bucket.
+/// The same for a server with a bucket.
 pub const ZEROS_WITH_TIER2: &[(&str, &[&str])] = &[
     ("klio.consumer.written_size", &[""]),
     ("klio.consumer.written", &[""]),

@@ -1,8 +1,8 @@
 //! One reading for all instruments of a scrape.
 //!
-//! Every instrument has a callback of its own. The first that asks makes a reading, the others of the same scrape get
-//! the same one: the work grows with the clusters, not with instruments times clusters, and what a page shows belongs
-//! together.
+//! Every instrument has a callback of its own. The first one that asks makes a reading, and the others of the same
+//! scrape get the same one. So the work grows with the number of clusters, not with instruments times clusters, and
+//! the values of a page are consistent.
 
 use super::Reading;
 use std::{
@@ -11,15 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Two readers that collect at the same time share a reading instead of making one for each instrument.
+/// Two readers that collect at the same time share a reading, instead of making one for each instrument.
 const YOUNG: Duration = Duration::from_millis(200);
-/// No scrape takes as long: what is older is of one that was given up.
+/// No scrape takes this long; an older reading belongs to a scrape that was abandoned.
 const OLD: Duration = Duration::from_secs(30);
 
 /// Values by instrument.
 pub type Table = Arc<BTreeMap<&'static str, Vec<Reading>>>;
 
-/// The last reading and who has seen it.
+/// The last reading, and which instruments have used it.
 #[derive(Debug, Default)]
 pub struct Snapshots(Mutex<Option<Snapshot>>);
 
@@ -31,7 +31,7 @@ struct Snapshot {
 }
 
 impl Snapshots {
-    /// The values for an instrument: of a reading that it has not seen, or that is hardly older than now.
+    /// The values for an instrument: of a reading that it has not used yet, or that is very recent.
     pub fn get(&self, instrument: &'static str, read: impl FnOnce() -> Vec<Reading>) -> Table {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(snapshot) = last.as_mut() {
@@ -70,7 +70,7 @@ mod tests {
             }));
         };
         ask("a");
-        // A scrape whose reading alone took long is still one scrape.
+        // A scrape whose reading took long is still one scrape.
         std::thread::sleep(YOUNG * 2);
         ask("b");
         ask("c");

@@ -1,7 +1,7 @@
-//! Counts by instrument, cluster and one more word, which counters show when somebody looks.
+//! Counts by instrument, cluster and one attribute value (the word), for the observable counters.
 //!
-//! - Kept here and not in recording instruments, which never forget a series: one of a cluster that is gone would be
-//!   shown for ever, and the SDK folds a thousand clusters with several outcomes into one.
+//! - They are stored here because recording instruments never forget a series: that of a removed cluster would be
+//!   shown for ever, and the SDK merges a thousand clusters with several outcomes into one series.
 //! - Names and words are constants, so the words of an instrument are a closed set.
 
 use super::Reading;
@@ -11,18 +11,16 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// By instrument and word; the empty word where an instrument has none.
+/// By instrument and word; the word is empty if the instrument has none.
 type Counts = BTreeMap<(&'static str, &'static str), u64>;
 
-/// Counts of all clusters.
 #[derive(Debug, Default)]
 pub struct Tallies(Mutex<BTreeMap<ClusterName, Counts>>);
 
 impl Tallies {
-    /// Counts `n` more.
     pub fn add(&self, cluster: &ClusterName, name: &'static str, word: &'static str, n: u64) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Once for each message of WAL: the name is copied the first time only.
+        // This is called for each message of WAL, so the name is copied the first time only.
         if !all.contains_key(cluster) {
             all.insert(cluster.clone(), Counts::new());
         }

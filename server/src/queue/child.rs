@@ -1,10 +1,10 @@
-//! One run of the nats-server program: written configuration, fork, ports, end.
+//! One run of the nats-server program: writes its configuration, starts it, finds its port, and stops it.
 //!
-//! CHILD1  it listens on loopback only, on a port the kernel chose, with credentials of this run.
-//! CHILD2  it dies with us: the kernel kills it when the thread that forked it ends, so a thread that lives
-//!     as long as the queue does the forking (PR_SET_PDEATHSIG is tied to the thread).
-//! CHILD3  one that survived anyway (a debugger, another kernel) is found by its pid file and ended before
-//!     the next one opens the same files.
+//! CHILD1  it listens on loopback only, on a port that the kernel chose, with credentials of this run.
+//! CHILD2  it dies with us: the kernel kills it when the thread that forked it ends (PR_SET_PDEATHSIG is tied to the
+//!     thread). So a thread that lives as long as the queue does the forking.
+//! CHILD3  a process that survived anyway (a debugger, another kernel) is found by its pid file and ended before the
+//!     next one opens the same files.
 
 use super::Error;
 use rand::distr::{Alphanumeric, SampleString};
@@ -23,13 +23,13 @@ use tokio::{
     time::Instant,
 };
 
-/// Recovering a large store takes a while; a program that says nothing for longer is broken.
+/// Recovering a large store takes time; a program that is not ready after this is broken.
 const READY_WITHIN: Duration = Duration::from_secs(60);
-/// After SIGTERM; every message is synced before it is acknowledged, so SIGKILL loses nothing either.
+/// The time after SIGTERM. Every message is synced before it is acknowledged, so SIGKILL loses nothing either.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Who may connect: made for one run, on disk only in a file of mode 0600.
+/// The passwords for connecting: generated for one run, and on disk only in a file of mode 0600.
 pub(super) struct Credentials {
     pub(super) password: String,
     pub(super) system_password: String,
@@ -45,10 +45,10 @@ impl Credentials {
 
 /// User of the jobs' account.
 pub(super) const USER: &str = "klio";
-/// User of the system account: asks the server for its settings, nothing else.
+/// User of the system account, used only to ask the server for its settings.
 pub(super) const SYSTEM_USER: &str = "klio-system";
 
-/// The directory that it makes below its `store_dir`.
+/// The directory that nats-server creates in its `store_dir`.
 pub(super) const STORE: &str = "jetstream";
 
 /// The configuration file of one run.
@@ -77,14 +77,14 @@ pub(super) fn render(directory: &Path, max_bytes: u64, credentials: &Credentials
          system_account: SYS\n",
         directory = path(directory),
         store = path(directory),
-        // The stream's own limit decides; the server's leaves room for its bookkeeping.
+        // The limit of the stream applies; that of the server leaves room for its own files.
         max_file = max_bytes.saturating_mul(2),
         password = quoted(&credentials.password),
         system = quoted(&credentials.system_password),
     )
 }
 
-/// Refuses a program that is no nats-server of 2.12 or newer.
+/// Refuses a program that is not nats-server 2.12 or newer.
 pub(super) async fn check_version(executable: &Path) -> Result<(), Error> {
     let output = Command::new(executable).arg("--version").stdin(Stdio::null()).output();
     let output = output.await.map_err(Error::file("run", executable))?;
@@ -104,7 +104,7 @@ pub(super) fn version(text: &str) -> Option<(u32, u32)> {
 
 type Reply = oneshot::Sender<io::Result<Child>>;
 
-/// The thread that forks (CHILD2). Ends when the last handle is gone.
+/// The thread that forks (CHILD2). It ends when the last handle is dropped.
 pub(super) struct Forker {
     requests: std::sync::mpsc::SyncSender<(Command, Reply)>,
 }
@@ -118,7 +118,7 @@ impl Forker {
             .spawn(move || {
                 let _runtime = runtime.enter();
                 while let Ok((mut command, reply)) = inbox.recv() {
-                    // Nobody waiting: the child is dropped, which kills it.
+                    // If nobody waits for it, the child is dropped, which kills it.
                     let _ = reply.send(command.spawn());
                 }
             })
@@ -149,7 +149,7 @@ fn pid_path(directory: &Path) -> PathBuf {
     directory.join("nats.pid")
 }
 
-/// Starts the program and waits until it listens. `log` gets its standard error.
+/// Starts the program and waits until it listens. `log` receives its standard error.
 pub(super) async fn start(
     forker: &Forker,
     executable: &Path,
@@ -185,7 +185,7 @@ fn command(executable: &Path, config: &Path) -> Command {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        // Our shutdown order decides, not a Ctrl-C to the terminal's whole group.
+        // A process group of its own, so that Ctrl-C in a terminal does not stop it before our shutdown does.
         .process_group(0)
         .env("GOMEMLIMIT", "192MiB")
         .kill_on_drop(true);
@@ -225,16 +225,16 @@ impl Running {
         }
     }
 
-    /// Waits until it ends by itself. Cancel-safe.
+    /// Waits until the program ends by itself. Cancel-safe.
     pub(super) async fn ended(&mut self) -> Error {
         ended_early(self.child.wait().await)
     }
 
-    /// Asks it to end, then makes it.
+    /// Sends SIGTERM, and kills the program if it does not end in time.
     pub(super) async fn stop(mut self) {
         let _ = rustix::process::kill_process(self.pid, Signal::TERM);
         if tokio::time::timeout(STOP_WITHIN, self.child.wait()).await.is_err() {
-            tracing::warn!("nats-server did not end in time; killed");
+            tracing::warn!("nats-server did not end in time; killing it");
             self.kill().await;
         }
         let _ = std::fs::remove_file(pid_path(&self.directory));
@@ -257,13 +257,13 @@ fn ended_early(status: io::Result<std::process::ExitStatus>) -> Error {
     })
 }
 
-/// Passes the program's log on, one line at a time, to its end: a closed pipe would kill the program.
+/// Forwards the program's log line by line until its end, because a closed pipe would kill the program.
 pub(super) async fn forward_log(stderr: ChildStderr) {
     let mut lines = BufReader::new(stderr).split(b'\n');
     while let Ok(Some(line)) = lines.next_segment().await {
         let line = String::from_utf8_lossy(&line);
         let text = line.split_once("] ").map_or(&*line, |(_, text)| text);
-        // A file of mode 0600 with a password of this run, on loopback: what it warns of is meant.
+        // The password is in a file of mode 0600, valid for this run and on loopback, so this warning does not apply.
         let expected = line.contains("Plaintext passwords detected");
         if line.contains("[ERR]") || line.contains("[FTL]") {
             tracing::error!(target: "nats_server", "{text}");
@@ -276,7 +276,7 @@ pub(super) async fn forward_log(stderr: ChildStderr) {
 }
 
 fn read_ports(directory: &Path, pid: Pid) -> Option<String> {
-    // Named after the executable and the process.
+    // The file is named after the executable and the process.
     let suffix = format!("_{pid}.ports");
     let entries = std::fs::read_dir(directory).ok()?;
     let file = entries.flatten().find(|e| e.file_name().to_string_lossy().ends_with(&suffix))?;
@@ -294,7 +294,7 @@ fn remove_ports_files(directory: &Path) {
 }
 
 fn write_private(path: &Path, text: &str) -> Result<(), Error> {
-    // Removed first: the mode applies only to a file that is made now.
+    // Removed first, because the mode applies only to a file that is created.
     let _ = std::fs::remove_file(path);
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
@@ -309,7 +309,7 @@ async fn end_stale(directory: &Path) -> Result<(), Error> {
     if !uses(pid, directory) {
         return Ok(()); // ended, or the number belongs to somebody else now
     }
-    tracing::warn!(%pid, "a nats-server of an earlier run is still there; it is ended");
+    tracing::warn!(%pid, "a nats-server of an earlier run is still running; stopping it");
     let deadline = Instant::now() + STOP_WITHIN;
     let _ = rustix::process::kill_process(pid, Signal::TERM);
     while uses(pid, directory) {
@@ -317,7 +317,9 @@ async fn end_stale(directory: &Path) -> Result<(), Error> {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         if Instant::now() > deadline + STOP_WITHIN {
-            return Err(Error::Child(format!("one of an earlier run, pid {pid}, cannot be ended")));
+            return Err(Error::Child(format!(
+                "cannot stop a process of an earlier run, pid {pid}"
+            )));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -343,7 +345,7 @@ mod tests {
         assert_eq!(version("bash: not found"), None);
     }
 
-    /// Peers' bug: the queue listens on all addresses without authentication.
+    /// Guards against a bug of other projects, whose queue listens on all addresses without authentication.
     #[test]
     fn the_configuration_is_loopback_with_credentials_and_syncs_always() {
         let text = render(Path::new("/d/a \"b"), 1 << 20, &Credentials::random());

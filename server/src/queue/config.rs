@@ -1,29 +1,27 @@
-//! The `[queue]` section, and where the executable is looked for.
+//! The `[queue]` section, and the places where the executable is searched.
 
 use super::Error;
 use klio_pg::ByteSize;
 use klio_storage::tier2::Secret;
 use std::path::{Path, PathBuf};
 
-/// The job queue: embedded by default, an existing NATS with `url`.
+/// The job queue: embedded by default, or an existing NATS given by `url`.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QueueConfig {
-    /// nats-server, 2.12 or newer; looked for beside klio-server, in `.tools/bin` and on PATH when
-    /// absent.
+    /// nats-server 2.12 or newer. If absent, it is searched beside klio-server, in `.tools/bin` and on PATH.
     pub executable: Option<PathBuf>,
-    /// Most bytes of jobs kept. When full, jobs are derived later (P4).
+    /// The most bytes of jobs stored. If the queue is full, jobs are derived later from the tiers (P4).
     pub max_bytes: ByteSize,
-    /// `nats://host:port` or `tls://host:port`, commas between several: an existing NATS with JetStream
-    /// instead of the embedded one.
+    /// `nats://host:port` or `tls://host:port`, several separated by commas: an existing NATS with JetStream instead
+    /// of the embedded one.
     pub url: Option<String>,
-    /// PEM file of the authority of that NATS.
+    /// PEM file with the certificate authority of that NATS.
     pub ca_file: Option<PathBuf>,
     /// NATS credentials file.
     pub credentials_file: Option<PathBuf>,
-    /// User of that NATS.
+    /// User name at that NATS.
     pub user: Option<String>,
-    /// Its password.
     pub password: Option<Secret>,
     /// Copies of the stream in that NATS cluster, 1 to 5.
     pub replicas: usize,
@@ -45,7 +43,7 @@ impl Default for QueueConfig {
 }
 
 impl QueueConfig {
-    /// Every problem that can be seen without opening anything.
+    /// Every problem that can be found without opening a file or a connection.
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.max_bytes < ByteSize::mib(1) {
@@ -75,10 +73,10 @@ impl QueueConfig {
         problems
     }
 
-    /// The nats-server to start.
+    /// Finds the nats-server to start.
     ///
     /// # Errors
-    /// `NoExecutable` names every place.
+    /// `NoExecutable` names every place that was tried.
     pub fn find_executable(&self) -> Result<PathBuf, Error> {
         if let Some(path) = &self.executable {
             let given = path.clone();

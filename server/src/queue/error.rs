@@ -1,58 +1,53 @@
-//! Why the queue cannot be used: for the start, the log and /readyz. The queue is a hint (P4), so none
-//! of these ever reaches receiving.
+//! Why the queue cannot be used: for startup, the log and /readyz. The queue is a hint (P4), so these errors never
+//! affect receiving.
 
 use std::path::PathBuf;
 
-/// A queue that does not work.
+/// An error of the queue.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No executable.
+    /// No executable was found.
     #[error(
         "find nats-server: looked for {}; hint: set queue.executable, put it beside klio-server or on PATH, or run make tools",
         .0.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
     )]
     NoExecutable(Vec<PathBuf>),
-    /// Too old, or no nats-server at all.
+    /// The executable is too old, or not nats-server at all.
     #[error("check {path}: expected nats-server 2.12 or newer, found {found:?}", path = .path.display())]
     Version {
-        /// The executable.
         path: PathBuf,
-        /// What it said of itself.
+        /// What it reported as its version.
         found: String,
     },
-    /// It runs, with other settings than we wrote.
+    /// It runs with other settings than we wrote.
     #[error("refuse nats-server: expected {expected}, found {found}")]
     Refused {
         /// What it must report.
         expected: &'static str,
-        /// What it reported.
         found: String,
     },
-    /// File work around the child.
+    /// A file of the child could not be written or read.
     #[error("{what} {}: {source}", .path.display())]
     File {
-        /// A verb.
+        /// A verb for the message.
         what: &'static str,
-        /// On this.
         path: PathBuf,
-        /// Why not.
         source: std::io::Error,
     },
     /// The child ended or never became ready.
     #[error("run nats-server: {0}")]
     Child(String),
-    /// Connection or protocol.
+    /// The connection or the protocol failed.
     #[error("{what}: {detail}")]
     Nats {
         /// What was tried.
         what: &'static str,
-        /// What came back.
         detail: String,
     },
-    /// A consumer asked for it.
+    /// A consumer asked for the store to be replaced.
     #[error("use the queue's store: it does not give the jobs that it has")]
     Store,
-    /// A setting.
+    /// A setting is wrong.
     #[error("configure queue: {0}")]
     Config(String),
 }

@@ -1,4 +1,4 @@
-//! A job: one finished WAL file of one cluster that tier 2 should get.
+//! A job: one finished file of one cluster that is to be uploaded to tier 2.
 //!
 //! | field | version 1 |
 //! |---|---|
@@ -9,12 +9,12 @@
 //! | `size` | bytes of the tier-1 file |
 //! | `sha256` | of the tier-1 file, where known |
 //!
-//! Of kind `base` instead of `file`: `object`, its key below `<cluster>/`, such as `base/data/ab/ab…` or
-//! `backups/<name>.json`; on the subject `klio.jobs.base.<cluster>.<object, / as ., . as =>`.
+//! A job of kind `base` has `object` instead of `file`: its key below `<cluster>/`, such as `base/data/ab/ab…` or
+//! `backups/<name>.json`. Its subject is `klio.jobs.base.<cluster>.<object, / as ., . as =>`.
 //!
-//! JSON, on the subject `klio.jobs.wal.<cluster>.<timeline>.<file, dots as dashes>`: one subject a file,
-//! so that a job which is queued already is not queued again. Every field is only a hint (P4): the
-//! consumer looks at the file. A job of an unknown version is left in the queue for a newer server.
+//! A job is JSON, on the subject `klio.jobs.wal.<cluster>.<timeline>.<file, dots as dashes>`. Each file has its own
+//! subject, so that a job which is queued already is not queued again. Every field is only a hint (P4): the consumer
+//! looks at the file. A job of an unknown version stays in the queue for a newer server.
 
 use klio_storage::{
     layout::{BaseObject, ClusterName, WalFile},
@@ -22,32 +22,28 @@ use klio_storage::{
 };
 use serde_json::Value;
 
-/// What `v` is.
+/// The value of `v`.
 pub const VERSION: u64 = 1;
-/// Every subject of ours begins with this.
+/// All our subjects.
 pub const SUBJECTS: &str = "klio.jobs.>";
 
-/// A WAL file to offload.
+/// A WAL file to upload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
-    /// Whose.
     pub cluster: ClusterName,
-    /// Which.
     pub file: WalFile,
-    /// Bytes of the tier-1 file.
+    /// Bytes of the file on tier 1.
     pub size: u64,
-    /// Its sum, where known.
+    /// Its checksum, if known.
     pub sha256: Option<Sha256Sum>,
 }
 
-/// An object of base backups to offload.
+/// An object of base backups to upload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseJob {
-    /// Whose.
     pub cluster: ClusterName,
-    /// Which.
     pub object: BaseObject,
-    /// Bytes of the tier-1 file.
+    /// Bytes of the file on tier 1.
     pub size: u64,
 }
 
@@ -73,7 +69,6 @@ impl From<BaseJob> for Task {
 }
 
 impl Task {
-    /// Whose.
     pub const fn cluster(&self) -> &ClusterName {
         match self {
             Task::Wal(job) => &job.cluster,
@@ -81,7 +76,7 @@ impl Task {
         }
     }
 
-    /// What it is about, for spans and logs.
+    /// The file or object, for spans and logs.
     pub fn what(&self) -> String {
         match self {
             Task::Wal(job) => job.file.to_string(),
@@ -89,7 +84,7 @@ impl Task {
         }
     }
 
-    /// The message's payload.
+    /// The payload of the message.
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Task::Wal(job) => job.encode(),
@@ -97,7 +92,7 @@ impl Task {
         }
     }
 
-    /// Where it is published.
+    /// The subject on which it is published.
     pub fn subject(&self) -> String {
         match self {
             Task::Wal(job) => job.subject(),
@@ -105,7 +100,7 @@ impl Task {
         }
     }
 
-    /// Idempotency key.
+    /// The idempotency key.
     pub fn id(&self) -> String {
         match self {
             Task::Wal(job) => job.id(),
@@ -114,7 +109,7 @@ impl Task {
     }
 }
 
-/// Not a job of ours.
+/// Why a message is not one of our jobs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JobError {
     /// Written by a newer server.
@@ -152,7 +147,7 @@ impl Job {
 
     /// Reads a payload.
     ///
-    /// # Errors
+    /// `Version` is checked before anything else.
     /// `Version` before anything else is looked at.
     pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
         let wire: Wire = read(payload, "wal")?;
@@ -164,7 +159,7 @@ impl Job {
         })
     }
 
-    /// Where it is published.
+    /// The subject on which it is published.
     pub fn subject(&self) -> String {
         let file = self.file.to_string().replace('.', "-");
         format!("klio.jobs.wal.{}.{}.{file}", self.cluster, self.file.timeline())
@@ -201,7 +196,7 @@ impl BaseJob {
     /// Reads a payload.
     ///
     /// # Errors
-    /// `Version` before anything else is looked at.
+    /// `Version` is checked before anything else.
     pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
         let wire: BaseWire = read(payload, "base")?;
         let object = BaseObject::parse_relative(&wire.object).ok_or_else(|| {
@@ -211,7 +206,8 @@ impl BaseJob {
         Ok(Self { cluster, object, size: wire.size })
     }
 
-    /// Where it is published. Names of backups may have dots, which would be parts of the subject.
+    /// The subject on which it is published. Names of backups may contain dots, which would separate parts of the
+    /// subject.
     pub fn subject(&self) -> String {
         let object = self.object.relative().replace('.', "=").replace('/', ".");
         format!("klio.jobs.base.{}.{object}", self.cluster)
@@ -227,7 +223,7 @@ fn malformed(problem: &dyn std::fmt::Display) -> JobError {
     JobError::Malformed(problem.to_string())
 }
 
-/// Reads a payload of a kind; its version before anything else.
+/// Reads a payload of a kind; checks its version before anything else.
 fn read<T: serde::de::DeserializeOwned>(payload: &[u8], kind: &str) -> Result<T, JobError> {
     let value: Value = serde_json::from_slice(payload).map_err(|e| malformed(&e))?;
     match value.get("v").and_then(Value::as_u64) {

@@ -1,11 +1,11 @@
 //! Jobs from the receiving side to the consumer, on NATS JetStream.
 //!
-//! QUEUE1  the queue is a hint (P4): losing all of it loses nothing. Whatever may have been lost is named
+//! QUEUE1  the queue is a hint (P4): losing all of it loses nothing. Clusters whose jobs may have been lost are named
 //!     by `wanted`, and the reconciler derives the jobs again.
-//! QUEUE2  `publish` never waits and never fails; no trouble here reaches receiving.
-//! QUEUE3  a job that is queued is queued once: its subject is its identity.
-//! QUEUE4  an embedded server syncs every write, listens on loopback with credentials of this run, and
-//!     never outlives us.
+//! QUEUE2  `publish` never waits and never fails, so no problem of the queue affects receiving.
+//! QUEUE3  a job is queued at most once: its subject is its identity.
+//! QUEUE4  an embedded server syncs every write, listens on loopback with credentials of this run, and never outlives
+//!     us.
 
 mod child;
 mod config;
@@ -42,54 +42,54 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// A connection; another generation means that everything on the older one must start again.
+/// A connection. A new generation means that all work on an older one must start again.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    /// Counts connections, and streams that had to be made again.
+    /// Counts connections, and streams that had to be created again.
     pub generation: u64,
-    /// JetStream on it.
+    /// JetStream on this connection.
     pub jetstream: jetstream::Context,
 }
 
-/// Cached numbers, at most a few seconds old: reading them asks nobody.
+/// Cached numbers, at most a few seconds old; reading them causes no request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueStats {
-    /// Jobs stored.
+    /// The number of stored jobs.
     pub messages: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Unix seconds of the oldest of them; 0 when there is none, `None` before anything was counted.
+    /// Time of the oldest job, in Unix seconds; 0 when there is none, `None` before the first count.
     pub oldest_unix: Option<i64>,
     /// Whether jobs can be queued now.
     pub connected: bool,
 }
 
-/// What is made anew of a queue that does not give what it has.
+/// What is created again when the queue does not deliver its jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Repair {
-    /// The stream, and with it all consumers and jobs; all clusters are compared then.
+    /// The stream, and with it all consumers and jobs. All clusters are compared afterwards.
     Stream,
-    /// The embedded server's store on disk; of an existing NATS the stream.
+    /// The embedded server's store on disk; for an existing NATS the stream.
     Store,
 }
 
 struct Shared {
-    /// What is asked for, and the generation in which it is.
+    /// The requested repair, and the generation it applies to.
     repair: Mutex<Option<(u64, Repair)>>,
     connection: watch::Sender<Option<Connection>>,
     generation: AtomicU64,
     wanted: wanted::WantedSet,
     messages: AtomicU64,
     bytes: AtomicU64,
-    /// -1 before anything was counted, 0 when there is no job.
+    /// -1 before the first count, 0 when there is no job.
     oldest_unix: AtomicI64,
     problem: Mutex<Option<String>>,
-    /// Since when every publish has failed, and how many did.
+    /// Since when every publish has failed, and how many have.
     failing: Mutex<Option<(Instant, u32)>>,
 }
 
 impl Shared {
-    /// Remembers whether publishes go through.
+    /// Records whether a publish succeeded.
     fn published(&self, well: bool) {
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         *failing = match *failing {
@@ -113,9 +113,8 @@ pub struct Queue {
 
 /// A started queue; the caller owns its tasks, which end soon after `cancel`.
 pub struct Started {
-    /// The handle.
     pub queue: Queue,
-    /// Await them at shutdown, after the consumer has ended: the last thing they do is stop the child.
+    /// To be awaited at shutdown, after the consumer has ended. The last thing they do is to stop the child.
     pub tasks: JoinSet<()>,
 }
 
@@ -126,11 +125,11 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
-    /// Starts the embedded server below `directory`, or connects to `config.url`, in the background: the
-    /// queue may come up later than the server (QUEUE2).
+    /// Starts the embedded server in `directory`, or connects to `config.url`, in the background. The queue may become
+    /// ready later than the server (QUEUE2).
     ///
     /// # Errors
-    /// What waiting cannot heal: a bad configuration, no executable, one that is too old.
+    /// Errors that waiting cannot solve: a bad configuration, or a missing or outdated executable.
     pub async fn start(
         config: &QueueConfig,
         directory: &Path,
@@ -167,8 +166,8 @@ impl Queue {
         Ok(Started { queue: Self { shared, inbox }, tasks })
     }
 
-    /// Queues a job, some time soon. Takes the current span's trace context along. Never waits, never
-    /// fails: what is lost on the way is marked in `wanted`.
+    /// Queues a job soon, with the current span's trace context. Never waits and never fails: if a job is lost on the
+    /// way, its cluster is marked in `wanted`.
     pub fn publish(&self, job: impl Into<Task>) {
         let job = job.into();
         let cluster = job.cluster().clone();
@@ -177,15 +176,16 @@ impl Queue {
         }
     }
 
-    /// Queues a job and waits for the queue's word; for the reconciler.
+    /// Queues a job and waits for the queue's confirmation; for the reconciler.
     ///
     /// # Errors
-    /// The queue is down, full or slow. A job that is queued already is no error.
+    /// The queue is down, full or slow. A job that is queued already is not an error.
     pub async fn publish_and_wait(&self, job: impl Into<Task>) -> Result<(), Error> {
         publish::publish_now(&self.shared, &Waiting::new(job.into())).await
     }
 
-    /// Asks for a repair of the connection of this generation; a newer one has been repaired since. Loses nothing (QUEUE1).
+    /// Requests a repair of the connection of this generation; a newer connection has been repaired since. Loses
+    /// nothing (QUEUE1).
     pub fn repair(&self, generation: u64, what: Repair) {
         let mut repair = self.shared.repair.lock().unwrap_or_else(PoisonError::into_inner);
         *repair = (*repair).max(Some((generation, what)));
@@ -196,13 +196,12 @@ impl Queue {
         self.shared.wanted.cluster(cluster);
     }
 
-    /// Waits until something may have been lost, and takes what has to be compared. One caller.
-    /// Cancel-safe.
+    /// Waits until something may have been lost, and takes what has to be compared. For one caller. Cancel-safe.
     pub async fn wanted(&self) -> Wanted {
         self.shared.wanted.take().await
     }
 
-    /// The connection, as it comes and goes.
+    /// The current connection, and its changes.
     pub fn connection(&self) -> watch::Receiver<Option<Connection>> {
         self.shared.connection.subscribe()
     }
@@ -217,7 +216,7 @@ impl Queue {
         }
     }
 
-    /// Why it is not connected, for /readyz; `None` when it is.
+    /// Why the queue is not connected, for /readyz; `None` when it is.
     pub fn problem(&self) -> Option<String> {
         if self.shared.connection.borrow().is_some() {
             return None;

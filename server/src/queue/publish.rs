@@ -1,7 +1,7 @@
-//! Publishing without ever making anybody wait (P4).
+//! Publishes jobs without ever making the caller wait (P4).
 //!
-//! `publish` hands the job to a bounded channel and returns. What does not fit, or fails on the way,
-//! is forgotten, and its cluster is marked for reconciliation: the disk still has the file.
+//! `publish` hands the job to a bounded channel and returns. A job that does not fit, or fails on the way, is dropped,
+//! and its cluster is marked for reconciliation: the file is still on disk.
 
 use super::{
     Error, Queue, Shared,
@@ -18,9 +18,9 @@ use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, field::Empty};
 
-/// Jobs that wait for the queue: a few seconds' worth of a server that seals as fast as it can.
+/// The most jobs that wait for the queue: a few seconds' worth of a server that seals as fast as it can.
 pub(super) const WAITING_MAX: usize = 1024;
-/// Publishes on their way at once: one fsync of the queue serves many.
+/// How many publishes may be under way at once, sharing an fsync of the queue.
 const IN_FLIGHT_MAX: usize = 64;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
@@ -31,7 +31,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Takes the current span's trace context along.
+    /// A job with the current span's trace context.
     pub(super) fn new(job: Task) -> Self {
         let mut headers = Vec::new();
         klio_telemetry::propagate::inject(&mut |key, value| headers.push((key.to_owned(), value)));
@@ -39,10 +39,10 @@ impl Waiting {
     }
 }
 
-/// Told of each finished file before it is queued, so that "not archived yet" is known at once.
+/// Called for each finished file before it is queued, so that it counts as not archived at once.
 pub type Listener = Arc<dyn Fn(&Job) + Send + Sync>;
 
-/// What the receiving side holds: announces finished files. Cheap to clone, never blocks, never fails.
+/// The receiving side's handle for announcing finished files. Cheap to clone, never blocks, never fails.
 #[derive(Clone)]
 pub struct Publisher {
     queue: Queue,
@@ -50,12 +50,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// On this queue; `listener` is the archive's, where tier 2 is configured.
+    /// Publishes on this queue; `listener` is the archive's, if tier 2 is configured.
     pub const fn new(queue: Queue, listener: Option<Listener>) -> Self {
         Self { queue, listener }
     }
 
-    /// Announces a finished file whose sum is known.
+    /// Announces a finished file whose checksum is known.
     pub fn publish_sealed(
         &self,
         cluster: &ClusterName,
@@ -76,7 +76,7 @@ impl Publisher {
     }
 }
 
-/// Publishes what comes, until cancelled.
+/// Publishes waiting jobs until cancelled.
 pub(super) async fn run(
     shared: Arc<Shared>,
     mut inbox: mpsc::Receiver<Waiting>,
@@ -93,16 +93,16 @@ pub(super) async fn run(
         let shared = Arc::clone(&shared);
         flying.spawn(async move {
             if let Err(error) = publish_now(&shared, &waiting).await {
-                tracing::debug!(%error, cluster = %waiting.job.cluster(), "a job could not be queued");
+                tracing::debug!(%error, cluster = %waiting.job.cluster(), "cannot queue a job; the tiers will be compared");
                 shared.wanted.cluster(waiting.job.cluster());
             }
         });
     }
-    // Whatever is not answered by now is found by comparing the tiers at the next start.
+    // Jobs without a confirmation are found by comparing the tiers at the next start.
     flying.shutdown().await;
 }
 
-/// Queues one job and waits for the queue's word. `Ok` as well where it was queued already.
+/// Queues one job and waits for the queue's confirmation. Also `Ok` if it was queued already.
 pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<(), Error> {
     let fail = Error::nats("publish a job");
     let jetstream = {
@@ -120,7 +120,7 @@ pub(super) async fn publish_now(shared: &Shared, waiting: &Waiting) -> Result<()
         sent.unwrap_or_else(|_| Err(fail(&"no answer in time")))
     };
     let outcome = send.instrument(span.clone()).await;
-    // A queue that is full by its own limit works as it should.
+    // A queue that is full by its own limit works as intended.
     let full = outcome.as_ref().is_err_and(|e| e.to_string().contains("maximum bytes exceeded"));
     shared.published(outcome.is_ok() || full);
     if outcome.is_err() {
@@ -153,8 +153,8 @@ fn span_of(job: &Task) -> tracing::Span {
     }
 }
 
-/// The queue swallows an id that it has just seen, also when that job is done: what may have changed meanwhile is a new message.
-/// That it is not queued twice is the subject's work.
+/// The message id. The queue drops a message whose id it has just seen, even if that job is done, so an object that
+/// may have changed gets a new id. The subject ensures that it is not queued twice.
 fn message_id(job: &Task) -> String {
     match job {
         Task::Base(job) if !job.object.is_fixed() => {
@@ -168,7 +168,7 @@ async fn send(jetstream: &jetstream::Context, job: &Task) -> Result<(), Error> {
     let fail = Error::nats("publish a job");
     let mut headers = HeaderMap::new();
     headers.insert(NATS_MESSAGE_ID, message_id(job).as_str());
-    // The consumer's span becomes a child of this one, and with it of the sender's.
+    // The consumer's span becomes a child of this one, which is a child of the sender's.
     klio_telemetry::propagate::inject(&mut |key, value| headers.insert(key, value.as_str()));
     let payload = job.encode().into();
     let published = jetstream.publish_with_headers(job.subject(), headers, payload).await;

@@ -1,8 +1,8 @@
-//! The stream on JetStream: its settings, and what the server must report of itself.
+//! The stream on JetStream: its settings, and the settings that the server must report.
 //!
-//! Work-queue retention: a job is gone when it is acknowledged. One message a subject and discard-new
-//! for each: a job that is queued is not queued twice, exactly, with no time window. Its only limit is
-//! `max_bytes`; no age, so nothing expires unseen.
+//! Work-queue retention: a job is removed when it is acknowledged. One message per subject, with discard-new for each:
+//! a job that is queued is never queued twice, without any time window. The only limit is `max_bytes`; there is no
+//! maximum age, so no job expires unseen.
 
 use super::{Error, child, job};
 use async_nats::{
@@ -20,7 +20,7 @@ pub const STREAM: &str = "KLIO_JOBS";
 
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// Makes the stream, or sets an existing one right.
+/// Creates the stream, or corrects the settings of an existing one.
 pub(super) async fn ensure(
     jetstream: &jetstream::Context,
     max_bytes: u64,
@@ -37,11 +37,11 @@ pub(super) async fn ensure(
         max_messages_per_subject: 1,
         max_messages: -1,
         max_bytes: i64::try_from(max_bytes).unwrap_or(i64::MAX),
-        // The server allows 1000 where a stream says nothing: we need one for each cluster.
+        // The server's default limit is 1000, and we need one consumer for each cluster.
         max_consumers: 100_000,
         num_replicas: replicas,
-        // Subjects make jobs unique for as long as they are queued. A longer window would swallow a
-        // job that is queued again after its object vanished.
+        // Subjects make jobs unique for as long as they are queued. With a longer window, a job would be dropped that
+        // is queued again after its object vanished.
         duplicate_window: Duration::from_millis(100),
         ..Config::default()
     };
@@ -58,14 +58,14 @@ pub(super) async fn ensure(
     Ok(info)
 }
 
-/// Whether a publish failed because this very job is queued already: then it is a success.
+/// Whether a publish failed because this very job is queued already, which counts as success.
 pub(super) fn already_queued(error: &PublishError) -> bool {
     let Some(cause) = error.source() else { return false };
     let Some(answer) = cause.downcast_ref::<jetstream::Error>() else { return false };
     answer.to_string().contains("maximum messages per subject exceeded")
 }
 
-/// P4 with a real fsync: refuses a server that does not sync each write, or is too old to.
+/// P4 needs a real fsync: refuses a server that does not sync each write, or is too old to do so.
 pub(super) async fn check_settings(system: &Client) -> Result<(), Error> {
     let fail = Error::nats("ask nats-server for its settings");
     let question = system.request("$SYS.REQ.SERVER.PING.VARZ", "".into());
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Peers' bug: JetStream's default of one fsync every two minutes.
+    /// Guards against a bug of other projects: JetStream's default is one fsync every two minutes.
     #[test]
     fn a_server_that_does_not_sync_always_is_refused() {
         let report =

@@ -1,10 +1,10 @@
-//! Keeps a connection: to a child that is started again whenever it dies, or to an existing NATS.
+//! Maintains the connection: to a child that is restarted whenever it dies, or to an existing NATS.
 //!
-//! A store that the embedded server cannot use is thrown away: after runs that end soon, one after the other, and when a
-//! consumer asks for it. The queue is a hint (P4).
+//! A store that the embedded server cannot use is deleted: after several short runs in a row, and when a consumer
+//! requests it. The queue is a hint (P4).
 //!
-//! Each new connection has a new generation; whoever works on an older one starts again, and all
-//! clusters are compared once (P4: the queue may have lost anything).
+//! Each new connection has a new generation. Work on an older one starts again, and all clusters are compared once
+//! (P4: the queue may have lost anything).
 
 use super::{
     Connection, Error, QueueConfig, Repair, Shared,
@@ -23,20 +23,20 @@ use tokio_util::sync::CancellationToken;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-/// A run that lasted this long was good: the next failure begins with a short pause again.
+/// A run that lasted this long was good: after the next failure the pauses begin short again.
 const GOOD_RUN: Duration = Duration::from_secs(60);
-/// Runs in a row that were not good, after which the store is taken for the reason.
+/// After this many bad runs in a row, the store is assumed to be the reason.
 const BAD_RUNS_MAX: u32 = 3;
-/// Stores that the disk does not let go are moved out of the way, so often.
+/// The highest number for stores that cannot be deleted and are renamed instead.
 const ASIDE_MAX: u32 = 1000;
-/// How often counts are refreshed and the stream's existence is looked at.
+/// How often counts are refreshed and the stream's existence is checked.
 const TEND_INTERVAL: Duration = Duration::from_secs(2);
-/// Publishes that failed without one that did not, over at least this time.
+/// The queue counts as stuck after this many failed publishes without a successful one, over at least [`STUCK_AFTER`].
 const STUCK_FAILURES: u32 = 3;
 const STUCK_AFTER: Duration = Duration::from_secs(4);
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
-/// The embedded server, until cancelled.
+/// Runs the embedded server until cancelled.
 pub(super) async fn embedded(
     shared: Arc<Shared>,
     config: QueueConfig,
@@ -56,7 +56,7 @@ pub(super) async fn embedded(
         let run = run_child(&shared, &config, &executable, &directory, &forker, &cancel).await;
         shared.disconnected();
         if let Err(error) = run {
-            tracing::warn!(%error, "the queue is down; it is started again");
+            tracing::warn!(%error, "the queue is down; restarting it");
             shared.set_problem(Some(error.to_string()));
             let came_up = shared.generation.load(Ordering::Relaxed) != before;
             let good = came_up && begun.elapsed() > GOOD_RUN;
@@ -70,13 +70,13 @@ pub(super) async fn embedded(
     }
 }
 
-/// Takes the store away, or at least out of the way.
+/// Deletes the store, or at least renames it.
 async fn discard_store(directory: &Path) {
     let store = directory.join(child::STORE);
     let gone = tokio::fs::remove_dir_all(&store).await;
     let gone = match gone {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            // What a bad disk did not let go before lies under an earlier number.
+            // Stores that could not be deleted before have lower numbers.
             let aside = |number: u32| directory.join(format!("jetstream.damaged.{number}"));
             let free = (1..=ASIDE_MAX).map(aside).find(|place| !place.exists());
             tokio::fs::rename(&store, free.unwrap_or_else(|| aside(ASIDE_MAX))).await
@@ -85,10 +85,10 @@ async fn discard_store(directory: &Path) {
     };
     match gone {
         Ok(()) => {
-            tracing::warn!("the queue begins anew with an empty store; the tiers are compared")
+            tracing::warn!("the queue starts again with an empty store; the tiers will be compared")
         }
         Err(error) => {
-            tracing::error!(%error, store = %store.display(), "the queue's store can neither be removed nor moved; hint: look at the disk")
+            tracing::error!(%error, store = %store.display(), "cannot remove or rename the queue's store; hint: check the disk")
         }
     }
 }
@@ -142,7 +142,7 @@ async fn check(url: &str, credentials: &Credentials) -> Result<(), Error> {
     stream::check_settings(&client).await
 }
 
-/// An existing NATS, until cancelled.
+/// Uses an existing NATS until cancelled.
 pub(super) async fn external(
     shared: Arc<Shared>,
     config: QueueConfig,
@@ -164,7 +164,7 @@ pub(super) async fn external(
         };
         shared.disconnected();
         if let Err(error) = outcome {
-            tracing::warn!(%error, "the queue is down; it is connected again");
+            tracing::warn!(%error, "the queue is down; connecting again");
             shared.set_problem(Some(error.to_string()));
             backoff.pause(begun, &cancel).await;
         }
@@ -202,7 +202,7 @@ async fn connect(options: ConnectOptions, url: &str, lost: Arc<Notify>) -> Resul
     options.connect(url).await.map_err(|e| fail(&e))
 }
 
-/// Keeps counts fresh while the connection lasts; makes the stream again if somebody removed it.
+/// Refreshes the counts while the connection lasts; creates the stream again if somebody removed it.
 async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<(), Error> {
     let fail = Error::nats("watch the queue");
     loop {
@@ -211,15 +211,15 @@ async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<()
             () = tokio::time::sleep(TEND_INTERVAL) => {}
         }
         if shared.is_stuck() {
-            return Err(fail(&"it answers, and takes no job"));
+            return Err(fail(&"it answers, but accepts no jobs"));
         }
         let jetstream = shared.jetstream().ok_or_else(|| fail(&"not connected"))?;
         match shared.wanted_repair() {
             Some(Repair::Store) if config.url.is_none() => return Err(Error::Store),
             Some(_) => {
-                tracing::warn!("the stream of jobs is made anew; the tiers are compared");
+                tracing::warn!("creating the stream of jobs again; the tiers will be compared");
                 if let Err(error) = jetstream.delete_stream(stream::STREAM).await {
-                    tracing::warn!(%error, "the stream of jobs could not be removed");
+                    tracing::warn!(%error, "cannot remove the stream of jobs");
                 }
             }
             None => {}
@@ -227,7 +227,7 @@ async fn tend(shared: &Shared, config: &QueueConfig, lost: &Notify) -> Result<()
         match jetstream.get_stream(stream::STREAM).await {
             Ok(stream) => shared.count(stream.cached_info()),
             Err(error) => {
-                tracing::warn!(%error, "the stream of jobs is not there");
+                tracing::warn!(%error, "the stream of jobs does not exist; creating it");
                 let info =
                     stream::ensure(&jetstream, config.max_bytes.bytes(), config.replicas).await?;
                 shared.count(&info);
@@ -250,8 +250,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Connected, and yet every publish has failed for a while. After a full disk nats-server 2.15 keeps a
-    /// stream closed for writing until it is started again (found by filling one).
+    /// Whether every publish has failed for a while although the queue is connected. After a full disk nats-server
+    /// 2.15 keeps a stream closed for writing until it is restarted (found by filling one).
     fn is_stuck(&self) -> bool {
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         let stuck =
@@ -262,7 +262,7 @@ impl Shared {
         stuck
     }
 
-    /// What is asked for of the connection that is there now.
+    /// The requested repair, if it applies to the current connection.
     fn wanted_repair(&self) -> Option<Repair> {
         let wanted = self.repair.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (generation, what) = wanted?;
@@ -298,7 +298,7 @@ impl Shared {
     }
 }
 
-/// Longer pauses after short runs, with jitter so that several servers do not come in step.
+/// Pauses that grow after short runs, with jitter so that several servers do not retry in step.
 struct Backoff(Duration);
 
 impl Backoff {

@@ -1,6 +1,6 @@
 //! Which clusters need a comparison of the tiers, because a job could not be queued (P4).
 //!
-//! A set, not a list: it is bounded by the number of clusters whatever is lost.
+//! It is a set, not a list, so that the number of clusters bounds it whatever is lost.
 
 use klio_storage::layout::ClusterName;
 use std::{
@@ -14,11 +14,11 @@ use tokio::sync::Notify;
 pub struct Wanted {
     /// All clusters.
     pub all: bool,
-    /// These.
+    /// Only these clusters.
     pub clusters: BTreeSet<ClusterName>,
 }
 
-/// Collects wishes; one taker.
+/// Collects requests for one receiver.
 #[derive(Debug, Default)]
 pub(super) struct WantedSet {
     wanted: Mutex<Wanted>,
@@ -40,7 +40,7 @@ impl WantedSet {
         self.notify.notify_one();
     }
 
-    /// Waits for a wish and takes all there are. Cancel-safe: nothing is taken before it returns.
+    /// Waits for a request and takes all there are. Cancel-safe: nothing is taken before it returns.
     pub(super) async fn take(&self) -> Wanted {
         loop {
             let taken =

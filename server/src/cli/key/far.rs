@@ -1,8 +1,9 @@
-//! The part of `klio-server key` that lies in the bucket.
+//! The part of `klio-server key` that works on the bucket.
 //!
-//! An object is written over only by bytes that were decrypted again and found to hold the same, in one request, which
-//! leaves the old or the new object, whole. What lies there afterwards is read back; if it is neither, the old one is
-//! put back. So there is always one that the identity file opens (P5). Only the server's own clusters are written.
+//! An object is replaced only by bytes that were decrypted again and found to have the same content, in one request,
+//! which leaves either the old or the new object, whole. Afterwards it is read; if it is neither, the old one is
+//! written back. So there is always an object that the identity file opens (P5). Only the clusters of this server are
+//! written.
 
 use super::{Keys, name};
 use anyhow::{Context, bail};
@@ -23,14 +24,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Objects whose headers are read, or that are written again, at once.
+/// How many objects are handled at once.
 const AT_ONCE: usize = 4;
-/// Larger ones are written again one by one: each is in memory three times.
+/// Larger objects are encrypted again one at a time, because each is in memory three times.
 const SMALL_BYTES: u64 = 64 << 20;
-/// The file of what is archived may be large: it is not written for every object.
+/// The file with the archive state may be large, so it is not written for every object.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// For whom an object is; of the beginning only, which is all that says it.
+/// The recipients of an object. They are in its beginning, so only that is read.
 async fn recipients(tier2: &Tier2, object: &ListedObject) -> anyhow::Result<Vec<String>> {
     let length = object.size.min(HEADER_LIMIT_BYTES as u64);
     let download = tier2.download_range(&object.key, 0, Some(length)).await?;
@@ -38,7 +39,7 @@ async fn recipients(tier2: &Tier2, object: &ListedObject) -> anyhow::Result<Vec<
     Ok(crypt::recipients_of(&head.concat()).unwrap_or_default())
 }
 
-/// Every encrypted object of the bucket, and for whom it is.
+/// Every encrypted object of the bucket, with its recipients.
 pub(super) async fn locked(tier2: &Tier2) -> anyhow::Result<Vec<(String, Vec<String>)>> {
     let mut found = Vec::new();
     for cluster in tier2.clusters().await? {
@@ -52,7 +53,7 @@ pub(super) async fn locked(tier2: &Tier2) -> anyhow::Result<Vec<(String, Vec<Str
     Ok(found)
 }
 
-/// Writes a cluster's WAL again that is not for the recipients of now.
+/// Encrypts a cluster's WAL again if it is not for the current recipients.
 pub(super) async fn rewrap_wal(
     store: &WalStore,
     tier2: &Tier2,
@@ -67,7 +68,7 @@ pub(super) async fn rewrap_wal(
             objects.push((file, object));
         }
     }
-    // A store lists them in any order.
+    // An object store may list them in any order.
     objects.sort_by_key(|(file, _)| *file);
     let at_once = match objects.iter().all(|(_, object)| object.size <= SMALL_BYTES) {
         true => AT_ONCE,
@@ -86,7 +87,7 @@ pub(super) async fn rewrap_wal(
     let mut each = pin!(each.buffered(at_once));
     let mut proved = Proved::of(store, cluster);
     let (mut count, mut first) = (0_u64, None);
-    // After a failure nothing is begun, and what is under way is waited for: it may have been written.
+    // After a failure nothing new is begun, but what is under way is waited for, because it may have been written.
     while let Some(written) = each.next().await {
         match written {
             Ok(None) => {}
@@ -108,9 +109,10 @@ pub(super) async fn rewrap_wal(
     Ok(())
 }
 
-/// Objects that were proven to hold what they held: that they have other sizes must not put them in doubt.
+/// Objects that were proven to have unchanged content. Their new sizes must not make them count as unproven.
 ///
-/// Kept as they come, as this may end at any moment: what was proven since is found good again by reading it back.
+/// They are recorded periodically, because the command may be interrupted at any moment. An object that was not
+/// recorded is found good again by reading it.
 struct Proved {
     path: PathBuf,
     new: Vec<(WalFile, u64)>,
@@ -141,7 +143,7 @@ impl Proved {
     }
 }
 
-/// Gives the new size.
+/// Returns the new size.
 async fn rewrap(tier2: &Tier2, key: &str, keys: &Keys) -> anyhow::Result<u64> {
     let old = tier2.download(key).await?.whole().await?;
     let plain = keys.unwrap(&old).map_err(|e| e.at(key))?;
@@ -158,7 +160,7 @@ async fn rewrap(tier2: &Tier2, key: &str, keys: &Keys) -> anyhow::Result<u64> {
     Ok(new.len() as u64)
 }
 
-/// Says which objects the newest identity does not open.
+/// Prints which objects the newest identity does not open.
 pub(super) async fn tell_still_needed(tier2: &Tier2, keys: &Keys) -> anyhow::Result<()> {
     let newest = keys.own().into_iter().next();
     let mut left: BTreeMap<String, (usize, String)> = BTreeMap::new();
@@ -172,7 +174,7 @@ pub(super) async fn tell_still_needed(tier2: &Tier2, keys: &Keys) -> anyhow::Res
     }
     for (recipient, (count, example)) in left {
         println!(
-            "{count} objects in tier 2 still need the identity of {recipient}, such as {example}: keep it"
+            "{count} objects in tier 2 still need the identity of {recipient}, such as {example}: keep that identity"
         );
     }
     Ok(())

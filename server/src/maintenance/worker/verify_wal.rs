@@ -1,15 +1,17 @@
-//! Reads WAL back in both tiers: it must decrypt, decode to its size, and begin with the header of the
-//! segment that its name says, of this PostgreSQL.
+//! Verifies WAL in both tiers: a file must decrypt, decode to its size, and begin with the header of the segment that
+//! its name says, of this PostgreSQL.
 //!
-//! A history says nothing by which one could tell that a digit of it is wrong: all its copies must say the same. Where they
-//! differ it is told, and neither is made of the other, as nobody knows which one is right.
+//! A history file contains nothing that would reveal a wrong digit, so all its copies must be equal. If they differ,
+//! this is reported, and none is overwritten with another one, because it is unknown which one is right.
 //!
-//! Memory: a piece of a file. Only one that has to be repaired is read whole, as stored: a compressed segment at most.
+//! Memory: a piece of a file. Only a file that has to be repaired is read as a whole, as stored: at most one
+//! compressed segment.
 //!
-//! Where all WAL is read, what it says of `wal_level = minimal` is told: of WAL that an earlier build received nobody knows.
+//! If all WAL is read, changes of `wal_level` are reported as well, because an earlier version did not record them
+//! when it received the WAL.
 //!
-//! From start to stop of each backup all of it; behind that, a share where it was asked for. That nothing
-//! is missing in between is the server's to say, which knows the open segment, too.
+//! WAL from start to stop of each backup is always read; of the WAL after that, a percentage if requested. Whether WAL
+//! is missing in between is checked by the server, which also knows the open segment.
 
 use super::verify::{Checker, Copy, Tier};
 use crate::maintenance::protocol::{Archived, VerifyJob};
@@ -33,10 +35,10 @@ use std::{
     io::{self, Read},
 };
 
-/// PostgreSQL's own take a line for each ancestor.
+/// PostgreSQL's own history files have one line per ancestor.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
-/// In which tiers a file is.
+/// The tiers that have a file, and its size.
 type Held = BTreeMap<(WalFile, Form), ([bool; 2], u64)>;
 
 pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Error> {
@@ -82,7 +84,7 @@ pub(super) fn run(checker: &mut Checker<'_>, job: &VerifyJob) -> Result<(), Erro
     Ok(())
 }
 
-/// A file that is judged.
+/// A file to check, and what it is checked against.
 #[derive(Clone, Copy)]
 struct What<'a> {
     file: WalFile,
@@ -92,7 +94,7 @@ struct What<'a> {
     at_rest: &'a AtRest,
 }
 
-/// What WAL that is read says of its level, each segment once.
+/// Collects the changes of `wal_level` in the WAL that is read, from each segment once.
 struct Levels {
     scan: LevelScan,
     upto: Option<SegmentName>,
@@ -105,8 +107,8 @@ impl Levels {
     }
 }
 
-/// Whether every copy that is there, or must be, is good. Reads piece by piece, and says nothing of what is not good: that is
-/// read again, and repaired.
+/// Whether every copy that exists or must exist is good. Reads piece by piece. A bad copy is not reported here,
+/// because it is then read again and repaired.
 fn is_good(
     checker: &mut Checker<'_>,
     key: &str,
@@ -122,14 +124,14 @@ fn is_good(
             continue;
         };
         let mut found = Vec::new();
-        // The second copy of a segment tells nothing that the first did not.
+        // The second copy of a segment has no new information.
         let unseen = levels.as_ref().filter(|levels| levels.upto < segment_of(what.file));
         let mut trial = unseen.map(|levels| levels.scan.clone());
         let judged = judge_and_scan(what, &mut stored, trial.as_mut(), &mut found);
         if let Some(error) = stored.failed.take() {
             return Err(error);
         }
-        // Else it is read again, and counted then.
+        // A bad copy is read again, and counted then.
         if judged.is_err() {
             return Ok(false);
         }
@@ -144,25 +146,25 @@ fn is_good(
     Ok(true)
 }
 
-/// A stored file, piece by piece.
+/// A stored file that is read piece by piece.
 struct Stored {
     from: From,
     runtime: tokio::runtime::Handle,
     out: super::Output,
     bytes: u64,
-    /// Trouble that says nothing about the file.
+    /// An error that says nothing about the file.
     failed: Option<Error>,
 }
 
 enum From {
     Disk(std::fs::File),
     Bucket(Download, Bytes),
-    /// It is there, and the disk does not give it back.
+    /// The file exists, but the disk cannot read it.
     Lost(io::ErrorKind),
 }
 
 impl Stored {
-    /// `None` when it is not there. What the disk cannot give back fails when it is read.
+    /// `None` when the file does not exist. A file that the disk cannot open fails when it is read.
     fn open(checker: &Checker<'_>, tier: Tier, key: &str) -> Result<Option<Self>, Error> {
         let ground = checker.ground;
         let from = match tier {
@@ -232,7 +234,7 @@ fn judge_and_scan(
     judge_seeing(file, form, stored, size, job, at_rest, &mut see)
 }
 
-/// Whether every copy of a history, in either tier and form, says the same. Bad ones were told of before.
+/// Reports copies of a history, in either tier and form, that are not equal. Bad copies were reported before.
 fn compare_copies(
     checker: &mut Checker<'_>,
     file: WalFile,
@@ -260,7 +262,7 @@ fn compare_copies(
     Ok(())
 }
 
-/// Where copies differ from the first one, in words; `None` when they do not.
+/// Where a copy differs from the first one, as text; `None` when all are equal.
 fn disagreement(texts: &[(String, Vec<u8>)]) -> Option<String> {
     let (first, expected) = texts.first()?;
     let (other, found) = texts.iter().find(|(_, text)| text != expected)?;
@@ -271,7 +273,7 @@ fn disagreement(texts: &[(String, Vec<u8>)]) -> Option<String> {
     let at = (0..expected.len().max(found.len())).find(|&n| expected.get(n) != found.get(n));
     let line = |lines: &[String]| at.and_then(|n| lines.get(n)).cloned().unwrap_or_default();
     Some(format!(
-        "its copies differ, and either may be right: {first} has {:?}, {other} has {:?} in line {}; hint: compare with pg_wal of the cluster and put the right one in the other's place",
+        "the copies differ, and either may be right: {first} has {:?}, {other} has {:?} in line {}; hint: compare both with the cluster's pg_wal and replace the wrong one",
         line(&expected),
         line(&found),
         at.map_or(0, |n| n + 1),
@@ -300,8 +302,8 @@ fn text(file: WalFile, plain: impl Read) -> Result<Vec<u8>, String> {
     Ok(text)
 }
 
-/// What a file holds in its other form, in this one: the tiers may have it in different forms, as when encryption was
-/// switched on in between.
+/// The content of a file in this form, made from its other form. The tiers may have different forms, for example when
+/// encryption was switched on in between.
 fn in_form(
     checker: &mut Checker<'_>,
     file: WalFile,
@@ -324,7 +326,7 @@ fn in_form(
     Ok(None)
 }
 
-/// Both tiers' listings.
+/// The files that both tiers list.
 fn held(checker: &Checker<'_>) -> Result<Held, Error> {
     let ground = checker.ground;
     let mut held = Held::new();
@@ -369,7 +371,7 @@ const fn segment_of(file: WalFile) -> Option<SegmentName> {
     }
 }
 
-/// The backups that need a file; `None` when it is not to be read. `again`: it was damaged before.
+/// The backups that need a file; `None` when it need not be read. `again` says that it was damaged before.
 fn wanted(
     file: WalFile,
     size: SegmentSize,
@@ -381,7 +383,7 @@ fn wanted(
     for backup in &job.backups {
         let record = &backup.record;
         let Some(start) = segment_of(file).and_then(|name| name.start_lsn(size)) else {
-            // A history: small, and every way to a later timeline needs it.
+            // A history file is small, and every recovery to a later timeline needs it.
             owners.push(record.name.clone());
             sure = true;
             continue;
@@ -399,7 +401,7 @@ fn wanted(
     (sure || job.wal && share()).then_some(owners)
 }
 
-/// Whether tier 2 must have it.
+/// Whether tier 2 must have the file.
 fn owed(file: WalFile, size: SegmentSize, archived: &[Archived]) -> bool {
     let WalFile::Segment(name) = file else { return false };
     let Some(start) = name.start_lsn(size) else { return false };
@@ -418,7 +420,7 @@ fn judge(
     judge_seeing(file, form, stored, size, job, at_rest, &mut |_| {})
 }
 
-/// The same piece by piece, with all plain WAL shown to `see`.
+/// The same piece by piece; all plain WAL is also passed to `see`.
 fn judge_seeing(
     file: WalFile,
     form: Form,
@@ -465,7 +467,7 @@ mod tests {
     use klio_pg::TimelineId;
     use klio_storage::testing::SimulatedWal;
 
-    /// Some bytes at a time, and then an error.
+    /// Returns a few bytes at a time, and then an error.
     struct Slow<'a>(&'a [u8], usize);
 
     impl Read for Slow<'_> {
