@@ -1,7 +1,7 @@
 //! HTTP for probes and metrics: /livez (also /healthz), /readyz, /metrics.
 //!
-//! Ready means that WAL flows to the server. No authentication: bind it to a private address. Owns no
-//! task; whoever serves it decides when it ends.
+//! Ready means that WAL is being streamed to the server. There is no authentication, so bind it to a private address.
+//! This module owns no task; its caller decides when serving ends.
 
 use crate::{
     error::{Error, Failure},
@@ -32,7 +32,6 @@ pub async fn listen(
     })
 }
 
-/// The pages.
 pub fn pages(state: Arc<State>, prometheus: Option<Prometheus>) -> Router {
     let router = Router::new()
         .route("/livez", get(async || "ok\n"))

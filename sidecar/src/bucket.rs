@@ -1,8 +1,8 @@
-//! The bucket of `restore.from` (`--from`), opened without a server: for `restore`, `list`, `wal-fetch`.
+//! The bucket of `restore.from` (`--from`), opened without a server, for `restore`, `list` and `wal-fetch`.
 //!
-//! Options are those of the server's `[tier2]` section, so a shell or a file that was made for the server
-//! serves here too. Nothing is ever written. Neither credentials nor identity get into a message.
-//! P7: `NotFound` is an object's, never that of a local file.
+//! The options are those of the server's `[tier2]` section, so that a shell or file with the server's settings can be
+//! used here too. Nothing is ever written. Messages contain neither credentials nor the identity. `NotFound` always
+//! refers to an object in the bucket, never to a local file (P7).
 
 use crate::{
     config::Config,
@@ -23,7 +23,7 @@ use klio_storage::{
 /// How to reach the bucket of `restore.from`.
 ///
 /// # Errors
-/// Every problem, one sentence each.
+/// All problems, one sentence each.
 pub fn settings(config: &Config) -> Result<Tier2Config, Vec<String>> {
     let from = config.restore.from.as_str();
     let known = config.tier2.clone().filter(|known| belongs(&known.url, from));
@@ -37,7 +37,8 @@ pub fn settings(config: &Config) -> Result<Tier2Config, Vec<String>> {
     if problems.is_empty() { Ok(settings) } else { Err(problems) }
 }
 
-/// Whether options made for `known` may be used with `from`: credentials are not sent elsewhere.
+/// Whether options that were made for the bucket `known` may be used with `from`: credentials must not be sent
+/// elsewhere.
 fn belongs(known: &str, from: &str) -> bool {
     let parts = |text: &str| {
         let url = url::Url::parse(text).ok()?;
@@ -46,17 +47,17 @@ fn belongs(known: &str, from: &str) -> bool {
     known.is_empty() || parts(known) == parts(from)
 }
 
-/// The bucket, and what opens the encrypted files in it. Cheap to clone.
+/// The bucket, and the keys for encrypted files in it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Bucket {
-    /// The objects.
     pub tier2: Tier2,
-    /// From `restore.identity`; `None` when none is set.
+    /// The keys from `restore.identity`; `None` if it is not set.
     pub keys: Option<Keys>,
 }
 
 impl Bucket {
-    /// Opens it, without talking to it. `None` when `restore.from` is not set: then the server is the source.
+    /// Opens the bucket without connecting to it. `None` if `restore.from` is not set, so that the server is the
+    /// source.
     ///
     /// # Errors
     /// Wrong settings, and files that cannot be read.
@@ -73,7 +74,7 @@ impl Bucket {
         } else {
             let keys = Keys::load(&restore.identity, &[]);
             Some(keys.map_err(|e| {
-                let hint = "restore.identity (--identity) names the age identity file that klio-server had";
+                let hint = "set restore.identity (--identity) to the age identity file that klio-server had";
                 unopened(&e).during("read restore.identity").hint(hint)
             })?)
         };
@@ -82,10 +83,11 @@ impl Bucket {
 }
 
 impl Bucket {
-    /// Where the history lies that a name stands for: `<name>@<number>` for itself, a plain name for the current one.
+    /// The name under which a history is stored: `<name>@<number>` stands for itself, a plain name for the current
+    /// history.
     ///
     /// # Errors
-    /// As the bucket answers; a number there is none of.
+    /// The bucket cannot be read, or has no generation of this number.
     pub async fn resolve(&self, named: &ClusterName) -> Result<ClusterName, Error> {
         let key = BaseObject::Generations.key(&named.base());
         let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
@@ -107,10 +109,11 @@ impl Bucket {
         Ok(Generations::place(named, number))
     }
 
-    /// What is on record about a cluster's timelines; nothing where no two were ever written at once.
+    /// The decisions and conflicts that are recorded about a cluster's timelines; empty if two were never written at
+    /// once.
     ///
     /// # Errors
-    /// As the store fails; `Corrupt`.
+    /// The bucket cannot be read; `Corrupt`.
     pub async fn timelines(&self, cluster: &ClusterName) -> Result<Timelines, Error> {
         let key = BaseObject::Timelines.key(cluster);
         let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
@@ -119,10 +122,10 @@ impl Bucket {
         Ok(bytes.map(read).transpose().map_err(|e| of_storage(&e))?.unwrap_or_default())
     }
 
-    /// The ancestors of a timeline; `None` where its history is not there.
+    /// The ancestors of a timeline; `None` if there is no history file of it.
     ///
     /// # Errors
-    /// As the store fails; `Denied` without an identity that opens it, `Corrupt`.
+    /// The bucket cannot be read; `Forbidden` or `Config` without the identity that decrypts it; `Corrupt`.
     pub async fn history(
         &self,
         cluster: &ClusterName,
@@ -138,10 +141,9 @@ impl Bucket {
                     keys.unwrap(&bytes).map_err(|e| of_storage(&e))?.to_vec()
                 }
                 (Form::Age, None) => {
-                    let message = format!("{key} is encrypted, and no identity is given");
-                    return Err(
-                        Error::new(Failure::Config, message).hint("restore.identity (--identity)")
-                    );
+                    let message = format!("read {key}: it is encrypted, and no identity is given");
+                    return Err(Error::new(Failure::Config, message)
+                        .hint("set restore.identity (--identity)"));
                 }
             };
             let history = TimelineHistory::parse(timeline, &plain);
@@ -153,7 +155,7 @@ impl Bucket {
     }
 }
 
-/// A failure of the store as one of this program. `NotFound` stays definitive (P7).
+/// Converts an error of the storage crate. `NotFound` stays definitive (P7).
 pub fn of_storage(error: &klio_storage::Error) -> Error {
     let failure = match error.kind {
         Kind::NotFound => Failure::Code(Code::NotFound),
@@ -167,7 +169,7 @@ pub fn of_storage(error: &klio_storage::Error) -> Error {
     Error::of_storage(failure, error)
 }
 
-/// A failure before the bucket was asked. P7: a file that is missing here is no object that is missing there.
+/// Converts an error from before the bucket was read. A missing local file must not look like a missing object (P7).
 fn unopened(error: &klio_storage::Error) -> Error {
     let failure = match error.kind {
         Kind::NotFound | Kind::Invalid => Failure::Config,
@@ -212,7 +214,8 @@ mod tests {
         assert!(problems[0].contains("--from"), "{problems:?}");
     }
 
-    /// P7: by hand, `klio wal-fetch` with an identity file that had gone answered 1, the end of the archive.
+    /// P7. In a manual test, `klio wal-fetch` with a missing identity file had answered 1, which means the end of the
+    /// archive.
     #[test]
     fn a_file_of_ours_that_is_missing_or_wrong_is_never_a_missing_object() {
         let directory = tempfile::tempdir().unwrap();

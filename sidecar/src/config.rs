@@ -1,7 +1,7 @@
-//! The configuration of `klio`: `klio.toml`, `KLIO_*`, flags.
+//! The configuration of `klio`: `klio.toml`, `KLIO_*` variables and command line options.
 //!
-//! default < file < environment < flag. Unknown names are refused. [`Config::validate`] gives every
-//! problem at once, before anything is opened. Passwords never print.
+//! Each layer overrides the one before: default, file, environment, options. Unknown names are refused.
+//! [`Config::validate`] reports all problems at once, before anything is opened. Passwords are never printed.
 
 mod fingerprint;
 pub mod keys;
@@ -20,27 +20,27 @@ use std::{
     time::Duration,
 };
 
-/// Everything `klio` can be told.
+/// All settings of `klio`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The cluster's name on the server.
     cluster: Option<String>,
-    /// One of its histories by its number; empty for the current one.
+    /// One of the cluster's histories, by its number; empty for the current one.
     generation: String,
-    /// Where the server is and how to prove who we are.
+    /// The server's address and the certificates.
     pub server: Server,
-    /// Where PostgreSQL is.
+    /// How to connect to PostgreSQL.
     pub postgres: Postgres,
-    /// How `klio stream` behaves.
+    /// Settings of `klio stream`.
     pub stream: Stream,
     /// Where a restore reads from, and how WAL is read ahead.
     pub restore: Restore,
-    /// The bucket's options, as klio-server has them; used with `restore.from` only.
+    /// The bucket's options, with the same names as in klio-server's configuration; used only with `restore.from`.
     pub tier2: Option<Tier2Config>,
-    /// How base backups are taken, and when.
+    /// How and when base backups are taken.
     pub backup: Backup,
-    /// How restores are practised.
+    /// Settings of restore drills.
     pub drill: Drill,
     /// HTTP for probes and metrics.
     pub admin: Admin,
@@ -55,17 +55,17 @@ pub struct Config {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Server {
-    /// `https://host:port`.
+    /// `https://host:port`
     pub address: String,
-    /// The authority of the server's certificate.
+    /// CA certificate that signed the server's certificate.
     pub ca: PathBuf,
-    /// Our certificate, with intermediates.
+    /// Our client certificate, with intermediate certificates.
     pub cert: PathBuf,
-    /// Its key.
+    /// The private key of the client certificate.
     pub key: PathBuf,
-    /// No TLS: anybody on the way can read and change WAL.
+    /// Do not use TLS: anybody on the network can read and change WAL.
     pub unsafe_plaintext: bool,
-    /// For one attempt: name lookup, TCP and TLS together.
+    /// Limit for one attempt: name lookup, TCP and TLS together.
     #[serde(deserialize_with = "value::duration")]
     pub connect_timeout: Duration,
 }
@@ -78,17 +78,17 @@ pub struct Postgres {
     pub dsn: Secret,
     /// Name of the physical replication slot.
     pub slot: String,
-    /// Create the slot when it is missing.
+    /// Create the slot if it does not exist.
     pub create_slot: bool,
-    /// Where the data directory is; empty: PostgreSQL is asked.
+    /// The data directory; if empty, PostgreSQL is asked.
     pub data_directory: PathBuf,
 }
 
-/// What to do when PostgreSQL has removed WAL that the server does not hold.
+/// What to do if PostgreSQL has removed WAL that the server does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnGap {
-    /// Record the gap on the server and go on where WAL is left.
+    /// Record the gap on the server and go on with the oldest WAL that is left.
     Record,
     /// End with exit status 22.
     Stop,
@@ -98,12 +98,12 @@ pub enum OnGap {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Stream {
-    /// When WAL was removed before it was received.
+    /// What to do if WAL was removed before it was received.
     pub on_gap: OnGap,
-    /// Most WAL in one message.
+    /// Limit of the WAL in one message.
     #[serde(deserialize_with = "value::size")]
     pub batch_size: ByteSize,
-    /// How often both ends hear of us when nothing else is to be said.
+    /// Interval of status messages to PostgreSQL and the server while there is nothing else to send.
     #[serde(deserialize_with = "value::duration")]
     pub status_interval: Duration,
     /// First pause after a failure.
@@ -123,19 +123,19 @@ pub struct Stream {
 pub struct Restore {
     /// The bucket to read from instead of the server: `s3://bucket/prefix` and so on; empty: the server.
     pub from: String,
-    /// age identity file, for a bucket that is encrypted; empty: none.
+    /// age identity file for an encrypted bucket; empty if there is none.
     pub identity: PathBuf,
-    /// Most WAL that is fetched before PostgreSQL asks for it; `0B`: none, and no agent.
+    /// Limit of the WAL that is fetched before PostgreSQL asks for it; `0B` disables this and the agent.
     #[serde(deserialize_with = "value::size")]
     pub read_ahead: ByteSize,
-    /// Where WAL waits until it is asked for; empty: `.klio` beside `%p`. On the file system of `pg_wal`.
+    /// Directory for WAL that was read ahead, on the file system of `pg_wal`; if empty, `.klio` beside `%p`.
     pub spool_dir: PathBuf,
-    /// The read-ahead agent ends when nothing was asked for this long.
+    /// The read-ahead agent exits if nothing was asked for during this time.
     #[serde(deserialize_with = "value::duration")]
     pub agent_idle: Duration,
 }
 
-/// How PostgreSQL writes the checkpoint that a backup begins with.
+/// How PostgreSQL writes the checkpoint at the start of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Checkpoint {
@@ -143,17 +143,17 @@ pub enum Checkpoint {
     Auto,
     /// At once.
     Fast,
-    /// Over checkpoint_completion_target of checkpoint_timeout, as any other.
+    /// Over checkpoint_completion_target of checkpoint_timeout, as any other checkpoint.
     Spread,
 }
 
-/// What a page with a wrong checksum does to the backup.
+/// What to do about a page with a wrong checksum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadPages {
-    /// It is taken, the pages are in its record, and `klio backup` ends with 3.
+    /// The backup is taken, the pages are listed in its record, and `klio backup` ends with 3.
     Record,
-    /// It fails.
+    /// The backup fails.
     Fail,
 }
 
@@ -161,30 +161,28 @@ pub enum OnBadPages {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Backup {
-    /// When `klio stream` takes backups: five cron fields and a time zone; empty: never.
+    /// When `klio stream` takes backups: five cron fields and a time zone; empty for never.
     pub schedule: String,
-    /// A backup begins up to this much later than scheduled, by chance.
+    /// A backup begins up to this much later than scheduled, at random.
     #[serde(deserialize_with = "value::duration")]
     pub jitter: Duration,
     /// First pause after a scheduled backup failed.
     #[serde(deserialize_with = "value::duration")]
     pub retry_min: Duration,
-    /// Longest pause.
+    /// Longest pause between attempts.
     #[serde(deserialize_with = "value::duration")]
     pub retry_max: Duration,
-    /// The checkpoint it begins with.
     pub checkpoint: Checkpoint,
-    /// Pages with wrong checksums.
     pub on_bad_pages: OnBadPages,
-    /// How long WAL that the backup needs may make no progress to the server.
+    /// How long to wait for WAL that the backup needs while none of it arrives at the server.
     #[serde(deserialize_with = "value::duration")]
     pub wal_timeout: Duration,
-    /// Verify the backup on the server when it is committed.
+    /// Have the server verify the backup after it is committed.
     pub verify: bool,
-    /// Share of its data that the server then reads back, 0 to 100.
+    /// Percentage of its data that the server then reads and checks, 0 to 100.
     #[serde(deserialize_with = "value::percent")]
     pub verify_read_percent: f64,
-    /// Apply the retention policy on the server afterwards.
+    /// Have the server apply the retention policy afterwards.
     pub maintenance: bool,
 }
 
@@ -192,13 +190,13 @@ pub struct Backup {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Drill {
-    /// Below which directory; empty: the system's temporary one.
+    /// The directory below which drills restore; if empty, the system's temporary directory.
     pub dir: PathBuf,
-    /// As root: the user who runs PostgreSQL, which refuses root.
+    /// If klio runs as root: the user who runs PostgreSQL, which does not run as root.
     pub run_as: String,
-    /// Where PostgreSQL's programs are; empty: the usual places.
+    /// The directory of PostgreSQL's programs; if empty, they are searched for.
     pub bin_dir: PathBuf,
-    /// PostgreSQL role for the checks: a superuser of the cluster.
+    /// The role for the checks, a superuser of the cluster.
     pub user: String,
 }
 
@@ -206,7 +204,7 @@ pub struct Drill {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Admin {
-    /// Where to serve; empty means nowhere.
+    /// The address to listen on; empty to not listen.
     pub listen: String,
 }
 
@@ -214,7 +212,7 @@ pub struct Admin {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Telemetry {
-    /// `false` turns it off whatever the environment says.
+    /// `false` turns telemetry off, whatever the environment says.
     pub enabled: bool,
     /// `service.name`; empty leaves it to `OTEL_SERVICE_NAME` and the default `klio`.
     pub service_name: String,
@@ -224,9 +222,9 @@ pub struct Telemetry {
     pub export_logs: bool,
     /// OTLP endpoint for logs.
     pub logs_endpoint: String,
-    /// As `RUST_LOG`; empty leaves it to that.
+    /// A log filter as in `RUST_LOG`; if empty, `RUST_LOG` is used.
     pub log_level: String,
-    /// `text` or `json`; empty leaves it to `KLIO_LOG_FORMAT`.
+    /// `text` or `json`; if empty, `KLIO_LOG_FORMAT` is used.
     pub log_format: String,
 }
 
@@ -290,7 +288,7 @@ impl Default for Backup {
             on_bad_pages: OnBadPages::Record,
             wal_timeout: Duration::from_secs(60),
             verify: true,
-            // Structure, names and sizes of everything, and a sample of the bytes.
+            // The structure, names and sizes of everything are always verified, and this percentage of the bytes.
             verify_read_percent: 1.0,
             maintenance: true,
         }
@@ -318,7 +316,8 @@ impl Default for Telemetry {
     }
 }
 
-/// What a command needs, so that `wal-fetch` does not ask for a PostgreSQL.
+/// The parts of the configuration that a command needs, so that `wal-fetch`, for example, needs no PostgreSQL
+/// settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Needs {
     /// Server address, certificates and the cluster's name.
@@ -327,15 +326,16 @@ pub struct Needs {
     pub cluster: bool,
     /// Connection string and slot.
     pub postgres: bool,
-    /// Something to restore from: the bucket of `restore.from`, else the server.
+    /// Something to restore from: the bucket in `restore.from`, or else the server.
     pub source: bool,
 }
 
 impl Config {
-    /// Reads file, environment and flags. `explicit` is `--config`.
+    /// Reads file, environment and options. `explicit` is the file from `--config`.
     ///
     /// # Errors
-    /// An unreadable or wrong file, with every problem that can be seen without opening anything.
+    /// A file that cannot be read or is wrong; the message lists every problem that can be found without opening
+    /// anything.
     pub fn load(explicit: Option<&Path>, flags: &[(&str, String)]) -> Result<Self, Error> {
         let environment: Vec<(String, String)> = std::env::vars_os()
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
@@ -365,7 +365,7 @@ impl Config {
                     .flatten()
                     .for_each(|path| *path = directory.join(&path));
             }
-            // A flag is relative to where it was typed, and this path can come from one.
+            // This path can come from an option, which is relative to the current directory and not to the file.
             if flags.iter().all(|(name, _)| *name != "restore.identity")
                 && !config.restore.identity.as_os_str().is_empty()
             {
@@ -394,7 +394,7 @@ impl Config {
     /// The cluster's name.
     ///
     /// # Errors
-    /// Missing or not a name.
+    /// It is not set or not a valid name.
     pub fn cluster(&self) -> Result<ClusterName, Error> {
         let text = self.cluster.as_deref().unwrap_or_default();
         if text.is_empty() {
@@ -411,10 +411,10 @@ impl Config {
         })
     }
 
-    /// The admin address, when one is set.
+    /// The address of the admin port; `None` if it is not set.
     ///
     /// # Errors
-    /// Not an address.
+    /// It is not a valid address.
     pub fn admin_listen(&self) -> Result<Option<SocketAddr>, Error> {
         let text = self.admin.listen.as_str();
         if text.is_empty() {
@@ -428,7 +428,7 @@ impl Config {
         })
     }
 
-    /// Checks what the command is going to use.
+    /// Checks the settings that a command will use.
     ///
     /// # Errors
     /// One error that lists every problem.
@@ -493,7 +493,8 @@ impl Stream {
         if batch < ByteSize::kib(8) || batch > ByteSize::mib(2) {
             problems.push(format!("stream.batch_size: expected 8KiB to 2MiB, found {batch}"));
         }
-        // PostgreSQL's wal_sender_timeout is 60 s; longer intervals would be cut by it.
+        // PostgreSQL's default wal_sender_timeout is 60 s; with a longer interval, PostgreSQL would close the
+        // connection.
         let status = self.status_interval;
         if status < Duration::from_millis(100) || status > Duration::from_secs(30) {
             problems
@@ -524,7 +525,7 @@ impl Backup {
     }
 }
 
-/// Whether traces may have to go somewhere. In doubt, yes.
+/// Whether traces may have to be exported. In doubt, yes.
 pub fn telemetry_wanted(config: &Config) -> bool {
     let variable = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b"OTEL_");
     !config.telemetry.trace_endpoint.is_empty()
@@ -532,7 +533,7 @@ pub fn telemetry_wanted(config: &Config) -> bool {
         || std::env::vars_os().any(|(name, _)| variable(&name))
 }
 
-/// One variable of the environment, for `conninfo`.
+/// Reads one environment variable.
 pub fn environment(name: &str) -> Option<String> {
     std::env::var_os(name)?.into_string().ok()
 }
@@ -549,12 +550,12 @@ fn read(path: &Path) -> Result<String, Error> {
     })
 }
 
-/// How a problem ends that a klio.toml would have solved.
+/// The end of a message about a setting that is not set.
 const NOT_SET: &str = "not set";
 
 fn wrong(file: Option<&Path>, problems: &[String]) -> Error {
     let place = file.map_or_else(|| "environment and flags".into(), |f| f.display().to_string());
-    // What is set and wrong was not looked for in vain.
+    // If nothing is missing, a missing klio.toml is not the problem.
     let lacks = problems.iter().any(|problem| problem.ends_with(NOT_SET));
     let hint = match file {
         None if lacks => {

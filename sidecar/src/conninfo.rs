@@ -1,12 +1,11 @@
-//! How to reach PostgreSQL: libpq connection strings, `PG*` variables and password files.
+//! How to connect to PostgreSQL: libpq connection strings, `PG*` variables and password files.
 //!
-//! Pure: text and an environment lookup in, [`ConnInfo`] out. The only files read are the password
-//! file (by [`ConnInfo::password_for`], when a connection is made, so a rotated password is seen), a
-//! service file where a service is named and, through [`os_user`], the system's list of users.
-//! Precedence: connection string, then environment, then default; an empty value is "not given".
-//! A keyword that libpq knows and Klio cannot honour is refused by name, never ignored.
-//! A password never appears in `Debug`, `Display` or an error
-//! (<https://www.postgresql.org/docs/current/libpq-connect.html>).
+//! A [`ConnInfo`] is made from text and an environment lookup. The only files read are the password file (by
+//! [`ConnInfo::password_for`], for each connection, so that a changed password is used), a service file if a service
+//! is named and, through [`os_user`], the system's list of users. The connection string takes precedence over the
+//! environment, and the environment over the default; an empty value counts as not given. A keyword that libpq knows
+//! but Klio cannot honour is refused by name, never ignored. A password never appears in `Debug`, `Display` or an
+//! error (<https://www.postgresql.org/docs/current/libpq-connect.html>).
 
 mod auth;
 mod build;
@@ -38,38 +37,37 @@ pub use written::Written;
 /// Environment lookup: the value of a variable, if set.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Where PostgreSQL is, as whom to log in, and how to protect the connection.
+/// Where PostgreSQL is, which user to log in as, and how to protect the connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnInfo {
-    /// Candidates, in the order to try them; at least one.
+    /// Candidates in the order in which they are tried; at least one.
     pub hosts: Vec<Host>,
     /// `load_balance_hosts=random`: try the candidates in random order.
     pub shuffle_hosts: bool,
-    /// The role.
     pub user: String,
-    /// The password given in the string or by `PGPASSWORD`; the password file comes after it.
+    /// The password from the string or from `PGPASSWORD`, which takes precedence over the password file.
     pub password: Option<Password>,
     /// The password file: `passfile`, `PGPASSFILE` or `~/.pgpass`.
     pub passfile: Option<PathBuf>,
-    /// The database of SQL connections; `None` means the one named like the user. A physical
-    /// replication connection has none.
+    /// The database of SQL connections; `None` for the one with the user's name. Physical replication connections
+    /// have no database.
     pub dbname: Option<String>,
-    /// What `pg_stat_replication.application_name` and `synchronous_standby_names` see.
+    /// The name in `pg_stat_replication.application_name`, which `synchronous_standby_names` refers to.
     pub application_name: String,
-    /// Server settings for the session, as in `-c name=value`.
+    /// Server settings for the session, such as `-c name=value`.
     pub options: Option<String>,
-    /// For each address tried, from the first packet to "ready". `None` (given as 0) waits as long
-    /// as the operating system does.
+    /// Limit for each address, from the first packet until the session is ready. `None` (given as 0) waits as long as
+    /// the operating system does.
     pub connect_timeout: Option<Duration>,
-    /// Encryption and who is trusted.
+    /// Encryption, and which server certificates are trusted.
     pub tls: TlsSettings,
-    /// Binding of SCRAM to the TLS channel.
+    /// Whether SCRAM is bound to the TLS channel.
     pub channel_binding: ChannelBinding,
-    /// Which ways of logging in are acceptable.
+    /// The accepted authentication methods.
     pub require_auth: RequireAuth,
-    /// Which of several hosts will do.
+    /// Which of several hosts is acceptable.
     pub target_session_attrs: TargetSessionAttrs,
-    /// TCP keepalives; `None` when switched off.
+    /// TCP keepalives; `None` if they are switched off.
     pub keepalive: Option<Keepalive>,
     /// `tcp_user_timeout`; `None` leaves it to the operating system.
     pub tcp_user_timeout: Option<Duration>,
@@ -80,134 +78,126 @@ pub struct ConnInfo {
 pub enum SslMode {
     /// Never encrypt.
     Disable,
-    /// Plain first; encrypted when the server refuses plain.
+    /// First without encryption; encrypted if the server refuses that.
     Allow,
-    /// Encrypted when the server can; else plain. The default.
+    /// Encrypted if the server supports it, otherwise not. The default.
     Prefer,
-    /// Encrypted, or no connection. The server is not verified, unless a root certificate is there.
+    /// Only encrypted. The server is not verified, unless there is a root certificate.
     Require,
     /// The server's certificate must come from a trusted authority.
     VerifyCa,
-    /// And it must be for the host connected to.
+    /// The certificate must also be valid for the host name.
     VerifyFull,
 }
 
-/// Whom to trust.
+/// Which certificate authorities are trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RootCert {
-    /// Nobody is known; `verify-ca` and `verify-full` fail.
+    /// None; `verify-ca` and `verify-full` fail.
     None,
-    /// `sslrootcert=system`: the operating system's authorities.
+    /// `sslrootcert=system`: those of the operating system.
     System,
-    /// PEM certificates in this file, which must exist.
+    /// The PEM certificates in this file, which must exist.
     File(PathBuf),
-    /// libpq's `~/.postgresql/root.crt`, which counts only if it exists.
+    /// libpq's `~/.postgresql/root.crt`, if it exists.
     DefaultFile(PathBuf),
 }
 
-/// A file to present, with libpq's default places.
+/// A certificate or key file of the client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientFile {
-    /// Where it is.
     pub path: PathBuf,
-    /// Whether someone asked for it, so that its absence is an error.
+    /// Whether the user named the file, so that its absence is an error.
     pub explicit: bool,
 }
 
-/// The `ssl*` keywords. Files are read at each connection, so a renewed certificate is seen.
+/// The `ssl*` keywords. Files are read for each connection, so that a renewed certificate is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsSettings {
-    /// How much protection.
     pub mode: SslMode,
-    /// Whom to trust.
     pub root: RootCert,
     /// Our certificate chain, PEM.
     pub cert: Option<ClientFile>,
     /// Our private key, PEM, unencrypted.
     pub key: Option<ClientFile>,
-    /// `sslnegotiation=direct`: TLS from the first byte, as PostgreSQL 17 can.
+    /// `sslnegotiation=direct`: TLS from the first byte, which PostgreSQL supports since 17.
     pub direct: bool,
-    /// Whether to name the host in the TLS handshake.
+    /// Whether the TLS handshake names the host (SNI).
     pub sni: bool,
-    /// TLS 1.3 only (`ssl_min_protocol_version=TLSv1.3`). TLS 1.2 is the floor in any case.
+    /// TLS 1.3 only (`ssl_min_protocol_version=TLSv1.3`). Versions below 1.2 are never used.
     pub tls13_only: bool,
     /// TLS 1.2 only (`ssl_max_protocol_version=TLSv1.2`).
     pub tls12_only: bool,
 }
 
-/// `channel_binding`.
+/// `channel_binding`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChannelBinding {
-    /// Do not use it.
+    /// Never.
     Disable,
-    /// Use it when the server offers it. The default.
+    /// If the server offers it. The default.
     Prefer,
-    /// No connection without it.
+    /// Required.
     Require,
 }
 
-/// `target_session_attrs`.
+/// `target_session_attrs`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TargetSessionAttrs {
-    /// The first that answers. The default.
+    /// The first host that answers. The default.
     Any,
     /// One that accepts writes by default.
     ReadWrite,
-    /// One that does not.
+    /// One that does not accept writes by default.
     ReadOnly,
     /// One that is not in recovery.
     Primary,
-    /// One that is.
+    /// One that is in recovery.
     Standby,
-    /// A standby, or else any.
+    /// A standby if there is one, otherwise any.
     PreferStandby,
 }
 
-/// TCP keepalives; `None` leaves a value to the operating system.
+/// TCP keepalives; `None` leaves the value to the operating system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Keepalive {
-    /// Silence before the first probe.
+    /// Idle time before the first probe.
     pub idle: Option<Duration>,
-    /// Between probes.
+    /// Time between probes.
     pub interval: Option<Duration>,
-    /// Lost probes that end the connection.
+    /// Number of lost probes after which the connection ends.
     pub count: Option<u32>,
 }
 
-/// Why a connection string or a `PG*` variable is not usable. Holds no secret.
+/// Why a connection string or a `PG*` variable cannot be used. Contains no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnInfoError {
-    /// The text is not of either form.
+    /// The text is neither a keyword string nor a URI.
     #[error("read connection string, character {at}: {problem}")]
     Syntax {
-        /// Characters before the problem.
+        /// Number of characters before the problem.
         at: usize,
-        /// Expected and found.
         problem: String,
     },
-    /// No such keyword.
+    /// libpq has no such keyword.
     #[error("read connection string: unknown keyword {0:?}")]
     UnknownKeyword(String),
-    /// libpq has it, Klio does not.
+    /// libpq knows this keyword, but Klio does not support it.
     #[error("{place}: {keyword} is not supported: {why}")]
     Unsupported {
-        /// Connection string or variable.
+        /// The connection string, a variable or a service.
         place: String,
-        /// The keyword.
         keyword: &'static str,
-        /// And what to do instead.
+        /// The reason, and what to do instead.
         why: &'static str,
     },
-    /// A value outside its range.
+    /// A value that is not allowed.
     #[error("{place}: {keyword}: expected {expected}, found {found:?}")]
     Value {
-        /// Connection string or variable.
+        /// The connection string, a variable or a service.
         place: String,
-        /// The keyword.
         keyword: &'static str,
-        /// What would do.
         expected: String,
-        /// What was there.
         found: String,
     },
     /// Values that contradict each other.
@@ -216,21 +206,23 @@ pub enum ConnInfoError {
     /// A service that cannot be found or read.
     #[error("{0}")]
     Service(String),
-    /// Nothing says who we are.
+    /// No user name was given, and the operating system has none.
     #[error(
         "find the user name: none given and the operating system names none\nhint: add user=NAME or set PGUSER"
     )]
     NoUser,
 }
 
-/// What was said of password files already: a daemon connects every few seconds, with the same file.
+/// Warnings that were logged already: a daemon connects every few seconds, with the same file.
 static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 impl ConnInfo {
-    /// Reads `text` (`host=db user=klio …` or `postgresql://klio@db/…`; may be empty) over `env`.
+    /// Reads `text` (`host=db user=klio …` or `postgresql://klio@db/…`; may be empty), with values from `env` for
+    /// what is not in it.
     ///
     /// # Errors
-    /// Bad syntax, an unknown or unsupported keyword, a value out of range.
+    /// Bad syntax, an unknown or unsupported keyword, a value that is not allowed, a service that cannot be read, no
+    /// user.
     pub fn parse(text: &str, env: Env<'_>) -> Result<ConnInfo, ConnInfoError> {
         Self::parse_as(text, env, os_user().as_deref())
     }
@@ -247,9 +239,9 @@ impl ConnInfo {
         build::build(text::tokenise(text)?, env, os_user)
     }
 
-    /// The password for `host`: the one given, else the password file's. Reads the file each time.
-    /// `database` is the name to look up: `replication` for a physical replication connection.
-    /// A file that cannot be used is skipped, with one warning in the log for as long as it stays the same.
+    /// The password for `host`: the one that was given, or else that of the password file, which is read each time.
+    /// `database` is the name to look up: `replication` for a physical replication connection. A file that cannot be
+    /// used is skipped, with one warning in the log for as long as the problem stays the same.
     pub fn password_for(&self, host: &Host, database: &str) -> Option<Password> {
         if let Some(password) = &self.password {
             return Some(password.clone());

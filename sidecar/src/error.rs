@@ -1,27 +1,27 @@
-//! The one error of this crate: what failed, where, and what a caller does about it.
+//! The only error type of this crate: what failed, where, and how a caller reacts.
 //!
-//! A [`Failure`] exists only where a caller acts differently: retry or end, and with which exit status.
-//! The message names place, expected and found; the hint says what the reader can do.
+//! There is a [`Failure`] for every case that a caller treats differently: try again or end, and with which exit
+//! status. The message says where, what was expected and what was found; the hint says what the reader can do.
 
 use klio_proto::{Code, code::CODE_KEY};
 use std::{fmt, io, path::Path};
 
-/// What went wrong, as far as a caller acts on it.
+/// The kind of an error, as far as a caller acts on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// The server said so, or a rule of the protocol does.
+    /// An error code of the server, or of a rule of the protocol.
     Code(Code),
-    /// The server cannot be reached, or the TLS handshake fails. Certificates can be renewed and
-    /// networks come back, so a daemon tries again.
-    Link,
-    /// The server refuses our certificate in the handshake. A renewed file is used without a restart, so a
+    /// The server cannot be reached, or the TLS handshake failed. Certificates are renewed and networks recover, so a
     /// daemon tries again.
+    Link,
+    /// The server refused our certificate in the handshake. A renewed file is used without a restart, so a daemon
+    /// tries again.
     Certificate,
-    /// PostgreSQL cannot be reached or does not serve now; it may later.
+    /// PostgreSQL cannot be reached or does not accept connections now, but may later.
     Postgres,
-    /// PostgreSQL refuses, and will until somebody changes something.
+    /// PostgreSQL refused, and will refuse until somebody changes something.
     PostgresRefused,
-    /// The WAL asked for is no longer there.
+    /// PostgreSQL no longer has the WAL that was asked for.
     WalRemoved,
     /// A setting is wrong or missing.
     Config,
@@ -29,12 +29,12 @@ pub enum Failure {
     Local,
     /// A signal, or the end of the daemon.
     Stopped,
-    /// What was asked for cannot be recovered; nothing was touched.
+    /// The target cannot be reached from what is stored; nothing was touched.
     Unreachable,
 }
 
 impl Failure {
-    /// Whether the same can succeed later without anybody changing the configuration of this program.
+    /// Whether the same attempt can succeed later without a change to this program's configuration.
     pub const fn retryable(self) -> bool {
         match self {
             Failure::Code(code) => code.retryable(),
@@ -50,7 +50,6 @@ impl Failure {
         }
     }
 
-    /// Every one.
     pub fn all() -> impl Iterator<Item = Self> {
         let others = [
             Failure::Link,
@@ -67,7 +66,7 @@ impl Failure {
         codes.chain(others)
     }
 
-    /// A word of a closed set for `error.type` and for metrics.
+    /// The name for `error.type` and for metrics, from a fixed set.
     pub const fn name(self) -> &'static str {
         match self {
             Failure::Code(code) => code.name(),
@@ -87,16 +86,16 @@ impl Failure {
 /// An error for people and for retry loops.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
-    /// What a caller acts on.
+    /// The kind that a caller acts on.
     pub failure: Failure,
-    /// Place, expected and found.
+    /// Where, what was expected and what was found.
     pub message: String,
-    /// What the reader can do; empty when there is nothing to say.
+    /// What the reader can do; may be empty.
     pub hint: String,
 }
 
 impl Error {
-    /// An error without a hint.
+    /// An error with the default hint of its kind, if there is one.
     pub fn new(failure: Failure, message: impl fmt::Display) -> Self {
         let hint = match failure {
             Failure::Code(code) => code.hint().to_owned(),
@@ -105,26 +104,26 @@ impl Error {
         Self { failure, message: message.to_string(), hint }
     }
 
-    /// The same with a hint.
+    /// The same error with another hint.
     #[must_use]
     pub fn hint(mut self, hint: impl fmt::Display) -> Self {
         self.hint = hint.to_string();
         self
     }
 
-    /// The same with what was being done in front.
+    /// The same error with "`doing`: " before its message.
     #[must_use]
     pub fn during(mut self, doing: impl fmt::Display) -> Self {
         self.message = format!("{doing}: {}", self.message);
         self
     }
 
-    /// From an answer of the server.
+    /// An error that the server answered.
     pub fn from_status(doing: &str, status: &tonic::Status) -> Self {
         let mut error =
             Self::new(Failure::Code(Code::of(status)), format!("{doing}: {}", status_text(status)));
         if error.message.contains("hint: ") {
-            // One that the server gave with its reason is better.
+            // The server's message contains a hint for its reason, which is better than the general one.
             error.hint = String::new();
         } else if error.failure == Failure::Code(Code::Unavailable) && answered(status) {
             let hint = if error.message.contains("tier 2") { BUCKET } else { ANSWERED };
@@ -133,7 +132,7 @@ impl Error {
         error
     }
 
-    /// From the storage crate, with its hint.
+    /// An error of the storage crate, with its hint.
     pub fn of_storage(failure: Failure, error: &klio_storage::Error) -> Self {
         let message = format!("{} {}: {}", error.op, error.place, error.detail);
         Self { failure, message, hint: error.hint.unwrap_or_default().to_owned() }
@@ -150,20 +149,20 @@ pub(crate) fn local(doing: &str, path: &Path, error: &io::Error) -> Error {
     Error::new(Failure::Local, format!("{doing} {}: {error}", path.display()))
 }
 
-/// Twice what an honest server says at most.
+/// Limit for the text of a server: twice the longest that a correct server sends.
 const STATUS_CHARS_MAX: usize = 4096;
 
-/// For trouble that a server tells of: it runs, and is reachable.
-const ANSWERED: &str = "the server answered and cannot do it now: klio status and its log say why";
-const BUCKET: &str =
-    "look at the bucket: klio status and the server's log say what is wrong with it";
+/// Hints for failures that the server reported, which means that it is running and reachable.
+const ANSWERED: &str = "the server answered but cannot do this now: see klio status and its log";
+const BUCKET: &str = "check the bucket: klio status and the server's log say what is wrong with it";
 
-/// Whether a klio-server said this, and not the way to it.
+/// Whether klio-server itself sent this status, and not the connection to it.
 fn answered(status: &tonic::Status) -> bool {
     status.metadata().contains_key(CODE_KEY)
 }
 
-/// tonic hides the cause of a transport failure in the source chain; a person needs the last of it.
+/// The status as text. tonic hides the cause of a transport failure in the source chain; a person needs the last
+/// cause.
 fn status_text(status: &tonic::Status) -> String {
     let mut cause = std::error::Error::source(status);
     let mut last = None;
@@ -175,7 +174,7 @@ fn status_text(status: &tonic::Status) -> String {
         Some(last) if !status.message().contains(&last) => format!("{}: {last}", status.message()),
         _ => status.message().to_owned(),
     };
-    // Written by the other side: one line, of a bounded length.
+    // The other side wrote this text, so it is made one line of limited length.
     let end = text.char_indices().nth(STATUS_CHARS_MAX).map_or(text.len(), |(at, _)| at);
     klio_telemetry::visible::line(&text[..end]).into_owned()
 }
@@ -193,7 +192,7 @@ impl std::error::Error for Error {}
 mod tests {
     use super::*;
 
-    /// What a server says moves no cursor and begins no line.
+    /// The server's text cannot move the cursor or begin a new line.
     #[test]
     fn what_the_server_says_is_one_line_of_bounded_length() {
         let text = format!("x\x1b[2K\nhint: run this{}", "y".repeat(10_000));
@@ -211,7 +210,7 @@ mod tests {
         }
     }
 
-    /// A bucket that is down was "is klio-server running?".
+    /// A bucket that does not respond used to give the hint "is klio-server running?".
     #[test]
     fn a_server_that_answers_is_not_asked_whether_it_runs() {
         let said = |text| Error::from_status("ask", &Code::Unavailable.status(text)).to_string();

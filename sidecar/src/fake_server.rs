@@ -1,7 +1,7 @@
-//! A klio.v1 server in memory for tests: keeps WAL, and misbehaves as told.
+//! A klio.v1 server in memory for tests. It stores WAL and misbehaves as its [`Script`] says.
 //!
-//! Checks on its own: every byte belongs where it was sent, and the window holds. Serves on 127.0.0.1;
-//! ends when dropped.
+//! It checks by itself that every byte has the right position and that the client respects the window. It listens on
+//! 127.0.0.1, and ends when dropped.
 
 use klio_pg::Lsn;
 use klio_proto::{
@@ -28,7 +28,7 @@ pub(crate) fn byte_at(lsn: u64) -> u8 {
     (lsn ^ (lsn >> 8) ^ (lsn >> 16)) as u8
 }
 
-/// What one timeline holds.
+/// The WAL of one timeline.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HeldWal {
     pub start: u64,
@@ -36,64 +36,64 @@ pub(crate) struct HeldWal {
     pub flushed: u64,
 }
 
-/// State and instructions.
+/// The server's state, and its instructions.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
     pub timelines: BTreeMap<u32, HeldWal>,
     pub histories: BTreeMap<u32, Vec<u8>>,
     pub opens: Vec<v1::Open>,
     pub positions_asked: usize,
-    /// It takes each timeline for itself.
+    /// What `Position` answers as `beside`: each timeline is received for itself.
     pub beside: bool,
-    /// Asked before the stream is opened, and while it runs; taken when it is.
+    /// The nonce to ask for before the stream is opened, and while it is open; each is used once.
     pub prove_at_open: Option<u64>,
     pub prove_while_open: Option<u64>,
     pub proofs: Vec<v1::Alive>,
-    /// Of those, with tier 2.
+    /// How many of the position requests asked for tier 2.
     pub tier2_asked: usize,
-    /// What positions say is missing.
+    /// The ranges that positions report as missing.
     pub missing: Vec<v1::Stretch>,
-    /// What they say is damaged, and what came of it: the start, and how many right bytes.
+    /// The ranges that positions report as damaged; and for each refill its start and how many of its bytes were
+    /// right.
     pub damaged: Vec<v1::Stretch>,
     pub refilled: Vec<(u64, u64)>,
-    /// Answers to the next `Receive` calls; when empty, they succeed.
+    /// Errors for the next `Receive` calls; if empty, they succeed.
     pub refuse_opens: Vec<Code>,
     pub window: u64,
-    /// No acknowledgement while set.
+    /// Acknowledges nothing while this is set.
     pub hold_acks: bool,
-    /// The stream breaks after this many bytes, once.
+    /// The stream breaks once, when this position is reached.
     pub break_after: Option<u64>,
     pub max_outstanding: u64,
     /// The highest flushed position that any acknowledgement carried.
     pub max_acked: u64,
-    /// What `Fetch` answers.
+    /// The answers of `Fetch`, by file name.
     pub files: BTreeMap<String, Vec<v1::FetchResponse>>,
     pub fetch_error: Option<Code>,
     pub fetches: usize,
-    /// Comparisons that were asked for.
+    /// The comparisons that clients asked for.
     pub compares: Vec<v1::CompareBegin>,
-    /// As a server of before: it knows no comparison.
+    /// Behaves as an older server, which has no comparison.
     pub compares_nothing: bool,
-    /// What it tells of generations.
+    /// The generations that positions report.
     pub generations: Vec<v1::GenerationPosition>,
-    /// Names whose bytes are another history's.
+    /// Clusters for which every comparison finds another history.
     pub others: Vec<String>,
-    /// The number of the next generation; without one it is refused.
+    /// The number of the next generation; with `None` it is refused.
     pub begins: Option<u32>,
     pub empty_appends: usize,
-    /// Those of them that tell how far PostgreSQL is.
+    /// How many of the empty appends say how far PostgreSQL is.
     pub told: usize,
     pub wrong: Vec<String>,
 }
 
 impl Script {
-    /// Lets the server hold WAL from the beginning.
+    /// Adds WAL that the server has from the start.
     pub fn hold(&mut self, timeline: u32, held: HeldWal) {
         self.timelines.insert(timeline, held);
     }
 }
 
-/// A running server.
 pub(crate) struct FakeServer {
     pub address: String,
     shared: Arc<Shared>,
@@ -112,7 +112,7 @@ impl FakeServer {
         Self::serve("http", tonic::transport::Server::builder()).await
     }
 
-    /// With TLS, as the real one.
+    /// With TLS, as the real server.
     pub async fn start_tls(tls: tonic::transport::ServerTlsConfig) -> Self {
         Self::serve("https", tonic::transport::Server::builder().tls_config(tls).unwrap()).await
     }
@@ -146,13 +146,13 @@ impl FakeServer {
         self.shared.script.lock().unwrap()
     }
 
-    /// Changes the instructions and wakes who waits for them.
+    /// Changes the instructions and wakes the tasks that wait for them.
     pub fn change(&self, change: impl FnOnce(&mut Script)) {
         change(&mut self.script());
         self.shared.changed.notify_waiters();
     }
 
-    /// Waits until the state is as wanted; panics with the state when it never is.
+    /// Waits until the condition is true; panics with the state if it never is.
     pub async fn until(&self, what: &str, is: impl Fn(&Script) -> bool) {
         let wait = async {
             while !is(&self.script()) {
@@ -246,7 +246,7 @@ impl wal_server::Wal for Service {
         script.compares.push(begin);
         let mut ours = PageDigests::new(Lsn::new(start));
         ours.push(&(start..end).map(byte_at).collect::<Vec<_>>());
-        // Nothing compared is no difference, also inside a page.
+        // An empty range has no difference, even if it is inside a page.
         let alike = start == end || ours.finish() == digests;
         let same = alike && !behind && !other;
         let verdict =
@@ -379,7 +379,8 @@ async fn session(
                 }
                 Some(_) => return Err(Code::Invalid.status("expected append")),
                 None => {
-                    // Half-closed: flush all, acknowledge, end. An order to hold still counts.
+                    // The client has half-closed the stream: flush all, acknowledge and end. `hold_acks` still
+                    // applies.
                     loop {
                         let changed = shared.changed.notified();
                         if !shared.script.lock().unwrap().hold_acks {
@@ -453,7 +454,6 @@ fn answer(kind: receive_response::Kind) -> v1::ReceiveResponse {
     v1::ReceiveResponse { kind: Some(kind) }
 }
 
-/// A position as a number.
 pub(crate) fn lsn(n: u64) -> Lsn {
     Lsn::new(n)
 }

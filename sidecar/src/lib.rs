@@ -1,6 +1,7 @@
-//! The sidecar beside PostgreSQL: replication client, streamer, and the commands a person types.
+//! The sidecar beside PostgreSQL: replication client, streamer, base backups, restore, and the commands for people.
 //!
-//! `streamer` moves WAL and decides nothing that `plan` has not decided; `cli` translates.
+//! `streamer` moves WAL and does only what its `plan` has decided; `cli` translates between command line and the
+//! other modules.
 
 pub mod admin;
 pub mod agent;

@@ -1,6 +1,6 @@
-//! `klio`: the sidecar daemon and every command a person types.
+//! `klio`: the sidecar daemon and all commands for people.
 //!
-//! Only hands over; every way out goes through [`klio_sidecar::cli::main`] and its exit statuses.
+//! Everything is done in [`klio_sidecar::cli::main`], which also decides the exit status.
 
 fn main() -> std::process::ExitCode {
     klio_sidecar::cli::main(std::env::args_os().collect()).into()

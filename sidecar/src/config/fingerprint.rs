@@ -1,16 +1,16 @@
-//! Tells whether two programs run with the same settings, without telling the settings.
+//! Tells whether two programs run with the same settings, without revealing the settings.
 //!
-//! Over everything a setting can come from: the file's text, the environment that this program and the object stores'
-//! libraries read, the flags, and the program's version.
+//! The fingerprint covers everything that settings can come from: the file's text, the environment variables that
+//! this program and the object store libraries read, the options, and the program's version.
 
 use super::Config;
 use sha2::{Digest, Sha256};
 
-/// Variables that decide where WAL comes from.
+/// Prefixes of the variables that decide where WAL comes from.
 const PREFIXES: [&str; 5] = ["KLIO_", "AWS_", "GOOGLE_", "AZURE_", "SSL_CERT_"];
 
 impl Config {
-    /// A digest in hexadecimal digits: no secret can be read from it.
+    /// A digest in hexadecimal digits, from which no secret can be derived.
     pub fn fingerprint(&self, flags: &[(&str, String)]) -> String {
         let mut environment: Vec<_> = std::env::vars_os()
             .filter(|(name, _)| {

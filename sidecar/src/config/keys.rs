@@ -1,12 +1,12 @@
-//! Every setting of `klio.toml` in one table: how it is called, and what it does.
+//! Every setting of `klio.toml` in one table: its name, its default and what it does.
 //!
-//! The environment is read through this table, and `klio help config` prints it, so a setting that is
-//! missing here cannot be set from the environment; a test compares it with the struct.
+//! The environment is read through this table, and `klio help config` prints it. A setting that is missing here could
+//! not be set from the environment, so a test compares the table with the struct.
 
-/// How a value from the environment becomes a TOML value.
+/// How a value from the environment or an option becomes a TOML value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Taken as it is.
+    /// Text, taken as it is.
     Text,
     /// `true` or `false`.
     Flag,
@@ -19,9 +19,9 @@ pub struct Key {
     pub path: &'static str,
     /// How to read it from the environment.
     pub kind: Kind,
-    /// What holds when it is not set; empty when there is no default.
+    /// The value if it is not set; empty if there is no default.
     pub default: &'static str,
-    /// One sentence.
+    /// One sentence about what it does.
     pub doc: &'static str,
 }
 
@@ -40,7 +40,7 @@ const fn flag(path: &'static str, default: &'static str, doc: &'static str) -> K
     Key { path, kind: Kind::Flag, default, doc }
 }
 
-/// The table.
+/// All settings.
 pub const KEYS: &[Key] = &[
     text("cluster", "", "name of this PostgreSQL cluster on the server"),
     text("generation", "", "history of the cluster to read, by its number; empty: the current one"),
@@ -131,7 +131,7 @@ pub const KEYS: &[Key] = &[
     text(
         "backup.verify_read_percent",
         "1",
-        "percentage of its data that is read back then, 0 to 100",
+        "percentage of its data that is read and checked then, 0 to 100",
     ),
     flag("backup.maintenance", "true", "have the server apply the retention policy afterwards"),
     text(

@@ -1,15 +1,15 @@
-//! Where settings come from: default < file < environment < flag.
+//! Merges the layers of the configuration: default, file, environment, options.
 //!
-//! Pure over what it is given: the file's text, the environment as pairs, the flags as pairs.
-//! Every layer becomes one TOML table, so unknown names are refused by the same rule everywhere.
+//! Pure: it gets the file's text, and the environment and the options as pairs. Every layer becomes part of one TOML
+//! table, so that unknown names are refused by the same rule everywhere.
 
 use super::keys::{KEYS, Kind};
 use toml::{Table, Value};
 
-/// Variables of the family `KLIO_` that are no settings of the file.
+/// Variables that begin with `KLIO_` but are not settings of the file.
 const OTHER_VARIABLES: &[&str] = &["KLIO_CONFIG", "KLIO_LOG_FORMAT", "KLIO_OTEL_STRICT"];
 
-/// One table out of all layers, or every problem found on the way.
+/// Merges all layers into one table, or returns every problem that was found.
 pub(super) fn merge(
     file: Option<&str>,
     environment: &[(String, String)],
@@ -28,8 +28,8 @@ pub(super) fn merge(
         }
         match KEYS.iter().find(|key| key.variable() == *name) {
             Some(key) => put(&mut table, key.path, key.kind, value, name, &mut problems),
-            // A sibling program's variables (KLIO_DEMO_...) are not ours to refuse; a misspelt
-            // setting of ours has the double underscore.
+            // Variables without a double underscore may belong to another program (KLIO_DEMO_...). A misspelt setting
+            // of klio has one.
             None if name.contains("__") && !of_the_server(name) => {
                 problems.push(format!("environment: {name} is not a setting of klio"));
             }
@@ -43,7 +43,7 @@ pub(super) fn merge(
     if problems.is_empty() { Ok(table) } else { Err(problems) }
 }
 
-/// One shell may hold the settings of both programs.
+/// Whether a variable is a setting of klio-server: one shell may have the settings of both programs.
 fn of_the_server(name: &str) -> bool {
     const SECTIONS: [&str; 12] = [
         "KLIO_TLS__",

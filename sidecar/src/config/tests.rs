@@ -58,7 +58,7 @@ fn validate_gives_every_problem_at_once() {
     }
 }
 
-/// A wrong --from sent people looking for a klio.toml.
+/// With a wrong --from, the hint used to send people looking for a klio.toml.
 #[test]
 fn what_is_set_and_wrong_is_not_said_to_be_missing() {
     let source = Needs { source: true, cluster: true, ..Needs::default() };
@@ -89,7 +89,7 @@ fn passwords_do_not_print() {
     assert!(!format!("{config:?}").contains("hunter2"));
 }
 
-/// The table is what the environment is read through: each row must be a real setting.
+/// The environment is read through the table, so each row must be a real setting.
 #[test]
 fn every_key_of_the_table_is_a_setting() {
     for key in KEYS {

@@ -1,6 +1,6 @@
-//! The forms in which a setting may be written: durations, sizes, and text that is a secret.
+//! How settings are written: durations, sizes, percentages, and secret text.
 //!
-//! A bare number has no unit, so it is refused where a unit matters.
+//! A number without a unit is refused where a unit matters.
 
 use klio_pg::ByteSize;
 use serde::{Deserialize, Deserializer, de::Error as _};
@@ -16,7 +16,7 @@ pub(super) fn size<'de, D: Deserializer<'de>>(d: D) -> Result<ByteSize, D::Error
     parse_size(&String::deserialize(d)?).map_err(D::Error::custom)
 }
 
-/// Reads a share of 0 to 100, as a number or as text.
+/// Reads a percentage from 0 to 100, as a number or as text.
 pub(super) fn percent<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -33,10 +33,10 @@ pub(super) fn percent<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> 
     })
 }
 
-/// For flags and files alike.
+/// Reads a duration, for options and files alike.
 ///
 /// # Errors
-/// Anything but a whole number with one of the units.
+/// Anything except a whole number with one of the units.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text);
     let millis = match unit {
@@ -75,17 +75,16 @@ fn split(text: &str) -> (Option<u64>, &str) {
     (text[..end].parse().ok(), text[end..].trim())
 }
 
-/// Text that may hold a password: never printed.
+/// Text that may contain a password, and so is never printed.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The text itself, for the one place that needs it.
+    /// The text itself, for the code that needs it.
     pub fn expose(&self) -> &str {
         &self.0
     }
-    /// Whether nothing was set.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

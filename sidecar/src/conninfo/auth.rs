@@ -1,21 +1,22 @@
-//! `require_auth`: which ways of logging in are acceptable, as libpq means it
+//! `require_auth`: which authentication methods are accepted, as defined by libpq
 //! (<https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-REQUIRE-AUTH>).
 //!
-//! Without it every way is. A server that asks for another way has learnt nothing from us.
+//! Without it, all methods are accepted. If the server asks for a method that is not accepted, nothing secret has been sent to
+//! it.
 
-/// A way of logging in, by libpq's word.
+/// Authentication methods, by libpq's names.
 const METHODS: [&str; 7] = ["password", "md5", "gss", "sspi", "scram-sha-256", "oauth", "none"];
 
-/// What the server may ask for.
+/// The methods that the server may ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RequireAuth {
-    /// As it was given; empty: everything.
+    /// The list as it was given; if empty, everything is accepted.
     text: String,
     allowed: Vec<&'static str>,
 }
 
 impl RequireAuth {
-    /// Reads a list such as `scram-sha-256` or `!password,!md5`. `None` for what libpq would refuse.
+    /// Reads a list such as `scram-sha-256` or `!password,!md5`; `None` if libpq would refuse it.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let words: Vec<&str> = text.split(',').map(str::trim).collect();
         let negated = words.iter().filter(|word| word.starts_with('!')).count();
@@ -35,7 +36,7 @@ impl RequireAuth {
         Some(Self { text: text.to_owned(), allowed })
     }
 
-    /// What the list may hold, for an error.
+    /// What the list may contain, for an error message.
     pub(super) fn expected() -> String {
         format!(
             "a list of {}, each at most once, all or none with a ! before it",
@@ -43,8 +44,8 @@ impl RequireAuth {
         )
     }
 
-    /// Whether the server's request of this number (`AuthenticationXXX` of the protocol) is acceptable; what is in the way
-    /// otherwise.
+    /// Checks the server's request with this number (`AuthenticationXXX` of the protocol); the error says why it is
+    /// not accepted.
     pub fn allows(&self, code: u32) -> Result<(), String> {
         let found = match code {
             0 => "none",

@@ -1,4 +1,4 @@
-//! From keywords and variables to a [`ConnInfo`].
+//! Builds a [`ConnInfo`] from keywords and variables.
 
 use super::{
     ChannelBinding, ClientFile, ConnInfo, ConnInfoError, Env, Host, HostTarget, Keepalive,
@@ -11,11 +11,10 @@ use super::{
 };
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-/// PostgreSQL's port.
 const DEFAULT_PORT: u16 = 5432;
-/// libpq waits for ever; a daemon that follows failovers must move on.
+/// libpq waits for ever by default, but a daemon that follows failovers must try the next host.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// What the server shows for us unless told otherwise.
+/// The name that the server shows for our sessions by default.
 const DEFAULT_APPLICATION_NAME: &str = "klio";
 
 /// The user this process runs as, from the system's list of users.
@@ -30,7 +29,7 @@ pub fn os_user() -> Option<String> {
     found.filter(|name| !name.is_empty())
 }
 
-/// Values that are not empty, each with the place it came from.
+/// All values that are not empty, each with its origin for error messages.
 struct Values(BTreeMap<&'static str, (String, String)>);
 
 pub(super) fn build(
@@ -257,7 +256,7 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
         Some(text) => RootCert::File(text.into()),
         None => in_home("root.crt").map_or(RootCert::None, RootCert::DefaultFile),
     };
-    // libpq: with the system's authorities anything less than verify-full protects nothing.
+    // libpq's rule: with the system's authorities, anything less than verify-full would protect nothing.
     let mode = match (&root, mode) {
         (RootCert::System, Some(mode)) if mode != SslMode::VerifyFull => {
             return Err(values.bad("sslmode", "verify-full with sslrootcert=system".into()));
@@ -272,7 +271,8 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
     let (tls13_only, tls12_only) = versions(values)?;
     let direct =
         values.choice("sslnegotiation", &[("postgres", false), ("direct", true)])?.unwrap_or(false);
-    // libpq: a server that does not speak first cannot be asked whether it would.
+    // libpq's rule: with direct negotiation, the server cannot be asked whether it supports TLS, so TLS must be
+    // required.
     if direct && matches!(mode, SslMode::Disable | SslMode::Allow | SslMode::Prefer) {
         return Err(
             values.bad("sslnegotiation", "sslmode=require or stronger beside direct".into())
@@ -293,7 +293,7 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
 fn versions(values: &Values) -> Result<(bool, bool), ConnInfoError> {
     const FLOOR: [(&str, bool); 4] =
         [("TLSv1", false), ("TLSv1.1", false), ("TLSv1.2", false), ("TLSv1.3", true)];
-    // A ceiling below 1.2 leaves nothing that we speak.
+    // Below 1.2 there is no version that klio supports.
     const CEILING: [(&str, bool); 2] = [("TLSv1.2", true), ("TLSv1.3", false)];
     let min = values.choice("ssl_min_protocol_version", &FLOOR)?.unwrap_or(false);
     let max = values.choice("ssl_max_protocol_version", &CEILING)?.unwrap_or(false);

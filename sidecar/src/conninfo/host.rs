@@ -1,35 +1,34 @@
-//! One candidate server: a unix socket directory, or a host name with an optional fixed address.
+//! One server to try: a directory of unix sockets, or a host name with an optional fixed address.
 
 use std::{fmt, net::IpAddr, path::PathBuf};
 
-/// Directories of unix sockets tried when no host is given: Debian's, then PostgreSQL's own.
+/// Directories of unix sockets that are tried if no host is given: Debian's, then PostgreSQL's default.
 pub(super) const DEFAULT_SOCKET_DIRS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 
 /// One place to connect to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
-    /// What to open.
     pub target: HostTarget,
     /// TCP port, or the number in the socket's file name.
     pub port: u16,
 }
 
-/// What to open.
+/// How to reach a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostTarget {
-    /// `DIR/.s.PGSQL.PORT`.
+    /// The socket `DIR/.s.PGSQL.PORT`.
     Unix(PathBuf),
     /// A host name or address.
     Tcp {
-        /// What certificates and the password file know it by.
+        /// The name that the server's certificate and the password file are checked against.
         name: String,
-        /// `hostaddr`: connect here instead of resolving `name`.
+        /// `hostaddr`: the address to connect to, instead of resolving `name`.
         addr: Option<IpAddr>,
     },
 }
 
 impl Host {
-    /// How the password file names this host: `localhost` for a default socket directory.
+    /// The host's name in the password file: `localhost` for a default socket directory.
     pub fn passfile_name(&self) -> String {
         match &self.target {
             HostTarget::Unix(dir) => {
@@ -41,7 +40,7 @@ impl Host {
         }
     }
 
-    /// The socket's file, for a unix host.
+    /// The path of the socket; `None` for TCP.
     pub fn socket_path(&self) -> Option<PathBuf> {
         match &self.target {
             HostTarget::Unix(dir) => Some(dir.join(format!(".s.PGSQL.{}", self.port))),
@@ -50,7 +49,7 @@ impl Host {
     }
 }
 
-/// As people name servers: `db1:5432`, `[::1]:5432`, `/var/run/postgresql/.s.PGSQL.5432`.
+/// The server as people write it: `db1:5432`, `[::1]:5432`, `/var/run/postgresql/.s.PGSQL.5432`.
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.target {

@@ -1,23 +1,23 @@
-//! Every keyword libpq knows: which variable stands in for it, and what Klio does with it.
+//! Every keyword that libpq knows, the environment variable for it, and what Klio does with it.
 //!
-//! A protection that we cannot give (revocation lists, `requirepeer`, …) is refused, not ignored.
+//! A keyword that asks for a protection that Klio does not have (revocation lists, `requirepeer`, …) is refused, not
+//! ignored.
 
-/// What becomes of a keyword.
+/// What Klio does with a keyword.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Use {
-    /// `build.rs` reads it.
+    /// `build.rs` uses the value.
     Read,
-    /// Nothing to do, if the value is one of these; any value when the list is empty.
+    /// Accepts these values and ignores them; with an empty list, accepts and ignores any value.
     Only(&'static [&'static str]),
-    /// Not supported, and what to do instead.
+    /// Refuses it; the text says what to do instead.
     Refused(&'static str),
 }
 
-/// One keyword.
 #[derive(Debug)]
 pub(super) struct Keyword {
     pub name: &'static str,
-    /// The variable that stands in for it.
+    /// The environment variable for this keyword.
     pub env: Option<&'static str>,
     pub used: Use,
 }
@@ -43,7 +43,7 @@ const NO_CRL: &str = "klio does not check revocation lists; remove the authority
 const NO_KEYS: &str = "give the password itself";
 const NO_OAUTH: &str = "use a password or a client certificate";
 
-/// All of them, up to PostgreSQL 18.
+/// All keywords up to PostgreSQL 18.
 pub(super) const KEYWORDS: &[Keyword] = &[
     read("host", "PGHOST"),
     read("hostaddr", "PGHOSTADDR"),
@@ -80,9 +80,9 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     only("sslcompression", "PGSSLCOMPRESSION", &["0"]),
     only("min_protocol_version", "PGMINPROTOCOLVERSION", &["3.0"]),
     only("max_protocol_version", "PGMAXPROTOCOLVERSION", &["3.0", "3.2", "latest"]),
-    // primary_conninfo carries it; our connections decide for themselves.
+    // primary_conninfo may contain it; klio sets it itself for each connection.
     ignored("replication"),
-    // Always UTF8: nothing but ASCII matters to us.
+    // The encoding is always UTF8: klio only needs ASCII.
     ignored("client_encoding"),
     ignored("krbsrvname"),
     ignored("gsslib"),
@@ -102,7 +102,6 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     refused("requiregss", "PGREQUIREGSS", NO_GSS),
 ];
 
-/// The keyword of that name.
 pub(super) fn find(name: &str) -> Option<&'static Keyword> {
     KEYWORDS.iter().find(|k| k.name == name)
 }

@@ -1,8 +1,8 @@
 //! The password file, `~/.pgpass`: lines of `host:port:database:user:password`.
 //!
-//! `*` alone matches anything; `\:` and `\\` stand for themselves; `#` begins a comment; the first
-//! match wins (<https://www.postgresql.org/docs/current/libpq-pgpass.html>).
-//! A file that its group or others may touch is not used at all.
+//! `*` alone matches anything; `\:` and `\\` stand for the second character; `#` begins a comment; the first match
+//! wins (<https://www.postgresql.org/docs/current/libpq-pgpass.html>). A file that its group or others can access is
+//! not used at all.
 
 use super::Password;
 use std::{
@@ -19,7 +19,7 @@ pub struct PassFile {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
-    /// Host, port, database, user; `None` matches anything.
+    /// Host, port, database and user; `None` matches anything.
     keys: [Option<String>; 4],
     password: Password,
 }
@@ -27,18 +27,13 @@ struct Entry {
 /// Why a password file is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum PassFileWarning {
-    /// Others may read it.
+    /// Other users can access the file.
     #[error("expected mode 0600 or less, found {found:04o}\nhint: chmod 0600 {}", path.display())]
-    Permissions {
-        /// The file.
-        path: PathBuf,
-        /// Its mode.
-        found: u32,
-    },
-    /// A directory, a pipe, a device.
+    Permissions { path: PathBuf, found: u32 },
+    /// It is a directory, a pipe or a device.
     #[error("expected a plain file")]
     NotAFile,
-    /// It exists and cannot be read.
+    /// It exists but cannot be read.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
@@ -46,8 +41,7 @@ pub enum PassFileWarning {
 impl PassFile {
     /// Reads the file at `path`; `None` when there is none.
     ///
-    /// # Errors
-    /// A file that may not or cannot be used; the caller goes on without it.
+    /// The file exists but cannot be used; the caller goes on without it.
     pub fn load(path: &Path) -> Result<Option<PassFile>, PassFileWarning> {
         let meta = match fs::metadata(path) {
             Ok(meta) => meta,
@@ -69,7 +63,7 @@ impl PassFile {
         PassFile { entries: content.lines().filter_map(Entry::parse).collect() }
     }
 
-    /// The password of the first entry that matches.
+    /// The password of the first matching entry.
     pub fn lookup(&self, host: &str, port: u16, database: &str, user: &str) -> Option<&Password> {
         let port = port.to_string();
         let wanted = [host, &port, database, user];
@@ -94,7 +88,7 @@ impl Entry {
     }
 }
 
-/// Splits at colons that are not escaped; says of each field whether it is a bare `*`.
+/// Splits at colons that are not escaped. The flag of each field says whether it is `*` alone.
 fn split(line: &str) -> Vec<(bool, String)> {
     let mut fields = Vec::new();
     let (mut text, mut escaped_any) = (String::new(), false);

@@ -1,7 +1,7 @@
-//! A password that does not print.
+//! A password that is never printed.
 //!
-//! `Debug` and `Display` show stars, whatever holds it. Only [`Password::reveal`] gives the text,
-//! and only authentication calls that.
+//! `Debug` and `Display` show stars, also inside other types. Only [`Password::reveal`] returns the text, and only
+//! authentication calls it.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use std::fmt;
 pub struct Password(String);
 
 impl Password {
-    /// Takes the text; `None` when it is empty, which PostgreSQL treats as no password.
+    /// `None` if the text is empty, which PostgreSQL treats as no password.
     pub fn new(text: impl Into<String>) -> Option<Self> {
         let text = text.into();
         (!text.is_empty()).then_some(Self(text))

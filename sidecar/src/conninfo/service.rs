@@ -1,22 +1,22 @@
 //! `service=NAME`: settings from a connection service file, as libpq reads it
 //! (<https://www.postgresql.org/docs/current/libpq-pgservice.html>).
 //!
-//! They come after the connection string and before other variables. `~/.pg_service.conf` (or the file that is named),
-//! then `pg_service.conf` in `PGSYSCONFDIR`; the first section of the name counts. `ldap:` lines are refused, and so is a
-//! service inside a service.
+//! They rank after the connection string and before other variables. The files are `~/.pg_service.conf` (or the file
+//! that is named), then `pg_service.conf` in `PGSYSCONFDIR`; the first section of this name counts. `ldap:` lines are
+//! refused, and so is a service inside a service.
 
 use super::{ConnInfoError, Env, keyword};
 use std::path::{Path, PathBuf};
 
 const PERSONAL: &str = ".pg_service.conf";
 const SYSTEM: &str = "pg_service.conf";
-/// Where Debian's libpq looks.
+/// The directory that Debian's libpq uses.
 const SYSTEM_DIR: &str = "/etc/postgresql-common";
 
-/// Keywords and values of a service.
+/// Reads the keywords and values of a service.
 ///
 /// # Errors
-/// It is in no file, or a line of it cannot be understood.
+/// No file has the service, a named file cannot be read, or a line of the service is wrong.
 pub(super) fn load(
     name: &str,
     file: Option<String>,
@@ -37,7 +37,7 @@ pub(super) fn load(
                     return Ok(found);
                 }
             }
-            // libpq's rule: only the file that somebody named has to be there.
+            // libpq's rule: only a file that the user named must exist.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !named => {}
             Err(error) => return Err(trouble(&path, 0, error.to_string())),
         }
@@ -87,7 +87,7 @@ fn section(
             keyword if pairs.iter().all(|(known, _)| known != keyword) => {
                 pairs.push((keyword.to_owned(), value.to_owned()));
             }
-            // The first one counts.
+            // The first value of a keyword counts.
             _ => {}
         }
     }

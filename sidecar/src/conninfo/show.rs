@@ -1,4 +1,4 @@
-//! A connection as a line for logs: a valid connection string, but for the password's stars.
+//! A connection as one line for logs: a valid connection string, except for the stars in place of the password.
 
 use super::{ConnInfo, HostTarget, RootCert, SslMode};
 use std::fmt;
@@ -16,7 +16,7 @@ impl fmt::Display for SslMode {
     }
 }
 
-/// Keyword form. The password shows as `***`, and only if one was given.
+/// Keyword form. A password is shown as `***`.
 impl fmt::Display for ConnInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = self.hosts.iter().map(|h| match &h.target {

@@ -1,15 +1,15 @@
-//! The two forms of a connection string, taken apart into keywords and values.
+//! Splits the two forms of a connection string into keywords and values.
 //!
 //! Keyword form: `host = db password = 'it''s'`… with backslash escapes, as libpq reads it.
-//! URI form: `postgresql://user:password@host:port,host2/db?keyword=value`, percent-encoded.
-//! Errors name a position, never the text around it: that may be a password.
+//!  URI form: `postgresql://user:password@host:port,host2/db?keyword=value`, percent-encoded.
+//!  Errors contain a position, never the text around it, which may be a password.
 
 use super::ConnInfoError;
 
-/// Keywords as written, in order; a later one replaces an earlier one.
+/// Keywords and values in their order; a later value replaces an earlier one.
 pub(super) type Pairs = Vec<(String, String)>;
 
-/// Takes either form apart. In a URI, positions are those of its parts.
+/// Splits either form. In a URI, error positions are those of its parts.
 pub(super) fn tokenise(text: &str) -> Result<Pairs, ConnInfoError> {
     let trimmed = text.trim_start();
     match ["postgresql://", "postgres://"].iter().find_map(|p| trimmed.strip_prefix(p)) {
@@ -34,7 +34,7 @@ fn keywords(text: &str) -> Result<Pairs, ConnInfoError> {
         }
         while chars.next_if(|(_, c)| c.is_whitespace()).is_some() {}
         if name.is_empty() || chars.next_if(|(_, c)| *c == '=').is_none() {
-            // Not the word itself: it may be half of a badly quoted password.
+            // The message must not show the word: it may be half of a badly quoted password.
             return Err(syntax(start, "expected keyword=value"));
         }
         while chars.next_if(|(_, c)| c.is_whitespace()).is_some() {}
@@ -99,7 +99,7 @@ fn uri(rest: &str, offset: usize) -> Result<Pairs, ConnInfoError> {
             pair.split_once('=').ok_or_else(|| syntax(at, "expected keyword=value after '?'"))?;
         let name = percent_decode(name, at)?;
         let decoded = percent_decode(raw, at)?;
-        // The JDBC driver's spelling, which libpq accepts too.
+        // The JDBC driver's spelling, which libpq also accepts.
         pairs.push(match (name.as_str(), decoded.as_str()) {
             ("ssl", "true") => ("sslmode".into(), "require".into()),
             _ => (name, decoded),

@@ -1,16 +1,17 @@
-//! A connection string for another program, such as PostgreSQL's `primary_conninfo`: kept as it was typed.
+//! A connection string for another program, such as PostgreSQL's `primary_conninfo`, stored as it was typed.
 //!
-//! It is checked as libpq would check it, form and keywords, so that a standby does not find the mistake for us, over and over,
-//! in its log. What Klio itself could not honour is no business of ours here. Neither `Debug` nor `Display` shows a secret.
+//! Its syntax and keywords are checked as libpq would check them, so that a mistake is found here, and not by a
+//! standby that repeats it in its log for ever. Whether Klio itself supports the keywords does not matter. Neither
+//! `Debug` nor `Display` shows a secret.
 
 use super::{ConnInfoError, keyword, text};
 use std::fmt;
 
-/// Values that nobody may see.
+/// Keywords whose values are secret.
 const SECRETS: [&str; 5] =
     ["password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"];
 
-/// See above.
+/// A checked connection string.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Written {
     text: String,
@@ -18,10 +19,11 @@ pub struct Written {
 }
 
 impl Written {
-    /// Takes it.
+    /// Checks the string.
     ///
     /// # Errors
-    /// Bad syntax, a keyword that libpq does not know, nothing at all, a line break (a file of settings has none).
+    /// Bad syntax, a keyword that libpq does not know, an empty string, or a control character such as a line break,
+    /// which a configuration file cannot contain.
     pub fn parse(text: &str) -> Result<Self, ConnInfoError> {
         let syntax = |at, problem: &str| ConnInfoError::Syntax { at, problem: problem.to_owned() };
         if let Some(at) = text.chars().position(char::is_control) {
@@ -40,24 +42,24 @@ impl Written {
         }
     }
 
-    /// As it was typed, secrets and all: for the file that PostgreSQL reads.
+    /// The string as it was typed, with its secrets: for the file that PostgreSQL reads.
     pub fn reveal(&self) -> &str {
         &self.text
     }
 
-    /// A keyword's value; an empty one is none.
+    /// The value of a keyword; `None` if it is missing or empty.
     pub fn value(&self, name: &str) -> Option<&str> {
         let found = self.pairs.iter().rfind(|(known, _)| known == name);
         found.map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
     }
 
-    /// Whether it holds what nobody may see.
+    /// Whether it contains a secret.
     pub fn has_secret(&self) -> bool {
         SECRETS.iter().any(|name| self.value(name).is_some())
     }
 }
 
-/// Keyword form.
+/// Shown in keyword form, with `***` for secrets.
 impl fmt::Display for Written {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (number, (name, value)) in self.pairs.iter().enumerate() {
