@@ -274,9 +274,7 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
     // libpq's rule: with direct negotiation, the server cannot be asked whether it supports TLS, so TLS must be
     // required.
     if direct && matches!(mode, SslMode::Disable | SslMode::Allow | SslMode::Prefer) {
-        return Err(
-            values.bad("sslnegotiation", "sslmode=require or stronger beside direct".into())
-        );
+        return Err(values.bad("sslnegotiation", "sslmode=require or stronger with direct".into()));
     }
     Ok(TlsSettings {
         mode,

@@ -1,8 +1,8 @@
 //! Splits the two forms of a connection string into keywords and values.
 //!
 //! Keyword form: `host = db password = 'it''s'`… with backslash escapes, as libpq reads it.
-//!  URI form: `postgresql://user:password@host:port,host2/db?keyword=value`, percent-encoded.
-//!  Errors contain a position, never the text around it, which may be a password.
+//! URI form: `postgresql://user:password@host:port,host2/db?keyword=value`, percent-encoded.
+//! Errors contain a position, never the text around it, which may be a password.
 
 use super::ConnInfoError;
 

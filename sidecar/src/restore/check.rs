@@ -198,7 +198,7 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
             format!(
                 "restore to {place}: --delta expects a data directory of PostgreSQL, found no global/pg_control in it"
             ),
-            "--delta removes what is not in the backup: is this the right directory?",
+            "check that this is the right directory: --delta removes what is not in the backup",
         ));
     };
     let found = control.system_identifier.to_string();
@@ -208,7 +208,7 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
                 "restore to {place}: --delta expects the cluster with system identifier {}, found {found}",
                 record.system_identifier
             ),
-            "this directory belongs to another PostgreSQL",
+            "choose another directory: this one belongs to another PostgreSQL",
         ));
     }
     Ok(())

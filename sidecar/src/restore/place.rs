@@ -76,7 +76,7 @@ impl Places {
             let known: Vec<&str> = record.tablespaces.iter().map(|t| t.location.as_str()).collect();
             let old = &maps.named[unused].0;
             return Err(config(format!(
-                "--tablespace-map {old}: backup {} has no such tablespace, nor is one made on the way; it has: {}",
+                "--tablespace-map {old}: backup {} has no such tablespace, and replay creates none; the backup has: {}",
                 record.name,
                 if known.is_empty() { "none".to_owned() } else { known.join(", ") }
             )));
@@ -91,7 +91,9 @@ impl Places {
             };
             if let Some(other) = record.tablespaces.iter().skip(n + 1).find(same) {
                 let (a, b) = (&one.location, &other.location);
-                return Err(config(format!("--tablespace-map: {a} and {b} would be one place")));
+                return Err(config(format!(
+                    "--tablespace-map: {a} and {b} would share one directory"
+                )));
             }
         }
         places.check_apart()?;
@@ -135,8 +137,10 @@ impl Places {
                 all.iter().skip(n + 1).find(|o| o.starts_with(place) || place.starts_with(o))
             {
                 let (a, b) = (place.display(), other.display());
-                return Err(config(format!("{a} and {b}: one lies in the other"))
-                    .hint("--tablespace-map OLD=NEW puts a tablespace elsewhere"));
+                return Err(config(format!(
+                    "{a} and {b}: expected separate directories, found one inside the other"
+                ))
+                .hint("put the tablespace elsewhere with --tablespace-map OLD=NEW"));
             }
         }
         Ok(())

@@ -235,7 +235,7 @@ impl Source {
             })
             .await?;
         let holdings = base
-            .call("ask what WAL is held", async |mut client| {
+            .call("list the stored WAL", async |mut client| {
                 let request = v1::HoldingsRequest { cluster: cluster.clone() };
                 client.holdings(request).await.map(tonic::Response::into_inner)
             })
