@@ -1,7 +1,9 @@
-//! How fast tier 1 takes WAL: append and flush of real segments, with the syncs' time told apart.
+//! Measures how fast tier 1 takes WAL: append and flush of real segments, with the time of the syncs reported
+//! separately.
 //!
-//! `cargo run --release -p klio-storage --example append_speed -- [--encrypted] DIRECTORY BATCH_KIB SEGMENT_FILE...`: DIRECTORY is
-//! a new directory to write into; the files are consecutive segments of one timeline, such as those of a `pg_wal`.
+//! `cargo run --release -p klio-storage --example append_speed -- [--encrypted] DIRECTORY BATCH_KIB SEGMENT_FILE...`:
+//! DIRECTORY is a new directory to write to; the files are consecutive segments of one timeline, such as those of a
+//! `pg_wal`.
 
 use klio_pg::{Lsn, SegmentName, SegmentSize};
 use klio_storage::{

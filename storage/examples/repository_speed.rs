@@ -1,9 +1,9 @@
-//! How fast a directory becomes a snapshot, and how fast it is read back:
+//! Measures how fast a directory becomes a snapshot, and how fast the snapshot is read again:
 //! `repository_speed DIRECTORY REPOSITORY [raw | pack=MIB | slow=MB_PER_SECOND | write-only]...`.
 //!
-//! The repository is made where it is not there, so that a second run is a second backup. `raw` prints what reading,
-//! SHA-256 and zstd of the same chunks cost without any repository. `slow` makes writing slow, as over a network: look at
-//! the peak memory then (`/usr/bin/time -v`).
+//! The repository is created if it does not exist, so a second run makes a second backup. `raw` prints what reading,
+//! SHA-256 and zstd of the same chunks cost without a repository. `slow` makes writes slow, as over a network: use it
+//! to measure the peak memory (`/usr/bin/time -v`).
 
 use bytes::Bytes;
 use klio_pg::ByteSize;

@@ -62,7 +62,8 @@ fn checked<'a>(bytes: &'a [u8], place: &dyn Display) -> Result<&'a str, Error> {
         let detail = format!(
             "expected format version {FORMAT} or older, found {found}: it was written by a newer Klio"
         );
-        let hint = "use a Klio at least as new as the one that wrote it; the file is left unchanged";
+        let hint =
+            "use a Klio at least as new as the one that wrote it; the file is left unchanged";
         return Err(Error::new(Kind::Newer, Op::Read, place, detail).hint(hint));
     }
     if found < COMPACT {

@@ -6,9 +6,9 @@
 //! | 1 | JSON: `format` = `klio-archive`, `version` = 1, `crc32c` of line 2 without its newline, 8 hex digits |
 //! | 2 | JSON: the `Archive` |
 //!
-//! Read it with `tail -1 archive.json
-//! jq` (P10). It is replaced by temporary file, fsync, rename, fsync of the directory: after a crash either the old or
-//! the new file is there, complete. Fields may be added within a version: unknown ones are ignored.
+//! Read it with `tail -1 archive.json | jq` (P10). It is replaced by temporary file, fsync, rename, fsync of the
+//! directory: after a crash either the old or the new file is there, complete. Fields may be added within a version:
+//! unknown ones are ignored.
 
 use super::Archive;
 use crate::{

@@ -133,9 +133,7 @@ pub const PASSED_OVER: &str = "1\t0/1\tdecided against: a standby passes it over
 
 /// Two records that each lack a decision of the other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "expected one record to continue the other, found timeline {0:?} decided in two ways"
-)]
+#[error("expected one record to continue the other, found timeline {0:?} decided in two ways")]
 pub struct DecidedApart(TimelineId);
 
 /// Who decides, and when.

@@ -59,8 +59,9 @@ impl IdentityText {
             let identity = line.parse().map_err(|why: &str| {
                 let number = number + 1;
                 let detail = format!("expected AGE-SECRET-KEY-1… on line {number}, found {why}");
-                Error::new(Kind::Invalid, Op::Configure, place, detail)
-                    .hint("create one with klio-server keygen; plugins and passphrases are not supported")
+                Error::new(Kind::Invalid, Op::Configure, place, detail).hint(
+                    "create one with klio-server keygen; plugins and passphrases are not supported",
+                )
             })?;
             found.push(identity);
         }

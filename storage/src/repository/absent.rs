@@ -1,19 +1,21 @@
-//! Packs that an index file names and that are not there.
+//! Packs that an index file names but that do not exist.
 //!
-//! A backup beside a prune may have named packs that were just being removed, or a disk lost them. Whoever believes such
-//! an index takes chunks for sent that are gone, and no later backup is ever whole. So:
+//! A backup that ran beside a prune may have named packs that were just being removed, or a disk may have lost them.
+//! Whoever trusts such an index assumes that chunks were sent although they are gone, and no later backup is ever
+//! complete. So:
 //!
-//! ABSENT1  a chunk that has a place in a pack that is there is never looked for in one that is not;
-//!     where what lies at one place is damaged, the others are tried;
-//! ABSENT2  a backup sends again what only absent packs have: `adopt` notes them, and rustic's view of the index is without
-//!     them from then on (`Hidden`);
-//! ABSENT3  maintenance takes them out of the index when every snapshot is whole without them. Where one is not, nothing
-//!     is changed: the index tells which pack is missed, and the pack may be found again.
+//! ABSENT1  a chunk that has a place in an existing pack is never looked for in a missing one;
+//!          if the content at one place is damaged, the others are tried;
+//! ABSENT2  a backup sends chunks again that only missing packs have: `adopt` notes these packs, and from then on
+//!          rustic's view of the index does not contain them (`Hidden`);
+//! ABSENT3  maintenance removes them from the index once every snapshot is complete without them. As long as one is
+//!          not, nothing is changed: the index shows which pack is missing, and the pack may be found again.
 //!
-//! A pack that is known to be damaged, and of which there is no good copy, is one that is not there: whoever knows it leaves it
-//! out of the listing (`Without`), and it stays where it is, for its good pieces.
+//! A pack that is known to be damaged and has no good copy counts as missing: whoever knows of the damage leaves it out
+//! of the listing (`Without`). The pack itself stays in place for its good pieces.
 //!
-//! Dropping an entry loses nothing: a pack ends with its own list of contents, by which `adopt` names it again.
+//! Dropping an index entry loses nothing: a pack ends with its own list of contents, from which `adopt` can name it
+//! again.
 
 use super::{
     Repository, SnapshotId,
@@ -30,12 +32,12 @@ use crate::{
 use bytes::Bytes;
 use std::{collections::BTreeSet, sync::Arc};
 
-/// What `drop_absent` found.
+/// The result of `drop_absent`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AbsentPacks {
-    /// Packs that an index names and that are not there.
+    /// Number of packs that an index names but that do not exist.
     pub absent: u64,
-    /// The snapshots that are not whole without them; while there is any, nothing was changed.
+    /// The snapshots that are incomplete without them; if there is any, nothing was changed.
     pub torn: Vec<SnapshotId>,
 }
 
@@ -52,7 +54,8 @@ impl std::fmt::Debug for Hidden {
 }
 
 impl Hidden {
-    /// An index file as it would be without them; one that cannot be read stays as it is, for rustic to refuse.
+    /// The index file without these packs. A file that cannot be read is passed on unchanged, so that rustic refuses
+    /// it.
     pub(super) fn filter(&self, sealed: Bytes) -> Bytes {
         let without = || -> Option<Vec<u8>> {
             let rest = without(&self.sealer.open_file(&sealed)?, &self.packs)?;
@@ -62,14 +65,14 @@ impl Hidden {
     }
 }
 
-/// What is left of an index file.
+/// An index file after some packs were dropped from it.
 struct Rest {
     json: Vec<u8>,
     packs: usize,
 }
 
-/// The JSON of an index file without some packs; `None` when it names none of them. Everything else in it stays as it is,
-/// as the times by which rustic removes.
+/// The JSON of an index file without some packs; `None` when it names none of them. Everything else stays unchanged,
+/// including the times on which rustic bases removal.
 fn without(json: &[u8], packs: &BTreeSet<Sha256Sum>) -> Option<Rest> {
     let ids: IndexIds = serde_json::from_slice(json).ok()?;
     if !ids.all().any(|id| packs.contains(&id)) {
@@ -91,7 +94,7 @@ fn without(json: &[u8], packs: &BTreeSet<Sha256Sum>) -> Option<Rest> {
 }
 
 impl Repository {
-    /// ABSENT2. The same repository, whose backups pass over these packs.
+    /// ABSENT2: makes later backups through this handle ignore these packs.
     pub(super) fn hide(&mut self, packs: BTreeSet<Sha256Sum>) {
         self.hidden = match packs.is_empty() {
             true => None,
@@ -99,10 +102,10 @@ impl Repository {
         };
     }
 
-    /// ABSENT3. Takes absent packs out of the index. Not beside a backup.
+    /// ABSENT3: removes missing packs from the index. Must not run beside a backup.
     ///
     /// # Errors
-    /// As files fail, and when a snapshot or an index file cannot be read (P6).
+    /// When files cannot be read or written, and when a snapshot or an index file is unreadable (P6).
     pub fn drop_absent(&self) -> Result<AbsentPacks, Error> {
         let index = Arc::new(self.index()?);
         let packs = index.absent();
@@ -118,7 +121,7 @@ impl Repository {
         Ok(AbsentPacks { absent: packs.len() as u64, torn })
     }
 
-    /// The snapshots that need something that is not there.
+    /// The snapshots that need something that does not exist.
     fn torn(&self, index: &Arc<Index>) -> Result<Vec<SnapshotId>, Error> {
         let mut torn = Vec::new();
         for (file, _) in self.files.list(BaseKind::Snapshot)? {
@@ -135,7 +138,7 @@ impl Repository {
         Ok(torn)
     }
 
-    /// The new one is there before the old one goes.
+    /// The new file is written before the old one is removed.
     fn rewrite_without(&self, file: BaseFile, packs: &BTreeSet<Sha256Sum>) -> Result<(), Error> {
         let json = self.read_json(file)?;
         let Some(rest) = without(&json, packs) else { return Ok(()) };

@@ -1,17 +1,17 @@
-//! Names packs that no index file names: what a backup sent before it was killed.
+//! Names packs that no index file names, because the backup that sent them was killed.
 //!
-//! An engine that ends half way has written packs whose index file was to come later. Every pack ends with an encrypted
-//! list of what is in it
-//! (<https://restic.readthedocs.io/en/stable/100_references.html#pack-format>), from which the index is made here:
+//! An engine that stops half way has written packs whose index file would have followed later. Every pack ends with an
+//! encrypted list of its contents (<https://restic.readthedocs.io/en/stable/100_references.html#pack-format>), from
+//! which the index is rebuilt here:
 //!
 //! | bytes | what |
 //! |---|---|
 //! | .. | pieces |
-//! | n-4-h..n-4 | the list, encrypted: for each piece its type (0 data, 1 tree; 2 and 3 the same, compressed), encrypted length, length before compression where it is, SHA-256 |
+//! | n-4-h..n-4 | the list, encrypted: for each piece its type (0 data, 1 tree; 2 and 3 the same, compressed), encrypted length, length before compression if compressed, SHA-256 |
 //! | n-4..n | h, little-endian |
 //!
-//! To be called when no other backup of the repository runs: its packs would be named twice, which is harmless, and
-//! the work for nothing. A pack whose list does not open is left to `check`.
+//! Call it when no other backup of the repository is running: otherwise that backup's packs would be named twice, which
+//! is harmless but wasted work. A pack whose list cannot be decrypted is left to `check`.
 
 use super::{
     ReadPart, Repository,
@@ -25,29 +25,30 @@ use crate::{
 };
 use std::collections::BTreeSet;
 
-/// Read at first: the list of a pack with 1500 pieces.
+/// Read first: enough for the list of a pack with 1500 pieces.
 const TAIL_BYTES: u64 = 64 << 10;
-/// Nonce and tag.
+/// Length of nonce and tag.
 pub(super) const SEAL_BYTES: usize = 32;
-/// Pieces in one index file, as rustic does it.
+/// Number of pieces in one index file, as in rustic.
 const PIECES: usize = 50_000;
 
-/// What `adopt` found.
+/// The result of `adopt`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Adopted {
-    /// Packs that are named now.
+    /// Number of packs that are named now.
     pub packs: u64,
-    /// Their bytes.
+    /// Their size in bytes.
     pub bytes: u64,
-    /// Packs that an index names and that are not there: what they held is sent again.
+    /// Number of packs that an index names but that do not exist: their contents are sent again.
     pub absent: u64,
 }
 
 impl Repository {
-    /// Names every pack that no index file names, and passes over those that are named and not there from now on (ABSENT2).
+    /// Names every pack that no index file names, and ignores packs from now on that are named but do not exist
+    /// (ABSENT2).
     ///
     /// # Errors
-    /// As files cannot be listed, read or written.
+    /// When files cannot be listed, read or written.
     pub fn adopt(&mut self) -> Result<Adopted, Error> {
         let index = self.index()?;
         let named: BTreeSet<Sha256Sum> = index.packs.iter().map(|pack| pack.id).collect();
@@ -62,7 +63,7 @@ impl Repository {
                 continue;
             }
             let Some(blobs) = self.pieces_of(file, size)? else {
-                tracing::warn!(pack = %file.id, "a pack that no index names, and whose own list does not open");
+                tracing::warn!(pack = %file.id, "ignoring a pack that no index names and whose own list cannot be decrypted");
                 continue;
             };
             (packs, bytes, pieces) = (packs + 1, bytes + size, pieces + blobs.len());
@@ -78,14 +79,14 @@ impl Repository {
         Ok(Adopted { packs, bytes, absent })
     }
 
-    /// What is in a pack, by its own list.
+    /// The contents of a pack according to its own list.
     fn pieces_of(&self, file: BaseFile, size: u64) -> Result<Option<Vec<BlobJson>>, Error> {
         let read = |offset, length| self.files.read_range(file, offset, length);
         list_of(&self.key.sealer, size, u64::MAX, &read)
     }
 }
 
-/// The list of a pack of `size` bytes; `None` when it does not open, or has more than `list_max` bytes.
+/// The list of a pack of `size` bytes; `None` when it cannot be decrypted or is longer than `list_max` bytes.
 pub(super) fn list_of(
     sealer: &Sealer,
     size: u64,
@@ -108,7 +109,7 @@ pub(super) fn list_of(
     Ok(list.and_then(|list| parse(&list, size - whole)))
 }
 
-/// The list of a pack whose pieces take `end` bytes.
+/// Parses the list of a pack whose pieces take `end` bytes.
 fn parse(mut list: &[u8], end: u64) -> Option<Vec<BlobJson>> {
     let mut blobs = Vec::new();
     let mut offset = 0_u32;

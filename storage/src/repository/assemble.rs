@@ -1,7 +1,8 @@
-//! Makes one snapshot of the parts of a backup, and lists snapshots.
+//! Combines the parts of a backup into one snapshot, and lists snapshots.
 //!
-//! REPO3: before it is saved, every tree of it is read back, every chunk is looked up in an index read after the last write,
-//! and files and bytes are counted against the parts. A pack that maintenance marked meanwhile is put back first.
+//! REPO3: before a snapshot is saved, every tree of it is read again, every chunk is looked up in an index that was
+//! read after the last write, and files and bytes are compared with the totals of the parts. Needed packs that
+//! maintenance has marked meanwhile are unmarked first.
 
 use super::{
     Part, Repository, SnapshotId, Snapshots, StoredKind,
@@ -25,7 +26,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// What a snapshot says of itself; stock restic shows it, too.
+/// The metadata of a snapshot; stock restic shows it, too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotMeta {
     /// Host of the snapshot.
@@ -36,28 +37,27 @@ pub struct SnapshotMeta {
     pub began: SystemTime,
 }
 
-/// A snapshot.
+/// What is known about a saved snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotSummary {
-    /// Its name.
     pub id: SnapshotId,
-    /// The backup it is of; `None` for one that klio did not make.
+    /// The backup it belongs to; `None` for a snapshot that klio did not make.
     pub backup: Option<BackupName>,
     /// When the backup began.
     pub began: SystemTime,
-    /// The one it was compared with.
+    /// The snapshot it was compared with.
     pub parent: Option<SnapshotId>,
-    /// Files and links.
+    /// Number of files and links.
     pub files: u64,
-    /// Of these, not read because the parent has them unchanged.
+    /// Number of these that were not read because the parent has them unchanged.
     pub files_unchanged: u64,
-    /// Directories, without the root.
+    /// Number of directories without the root.
     pub directories: u64,
-    /// Bytes of the files.
+    /// Total size of the files in bytes.
     pub bytes: u64,
-    /// Bytes that no earlier backup had, before compression.
+    /// Bytes of new content, before compression.
     pub added_bytes: u64,
-    /// Bytes that these took in the repository.
+    /// Bytes that the new content took in the repository.
     pub stored_bytes: u64,
 }
 
@@ -65,7 +65,7 @@ impl Repository {
     /// Merges the parts and saves the snapshot.
     ///
     /// # Errors
-    /// `Invalid` when two parts hold the same file; `Corrupt` when something of a part is not in the repository.
+    /// `Invalid` when two parts contain the same file; `Corrupt` when something in a part is not in the repository.
     pub fn assemble(&self, parts: &[Part], meta: &SnapshotMeta) -> Result<SnapshotSummary, Error> {
         self.put_back_marked(|index| {
             parts
@@ -105,7 +105,7 @@ impl Repository {
         Ok(found)
     }
 
-    /// The merged tree, and the bytes it added.
+    /// The merged tree, and the number of bytes it added.
     fn merge(&self, parts: &[Part]) -> Result<(Sha256Sum, u64), Error> {
         if let [part] = parts {
             return Ok((part.tree, 0));
@@ -129,7 +129,7 @@ impl Repository {
         match trace.saved().as_slice() {
             [file] => Ok(SnapshotId::new(file.id)),
             other => {
-                let detail = format!("expected one snapshot to be saved, found {}", other.len());
+                let detail = format!("expected one saved snapshot, found {}", other.len());
                 Err(Error::new(Kind::Io, Op::Write, self.place(), detail))
             }
         }
@@ -141,20 +141,20 @@ impl Repository {
         self.put_back(&index, &needed)
     }
 
-    /// Names packs that are needed and marked for removal in a new index file, which takes the mark away.
+    /// Unmarks packs that are needed although they are marked for removal, by naming them in a new index file.
     pub(super) fn put_back(&self, index: &Index, needed: &BTreeSet<u32>) -> Result<(), Error> {
         let packs: Vec<_> =
             needed.iter().filter_map(|&pack| index.marked_pack(pack).cloned()).collect();
         if packs.is_empty() {
             return Ok(());
         }
-        tracing::info!(packs = packs.len(), "packs marked for removal are needed again");
+        tracing::info!(packs = packs.len(), "unmarking packs that are needed again");
         self.write_index(&IndexJson { packs, packs_to_delete: Vec::new() })?;
         Ok(())
     }
 }
 
-/// What a snapshot holds.
+/// The contents of a snapshot.
 #[derive(Debug, Default)]
 pub(super) struct Contents {
     pub(super) files: u64,
@@ -164,7 +164,7 @@ pub(super) struct Contents {
     pub(super) packs: BTreeSet<u32>,
 }
 
-/// Reads every tree of a snapshot and looks every chunk up.
+/// Reads every tree of a snapshot and looks up every chunk.
 pub(super) fn contents(reader: &Reader) -> Result<Contents, Error> {
     let mut all = Contents::default();
     let mut entries = reader.entries()?;
@@ -182,7 +182,7 @@ pub(super) fn contents(reader: &Reader) -> Result<Contents, Error> {
                     all.packs.insert(place.pack);
                 }
                 if found != *size {
-                    let detail = format!("expected {size} bytes, its chunks have {found}");
+                    let detail = format!("expected {size} bytes, found chunks with {found}");
                     return Err(Error::new(Kind::Corrupt, Op::Read, entry.path.display(), detail));
                 }
                 all.bytes += size;

@@ -1,8 +1,8 @@
-//! Our `Files` as a backend of rustic, for one operation.
+//! Presents our `Files` to rustic as a backend, for one operation.
 //!
-//! Snapshots that rustic saves by itself are withheld where the operation says so: archiving makes trees, and
-//! only `assemble` makes a snapshot of them (REPO3). The first failure is remembered, because rustic goes on
-//! reading the whole source after a failed write.
+//! If the operation asks for it, snapshots that rustic saves by itself are withheld: archiving makes trees, and
+//! only `assemble` makes a snapshot of them (REPO3). The first failure is recorded, because rustic keeps reading
+//! the whole source after a failed write.
 
 use super::{Files, Progress, absent::Hidden, sealer::Sealer};
 use crate::{
@@ -27,7 +27,7 @@ pub(super) enum Snapshots {
     Withhold,
 }
 
-/// What one operation did, shared by its threads.
+/// The effects of one operation, shared by its threads.
 #[derive(Debug, Default)]
 pub(super) struct Trace {
     failed: AtomicBool,
@@ -36,7 +36,7 @@ pub(super) struct Trace {
 }
 
 impl Trace {
-    /// Remembers the first failure and makes the rest of the operation stop.
+    /// Records the first failure and makes the rest of the operation stop.
     pub(super) fn fail(&self, error: Error) {
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(error);
@@ -57,23 +57,21 @@ impl Trace {
     }
 }
 
-/// The backend.
 pub(super) struct Backend {
     pub(super) files: Arc<dyn Files>,
     pub(super) snapshots: Snapshots,
     pub(super) progress: Option<Arc<dyn Progress>>,
     pub(super) trace: Arc<Trace>,
-    /// Packs that are in no index that rustic reads.
+    /// Packs to hide from the index that rustic reads.
     pub(super) hidden: Option<Arc<Hidden>>,
-    /// A level that rustic is to find in the config, and what opens and seals it.
+    /// A compression level to insert into the config that rustic reads, and the key for that.
     pub(super) level: Option<(i32, Sealer)>,
 }
 
-/// A config that says another level: rustic takes it from there alone, and to write the file anew for it would be
-/// one more file that changes.
+/// The config with another compression level. rustic reads the level only from the config, and rewriting the file
+/// for it would mean one more file that changes.
 fn with_level(sealed: &[u8], level: i32, sealer: &Sealer) -> Result<Bytes, Error> {
-    let bad =
-        || Error::new(Kind::Corrupt, Op::Open, "config", "expected restic's JSON of a config");
+    let bad = || Error::new(Kind::Corrupt, Op::Open, "config", "expected restic's config JSON");
     let json = sealer.open_file(sealed).ok_or_else(bad)?;
     let mut config: ConfigFile = serde_json::from_slice(&json).map_err(|_| bad())?;
     config.compression = Some(level);
@@ -91,12 +89,12 @@ fn kind(tpe: FileType) -> BaseKind {
     }
 }
 
-/// rustic's id as ours: it gives its bytes as text only.
+/// Converts rustic's id to ours. rustic exposes its bytes as text only.
 pub(super) fn sum(id: Id) -> RusticResult<Sha256Sum> {
     id.to_hex().as_str().parse().map_err(|e| wrap("read an id", e))
 }
 
-/// Our sum as rustic's id.
+/// Converts our checksum to rustic's id.
 pub(super) fn id(sum: Sha256Sum) -> Id {
     Id::new(*sum.bytes())
 }
@@ -119,7 +117,7 @@ impl ReadBackend for Backend {
 
     fn list_with_size(&self, tpe: FileType) -> RusticResult<Vec<(Id, u32)>> {
         let files = self.files.list(kind(tpe)).map_err(|e| wrap("list files", e))?;
-        // A pack is far below 4 GiB; a larger file is somebody's mistake and fails its size check.
+        // A pack is far below 4 GiB; a larger file is an error and fails its size check.
         Ok(files
             .into_iter()
             .map(|(f, n)| (id(f.id), u32::try_from(n).unwrap_or(u32::MAX)))

@@ -1,8 +1,9 @@
-//! Proves what is stored.
+//! Verifies a repository.
 //!
-//! Everything but packs is read and checked against its name; packs are compared in size with what their index demands; the
-//! trees of every snapshot are read, and every chunk is looked up. Of the packs, a share is read whole: its SHA-256 must be
-//! its name, and every piece in it must open. Goes on after a problem, so that one run names them all.
+//! Everything but packs is read and checked against its name. Packs are compared in size with what the index says. The
+//! trees of every snapshot are read, and every chunk is looked up. A share of the packs is read completely: a pack's
+//! SHA-256 must be its name, and every piece in it must decrypt. Checking continues after a problem, so that one run
+//! reports all of them.
 
 use super::{
     Progress, Repository, SnapshotId,
@@ -26,19 +27,19 @@ use std::{
     },
 };
 
-/// Of a pack that is named in vain.
-const UNNEEDED: &str = "the index names it, but it is not there, and no snapshot needs it; hint: klio retention apply takes it out of the index";
-/// Packs in memory at once.
+/// The problem of a pack that the index names but nobody needs.
+const UNNEEDED: &str = "the index names it, but it does not exist, and no snapshot needs it; hint: klio retention apply removes it from the index";
+/// Packs that are in memory at the same time.
 const READERS_MAX: usize = 4;
 
-/// Something that is not as it was stored.
+/// Damaged or missing data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The file that is damaged or missing, where one is to blame; another copy of it repairs it.
+    /// The damaged or missing file, if a single one is to blame; another copy of it repairs the problem.
     pub file: Option<BaseFile>,
-    /// The one snapshot that is not whole, where the problem is no other's.
+    /// The incomplete snapshot, if the problem affects only this one.
     pub snapshot: Option<SnapshotId>,
-    /// For people.
+    /// The problem as a sentence.
     pub detail: String,
 }
 
@@ -49,10 +50,11 @@ impl fmt::Display for Problem {
 }
 
 impl Repository {
-    /// Checks the structure, and reads `read_percent` (0 to 100) of the bytes of packs, chosen at random.
+    /// Checks the structure, and reads `read_percent` (0 to 100) of the bytes in packs, chosen at random.
     ///
     /// # Errors
-    /// Trouble that says nothing about what is stored, as an unreachable place. Everything else is a problem.
+    /// Errors that say nothing about the stored data, such as an unreachable store. Everything else is reported as a
+    /// problem.
     pub fn check(
         &self,
         read_percent: f64,
@@ -79,21 +81,21 @@ impl Repository {
 struct Check<'a> {
     repository: &'a Repository,
     problems: Vec<Problem>,
-    /// Packs that the index names and that are not there.
+    /// Packs that the index names but that do not exist.
     absent: Vec<BaseFile>,
-    /// Packs that the index names without a mark: they were looked for.
+    /// Packs that the index names unmarked; their existence was checked.
     seen: BTreeSet<BaseFile>,
 }
 
-/// What snapshots need.
+/// What the snapshots need.
 struct Needed {
     /// Positions in `Index::packs`.
     packs: BTreeSet<u32>,
-    /// Every snapshot could be read, so that they need no more.
+    /// Whether every snapshot could be read, so that nothing else is needed.
     all: bool,
 }
 
-/// Whether an error tells of what is stored, not of the way to it.
+/// Whether an error is about the stored data, not about the access to it.
 fn is_finding(error: &Error) -> bool {
     matches!(error.kind, Kind::Corrupt | Kind::NotFound | Kind::Invalid)
 }
@@ -104,7 +106,7 @@ impl Check<'_> {
         self.problems.push(Problem { file, snapshot, detail: detail.to_string() });
     }
 
-    /// Keeps a finding, passes other errors on.
+    /// Records an error about the data as a problem, and returns other errors.
     fn note<T>(
         &mut self,
         file: Option<BaseFile>,
@@ -120,7 +122,7 @@ impl Check<'_> {
         }
     }
 
-    /// The config and the keys.
+    /// Checks the config and the keys.
     fn small_files(&mut self) -> Result<(), Error> {
         let repository = self.repository;
         let config = self.note(
@@ -131,7 +133,7 @@ impl Check<'_> {
             && repository.key.sealer.open_file(&sealed).is_none()
         {
             let detail =
-                repository.damaged(BaseFile::CONFIG, "the repository's key does not open it");
+                repository.damaged(BaseFile::CONFIG, "the repository's key does not decrypt it");
             self.problem(Some(BaseFile::CONFIG), detail);
         }
         let keys = repository.files.list(BaseKind::Key)?;
@@ -158,16 +160,16 @@ impl Check<'_> {
         Ok(index)
     }
 
-    /// Every pack of the index is there, with the size the index demands.
+    /// Checks that every pack in the index exists and has the size that the index says.
     fn packs(&mut self, index: &Index) -> Result<(), Error> {
         let there: BTreeMap<_, _> =
             self.repository.files.list(BaseKind::Data)?.into_iter().collect();
-        // A pack that is named twice is wanted if one says so.
+        // If a pack is named more than once, one unmarked entry is enough to need it.
         let mut packs: Vec<_> = index.packs.iter().collect();
         packs.sort_by_key(|pack| (pack.id, pack.marked));
         for pack in packs {
             let file = pack.file();
-            // Marked packs may go at any time, and some are marked without what is in them.
+            // Marked packs may be removed at any time, and some are marked without a list of their contents.
             if pack.marked || !self.seen.insert(file) {
                 continue;
             }
@@ -183,20 +185,20 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Says of absent packs what to do: one that nobody needs is only in the way.
+    /// Reports missing packs: one that nobody needs is only clutter in the index.
     fn absent(&mut self, index: &Index, needed: &Needed) {
         let packs: BTreeSet<Sha256Sum> =
             needed.packs.iter().map(|&pack| index.packs[pack as usize].id).collect();
         for file in std::mem::take(&mut self.absent) {
             let detail = match needed.all && !packs.contains(&file.id) {
                 true => UNNEEDED,
-                false => "the index names it, but it is not there",
+                false => "the index names it, but it does not exist",
             };
             self.problem(Some(file), self.repository.damaged(file, detail));
         }
     }
 
-    /// A pack that is marked for removal and that a snapshot needs all the same must be there, too.
+    /// A pack that a snapshot needs must exist even if it is marked for removal.
     fn marked(&mut self, index: &Index, needed: &Needed) {
         let gone: BTreeSet<BaseFile> = needed
             .packs
@@ -206,13 +208,13 @@ impl Check<'_> {
             .map(|pack| pack.file())
             .collect();
         for file in gone {
-            let detail =
-                "marked for removal, but a snapshot needs it, and it is not there or not whole";
+            let detail = "marked for removal, but a snapshot needs it, and it is missing or has the wrong size";
             self.problem(Some(file), self.repository.damaged(file, detail));
         }
     }
 
-    /// Every tree of every snapshot can be read, and every chunk is in the index. Gives the packs that they need.
+    /// Checks that every tree of every snapshot can be read and every chunk is in the index. Returns the packs that
+    /// they need.
     fn snapshots(&mut self, index: &Arc<Index>) -> Result<Needed, Error> {
         let mut all = Needed { packs: BTreeSet::new(), all: true };
         for (file, _) in self.repository.files.list(BaseKind::Snapshot)? {
@@ -237,7 +239,7 @@ impl Check<'_> {
         Ok(all)
     }
 
-    /// Reads packs whole.
+    /// Reads packs completely.
     fn read(
         &mut self,
         index: &Index,
@@ -248,7 +250,7 @@ impl Check<'_> {
         let mut packs: Vec<_> = blobs
             .chunk_by(|a, b| a.2.pack == b.2.pack)
             .filter(|pack| {
-                // What is not there, or not whole, was told before.
+                // Missing packs, and packs of the wrong size, were reported before.
                 let pack = index.pack(&pack[0].2);
                 !pack.marked && !pack.absent
             })

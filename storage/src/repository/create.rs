@@ -1,9 +1,9 @@
-//! A repository's beginning: its secret, its config, its key file; and opening it.
+//! Creating a repository (its secret, config and key file), and opening it.
 //!
-//! The master key comes from the secret, not from a password: opening derives nothing. The key file is for stock
-//! restic, which derives the same master key from the password (P10). It is written after the config and again
-//! where it is missing, so that a crash between the two is repaired by the next `create`. Deriving its key takes 128 MiB for a
-//! moment: one at a time in the whole process, however many clusters begin at once.
+//! The master key comes from the secret, not from a password, so opening does not derive a key. The key file is for
+//! stock restic, which gets the same master key with the password (P10). It is written after the config, and again if
+//! it is missing, so that a crash between the two is repaired by the next `create`. Deriving its key takes 128 MiB for
+//! a moment, so only one derivation runs at a time in the whole process, however many clusters start at once.
 
 use super::{Files, Key, Repository, Secret, Settings, Snapshots, read_checked, sealer};
 use crate::{
@@ -20,19 +20,19 @@ use sealer::Sealer;
 use std::sync::{Arc, Mutex, PoisonError};
 use zeroize::Zeroizing;
 
-/// Bytes of randomness in a password: as much as the AES key that it leads to.
+/// Bytes of randomness in a password: as much as in the AES key that it protects.
 const PASSWORD_BYTES: usize = 32;
-/// Trees are small and read often; rustic's own default.
+/// Trees are small and read often; this is rustic's own default.
 const TREE_PACK: ByteSize = ByteSize::mib(4);
 
 /// Held while scrypt runs.
 static DERIVING: Mutex<()> = Mutex::new(());
 
 impl Secret {
-    /// A new one, from the operating system's randomness.
+    /// Generates a secret from the operating system's randomness.
     ///
     /// # Panics
-    /// When the system has no randomness.
+    /// When the operating system provides no randomness.
     pub fn generate() -> Self {
         let mut bytes = Zeroizing::new([0; PASSWORD_BYTES]);
         rand::rng().fill_bytes(bytes.as_mut_slice());
@@ -44,7 +44,7 @@ impl Secret {
 }
 
 impl Settings {
-    /// What is wrong with it.
+    /// Checks the settings.
     ///
     /// # Errors
     /// `Invalid` names the setting and what it allows.
@@ -71,13 +71,14 @@ impl Settings {
         let mut options = ConfigOptions::default()
             .set_chunker(Chunker::FixedSize)
             .set_compression(self.compression_level)
-            // The size of a pack does not depend on the size of the repository: memory is bounded, and a tier-2
-            // job too.
+            // The size of a pack does not depend on the size of the repository, which bounds memory and the size of a
+            // tier-2 job.
             .set_datapack_growfactor(0)
             .set_treepack_growfactor(0)
-            // Whoever stores a file compares its SHA-256, and a chunk that was damaged before fails its own.
+            // Not needed: whoever stores a file compares its SHA-256, and a chunk that was damaged before that fails
+            // its own.
             .set_extra_verify(false);
-        // The type is of a crate that rustic does not re-export; it reads its own text.
+        // The type is from a crate that rustic does not re-export, but it parses its own text form.
         options.set_chunk_size = Some(size(self.chunk_size).parse().map_err(bad_size)?);
         options.set_datapack_size = Some(size(self.pack_size).parse().map_err(bad_size)?);
         options.set_treepack_size = Some(size(TREE_PACK).parse().map_err(bad_size)?);
@@ -94,10 +95,10 @@ fn bad_size(error: String) -> Error {
 }
 
 impl Repository {
-    /// Makes a repository, or opens the one that was made with the same secret: doing it again is harmless.
+    /// Creates a repository, or opens an existing one with the same secret, so repeating it is harmless.
     ///
     /// # Errors
-    /// `Conflict` where there is one with another key; else as `files` fails.
+    /// `Conflict` if there is one with another key; otherwise an error of `files`.
     pub fn create(
         files: Arc<dyn Files>,
         secret: &Secret,
@@ -107,7 +108,7 @@ impl Repository {
         if files.list(BaseKind::Config)?.is_empty() {
             let repository = Self::unopened(Arc::clone(&files), secret)?;
             match repository.write_config(settings) {
-                // Somebody else was faster, or an earlier try did more than it said.
+                // Another process was faster, or an earlier attempt succeeded further than it reported.
                 Err(error) if error.kind == Kind::Conflict => {}
                 other => other?,
             }
@@ -123,8 +124,8 @@ impl Repository {
     /// Opens an existing repository.
     ///
     /// # Errors
-    /// `NotFound` without a repository; `Denied` when the secret is another one's; `Corrupt` when the config does not
-    /// say what a config says.
+    /// `NotFound` without a repository; `Denied` when the secret belongs to another one; `Corrupt` when the config
+    /// cannot be parsed.
     pub fn open(files: Arc<dyn Files>, secret: &Secret) -> Result<Self, Error> {
         let repository = Self::unopened(files, secret)?;
         let fail = |kind, detail: &str| {
@@ -133,10 +134,13 @@ impl Repository {
         };
         let sealed = read_checked(repository.files.as_ref(), BaseFile::CONFIG)?;
         let json = repository.key.sealer.open_file(&sealed).ok_or_else(|| {
-            fail(Kind::Denied, "the key does not open it: it is another repository's, or damaged")
+            fail(
+                Kind::Denied,
+                "the key does not decrypt it: it belongs to another repository, or is damaged",
+            )
         })?;
         let config: ConfigFile = serde_json::from_slice(&json)
-            .map_err(|_| fail(Kind::Corrupt, "expected restic's JSON of a config"))?;
+            .map_err(|_| fail(Kind::Corrupt, "expected restic's config JSON"))?;
         if config.version != 2 {
             let detail = format!("expected format version 2, found {}", config.version);
             return Err(fail(Kind::Invalid, &detail));
@@ -161,13 +165,13 @@ impl Repository {
             .map_err(|e| trace.take_error().unwrap_or_else(|| self.fail(Op::Create, e)))
     }
 
-    /// Writes the key file for the password where there is none.
+    /// Writes the key file for the password if there is none.
     fn require_key(&self, secret: &Secret) -> Result<(), Error> {
         if !self.files.list(BaseKind::Key)?.is_empty() {
             return Ok(());
         }
         let (opened, _) = self.rustic(Snapshots::Save)?;
-        // What was left half done by a panic is nothing: the key is written by the last step.
+        // The lock's poison is ignored: a panic leaves nothing half done, because the last step writes the key.
         let _one = DERIVING.lock().unwrap_or_else(PoisonError::into_inner);
         let options = KeyOptions::default().hostname("klio".to_owned()).username("klio".to_owned());
         opened.add_key(&secret.password, &options).map_err(|e| self.fail(Op::Create, e))?;

@@ -1,24 +1,24 @@
 //! Turns rustic's errors into ours.
 //!
-//! Our own error, where one lies at the bottom of the chain, keeps its kind: a full disk stays `Full`. What rustic
-//! finds wrong by itself is damage: the repository does not hold what its own files say (`Corrupt`).
+//! If one of our own errors is at the bottom of the chain, its kind is preserved: a full disk stays `Full`. Errors
+//! that rustic detects by itself mean damage: the repository does not contain what its own files say (`Corrupt`).
 
 use crate::{Error, Kind, Op};
 use rustic_core::RusticError;
 use std::error::Error as StdError;
 
-/// `op` on `place` failed inside rustic.
+/// The error for an `op` on `place` that failed inside rustic.
 pub(super) fn classify(op: Op, place: &str, error: Box<RusticError>) -> Error {
     if let Some(own) = own(error.as_ref()) {
         return own;
     }
-    // rustic's text has line breaks and advice about its own programs; one line is enough here.
+    // rustic's text has line breaks and advice about its own programs; use one line of it.
     let text = error.display_log();
     let text = text.strip_prefix("Error: ").unwrap_or(&text).replace('\n', " ");
     Error::new(Kind::Corrupt, op, place, text).with_source(error)
 }
 
-/// Our error in the chain below `error`, as a new one with the same words.
+/// Our error in the chain below `error`, copied.
 fn own(error: &(dyn StdError + 'static)) -> Option<Error> {
     let mut cause = error.source();
     while let Some(current) = cause {

@@ -1,4 +1,4 @@
-//! Where the files of a repository are kept.
+//! The places where repository files are stored.
 
 mod bucket;
 mod local;
@@ -18,39 +18,40 @@ use crate::{
 };
 use bytes::Bytes;
 
-/// A place for repository files: tier 1, the bucket, or a server behind gRPC. Every call blocks.
+/// A place for repository files: tier 1, the bucket, or a server over gRPC. Every call blocks.
 pub trait Files: Send + Sync + std::fmt::Debug + 'static {
-    /// For messages; holds no secret.
+    /// The name of the place for messages; contains no secret.
     fn place(&self) -> String;
 
-    /// Every file of a kind with its size in bytes.
+    /// Every file of a kind with its size in bytes. An empty place gives an empty list.
     ///
     /// # Errors
-    /// As the place fails; an empty place is an empty list.
+    /// An error of the place.
     fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error>;
 
-    /// A whole file.
+    /// Reads a whole file.
     ///
     /// # Errors
     /// `NotFound` is definitive.
     fn read(&self, file: BaseFile) -> Result<Bytes, Error>;
 
-    /// `length` bytes from `offset` on.
+    /// Reads `length` bytes from `offset` on.
     ///
     /// # Errors
     /// `NotFound` is definitive; `Corrupt` when the file is shorter.
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error>;
 
-    /// Stores a file that is the parts one after the other. Durable on return (REPO1); storing the same
-    /// again is no error.
+    /// Stores a file whose content is the parts in order. Durable on return (REPO1); storing the same file
+    /// again succeeds.
     ///
     /// # Errors
-    /// `Conflict` for other bytes under the same name; `Corrupt` when the bytes are not what the name says.
+    /// `Conflict` if other bytes are stored under the name; `Corrupt` when the bytes do not have the
+    /// SHA-256 in the name.
     fn write(&self, file: BaseFile, parts: &[Bytes]) -> Result<(), Error>;
 
-    /// Removes a file; one that is not there is no error.
+    /// Removes a file; a missing file is not an error.
     ///
     /// # Errors
-    /// `Denied` where only appending is allowed.
+    /// `Denied` if only appending is allowed.
     fn remove(&self, file: BaseFile) -> Result<(), Error>;
 }

@@ -1,6 +1,7 @@
-//! Makes packs, index files and snapshots by hand, true or not: for tests of what a hostile client can do. Not used by the programs.
+//! Builds valid and invalid packs, index files and snapshots, for tests of what a hostile client can do. Not used by
+//! the programs.
 //!
-//! Whoever has a cluster's certificate has its repository's key, and can make all of these.
+//! Whoever has a cluster's certificate has the key of its repository, and can build all of these.
 
 use super::{Secret, sealer, sealer::Sealer};
 use crate::{Error, tier2::Sha256Sum};
@@ -8,18 +9,18 @@ use crate::{Error, tier2::Sha256Sum};
 /// A piece to put into a pack.
 #[derive(Debug, Clone)]
 pub struct ForgedPiece {
-    /// The name that the pack's list gives it.
+    /// The id in the pack's list.
     pub id: Sha256Sum,
-    /// A tree; else data.
+    /// Whether it is a tree; otherwise data.
     pub tree: bool,
-    /// What is stored, before it is compressed.
+    /// The content before compression.
     pub plain: Vec<u8>,
-    /// The length that the list says; `None`: stored without compression.
+    /// The uncompressed length in the pack's list; `None`: stored without compression.
     pub says: Option<u32>,
 }
 
 impl ForgedPiece {
-    /// One that is what it says.
+    /// A valid piece.
     pub fn good(plain: &[u8]) -> Self {
         let says = Some(plain.len() as u32);
         Self { id: Sha256Sum::of(plain), tree: false, plain: plain.to_vec(), says }
@@ -33,36 +34,36 @@ impl ForgedPiece {
     }
 }
 
-/// Has the key.
+/// Has the key of a repository.
 #[derive(Debug)]
 pub struct Forge(Sealer);
 
 impl Forge {
-    /// Of a repository.
+    /// Uses the key of a repository.
     ///
     /// # Errors
-    /// `Invalid` for a secret that is none.
+    /// `Invalid` for a malformed secret.
     pub fn new(secret: &Secret) -> Result<Self, Error> {
         Ok(Self(Sealer::new(&sealer::master_key(secret)?)))
     }
 
-    /// Any bytes, encrypted: an index or a snapshot from its JSON.
+    /// Encrypts any bytes, such as the JSON of an index or a snapshot.
     ///
     /// # Errors
-    /// Never, as far as is known.
+    /// None are known.
     pub fn seal(&self, plain: &[u8]) -> Result<Vec<u8>, Error> {
         self.0.seal(plain)
     }
 
-    /// What an index or a snapshot says; `None` when it is none of this repository.
+    /// The JSON of an index or a snapshot; `None` when it does not belong to this repository.
     pub fn open(&self, sealed: &[u8]) -> Option<serde_json::Value> {
         serde_json::from_slice(&self.0.open_file(sealed)?).ok()
     }
 
-    /// A pack with these pieces and the list that says so, and the entry of an index for it.
+    /// Builds a pack with these pieces and their list, and the index entry for it.
     ///
     /// # Errors
-    /// Never, as far as is known.
+    /// None are known.
     pub fn pack(&self, pieces: &[ForgedPiece]) -> Result<(Vec<u8>, serde_json::Value), Error> {
         let (mut pack, mut list, mut blobs) = (Vec::new(), Vec::new(), Vec::new());
         for piece in pieces {
@@ -89,10 +90,10 @@ impl Forge {
         Ok((pack, entry))
     }
 
-    /// An index file with these entries.
+    /// Builds an index file with these entries.
     ///
     /// # Errors
-    /// Never, as far as is known.
+    /// None are known.
     pub fn index(&self, packs: &[serde_json::Value]) -> Result<Vec<u8>, Error> {
         self.seal(serde_json::json!({"packs": packs}).to_string().as_bytes())
     }

@@ -1,10 +1,11 @@
-//! Where every chunk and tree lies: the index files of the repository, as one sorted table.
+//! Where every chunk and tree is: the index files of the repository as one sorted table.
 //!
-//! Packs that maintenance has marked for removal are in it too, behind those that are not: until they go (REPO4) they are
-//! as good as any, and a snapshot that was saved beside a maintenance may still need them. Packs that are named and not there,
-//! or not whole where they are looked for first, come last of all (`absent.rs`).
+//! Packs that maintenance has marked for removal are included, after the unmarked ones: until they are removed (REPO4)
+//! they are as good as any, and a snapshot that was saved beside a maintenance run may still need them. Packs that are
+//! named but missing, or that have the wrong size at the place where they are looked for first, come last
+//! (`absent.rs`).
 //!
-//! About 48 bytes of memory for each chunk.
+//! Takes about 48 bytes of memory per chunk.
 
 use super::{Repository, read_checked};
 use crate::{
@@ -15,10 +16,10 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Maintenance replaces index files; whoever listed the old ones looks again.
+/// Maintenance replaces index files, so a reader that listed the old ones has to retry.
 const TRIES: usize = 5;
 
-/// An index file, as restic documents it; `packs_to_delete` is rustic's.
+/// An index file as restic documents it; `packs_to_delete` is rustic's addition.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct IndexJson {
     pub(super) packs: Vec<PackJson>,
@@ -43,7 +44,7 @@ pub(super) struct BlobJson {
     pub(super) uncompressed_length: Option<u32>,
 }
 
-/// What a piece of a pack is.
+/// The type of a piece in a pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum BlobKind {
@@ -51,20 +52,20 @@ pub(super) enum BlobKind {
     Tree,
 }
 
-/// Where a piece lies.
+/// The location of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     /// Position in `Index::packs`.
     pub(super) pack: u32,
     pub(super) offset: u32,
-    /// Encrypted bytes in the pack.
+    /// Length in the pack, encrypted.
     pub(super) length: u32,
-    /// Bytes before compression; 0 when it is not compressed.
+    /// Length before compression; 0 when it is not compressed.
     pub(super) raw: u32,
 }
 
 impl Place {
-    /// Bytes of the piece itself.
+    /// The plain length of the piece.
     pub(super) fn plain(&self) -> u64 {
         match self.raw {
             0 => u64::from(self.length).saturating_sub(32),
@@ -78,12 +79,12 @@ pub(super) struct Pack {
     pub(super) id: Sha256Sum,
     /// The index file that names it.
     pub(super) index: Sha256Sum,
-    /// Marked for removal.
+    /// Whether it is marked for removal.
     pub(super) marked: bool,
-    /// Bytes of the file, as its header's form demands.
+    /// The size of the file, computed from the lengths in its index entry.
     pub(super) size: u64,
-    /// In neither tier, or not whole on tier 1: then the other tier may have it, and a verification repairs it. Or known to be
-    /// damaged, and left out of the listing.
+    /// The pack is in neither tier, or has the wrong size on tier 1; in the latter case the other tier may have it, and
+    /// a verification repairs it. Or it is known to be damaged and was left out of the listing.
     pub(super) absent: bool,
 }
 
@@ -93,27 +94,26 @@ impl Pack {
     }
 }
 
-/// The table.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     pub(super) packs: Vec<Pack>,
-    /// Sorted by kind and id, absent ones last, unmarked before marked.
+    /// Sorted by kind and id, missing packs last, unmarked before marked.
     blobs: Vec<(BlobKind, Sha256Sum, Place)>,
-    /// What the index said of marked packs, to put them back.
+    /// The index entries of marked packs, needed to unmark them.
     marked: BTreeMap<u32, PackJson>,
 }
 
-/// restic's pack header: 37 bytes for a piece, 41 for a compressed one, then nonce, tag and length.
+/// restic's pack header: 37 bytes per piece, 41 for a compressed one, then nonce, tag and length.
 fn pack_size(pack: &PackJson) -> u64 {
     let entry = |blob: &BlobJson| if blob.uncompressed_length.is_some() { 41 } else { 37 };
     pack.blobs.iter().map(|blob| u64::from(blob.length) + entry(blob)).sum::<u64>()
         + EMPTY_PACK_BYTES
 }
 
-/// Of a pack without pieces.
+/// The size of a pack without pieces.
 const EMPTY_PACK_BYTES: u64 = 36;
 
-/// Only the names in an index file.
+/// Only the pack ids in an index file.
 #[derive(Debug, Deserialize)]
 pub(super) struct IndexIds {
     packs: Vec<PackId>,
@@ -137,7 +137,7 @@ impl Index {
         self.places(kind, *id).next()
     }
 
-    /// Every place of a piece, the best first.
+    /// Every location of a piece, the best first.
     pub(super) fn places(&self, kind: BlobKind, id: Sha256Sum) -> impl Iterator<Item = &Place> {
         let at = self.blobs.partition_point(|(k, i, _)| (k, i) < (&kind, &id));
         let found = self.blobs[at..].iter().take_while(move |(k, i, _)| (*k, i) == (kind, &id));
@@ -148,8 +148,8 @@ impl Index {
         &self.packs[place.pack as usize]
     }
 
-    /// Of every piece that is in two packs or more, those packs that are to stay. One that is marked goes, and is needed again
-    /// only where those that stay are bad.
+    /// For every piece that is in two or more packs: the packs that will stay. A marked pack will be removed, and is
+    /// needed again only if those that stay are bad.
     pub(super) fn sharing(&self) -> BTreeSet<Sha256Sum> {
         let mut found = BTreeSet::new();
         for same in self.blobs.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
@@ -163,7 +163,7 @@ impl Index {
         found
     }
 
-    /// The packs, and every piece, sorted by pack and offset; in the same memory.
+    /// The packs, and every piece sorted by pack and offset, without additional memory.
     pub(super) fn into_by_pack(self) -> (Vec<Pack>, Vec<(BlobKind, Sha256Sum, Place)>) {
         let mut blobs = self.blobs;
         blobs.sort_unstable_by_key(|(_, _, place)| (place.pack, place.offset));
@@ -195,10 +195,10 @@ impl Index {
         }
     }
 
-    /// Sorts, with the packs that are there before those that are not (ABSENT1).
+    /// Sorts, with existing packs before missing ones (ABSENT1).
     pub(super) fn sort(&mut self, there: &BTreeMap<BaseFile, u64>) {
         for pack in &mut self.packs {
-            // One that was marked without what is in it has no size to compare.
+            // A pack that was marked without a list of its contents has no size to compare.
             let whole = |size: &u64| *size == pack.size || pack.size == EMPTY_PACK_BYTES;
             pack.absent = !there.get(&pack.file()).is_some_and(whole);
         }
@@ -209,7 +209,7 @@ impl Index {
         });
     }
 
-    /// The packs that are named and not there, or not whole.
+    /// The packs that are named but missing or of the wrong size.
     pub(super) fn absent(&self) -> BTreeSet<Sha256Sum> {
         self.packs.iter().filter(|pack| pack.absent).map(|pack| pack.id).collect()
     }
@@ -223,7 +223,7 @@ impl Repository {
             for (file, _) in self.files.list(BaseKind::Index)? {
                 self.add_index_file(&mut index, file)?;
             }
-            // After the index: what it names was there before it.
+            // Listed after the index was read: every pack existed before the index named it.
             index.sort(&self.files.list(BaseKind::Data)?.into_iter().collect());
             Ok(index)
         })
@@ -232,19 +232,19 @@ impl Repository {
     pub(super) fn add_index_file(&self, index: &mut Index, file: BaseFile) -> Result<(), Error> {
         let json = self.read_json(file)?;
         let content: IndexJson = serde_json::from_slice(&json)
-            .map_err(|_| self.damaged(file, "expected restic's JSON of an index"))?;
+            .map_err(|_| self.damaged(file, "expected restic's index JSON"))?;
         content.packs.into_iter().for_each(|pack| index.add(file.id, pack, false));
-        // Packs that no index named are marked without their content; nobody can look anything up in them.
+        // Packs that no index named are marked without their contents; nothing can be looked up in them.
         let marked = content.packs_to_delete.into_iter();
         marked.for_each(|pack| index.add(file.id, pack, true));
         Ok(())
     }
 
-    /// The JSON of an index or a snapshot, checked and decrypted.
+    /// The JSON of an index or a snapshot, verified and decrypted.
     pub(super) fn read_json(&self, file: BaseFile) -> Result<Vec<u8>, Error> {
         let sealed = read_checked(self.files.as_ref(), file)?;
         let json = self.key.sealer.open_file(&sealed);
-        json.ok_or_else(|| self.damaged(file, "the repository's key does not open it"))
+        json.ok_or_else(|| self.damaged(file, "the repository's key does not decrypt it"))
     }
 
     pub(super) fn damaged(&self, file: BaseFile, detail: impl std::fmt::Display) -> Error {
@@ -262,7 +262,7 @@ impl Repository {
     }
 }
 
-/// Again while a file that was listed is gone: maintenance wrote new index files before it removed the old ones.
+/// Retries while a listed file is missing: maintenance writes new index files before it removes the old ones.
 pub(super) fn retried<T>(mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
     let mut tries = 1;
     loop {

@@ -1,9 +1,10 @@
-//! What only the server does: forgetting snapshots, and removing what no snapshot needs (P8).
+//! Operations of the server only: forgetting snapshots, and removing what no snapshot needs (P8).
 //!
-//! REPO4: in two phases. A pack that is not needed is marked, and goes when it has been marked for `keep_marked`; one that is
-//! needed again meanwhile is put back. Packs younger than `keep_marked` are not touched at all: they may belong to a
-//! backup that has not saved its snapshot yet. So nothing that a backup or a restore saw in an index vanishes under it, as long
-//! as it takes less than `keep_marked`. P6: a snapshot or index that cannot be read fails the whole prune.
+//! REPO4: removal has two phases. An unneeded pack is marked, and is removed after it has been marked for
+//! `keep_marked`. If it is needed again meanwhile, it is unmarked. Packs younger than `keep_marked` are not touched at
+//! all, because they may belong to a backup that has not saved its snapshot yet. So nothing that a backup or a restore
+//! saw in an index is removed while it runs, as long as it takes less than `keep_marked`. P6: a snapshot or index that
+//! cannot be read makes the whole prune fail.
 
 use super::{
     Repository, SnapshotId, Snapshots,
@@ -21,46 +22,47 @@ use std::{
     time::Duration,
 };
 
-/// What a prune did.
+/// The result of a prune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PruneOutcome {
-    /// Packs marked now, to go after `keep_marked`.
+    /// Packs that were marked now, to be removed after `keep_marked`.
     pub packs_marked: u64,
-    /// Packs whose useful rest was written anew; they were marked, too.
+    /// Packs whose needed contents were written to new packs; they were marked as well.
     pub packs_repacked: u64,
     /// Marked packs that are needed again.
     pub packs_recovered: u64,
     /// Packs that were removed.
     pub packs_removed: u64,
-    /// Their bytes.
+    /// Size of the removed packs in bytes.
     pub bytes_removed: u64,
     /// Bytes that are still needed.
     pub bytes_used: u64,
-    /// Bytes that will go, marked or waiting to be repacked.
+    /// Bytes that will be removed: marked, or waiting to be repacked.
     pub bytes_unused: u64,
 }
 
-/// rustic's own sum of unused packs has the young ones in it that it keeps.
+/// rustic's own total of unused packs includes the young ones that it keeps.
 fn packs_to_mark(stats: &PruneStats) -> u64 {
-    // The type of what to do with a pack is not exported; its name is.
+    // The type of the planned action is not exported, but its name is.
     let marked = stats.debug.0.iter().filter(|(key, _)| format!("{:?}", key.todo) == "MarkDelete");
     marked.map(|(_, packs)| packs.packs).sum()
 }
 
 impl Repository {
-    /// Forgets snapshots. What only they needed stays until `prune`. One that is gone already is no error.
+    /// Forgets snapshots. Data that only they needed stays until `prune`. A snapshot that no longer exists is not an
+    /// error.
     ///
     /// # Errors
-    /// As the files fail; those before it are forgotten then.
+    /// An error of the files; the snapshots before the failed one are then forgotten.
     pub fn forget(&self, ids: &[SnapshotId]) -> Result<(), Error> {
         ids.iter().try_for_each(|id| self.files.remove(id.file()))
     }
 
-    /// Removes what was marked long enough ago, and marks what no snapshot needs. One at a time for a repository, and not
-    /// beside a backup that has run for longer than `keep_marked`.
+    /// Removes packs that were marked long enough ago, and marks packs that no snapshot needs. Only one may run per
+    /// repository, and none beside a backup that has been running for longer than `keep_marked`.
     ///
     /// # Errors
-    /// As files fail, and when anything cannot be read.
+    /// An error of the files, or anything that cannot be read.
     pub fn prune(&self, keep_marked: Duration) -> Result<PruneOutcome, Error> {
         let (opened, _) = self.rustic(Snapshots::Save)?;
         let keep =
@@ -73,7 +75,7 @@ impl Repository {
         options.keep_delete = keep;
         options.keep_pack = keep;
         options.instant_delete = false;
-        // Listed before the plan lists them: a snapshot too many here costs a look, one too few would cost data.
+        // Listed before the plan lists them: a surplus snapshot here costs one check, a missing one would cost data.
         let known = self.files.list(BaseKind::Snapshot)?;
         let plan = opened.prune_plan(&options).map_err(|e| self.fail(Op::Read, e))?;
         let (stats, size) = (&plan.stats, plan.stats.size_sum());
@@ -91,7 +93,7 @@ impl Repository {
         Ok(outcome)
     }
 
-    /// Puts back what was marked although a snapshot needs it that was saved meanwhile.
+    /// Unmarks packs that are needed by a snapshot which was saved meanwhile.
     fn keep_newcomers(&self, known: &[(BaseFile, u64)]) -> Result<(), Error> {
         let mut now = self.files.list(BaseKind::Snapshot)?;
         now.retain(|snapshot| !known.contains(snapshot));
@@ -107,17 +109,17 @@ impl Repository {
         Ok(())
     }
 
-    /// The files that these snapshots need, so that whoever has them can restore each: packs, index files, the snapshots, the
-    /// config and the keys.
+    /// The files that are needed to restore these snapshots: packs, index files, the snapshots, the config and the
+    /// keys.
     ///
     /// # Errors
-    /// `NotFound` when one of them is gone; `Corrupt` when something cannot be read.
+    /// `NotFound` when one of them is missing; `Corrupt` when something cannot be read.
     pub fn packs_of(&self, snapshots: &[SnapshotId]) -> Result<BTreeSet<BaseFile>, Error> {
         Ok(self.needed_by(snapshots)?.into_keys().collect())
     }
 
-    /// As `packs_of`, and how many bytes each must have where that is known: of packs, by the index. A pack that is not
-    /// there is among them only when nothing else has what is in it (ABSENT1).
+    /// As `packs_of`, with the size that each file must have, if it is known: for packs it comes from the index. A
+    /// missing pack is included only when nothing else has its contents (ABSENT1).
     ///
     /// # Errors
     /// As `packs_of`.

@@ -1,13 +1,13 @@
 //! Base backups: a restic-format repository for each cluster, through `rustic_core`.
 //!
-//! REPO1  a file is whole or absent, and durable when `write` returns;
-//! REPO2  a file's name is the SHA-256 of its bytes, so every reader can check it (the config aside);
-//! REPO3  a snapshot is saved only when every byte of every file in it was read without an error: rustic
-//!     itself leaves out what it cannot read and says nothing;
-//! REPO4  nothing is removed at once: packs are marked first and go a day later, so that what a running
-//!     backup or restore has seen in an index stays there.
+//! REPO1  a file is complete or absent, and durable when `write` returns;
+//! REPO2  a file's name is the SHA-256 of its bytes, so every reader can verify it (except the config);
+//! REPO3  a snapshot is saved only if every byte of every file in it was read without an error: rustic itself
+//!        silently omits what it cannot read;
+//! REPO4  nothing is removed at once: packs are marked first and removed a day later, so that whatever a running
+//!        backup or restore has seen in an index stays available.
 //!
-//! All calls block, and run on threads of their own: never on an async worker.
+//! All calls block, so they run on their own threads, never on an async worker.
 
 mod absent;
 mod adopt;
@@ -62,12 +62,13 @@ use sealer::Sealer;
 use std::{fmt, str::FromStr, sync::Arc};
 use zeroize::Zeroizing;
 
-/// What opens a repository. Kept age-wrapped beside it, given to the cluster's sidecar over mutual TLS.
+/// What is needed to open a repository. Stored age-wrapped beside it, and given to the cluster's sidecar over mutual
+/// TLS.
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 pub struct Secret {
     /// For restic and rustic: the password of the key file in the repository.
     pub password: Zeroizing<String>,
-    /// restic's master key as JSON. With it no key has to be derived, which takes 128 MiB.
+    /// restic's master key as JSON. It avoids deriving a key, which takes 128 MiB.
     pub master_key: Zeroizing<String>,
 }
 
@@ -77,16 +78,18 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How a new repository stores. Fixed when it is created.
+/// How a new repository stores data; fixed when it is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// Bytes of a chunk, a multiple of PostgreSQL's page. Smaller ones find more that is the same between two
-    /// backups, and cost more for each byte (docs/benchmarks.md has the measurements that chose nine pages).
+    /// Size of a chunk in bytes, a multiple of PostgreSQL's page size. Smaller chunks find more identical data
+    /// between two backups and cost more per byte (docs/benchmarks.md has the measurements behind the default of nine
+    /// pages).
     pub chunk_size: ByteSize,
     /// zstd level, 1 to 22; 0 stores uncompressed.
     pub compression_level: i32,
-    /// Bytes of a pack, and of what a tier-2 job uploads. A backup has up to six in memory when it is waiting for the
-    /// server: 108 MB at its peak with 16 MiB and 189 MB with 32 MiB, at the same speed (repository_speed, 40 MB/s).
+    /// Size of a pack in bytes, which is also the size of a tier-2 job's upload. A backup that waits for the server
+    /// holds up to six packs in memory: its peak was 108 MB with 16 MiB and 189 MB with 32 MiB, at the same speed
+    /// (repository_speed, 40 MB/s).
     pub pack_size: ByteSize,
 }
 
@@ -96,7 +99,7 @@ impl Default for Settings {
     }
 }
 
-/// A snapshot's name: that of its file.
+/// The id of a snapshot: the name of its file.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -104,12 +107,11 @@ impl Default for Settings {
 pub struct SnapshotId(Sha256Sum);
 
 impl SnapshotId {
-    /// Of a file in `snapshots/`.
+    /// From the id of a file in `snapshots/`.
     pub const fn new(sum: Sha256Sum) -> Self {
         Self(sum)
     }
 
-    /// Its file.
     pub const fn file(self) -> BaseFile {
         BaseFile { kind: BaseKind::Snapshot, id: self.0 }
     }
@@ -128,14 +130,14 @@ impl FromStr for SnapshotId {
     }
 }
 
-/// An open repository; cheap to clone. Holds no lock: the server sees to it that only one maintenance runs.
+/// An open repository; cheap to clone. It holds no lock: the server makes sure that only one maintenance runs.
 #[derive(Debug, Clone)]
 pub struct Repository {
     files: Arc<dyn Files>,
     key: Arc<Key>,
     /// ABSENT2.
     hidden: Option<Arc<Hidden>>,
-    /// Of zstd, for new data; `None`: as the config says.
+    /// zstd level for new data; `None`: the config's.
     level: Option<i32>,
 }
 
@@ -150,23 +152,23 @@ impl fmt::Debug for Key {
     }
 }
 
-/// A repository of rustic's, for one operation.
+/// A repository opened by rustic, for one operation.
 type Opened = rustic_core::Repository<OpenStatus>;
 
 impl Repository {
-    /// Where it is, for messages.
+    /// The name of its place, for messages.
     pub fn place(&self) -> String {
         self.files.place()
     }
 
-    /// The same repository over other files, for example with a cache before them.
+    /// The same repository over other files, for example with a cache in front.
     #[must_use]
     pub fn with_files(&self, files: Arc<dyn Files>) -> Self {
         Self { files, ..self.clone() }
     }
 
-    /// The same repository, with new data compressed at this level of zstd (0: not at all). Its config says what was
-    /// asked for when it was made, and stays as it is.
+    /// The same repository, with new data compressed at this zstd level (0: not compressed). Its config keeps the
+    /// level from its creation.
     #[must_use]
     pub fn compressing(self, level: i32) -> Self {
         Self { level: Some(level), ..self }
@@ -208,12 +210,12 @@ impl Repository {
     }
 }
 
-/// No cache: it would lie in a home directory, and what it saves is small beside our files.
+/// No cache: it would be in a home directory, and it would save little because our files are local or windowed.
 fn options() -> RepositoryOptions {
     RepositoryOptions::default().no_cache(true)
 }
 
-/// Reads a whole file and checks it against its name (REPO2).
+/// Reads a whole file and verifies it against its name (REPO2).
 fn read_checked(files: &dyn Files, file: BaseFile) -> Result<Bytes, Error> {
     let bytes = files.read(file)?;
     let found = Sha256Sum::of(&bytes);

@@ -1,7 +1,7 @@
-//! Which packs a snapshot needs, and whether it is whole.
+//! Which packs a snapshot needs, and whether it is complete.
 //!
-//! Each tree is read once, however often the snapshot has it: a few small trees that hold each other many times over are a
-//! directory without end to whoever walks it (P13).
+//! Each tree is read only once, however often the snapshot contains it: otherwise a few small trees that contain each
+//! other many times would look like an endless directory (P13).
 
 use super::{
     StoredKind,
@@ -12,10 +12,10 @@ use super::{
 use crate::{Error, Kind, Op, tier2::Sha256Sum};
 use std::collections::BTreeSet;
 
-/// Positions in `Index::packs`.
+/// The needed packs, as positions in `Index::packs`.
 ///
 /// # Errors
-/// `Corrupt` when a tree cannot be read, a chunk has no place, or a file has another size than its chunks.
+/// `Corrupt` when a tree cannot be read, a chunk is not in the index, or a file's size differs from that of its chunks.
 pub(super) fn needed(reader: &Reader) -> Result<BTreeSet<u32>, Error> {
     let mut packs = BTreeSet::new();
     let mut seen: BTreeSet<Sha256Sum> = BTreeSet::from([*reader.root()]);
@@ -50,6 +50,6 @@ fn require_size(node: &TreeNode, expected: u64, found: u64) -> Result<(), Error>
     if found == expected {
         return Ok(());
     }
-    let detail = format!("expected {expected} bytes, its chunks have {found}");
+    let detail = format!("expected {expected} bytes, found chunks with {found}");
     Err(Error::new(Kind::Corrupt, Op::Read, format!("{:?}", node.name), detail))
 }

@@ -1,7 +1,7 @@
-//! Proves packs by what the index says of them: what verification reads, and what a prune has twice.
+//! Verifies packs against the index: the packs that a verification reads, and those of which a prune has duplicates.
 //!
-//! A pack is good when its bytes have its name, every piece of its own list opens and is what its name says (`unpack.rs`), and
-//! every index says of it what its own list says: then whoever takes a chunk from it gets the chunk.
+//! A pack is good when its bytes match its name, every piece in its own list decrypts and matches its name
+//! (`unpack.rs`), and every index agrees with the pack's own list. Then every chunk taken from it is the right one.
 
 use super::{
     Repository,
@@ -15,21 +15,21 @@ use crate::{
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
-/// What the index files say of each pack. About 50 bytes of memory for each piece, as an index takes.
+/// What the index files say about each pack. Takes about 50 bytes of memory per piece, like an index.
 #[derive(Debug)]
 pub struct PackProof {
     repository: Repository,
-    /// The places of a pack in the numbers of the index: one for each index file that names it.
+    /// For each pack its positions in `Index::packs`: one for each index file that names it.
     numbers: BTreeMap<Sha256Sum, Vec<u32>>,
-    /// Sorted by those numbers and by offset.
+    /// Sorted by these positions and by offset.
     pieces: Vec<(BlobKind, Sha256Sum, Place)>,
 }
 
 impl Repository {
-    /// Reads every index file that can be read; the others are for `check` to tell.
+    /// Reads every index file that can be read; the others are reported by `check`.
     ///
     /// # Errors
-    /// As files fail.
+    /// An error of the files.
     pub fn pack_proof(&self) -> Result<PackProof, Error> {
         Ok(self.proof(self.readable_index()?))
     }
@@ -54,11 +54,11 @@ impl Repository {
         PackProof { repository: self.clone(), numbers, pieces }
     }
 
-    /// Opens every pack that holds a piece which another pack holds, too, and gives those that are not good: before a prune
-    /// keeps one of two places, it must be one that opens (P13).
+    /// Verifies every pack that contains a piece which another pack contains, too, and returns the bad ones: before a
+    /// prune keeps one of several copies, that one must be known to be good (P13).
     ///
     /// # Errors
-    /// As files fail.
+    /// An error of the files.
     pub fn prove_duplicates(&self) -> Result<BTreeMap<BaseFile, String>, Error> {
         let there: BTreeMap<BaseFile, u64> = self.files.list(BaseKind::Data)?.into_iter().collect();
         let mut index = self.readable_index()?;
@@ -70,7 +70,7 @@ impl Repository {
         for file in files.filter(|file| there.contains_key(file)) {
             let checked = match self.files.read(file) {
                 Ok(bytes) => proof.check(file, &bytes),
-                // It went since it was listed.
+                // Removed since it was listed.
                 Err(error) if error.kind == Kind::NotFound => continue,
                 Err(error) if error.kind == Kind::Corrupt => Err(error.detail),
                 Err(error) => return Err(error),
@@ -84,10 +84,10 @@ impl Repository {
 }
 
 impl PackProof {
-    /// Whether these are the bytes of a pack, and all that its own list and the index say is in them; the text says what is wrong.
+    /// Whether these are the bytes of the pack, with everything in it that its own list and the index say.
     ///
     /// # Errors
-    /// The text.
+    /// A description of the problem.
     pub fn check(&self, file: BaseFile, bytes: &Bytes) -> Result<(), String> {
         let found = Sha256Sum::of(bytes);
         if found != file.id {
@@ -97,7 +97,8 @@ impl PackProof {
         let size = bytes.len() as u64;
         let read = |offset: u64, length: u64| {
             let end = offset.checked_add(length).filter(|end| *end <= size);
-            let end = end.ok_or_else(|| self.repository.damaged(file, "shorter than it says"))?;
+            let end =
+                end.ok_or_else(|| self.repository.damaged(file, "shorter than its list says"))?;
             Ok(bytes.slice(offset as usize..end as usize))
         };
         let list = self.repository.open_listed(file, size, &read).map_err(|e| e.detail)?;
@@ -108,7 +109,7 @@ impl PackProof {
         match self.claims_of(file.id).find(|claim| !is_there(claim)) {
             None => Ok(()),
             Some(claim) => Err(format!(
-                "the index says that it holds piece {} at offset {}, and it does not",
+                "the index says that it has piece {} at offset {}, but it does not",
                 claim.id, claim.offset
             )),
         }

@@ -1,7 +1,7 @@
 //! Reads a snapshot: its entries, and its chunks in any order from any thread.
 //!
-//! What is handed out is what was archived: a chunk's bytes have the SHA-256 that names them, or it is an error
-//! (`Corrupt`). Keeps nothing but the index; how much is read at once is the business of the `Files` below (`Windowed`).
+//! Only archived data is returned: a chunk's bytes have the SHA-256 in its name, or reading fails with `Corrupt`. It
+//! caches nothing but the index; how much is read at once is decided by the `Files` below it (`Windowed`).
 
 use super::{
     Repository, SnapshotId,
@@ -21,17 +21,16 @@ use std::{
     time::SystemTime,
 };
 
-/// A chunk's name: the SHA-256 of its bytes.
+/// The id of a chunk: the SHA-256 of its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkId(pub(super) Sha256Sum);
 
 impl ChunkId {
-    /// The chunk of this content.
+    /// The id of the chunk with this content.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256Sum::of(bytes))
     }
 
-    /// The SHA-256 of its bytes.
     pub const fn sum(&self) -> &Sha256Sum {
         &self.0
     }
@@ -50,39 +49,37 @@ impl FromStr for ChunkId {
     }
 }
 
-/// Where a chunk lies, encrypted.
+/// The location of an encrypted chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ChunkLocation {
-    /// The pack.
     pub pack: BaseFile,
-    /// Bytes from its beginning.
+    /// Offset in the pack in bytes.
     pub offset: u64,
-    /// Bytes in the pack.
+    /// Length in the pack in bytes.
     pub length: u64,
 }
 
-/// What an entry of a snapshot is.
+/// The kind of a snapshot's entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoredKind {
-    /// A directory; what is in it follows.
+    /// A directory; its contents follow.
     Dir,
     /// A regular file.
     File {
-        /// Bytes.
+        /// In bytes.
         size: u64,
-        /// Its chunks in order, each of the repository's chunk size but the last.
+        /// Its chunks in order. All but the last have the repository's chunk size.
         chunks: Vec<ChunkId>,
     },
-    /// A symbolic link and where it points.
+    /// A symbolic link and its target.
     Symlink(PathBuf),
 }
 
 /// A directory, file or link of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Below the root of the snapshot, for example `data/base/1/1259`. Never leaves it.
+    /// Relative to the root of the snapshot, for example `data/base/1/1259`. It never points outside of it.
     pub path: PathBuf,
-    /// What it is.
     pub kind: StoredKind,
     /// Permission bits.
     pub mode: u32,
@@ -90,11 +87,11 @@ pub struct Entry {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// When its content last changed.
+    /// Modification time of the content.
     pub mtime: SystemTime,
 }
 
-/// An open snapshot; cheap to clone, and shared by as many threads as like.
+/// An open snapshot; cheap to clone, and usable by any number of threads.
 #[derive(Debug, Clone)]
 pub struct Reader {
     repository: Repository,
@@ -115,7 +112,7 @@ impl Repository {
     pub(super) fn snapshot_file(&self, snapshot: SnapshotId) -> Result<SnapshotFile, Error> {
         let json = self.read_json(snapshot.file())?;
         serde_json::from_slice(&json)
-            .map_err(|_| self.damaged(snapshot.file(), "expected restic's JSON of a snapshot"))
+            .map_err(|_| self.damaged(snapshot.file(), "expected restic's snapshot JSON"))
     }
 }
 
@@ -123,7 +120,7 @@ pub(super) fn tree_of(snapshot: &SnapshotFile) -> Result<Sha256Sum, Error> {
     sum(&snapshot.tree.to_hex())
 }
 
-/// rustic's ids give their bytes as text only.
+/// rustic's ids expose their bytes as text only.
 pub(super) fn sum(hex: &str) -> Result<Sha256Sum, Error> {
     hex.parse().map_err(|e| Error::new(Kind::Corrupt, Op::Decode, "an id", e))
 }
@@ -145,10 +142,10 @@ impl Reader {
         self.place(BlobKind::Data, &id.0)
     }
 
-    /// Every entry, a directory before what is in it. Reads trees as it goes; ends after an error.
+    /// Every entry, a directory before its contents. Trees are read on the way; iteration ends after an error.
     ///
     /// # Errors
-    /// As the root tree cannot be read.
+    /// When the root tree cannot be read.
     pub fn entries(&self) -> Result<Entries, Error> {
         let mut entries = Entries {
             reader: self.clone(),
@@ -160,15 +157,15 @@ impl Reader {
         Ok(entries)
     }
 
-    /// A chunk's bytes.
+    /// Reads a chunk.
     ///
     /// # Errors
-    /// `Corrupt` when the repository does not have it, or has other bytes; else as the files fail.
+    /// `Corrupt` when the repository does not have it or has other bytes; otherwise an error of the files.
     pub fn chunk(&self, id: &ChunkId) -> Result<Bytes, Error> {
         self.blob(BlobKind::Data, &id.0)
     }
 
-    /// Where a chunk lies, for those who order or join their reads.
+    /// The location of a chunk, for callers that order or combine their reads.
     ///
     /// # Errors
     /// `Corrupt` when no index names it.
@@ -178,7 +175,7 @@ impl Reader {
         Ok(ChunkLocation { pack, offset: place.offset.into(), length: place.length.into() })
     }
 
-    /// Bytes of a chunk, plain.
+    /// The plain length of a chunk in bytes.
     ///
     /// # Errors
     /// `Corrupt` when no index names it.
@@ -186,7 +183,7 @@ impl Reader {
         Ok(self.chunk_place(id)?.plain())
     }
 
-    /// A chunk's bytes from what lies at its location, for those who read by themselves.
+    /// Decrypts a chunk from the bytes at its location, for callers that read by themselves.
     ///
     /// # Errors
     /// As `chunk`.
@@ -217,7 +214,8 @@ impl Reader {
         self.open(id, place, &sealed)
     }
 
-    /// ABSENT1. The other places of a piece after the first one failed like this; a later backup may have stored it again.
+    /// ABSENT1: tries the other locations of a piece after the first one failed; a later backup may have stored it
+    /// again.
     fn elsewhere(&self, kind: BlobKind, id: &Sha256Sum, first: Error) -> Result<Bytes, Error> {
         let is_lost = |error: &Error| matches!(error.kind, Kind::Corrupt | Kind::NotFound);
         if !is_lost(&first) {
@@ -247,12 +245,12 @@ impl Reader {
 }
 
 thread_local! {
-    /// Its memory is worth keeping: there are many chunks, and each is small.
+    /// Reused, because there are many chunks and each is small.
     static ZSTD: RefCell<zstd::bulk::Decompressor<'static>> =
         RefCell::new(zstd::bulk::Decompressor::default());
 }
 
-/// Decrypts, decompresses and checks one piece; says what is wrong with it.
+/// Decrypts, decompresses and verifies one piece; the error says what is wrong with it.
 pub(super) fn open_blob(
     sealer: &Sealer,
     id: &Sha256Sum,
@@ -267,22 +265,22 @@ pub(super) fn open_blob(
             .map_err(|_| "damaged: it does not decompress")?,
     };
     if plain.len() as u64 != place.plain() {
-        return Err("its length is not the one in the index");
+        return Err("its length differs from the one in the index");
     }
     if Sha256Sum::of(&plain) != *id {
-        return Err("its bytes do not have the SHA-256 that names it");
+        return Err("its bytes do not have the SHA-256 in its name");
     }
     Ok(plain.into())
 }
 
-/// The entries of a snapshot.
+/// Iterates over the entries of a snapshot.
 #[derive(Debug)]
 pub struct Entries {
     reader: Reader,
-    /// Of the innermost open directory.
+    /// The path of the innermost open directory.
     path: PathBuf,
     stack: Vec<std::vec::IntoIter<TreeNode>>,
-    /// Where the trees lie that were read so far.
+    /// The packs of the trees that were read so far.
     packs: BTreeSet<u32>,
 }
 
@@ -309,7 +307,7 @@ impl Iterator for Entries {
 }
 
 impl Entries {
-    /// Positions in `Index::packs` of the trees that were read so far.
+    /// The packs of the trees that were read so far, as positions in `Index::packs`.
     pub(super) fn tree_packs(&self) -> impl Iterator<Item = u32> {
         self.packs.iter().copied()
     }

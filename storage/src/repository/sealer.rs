@@ -6,8 +6,9 @@
 //! | 16..n-16 | ciphertext |
 //! | n-16..n | Poly1305-AES of the ciphertext |
 //!
-//! As <https://restic.readthedocs.io/en/stable/100_references.html#keys-encryption-and-mac> says. rustic does the same inside,
-//! but gives no access to it, and its readers cannot see packs that are marked for removal (REPO4).
+//! The format is documented in <https://restic.readthedocs.io/en/stable/100_references.html#keys-encryption-and-mac>.
+//! rustic implements it internally but gives no access to it, and its readers cannot see packs that are marked for
+//! removal (REPO4).
 
 use super::Secret;
 use crate::{Error, Kind, Op};
@@ -18,12 +19,13 @@ use std::io::Read;
 use zeroize::Zeroizing;
 
 const NONCE_BYTES: usize = 16;
-/// Before the zstd stream of a compressed index or snapshot.
+/// The byte before the zstd stream of a compressed index or snapshot.
 const COMPRESSED: u8 = 2;
-/// Of the JSON of an index or a snapshot: more is no file of ours, but one that was made to fill the memory of its readers (P13).
+/// Limit for the JSON of an index or a snapshot. A larger one is not a file of ours, but made to fill the memory of its
+/// readers (P13).
 const JSON_BYTES_MAX: u64 = 256 << 20;
 
-/// Opens and makes encrypted pieces.
+/// Encrypts and decrypts pieces.
 #[derive(Clone)]
 pub(super) struct Sealer(Aes256CtrPoly1305Aes);
 
@@ -33,13 +35,13 @@ impl std::fmt::Debug for Sealer {
     }
 }
 
-/// Reads the master key of a secret.
+/// Parses the master key in a secret.
 pub(super) fn master_key(secret: &Secret) -> Result<MasterKey, Error> {
     let bad =
         |detail: &str| Error::new(Kind::Invalid, Op::Decode, "a repository's master key", detail);
-    // serde's text would quote the key.
-    let key: MasterKey = serde_json::from_str(&secret.master_key)
-        .map_err(|_| bad("expected restic's JSON of a key"))?;
+    // serde's error text would quote the key.
+    let key: MasterKey =
+        serde_json::from_str(&secret.master_key).map_err(|_| bad("expected restic's key JSON"))?;
     if key.encrypt.len() != 32 || key.mac.k.len() != 16 || key.mac.r.len() != 16 {
         return Err(bad("expected 32, 16 and 16 bytes"));
     }
@@ -55,13 +57,12 @@ impl Sealer {
         Self(Aes256CtrPoly1305Aes::new(Key::from_slice(bytes.as_slice())))
     }
 
-    /// `None` when it was not made with this key, or was damaged.
+    /// Decrypts; `None` when the bytes were not encrypted with this key or are damaged.
     pub(super) fn open(&self, sealed: &[u8]) -> Option<Vec<u8>> {
         let (nonce, rest) = sealed.split_at_checked(NONCE_BYTES)?;
         self.0.decrypt(Nonce::from_slice(nonce), rest).ok()
     }
 
-    /// Encrypts.
     pub(super) fn seal(&self, plain: &[u8]) -> Result<Vec<u8>, Error> {
         let mut sealed = vec![0; NONCE_BYTES];
         rand::rng().fill_bytes(&mut sealed);
@@ -71,7 +72,7 @@ impl Sealer {
         Ok(sealed)
     }
 
-    /// The JSON of an index or a snapshot; `None` for one beyond `JSON_BYTES_MAX`, too.
+    /// Decrypts the JSON of an index or a snapshot; `None` also for one larger than `JSON_BYTES_MAX`.
     pub(super) fn open_file(&self, sealed: &[u8]) -> Option<Vec<u8>> {
         let plain = self.open(sealed)?;
         match plain.first() {

@@ -1,23 +1,23 @@
-//! `<cluster>/repository.json[.age]`: what opens a cluster's repository, as both tiers keep it.
+//! `<cluster>/repository.json[.age]`: the secret of a cluster's repository, as stored in both tiers.
 //!
-//! The shape is that of `crate::record`; with encryption at rest the whole of it is one age file. By hand (P10):
-//! `age -d -i identity repository.json.age | jq -r .body.password` gives the password for stock restic.
+//! In the format of `crate::record`; with encryption at rest, all of it is one age file. By hand (P10):
+//! `age -d -i identity repository.json.age | jq -r .body.password` prints the password for stock restic.
 
 use super::Secret;
 use crate::{Error, crypt::AtRest, layout::BaseObject, record};
 use std::fmt;
 use zeroize::Zeroizing;
 
-/// More than any of them takes.
+/// Far more than any secret takes.
 pub const SECRET_LIMIT_BYTES: u64 = 1 << 20;
 
-/// Both keys, the one that new secrets are written under first.
+/// Both objects that a secret may be stored as; the one for new secrets comes first.
 pub const fn secret_objects(at_rest: &AtRest) -> [BaseObject; 2] {
     let on = at_rest.is_on();
     [BaseObject::Secret { encrypted: on }, BaseObject::Secret { encrypted: !on }]
 }
 
-/// The object and bytes to keep a secret as.
+/// The object and the bytes to store a secret as.
 ///
 /// # Errors
 /// `Invalid` when it cannot be encrypted.
@@ -36,10 +36,10 @@ pub fn encode_secret(
     })
 }
 
-/// Reads one.
+/// Parses a stored secret.
 ///
 /// # Errors
-/// `Denied` without the key it is for; `Corrupt`.
+/// `Denied` without the right key; `Corrupt`.
 pub fn decode_secret(
     bytes: &[u8],
     encrypted: bool,

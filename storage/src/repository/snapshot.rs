@@ -1,12 +1,13 @@
-//! Archives a source: chunks, trees and index files, but no snapshot (that is `assemble`).
+//! Archives a source: chunks, trees and index files, but no snapshot (`assemble` makes that).
 //!
-//! REPO3: rustic leaves out what it cannot read, warns in a log, and answers Ok. So every reader is wrapped, the first
-//! error is kept and ends the listing, and at the end the counts of what rustic archived must be those of what was listed.
+//! REPO3: rustic omits what it cannot read, logs a warning, and returns Ok. So every reader is wrapped: the first error
+//! is recorded and ends the listing, and at the end rustic's counts of archived entries must match the listing.
 //!
-//! Unchanged files are not read again: type, size, mtime and ctime as in the parent. A file that changed less than
-//! `YOUNG` before the listing began could change again within the same tick of the clock that stamps files, so its ctime is
-//! stored as one that no file has: the next backup reads it again. P1 of what is restored depends on it: PostgreSQL
-//! writes a page twice within a tick, and the WAL of the second write may be older than the next backup's start.
+//! Unchanged files are not read again: those whose type, size, mtime and ctime match the parent. A file that changed
+//! less than `YOUNG` before the listing began could change again within the same tick of the clock that stamps files.
+//! Its ctime is therefore stored as a value that no file has, so that the next backup reads it again. P1 for restored
+//! data depends on this: PostgreSQL may write a page twice within a tick, and the WAL of the second write may be older
+//! than the next backup's start.
 
 use super::{
     EntryKind, Open, Progress, Repository, SnapshotId, Source, SourceEntries, SourceEntry,
@@ -32,34 +33,34 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// How long before the listing a file must have rested to count as unchanged at the next backup: the coarsest
-/// clock of a file system that people use (FAT and some network file systems: 2 s).
+/// How long a file must have been unchanged before the listing began to be skipped by the next backup: the coarsest
+/// timestamp resolution of file systems in use (FAT and some network file systems: 2 s).
 pub const YOUNG: Duration = Duration::from_secs(2);
 
-/// What one `snapshot` archived: to be given to `assemble`. Dropping it loses nothing but work.
+/// The result of one `snapshot`, to be passed to `assemble`. Dropping it loses only work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
     pub(super) tree: Sha256Sum,
     pub(super) parent: Option<SnapshotId>,
-    /// Files and links.
+    /// Number of files and links.
     pub files: u64,
-    /// Of these, not read because the parent has them unchanged.
+    /// Number of these that were not read because the parent has them unchanged.
     pub files_unchanged: u64,
-    /// Directories, without the root.
+    /// Number of directories without the root.
     pub directories: u64,
-    /// Bytes of the files.
+    /// Total size of the files in bytes.
     pub bytes: u64,
-    /// Bytes that no earlier backup had, before compression.
+    /// Bytes of new content, before compression.
     pub added_bytes: u64,
-    /// Bytes that these took in the repository, trees included.
+    /// Bytes that the new content took in the repository, including trees.
     pub stored_bytes: u64,
-    /// Files that vanished between listing and opening.
+    /// Number of files that vanished between listing and opening.
     pub files_vanished: u64,
-    /// Files that were longer or shorter than listed: cut, or filled with zeros.
+    /// Number of files whose size differed from the listing: they were truncated, or padded with zeros.
     pub files_resized: u64,
 }
 
-/// What the threads of one archive share.
+/// The state that the threads of one archive run share.
 struct Run {
     trace: Arc<Trace>,
     progress: Arc<dyn Progress>,
@@ -94,10 +95,10 @@ fn get(counter: &AtomicU64) -> u64 {
 }
 
 impl Repository {
-    /// Archives `source`. What the parent has unchanged is not read; a parent that is gone is no parent.
+    /// Archives `source`. Files that the parent has unchanged are not read; a missing parent is ignored.
     ///
     /// # Errors
-    /// The first error of any entry, file or write. Nothing a reader would take for a backup was saved then.
+    /// The first error of any entry, file or write. Nothing was saved then that a reader would take for a backup.
     pub fn snapshot(
         &self,
         source: &dyn Source,
@@ -105,7 +106,7 @@ impl Repository {
         progress: Arc<dyn Progress>,
     ) -> Result<Part, Error> {
         let (repository, trace) = self.indexed_for(&progress)?;
-        // Asked for before the entries: a source may look at files when it is asked for them.
+        // Asked for before the entries, because a source may look at files when its entries are requested.
         let began = source.listing_began();
         let run = Arc::new(Run::new(Arc::clone(&trace), progress));
         let listing =
@@ -134,7 +135,7 @@ impl Repository {
         })
     }
 
-    /// REPO3: what was archived is what was listed.
+    /// REPO3: everything that was listed was archived.
     fn require_all(&self, part: &Part, archived: &SnapshotFile, run: &Run) -> Result<(), Error> {
         let summary = archived.summary.as_ref();
         let found = summary.map_or((0, 0, 0), |s| {
@@ -146,7 +147,7 @@ impl Repository {
             return Ok(());
         }
         let detail = format!(
-            "expected (files, directories, bytes) {expected:?}, archived {found:?}: something was left out"
+            "expected (files, directories, bytes) {expected:?}, archived {found:?}: something was omitted"
         );
         Err(Error::new(Kind::Io, Op::Write, self.place(), detail))
     }
@@ -154,7 +155,7 @@ impl Repository {
 
 fn parents(parent: Option<&SnapshotId>) -> ParentOptions {
     match parent {
-        // Whatever host and paths it says: the caller chose it.
+        // The caller chose the parent, so its host and paths do not matter.
         Some(id) => ParentOptions::default()
             .parents(vec![id.to_string()])
             .group_by(SnapshotGroupCriterion::new()),
@@ -179,7 +180,7 @@ fn part(archived: &SnapshotFile, parent: Option<SnapshotId>, run: &Run) -> Resul
     })
 }
 
-/// The source, for rustic.
+/// The source, as rustic sees it.
 struct Listing {
     entries: Mutex<Option<SourceEntries>>,
     began: SystemTime,
@@ -198,7 +199,7 @@ impl ReadSource for Listing {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner).take();
         Walk {
             entries: entries.unwrap_or_else(|| Box::new(std::iter::empty())),
-            // Later than this is young. The future is, too.
+            // Files modified later than this are young, including those with a time in the future.
             young_after: self.began.checked_sub(YOUNG).unwrap_or(UNIX_EPOCH),
             no_ctime: no_ctime(),
             previous: None,
@@ -208,20 +209,20 @@ impl ReadSource for Listing {
     }
 }
 
-/// A ctime that no file has, and no other backup uses: some nanosecond of the 73 years before 1970.
+/// A ctime that no file has and no other backup uses: some nanosecond in the 73 years before 1970.
 fn no_ctime() -> Timestamp {
     let before = Duration::from_nanos(1 + (rand::random::<u64>() >> 3));
     let time = UNIX_EPOCH.checked_sub(before).and_then(|time| Timestamp::try_from(time).ok());
     time.unwrap_or(Timestamp::MIN)
 }
 
-/// Checks the listing as it goes.
+/// Checks the listing on the way.
 struct Walk {
     entries: SourceEntries,
     young_after: SystemTime,
     no_ctime: Timestamp,
     previous: Option<PathBuf>,
-    /// The innermost directory that is open.
+    /// The innermost open directory.
     directory: PathBuf,
     run: Arc<Run>,
 }
@@ -266,7 +267,7 @@ impl Walk {
         Ok(ReadSourceEntry { path: entry.path, node, open })
     }
 
-    /// Trees must be sorted, and rustic closes a directory for good when its listing leaves it.
+    /// Trees must be sorted, and rustic closes a directory for good when the listing leaves it.
     fn require_order(&mut self, path: &Path) -> Result<(), Error> {
         let bad = |detail: String| Err(Error::new(Kind::Invalid, Op::List, path.display(), detail));
         let normal = |c| matches!(c, Component::Normal(_));
@@ -282,7 +283,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Counts directories as rustic will: it makes those that were not listed.
+    /// Counts directories as rustic does, which creates those that were not listed.
     fn count_directories(&mut self, entry: &SourceEntry) {
         let is_dir = matches!(entry.kind, EntryKind::Dir);
         let inside = if is_dir { Some(entry.path.as_path()) } else { entry.path.parent() };
@@ -316,7 +317,7 @@ impl Walk {
     }
 }
 
-/// One file is dealt with when the last that knows of it goes.
+/// Reports a file as done when the last reference to it is dropped.
 struct Done(Arc<Run>);
 
 impl Drop for Done {
@@ -358,14 +359,14 @@ impl ReadSourceOpen for Opener {
     }
 }
 
-/// For rustic, which logs it and leaves the file out.
+/// The error for rustic, which logs it and omits the file.
 fn stop() -> Box<RusticError> {
     RusticError::new(ErrorKind::InputOutput, "left out")
 }
 
-/// Gives exactly as many bytes as were listed.
+/// Returns exactly as many bytes as were listed.
 struct Exactly {
-    /// Gone when it ended early: zeros follow.
+    /// `None` once the file has ended early: zeros follow.
     file: Option<Box<dyn Read + Send>>,
     left: u64,
     path: PathBuf,
@@ -410,7 +411,7 @@ impl Exactly {
     }
 }
 
-/// Passes rustic's count of bytes on.
+/// Forwards rustic's byte count.
 struct Bars(Arc<dyn Progress>);
 
 impl std::fmt::Debug for Bars {

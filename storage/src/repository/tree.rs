@@ -1,6 +1,7 @@
-//! One directory of a snapshot, as restic's JSON has it, made small: a directory may have a million files.
+//! One directory of a snapshot, parsed from restic's JSON into a small form, because a directory may have
+//! a million files.
 //!
-//! Names that would leave the directory, and kinds that klio never stores, are damage.
+//! Names that would leave the directory, and kinds that klio never stores, count as damage.
 
 use super::{
     StoredKind,
@@ -19,7 +20,7 @@ use std::{
 pub(super) struct TreeNode {
     pub(super) name: OsString,
     pub(super) kind: StoredKind,
-    /// What is in it: of directories.
+    /// The tree with its contents, for a directory.
     pub(super) tree: Option<Sha256Sum>,
     pub(super) mode: u32,
     pub(super) uid: u32,
@@ -29,20 +30,20 @@ pub(super) struct TreeNode {
 
 #[derive(Deserialize)]
 struct TreeJson {
-    /// restic writes null for none.
+    /// restic writes null if there are none.
     nodes: Option<Vec<TreeNode>>,
 }
 
-/// Reads a tree; says what is wrong with it.
+/// Parses a tree; the error says what is wrong with it.
 pub(super) fn parse(json: &[u8]) -> Result<Vec<TreeNode>, String> {
-    let tree: TreeJson = serde_json::from_slice(json)
-        .map_err(|e| format!("expected restic's JSON of a tree: {e}"))?;
+    let tree: TreeJson =
+        serde_json::from_slice(json).map_err(|e| format!("expected restic's tree JSON: {e}"))?;
     Ok(tree.nodes.unwrap_or_default())
 }
 
 impl<'de> Deserialize<'de> for TreeNode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // rustic's node is four times as large; this way there is one at a time.
+        // rustic's node is four times as large; converting here means that only one exists at a time.
         Self::try_from(Node::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
@@ -54,7 +55,7 @@ impl TryFrom<Node> for TreeNode {
         let name = node.name().into_owned();
         let bytes = name.as_encoded_bytes();
         if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
-            return Err(format!("{name:?} is not a file's name"));
+            return Err(format!("{name:?} is not a file name"));
         }
         let (kind, tree) = kind(&node)?;
         let (mode, uid, gid) = (node.meta.mode, node.meta.uid, node.meta.gid);

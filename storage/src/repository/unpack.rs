@@ -1,11 +1,13 @@
-//! Opens a pack and proves what it says of itself: its list, and every piece in it.
+//! Verifies a pack against itself: its list, and every piece in it.
 //!
-//! UNPACK1  a pack that is proven holds exactly the pieces of its own list, one after the other, and each has the SHA-256 that
-//!     names it: so whoever has the repository's key cannot make one that claims what it does not hold (P13);
-//! UNPACK2  an index entry is believed when it says what the pack's own list says;
-//! UNPACK3  memory is bounded by one sealed piece, whatever a piece says of its size: it is decompressed into the hash.
+//! UNPACK1  a verified pack contains exactly the pieces of its own list, one after the other, and each has the SHA-256
+//!          in its id. So even somebody with the repository's key cannot make a pack that claims contents it does not
+//!          have (P13);
+//! UNPACK2  an index entry is accepted only if it matches the pack's own list;
+//! UNPACK3  memory is bounded by one encrypted piece, whatever uncompressed size it claims: it is decompressed straight
+//!          into the hash.
 //!
-//! The form of a pack is in `adopt.rs`.
+//! The format of a pack is described in `adopt.rs`.
 
 use super::{
     Repository,
@@ -22,17 +24,18 @@ use bytes::Bytes;
 use rustic_core::repofile::SnapshotFile;
 use std::{collections::BTreeSet, io::Read};
 
-/// Of a chunk, plain: what `Settings` allow.
+/// Largest plain size of a chunk that `Settings` allow.
 const DATA_BYTES_MAX: u32 = 8 << 20;
-/// Of a tree, plain: what the field of its length can say, a directory of some four terabytes of files in chunks of the default size.
+/// Largest plain size of a tree: what its length field can represent, a directory of some four terabytes of files in
+/// chunks of the default size.
 const TREE_BYTES_MAX: u32 = u32::MAX - SEAL_BYTES as u32;
-/// Of a pack's list: 1.5 million pieces, in a pack of at most 4 GiB.
+/// Largest size of a pack's list: 1.5 million pieces, in a pack of at most 4 GiB.
 const LIST_BYTES_MAX: u64 = 64 << 20;
-/// Of an index file, sealed. rustic's have 50,000 pieces, some 10 MiB without compression.
+/// Largest encrypted size of an index file. rustic's have 50,000 pieces, which is some 10 MiB without compression.
 pub const INDEX_BYTES_MAX: u64 = 64 << 20;
-/// Of a snapshot file, sealed.
+/// Largest encrypted size of a snapshot file.
 pub const SNAPSHOT_BYTES_MAX: u64 = 1 << 20;
-/// What zstd adds to a piece that does not get smaller, with room.
+/// The largest encrypted size of a piece that zstd could not make smaller, with some reserve.
 const fn sealed_max(plain: u32) -> u64 {
     plain as u64 + plain as u64 / 64 + 1024
 }
@@ -40,7 +43,7 @@ const fn sealed_max(plain: u32) -> u64 {
 /// Reads `length` bytes at an offset of a file.
 pub type ReadPart<'a> = &'a dyn Fn(u64, u64) -> Result<Bytes, Error>;
 
-/// What an index file that a client wrote claims of one pack.
+/// What an index file from a client claims about one pack.
 #[derive(Debug)]
 pub struct Claim {
     pack: BaseFile,
@@ -48,22 +51,21 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Of which pack.
     pub const fn pack(&self) -> BaseFile {
         self.pack
     }
 }
 
 impl Repository {
-    /// UNPACK1. Proves a pack of `size` bytes; gives how many pieces it holds.
+    /// UNPACK1: verifies a pack of `size` bytes and returns the number of its pieces.
     ///
     /// # Errors
-    /// `Corrupt` says what is wrong with it; else as reading fails.
+    /// `Corrupt` with the problem; otherwise an error of `read`.
     pub fn open_pack(&self, file: BaseFile, size: u64, read: ReadPart<'_>) -> Result<u64, Error> {
         self.open_listed(file, size, read).map(|list| list.len() as u64)
     }
 
-    /// UNPACK1. The pieces of a pack that is proven, by their offsets.
+    /// UNPACK1: verifies a pack and returns its pieces, sorted by offset.
     pub(super) fn open_listed(
         &self,
         file: BaseFile,
@@ -83,7 +85,7 @@ impl Repository {
         Ok(list)
     }
 
-    /// What a pack says that it holds. Not proven.
+    /// The list of pieces in a pack, unverified.
     fn pack_list(
         &self,
         file: BaseFile,
@@ -92,32 +94,36 @@ impl Repository {
     ) -> Result<Vec<BlobJson>, Error> {
         let list = adopt::list_of(&self.key.sealer, size, LIST_BYTES_MAX, read)?;
         list.ok_or_else(|| {
-            self.damaged(file, "its own list of what it holds does not open, or does not fit it")
+            self.damaged(file, "its own list of pieces cannot be decrypted, or does not match it")
         })
     }
 
-    /// What an index file says that a client wrote: packs that are there, and nothing else. One that marks packs for removal
-    /// or puts others out of use is the server's alone to write (P13).
+    /// Parses an index file that a client wrote. It may only name existing packs: marking packs for removal and
+    /// superseding other index files is reserved to the server (P13).
     ///
     /// # Errors
-    /// `Corrupt` when it is no index of this repository; `Denied` for what a client may not say.
+    /// `Corrupt` when it is not an index of this repository; `Denied` for statements that a client may not make.
     pub fn read_claims(&self, file: BaseFile, sealed: &[u8]) -> Result<Vec<Claim>, Error> {
         let json = self.key.sealer.open_file(sealed);
         let json =
-            json.ok_or_else(|| self.damaged(file, "the repository's key does not open it"))?;
+            json.ok_or_else(|| self.damaged(file, "the repository's key does not decrypt it"))?;
         let more: More = serde_json::from_slice(&json)
-            .map_err(|_| self.damaged(file, "expected restic's JSON of an index"))?;
+            .map_err(|_| self.damaged(file, "expected restic's index JSON"))?;
         let denied = |detail: &str| {
             let place = format!("{}/{}", self.place(), file.relative());
             Err(Error::new(Kind::Denied, Op::Write, place, detail))
         };
         if more.supersedes.is_some_and(|ids| !ids.is_empty()) {
-            return denied("expected an index that adds, found one that supersedes others");
+            return denied(
+                "expected an index that only adds packs, found one that supersedes others",
+            );
         }
         let index: IndexJson = serde_json::from_slice(&json)
-            .map_err(|_| self.damaged(file, "expected restic's JSON of an index"))?;
+            .map_err(|_| self.damaged(file, "expected restic's index JSON"))?;
         if !index.packs_to_delete.is_empty() {
-            return denied("expected an index that adds, found one that marks packs for removal");
+            return denied(
+                "expected an index that only adds packs, found one that marks packs for removal",
+            );
         }
         if index.packs.is_empty() {
             return denied("expected an index that names a pack, found none in it");
@@ -133,10 +139,10 @@ impl Repository {
         Ok(index.packs.into_iter().map(claim).collect())
     }
 
-    /// UNPACK2. Compares a claim with the pack's own list.
+    /// UNPACK2: compares a claim with the pack's own list.
     ///
     /// # Errors
-    /// `Corrupt` when they differ; else as reading fails.
+    /// `Corrupt` when they differ; otherwise an error of `read`.
     pub fn check_claim(&self, claim: Claim, size: u64, read: ReadPart<'_>) -> Result<(), Error> {
         let file = claim.pack;
         let list = self.pack_list(file, size, read)?;
@@ -160,14 +166,14 @@ impl Repository {
     pub fn check_snapshot_file(&self, file: BaseFile, sealed: &[u8]) -> Result<(), Error> {
         let json = self.key.sealer.open_file(sealed);
         let json =
-            json.ok_or_else(|| self.damaged(file, "the repository's key does not open it"))?;
+            json.ok_or_else(|| self.damaged(file, "the repository's key does not decrypt it"))?;
         serde_json::from_slice::<SnapshotFile>(&json)
             .map(drop)
-            .map_err(|_| self.damaged(file, "expected restic's JSON of a snapshot"))
+            .map_err(|_| self.damaged(file, "expected restic's snapshot JSON"))
     }
 }
 
-/// restic's field that rustic does not use.
+/// A field of restic that rustic does not use.
 #[derive(serde::Deserialize)]
 struct More {
     #[serde(default)]
@@ -184,7 +190,10 @@ fn check_sizes(blob: &BlobJson) -> Result<(), String> {
         return Err(format!("expected at most {max} bytes, found {plain}"));
     }
     if u64::from(blob.length) > sealed_max(plain) {
-        return Err(format!("expected fewer than its {} bytes for {plain}", blob.length));
+        return Err(format!(
+            "expected fewer than {} encrypted bytes for {plain} plain ones",
+            blob.length
+        ));
     }
     if blob.uncompressed_length == Some(0) {
         return Err("expected the length of a compressed piece, found 0".to_owned());
@@ -201,13 +210,13 @@ fn open_piece(sealer: &Sealer, blob: &BlobJson, sealed: &[u8]) -> Result<(), &'s
     };
     match found == blob.id {
         true => Ok(()),
-        false => Err("its bytes do not have the SHA-256 that names it"),
+        false => Err("its bytes do not have the SHA-256 in its name"),
     }
 }
 
 fn decompressed_sum(packed: &[u8], expected: u64) -> Result<Sha256Sum, &'static str> {
     const BROKEN: &str = "it does not decompress";
-    // The readers decompress exactly one frame into a buffer of this size.
+    // Readers decompress exactly one frame into a buffer of this size.
     let decoder = zstd::Decoder::with_buffer(packed).map_err(|_| BROKEN)?;
     let mut decoder = decoder.single_frame().take(expected + 1);
     let (mut hasher, mut plain, mut block) = (Hasher::default(), 0, [0; 1 << 15]);
@@ -221,7 +230,7 @@ fn decompressed_sum(packed: &[u8], expected: u64) -> Result<Sha256Sum, &'static 
         }
     }
     if plain != expected {
-        return Err("it does not have the length that its pack says");
+        return Err("its length differs from the one in its pack's list");
     }
     if !decoder.into_inner().finish().is_empty() {
         return Err("something follows its compressed bytes");

@@ -1,7 +1,7 @@
-//! Which repetition a request is: how often in a row the same one, by method and URI, has failed before.
+//! Counts how often in a row the same request, identified by method and URI, has failed before.
 //!
-//! The retry layer above sends copies and does not tell. Bounded: of many failing requests the oldest are forgotten,
-//! and count from 0 again. While nothing fails this is a look at an empty list.
+//! The retry layer above sends copies and does not report it. The memory is bounded: if many requests fail, the
+//! oldest are forgotten and count from 0 again. While nothing fails, this costs one lookup in an empty list.
 
 use object_store::client::HttpRequest;
 use std::{
@@ -9,7 +9,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Far more than uploads at once.
+/// Far more than there are concurrent uploads.
 const FAILING_MAX: usize = 256;
 
 /// A request that failed.
@@ -23,7 +23,7 @@ struct Failing {
 #[derive(Debug, Default)]
 pub(super) struct Attempts(Mutex<VecDeque<Failing>>);
 
-/// One sending of a request.
+/// One attempt to send a request.
 #[derive(Debug)]
 pub(super) struct Attempt<'a> {
     of: &'a Attempts,
@@ -32,7 +32,7 @@ pub(super) struct Attempt<'a> {
 }
 
 impl Attempts {
-    /// A request is about to be sent.
+    /// Called when a request is about to be sent.
     pub(super) fn begin(&self, request: &HttpRequest) -> Attempt<'_> {
         self.sending(format!("{} {}", request.method(), request.uri()))
     }
@@ -48,12 +48,12 @@ impl Attempts {
 }
 
 impl Attempt<'_> {
-    /// 0 for the first sending.
+    /// 0 for the first attempt.
     pub(super) const fn retries(&self) -> u64 {
         self.retries
     }
 
-    /// It was answered, or not: `again` when it may be sent again.
+    /// Called when the attempt ended; `again` says whether the request may be sent again.
     pub(super) fn ended(&mut self, again: bool) {
         let mut failing = self.of.lock();
         failing.retain(|f| f.what != self.what);

@@ -1,9 +1,10 @@
-//! Is the object that is already there the one we would have written?
+//! Decides whether an object that already exists is the one we would have written.
 //!
-//! Same bytes, or other bytes around the same plaintext (a segment sealed twice, or of the time before it was encrypted),
-//! count as done. Every age file has a key of its own, so of encrypted files only the plaintext can be compared.
-//! The beginning of a file that grows gives way to all of it (OBJECT6): the unfinished end of a timeline whose PostgreSQL came back.
-//! Anything else is a conflict and is left alone (OBJECT4).
+//! The same bytes count as done, and so do other bytes with the same plaintext (a segment that was sealed twice, or
+//! that was uploaded before encryption was switched on). Every age file has a key of its own, so of encrypted files
+//! only the plaintext can be compared. An object with the beginning of a growing file is replaced by all of it
+//! (OBJECT6): this is the partial segment at the end of a timeline whose PostgreSQL came back. Anything else is a
+//! conflict, and the object is left alone (OBJECT4).
 
 use super::{
     Sha256Sum, Source, Tier2,
@@ -20,7 +21,7 @@ use std::io::{self, Read};
 use tokio::sync::mpsc;
 
 impl Tier2 {
-    /// Decides by content what an object found under our key means; `age`: it is encrypted.
+    /// Compares the content of an existing object under our key; `age` says whether the object is encrypted.
     pub(super) async fn compare(
         &self,
         key: &str,
@@ -36,10 +37,10 @@ impl Tier2 {
         }
         let conflict = |detail: String| {
             Error::new(Kind::Conflict, Op::Upload, self.place(key), detail)
-                .hint("two clusters may share this prefix; compare both files, nothing was changed")
+                .hint("check whether two clusters share this prefix and compare both files; nothing was changed")
         };
         if !local.source.zstd && !local.source.wrapping.age && !age {
-            return Err(conflict("an object with other content is already there".into()));
+            return Err(conflict("an object with other content already exists".into()));
         }
         let source = local.source.clone();
         let ours = blocking(move || plaintext_sum(&source, None)).await?;
@@ -48,16 +49,16 @@ impl Tier2 {
             Ok((theirs, bytes)) if self.is_beginning(local, age, theirs, bytes).await? => {
                 self.extend(key, path, found, local).await
             }
-            Ok(_) => Err(conflict("an object with other plaintext is already there".into())),
+            Ok(_) => Err(conflict("an object with other plaintext already exists".into())),
             Err(error) if error.kind == Kind::Corrupt => {
-                Err(conflict(format!("an object that cannot be decoded is there: {error}")))
+                Err(conflict(format!("an object that cannot be decoded already exists: {error}")))
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Whether an object holds only the beginning of a file that grows. One in the other form stays: two objects of one
-    /// file would not say which is the longer.
+    /// Whether an object has only the beginning of a growing file. An object in the other form is not replaced: with
+    /// two objects of one file nobody could tell which is the longer.
     async fn is_beginning(
         &self,
         local: &Local,
@@ -90,7 +91,8 @@ impl Tier2 {
         Ok(self.store.get(path).await.map_err(fail)?.into_stream())
     }
 
-    /// `Corrupt`: what is stored does not decode. Others: the store, or no key for it.
+    /// The checksum and length of an object's plaintext. `Corrupt` when the stored bytes cannot be decoded; other
+    /// errors come from the store or a missing key.
     async fn object_plaintext_sum(
         &self,
         key: &str,
@@ -121,7 +123,7 @@ impl Tier2 {
     }
 }
 
-/// Chunks from a channel as a blocking reader.
+/// Presents the chunks of a channel as a blocking reader.
 pub(super) struct ChunkReader {
     receiver: mpsc::Receiver<Bytes>,
     chunk: Bytes,

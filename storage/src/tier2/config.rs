@@ -1,7 +1,7 @@
-//! What a user says about tier 2.
+//! The user's configuration of tier 2.
 //!
-//! Unknown keys are refused; secrets print as `[redacted]`; `validate` names every problem at once and
-//! needs neither network nor bucket.
+//! Unknown keys are refused; secrets are printed as `[redacted]`; `validate` reports every problem at once and needs
+//! neither network nor bucket.
 
 use crate::{Error, Kind, Op};
 use klio_pg::ByteSize;
@@ -15,21 +15,20 @@ pub struct Tier2Config {
     /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///directory`.
     #[serde(default)]
     pub url: String,
-    /// Where the store is, for S3-compatible stores, emulators and proxies: `https://host:port`.
-    /// `http://` is possible here and nowhere else.
+    /// The address of the store, for S3-compatible stores, emulators and proxies: `https://host:port`. `http://` is
+    /// accepted here and nowhere else.
     #[serde(default)]
     pub endpoint: Option<String>,
-    /// S3 region; ambient or `us-east-1` when absent.
+    /// S3 region; if absent, the ambient one or `us-east-1`.
     #[serde(default)]
     pub region: Option<String>,
-    /// S3 bucket in the path instead of the host name; default: yes with an endpoint, else no.
+    /// Whether the S3 bucket is in the path instead of the host name; default: yes with an endpoint, otherwise no.
     #[serde(default)]
     pub path_style: Option<bool>,
-    /// PEM file of the certificate authorities to trust beside the system's.
+    /// PEM file with certificate authorities to trust in addition to the system's.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
-    /// S3 access key; without one the ambient credentials are used (environment, web identity,
-    /// instance metadata).
+    /// S3 access key; if absent, the ambient credentials are used (environment, web identity, instance metadata).
     #[serde(default)]
     pub access_key_id: Option<String>,
     /// S3 secret of the access key.
@@ -38,13 +37,13 @@ pub struct Tier2Config {
     /// S3 session token of temporary credentials.
     #[serde(default)]
     pub session_token: Option<Secret>,
-    /// Google Cloud service account file; ambient credentials when absent.
+    /// Google Cloud service account file; if absent, ambient credentials are used.
     #[serde(default)]
     pub service_account_file: Option<PathBuf>,
-    /// Azure storage account; ambient when absent.
+    /// Azure storage account; if absent, the ambient one.
     #[serde(default)]
     pub account: Option<String>,
-    /// Azure access key of the account.
+    /// Access key of the Azure account.
     #[serde(default)]
     pub account_key: Option<Secret>,
     /// Storage class of new objects, for example `STANDARD_IA` (S3, Google Cloud).
@@ -53,23 +52,24 @@ pub struct Tier2Config {
     /// Server-side encryption (S3).
     #[serde(default)]
     pub encryption: Option<Encryption>,
-    /// Key for `encryption = "kms"`; the account's default key when absent.
+    /// Key for `encryption = "kms"`; if absent, the account's default key.
     #[serde(default)]
     pub kms_key_id: Option<String>,
-    /// What proves an upload (S3): the checksum that the store compares on arrival, or, for stores that refuse its header,
-    /// reading back.
+    /// How an upload is verified (S3): by a checksum that the store compares on arrival, or, for stores that refuse the
+    /// checksum header, by reading the object again.
     #[serde(default)]
     pub checksum: Checksums,
-    /// Bound of the memory all uploads together may hold; at least 8 MiB.
+    /// Limit for the memory of all uploads together; at least 8 MiB.
     #[serde(default = "default_upload_memory")]
     pub upload_memory: ByteSize,
-    /// Seconds until a connection must stand.
+    /// Seconds until a connection must be established.
     #[serde(default = "default_connect_timeout")]
     pub connect_timeout_seconds: u32,
-    /// Seconds for which nothing may move: neither what is sent, nor the answer. A request that moves on may take any time.
+    /// Seconds without any progress in either direction after which a request fails. A request that makes progress may
+    /// take any time.
     #[serde(default = "default_request_timeout")]
     pub request_timeout_seconds: u32,
-    /// Seconds during which one attempt repeats a failing request. The caller comes back later anyway.
+    /// Seconds during which one attempt retries a failing request. The caller tries again later anyway.
     #[serde(default = "default_retry_timeout")]
     pub retry_timeout_seconds: u32,
 }
@@ -98,13 +98,12 @@ pub enum Encryption {
     Kms,
 }
 
-/// A value that never prints.
+/// A value that is never printed.
 #[derive(Clone, PartialEq, Eq, serde::Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Wraps a secret.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
@@ -126,18 +125,18 @@ impl serde::Serialize for Secret {
     }
 }
 
-/// What goes with an upload.
+/// How uploads are verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Checksums {
     /// S3's checksum header with SHA-256.
     #[default]
     Sha256,
-    /// None: each upload is read back and compared.
+    /// No checksum header: each upload is read again and compared.
     None,
 }
 
-/// Which kind of store a URL names.
+/// The kind of store that a URL names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Provider {
     S3,
@@ -172,7 +171,7 @@ impl Tier2Config {
         }
     }
 
-    /// Every problem that can be seen without opening anything; empty when there is none.
+    /// Every problem that can be found without opening anything; empty if there is none.
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let provider = match self.parsed() {
@@ -248,7 +247,7 @@ impl Tier2Config {
         }
     }
 
-    /// The URL and what it names, or what is wrong with it (never with its user part, which may hold
+    /// The parsed URL and its kind of store, or the problem with it (never with the URL's user part, which may contain
     /// a secret).
     pub(super) fn parsed(&self) -> Result<(Url, Provider), String> {
         let url = Url::parse(&self.url).map_err(|error| {

@@ -1,6 +1,7 @@
-//! The bucket's clock, as its answers say it: the Date header of HTTP.
+//! The bucket's clock, from the Date header of its HTTP answers.
 //!
-//! Nothing depends on it but a doubt: whoever is about to remove by age compares the server's clock with it (P6).
+//! It is only used to raise a doubt: before anything is removed because of its age, the server's clock is
+//! compared with it (P6).
 
 use object_store::client::HttpResponse;
 use std::{
@@ -8,17 +9,17 @@ use std::{
     time::Instant,
 };
 
-/// What the bucket said last of the time.
+/// The last time that the bucket reported.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeardDate {
-    /// Its time, Unix seconds.
+    /// The reported time, Unix seconds.
     pub date_unix: f64,
-    /// When that was, by a clock that nobody sets.
+    /// When it was received, by the monotonic clock.
     pub heard: Instant,
 }
 
 impl HeardDate {
-    /// By how many seconds its clock is ahead of one that says `wall_unix` now.
+    /// How many seconds the bucket's clock is ahead of one that says `wall_unix` now.
     pub fn ahead_of(&self, wall_unix: f64, now: Instant) -> f64 {
         self.date_unix + now.saturating_duration_since(self.heard).as_secs_f64() - wall_unix
     }
@@ -42,7 +43,7 @@ impl Dates {
     }
 }
 
-/// Unix seconds; `None` for a date that cannot be read.
+/// Parses a Date header to Unix seconds; `None` if it cannot be parsed.
 fn read(date: &str) -> Option<f64> {
     Some(jiff::fmt::rfc2822::parse(date).ok()?.timestamp().as_second() as f64)
 }
@@ -58,7 +59,7 @@ mod tests {
         for bad in ["", "yesterday", "Mon, 99 Nov 2026 07:00:00 GMT"] {
             assert_eq!(read(bad), None, "{bad}");
         }
-        // What was heard before this machine's clock was set says all the same what the time is now.
+        // A date that was received before this machine's clock was changed still gives the current time.
         let (heard, minute) = (Instant::now(), Duration::from_secs(60));
         let date = HeardDate { date_unix: 1000.0, heard };
         assert_eq!(date.ahead_of(1060.0, heard + minute), 0.0);

@@ -1,8 +1,9 @@
-//! Makes the HTTP clients that talk to a store, and to what gives its credentials.
+//! Creates the HTTP clients for a store and for the services that provide its credentials.
 //!
-//! Plain HTTP only where object_store asks for it: an endpoint that is written so, or a machine's own metadata service. No total
-//! time: that of a request is `link`'s. The kernel has the same patience with what it has taken and the peer does not acknowledge:
-//! that ends a dead connection of which nothing more can be seen. (reqwest's own 30 seconds ended links that were only slow.)
+//! Plain HTTP is used only where object_store asks for it: an endpoint that is configured with `http://`, or the
+//! machine's own metadata service. There is no total timeout; `link` limits how long a request may take. The kernel
+//! gets the same timeout for bytes that it has taken and the peer does not acknowledge, which ends a dead connection
+//! that is otherwise silent. (reqwest's default of 30 seconds ended links that were merely slow.)
 
 use super::config::Tier2Config;
 use crate::{Error, Op};
@@ -15,7 +16,7 @@ use reqwest::{
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 const USER_AGENT: &str = concat!("klio/", env!("CARGO_PKG_VERSION"));
-/// A metadata service is one hop away, or not there.
+/// A metadata service is one hop away, or does not exist.
 const METADATA_CONNECT: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -23,10 +24,10 @@ const IDLE: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone)]
 pub(super) struct Dialer {
     certificates: Vec<Certificate>,
-    /// The endpoint itself is `http://`.
+    /// Whether the endpoint itself is `http://`.
     plain: bool,
     connect: Duration,
-    /// How long nothing may move.
+    /// How long a request may go without progress.
     pub(super) patience: Duration,
 }
 
@@ -42,7 +43,6 @@ impl Dialer {
         })
     }
 
-    /// Whether the endpoint itself is plain HTTP.
     pub(super) const fn is_plain(&self) -> bool {
         self.plain
     }
@@ -53,9 +53,10 @@ impl Dialer {
             .user_agent(USER_AGENT)
             .tls_certs_merge(self.certificates.iter().cloned())
             .https_only(!allow_http)
-            // One connection for all requests would be slower, and a lost packet would hold up all of them.
+            // HTTP/2 would put all requests on one connection, which is slower, and a lost packet would hold up all of
+            // them.
             .http1_only()
-            // A decoded answer would have another length than the object.
+            // A decoded answer would differ in length from the object.
             .no_gzip()
             .no_brotli()
             .no_zstd()
@@ -83,7 +84,7 @@ fn certificates(config: &Tier2Config) -> Result<Vec<Certificate>, Error> {
     Ok(found)
 }
 
-/// A store's addresses in random order: its machines share the load.
+/// Resolves to a store's addresses in random order, to spread the load over its machines.
 #[derive(Debug)]
 struct Shuffled;
 

@@ -1,6 +1,6 @@
-//! SHA-256 of stored bytes: what a job carries and what proves an object (P5).
+//! SHA-256 of stored bytes: recorded in jobs and used to prove an object (P5).
 //!
-//! Text form is 64 lower-case hexadecimal digits, as `sha256sum` prints it.
+//! The text form is 64 lower-case hexadecimal digits, as `sha256sum` prints it.
 
 use sha2::{Digest, Sha256};
 use std::{fmt, io, str::FromStr};
@@ -12,7 +12,7 @@ use std::{fmt, io, str::FromStr};
 #[serde(try_from = "String", into = "String")]
 pub struct Sha256Sum([u8; 32]);
 
-/// Not a SHA-256 in hexadecimal.
+/// The text is not a SHA-256 in hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected a SHA-256 of 64 hexadecimal digits, found {found:?}")]
 pub struct Sha256SumError {
@@ -20,17 +20,15 @@ pub struct Sha256SumError {
 }
 
 impl Sha256Sum {
-    /// From the 32 bytes of the sum.
     pub const fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// The 32 bytes.
     pub const fn bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The sum of `bytes`.
+    /// Computes the checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = Hasher::default();
         hasher.update(bytes);
@@ -78,7 +76,7 @@ impl From<Sha256Sum> for String {
     }
 }
 
-/// Counts and sums what is written to it; keeps nothing.
+/// Counts and hashes what is written to it; stores nothing.
 #[derive(Default)]
 pub struct Hasher {
     sha256: Sha256,
@@ -86,18 +84,17 @@ pub struct Hasher {
 }
 
 impl Hasher {
-    /// Adds `bytes`.
     pub fn update(&mut self, bytes: &[u8]) {
         self.sha256.update(bytes);
         self.bytes += bytes.len() as u64;
     }
 
-    /// How many bytes were added.
+    /// Number of bytes that were added.
     pub const fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The sum of all that was added.
+    /// The checksum of everything that was added.
     pub fn finish(self) -> Sha256Sum {
         Sha256Sum(self.sha256.finalize().into())
     }

@@ -1,24 +1,24 @@
-//! What an object store's failure means to a caller.
+//! Classifies the failures of an object store for callers.
 //!
-//! P7: a 404 alone never becomes `Kind::NotFound`; that is decided in fetch.rs, after the store has
-//! shown that the bucket exists. Here it means that the bucket, or the way to it, is not there.
+//! P7: a 404 alone never becomes `Kind::NotFound`. That is decided in fetch.rs, after the store has shown
+//! that the bucket exists. Here a 404 means that the bucket, or the path to it, does not exist.
 
 use crate::{Error, Kind, Op};
 use object_store::client::{HttpError, HttpErrorKind};
 use std::{error::Error as StdError, io, path::Path};
 
-const NO_BUCKET: &str = "does the bucket exist, and are tier2.url and tier2.endpoint right?";
+const NO_BUCKET: &str =
+    "check that the bucket exists and that tier2.url and tier2.endpoint are right";
 const DENIED: &str = "check the credentials and that they may read, write and list the bucket";
-const CONNECT: &str =
-    "is tier2.endpoint right and reachable? A private certificate authority needs tier2.ca_file";
+const CONNECT: &str = "check that tier2.endpoint is right and reachable; a private certificate authority needs tier2.ca_file";
 
-const CLOCK: &str = "set the clock (NTP) of the machine that runs klio-server, or klio where that reads the bucket itself (--from): the store refuses requests of another time";
+const CLOCK: &str = "set the clock (NTP) of the machine that runs klio-server, or klio if it reads the bucket itself (--from): the store refuses requests with a wrong time";
 const EXPIRED: &str =
-    "the session token expired: give a new one, or let ambient credentials renew it";
-const QUOTA: &str = "the bucket's quota is used up: raise it, or keep less";
-const CHECKSUMS: &str = "this store does not take S3's checksum header: set tier2.checksum = \"none\"; uploads are read back then";
+    "provide a new session token (it expired), or use ambient credentials, which are renewed";
+const QUOTA: &str = "raise the bucket's quota (it is used up), or keep fewer backups";
+const CHECKSUMS: &str = "set tier2.checksum = \"none\": this store does not accept S3's checksum header; uploads are then verified by reading them again";
 
-/// Codes that a store puts into the body of its answer, where the status says too little or something else.
+/// Error codes in the body of an answer, for cases where the HTTP status says too little or is misleading.
 const CODES: [(&str, Kind, &str); 6] = [
     ("RequestTimeTooSkewed", Kind::Transient, CLOCK),
     ("RequestExpired", Kind::Transient, CLOCK),
@@ -28,7 +28,7 @@ const CODES: [(&str, Kind, &str); 6] = [
     ("NoSuchBucket", Kind::Invalid, NO_BUCKET),
 ];
 
-/// Turns a failure of the store into ours.
+/// Converts a failure of the store to an error of ours.
 pub(super) fn classify(op: Op, place: &str, error: object_store::Error) -> Error {
     let (kind, hint) = kind_of(&error);
     let built = Error::new(kind, op, place, chain(&error)).with_source(error);
@@ -38,7 +38,7 @@ pub(super) fn classify(op: Op, place: &str, error: object_store::Error) -> Error
     }
 }
 
-/// Whether the store refused a request for its checksum header.
+/// Whether the store refused a request because of its checksum header.
 pub(super) fn refuses_checksums(error: &object_store::Error) -> bool {
     let text = chain(error).to_lowercase();
     let refused = matches!(status(&text), Some(400 | 501)) || text.contains("notimplemented");
@@ -50,7 +50,7 @@ pub(super) fn passes(error: &object_store::Error) -> bool {
     kind_of(error).0 == Kind::Transient
 }
 
-/// Whether a request ended because nothing moved (link.rs).
+/// Whether a request ended because it made no progress (link.rs).
 pub(super) fn stood_still(error: &object_store::Error) -> bool {
     http_kind(error) == Some(HttpErrorKind::Timeout)
 }
@@ -105,13 +105,13 @@ fn by_cause(error: &object_store::Error) -> (Kind, Option<&'static str>) {
     match status(&error.to_string()) {
         Some(507) => (Kind::Full, None),
         Some(401 | 403) => (Kind::Denied, Some(DENIED)),
-        Some(301 | 307 | 308) => (Kind::Invalid, Some("tier2.region may be wrong")),
+        Some(301 | 307 | 308) => (Kind::Invalid, Some("check tier2.region")),
         Some(408 | 425 | 429 | 500..) | None => (Kind::Transient, None),
         Some(_) => (Kind::Invalid, None),
     }
 }
 
-/// As `Error::io` decides, except that a missing directory is no missing object (P7).
+/// As `Error::io` decides, except that a missing directory is not a missing object (P7).
 fn kind_of_io(error: &io::Error) -> Kind {
     match Error::io(Op::Read, Path::new(""), error.kind().into()).kind {
         Kind::NotFound => Kind::Invalid,
@@ -119,14 +119,14 @@ fn kind_of_io(error: &io::Error) -> Kind {
     }
 }
 
-/// The HTTP status in the text of object_store's retry error, whose type is not public. A test
-/// against a real answer keeps this true.
+/// The HTTP status in the text of object_store's retry error, whose type is not public. A test with a real
+/// answer makes sure that this keeps working.
 pub(super) fn status(text: &str) -> Option<u16> {
     let (_, rest) = text.split_once("status code: ")?;
     rest.get(..3)?.parse().ok()
 }
 
-/// The message with each cause that adds something, on one line of bounded length.
+/// The message with every cause that adds something, on one line of limited length.
 fn chain(error: &object_store::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -162,7 +162,8 @@ mod tests {
         assert_eq!(classify(Op::Upload, "x", error).kind, Kind::Full);
     }
 
-    /// A wrong clock was "check the credentials", a refused header "the store said it exists".
+    /// Before, a wrong clock was reported as "check the credentials", and a refused header as "the store
+    /// said it exists".
     #[test]
     fn the_stores_own_code_decides_where_the_status_says_something_else() {
         let denied = |code: &str| object_store::Error::PermissionDenied {
@@ -176,7 +177,7 @@ mod tests {
         };
         let (kind, hint) = classified(denied("RequestTimeTooSkewed"));
         assert!(kind == Kind::Transient && hint.contains("clock"), "{kind:?} {hint}");
-        // A sidecar shows what its server says: whose clock it is must be said.
+        // A sidecar shows its server's message, so the message must say whose clock is wrong.
         assert!(hint.contains("klio-server") && !hint.contains("this machine"), "{hint}");
         assert_eq!(classified(denied("QuotaExceeded")), (Kind::Full, QUOTA));
         assert_eq!(classified(denied("ExpiredToken")), (Kind::Denied, EXPIRED));

@@ -1,7 +1,8 @@
-//! Downloads, and the one place that may say that an object does not exist.
+//! Downloads, and the only place that may report an object as missing.
 //!
 //! P7: `Kind::NotFound` needs two answers: a 404 for the object, and a successful listing of its directory
-//! that does not hold it. A missing bucket, a proxy's 404 or an unmounted directory fail the second.
+//! that does not contain it. With a missing bucket, a proxy's 404 or an unmounted directory, the second
+//! one fails.
 
 use super::{Tier2, fault::classify};
 use crate::{Error, Kind, Op};
@@ -13,12 +14,12 @@ use std::{
     task::{Context, Poll},
 };
 
-/// How often an object that is listed is asked for before it counts as unreadable.
+/// How often a listed object is requested before it counts as unreadable.
 const APPEARS_TRIES: u32 = 3;
 
-/// An object being read: its size, then its bytes. Ends with an error if bytes are missing.
+/// An object that is being read: its size, then its bytes. Fails if bytes are missing.
 pub struct Download {
-    /// Bytes of the object.
+    /// Size of the object in bytes.
     pub size: u64,
     place: String,
     left: u64,
@@ -46,7 +47,7 @@ impl Stream for Download {
                 Poll::Ready(Some(Err(classify(Op::Download, &self.place, error))))
             }
             Poll::Ready(None) if self.left > 0 => {
-                let detail = format!("ended {} bytes early, of {}", self.left, self.size);
+                let detail = format!("ended {} bytes early, expected {}", self.left, self.size);
                 self.left = 0;
                 let error = Error::new(Kind::Transient, Op::Download, &self.place, detail);
                 Poll::Ready(Some(Err(error)))
@@ -60,7 +61,7 @@ impl Tier2 {
     /// Begins to read an object.
     ///
     /// # Errors
-    /// `NotFound` is definitive: bucket and directory could be listed and do not hold it.
+    /// `NotFound` is definitive: the bucket and directory could be listed and do not contain it.
     pub async fn download(&self, key: &str) -> Result<Download, Error> {
         let path = self.path(Op::Download, key)?;
         self.require_directory(Op::Download, key)?;
@@ -81,7 +82,7 @@ impl Tier2 {
         }
     }
 
-    /// The size of an object, or `None` when it definitively does not exist.
+    /// The size of an object in bytes, or `None` when it definitely does not exist.
     ///
     /// # Errors
     /// Everything but a definitive absence.
@@ -113,7 +114,8 @@ impl Tier2 {
             return error;
         }
         let (directory, name) = key.rsplit_once('/').unwrap_or(("", key));
-        // Begins just before the name, so that a directory of a million segments costs one page.
+        // Begins just before the name, so that even in a directory of a million segments one page is
+        // enough.
         let before = name.get(..name.len().saturating_sub(1)).unwrap_or_default();
         let offset = Path::from(format!("{directory}/{before}"));
         let directory = Path::from(directory);

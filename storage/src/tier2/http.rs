@@ -1,10 +1,11 @@
-//! One CLIENT span for every request that goes to the object store, retries included.
+//! One CLIENT span for every request to the object store, including retries.
 //!
-//! Sits below the retry layer, so each attempt is a span of its own. Records method, bucket, directory of
-//! the key, status, the kind of a failure and which repetition it is: never a query, a header or a body.
+//! This layer is below the retry layer, so each attempt has a span of its own. It records the method, bucket, directory
+//! of the key, status, kind of failure and number of the retry; never a query, a header or a body.
 //!
-//! S3's completion of a multipart upload writes over what is there: it is sent with `If-None-Match: *`, which S3 takes since
-//! November 2024, and once more without where a store says that it does not know it (OBJECT4).
+//! In S3, completing a multipart upload overwrites an existing object. The request is therefore sent with
+//! `If-None-Match: *`, which S3 has supported since November 2024, and again without the header if a store says that it
+//! does not support it (OBJECT4).
 
 use super::{attempts::Attempts, date::Dates, dial::Dialer, link::Link};
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use object_store::{
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::{Instrument, Span, field::Empty};
 
-/// Makes clients whose requests are spans.
+/// Creates clients whose requests have spans.
 #[derive(Debug, Clone)]
 pub(super) struct TracedConnector {
     pub(super) bucket: String,
@@ -27,14 +28,14 @@ pub(super) struct TracedConnector {
     pub(super) replacing: Replacing,
 }
 
-/// What tells one content of an object from another.
+/// Identifies one content of an object: its size and entity tag.
 type Version = (u64, Option<String>);
 
-/// The keys of which an upload may write over what is there, which is this. Clones share it.
+/// The keys that an upload may overwrite, each with the version that may be overwritten. Clones share the list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Replacing(Arc<Mutex<Vec<(String, Version)>>>);
 
-/// Dropping it ends it.
+/// Ends the permission to overwrite when it is dropped.
 pub(super) struct Replaced<'a>(&'a Replacing, String);
 
 impl Replacing {
@@ -43,7 +44,8 @@ impl Replacing {
         Replaced(self, key.to_owned())
     }
 
-    /// Whether what is there now may be written over, or nothing is, as it has to be.
+    /// Whether the object found now is the one that may be overwritten, or nothing exists and nothing may be
+    /// overwritten.
     pub(super) fn gives_way(&self, key: &str, there: Option<&ObjectMeta>) -> bool {
         let keys = self.keys();
         let over = keys.iter().find(|(known, _)| known == key).map(|(_, over)| over);
@@ -55,7 +57,7 @@ impl Replacing {
     }
 
     fn has(&self, request: &HttpRequest) -> bool {
-        // All of a key but a generation's mark is as it is in a path.
+        // In a path, a key is unchanged except for the escaped `@` of a generation.
         let path = request.uri().path().replace("%40", "@");
         self.keys().iter().any(|(key, _)| path.ends_with(&format!("/{key}")))
     }
@@ -135,7 +137,7 @@ impl TracedService {
     }
 }
 
-/// `POST key?uploadId=...`, of S3 alone.
+/// `POST key?uploadId=...`, which only S3 has.
 fn completes_upload(request: &HttpRequest) -> bool {
     let query = request.uri().query().unwrap_or_default();
     let names_upload = query.split('&').any(|pair| pair.starts_with("uploadId="));
@@ -159,7 +161,7 @@ fn request_span(request: &HttpRequest, bucket: &str) -> Span {
 
 fn record_status(span: &Span, status: u16) {
     span.record("http.response.status_code", status);
-    // 404 and 412 are ordinary answers to "is it there?" and "only if absent".
+    // 404 and 412 are normal answers to "does it exist?" and "only if absent".
     if status >= 400 && !matches!(status, 404 | 409 | 412) {
         record_failure(span, if status >= 500 { "http_5xx" } else { "http_4xx" });
     }
@@ -180,7 +182,7 @@ const fn error_type(kind: HttpErrorKind) -> &'static str {
     }
 }
 
-/// A path without its last part: a directory, never an object's name.
+/// A path without its last component: a directory, never an object's name.
 fn directory(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(directory, _)| directory).trim_start_matches('/')
 }

@@ -1,9 +1,10 @@
-//! How many parts go to the store at once.
+//! Limits how many parts are sent to the store at the same time.
 //!
-//! On a slow link many at once only make each one slower, and what is lost with a cut larger: a part that crawls or that the link
-//! loses halves their number, down to one; each quick one adds one. Files of one request take no lane, so that one cluster's
-//! trouble with a large file does not hold up the WAL of others; when they crawl there are fewer lanes all the same. Memory is
-//! bounded elsewhere (`upload_memory`); a lane is taken first, so that whoever holds memory never waits here.
+//! On a slow link, many concurrent parts only slow each other down, and more is lost when the link breaks. A part that
+//! is slow or lost halves the number, down to one; each fast one adds one. Files that fit into one request take no
+//! lane, so that one cluster's problem with a large file does not hold up the WAL of others; but if they are slow, the
+//! number is reduced as well. Memory is limited elsewhere (`upload_memory`); a lane is taken before memory, so that
+//! whoever holds memory never waits here.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -11,9 +12,9 @@ use std::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Before anything is known.
+/// The number before anything is measured.
 const AT_FIRST: usize = 4;
-/// More than the files that a consumer uploads at once have: on a fast link memory is the only bound.
+/// More than the files that a consumer uploads at the same time have: on a fast link only memory is the limit.
 const AT_MOST: usize = 32;
 
 /// Shared by all uploads to a store.
@@ -24,19 +25,19 @@ pub(super) struct Lanes(Arc<Shared>);
 struct Shared {
     open: Arc<Semaphore>,
     width: Mutex<Width>,
-    /// A part that took longer than this crawled.
+    /// A part that took longer than this was slow.
     crawl: Duration,
 }
 
-/// Pure: how many there are, and how many more are still in use.
+/// The number of lanes, and how many surplus ones are still in use. Pure.
 #[derive(Debug, PartialEq, Eq)]
 struct Width {
     now: usize,
-    /// To be closed when they are given back.
+    /// Lanes to close when they are returned.
     owed: usize,
 }
 
-/// The right to send one part. Says how it went, or says nothing when it is dropped.
+/// The right to send one part. Its owner reports the outcome, or drops it without a report.
 #[derive(Debug)]
 pub(super) struct Lane {
     of: Lanes,
@@ -44,26 +45,26 @@ pub(super) struct Lane {
 }
 
 impl Lanes {
-    /// Where a request has this much patience.
+    /// `patience` is how long a request may go without progress.
     pub(super) fn new(patience: Duration) -> Self {
         let width = Mutex::new(Width { now: AT_FIRST, owed: 0 });
         Self(Arc::new(Shared { open: Arc::new(Semaphore::new(AT_FIRST)), width, crawl: patience }))
     }
 
-    /// Waits for its turn (the semaphore is fair). Cancel-safe.
+    /// Waits for a free lane (the semaphore is fair). Cancel-safe.
     pub(super) async fn take(&self) -> Option<Lane> {
         let permit = Arc::clone(&self.0.open).acquire_owned().await.ok()?;
         Some(Lane { of: self.clone(), permit: Some(permit) })
     }
 
-    /// Something went that takes no lane, in so long a time.
+    /// Reports a request that took no lane, with its duration.
     pub(super) fn went(&self, within: Duration) {
         if within > self.0.crawl {
             self.narrow();
         }
     }
 
-    /// How many there are now.
+    /// The current number of lanes.
     pub(super) fn width(&self) -> usize {
         self.lock().now
     }
@@ -103,7 +104,7 @@ impl Lane {
         }
     }
 
-    /// The link or the store lost it.
+    /// The link or the store lost the part.
     pub(super) fn lost(&self) {
         self.of.narrow();
     }
@@ -127,7 +128,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// Takes as many as there are.
+    /// Takes all available lanes.
     fn all(lanes: &Lanes) -> Vec<Lane> {
         std::iter::from_fn(|| lanes.take().now_or_never().flatten()).collect()
     }

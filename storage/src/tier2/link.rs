@@ -1,9 +1,10 @@
-//! How long a request to the store may take: progress decides, never the total time.
+//! Limits how long a request to the store may take, by its progress and never by its total time.
 //!
-//! A body goes in small pieces, each of which says when it was written to the connection. While pieces go, a request of any
-//! length over any link goes on; when none goes for the configured patience, it failed. After the last one the answer has that
-//! patience and the time that what is still in buffers may need ([`Pace`]). What an answer brings must go on coming as well.
-//! The kernel has the same patience with what it has taken (TCP_USER_TIMEOUT, dial.rs).
+//! A body is sent in small pieces, each of which records when it was written to the connection. While pieces are being
+//! written, a request may take any time over any link; when none is written for the configured time, the request fails.
+//! After the last piece the answer may take that time plus the time that the bytes still in buffers may need
+//! ([`Pace`]). The body of the answer has to keep arriving as well. The kernel applies the same limit to bytes that it
+//! has taken (TCP_USER_TIMEOUT, dial.rs).
 
 use super::pace::Pace;
 use bytes::Bytes;
@@ -26,10 +27,10 @@ use std::{
 };
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// The connection takes a piece as a whole: at 1 KiB/s one in 16 seconds.
+/// The connection takes a piece as a whole: at 1 KiB/s one every 16 seconds.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// Nothing moved.
+/// A request made no progress.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Still {
     #[error(
@@ -37,12 +38,12 @@ pub(super) enum Still {
     )]
     Sending { taken: u64, bytes: u64, patience: Duration },
     #[error(
-        "the link stands still: {taken} of {bytes} bytes were taken, but what was on its way did not arrive for {patience:?} (tier2.request_timeout_seconds)"
+        "the link stands still: {taken} of {bytes} bytes were taken, but were not acknowledged for {patience:?} (tier2.request_timeout_seconds)"
     )]
     Lost { taken: u64, bytes: u64, patience: Duration },
     #[error("no answer came within {within:?} after the request (tier2.request_timeout_seconds)")]
     Silent { within: Duration },
-    #[error("the answer stopped coming for {patience:?} (tier2.request_timeout_seconds)")]
+    #[error("the answer stopped arriving for {patience:?} (tier2.request_timeout_seconds)")]
     Answer { patience: Duration },
 }
 
@@ -52,7 +53,7 @@ impl From<Still> for HttpError {
     }
 }
 
-/// The way to a store, for all its requests.
+/// The connection to a store, for all its requests.
 #[derive(Debug)]
 pub(super) struct Link {
     patience: Duration,
@@ -64,7 +65,7 @@ impl Link {
         Self { patience, pace: Mutex::default() }
     }
 
-    /// Sends a request and waits for the beginning of its answer. Dropped, it is cancelled.
+    /// Sends a request and waits for the beginning of its answer. Dropping the future cancels it.
     pub(super) async fn execute(
         &self,
         client: &HttpClient,
@@ -94,7 +95,7 @@ impl Link {
                 }
                 () = sleep_until(until) => {}
             }
-            // Pieces may have gone meanwhile.
+            // More pieces may have been written meanwhile.
             if self.until(sending, begun) <= Instant::now() {
                 self.pace().unanswered(sending.bytes, begun.elapsed());
                 return Err(self.still(sending).into());
@@ -121,7 +122,7 @@ impl Link {
         }
     }
 
-    /// The kernel's word for it says less.
+    /// Replaces the kernel's error, which says less.
     fn told(&self, error: HttpError, sending: &Sending) -> HttpError {
         let (taken, bytes, patience) = (sending.taken.lock().bytes, sending.bytes, self.patience);
         match taken > 0 && timed_out(&error) {
@@ -134,7 +135,7 @@ impl Link {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same answer with a body that fails when it stops coming.
+    /// The same answer with a body that fails when it stops arriving.
     fn patient(&self, answer: HttpResponse) -> HttpResponse {
         let (parts, body) = answer.into_parts();
         let patience = self.patience;
@@ -144,7 +145,7 @@ impl Link {
     }
 }
 
-/// A body on its way.
+/// A body that is being sent.
 struct Sending {
     bytes: u64,
     taken: Arc<Taken>,
@@ -165,7 +166,7 @@ impl Taken {
     }
 }
 
-/// Piece of a body. The connection drops it when it has written it.
+/// A piece of a body. The connection drops it once it has written it.
 struct Piece {
     bytes: Bytes,
     taken: Arc<Taken>,
@@ -186,10 +187,10 @@ impl Drop for Piece {
 }
 
 impl Sending {
-    /// The same request in pieces that are noticed.
+    /// The same request, with its body in pieces whose progress can be observed.
     fn watch(request: HttpRequest) -> (HttpRequest, Self) {
         let taken = Arc::new(Taken(Mutex::new(Progress { bytes: 0, last: Instant::now() })));
-        // A question, or a few bytes of XML.
+        // A request without a body, or with a few bytes of XML.
         if request.body().as_bytes().is_some() {
             return (request, Self { bytes: 0, taken });
         }
@@ -205,7 +206,7 @@ impl Sending {
         let body = match pieces.is_empty() {
             true => HttpRequestBody::empty(),
             false => {
-                // What goes in pieces has no length of its own, and S3 takes nothing without.
+                // A body in pieces has no length of its own, and S3 requires one.
                 parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes));
                 pieces.into_iter().collect::<PutPayload>().into()
             }
@@ -214,7 +215,7 @@ impl Sending {
     }
 }
 
-/// By the kernel: nobody above it was asked for a time.
+/// Whether the kernel reported a timeout: no other layer has one.
 fn timed_out(error: &HttpError) -> bool {
     let mut cause = std::error::Error::source(error);
     while let Some(current) = cause {
@@ -226,7 +227,7 @@ fn timed_out(error: &HttpError) -> bool {
     false
 }
 
-/// What a body in memory consists of.
+/// The chunks of a body in memory.
 fn chunks(mut body: HttpRequestBody) -> impl Iterator<Item = Bytes> {
     std::iter::from_fn(move || {
         let mut context = Context::from_waker(Waker::noop());

@@ -1,4 +1,4 @@
-//! What the bucket holds of a cluster.
+//! What the bucket has of a cluster.
 
 use super::{Tier2, fault::classify};
 use crate::{
@@ -11,21 +11,20 @@ use object_store::path::Path;
 /// A finished WAL file in tier 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoredObject {
-    /// Which file.
     pub file: WalFile,
-    /// How it lies there. A file may be listed in both forms.
+    /// Its stored form. A file may be listed in both forms.
     pub form: Form,
-    /// Bytes of the object.
+    /// Size of the object in bytes.
     pub size: u64,
-    /// Unix time in seconds at which the store says it was written.
+    /// When it was written according to the store, Unix seconds.
     pub modified_unix: u64,
 }
 
 impl Tier2 {
-    /// Every finished WAL file of a cluster, in no promised order. Other keys are passed over.
+    /// Every finished WAL file of a cluster, in no particular order. Other keys are ignored.
     ///
     /// # Errors
-    /// As the store fails; a missing bucket is an error, an empty one is not.
+    /// An error of the store; a missing bucket is an error, an empty one is not.
     pub async fn list_wal(&self, cluster: &ClusterName) -> Result<Vec<StoredObject>, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_directory(Op::List, &prefix)?;
@@ -47,7 +46,7 @@ impl Tier2 {
     /// The clusters that have anything in this bucket and prefix.
     ///
     /// # Errors
-    /// As the store fails.
+    /// An error of the store.
     pub async fn clusters(&self) -> Result<Vec<ClusterName>, Error> {
         self.require_directory(Op::List, "")?;
         let listing = self.store.list_with_delimiter(None).await;

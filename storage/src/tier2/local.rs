@@ -1,6 +1,7 @@
-//! The file to upload, read and checked before anything is sent.
+//! The file to upload, read and verified before anything is sent.
 //!
-//! A damaged tier-1 file never becomes an object: its sum is the job's, or it decodes to the end.
+//! A damaged tier-1 file never becomes an object: either its checksum is the one in the job, or it decodes to the
+//! end.
 
 use super::{Sha256Sum, Tier2, digest::Hasher, parts::PART_BYTES};
 use crate::{Error, Kind, Op, crypt::AtRest};
@@ -13,36 +14,36 @@ use std::{
 };
 use tokio::sync::OwnedSemaphorePermit;
 
-/// What to upload.
+/// A file to upload.
 #[derive(Debug, Clone)]
 pub struct Source {
-    /// A finished file: nobody writes to it any more.
+    /// A finished file that nobody writes to any more.
     pub path: PathBuf,
-    /// Its sum when it was sealed, where known; then the file is not decoded to check it.
+    /// Its checksum when it was sealed, if known; then the file need not be decoded for verification.
     pub sha256: Option<Sha256Sum>,
-    /// Whether it is a zstd stream, when it is decrypted.
+    /// Whether it is a zstd stream, once decrypted.
     pub zstd: bool,
-    /// Size of what the zstd stream holds, where known.
+    /// The uncompressed size of the zstd stream in bytes, if known.
     pub plaintext_bytes: Option<u64>,
-    /// The unfinished end of a timeline: an object with the beginning of the same gives way to it (OBJECT6).
+    /// Whether it is the partial segment at the end of a timeline: it replaces an object that has its beginning
+    /// (OBJECT6).
     pub grows: bool,
-    /// How it is encrypted.
     pub wrapping: Wrapping,
 }
 
-/// How a file to upload is encrypted, and where the same may lie that is not encrypted so.
+/// How a file to upload is encrypted, and where the same file may be stored in the other form.
 #[derive(Debug, Clone, Default)]
 pub struct Wrapping {
-    /// The file is an age file.
+    /// Whether the file is an age file.
     pub age: bool,
-    /// The key of the other form, where there is one: what lies there is the same file of other settings.
+    /// The key of the other form, if there is one: an object there is the same file from earlier settings.
     pub other_key: Option<String>,
-    /// What opens both.
+    /// The keys that decrypt both.
     pub at_rest: AtRest,
 }
 
 impl Wrapping {
-    /// What `from` holds, when its encryption is taken off.
+    /// The decrypted content of `from`.
     pub(super) fn unwrap(
         &self,
         from: impl Read + 'static,
@@ -57,17 +58,17 @@ impl Wrapping {
     }
 }
 
-/// A file that passed its check.
+/// A file that was verified.
 pub(super) struct Local {
     pub(super) source: Source,
     pub(super) size: u64,
     pub(super) sha256: Sha256Sum,
-    /// The whole file, when it is small enough for one request, with its share of the budget.
+    /// The whole file with its share of the memory budget, if it is small enough for one request.
     pub(super) held: Option<(Bytes, OwnedSemaphorePermit)>,
 }
 
 impl Tier2 {
-    /// Reads and checks `source`; holds it in memory when it fits one request.
+    /// Reads and verifies `source`; keeps it in memory if it fits one request.
     pub(super) async fn read_local(&self, source: &Source) -> Result<Local, Error> {
         let fail = |error| Error::io(Op::Read, &source.path, error);
         let metadata = tokio::fs::metadata(&source.path).await.map_err(fail)?;
@@ -78,7 +79,7 @@ impl Tier2 {
         Ok(Local { source: source.clone(), size, sha256, held: bytes.zip(permit) })
     }
 
-    /// A share of the memory budget; waits for its turn (the semaphore is fair).
+    /// Takes a share of the memory budget, waiting if necessary (the semaphore is fair).
     pub(super) async fn take_budget(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Error> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.budget_kib);
         Arc::clone(&self.budget).acquire_many_owned(kib).await.map_err(|_| {
@@ -87,14 +88,14 @@ impl Tier2 {
     }
 }
 
-/// Runs file work where it may block.
+/// Runs file work on a thread that may block.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => {
-            Err(Error::new(Kind::Io, Op::Read, "a tier-1 file", format!("task failed: {error}")))
+            Err(Error::new(Kind::Io, Op::Read, "tier-1 file", format!("task failed: {error}")))
         }
     }
 }
@@ -111,7 +112,7 @@ fn check(source: &Source, keep: bool) -> Result<(u64, Sha256Sum, Option<Bytes>),
             break;
         }
         hasher.update(&block[..count]);
-        // A file that grew past the limit since it was measured must not grow past the budget.
+        // A file that has grown beyond the limit since its size was read must not exceed the budget.
         kept = kept.filter(|k| (k.len() + count) as u64 <= PART_BYTES);
         if let Some(kept) = &mut kept {
             kept.extend_from_slice(&block[..count]);
@@ -121,20 +122,21 @@ fn check(source: &Source, keep: bool) -> Result<(u64, Sha256Sum, Option<Bytes>),
     if size == 0 {
         return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), "found 0 bytes"));
     }
-    // What no decoder can check, and of which the sum is known: a repository file, named by it.
+    // A file that cannot be decoded and whose checksum is known: a repository file, which is named by it.
     let decodes = source.zstd || source.wrapping.age;
     if let Some(expected) = source.sha256.filter(|expected| !decodes && *expected != sha256) {
         let detail = format!("expected the SHA-256 {expected}, found {sha256}");
         return Err(Error::new(Kind::Corrupt, Op::Read, source.path.display(), detail));
     }
-    // A sum that differs is not damage yet: sealed again after a crash it is compressed or encrypted differently.
+    // A different checksum is not damage yet: a file that was sealed again after a crash may be compressed or
+    // encrypted differently.
     if decodes && source.sha256 != Some(sha256) {
         plaintext_sum(source, source.plaintext_bytes)?;
     }
     Ok((size, sha256, kept.map(Bytes::from)))
 }
 
-/// Decodes a file to its end and gives the sum of what it holds.
+/// Decodes a file to its end and returns the checksum of its content.
 pub(super) fn plaintext_sum(source: &Source, expected: Option<u64>) -> Result<Sha256Sum, Error> {
     let path = &source.path;
     let file = File::open(path).map_err(|error| Error::io(Op::Read, path, error))?;
@@ -149,7 +151,7 @@ pub(super) fn plaintext_sum(source: &Source, expected: Option<u64>) -> Result<Sh
     }
 }
 
-/// The sum of the first so many bytes of what a file holds, if it has more than those.
+/// The checksum of the first `bytes` bytes of a file's content, if the content is longer.
 pub(super) fn beginning_sum(source: &Source, bytes: u64) -> Result<Option<Sha256Sum>, Error> {
     let path = &source.path;
     let file = File::open(path).map_err(|error| Error::io(Op::Read, path, error))?;
@@ -178,7 +180,7 @@ fn plain_reader(
     Ok(Box::new(zstd::stream::read::Decoder::new(plain).map_err(corrupt)?))
 }
 
-/// Decodes to the end of `reader`, keeping nothing but the sum; `age`: it is encrypted.
+/// Decodes `reader` to its end and returns the checksum; `age` says whether it is encrypted.
 pub(super) fn decode(
     reader: impl Read + 'static,
     source: &Source,

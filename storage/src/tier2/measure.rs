@@ -1,7 +1,8 @@
-//! How many bytes of WAL an object holds: a listing tells its stored size only, and of a partial segment the end of
-//! what can be restored follows from its content alone.
+//! How many bytes of WAL an object contains. A listing gives only its stored size, and the end of a partial
+//! segment, up to which a restore is possible, follows only from its content.
 //!
-//! Read as a stream, decrypted and decoded with every check; nothing is kept. What does not decode is `Corrupt`.
+//! The object is read as a stream, decrypted and decoded with every check; nothing is stored. An object that cannot
+//! be decoded is `Corrupt`.
 
 use super::{Tier2, compare::ChunkReader, local::blocking};
 use crate::{Error, crypt::AtRest, layout::Form, wal::decode};
@@ -10,10 +11,10 @@ use std::io::Read;
 use tokio::sync::mpsc;
 
 impl Tier2 {
-    /// The plain bytes of a WAL file, at most `limit`.
+    /// The number of plain bytes of a WAL file, at most `limit`.
     ///
     /// # Errors
-    /// `NotFound` is definitive; `Corrupt`; `Denied` without the key; as the store fails.
+    /// `NotFound` is definitive; `Corrupt`; `Denied` without the key; otherwise an error of the store.
     pub async fn plain_size(
         &self,
         key: &str,
@@ -44,7 +45,7 @@ impl Tier2 {
             };
             decode::decode_reader(&mut plain, limit, &mut |_| Ok(())).map_err(|e| e.at(&place))
         });
-        // An answer that broke off is the store's failure, not damage.
+        // An answer that broke off is a failure of the store, not damage.
         let (fed, measured) = tokio::join!(feed, measured);
         fed?;
         measured

@@ -1,17 +1,16 @@
-//! Tier 2: an object store, by URL.
+//! Tier 2: an object store, named by a URL.
 //!
-//! What "uploaded" promises (P5):
-//! OBJECT1  the object is there under its key with the size of the local file, asked for after the upload;
-//! OBJECT2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were
-//!     read back, or they hold the same plaintext in another compression or encryption;
-//! OBJECT3  an object is whole or absent: a failed upload leaves nothing under the key;
-//! OBJECT4  what is there is never overwritten: other plaintext under the same key is `Kind::Conflict`.
-//! OBJECT6  but the unfinished end of a timeline may grow: an object that is proven to be the beginning of a file of that kind is
-//!     put over by all of it, whole, and read back.
+//! What a successful upload guarantees (P5):
+//! OBJECT1  the object exists under its key with the size of the local file, checked after the upload;
+//! OBJECT2  its bytes are the local file's: S3 compared them with our SHA-256 on arrival, or they were read again, or
+//!          they have the same plaintext in another compression or encryption;
+//! OBJECT3  an object is complete or absent: a failed upload leaves nothing under the key;
+//! OBJECT4  an existing object is never overwritten: other plaintext under the same key is `Kind::Conflict`.
+//! OBJECT6  as an exception, the partial segment at the end of a timeline may grow: an object that is proven to be the
+//!          beginning of such a file is replaced by all of it, and read again.
 //!
-//! Memory of all uploads together is bounded by `upload_memory`. What may replace or remove is in
-//! `objects.rs`, and but for OBJECT6 nowhere else.
-//! P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted directory is another kind.
+//! `upload_memory` limits the memory of all uploads together. Only `objects.rs` may replace or remove, apart from
+//! OBJECT6. P7: `Kind::NotFound` is definitive; a missing bucket or an unmounted directory has another kind.
 
 mod attempts;
 mod compare;
@@ -54,7 +53,7 @@ use object_store::{Attribute, Attributes, ObjectStore, multipart::MultipartStore
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::Semaphore;
 
-/// A cheap handle on the store; clones share its connections and its memory budget.
+/// A cheap handle to the store; clones share its connections and its memory budget.
 #[derive(Clone)]
 pub struct Tier2 {
     store: Arc<dyn ObjectStore>,
@@ -62,14 +61,14 @@ pub struct Tier2 {
     unfinished: unfinished::Unfinished,
     lanes: lanes::Lanes,
     url: Arc<str>,
-    /// Of `file://` only: it must exist for a missing file to mean anything.
+    /// For `file://` only: it must exist, otherwise a missing file would mean nothing.
     directory: Option<PathBuf>,
     dates: date::Dates,
     replacing: http::Replacing,
     attributes: Attributes,
     budget: Arc<Semaphore>,
     budget_kib: u32,
-    /// OBJECT2: the store compares nothing on arrival.
+    /// OBJECT2: uploads are read again, because the store compares nothing on arrival.
     reads_back: bool,
 }
 
@@ -80,10 +79,10 @@ impl std::fmt::Debug for Tier2 {
 }
 
 impl Tier2 {
-    /// Opens the store without talking to it. A rustls provider must be installed before.
+    /// Opens the store without contacting it. A rustls provider must be installed first.
     ///
     /// # Errors
-    /// `Kind::Invalid` names every problem of the configuration; `Io`, `Denied` for the CA file.
+    /// `Kind::Invalid` with every problem of the configuration; `Io` or `Denied` for the CA file.
     pub fn open(config: &Tier2Config) -> Result<Self, Error> {
         let opened = open::open(config)?;
         let mut attributes = Attributes::new();
@@ -108,17 +107,17 @@ impl Tier2 {
         })
     }
 
-    /// The URL it was opened with: holds no secret.
+    /// The URL it was opened with; contains no secret.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// What the bucket's answers said last of the time; `None` for a directory.
+    /// The last time that the bucket reported; `None` for a directory.
     pub fn heard_date(&self) -> Option<HeardDate> {
         self.dates.last()
     }
 
-    /// Asks whether bucket and credentials work, by listing.
+    /// Checks bucket and credentials with a listing.
     ///
     /// # Errors
     /// The kind says what to do; the hint says where to look.
@@ -141,10 +140,13 @@ impl Tier2 {
 
     fn require_directory(&self, op: Op, key: &str) -> Result<(), Error> {
         match &self.directory {
-            Some(directory) if !directory.is_dir() => {
-                Err(Error::new(Kind::Transient, op, self.place(key), "the directory is gone")
-                    .hint("is the disk or share still mounted?"))
-            }
+            Some(directory) if !directory.is_dir() => Err(Error::new(
+                Kind::Transient,
+                op,
+                self.place(key),
+                "expected the directory of tier 2, found none",
+            )
+            .hint("check that the disk or share is mounted")),
             _ => Ok(()),
         }
     }

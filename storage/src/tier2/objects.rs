@@ -1,9 +1,9 @@
-//! Objects of any kind by their key: listings, ranges, small ones as a whole, removal.
+//! Objects of any kind by their key: listings, ranges, whole small objects, removal.
 //!
-//! [`Tier2::replace`] and [`Tier2::remove`] are the only calls that take something away. Both are for
-//! the server alone: `replace` for the few small objects whose content may change (a re-wrapped secret,
-//! the version in `cluster.json`), `remove` for retention, behind P5 and P6.
-//! P7: an absence is told only where bucket and directory could be listed, as in `fetch.rs`.
+//! Only [`Tier2::replace`] and [`Tier2::remove`] destroy data, and only the server calls them: `replace`
+//! for the few small objects whose content may change (a re-wrapped secret, the version in
+//! `cluster.json`), and `remove` for retention, after P5 and P6. P7: an object is reported as missing
+//! only if the bucket and directory could be listed, as in `fetch.rs`.
 
 use super::{Download, Tier2, fault::classify};
 use crate::{Error, Kind, Op};
@@ -11,22 +11,22 @@ use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
 use object_store::{GetOptions, GetRange, ObjectStoreExt, PutMode, PutOptions, path::Path};
 
-/// An object of a listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListedObject {
-    /// Its key, as in tier 1.
+    /// The key, the same as in tier 1.
     pub key: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Unix time in seconds at which the store says it was written.
+    /// When it was written according to the store, Unix seconds.
     pub modified_unix: u64,
 }
 
 impl Tier2 {
-    /// Every object below `prefix` (a directory's key without the last slash), in no promised order.
+    /// Every object below `prefix` (the key of a directory without a trailing slash), in no particular
+    /// order.
     ///
     /// # Errors
-    /// As the store fails; a missing bucket is an error, an empty one is not.
+    /// An error of the store; a missing bucket is an error, an empty one is not.
     pub async fn list_prefix(&self, prefix: &str) -> Result<Vec<ListedObject>, Error> {
         let path = self.path(Op::List, prefix)?;
         self.require_directory(Op::List, prefix)?;
@@ -40,11 +40,11 @@ impl Tier2 {
         listed.try_collect().await
     }
 
-    /// Begins to read `length` bytes from `offset` on; to the end with `None`. Asks the store for no more
-    /// than that.
+    /// Begins to read `length` bytes from `offset` on, or to the end with `None`. Requests no more than
+    /// that from the store.
     ///
     /// # Errors
-    /// `NotFound` is definitive; `Corrupt` when the object ends before.
+    /// `NotFound` is definitive; `Corrupt` when the object ends earlier.
     pub async fn download_range(
         &self,
         key: &str,
@@ -69,7 +69,7 @@ impl Tier2 {
             }
             Err(object_store::Error::NotFound { .. }) => Err(self.why_missing(key, &path).await),
             Err(error) => match self.size_of(key).await {
-                // 416, which each store words in another way.
+                // Status 416, for which every store has its own text.
                 Ok(Some(size)) if offset >= size => {
                     let detail = format!("expected more than {offset} bytes, found {size}");
                     Err(Error::new(Kind::Corrupt, Op::Download, self.place(key), detail))
@@ -79,10 +79,10 @@ impl Tier2 {
         }
     }
 
-    /// A whole object of at most `limit` bytes; `None` when it definitively does not exist.
+    /// Reads a whole object of at most `limit` bytes; `None` when it definitely does not exist.
     ///
     /// # Errors
-    /// `Invalid` when it is larger; as the store fails.
+    /// `Invalid` when it is larger; otherwise an error of the store.
     pub async fn read_small(&self, key: &str, limit: u64) -> Result<Option<Bytes>, Error> {
         let mut download = match self.download(key).await {
             Ok(download) => download,
@@ -100,10 +100,10 @@ impl Tier2 {
         Ok(Some(content.freeze()))
     }
 
-    /// Puts a small object over whatever is there.
+    /// Writes a small object, replacing an existing one.
     ///
     /// # Errors
-    /// As the store fails; then the old or the new one is there, whole.
+    /// An error of the store; then the old or the new object is there, complete.
     pub async fn replace(&self, key: &str, content: Bytes) -> Result<(), Error> {
         let path = self.path(Op::Upload, key)?;
         self.require_directory(Op::Upload, key)?;
@@ -116,10 +116,10 @@ impl Tier2 {
         put.map(|_| ()).map_err(|error| classify(Op::Upload, &self.place(key), error))
     }
 
-    /// Removes an object; one that is not there is no error.
+    /// Removes an object; a missing one is not an error.
     ///
     /// # Errors
-    /// As the store fails; `Denied` where the credentials do not allow it.
+    /// An error of the store; `Denied` if the credentials do not allow it.
     pub async fn remove(&self, key: &str) -> Result<(), Error> {
         let path: Path = self.path(Op::Remove, key)?;
         self.require_directory(Op::Remove, key)?;

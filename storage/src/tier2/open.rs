@@ -1,8 +1,8 @@
 //! Opens an object store by its URL.
 //!
-//! Static credentials shut the ambient ones out, so that a stray AWS_* variable cannot join them.
-//! Plain HTTP is possible only for an endpoint that is written as `http://`. Every store has connect
-//! and request timeouts (dial.rs, link.rs) and bounded retries; `file://` fsyncs files and directories.
+//! Static credentials exclude ambient ones, so that a stray AWS_* variable cannot be mixed in. Plain
+//! HTTP is only possible for an endpoint that is configured with `http://`. Every store has connect and
+//! request timeouts (dial.rs, link.rs) and bounded retries; `file://` fsyncs files and directories.
 
 use super::{
     config::{Checksums, Encryption, Provider, Tier2Config},
@@ -24,19 +24,19 @@ use object_store::{
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use url::Url;
 
-/// An opened store, and its directory where it is a local one.
+/// An opened store, with its directory if it is a local one.
 pub(super) struct Opened {
     pub(super) store: Arc<dyn ObjectStore>,
-    /// The same for uploads in parts, where the store has them.
+    /// The same store for multipart uploads, if it supports them.
     pub(super) parts: Option<Arc<dyn MultipartStore>>,
     pub(super) directory: Option<PathBuf>,
-    /// What its answers say of the time.
+    /// The times in its answers.
     pub(super) dates: Dates,
-    /// What its uploads may write over.
+    /// What its uploads may overwrite.
     pub(super) replacing: Replacing,
 }
 
-/// Opens without talking to the store.
+/// Opens the store without contacting it.
 pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
     let problems = config.validate();
     if !problems.is_empty() {
@@ -62,7 +62,7 @@ pub(super) fn open(config: &Tier2Config) -> Result<Opened, Error> {
 
 type Both = (Arc<dyn ObjectStore>, Arc<dyn MultipartStore>);
 
-/// The store below a prefix, in both of its kinds.
+/// The store below a prefix, as both of its traits.
 fn below<S: ObjectStore + MultipartStore + Clone>(prefix: Path, store: S) -> Both {
     if prefix.as_ref().is_empty() {
         return (Arc::new(store.clone()), Arc::new(store));
@@ -80,7 +80,7 @@ fn open_directory(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
         .to_file_path()
         .map_err(|()| invalid(config, "expected an absolute directory, as in file:///srv/tier2"))?;
     if !directory.is_dir() {
-        // Created by us, an unmounted disk would look like an empty archive.
+        // If we created it, an unmounted disk would look like an empty archive.
         return Err(invalid(config, "no such directory")
             .hint("create it, or mount what should be there; klio does not create it"));
     }
@@ -118,7 +118,8 @@ fn s3(
         (Some(Encryption::Kms), None) => sse(builder, "aws:kms"),
     };
     if config.checksum == Checksums::Sha256 {
-        // The store compares this with what arrived, so a damaged upload is refused, not kept (P5).
+        // The store compares this with the received bytes, so a damaged upload is refused instead of
+        // stored (P5).
         builder = builder.with_checksum_algorithm(Checksum::SHA256);
     }
     builder
@@ -182,8 +183,8 @@ fn azure(
         .map_err(|error| invalid(config, error))
 }
 
-/// Retries inside one attempt. Short: the queue brings the job back with a longer backoff, and an
-/// upload slot must not be held by a store that is down.
+/// Retries inside one attempt. They are short: the queue brings the job back with a longer backoff, and
+/// a store that is down must not occupy an upload slot.
 fn retries(config: &Tier2Config) -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
@@ -196,7 +197,7 @@ fn retries(config: &Tier2Config) -> RetryConfig {
     }
 }
 
-/// `with_client_options` replaces what was set on a builder before. The rest is that of `dial`.
+/// `with_client_options` replaces options that were set on the builder before. `dial` sets the others.
 fn client_options(dialer: &Dialer) -> ClientOptions {
     ClientOptions::new().with_allow_http(dialer.is_plain())
 }

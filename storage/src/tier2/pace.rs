@@ -1,22 +1,22 @@
-//! How fast the way to the store is, as far as requests have shown.
+//! Estimates how fast the path to the store is, from observed requests.
 //!
-//! What a socket, or a proxy on the way, has taken is not yet at the store: after the last byte of a body was taken, its answer
-//! may need as long as those buffers take to empty. Pure: whoever measures says so.
+//! Bytes that a socket or a proxy has taken have not reached the store yet. After the last byte of a body was taken,
+//! its answer may need as long as those buffers take to empty. Pure: the caller measures.
 
 use std::time::Duration;
 
-/// Where nothing is known yet. An assumption, not a limit: it is corrected by the first body, whether it arrives or not.
+/// The initial estimate. It is an assumption, not a limit: the first body corrects it, whether it arrives or not.
 const ASSUMED: f64 = (64 << 10) as f64;
-/// Slower than this is not assumed: a store that does not answer at all would be waited for longer and longer.
+/// The lowest estimate. Without it, a store that never answers would be waited for longer and longer.
 const SLOWEST: f64 = (4 << 10) as f64;
-/// What lies unseen in buffers: Linux lets a socket grow to 4 MiB (tcp_wmem).
+/// The most that buffers can hide: Linux lets a socket buffer grow to 4 MiB (tcp_wmem).
 const UNSEEN_MAX: u64 = 4 << 20;
-/// The longest that is waited by an assumption alone.
+/// The longest wait that is based on the estimate alone.
 const ASSUMED_MAX: Duration = Duration::from_secs(600);
-/// Of a smaller body the time says how far the store is, not how fast the link.
+/// For a smaller body, the time shows the distance of the store, not the speed of the link.
 const TELLING_BYTES: u64 = 64 << 10;
 
-/// Bytes per second of one request beside the others of its time.
+/// Bytes per second of one request, with the other requests that run at the same time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace(f64);
 
@@ -27,21 +27,22 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// How long what is still unseen of a body may take to arrive, when all of it was taken after `taken_in`: as long again, in
-    /// buffers of half its size; twice that, to be sure. A small body is taken at once, and then only earlier ones say something.
+    /// How long the buffered rest of a body may take to arrive if all of it was taken after `taken_in`: with buffers of
+    /// half the body's size it takes as long again, and twice that is the allowance. A small body is taken at once, so
+    /// only the estimate from earlier ones helps.
     pub(super) fn to_arrive(self, bytes: u64, taken_in: Duration) -> Duration {
         let assumed = Duration::from_secs_f64(2.0 * bytes.min(UNSEEN_MAX) as f64 / self.0);
         assumed.min(ASSUMED_MAX).max(taken_in * 2)
     }
 
-    /// A body was answered.
+    /// Records a body that was answered.
     pub(super) fn answered(&mut self, bytes: u64, within: Duration) {
         if bytes >= TELLING_BYTES {
             self.0 = (bytes as f64 / within.as_secs_f64().max(1e-6)).max(SLOWEST);
         }
     }
 
-    /// A body was not answered: the next one is waited for about twice as long.
+    /// Records a body that was not answered: the next one is given about twice as long.
     pub(super) fn unanswered(&mut self, bytes: u64, within: Duration) {
         if bytes < TELLING_BYTES {
             return;
@@ -75,7 +76,7 @@ mod tests {
         }
     }
 
-    /// 2 MiB over 4 KiB/s, swallowed by buffers at once: there is nothing to see but that no answer comes.
+    /// 2 MiB over 4 KiB/s, taken by buffers at once: the only sign of slowness is that no answer arrives.
     #[test]
     fn a_body_that_no_patience_was_enough_for_gets_through_in_the_end() {
         let (mut pace, bytes, needed) = (Pace::default(), 2 << 20, Duration::from_secs(512));

@@ -1,9 +1,10 @@
-//! Files in parts: what the store has acknowledged is not sent again.
+//! Multipart uploads: parts that the store has acknowledged are not sent again.
 //!
-//! One part that fails is sent again with a pause, beside the others. When the attempt ends all the same, what is acknowledged is
-//! kept for the next one ([`unfinished`](super::unfinished)); then each kept part is compared with the file once more, and the whole
-//! file with its sum, before the store is asked to make an object of them. Whatever is given up is aborted. A process that dies in
-//! the middle leaves parts that a lifecycle rule of the bucket must clear (S3 keeps them for ever otherwise), but no object (OBJECT3).
+//! A part that fails is sent again after a pause, while the others continue. If the attempt fails nevertheless, the
+//! acknowledged parts are kept for the next one ([`unfinished`](super::unfinished)). That attempt compares each kept
+//! part with the file once more, and the whole file with its checksum, before it asks the store to make an object of
+//! them. An upload that is given up is aborted. A process that dies in the middle leaves parts behind, which S3 keeps
+//! forever unless a lifecycle rule of the bucket removes them, but no object (OBJECT3).
 
 use super::{
     Sha256Sum, Tier2,
@@ -30,25 +31,25 @@ use tokio::{
 };
 use tracing::Instrument;
 
-/// Above this a file goes in parts of this size: S3 wants at least 5 MiB each, and this much memory
-/// per upload is what `upload_memory` counts with.
+/// Larger files are sent in parts of this size. S3 requires at least 5 MiB per part, and `upload_memory` is based on
+/// this size.
 pub(super) const PART_BYTES: u64 = 8 << 20;
-/// Parts of one file in flight: hides the round trip without one file taking the whole budget.
+/// Parts of one file in flight: hides the round trip without letting one file take the whole budget.
 const PARTS_IN_FLIGHT: usize = 2;
 /// How often one part is sent again within an attempt.
 const PART_RETRIES: u32 = 4;
 const PART_PAUSE: Duration = Duration::from_millis(500);
-/// Kept uploads of one store: more than are under way at once.
+/// The most unfinished uploads to keep per store: more than there are concurrent uploads.
 const KEPT_MAX: usize = 64;
-/// Read at once of what is only compared.
+/// Read at a time when a part is only compared.
 const BLOCK_BYTES: u64 = 128 << 10;
 
-/// How a part ended.
+/// The result of sending a part.
 type Sent = (usize, Sha256Sum, object_store::Result<PartId>);
 
-/// Why an upload that the store has begun did not end with an object.
+/// Why a started upload did not produce an object.
 enum Ended {
-    /// The store does not know it any more.
+    /// The store no longer knows the upload.
     Forgotten(Error),
     Refused(Refused),
 }
@@ -60,15 +61,15 @@ impl From<Error> for Ended {
 }
 
 impl Tier2 {
-    /// The same store, for a process that tries failed uploads again and calls [`Tier2::abandon`] at its end: what the store
-    /// has of them is kept in between.
+    /// The same store, for a process that retries failed uploads and calls [`Tier2::abandon`] at its end: the parts
+    /// that the store has of them are kept in between.
     #[must_use]
     pub fn keeping_parts(self) -> Self {
         self.unfinished.keep_up_to(KEPT_MAX);
         self
     }
 
-    /// Throws away what the store has of uploads that did not come to their end. None is kept from now on.
+    /// Discards the parts of unfinished uploads at the store. None are kept from now on.
     pub async fn abandon(&self) {
         self.unfinished.give_up_all();
         if let Some(store) = &self.parts {
@@ -96,12 +97,12 @@ impl Tier2 {
         local: &Local,
     ) -> Result<(), Refused> {
         if let Some(begun) = self.unfinished.take(key, local.size, local.sha256) {
-            tracing::debug!(key, parts = begun.parts.len(), "an upload goes on");
+            tracing::debug!(key, parts = begun.parts.len(), "continuing an unfinished upload");
             match self.finish(store, key, begun, local).await {
                 Ok(()) => return Ok(()),
                 Err(Ended::Refused(refused)) => return Err(refused),
                 Err(Ended::Forgotten(error)) => {
-                    tracing::debug!(key, %error, "the store forgot an upload; it begins anew");
+                    tracing::debug!(key, %error, "the store no longer knows an unfinished upload; starting over");
                 }
             }
         }
@@ -144,7 +145,7 @@ impl Tier2 {
         };
         match &result {
             Ok(()) | Err(Ended::Forgotten(_)) => underway.ended(),
-            // Dropped, it is kept.
+            // Dropping it keeps the parts for the next attempt.
             Err(Ended::Refused(Refused::Failed(error)))
                 if matches!(error.kind, Kind::Transient | Kind::Full | Kind::Denied) => {}
             Err(_) => underway.give_up(),
@@ -160,17 +161,17 @@ impl Tier2 {
     ) -> Result<(), Ended> {
         use object_store::Error as E;
         const EXISTS: Ended = Ended::Refused(Refused::Exists);
-        // Completing overwrites, so look once more: the parts may have taken minutes.
+        // Completing overwrites, so look once more: sending the parts may have taken minutes.
         let there = self.find(key, &begun.path).await?;
         if !self.replacing.gives_way(key, there.as_ref()) {
             return Err(EXISTS);
         }
         let parts = begun.parts.values().map(|part| part.id.clone()).collect();
-        // The store is asked to complete it only if still nothing is there, where it understands (http.rs).
+        // If the store supports it, it completes the upload only if there is still no object (http.rs).
         match store.complete_multipart(&begun.path, &begun.id, parts).await {
             Ok(_) => Ok(()),
             Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(EXISTS),
-            // A first request may have been done, and its answer lost.
+            // An earlier request may have succeeded although its answer was lost.
             Err(error @ E::NotFound { .. }) => match self.find(key, &begun.path).await? {
                 Some(_) => Err(EXISTS),
                 None => Err(Ended::Forgotten(classify(Op::Upload, &self.place(key), error))),
@@ -179,7 +180,7 @@ impl Tier2 {
         }
     }
 
-    /// Sends what the store has not acknowledged; returns only when nothing is in flight.
+    /// Sends the parts that the store has not acknowledged; returns only when nothing is in flight.
     async fn send_missing(
         &self,
         store: &Arc<dyn MultipartStore>,
@@ -189,7 +190,7 @@ impl Tier2 {
     ) -> Result<(), Ended> {
         let mut sending = JoinSet::new();
         let mut result = self.start_missing(store, key, begun, local, &mut sending).await;
-        // One that failed is no reason to throw away what the others have sent so far.
+        // If one part fails, the parts that the others have sent so far are still useful.
         while let Some(done) = sending.join_next().await {
             result = result.and(self.part_done(key, begun, done));
         }
@@ -218,7 +219,8 @@ impl Tier2 {
                 self.part_done(key, begun, done)?;
             }
             let Some(lane) = self.lanes.take().await else { return Err(changed(local).into()) };
-            // Waiting here cannot dead-lock: who holds a share needs no lane any more, and gives it back.
+            // Waiting here cannot deadlock: whoever holds a share of the budget needs no further lane, and will return
+            // it.
             let permit = self.take_budget(length).await?;
             let bytes = file.read(length).await?;
             let (store, path, id) = (Arc::clone(store), begun.path.clone(), begun.id.clone());
@@ -254,7 +256,7 @@ impl Tier2 {
         }
     }
 
-    /// Tells the store to throw away what nobody will finish.
+    /// Tells the store to discard uploads that nobody will finish.
     async fn abort_given_up(&self, store: &Arc<dyn MultipartStore>) {
         let mut reachable = true;
         for (path, id) in self.unfinished.given_up() {
@@ -263,7 +265,7 @@ impl Tier2 {
                 continue;
             }
             let Err(error) = store.abort_multipart(&path, &id).await else { continue };
-            tracing::debug!(%error, key = %path, "abort of a given-up upload failed");
+            tracing::debug!(%error, key = %path, "cannot abort an abandoned upload");
             if passes(&error) {
                 reachable = false;
                 self.unfinished.again(path, id);
@@ -271,7 +273,7 @@ impl Tier2 {
         }
     }
 
-    /// A directory has no network to be slow, and nothing of it is kept.
+    /// A local directory has no slow network, so nothing of an interrupted copy is kept.
     async fn put_in_pieces(&self, key: &str, path: &Path, local: &Local) -> Result<(), Refused> {
         let fail = |error| Refused::Failed(classify(Op::Upload, &self.place(key), error));
         let mut upload = self.store.put_multipart(path).await.map_err(fail)?;
@@ -296,13 +298,14 @@ impl Tier2 {
         if sent.is_err()
             && let Err(error) = upload.abort().await
         {
-            tracing::debug!(%error, key, "what was written of a file could not be removed");
+            tracing::debug!(%error, key, "cannot remove an unfinished copy of a file");
         }
         sent
     }
 }
 
-/// Sends one part, again after a pause where that may help. A link that stands still ends the attempt: the next one is later.
+/// Sends one part, and retries after a pause if that may help. A link without progress ends the attempt; the next one
+/// comes later.
 async fn send(
     store: &dyn MultipartStore,
     path: &Path,
@@ -328,7 +331,7 @@ async fn send(
         if retries == PART_RETRIES || stood_still(&error) {
             return Err(error);
         }
-        tracing::debug!(%error, key = %path, part = index + 1, "a part failed; it is sent again");
+        tracing::debug!(%error, key = %path, part = index + 1, "sending a part failed; trying again");
         let pause = PART_PAUSE.saturating_mul(1 << retries);
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..=1.0))).await;
         retries += 1;
@@ -336,7 +339,7 @@ async fn send(
 }
 
 fn changed(local: &Local) -> Error {
-    let detail = "the file changed while it was uploaded";
+    let detail = "expected an unchanged file, found that it changed during the upload";
     Error::new(Kind::Transient, Op::Read, local.source.path.display(), detail)
 }
 
@@ -346,7 +349,7 @@ fn lengths(size: u64) -> impl Iterator<Item = (usize, u64)> {
     begins.map(move |begin| PART_BYTES.min(size - begin)).enumerate()
 }
 
-/// A file read once from its beginning to its end.
+/// A file that is read once from its beginning to its end.
 struct Parts<'a> {
     file: File,
     of: &'a Local,
@@ -368,7 +371,7 @@ impl<'a> Parts<'a> {
         Ok(bytes.into())
     }
 
-    /// The sum of what is there, without holding it.
+    /// Hashes the next `length` bytes without keeping them in memory.
     async fn pass(&mut self, length: u64) -> Result<Sha256Sum, Error> {
         let (mut left, mut hasher) = (length, Hasher::default());
         while left > 0 {

@@ -1,6 +1,7 @@
-//! Objects that are put from memory: repository files, which are at most a pack long.
+//! Objects that are uploaded from memory: repository files, which are no longer than a pack.
 //!
-//! As for files: what is there is never overwritten (OBJECT4), and what was put is asked for afterwards (OBJECT1).
+//! As for files, an existing object is never overwritten (OBJECT4), and an uploaded object is checked afterwards
+//! (OBJECT1).
 
 use super::{Download, Sha256Sum, Tier2, digest::Hasher, transfer::Refused};
 use crate::{Error, Kind, Op};
@@ -9,10 +10,11 @@ use futures::TryStreamExt;
 use object_store::{PutMode, PutPayload};
 
 impl Tier2 {
-    /// Stores an object that is `parts` one after the other. The same bytes under the key are no error.
+    /// Stores an object whose content is `parts` in order. If the same bytes are already there, that is not an error.
     ///
     /// # Errors
-    /// `Conflict` for other bytes under the key; `Transient`, `Full`: try later; `Denied`, `Invalid`: needs a person.
+    /// `Conflict` for other bytes under the key; `Transient`, `Full`: try later; `Denied`, `Invalid`: a person has to
+    /// act.
     pub async fn put_bytes(&self, key: &str, parts: &[Bytes]) -> Result<(), Error> {
         let path = self.path(Op::Upload, key)?;
         self.require_directory(Op::Upload, key)?;
@@ -24,7 +26,7 @@ impl Tier2 {
         }
         let mut put = self.put_payload(key, &path, payload.clone(), PutMode::Create).await;
         if matches!(put, Err(Refused::Unconditional)) {
-            // As for files: nothing was there, and a cluster has one server.
+            // As for files: nothing was there, and a cluster has only one server.
             put = self.put_payload(key, &path, payload.clone(), PutMode::Overwrite).await;
         }
         match put {
@@ -50,15 +52,20 @@ impl Tier2 {
         if Sha256Sum::of(&found) == hasher.finish() {
             return Ok(());
         }
-        Err(Error::new(Kind::Conflict, Op::Upload, self.place(key), "other bytes are there"))
+        Err(Error::new(
+            Kind::Conflict,
+            Op::Upload,
+            self.place(key),
+            "expected no object, found one with other bytes",
+        ))
     }
 }
 
 impl Download {
-    /// All of it in memory.
+    /// Reads all of it into memory.
     ///
     /// # Errors
-    /// As the store fails.
+    /// An error of the store.
     pub async fn whole(mut self) -> Result<Bytes, Error> {
         let Some(first) = self.try_next().await? else { return Ok(Bytes::new()) };
         let Some(second) = self.try_next().await? else { return Ok(first) };

@@ -1,5 +1,5 @@
-//! What tier 2 holds at a segment and behind it: how a restore tells the end of the archive from a hole (P7). And the newest
-//! timeline there: how a server that lost its disk tells an old primary (P8).
+//! What tier 2 has of a segment and behind it, from which a restore can tell the end of the archive from a hole (P7).
+//! And the newest timeline in tier 2, from which a server that lost its disk recognizes an old primary (P8).
 
 use super::{Tier2, fault::classify};
 use crate::{
@@ -14,23 +14,23 @@ use klio_pg::{SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use object_store::path::Path;
 use std::collections::BTreeSet;
 
-/// PostgreSQL's own take a line for each ancestor.
+/// PostgreSQL's history files have one line per ancestor.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
-/// What lies under a segment's name, and whether anything of its timeline lies behind it.
+/// The files of a segment, and whether there is WAL of its timeline behind it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct WalAt {
-    /// The segment itself and its partial one, in each form they are there in.
+    /// The complete segment and the partial one, in each form in which they exist.
     pub held: Vec<(WalFile, Form)>,
-    /// A later segment of the same timeline is there.
+    /// Whether a later segment of the same timeline exists.
     pub later: bool,
 }
 
 impl Tier2 {
-    /// Looks at a segment's place with one listing. Nothing held is definitive.
+    /// Looks for a segment with one listing. An empty `held` is definitive.
     ///
     /// # Errors
-    /// As the store fails; a missing bucket is an error, an empty one is not.
+    /// An error of the store; a missing bucket is an error, an empty one is not.
     pub async fn wal_at(&self, cluster: &ClusterName, name: SegmentName) -> Result<WalAt, Error> {
         let base = format!("{cluster}/wal");
         let directory = format!("{base}/{}", name.timeline());
@@ -52,7 +52,7 @@ impl Tier2 {
                 found.held.push((file, form));
             } else if held > name {
                 found.later = true;
-                // Only a directory is listed in no order.
+                // Only a local directory is listed in no particular order.
                 if self.directory.is_none() {
                     break;
                 }
@@ -61,12 +61,12 @@ impl Tier2 {
         Ok(found)
     }
 
-    /// Every timeline of which there is WAL or a history; with one listing, however much WAL there is. An empty answer is
-    /// definitive. A history alone counts: of a timeline whose first segment was not full when the server's disk was lost
-    /// there is no more.
+    /// Every timeline with WAL or a history file, found with one listing, however much WAL there is. An empty answer is
+    /// definitive. A history file alone counts: if the server's disk was lost before the timeline's first segment was
+    /// full, there is nothing else of it.
     ///
     /// # Errors
-    /// As the store fails; a missing bucket is an error, an empty one is not.
+    /// An error of the store; a missing bucket is an error, an empty one is not.
     pub async fn timelines(&self, cluster: &ClusterName) -> Result<BTreeSet<TimelineId>, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_directory(Op::List, &prefix)?;
@@ -82,12 +82,12 @@ impl Tier2 {
         Ok(directories.chain(files).collect())
     }
 
-    /// Why a segment that is not there must once have been, in words: later WAL of its timeline is there, or of a timeline
-    /// that came from it further on. `None`: nothing is known to come after it. Without `size` only its own timeline
-    /// is looked at.
+    /// The reason why a missing segment must have existed: there is later WAL of its timeline, or a timeline that
+    /// branched off behind it. `None`: nothing is known to follow it. Without `size` only the segment's own timeline is
+    /// considered.
     ///
     /// # Errors
-    /// As the store fails; `Denied` and `Corrupt` of histories.
+    /// An error of the store; `Denied` or `Corrupt` for history files.
     pub async fn hole_at(
         &self,
         cluster: &ClusterName,
@@ -113,7 +113,7 @@ impl Tier2 {
         Ok(None)
     }
 
-    /// The histories that are there, ascending; in one form each.
+    /// The existing history files, ascending, each in one form.
     async fn histories(&self, cluster: &ClusterName) -> Result<Vec<(TimelineId, Form)>, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_directory(Op::List, &prefix)?;
@@ -150,10 +150,10 @@ impl Tier2 {
         parsed.map(Some).map_err(corrupt)
     }
 
-    /// The segment size that the bucket's `cluster.json` tells; `None` when there is none.
+    /// The segment size in the bucket's `cluster.json`; `None` when there is none.
     ///
     /// # Errors
-    /// As the store fails; `Corrupt`.
+    /// An error of the store; `Corrupt`.
     pub async fn segment_size_of(
         &self,
         cluster: &ClusterName,
@@ -167,7 +167,7 @@ impl Tier2 {
     /// Whether there is any WAL of this cluster.
     ///
     /// # Errors
-    /// As the store fails.
+    /// An error of the store.
     pub async fn has_wal(&self, cluster: &ClusterName) -> Result<bool, Error> {
         let prefix = format!("{cluster}/wal");
         self.require_directory(Op::List, &prefix)?;
@@ -183,7 +183,7 @@ impl Tier2 {
 mod tests {
     use super::{super::Tier2Config, *};
 
-    /// P7: a timeline that was left behind a segment shows that the segment was there.
+    /// P7: a timeline that branched off behind a segment shows that the segment existed.
     #[tokio::test]
     async fn a_promotion_behind_a_missing_segment_makes_it_a_hole() {
         let directory = tempfile::tempdir().unwrap();
@@ -199,10 +199,10 @@ mod tests {
             let size = size.map(|size| SegmentSize::new(size).unwrap());
             tier2.hole_at(&cluster, name, size, &AtRest::Off).await.unwrap().is_some()
         };
-        // Left at 3.5: segment 3 was there, 4 never was.
+        // Branched off at 3.5: segment 3 existed, 4 never did.
         assert!(hole(2, Some(16 << 20)).await && hole(3, Some(16 << 20)).await);
         assert!(!hole(4, Some(16 << 20)).await && !hole(3, None).await);
-        // One that cannot be read is no answer.
+        // A history that cannot be read gives an error, not an answer.
         std::fs::write(wal.join("00000003.history"), "?").unwrap();
         let name = "000000010000000000000004".parse().unwrap();
         let size = SegmentSize::new(16 << 20).ok();

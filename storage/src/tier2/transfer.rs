@@ -1,6 +1,6 @@
-//! Uploads: whole or not at all, checked by the store, never over something else.
+//! Uploads: complete or not at all, verified, never over another object.
 //!
-//! One PUT up to 8 MiB, in parts above (parts.rs).
+//! One PUT for up to 8 MiB, multipart above that (parts.rs).
 
 use super::{
     Sha256Sum, Source, Tier2,
@@ -15,43 +15,43 @@ use object_store::{
 use tokio::time::Instant;
 use tracing::{Instrument, field::Empty};
 
-/// How the object came to be there.
+/// How the object came to exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// This call wrote it.
     Stored,
-    /// It was there already, with the same content.
+    /// It already existed with the same content.
     AlreadyThere,
 }
 
 /// A proven object (OBJECT1, OBJECT2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Uploaded {
-    /// Bytes of the object. Differs from the local file where an older object holds the same
-    /// plaintext in another compression or encryption.
+    /// Size of the object in bytes. Differs from the local file if an older object has the same plaintext in another
+    /// compression or encryption.
     pub size: u64,
-    /// Sum of the local file.
+    /// Checksum of the local file.
     pub sha256: Sha256Sum,
     /// Whether this call wrote it.
     pub outcome: Outcome,
 }
 
-/// Why a write did not happen.
+/// Why nothing was written.
 pub(super) enum Refused {
-    /// Something is there.
+    /// An object exists.
     Exists,
-    /// The store cannot write conditionally.
+    /// The store does not support conditional writes.
     Unconditional,
     Failed(Error),
 }
 
 impl Tier2 {
-    /// Uploads a finished file under `key`. Repeating it is harmless. Dropping the future stops it;
-    /// then the object is absent or whole.
+    /// Uploads a finished file under `key`. Repeating it is harmless. Dropping the future stops it; the object is then
+    /// absent or complete.
     ///
     /// # Errors
-    /// `NotFound`: the local file is gone. `Corrupt`: the local file is damaged. `Conflict`: other
-    /// content is there. `Denied`, `Invalid`: needs a person. `Transient`, `Full`: try later.
+    /// `NotFound`: the local file does not exist. `Corrupt`: the local file is damaged. `Conflict`: other content
+    /// exists under the key. `Denied`, `Invalid`: a person has to act. `Transient`, `Full`: try later.
     pub async fn upload(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
         let span = tracing::info_span!(
             "tier2.upload",
@@ -74,15 +74,15 @@ impl Tier2 {
         result
     }
 
-    /// P5, at this moment: the object was read back and holds what the file holds. One that was not there any more is
-    /// uploaded first. Costs reading each byte from the store once.
+    /// Proves P5 at this moment: reads the object again and compares it with the file. A missing object is uploaded
+    /// first. Costs one download of the object.
     ///
     /// # Errors
     /// As [`Tier2::upload`].
     pub async fn prove(&self, source: &Source, key: &str) -> Result<Uploaded, Error> {
         let uploaded = self.upload(source, key).await?;
         match uploaded.outcome {
-            // What is there already was read, and compared.
+            // An existing object was already read and compared.
             Outcome::AlreadyThere => Ok(uploaded),
             Outcome::Stored => self.upload(source, key).await,
         }
@@ -93,7 +93,7 @@ impl Tier2 {
         self.require_directory(Op::Upload, key)?;
         let local = self.read_local(source).await?;
         let age = source.wrapping.age;
-        // Asked first because some stores accept a condition and ignore it (s3rver does).
+        // Checked first, because some stores accept a condition and ignore it (s3rver does).
         let (found, other) = tokio::join!(self.find(key, &path), self.find_other(&source.wrapping));
         if let Some(found) = found? {
             return self.compare(key, &path, &found, &local, age).await;
@@ -105,19 +105,19 @@ impl Tier2 {
             Ok(()) => self.look_back(key, &path, &local).await,
             Err(Refused::Failed(error)) => Err(error),
             Err(Refused::Exists | Refused::Unconditional) => match self.find(key, &path).await? {
-                // Also what a retried PUT says about its own first attempt.
+                // A retried PUT gets the same answer about its own first attempt.
                 Some(found) => self.compare(key, &path, &found, &local, age).await,
                 None => Err(Error::new(
                     Kind::Transient,
                     Op::Upload,
                     self.place(key),
-                    "the store said it exists, then that it does not",
+                    "the store reported that it exists, then that it does not",
                 )),
             },
         }
     }
 
-    /// The same file in its other form.
+    /// Looks for the same file in its other form.
     async fn find_other(
         &self,
         wrapping: &Wrapping,
@@ -127,15 +127,15 @@ impl Tier2 {
         Ok(self.find(key, &path).await?.map(|found| (key.clone(), path, found)))
     }
 
-    /// The object's facts, or `None` on a 404. Good enough to decide to write, not to report an
-    /// object missing (P7): that is `download`.
+    /// The object's metadata, or `None` on a 404. That is enough to decide whether to write, but not to report an
+    /// object as missing (P7): `download` does that.
     pub(super) async fn find(&self, key: &str, path: &Path) -> Result<Option<ObjectMeta>, Error> {
         match self.store.head(path).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => {
                 let told = classify(Op::Upload, &self.place(key), error);
-                // The answer to a HEAD has no body that says why; that to a listing has.
+                // The answer to a HEAD has no body with a reason, but the answer to a listing has.
                 if told.kind == Kind::Denied
                     && let Err(why) = self.probe().await
                     && why.kind != Kind::Denied
@@ -147,7 +147,7 @@ impl Tier2 {
         }
     }
 
-    /// OBJECT1: asks for what was written, and reads it where the store compared nothing (OBJECT2).
+    /// OBJECT1: checks the uploaded object, and reads it if the store compared nothing (OBJECT2).
     async fn look_back(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
         let meta = self.find(key, path).await?;
         let found = meta.as_ref().map(|meta| meta.size);
@@ -162,13 +162,13 @@ impl Tier2 {
         }
         let detail = match found {
             Some(size) => format!("expected {} bytes after the upload, found {size}", local.size),
-            None => "uploaded, but the store does not have it".to_owned(),
+            None => "expected the uploaded object, found none".to_owned(),
         };
         Err(Error::new(Kind::Transient, Op::Upload, self.place(key), detail))
     }
 
-    /// OBJECT6: puts a file over the object `found`, which is its beginning, unless that has changed since; a reader has the one or the
-    /// other, whole. Read back as any other that is not new.
+    /// OBJECT6: replaces the object `found`, which is the beginning of the file, unless it has changed since. Readers
+    /// see either object, complete. The result is read again, like any existing object.
     pub(super) async fn extend(
         &self,
         key: &str,
@@ -197,16 +197,14 @@ impl Tier2 {
         match put {
             Ok(()) => {}
             Err(Refused::Failed(error)) => return Err(error),
-            Err(_) => return changed("the object changed while a longer one was put in its place"),
+            Err(_) => {
+                return changed("the object changed while it was being replaced by a longer one");
+            }
         }
-        tracing::info!(
-            key,
-            bytes = local.size,
-            "a longer end of a timeline took the place of its beginning"
-        );
+        tracing::info!(key, bytes = local.size, "replaced a partial segment by a longer one");
         let back = self.find(key, path).await?.filter(|back| back.size == local.size);
         if back.is_none() || self.object_sum(key, path).await? != local.sha256 {
-            return changed("expected what was just written, found something else");
+            return changed("expected the bytes that were just written, found others");
         }
         Ok(Uploaded { size: local.size, sha256: local.sha256, outcome: Outcome::Stored })
     }
@@ -216,8 +214,8 @@ impl Tier2 {
             return self.put_parts(key, path, local).await;
         };
         match self.put_once(key, path, bytes, PutMode::Create).await {
-            // `find` said that nothing is there, and a cluster has one server: the best such a store
-            // can offer.
+            // `find` said that there is no object, and a cluster has only one server: with such a store no better
+            // guarantee is possible.
             Err(Refused::Unconditional) => {
                 self.put_once(key, path, bytes, PutMode::Overwrite).await
             }
@@ -251,7 +249,7 @@ impl Tier2 {
         match put {
             Ok(_) => Ok(()),
             Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Err(Refused::Exists),
-            // Of the checksum's header, not of the condition.
+            // This refusal is about the checksum header, not about the condition.
             Err(error) if refuses_checksums(&error) => {
                 Err(Refused::Failed(classify(Op::Upload, &self.place(key), error)))
             }

@@ -1,8 +1,9 @@
-//! Uploads in parts that did not come to their end, with what the store has acknowledged of them: not to be sent again.
+//! Unfinished multipart uploads, with the parts that the store has acknowledged and that need not be sent again.
 //!
-//! In memory only: after a crash nothing is taken up, and what the store still has of it is for a lifecycle rule of the bucket.
-//! Whoever takes one has it alone. One is taken up only for a file of the same size and sum. Bounded in number and time; what is
-//! given up is remembered until the store was told to throw it away. Only a process that says so keeps any ([`Unfinished::keep_up_to`]).
+//! They are in memory only: after a crash none is continued, and the parts at the store are left to a lifecycle rule of
+//! the bucket. Whoever takes an upload has it alone, and it is continued only for a file with the same size and
+//! checksum. They are bounded in number and time; an upload that is given up is remembered until the store was told to
+//! discard it. Only a process that asks for it keeps any ([`Unfinished::keep_up_to`]).
 
 use super::Sha256Sum;
 use object_store::{MultipartId, multipart::PartId, path::Path};
@@ -12,14 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Nobody came for it: its file has gone.
+/// After this time nobody is expected to continue it: its file is gone.
 const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
-/// Attempts in a row that brought not one part further: the store may not be able to finish it at all.
+/// Attempts in a row without a new part: the store may not be able to finish the upload at all.
 const VAIN_MAX: u32 = 10;
-/// What cannot be thrown away now is tried again later; of more than that the lifecycle rule takes care.
+/// Uploads that cannot be discarded now are retried later; beyond this number they are left to the lifecycle rule.
 const GIVEN_UP_MAX: usize = 256;
 
-/// An upload that the store has begun.
+/// An upload that was started at the store.
 #[derive(Debug, Default)]
 pub(super) struct Begun {
     pub(super) path: Path,
@@ -36,7 +37,7 @@ impl Begun {
     }
 }
 
-/// A part that the store has, and the sum of what was sent.
+/// A part that the store has, and the checksum of the sent bytes.
 #[derive(Debug, Clone)]
 pub(super) struct Acknowledged {
     pub(super) id: PartId,
@@ -59,12 +60,12 @@ impl Unfinished {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This process will come again, and ends in order.
+    /// Keeps up to `number` uploads. For a process that will try again and ends in an orderly way.
     pub(super) fn keep_up_to(&self, number: usize) {
         self.lock().keeps = number;
     }
 
-    /// What was begun for this very file.
+    /// Takes the upload that was started for exactly this file.
     pub(super) fn take(&self, key: &str, size: u64, sha256: Sha256Sum) -> Option<Begun> {
         self.take_at(key, size, sha256, Instant::now())
     }
@@ -96,17 +97,17 @@ impl Unfinished {
         }
     }
 
-    /// What the store has still to throw away; whoever takes it does so.
+    /// The uploads that the store still has to discard; whoever takes them tells the store.
     pub(super) fn given_up(&self) -> Vec<(Path, MultipartId)> {
         std::mem::take(&mut self.lock().given_up)
     }
 
-    /// It could not be told.
+    /// Puts an upload back that the store could not be told about.
     pub(super) fn again(&self, path: Path, id: MultipartId) {
         self.lock().given_up.push((path, id));
     }
 
-    /// Nothing is taken up any more.
+    /// Gives up all uploads; none are kept from now on.
     pub(super) fn give_up_all(&self) {
         let mut table = self.lock();
         table.keeps = 0;
@@ -120,7 +121,7 @@ impl Table {
     fn give_up(&mut self, begun: Begun) {
         if self.given_up.len() == GIVEN_UP_MAX {
             let (path, _) = self.given_up.remove(0);
-            tracing::warn!(key = %path, "a half-done upload stays in the bucket: a lifecycle rule must clear it");
+            tracing::warn!(key = %path, "an unfinished upload stays in the bucket; a lifecycle rule must remove it");
         }
         self.given_up.push((begun.path, begun.id));
     }
@@ -140,7 +141,7 @@ impl Table {
     }
 }
 
-/// An upload under way. Dropped in the middle, it is kept.
+/// An upload in progress. Dropping it before the end keeps it.
 pub(super) struct Underway {
     of: Unfinished,
     key: String,
@@ -155,12 +156,12 @@ impl Underway {
         Self { of, key: key.to_owned(), begun, parts_before, ended: false }
     }
 
-    /// The store has nothing of it any more but, perhaps, the object.
+    /// The upload ended: the store has no parts of it any more, and perhaps the object.
     pub(super) fn ended(mut self) {
         self.ended = true;
     }
 
-    /// Nobody will come for it.
+    /// Gives the upload up: nobody will continue it.
     pub(super) fn give_up(mut self) {
         self.ended = true;
         let begun = std::mem::take(&mut self.begun);

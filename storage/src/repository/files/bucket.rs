@@ -1,7 +1,8 @@
-//! Repository files of tier 2, below `<cluster>/base/` in the bucket.
+//! Repository files in tier 2, below `<cluster>/base/` in the bucket.
 //!
-//! Blocks on the runtime whose handle it was given, so never call it from one of that runtime's own workers.
-//! Its requests belong to their thread's span, else to the one in which it was made: the engine's threads know none.
+//! It blocks on the given runtime, so never call it from one of that runtime's own workers. Requests belong to the
+//! span of the calling thread; the engine's threads have none, so theirs belong to the span in which this value was
+//! created.
 
 use super::{Files, local::require_name};
 use crate::{
@@ -23,7 +24,7 @@ pub struct BucketFiles {
 }
 
 impl BucketFiles {
-    /// Of `cluster`; requests run on `runtime`.
+    /// The files of `cluster`; requests run on `runtime`.
     pub fn new(tier2: Tier2, cluster: ClusterName, runtime: Handle) -> Self {
         Self { tier2, cluster, runtime, span: Span::current() }
     }
@@ -57,7 +58,7 @@ impl Files for BucketFiles {
 
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
         if length == 0 {
-            // No store has a range of nothing.
+            // No store supports an empty range.
             return Ok(Bytes::new());
         }
         let key = file.key(&self.cluster);

@@ -1,10 +1,11 @@
-//! Repository files of tier 1, below `<cluster>/base/`.
+//! Repository files on tier 1, below `<cluster>/base/`.
 //!
-//! REPO1: a file is written under a temporary name, fsynced, renamed, and its directory fsynced. REPO2: bytes that do not have the
-//! SHA-256 of their name are refused. A file that is there already is read and compared: a damaged one is replaced, whole.
+//! REPO1: a file is written under a temporary name, fsynced, renamed, and its directory fsynced. REPO2: bytes that do
+//! not have the SHA-256 in their name are refused. A file that already exists is read and compared, and replaced as a
+//! whole if it is damaged.
 //!
-//! Several processes may write at the same time: temporary names are never shared. What a crash leaves of them is
-//! removed by `sweep`, which nobody else may be writing beside.
+//! Several processes may write at the same time: they never share temporary names. Temporary files left by a crash are
+//! removed by `sweep`, which must not run while anybody writes.
 
 use super::Files;
 use crate::{
@@ -24,7 +25,7 @@ use std::{
     },
 };
 
-/// Distinguishes temporary names of this process.
+/// Makes the temporary names of this process unique.
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// The files of one repository on a disk.
@@ -32,35 +33,35 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 pub struct LocalFiles {
     disk: Arc<dyn Disk>,
     root: PathBuf,
-    /// Directories whose names are durable.
+    /// Directories whose names are known to be durable.
     directories: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl LocalFiles {
-    /// `root` is `<data directory>/<cluster>/base`; directories are made when a file needs them.
+    /// `root` is `<data directory>/<cluster>/base`; directories are created when a file needs them.
     pub fn new(disk: Arc<dyn Disk>, root: PathBuf) -> Self {
         Self { disk, root, directories: Mutex::new(BTreeSet::new()) }
     }
 
-    /// Where a file lies.
+    /// The path of a file.
     pub fn path(&self, file: BaseFile) -> PathBuf {
         self.root.join(file.relative())
     }
 
-    /// Where a file lies, in a directory that is there durably: for whoever writes it piece by piece.
+    /// The path of a file whose directory exists durably, for callers that write the file piece by piece.
     ///
     /// # Errors
-    /// As the disk reports.
+    /// An I/O error of the disk.
     pub fn place_for(&self, file: BaseFile) -> Result<PathBuf, Error> {
         let path = self.path(file);
         self.require_directory(path.parent().unwrap_or(&self.root))?;
         Ok(path)
     }
 
-    /// Removes what crashes left of unfinished files. Only while nobody writes.
+    /// Removes unfinished files that crashes left. Call it only while nobody writes.
     ///
     /// # Errors
-    /// As the disk reports.
+    /// An I/O error of the disk.
     pub fn sweep(&self) -> Result<(), Error> {
         for directory in self.all_directories()? {
             for name in self.names(&directory)? {
@@ -80,7 +81,7 @@ impl LocalFiles {
         Ok(directories)
     }
 
-    /// The directories that hold files of a kind.
+    /// The directories with files of a kind.
     fn directories_of(&self, kind: BaseKind) -> Result<Vec<PathBuf>, Error> {
         let Some(name) = kind.directory() else { return Ok(vec![self.root.clone()]) };
         let directory = self.root.join(name);
@@ -102,7 +103,7 @@ impl LocalFiles {
         }
     }
 
-    /// Makes the directory of a file, and those above it up to the one that is there.
+    /// Creates the directory of a file, and its missing parents.
     fn require_directory(&self, directory: &Path) -> Result<(), Error> {
         let known = |directory: &Path| {
             self.directories.lock().unwrap_or_else(PoisonError::into_inner).contains(directory)
@@ -115,7 +116,7 @@ impl LocalFiles {
         {
             self.require_directory(above)?;
         } else if self.disk.list(directory).is_ok() {
-            // Above the repository: whoever made the cluster's directory made its name durable.
+            // Above the repository: the cluster's directory was made durable by whoever created it.
             return Ok(());
         }
         durable::create_dir(self.disk.as_ref(), directory)?;
@@ -143,13 +144,13 @@ impl LocalFiles {
             file.sync_all().map_err(|e| Error::io(Op::Sync, path, e))
         };
         write().inspect_err(|_| {
-            // The first error is the one to report; `sweep` removes what is left.
+            // The first error is the one to report; `sweep` removes the rest.
             let _ = self.disk.remove(&tmp);
         })?;
         durable::rename(self.disk.as_ref(), &tmp, path)
     }
 
-    /// Whether the file is there with these bytes, durably.
+    /// Whether the file exists with these bytes, durably; `None` when it does not exist.
     fn same(&self, path: &Path, parts: &[Bytes]) -> Result<Option<bool>, Error> {
         let file = match self.disk.open(path, false) {
             Ok(file) => file,
@@ -170,7 +171,7 @@ impl LocalFiles {
             }
             at += got as u64;
         }
-        // Its name may have been made by someone who crashed before it was durable.
+        // Its name may come from a process that crashed before it was durable.
         durable::sync_dir(self.disk.as_ref(), path.parent().unwrap_or(&self.root))?;
         Ok(Some(true))
     }
@@ -236,11 +237,14 @@ impl Files for LocalFiles {
         let path = self.path(file);
         match self.same(&path, parts)? {
             Some(true) => Ok(()),
-            Some(false) if file.kind == BaseKind::Config => {
-                Err(self.fail(Kind::Conflict, Op::Create, file, "another config is there"))
-            }
+            Some(false) if file.kind == BaseKind::Config => Err(self.fail(
+                Kind::Conflict,
+                Op::Create,
+                file,
+                "expected no config, found another one",
+            )),
             Some(false) => {
-                tracing::warn!(path = %path.display(), "a damaged file is replaced by the right bytes");
+                tracing::warn!(path = %path.display(), "replacing a damaged file by the right bytes");
                 self.write_new(&path, parts)
             }
             None => self.write_new(&path, parts),
@@ -257,7 +261,7 @@ impl Files for LocalFiles {
     }
 }
 
-/// REPO2, where a file is stored.
+/// REPO2 for a file that is about to be stored.
 pub(super) fn require_name(place: &str, file: BaseFile, parts: &[Bytes]) -> Result<(), Error> {
     if file.kind == BaseKind::Config {
         return Ok(());

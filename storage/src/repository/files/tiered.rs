@@ -1,7 +1,8 @@
-//! Both tiers of a repository as one: what tier 1 does not have is read from tier 2.
+//! Both tiers of a repository as one: files missing on tier 1 are read from tier 2.
 //!
-//! Writes go to tier 1 only; the consumer takes them to tier 2 (P4). Removing takes from both, tier 2 first: a file
-//! that is left in tier 1 is seen and removed again, one left in the bucket only would come back by the list.
+//! Writes go to tier 1 only; the consumer uploads them to tier 2 (P4). Removal removes from both, tier 2 first: a
+//! file left on tier 1 is seen and removed again by the next run, but a file left only in the bucket would come
+//! back through the listing.
 
 use super::Files;
 use crate::{
@@ -11,7 +12,6 @@ use crate::{
 use bytes::Bytes;
 use std::{collections::BTreeMap, sync::Arc};
 
-/// Two places.
 #[derive(Debug, Clone)]
 pub struct Tiered {
     local: Arc<dyn Files>,
@@ -19,7 +19,7 @@ pub struct Tiered {
 }
 
 impl Tiered {
-    /// Tier 1 and tier 2.
+    /// Combines tier 1 (`local`) and tier 2 (`bucket`).
     pub const fn new(local: Arc<dyn Files>, bucket: Arc<dyn Files>) -> Self {
         Self { local, bucket }
     }
@@ -39,7 +39,7 @@ impl Files for Tiered {
     }
 
     fn list(&self, kind: BaseKind) -> Result<Vec<(BaseFile, u64)>, Error> {
-        // Tier 1 says what a file's size is where both have it.
+        // If both tiers have a file, tier 1's size counts.
         let mut files: BTreeMap<_, _> = self.bucket.list(kind)?.into_iter().collect();
         files.extend(self.local.list(kind)?);
         Ok(files.into_iter().collect())

@@ -1,8 +1,8 @@
-//! Turns many small reads of packs into few large ones, for places where each call has a price.
+//! Turns many small reads of packs into few large ones, for places where each call is expensive.
 //!
-//! A read fetches the whole window around it, and windows are kept until the budget is used up, the least recently used
-//! going first. A window that one thread is fetching is waited for by the others. Memory is bounded by the budget and one
-//! window for each thread. Only packs are windowed: they never change, other files are read whole.
+//! A read fetches the whole window around it. Windows stay cached until the budget is used up; the least recently used
+//! one is dropped first. If one thread is fetching a window, others wait for it. Memory is bounded by the budget plus
+//! one window per thread. Only packs are windowed: they never change, while other files are read whole.
 
 use super::Files;
 use crate::{
@@ -17,10 +17,10 @@ use std::{
 };
 
 type Name = (BaseFile, u64);
-/// Filled by the first that comes; later ones wait for its lock.
+/// Filled by the first thread that needs it; later ones wait for its lock.
 type Slot = Arc<Mutex<Option<Bytes>>>;
 
-/// A cache of windows before other files.
+/// A cache of windows in front of other files.
 #[derive(Debug)]
 pub struct Windowed<F> {
     inner: F,
@@ -31,22 +31,21 @@ pub struct Windowed<F> {
 
 #[derive(Debug, Default)]
 struct Cache {
-    /// With the time of the last use.
+    /// Each with the time of its last use.
     slots: HashMap<Name, (Slot, u64)>,
     clock: u64,
-    /// Sizes of packs: the last window of a file is shorter.
+    /// Sizes of packs, because the last window of a file is shorter.
     sizes: HashMap<BaseFile, u64>,
 }
 
 impl<F: Files> Windowed<F> {
-    /// Windows of `window` bytes before `inner`, as many as `budget` holds, but at least one.
+    /// Caches windows of `window` bytes of `inner`, as many as fit into `budget`, but at least one.
     pub fn new(inner: F, window: ByteSize, budget: ByteSize) -> Self {
         let window = window.bytes().max(1);
         let windows_max = usize::try_from(budget.bytes() / window).unwrap_or(usize::MAX).max(1);
         Self { inner, window, windows_max, cache: Mutex::default() }
     }
 
-    /// What lies below.
     pub const fn inner(&self) -> &F {
         &self.inner
     }
@@ -55,7 +54,7 @@ impl<F: Files> Windowed<F> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The size of a pack; all are listed at the first question.
+    /// The size of a pack; the first call lists all of them.
     fn size(&self, file: BaseFile) -> Result<Option<u64>, Error> {
         if let Some(&size) = self.cache().sizes.get(&file) {
             return Ok(Some(size));
@@ -114,7 +113,7 @@ impl<F: Files> Files for Windowed<F> {
     fn read_range(&self, file: BaseFile, offset: u64, length: u64) -> Result<Bytes, Error> {
         let size = if file.kind == BaseKind::Data { self.size(file)? } else { None };
         let end = offset.saturating_add(length);
-        // Whatever is wrong with the question, the place itself says it best.
+        // If the range is invalid, the place itself gives the best error.
         let Some(size) = size.filter(|&size| end <= size && length > 0) else {
             return self.inner.read_range(file, offset, length);
         };

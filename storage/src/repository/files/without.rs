@@ -1,7 +1,8 @@
 //! Repository files without packs that are known to be damaged.
 //!
-//! Whoever lists does not see them, so their chunks are looked for elsewhere first, and sent again (ABSENT1, ABSENT2 of `absent.rs`).
-//! Whoever asks for one by name gets it: most of what is in it may be good.
+//! A listing does not show these packs, so their chunks are looked for elsewhere first, and sent again (ABSENT1,
+//! ABSENT2 of `absent.rs`). A pack that is requested by name is still returned, because most of its contents may be
+//! good.
 
 use super::Files;
 use crate::{
@@ -11,7 +12,7 @@ use crate::{
 use bytes::Bytes;
 use std::{collections::BTreeSet, sync::Arc};
 
-/// Files, but some packs.
+/// Other files without some packs.
 #[derive(Debug, Clone)]
 pub struct Without {
     files: Arc<dyn Files>,
@@ -19,7 +20,7 @@ pub struct Without {
 }
 
 impl Without {
-    /// All but these.
+    /// All of `files` except `packs`.
     pub const fn new(files: Arc<dyn Files>, packs: BTreeSet<BaseFile>) -> Self {
         Self { files, packs }
     }

@@ -107,7 +107,7 @@ fn packs_that_a_snapshot_needs_stay_in_the_index_and_are_told() {
     assert_eq!((found.absent, found.torn), (1, vec![one.id]));
     assert_eq!(home.files.list(BaseKind::Index).unwrap(), indexes);
     let problems = check(&home);
-    assert!(problems.iter().any(|p| p.ends_with("but it is not there")), "{problems:?}");
+    assert!(problems.iter().any(|p| p.ends_with("but it does not exist")), "{problems:?}");
     // It may be found again, by hand or by the other tier.
     home.files.write(*lost, &[bytes]).unwrap();
     assert_eq!(check(&home), [""; 0]);

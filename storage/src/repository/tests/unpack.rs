@@ -98,7 +98,7 @@ fn a_piece_that_would_fill_the_memory_is_told_by_its_size() {
     refused(open(&home.repository, &forge.pack(std::slice::from_ref(&bomb)).unwrap().0), "length");
     let json = zstd::bulk::compress(&vec![b' '; 300 << 20], 1).unwrap();
     let sealed = forge.seal(&[&[2], json.as_slice()].concat()).unwrap();
-    refused(home.repository.read_claims(file(BaseKind::Index, &sealed), &sealed), "open it");
+    refused(home.repository.read_claims(file(BaseKind::Index, &sealed), &sealed), "decrypt it");
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn an_index_says_of_a_pack_what_the_pack_says_and_nothing_else() {
         assert_eq!(error.kind, Kind::Denied, "{error}");
         assert!(error.to_string().contains(word), "{word:?} is missing in {error}");
     }
-    refused(check(serde_json::json!({"nothing": 1})), "JSON of an index");
+    refused(check(serde_json::json!({"nothing": 1})), "index JSON");
 }
 
 /// Whoever has the key can seal anything: a pack's list, an index and a snapshot of any bytes are refused or understood, never a panic,

@@ -1,4 +1,4 @@
-//! Patience by a clock of the test's own.
+//! Timeouts, tested with a simulated clock.
 
 use super::*;
 use futures::StreamExt;
@@ -11,7 +11,7 @@ fn request(bytes: usize) -> HttpRequest {
     request
 }
 
-/// A connection that takes the first `pieces` pieces, `every` so often one, and answers after all of them.
+/// A connection that takes the first `pieces` pieces, one in each `every`, and answers after all of them.
 async fn takes(request: HttpRequest, pieces: usize, every: Duration) -> Result<(), HttpError> {
     let mut body = futures::stream::iter(chunks(request.into_body()).collect::<Vec<_>>()).fuse();
     for _ in 0..pieces {
@@ -28,7 +28,7 @@ fn text(error: &HttpError) -> String {
     std::error::Error::source(error).unwrap().to_string()
 }
 
-/// 60 seconds for a whole PUT: parts of 8 MiB never went through a slow uplink.
+/// With a limit of 60 seconds for a whole PUT, parts of 8 MiB never got through a slow uplink.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_keeps_being_taken_may_take_hours() {
     let link = Link::new(PATIENCE);
@@ -61,7 +61,7 @@ async fn an_answer_that_does_not_come_is_waited_for_as_long_as_the_link_is_slow(
     let error = link.answered(takes(question, 0, PATIENCE), &sending).await.unwrap_err();
     assert!(text(&error).contains("no answer"), "{}", text(&error));
     assert_eq!(begun.elapsed().as_secs(), 60, "a question");
-    // All of it in buffers after 512 seconds: it may be twice as long on its way.
+    // All of it is in buffers after 512 seconds, so it may take twice as long to arrive.
     let (body, sending) = Sending::watch(request(8 << 20));
     let pieces = (8 << 20) / PIECE_BYTES;
     let begun = Instant::now();
