@@ -1,8 +1,8 @@
 //! The configuration of `klio-server`: one TOML file, `KLIO_*` over it.
 //!
-//! default < file < environment. `KLIO_TIER2__URL` sets `url` in `[tier2]`; a value is read as TOML
-//! where it is valid TOML (numbers, booleans, lists) and as text elsewhere. Unknown names are refused.
-//! [`Config::validate`] gives every problem at once, before a port is opened or a file written.
+//! The environment wins over the file, and the file over the defaults. `KLIO_TIER2__URL` sets `url` in `[tier2]`. A
+//! value is read as TOML if it is valid TOML (numbers, booleans, lists), otherwise as text. Unknown names are refused.
+//! [`Config::validate`] returns all problems at once, before a port is opened or a file written.
 
 use crate::{
     base::BaseConfig,
@@ -24,44 +24,44 @@ use std::{
 };
 use toml::{Table, Value};
 
-/// Variables that begin with `KLIO_` and are no settings.
+/// Variables that begin with `KLIO_` and are not settings.
 const NOT_SETTINGS: [&str; 6] = [
     "KLIO_CONFIG",
     "KLIO_OTEL_STRICT",
     "KLIO_LOG_FORMAT",
-    // Of the tests.
+    // Used by the tests.
     "KLIO_BIN_DIR",
     "KLIO_TEST_DIR",
     "KLIO_TEST_SEED",
 ];
 
-/// First words of the sidecar's variables: one shell may hold the settings of both programs.
+/// First words of the sidecar's variables. They are ignored, because one shell may hold the settings of both programs.
 const SIDECAR_SECTIONS: [&str; 7] =
     ["cluster", "server", "postgres", "stream", "backup", "restore", "drill"];
 
-/// Everything a server is told.
+/// All settings of a server.
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Tier 1 and the queue live below this directory.
+    /// The directory of tier 1 and the queue.
     pub data_dir: PathBuf,
-    /// The file it was read from; empty when it was not.
+    /// The file it was read from; empty if there was none.
     #[serde(skip)]
     pub file: PathBuf,
-    /// Where sidecars connect.
+    /// The address for sidecars.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// `https://host:port` that client bundles carry.
+    /// The address `https://host:port` that is written to client bundles.
     pub public_address: Option<String>,
-    /// Certificates; required unless `unsafe_plaintext`.
+    /// Certificates; required unless `unsafe_plaintext` is set.
     pub tls: Option<TlsFiles>,
     /// No TLS and no client certificates: everybody who reaches the port may do everything.
     #[serde(default)]
     pub unsafe_plaintext: bool,
-    /// Certificates of foreign authorities.
+    /// Roles for certificates of other authorities.
     #[serde(default)]
     pub auth: AuthConfig,
-    /// Encryption at rest; on unless said otherwise.
+    /// Encryption at rest; on unless it is switched off.
     #[serde(default)]
     pub encryption: EncryptionConfig,
     /// Receiving and sealing.
@@ -70,30 +70,30 @@ pub struct Config {
     /// Repositories of base backups.
     #[serde(default)]
     pub base: BaseConfig,
-    /// What is kept.
+    /// Which backups and WAL are retained.
     #[serde(default)]
     pub retention: RetentionConfig,
-    /// When what is not kept goes.
+    /// When retention is applied.
     #[serde(default)]
     pub maintenance: MaintenanceConfig,
-    /// What is read back.
+    /// What is verified after a backup.
     #[serde(default)]
     pub verify: VerifyConfig,
-    /// What one cluster may use.
+    /// How much one cluster may use.
     #[serde(default)]
     pub quota: QuotaConfig,
     /// The job queue.
     #[serde(default)]
     pub queue: QueueConfig,
-    /// The bucket; without one WAL stays on tier 1 and is archived when one is added.
+    /// The bucket. Without one, WAL stays on tier 1; it is archived when a bucket is added.
     pub tier2: Option<Tier2Config>,
-    /// Moving to tier 2.
+    /// Uploading to tier 2.
     #[serde(default)]
     pub consumer: ConsumerConfig,
     /// Health and metrics over HTTP.
     #[serde(default)]
     pub admin: AdminConfig,
-    /// Over the OTEL_* variables.
+    /// Settings that win over the OTEL_* variables.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
 }
@@ -102,22 +102,22 @@ pub struct Config {
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WalConfig {
-    /// Most bytes a sidecar may send beyond what is acknowledged; bounds memory for each stream.
+    /// The most bytes that a sidecar may send beyond what is acknowledged; limits the memory for each stream.
     pub window_bytes: ByteSize,
-    /// Segments sealed at once.
+    /// How many segments are sealed at once.
     pub seal_workers: usize,
-    /// What becomes of a history that is not the one held.
+    /// What to do with a history that differs from the stored one.
     pub on_divergence: OnDivergence,
 }
 
-/// What becomes of a history that is not the one held under its cluster's name (P11).
+/// What to do with a history that differs from the one stored under its cluster's name (P11).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDivergence {
-    /// It is received as a generation of its own, and a person decides.
+    /// Receive it as a generation of its own; a person decides.
     #[default]
     KeepBoth,
-    /// It is refused, and a person decides.
+    /// Refuse it; a person decides.
     Refuse,
 }
 
@@ -135,7 +135,7 @@ impl Default for WalConfig {
 #[derive(Debug, Clone, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
-    /// /livez, /readyz and /metrics.
+    /// Address of /livez, /readyz and /metrics.
     pub listen: Option<SocketAddr>,
 }
 
@@ -145,11 +145,11 @@ impl Default for AdminConfig {
     }
 }
 
-/// `[telemetry]`: what is set here wins over OTEL_*.
+/// `[telemetry]`: these settings win over OTEL_*.
 #[derive(Debug, Clone, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetryConfig {
-    /// `false` turns all of it off.
+    /// `false` turns all telemetry off.
     pub enabled: Option<bool>,
     /// `service.name`.
     pub service_name: Option<String>,
@@ -159,7 +159,7 @@ pub struct TelemetryConfig {
     pub export_logs: Option<bool>,
     /// OTLP endpoint for logs.
     pub logs_endpoint: Option<String>,
-    /// As RUST_LOG.
+    /// A filter in the form of RUST_LOG.
     pub log_level: Option<String>,
     /// `text` or `json`.
     pub log_format: Option<String>,
@@ -208,7 +208,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "wal.on_divergence",
         "keep-both",
-        "when PostgreSQL's WAL differs from the WAL held: \"keep-both\" receives it as an undecided generation, \"refuse\" refuses it",
+        "when PostgreSQL's WAL differs from the stored WAL: \"keep-both\" receives it as an undecided generation, \"refuse\" refuses it",
     ),
     ("base.chunk_size", "73728", "size of a chunk in bytes; fixed when a repository is made"),
     (
@@ -258,11 +258,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "600",
         "how long to wait for a running backup before skipping the cluster",
     ),
-    ("verify.after_backup", "true", "read back from tier 2 what a backup stored"),
+    ("verify.after_backup", "true", "verify in tier 2 what a backup stored"),
     (
         "verify.read_percent",
         "10",
-        "percentage of packs read back after a backup; indexes and snapshots are always read",
+        "percentage of packs that are read to verify a backup; indexes and snapshots are always read",
     ),
     (
         "quota.stored_bytes",
@@ -323,7 +323,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "tier2.checksum",
         "sha256",
-        "what proves an upload (S3): the checksum header, or \"none\" for stores that refuse it; uploads are read back then",
+        "how an upload is verified (S3): \"sha256\" by the checksum header; \"none\", for stores that refuse that, by reading it again",
     ),
     ("tier2.upload_memory", "67108864", "most memory for all uploads together, in bytes"),
     ("tier2.connect_timeout_seconds", "5", "timeout of a connection attempt"),
@@ -356,7 +356,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    /// Whether no key for encryption at rest was given: a problem with an exit status of its own.
+    /// Whether the key for encryption at rest is missing: this problem has its own exit status.
     pub fn is_about_keys(&self) -> bool {
         self.problems.iter().any(|problem| problem.starts_with(encryption::SECTION))
     }
@@ -366,7 +366,7 @@ impl Config {
     /// Reads a file and the process environment.
     ///
     /// # Errors
-    /// Every problem at once.
+    /// All problems at once.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let fail = |problem: String| ConfigError {
             place: path.display().to_string(),
@@ -378,7 +378,7 @@ impl Config {
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
             .collect();
         let mut config = Self::parse(&text, &environment).map_err(fail)?;
-        // Absolute, so that a child process with another idea of where it is means the same directories.
+        // Made absolute, so that a child process with another working directory means the same directories.
         config.file = std::path::absolute(path).map_err(|e| fail(e.to_string()))?;
         let directory = config.file.parent().unwrap_or(Path::new("/")).to_owned();
         config.resolve(&directory);
@@ -389,7 +389,7 @@ impl Config {
         Err(ConfigError { place: path.display().to_string(), problems })
     }
 
-    /// Pure: the file's text and the environment.
+    /// Pure: uses only the file's text and the given environment.
     pub fn parse(text: &str, environment: &[(String, String)]) -> Result<Self, String> {
         let mut table: Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
         for (name, value) in environment {
@@ -403,12 +403,12 @@ impl Config {
     /// The keys for encryption at rest, read from the identity file.
     ///
     /// # Errors
-    /// The identity file is missing or is none, or a recipient is none.
+    /// The identity file is missing or is not an identity, or a recipient is invalid.
     pub fn at_rest(&self) -> Result<AtRest, klio_storage::Error> {
         self.encryption.at_rest()
     }
 
-    /// Relative paths are relative to the file, not to wherever the program was started.
+    /// Makes relative paths relative to the file, not to the working directory.
     fn resolve(&mut self, base: &Path) {
         let fix = |path: &mut PathBuf| {
             if path.is_relative() {
@@ -434,7 +434,7 @@ impl Config {
         }
     }
 
-    /// Every problem that can be seen without touching network or disk.
+    /// All problems that can be found without using network or disk.
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.tls.is_none() && !self.unsafe_plaintext {
@@ -474,7 +474,7 @@ impl Config {
 }
 
 impl Config {
-    /// What maintenance is told.
+    /// The settings for maintenance.
     pub fn maintenance_settings(&self) -> maintenance::Settings {
         maintenance::Settings {
             retention: self.retention.clone(),
@@ -485,7 +485,7 @@ impl Config {
 }
 
 impl TelemetryConfig {
-    /// The same as variables, which the telemetry crate reads before the environment.
+    /// The same settings as variables, which the telemetry crate reads before the environment.
     pub fn overrides(&self) -> BTreeMap<String, String> {
         let mut set = BTreeMap::new();
         let mut put = |name: &str, value: Option<String>| {
@@ -499,14 +499,14 @@ impl TelemetryConfig {
         put("OTEL_TRACES_EXPORTER", self.trace_endpoint.as_ref().map(|_| "otlp".into()));
         put("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", self.logs_endpoint.clone());
         put("OTEL_LOGS_EXPORTER", self.export_logs.filter(|on| *on).map(|_| "otlp".into()));
-        // A bad value is a warning like any other of telemetry (P9), so nothing is checked here.
+        // A bad value is a warning, like any other problem of telemetry (P9), so nothing is checked here.
         put("KLIO_LOG_FORMAT", self.log_format.clone());
         put("RUST_LOG", self.log_level.clone());
         set
     }
 }
 
-/// One variable of the environment that is no setting.
+/// A variable of the environment that is not a setting.
 pub fn environment(name: &str) -> Option<String> {
     std::env::var_os(name)?.into_string().ok()
 }
@@ -544,7 +544,7 @@ mod tests {
         pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
     }
 
-    /// Found by hand: a server that was started with a relative path refused its own child process.
+    /// Regression test: a server that was started with a relative path refused its own child process.
     #[test]
     fn a_relative_path_to_the_file_gives_absolute_directories() {
         let directory = tempfile::tempdir_in(".").unwrap();

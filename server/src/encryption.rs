@@ -1,33 +1,33 @@
-//! Encryption at rest as the server is told: `[encryption]`.
+//! The `[encryption]` section: encryption at rest.
 //!
-//! - It is on: without an identity the server does not start. `off = true` is the only way out of it.
-//! - Switched off, an identity file that is still named opens what was encrypted before.
+//! - Encryption is on by default: without an identity the server does not start. Only `off = true` switches it off.
+//! - If it is off, an identity file that is still configured opens what was encrypted before.
 
 use klio_storage::crypt::{AtRest, Keys};
 use std::path::PathBuf;
 
-/// How each problem of this section begins.
+/// The prefix of each problem of this section.
 pub const SECTION: &str = "[encryption]";
 
 /// `[encryption]`
 #[derive(Debug, Clone, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EncryptionConfig {
-    /// The age identity that opens everything; newest first when there are several in it.
+    /// The age identity that opens everything. If the file has several, the newest comes first.
     pub identity_file: Option<PathBuf>,
-    /// More public recipients: an offline recovery key, for example.
+    /// Additional public recipients, for example an offline recovery key.
     pub recipients: Vec<String>,
-    /// Everything is stored plain.
+    /// Whether everything is stored unencrypted.
     pub off: bool,
 }
 
-/// No key, or not the right one: a start that ends with an exit status of its own, having touched nothing.
+/// The key is missing or wrong. The start then ends with its own exit status, before anything is changed.
 #[derive(Debug, thiserror::Error)]
 #[error("encryption at rest: {0}")]
 pub struct KeyProblem(#[from] klio_storage::Error);
 
 impl EncryptionConfig {
-    /// What can be seen without reading the identity.
+    /// Problems that can be found without reading the identity.
     pub fn validate(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.identity_file.is_none() && !self.off {
@@ -45,13 +45,13 @@ impl EncryptionConfig {
     /// The keys, read from the identity file.
     ///
     /// # Errors
-    /// The file is missing or is no identity, or a recipient is none.
+    /// The file is missing or is not an identity, or a recipient is invalid.
     pub fn at_rest(&self) -> Result<AtRest, klio_storage::Error> {
         let keys = |path: &PathBuf| Keys::load(path, &self.recipients);
         match (&self.identity_file, self.off) {
             (Some(path), false) => keys(path).map(AtRest::On),
             (Some(path), true) => keys(path).map(AtRest::OffWith),
-            // Refused by `validate` unless off.
+            // `validate` refuses this unless encryption is off.
             (None, _) => Ok(AtRest::Off),
         }
     }

@@ -1,10 +1,10 @@
-//! Translates storage errors for callers. Internal paths and text stay in the server's log.
+//! Translates storage errors for callers. Internal paths and texts appear only in the server's log.
 
 use klio_proto::Code;
 use klio_storage::{Error, Kind};
 use tonic::Status;
 
-/// The code a caller gets for a storage error.
+/// The code that a caller receives for a storage error.
 pub fn code(error: &Error) -> Code {
     match error.kind {
         Kind::NotFound => Code::NotFound,
@@ -18,11 +18,11 @@ pub fn code(error: &Error) -> Code {
     }
 }
 
-/// A status for the caller; what it may not see is logged here, where the error ends.
+/// The status for the caller. Details that the caller may not see are logged here, because the error goes no further.
 pub fn status(error: &Error) -> Status {
     let code = code(error);
     match error.kind {
-        // These speak of the caller's own request: it needs the text.
+        // These errors concern the caller's own request, so it needs the text.
         Kind::Conflict | Kind::Invalid | Kind::Newer | Kind::NotFound => code.status(error),
         _ => {
             tracing::error!(code = code.name(), %error, "storage failed");
@@ -31,13 +31,14 @@ pub fn status(error: &Error) -> Status {
     }
 }
 
-/// Why tier 2 cannot be used, in words that a caller may see: no place, no text of the store, and the hint, which is ours.
+/// Why tier 2 cannot be used, in a form that a caller may see: without the place and the store's own text, but with
+/// our hint.
 pub fn of_tier2(error: &Error) -> String {
     let what = match error.kind {
         Kind::Denied => "tier 2 refuses the server's credentials",
         Kind::Invalid => "tier 2 refuses the request",
         Kind::Full => "tier 2 is full",
-        Kind::Corrupt => "what tier 2 holds is damaged",
+        Kind::Corrupt => "an object in tier 2 is damaged",
         _ => "tier 2 did not answer",
     };
     match error.hint {
@@ -46,8 +47,8 @@ pub fn of_tier2(error: &Error) -> String {
     }
 }
 
-/// For a failed append: WAL that does not belong where it was sent is the client's affair, and it needs
-/// to be told what is wrong with it.
+/// The status for a failed append. If the WAL does not belong where it was sent, the client has to know what is wrong
+/// with it.
 pub fn append_status(error: &Error) -> Status {
     match error.kind {
         Kind::Invalid => Code::BadWal.status(error),

@@ -1,7 +1,7 @@
 //! Finds a WAL file for a restore: tier 1, then tier 2.
 //!
-//! P7: `NOT_FOUND` means that both tiers were asked and both definitively have no such file. A tier
-//! that could not be asked makes the answer `UNAVAILABLE`, which is retried and never ends a recovery.
+//! P7: `NOT_FOUND` means that both tiers were asked and definitively have no such file. If a tier could not be asked,
+//! the answer is `UNAVAILABLE`, which is retried and never ends a recovery.
 
 use crate::{errors, readers::Readers, rot};
 use klio_pg::{Lsn, TimelineId};
@@ -16,22 +16,19 @@ use klio_storage::{
 use std::time::Duration;
 use tonic::Status;
 
-/// Where a file was found.
+/// The place where a file was found.
 pub enum Located {
     /// On this server's disk.
     Tier1 {
-        /// The file.
         found: Found,
         /// wal_segment_size in bytes.
         segment_size: u32,
     },
-    /// In the bucket, with the file it really is (a partial may answer for a segment).
+    /// In the bucket. `file` is the file that was found, because a partial segment may be sent for a segment.
     Tier2 {
-        /// Which file.
         file: WalFile,
-        /// Its bytes.
         download: Download,
-        /// What decrypts them, where they are encrypted.
+        /// The keys that decrypt its bytes, if they are encrypted.
         keys: Option<Keys>,
         /// wal_segment_size in bytes; 0 when the cluster is not pinned here.
         segment_size: u32,
@@ -39,7 +36,7 @@ pub enum Located {
 }
 
 impl Located {
-    /// Whether it is only the beginning of a segment.
+    /// Whether the file is only the beginning of a segment.
     pub fn beginning(&self) -> Beginning {
         match self {
             Located::Tier1 { found: Found::Open(_), .. }
@@ -52,28 +49,27 @@ impl Located {
     }
 }
 
-/// How long the bucket may take to say whether it has more of a segment: a standby waits a few seconds for its answer.
+/// How long the bucket may take to say whether it has more of a segment. A standby waits only a few seconds for the
+/// answer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether what was found is only the beginning of a segment, and where.
+/// Whether the file that was found is only the beginning of a segment, and in which tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Beginning {
     /// It is a whole file.
     Not,
-    /// On tier 1.
+    /// The beginning is on tier 1.
     Tier1,
-    /// In tier 2.
+    /// The beginning is in tier 2.
     Tier2,
 }
 
 /// Reads both tiers; cheap to clone.
 #[derive(Clone)]
 pub struct Source {
-    /// Tier 1.
     pub store: WalStore,
-    /// Tier 2, if there is one.
     pub tier2: Option<Tier2>,
-    /// Hears what was given, so that retention leaves what comes next.
+    /// Is told which WAL was fetched, so that retention keeps what comes next.
     pub readers: Readers,
 }
 
@@ -81,7 +77,7 @@ impl Source {
     /// Finds a file.
     ///
     /// # Errors
-    /// `NOT_FOUND` is definitive.
+    /// `NOT_FOUND` is definitive; `UNAVAILABLE` when a tier could not be asked.
     pub async fn find(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         let found = self.find_quietly(cluster, file).await?;
         if let (WalFile::Segment(name) | WalFile::Partial(name), Some(pinned)) =
@@ -93,7 +89,7 @@ impl Source {
         Ok(found)
     }
 
-    /// The same for a look of our own: no reader is remembered.
+    /// The same for the server's own use: no reader is recorded.
     pub(crate) async fn find_quietly(
         &self,
         cluster: &ClusterName,
@@ -109,7 +105,7 @@ impl Source {
                 return Ok(whole.unwrap_or(here));
             }
             Err(error) if error.kind == Kind::NotFound => None,
-            // A damaged or unreadable copy: the other tier may have a good one.
+            // The copy is damaged or unreadable; the other tier may have a good one.
             Err(error) => {
                 tracing::error!(%cluster, %file, %error, "tier 1 copy is not readable; asking tier 2");
                 if error.kind == Kind::Corrupt {
@@ -119,7 +115,7 @@ impl Source {
             }
         };
         match (self.find_in_tier2(cluster, file).await, trouble) {
-            // Tier 1 has it and cannot give it: that is no absence, whatever tier 2 says (P7).
+            // Tier 1 has the file and cannot read it, so it is not absent, whatever tier 2 says (P7).
             (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
             (Err(absent), None) if Code::of(&absent) == Code::NotFound => {
                 Err(self.why_absent(cluster, file, absent).await)
@@ -128,9 +124,10 @@ impl Source {
         }
     }
 
-    /// The whole segment, where tier 1 has only its beginning: a tier 1 that was set back, behind which the stream went on,
-    /// or has not come yet. Filled up, the beginning would look like the end of WAL (P7). While its timeline is received the
-    /// newest segment is in no other place, and a bucket that is slow to say so keeps nobody from what is here (P4).
+    /// The whole segment from tier 2, if tier 1 has only its beginning. This happens when tier 1 was set back and the
+    /// stream has continued behind it, or has not come back yet. Filled up with zeros, the beginning would look like
+    /// the end of WAL (P7). While the timeline is being received, its newest segment is nowhere else, so the bucket is
+    /// not asked. Otherwise a slow bucket does not hold up what is here (P4).
     async fn whole_in_tier2(
         &self,
         cluster: &ClusterName,
@@ -155,8 +152,8 @@ impl Source {
         (there.beginning() == Beginning::Not).then_some(there)
     }
 
-    /// Whether what was found is the beginning of a segment whose rest was lost, and WAL of its timeline goes on behind it:
-    /// filled up to a segment it would look like the end of WAL (P7). In doubt it is.
+    /// Whether the file is the beginning of a segment whose rest was lost while WAL of its timeline continues behind
+    /// it. Filled up to a segment, it would look like the end of WAL (P7). In doubt the answer is yes.
     pub async fn before_hole(
         &self,
         cluster: &ClusterName,
@@ -175,7 +172,7 @@ impl Source {
             let gaps = self.store.gaps(cluster);
             let lost = self.store.damaged(cluster);
             if gaps.iter().any(|gap| inside(gap.timeline, gap.from))
-                // Of a sealed file that rotted on tier 1, tier 2 has all that there was.
+                // If a sealed file was damaged on tier 1, tier 2 has all of it.
                 || lost.iter().any(|lost| {
                     inside(lost.timeline, lost.from) && !(lost.sealed && found == Beginning::Tier2)
                 })
@@ -191,10 +188,10 @@ impl Source {
         }
     }
 
-    /// The copy of tier 2, for a caller to whom that of tier 1 came damaged.
+    /// The copy of tier 2, for a caller that received a damaged copy of tier 1.
     ///
     /// # Errors
-    /// Never `NOT_FOUND`: what came damaged is there.
+    /// Never `NOT_FOUND`, because the damaged file exists.
     pub async fn find_other_copy(
         &self,
         cluster: &ClusterName,
@@ -203,21 +200,21 @@ impl Source {
         tracing::error!(%cluster, %file, "tier 1 copy is damaged; serving the copy of tier 2");
         self.doubt(cluster, file).await;
         match self.find_in_tier2(cluster, file).await {
-            // Let go meanwhile, or asked for by somebody who never had a copy.
+            // It expired in the meantime, or the caller never received a copy.
             Err(absent)
                 if Code::of(&absent) == Code::NotFound
                     && self.store.removed(cluster, file) == Some(Removed::Expired) =>
             {
-                Err(Code::Gap
-                    .status(format!("{file} was removed: no backup that is kept needs it")))
+                Err(Code::Gap.status(format!("{file} has expired: no retained backup needs it")))
             }
-            Err(absent) if Code::of(&absent) == Code::NotFound => Err(Code::Corrupt
-                .status(format!("{file} came damaged, and tier 2 has no other copy of it"))),
+            Err(absent) if Code::of(&absent) == Code::NotFound => Err(Code::Corrupt.status(
+                format!("{file} is damaged on tier 1, and tier 2 has no other copy of it"),
+            )),
             answer => answer,
         }
     }
 
-    /// Has tier 1 look again at its copy, and at the beginning of the segment that may answer for it.
+    /// Has tier 1 check its copy, and the partial segment that may be sent instead of it.
     async fn doubt(&self, cluster: &ClusterName, file: WalFile) {
         let partial = match file {
             WalFile::Segment(name) => Some(WalFile::Partial(name)),
@@ -229,8 +226,8 @@ impl Source {
         }
     }
 
-    /// An absence that would end a recovery by mistake is another error: WAL that was lost with more
-    /// behind it, or a cluster of which there is nothing at all (P7).
+    /// Turns "not found" into another error where it would end a recovery by mistake: WAL was lost and more follows,
+    /// or there is nothing at all of the cluster (P7).
     async fn why_absent(&self, cluster: &ClusterName, file: WalFile, absent: Status) -> Status {
         let Some(pinned) = self.store.pinned(cluster) else {
             let stored = match &self.tier2 {
@@ -238,7 +235,9 @@ impl Source {
                 None => Ok(0),
             };
             return match stored {
-                Ok(0) => Code::Invalid.status(format!("no WAL of a cluster {cluster} is here")),
+                Ok(0) => {
+                    Code::Invalid.status(format!("this server has no WAL of a cluster {cluster}"))
+                }
                 Ok(_) => self.hole_in_tier2(cluster, file).await.unwrap_or(absent),
                 Err(error) => {
                     Code::Unavailable.status(format!("read {file}: {}", errors::of_tier2(&error)))
@@ -252,24 +251,24 @@ impl Source {
             gaps.iter().find(|g| g.timeline == name.timeline() && g.from <= start && start < g.to)
         {
             return Code::Gap.status(format!(
-                "{file} was lost: WAL from {} to {} is on record as missing: {}",
+                "{file} was lost: WAL from {} to {} is recorded as a gap: {}",
                 gap.from, gap.to, gap.reason
             ));
         }
         match self.store.removed(cluster, file) {
             Some(Removed::Expired) => {
                 return Code::Gap
-                    .status(format!("{file} was removed: no backup that is kept needs it"));
+                    .status(format!("{file} has expired: no retained backup needs it"));
             }
-            // It was proven there before tier 1 let it go: gone is lost, not absent.
+            // It was proven there before tier 1 evicted it, so it is lost and not absent.
             Some(Removed::Tier2Only) => {
                 return Code::Corrupt
-                    .status(format!("{file} was in tier 2, and is not there any more"));
+                    .status(format!("{file} was in tier 2, but is not there any more"));
             }
             None => {}
         }
         if self.received(cluster, name.timeline(), start) {
-            return Code::Corrupt.status(format!("{file} was received, and is not there any more"));
+            return Code::Corrupt.status(format!("{file} was received, but is not there any more"));
         }
         if let Some(behind) = self.behind(cluster, name.timeline(), start) {
             return Code::Gap.status(format!(
@@ -279,8 +278,8 @@ impl Source {
         self.hole_in_tier2(cluster, file).await.unwrap_or(absent)
     }
 
-    /// The timeline of which tier 1 holds WAL behind this position, on a way that passes it: a tier 1 that begins in the
-    /// middle, or a promotion behind it, shows that it was there.
+    /// A timeline with WAL on tier 1 that lies behind this position on a path through it. Such WAL, of a tier 1 that
+    /// begins in the middle or after a promotion, shows that the file existed.
     fn behind(
         &self,
         cluster: &ClusterName,
@@ -303,7 +302,8 @@ impl Source {
         positions.iter().any(|p| p.timeline == timeline && p.start <= lsn && lsn < p.flushed)
     }
 
-    /// An absence with later WAL of its timeline, or of one that came from it, behind it in tier 2 is no end.
+    /// The error for a file that tier 2 does not have, if tier 2 has later WAL of its timeline or of a descendant, so
+    /// that this is not the end of WAL.
     async fn hole_in_tier2(&self, cluster: &ClusterName, file: WalFile) -> Option<Status> {
         let (WalFile::Segment(name), Some(tier2)) = (file, &self.tier2) else { return None };
         let size = match self.store.pinned(cluster) {
@@ -316,7 +316,7 @@ impl Source {
             }
             Ok(None) => None,
             Err(error) => {
-                tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
+                tracing::warn!(%cluster, %file, %error, "cannot ask tier 2 for a WAL file");
                 Some(Code::Unavailable.status(format!("read {file}: {}", errors::of_tier2(&error))))
             }
         }
@@ -330,7 +330,7 @@ impl Source {
         let missing = || Code::NotFound.status(format!("cluster {cluster} has no {file}"));
         let Some(tier2) = &self.tier2 else { return Err(missing()) };
         let segment_size = self.segment_size(cluster);
-        // PostgreSQL asks for a segment; of an ended timeline only the partial may exist.
+        // PostgreSQL asks for a segment, but of an ended timeline only the partial segment may exist.
         let partial = match file {
             WalFile::Segment(name) => Some(WalFile::Partial(name)),
             _ => None,
@@ -353,7 +353,7 @@ impl Source {
                 }
                 Err(error) if error.kind == Kind::NotFound => {}
                 Err(error) => {
-                    tracing::warn!(%cluster, %file, %error, "tier 2 could not be asked");
+                    tracing::warn!(%cluster, %file, %error, "cannot ask tier 2 for a WAL file");
                     let why = errors::of_tier2(&error);
                     return Err(Code::Unavailable.status(format!("read {file}: {why}")));
                 }
@@ -364,7 +364,7 @@ impl Source {
 }
 
 fn no_keys(at_rest: &AtRest, key: &str) -> Error {
-    let fallback = || Error::new(Kind::Denied, Op::Read, key, "no key for it");
+    let fallback = || Error::new(Kind::Denied, Op::Read, key, "expected a key for it, found none");
     at_rest.need(key).err().unwrap_or_else(fallback)
 }
 
@@ -379,7 +379,7 @@ pub(crate) mod tests {
     };
     use std::{path::Path, sync::Arc};
 
-    /// Below `dir`: a tier 1 that holds WAL of timeline 1 of cluster `pg`, and the directory of an empty bucket.
+    /// Creates in `dir` a tier 1 with WAL of timeline 1 of cluster `pg`, and the directory of an empty bucket.
     pub(crate) fn held(dir: &Path, start: Lsn, end: Lsn) -> (WalStore, ClusterName, Vec<u8>) {
         let root = dir.join("tier1");
         std::fs::create_dir_all(&root).unwrap();
@@ -416,14 +416,14 @@ pub(crate) mod tests {
             assert_eq!(code(source.find(&cluster, absent).await), Code::NotFound);
             assert_eq!(code(source.find_other_copy(&cluster, absent).await), Code::Corrupt);
         }
-        // Gone altogether, though it was acknowledged.
+        // The file does not exist at all, although it was acknowledged.
         std::fs::remove_file(&journal).unwrap();
         let source = Source { store, tier2: None, readers: Readers::default() };
         let code = Code::of(&source.find(&cluster, held).await.err().unwrap());
         assert_eq!(code, Code::Corrupt);
     }
 
-    /// Padded to a segment, what lies before a gap would look like the end of WAL.
+    /// Filled up to a segment, the WAL before a gap would look like the end of WAL.
     #[tokio::test]
     async fn a_partial_segment_says_whether_it_is_before_a_hole() {
         let dir = tempfile::tempdir().unwrap();
@@ -494,9 +494,10 @@ pub(crate) mod tests {
         }
         assert_eq!(code(2).await, Code::Corrupt);
         assert_eq!(code(5).await, Code::NotFound);
-        // P7: below where this tier 1 begins, with WAL of it behind; the start of its cluster is no end either.
+        // P7: below the beginning of this tier 1 there is WAL behind it, and the start of its cluster is not an end
+        // either.
         assert_eq!(code(0).await, Code::Gap);
-        // What was not given is nobody's to keep; what was, stays (P6).
+        // WAL that was not fetched is not held; WAL that was fetched stays (P6).
         assert_eq!(readers.hold(&cluster), None);
         assert!(source.find(&cluster, file(3)).await.is_ok());
         assert_eq!(readers.hold(&cluster).map(|hold| hold.from), Some(Lsn::new(3 << 20)));

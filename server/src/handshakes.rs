@@ -1,13 +1,14 @@
-//! Connections whose handshake is not over: strangers can make them, so their number has bounds, and none of these keeps
-//! others out.
+//! Connections whose handshake is not complete. Strangers can open them, so their number is limited, and they must not
+//! keep others out.
 //!
-//! - Of one address (of IPv6: of one /64) only so many are kept, and so many of all. When one more comes, one of the address
-//!   with the most goes: who has come least far in the handshake, and of those the oldest. Strangers behind the same address as
-//!   a client go before it, as it says more than they do.
-//! - Who had spoken before it had to go, and was only not seen yet, gets its place again.
-//! - A connection that is through is none of these: nothing here ends it.
-//! - Nobody waits for a place: an honest client is not queued behind strangers.
-//! - What was closed so is said once in a while, by address.
+//! - Their number is limited per address (for IPv6 per /64) and in total. When there is one too many, a connection of
+//!   the address with the most is closed: the one that is least far in the handshake, and among those the oldest. So
+//!   strangers behind a client's address are closed before the client, because the client has sent more than they
+//!   have.
+//! - A connection that had sent data before it was closed, and was only not read yet, gets its place again.
+//! - A connection with a complete handshake does not count here and is never closed by this module.
+//! - Nobody waits for a place, so an honest client never queues behind strangers.
+//! - Closed connections are logged now and then, by address.
 
 use std::{
     collections::BTreeMap,
@@ -18,16 +19,17 @@ use std::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-/// Of one address. Sidecars behind one address that all come back at once are through in milliseconds each.
+/// The limit per address. Sidecars behind one address that all return at once need only milliseconds each.
 const OF_ADDRESS_MAX: usize = 64;
-/// Of all. With the default limit of 1024 open files most are left for clients.
+/// The limit in total. With the default limit of 1024 open files, most are left for clients.
 const ALL_MAX: usize = 256;
-/// That have to go and have a last chance to speak. With the others this is half of 1024 open files.
+/// How many connections that must be closed may have a last chance to send something. With the others this is half of
+/// 1024 open files.
 const LEAVING_MAX: usize = 256;
-/// Between two warnings.
+/// The time between two warnings.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
-/// All of them. Cheap to clone.
+/// All connections in a handshake. Cheap to clone.
 #[derive(Clone)]
 pub struct Handshakes {
     state: Arc<Mutex<State>>,
@@ -43,21 +45,21 @@ impl Default for Handshakes {
 #[derive(Default)]
 struct State {
     next: u64,
-    /// By arrival: the first is the oldest.
+    /// In the order of arrival: the first is the oldest.
     open: BTreeMap<u64, Open>,
-    /// Closed since the last warning, by address.
+    /// The number of connections closed since the last warning, by address.
     closed: BTreeMap<IpAddr, u64>,
     told: Option<Instant>,
 }
 
-/// How far a connection has come.
+/// How far a handshake has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// Nothing was heard of it.
+    /// Nothing was received.
     Silent,
-    /// Its first byte came.
+    /// The first byte was received.
     Speaks,
-    /// Its greeting is whole.
+    /// The greeting is complete.
     Greeted,
 }
 
@@ -67,7 +69,7 @@ struct Open {
     close: CancellationToken,
 }
 
-/// The place of a connection; dropping it gives it back.
+/// The place of a connection; dropping it frees the place.
 pub struct Place {
     all: Handshakes,
     number: u64,
@@ -81,12 +83,12 @@ impl Place {
         self.close.cancelled().await;
     }
 
-    /// For a last chance, when it is needed; `None` when too many have one.
+    /// A permit for a last chance when the place is needed; `None` when too many have one.
     pub fn leave(&self) -> Option<SemaphorePermit<'_>> {
         self.all.leaving.try_acquire().ok()
     }
 
-    /// It has come so far, whether its place was needed meanwhile or not.
+    /// Records how far the handshake has come. A connection whose place was taken in the meantime gets one again.
     pub fn reached(&mut self, stage: Stage) {
         let mut state = self.all.lock();
         if let Some(open) = state.open.get_mut(&self.number) {
@@ -114,7 +116,7 @@ impl Handshakes {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection from this address; another one may go for it.
+    /// Takes a place for a connection from this address; another connection may be closed for it.
     pub fn enter(&self, address: IpAddr) -> Place {
         let address = network_of(address);
         let (number, close) = {
@@ -130,7 +132,7 @@ impl Handshakes {
         Place { all: self.clone(), number, address, close }
     }
 
-    /// What was closed, by address, if it is time to say so.
+    /// The numbers of closed connections by address, if it is time for a warning.
     pub fn to_tell(&self, now: Instant) -> Vec<(IpAddr, u64)> {
         let mut state = self.lock();
         let early = state.told.is_some_and(|told| now.duration_since(told) < TELL_EVERY);
@@ -158,12 +160,12 @@ impl State {
         };
         let Some(address) = victim else { return };
         let of_it = self.open.iter().filter(|(_, open)| open.address == address);
-        // By arrival: of those that have come equally far it is the oldest.
+        // The oldest of those that are least far.
         let least = of_it.min_by_key(|(number, open)| (open.stage, **number));
         let Some(number) = least.map(|(number, _)| *number) else { return };
         if let Some(open) = self.open.remove(&number) {
             open.close.cancel();
-            // Its number is bounded by what can be warned of in a minute, and by this.
+            // The size of this map is limited by the warnings, which empty it every minute, and by this check.
             if self.closed.len() < ALL_MAX || self.closed.contains_key(&address) {
                 *self.closed.entry(address).or_default() += 1;
             }
@@ -171,7 +173,7 @@ impl State {
     }
 }
 
-/// One who has an IPv6 address mostly has the /64 around it.
+/// Whoever has an IPv6 address usually controls the /64 around it.
 fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -194,7 +196,7 @@ mod tests {
         places.iter().filter(|place| place.close.is_cancelled()).count()
     }
 
-    /// 256 silent connections of one stranger kept everybody out.
+    /// Regression test: 256 silent connections of one stranger kept everybody out.
     #[test]
     fn one_address_has_a_bound_and_its_oldest_silent_connection_goes() {
         let all = Handshakes::default();
@@ -226,7 +228,7 @@ mod tests {
         assert_eq!(closed(&strangers), 400 + 1 + 100 - ALL_MAX);
     }
 
-    /// Behind NAT: strangers and a client have one address.
+    /// Behind NAT, strangers and a client have the same address.
     #[test]
     fn a_client_behind_the_strangers_address_is_the_last_to_go() {
         let all = Handshakes::default();
@@ -237,7 +239,7 @@ mod tests {
         assert!(!client.close.is_cancelled(), "it had");
         assert!(all.lock().open.len() <= OF_ADDRESS_MAX);
         assert_eq!(all.to_tell(Instant::now()), [(address(1), 300 - 63 + 1 - 1)]);
-        // Those that say a byte and then nothing.
+        // Connections that send one byte and then nothing.
         client.reached(Stage::Greeted);
         let mut chatty: Vec<Place> = (0..300).map(|_| all.enter(address(1))).collect();
         chatty.iter_mut().for_each(|place| place.reached(Stage::Speaks));

@@ -1,6 +1,6 @@
-//! klio-server: receives WAL over gRPC, makes it durable on tier 1, moves it to tier 2.
+//! klio-server: receives WAL over gRPC, makes it durable on tier 1, and uploads it to tier 2.
 //!
-//! Wires `storage`, `proto` and `telemetry` together; knows nothing of the sidecar.
+//! Connects `storage`, `proto` and `telemetry`; does not depend on the sidecar.
 
 pub mod admin;
 pub mod app;

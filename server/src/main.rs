@@ -1,4 +1,4 @@
-//! `klio-server`: reads the command line and hands over.
+//! `klio-server`: reads the command line and runs the command.
 
 use anyhow::Context;
 use clap::Parser;
@@ -11,13 +11,13 @@ use klio_server::{
 use std::{process::ExitCode, time::Duration};
 
 fn main() -> ExitCode {
-    // Before anything that could build a TLS client or server: they need a provider.
+    // Needed before any TLS client or server is built.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
     match dispatch(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // As klio shows it: the hint on a line of its own.
+            // Like klio, prints the hint on a line of its own.
             let text = chain(&error).replacen("; hint: ", "\nhint: ", 1);
             eprintln!("klio-server: {}", klio_telemetry::visible::lines(&text));
             ExitCode::from(if is_about_keys(&error) { exit::NO_KEY } else { exit::FAILED })
@@ -47,12 +47,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
             runtime.block_on(telemetry::traced(command, cli.debug, command.config(), verb(command)))
         }
     };
-    // P9: what was to be done is done; a collector's name that DNS does not answer for holds a thread no longer than this.
+    // P9: the work is done. A DNS lookup of the collector's name that gets no answer may delay the exit by this much.
     runtime.shutdown_timeout(Duration::from_secs(1));
     done
 }
 
-/// A verb that is over soon.
+/// Runs a short verb.
 async fn verb(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Init(args) => init::run(args),
@@ -64,13 +64,13 @@ async fn verb(command: &Command) -> anyhow::Result<()> {
             reference::run(args);
             Ok(())
         }
-        // They have a life of their own: see `dispatch`.
+        // These have their own entry points, see `dispatch`.
         Command::Run(_) | Command::Repository(_) => Ok(()),
     }
 }
 
-/// Half the cores: the other half writes, syncs and compresses on blocking threads. On two cores a
-/// commit's way through one worker is shorter than through two (measured: docs/benchmarks.md).
+/// Half the cores: the other half writes, syncs and compresses on blocking threads. On two cores a commit takes a
+/// shorter way through one worker than through two (measured: docs/benchmarks.md).
 fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1))
 }

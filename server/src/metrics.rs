@@ -1,8 +1,8 @@
 //! The server's own instruments and the facts behind them.
 //!
-//! All but latencies are observed: when somebody looks, one reading of the registry, the store, the archive and the
-//! counts serves every instrument. So nothing can go stale, and a cluster that is gone disappears.
-//! `cluster_name` and closed sets are the only attributes; never an LSN, a file or an address.
+//! All instruments except latencies are observed: at each scrape one reading of the registry, the store, the archive
+//! and the counts serves all of them. So no value is stale, and a removed cluster disappears. The only attributes are
+//! `cluster_name` and closed sets, never an LSN, a file or an address.
 
 mod catalogue;
 mod snapshot;
@@ -29,16 +29,16 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Around an fsync, with room for a stalled disk; in seconds.
+/// Bucket boundaries around the duration of an fsync, with room for a stalled disk; in seconds.
 const FLUSH_BOUNDARIES: [f64; 11] =
     [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
-/// Counts and last times that no other part keeps.
+/// Counts and last times that no other part stores.
 pub struct Metrics {
     flush_duration: Histogram<f64>,
     tallies: Tallies,
     latest_written: Mutex<BTreeMap<ClusterName, f64>>,
-    /// Until when all that PostgreSQL had was known to be durable at start.
+    /// The time up to which all of PostgreSQL's WAL was known to be durable at start.
     held_at_start: Mutex<BTreeMap<ClusterName, f64>>,
     polls: Polls,
 }
@@ -48,7 +48,7 @@ fn now_unix() -> f64 {
 }
 
 impl Metrics {
-    /// Instruments on this meter.
+    /// Creates the instruments on this meter.
     pub fn new(meter: &Meter) -> Self {
         let name = "klio.wal.flush_duration";
         let flush_duration = meter
@@ -66,40 +66,40 @@ impl Metrics {
         }
     }
 
-    /// The same, timing the polls of sessions.
+    /// Also times the polls of sessions.
     #[must_use]
     pub fn timing(mut self, polls: Polls) -> Self {
         self.polls = polls;
         self
     }
 
-    /// Times the polls of long tasks.
+    /// The timer for polls of long tasks.
     pub fn polls(&self) -> &Polls {
         &self.polls
     }
 
-    /// Raw WAL came in.
+    /// Counts raw WAL that was received.
     pub fn received(&self, cluster: &ClusterName, bytes: u64) {
         if !BARE {
             self.tallies.add(cluster, "klio.wal.received_size", "", bytes);
         }
     }
 
-    /// A write and fsync ended well.
+    /// Records the duration of a successful write and fsync.
     pub fn flushed(&self, took: Duration) {
         if !BARE {
             self.flush_duration.record(took.as_secs_f64(), &[]);
         }
     }
 
-    /// A WAL file of this many bytes was written to tier 1.
+    /// Counts a WAL file of this many bytes that was written to tier 1.
     pub fn written(&self, cluster: &ClusterName, bytes: u64) {
         self.tallies.add(cluster, "klio.wal.written_size", "", bytes);
         self.tallies.add(cluster, "klio.wal.written", "", 1);
         self.seen_written(cluster, now_unix());
     }
 
-    /// A WAL file of that age is on tier 1: after a restart the true last time is known again.
+    /// Takes the age of a WAL file on tier 1, so that the last time is right after a restart.
     pub fn seen_written(&self, cluster: &ClusterName, unix: f64) {
         let mut latest = self.latest_written.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = latest.entry(cluster.clone()).or_insert(unix);
@@ -111,28 +111,28 @@ impl Metrics {
         self.latest_written.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).copied()
     }
 
-    /// At start: until when all that PostgreSQL had was known to be durable.
+    /// Stores, at start, the time up to which all of PostgreSQL's WAL was known to be durable.
     pub fn seen_held(&self, cluster: &ClusterName, unix: f64) {
         let mut held = self.held_at_start.lock().unwrap_or_else(PoisonError::into_inner);
         held.insert(cluster.clone(), unix);
     }
 
-    /// What [`Metrics::seen_held`] was told.
+    /// The time from [`Metrics::seen_held`].
     pub fn held_at_start(&self, cluster: &ClusterName) -> Option<f64> {
         self.held_at_start.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).copied()
     }
 
-    /// A seal failed.
+    /// Counts a failed seal.
     pub fn seal_failed(&self, cluster: &ClusterName) {
         self.tallies.add(cluster, "klio.wal.seal_failures", "", 1);
     }
 
-    /// A stream was refused, or ended with an error.
+    /// Counts a stream that was refused or ended with an error.
     pub fn session_failed(&self, cluster: &ClusterName, code: Code) {
         self.tallies.add(cluster, "klio.wal.session_failures", code.name(), 1);
     }
 
-    /// What was counted of these clusters.
+    /// The counts of these clusters.
     pub fn read(&self, clusters: &BTreeSet<ClusterName>, tier2: bool, out: &mut Vec<Reading>) {
         let more = if tier2 { ZEROS_WITH_TIER2 } else { &[] };
         let wal = ZEROS.iter().filter(|(name, _)| name.starts_with("klio.wal."));
@@ -163,21 +163,21 @@ impl Observer for Metrics {
 pub struct Reading {
     /// An instrument of [`CATALOGUE`].
     pub name: &'static str,
-    /// Of which cluster, if any.
+    /// The cluster, if any.
     pub cluster: Option<ClusterName>,
-    /// Value of the instrument's other attribute; empty when it has none.
+    /// The value of the instrument's other attribute; empty if it has none.
     pub word: &'static str,
-    /// Now.
+    /// The current value.
     pub value: f64,
 }
 
 impl Reading {
-    /// Of a cluster.
+    /// A value of a cluster.
     pub fn of(name: &'static str, cluster: &ClusterName, value: f64) -> Self {
         Self { name, cluster: Some(cluster.clone()), word: "", value }
     }
 
-    /// Of the server as a whole.
+    /// A value of the server as a whole.
     pub const fn plain(name: &'static str, value: f64) -> Self {
         Self { name, cluster: None, word: "", value }
     }
@@ -191,8 +191,8 @@ impl Reading {
     }
 }
 
-/// Registers every instrument of the catalogue that is observed; `read` is asked once for each when somebody looks,
-/// and should give all of a scrape the same reading ([`Snapshots`]).
+/// Registers every observed instrument of the metric table. `read` is called once for each at every scrape, and should
+/// give all of them the same reading ([`Snapshots`]).
 pub fn observe(
     meter: &Meter,
     read: impl Fn(&'static str) -> Table + Clone + Send + Sync + 'static,

@@ -1,8 +1,8 @@
-//! The small certificate authority that `klio-server init` makes, for those who have none.
+//! The small certificate authority that `klio-server init` creates, for users who have none.
 //!
-//! Certificates are X.509 v3, ECDSA P-256. A client's subject names who it is and what it may touch
-//! (P8): common name `NAME@CLUSTER`, or common name `NAME` with an organisational unit that names a role.
-//! Keys never leave this module except into files that only their owner can read.
+//! Certificates are X.509 v3, ECDSA P-256. A client's subject says who it is and what it may access (P8): common name
+//! `NAME@CLUSTER`, or common name `NAME` with an organisational unit that names a role. Keys leave this module only
+//! into files that only their owner can read.
 
 use crate::grpc::roles::RoleName;
 use rcgen::{
@@ -12,61 +12,51 @@ use rcgen::{
 use std::{fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 use time::{Duration, OffsetDateTime};
 
-/// The common name of an authority that `klio-server init` made: roles in certificates of this one count.
+/// The common name of an authority that `klio-server init` created. Roles count in certificates of this one.
 pub const AUTHORITY_NAME: &str = "Klio local authority";
 
-/// The authority's file names below the configuration directory.
+/// The file with the authority's certificate, in the configuration directory.
 pub const CA_CERT: &str = "ca.crt";
-/// The authority's private key: it stays on the server and signs further bundles.
+/// The authority's private key, which stays on the server and signs further bundles.
 pub const CA_KEY: &str = "ca.key";
 
 const CA_DAYS: i64 = 3650;
 const LEAF_DAYS: i64 = 825;
 
-/// Why a certificate could not be made.
+/// Why a certificate could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read or written.
     #[error("{verb} {path}: {source}")]
-    File {
-        /// What was being done.
-        verb: &'static str,
-        /// The file.
-        path: String,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// The authority's files are there but unusable.
+    File { verb: &'static str, path: String, source: std::io::Error },
+    /// The authority's files exist but cannot be used.
     #[error("make certificate: {0}; hint: are ca.crt and ca.key those of klio-server init?")]
     Certificate(#[from] rcgen::Error),
 }
 
 /// A certificate with its key, both as PEM.
 pub struct Pair {
-    /// The certificate.
     pub cert: String,
-    /// The private key.
     pub key: String,
 }
 
-/// Who a client certificate is for.
+/// The subject of a client certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Subject {
     /// `NAME@CLUSTER`: the sidecar of one cluster.
     Client(String),
-    /// A person who has no cluster, and a role.
+    /// A person with a role and without a cluster.
     Person(String, RoleName),
 }
 
 fn params(days: i64) -> CertificateParams {
     let mut params = CertificateParams::default();
-    // A clock that is a little behind must not refuse a new certificate.
+    // Lets a machine whose clock is a little behind accept a new certificate.
     params.not_before = OffsetDateTime::now_utc() - Duration::hours(1);
     params.not_after = OffsetDateTime::now_utc() + Duration::days(days);
     params
 }
 
-/// A new authority.
 ///
 /// # Errors
 /// Only when the system has no randomness.
@@ -90,7 +80,7 @@ pub(crate) fn authority_named(name: &str) -> Result<Pair, Error> {
 /// A server certificate for these host names and addresses.
 ///
 /// # Errors
-/// An authority that cannot be read, or a name that is none.
+/// An authority that cannot be read, or an invalid name.
 pub fn issue_server(authority: &Pair, names: &[String]) -> Result<Pair, Error> {
     let mut params = CertificateParams::new(names.to_vec())?;
     let dates = self::params(LEAF_DAYS);

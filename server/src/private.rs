@@ -1,7 +1,8 @@
-//! Directories and files that nobody but the server's user should read.
+//! Directories and files that only the server's user should be able to read.
 //!
-//! What the server makes is closed from the start. A directory of its own that an earlier build left open is closed, as that takes
-//! nothing from anybody; keys and the configuration are told of and left: who mounted them so may have a reason.
+//! What the server creates has private modes from the start. If one of its own directories was left open by an earlier
+//! version, it is closed, because nobody else needs it. Keys and the configuration are only reported: whoever mounted
+//! them with other modes may have a reason.
 
 use crate::config::Config;
 use std::{
@@ -11,15 +12,15 @@ use std::{
 };
 
 const DIRECTORY_MODE: u32 = 0o700;
-/// Everybody else.
+/// Everybody except owner and group.
 const OTHERS: u32 = 0o007;
-/// Members of the group, who are often meant (fsGroup of Kubernetes), and everybody else.
+/// Group and others. The group is often intended (fsGroup of Kubernetes).
 const NOT_OWNER: u32 = 0o077;
 
-/// Makes a directory, and those above it, for the owner alone. One that is there and ours is closed to others.
+/// Creates a directory, with its parents, for the owner alone. An existing one that we own is closed to others.
 ///
 /// # Errors
-/// It cannot be made.
+/// The directory cannot be created.
 pub fn directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)?;
     let found = fs::metadata(path)?;
@@ -30,22 +31,24 @@ pub fn directory(path: &Path) -> io::Result<()> {
     let place = path.display();
     if found.uid() == rustix::process::geteuid().as_raw() {
         fs::set_permissions(path, fs::Permissions::from_mode(mode & !NOT_OWNER))?;
-        tracing::warn!("{place} could be read by others (mode {mode:03o}); it was closed to them");
+        tracing::warn!(
+            "{place} was readable by others (mode {mode:03o}); others no longer have access"
+        );
     } else if mode & OTHERS != 0 {
         tracing::warn!(
-            "{place} can be read by others (mode {mode:03o}) and is not ours to close; hint: chmod o-rwx {place}"
+            "{place} is readable by others (mode {mode:03o}) and belongs to another user; hint: chmod o-rwx {place}"
         );
     }
     Ok(())
 }
 
-/// Says which keys, and which configuration, others can read.
+/// Warns of keys and configuration files that others can read.
 pub fn warn_of_readable_secrets(config: &Config) {
     for path in secrets(config) {
         let Some(mode) = others_may_read(&path) else { continue };
         let place = path.display();
         tracing::warn!(
-            "{place} holds a secret and can be read by others (mode {mode:03o}); hint: chmod o-rwx {place}"
+            "{place} contains a secret and is readable by others (mode {mode:03o}); hint: chmod o-rwx {place}"
         );
     }
 }
@@ -56,7 +59,7 @@ fn secrets(config: &Config) -> Vec<PathBuf> {
     paths.extend(config.encryption.identity_file.clone());
     paths.extend(config.queue.credentials_file.clone());
     paths.extend(config.tier2.as_ref().and_then(|tier2| tier2.service_account_file.clone()));
-    // Signs client bundles, where `klio-server init` made it.
+    // The key that signs client bundles, if `klio-server init` created it.
     paths.extend(config.file.parent().map(|directory| directory.join(crate::pki::CA_KEY)));
     paths
 }

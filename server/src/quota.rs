@@ -1,10 +1,10 @@
-//! What one caller may use of what all share (P13): calls, connections, restores and stored bytes of each cluster.
+//! Limits on what one caller may use (P13): calls, connections, restores and stored bytes of each cluster.
 //!
-//! - WAL is never refused for a quota: its calls are counted apart from the others, and what it stores counts, is said, and
-//!   stops base backups only. Acknowledged WAL is never dropped for one.
+//! - WAL is never refused because of a quota. Its calls are counted separately, and the bytes it stores are counted
+//!   and reported, but they only stop base backups. Acknowledged WAL is never dropped because of a quota.
 //! - Base backups leave a share of tier 1's disk to the WAL of all clusters.
-//! - A place that is taken is given back when its value is dropped: no clock and no file can leave one behind.
-//! - All generations of a cluster share its quota: another history is not another quota.
+//! - A place is freed when its value is dropped, so no place can be left occupied.
+//! - All generations of a cluster share its quota: another history does not get another quota.
 
 mod stored;
 
@@ -21,30 +21,31 @@ use std::{
 use stored::Stored;
 use tonic::Status;
 
-/// Calls of the WAL service at once: one stream, its predecessor on its way out, and questions before it.
+/// The limit of concurrent calls of the WAL service: one stream, its predecessor that is ending, and the requests
+/// before it.
 const WAL_CALLS_MAX: usize = 16;
-/// More than this is not left of a large disk: 64 segments while somebody makes room.
+/// The most bytes that are left free on a large disk: 64 segments, until somebody makes room.
 const KEEP_FREE_BYTES_MAX: u64 = 1 << 30;
-/// Highest share of the disk that may be left to WAL.
+/// The highest percentage of the disk that may be reserved for WAL.
 const KEEP_FREE_MAX: f64 = 90.0;
 
-/// `[quota]`: for every cluster. 0 is no bound.
+/// `[quota]`: limits for every cluster. 0 means no limit.
 #[derive(Debug, Clone, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuotaConfig {
-    /// Bytes that a cluster may store in a tier, WAL and base backups together; more stops base backups.
+    /// Bytes that a cluster may store in a tier, WAL and base backups together; beyond it base backups are refused.
     pub stored_bytes: ByteSize,
     /// Bytes that one base backup may store.
     pub backup_bytes: ByteSize,
-    /// Calls at once, but those that bring WAL.
+    /// Concurrent calls, except those that send WAL.
     pub calls: usize,
-    /// Connections at once.
+    /// Concurrent connections.
     pub connections: usize,
-    /// Restores at once.
+    /// Concurrent restores.
     pub restores: usize,
-    /// Percent of tier 1's disk that base backups leave to WAL.
+    /// Percentage of tier 1's disk that base backups leave to WAL.
     pub keep_free_percent: f64,
-    /// For single clusters.
+    /// Limits for single clusters.
     pub clusters: BTreeMap<ClusterName, QuotaPatch>,
 }
 
@@ -53,7 +54,7 @@ impl Default for QuotaConfig {
         Self {
             stored_bytes: ByteSize::new(0),
             backup_bytes: ByteSize::new(0),
-            // A restore with 16 workers takes some dozens.
+            // A restore with 16 workers needs some dozens.
             calls: 256,
             connections: 64,
             restores: 16,
@@ -63,7 +64,7 @@ impl Default for QuotaConfig {
     }
 }
 
-/// `[quota.clusters.NAME]`: replaces what it names.
+/// `[quota.clusters.NAME]`: replaces the limits that it names.
 #[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuotaPatch {
@@ -80,7 +81,6 @@ pub struct QuotaPatch {
 }
 
 impl QuotaConfig {
-    /// Every problem.
     pub fn validate(&self) -> Vec<String> {
         let percent = self.keep_free_percent;
         if (0.0..=KEEP_FREE_MAX).contains(&percent) {
@@ -89,7 +89,7 @@ impl QuotaConfig {
         vec![format!("quota.keep_free_percent: expected 0 to {KEEP_FREE_MAX}, found {percent}")]
     }
 
-    /// The quota of a cluster, whichever generation is named; of a caller without one the general one.
+    /// The limits of a cluster, for all its generations; the general ones for a caller without a cluster.
     fn of(&self, cluster: Option<&ClusterName>) -> Self {
         let mut all = Self { clusters: BTreeMap::new(), ..self.clone() };
         let own = cluster.and_then(|cluster| self.clusters.get(&cluster.base()));
@@ -103,7 +103,7 @@ impl QuotaConfig {
     }
 }
 
-/// What is counted of a caller.
+/// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum What {
     Connections,
@@ -111,12 +111,12 @@ enum What {
     WalCalls,
 }
 
-/// Whose: the cluster of a tenant, the name of anybody else.
+/// The owner of a quota: the cluster of a tenant, or the name of any other caller.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Whose {
-    /// A tenant's.
+    /// A tenant.
     Cluster(ClusterName),
-    /// Somebody's without a cluster.
+    /// A caller without a cluster.
     Person(String),
 }
 
@@ -142,11 +142,11 @@ impl std::fmt::Display for Whose {
 struct State {
     counts: BTreeMap<(Whose, What), usize>,
     stored: BTreeMap<ClusterName, Stored>,
-    /// Who looks at a cluster's tiers.
+    /// Held while a cluster's tiers are measured.
     measuring: BTreeMap<ClusterName, Arc<tokio::sync::Mutex<()>>>,
 }
 
-/// All quotas. Cheap to clone.
+/// The quotas of all clusters. Cheap to clone.
 #[derive(Clone)]
 pub struct Quotas {
     config: Arc<QuotaConfig>,
@@ -155,7 +155,7 @@ pub struct Quotas {
     state: Arc<Mutex<State>>,
 }
 
-/// A counted thing; dropping it gives its place back.
+/// A counted connection or call; dropping it frees its place.
 pub struct Counted {
     state: Arc<Mutex<State>>,
     key: (Whose, What),
@@ -178,7 +178,6 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Quotas {
-    /// By this configuration.
     pub fn new(config: QuotaConfig, archives: Option<Archives>) -> Self {
         Self { config: Arc::new(config), archives, state: Arc::default() }
     }
@@ -199,21 +198,21 @@ impl Quotas {
         Ok(Counted { state: Arc::clone(&self.state), key: (whose, what) })
     }
 
-    /// A connection of this caller.
+    /// Counts a connection of this caller.
     ///
     /// # Errors
-    /// `QUOTA`.
+    /// `QUOTA` when there are as many as allowed.
     pub fn connection(&self, whose: Whose) -> Result<Counted, Status> {
         let most = self.config.of(whose.cluster()).connections;
         self.take(whose, What::Connections, most)
     }
 
-    /// A call of this caller, `package.Service/Method`.
+    /// Counts a call of this caller; `method` is `package.Service/Method`.
     ///
     /// # Errors
-    /// `QUOTA`.
+    /// `QUOTA` when there are as many as allowed.
     pub fn call(&self, whose: Whose, method: &str) -> Result<Counted, Status> {
-        // All of the WAL service but what reads.
+        // All calls of the WAL service, except the one that reads.
         let brings_wal = method.starts_with("klio.v1.Wal/") && method != "klio.v1.Wal/Fetch";
         if brings_wal {
             return self.take(whose, What::WalCalls, WAL_CALLS_MAX);
@@ -222,10 +221,10 @@ impl Quotas {
         self.take(whose, What::Calls, most)
     }
 
-    /// One more restore beside so many.
+    /// Whether one more restore may run besides `running` others.
     ///
     /// # Errors
-    /// `QUOTA`.
+    /// `QUOTA` when there are as many as allowed.
     pub fn restore(&self, cluster: &ClusterName, running: usize) -> Result<(), Status> {
         let most = self.config.of(Some(cluster)).restores;
         if most == 0 || running < most {
@@ -249,7 +248,7 @@ fn within(
     }
     let used = ByteSize::new(used);
     Err(Code::Quota.status(format!(
-        "store a file of cluster {cluster}: {used} are used, and {key} is {quota}"
+        "store a file of cluster {cluster}: {used} are in use, and {key} is {quota}"
     )))
 }
 
@@ -260,7 +259,7 @@ fn room_for(free: u64, total: u64, keep_percent: f64, size: u64) -> Result<(), S
     }
     let (free, keep) = (ByteSize::new(free), ByteSize::new(keep));
     Err(Code::DiskFull.status(format!(
-        "store a file: {free} are free on the server's tier-1 disk, of which base backups leave {keep} to WAL (quota.keep_free_percent)"
+        "store a file: {free} are free on the server's tier-1 disk, and base backups leave {keep} of them to WAL (quota.keep_free_percent)"
     )))
 }
 
@@ -298,7 +297,7 @@ mod tests {
         assert!(quotas.connection(Whose::Person("a".into())).is_ok());
     }
 
-    /// WAL goes on whatever else the cluster does.
+    /// WAL must go on, whatever else the cluster does.
     #[test]
     fn calls_for_wal_have_places_of_their_own() {
         let quotas = quotas("calls = 1\n");

@@ -1,13 +1,15 @@
-//! Who reads WAL for a restore or a recovery now: what they may still need, retention does not remove for good (P6).
+//! Who is reading WAL for a restore or a recovery: retention does not expire WAL that they may still need (P6).
 //!
-//! | who | what stays | for how long |
+//! | reader | WAL that stays | for how long |
 //! |---|---|---|
-//! | a restore that registered | all WAL; once its backup is known, from that one's start on | while it runs, at most [`HOLD_MAX`]; of a known backup [`LATELY`] longer, as PostgreSQL is started afterwards, by hand |
-//! | whoever fetches WAL | from the oldest segment that was fetched within [`LATELY`] on | until [`HOLD_MAX`] after that oldest segment last changed: one who fetches the same again for ever is no recovery |
+//! | a restore that registered | all WAL; once its backup is known, WAL from that backup's start on | while it runs,
+//! at most [`HOLD_MAX`]; if the backup is known [`LATELY`] longer, because PostgreSQL is started afterwards, by hand |
+//! | a client that fetches WAL | from the oldest segment that was fetched within [`LATELY`] on | until [`HOLD_MAX`]
+//! after that oldest segment last changed: a client that fetches the same segment for ever is not a recovery |
 //!
-//! A position counts on every timeline: LSNs never fall along a path of timelines.
-//! In memory, and small: a server that was restarted learns of a recovery with its next fetch. Decides nothing about
-//! tier 1: what tier 2 has is read from there.
+//! A position counts on every timeline, because LSNs never decrease along a path of timelines. The data is in memory
+//! and small: after a restart the server learns of a recovery with its next fetch. It does not affect eviction from
+//! tier 1, because WAL in tier 2 is read from there.
 
 use klio_pg::Lsn;
 use klio_storage::layout::ClusterName;
@@ -17,27 +19,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A recovery fetches the next segments within minutes, and comes back after a crash to its last restart point, which is
-/// checkpoint_timeout away, as a rule 5 minutes.
+/// How long a fetch counts. A recovery fetches the next segments within minutes, and after a crash it goes back to its
+/// last restart point, which is checkpoint_timeout away, usually 5 minutes.
 const LATELY: Duration = Duration::from_secs(3600);
-/// Tens of terabytes are restored in this time, and whoever is forgotten keeps WAL no longer.
+/// The most time for which WAL is held. Tens of terabytes can be restored within it, and an abandoned restore does not
+/// hold WAL any longer.
 const HOLD_MAX: Duration = Duration::from_secs(3 * 86_400);
-/// Fetches within this time are one: memory is bounded by [`LATELY`] in steps of it.
+/// Fetches within this time are recorded as one, so that memory is limited to [`LATELY`] divided by it.
 const STEP: Duration = Duration::from_secs(300);
 
-/// Moments that never go back, from outside: tests have their own.
+/// A monotonic clock, injected so that tests have their own.
 pub type Ticks = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 /// WAL that is still needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hold {
-    /// From here on, on every timeline.
+    /// The first position that is needed, on every timeline.
     pub from: Lsn,
-    /// By whom, in words.
+    /// Who needs it, as text.
     pub why: String,
 }
 
-/// All who read. Cheap to clone.
+/// All readers. Cheap to clone.
 #[derive(Clone)]
 pub struct Readers {
     clusters: Arc<Mutex<BTreeMap<ClusterName, Reading>>>,
@@ -56,7 +59,7 @@ impl Default for Readers {
     }
 }
 
-/// A restore that runs; dropping it ends it.
+/// A restore that is running; dropping it ends it.
 #[derive(Debug)]
 pub struct Restoring {
     readers: Readers,
@@ -65,7 +68,7 @@ pub struct Restoring {
 }
 
 impl Restoring {
-    /// It needs nothing below the start of its backup.
+    /// Sets the start of its backup: nothing below is needed.
     pub fn needs_from(&self, start: Lsn) {
         self.readers.with(&self.cluster, |reading, _| {
             if let Some(restore) = reading.restores.get_mut(&self.id) {
@@ -82,12 +85,11 @@ impl Drop for Restoring {
 }
 
 impl Readers {
-    /// Nobody reads yet.
     pub fn new(ticks: Ticks) -> Self {
         Self { clusters: Arc::default(), ticks }
     }
 
-    /// A restore begins; what of is not known yet.
+    /// Registers a restore whose backup is not known yet.
     pub fn restore(&self, cluster: &ClusterName) -> Restoring {
         let id = self.with(cluster, |reading, now| {
             reading.began += 1;
@@ -98,19 +100,19 @@ impl Readers {
         Restoring { readers: self.clone(), cluster: cluster.clone(), id }
     }
 
-    /// Somebody was given the segment that starts here.
+    /// Records that the segment which starts here was sent to somebody.
     pub fn fetched(&self, cluster: &ClusterName, start: Lsn) {
         self.with(cluster, |reading, now| reading.fetches.add(start, now));
     }
 
-    /// What may not go for good now.
+    /// The WAL that must not expire now.
     pub fn hold(&self, cluster: &ClusterName) -> Option<Hold> {
         self.with(cluster, Reading::hold)
     }
 
     fn with<T>(&self, cluster: &ClusterName, act: impl FnOnce(&mut Reading, Instant) -> T) -> T {
         let now = (self.ticks)();
-        // Nothing panics while it holds the lock; if it did, plain values stay usable.
+        // Nothing panics while it holds the lock; if something did, the plain values inside would stay usable.
         let mut clusters: MutexGuard<'_, _> =
             self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         let reading = clusters.entry(cluster.clone()).or_default();
@@ -124,13 +126,13 @@ impl Readers {
 }
 
 struct Restore {
-    /// `None`: not known.
+    /// The start of its backup; `None` while that is unknown.
     from: Option<Lsn>,
     began: Instant,
     ended: Option<Instant>,
 }
 
-/// Of one cluster.
+/// The readers of one cluster.
 #[derive(Default)]
 struct Reading {
     restores: BTreeMap<u64, Restore>,
@@ -148,7 +150,8 @@ impl Reading {
     fn ended(&mut self, id: u64, now: Instant) {
         match self.restores.get_mut(&id) {
             Some(restore) if restore.from.is_some() => restore.ended = Some(now),
-            // Without its backup, what comes after it would have to keep all WAL: drills by the hour, all for ever.
+            // Without a known backup, a restore that has ended would hold all WAL, and hourly drills would do so for
+            // ever.
             _ => drop(self.restores.remove(&id)),
         }
     }
@@ -173,11 +176,11 @@ impl Reading {
     }
 }
 
-/// The oldest segment of each step in which any was fetched.
+/// For each step with a fetch, the oldest segment fetched in it.
 #[derive(Default)]
 struct Fetches {
     steps: VecDeque<(Instant, Lsn)>,
-    /// The oldest of all, and since when it is.
+    /// The oldest segment of all steps, and since when it is the oldest.
     oldest: Option<(Lsn, Instant)>,
 }
 
@@ -193,7 +196,7 @@ impl Fetches {
     }
 
     fn settle(&mut self, now: Instant) {
-        // The last fetch of a step may be as young as its end.
+        // The last fetch of a step may be as recent as the step's end.
         self.steps.retain(|(began, _)| now.saturating_duration_since(*began) < LATELY + STEP);
         let oldest = self.steps.iter().map(|(_, start)| *start).min();
         self.oldest = match (oldest, self.oldest) {
@@ -223,7 +226,7 @@ mod tests {
         "pg".parse().unwrap()
     }
 
-    /// Readers, and what moves their clock on.
+    /// Readers, and a function that advances their clock.
     fn readers() -> (Readers, impl Fn(Duration)) {
         let (start, passed) = (Instant::now(), Arc::new(AtomicU64::new(0)));
         let read = passed.clone();
@@ -288,7 +291,7 @@ mod tests {
             readers.fetched(&cluster(), lsn(segment));
             wait(Duration::from_secs(60));
             let kept = readers.hold(&cluster()).unwrap();
-            // An hour is sixty segments here, and the step that they are counted in a few more.
+            // An hour is sixty segments here, and the step in which they are counted adds a few.
             let most = segment.saturating_sub(66).max(3);
             let least = segment.saturating_sub(59).max(3);
             assert!((lsn(most)..=lsn(least)).contains(&kept.from), "at {segment}: {kept:?}");
@@ -296,7 +299,7 @@ mod tests {
         }
         let steps = readers.clusters.lock().unwrap()[&cluster()].fetches.steps.len();
         assert!(steps <= 14, "{steps}");
-        // It is read ahead, in any order, and after a crash from further back.
+        // Segments are read ahead in any order, and after a crash from further back.
         for segment in [2010, 2008, 1990] {
             readers.fetched(&cluster(), lsn(segment));
         }
@@ -317,7 +320,7 @@ mod tests {
             wait(STEP);
             passed += STEP;
         }
-        // It gets on: it counts again.
+        // The recovery continues, so it counts again.
         wait(LATELY + STEP);
         readers.fetched(&cluster(), lsn(5));
         assert_eq!(from(&readers), Some(lsn(5)));

@@ -1,13 +1,13 @@
-//! Has tier 1 look again at a file that somebody found damaged: what is, is put aside and missed from then on.
+//! Has tier 1 check a file again that was found damaged. If it is damaged, it is set aside and counts as missing.
 //!
-//! Whoever finds damage goes on whatever comes of it: a look that fails is told of here, once, and changes nothing.
+//! The caller continues whatever the result is: a check that fails is logged here, once, and changes nothing.
 
 use klio_storage::{
     Error, Kind,
     layout::{ClusterName, WalFile},
 };
 
-/// True when WAL is missed now. `look` is the store's `doubt`, and reads the whole file.
+/// Returns true when WAL is missing now. `look` is the store's `doubt`, and reads the whole file.
 pub async fn put_aside(
     cluster: &ClusterName,
     file: WalFile,
@@ -17,9 +17,9 @@ pub async fn put_aside(
         Ok(Ok(missed)) => return missed,
         Ok(Err(error)) if error.kind == Kind::NotFound => {}
         Ok(Err(error)) => {
-            tracing::warn!(%cluster, %file, %error, "a damaged file cannot be put aside");
+            tracing::warn!(%cluster, %file, %error, "cannot set a damaged file aside");
         }
-        Err(error) => tracing::warn!(%cluster, %file, %error, "the look at a file ended"),
+        Err(error) => tracing::warn!(%cluster, %file, %error, "the check of a damaged file failed"),
     }
     false
 }

@@ -1,9 +1,9 @@
 //! Turns finished journals into sealed segments, off the receiving path.
 //!
-//! - The list of what has to be sealed is on disk (`WalStore::unsealed`); the channel is a hint and
-//!   may overflow: a rescan finds the rest.
+//! - The list of files to seal is on disk (`WalStore::unsealed`). The channel carries only hints and may overflow; a
+//!   rescan finds the rest.
 //! - A seal that fails is tried again at the next rescan, for ever; the journal stays until then.
-//! - What was sealed is offered to the queue, which never blocks us (P4).
+//! - Sealed files are announced to the queue, which never blocks sealing (P4).
 
 use crate::{base::BaseStore, errors, metrics::Metrics, queue};
 use klio_storage::{
@@ -32,13 +32,13 @@ struct Hint {
     parent: Span,
 }
 
-/// Takes hints; cheap to clone.
+/// Accepts hints; cheap to clone.
 #[derive(Clone)]
 pub struct Sealer {
     hints: mpsc::Sender<Hint>,
 }
 
-/// The other end, for [`run`].
+/// The receiving end, for [`run`].
 pub struct Hints(mpsc::Receiver<Hint>);
 
 /// A sealer and its queue of hints.
@@ -48,9 +48,9 @@ pub fn channel() -> (Sealer, Hints) {
 }
 
 impl Sealer {
-    /// Says that a file is ready to be sealed. Never waits.
+    /// Announces that a file is ready to be sealed. Never waits.
     pub fn push(&self, cluster: ClusterName, file: WalFile, parent: Span) {
-        // Full: the rescan finds it on disk.
+        // If the channel is full, the rescan finds the file on disk.
         let _ = self.hints.try_send(Hint { cluster, file, parent });
     }
 }
@@ -58,13 +58,12 @@ impl Sealer {
 /// What sealing needs.
 #[derive(Clone)]
 pub struct Context {
-    /// Tier 1, and which of its histories goes on.
+    /// Tier 1, and which of its histories are closed.
     pub base: BaseStore,
-    /// Gets a job for each sealed file.
+    /// Receives a job for each sealed file.
     pub queue: queue::Publisher,
-    /// Counts.
     pub metrics: Arc<Metrics>,
-    /// Seals at once.
+    /// How many seals run at once.
     pub workers: usize,
 }
 
@@ -105,7 +104,7 @@ pub async fn run(context: Context, mut hints: Hints, cancel: CancellationToken) 
     while running.join_next().await.is_some() {}
 }
 
-/// A file being sealed. Even a panic gives it back, or it would never be sealed.
+/// Marks a file as being sealed. The mark is removed even after a panic; otherwise the file would never be sealed.
 struct Key {
     busy: Busy,
     key: (ClusterName, WalFile),
@@ -126,7 +125,7 @@ async fn find_work(base: &BaseStore) -> Vec<Hint> {
     let found = tokio::task::spawn_blocking(move || {
         let store = base.wal();
         let files = |cluster: ClusterName| {
-            // Where it cannot be read, nothing is known to be over.
+            // If the record cannot be read, the history counts as open.
             let over = base.takes_no_more(&cluster).unwrap_or(false);
             store.set_over(&cluster, over);
             store.unsealed(&cluster).into_iter().map(move |file| Hint {
@@ -140,7 +139,7 @@ async fn find_work(base: &BaseStore) -> Vec<Hint> {
     found.await.unwrap_or_default()
 }
 
-/// The span spans all of it: what is logged here carries the segment's trace, and the job takes it along.
+/// The span covers all of the work, so that its log lines belong to the segment's trace, and so does the job.
 async fn seal(context: &Context, hint: Hint) {
     let Hint { cluster, file, parent } = hint;
     let span = tracing::info_span!(
@@ -166,12 +165,12 @@ async fn seal_one(context: &Context, cluster: ClusterName, file: WalFile) {
         }
         Ok(Err(error)) => {
             Span::current().record("error.type", errors::code(&error).name());
-            tracing::error!(%cluster, %file, %error, "seal failed; it is tried again");
+            tracing::error!(%cluster, %file, %error, "cannot seal a segment; trying again");
             context.metrics.seal_failed(&cluster);
         }
         Err(error) => {
             Span::current().record("error.type", klio_proto::Code::Internal.name());
-            tracing::error!(%cluster, %file, %error, "seal task ended");
+            tracing::error!(%cluster, %file, %error, "the task that seals a segment failed");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! What is known of every cluster, in one place: for `klio status`, the gauges and /readyz.
+//! The state of every cluster, in one place: for `klio status`, the gauges and /readyz.
 //!
-//! Nothing here decides anything; a scrape reads no bucket. Sources: the store (durable facts), the registry (live sessions),
-//! the archive (tier 2), the queue's cached numbers.
+//! Nothing is decided here, and a scrape does not read the bucket. The sources are the store (durable facts), the
+//! registry (live sessions), the archive (tier 2), and the queue's cached numbers.
 
 use crate::{
     base::BaseStore,
@@ -33,47 +33,46 @@ use std::{
 /// Everything about one cluster.
 #[derive(Debug, Clone)]
 pub struct ClusterView {
-    /// Its name.
     pub name: ClusterName,
     /// What was pinned at first contact.
     pub pinned: Option<Pinned>,
-    /// The timeline that is followed: the newest held that is not left aside.
+    /// The timeline that is followed: the newest one that is neither undecided nor retired.
     pub timeline: Option<TimelineId>,
-    /// Durable on tier 1, of that timeline.
+    /// The end of durable WAL on tier 1, of that timeline.
     pub flushed: Lsn,
-    /// In sealed segments, of that timeline.
+    /// The end of sealed WAL, of that timeline.
     pub sealed: Lsn,
-    /// A sidecar is streaming.
+    /// Whether a sidecar is streaming.
     pub connected: bool,
-    /// The session's view.
+    /// The positions of the last session.
     pub progress: Progress,
-    /// All that PostgreSQL had at this time is durable; `None`: nobody knows.
+    /// Everything that PostgreSQL had at this time is durable; `None` when no such time is known.
     pub durable_as_of_unix: Option<f64>,
-    /// Tier 2's view; `None` without tier 2.
+    /// The state of tier 2; `None` without tier 2.
     pub archive: Option<ArchiveState>,
-    /// Recorded holes.
+    /// Recorded gaps.
     pub gaps: Vec<Gap>,
-    /// WAL that is held and that no recovery passes.
+    /// Stored WAL that no recovery can replay.
     pub unpassed: Vec<Gap>,
     /// Unix time of the newest WAL file on tier 1.
     pub latest_written: Option<f64>,
-    /// Timelines about which a person has to decide.
+    /// The number of timelines that wait for a person's decision.
     pub undecided_timelines: u64,
-    /// What is wrong.
+    /// Problems, as texts.
     pub problems: Vec<String>,
-    /// What it stores of what it may, where that is bounded.
+    /// The used share of the quota, if there is one.
     pub quota_used: Option<f64>,
-    /// All data of base backups was read since then, Unix seconds.
+    /// Since when all data of base backups was read, in Unix seconds.
     pub all_read_since_unix: Option<f64>,
 }
 
 impl ClusterView {
-    /// Contiguously in tier 2, of the newest timeline; 0/0 when nothing is.
+    /// The end of contiguous WAL in tier 2, of the newest timeline; 0/0 when there is none.
     pub fn archived(&self) -> Lsn {
         self.archive.as_ref().map_or(Lsn::ZERO, |a| a.archived_lsn)
     }
 
-    /// Finished bytes that tier 2 has not; 0 on an idle cluster. Bytes of a recorded gap are nobody's.
+    /// Finished bytes that tier 2 does not have; 0 on an idle cluster. Bytes of a recorded gap do not count.
     pub fn archive_lag_bytes(&self) -> u64 {
         let Some(archive) = self.archive.as_ref().filter(|a| a.timeline == self.timeline) else {
             return 0;
@@ -83,14 +82,14 @@ impl ClusterView {
         to.bytes_since(from).saturating_sub(self.gaps.iter().map(overlap).sum())
     }
 
-    /// Age of the oldest finished file that tier 2 has not.
+    /// Age of the oldest finished file that tier 2 does not have, in seconds.
     pub fn archive_lag_seconds(&self, now_unix: f64) -> f64 {
         let oldest = self.archive.as_ref().and_then(|a| a.oldest_unarchived_unix);
         oldest.map_or(0.0, |since| (now_unix - since).max(0.0))
     }
 }
 
-/// A conflict that a person has to decide, as a problem.
+/// A conflict that waits for a person's decision, as a problem.
 fn undecided(mark: &Mark) -> String {
     format!(
         "timeline {} is undecided: {}; all of it is received; klio timeline list shows both sides, klio timeline follow or retire decides",
@@ -99,7 +98,7 @@ fn undecided(mark: &Mark) -> String {
     )
 }
 
-/// Stretches of `wal_level = minimal`: holes to a recovery, though every byte of them is held.
+/// Stretches of `wal_level = minimal`: a recovery cannot replay them, although every byte is stored.
 fn unpassed(levels: &[LevelChange], positions: &[Position]) -> Vec<Gap> {
     let of = |p: &Position| {
         let held = Run { start: p.start, end: p.flushed };
@@ -116,8 +115,8 @@ fn unpassed(levels: &[LevelChange], positions: &[Position]) -> Vec<Gap> {
     positions.iter().flat_map(of).collect()
 }
 
-/// Writes and syncs a byte: what a full or read-only disk refuses. Nothing is left: into the space of a file that is there already
-/// a full disk would take it.
+/// Writes and syncs a byte, which fails on a full or read-only disk. The file is created anew and removed, because a
+/// full disk would accept a byte into the space of an existing file.
 fn probe(root: &Path) -> std::io::Result<()> {
     let path = root.join(".probe");
     let write = || {
@@ -127,51 +126,48 @@ fn probe(root: &Path) -> std::io::Result<()> {
     };
     let written = write();
     match std::fs::remove_file(&path) {
-        // Two looks at once.
+        // Two probes ran at the same time.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => written,
         removed => written.and(removed),
     }
 }
 
-/// Now, in Unix seconds.
+/// The current time, in Unix seconds.
 pub fn now_unix() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// Reads all sources.
+/// Reads all sources of the status.
 pub struct StatusBoard {
-    /// Tier 1.
     pub store: WalStore,
-    /// Live sessions.
+    /// The live sessions.
     pub registry: Arc<Registry>,
-    /// Last times.
+    /// The times of the last writes.
     pub metrics: Arc<Metrics>,
-    /// Tier 2; `None` when not configured.
+    /// Tier 2; `None` when it is not configured.
     pub archives: Option<Archives>,
-    /// Verification, drills, maintenance.
+    /// Verification, drills and maintenance.
     pub maintenance: Option<Arc<MaintenanceMetrics>>,
-    /// Base backups.
     pub base: Option<BaseStore>,
-    /// What each cluster may use.
+    /// The used quotas.
     pub quotas: Quotas,
-    /// The queue.
     pub queue: Queue,
-    /// When the server's certificate ends, Unix seconds; `None` with plaintext.
+    /// When the server's certificate expires, in Unix seconds; `None` with plaintext.
     pub certificate_expiry: Box<dyn Fn() -> Option<i64> + Send + Sync>,
     /// The last reading for all instruments.
     pub snapshots: Snapshots,
 }
 
 impl StatusBoard {
-    /// Every cluster, read now.
+    /// The current state of every cluster.
     pub fn clusters(&self) -> Vec<ClusterView> {
         self.store.clusters().iter().map(|name| self.cluster(name)).collect()
     }
 
-    /// One cluster, read now.
+    /// The current state of one cluster.
     pub fn cluster(&self, name: &ClusterName) -> ClusterView {
         let positions = self.store.positions(name);
-        // What is left aside says nothing about how the cluster is.
+        // Undecided and retired timelines do not count for the cluster's state.
         let followed = self.store.followed(name);
         let newest = positions.iter().find(|p| Some(p.timeline) == followed);
         let state = self.registry.cluster(name);
@@ -207,12 +203,13 @@ impl StatusBoard {
         }
     }
 
-    /// Values for an instrument: one reading for all instruments of a scrape.
+    /// The values for an instrument; all instruments of a scrape get the same reading.
     pub fn table(&self, instrument: &'static str) -> Table {
         self.snapshots.get(instrument, || self.read())
     }
 
-    /// The clusters whose directory is there: one that was taken away by hand is gone, whatever is remembered of it.
+    /// The clusters whose directory exists and that are not closed. A cluster whose directory was removed by hand
+    /// disappears, whatever is in memory about it.
     fn present(&self) -> BTreeSet<ClusterName> {
         let there = |name: &ClusterName| {
             self.store.root().join(name.as_str()).is_dir() && !self.is_closed(name)
@@ -220,20 +217,20 @@ impl StatusBoard {
         self.store.clusters().into_iter().filter(there).collect()
     }
 
-    /// The history under which a cluster is shown: the one that has its name. As long as there is nothing of that here, the first
-    /// one is all that can be shown.
+    /// The history under which a cluster is shown: the current generation. While this server has nothing of that, the
+    /// first one is shown.
     fn shown(&self, name: &ClusterName, all: &Generations) -> ClusterName {
         let current = Generations::place(name, all.current());
         if self.store.pinned(&current).is_some() { current } else { name.base() }
     }
 
-    /// The same for a name with or without a number, by what this server knows.
+    /// The same for a name with or without a number, as far as this server knows without asking the bucket.
     pub fn shown_for(&self, name: &ClusterName) -> ClusterName {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
         all.map_or_else(|| name.clone(), |all| self.shown(name, &all))
     }
 
-    /// Whether a person has decided that this history of its cluster takes nothing any more: nothing is expected of it.
+    /// Whether a person has closed this history of its cluster, so that nothing is expected of it.
     pub fn is_closed(&self, name: &ClusterName) -> bool {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
         let Some(all) = all else { return false };
@@ -241,7 +238,7 @@ impl StatusBoard {
         own.is_some_and(|own| !own.state.is_open()) && self.shown(name, &all) != *name
     }
 
-    /// What is wrong with the files of the cluster's base backups, and with what all its histories share.
+    /// Problems of the cluster's base backups, and of the objects that all its generations share.
     fn base_problems(&self, name: &ClusterName) -> Vec<String> {
         let Some(base) = &self.base else { return Vec::new() };
         let mut problems = base.archives().state(name).problems;
@@ -251,7 +248,7 @@ impl StatusBoard {
         problems
     }
 
-    /// What a person has to decide about the cluster's histories, told at the current one.
+    /// The histories that wait for a person's decision; reported for the current one only.
     fn undecided(&self, name: &ClusterName) -> Vec<String> {
         let all = match self.base.as_ref().map(|base| base.generations_here(name)) {
             None => return Vec::new(),
@@ -317,7 +314,7 @@ impl StatusBoard {
             put("klio.wal.flush_lag_size", view.progress.lag_bytes() as f64);
             put("klio.wal.flush_lag_time", view.progress.lag_seconds(now));
         } else if let Some(since) = view.durable_as_of_unix {
-            // Nobody says how far PostgreSQL went on; a 0 would say that it did not.
+            // It is unknown how far PostgreSQL has gone on; a 0 would say that it has not.
             put("klio.wal.flush_lag_time", (now_unix - since).max(0.0));
         }
         put("klio.wal.seal_lag_size", self.seal_lag_bytes(view) as f64);
@@ -348,7 +345,8 @@ impl StatusBoard {
         }
     }
 
-    /// All that PostgreSQL had at this time is durable. Before anybody streams: what was known before.
+    /// The time up to which all of PostgreSQL's WAL is durable. Before the first stream, this is the recorded time
+    /// from before the start.
     fn durable_as_of(&self, name: &ClusterName, progress: &Progress, now_unix: f64) -> Option<f64> {
         match progress.durable_as_of {
             Some(at) => Some(now_unix - at.elapsed().as_secs_f64()),
@@ -356,13 +354,13 @@ impl StatusBoard {
         }
     }
 
-    /// Of segments that are finished and not sealed: 0 on an idle cluster, however full its last segment.
+    /// The size of segments that are finished and not sealed: 0 on an idle cluster, however full its last segment is.
     fn seal_lag_bytes(&self, view: &ClusterView) -> u64 {
         let Some(size) = view.pinned.map(|pinned| pinned.segment_size) else { return 0 };
         let positions = self.store.positions(&view.name);
         let bytes = |file| match file {
             WalFile::Segment(_) => size.bytes(),
-            // It ends where its timeline does.
+            // A partial segment ends where its timeline does.
             WalFile::Partial(name) => {
                 let line = positions.iter().find(|p| p.timeline == name.timeline());
                 let end = line.map_or(Lsn::ZERO, |p| p.flushed);
@@ -373,7 +371,7 @@ impl StatusBoard {
         self.store.unsealed(&view.name).into_iter().map(bytes).sum()
     }
 
-    /// What keeps the server from its work: empty when it is ready. Writes a byte to tier 1.
+    /// Why the server is not ready; empty when it is. Writes a byte to tier 1.
     pub fn readiness(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if let Err(error) = probe(self.store.root()) {
@@ -385,7 +383,7 @@ impl StatusBoard {
         problems
     }
 }
-/// One failure of the bucket is told once, not for every file and listing that it stops.
+/// Reports one failure of the bucket once, not for every file and listing that it stops.
 fn once(problems: Vec<String>) -> Vec<String> {
     let mut told: Vec<(String, String, usize)> = Vec::new();
     for problem in problems {
@@ -402,7 +400,7 @@ fn once(problems: Vec<String>) -> Vec<String> {
     told.into_iter().map(text).collect()
 }
 
-/// Why a file or a listing does not get to the bucket, without what is each one's own: its name and its place.
+/// Why a file cannot be uploaded or a listing fails, without the name and place that differ for each.
 fn cause_of(problem: &str) -> Option<String> {
     let (what, error) = match problem.strip_prefix("archive ") {
         Some(rest) => rest.split_once(": ")?,

@@ -1,10 +1,10 @@
-//! TLS of the gRPC port: TLS 1.3, client certificates required, files read again when they change.
+//! TLS of the gRPC port: TLS 1.3, client certificates required, files loaded again when they change.
 //!
-//! - A reload that fails keeps the last good configuration and says so once per change.
-//! - Every configuration has its own session tickets, so a client whose authority was removed cannot
-//!   resume an old session.
-//! - [`Loaded::verify`] checks a certificate against the authorities of *now*: long streams are
-//!   checked again after each reload and by the minute (expiry).
+//! - A reload that fails keeps the last valid configuration, and is logged once per change.
+//! - Every configuration has its own session tickets, so a client whose authority was removed cannot resume an old
+//!   session.
+//! - [`Loaded::verify`] checks a certificate against the *current* authorities: long streams are checked again after
+//!   each reload and periodically (expiry).
 
 use crate::{
     handshakes::{Handshakes, Place, Stage},
@@ -39,16 +39,16 @@ use tonic::{
     transport::server::{Connected, TcpConnectInfo, TlsConnectInfo},
 };
 
-/// How often the files are looked at. Kubernetes and cert-manager swap symlinks, which file
-/// notifications miss; reading three small files is cheap.
+/// How often the files are checked. Kubernetes and cert-manager swap symlinks, which file notifications miss, and
+/// reading three small files is cheap.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client that was connected says its first byte at once, and the network brings it within this.
+/// A client that was connected sends its first byte at once, and the network delivers it within this time.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
-/// A refused client has this long to hang up.
+/// How long a refused client may take to hang up.
 const PARTING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where the certificates are.
+/// The paths of the certificates.
 #[derive(Debug, Clone, serde::Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct TlsFiles {
@@ -60,7 +60,7 @@ pub struct TlsFiles {
     pub client_ca: PathBuf,
 }
 
-/// A file that could not be used.
+/// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("load {path}: {detail}; hint: klio-server init writes a working set")]
 pub struct TlsError {
@@ -72,10 +72,10 @@ pub struct TlsError {
 pub struct Loaded {
     config: Arc<ServerConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
-    /// Of the authority that `klio-server init` made, when it is among those that are accepted.
+    /// Accepts only the authority that `klio-server init` created, if that is among the accepted ones.
     own: Option<Arc<dyn ClientCertVerifier>>,
     fingerprint: Vec<u8>,
-    /// When the server's own certificate ends, Unix seconds.
+    /// When the server's own certificate expires, in Unix seconds.
     pub expires_unix: i64,
 }
 
@@ -86,7 +86,7 @@ impl Loaded {
         self.verifier.verify_client_cert(leaf, rest, UnixTime::now()).map(|_| ())
     }
 
-    /// Whether it was issued by the authority that `klio-server init` made.
+    /// Whether the chain was issued by the authority that `klio-server init` created.
     pub fn is_of_own_authority(&self, chain: &[CertificateDer<'_>]) -> bool {
         let (Some(own), Some((leaf, rest))) = (&self.own, chain.split_first()) else {
             return false;
@@ -131,7 +131,7 @@ impl TlsFiles {
         let verifier = |authorities: &[CertificateDer<'static>]| {
             client_verifier(authorities).map_err(|detail| fail(&self.client_ca, detail))
         };
-        // The first of that name: a second one was put there by hand, from another server.
+        // The first one of that name; a second one was added by hand, from another server.
         let own = authorities.iter().position(is_own_authority);
         let own = own.map(|at| verifier(&authorities[at..=at])).transpose()?;
         let verifier = verifier(&authorities)?;
@@ -152,19 +152,19 @@ fn now_unix() -> i64 {
     i64::try_from(UnixTime::now().as_secs()).unwrap_or(i64::MAX)
 }
 
-/// What is to be said of an authority whose own certificate is not valid now. What it issued is accepted all the same: a root is
-/// trusted because it was put there, as in every TLS library.
+/// A warning for an authority whose own certificate is not valid now. Certificates that it issued are still accepted:
+/// a root is trusted because it was configured, as in every TLS library.
 fn out_of_time(certificate: &CertificateDer<'static>, now_unix: i64) -> Option<String> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let (from, to) = (parsed.validity().not_before, parsed.validity().not_after);
     let subject = parsed.subject();
     if now_unix > to.timestamp() {
         return Some(format!(
-            "the authority {subject} ended at {to}, and clients of it are still accepted; hint: take it out, or renew it"
+            "the authority {subject} expired at {to}, but its clients are still accepted; hint: remove or renew it"
         ));
     }
     (now_unix < from.timestamp()).then(|| {
-        format!("the authority {subject} begins at {from} only; hint: is the clock right?")
+        format!("the authority {subject} is valid from {from} on only; hint: check the clock")
     })
 }
 
@@ -178,14 +178,14 @@ fn client_verifier(
     WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| e.to_string())
 }
 
-/// Whether this certificate is one that `klio-server init` made for itself.
+/// Whether this certificate is an authority that `klio-server init` created.
 fn is_own_authority(certificate: &CertificateDer<'static>) -> bool {
     let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else { return false };
     let mut names = parsed.subject().iter_common_name().filter_map(|name| name.as_str().ok());
     names.next() == Some(pki::AUTHORITY_NAME) && parsed.subject() == parsed.issuer()
 }
 
-/// Keeps the newest good reading of the files in `current` until cancelled.
+/// Keeps the newest valid reading of the files in `current` until cancelled.
 pub async fn reload(
     files: TlsFiles,
     current: watch::Sender<Arc<Loaded>>,
@@ -205,7 +205,7 @@ pub async fn reload(
         }
         match files.load() {
             Ok(loaded) => {
-                tracing::info!("certificates changed on disk and are in use now");
+                tracing::info!("using the changed certificates");
                 refused = None;
                 current.send_replace(Arc::new(loaded));
             }
@@ -217,14 +217,15 @@ pub async fn reload(
     }
 }
 
-/// Says whether a client with this chain may have one more connection; what it gives back is kept as long as that lasts.
+/// Decides whether a client with this chain may have one more connection. The returned value is held as long as the
+/// connection lasts.
 pub type Admit = Arc<
     dyn Fn(Option<Arc<Vec<CertificateDer<'static>>>>) -> Result<Option<Counted>, Status>
         + Send
         + Sync,
 >;
 
-/// A connection that counts until it is dropped.
+/// A connection that counts for a quota until it is dropped.
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     _place: Option<Counted>,
@@ -273,19 +274,19 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Counts a connection whose handshake succeeded; one too many is closed.
+/// Counts a connection whose handshake succeeded; closes it if the quota is used up.
 fn count(admit: &Admit, stream: TlsStream<TcpStream>, peer: SocketAddr) -> Option<Connection> {
     let chain = stream.connect_info().peer_certs();
     match admit(chain) {
         Ok(place) => Some(Connection { stream, _place: place }),
         Err(status) => {
-            tracing::warn!(%peer, reason = status.message(), "a connection too many is closed");
+            tracing::warn!(%peer, reason = status.message(), "closing a connection over the quota");
             None
         }
     }
 }
 
-/// Accepts connections and gives on those whose handshake succeeds.
+/// Accepts connections, and passes on those whose handshake succeeds.
 pub async fn accept(
     listener: TcpListener,
     current: watch::Receiver<Arc<Loaded>>,
@@ -304,15 +305,15 @@ pub async fn accept(
         let (tcp, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of file descriptors, mostly: wait for some to be closed.
-                tracing::warn!(%error, "accept connection");
+                // Usually out of file descriptors, so wait until some are closed.
+                tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
         let place = all.enter(peer.ip());
         for (address, count) in all.to_tell(Instant::now()) {
-            tracing::warn!(%address, count, "connections that said nothing were closed, as there were too many of them; hint: who is at this address?");
+            tracing::warn!(%address, count, "closed unfinished handshakes, because there were too many; hint: check who connects from this address");
         }
         let config = current.borrow().config.clone();
         let (ready, admit) = (ready.clone(), Arc::clone(&admit));
@@ -330,7 +331,7 @@ pub async fn accept(
     }
 }
 
-/// The handshake; `None` when it was refused, or its place needed. The place is given back at its end.
+/// Runs the handshake; `None` when it was refused, or when its place was needed. The place is freed at the end.
 async fn greet(
     config: Arc<ServerConfig>,
     tcp: TcpStream,
@@ -338,7 +339,7 @@ async fn greet(
     mut place: Place,
 ) -> Option<TlsStream<TcpStream>> {
     let _ = tcp.set_nodelay(true);
-    // A client speaks first. Whoever closes at once, as probes do, is no news.
+    // A client sends first. A connection that is closed at once, as probes do, is not logged.
     if !speaks(&tcp, &place).await {
         return None;
     }
@@ -372,8 +373,8 @@ async fn greet(
     None
 }
 
-/// Waits for the first byte. Whose place is needed before that has a last chance, as long as not too many have: the byte may be on
-/// its way, or there, and this task have had no turn since it came.
+/// Waits for the first byte. If the place is needed before that, the connection has a last chance, unless too many
+/// have one: the byte may be on its way, or it may have arrived while this task was not scheduled.
 async fn speaks(tcp: &TcpStream, place: &Place) -> bool {
     let mut first = [0u8];
     tokio::select! {
@@ -389,7 +390,7 @@ async fn speaks(tcp: &TcpStream, place: &Place) -> bool {
     matches!(tokio::time::timeout(LAST_CHANCE, tcp.peek(&mut first)).await, Ok(Ok(1)))
 }
 
-/// Closes so that the client can still read why: closing with its first request unread would be a reset,
+/// Closes in a way that lets the client read the reason. Closing with its first request unread would send a reset,
 /// which may overtake the alert.
 async fn part(mut tcp: TcpStream) {
     let rest = async {
@@ -428,7 +429,8 @@ mod tests {
         assert!(write_set(dir.path(), &new).load().unwrap().verify(&chain).is_err());
     }
 
-    /// What a good client gets while strangers at its own address dial as fast as they can, and say nothing or one byte.
+    /// Tests a good client while strangers at its own address connect as fast as they can, and send nothing or one
+    /// byte.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_client_behind_the_address_of_strangers_gets_through() {
         let _ = rustls::crypto::ring::default_provider().install_default();

@@ -1,8 +1,9 @@
-//! What a span, a log line and an instrument cost, by what is configured: `cargo bench -p klio-telemetry`.
+//! Measures what a span, a log line and an instrument cost in different configurations: `cargo bench -p
+//! klio-telemetry`.
 //!
-//! Plain timing, medians of several rounds, no framework. Nothing configured must cost next to nothing beside
-//! what a span stands for (a segment, a request): well under a microsecond. `--debug` or `OTEL_*` variables show the rest; with
-//! `--features klio-telemetry/bare` it is what a build without telemetry pays.
+//! Plain timing with medians of several rounds, without a framework. If nothing is configured, the cost must be
+//! negligible compared with the work that a span covers (a segment, a request): well under a microsecond. `--debug` or
+//! `OTEL_*` variables show the other cases; `--features klio-telemetry/bare` shows a build without telemetry.
 
 use klio_telemetry::{Options, Telemetry};
 use opentelemetry::{

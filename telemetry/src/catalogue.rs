@@ -1,26 +1,27 @@
-//! What is said of an instrument in docs/metrics.md, and the rows of those that both programs have.
+//! The rows of docs/metrics.md, and those for the instruments that both programs have.
 //!
-//! - The tables are the truth of docs, dashboards and alerts; tests compare them with real metrics pages.
-//! - [`prometheus_name`] is what a metrics page shows: the exporter's rules and what `prometheus.rs` mends.
-//! - Attributes are closed sets, written out in [`ATTRIBUTES`]; never an LSN, a file, a path or an address.
+//! - Docs, dashboards and alerts follow these tables; tests compare them with real metrics pages.
+//! - [`prometheus_name`] is the name on a metrics page: it follows the exporter's rules and the corrections of
+//!   `prometheus.rs`.
+//! - Attributes are closed sets, listed in [`ATTRIBUTES`]; never an LSN, a file, a path or an address.
 
 use std::fmt::Write as _;
 
 /// The kind of an instrument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Only grows while the program runs.
+    /// It only grows while the program runs.
     Counter,
-    /// A sum that goes both ways; Prometheus calls it a gauge.
+    /// A sum that may grow and shrink; Prometheus calls it a gauge.
     UpDownCounter,
-    /// A value now.
+    /// A current value.
     Gauge,
     /// A distribution.
     Histogram,
 }
 
 impl Kind {
-    /// For docs/metrics.md.
+    /// The name in docs/metrics.md.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Counter => "counter",
@@ -34,15 +35,12 @@ impl Kind {
 /// One instrument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// OpenTelemetry name.
+    /// The OpenTelemetry name.
     pub name: &'static str,
-    /// Its kind.
     pub kind: Kind,
-    /// As in UCUM; empty for a plain number.
+    /// The unit as in UCUM; empty for a plain number.
     pub unit: &'static str,
-    /// Names of its attributes.
     pub attributes: &'static [&'static str],
-    /// Its description.
     pub meaning: &'static str,
 }
 
@@ -67,14 +65,14 @@ pub const fn plain(
 }
 
 impl Row {
-    /// The same with other attributes.
+    /// The same row with other attributes.
     #[must_use]
     pub const fn with(mut self, attributes: &'static [&'static str]) -> Self {
         self.attributes = attributes;
         self
     }
 
-    /// The name on a metrics page, of a histogram without `_bucket`, `_sum` and `_count`.
+    /// The name on a metrics page; for a histogram without `_bucket`, `_sum` and `_count`.
     pub fn prometheus_name(&self) -> String {
         prometheus_name(self.name, self.kind, self.unit)
     }
@@ -119,19 +117,19 @@ pub fn markdown<'a>(rows: impl IntoIterator<Item = &'a Row>) -> String {
     out
 }
 
-/// Of whom a call is, as OpenTelemetry's RPC conventions have it.
+/// The attributes of calls, from OpenTelemetry's RPC conventions.
 const CALL: &[&str] = &["rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type"];
 const NETWORK: &[&str] = &["network.interface.name", "network.io.direction"];
 
 /// gRPC calls: the first in klio-server, the second in klio.
 pub const RPC: &[Row] = &[
-    plain("rpc.server.call.duration", Kind::Histogram, "s", "duration of calls that came in")
+    plain("rpc.server.call.duration", Kind::Histogram, "s", "duration of incoming calls")
         .with(CALL),
-    plain("rpc.client.call.duration", Kind::Histogram, "s", "duration of calls that went out")
+    plain("rpc.client.call.duration", Kind::Histogram, "s", "duration of outgoing calls")
         .with(CALL),
 ];
 
-/// Of the machine, the process and the async runtime: in both programs.
+/// The instruments of the machine, the process and the async runtime, which both programs have.
 pub const STANDARD: &[Row] = &[
     plain("system.cpu.time", Kind::Counter, "s", "CPU time of the machine").with(&["cpu.mode"]),
     plain(
@@ -203,16 +201,21 @@ pub const STANDARD: &[Row] = &[
     )
     .with(&["worker"]),
     plain("klio.runtime.polls", Kind::Counter, "{poll}", "polls of Klio's own long tasks"),
-    plain("klio.runtime.poll_time", Kind::Counter, "s", "time these polls took"),
+    plain(
+        "klio.runtime.poll_time",
+        Kind::Counter,
+        "s",
+        "time spent in polls of Klio's own long tasks",
+    ),
     plain(
         "klio.runtime.slow_polls",
         Kind::Counter,
         "{poll}",
-        "of these, polls that held a worker for more than 10 ms",
+        "polls of Klio's own long tasks that occupied a worker for more than 10 ms",
     ),
 ];
 
-/// Attribute and its values, for [`RPC`] and [`STANDARD`].
+/// Each attribute of [`RPC`] and [`STANDARD`], and its values.
 pub const ATTRIBUTES: &[(&str, &str)] = &[
     ("rpc.system.name", "grpc"),
     (
@@ -264,7 +267,7 @@ mod tests {
 
     #[test]
     fn every_attribute_has_its_values_written_out() {
-        // What both programs list themselves: theirs.
+        // Both programs list the values of `error.type` themselves.
         for row in RPC.iter().chain(STANDARD) {
             for attribute in row.attributes.iter().filter(|a| **a != "error.type") {
                 assert!(ATTRIBUTES.iter().any(|(name, _)| name == attribute), "{attribute}");

@@ -1,8 +1,8 @@
-//! The end: flush and stop every provider within one bound.
+//! Shutdown: flushes and stops every provider within one time limit.
 //!
-//! Each signal has a thread of its own, so that one that hangs does not starve the others. Not tokio's
-//! blocking threads: the runtime waits for those when it is dropped, and a hanging collector would delay the
-//! exit after all. What is still at it when the time is up is left behind and ends with the process.
+//! Each signal has a thread of its own, so that one that hangs does not delay the others. These are not tokio's
+//! blocking threads, because the runtime waits for those when it is dropped, and then a hanging collector would delay
+//! the exit. A thread that is still working when the time is up is left behind and ends with the process.
 
 use crate::env::Signal;
 use opentelemetry_sdk::{
@@ -15,18 +15,18 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// How a signal ended.
+/// How the shutdown of a signal ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Everything was handed to the exporter, whatever that made of it.
+    /// Everything was passed to the exporter, whatever the exporter did with it.
     Flushed,
-    /// The exporter, or the flush itself, gave up with an error.
+    /// The exporter, or the flush itself, ended with an error.
     Failed,
-    /// It was still at it when the time was up.
+    /// It was still working when the time was up.
     Running,
 }
 
-/// How each signal ended; those that were off have ended well.
+/// How the shutdown of each signal ended; `Flushed` for signals that were off.
 #[derive(Debug)]
 pub(crate) struct Ends {
     pub traces: End,
@@ -44,7 +44,7 @@ impl Ends {
     }
 }
 
-/// Flushes and stops what there is, in at most `timeout`.
+/// Flushes and stops the given providers, in at most `timeout`.
 pub(crate) async fn all(
     traces: Option<SdkTracerProvider>,
     metrics: Option<SdkMeterProvider>,
@@ -58,7 +58,7 @@ pub(crate) async fn all(
         let report = report.clone();
         let run = move || {
             let end = if work().is_ok() { End::Flushed } else { End::Failed };
-            // Nobody listens any more once the time is up.
+            // The receiver is gone once the time is up.
             let _ = report.try_send((signal, end));
         };
         let spawned = thread::Builder::new().name(format!("flush-{}", signal.name())).spawn(run);
@@ -77,7 +77,7 @@ pub(crate) async fn all(
         detach(Signal::Logs, Box::new(work));
     }
     drop(report);
-    // The channel closes when the last thread is through; past the deadline its state stays `Running`.
+    // The channel closes when the last thread has ended; after the deadline the state of the others stays `Running`.
     let _ = tokio::time::timeout_at(deadline.into(), async {
         while let Some((signal, end)) = reports.recv().await {
             *ends.of(signal) = end;

@@ -1,7 +1,7 @@
-//! The machine's CPU, memory and network, by sysinfo, read when somebody collects.
+//! The machine's CPU, memory and network, read by sysinfo at each collection.
 //!
 //! Names and units are OpenTelemetry's (<https://opentelemetry.io/docs/specs/semconv/system/system-metrics/>).
-//! One reading serves all instruments of a collection: it is refreshed at most once a second.
+//! One reading serves all instruments of a collection, because it is refreshed at most once a second.
 
 use opentelemetry::{KeyValue, metrics::Meter};
 use std::{
@@ -11,7 +11,8 @@ use std::{
 };
 use sysinfo::{Networks, System};
 
-/// sysinfo needs 200 ms between two readings of the CPU; scrapes are seconds apart.
+/// The age at which a reading is refreshed. sysinfo needs 200 ms between two readings of the CPU, and scrapes are
+/// seconds apart.
 const FRESH: Duration = Duration::from_secs(1);
 
 struct Reading {
@@ -24,7 +25,7 @@ struct Reading {
 struct Host(Arc<Mutex<Reading>>);
 
 impl Host {
-    /// `None` where this machine is not one that sysinfo knows.
+    /// `None` on a machine that sysinfo does not support.
     fn new() -> Option<Self> {
         let mut system = System::new().ok()?;
         system.refresh_cpu_usage();
@@ -34,7 +35,7 @@ impl Host {
     }
 
     fn read(&self) -> MutexGuard<'_, Reading> {
-        // A panic elsewhere must not end the collecting thread; any reading is as good as another.
+        // A panic elsewhere must not end the collecting thread; the last reading is still usable.
         let mut reading = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if reading.at.elapsed() >= FRESH {
             reading.system.refresh_cpu_usage();
@@ -134,7 +135,7 @@ fn memory(meter: &Meter, host: &Host) {
         .build();
 }
 
-/// Received and sent, of one interface.
+/// The received and sent numbers of one interface.
 type Pair = fn(&sysinfo::NetworkData) -> (u64, u64);
 
 fn network(meter: &Meter, host: &Host) {

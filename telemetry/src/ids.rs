@@ -1,9 +1,9 @@
-//! The trace and span id of a log line.
+//! The trace id and span id of a log line.
 //!
-//! With the OpenTelemetry layer attached they are the exported ones. Without it they are made up the first
-//! time a line inside a span is logged, so that lines of one piece of work can still be found together, and
-//! a span nobody logs in costs nothing. Such ids are never sent to anyone: a peer would look in vain for
-//! their span (flags are 00, not sampled).
+//! With the OpenTelemetry layer attached, they are the exported ids. Without it they are generated when a line inside
+//! a span is logged for the first time, so that the lines of one piece of work can still be found together, and a span
+//! without log lines costs nothing. Generated ids are never sent to anyone, because a peer could not find their span
+//! (flags are 00, not sampled).
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceId};
 use std::sync::{Arc, OnceLock};
@@ -14,7 +14,7 @@ use tracing_subscriber::{
     registry::{LookupSpan, SpanRef},
 };
 
-/// What a log line carries, as W3C writes it.
+/// The ids of a log line, as W3C defines them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ids {
     pub trace: TraceId,
@@ -32,17 +32,17 @@ impl Ids {
     }
 }
 
-/// Finds ids for the log formatter, which needs the finished dispatcher for it: only through that does the
-/// OpenTelemetry layer give its spans away. Until [`Source::connect`], and without the layer, ids are made up.
+/// Finds the ids for the log formatter. It needs the finished dispatcher, because the OpenTelemetry layer can be asked
+/// for its spans only through that. Until [`Source::connect`] is called, and without the layer, ids are generated.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Source {
     dispatch: Arc<OnceLock<WeakDispatch>>,
 }
 
 impl Source {
-    /// Call once, with the dispatcher that holds both the printer and the OpenTelemetry layer.
+    /// Must be called once, with the dispatcher that has both the printer and the OpenTelemetry layer.
     pub(crate) fn connect(&self, dispatch: &Dispatch) {
-        // Weak, as the dispatcher owns this.
+        // A weak reference, because the dispatcher owns this value.
         let _ = self.dispatch.set(dispatch.downgrade());
     }
 
@@ -51,7 +51,7 @@ impl Source {
         self.exported_ids(span).unwrap_or_else(|| made_up(span))
     }
 
-    /// Of the innermost span that the OpenTelemetry layer did not filter out.
+    /// The ids of the innermost span that the OpenTelemetry layer did not filter out.
     fn exported_ids<S: for<'a> LookupSpan<'a>>(&self, span: &SpanRef<'_, S>) -> Option<Ids> {
         let dispatch = self.dispatch.get()?.upgrade()?;
         span.scope().find_map(|span| {
@@ -61,7 +61,7 @@ impl Source {
     }
 }
 
-/// Ids made up here or adopted from a peer, kept in the span.
+/// Ids that were generated here or adopted from a peer, stored in the span.
 struct MadeUp {
     trace: TraceId,
     span: SpanId,
@@ -70,7 +70,7 @@ struct MadeUp {
 fn made_up<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>) -> Ids {
     let known = span.scope().find_map(|s| s.extensions().get::<MadeUp>().map(|m| m.trace));
     let trace = known.unwrap_or_else(|| {
-        // Made at the root, under its lock, so that two children logging at once get the same.
+        // Generated at the root, under its lock, so that two children that log at the same time get the same id.
         let root = span.scope().from_root().next();
         let new = TraceId::from(rand::random::<u128>().max(1));
         root.map_or(new, |root| kept(&root, new).trace)
@@ -78,7 +78,7 @@ fn made_up<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>) -> Ids {
     kept(span, trace)
 }
 
-/// The ids the span has, which are `trace` and a new one if it has none yet.
+/// The ids stored in the span; if it has none yet, `trace` and a new span id are stored.
 fn kept<S: for<'a> LookupSpan<'a>>(span: &SpanRef<'_, S>, trace: TraceId) -> Ids {
     let mut extensions = span.extensions_mut();
     if extensions.get_mut::<MadeUp>().is_none() {
@@ -103,7 +103,7 @@ fn with_span<T>(span: &Span, f: impl FnOnce(SpanRef<'_, Registry>) -> T) -> Opti
     .flatten()
 }
 
-/// Gives `span` a peer's trace id for its log lines, when spans are not exported.
+/// Gives `span` the trace id of a peer for its log lines, for the case that spans are not exported.
 pub(crate) fn adopt(span: &Span, remote: &SpanContext) {
     with_span(span, |span| {
         let adopted = MadeUp { trace: remote.trace_id(), span: new_span_id() };
@@ -111,7 +111,7 @@ pub(crate) fn adopt(span: &Span, remote: &SpanContext) {
     });
 }
 
-/// The trace id of the current span, 32 hexadecimal digits; the same that its log lines show.
+/// The trace id of the current span, as 32 hexadecimal digits: the same as in its log lines.
 pub fn current_trace_id() -> Option<String> {
     let span = Span::current();
     let cx = span.context();

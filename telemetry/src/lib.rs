@@ -1,10 +1,10 @@
-//! OpenTelemetry for Klio, set up from the standard environment variables.
+//! OpenTelemetry for Klio, configured by the standard environment variables.
 //!
-//! - Nothing configured: no provider, no thread, no exporter; only log lines on stderr.
-//! - Telemetry is observation only: a bad value or a dead collector is one warning and the program goes on
-//!   (P9); `KLIO_OTEL_STRICT=true` alone makes a misconfiguration an error, at start.
-//! - Leaving takes no longer than the time given to [`Telemetry::shutdown`], whatever the collector does.
-//! - Secrets do not reach a log line, an attribute or a message of this crate.
+//! - If nothing is configured there is no provider, no thread and no exporter, only log lines on stderr.
+//! - Telemetry only observes: a bad value or a dead collector causes one warning, and the program goes on (P9). Only
+//!   with `KLIO_OTEL_STRICT=true` is a wrong setting an error, at start.
+//! - Shutdown takes no longer than the time given to [`Telemetry::shutdown`], whatever the collector does.
+//! - Secrets never appear in a log line, an attribute or a message of this crate.
 
 pub mod catalogue;
 mod env;
@@ -48,40 +48,40 @@ use tracing::Dispatch;
 use tracing_subscriber::fmt::MakeWriter;
 use watch::{Health, Last};
 
-/// Whether this build has no telemetry at all: feature `bare`, which only the cost benchmark asks for. Spans and log lines
-/// are compiled out there, and what moves an instrument with every message looks here.
+/// Whether this build has no telemetry at all: feature `bare`, which only the cost benchmark uses. Spans and log lines
+/// are compiled out then, and code that updates an instrument for every message checks this constant.
 pub const BARE: bool = cfg!(feature = "bare");
 
-/// How the program wants its telemetry.
+/// The program's settings for telemetry.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Default service name: `klio-server` or `klio`.
+    /// The default service name: `klio-server` or `klio`.
     pub service: &'static str,
-    /// Version of the program.
+    /// The version of the program.
     pub version: &'static str,
-    /// `--debug`: trace ids as exported ones would be, and Klio's own debug lines.
+    /// `--debug`: log lines have trace ids as exported ones would be, and Klio's own debug lines are shown.
     pub debug: bool,
     /// From the configuration file; wins over KLIO_LOG_FORMAT.
     pub log_format: Option<LogFormat>,
-    /// From the configuration file, directives as in RUST_LOG; wins over it.
+    /// From the configuration file, directives in the form of RUST_LOG; wins over that variable.
     pub log_filter: Option<String>,
-    /// Variable name to value, from the configuration file; wins over the environment.
+    /// Values of variables from the configuration file, by name; they win over the environment.
     pub overrides: BTreeMap<String, String>,
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// For people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Why telemetry did not start. Only with `KLIO_OTEL_STRICT=true`.
+/// Why telemetry did not start; only with `KLIO_OTEL_STRICT=true`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Everything that is wrong, at once.
+    /// All problems at once.
     #[error("telemetry is misconfigured: {}\nhint: correct these, or leave KLIO_OTEL_STRICT unset to go on without", listed(.0))]
     Misconfigured(Vec<Problem>),
 }
@@ -90,10 +90,10 @@ fn listed(problems: &[Problem]) -> String {
     problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// What became of the telemetry at the end.
+/// Whether telemetry was delivered at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// There was nothing to deliver, or nobody to deliver it to.
+    /// There was nothing to deliver, or no collector.
     Nothing,
     /// The collector has everything.
     Delivered,
@@ -102,7 +102,7 @@ pub enum Delivery {
 }
 
 impl Delivery {
-    /// The line that a command ends with whose spans go somewhere: its trace id, and whether they arrived.
+    /// The last line of a command whose spans are exported: its trace id, and whether the spans arrived.
     pub fn closing_line(self, trace: Option<String>) -> Option<String> {
         let state = match self {
             Self::Nothing => return None,
@@ -113,19 +113,16 @@ impl Delivery {
     }
 }
 
-/// What became of each signal at the end.
+/// Whether each signal was delivered at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deliveries {
-    /// Spans.
     pub traces: Delivery,
-    /// Metrics.
     pub metrics: Delivery,
-    /// Log records.
     pub logs: Delivery,
 }
 
 impl Deliveries {
-    /// The worst of them.
+    /// The worst of the three.
     pub fn overall(&self) -> Delivery {
         let all = [self.traces, self.metrics, self.logs];
         let worst = [Delivery::Pending, Delivery::Delivered].into_iter().find(|d| all.contains(d));
@@ -143,7 +140,8 @@ fn delivery(health: Option<&Health>, end: finish::End) -> Delivery {
     }
 }
 
-/// The running telemetry. Dropping it loses what is queued; call [`Telemetry::shutdown`] on every way out.
+/// The running telemetry. Dropping it loses what is queued, so [`Telemetry::shutdown`] must be called on every way
+/// out.
 #[derive(Debug)]
 pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
@@ -156,7 +154,7 @@ pub struct Telemetry {
     strict: bool,
 }
 
-/// How the exporters of each signal fare; none without an OTLP exporter.
+/// The state of each signal's exporter; `None` without an OTLP exporter.
 #[derive(Debug, Default)]
 struct Watches {
     traces: Option<Arc<Health>>,
@@ -164,27 +162,27 @@ struct Watches {
     logs: Option<Arc<Health>>,
 }
 
-/// Starts everything the environment asks for and installs the process's tracing subscriber, which logs to
-/// stderr. Call it once, inside a tokio runtime that is driven until [`Telemetry::shutdown`] has returned (OTLP over gRPC
-/// works on it; exports run on threads of their own, so one thread is enough).
+/// Starts everything that the environment configures, and installs the process's tracing subscriber, which logs to
+/// stderr. It must be called once, inside a tokio runtime that is driven until [`Telemetry::shutdown`] has returned.
+/// (OTLP over gRPC uses the runtime; exports run on their own threads, so one runtime thread is enough.)
 ///
 /// # Errors
 ///
-/// Only with `KLIO_OTEL_STRICT=true`, and then if anything is misconfigured.
+/// Only with `KLIO_OTEL_STRICT=true`, if any setting is wrong.
 pub fn start(options: Options) -> Result<Telemetry, Error> {
     let get = env::process(&options.overrides);
     let colour = std::io::stderr().is_terminal() && get("NO_COLOR").is_none_or(|v| v.is_empty());
     let printer = logs::Printer { writer: std::io::stderr, colour };
     let (telemetry, dispatch, problems) = build(&options, &get, printer)?;
     if tracing::dispatcher::set_global_default(dispatch).is_err() {
-        tracing::warn!("a tracing subscriber is already installed; it stays");
+        tracing::warn!("a tracing subscriber is already installed; keeping it");
     }
     telemetry.install();
     problems.iter().for_each(warn);
     Ok(telemetry)
 }
 
-/// All but what is global to the process.
+/// Builds everything that is not global to the process.
 fn build<W>(
     options: &Options,
     get: env::Lookup<'_>,
@@ -211,7 +209,7 @@ where
         return Err(Error::Misconfigured(problems));
     }
     if settings.any_otlp() {
-        // Without one every HTTP client panics. A provider that is already installed stays.
+        // Without a crypto provider every HTTP client panics. A provider that is already installed stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
     propagate::install(&settings.propagators);
@@ -258,7 +256,7 @@ where
     Ok((telemetry, dispatch, problems))
 }
 
-/// What the configuration file says itself wins over the environment.
+/// Settings of the configuration file win over the environment.
 fn apply(options: &Options, settings: &mut Settings, problems: &mut Vec<Problem>) {
     if let Some(format) = options.log_format {
         settings.format = format;
@@ -275,7 +273,7 @@ fn apply(options: &Options, settings: &mut Settings, problems: &mut Vec<Problem>
     }
 }
 
-/// A value that the configuration file gave is complained about under the name it has there.
+/// Renames the variable in problems whose value came from the configuration file to the name it has there.
 fn name_the_file(options: &Options, settings: &mut Settings, problems: &mut [Problem]) {
     const NAMES: [(&str, &str); 5] = [
         ("OTEL_SERVICE_NAME", "telemetry.service_name"),
@@ -304,11 +302,11 @@ fn warn(problem: &Problem) {
 }
 
 impl Telemetry {
-    /// A setting that only the program found to be wrong, such as a port that is taken: one warning.
+    /// Reports a setting that only the program could find wrong, such as a port in use: one warning.
     ///
     /// # Errors
     ///
-    /// With `KLIO_OTEL_STRICT=true`.
+    /// Only with `KLIO_OTEL_STRICT=true`.
     pub fn misconfigured(&self, problem: Problem) -> Result<(), Error> {
         if self.strict {
             return Err(Error::Misconfigured(vec![problem]));
@@ -317,7 +315,7 @@ impl Telemetry {
         Ok(())
     }
 
-    /// For the instruments of the whole program; does nothing when metrics are off.
+    /// The meter for the instruments of the whole program; it does nothing when metrics are off.
     pub fn meter(&self) -> Meter {
         self.meter.clone()
     }
@@ -327,12 +325,12 @@ impl Telemetry {
         self.prometheus.as_ref()
     }
 
-    /// Times the polls of long tasks; nothing when metrics are off.
+    /// The timer for polls of long tasks; it does nothing when metrics are off.
     pub fn polls(&self) -> Polls {
         self.polls.clone()
     }
 
-    /// Makes the providers the process's own, for libraries that look there.
+    /// Installs the providers globally, for libraries that use the global ones.
     fn install(&self) {
         if let Some(provider) = &self.traces {
             global::set_tracer_provider(provider.clone());
@@ -342,13 +340,13 @@ impl Telemetry {
         }
     }
 
-    /// Flushes and stops everything, in at most `timeout`. What cannot be delivered by then is lost; the
-    /// threads still at it are left behind and end with the process. Tells what became of the spans.
+    /// Flushes and stops everything, in at most `timeout`. What cannot be delivered by then is lost; threads that are
+    /// still working are left behind and end with the process. Returns whether the spans were delivered.
     pub async fn shutdown(self, timeout: Duration) -> Delivery {
         self.close(timeout).await.traces
     }
 
-    /// As [`Telemetry::shutdown`], and tells what became of each signal.
+    /// The same as [`Telemetry::shutdown`], but returns the result of each signal.
     pub async fn close(self, timeout: Duration) -> Deliveries {
         let Self { traces, metrics, logs, health, .. } = self;
         let ends = finish::all(traces, metrics, logs, timeout).await;

@@ -1,8 +1,9 @@
-//! The meter provider: one provider, a reader per exporter, so that an instrument is recorded once.
+//! The meter provider: one provider with one reader per exporter, so that an instrument is recorded once.
 //!
-//! The SDK folds what is beyond 2000 series of an instrument into one. A thousand clusters with several outcomes each
-//! are more, so what is observed may have [`SERIES_MAX`]; its series go with their cluster. Instruments that record
-//! (calls, latencies) keep the SDK's limit: their attributes do not grow with clusters.
+//! The SDK merges series of an instrument beyond 2000 into one. A thousand clusters with several outcomes each are
+//! more, so observed instruments may have [`SERIES_MAX`]; their series disappear with their cluster. Recording
+//! instruments (calls, latencies) keep the SDK's limit, because their attributes do not grow with the number of
+//! clusters.
 
 use crate::{
     env::{MetricSettings, Problem},
@@ -16,10 +17,10 @@ use opentelemetry_sdk::{
 };
 use std::sync::Arc;
 
-/// Series of one observed instrument: a thousand clusters with twenty outcomes.
+/// The most series of one observed instrument: a thousand clusters with twenty outcomes.
 const SERIES_MAX: usize = 20_000;
 
-/// Raises the limit of what is observed.
+/// Raises the limit for observed instruments.
 fn roomy(instrument: &Instrument) -> Option<Stream> {
     let observed = matches!(
         instrument.kind(),
@@ -28,7 +29,7 @@ fn roomy(instrument: &Instrument) -> Option<Stream> {
     observed.then(|| Stream::builder().with_cardinality_limit(SERIES_MAX).build().ok()).flatten()
 }
 
-/// What [`build`] makes.
+/// The result of [`build`].
 pub(crate) struct Built {
     pub provider: SdkMeterProvider,
     pub prometheus: Option<Prometheus>,

@@ -1,9 +1,9 @@
 //! Builds OTLP exporters from [`Otlp`] settings.
 //!
-//! HTTP uses the blocking client, which works on the SDK's own threads; it is built on a plain thread, as it
-//! must not be on an async one. gRPC must be built inside the tokio runtime and always gets TLS roots: the
-//! exporter's own default has none and would trust nobody. Certificates are read and checked here, once: a file
-//! that is no certificate would else look like a collector that cannot be reached.
+//! HTTP uses the blocking client, which works on the SDK's own threads. It is built on a plain thread, because it must
+//! not be built on an async one. gRPC must be built inside the tokio runtime and always gets TLS roots, because the
+//! exporter's default has none and would trust nobody. Certificates are read and checked here, once; otherwise a file
+//! that is not a certificate would look like a collector that cannot be reached.
 
 use crate::{
     env::{Otlp, Problem, Protocol},
@@ -22,10 +22,10 @@ use tonic::{
     transport::{Certificate, ClientTlsConfig, Identity},
 };
 
-/// An exporter, and where its transport leaves why it failed.
+/// An exporter, and where its transport stores why it failed.
 type Built<E> = Result<(E, Arc<Cause>), Problem>;
 
-// The four builders share traits, not a type; a macro is the shortest honest way to say it once.
+// The builders share traits but no type, so a macro is the shortest way to write this once.
 macro_rules! configured {
     ($builder:expr, $otlp:expr) => {{
         let otlp: &Otlp = $otlp;
@@ -86,7 +86,7 @@ fn problem(otlp: &Otlp, error: ExporterBuildError) -> Problem {
     }
 }
 
-/// The client, which tells why a request got no answer; the exporter hides that.
+/// An HTTP client that stores why a request got no answer, because the exporter hides that.
 #[derive(Debug)]
 struct Client {
     inner: reqwest::blocking::Client,
@@ -102,7 +102,7 @@ impl HttpClient for Client {
     }
 }
 
-/// What lies below "error sending request for url (...)".
+/// The causes below "error sending request for url (...)".
 fn reason(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     let mut texts = Vec::new();
     let mut next = error.source();

@@ -1,7 +1,7 @@
-//! The files that the CERTIFICATE, CLIENT_CERTIFICATE and CLIENT_KEY variables name.
+//! The files of the CERTIFICATE, CLIENT_CERTIFICATE and CLIENT_KEY variables.
 //!
-//! Read and tried out at start, so that a wrong file is a problem that names its variable, and not a collector
-//! that cannot be reached.
+//! They are read and checked at start, so that a wrong file is reported with its variable, and does not look like a
+//! collector that cannot be reached.
 
 use crate::env::{Otlp, Problem};
 use rustls::{
@@ -34,7 +34,7 @@ fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     all.ok().filter(|all| !all.is_empty())
 }
 
-/// The file's text, which holds at least one certificate and none that is broken.
+/// The content of the file, which has at least one certificate and no broken one.
 pub(crate) fn authorities(file: &File) -> Result<Vec<u8>, Problem> {
     let pem = read(file)?;
     let mut roots = RootCertStore::empty();
@@ -44,21 +44,21 @@ pub(crate) fn authorities(file: &File) -> Result<Vec<u8>, Problem> {
     Ok(pem)
 }
 
-/// Whether every file that is named can be used.
+/// Whether every configured file can be used.
 pub(crate) fn check(otlp: &Otlp) -> Result<(), Problem> {
     otlp.certificate.as_ref().map(authorities).transpose()?;
     identity(otlp).map(drop)
 }
 
-/// A client certificate and the key that belongs to it, in PEM.
+/// A client certificate and its key, in PEM.
 pub(crate) struct ClientIdentity {
     pub certificate: Vec<u8>,
     pub key: Vec<u8>,
-    /// For whoever finds fault with them after all.
+    /// The problem to report if another library refuses them.
     pub problem: Problem,
 }
 
-/// Certificate and key, both or none (the settings see to that).
+/// Certificate and key: both or none, which the settings ensure.
 pub(crate) fn identity(otlp: &Otlp) -> Result<Option<ClientIdentity>, Problem> {
     let (Some(certificate_file), Some(key_file)) = (&otlp.client_certificate, &otlp.client_key)
     else {

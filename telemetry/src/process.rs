@@ -1,7 +1,7 @@
-//! This process's CPU time, memory, threads and files, read from /proc when somebody collects.
+//! This process's CPU time, memory, threads and files, read from /proc at each collection.
 //!
 //! Names and units are OpenTelemetry's (<https://opentelemetry.io/docs/specs/semconv/system/process-metrics/>).
-//! A figure that cannot be read is left out of that collection.
+//! A value that cannot be read is left out of that collection.
 
 use opentelemetry::{KeyValue, metrics::Meter};
 use std::{
@@ -34,7 +34,7 @@ fn cpu(meter: &Meter) {
         .build();
 }
 
-/// utime and stime of proc(5) `stat`: fields 14 and 15; the name in field 2 may hold spaces and parentheses.
+/// utime and stime of proc(5) `stat`: fields 14 and 15. The name in field 2 may contain spaces and parentheses.
 fn cpu_ticks(stat: &str) -> Option<(u64, u64)> {
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace().skip(11);
@@ -86,7 +86,7 @@ fn counts(meter: &Meter) {
         .with_description("file descriptors this process has open")
         .with_callback(|observer| {
             if let Ok(open) = fs::read_dir("/proc/self/fd") {
-                // Minus the one that reads the directory.
+                // Without the descriptor that reads the directory.
                 let open = i64::try_from(open.count()).unwrap_or(i64::MAX);
                 observer.observe(open.saturating_sub(1), &[]);
             }

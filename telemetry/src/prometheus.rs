@@ -1,15 +1,15 @@
-//! The text that `/metrics` answers with. Serving it is the binaries' work.
+//! The text of `/metrics`. Serving it is up to the programs.
 //!
-//! Names follow the OpenTelemetry-to-Prometheus rules, each suffix once, and pass `promtool check metrics`:
-//! the exporter repeats a unit that the name already ends in, and leaves `_count` on gauges and an empty
-//! HELP; [`Prometheus::render`] mends that.
+//! Names follow the OpenTelemetry-to-Prometheus rules, with each suffix once, and pass `promtool check metrics`. The
+//! exporter repeats a unit that the name already ends with, leaves `_count` on gauges, and leaves HELP empty;
+//! [`Prometheus::render`] corrects that.
 
 use crate::env::Problem;
 use opentelemetry_prometheus::PrometheusExporter;
 use opentelemetry_sdk::error::OTelSdkError;
 use prometheus::{Registry, TextEncoder, proto::MetricFamily, proto::MetricType};
 
-/// The metrics page, and where OTEL_EXPORTER_PROMETHEUS_HOST and _PORT want it. Cheap to clone.
+/// The metrics page, and the address from OTEL_EXPORTER_PROMETHEUS_HOST and _PORT. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Prometheus {
     /// Host name or address to listen on; `localhost` by default.
@@ -23,7 +23,7 @@ impl Prometheus {
     /// The page and the reader that fills it.
     pub(crate) fn new(host: &str, port: u16) -> Result<(Self, PrometheusExporter), OTelSdkError> {
         let registry = Registry::new();
-        // One meter, so the scope label would tell nothing and be on every row.
+        // There is one meter only, so a scope label on every row would have no information.
         let reader = opentelemetry_prometheus::exporter()
             .with_registry(registry.clone())
             .scope_info_enabled(false)
@@ -31,7 +31,7 @@ impl Prometheus {
         Ok((Self { host: host.into(), port, registry }, reader))
     }
 
-    /// What to say when nobody can listen there.
+    /// The problem to report when the address cannot be used.
     pub fn unusable(&self, error: &dyn std::fmt::Display) -> Problem {
         Problem {
             variable: "OTEL_EXPORTER_PROMETHEUS_PORT".into(),
@@ -40,17 +40,17 @@ impl Prometheus {
         }
     }
 
-    /// Content type for the HTTP answer.
+    /// The content type of the HTTP response.
     pub const CONTENT_TYPE: &'static str = prometheus::TEXT_FORMAT;
 
-    /// Collects now and renders. Runs the observable instruments' callbacks on the calling thread.
+    /// Collects and renders the current values. Runs the callbacks of observable instruments on the calling thread.
     pub fn render(&self) -> String {
         let mut families = self.registry.gather();
         families.iter_mut().for_each(mend);
         families.sort_by(|a, b| a.name().cmp(b.name()));
         let mut text = String::new();
         if let Err(error) = TextEncoder::new().encode_utf8(&families, &mut text) {
-            tracing::warn!(%error, "some metrics cannot be rendered");
+            tracing::warn!(%error, "cannot render some metrics");
         }
         text
     }
@@ -76,7 +76,7 @@ fn mended_name(name: &str, kind: MetricType) -> String {
             stem.truncate(stem.len() - unit.len());
         }
     }
-    // `_count` belongs to histograms: process.thread.count becomes process_threads.
+    // `_count` is reserved for histograms: process.thread.count becomes process_threads.
     if kind == MetricType::GAUGE
         && let Some(noun) = stem.strip_suffix("_count")
     {

@@ -1,7 +1,7 @@
-//! W3C trace context across carriers: gRPC metadata, NATS headers, anything with text keys.
+//! W3C trace context in carriers with text keys, such as gRPC metadata and NATS headers.
 //!
-//! Which formats are spoken is OTEL_PROPAGATORS' say (tracecontext and baggage by default). When tracing is
-//! off nothing is written, and what arrives is only used to show the caller's trace id in our log lines.
+//! OTEL_PROPAGATORS selects the formats (tracecontext and baggage by default). When tracing is off nothing is written,
+//! and a received context is used only to show the caller's trace id in log lines.
 
 use crate::{env::Propagator, ids};
 use opentelemetry::{
@@ -24,11 +24,11 @@ impl Injector for Set<'_> {
 
 struct Get(Vec<(&'static str, String)>);
 
-/// All keys the two propagators read.
+/// All keys that the two propagators read.
 const KEYS: [&str; 3] = ["traceparent", "tracestate", "baggage"];
 
 impl Get {
-    // `Extractor::get` lends, the carrier gives: so read first.
+    // `Extractor::get` returns a reference and the carrier an owned value, so all values are read first.
     fn new(get: &dyn Fn(&str) -> Option<String>) -> Self {
         Self(KEYS.iter().filter_map(|k| get(k).map(|v| (*k, v))).collect())
     }
@@ -43,7 +43,7 @@ impl Extractor for Get {
     }
 }
 
-/// Writes the current tracing span's context, one call of `set` per header. Nothing outside a span.
+/// Writes the current tracing span's context, with one call of `set` per header. Writes nothing outside a span.
 pub fn inject(set: &mut dyn FnMut(&str, String)) {
     if crate::BARE {
         return;
@@ -54,8 +54,8 @@ pub fn inject(set: &mut dyn FnMut(&str, String)) {
     }
 }
 
-/// Makes the sender's span the parent of `span`, which must not have been entered yet. Broken or absent
-/// headers leave `span` a root.
+/// Makes the sender's span the parent of `span`, which must not have been entered yet. With broken or missing headers
+/// `span` stays a root.
 pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
     if crate::BARE {
         return;
@@ -63,7 +63,7 @@ pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
     let carrier = Get::new(get);
     let cx = global::get_text_map_propagator(|p| p.extract_with_context(&Context::new(), &carrier));
     let remote = cx.span().span_context().clone();
-    // Baggage may come alone.
+    // Baggage may be sent without a trace context.
     if !remote.is_valid() && cx.baggage().is_empty() {
         return;
     }
@@ -72,7 +72,7 @@ pub fn adopt(span: &tracing::Span, get: &dyn Fn(&str) -> Option<String>) {
     }
 }
 
-/// Makes `chosen` the process's propagators.
+/// Installs `chosen` as the process's propagators.
 pub(crate) fn install(chosen: &[Propagator]) {
     global::set_text_map_propagator(composite(chosen));
 }

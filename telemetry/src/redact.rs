@@ -1,15 +1,15 @@
-//! Takes secrets out of text before it is logged or becomes a span attribute.
+//! Removes secrets from text before it is logged or becomes a span attribute.
 //!
-//! Removes: the password (or lone token) in a URL, `password=`-like settings in DSNs, query strings, headers, JSON
-//! and flags, credentials after Bearer and Basic, signatures of presigned URLs, private keys. Errs on the side of
-//! removing. Everything else stays byte for byte the same. Redacting twice is redacting once.
+//! Removes: the password (or single token) in a URL; settings like `password=` in DSNs, query strings, headers, JSON
+//! and flags; credentials after Bearer and Basic; signatures of presigned URLs; private keys. In doubt it removes.
+//! Everything else stays byte for byte the same, and redacting twice has the same result as redacting once.
 
 use regex::{Captures, Regex};
 use std::{borrow::Cow, sync::LazyLock};
 
 const MASK: &str = "***";
 
-/// What settings, parameters, headers and flags with secrets are called.
+/// The names of settings, parameters, headers and flags with secrets.
 const SECRET_NAME: &str = r"(?:[a-z0-9_.\-]*(?:password|passwd|passphrase|passcode|secret|token|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|shared[_-]?key|credential|signature|authorization|cookie)[a-z0-9_\-]*|otel_exporter_otlp_[a-z_]*headers|pass|pwd|sig|auth)";
 
 #[expect(clippy::expect_used, reason = "the patterns are constants; the tests compile every one")]
@@ -29,8 +29,8 @@ static RAW_URL: LazyLock<Regex> =
 static SCHEME: LazyLock<Regex> =
     LazyLock::new(|| pattern(r#"(?i)\b(bearer|basic)(\s+|%20)[^\s"',;]{4,}"#));
 
-/// A name and what stands before its value: `name = `, `name: `, `"name":`, also escaped or percent-encoded; and a flag
-/// with its value as the next word, `--name value` or `"--name", "value"`.
+/// A name and the text before its value: `name = `, `name: `, `"name":`, also escaped or percent-encoded; and a flag
+/// whose value is the next word, `--name value` or `"--name", "value"`.
 static SETTING: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(
         r#"(?i)\b({SECRET_NAME})(?:\\*["'])?\s*(?:=|:|%3d)\s*|(?:^|[\s"'(\[])--?({SECRET_NAME})(?:\\*["'])?,?\s+"#
@@ -39,7 +39,7 @@ static SETTING: LazyLock<Regex> = LazyLock::new(|| {
 
 static FLAG: LazyLock<Regex> = LazyLock::new(|| pattern(&format!("(?i)^--?{SECRET_NAME}$")));
 
-/// Whole lines or words that are keys.
+/// Lines or words that are keys as a whole.
 static KEY: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
         r"(?is)AGE-SECRET-KEY-[a-z0-9\-]+|(-----BEGIN [a-z0-9 ]*PRIVATE KEY-----).*?(-----END [a-z0-9 ]*PRIVATE KEY-----|\z)",
@@ -48,7 +48,7 @@ static KEY: LazyLock<Regex> = LazyLock::new(|| {
 
 /// The text with every secret replaced by `***`.
 pub fn redact(text: &str) -> Cow<'_, str> {
-    // Nothing below matches without one of these; most texts end here.
+    // Without one of these characters no pattern matches, which is the case for most texts.
     if !text.bytes().any(|b| matches!(b, b':' | b'=' | b'@' | b' ' | b'%' | b'-')) {
         return Cow::Borrowed(text);
     }
@@ -57,14 +57,14 @@ pub fn redact(text: &str) -> Cow<'_, str> {
         let (user, rest) = (&c[2], &c[3]);
         let first = rest.split(['/', '?', '#']).next().unwrap_or_default();
         let port = !first.is_empty() && first.bytes().all(|b| b.is_ascii_digit());
-        // A path with an @ in it, behind a host with its port.
+        // The `@` is in a path, after a host and its port.
         if port {
             return c[0].to_owned();
         }
         format!("{}{user}:{MASK}@", &c[1])
     });
     let step = replace(step, &URL, |c| {
-        // The user name is no secret when a password follows; alone it may be a token.
+        // The user name is not secret if a password follows; alone it may be a token.
         match c[2].split_once(':') {
             Some((user, _)) => format!("{}{user}:{MASK}@", &c[1]),
             None => format!("{}{MASK}@", &c[1]),
@@ -96,7 +96,7 @@ fn settings(text: &str) -> Option<String> {
         let (Some(all), Some(name)) = (found.get(0), found.get(1).or(found.get(2))) else { break };
         let rest = &text[all.end()..];
         let (open, value) = match found.get(2) {
-            // The next flag: this one has no value.
+            // The next word is a flag, so this one has no value.
             Some(_) if rest.starts_with('-') => (0, ""),
             _ => value(&text[..name.start()], rest, name.as_str()),
         };
@@ -126,20 +126,21 @@ fn value<'a>(before: &str, rest: &'a str, name: &str) -> (usize, &'a str) {
     }
 }
 
-/// Where the value ends that `quote` opened with so many backslashes before it. Without an end: everything.
+/// Where a value ends that was opened by `quote` with this many backslashes before it. If there is no end, the value
+/// is the rest of the text.
 fn quoted(body: &str, quote: u8, escapes: usize) -> usize {
     let bytes = body.as_bytes();
     let (mut at, mut backslashes) = (0, 0);
     while at < bytes.len() {
         let here = bytes[at];
         let plain = match (quote, escapes) {
-            // The whole text may be quoted once more, and its backslashes doubled: in doubt it goes on.
+            // The whole text may be quoted once more, with its backslashes doubled; in doubt the value goes on.
             (b'\'', 0) => backslashes == 0,
             (_, 0) => backslashes % 2 == 0,
             _ => backslashes <= escapes,
         };
         if here == quote && plain {
-            // SQL's way to write a quote is two of them.
+            // In SQL, two quotes stand for one.
             if quote == b'"' || bytes.get(at + 1) != Some(&quote) {
                 return at - backslashes.min(escapes);
             }
@@ -151,13 +152,13 @@ fn quoted(body: &str, quote: u8, escapes: usize) -> usize {
     body.len()
 }
 
-/// Where a value without quotes ends: at a space, but for the headers that hold several words; in a query at the
-/// next parameter; in quotes at their end. A comma or semicolon may be a part of it.
+/// Where a value without quotes ends: at a space, except in headers that contain several words; in a query at the next
+/// parameter; inside quotes at their end. A comma or semicolon may be part of it.
 fn bare(before: &str, rest: &str, name: &str) -> usize {
     let name = name.to_ascii_lowercase();
     let line = name.contains("authorization") || name.contains("cookie");
     let query = before.ends_with(['?', '&']);
-    // An odd number of quotes before: the whole setting stands in quotes.
+    // An odd number of quotes before means that the whole setting is inside quotes.
     let within = |quote: char| before.matches(quote).count() % 2 == 1;
     let (single, double) = (within('\''), within('"'));
     let mut escaped = false;
@@ -168,7 +169,7 @@ fn bare(before: &str, rest: &str, name: &str) -> usize {
             '&' | '#' => query,
             '"' => double && !escaped,
             '\'' => single && !escaped && closes(&rest[at + 1..]),
-            // libpq: a backslash makes the next character a part of the value.
+            // In libpq, a backslash makes the next character part of the value.
             c if c.is_whitespace() => !escaped && !line,
             _ => false,
         };
@@ -176,18 +177,18 @@ fn bare(before: &str, rest: &str, name: &str) -> usize {
             end = at;
             break;
         }
-        // Not counted: the text may be quoted once more, and its backslashes doubled.
+        // Backslashes are not counted, because the whole text may be quoted once more, with its backslashes doubled.
         escaped = c == '\\';
     }
     rest[..end].trim_end_matches(['\\', ')', ']', '}', ',', ';']).len()
 }
 
-/// Whether the quote before `next` can be a closing one, and no apostrophe.
+/// Whether the quote before `next` can be a closing one, and not an apostrophe.
 fn closes(next: &str) -> bool {
     next.chars().next().is_none_or(|c| c.is_whitespace() || ",:;.)]}\"".contains(c))
 }
 
-/// Whether a field or an attribute of this name holds a secret, whatever it looks like.
+/// Whether a field or an attribute of this name contains a secret, whatever its value looks like.
 pub(crate) fn is_secret_name(name: &str) -> bool {
     static NAME: LazyLock<Regex> = LazyLock::new(|| pattern(&format!("(?i)^(?:{SECRET_NAME})$")));
     NAME.is_match(name)

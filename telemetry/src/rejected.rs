@@ -1,7 +1,8 @@
-//! What the OTLP exporters only mention in passing: a collector that took a part, or one that is none.
+//! Detects what the OTLP exporters only log: a collector that accepted only part of the data, or an answer that is not
+//! OTLP.
 //!
-//! Both come with a good status, and the exporter says them in diagnostics that are off. They are heard on the
-//! thread that exports, which asks right after ([`taken`]), so nothing is mixed up between signals.
+//! Both come with a good status, and the exporter reports them in diagnostics that are off. They are recorded on the
+//! exporting thread, which asks for them right afterwards ([`taken`]), so that signals are not mixed up.
 
 use std::{cell::Cell, fmt};
 use tracing::{
@@ -10,12 +11,12 @@ use tracing::{
 };
 use tracing_subscriber::{Layer, layer::Context};
 
-/// What the answer to an export said beside its status.
+/// What the answer to an export said besides its status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Said {
-    /// So many spans, points or records were refused.
+    /// This many spans, points or records were refused.
     Rejected(i64),
-    /// Something that is not OTLP.
+    /// The answer was not OTLP.
     Nonsense,
 }
 
@@ -23,12 +24,12 @@ thread_local! {
     static SAID: Cell<Option<Said>> = const { Cell::new(None) };
 }
 
-/// What was heard on this thread since the last call.
+/// What was recorded on this thread since the last call.
 pub(crate) fn taken() -> Option<Said> {
     SAID.take()
 }
 
-/// Whether [`Ear`] listens to this.
+/// Whether [`Ear`] records this event.
 pub(crate) fn concerns(metadata: &Metadata<'_>) -> bool {
     let name = metadata.name();
     metadata.is_event()
@@ -36,7 +37,7 @@ pub(crate) fn concerns(metadata: &Metadata<'_>) -> bool {
         && (name.ends_with(".PartialSuccess") || name.ends_with(".ResponseParseError"))
 }
 
-/// The layer that listens; filter it with [`concerns`].
+/// The layer that records; to be filtered with [`concerns`].
 pub(crate) struct Ear;
 
 impl<S: Subscriber> Layer<S> for Ear {

@@ -1,7 +1,7 @@
-//! What describes this process: service name and version, detected facts, attributes given by the user.
+//! The description of this process: service name and version, detected facts, and attributes given by the user.
 //!
-//! Order of strength, weakest first: detectors, Kubernetes variables, OTEL_RESOURCE_ATTRIBUTES,
-//! OTEL_SERVICE_NAME. A fact that cannot be read is left out; nothing here fails.
+//! Precedence, lowest first: detectors, Kubernetes variables, OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME. A fact that
+//! cannot be read is left out, so nothing here fails.
 
 use crate::{env::ResourceSettings, redact::redact_arguments};
 use opentelemetry::{Array, KeyValue, StringValue, Value};
@@ -11,7 +11,7 @@ use opentelemetry_sdk::{
 };
 use std::fs;
 
-/// The names OTEL_RESOURCE_DETECTORS takes.
+/// The names that OTEL_RESOURCE_DETECTORS accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Detector {
     TelemetrySdk,
@@ -63,7 +63,7 @@ const NAMES: [(&str, &[Detector]); 16] = [
     ),
 ];
 
-/// The oldest compiler that builds this; the one that did is not known at run time.
+/// The oldest compiler that builds this crate. The one that was used is not known at run time.
 const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 impl Detector {
@@ -72,7 +72,7 @@ impl Detector {
         NAMES.iter().find(|(n, _)| *n == name).map(|(_, detectors)| *detectors)
     }
 
-    /// What a message says was expected.
+    /// The expected values, for a message.
     pub(crate) fn expected() -> String {
         let names: Vec<_> = NAMES.iter().map(|(n, _)| *n).collect();
         format!("a comma-separated list of {}", names.join(", "))
@@ -148,7 +148,7 @@ fn os_description() -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// The user's name from /etc/passwd, else the number.
+/// The user's name from /etc/passwd, or else the number.
 fn owner() -> Option<String> {
     let uid = rustix::process::geteuid().as_raw().to_string();
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -161,7 +161,7 @@ fn owner() -> Option<String> {
 }
 
 fn container_id() -> Option<String> {
-    // cgroup v1 names the container in the control group, v2 only in the mounts.
+    // cgroup v1 has the container's id in the control group, v2 only in the mounts.
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
     container_id_in(&text)
         .or_else(|| container_id_in(&fs::read_to_string("/proc/self/mountinfo").ok()?))
@@ -191,7 +191,7 @@ pub(crate) fn build(settings: &ResourceSettings, service: &str, version: &str) -
     all.extend(settings.kubernetes.iter().map(|(k, v)| KeyValue::new(*k, v.clone())));
     all.extend(settings.attributes.iter().map(|(k, v)| KeyValue::new(k.clone(), v.clone())));
     all.extend(one("service.name", settings.service_name.clone()));
-    // The builder lets the later value win.
+    // A later value wins in the builder.
     Resource::builder_empty().with_attributes(all).build()
 }
 

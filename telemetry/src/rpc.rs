@@ -1,10 +1,10 @@
 //! gRPC calls as `rpc.server.call.duration` and `rpc.client.call.duration`.
 //!
-//! Names and attributes: OpenTelemetry's RPC conventions after v1.37
-//! (<https://opentelemetry.io/docs/specs/semconv/rpc/rpc-metrics/>). One measurement a call, when its last
-//! byte, its error or its dropping ends it, so a stream counts once, however many messages it carries.
-//! Methods are named as the caller of [`RpcMeter::layer`] knows them; any other path is `_OTHER`, as the
-//! conventions ask, and so is a method that a service of ours does not have: callers cannot make series.
+//! Names and attributes follow OpenTelemetry's RPC conventions after v1.37
+//! (<https://opentelemetry.io/docs/specs/semconv/rpc/rpc-metrics/>). Each call is measured once, when its last byte,
+//! its error or its dropping ends it, so a stream counts once, however many messages it carries. Only methods of the
+//! services given to [`RpcMeter::new`] appear by name. Any other path is `_OTHER`, as the conventions require, and so
+//! is a method that one of our services does not have, so that callers cannot create series.
 
 use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
@@ -21,7 +21,7 @@ use std::{
 };
 use tower::{Layer, Service};
 
-/// From fast questions to streams that last for days, in seconds.
+/// From short requests to streams that last for days, in seconds.
 const BOUNDARIES: [f64; 14] =
     [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
@@ -47,16 +47,16 @@ const STATUS: [&str; 17] = [
 ];
 const CANCELLED: usize = 1;
 const UNKNOWN: usize = 2;
-/// What tonic answers to a method that the service does not have.
+/// The status of tonic for a method that the service does not have.
 const UNIMPLEMENTED: usize = 12;
 const OTHER: &str = "_OTHER";
 
-/// Which end of the calls this is.
+/// The end of the calls that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The one that is called.
+    /// The end that is called.
     Server,
-    /// The one that calls.
+    /// The end that calls.
     Client,
 }
 
@@ -78,11 +78,11 @@ impl std::fmt::Debug for RpcMeter {
 }
 
 impl RpcMeter {
-    /// An instrument on this meter, for the methods of these services (`package.Service`).
+    /// Creates an instrument on this meter, for the methods of these services (`package.Service`).
     pub fn new(meter: &Meter, side: Side, services: &[&str]) -> Self {
         let (name, text) = match side {
-            Side::Server => ("rpc.server.call.duration", "duration of calls that came in"),
-            Side::Client => ("rpc.client.call.duration", "duration of calls that went out"),
+            Side::Server => ("rpc.server.call.duration", "duration of incoming calls"),
+            Side::Client => ("rpc.client.call.duration", "duration of outgoing calls"),
         };
         let duration = meter
             .f64_histogram(name)
@@ -94,7 +94,7 @@ impl RpcMeter {
         Self(Arc::new(Inner { duration, side, services }))
     }
 
-    /// For a tonic server or around a channel.
+    /// The layer for a tonic server, or around a channel.
     pub fn layer(&self) -> RpcLayer {
         RpcLayer(self.clone())
     }
@@ -127,13 +127,13 @@ pub struct Metered<S> {
 }
 
 impl<S> Metered<S> {
-    /// Measures only when there is a meter.
+    /// Measures only if there is a meter.
     pub fn new(inner: S, meter: Option<RpcMeter>) -> Self {
         Self { inner, meter }
     }
 }
 
-/// A call that has not been measured yet. Dropped before it ended means cancelled.
+/// A call that has not been measured yet. If it is dropped before it ended, it counts as cancelled.
 #[derive(Debug)]
 struct Call {
     meter: RpcMeter,
@@ -143,7 +143,7 @@ struct Call {
 }
 
 impl Call {
-    /// Takes the status from headers or trailers, if it is there.
+    /// Takes the status from headers or trailers, if they contain it.
     fn read(&mut self, headers: &HeaderMap) {
         let text = headers.get("grpc-status").and_then(|value| value.to_str().ok());
         if let Some(text) = text {
@@ -209,7 +209,7 @@ where
     }
 }
 
-/// The body of an answer: its end is the end of the call.
+/// The body of an answer; the call ends with it.
 #[derive(Debug)]
 pub struct MeteredBody<B> {
     body: Pin<Box<B>>,
@@ -283,7 +283,7 @@ mod tests {
         Frame::trailers(map)
     }
 
-    /// Makes one call and gives what was measured: method, status, count.
+    /// Makes one call and returns what was measured: method, status, count.
     async fn measured(
         path: &str,
         frames: Vec<Frame<&'static [u8]>>,

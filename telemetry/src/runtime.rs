@@ -1,7 +1,8 @@
-//! The tokio runtime's figures, as observables of the runtime [`observe`] is called in.
+//! The tokio runtime's figures, as observable instruments of the runtime in which [`observe`] is called.
 //!
-//! Only what tokio offers without `--cfg tokio_unstable`, which leaves out polls: those of the long tasks are
-//! timed here ([`Polls`]). Names are ours: OpenTelemetry has none yet. Without metrics nothing is timed.
+//! Only figures that tokio offers without `--cfg tokio_unstable` are used. These do not include polls, so the polls of
+//! long tasks are timed here ([`Polls`]). The names are ours, because OpenTelemetry has none yet. Without metrics
+//! nothing is timed.
 
 use opentelemetry::{KeyValue, metrics::Meter};
 use std::{
@@ -16,10 +17,10 @@ use std::{
 };
 use tokio::runtime::Handle;
 
-/// A poll that takes longer holds up whatever else its worker has to do; an fsync belongs on a blocking thread.
+/// A longer poll delays everything else on its worker; for example an fsync belongs on a blocking thread.
 const SLOW: Duration = Duration::from_millis(10);
 
-/// Times the polls of the tasks given to [`Polls::watch`]. Cheap to clone; the default one times nothing.
+/// Times the polls of the tasks given to [`Polls::watch`]. Cheap to clone; the default value times nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Polls(Option<Arc<Counts>>);
 
@@ -31,12 +32,12 @@ struct Counts {
 }
 
 impl Polls {
-    /// One that times.
+    /// A value that times polls.
     pub(crate) fn timing() -> Self {
         Self(Some(Arc::default()))
     }
 
-    /// The same task, with its polls timed. As cancel-safe as the task.
+    /// Wraps a task so that its polls are timed. As cancel-safe as the task.
     pub fn watch<F: Future>(&self, task: F) -> Watched<F> {
         Watched { task: Box::pin(task), counts: self.0.clone() }
     }
@@ -79,7 +80,7 @@ fn observe_polls(meter: &Meter, polls: &Polls) {
     meter
         .f64_observable_counter("klio.runtime.poll_time")
         .with_unit("s")
-        .with_description("time these polls took")
+        .with_description("time spent in polls of Klio's own long tasks")
         .with_callback(move |observer| {
             observer.observe(time.nanoseconds.load(Relaxed) as f64 / 1e9, &[]);
         })
@@ -87,12 +88,14 @@ fn observe_polls(meter: &Meter, polls: &Polls) {
     meter
         .u64_observable_counter("klio.runtime.slow_polls")
         .with_unit("{poll}")
-        .with_description("of these, polls that held a worker for more than 10 ms")
+        .with_description(
+            "polls of Klio's own long tasks that occupied a worker for more than 10 ms",
+        )
         .with_callback(move |observer| observer.observe(slow.slow.load(Relaxed), &[]))
         .build();
 }
 
-/// Registers the instruments; of the runtime, outside one, none.
+/// Registers the instruments; outside a runtime those of the runtime are left out.
 pub(crate) fn observe(meter: &Meter, polls: &Polls) {
     observe_polls(meter, polls);
     let Ok(handle) = Handle::try_current() else { return };
@@ -175,7 +178,7 @@ mod tests {
         let polls = Polls::timing();
         let task = async {
             tokio::task::yield_now().await;
-            // Held on purpose: the only way to be slow is to take the time.
+            // Blocks on purpose: a poll is slow only if it takes the time.
             std::thread::sleep(SLOW * 2);
             7
         };

@@ -1,7 +1,7 @@
-//! Takes secrets out of spans and log records on their way to an exporter.
+//! Removes secrets from spans and log records on their way to an exporter.
 //!
-//! The second line of defence: what makes a span or a line redacts its arguments itself, but an error of a
-//! library may hold an address with credentials. Only text is looked at; names, numbers and ids stay.
+//! This is the second line of defence: code that creates a span or a line redacts its arguments itself, but an error
+//! of a library may contain an address with credentials. Only texts are checked; names, numbers and ids stay.
 
 use crate::redact::{is_secret_name, redact};
 use opentelemetry::{
@@ -15,7 +15,7 @@ use opentelemetry_sdk::{
 };
 use std::{borrow::Cow, time::SystemTime};
 
-/// Attributes, events and the status of a finished span.
+/// Cleans attributes, events and the status of a finished span.
 pub(crate) fn span(span: &mut SpanData) {
     attributes(&mut span.attributes);
     for event in &mut span.events.events {
@@ -58,7 +58,7 @@ fn changed(text: &str) -> Option<String> {
     }
 }
 
-/// A logger provider whose records are clean when they leave the event.
+/// A logger provider whose records are redacted when they are created.
 #[derive(Debug)]
 pub(crate) struct CleanLogs(pub SdkLoggerProvider);
 
@@ -87,7 +87,7 @@ impl Logger for CleanLogger {
     }
 }
 
-/// A record that redacts what is put into it.
+/// A record that redacts the values put into it.
 #[derive(Debug)]
 pub(crate) struct CleanRecord(SdkLogRecord);
 

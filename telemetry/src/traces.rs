@@ -1,6 +1,6 @@
 //! The tracer provider: exporters behind batch processors, the sampler.
 //!
-//! Without an exporter it still makes ids, which is what `--debug` wants; it then starts no thread.
+//! Without an exporter it still generates ids, which `--debug` needs, and starts no thread.
 
 use crate::{
     env::{Batch, Problem, TraceSettings},
@@ -61,10 +61,10 @@ fn batch(settings: &Batch) -> BatchConfig {
     builder.build()
 }
 
-/// The spans of a base backup's life cycle; their tracer's name is part of the contract.
+/// The spans of a base backup's life cycle. The name of their tracer is part of the documented interface.
 const BACKUP_SPANS: [&str; 4] = ["backup", "backup_run", "backup_verify", "backup_maintenance"];
 
-/// Sends each span to the tracer whose name the contract gives it: `klio.backup`, or `klio` for the rest.
+/// Sends each span to its documented tracer: `klio.backup`, or `klio` for all others.
 #[derive(Debug, Clone)]
 pub(crate) struct Router {
     klio: SdkTracer,

@@ -1,14 +1,14 @@
-//! Text of another side, made safe to show: on a terminal, in a log line, on a page, in JSON.
+//! Makes text from others safe to show: on a terminal, in a log line, on a page, in JSON.
 //!
-//! A control character, an escape sequence or a change of direction in a gap's reason, a label, a name or an error must not move
-//! a cursor, hide a line or forge one. They are shown as `\u001b`, which is also how JSON writes them: text that is JSON stays
-//! the same JSON. What can be seen stays as it is, in every script.
+//! A control character, an escape sequence or a change of direction in a gap's reason, a label, a name or an error
+//! must not move a cursor, hide a line or forge one. Such characters are shown as `\u001b`, which is also how JSON
+//! writes them, so JSON text stays the same JSON. Visible characters of every script stay unchanged.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// What cannot be seen and changes what is: controls (the C1 set, too), line and paragraph separators, marks and overrides of
-/// direction, characters without width, and the tags, which spell invisible text.
+/// Characters that are invisible and change what is shown: controls (including the C1 set), line and paragraph
+/// separators, marks and overrides of direction, characters without width, and tags, which spell invisible text.
 fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -39,12 +39,12 @@ fn escape(text: &str, keeps: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// For text of several lines that are ours: newlines and tabs stay.
+/// For text of several lines that we wrote: newlines and tabs stay.
 pub fn lines(text: &str) -> Cow<'_, str> {
     escape(text, |c| matches!(c, '\n' | '\t'))
 }
 
-/// For text that is one line, or a part of one: nothing in it begins another.
+/// For text that must stay on one line: nothing in it can begin another line.
 pub fn line(text: &str) -> Cow<'_, str> {
     escape(text, |_| false)
 }

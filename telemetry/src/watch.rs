@@ -1,9 +1,8 @@
-//! A wrapper around every exporter that remembers how the last export went.
+//! A wrapper around every exporter that remembers the result of the last export.
 //!
-//! Says once that a collector cannot be reached, or refuses a part, and once that it can again; in between it
-//! stays silent, as a dead collector must not fill the log (P9). The message names the variable, its value and
-//! what was expected there. Changes nothing about what is exported or when, but for [`scrub`]: secrets are taken
-//! out of what leaves.
+//! It logs once that a collector cannot be reached or refuses a part, and once that it can be reached again. In
+//! between it is silent, because a dead collector must not fill the log (P9). The message names the variable, its
+//! value and what was expected. It does not change what is exported or when, except that [`scrub`] removes secrets.
 
 use crate::{
     env::{Otlp, Signal},
@@ -31,7 +30,7 @@ const NEVER: u8 = 0;
 const DELIVERED: u8 = 1;
 const FAILED: u8 = 2;
 
-/// How the last export of one signal went. Shared by the exporter and [`crate::Telemetry`].
+/// The result of the last export of one signal. Shared by the exporter and [`crate::Telemetry`].
 #[derive(Debug)]
 pub(crate) struct Health {
     signal: Signal,
@@ -43,7 +42,7 @@ pub(crate) struct Health {
     cause: Arc<Cause>,
 }
 
-/// Why the transport failed last, where the exporter itself says "network error" only.
+/// Why the transport failed last, because the exporter itself reports only "network error".
 #[derive(Debug, Default)]
 pub(crate) struct Cause(Mutex<Option<String>>);
 
@@ -57,7 +56,7 @@ impl Cause {
     }
 }
 
-/// What the last export of a signal said.
+/// The result of the last export of a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Last {
     Never,
@@ -66,7 +65,7 @@ pub(crate) enum Last {
 }
 
 impl Health {
-    /// The collector's address is redacted here.
+    /// Redacts the collector's address.
     pub(crate) fn new(otlp: &Otlp, cause: Arc<Cause>) -> Arc<Self> {
         Arc::new(Self {
             signal: otlp.signal,
@@ -87,7 +86,7 @@ impl Health {
         }
     }
 
-    /// How the export went that has just ended on this thread.
+    /// Records the result of the export that has just ended on this thread.
     fn note(&self, result: &OTelSdkResult) {
         let said = rejected::taken();
         let cause = self.cause.take().map(|cause| format!(": {cause}")).unwrap_or_default();
@@ -118,16 +117,16 @@ impl Health {
             signal = self.signal.name(),
             variable = self.variable,
             value = %self.place,
-            expected = "a collector that takes all",
+            expected = "a collector that accepts all of it",
             rejected = count,
-            "the collector refuses a part of the telemetry (further refusals are not logged)"
+            "the collector refuses part of the telemetry (further refusals are not logged)"
         );
     }
 
-    /// The time to flush is up. Says so, unless this collector was complained about.
+    /// Called when the time to flush is up. Logs that, unless a failure of this collector was logged before.
     pub(crate) fn ended(&self, end: End) {
         if end != End::Flushed && self.last.swap(FAILED, Ordering::AcqRel) != FAILED {
-            self.undeliverable("no answer in the time there was to flush");
+            self.undeliverable("no answer within the time for the flush");
         }
     }
 
@@ -136,9 +135,9 @@ impl Health {
             signal = self.signal.name(),
             variable = self.variable,
             value = %self.place,
-            expected = %format_args!("a collector that takes OTLP over {} there", self.protocol),
+            expected = %format_args!("a collector that accepts OTLP over {} there", self.protocol),
             error = %redact(error),
-            "telemetry cannot be delivered; going on without (further failures are not logged)"
+            "cannot deliver telemetry; going on without it (further failures are not logged)"
         );
     }
 }
@@ -178,7 +177,7 @@ impl<E: SpanExporter> SpanExporter for Watched<E> {
     }
 }
 
-/// An exporter to the console, that takes out secrets too.
+/// An exporter to the console that removes secrets, too.
 #[derive(Debug)]
 pub(crate) struct Clean<E>(pub E);
 

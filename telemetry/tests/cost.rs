@@ -1,7 +1,8 @@
-//! With nothing configured telemetry costs next to nothing.
+//! If nothing is configured, telemetry costs next to nothing.
 //!
-//! A program of its own, because starting telemetry is for the whole process. The bounds are loose, as this also runs unoptimised on a
-//! busy machine: they catch a span that allocates a page or takes a system call, not one that is twice as slow. Figures: docs/benchmarks.md.
+//! This is a program of its own, because telemetry is started for the whole process. The limits are loose, because it
+//! also runs unoptimised on a busy machine. They detect a span that allocates a page or makes a system call, not one
+//! that is twice as slow. Figures: docs/benchmarks.md.
 
 use klio_telemetry::{BARE, Options};
 use std::{
@@ -10,12 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Of one span: a segment of 16 MiB takes more than a thousand times as long on any machine.
+/// The limit for one span: a segment of 16 MiB takes more than a thousand times as long on any machine.
 const SPAN_MAX: Duration = Duration::from_micros(30);
-/// Of a line that is not shown.
+/// The limit for a log line that is not shown.
 const HIDDEN_MAX: Duration = Duration::from_micros(3);
 
-/// The best of several rounds: another program's turn on the core is not counted.
+/// The best of several rounds, so that time used by another program does not count.
 fn best(work: impl Fn()) -> Duration {
     const COUNT: u32 = 1000;
     let round = || {
@@ -34,7 +35,7 @@ async fn nothing_configured_makes_spans_and_hidden_lines_cost_next_to_nothing() 
         debug: false,
         log_format: None,
         log_filter: Some("info".into()),
-        // Whatever the tester's shell has set.
+        // Independent of the tester's shell.
         overrides: BTreeMap::from([("OTEL_SDK_DISABLED".into(), "true".into())]),
     };
     let _telemetry = klio_telemetry::start(options).expect("nothing is misconfigured");
@@ -47,7 +48,7 @@ async fn nothing_configured_makes_spans_and_hidden_lines_cost_next_to_nothing() 
     assert!(hidden < HIDDEN_MAX, "a hidden line takes {hidden:?}");
 }
 
-/// The build without telemetry is for the cost benchmark and for nobody else.
+/// The build without telemetry is for the cost benchmark only.
 #[test]
 fn a_usual_build_has_telemetry() {
     const { assert!(!BARE, "feature `bare` is on") };

@@ -1,7 +1,7 @@
-//! `start` in processes of its own: what is global to a process, and what its stderr shows.
+//! Tests of `start` in separate processes: what is global to a process, and what its stderr shows.
 //!
-//! Each test runs this same program again with only `child` selected and the variables under test; without
-//! them `child` does nothing.
+//! Each test runs this program again with only the test `child` selected and the variables under test; without them
+//! `child` does nothing.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,7 +16,7 @@ use std::{
 };
 
 const CHILD: &str = "KLIO_TELEMETRY_TEST_CHILD";
-/// Milliseconds the child gives its flush; ten seconds without.
+/// Milliseconds that the child gives its flush; ten seconds if unset.
 const FLUSH: &str = "KLIO_TELEMETRY_TEST_FLUSH";
 
 fn run(variables: &[(&str, &str)]) -> Output {
@@ -113,7 +113,7 @@ fn strict_refuses_to_start() {
 
 #[test]
 fn a_dead_collector_is_one_warning_a_signal_and_changes_no_exit_status() {
-    // Port 9 on loopback: discard, which nobody runs.
+    // Port 9 on loopback is the discard service, which nobody runs.
     let output = run(&[
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:hunter2@127.0.0.1:9"),
         ("OTEL_BSP_SCHEDULE_DELAY", "5"),
@@ -134,7 +134,7 @@ fn a_dead_collector_is_one_warning_a_signal_and_changes_no_exit_status() {
 
 #[test]
 fn a_hanging_collector_delays_the_exit_by_no_more_than_the_flush() {
-    // Never accepted: the kernel takes the connection and nobody answers.
+    // Never accepted: the kernel accepts the connection and nobody answers.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     for protocol in ["http/protobuf", "grpc"] {

@@ -59,7 +59,7 @@ fn segment_of(timeline: u32, number: u64) -> WalFile {
     format!("{timeline:08X}00000000{number:08X}").parse().unwrap()
 }
 
-/// Of the middle of a segment with `.5`.
+/// The middle of a segment is written as `.5`.
 fn lsn(segments: f64) -> Lsn {
     Lsn::new((segments * SEGMENT as f64) as u64)
 }
@@ -93,7 +93,7 @@ fn encode(plain: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A sealed file in tier 1, of a content that only this file has.
+/// Writes a sealed file to tier 1, with content that only this file has.
 fn seal(root: &Path, cluster: &str, file: WalFile) {
     let path = root.join(file.key(&name(cluster)));
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -170,7 +170,7 @@ impl Test {
         eventually(&what, || self.state(cluster).archived_lsn == Lsn::new(number * SEGMENT)).await;
     }
 
-    /// No lag is left: what an idle cluster must show.
+    /// Waits until there is no lag, as an idle cluster must show.
     async fn idle(&self, cluster: &str) {
         eventually(&format!("nothing of {cluster} waits"), || {
             let state = self.state(cluster);
@@ -213,7 +213,7 @@ async fn everything_finished_reaches_the_bucket_byte_for_byte() {
     assert!(state.latest_archived_unix.unwrap() > 1.7e9);
     assert_eq!(state.problems, Vec::<String>::new());
     eventually("eight are counted", || test.counts.of("pg-1", Attempt::Stored) == 8).await;
-    // New ones come by the queue, not by the reconciler.
+    // New files come through the queue, not from the reconciler.
     let publisher =
         crate::queue::Publisher::new(queue.queue.clone(), Some(test.archives.listener()));
     seal(root.path(), "pg-1", segment(9));
@@ -233,25 +233,25 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
     let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
-    // Counted after it is recorded on disk.
+    // It is counted after it was recorded on disk.
     eventually("three are counted", || test.counts.of("pg-1", Attempt::Stored) == 3).await;
     let before = test.state("pg-1");
     test.stop().await;
     s3.on_request(|_| Some(Fault::Status(503, "SlowDown")));
     let test = Test::start(root.path(), &queue, &s3);
-    // At once: no moment at which it shows nothing.
+    // At once: there must be no moment without a state.
     let after = test.state("pg-1");
     assert_eq!(after.archived_lsn, before.archived_lsn);
     assert_eq!(after.latest_archived_unix, before.latest_archived_unix);
     assert_eq!(after.totals, before.totals);
     eventually("the trouble is named", || !test.state("pg-1").problems.is_empty()).await;
-    // An idle cluster has no lag, even now.
+    // An idle cluster has no lag, even at this moment.
     assert_eq!(
         test.state("pg-1"),
         ArchiveState { problems: test.state("pg-1").problems, ..before }
     );
     test.stop().await;
-    // What was finished and not archived before a restart waits since it was finished.
+    // A file that was finished and not archived before a restart counts as waiting since it was finished.
     seal(root.path(), "pg-1", segment(6));
     let finished = root.path().join(segment(6).key(&name("pg-1")));
     let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
@@ -267,7 +267,7 @@ async fn a_restart_knows_what_was_archived_without_asking_the_bucket() {
     queue.stop().await;
 }
 
-/// P4; peers: nothing finds what is missing.
+/// P4. Guards against a bug of other projects, where nothing finds what is missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_queue_directory_loses_nothing() {
     let (root, directory, s3) =
@@ -275,7 +275,7 @@ async fn a_deleted_queue_directory_loses_nothing() {
     let queue_directory = directory.path().join("queue");
     seal_many(root.path(), "pg-1", 3..8);
     seal_many(root.path(), "pg-2", 3..8);
-    // The bucket is down: all jobs stay in the queue.
+    // The bucket is down, so all jobs stay in the queue.
     s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
     let queue = TestQueue::up(&queue_directory).await;
     let test = Test::start(root.path(), &queue, &s3);
@@ -294,14 +294,15 @@ async fn a_deleted_queue_directory_loses_nothing() {
     queue.stop().await;
 }
 
-/// Peers: one task in flight for all clusters; ten tries, then a dead letter.
+/// Guards against the design of other projects: one task in flight for all clusters, and a dead letter after ten
+/// attempts.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_broken_cluster_does_not_hold_up_another() {
     let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     seal_many(root.path(), "broken", 0..30);
     seal_many(root.path(), "well", 3..30);
-    // The worst kind: requests of one cluster hang until they time out.
+    // The worst case: requests of one cluster hang until they time out.
     s3.on_request(|parts| {
         (parts.method == "PUT" && parts.uri.path().contains("/broken/")).then_some(Fault::Hang)
     });
@@ -371,7 +372,7 @@ async fn a_killed_nats_server_in_the_middle_changes_nothing() {
     queue.stop().await;
 }
 
-/// P4 and P5: an object that vanished from the bucket is found and written again.
+/// P4 and P5: an object that vanished from the bucket is found and uploaded again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_vanished_is_written_again() {
     let (root, directory, s3) =
@@ -387,7 +388,7 @@ async fn an_object_that_vanished_is_written_again() {
     queue.stop().await;
 }
 
-/// OBJECT4 seen from here: what somebody else wrote under our key stays, and is named.
+/// OBJECT4 for the consumer: what somebody else wrote under our key stays, and the problem names it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_object_is_a_named_conflict_and_stays() {
     let (root, directory, s3) =
@@ -409,7 +410,7 @@ async fn a_foreign_object_is_a_named_conflict_and_stays() {
     queue.stop().await;
 }
 
-/// The frontier stood still at a gap, and the lag alarm rang for ever.
+/// Regression test: the frontier stopped at a gap, and the lag alarm never ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
     let (root, directory, s3) =
@@ -423,7 +424,7 @@ async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
     let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
-    // Recorded while it runs, with nothing behind it for now.
+    // A gap that is recorded while the consumer runs, with nothing behind it yet.
     test.files.record_gap(gap(1, 6.5, 9.0));
     assert_eq!(test.state("pg-1").archived_lsn, lsn(6.0));
     let publisher =
@@ -440,11 +441,11 @@ async fn a_recorded_gap_is_no_lag_but_the_partial_before_it_is() {
     test.idle("pg-1").await;
     finish(segment(11));
     test.archived("pg-1", 12).await;
-    // One at the end of what is held is passed at once: nothing may come for days.
+    // A gap at the end of the stored WAL is passed at once, because nothing may follow for days.
     test.files.record_gap(gap(1, 12.0, 20.0));
     assert_eq!(test.state("pg-1").archived_lsn, lsn(20.0));
     test.stop().await;
-    // The same after a restart, which compares both tiers.
+    // The same must hold after a restart, which compares both tiers.
     let test = Test::start(root.path(), &queue, &s3);
     for gap in [gap(1, 6.5, 9.0), gap(1, 12.0, 20.0)] {
         test.files.record_gap(gap);
@@ -477,10 +478,10 @@ async fn a_new_timeline_is_archived_no_further_than_what_it_came_from() {
         let state = test.state("pg-1");
         (state.timeline, state.archived_lsn) == (TimelineId::new(2), lsn(archived))
     };
-    // Segment 5 is full and not sealed, the first half of 6 came on both timelines.
+    // Segment 5 is full and not sealed, and the first half of 6 arrived on both timelines.
     test.files.set_positions(&[position(1, 3.0, 5.0, 6.5), position(2, 6.0, 6.0, 6.6)]);
     assert!(newest(5.0), "{:?}", test.state("pg-1"));
-    // All sealed, nothing archived.
+    // Everything is sealed and nothing is archived.
     [segment(5), partial, "00000002.history".parse().unwrap()].into_iter().for_each(finish);
     test.files.set_positions(&[position(1, 3.0, 6.5, 6.5), position(2, 6.0, 6.0, 6.7)]);
     assert!(newest(5.0), "{:?}", test.state("pg-1"));
@@ -489,7 +490,7 @@ async fn a_new_timeline_is_archived_no_further_than_what_it_came_from() {
     test.idle("pg-1").await;
     finish(segment_of(2, 6));
     eventually("timeline 2 goes on", || newest(7.0)).await;
-    // Timeline 3 begins behind a gap: what timeline 2 held before it lies in the past for ever.
+    // Timeline 3 begins behind a gap, so the WAL of timeline 2 before it is in the past for ever.
     test.files.record_gap(gap(3, 7.2, 9.0));
     let held = [(2, 6.0, 7.2), (3, 9.0, 9.0)].map(|(t, from, to)| position(t, from, to, to));
     test.files.set_positions(&held);
@@ -501,8 +502,8 @@ async fn a_new_timeline_is_archived_no_further_than_what_it_came_from() {
     queue.stop().await;
 }
 
-/// A comparison may archive a file before the sealer announces it, and the queue drop that as a job it
-/// had: nothing would come to say that it is done.
+/// A comparison may archive a file before the sealer announces it, and the queue may drop the job as a duplicate. Then
+/// nothing would report that it is done.
 #[test]
 fn a_file_announced_after_it_was_archived_does_not_wait() {
     let root = tempfile::tempdir().unwrap();
@@ -523,7 +524,7 @@ fn a_file_announced_after_it_was_archived_does_not_wait() {
     }
 }
 
-/// Name and trace of each ended span.
+/// Name and trace id of each ended span.
 #[derive(Debug, Clone, Default)]
 struct Spans(Arc<Mutex<Vec<(String, String)>>>);
 
@@ -554,10 +555,10 @@ async fn one_trace_follows_a_segment_to_the_bucket() {
         .with_span_processor(spans.clone())
         .build();
     let tracing = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
-    // With one subscriber alive, tracing asks the thread that meets a span first whether anybody wants
-    // it, and that may be another test's; with two it asks the subscribers.
+    // With one subscriber alive, tracing asks the thread that meets a span first whether anybody wants it, and that
+    // may be another test's thread. With two it asks the subscribers.
     let _second = tracing::Dispatch::new(tracing_subscriber::registry());
-    // This runtime has one thread: everything of ours runs under this subscriber.
+    // This runtime has one thread, so everything of ours runs under this subscriber.
     let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(tracing));
     opentelemetry::global::set_text_map_propagator(
         opentelemetry_sdk::propagation::TraceContextPropagator::new(),
@@ -587,7 +588,7 @@ async fn one_trace_follows_a_segment_to_the_bucket() {
     queue.stop().await;
 }
 
-/// Every file of the embedded server's store, but its directories.
+/// Every file of the embedded server's store, without its directories.
 fn files_below(directory: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -613,14 +614,14 @@ fn copy_directory(from: &Path, to: &Path) {
 
 type Damage = fn(&Path);
 
-/// What becomes of a file; the last two also of a directory.
+/// The kinds of damage to a file; the last two also apply to a directory.
 const DAMAGES: [(&str, Damage); 6] = [
     ("zeros", |file| change(file, |old| vec![0; old.len()])),
     ("garbage", |file| {
         change(file, |old| (0..old.len()).map(|at| (at * 131 + 7) as u8).collect());
     }),
     ("cut", |file| change(file, |old| old[..old.len() / 2].to_vec())),
-    // As of a medium that gives an error: a directory cannot be read as a file.
+    // Like a medium that returns an error: a directory cannot be read as a file.
     ("unreadable", |file| {
         std::fs::remove_file(file).unwrap();
         std::fs::create_dir_all(file.join("in its place")).unwrap();
@@ -670,7 +671,7 @@ async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
     let queue = TestQueue::up(&template).await;
     let test = Test::start(root.path(), &queue, &s3);
     test.archived("pg-1", 6).await;
-    // The bucket is down: jobs are in the store, some of them given out.
+    // The bucket is down, so jobs are in the store, and some of them are delivered.
     s3.on_request(|parts| (parts.method == "PUT").then_some(Fault::Status(503, "SlowDown")));
     seal_many(root.path(), "pg-1", 6..9);
     test.archives.load(&name("pg-1"));
@@ -697,7 +698,7 @@ async fn whatever_is_damaged_in_the_queues_files_archiving_goes_on() {
             let victim = place.join("jetstream").join(relative);
             damage(&victim);
             s3.heal();
-            // One that waits from before, and one that is finished while it runs.
+            // One file waits from before, and one is finished while it runs.
             seal(root.path(), "pg-1", segment(next));
             let queue = TestQueue::start(&place).await;
             let test = Test::start(root.path(), &queue, &s3);

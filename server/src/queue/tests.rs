@@ -6,7 +6,7 @@ use futures::StreamExt;
 use std::{path::Path, path::PathBuf, time::Duration};
 use tokio_util::sync::CancellationToken;
 
-/// A queue of a test.
+/// A queue for a test.
 pub(crate) struct TestQueue {
     pub(crate) queue: Queue,
     cancel: CancellationToken,
@@ -33,7 +33,7 @@ impl TestQueue {
         Self { queue, cancel, tasks }
     }
 
-    /// Started and connected.
+    /// A queue that is started and connected.
     pub(crate) async fn up(directory: &Path) -> Self {
         let this = Self::start(directory).await;
         this.connected().await;
@@ -93,7 +93,7 @@ async fn the_same_job_is_queued_once_and_comes_out_with_its_headers() {
     let test = TestQueue::up(directory.path()).await;
     for _ in 0..3 {
         test.queue.publish_and_wait(job(1)).await.unwrap();
-        // Longer than the duplicate window: only the subject can tell.
+        // Longer than the duplicate window, so that only the subject can tell.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     test.queue.publish_and_wait(job(2)).await.unwrap();
@@ -116,7 +116,7 @@ async fn the_same_job_is_queued_once_and_comes_out_with_its_headers() {
     let id = message.headers.as_ref().and_then(|h| h.get("Nats-Msg-Id")).unwrap();
     assert_eq!(id.as_str(), job(1).id());
     message.double_ack().await.unwrap();
-    // Acknowledged is gone, and the same job may come again.
+    // An acknowledged job is removed, and the same job may be queued again.
     eventually("one job is left", || test.queue.stats().messages == 1).await;
     test.queue.publish_and_wait(job(1)).await.unwrap();
     eventually("two jobs again", || test.queue.stats().messages == 2).await;
@@ -139,7 +139,7 @@ async fn jobs_survive_a_killed_server_which_is_started_again() {
     test.stop().await;
 }
 
-/// QUEUE2: with the queue down, publishing returns at once and only marks the cluster.
+/// QUEUE2: while the queue is down, publishing returns at once and only marks the cluster.
 #[tokio::test(flavor = "multi_thread")]
 async fn publishing_never_waits_and_a_lost_job_is_marked() {
     let directory = tempfile::tempdir().unwrap();
@@ -154,7 +154,7 @@ async fn publishing_never_waits_and_a_lost_job_is_marked() {
     test.stop().await;
 }
 
-/// Peers' bug: the queue listens without authentication.
+/// Guards against a bug of other projects, whose queue listens without authentication.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_without_this_runs_credentials_gets_in() {
     use std::os::unix::fs::PermissionsExt;
@@ -176,7 +176,7 @@ async fn a_stopped_queue_leaves_no_process_and_a_stale_one_is_ended() {
     let first = pid(directory.path()).unwrap();
     test.stop().await;
     assert!(!alive(first));
-    // One that outlived its parent: started by hand with the same configuration.
+    // A process that outlived its parent: started by hand with the same configuration.
     let mut stale = std::process::Command::new(nats_server())
         .arg("-c")
         .arg(directory.path().join("nats.conf"))
@@ -259,7 +259,7 @@ async fn a_program_that_is_no_nats_server_is_refused() {
     assert!(error.to_string().contains("2.12"), "{error}");
 }
 
-/// A full queue refuses, loses nothing that it has, and takes jobs again when there is room.
+/// A full queue refuses new jobs, loses none that it has, and accepts jobs again when there is room.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_refuses_and_recovers() {
     rustls::crypto::ring::default_provider().install_default().ok();

@@ -1,9 +1,10 @@
-//! What a cluster stores: all its generations together, in the tier that holds more of them.
+//! The stored bytes of a cluster: of all its generations together, in the tier that has more of them.
 //!
-//! - Only what is stored counts. What a caller is sending counts while it comes, and is given back when it is refused, breaks
-//!   off or turns out to be there already: retries cost nothing.
-//! - Both tiers are measured from time to time by a task of its own, and again before anything is refused: what was removed a
-//!   moment ago is free. One looks at a cluster at a time; whoever only shows it takes the last value.
+//! - Only stored bytes count in the end. Bytes that a caller is sending count while they arrive, and no longer if they
+//!   are refused, interrupted or found to be stored already, so retries cost nothing.
+//! - Both tiers are measured periodically by a separate task, and again before anything is refused, so that bytes
+//!   which were just removed are free. Only one measurement of a cluster runs at a time; code that only shows the
+//!   value takes the last one.
 
 use super::{QuotaConfig, Quotas, State, lock, room_for, within};
 use crate::base::BaseStore;
@@ -21,26 +22,27 @@ use std::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// How long a measurement of tier 1 is used; what is stored meanwhile is added to it.
+/// How long a measurement is used before bytes are accepted; bytes that are stored meanwhile are added to it.
 const MEASURE_EVERY: Duration = Duration::from_secs(600);
-/// For what is shown: WAL is not counted as it comes.
+/// The interval of measurements for showing the value, because WAL is not counted when it arrives.
 const MEASURE_SHOWN: Duration = Duration::from_secs(60);
-/// Before something is refused: a caller that is refused again and again does not keep the disk busy.
+/// How old a measurement may be when something is refused, so that a caller that is refused repeatedly does not keep
+/// the disk busy.
 const MEASURE_AGAIN: Duration = Duration::from_secs(10);
 
-/// Of one cluster.
+/// The bytes of one cluster.
 #[derive(Default)]
 pub(super) struct Stored {
     measured: Option<Instant>,
     tier1: u64,
     tier2: u64,
-    /// On their way.
+    /// Bytes that are being received.
     coming: u64,
-    /// Of the backup that runs, by generation.
+    /// The running backup of each generation.
     backups: BTreeMap<ClusterName, OfBackup>,
 }
 
-/// Of one backup.
+/// The bytes of one backup.
 struct OfBackup {
     name: BackupName,
     stored: u64,
@@ -56,12 +58,12 @@ impl Stored {
         self.tier1.saturating_add(self.coming)
     }
 
-    /// In the tier that holds more.
+    /// In the tier that has more.
     fn most(&self) -> u64 {
         self.on_tier1().max(self.tier2)
     }
 
-    /// What the backup that runs has stored and is sending; another one begins at 0.
+    /// The bytes that the running backup has stored and is sending; another backup begins at 0.
     fn of_backup(&mut self, place: &ClusterName, running: Option<&BackupName>) -> u64 {
         let Some(running) = running else {
             self.backups.remove(place);
@@ -75,7 +77,7 @@ impl Stored {
         backup.stored.saturating_add(backup.coming)
     }
 
-    /// These bytes come, or have come.
+    /// Updates the counters when these bytes begin to arrive or have arrived.
     fn change(&mut self, coming: &What, change: impl Fn(&mut u64, &mut u64)) {
         change(&mut self.tier1, &mut self.coming);
         let backup = self.backups.get_mut(&coming.place);
@@ -85,14 +87,14 @@ impl Stored {
     }
 }
 
-/// What comes.
+/// Bytes that arrive, and where they belong.
 struct What {
     place: ClusterName,
     backup: Option<BackupName>,
     size: u64,
 }
 
-/// Bytes that are on their way; dropping it gives them back.
+/// Bytes that are being received; dropping this releases them.
 pub struct Coming {
     state: Arc<Mutex<State>>,
     what: What,
@@ -100,7 +102,7 @@ pub struct Coming {
 }
 
 impl Coming {
-    /// They are stored now.
+    /// Counts the bytes as stored.
     pub fn stored(mut self) {
         self.stored = true;
     }
@@ -119,10 +121,11 @@ impl Drop for Coming {
 }
 
 impl Quotas {
-    /// So many bytes of a base backup, before they are taken. They count for good when they are said to be stored.
+    /// Counts `size` bytes of a base backup before they are received. They stay counted once [`Coming::stored`] is
+    /// called.
     ///
     /// # Errors
-    /// `QUOTA`, or `DISK_FULL` where what is left of the disk is for WAL.
+    /// `QUOTA`, or `DISK_FULL` when the rest of the disk is reserved for WAL.
     pub async fn put(
         &self,
         base: &BaseStore,
@@ -161,7 +164,7 @@ impl Quotas {
         Ok(Coming { state: Arc::clone(&self.state), what, stored: false })
     }
 
-    /// Looks at both tiers, unless that was done a moment ago. Who comes meanwhile waits, and looks at the same.
+    /// Measures both tiers, unless that was done within `within`. A second caller waits, and uses the same result.
     async fn measure(&self, base: &BaseStore, place: &ClusterName, within: Duration) {
         let name = place.base();
         let turn = lock(&self.state).measuring.entry(name.clone()).or_default().clone();
@@ -181,7 +184,7 @@ impl Quotas {
                 let all = state.stored.entry(name).or_default();
                 (all.measured, all.tier1, all.tier2) = (Some(Instant::now()), near, far);
             }
-            Err(error) => tracing::warn!(%error, "what a cluster stores could not be measured"),
+            Err(error) => tracing::warn!(%error, "cannot measure the stored bytes of a cluster"),
         }
     }
 
@@ -191,7 +194,7 @@ impl Quotas {
         places.iter().map(|place| wal(place).saturating_add(files(place))).sum()
     }
 
-    /// Measures every cluster that has a bound, until cancelled.
+    /// Measures every cluster that has a limit, until cancelled.
     pub async fn keep_measuring(self, base: BaseStore, cancel: CancellationToken) {
         let mut tick = tokio::time::interval(MEASURE_SHOWN);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -212,7 +215,8 @@ impl Quotas {
         }
     }
 
-    /// What a cluster stores of what it may, as measured last; `None` where there is no bound, or it was not measured yet.
+    /// The share of its quota that a cluster uses, as last measured; `None` if there is no limit or no measurement
+    /// yet.
     pub fn used(&self, cluster: &ClusterName) -> Option<Used> {
         let quota = self.config.of(Some(cluster)).stored_bytes;
         let state = lock(&self.state);
@@ -221,7 +225,7 @@ impl Quotas {
     }
 }
 
-/// What a cluster stores of what it may.
+/// The stored bytes of a cluster and its quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Used {
     bytes: u64,
@@ -229,21 +233,21 @@ pub struct Used {
 }
 
 impl Used {
-    /// 1 is all of it.
+    /// 1 means that the quota is fully used.
     pub fn ratio(&self) -> f64 {
         self.bytes as f64 / self.quota.bytes().max(1) as f64
     }
 
-    /// In words, when it is more than may be.
+    /// The problem as text, if more is stored than the quota allows.
     pub fn problem(&self) -> Option<String> {
         (self.bytes > self.quota.bytes()).then(|| {
             let (used, quota) = (ByteSize::new(self.bytes), self.quota);
-            format!("{used} are stored, more than quota.stored_bytes of {quota}: base backups are refused, WAL is received on")
+            format!("{used} are stored, more than quota.stored_bytes of {quota}: base backups are refused, WAL is still received")
         })
     }
 }
 
-/// All generations of a cluster that are known here.
+/// All generations of a cluster that this server has.
 fn places(base: &BaseStore, place: &ClusterName) -> Vec<ClusterName> {
     let mut all = base.wal().clusters();
     all.retain(|other| other.base() == place.base());
@@ -261,7 +265,7 @@ fn bytes_below(directory: &Path) -> u64 {
         .flatten()
         .map(|entry| match entry.metadata() {
             Ok(found) if found.is_dir() => bytes_below(&entry.path()),
-            // What comes is counted as such.
+            // Bytes that are being received are counted separately.
             Ok(_) if is_temporary(&entry.file_name()) => 0,
             Ok(found) => found.len(),
             Err(_) => 0, // just removed

@@ -1,8 +1,8 @@
-//! Environment variables in, typed [`Settings`] out.
+//! Parses environment variables to typed [`Settings`].
 //!
-//! Pure: sees the world only through the lookup it is given. Never fails: a bad value becomes a
-//! [`Problem`] and the default is used; all problems are reported at once (the caller decides whether they
-//! are fatal). An empty variable counts as unset, as OpenTelemetry demands. Secrets never get into a problem.
+//! Pure: reads the world only through the given lookup. It never fails: a bad value becomes a [`Problem`] and the
+//! default is used. All problems are returned at once, and the caller decides whether they are fatal. An empty
+//! variable counts as unset, as OpenTelemetry requires. Secrets never appear in a problem.
 //!
 //! Source: <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>.
 
@@ -20,7 +20,7 @@ use opentelemetry_sdk::{metrics::Temporality, trace::Sampler};
 use reader::Reader;
 use std::time::Duration;
 
-/// Everything the variables say, with the defaults filled in.
+/// All settings of the variables, with defaults filled in.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub strict: bool,
@@ -36,13 +36,13 @@ pub(crate) struct Settings {
     pub sdk_level: &'static str,
 }
 
-/// What describes this process to a collector.
+/// The description of this process for a collector.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct ResourceSettings {
     pub service_name: Option<String>,
     pub attributes: Vec<(String, String)>,
     pub detectors: Vec<Detector>,
-    /// From CONTAINER_NAME, POD_NAME and NAMESPACE_NAME; weaker than `attributes`.
+    /// From CONTAINER_NAME, POD_NAME and NAMESPACE_NAME; `attributes` win over these.
     pub kubernetes: Vec<(&'static str, String)>,
 }
 
@@ -70,14 +70,14 @@ pub(crate) struct LogSettings {
     pub batch: Batch,
 }
 
-/// Where the binary shall serve `/metrics`.
+/// The address at which the program serves `/metrics`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Listen {
     pub host: String,
     pub port: u16,
 }
 
-/// A batch processor's bounds; `None` leaves the SDK's default.
+/// The limits of a batch processor; `None` leaves the SDK's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub delay: Option<Duration>,
@@ -108,7 +108,7 @@ impl Settings {
     pub(crate) fn logs_exported(&self) -> bool {
         self.logs.otlp.is_some() || self.logs.console
     }
-    /// Where each signal is sent, if it is.
+    /// The destination of each signal, if it has one.
     pub(crate) fn otlp_mut(&mut self) -> [&mut Option<Otlp>; 3] {
         [&mut self.traces.otlp, &mut self.metrics.otlp, &mut self.logs.otlp]
     }
@@ -117,7 +117,7 @@ impl Settings {
     }
 }
 
-/// Reads everything; the second half are all problems found, each once.
+/// Reads all variables. Returns the settings and all problems found, each once.
 pub(crate) fn parse(get: Lookup<'_>) -> (Settings, Vec<Problem>) {
     let mut r = Reader::new(get);
     let strict = r.flag("KLIO_OTEL_STRICT");
@@ -170,7 +170,7 @@ fn log_format(r: &mut Reader<'_>) -> LogFormat {
         .unwrap_or(LogFormat::Text)
 }
 
-/// The libraries' diagnostics are off by default: we report an unreachable collector ourselves, once.
+/// The libraries' diagnostics are off by default, because we report an unreachable collector ourselves, once.
 fn sdk_level(r: &mut Reader<'_>) -> &'static str {
     const LEVELS: [(&str, &str); 7] = [
         ("none", "off"),
@@ -212,7 +212,8 @@ fn resource(r: &mut Reader<'_>) -> ResourceSettings {
     }
 }
 
-/// All or nothing: half of what describes a process would pass for the whole (so says the specification, too).
+/// All or nothing: a partial description of a process would be taken for the complete one. The specification requires
+/// this, too.
 fn attributes(r: &mut Reader<'_>) -> Vec<(String, String)> {
     const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
     let all = r.list(VARIABLE).len();
@@ -220,8 +221,8 @@ fn attributes(r: &mut Reader<'_>) -> Vec<(String, String)> {
     if pairs.len() == all { pairs } else { Vec::new() }
 }
 
-/// Which exporters `variable` names. Unset: OTLP if `by_endpoint` and an endpoint for the signal is set
-/// (an endpoint without an exporter can only mean that), else none.
+/// The exporters that `variable` names. If it is unset: OTLP if an endpoint for the signal is set (which can only mean
+/// OTLP), otherwise none.
 fn exporters(
     r: &mut Reader<'_>,
     variable: &str,
@@ -280,7 +281,8 @@ fn metrics(r: &mut Reader<'_>) -> MetricSettings {
     ];
     let on = exporters(r, "OTEL_METRICS_EXPORTER", &KNOWN, Some(Signal::Metrics));
     let mut otlp = otlp::parse(r, Signal::Metrics);
-    // The SDK's thread reader ignores this one; as a bound on the request it does what it says.
+    // The SDK's thread reader ignores this variable, so it is used as the limit of a request, which has the same
+    // effect.
     otlp::bound(&mut otlp, r.millis("OTEL_METRIC_EXPORT_TIMEOUT"));
     let listen = Listen {
         host: r.text("OTEL_EXPORTER_PROMETHEUS_HOST").unwrap_or_else(|| "localhost".into()),
@@ -302,7 +304,7 @@ fn metrics(r: &mut Reader<'_>) -> MetricSettings {
 }
 
 fn logs(r: &mut Reader<'_>) -> LogSettings {
-    // Unlike the others, an endpoint alone does not switch logs on: they are off by default.
+    // Unlike for the other signals, an endpoint alone does not switch logs on: they are off by default.
     let on = exporters(r, "OTEL_LOGS_EXPORTER", &PUSH, None);
     let mut otlp = otlp::parse(r, Signal::Logs);
     let (batch, timeout) = batch(r, "OTEL_BLRP");
@@ -314,14 +316,14 @@ fn logs(r: &mut Reader<'_>) -> LogSettings {
     }
 }
 
-/// A batch processor's variables, and the bound on one export.
+/// The variables of a batch processor, and the time limit of one export.
 fn batch(r: &mut Reader<'_>, prefix: &str) -> (Batch, Option<Duration>) {
     let batch = Batch {
         delay: r.millis(&format!("{prefix}_SCHEDULE_DELAY")),
         queue: r.positive(&format!("{prefix}_MAX_QUEUE_SIZE")),
         size: r.positive(&format!("{prefix}_MAX_EXPORT_BATCH_SIZE")),
     };
-    // The specification's default queue, for when only the batch size is given.
+    // The specification's default queue size, for when only the batch size is set.
     let queue = batch.queue.unwrap_or(2048);
     if let Some(size) = batch.size.filter(|size| *size > queue) {
         r.problem(
@@ -373,12 +375,12 @@ fn propagators(r: &mut Reader<'_>) -> Vec<Propagator> {
             }
         }
     }
-    // Nothing that is known is as good as nothing said.
+    // If no known name was given, the default applies, as if the variable were unset.
     if found.is_empty() && !none { DEFAULT.to_vec() } else { found }
 }
 
-/// The process's environment under `overrides`. Bytes that are not UTF-8 arrive as replacement characters, so
-/// that they are reported rather than skipped.
+/// The process's environment, below `overrides`. Bytes that are not UTF-8 become replacement characters, so that they
+/// are reported and not skipped.
 pub(crate) fn process(
     overrides: &std::collections::BTreeMap<String, String>,
 ) -> impl Fn(&str) -> Option<String> + '_ {

@@ -1,7 +1,7 @@
 //! The `OTEL_EXPORTER_OTLP_*` variables of one signal.
 //!
-//! The signal's own variable wins over the general one; over HTTP `/v1/<signal>` is appended to the general
-//! endpoint only; the result is a complete address, so that nobody has to apply these rules again.
+//! The signal's own variable wins over the general one. Over HTTP `/v1/<signal>` is appended to the general endpoint
+//! only. The result is a complete address, so that no other code has to apply these rules.
 //!
 //! Source: <https://opentelemetry.io/docs/specs/otel/protocol/exporter/>.
 
@@ -45,15 +45,15 @@ impl Protocol {
 pub(crate) struct Otlp {
     pub signal: Signal,
     pub protocol: Protocol,
-    /// Complete, with scheme and path. May hold credentials: show it redacted only.
+    /// Complete, with scheme and path. It may contain credentials, so it must be redacted before it is shown.
     pub endpoint: String,
-    /// The variable that says so, or that would if it were set: what a message about the collector names.
+    /// The variable that sets the endpoint, or that would set it; messages about the collector name it.
     pub endpoint_variable: String,
     pub headers: Vec<(String, String)>,
     pub gzip: bool,
-    /// Bound on one request.
+    /// The time limit of one request.
     pub timeout: Duration,
-    /// Variable and file.
+    /// The variable and the file.
     pub certificate: Option<(String, PathBuf)>,
     pub client_certificate: Option<(String, PathBuf)>,
     pub client_key: Option<(String, PathBuf)>,
@@ -71,7 +71,7 @@ impl std::fmt::Debug for Otlp {
     }
 }
 
-/// Shortens the request's bound to `limit`, if that is shorter.
+/// Shortens the time limit of requests to `limit`, if that is shorter.
 pub(super) fn bound(otlp: &mut Option<Otlp>, limit: Option<Duration>) {
     if let (Some(otlp), Some(limit)) = (otlp, limit) {
         otlp.timeout = otlp.timeout.min(limit);
@@ -86,18 +86,18 @@ fn general(suffix: &str) -> String {
     format!("OTEL_EXPORTER_OTLP_{suffix}")
 }
 
-/// The variable that decides: the signal's, else the general one.
+/// The variable that applies: the signal's own if it is set, else the general one.
 fn deciding(r: &Reader<'_>, signal: Signal, suffix: &str) -> String {
     let own = own(signal, suffix);
     if r.text(&own).is_some() { own } else { general(suffix) }
 }
 
-/// Whether anything says where to send this signal.
+/// Whether a variable sets an endpoint for this signal.
 pub(super) fn endpoint_given(r: &Reader<'_>, signal: Signal) -> bool {
     r.text(&deciding(r, signal, "ENDPOINT")).is_some()
 }
 
-/// `None` when the endpoint is given and wrong: what was meant for one place must not go to another.
+/// `None` when an endpoint is set and invalid, because data meant for one place must not be sent to another.
 pub(super) fn parse(r: &mut Reader<'_>, signal: Signal) -> Option<Otlp> {
     let protocol = protocol(r, signal);
     let endpoint = endpoint(r, signal, protocol);
@@ -147,7 +147,7 @@ fn path(r: &Reader<'_>, signal: Signal, suffix: &str) -> Option<(String, PathBuf
 
 type File = Option<(String, PathBuf)>;
 
-/// Certificate and key make sense as a pair only.
+/// A certificate and its key are needed together.
 fn identity(r: &mut Reader<'_>, signal: Signal) -> (File, File) {
     let certificate = path(r, signal, "CLIENT_CERTIFICATE");
     let key = path(r, signal, "CLIENT_KEY");
@@ -187,7 +187,7 @@ fn endpoint(r: &mut Reader<'_>, signal: Signal, protocol: Protocol) -> Option<St
     })
 }
 
-/// An absolute http(s) address. gRPC also takes `host:port`: TLS unless INSECURE says otherwise.
+/// An absolute http(s) address. gRPC also accepts `host:port`, with TLS unless INSECURE is set.
 fn with_scheme(text: &str, protocol: Protocol, insecure: bool) -> Option<String> {
     let full = if text.contains("://") {
         text.to_owned()

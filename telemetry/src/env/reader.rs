@@ -1,22 +1,21 @@
-//! Reads single variables and collects what is wrong with them.
+//! Reads single variables, and collects the problems with their values.
 //!
-//! A problem is reported once, even if three signals read the same general variable. The value shown is
-//! redacted, or left out where the whole variable is a secret.
+//! A problem is reported once, even if three signals read the same general variable. The reported value is redacted,
+//! or left out if the whole variable is a secret.
 
 use crate::redact::redact;
 use std::{fmt, time::Duration};
 
-/// Where the values come from: name in, value out.
+/// Returns the value of the variable with this name.
 pub(crate) type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// One bad value: which variable, what it says, what was expected instead.
+/// One bad value: the variable, its value, and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The variable's name.
     pub variable: String,
-    /// Its value, secrets removed.
+    /// Its value, without secrets.
     pub value: String,
-    /// What would have been right.
+    /// The kind of value that was expected.
     pub expected: String,
 }
 
@@ -51,7 +50,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The trimmed value; empty is unset.
+    /// The trimmed value; an empty one counts as unset.
     pub(super) fn text(&self, variable: &str) -> Option<String> {
         (self.get)(variable).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
     }
@@ -70,7 +69,7 @@ impl<'a> Reader<'a> {
         value
     }
 
-    /// `true`, in any case, or false.
+    /// `true` or `false`, in any case; unset is false.
     pub(super) fn flag(&mut self, variable: &str) -> bool {
         self.choice(variable, &[("true", true), ("false", false)]).unwrap_or(false)
     }
@@ -99,8 +98,8 @@ impl<'a> Reader<'a> {
         text.split(',').map(|s| s.trim().to_owned()).filter(|s| !s.is_empty()).collect()
     }
 
-    /// `a=b,c=d` with percent-encoded values. A bad pair is left out; its value is not shown, as headers
-    /// hold credentials.
+    /// `a=b,c=d` with percent-encoded values. A bad pair is left out and reported without its value, because headers
+    /// contain credentials.
     pub(super) fn pairs(&mut self, variable: &str, expected: &str) -> Vec<(String, String)> {
         let mut pairs = Vec::new();
         for part in self.list(variable) {
@@ -123,7 +122,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// RFC 3986 percent-decoding; `None` on a broken escape or if the result is not UTF-8.
+/// RFC 3986 percent-decoding; `None` for a broken escape, or if the result is not UTF-8.
 pub(super) fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,4 +1,4 @@
-//! Tables of what variables mean, and of what is said about bad ones.
+//! Tables of the meaning of variables, and of the problems reported for bad ones.
 
 use super::{reader::percent_decode, *};
 use std::collections::BTreeMap;

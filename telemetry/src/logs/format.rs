@@ -1,11 +1,11 @@
-//! One event, one line.
+//! Formats each event as one line.
 //!
 //! Text: `time LEVEL target: span{fields}: message field=value trace_id=… span_id=… trace_flags=…`.
-//! JSON: one object, the event's fields beside `timestamp`, `level`, `target` and `message`; spans, outermost
-//! first, under `spans`. A field that would hide one of ours is renamed `field.<name>`.
-//! Secrets are taken out of fields and messages, whoever wrote them there, and what would move a cursor or begin a line of its own
-//! is shown as an escape: much of what is logged was written by others.
-//! The ids are there exactly when the event happened inside a span.
+//! JSON: one object with `timestamp`, `level`, `target`, `message` and the event's fields; spans, outermost first,
+//! under `spans`. A field whose name is taken is renamed to `field.<name>`.
+//! Secrets are removed from fields and messages, whoever wrote them there. Characters that move a cursor or begin a
+//! new line are shown as escapes, because many logged texts come from others.
+//! The ids are there exactly if the event happened inside a span.
 
 use crate::{
     LogFormat, ids,
@@ -35,7 +35,7 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// `colour` is for the level; fields are never coloured, or [`redact`] would not recognise them.
+    /// `colour` applies to the level only. Fields are never coloured, because [`redact`] would not recognise them.
     pub(crate) fn new(format: LogFormat, ids: ids::Source, colour: bool) -> Self {
         Self { format, ids, colour }
     }
@@ -57,7 +57,7 @@ where
             None if event.is_root() => None,
             None => ctx.lookup_current(),
         };
-        // Before any span's fields are borrowed: making ids up writes to the same place.
+        // Must happen before the fields of any span are borrowed, because generating ids writes to the same place.
         let ids = span.as_ref().map(|span| self.ids.ids(span));
         match self.format {
             LogFormat::Text => {
@@ -174,7 +174,7 @@ where
     Value::Object(object)
 }
 
-/// As in text, where name and value stand together.
+/// The same as in text, where name and value stand together.
 fn clean(name: &str, value: &mut Value) {
     let Value::String(text) = value else { return };
     if is_secret_name(name) {

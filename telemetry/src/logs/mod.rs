@@ -1,8 +1,8 @@
-//! The tracing subscriber: log lines on stderr, spans to the tracer, events to the log exporter.
+//! The tracing subscriber: prints log lines on stderr, and passes spans to the tracer and events to the log exporter.
 //!
-//! Every layer has its own filter, so that RUST_LOG says what is printed and nothing else. Spans of Klio's own
-//! crates are always known to the printer, else a line of level error would lose its ids under RUST_LOG=error.
-//! Other crates' spans and events never reach the exporters: exporting makes some itself.
+//! Every layer has its own filter, so that RUST_LOG affects only what is printed. Spans of Klio's own crates always
+//! reach the printer; otherwise a line of level error would lose its ids with RUST_LOG=error. Spans and events of
+//! other crates never reach the exporters, because exporting itself creates some.
 
 mod format;
 
@@ -31,7 +31,7 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-/// The provider for exported events, if there is any exporter, and its health.
+/// The provider for exported events, if there is an exporter, and the exporter's health.
 pub(crate) fn build(
     settings: &LogSettings,
     resource: Resource,
@@ -73,13 +73,13 @@ fn batch(settings: &LogSettings) -> opentelemetry_sdk::logs::BatchConfig {
     builder.build()
 }
 
-/// Where lines go and how they look.
+/// The destination of log lines, and whether they are coloured.
 pub(crate) struct Printer<W> {
     pub writer: W,
     pub colour: bool,
 }
 
-/// All layers put together.
+/// Combines all layers.
 pub(crate) fn subscriber<W>(
     settings: &Settings,
     debug: bool,
@@ -94,12 +94,12 @@ where
     let ids = ids::Source::default();
     let traced = tracer.is_some();
     let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = Vec::new();
-    // The tracer comes first: the printer asks it for ids.
+    // The tracer comes first, because the printer asks it for ids.
     if let Some(tracer) = tracer {
         let layer = tracing_opentelemetry::layer()
             .with_tracer(tracer)
             .with_threads(false)
-            // Where in the source a span is made is the same for each of its name.
+            // The source location is the same for all spans of a name.
             .with_location(false)
             .with_tracked_inactivity(false);
         layers.push(layer.with_filter(filter_fn(move |m| ours(m) && *m.level() <= depth)).boxed());
@@ -141,8 +141,8 @@ fn ours(metadata: &Metadata<'_>) -> bool {
     metadata.target().starts_with("klio")
 }
 
-/// The OpenTelemetry libraries' diagnostics are off unless OTEL_LOG_LEVEL says otherwise, as they repeat
-/// themselves with every failed export. These few come once and mean that something is lost for good.
+/// The OpenTelemetry libraries' diagnostics are off unless OTEL_LOG_LEVEL is set, because they are repeated with every
+/// failed export. The few listed here come once, and mean that something is lost for good.
 fn worth_showing(metadata: &Metadata<'_>) -> bool {
     const NAMES: [&str; 6] = [
         "DroppingStarted",
@@ -159,9 +159,9 @@ fn worth_showing(metadata: &Metadata<'_>) -> bool {
 }
 
 fn env_filter(settings: &Settings, debug: bool) -> EnvFilter {
-    // The queue client tells of every connection it makes; the supervisor tells what matters.
+    // The queue client logs every connection it makes; the supervisor logs what matters.
     let default = if debug { "info,klio=debug" } else { "info,async_nats=warn" };
     let wanted = settings.filter.as_deref().unwrap_or(default);
-    // First, so that the user's own directive for it wins.
+    // This comes first, so that the user's own directive for it wins.
     EnvFilter::builder().parse_lossy(format!("opentelemetry={},{wanted}", settings.sdk_level))
 }

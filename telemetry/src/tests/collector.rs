@@ -1,4 +1,4 @@
-//! Collectors on loopback: OTLP over HTTP (plain or TLS), over gRPC, and two bad ones.
+//! Collectors on loopback: OTLP over HTTP (plain or TLS), over gRPC, and two faulty ones.
 
 use opentelemetry_proto::tonic::collector::{
     logs::v1::ExportLogsServiceRequest,
@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-/// One request as it came in.
+/// One request as it was received.
 #[derive(Debug, Clone)]
 pub(super) struct Request {
     pub path: String,
@@ -35,7 +35,7 @@ impl Request {
     }
 }
 
-/// Keeps what it is sent. Stops when dropped.
+/// Records what it receives. Stops when dropped.
 pub(super) struct Collector {
     pub port: u16,
     received: Arc<Mutex<Vec<Request>>>,
@@ -47,7 +47,7 @@ impl Collector {
         Self::answering_after(Duration::ZERO, tls).await
     }
 
-    /// Over HTTP, every answer late.
+    /// Over HTTP, with every answer delayed.
     pub(super) async fn slow(delay: Duration) -> Self {
         Self::answering_after(delay, None).await
     }
@@ -163,12 +163,12 @@ impl TraceService for Grpc {
     }
 }
 
-/// A port nobody listens on.
+/// A port on which nobody listens.
 pub(super) async fn dead() -> u16 {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
 
-/// Takes connections and requests and never answers.
+/// Accepts connections and requests, and never answers.
 pub(super) async fn hanging() -> (u16, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -1,4 +1,4 @@
-//! What is sent arrives; and nobody waits for a collector (P9).
+//! Sent telemetry arrives, and nobody waits for a collector (P9).
 
 use super::{
     collector::{Collector, dead, hanging},
@@ -33,7 +33,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Every span, with its tracer's name.
+/// Every span, with the name of its tracer.
 fn spans(collector: &Collector) -> Vec<(String, Span)> {
     let mut all = Vec::new();
     for request in collector.traces() {
@@ -52,7 +52,7 @@ fn span<'a>(all: &'a [(String, Span)], name: &str) -> &'a (String, Span) {
     all.iter().find(|(_, s)| s.name == name).unwrap_or_else(|| panic!("no span {name} in {all:?}"))
 }
 
-/// Some work in spans; gives the trace id.
+/// Does some work in spans; returns the trace id.
 fn work(dispatch: &Dispatch) -> String {
     tracing::dispatcher::with_default(dispatch, || {
         let outer = tracing::info_span!("outer", bytes = 7).entered();

@@ -1,4 +1,4 @@
-//! Log lines: their form, and the ids inside spans, with and without an exporter.
+//! Log lines: their format, and the ids inside spans, with and without an exporter.
 
 use super::*;
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
-//! The whole crate against real collectors on loopback, without touching process-wide state: every test
-//! has its own variables and its own dispatcher. What is process-wide is in tests/process.rs.
+//! Tests of the whole crate against real collectors on loopback, without process-wide state: every test has its own
+//! variables and its own dispatcher. Tests of process-wide state are in tests/process.rs.
 
 mod collector;
 mod export;
@@ -10,7 +10,7 @@ mod propagation;
 use super::*;
 use std::sync::Mutex;
 
-/// Log lines, kept.
+/// Records log lines.
 #[derive(Clone, Default)]
 pub(super) struct Lines(Arc<Mutex<Vec<u8>>>);
 
@@ -41,7 +41,7 @@ pub(super) fn options(debug: bool) -> Options {
     }
 }
 
-/// Telemetry from these variables alone, which must be right, and its dispatcher and lines.
+/// Telemetry from only these variables, which must be valid, with its dispatcher and lines.
 pub(super) fn built(debug: bool, variables: &[(&str, &str)]) -> (Telemetry, Dispatch, Lines) {
     let (telemetry, dispatch, problems, lines) = tried(debug, variables);
     assert_eq!(problems, [], "{variables:?}");

@@ -1,10 +1,10 @@
-//! The metrics page holds the contract's names and pleases promtool.
+//! The metrics page has the documented names and passes promtool.
 
 use super::*;
 use opentelemetry::KeyValue;
 use std::{io::Write, process::Command, process::Stdio};
 
-/// The page of a telemetry with instruments of every kind the contract knows.
+/// The page of a telemetry with instruments of every documented kind.
 fn page() -> String {
     let (telemetry, _, _) = built(false, &[("OTEL_METRICS_EXPORTER", "prometheus")]);
     let meter = telemetry.meter();
@@ -122,7 +122,7 @@ async fn a_series_its_callback_no_longer_reports_is_gone() {
     );
 }
 
-/// docs/metrics.md is made of the table: a family that is only in one of the two is drift.
+/// docs/metrics.md is generated from the table, so a family that is only in one of the two is an error.
 #[tokio::test]
 async fn the_standard_metrics_are_those_of_the_table_with_its_types_and_meanings() {
     use crate::catalogue::{Kind, Row, STANDARD};
@@ -157,7 +157,7 @@ async fn the_standard_metrics_are_those_of_the_table_with_its_types_and_meanings
     }
 }
 
-/// Nothing is folded into `otel_metric_overflow` with a thousand clusters of nine outcomes each.
+/// Nothing is merged into `otel_metric_overflow` with a thousand clusters of nine outcomes each.
 #[tokio::test]
 async fn a_thousand_clusters_overflow_no_instrument() {
     let (telemetry, _, _) = built(false, &[("OTEL_METRICS_EXPORTER", "prometheus")]);

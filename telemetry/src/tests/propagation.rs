@@ -1,4 +1,4 @@
-//! The trace context crosses carriers, and broken headers do no harm.
+//! The trace context passes through carriers, and broken headers do no harm.
 
 use super::*;
 use std::collections::HashMap;

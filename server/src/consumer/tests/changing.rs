@@ -1,4 +1,4 @@
-//! Objects whose content changes while they are on their way.
+//! Objects whose content changes during their upload.
 
 use super::*;
 use crate::{base, receive::Registry};
@@ -11,7 +11,7 @@ use klio_storage::{
     wal::{LevelChange, Pinned, WalOptions, WalStore},
 };
 
-/// So long nothing is compared: only jobs move anything.
+/// An interval so long that nothing is compared and only jobs cause uploads.
 const NEVER: u32 = 3600;
 
 fn level(segments: f64, minimal: bool) -> LevelChange {
@@ -36,8 +36,8 @@ fn open(root: &Path, queue: &TestQueue, s3: &S3) -> BaseStore {
     })
 }
 
-/// A decision made while the record before it was being uploaded reached the bucket with the next comparison only: the queue
-/// takes no second job for an object, and the first one had read what was there before.
+/// Regression test: a decision made during the upload of the record before it reached the bucket only with the next
+/// comparison. The queue accepts no second job for an object, and the first one had read the old content.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_while_it_is_uploaded_is_uploaded_again_at_once() {
     let (root, directory, s3) =
@@ -48,11 +48,11 @@ async fn what_changes_while_it_is_uploaded_is_uploaded_again_at_once() {
     let test = Test::start_with(root.path(), &queue, &s3, Some(base.clone()), NEVER);
     eventually("the tiers are compared", || base.archives().objects(&name("pg-1")).is_some()).await;
     eventually("no job is left", || queue.queue.stats().messages == 0).await;
-    // Of WAL: a missing object is looked for by a listing too.
+    // Listings of WAL: a missing object is looked for by a listing, too.
     let listings =
         || s3.requests().iter().filter(|r| r.contains("list-type") && r.contains("wal%2F")).count();
     let listed = listings();
-    // The next one is noted when the upload of this one has begun: all of it was read.
+    // The next change is made when the upload of this one has begun, and so has read all of it.
     let (changing, object) = (base.clone(), key.clone());
     let mut once = true;
     s3.on_request(move |parts| {
