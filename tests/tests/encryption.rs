@@ -292,7 +292,7 @@ async fn after_a_rewrap_of_both_tiers_the_old_identity_may_be_thrown_away() {
         let rotated = site.server_tool(&["key", "rotate"]).await;
         assert_eq!(rotated.code, Some(0), "{}", rotated.stderr);
         assert!(
-            rotated.stdout.contains("WAL that is in tier 2 already stays"),
+            rotated.stdout.contains("WAL in tier 2 still needs the identity"),
             "{}",
             rotated.stdout
         );

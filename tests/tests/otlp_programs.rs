@@ -263,7 +263,7 @@ impl Sad {
             for line in lines {
                 assert!(line.contains(&format!("variable=\"{place}\"")), "{line}");
                 assert!(line.contains("value=http"), "{line}");
-                assert!(line.contains("expected=a collector that takes OTLP over"), "{line}");
+                assert!(line.contains("expected=a collector that accepts OTLP over"), "{line}");
             }
         }
     }

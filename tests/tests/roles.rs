@@ -238,7 +238,7 @@ async fn roles_of_a_foreign_authority_come_and_go_with_the_configuration_file() 
     // What cannot be used changes nothing and is said.
     change("[auth]\nmap = [{ common_name = \"watch.example.com\", role = \"king\" }]\n");
     eventually("the warning", PATIENCE, || async {
-        site.log().contains("the former [auth] stays")
+        site.log().contains("keeping the previous [auth]")
     })
     .await;
     assert_eq!(status(&site, &named).await, Some(3));

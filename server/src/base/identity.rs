@@ -157,7 +157,7 @@ impl BaseStore {
         tracing::warn!(%cluster, error = why, "cannot confirm the owner of this cluster: tier 2 does not answer");
         let url = tier2.url();
         Err(Code::Unavailable.status(format!(
-            "open cluster {cluster}: the cluster is new to this server, so tier 2 ({url}) has to confirm its owner first, and did not answer"
+            "open cluster {cluster}: the cluster is new to this server, so tier 2 ({url}) has to be asked for its owner, and did not answer"
         )))
     }
 }

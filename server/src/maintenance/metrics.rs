@@ -404,7 +404,7 @@ mod tests {
 
     #[test]
     fn after_a_restart_only_an_alarm_is_an_alarm() {
-        let held_back = vec!["backup b1 is running; nothing was removed beside it".to_owned()];
+        let held_back = vec!["backup b1 is running; nothing was removed meanwhile".to_owned()];
         let mut outcome = MaintenanceOutcome { held_back, ..MaintenanceOutcome::default() };
         assert!(!alarm(&outcome));
         outcome.alarm = true;

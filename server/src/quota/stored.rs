@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(Code::of(&refused), Code::Quota);
         assert!(refused.message().contains("quota.stored_bytes"), "{refused:?}");
         assert_eq!(Used { bytes: 100, quota }.problem(), None);
-        assert!(Used { bytes: 101, quota }.problem().unwrap().contains("WAL is received on"));
+        assert!(Used { bytes: 101, quota }.problem().unwrap().contains("WAL is still received"));
     }
 
     #[test]

@@ -381,7 +381,7 @@ fn a_failing_collector_is_reported_once_and_its_return_once() {
         }
     });
     let text = lines.text();
-    assert_eq!(text.matches("cannot be delivered").count(), 2, "{text}");
+    assert_eq!(text.matches("cannot deliver telemetry").count(), 2, "{text}");
     assert_eq!(text.matches("delivered again").count(), 1, "{text}");
     assert!(!text.contains("hunter2"), "{text}");
     assert_eq!(health.last(), Last::Failed);

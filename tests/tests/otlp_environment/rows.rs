@@ -1312,7 +1312,7 @@ pub const ROWS: &[Row] = &[
             Warning(
                 "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
                 "http://localhost:",
-                "a collector that takes all",
+                "a collector that accepts all of it",
             ),
         ],
     ),
@@ -1329,7 +1329,7 @@ pub const ROWS: &[Row] = &[
             Warning(
                 "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
                 "http://localhost:",
-                "a collector that takes all",
+                "a collector that accepts all of it",
             ),
         ],
     ),
