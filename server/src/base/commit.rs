@@ -169,7 +169,7 @@ impl BaseStore {
         // The files may have been evicted from tier 1, and tier 2 could not be asked.
         if self.tier2().is_some() && !self.knows_tier2(cluster) {
             return Err(Code::Unavailable.status(format!(
-                "commit backup {} of {cluster}: {} files are not on tier 1 as they should be, and tier 2 did not answer",
+                "commit backup {} of {cluster}: {} files are missing or not whole on tier 1, and tier 2 did not answer",
                 record.name,
                 missing.len()
             )));

@@ -359,7 +359,7 @@ fn tier1_parts(store: &WalStore, cluster: &ClusterName) -> Result<Parts, Error> 
         timeline: d.timeline,
         from: d.from,
         to: d.to,
-        reason: "damaged on tier 1: klio status says what helps".into(),
+        reason: "damaged on tier 1; klio status shows what to do".into(),
     });
     let known = |g: klio_storage::wal::Gap| KnownGap {
         timeline: g.timeline,
@@ -388,7 +388,7 @@ fn expired(store: &WalStore, cluster: &ClusterName) -> impl Iterator<Item = Know
         // Also below the first byte of this tier 1, because tier 2 may have had more.
         from: Lsn::ZERO,
         to: h.held_from,
-        reason: "expired: retention let it go".into(),
+        reason: "expired by retention".into(),
     })
 }
 
@@ -497,6 +497,6 @@ mod tests {
         store.raise_horizon(&cluster, timeline, lsn(5), Lsn::ZERO).unwrap();
         assert_eq!(reason(&store, &cluster), "never received, or lost");
         store.raise_horizon(&cluster, timeline, lsn(5), lsn(5)).unwrap();
-        assert_eq!(reason(&store, &cluster), "expired: retention let it go");
+        assert_eq!(reason(&store, &cluster), "expired by retention");
     }
 }

@@ -59,7 +59,7 @@ impl Learned {
 }
 
 /// The hint for two records that contradict each other; the error names the file.
-pub(super) const APART_HINT: &str = "nothing was changed, and both are kept; stop klio-server, look which of the two is right (this file of the cluster, on tier 1 and in the bucket), put it in the place of the other, and start klio-server";
+pub(super) const APART_HINT: &str = "stop klio-server, decide which of the two files is right (the one on tier 1 or the one in the bucket; neither was changed), replace the other one with it, and start klio-server";
 
 impl BaseStore {
     /// Reads the bucket's record and joins it, unless that was done before. `must` says that a decision depends on it.

@@ -122,7 +122,7 @@ impl BaseStore {
             return Ok(false);
         }
         for line in &lines {
-            tracing::warn!(%cluster, timeline = ?line.timeline, start = %line.start, end = %line.end, "the stream goes on behind what only tier 2 holds");
+            tracing::warn!(%cluster, timeline = ?line.timeline, start = %line.start, end = %line.end, "the stream continues behind WAL that only tier 2 has");
         }
         let gap = |(timeline, run): (TimelineId, Run)| {
             tracing::error!(%cluster, ?timeline, from = %run.start, to = %run.end, "neither tier has this WAL: recording the gap");
@@ -150,7 +150,7 @@ impl BaseStore {
             }
             let url = self.tier2().map_or("", |tier2| tier2.url());
             Code::Unavailable.status(format!(
-                "open cluster {cluster}: tier 2 ({url}) has to be asked how far WAL is held, and did not answer"
+                "open cluster {cluster}: tier 2 ({url}) has to be asked how far its WAL reaches, and did not answer"
             ))
         })?;
         // WAL that no recovery can replay is stored all the same; only bytes count here.

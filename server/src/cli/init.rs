@@ -146,7 +146,7 @@ pub fn bundle(
 fn client_text(cluster: Option<&ClusterName>, address: &str) -> String {
     let cluster = cluster.map_or_else(
         || {
-            "# cluster = \"main\"   # whoever has no cluster names one: here or with --cluster"
+            "# cluster = \"main\"   # this certificate has no cluster of its own: name one here or with --cluster"
                 .into()
         },
         |c| format!("cluster = \"{c}\""),

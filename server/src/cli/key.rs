@@ -107,7 +107,7 @@ fn rotate(config: &Config) -> anyhow::Result<()> {
         .with_context(|| format!("write {}", path.display()))?;
     println!("{recipient}");
     println!(
-        "the new identity is the first one in {}: copy the file to your safe place",
+        "the new identity is the first one in {}: keep a copy of this file in another place",
         path.display()
     );
     Ok(())

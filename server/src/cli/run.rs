@@ -40,7 +40,7 @@ async fn serve(config: Config, telemetry: &Telemetry) -> anyhow::Result<()> {
         _ = terminate.recv() => { tracing::info!("SIGTERM: stopping"); Ok(()) }
         _ = interrupt.recv() => { tracing::info!("SIGINT: stopping"); Ok(()) }
         // A server with a missing part would look alive to its supervisor, so it ends, to be restarted.
-        name = running.broken() => Err(anyhow::anyhow!("task {name} ended by itself")),
+        name = running.broken() => Err(anyhow::anyhow!("required task {name} ended unexpectedly")),
     };
     running.stop().await;
     outcome

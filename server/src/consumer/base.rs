@@ -348,7 +348,7 @@ impl BaseWork {
                 self.parts.tier2.replace(&key, ours.clone()).await?;
                 let back = self.read_record(object).await?;
                 if back.as_ref() != Some(&ours) {
-                    let detail = "expected what was just written, found something else";
+                    let detail = "expected the bytes that were just written, found others";
                     return Err(Error::new(Kind::Transient, Op::Upload, key, detail));
                 }
             }

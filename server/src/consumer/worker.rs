@@ -174,7 +174,7 @@ impl Worker {
             if let Err(error) = ended {
                 tracing::debug!(cluster = %self.shared.cluster(), %error, "cannot pull jobs from the queue");
                 if let Some(remedy) = tried.failed(Instant::now()) {
-                    let why = format!("the queue gives no jobs: {error}");
+                    let why = format!("the queue delivers no jobs: {error}");
                     tokio::select! {
                         () = cancel.cancelled() => break,
                         () = self.repair_queue(&connection, remedy, why) => {}
@@ -235,7 +235,7 @@ impl Worker {
                 // Somebody may have removed the consumer; then no job would ever come.
                 consumer.get_info().await?;
                 if let Some(remedy) = tried.nothing_came(self.waits_for_jobs(), Instant::now()) {
-                    let why = "the queue has no job for files that wait".to_owned();
+                    let why = "the queue has no jobs for files that wait".to_owned();
                     self.repair_queue(connection, remedy, why).await;
                 }
             }

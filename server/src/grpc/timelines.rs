@@ -126,15 +126,13 @@ impl CatalogService {
 
 fn refused(cluster: &ClusterName, why: &DecisionError) -> Status {
     let (code, hint) = match why {
-        DecisionError::Unknown(_) => {
-            (Code::NotFound, "klio timeline list shows those that are known")
-        }
+        DecisionError::Unknown(_) => (Code::NotFound, "klio timeline list shows the known ones"),
         DecisionError::RetiresFollowed(_) => {
-            (Code::Invalid, "klio timeline follow T retires what was followed")
+            (Code::Invalid, "klio timeline follow T retires the one followed before")
         }
         DecisionError::Followed(_) | DecisionError::Retired(_) => (
             Code::Invalid,
-            "there is nothing to do: klio timeline list shows who decided, and when",
+            "nothing needs to be done; klio timeline list shows who decided, and when",
         ),
     };
     code.status(format!("decide about a timeline of {cluster}: {why}; hint: {hint}"))

@@ -45,7 +45,7 @@ pub enum Error {
         detail: String,
     },
     /// A consumer asked for the store to be replaced.
-    #[error("use the queue's store: it does not give the jobs that it has")]
+    #[error("use the queue's store: it does not deliver the jobs that it has")]
     Store,
     /// A setting is wrong.
     #[error("configure queue: {0}")]

@@ -147,8 +147,8 @@ impl Job {
 
     /// Reads a payload.
     ///
+    /// # Errors
     /// `Version` is checked before anything else.
-    /// `Version` before anything else is looked at.
     pub fn decode(payload: &[u8]) -> Result<Self, JobError> {
         let wire: Wire = read(payload, "wal")?;
         Ok(Self {

@@ -138,17 +138,17 @@ fn a_hole_that_is_on_record_in_part_has_both_reasons() {
         timeline: tli(1),
         from: lsn(from),
         to: lsn(to),
-        reason: "expired: retention let it go".into(),
+        reason: "expired by retention".into(),
     };
     let path = |held: &Holdings| Path::new(held, tli(1), size()).unwrap();
     let reason = |held: &Holdings| path(held).holes(lsn(1.0))[0].reason.clone();
     assert_eq!(reason(&held), "never received, or lost");
     assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
     held.gaps = vec![gap(0.0, 7.0)];
-    assert_eq!(reason(&held), "expired: retention let it go; in part: never received, or lost");
+    assert_eq!(reason(&held), "expired by retention; in part: never received, or lost");
     assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
     held.gaps = vec![gap(7.0, 9.0), gap(0.0, 7.0)];
-    assert_eq!(reason(&held), "expired: retention let it go");
+    assert_eq!(reason(&held), "expired by retention");
     assert_eq!(path(&held).lost(lsn(1.0)), []);
     // Of another timeline's record nothing follows.
     held.gaps[1].timeline = tli(2);
