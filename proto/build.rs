@@ -6,7 +6,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["proto"],
     )?;
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR not set")?);
-    // The descriptors feed gRPC reflection.
+    // The descriptors are used by gRPC reflection.
     std::fs::write(out.join("klio.v1.bin"), prost::Message::encode_to_vec(&files))?;
     tonic_prost_build::configure().bytes(".").compile_fds(files)?;
     Ok(())

@@ -1,5 +1,6 @@
-//! How fast page checksums are, and whether they are PostgreSQL's: give it files of a cluster made by
-//! `initdb -k`, for example `cargo run --release -p klio-pg --example checksum_speed -- $PGDATA/base/1/1259`.
+//! Measures how fast page checksums are, and checks that they are PostgreSQL's. Give it files of a cluster
+//! made by `initdb -k`, for example `cargo run --release -p klio-pg --example checksum_speed --
+//! $PGDATA/base/1/1259`.
 
 use klio_pg::{PageHeader, page_checksum};
 use std::time::Instant;

@@ -1,7 +1,8 @@
-//! `backup_label` and `tablespace_map`: what pg_backup_stop gives, and recovery begins from.
+//! `backup_label` and `tablespace_map`: the output of pg_backup_stop, from which a recovery begins.
 //!
-//! Form: PostgreSQL's `src/backend/access/transam/xlogbackup.c` and `xlog.c`. Lines `KEY: value`; unknown
-//! keys are passed over, as newer versions add some. A backup history file is the same with STOP lines.
+//! The format is that of PostgreSQL's `src/backend/access/transam/xlogbackup.c` and `xlog.c`: lines of
+//! `KEY: value`. Unknown keys are ignored, because newer versions add some. A backup history file is the
+//! same with STOP lines.
 
 use crate::{Lsn, TimelineId};
 
@@ -14,17 +15,17 @@ pub struct BackupLabel {
     pub checkpoint_lsn: Lsn,
     /// The timeline of both.
     pub start_timeline: TimelineId,
-    /// Taken from a standby.
+    /// Whether the backup was taken from a standby.
     pub from_standby: bool,
-    /// As given to pg_backup_start.
+    /// The label passed to pg_backup_start.
     pub label: String,
-    /// Of a history file.
+    /// In a history file only.
     pub stop_lsn: Option<Lsn>,
-    /// Of a history file.
+    /// In a history file only.
     pub stop_timeline: Option<TimelineId>,
 }
 
-/// Not a backup_label.
+/// The text is not a backup_label.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("read backup_label: expected {expected}, found {found:?}")]
 pub struct BackupLabelError {
@@ -33,13 +34,13 @@ pub struct BackupLabelError {
 }
 
 impl BackupLabel {
-    /// Its name in the data directory.
+    /// The file's name in the data directory.
     pub const FILE: &'static str = "backup_label";
 
-    /// Reads it.
+    /// Parses the file.
     ///
     /// # Errors
-    /// A line that is missing or holds something else.
+    /// A line is missing or malformed.
     pub fn parse(text: &str) -> Result<Self, BackupLabelError> {
         let value =
             |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
@@ -71,7 +72,7 @@ impl BackupLabel {
     }
 }
 
-/// One line of tablespace_map: where `pg_tblspc/<oid>` pointed to.
+/// One line of tablespace_map: the target of the link `pg_tblspc/<oid>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TablespaceEntry {
     /// The tablespace's OID.
@@ -80,11 +81,11 @@ pub struct TablespaceEntry {
     pub location: String,
 }
 
-/// Its name in the data directory.
+/// The file's name in the data directory.
 pub const TABLESPACE_MAP_FILE: &str = "tablespace_map";
 
-/// Reads a tablespace_map. In a location, a backslash stands before a line end or a backslash that is part
-/// of it.
+/// Parses a tablespace_map. In a location, a backslash precedes a line end or a backslash that is part of
+/// the location.
 ///
 /// # Errors
 /// A line that is not an OID and a location.
@@ -103,7 +104,7 @@ pub fn parse_tablespace_map(text: &str) -> Result<Vec<TablespaceEntry>, BackupLa
     Ok(entries)
 }
 
-/// Writes a tablespace_map that [`parse_tablespace_map`] and PostgreSQL read.
+/// Formats a tablespace_map that [`parse_tablespace_map`] and PostgreSQL can read.
 pub fn format_tablespace_map(entries: &[TablespaceEntry]) -> String {
     let mut text = String::new();
     for entry in entries {
@@ -119,7 +120,7 @@ pub fn format_tablespace_map(entries: &[TablespaceEntry]) -> String {
     text
 }
 
-/// The lines, without the backslashes.
+/// Splits the text into lines and removes the escaping backslashes.
 fn unescape(text: &str) -> Vec<String> {
     let (mut lines, mut line, mut chars) = (Vec::new(), String::new(), text.chars());
     while let Some(c) = chars.next() {

@@ -1,24 +1,25 @@
 //! Checksums of data pages.
 //!
-//! The algorithm of PostgreSQL's `src/include/storage/checksum_impl.h`: 32 FNV-1a sums side by side over
-//! a page's 32-bit words, two rounds of zeros, all sums and the block number xored, folded to 1..=65535.
-//! The field itself counts as zero. The inner loop is over 32 independent lanes, which the compiler turns
-//! into vector instructions: see `checksum_speed` in the examples for what that gives.
+//! The algorithm of PostgreSQL's `src/include/storage/checksum_impl.h`: 32 parallel FNV-1a sums over a
+//! page's 32-bit words, then two rounds of zeros; all sums are xored with each other and the block number,
+//! and folded to 1..=65535. The checksum field itself counts as zero. The inner loop runs over 32
+//! independent lanes, which the compiler turns into vector instructions; the example `checksum_speed`
+//! measures the effect.
 //!
 //! A page's header (`storage/bufpage.h`): LSN as two 32-bit halves at 0, checksum at 8, flags at 10, lower
-//! at 12, upper at 14. Integers are little-endian, as on every machine Klio runs on.
+//! at 12, upper at 14. Integers are little-endian, as on every machine that Klio runs on.
 
 use crate::Lsn;
 
-/// Sums side by side.
+/// Number of parallel sums.
 const LANES: usize = 32;
-/// Bytes that go into all lanes once.
+/// Number of bytes that all lanes consume in one step.
 const ROW_BYTES: usize = LANES * 4;
 const FNV_PRIME: u32 = 16_777_619;
-/// Where the checksum lies in a page.
+/// Offset of the checksum in a page.
 const CHECKSUM_AT: usize = 8;
 
-/// Where each lane begins.
+/// The initial value of each lane.
 const OFFSETS: [u32; LANES] = [
     0x5B1F_36E9,
     0xB852_5960,
@@ -54,22 +55,22 @@ const OFFSETS: [u32; LANES] = [
     0x959B_D756,
 ];
 
-/// What a page's header says.
+/// The parsed header of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageHeader {
-    /// End of the WAL record that changed it last.
+    /// End of the WAL record that last changed the page.
     pub lsn: Lsn,
-    /// As stored.
+    /// The stored checksum.
     pub checksum: u16,
     /// Where free space ends; 0 in a page that was never written.
     pub upper: u16,
 }
 
 impl PageHeader {
-    /// Bytes of a page that are looked at.
+    /// Length of the part of a page that is parsed.
     pub const BYTES: usize = 24;
 
-    /// Reads it; `None` for less than a header.
+    /// Parses the header; `None` if the page is shorter than a header.
     pub fn read(page: &[u8]) -> Option<Self> {
         let header: &[u8; Self::BYTES] = page.first_chunk()?;
         let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
@@ -81,7 +82,7 @@ impl PageHeader {
         })
     }
 
-    /// Never written by PostgreSQL: it then holds nothing but zeros, and no checksum.
+    /// Whether PostgreSQL never wrote the page: it then contains only zeros, without a checksum.
     pub const fn is_new(&self) -> bool {
         self.upper == 0
     }
@@ -106,8 +107,8 @@ fn words(row: &[u8]) -> [u32; LANES] {
 
 /// The checksum a page should have. `block` is its number in the relation's fork, over all segments.
 ///
-/// The page's length is a multiple of 128 bytes, which every block size of PostgreSQL is; what is left over
-/// is not looked at.
+/// The page's length must be a multiple of 128 bytes, which is true for every block size of PostgreSQL; any
+/// remainder is ignored.
 pub fn page_checksum(page: &[u8], block: u32) -> u16 {
     let mut sums = OFFSETS;
     let mut rows = page.chunks_exact(ROW_BYTES);
@@ -130,7 +131,7 @@ pub fn page_checksum(page: &[u8], block: u32) -> u16 {
 mod tests {
     use super::*;
 
-    /// Blocks 2 and 3 of a pg_class that `initdb -k` of PostgreSQL 15 made.
+    /// Blocks 2 and 3 of a pg_class from `initdb -k` of PostgreSQL 15.
     const REAL: &[u8; 16_384] = include_bytes!("../testdata/pg_class_pages_2_3.bin");
 
     #[test]

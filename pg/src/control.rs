@@ -1,4 +1,4 @@
-//! `global/pg_control`: what Klio needs of it.
+//! `global/pg_control`: the fields that Klio needs.
 //!
 //! `ControlFileData` of PostgreSQL's `src/include/catalog/pg_control.h`, versions 15 to 18 (1300, 1800), on
 //! machines that align to eight bytes, little-endian:
@@ -7,84 +7,84 @@
 //! |---|---|
 //! | 0 | system identifier, 64 bits |
 //! | 8 | version of this format |
-//! | 12 | catalogue version |
+//! | 12 | catalog version |
 //! | 16 | state of the cluster |
 //! | 32 | LSN of the latest checkpoint |
 //! | 48 | its timeline |
-//! | 64 | the next transaction then, with its epoch, 64 bits |
-//! | 180, 184, 188, 192, 196 | max_connections and its kin: see [`ControlFile::needed`] |
-//! | 208 | the double 1234567.0, by which a machine of another kind is told |
+//! | 64 | the next transaction at that checkpoint, with its epoch, 64 bits |
+//! | 180, 184, 188, 192, 196 | max_connections and similar settings: see [`ControlFile::needed`] |
+//! | 208 | the double 1234567.0, which tells machines with another format apart |
 //! | 216 | block size |
 //! | 220 | blocks in a relation segment |
 //! | 228 | WAL segment size |
-//! | 252 | version of data checksums, 0: none |
-//! | 288 or 292 | CRC-32C of all before |
+//! | 252 | version of data checksums, 0 for none |
+//! | 288 or 292 | CRC-32C of everything before it |
 //!
-//! The file is 8192 bytes, of which PostgreSQL writes the first part in place: who reads it while
-//! PostgreSQL runs can see half of a write, and reads again.
+//! The file is 8192 bytes long. PostgreSQL overwrites its first part in place, so a reader can see a partial write
+//! while PostgreSQL runs, and has to read again.
 
 use crate::{Lsn, SegmentSize, TimelineId};
 
-/// What pg_control says.
+/// The parsed pg_control.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlFile {
     /// Set by initdb, the same on every standby.
     pub system_identifier: u64,
     /// 1300 for PostgreSQL 13 to 17, 1800 for 18.
     pub format: u32,
-    /// Names the directory in each tablespace: see [`ControlFile::tablespace_directory`].
+    /// Part of the directory name in each tablespace: see [`ControlFile::tablespace_directory`].
     pub catalog_version: u32,
     /// LSN of the latest checkpoint record.
     pub checkpoint: Lsn,
-    /// Its timeline.
+    /// The timeline of that checkpoint.
     pub timeline: TimelineId,
-    /// The transaction that came next at that checkpoint, with its epoch: as `pg_current_xact_id()` counts.
+    /// The next transaction at that checkpoint, with its epoch: as `pg_current_xact_id()` counts.
     pub next_xid: u64,
-    /// Bytes of a data page.
+    /// Size of a data page in bytes.
     pub block_size: u32,
-    /// Blocks in a file of a relation.
+    /// Number of blocks in one file of a relation.
     pub relation_segment_blocks: u32,
-    /// Of WAL.
+    /// Size of a WAL segment.
     pub segment_size: SegmentSize,
-    /// Pages have checksums.
+    /// Whether pages have checksums.
     pub checksums: bool,
-    /// What a recovery has to be set to at least, by the names of the settings: what the server that wrote it was set to.
+    /// The minimum values of settings for a recovery, by setting name: the values of the server that wrote the file.
     pub needed: [(&'static str, u32); 5],
 }
 
-/// Not a control file that can be read.
+/// The bytes are not a control file that can be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
-    /// Half a write was seen, or the file is damaged: read it again.
+    /// A partial write was seen, or the file is damaged: read it again.
     #[error(
-        "read pg_control: its checksum does not fit; expected a whole write, found {bytes} bytes that are none"
+        "read pg_control: expected a complete write, found {bytes} bytes with a wrong checksum"
     )]
     Torn {
-        /// What was there.
+        /// Number of bytes in the file.
         bytes: usize,
     },
-    /// Another layout.
+    /// The file has another layout.
     #[error(
         "read pg_control: expected a file of PostgreSQL 15 to 18 on this kind of machine, found {found}"
     )]
     Unknown {
-        /// In words.
+        /// A description.
         found: String,
     },
 }
 
-/// Where the checksum may be: it follows fields that versions added.
+/// The range of offsets where the checksum may be: it follows fields that versions added.
 const CRC_FROM: usize = 256;
 const CRC_TO: usize = 512;
 
 impl ControlFile {
-    /// Where it lies, relative to the data directory.
+    /// The file's path, relative to the data directory.
     pub const PATH: &'static str = "global/pg_control";
 
-    /// Reads the file's bytes.
+    /// Parses the file.
     ///
     /// # Errors
-    /// `Torn` when no checksum fits; `Unknown` for a layout of another version or machine.
+    /// `Torn` when no checksum matches; `Unknown` for a layout of another version or machine.
     pub fn parse(bytes: &[u8]) -> Result<Self, ControlError> {
         if !checksum_fits(bytes) {
             return Err(ControlError::Torn { bytes: bytes.len() });
@@ -125,7 +125,7 @@ impl ControlFile {
         })
     }
 
-    /// The directory of this PostgreSQL in a tablespace's directory, for example `PG_15_202209061`.
+    /// The name of this PostgreSQL's directory in a tablespace, for example `PG_15_202209061`.
     pub fn tablespace_directory(&self, major: u32) -> String {
         format!("PG_{major}_{}", self.catalog_version)
     }
@@ -162,12 +162,12 @@ mod tests {
         bytes
     }
 
-    /// Of `initdb -k` of PostgreSQL 15.
+    /// From `initdb -k` of PostgreSQL 15.
     #[test]
     fn a_real_one_is_read() {
         let control = ControlFile::parse(include_bytes!("../testdata/pg_control_15.bin")).unwrap();
         assert_eq!((control.format, control.block_size), (1300, 8192));
-        // Those of bootstrap are behind it.
+        // The transactions of the bootstrap come before it.
         assert!((700..800).contains(&control.next_xid), "{}", control.next_xid);
         assert_eq!((control.timeline.get(), control.segment_size.bytes()), (1, 16 << 20));
         assert_eq!((control.relation_segment_blocks, control.checksums), (131_072, true));

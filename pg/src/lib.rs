@@ -1,7 +1,7 @@
 //! PostgreSQL's own vocabulary: LSNs, segments, timelines, WAL pages and replication messages.
 //!
-//! A leaf: pure functions over values and bytes. No I/O, no clock, no runtime, no other Klio crate.
-//! Everything here parses what a stranger sent, so every parser returns an error instead of panicking.
+//! A leaf crate: pure functions over values and bytes. No I/O, no clock, no runtime, no other Klio
+//! crate. All parsers here handle untrusted input, so they return errors and never panic.
 
 mod backup_label;
 mod checksum;

@@ -1,24 +1,22 @@
 //! Log sequence numbers: byte positions in the write-ahead log.
 //!
-//! Text form is PostgreSQL's `pg_lsn`: two hexadecimal halves, `16/B374D848`
-//! (<https://www.postgresql.org/docs/current/datatype-pg-lsn.html>). Serialised as that text.
+//! The text form is PostgreSQL's `pg_lsn`: two hexadecimal halves, `16/B374D848`
+//! (<https://www.postgresql.org/docs/current/datatype-pg-lsn.html>). It is serialized in this form.
 
 use crate::SegmentSize;
 use std::{fmt, str::FromStr};
 
-/// A byte position in the WAL of one timeline. `0/0` is PostgreSQL's "invalid".
+/// A byte position in the WAL of one timeline. PostgreSQL uses `0/0` for "invalid".
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Lsn(u64);
 
 impl Lsn {
-    /// `0/0`, which PostgreSQL never uses for a record.
+    /// `0/0`, where no record ever is.
     pub const ZERO: Lsn = Lsn(0);
 
-    /// From the 64-bit number.
     pub const fn new(value: u64) -> Self {
         Self(value)
     }
-    /// The 64-bit number.
     pub const fn as_u64(self) -> u64 {
         self.0
     }
@@ -29,19 +27,20 @@ impl Lsn {
             None => None,
         }
     }
-    /// The position `bytes` further on; sticks at the end of the address space, which no WAL reaches.
+    /// The position `bytes` further on, limited to the end of the address space, which no WAL
+    /// reaches.
     pub const fn advance(self, bytes: u64) -> Lsn {
         Lsn(self.0.saturating_add(bytes))
     }
-    /// Bytes from `earlier` to here; 0 when `earlier` is not earlier.
+    /// Number of bytes from `earlier` to this position; 0 if `earlier` is not earlier.
     pub const fn bytes_since(self, earlier: Lsn) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
-    /// The first byte of the segment that holds this byte.
+    /// The first byte of the segment that contains this byte.
     pub const fn segment_start(self, size: SegmentSize) -> Lsn {
         Lsn(self.0 - self.offset_in(size))
     }
-    /// How far into its segment this byte is.
+    /// The offset of this byte in its segment.
     pub const fn offset_in(self, size: SegmentSize) -> u64 {
         self.0 & (size.bytes() - 1)
     }
@@ -59,7 +58,7 @@ impl fmt::Debug for Lsn {
     }
 }
 
-/// The text was not two hexadecimal halves joined by a slash.
+/// The text is not two hexadecimal halves joined by a slash.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected an LSN such as 16/B374D848, found {found:?}")]
 pub struct ParseLsnError {

@@ -1,7 +1,7 @@
-//! Checks WAL as it passes: every 8 KiB page begins with a header that says where it belongs.
+//! Checks a stream of WAL: every 8 KiB page begins with a header that says where it belongs.
 //!
-//! Source: `src/include/access/xlog_internal.h`. Little endian (the byte order of every platform
-//! Klio is built for), after which the record data follows:
+//! Source: `src/include/access/xlog_internal.h`. Integers are little-endian, the byte order of every
+//! platform that Klio is built for. The record data follows the header:
 //!
 //! | bytes | field | check |
 //! |---|---|---|
@@ -15,28 +15,29 @@
 //! | 36..40 | xlp_xlog_blcksz (long) | 8192 |
 //!
 //! After a segment switch (`pg_switch_wal`, `archive_timeout`) PostgreSQL leaves the rest of the segment
-//! zero, headers included. So a page without a header passes when everything up to the segment's end is
-//! zero, and not otherwise.
+//! zero, including the page headers. A page without a header is therefore accepted only if everything up
+//! to the segment's end is zero.
 //!
-//! The checker sees bytes in order; a header may be cut by a message's end.
+//! The checker sees the bytes in order; a header may be split between two messages.
 
 use crate::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
-/// XLOG_BLCKSZ of every packaged PostgreSQL. Another one is refused by the long header.
+/// XLOG_BLCKSZ of every packaged PostgreSQL. A different size is refused by the check of the long
+/// header.
 pub const PAGE_BYTES: u64 = 8192;
 
 const SHORT_HEADER: usize = 24;
 const LONG_HEADER: usize = 40;
 const XLP_LONG_HEADER: u16 = 0x0002;
 
-/// What every page of a stream must agree with.
+/// What every page of a stream has to match.
 #[derive(Debug, Clone)]
 pub struct PageExpectation {
     /// Pinned at first contact (P8).
     pub system_identifier: u64,
     /// Pinned at first contact.
     pub segment_size: SegmentSize,
-    /// server_version_num divided by 10000; decides xlp_magic.
+    /// server_version_num divided by 10000; determines xlp_magic.
     pub postgres_major: u32,
     /// The streamed timeline with its ancestors.
     pub history: TimelineHistory,
@@ -48,20 +49,18 @@ pub struct PageExpectation {
 pub struct PageError {
     /// LSN of the page.
     pub page: Lsn,
-    /// The header's field.
+    /// The name of the header field.
     pub field: &'static str,
-    /// What it should have been.
     pub expected: String,
-    /// What it was.
     pub found: String,
 }
 
-/// Checks page headers of a stream of WAL bytes that begins anywhere and continues without a hole.
+/// Checks the page headers of a stream of WAL that may begin anywhere and has no holes.
 #[derive(Debug)]
 pub struct PageChecker {
     expect: PageExpectation,
     position: Lsn,
-    /// The beginning of a header whose rest has not come yet, and where its page begins.
+    /// The first part of a header whose rest has not arrived yet.
     header: [u8; LONG_HEADER],
     header_len: usize,
     in_header: bool,
@@ -69,7 +68,7 @@ pub struct PageChecker {
     zeros_from: Option<Lsn>,
 }
 
-/// XLOG_PAGE_MAGIC by major version; `None` for versions newer than this program.
+/// XLOG_PAGE_MAGIC by major version; `None` for versions that this program does not know yet.
 const fn magic_of(postgres_major: u32) -> Option<u16> {
     match postgres_major {
         15 => Some(0xD110),
@@ -81,8 +80,8 @@ const fn magic_of(postgres_major: u32) -> Option<u16> {
 }
 
 impl PageChecker {
-    /// A checker whose first byte will be at `start`. Bytes before the first page boundary cannot
-    /// be checked and pass: they continue a page whose header was checked when it came.
+    /// Creates a checker whose first byte is at `start`. Bytes before the first page boundary cannot be
+    /// checked and are accepted: they continue a page whose header was checked when it arrived.
     pub fn new(expect: PageExpectation, start: Lsn) -> Self {
         let in_header = start.as_u64().is_multiple_of(PAGE_BYTES);
         Self {
@@ -95,15 +94,15 @@ impl PageChecker {
         }
     }
 
-    /// Where the next byte belongs.
+    /// The LSN of the next byte.
     pub const fn position(&self) -> Lsn {
         self.position
     }
 
-    /// Looks at the next bytes.
+    /// Checks the next bytes.
     ///
     /// # Errors
-    /// The first header that disagrees. The checker is useless after that.
+    /// The first header that does not match. The checker cannot be used after that.
     pub fn check(&mut self, mut data: &[u8]) -> Result<(), PageError> {
         while !data.is_empty() {
             let offset = self.position.as_u64() % PAGE_BYTES;
@@ -137,7 +136,7 @@ impl PageChecker {
         Ok(())
     }
 
-    /// Inside the zeros after a segment switch: gives back what follows the segment.
+    /// Checks zeros after a segment switch, and returns the data behind the segment.
     fn check_zeros<'a>(&mut self, from: Lsn, data: &'a [u8]) -> Result<&'a [u8], PageError> {
         let size = self.expect.segment_size;
         let left = size.bytes() - self.position.offset_in(size);
@@ -155,7 +154,7 @@ impl PageChecker {
         Ok(rest)
     }
 
-    /// The page that the header being read belongs to.
+    /// The page whose header is being read.
     fn page(&self) -> Lsn {
         Lsn::new(self.position.as_u64() - self.header_len as u64)
     }
@@ -186,7 +185,7 @@ impl PageChecker {
             Err(PageError { page, field, expected: show(expected), found: show(found) })
         };
         let magic = number(0, 2);
-        // A newer PostgreSQL than we know: its magic only grows.
+        // A newer PostgreSQL than this program knows: the magic number only grows.
         let expected = magic_of(self.expect.postgres_major).map_or(magic.max(0xD119), u64::from);
         equal("xlp_magic", expected, magic, true)?;
         let at = Lsn::new(number(8, 8));
@@ -206,7 +205,8 @@ impl PageChecker {
     }
 
     /// A new timeline's first segment repeats its parent's bytes up to the switch point, with the
-    /// parent's number in their headers; the page that holds the switch point keeps the parent's.
+    /// parent's number in their headers. The page that contains the switch point keeps the parent's
+    /// number.
     fn check_timeline(&self, page: Lsn, found: u32) -> Result<(), PageError> {
         let history = &self.expect.history;
         let own = history.timeline();
@@ -290,7 +290,7 @@ mod tests {
         }
     }
 
-    /// Found by streaming from a real PostgreSQL: after pg_switch_wal whole pages are zero.
+    /// Found by streaming from a real PostgreSQL: after pg_switch_wal, whole pages are zero.
     #[test]
     fn zeros_after_a_switch_pass_up_to_the_end_of_the_segment_and_nowhere_else() {
         let base = u64::from(SEGMENT) * 3;

@@ -1,10 +1,9 @@
-//! Names of the files that hold relations.
+//! Parses the names of relation files.
 //!
 //! `<number>[_fsm|_vm|_init][.<segment>]`, with `t<backend>_` in front for temporary ones
 //! (<https://www.postgresql.org/docs/current/storage-file-layout.html>; PostgreSQL's
 //! `src/common/relpath.c` and `parse_filename_for_nontemp_relation` in `storage/file/reinit.c`).
 
-/// Which of a relation's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Fork {
     /// The relation itself.
@@ -13,25 +12,24 @@ pub enum Fork {
     FreeSpace,
     /// Visibility map.
     Visibility,
-    /// What an unlogged relation begins with after a crash.
+    /// The initial content of an unlogged relation after a crash.
     Init,
 }
 
 /// A file of a relation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RelationFile {
-    /// pg_class.relfilenode, mostly.
+    /// Usually pg_class.relfilenode.
     pub number: u32,
-    /// Which fork.
     pub fork: Fork,
-    /// 0 for the first, which has no such part in its name.
+    /// 0 for the first segment, which has no number in its file name.
     pub segment: u32,
-    /// Of a session; gone when that ends.
+    /// Whether it belongs to a temporary relation, which ends with its session.
     pub temporary: bool,
 }
 
 impl RelationFile {
-    /// Reads a file name; `None` for anything else, such as `pg_filenode.map` or `PG_VERSION`.
+    /// Parses a file name; `None` for anything else, such as `pg_filenode.map` or `PG_VERSION`.
     pub fn parse(name: &str) -> Option<Self> {
         let (temporary, name) = match name.strip_prefix('t') {
             None => (false, name),
@@ -43,7 +41,7 @@ impl RelationFile {
         };
         let (name, segment) = match name.split_once('.') {
             None => (name, 0),
-            // PostgreSQL writes no ".0".
+            // PostgreSQL never writes ".0".
             Some((name, segment)) => (name, number(segment).filter(|n| *n > 0)?),
         };
         let (digits, fork) = match name.split_once('_') {
@@ -57,7 +55,7 @@ impl RelationFile {
     }
 }
 
-/// Decimal digits without zeros in front.
+/// Parses decimal digits without leading zeros.
 fn number(digits: &str) -> Option<u32> {
     let plain = digits.bytes().all(|b| b.is_ascii_digit()) && !digits.starts_with('0');
     plain.then(|| digits.parse().ok()).flatten()

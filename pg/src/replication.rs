@@ -15,17 +15,17 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 /// Microseconds from the Unix epoch to PostgreSQL's.
 const PG_EPOCH_UNIX_MICROS: i64 = 946_684_800_000_000;
 
-/// PostgreSQL time to Unix time, both in microseconds.
+/// Converts PostgreSQL time to Unix time, both in microseconds.
 pub const fn unix_micros_from_pg(pg: i64) -> i64 {
     pg.saturating_add(PG_EPOCH_UNIX_MICROS)
 }
 
-/// Unix time to PostgreSQL time, both in microseconds.
+/// Converts Unix time to PostgreSQL time, both in microseconds.
 pub const fn pg_micros_from_unix(unix: i64) -> i64 {
     unix.saturating_sub(PG_EPOCH_UNIX_MICROS)
 }
 
-/// WAL bytes.
+/// A message with WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct XLogData {
     /// LSN of the first byte.
@@ -34,31 +34,30 @@ pub struct XLogData {
     pub wal_end: Lsn,
     /// Unix microseconds on the server's clock.
     pub sent_unix_micros: i64,
-    /// The WAL itself; at most 128 KiB from today's servers.
+    /// The WAL itself; current servers send at most 128 KiB.
     pub data: Bytes,
 }
 
-/// A sign of life from the server.
+/// A keepalive message from the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PrimaryKeepalive {
     /// The server's current end of WAL.
     pub wal_end: Lsn,
     /// Unix microseconds on the server's clock.
     pub sent_unix_micros: i64,
-    /// The server wants a status update now, or it will hang up.
+    /// The server wants a status update now; without one it closes the connection.
     pub reply_requested: bool,
 }
 
-/// What a server sends while it streams.
+/// A message that a server sends while it streams.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplicationMessage {
-    /// WAL bytes.
     XLogData(XLogData),
-    /// A sign of life.
     Keepalive(PrimaryKeepalive),
 }
 
-/// What we tell the server. P1: `flushed` is never more than what the Klio server has fsynced.
+/// The position that we report to PostgreSQL. P1: `flushed` is never more than what the Klio server
+/// has fsynced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatusUpdate {
     /// Received by the Klio server.
@@ -67,27 +66,27 @@ pub struct StatusUpdate {
     pub flushed: Lsn,
     /// Unix microseconds on our clock.
     pub sent_unix_micros: i64,
-    /// Ask the server to answer at once.
+    /// Whether PostgreSQL should answer at once.
     pub reply_requested: bool,
 }
 
-/// A copy-data message that is none of the known ones.
+/// A CopyData message of an unknown kind, or a malformed one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// An unknown first byte, or none.
+    /// The first byte is unknown, or there is none.
     #[error("expected replication message 'w' or 'k', found {found:?}")]
     Unknown {
         /// The first byte.
         found: Option<u8>,
     },
-    /// Too short for its kind.
+    /// The message is too short for its kind.
     #[error("expected at least {expected} bytes in replication message {kind:?}, found {found}")]
     Short {
         /// The message's first byte.
         kind: char,
-        /// Bytes the fixed part has.
+        /// Length of the fixed part in bytes.
         expected: usize,
-        /// Bytes that came.
+        /// The received length in bytes.
         found: usize,
     },
 }
@@ -127,8 +126,8 @@ pub fn decode_message(mut payload: Bytes) -> Result<ReplicationMessage, MessageE
     }
 }
 
-/// Encodes a standby status update as the payload of a CopyData message.
-/// The applied position stays 0/0 ("unknown"): Klio keeps WAL, it does not replay it.
+/// Encodes a standby status update as the payload of a CopyData message. The applied position stays
+/// 0/0 ("unknown"), because Klio stores WAL and does not replay it.
 pub fn encode_status(status: &StatusUpdate, out: &mut BytesMut) {
     out.put_u8(b'r');
     out.put_u64(status.written.as_u64());

@@ -1,7 +1,7 @@
 //! WAL segments: fixed-size pieces of a timeline, and their 24-digit file names.
 //!
-//! A name is timeline, high half and segment-within-high-half, eight hexadecimal digits each; with
-//! 16 MiB segments the last part runs from 00 to FF
+//! A name consists of the timeline, the high half of the LSN, and the segment's number within that
+//! half, with eight hexadecimal digits each. With 16 MiB segments the last part runs from 00 to FF
 //! (<https://www.postgresql.org/docs/current/wal-internals.html>).
 
 use crate::{Lsn, TimelineId};
@@ -12,7 +12,7 @@ use std::{fmt, str::FromStr};
 #[serde(try_from = "u32", into = "u32")]
 pub struct SegmentSize(u32);
 
-/// Not a size PostgreSQL can be built with.
+/// Not a size that PostgreSQL can be built with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected a WAL segment size that is a power of two from 1 MiB to 1 GiB, found {found} bytes"
@@ -22,7 +22,7 @@ pub struct SegmentSizeError {
 }
 
 impl SegmentSize {
-    /// Accepts the number of bytes.
+    /// From the number of bytes.
     pub const fn new(bytes: u32) -> Result<Self, SegmentSizeError> {
         if bytes.is_power_of_two() && bytes >= 1 << 20 && bytes <= 1 << 30 {
             Ok(Self(bytes))
@@ -30,7 +30,6 @@ impl SegmentSize {
             Err(SegmentSizeError { found: bytes as u64 })
         }
     }
-    /// The number of bytes.
     pub const fn bytes(self) -> u64 {
         self.0 as u64
     }
@@ -65,7 +64,7 @@ pub struct SegmentName {
 }
 
 impl SegmentName {
-    /// The segment of `timeline` that holds the byte at `lsn`.
+    /// The segment of `timeline` that contains the byte at `lsn`.
     pub const fn containing(timeline: TimelineId, lsn: Lsn, size: SegmentSize) -> Self {
         let number = lsn.as_u64() / size.bytes();
         Self {
@@ -74,11 +73,10 @@ impl SegmentName {
             low: (number % size.per_high_half()) as u32,
         }
     }
-    /// The timeline in the name.
     pub const fn timeline(self) -> TimelineId {
         self.timeline
     }
-    /// The LSN of the first byte, or `None` when the name cannot exist with this segment size.
+    /// The LSN of the first byte, or `None` when the name is impossible with this segment size.
     pub const fn start_lsn(self, size: SegmentSize) -> Option<Lsn> {
         if self.low as u64 >= size.per_high_half() {
             return None;
@@ -104,7 +102,7 @@ impl fmt::Debug for SegmentName {
     }
 }
 
-/// The text was not a segment's file name.
+/// The text is not the file name of a segment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected a segment name of 24 upper-case hexadecimal digits, found {found:?}")]
 pub struct ParseSegmentError {

@@ -1,6 +1,7 @@
 //! The first bytes of a WAL segment: XLogLongPageHeaderData, whose table is in `page.rs`.
 //!
-//! Says to which PostgreSQL, timeline and position a file belongs, so that a file under a wrong name is not replayed.
+//! It says to which PostgreSQL, timeline and position a file belongs, so that a file with a wrong name is not
+//! replayed.
 
 use crate::{Lsn, SegmentName, SegmentSize, TimelineId};
 
@@ -9,28 +10,24 @@ pub const SEGMENT_HEADER_BYTES: usize = 40;
 
 const XLP_LONG_HEADER: u16 = 0x0002;
 
-/// What a segment says of itself.
+/// The parsed header of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentHeader {
-    /// The timeline of the first page: the segment's own, or an ancestor whose bytes the segment begins with.
+    /// The timeline of the first page: the segment's own, or an ancestor's whose bytes the segment begins with.
     pub timeline: TimelineId,
-    /// Position of its first byte.
+    /// LSN of the segment's first byte.
     pub start: Lsn,
-    /// Of its cluster.
     pub system_identifier: u64,
-    /// Its full size.
     pub segment_size: SegmentSize,
 }
 
-/// Bytes that no segment of that name begins with.
+/// Bytes with which no segment of that name begins.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("check the first page: expected {field} {expected}, found {found}")]
 pub struct SegmentHeaderError {
-    /// The header's field.
+    /// The name of the header field.
     pub field: &'static str,
-    /// What it should have been.
     pub expected: String,
-    /// What it was.
     pub found: String,
 }
 
@@ -43,20 +40,20 @@ fn wrong(
 }
 
 impl SegmentHeader {
-    /// Reads a segment's beginning.
+    /// Parses the beginning of a segment.
     ///
     /// # Errors
-    /// Names the field that cannot be one.
+    /// The field that is invalid.
     pub fn parse(bytes: &[u8; SEGMENT_HEADER_BYTES]) -> Result<Self, SegmentHeaderError> {
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        // Every XLOG_PAGE_MAGIC since PostgreSQL 9.6 is 0xD0xx or 0xD1xx; the rest is checked by PostgreSQL.
+        // Every XLOG_PAGE_MAGIC since PostgreSQL 9.6 is 0xD0xx or 0xD1xx; PostgreSQL checks the rest.
         if !matches!(half(0) >> 8, 0xD0 | 0xD1) {
             return Err(wrong("magic", "0xD1xx", format_args!("{:#06X}", half(0))));
         }
         if half(2) & XLP_LONG_HEADER == 0 {
-            return Err(wrong("a long header", "as at a segment's start", "a short one"));
+            return Err(wrong("page header", "a long one, as at a segment's start", "a short one"));
         }
         let timeline = TimelineId::new(word(4)).ok_or_else(|| wrong("timeline", "from 1", 0))?;
         let segment_size = SegmentSize::new(word(32))
@@ -65,10 +62,10 @@ impl SegmentHeader {
         Ok(Self { timeline, start, system_identifier: long(24), segment_size })
     }
 
-    /// Whether a segment of this name can begin so.
+    /// Checks that a segment of this name can begin with this header.
     ///
     /// # Errors
-    /// Names the field that does not agree.
+    /// The field that does not match.
     pub fn belongs_to(&self, name: SegmentName) -> Result<(), SegmentHeaderError> {
         let start = name.start_lsn(self.segment_size);
         if start != Some(self.start) {

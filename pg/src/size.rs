@@ -1,8 +1,8 @@
-//! A number of bytes, so that no bare integer has to say what it counts.
+//! A number of bytes as a type, so that no plain integer has to say what it counts.
 
 use std::fmt;
 
-/// A size in bytes. Prints in binary units with one decimal (`1.5 GiB`).
+/// A size in bytes. Displayed in binary units with one decimal (`1.5 GiB`).
 #[derive(
     Debug,
     Clone,
@@ -20,19 +20,15 @@ use std::fmt;
 pub struct ByteSize(u64);
 
 impl ByteSize {
-    /// Exactly this many bytes.
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
-    /// `n` KiB.
     pub const fn kib(n: u64) -> Self {
         Self(n * 1024)
     }
-    /// `n` MiB.
     pub const fn mib(n: u64) -> Self {
         Self(n * 1024 * 1024)
     }
-    /// The number of bytes.
     pub const fn bytes(self) -> u64 {
         self.0
     }

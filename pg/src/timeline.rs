@@ -1,14 +1,14 @@
 //! Timelines and their history files.
 //!
-//! A history file lists the ancestors of a timeline, one a line: parent timeline, the LSN where it
-//! was left, a reason; `#` begins a comment
-//! (PostgreSQL source, `src/backend/access/transam/timeline.c`).
-//! Entries ascend in timeline and never go back in LSN.
+//! A history file lists the ancestors of a timeline, one per line: the parent timeline, the LSN
+//! where it was left, and a reason; `#` begins a comment (PostgreSQL source,
+//! `src/backend/access/transam/timeline.c`). Entries ascend by timeline, and their LSNs never
+//! decrease.
 
 use crate::Lsn;
 use std::{fmt, str::FromStr};
 
-/// A timeline number, 1 or more. Prints as eight hexadecimal digits, as in file names.
+/// A timeline number, 1 or more. Displayed as eight hexadecimal digits, as in file names.
 #[derive(
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -20,17 +20,16 @@ impl TimelineId {
     pub const fn new(number: u32) -> Option<Self> {
         if number == 0 { None } else { Some(Self(number)) }
     }
-    /// The number.
     pub const fn get(self) -> u32 {
         self.0
     }
-    /// `0000000A.history`.
+    /// The file name, such as `0000000A.history`.
     pub fn history_file_name(self) -> String {
         format!("{self}.history")
     }
 }
 
-/// Not a timeline.
+/// Not a timeline number.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected a timeline number from 1 up, found {found:?}")]
 pub struct ParseTimelineError {
@@ -62,7 +61,7 @@ impl fmt::Debug for TimelineId {
     }
 }
 
-/// Reads the eight hexadecimal digits of a file or directory name.
+/// Parses the eight hexadecimal digits of a file or directory name.
 impl FromStr for TimelineId {
     type Err = ParseTimelineError;
 
@@ -79,9 +78,8 @@ impl FromStr for TimelineId {
 /// One line of a history file: `timeline` was left at `end`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HistoryEntry {
-    /// The ancestor.
     pub timeline: TimelineId,
-    /// One past the ancestor's last byte that counts.
+    /// One past the last byte of the ancestor that belongs to the history.
     pub end: Lsn,
 }
 
@@ -107,7 +105,7 @@ impl TimelineHistory {
         Self { timeline, entries: Vec::new() }
     }
 
-    /// Reads a history file's content.
+    /// Parses the content of a history file.
     ///
     /// # Errors
     /// A line that is not "timeline LSN reason", or timelines or LSNs that do not ascend.
@@ -115,7 +113,7 @@ impl TimelineHistory {
         let mut entries: Vec<HistoryEntry> = Vec::new();
         for (index, raw) in content.split(|b| *b == b'\n').enumerate() {
             let fail = |problem| HistoryError { timeline, line: index + 1, problem };
-            // The reason at the end may be any bytes; timeline and LSN are ASCII.
+            // The reason at the end may consist of any bytes; timeline and LSN are ASCII.
             let text = String::from_utf8_lossy(raw);
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
@@ -142,11 +140,10 @@ impl TimelineHistory {
         Ok(Self { timeline, entries })
     }
 
-    /// The timeline this is the history of.
     pub const fn timeline(&self) -> TimelineId {
         self.timeline
     }
-    /// Ancestors, oldest first.
+    /// The ancestors, oldest first.
     pub fn entries(&self) -> &[HistoryEntry] {
         &self.entries
     }
@@ -154,15 +151,15 @@ impl TimelineHistory {
     pub fn switch_point(&self) -> Option<Lsn> {
         self.entries.last().map(|e| e.end)
     }
-    /// Where `ancestor` was left on the way to this timeline; `None` when it is not an ancestor.
+    /// Where `ancestor` was left on the path to this timeline; `None` when it is not an ancestor.
     pub fn end_of(&self, ancestor: TimelineId) -> Option<Lsn> {
         self.entries.iter().find(|e| e.timeline == ancestor).map(|e| e.end)
     }
-    /// The ancestor or this timeline itself that `lsn` belongs to.
+    /// The timeline, an ancestor or this one, to which `lsn` belongs.
     pub fn timeline_at(&self, lsn: Lsn) -> TimelineId {
         self.entries.iter().find(|e| lsn < e.end).map_or(self.timeline, |e| e.timeline)
     }
-    /// The timeline that follows `timeline` on this path: not always the next number.
+    /// The timeline that follows `timeline` on this path, which is not always the next number.
     pub fn next_after(&self, timeline: TimelineId) -> Option<TimelineId> {
         let path = self.entries.iter().map(|e| e.timeline).chain([self.timeline]);
         path.skip_while(|t| *t != timeline).nth(1)

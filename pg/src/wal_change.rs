@@ -1,4 +1,4 @@
-//! The main data of records that change what a server must be set to, or where its files lie.
+//! The main data of records that change the minimum settings of a server, or where its files are.
 //!
 //! Sources: `xl_parameter_change` in `src/include/access/xlog_internal.h`, `WalLevel` in `access/xlog.h`,
 //! `commands/tablespace.h`; the same in PostgreSQL 15 to 18. Little endian.
@@ -9,46 +9,38 @@
 //! | | 20 | wal_level: 0 minimal, 1 replica, 2 logical |
 //! | | 24, 25 | wal_log_hints, track_commit_timestamp |
 //! | XLOG_TBLSPC_CREATE | 0..4 | OID |
-//! | | 4.. | location, ended by a zero; empty for one inside the data directory |
+//! | | 4.. | location, terminated by a zero byte; empty for one inside the data directory |
 //! | XLOG_TBLSPC_DROP | 0..4 | OID |
 
 use crate::wal_record::number;
 
-/// How much is written to WAL.
+/// How much information is written to WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WalLevel {
-    /// Bulk loads are left out: recovery cannot pass such a stretch.
+    /// Bulk loads are omitted: recovery cannot pass such WAL.
     Minimal,
     /// Enough for archiving and standbys.
     Replica,
-    /// Enough for logical decoding, too.
+    /// Enough for logical decoding as well.
     Logical,
 }
 
-/// What XLOG_PARAMETER_CHANGE says: the settings of the server that wrote WAL from here on.
+/// The content of XLOG_PARAMETER_CHANGE: the settings of the server that wrote the WAL from here on.
 ///
-/// PostgreSQL writes it at a start when one of them is not what it was, so every change is in WAL.
+/// PostgreSQL writes the record at a start when one of the settings has changed, so every change is in the WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WalParameters {
-    /// `max_connections`.
     pub max_connections: u32,
-    /// `max_worker_processes`.
     pub max_worker_processes: u32,
-    /// `max_wal_senders`.
     pub max_wal_senders: u32,
-    /// `max_prepared_transactions`.
     pub max_prepared_transactions: u32,
-    /// `max_locks_per_transaction`.
     pub max_locks_per_transaction: u32,
-    /// `wal_level`.
     pub wal_level: WalLevel,
-    /// `wal_log_hints`.
     pub wal_log_hints: bool,
-    /// `track_commit_timestamp`.
     pub track_commit_timestamp: bool,
 }
 
-/// `None` for data that is no such record's.
+/// Parses the main data; `None` if it is malformed.
 pub(crate) fn parameters(main: &[u8]) -> Option<WalParameters> {
     let field = |at: usize| main.get(at..at + 4).map(|bytes| number(bytes) as u32);
     let wal_level = match field(20)? {
@@ -69,14 +61,14 @@ pub(crate) fn parameters(main: &[u8]) -> Option<WalParameters> {
     })
 }
 
-/// OID and location of a tablespace that is made.
+/// OID and location of a created tablespace.
 pub(crate) fn tablespace_created(main: &[u8]) -> Option<(u32, Vec<u8>)> {
     let path = main.get(4..)?;
     let path = &path[..path.iter().position(|byte| *byte == 0)?];
     Some((number(&main[..4]) as u32, path.to_vec()))
 }
 
-/// OID of a tablespace that is removed.
+/// OID of a dropped tablespace.
 pub(crate) fn tablespace_dropped(main: &[u8]) -> Option<u32> {
     main.get(..4).map(|bytes| number(bytes) as u32)
 }

@@ -1,29 +1,29 @@
-//! Takes the location out of the record of `CREATE TABLESPACE`, so that its replay touches no place outside of the data
-//! directory: PostgreSQL then makes, or finds, `pg_tblspc/<oid>` itself (`create_tablespace_directories` in tablespace.c, the
-//! same in PostgreSQL 15 to 18; a link that is there already is used as it is).
+//! Removes the location from the WAL record of `CREATE TABLESPACE`, so that its replay touches no place outside of the
+//! data directory. PostgreSQL then creates `pg_tblspc/<oid>` itself, or uses it if it exists
+//! (`create_tablespace_directories` in tablespace.c, the same in PostgreSQL 15 to 18; an existing link is used
+//! unchanged).
 //!
-//! Only a copy of WAL is changed, on its way to a restored cluster, byte by byte at known places: the first byte of the
-//! location becomes zero, and the record's CRC is made right again. Its length stays. The form of a record: `wal_record.rs`,
-//! its main data: `wal_change.rs`.
+//! Only a copy of the WAL is changed, on its way to a restored cluster, byte by byte at known positions: the first byte
+//! of the location becomes zero, and the record's CRC is recomputed. Its length stays the same. The format of a record
+//! is described in `wal_record.rs`, its main data in `wal_change.rs`.
 
 use crate::{Lsn, PAGE_BYTES, SegmentSize, wal_record::number};
 
 const SHORT_HEADER: u64 = 24;
 const LONG_HEADER: u64 = 40;
 const RECORD_HEADER: usize = 24;
-/// A location has 1023 bytes at most (MAXPGPATH).
+/// A location has at most 1023 bytes (MAXPGPATH).
 const RECORD_MAX: u64 = 2048;
-/// Bytes of WAL that hold such a record, wherever it begins.
+/// The length of WAL that contains such a record, wherever it begins.
 pub const TABLESPACE_RECORD_SPAN: u64 = RECORD_MAX + 2 * LONG_HEADER;
 
-/// One byte of WAL that is another in a copy.
+/// One byte of WAL that differs in the copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Edit {
-    /// Where.
     pub at: Lsn,
-    /// What PostgreSQL wrote.
+    /// The byte that PostgreSQL wrote.
     pub old: u8,
-    /// What the copy gets.
+    /// The byte in the copy.
     pub new: u8,
 }
 
@@ -45,8 +45,8 @@ impl std::str::FromStr for Edit {
     }
 }
 
-/// The edits for the record that begins at `lsn`; `wal` is what follows from there on. `None` for anything but a whole
-/// `CREATE TABLESPACE` with a location.
+/// The edits for the record that begins at `lsn`; `wal` is the WAL from there on. `None` for anything but a complete
+/// `CREATE TABLESPACE` record with a location.
 pub fn tablespace_in_place(size: SegmentSize, lsn: Lsn, wal: &[u8]) -> Option<Vec<Edit>> {
     let bytes = record(size, lsn, wal)?;
     let old: Vec<u8> = bytes.iter().map(|(_, byte)| *byte).collect();
@@ -65,10 +65,11 @@ pub fn tablespace_in_place(size: SegmentSize, lsn: Lsn, wal: &[u8]) -> Option<Ve
     Some(edits.map(|((at, old), new)| Edit { at: *at, old: *old, new: *new }).collect())
 }
 
-/// Makes those of the edits that lie in a segment.
+/// Applies those of the edits that are inside a segment.
 ///
 /// # Errors
-/// Where the segment has another byte than was seen before: it is not the WAL that the edits are for.
+/// The position where the segment has a byte other than the expected one: it is not the WAL that the edits were made
+/// for.
 pub fn edit_segment(edits: &[Edit], start: Lsn, segment: &mut [u8]) -> Result<bool, Lsn> {
     let mut changed = false;
     for edit in edits.iter().filter(|edit| edit.at >= start) {
@@ -110,7 +111,7 @@ fn crc(record: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&record[RECORD_HEADER..]), &record[..20])
 }
 
-/// Where the main data begins, behind the headers of replication origin (253) and top-level transaction (252).
+/// Where the main data begins, behind the headers of the replication origin (253) and the top-level transaction (252).
 fn main_data(record: &[u8]) -> Option<usize> {
     let mut at = RECORD_HEADER;
     loop {
@@ -171,7 +172,7 @@ mod tests {
                     record(size(), lsn, &wal).unwrap().into_iter().map(|(_, byte)| byte).collect();
                 assert_eq!(crc(&bytes).to_le_bytes(), bytes[20..24], "{lsn}");
                 assert_eq!((bytes[30], bytes[31]), (0, b's'));
-                // Again: there is nothing left to take out, and to do.
+                // Repeated: there is nothing left to remove, and nothing to do.
                 assert_eq!(tablespace_in_place(size(), lsn, &wal), None);
                 assert!(!edit_segment(&edits, lsn, &mut wal).unwrap());
                 wal.iter_mut().for_each(|byte| *byte ^= 0x55);

@@ -1,10 +1,10 @@
-//! Finds XLOG_PARAMETER_CHANGE in WAL that passes by, without walking its records: at the speed of memory, from any
-//! byte on, as a receiver sees it.
+//! Finds XLOG_PARAMETER_CHANGE in a stream of WAL without parsing all records, at the speed of memory and starting at
+//! any byte, as a receiver sees it.
 //!
-//! The record (`xl_parameter_change`) is always 54 bytes long: 24 of header, 2 of data header, 28 of data. It begins at a
-//! multiple of 8 and may have page headers between its bytes. What looks like one must have the right checksum and come
-//! after the record that it names. User data that holds a copy of such a record at such a place is taken for one:
-//! nobody writes that by accident.
+//! The record (`xl_parameter_change`) is always 54 bytes long: 24 bytes of header, 2 of data header, 28 of data. It
+//! begins at a multiple of 8 and may have page headers between its bytes. A candidate must have a correct checksum, and
+//! the previous record that it names must come before it. User data with a copy of such a record at such a position is
+//! taken for one, but nobody writes that by accident.
 
 use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
@@ -15,39 +15,38 @@ use crate::{
 const RECORD: usize = 54;
 const HEADER: usize = 24;
 const INFO: u8 = 0x60;
-/// A record with a long page header between its bytes.
+/// The length of a record with a long page header between its bytes.
 const SPAN: usize = RECORD + 40;
 
-/// Looks at WAL in pieces of any size.
+/// Scans WAL in pieces of any size.
 #[derive(Debug, Clone)]
 pub struct LevelScan {
     size: SegmentSize,
-    /// Where the next byte belongs.
+    /// The LSN of the next byte.
     position: Lsn,
-    /// The last bytes, from a multiple of 8 on, in which a record may have begun.
+    /// The last bytes, starting at a multiple of 8, in which a record may have begun.
     rest: Vec<u8>,
 }
 
 enum Look {
     No,
-    /// It may be one; more bytes will tell.
+    /// It may be one; more bytes are needed to decide.
     More,
     Yes(WalParameters),
 }
 
 impl LevelScan {
-    /// Nothing seen yet.
     pub const fn new(size: SegmentSize) -> Self {
         Self { size, position: Lsn::ZERO, rest: Vec::new() }
     }
 
-    /// Looks at the bytes at `at`. A piece that does not continue the one before begins anew.
+    /// Scans the bytes at `at`. A piece that does not continue the previous one starts a new scan.
     pub fn push(&mut self, at: Lsn, data: &[u8], found: &mut dyn FnMut(Lsn, WalParameters)) {
         if at != self.position {
             self.rest.clear();
         }
         self.position = at.advance(data.len() as u64);
-        // What began before is looked at with as much of the new bytes as it can need.
+        // A record that began in the earlier bytes is checked with as many of the new bytes as it can need.
         let mut both = std::mem::take(&mut self.rest);
         let (begun, old) = (Lsn::new(at.as_u64() - both.len() as u64), both.len());
         if !both.is_empty() {
@@ -63,7 +62,7 @@ impl LevelScan {
         };
     }
 
-    /// Looks at the places below `limit`; gives what has to be looked at again with more.
+    /// Scans the positions below `limit`; returns the bytes that have to be scanned again with more data.
     fn scan(
         &self,
         at: Lsn,
@@ -115,7 +114,7 @@ impl LevelScan {
     }
 }
 
-/// Whether the beginning of a record is not another kind's.
+/// Whether the beginning of a record can still be of this kind.
 fn may_be(got: &[u8], more: &[u8]) -> bool {
     let byte = |at: usize| got.get(at).or_else(|| more.get(at - got.len().min(at))).copied();
     byte(16).is_none_or(|info| info & 0xF0 == INFO) && byte(17).is_none_or(|rmid| rmid == 0)
@@ -128,7 +127,7 @@ fn check(record: &[u8; RECORD], place: Lsn) -> Option<WalParameters> {
     let crc = crc32c::crc32c_append(crc32c::crc32c(&record[HEADER..]), &record[..20]);
     let before = number(&record[8..16]) < place.as_u64();
     let right = u64::from(crc) == number(&record[20..24]) && before;
-    // Main data of up to 255 bytes, without anything before it.
+    // Main data of up to 255 bytes, with nothing before it.
     let main = right && record[HEADER] == 255 && usize::from(record[HEADER + 1]) == RECORD - 26;
     main.then(|| wal_change::parameters(&record[HEADER + 2..])).flatten()
 }
@@ -157,8 +156,8 @@ mod tests {
         [header, body].concat()
     }
 
-    /// WAL from `base` on with a record at each of these places, which page headers may cut; the rest is noise that begins
-    /// like one everywhere.
+    /// WAL from `base` on with a record at each of these positions, which page headers may split; the rest is noise
+    /// that looks like the beginning of a record everywhere.
     fn wal(base: u64, length: usize, places: &[u64]) -> Vec<u8> {
         let noise = [54, 0, 0, 0, 1, 2, 3, 4];
         let mut bytes: Vec<u8> = (0..length).map(|n| noise[n % 8]).collect();
@@ -219,7 +218,7 @@ mod tests {
             cut in 1usize..9000,
             skew in 0u64..64,
         ) {
-            // Around the ends of pages, the last of them a segment's.
+            // Around the ends of pages, the last of which is the end of a segment.
             let base = 4 * SEGMENT - 60 * PAGE_BYTES;
             let places: Vec<u64> = near.iter().map(|page| base + page * PAGE_BYTES - back * 8).collect();
             let places: Vec<u64> = places.into_iter().filter(|p| !p.is_multiple_of(PAGE_BYTES)).collect();

@@ -1,4 +1,5 @@
-//! A prepared transaction: what `PREPARE TRANSACTION` writes to WAL, and a checkpoint to a file of `pg_twophase`.
+//! A prepared transaction: what `PREPARE TRANSACTION` writes to WAL, and a checkpoint writes to a file in
+//! `pg_twophase`.
 //!
 //! Source: `xl_xact_prepare` in `src/include/access/xact.h` (TwoPhaseFileHeader in `twophase.c`); the same in PostgreSQL 15 to 18.
 //! Little endian.
@@ -7,26 +8,26 @@
 //! |---|---|
 //! | 0 | magic, 0x57F94534 |
 //! | 8 | the transaction's id |
-//! | 54 | length of its name, the zero at the end counted |
+//! | 54 | length of its name, including the terminating zero |
 //! | 72 | its name |
 
 use crate::wal_record::number;
 
 const MAGIC: u64 = 0x57F9_4534;
-/// GIDSIZE.
+/// GIDSIZE in PostgreSQL.
 const NAME_MAX: usize = 200;
 
-/// Of a prepared transaction.
+/// A prepared transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
-    /// Its top-level id.
+    /// The top-level transaction id.
     pub xid: u32,
-    /// The name that `COMMIT PREPARED` takes.
+    /// The name for `COMMIT PREPARED`.
     pub name: String,
 }
 
 impl Prepared {
-    /// `None` for bytes that are no such transaction's.
+    /// Parses the state data; `None` if the bytes are not those of a prepared transaction.
     pub fn parse(state: &[u8]) -> Option<Self> {
         let field = |at: usize, bytes: usize| state.get(at..at + bytes).map(number);
         if field(0, 4)? != MAGIC {

@@ -1,22 +1,23 @@
-//! Walks the records of WAL and tells what a recovery has to know: commits and aborts with their time and
-//! transaction, restore points, the settings that the server was started with, tablespaces made and removed.
+//! Walks the records of WAL and reports what a recovery has to know: commits and aborts with their time and
+//! transaction, restore points, the settings that the server was started with, and created and dropped
+//! tablespaces.
 //!
 //! Sources: `src/include/access/xlogrecord.h`, `xlog_internal.h`, `xact.h`, `catalog/pg_control.h` of
 //! PostgreSQL 15 to 18. Little endian. A record:
 //!
 //! | bytes | field | |
 //! |---|---|---|
-//! | 0..4 | xl_tot_len | with this header; 0 where WAL ends |
+//! | 0..4 | xl_tot_len | including this header; 0 where WAL ends |
 //! | 4..8 | xl_xid | |
-//! | 8..16 | xl_prev | start of the record before |
-//! | 16 | xl_info | upper half: which record of the resource manager |
+//! | 8..16 | xl_prev | start of the previous record |
+//! | 16 | xl_info | upper half: the record type within the resource manager |
 //! | 17 | xl_rmid | 0 XLOG, 1 XACT, 5 TBLSPC |
 //! | 20..24 | xl_crc | CRC-32C of what follows the header, then of bytes 0..20 |
 //! | 24.. | block headers, then their bytes, then main data | |
 //!
-//! Records begin at multiples of 8; page headers lie between their bytes. After XLOG_SWITCH the next one is
-//! in the next segment. Pushed bytes must continue each other; memory does not grow with a record's size.
-//! As in PostgreSQL, the first record that is not whole and right is the end of WAL.
+//! Records begin at multiples of 8, and page headers are between their bytes. After XLOG_SWITCH the next
+//! record is in the next segment. Pushed bytes must continue each other; memory does not grow with the size
+//! of a record. As in PostgreSQL, the first incomplete or invalid record is the end of WAL.
 
 use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
@@ -30,7 +31,7 @@ const SHORT_HEADER: usize = 24;
 const LONG_HEADER: usize = 40;
 const RECORD_HEADER: usize = 24;
 const CONTINUES: u16 = 0x0001;
-/// The record before was cut off by a crash and begins anew (XLP_FIRST_IS_OVERWRITE_CONTRECORD).
+/// The previous record was cut off by a crash and is written anew (XLP_FIRST_IS_OVERWRITE_CONTRECORD).
 const OVERWRITES: u16 = 0x0008;
 const RM_XLOG: u8 = 0;
 const RM_XACT: u8 = 1;
@@ -42,55 +43,50 @@ const XLOG_PARAMETER_CHANGE: u8 = 0x60;
 const XLOG_RESTORE_POINT: u8 = 0x70;
 const TBLSPC_CREATE: u8 = 0x00;
 const TBLSPC_DROP: u8 = 0x10;
-/// XLogRecordMaxSize: PostgreSQL writes none that is larger.
+/// XLogRecordMaxSize: PostgreSQL never writes a larger record.
 const RECORD_BYTES_MAX: u32 = 1020 << 20;
 
-/// How a transaction ended, a name, or a change of the server's surroundings.
+/// The end of a transaction, a restore point, or a change of settings or tablespaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Landmark {
     /// A transaction committed.
     Commit {
-        /// Its top-level id; of a prepared one, the id it was prepared with, where the record is short
-        /// enough to tell.
+        /// The top-level transaction id. For a prepared transaction, the id it was prepared with, if the
+        /// record is short enough to be parsed completely.
         xid: u32,
         /// Microseconds since 1970, in PostgreSQL's clock.
         unix_micros: i64,
     },
     /// A transaction was rolled back.
     Abort {
-        /// As of a commit.
+        /// As in a commit.
         xid: u32,
-        /// As of a commit.
+        /// As in a commit.
         unix_micros: i64,
     },
-    /// A transaction was prepared; it ends as a commit or an abort with its id.
+    /// A transaction was prepared; it ends with a commit or an abort that has its id.
     Prepared(Prepared),
     /// `pg_create_restore_point`.
     RestorePoint {
-        /// Its name.
         name: String,
         /// Microseconds since 1970, in PostgreSQL's clock.
         unix_micros: i64,
     },
-    /// A server was started with other settings than before.
+    /// The server was started with changed settings.
     Parameters(WalParameters),
-    /// `CREATE TABLESPACE`: replay makes a link to this place.
+    /// `CREATE TABLESPACE`: replay creates a link to this location.
     TablespaceCreated {
-        /// Its OID.
         oid: u32,
-        /// Its location in the bytes that PostgreSQL was given; empty for one inside the data directory
+        /// The location as PostgreSQL received it; empty for one inside the data directory
         /// (`allow_in_place_tablespaces`).
         path: Vec<u8>,
     },
     /// `DROP TABLESPACE`.
-    TablespaceDropped {
-        /// Its OID.
-        oid: u32,
-    },
+    TablespaceDropped { oid: u32 },
 }
 
 impl Landmark {
-    /// Microseconds since 1970, in PostgreSQL's clock, where the record has a time.
+    /// Microseconds since 1970, in PostgreSQL's clock, if the record has a time.
     pub const fn unix_micros(&self) -> Option<i64> {
         match self {
             Landmark::Commit { unix_micros, .. }
@@ -110,31 +106,30 @@ impl Landmark {
     }
 }
 
-/// Where a landmark is.
+/// A landmark and its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// First byte of its record: what `recovery_target_lsn` is compared with.
+    /// First byte of its record, with which `recovery_target_lsn` is compared.
     pub lsn: Lsn,
-    /// One past its record.
+    /// One past the last byte of its record.
     pub end: Lsn,
-    /// First byte of the record before it.
+    /// First byte of the previous record.
     pub prev: Lsn,
-    /// What it is.
     pub landmark: Landmark,
-    /// It ends a transaction that was prepared.
+    /// Whether it ends a prepared transaction.
     pub of_prepared: bool,
 }
 
-/// Where in a record, or between records, the next byte lies.
+/// What the next byte belongs to.
 #[derive(Debug)]
 enum State {
-    /// The end of a record whose beginning was not seen: bytes left.
+    /// The rest of a record whose beginning was not seen, with the number of bytes left.
     Skip(u64),
-    /// Before a record, or some of its bytes are there.
+    /// A record, possibly not begun yet.
     Record(Box<Partial>),
-    /// After XLOG_SWITCH: the rest of the segment means nothing.
+    /// After XLOG_SWITCH: the rest of the segment is meaningless.
     ToSegmentEnd,
-    /// No record from here on.
+    /// No more records follow.
     Ended(&'static str),
 }
 
@@ -170,7 +165,7 @@ impl Partial {
     fn rmid(&self) -> u8 {
         self.header[17]
     }
-    /// PostgreSQL's ValidXLogRecordHeader.
+    /// As PostgreSQL's ValidXLogRecordHeader.
     fn check_header(&mut self, previous: Option<Lsn>) -> Result<(), &'static str> {
         self.total = number(&self.header[0..4]);
         let largest = u64::from(RECORD_BYTES_MAX);
@@ -178,7 +173,7 @@ impl Partial {
             return Err(if self.total == 0 { "zeros" } else { "a record of an impossible length" });
         }
         if previous.is_some_and(|p| p != self.prev()) {
-            return Err("a record that does not follow the one before");
+            return Err("a record that does not follow the previous one");
         }
         self.keep = match self.rmid() {
             RM_XACT | RM_TBLSPC => true,
@@ -193,12 +188,12 @@ impl Partial {
     }
 }
 
-/// Little endian.
+/// Parses a little-endian number.
 pub(crate) fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
-/// Finds the landmarks in WAL that is pushed into it.
+/// Finds the landmarks in the WAL that is pushed into it.
 #[derive(Debug)]
 pub struct RecordWalker {
     size: SegmentSize,
@@ -210,15 +205,15 @@ pub struct RecordWalker {
     first_page: bool,
     first: Option<Lsn>,
     last: Option<Lsn>,
-    /// The next record's xl_prev is `last`: not behind a record that a crash cut off.
+    /// Whether the next record's xl_prev must be `last`. Not so behind a record that a crash cut off.
     chained: bool,
     end: Option<Lsn>,
     first_prev: Option<Lsn>,
 }
 
 impl RecordWalker {
-    /// A walker whose first byte will be that of the page at `start`, which is best a segment's start.
-    /// A record that began before is passed over.
+    /// Creates a walker whose first byte is that of the page at `start`, preferably the start of a segment.
+    /// A record that began before it is skipped.
     pub fn new(size: SegmentSize, postgres_major: u32, start: Lsn) -> Self {
         let start = Lsn::new(start.as_u64() - start.as_u64() % PAGE_BYTES);
         Self {
@@ -237,27 +232,27 @@ impl RecordWalker {
         }
     }
 
-    /// Where the next byte belongs.
+    /// The LSN of the next byte.
     pub const fn position(&self) -> Lsn {
         self.position
     }
-    /// Start of the first record that begins here, whole or not.
+    /// Start of the first record that begins in the pushed WAL, complete or not.
     pub const fn first_record(&self) -> Option<Lsn> {
         self.first
     }
-    /// Start of the last whole record.
+    /// Start of the last complete record.
     pub const fn last_record(&self) -> Option<Lsn> {
         self.last
     }
-    /// One past the last whole record, as PostgreSQL rounds it.
+    /// One past the last complete record, rounded as in PostgreSQL.
     pub const fn records_end(&self) -> Option<Lsn> {
         self.end
     }
-    /// xl_prev of the first record whose header was read: where the record before it began.
+    /// xl_prev of the first record whose header was read: the start of the record before it.
     pub const fn first_prev(&self) -> Option<Lsn> {
         self.first_prev
     }
-    /// Why no more records are looked for; `None` while they are.
+    /// Why no more records are expected; `None` as long as they are.
     pub const fn ended(&self) -> Option<&'static str> {
         match self.state {
             State::Ended(why) => Some(why),
@@ -265,7 +260,7 @@ impl RecordWalker {
         }
     }
 
-    /// Looks at the next bytes, and gives what is found in the order of WAL.
+    /// Parses the next bytes, and reports what is found in the order of WAL.
     pub fn push(&mut self, mut data: &[u8], found: &mut dyn FnMut(Found)) {
         while !data.is_empty() && self.ended().is_none() {
             let in_page = self.position.as_u64() % PAGE_BYTES;
@@ -318,7 +313,7 @@ impl RecordWalker {
             return Err("zeros");
         }
         if number(&self.header[8..16]) != page {
-            return Err("a page of another place");
+            return Err("a page with another address");
         }
         let flags = number(&self.header[2..4]) as u16;
         let remaining = number(&self.header[16..20]);
@@ -327,7 +322,7 @@ impl RecordWalker {
         match &mut self.state {
             State::Record(partial) if partial.got > 0 => {
                 let left = match partial.got < RECORD_HEADER as u64 {
-                    // xl_tot_len never crosses a page.
+                    // xl_tot_len is never split between pages.
                     true => number(&partial.header[0..4]).saturating_sub(partial.got),
                     false => partial.total - partial.got,
                 };
@@ -352,7 +347,7 @@ impl RecordWalker {
         Ok(())
     }
 
-    /// Bytes within a page, after its header.
+    /// Takes bytes within a page, behind its header.
     fn take(&mut self, data: &[u8], found: &mut dyn FnMut(Found)) -> usize {
         match &mut self.state {
             State::Skip(left) => {

@@ -1,4 +1,5 @@
-//! The walker on WAL that is made here, record by record: what it finds, and that no bytes make it panic.
+//! The walker on WAL that the tests build record by record: what it finds, and that no bytes make it
+//! panic.
 
 use super::*;
 use proptest::prelude::*;
@@ -6,11 +7,11 @@ use proptest::prelude::*;
 const SEGMENT: u32 = 1 << 20;
 const BASE: u64 = 3 << 20;
 
-/// Writes WAL as PostgreSQL lays it out.
+/// Writes WAL with PostgreSQL's layout.
 struct Writer {
     bytes: Vec<u8>,
     previous: u64,
-    /// Bytes of the record being written that are still to come, for page headers.
+    /// Remaining bytes of the record that is being written, for page headers.
     left: u32,
 }
 
@@ -46,7 +47,7 @@ impl Writer {
             self.left -= 1;
         }
     }
-    /// A record; gives its start.
+    /// Writes a record and returns its start.
     fn record(&mut self, rmid: u8, info: u8, xid: u32, body: &[u8]) -> Lsn {
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
         if self.at().is_multiple_of(PAGE_BYTES) {
@@ -115,7 +116,7 @@ fn a_restore_point_has_its_name() {
     data.extend(b"before the upgrade\0");
     data.resize(72, 0);
     let lsn = writer.record(RM_XLOG, XLOG_RESTORE_POINT, 0, &main(&data));
-    // XLOG_BACKUP_END and a checkpoint are none.
+    // XLOG_BACKUP_END and a checkpoint are not restore points.
     writer.record(RM_XLOG, 0x50, 0, &main(&data));
     let (_, found) = walk(&writer.bytes, 8192);
     let landmark = Landmark::RestorePoint { name: "before the upgrade".into(), unix_micros: 7 };
@@ -198,7 +199,7 @@ fn zeros_are_the_end_of_wal() {
 }
 
 proptest! {
-    /// Records of any length over many pages, in pieces of any length, begun at any page.
+    /// Records of any length over many pages, in pieces of any length, starting at any page.
     #[test]
     fn every_commit_is_found_however_wal_is_cut(
         bodies in prop::collection::vec(0usize..30_000, 1..30), cut in 1usize..20_000, from in 0usize..9,
@@ -239,7 +240,7 @@ proptest! {
         let (_, all) = walk(&writer.bytes, 8192);
         writer.bytes[at] ^= 1 << bit;
         let (_, found) = walk(&writer.bytes, 8192);
-        // What comes before is the same; a bit in padding or in unchecked header fields changes nothing.
+        // What comes before is unchanged; a bit in padding or in unchecked header fields changes nothing.
         prop_assert!(all.starts_with(&found));
         prop_assert!(found.iter().all(|f| f.lsn < Lsn::new(BASE + at as u64)) || found == all);
     }

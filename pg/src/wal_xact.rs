@@ -1,7 +1,7 @@
 //! The main data of transaction records, as far as a recovery target needs it.
 //!
-//! Source: `src/include/access/xact.h` and `ParseCommitRecord` in `rmgrdesc/xactdesc.c`. After the time
-//! (8 bytes) comes, where bit 0x80 of xl_info says so, a word of flags and then, in this order:
+//! Source: `src/include/access/xact.h` and `ParseCommitRecord` in `rmgrdesc/xactdesc.c`. The time (8
+//! bytes) is followed, if bit 0x80 of xl_info is set, by a word of flags and then, in this order:
 //!
 //! | flag | what | bytes |
 //! |---|---|---|
@@ -21,22 +21,22 @@ const COMMIT_PREPARED: u8 = 0x30;
 const ABORT_PREPARED: u8 = 0x40;
 const HAS_INFO: u8 = 0x80;
 
-/// Enough for thousands of subtransactions; what lies behind is only missed, never wrong.
+/// Enough for thousands of subtransactions; data behind this limit is ignored, never misread.
 const KEPT_BYTES_MAX: usize = 64 << 10;
 
-/// The beginning of what follows a record's header.
+/// The beginning of the data that follows a record's header.
 #[derive(Debug, Default)]
 pub(crate) struct Kept(Vec<u8>);
 
 impl Kept {
-    /// Keeps what there is room for.
+    /// Stores as much as there is room for.
     pub(crate) fn push(&mut self, data: &[u8]) {
         let room = KEPT_BYTES_MAX.saturating_sub(self.0.len());
         self.0.extend_from_slice(&data[..data.len().min(room)]);
     }
 
-    /// The main data of a record without block references: behind the headers of replication origin (253),
-    /// top-level transaction (252) and its own length (255: one byte, 254: four).
+    /// The main data of a record without block references. It follows the headers of the replication
+    /// origin (253), the top-level transaction (252), and its own length (255: one byte, 254: four).
     pub(crate) fn main_data(&self) -> Option<&[u8]> {
         let mut at = 0;
         loop {
@@ -57,12 +57,12 @@ pub(crate) struct Ending {
     pub(crate) prepared_xid: Option<u32>,
 }
 
-/// `COMMIT PREPARED` or `ROLLBACK PREPARED`.
+/// Whether the record is `COMMIT PREPARED` or `ROLLBACK PREPARED`.
 pub(crate) const fn is_of_prepared(info: u8) -> bool {
     matches!(info & OPERATION, COMMIT_PREPARED | ABORT_PREPARED)
 }
 
-/// `None` for records that end no transaction.
+/// How a transaction ended; `None` for records that end no transaction.
 pub(crate) fn ending(info: u8, main: &[u8], postgres_major: u32) -> Option<Ending> {
     let operation = info & OPERATION;
     let committed = matches!(operation, COMMIT | COMMIT_PREPARED);

@@ -1,19 +1,20 @@
 //! Validated twins of the base-backup service's messages: the only place that validates them.
 //!
-//! Names and JSON documents are kept as text and bytes: what they mean is `storage`'s to say, which this
-//! crate does not know. What a twin accepts may still be refused by the server, which knows what it holds.
+//! Names and JSON documents stay text and bytes, because `storage`, which this crate does not know,
+//! defines what they mean. The server may still refuse what a twin accepts, because it knows what is
+//! stored.
 
 use crate::{Code, v1, wal::System};
 use std::ops::Range;
 use tonic::Status;
 
-/// Most bytes of one message of a file.
+/// Maximum number of bytes of a file in one message.
 pub const PIECE_BYTES_MAX: usize = 1 << 20;
-/// restic's pack sizes are 32 bits.
+/// Pack sizes in restic have 32 bits.
 pub const FILE_BYTES_MAX: u64 = (4 << 30) - 1;
-/// Far more than a record with a hundred tablespaces takes.
+/// Far more than a record with a hundred tablespaces needs.
 pub const RECORD_BYTES_MAX: usize = 1 << 20;
-/// Most ranges of a file that may be asked for at once.
+/// Maximum number of ranges of a file in one request.
 pub const RANGES_MAX: usize = 1024;
 
 /// A kind of repository file.
@@ -27,10 +28,10 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    /// A kind from the wire.
+    /// Converts a kind from the wire.
     ///
     /// # Errors
-    /// `INVALID` for none and for one of a newer version.
+    /// `INVALID` for an unspecified kind and for one of a newer version.
     pub fn read(number: i32) -> Result<Self, Status> {
         match v1::FileKind::try_from(number) {
             Ok(v1::FileKind::Config) => Ok(Self::Config),
@@ -60,16 +61,15 @@ impl From<FileKind> for v1::FileKind {
 /// The name of a repository file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileName {
-    /// Which kind.
     pub kind: FileKind,
-    /// 64 lower-case hexadecimal digits; empty for the config and for it alone.
+    /// 64 lower-case hexadecimal digits; empty for the config only.
     pub id: String,
 }
 
 impl TryFrom<Option<v1::FileName>> for FileName {
     type Error = Status;
     fn try_from(raw: Option<v1::FileName>) -> Result<Self, Status> {
-        let raw = raw.ok_or_else(|| invalid("file name", "one", "none"))?;
+        let raw = raw.ok_or_else(|| invalid("file name", "a file name", "none"))?;
         let kind = FileKind::read(raw.kind)?;
         let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         let good = match kind {
@@ -84,12 +84,12 @@ impl TryFrom<Option<v1::FileName>> for FileName {
     }
 }
 
-/// Asks for what opens a repository.
+/// Asks for the secret of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenRepositoryRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL; `None`: only open what is there, never make.
+    /// The PostgreSQL; `None`: only open an existing repository, never create one.
     pub system: Option<System>,
 }
 
@@ -104,16 +104,15 @@ impl TryFrom<v1::OpenRepositoryRequest> for OpenRepositoryRequest {
     }
 }
 
-/// The first message of a file.
+/// The first message of a file upload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PutFile {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// Which file.
     pub name: FileName,
-    /// Bytes of it, 1 or more.
+    /// Size of the file in bytes, 1 or more.
     pub size: u64,
-    /// The first of them.
+    /// The first bytes of the file.
     pub data: bytes::Bytes,
 }
 
@@ -129,10 +128,10 @@ impl TryFrom<v1::PutFileRequest> for PutFile {
     }
 }
 
-/// A piece of a file, as it comes after the first message.
+/// Checks a piece of a file that follows the first message.
 ///
 /// # Errors
-/// `INVALID` for one that is too long.
+/// `INVALID` for a piece that is too long.
 pub fn piece(data: bytes::Bytes) -> Result<bytes::Bytes, Status> {
     if data.len() > PIECE_BYTES_MAX {
         return Err(invalid("piece of a file", "at most 1048576 bytes", data.len()));
@@ -143,20 +142,18 @@ pub fn piece(data: bytes::Bytes) -> Result<bytes::Bytes, Status> {
 /// Asks for a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GetFileRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// Which file.
     pub name: FileName,
-    /// What of it.
     pub part: Part,
 }
 
-/// What of a file is asked for.
+/// Which part of a file is requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
     /// From this byte to the end.
     From(u64),
-    /// These bytes, one range after the other; none is empty, and there is one at least.
+    /// These byte ranges in order; at least one, and none is empty.
     Ranges(Vec<Range<u64>>),
 }
 
@@ -166,7 +163,11 @@ impl TryFrom<v1::GetFileRequest> for GetFileRequest {
         let name = FileName::try_from(raw.name)?;
         let within = |offset: u64, length: u64| match offset.checked_add(length) {
             Some(end) if end <= FILE_BYTES_MAX => Ok(offset..end),
-            _ => Err(invalid("range", "one within 4 GiB", format!("{length} bytes from {offset}"))),
+            _ => Err(invalid(
+                "range",
+                "a range within 4 GiB",
+                format!("{length} bytes from {offset}"),
+            )),
         };
         let part = match (raw.ranges.as_slice(), raw.length) {
             ([], 0) => Part::From(within(raw.offset, 0)?.start),
@@ -176,12 +177,12 @@ impl TryFrom<v1::GetFileRequest> for GetFileRequest {
                     return Err(invalid("ranges", "at most 1024", ranges.len()));
                 }
                 let ranges = ranges.iter().map(|range| match range.length {
-                    0 => Err(invalid("range", "one byte at least", 0)),
+                    0 => Err(invalid("range", "at least one byte", 0)),
                     length => within(range.offset, length),
                 });
                 Part::Ranges(ranges.collect::<Result<_, _>>()?)
             }
-            _ => return Err(invalid("range", "either one or a list", "both")),
+            _ => return Err(invalid("range", "either one range or a list", "both")),
         };
         Ok(Self { cluster: raw.cluster, name, part })
     }
@@ -190,20 +191,19 @@ impl TryFrom<v1::GetFileRequest> for GetFileRequest {
 /// Why a repository is reserved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Purpose {
-    /// A backup, under this name; `None`: the server makes one.
+    /// For a backup of this name; `None`: the server makes a name.
     Backup(Option<String>),
-    /// A backup that runs under this name, and lost its reservation.
+    /// For a running backup of this name that lost its reservation.
     Resumed(String),
-    /// A restore, of this backup; `None`: it does not say.
+    /// For a restore of this backup; `None`: the client does not say which.
     Restore(Option<String>),
 }
 
 /// Asks for a reservation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReserveRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// What for.
     pub purpose: Purpose,
 }
 
@@ -216,7 +216,7 @@ impl TryFrom<v1::ReserveRequest> for ReserveRequest {
             (Ok(Raw::Backup), name, false) => Purpose::Backup(name),
             (Ok(Raw::Backup), Some(name), true) => Purpose::Resumed(name),
             (Ok(Raw::Backup), None, true) | (Ok(Raw::Restore), _, true) => {
-                return Err(invalid("resumed", "it with the name of a backup", "none"));
+                return Err(invalid("resumed", "the name of a backup", "none"));
             }
             (Ok(Raw::Restore), name, false) => Purpose::Restore(name),
             _ => return Err(invalid("purpose", "a backup or a restore", raw.purpose)),
@@ -225,10 +225,10 @@ impl TryFrom<v1::ReserveRequest> for ReserveRequest {
     }
 }
 
-/// A JSON document of bounded size.
+/// Checks the size of a JSON document.
 ///
 /// # Errors
-/// `INVALID` for an empty or absurdly long one.
+/// `INVALID` for an empty or extremely long one.
 pub fn document(what: &str, bytes: bytes::Bytes) -> Result<bytes::Bytes, Status> {
     if !(1..=RECORD_BYTES_MAX).contains(&bytes.len()) {
         return Err(invalid(what, "1 to 1048576 bytes", bytes.len()));
@@ -236,7 +236,7 @@ pub fn document(what: &str, bytes: bytes::Bytes) -> Result<bytes::Bytes, Status>
     Ok(bytes)
 }
 
-/// A share in percent.
+/// Checks a percentage.
 ///
 /// # Errors
 /// `INVALID` outside 0 to 100.

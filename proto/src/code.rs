@@ -48,17 +48,17 @@ codes! {
     /// The certificate does not allow this cluster or call.
     Forbidden { name: "FORBIDDEN", grpc: PermissionDenied, retry: false, exit: 15, hint: "use the client bundle that was issued for this cluster" }
     /// No usable client certificate.
-    Unauthenticated { name: "UNAUTHENTICATED", grpc: Unauthenticated, retry: false, exit: 16, hint: "check the certificate's expiry and authority, or issue a new bundle with klio-server client" }
+    Unauthenticated { name: "UNAUTHENTICATED", grpc: Unauthenticated, retry: true, exit: 16, hint: "compare the clocks of both machines, check the certificate's expiry and authority, or issue a new bundle with klio-server client" }
     /// This PostgreSQL has another system identifier than the one that first used this cluster name.
     WrongSystem { name: "WRONG_SYSTEM", grpc: FailedPrecondition, retry: false, exit: 17, hint: "after pg_upgrade, or for a copy, klio stream begins a new generation: accept it with klio generation follow or refuse it with klio generation retire; a PostgreSQL that does not belong here needs another cluster name" }
     /// The WAL that was sent does not continue where the last byte ended.
     BadPosition { name: "BAD_POSITION", grpc: OutOfRange, retry: true, exit: 18, hint: "reconnect: the server says where to continue" }
-    /// The WAL that was sent has pages of another place.
-    BadWal { name: "BAD_WAL", grpc: DataLoss, retry: false, exit: 19, hint: "check PostgreSQL's WAL with pg_waldump; nothing of the page was stored" }
+    /// The WAL that was sent has pages that belong elsewhere.
+    BadWal { name: "BAD_WAL", grpc: DataLoss, retry: false, exit: 19, hint: "check PostgreSQL's WAL with pg_waldump; no part of the page was stored" }
     /// The request is not valid.
     Invalid { name: "INVALID", grpc: InvalidArgument, retry: false, exit: 20, hint: "check the command; client and server may be of different versions" }
     /// No such object in either tier; retrying will not help.
-    NotFound { name: "NOT_FOUND", grpc: NotFound, retry: false, exit: 1, hint: "klio list and klio list wal show what is held" }
+    NotFound { name: "NOT_FOUND", grpc: NotFound, retry: false, exit: 1, hint: "klio list and klio list wal show what is stored" }
     /// Stored bytes are damaged.
     Corrupt { name: "CORRUPT", grpc: DataLoss, retry: false, exit: 21, hint: "keep both copies: the one in the other tier may be good" }
     /// WAL is missing: the server does not have it, and PostgreSQL has removed it.
@@ -102,7 +102,7 @@ impl Code {
     }
 }
 
-/// A status travels in HTTP/2 headers, whose size peers limit: a longer one arrives as no message at all.
+/// A status is sent in HTTP/2 headers, whose size peers limit: a longer message would not arrive at all.
 const MESSAGE_BYTES_MAX: usize = 2048;
 
 fn short(mut message: String) -> String {
@@ -133,7 +133,7 @@ mod tests {
         assert_ne!(Code::of(&Status::not_found("no such route")), Code::NotFound);
     }
 
-    /// Found by a damaged repository, whose error is pages long.
+    /// Found with a damaged repository, whose error is pages long.
     #[test]
     fn a_message_that_is_too_long_for_headers_is_cut_not_lost() {
         let status = Code::Internal.status("ä".repeat(10_000));

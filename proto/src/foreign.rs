@@ -1,4 +1,4 @@
-//! What a peer may send, whatever it is: a message that cannot be decoded, or means nothing, is an error and never a panic.
+//! Arbitrary input from a peer: a message that cannot be decoded or is invalid is an error and never causes a panic.
 
 use crate::{base, v1, wal};
 use proptest::{collection::vec, prelude::*};
@@ -12,7 +12,7 @@ macro_rules! converted {
     )*};
 }
 
-/// As each message there is that has a validated twin.
+/// Decodes the bytes as each message that has a validated twin.
 fn as_everything(bytes: &[u8]) {
     converted!(
         bytes,
@@ -33,7 +33,7 @@ fn as_everything(bytes: &[u8]) {
     let _ = v1::ReceiveRequest::decode(bytes);
 }
 
-/// A field of any number (most messages have the first ten) with a number or bytes as its value.
+/// A field with any number (most messages have the first ten) and a number or bytes as its value.
 fn field() -> impl Strategy<Value = Vec<u8>> {
     let number = prop_oneof![9 => 1u32..11, 1 => 1u32..3000];
     let text = prop_oneof![
@@ -67,7 +67,7 @@ proptest! {
         as_everything(&fields.concat());
     }
 
-    /// An Open that is nearly right, with one byte changed and cut anywhere.
+    /// An almost valid Open, with one byte changed and truncated anywhere.
     #[test]
     fn no_bytes_beside_a_good_open_make_it_panic(
         at in 0usize..60, to: u8, cut in 0usize..80, timeline: u32, start_lsn: u64, segment_size: u32,

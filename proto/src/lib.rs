@@ -1,8 +1,8 @@
 //! The klio.v1 gRPC contract.
 //!
-//! Generated messages live in [`v1`]; nothing outside this crate builds or reads a field that has a
-//! validated twin. `code` is the one table of error codes for both ends.
-//! Knows no disk and opens no connection.
+//! The generated messages are in [`v1`]; nothing outside this crate builds or reads a field that
+//! has a validated twin. `code` is the table of error codes for both ends. This crate knows no disk
+//! and opens no connection.
 
 pub mod base;
 pub mod code;
@@ -10,7 +10,7 @@ pub mod wal;
 
 pub use code::Code;
 
-/// Every service of the contract, for metrics: a name that is not here makes no series.
+/// Every service of the contract, for metrics: other names get no series.
 pub const SERVICES: [&str; 4] =
     ["klio.v1.Wal", "klio.v1.Catalog", "klio.v1.Base", "grpc.health.v1.Health"];
 
@@ -25,14 +25,15 @@ pub mod v1 {
 #[cfg(test)]
 mod foreign;
 
-/// Peers of other versions: fields of a version to come pass, and so do messages of a version gone.
+/// Peers of other versions: fields of future versions are accepted, and so are messages of past
+/// versions.
 #[cfg(test)]
 #[allow(clippy::needless_update, reason = "messages will get more fields")]
 mod tests {
     use super::*;
     use prost::Message;
 
-    /// The message with a number, a text and a group of fields that no version so far has.
+    /// The message with a number, a text and a nested message in fields that no version has so far.
     fn of_a_version_to_come(message: &impl Message) -> Vec<u8> {
         let mut bytes = message.encode_to_vec();
         prost::encoding::uint64::encode(1999, &7, &mut bytes);
@@ -78,7 +79,7 @@ mod tests {
             v1::FetchRequest { cluster: "pg".into(), name: "x".into(), ..Default::default() },
             v1::FetchHeader { plain_size: 5, tier: "tier1".into(), ..Default::default() },
         );
-        // Inside another message, too: the outer one is rebuilt around it.
+        // Also inside another message: the outer one is rebuilt around it.
         let later = of_a_version_to_come(&open);
         let mut bytes = Vec::new();
         prost::encoding::bytes::encode(1, &later, &mut bytes);
@@ -86,7 +87,7 @@ mod tests {
         assert_eq!(request.kind, Some(v1::receive_request::Kind::Open(open)));
     }
 
-    /// The first builds' messages, written by hand: field numbers and types never change.
+    /// Messages of the first builds, written by hand: field numbers and types never change.
     #[test]
     fn an_open_of_the_first_builds_is_read() {
         let mut bytes = Vec::new();

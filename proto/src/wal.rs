@@ -1,13 +1,13 @@
 //! Validated twins of the WAL service's messages: the only place that validates them.
 //!
-//! A twin holds types that cannot be wrong (a segment size PostgreSQL can have, a timeline from 1 up);
-//! what a twin accepts may still be refused by the store, which knows what it holds.
+//! The types of a twin exclude invalid values (a segment size that PostgreSQL can have, a timeline
+//! from 1 up). The store may still refuse what a twin accepts, because it knows what is stored.
 
 use crate::{Code, v1};
 use klio_pg::{Lsn, PAGE_BYTES, SegmentSize, TimelineHistory, TimelineId};
 use tonic::Status;
 
-/// Longest text a peer may send for a name or reason; longer is an attack or a bug.
+/// Longest text that a peer may send for a name or reason; a longer one is an attack or a bug.
 const TEXT_BYTES_MAX: usize = 512;
 
 /// What identifies the PostgreSQL behind a call (P8: pinned at first contact).
@@ -27,7 +27,7 @@ impl System {
             return Err(invalid("system identifier", "a number other than 0", identifier));
         }
         if !(150_000..1_000_000).contains(&version) {
-            return Err(invalid("PostgreSQL version", "15 or newer (150000 up)", version));
+            return Err(invalid("PostgreSQL version", "15 or newer (150000 or more)", version));
         }
         let segment_size = SegmentSize::new(segment)
             .map_err(|e| Code::Invalid.status(format!("read request: {e}")))?;
@@ -35,16 +35,14 @@ impl System {
     }
 }
 
-/// A request for positions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PositionRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
-    /// See the message.
+    /// The caller knows generations and compares them itself.
     pub knows_generations: bool,
-    /// As far as both tiers know.
+    /// Answer with the position that both tiers reach together.
     pub with_tier2: bool,
 }
 
@@ -58,12 +56,10 @@ impl TryFrom<v1::PositionRequest> for PositionRequest {
     }
 }
 
-/// A request for a new generation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BeginGenerationRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
     /// As in [`Open`].
     pub writer_id: String,
@@ -80,13 +76,11 @@ impl TryFrom<v1::BeginGenerationRequest> for BeginGenerationRequest {
 /// A history file to store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PutHistoryRequest {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
-    /// Whose history.
     pub timeline: TimelineId,
-    /// As PostgreSQL wrote it.
+    /// The content as PostgreSQL wrote it.
     pub content: bytes::Bytes,
 }
 
@@ -102,15 +96,13 @@ impl TryFrom<v1::PutHistoryRequest> for PutHistoryRequest {
 /// The first message of `Refill`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefillBegin {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
     /// As in [`Open`].
     pub writer_id: String,
-    /// The timeline of the segment.
     pub timeline: TimelineId,
-    /// Its first byte.
+    /// The first byte of the segment.
     pub start: Lsn,
 }
 
@@ -129,25 +121,24 @@ impl TryFrom<v1::RefillBegin> for RefillBegin {
 /// The first message of `Compare`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CompareBegin {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
     /// As in [`Open`].
     pub writer_id: String,
     /// The timeline whose WAL is compared.
     pub timeline: TimelineId,
-    /// PostgreSQL's history of it; `None` where it has no file.
+    /// PostgreSQL's history of that timeline; `None` if there is no file.
     pub history: Option<TimelineHistory>,
     /// The start of a page.
     pub start: Lsn,
     /// Where the comparison ends.
     pub end: Lsn,
-    /// Where new WAL will begin.
+    /// Where the new WAL will begin.
     pub next: Lsn,
-    /// The durable position that the server gave.
+    /// The durable position that the server reported.
     pub held: Lsn,
-    /// Where PostgreSQL's WAL of this timeline ends, where that says something.
+    /// Where PostgreSQL's WAL of this timeline ends; `None` if that proves nothing.
     pub postgres_end: Option<Lsn>,
 }
 
@@ -190,37 +181,36 @@ impl TryFrom<v1::CompareBegin> for CompareBegin {
     }
 }
 
-/// WAL that PostgreSQL no longer has and the server does not hold.
+/// WAL that PostgreSQL no longer has and the server never received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
     /// First missing byte.
     pub from: Lsn,
-    /// First byte after the hole.
+    /// The first byte after the gap.
     pub to: Lsn,
-    /// For people.
+    /// A sentence for people.
     pub reason: String,
 }
 
 /// The first message of `Receive`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Open {
-    /// As sent; checked against the certificate by the caller.
+    /// Not validated here: the caller checks it against the certificate.
     pub cluster: String,
-    /// The PostgreSQL.
     pub system: System,
-    /// The timeline to be streamed.
+    /// The timeline to stream.
     pub timeline: TimelineId,
-    /// The first byte that will come.
+    /// The first byte that will be sent.
     pub start: Lsn,
     /// Random per sidecar process.
     pub writer_id: String,
-    /// A hole the sidecar declares.
+    /// A gap that the sidecar declares.
     pub gap: Option<Gap>,
-    /// What PostgreSQL was told was flushed, as its slot says.
+    /// The position that PostgreSQL was told was flushed, according to its slot.
     pub slot_restart: Option<Lsn>,
-    /// The timeline that PostgreSQL is on: the one to be streamed, or a descendant.
+    /// The timeline that PostgreSQL is on: the one to stream, or a descendant.
     pub lives_on: TimelineId,
-    /// The sidecar answers `Prove`.
+    /// Whether the sidecar answers `Prove`.
     pub can_prove: bool,
 }
 
@@ -258,21 +248,19 @@ impl TryFrom<v1::Open> for Open {
     }
 }
 
-/// What PostgreSQL says of itself when it is asked to prove that it writes.
+/// PostgreSQL's state when it is asked to prove that it writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Alive {
-    /// As in the question.
+    /// The nonce of the question.
     pub nonce: u64,
-    /// `None` when PostgreSQL did not answer.
+    /// `None` if PostgreSQL did not answer.
     pub postgres: Option<AlivePostgres>,
 }
 
-/// Its own words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AlivePostgres {
-    /// A standby, which writes nothing.
+    /// Whether it is a standby, which writes nothing.
     pub in_recovery: bool,
-    /// Where it is.
     pub timeline: TimelineId,
     /// The end of its WAL.
     pub position: Lsn,
@@ -306,7 +294,7 @@ fn read_gap(raw: v1::Gap, start: Lsn) -> Result<Gap, Status> {
     Ok(gap)
 }
 
-/// A timeline number from the wire.
+/// Converts a timeline number from the wire.
 ///
 /// # Errors
 /// `INVALID` for 0.
