@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn a_server_that_answers_is_not_asked_whether_it_runs() {
         let said = |text| Error::from_status("ask", &Code::Unavailable.status(text)).to_string();
-        assert!(said("tier 2 did not answer").contains("look at the bucket"));
+        assert!(said("tier 2 did not answer").contains("check the bucket"));
         assert!(said("the server is stopping").contains("the server answered"));
         let own = said("tier 2 refuses the server's credentials; hint: check them");
         assert_eq!(own.matches("hint: ").count(), 1, "{own}");

@@ -216,7 +216,7 @@ mod tests {
         assert!(segment.starts_with("is it running?; "), "{segment}");
         assert!(segment.contains("from 000000020000000000000007 on"), "{segment}");
         let history = explain(Asker::Standby, "00000003.history");
-        assert!(history.contains("timeline 3") && history.contains("already taken"), "{history}");
+        assert!(history.contains("timeline 3") && history.contains("already in use"), "{history}");
         assert_eq!(explain(Asker::Once, "00000003.history"), "is it running?");
     }
 }
