@@ -401,7 +401,7 @@ async fn a_foreign_object_is_a_named_conflict_and_stays() {
     let queue = TestQueue::up(directory.path()).await;
     let test = Test::start(root.path(), &queue, &s3);
     eventually("the conflict is named", || {
-        test.state("pg-1").problems.iter().any(|p| p.contains("already there"))
+        test.state("pg-1").problems.iter().any(|p| p.contains("already exists"))
     })
     .await;
     test.archived("pg-1", 4).await;

@@ -47,7 +47,7 @@ fn every_bit_flip_is_found() {
         let mut bad = sealed.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
         let error = keys.unwrap(&bad).expect_err(&format!("bit {bit}"));
-        // A header that names another recipient after the flip cannot be told from a wrong key.
+        // If the flip makes a header name another recipient, it cannot be told from a wrong key.
         assert!(matches!(error.kind, Kind::Corrupt | Kind::Denied), "bit {bit}: {error}");
     }
 }
@@ -91,7 +91,7 @@ fn secrets_are_in_no_message() {
     assert!(Keys::from_text(&text, &["age1nonsense".into()]).is_err());
 }
 
-/// P10: the age program opens it, and what it writes opens here.
+/// P10: the age program decrypts our files, and its files are decrypted here.
 #[test]
 fn the_age_program_reads_and_writes_the_same_format() {
     let (keys, text, recipient) = fresh();

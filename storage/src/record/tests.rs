@@ -1,4 +1,5 @@
-//! Records of every type and of three times: of before (`format1/`, written by the first builds), of now, and of later.
+//! Records of every type and from three times: older ones (`format1/`, written by the first builds), current ones, and
+//! ones from future versions.
 
 use super::*;
 use crate::{
@@ -26,7 +27,7 @@ const OF_BEFORE: [(&str, &str); 9] = files!(
     "repository"
 );
 
-/// Reads a record as what it is, and writes it again.
+/// Parses a record as its type, and writes it again.
 fn again(name: &str, bytes: &[u8]) -> Result<Value, Error> {
     fn through<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<Value, Error> {
         decode(&encode(&decode::<T>(bytes, "x")?, "x")?, "x")
@@ -55,7 +56,7 @@ fn body_of(text: &str) -> Value {
     serde_json::from_str::<Value>(text).unwrap()["body"].clone()
 }
 
-/// The object, or each object of a list: where a version to come puts its fields.
+/// The object, or each object of a list: the places where a future version adds its fields.
 fn objects(body: &mut Value) -> Vec<&mut serde_json::Map<String, Value>> {
     match body {
         Value::Array(all) => all.iter_mut().filter_map(Value::as_object_mut).collect(),
@@ -63,7 +64,7 @@ fn objects(body: &mut Value) -> Vec<&mut serde_json::Map<String, Value>> {
     }
 }
 
-/// As the first builds stamped a record: the checksum is of the body without white space.
+/// A record with the checksum of the first builds: of the body without white space.
 fn stamped_as_before(body: &Value) -> Vec<u8> {
     let crc = sum(&serde_json::to_string(body).unwrap());
     serde_json::to_vec_pretty(&json!({ "format": 1, "crc32c": crc, "body": body })).unwrap()
@@ -87,7 +88,8 @@ fn fields_of_a_version_to_come_pass_and_are_kept_where_a_record_is_written_again
         for object in objects(&mut body) {
             object.insert("of_a_version_to_come".into(), json!({ "a": [1.5, "x"], "b": null }));
         }
-        // Results that only the server makes, as a whole each time, and the secret are not kept.
+        // Unknown fields are not preserved in the secret and in results that only the server makes, as a whole each
+        // time.
         let kept = !matches!(name, "verify" | "maintenance" | "repository");
         let expected = if kept { body.clone() } else { body_of(text) };
         for bytes in [encode(&body, name).unwrap(), stamped_as_before(&body)] {
@@ -97,7 +99,7 @@ fn fields_of_a_version_to_come_pass_and_are_kept_where_a_record_is_written_again
     }
 }
 
-/// Fields that came later than the first builds: a record of before has none of them.
+/// Fields that were added after the first builds: an older record has none of them.
 #[test]
 fn records_of_a_version_gone_have_fewer_fields() {
     let later: [(&str, &[&str]); 3] = [

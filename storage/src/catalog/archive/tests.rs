@@ -19,7 +19,7 @@ fn archived(archive: &Archive, timeline: u32) -> u64 {
     one.archived.as_u64() / size().bytes()
 }
 
-/// Peers' bug: tier-1 deletion bounded by the latest uploaded segment.
+/// A bug in similar tools: deletion on tier 1 was limited by the latest uploaded segment.
 #[test]
 fn the_bound_is_the_contiguous_frontier_not_the_latest_upload() {
     let mut archive = Archive::new(size());
@@ -38,7 +38,7 @@ fn the_bound_is_the_contiguous_frontier_not_the_latest_upload() {
     assert_eq!(archived(&archive, 1), 10);
 }
 
-/// Two seal workers may finish in the other order.
+/// Two seal workers may finish in reverse order.
 #[test]
 fn an_earlier_segment_that_shows_up_late_holds_the_frontier() {
     let mut archive = Archive::new(size());
@@ -117,7 +117,7 @@ fn partial(timeline: u32, number: u64) -> WalFile {
     }
 }
 
-/// From and to in sixteenths of a segment: `0x38` is the middle of segment 3.
+/// The positions are in sixteenths of a segment: `0x38` is the middle of segment 3.
 fn gap(timeline: u32, from: u64, to: u64) -> Gap {
     let lsn = |sixteenths: u64| Lsn::new(sixteenths << 20);
     let timeline = TimelineId::new(timeline).unwrap();
@@ -153,12 +153,12 @@ fn behind_a_gap_the_frontier_goes_on_once_the_partial_before_it_is_archived() {
     assert_eq!(run(&archive, 1, &gaps), Some((3, 5)));
     archive.record(partial(1, 5), 1, None);
     assert_eq!(run(&archive, 1, &gaps), Some((3, 11)));
-    // Without the record of a gap it is only a hole.
+    // Without a recorded gap it is only a hole.
     assert_eq!(run(&archive, 1, &[]), Some((3, 5)));
     assert!(!archive.has(segment(1, 7)));
 }
 
-/// On an idle cluster nothing may come for long after the gap: that is no lag.
+/// On an idle cluster nothing may arrive for a long time after the gap, which must not look like lag.
 #[test]
 fn a_gap_at_the_end_is_passed_at_once() {
     let mut archive = Archive::new(size());
@@ -201,7 +201,7 @@ fn the_partial_of_an_ended_timeline_moves_nothing() {
         archive.record(file, 1, None);
     }
     assert_eq!(run(&archive, 1, &gaps), Some((3, 4)));
-    // A gap between two timelines lies before the first segment of the newer one.
+    // A gap between two timelines comes before the first segment of the newer one.
     assert_eq!(run(&archive, 2, &gaps), Some((6, 7)));
 }
 
@@ -221,14 +221,14 @@ fn partials_and_histories_count_once() {
     assert!(!archive.has(segment(1, 3)));
 }
 
-/// What a stream left on tier 1: pieces of whole segments, each but the last followed by a gap that
-/// begins in the middle of a segment or not, in the order of their positions.
+/// The files that a stream left on tier 1: pieces of whole segments, in order of position. Each piece except the
+/// last is followed by a gap, which may begin in the middle of a segment.
 fn stream() -> impl Strategy<Value = Vec<(u64, bool, u64)>> {
     prop::collection::vec((0u64..4, any::<bool>(), 1u64..5), 1..6)
 }
 
 proptest! {
-    /// FRONTIER1 and FRONTIER2 in any order of uploads, against the plain definition.
+    /// FRONTIER1 and FRONTIER2 in any order of uploads, compared with the plain definition.
     #[test]
     fn any_order_of_uploads_gives_the_frontier_of_the_definition(
         held in prop::collection::btree_set(0u64..40, 1..30),
@@ -255,15 +255,15 @@ proptest! {
         prop_assert_eq!(rebuilt.frontiers(&[]), archive.frontiers(&[]));
     }
 
-    /// FRONTIER1 to FRONTIER3 with gaps, in any order of uploads, against the plain definition: walk over what ever
-    /// existed, in order, up to the first that is not archived.
+    /// FRONTIER1 to FRONTIER3 with gaps, in any order of uploads, compared with the plain definition: go through
+    ///           everything that ever existed, in order, up to the first file that is not archived.
     #[test]
     fn any_order_of_uploads_over_gaps_gives_the_frontier_of_the_definition(
         pieces in stream(),
         order in prop::collection::vec(any::<prop::sample::Index>(), 0..40),
     ) {
-        // Files with the position that is reached with them: behind a file at the end of a piece lies
-        // a gap, which needs nothing more.
+        // Files with the position that is reached by archiving them: a file at the end of a piece is followed by a
+        // gap, which needs nothing more.
         let (mut units, mut gaps, mut at) = (vec![(segment(1, 1), 2)], Vec::new(), 2);
         for (whole, inside, lost) in pieces {
             for _ in 0..whole {

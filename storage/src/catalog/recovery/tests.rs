@@ -130,7 +130,7 @@ fn latest_is_refused_in_front_of_a_hole_and_the_refusal_names_it() {
     assert!(survey.lines()[0].unserved.is_empty());
 }
 
-/// What is on record says why; what is not is still told as lost.
+/// Recorded gaps explain their part of a hole; the rest is still reported as lost.
 #[test]
 fn a_hole_that_is_on_record_in_part_has_both_reasons() {
     let mut held = holdings(vec![held(1, None, &[(1.0, 5.0), (9.0, 12.0)])]);
@@ -150,7 +150,7 @@ fn a_hole_that_is_on_record_in_part_has_both_reasons() {
     held.gaps = vec![gap(7.0, 9.0), gap(0.0, 7.0)];
     assert_eq!(reason(&held), "expired by retention");
     assert_eq!(path(&held).lost(lsn(1.0)), []);
-    // Of another timeline's record nothing follows.
+    // Another timeline's record has no effect.
     held.gaps[1].timeline = tli(2);
     assert_eq!(path(&held).lost(lsn(1.0)).len(), 1);
 }
@@ -177,7 +177,7 @@ fn what_is_damaged_on_tier_1_is_a_hole_that_says_so() {
     assert!(matches!(path(&held).reach(lsn(7.0)).stop, Stop::End { .. }), "held elsewhere");
 }
 
-/// REACH2: a gap on record counts even while nothing behind it has come.
+/// REACH2: a recorded gap counts even if no WAL behind it has arrived.
 #[test]
 fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
     let mut held = holdings(vec![held(1, None, &[(1.0, 5.25)])]);
@@ -187,7 +187,7 @@ fn a_gap_at_the_end_is_a_hole_and_not_the_end() {
     assert!(survey.plan(&Target::Latest, TimelineChoice::Latest, None).is_err());
 }
 
-/// REACH2: the hole inside a partial segment: timeline 2 left at 5.5, but 1 is held to 5.25 only.
+/// REACH2: the hole is inside a partial segment. Timeline 2 branched off at 5.5, but timeline 1 exists only up to 5.25.
 #[test]
 fn a_partial_segment_that_ends_before_the_switch_is_a_hole() {
     let two = history(&[(1, 5.5)]);
@@ -210,14 +210,14 @@ fn a_partial_segment_that_ends_before_the_switch_is_a_hole() {
     assert_eq!(names, ["000000020000000000000005", "000000010000000000000005"]);
     assert_eq!(plan.path.names(lsn(4.0)).len(), 1);
     assert_eq!(plan.path.names(lsn(6.0)).len(), 1);
-    // But not more than the first one.
+    // But only the first segment.
     assert!(chosen(&with(4.5, &[(5.0, 8.0)]), &Target::Latest).is_err());
-    // Timeline 1 alone is still reachable up to what is held of it.
+    // Timeline 1 alone can still be reached up to its end.
     let plan = with(5.25, &[]).plan(&Target::Latest, TimelineChoice::Current, None);
     assert_eq!(plan.unwrap().reach.end, lsn(5.25));
 }
 
-/// Found by `windows_and_holes_are_true`: the piece of the copy before the switch was passed over, and the hole too long.
+/// Found by `windows_and_holes_are_true`: the part of the copy before the switch was ignored, so the hole was too long.
 #[test]
 fn a_hole_ends_where_the_child_s_copy_of_the_parent_s_segment_begins() {
     let two = history(&[(1, 2.25)]);
@@ -242,7 +242,7 @@ fn a_backup_that_the_timeline_has_left_behind_is_passed_over() {
     let one = TimelineChoice::Number(tli(1));
     let plan = survey.plan(&Target::Latest, one, None).unwrap();
     assert_eq!((plan.backup.name.as_str(), plan.reach.end), ("dead", lsn(12.0)));
-    // A backup of choice goes where it leads.
+    // A chosen backup follows the timeline that it leads to.
     let dead: BackupName = "dead".parse().unwrap();
     let plan = survey.plan(&Target::Latest, TimelineChoice::Latest, Some(&dead)).unwrap();
     assert_eq!(plan.path.timeline(), tli(1));
@@ -330,7 +330,7 @@ fn site() -> impl Strategy<Value = (Holdings, Vec<BackupRecord>)> {
     })
 }
 
-/// Whether the byte at `at` can be replayed on the way to `timeline`: the definition, byte by byte.
+/// Whether the byte at `at` can be replayed on the path to `timeline`, by definition, byte by byte.
 fn is_held(holdings: &Holdings, timeline: TimelineId, at: Lsn) -> bool {
     let history = holdings.history(timeline).unwrap();
     let mut begin = Lsn::ZERO;
@@ -388,7 +388,7 @@ proptest! {
                 _ => {}
             }
         }
-        // Newest first, and none is left out that would have done.
+        // Newest first, and no suitable backup is missing.
         if let Ok(plans) = &result {
             let newer = |p: &[_]| { let (a, b): (&Plan, &Plan) = (&p[0], &p[1]); a.backup.stopped_postgres_unix >= b.backup.stopped_postgres_unix };
             prop_assert!(plans.windows(2).all(newer));
@@ -406,7 +406,7 @@ proptest! {
         }
     }
 
-    /// What a listing calls recoverable is, to its last byte, and holes are where nothing is held.
+    /// Everything that a listing calls recoverable is, to its last byte, and holes are where there is no WAL.
     #[test]
     fn windows_and_holes_are_true((held, all) in site()) {
         let survey = Survey::new(&held, all);

@@ -1,4 +1,4 @@
-//! The retention plan: what each rule keeps, what doubt does, and its properties over random catalogues.
+//! The retention plan: what each rule keeps, the effect of doubts, and properties over random catalogs.
 
 use super::*;
 use crate::testing::backup_record;
@@ -46,7 +46,7 @@ fn facts(backups: Vec<KnownBackup>) -> Facts {
     }
 }
 
-/// One backup a day for so many days, on timeline 1, one segment apart.
+/// One backup per day for `days` days, on timeline 1, one segment apart.
 fn daily(days: u32) -> Facts {
     let backup = |day: u32| {
         let (at, start) = (BEGIN + f64::from(day) * DAY, u64::from(day + 1) * SEGMENT + 40);
@@ -63,7 +63,7 @@ fn last(last: u32) -> Policy {
     Policy { last, ..Policy::default() }
 }
 
-/// Nothing goes for good.
+/// Nothing is removed for good.
 fn is_all_there(plan: &RetentionPlan) -> bool {
     plan.expired().is_empty() && plan.wal.iter().all(|line| line.tier2_below.is_none())
 }
@@ -77,7 +77,7 @@ const NOW: f64 = BEGIN + 400.0 * DAY;
 #[test]
 fn the_default_keeps_a_month_and_the_newest_near() {
     let plan = plan(&daily(40), &Policies::default(), NOW);
-    // The window begins at day 9, at the moment that backup d9 was made.
+    // The window begins on day 9, at the time of backup d9.
     assert_eq!(expired(&plan), (0..8).map(|day| format!("d{day}")).collect::<Vec<_>>());
     assert_eq!(plan.evicted().len(), 31);
     let oldest = &plan.backups[8];
@@ -142,7 +142,7 @@ fn a_clock_far_ahead_expires_no_more_than_a_right_one() {
     let right = plan(&facts, &policies, BEGIN + 39.0 * DAY);
     let ahead = plan(&facts, &policies, BEGIN + 3900.0 * DAY);
     assert_eq!(expired(&right), expired(&ahead));
-    // Whatever has the minimum age counts; all the same nothing goes by its age alone.
+    // Everything that has the minimum age counts; still, nothing is removed because of its age alone.
     let ahead_default = plan(&facts, &Policies::default(), BEGIN + 3900.0 * DAY);
     assert_eq!(expired(&ahead_default), expired(&ahead));
 }
@@ -158,7 +158,7 @@ fn backups_of_this_week_push_out_none_that_is_older() {
     }
     let policies = Policies { minimum_age_seconds: 7 * 86_400, ..policies(last(1), last(2)) };
     let plan = plan(&facts, &policies, now);
-    // d22 is of seven and a half days ago: the last two of those that count.
+    // d22 is seven and a half days old: with d21 it is one of the last two that count.
     assert_eq!(expired(&plan), (0..21).map(|day| format!("d{day}")).collect::<Vec<_>>());
     let reasons = |name: &str| {
         let found = plan.backups.iter().find(|b| b.name.as_str() == name).unwrap();
@@ -198,7 +198,7 @@ fn a_record_whose_clocks_are_far_apart_holds_everything_until_a_person_dates_it(
         backup.record.redated_unix = Some(BEGIN + 5.0 * DAY);
     }
     assert_eq!(expired(&plan(&facts, &policies, BEGIN + 5.0 * DAY)), ["d0", "d1", "d2"]);
-    // Whoever says which clock is right is believed, also where PostgreSQL's is the wrong one.
+    // A person's decision about the clocks is accepted, even if PostgreSQL's is the wrong one.
     facts.backups[3].record.stopped_postgres_unix += 9000.0 * DAY;
     assert_eq!(plan(&facts, &policies, BEGIN + 5.0 * DAY).alarms, [""; 0]);
     facts.backups[3].record.redated_unix = None;
@@ -215,7 +215,8 @@ fn what_the_server_doubts_of_its_clock_lets_nothing_go_for_good() {
     assert!(is_all_there(&plan) && plan.alarms == ["the clock jumped"], "{:?}", plan.alarms);
 }
 
-/// One record with an odd clock stopped the eviction of the cluster's WAL, too, and tier 1 ran full for everybody.
+/// Before, one record with an implausible time also stopped the eviction of the cluster's WAL, and tier 1 ran full
+/// for all clusters.
 #[test]
 fn what_tier_2_has_leaves_tier_1_whatever_a_clock_says() {
     let (mut facts, policies) = (daily(6), policies(last(1), last(1)));
@@ -286,7 +287,7 @@ fn without_a_bucket_tier_1_keeps_what_either_policy_names() {
     assert_eq!(plan.wal[0].tier1_below, Some(Lsn::new(3 * SEGMENT)));
 }
 
-/// Tier 2 was taken out of the configuration: what was evicted to it pushes nothing out.
+/// Tier 2 was removed from the configuration: backups that were evicted to it displace nothing.
 #[test]
 fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
     for has_tier2 in [false, true] {
@@ -302,7 +303,7 @@ fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
         for part in ["d0 and 3 more", "hint: put the bucket", "[tier2]"] {
             assert!(plan.alarms[0].contains(part), "{part}: {:?}", plan.alarms);
         }
-        // Tier 2 is still owed its record: nobody may be told to take it away.
+        // Tier 2 does not have its record yet, so nobody may be advised to remove it.
         assert_eq!(plan.alarms[0].contains("remove its record"), !has_tier2, "{:?}", plan.alarms);
         let reasons = |day: usize| plan.backups[day].tier1.reasons.join(", ");
         assert!(reasons(2).contains("last 1"), "{}", reasons(2));
@@ -310,7 +311,7 @@ fn what_no_tier_can_give_back_counts_for_no_rule_and_raises_an_alarm() {
     }
 }
 
-/// Tier 1 let packs go, and a new backup builds on one that only the bucket has.
+/// Tier 1 evicted packs, and a new backup builds on one that only the bucket has.
 #[test]
 fn a_backup_that_only_both_tiers_together_have_is_within_reach() {
     let mut facts = daily(6);
@@ -333,7 +334,7 @@ fn without_any_backup_no_wal_goes() {
     assert!(plan.wal[0].tier2_reason.contains("no backup"));
 }
 
-/// A backup of before the branch is the only way to the newer timeline.
+/// A backup from before the branch is the only path to the newer timeline.
 #[test]
 fn the_window_keeps_the_way_to_a_timeline_that_branched_off_before_the_newest_backup() {
     let mut facts = facts(vec![
@@ -379,7 +380,7 @@ fn a_plan_is_the_same_after_json() {
     assert_eq!(serde_json::from_str::<RetentionPlan>(&text).unwrap(), plan);
 }
 
-/// Timelines 1 to 3; 2 and 3 branch off anywhere, 3 from 1 or from 2.
+/// Timelines 1 to 3; 2 and 3 branch off anywhere, 3 from 1 or 2.
 fn any_timelines() -> impl Strategy<Value = Vec<KnownTimeline>> {
     (1..40u64, 1..40u64, any::<bool>(), any::<[bool; 2]>()).prop_map(
         |(fork2, fork3, nested, known)| {
@@ -458,8 +459,8 @@ fn more(a: &Policy, b: &Policy) -> Policy {
     }
 }
 
-/// Written apart from the plan: the first byte of a timeline that a recovery from a backup reads, and
-/// `None` where it never gets there.
+/// Independent of the plan's code: the first byte of a timeline that a recovery from a backup reads, or `None` if
+/// it never gets there.
 fn first_needed(backup: &BackupRecord, line: &KnownTimeline) -> Option<Lsn> {
     let start = backup.start_lsn;
     if line.timeline == backup.start_timeline {
@@ -490,7 +491,7 @@ proptest! {
                 }
             }
         }
-        // What is behind the newest backup on its own and every newer timeline stays in both tiers.
+        // WAL behind the newest backup, on its own timeline and on every newer one, stays in both tiers.
         let newest = facts.backups.iter().map(|b| &b.record).filter(|r| r.committed_unix > BEGIN);
         if let Some(newest) = newest.max_by(|a, b| a.committed_unix.total_cmp(&b.committed_unix)) {
             for wal in plan.wal.iter().filter(|w| w.timeline >= newest.start_timeline) {
@@ -536,8 +537,8 @@ proptest! {
             prop_assert!(!few.tier2.keep || many.tier2.keep);
         }
         for (few, many) in few.wal.iter().zip(&many.wal) {
-            // A timeline to which nothing led may get its first backup by keeping more; then, and only
-            // then, there is a horizon where there was none.
+            // A timeline that no backup led to may get its first backup by keeping more; only then is there a
+            // horizon where there was none.
             prop_assert!(few.tier1_below.is_none() || many.tier1_below <= few.tier1_below);
             prop_assert!(few.tier2_below.is_none() || many.tier2_below <= few.tier2_below);
         }
@@ -555,7 +556,7 @@ proptest! {
         }
         let second = plan(&after, &policies, NOW);
         prop_assert!(second.expired().is_empty());
-        // Fewer at most: with a backup of a newer timeline gone, an older one may no longer be over.
+        // At most fewer: if a backup of a newer timeline is gone, an older one may no longer be over.
         prop_assert!(names(second.evicted()).is_subset(&evicted));
     }
 
@@ -565,12 +566,13 @@ proptest! {
         let (first, second) = (plan(&facts, &policies, now), plan(&facts, &policies, now + later));
         prop_assert!(names(first.expired()).is_subset(&names(second.expired())));
         for (first, second) in first.wal.iter().zip(&second.wal) {
-            // A timeline to which only young backups lead any more is left alone until they are old.
+            // A timeline to which only young backups lead is left alone until they are old enough.
             prop_assert!(second.tier2_below.is_none() || first.tier2_below <= second.tier2_below);
         }
     }
 
-    /// P13: whatever a client with a valid certificate commits now, nothing goes that would not have gone without.
+    /// P13: whatever a client with a valid certificate commits now, nothing is removed that would not have been
+    /// removed without it.
     #[test]
     fn young_backups_displace_nothing(
         facts in any_facts(),

@@ -1,4 +1,4 @@
-//! ABSENT1 to ABSENT3: an index that names packs that are not there spoils no later backup, and is put right.
+//! ABSENT1 to ABSENT3: an index that names missing packs does not spoil later backups, and is repaired.
 
 use super::*;
 use crate::repository::{Progress, SnapshotId, index::IndexJson};
@@ -15,7 +15,8 @@ fn check(home: &Home) -> Vec<String> {
     found.into_iter().map(|problem| problem.detail).collect()
 }
 
-/// The packs of a backup go, as a prune takes them that began before it; then its snapshot, as nobody commits it.
+/// Removes the packs of a backup, as a prune does that began before it, and then its snapshot, which was never
+/// committed.
 fn lose(home: &Home, id: SnapshotId) -> Vec<BaseFile> {
     let packs: Vec<BaseFile> =
         home.files.list(BaseKind::Data).unwrap().iter().map(|f| f.0).collect();
@@ -35,7 +36,7 @@ fn packs_that_an_index_names_and_that_are_gone_are_sent_again() {
     let (part, whole) = back_up(&home.repository, &source, None, "whole");
     assert!(part.added_bytes >= 3 << 20, "only {} bytes were sent", part.added_bytes);
     assert!(restored(&home.repository, &whole).unwrap() == source.expected());
-    // Others, too, look where the chunks are: whoever restores, and whoever commits.
+    // Other clients look for the chunks as well: those that restore, and those that commit.
     let other = Repository::open(home.files.clone(), &home.secret).unwrap();
     assert!(restored(&other, &whole).unwrap() == source.expected());
     let needed = other.packs_of(&[whole.id]).unwrap();
@@ -53,7 +54,7 @@ fn a_parent_whose_packs_are_gone_is_read_again() {
     home.repository.adopt().unwrap();
     let (_, whole) = back_up(&home.repository, &source, Some(&parent), "whole");
     assert!(restored(&home.repository, &whole).unwrap() == source.expected());
-    // The backup that lost its packs has them again.
+    // The earlier backup, which had lost its packs, is complete again.
     assert!(restored(&home.repository, &parent).unwrap() == source.expected());
 }
 
@@ -108,7 +109,7 @@ fn packs_that_a_snapshot_needs_stay_in_the_index_and_are_told() {
     assert_eq!(home.files.list(BaseKind::Index).unwrap(), indexes);
     let problems = check(&home);
     assert!(problems.iter().any(|p| p.ends_with("but it does not exist")), "{problems:?}");
-    // It may be found again, by hand or by the other tier.
+    // The pack may be found again, by a person or from the other tier.
     home.files.write(*lost, &[bytes]).unwrap();
     assert_eq!(check(&home), [""; 0]);
     assert_eq!(home.repository.adopt().unwrap().absent, 0);
@@ -125,7 +126,7 @@ fn a_needed_pack_that_is_marked_and_gone_is_told() {
         home.files.remove(file).unwrap();
     }
     assert_eq!(check(&home), [""; 0], "a marked pack is as good as any while it is there");
-    // The largest has chunks; without trees the snapshot could not be read at all.
+    // The largest pack has the chunks; without trees the snapshot could not be read at all.
     let packs = home.files.list(BaseKind::Data).unwrap();
     let (lost, _) = packs.into_iter().max_by_key(|(_, size)| *size).unwrap();
     assert!(home.repository.packs_of(&[one.id]).unwrap().contains(&lost));

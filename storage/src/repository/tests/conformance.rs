@@ -1,4 +1,4 @@
-//! What every place for repository files promises: tier 1, the bucket, both together, and behind windows.
+//! What every place for repository files guarantees: tier 1, the bucket, both together, and with windows.
 
 use super::*;
 use crate::{
@@ -21,7 +21,7 @@ fn sorted(files: &dyn Files, kind: BaseKind) -> Vec<(BaseFile, u64)> {
     listed
 }
 
-/// The suite: `files` is empty.
+/// The test suite; `files` must be empty.
 fn keeps_its_promises(files: &dyn Files) {
     for kind in BaseKind::ALL {
         assert_eq!(files.list(kind).unwrap(), [], "an empty place is an empty list");
@@ -168,7 +168,7 @@ fn a_damaged_file_of_tier_1_is_replaced_when_the_right_bytes_come_again() {
     assert_eq!(files.read(file).unwrap(), bytes);
 }
 
-/// Counts the reads that come through.
+/// Counts the reads that reach the inner files.
 #[derive(Debug)]
 struct Counted(LocalFiles, Mutex<Vec<u64>>);
 
@@ -231,6 +231,6 @@ fn windows_beyond_the_budget_are_dropped_oldest_first() {
     for window in [0, 1, 0, 2, 0, 1] {
         read(window);
     }
-    // 2 pushed 1 out, as 0 was used after it; then 1 came again.
+    // Window 2 displaced 1, because 0 was used after it; then 1 was read again.
     assert_eq!(files.inner().1.lock().unwrap().len(), 4);
 }

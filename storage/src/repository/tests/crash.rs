@@ -1,4 +1,4 @@
-//! REPO1: a crash anywhere leaves a file whole or absent, and durable once `write` said so.
+//! REPO1: a crash anywhere leaves a file complete or absent, and durable once `write` has returned.
 
 use super::*;
 use crate::{
@@ -11,7 +11,7 @@ fn pack(seed: u64) -> (BaseFile, Vec<u8>) {
     (BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(&bytes) }, bytes)
 }
 
-/// Writes two files that may share directories; says which were acknowledged.
+/// Writes two files that may share directories; returns which were acknowledged.
 fn work(disk: &SimDisk, packs: &[(BaseFile, Vec<u8>)]) -> Vec<bool> {
     let files = LocalFiles::new(Arc::new(disk.clone()), "/pg-1/base".into());
     packs.iter().map(|(file, bytes)| files.write(*file, &[bytes.clone().into()]).is_ok()).collect()
@@ -45,7 +45,7 @@ fn a_crash_at_any_step_leaves_files_whole_or_absent() {
                     Err(_) => assert!(!done && !is_listed, "lost: crash {crash} seed {seed}"),
                 }
             }
-            // What is left of unfinished files hinders nobody, and goes.
+            // The rest of unfinished files is in nobody's way, and is removed.
             assert_eq!(work(&disk, &packs), [true; 3], "crash {crash} seed {seed}");
             files.sweep().unwrap();
             assert_eq!(files.list(BaseKind::Data).unwrap().len(), 3);

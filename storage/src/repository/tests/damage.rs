@@ -1,4 +1,4 @@
-//! A flipped bit in any kind of file is found, and never read as content.
+//! A flipped bit in any kind of file is found, and is never returned as content.
 
 use super::*;
 use crate::repository::{Problem, Progress, Without};
@@ -40,7 +40,7 @@ fn a_bit_flip_in_every_kind_of_file_is_found_and_named() {
                 let problems = check(&home.repository, 100.0);
                 let named = problems.iter().any(|problem| problem.file == Some(file));
                 assert!(named, "{} byte {at}: {problems:?}", file.relative());
-                // Never content that is not what was archived.
+                // Content that was not archived is never returned.
                 if let Ok(found) = restored(&home.repository, &summary) {
                     assert!(found == tree().expected());
                 }
@@ -81,7 +81,7 @@ fn packs(home: &Home) -> BTreeSet<BaseFile> {
     home.files.list(BaseKind::Data).unwrap().into_iter().map(|(file, _)| file).collect()
 }
 
-/// One bit of each; the sizes stay.
+/// Flips one bit in each; the sizes stay the same.
 fn flip(home: &Home, packs: &BTreeSet<BaseFile>) {
     for file in packs {
         let path = home.files.path(*file);
@@ -101,7 +101,7 @@ fn packs_that_are_known_to_be_damaged_are_sent_again_and_older_backups_heal() {
     let (chunks, trees): (Vec<_>, Vec<_>) = damaged.iter().partition(is_large);
     flip(&home, &chunks.into_iter().copied().collect());
     assert!(restored(&home.repository, &old).is_err());
-    // Nobody knows: the next one is damaged, too.
+    // The damage is unknown: the next backup is damaged, too.
     let (_, fooled) = back_up(&home.repository, &tree(), None, "fooled");
     assert!(restored(&home.repository, &fooled).is_err());
     flip(&home, &trees.into_iter().copied().collect());
@@ -115,11 +115,12 @@ fn packs_that_are_known_to_be_damaged_are_sent_again_and_older_backups_heal() {
         assert!(knowing.packs_of(&[new.id]).unwrap().is_disjoint(&damaged));
     }
     assert!(knowing.packs_of(&[old.id]).unwrap().is_disjoint(&damaged));
-    // Also for one who only has the files, as a restore from the bucket: what fails at one place is tried at the others.
+    // Also for a reader that only has the files, such as a restore from the bucket: if one place fails, the others are
+    // tried.
     for snapshot in [&old, &fooled] {
         assert!(restored(&home.repository, snapshot).unwrap() == tree().expected());
     }
-    // ABSENT3: maintenance leaves no way back to them.
+    // ABSENT3: after maintenance nothing refers to them.
     assert_eq!(knowing.drop_absent().unwrap().torn, vec![]);
     for _ in 0..2 {
         home.repository.prune(std::time::Duration::ZERO).unwrap();

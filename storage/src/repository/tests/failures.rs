@@ -1,4 +1,5 @@
-//! REPO3: what cannot be read fails the backup, and leaves nothing a reader would take for one.
+//! REPO3: anything that cannot be read makes the backup fail, and leaves nothing that a reader
+//! would take for a backup.
 
 use super::*;
 use crate::repository::{Adopted, Progress};
@@ -11,7 +12,7 @@ fn fails(home: &Home, source: &Fake) -> Error {
     error
 }
 
-/// rustic_core leaves such a file out, logs a warning and answers Ok.
+/// rustic_core omits such a file, logs a warning and returns Ok.
 #[test]
 fn a_read_error_in_the_middle_of_a_file_fails_the_backup() {
     let home = home();
@@ -42,7 +43,7 @@ fn a_file_that_vanished_is_left_out_and_counted() {
     assert_eq!(names, ["data", "data/a", "data/c"]);
 }
 
-/// As PostgreSQL's own base backup does it (basebackup.c, sendFile).
+/// As in PostgreSQL's own base backup (basebackup.c, sendFile).
 #[test]
 fn a_file_that_grew_is_cut_and_one_that_shrank_is_filled_with_zeros() {
     let home = home();
@@ -55,7 +56,7 @@ fn a_file_that_grew_is_cut_and_one_that_shrank_is_filled_with_zeros() {
     assert_eq!((part.files_resized, part.bytes), (2, 80_000));
 }
 
-/// A listing in a chosen order, with an error in it.
+/// A listing in a given order, with an error in it.
 struct Listed(Vec<Result<&'static str, Kind>>);
 
 impl Source for Listed {
@@ -94,7 +95,7 @@ fn a_listing_that_fails_or_is_not_sorted_or_leaves_the_root_fails_the_backup() {
     assert!(home.files.list(BaseKind::Snapshot).unwrap().is_empty());
 }
 
-/// Fails writes after some, with an error of its own kind.
+/// Fails all writes after the first few, with an error of its own kind.
 #[derive(Debug)]
 struct FullAfter {
     inner: Arc<LocalFiles>,
@@ -149,7 +150,7 @@ fn a_write_that_fails_ends_the_backup_early_with_its_own_kind_and_the_next_run_u
     assert!(restored(&home.repository, &summary).unwrap() == source.expected());
 }
 
-/// Keeps every pack and no index file, as a killed backup does.
+/// Stores every pack but no index file, like a backup that was killed.
 #[derive(Debug)]
 struct KilledBeforeIndex(Arc<LocalFiles>);
 

@@ -1,4 +1,4 @@
-//! REPO4: what a running backup or restore has seen in an index stays; what nobody needs goes, in two steps.
+//! REPO4: what a running backup or restore has seen in an index stays; what nobody needs is removed, in two steps.
 
 use super::*;
 use crate::{repository::Progress, tier2::Sha256Sum};
@@ -82,14 +82,14 @@ fn a_backup_that_runs_beside_a_prune_is_whole_and_its_packs_are_put_back() {
     assert!(outcome.packs_marked > 0);
     let again = home.repository.assemble(&[part], &meta("again")).unwrap();
     sound(&home);
-    // Not even when maintenance goes on at once.
+    // Not even if maintenance continues at once.
     home.repository.prune(NOW).unwrap();
     home.repository.prune(NOW).unwrap();
     sound(&home);
     assert!(restored(&home.repository, &again).unwrap() == tree(10).expected());
 }
 
-/// As above, but the snapshot was saved while the prune was deciding: the next prune puts the packs back, and until then
+/// As above, but the snapshot was saved while the prune was deciding: the next prune unmarks the packs, and until then
 /// our readers find them.
 #[test]
 fn packs_marked_although_a_snapshot_needs_them_are_read_and_recovered() {
@@ -142,11 +142,11 @@ fn what_a_snapshot_needs_is_enough_to_restore_it_elsewhere() {
 
 type Action = Box<dyn FnOnce(&LocalFiles) + Send>;
 
-/// Does something once, when the first index file is written or listed.
+/// Runs an action once, when the first index file is written or listed.
 struct Meanwhile {
     inner: Arc<LocalFiles>,
     on_write: Mutex<Option<Action>>,
-    /// Listed once, although it is gone.
+    /// Listed once, although it no longer exists.
     gone: Mutex<Option<BaseFile>>,
 }
 
@@ -201,7 +201,7 @@ fn a_snapshot_saved_while_a_prune_writes_its_marks_keeps_its_packs() {
     };
     let outcome = home.repository.with_files(Arc::new(files)).prune(NOW).unwrap();
     assert!(outcome.packs_marked > 0, "{outcome:?}");
-    // As stock restic sees it: no pack that is needed is only in the list of those to go.
+    // For stock restic: no needed pack is named only in the list of packs to delete.
     let index = home.repository.index().unwrap();
     let reader = home.repository.reader(&one.id).unwrap();
     let needed = super::super::assemble::contents(&reader).unwrap().packs;

@@ -1,4 +1,5 @@
-//! The repository: what goes in comes out, what cannot be read fails, what is damaged is found.
+//! The repository: archived content is restored unchanged, unreadable content makes a backup fail, damage is
+//! found.
 
 mod absent;
 mod conformance;
@@ -40,17 +41,17 @@ pub(super) fn long_ago() -> SystemTime {
     UNIX_EPOCH + Duration::new(1_600_000_000, 123_456_789)
 }
 
-/// How a made-up file behaves.
+/// How a simulated file behaves.
 #[derive(Debug, Clone)]
 pub(super) enum Content {
     Dir,
     Link(&'static str),
     File(Vec<u8>),
-    /// Listed with another size than it has.
+    /// Listed with a size that differs from the actual one.
     Resized(u64, Vec<u8>),
     /// Cannot be opened.
     Closed(io::ErrorKind),
-    /// Fails after so many bytes.
+    /// Fails after these bytes.
     Broken(Vec<u8>, io::ErrorKind),
 }
 
@@ -90,7 +91,7 @@ impl Read for Failing {
     }
 }
 
-/// A made-up tree; says which of its files were opened.
+/// A simulated tree; records which of its files were opened.
 #[derive(Debug, Clone)]
 pub(super) struct Fake {
     pub(super) began: SystemTime,
@@ -103,7 +104,7 @@ impl Fake {
         Self { began: began(), entries: BTreeMap::new(), opened: Arc::default() }
     }
 
-    /// Adds an entry last changed long ago, and the directories above it.
+    /// Adds an entry that was last changed long ago, and its parent directories.
     pub(super) fn with(self, path: &str, content: Content) -> Self {
         self.changed(path, content, long_ago())
     }
@@ -120,7 +121,7 @@ impl Fake {
         self
     }
 
-    /// The files that were opened since the last question.
+    /// The files that were opened since the last call.
     pub(super) fn opened(&self) -> Vec<PathBuf> {
         let mut opened = std::mem::take(&mut *self.opened.lock().unwrap());
         opened.sort();
@@ -160,7 +161,7 @@ impl Source for Fake {
     }
 }
 
-/// Repository files in a directory of their own.
+/// A repository in a directory of its own.
 #[derive(Debug)]
 pub(super) struct Home {
     pub(super) directory: tempfile::TempDir,
@@ -169,7 +170,7 @@ pub(super) struct Home {
     pub(super) repository: Repository,
 }
 
-/// Small chunks, so that little data has many.
+/// Small chunks, so that a small amount of data has many.
 pub(super) fn settings() -> Settings {
     Settings {
         chunk_size: klio_pg::ByteSize::kib(8),
@@ -178,7 +179,8 @@ pub(super) fn settings() -> Settings {
     }
 }
 
-/// An empty repository. A copy of one that was made once: restic's key file costs half a second and 128 MiB.
+/// An empty repository, copied from one that is created once: restic's key file costs half a second and 128
+/// MiB.
 pub(super) fn home() -> Home {
     static EMPTY: OnceLock<(Secret, Vec<(BaseFile, Bytes)>)> = OnceLock::new();
     let directory = tempfile::tempdir().unwrap();
@@ -201,7 +203,7 @@ pub(super) fn meta(name: &str) -> SnapshotMeta {
     SnapshotMeta { cluster: "pg-1".parse().unwrap(), backup: name.parse().unwrap(), began: began() }
 }
 
-/// One backup of one part.
+/// Makes a backup with one part.
 pub(super) fn back_up(
     repository: &Repository,
     source: &Fake,

@@ -1,4 +1,4 @@
-//! What the parent has unchanged is not read again, and what may have changed is.
+//! Files that the parent has unchanged are not read again, and files that may have changed are.
 
 use super::*;
 use crate::repository::YOUNG;
@@ -48,7 +48,8 @@ fn only_a_new_ctime_is_a_change_too() {
     assert_eq!(touched.0.opened().len(), 1);
 }
 
-/// PostgreSQL may write a page again within the tick of the clock that stamped the first write.
+/// PostgreSQL may write a page again within the same tick of the clock that stamped the first
+/// write.
 #[test]
 fn a_file_changed_less_than_two_seconds_before_the_listing_is_read_again_next_time() {
     let home = home();
@@ -68,14 +69,15 @@ fn a_file_changed_less_than_two_seconds_before_the_listing_is_read_again_next_ti
         assert_eq!(!next.opened().is_empty(), read_again, "{age:?}");
         let whole = restored(&home.repository, &summary).unwrap() == next.expected();
         assert_eq!(whole, read_again, "{age:?}");
-        // By now it has rested, so the third backup trusts the second.
+        // By now the file has been unchanged long enough, so the third backup trusts the second.
         next.began += Duration::from_secs(3600);
         back_up(&home.repository, &next, Some(&summary), "three");
         assert!(next.opened().is_empty());
     }
 }
 
-/// A clock that went backwards makes files from the future: they are young in every backup.
+/// A clock that went backwards makes files with times in the future: they are young in every
+/// backup.
 #[test]
 fn a_file_from_the_future_is_read_in_every_backup() {
     let home = home();
@@ -89,7 +91,7 @@ fn a_file_from_the_future_is_read_in_every_backup() {
     assert_eq!(next.opened().len(), 1);
 }
 
-/// Two backups in the same moment, as far as their clock knows.
+/// Two backups at the same time, according to their clock.
 #[test]
 fn a_young_file_is_read_again_also_when_the_clock_stands_still() {
     let home = home();

@@ -1,4 +1,5 @@
-//! What is held twice is opened before one goes, and what is read is opened (P13).
+//! Of two packs with the same content, each is verified before one is removed, and packs that are read are verified
+//! (P13).
 
 use super::{Fake, back_up, home, noise, restored};
 use crate::{
@@ -23,7 +24,8 @@ fn store(home: &super::Home, kind: BaseKind, bytes: Vec<u8>) -> BaseFile {
     file
 }
 
-/// As a client of before could: packs of garbage, of the right size, and an index that says that they hold what there is.
+/// Builds what an older server accepted from a client: packs of garbage with the right size, and an index that claims
+/// they have existing contents.
 fn poison(home: &super::Home, forge: &Forge) -> BTreeSet<BaseFile> {
     let (mut entries, mut bad) = (Vec::new(), BTreeSet::new());
     for (number, mut pack) in claims(home, forge).into_iter().enumerate() {
@@ -53,7 +55,7 @@ fn a_poisoned_index_makes_no_good_pack_go() {
         let second = back_up(&home.repository, &tree.file("data/c", b"more"), None, "b2").1;
         let expected = [&first, &second].map(|s| restored(&home.repository, s).unwrap());
         let bad = poison(&home, &forge);
-        // What the server does before a prune.
+        // The server does this before a prune.
         let found = home.repository.prove_duplicates().unwrap();
         assert_eq!(found.keys().copied().collect::<BTreeSet<_>>(), bad);
         let files = Arc::clone(&home.files) as Arc<dyn Files>;
@@ -84,7 +86,7 @@ fn a_pack_is_good_when_it_holds_what_the_index_says_and_only_then() {
     for (file, _) in home.files.list(BaseKind::Data).unwrap() {
         assert_eq!(check(file).is_err(), bad.contains(&file), "{}", file.relative());
     }
-    // A good pack of which an index says what it does not hold: whoever looks there finds other bytes.
+    // A good pack for which an index claims wrong contents: whoever looks there finds other bytes.
     let (pack, mut entry) =
         forge.pack(&[ForgedPiece::good(b"one"), ForgedPiece::good(b"two")]).unwrap();
     let file = store(&home, BaseKind::Data, pack);
@@ -95,14 +97,14 @@ fn a_pack_is_good_when_it_holds_what_the_index_says_and_only_then() {
     store(&home, BaseKind::Index, forge.index(&[entry]).unwrap());
     let told = check(file).unwrap_err();
     assert!(told.contains("the index says"), "{told}");
-    // One bit.
+    // With one bit flipped.
     let mut bytes = home.files.read(file).unwrap().to_vec();
     bytes[40] ^= 1;
     let told = home.repository.pack_proof().unwrap().check(file, &bytes.into()).unwrap_err();
     assert!(told.contains("SHA-256 of its name"), "{told}");
 }
 
-/// Which a tree says twice is read once, and a snapshot is whole when every chunk has a place.
+/// A tree that is named twice is read once, and a snapshot is complete if every chunk is in the index.
 #[test]
 fn a_directory_that_holds_another_one_many_times_is_read_once() {
     let home = home();

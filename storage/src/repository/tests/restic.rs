@@ -1,9 +1,9 @@
-//! P10: with Klio gone, stock restic opens, checks and restores the repository.
+//! P10: without Klio, stock restic opens, checks and restores the repository.
 
 use super::*;
 use std::process::{Command, Output};
 
-/// Debian's; its absence is a failure, as everything else that tests need.
+/// Uses Debian's restic; if it is missing, the test fails, as with everything else that tests need.
 fn restic(home: &Home, arguments: &[&str]) -> Output {
     let output = Command::new("restic")
         .arg("--repo")
@@ -77,7 +77,7 @@ fn stock_restic_checks_and_restores_what_klio_wrote() {
     std::fs::create_dir(&root).unwrap();
     real_tree(&root);
     let first = home.repository.snapshot(&Directory(root.clone()), None, Arc::new(Silent)).unwrap();
-    // The second part joins a directory that the first has, and one that it has not.
+    // The second part adds files to a directory of the first part, and a directory of its own.
     let late =
         Fake::new().file("data/backup_label", b"START").file("data/global/pg_control", b"control");
     let second = home.repository.snapshot(&late, None, Arc::new(Silent)).unwrap();

@@ -1,4 +1,4 @@
-//! What goes in comes out.
+//! Archived content is restored unchanged.
 
 use super::*;
 use crate::{Kind, repository::Progress};
@@ -53,7 +53,7 @@ fn modes_owners_and_times_come_back_to_the_nanosecond() {
 fn equal_content_is_stored_once() {
     let home = home();
     let (part, _) = back_up(&home.repository, &tree(), None, "one");
-    // base/1/same is base/1/1259 again, and the pages of _vm are all the same.
+    // base/1/same has the content of base/1/1259, and all pages of _vm are the same.
     assert_eq!(part.added_bytes, 3 + 20 * 8192 + 8192 + (3 * 8192 + 17) + 4 + 2 * 8192);
     let (again, _) = back_up(&home.repository, &tree(), None, "two");
     assert_eq!(again.added_bytes, 0);
@@ -160,7 +160,7 @@ fn progress_reaches_every_byte_and_file_also_when_nothing_is_read() {
         let id = parent.as_ref().map(|p: &SnapshotSummary| p.id);
         let part = home.repository.snapshot(&tree(), id.as_ref(), counts.clone()).unwrap();
         assert_eq!(counts.bytes.load(Ordering::Relaxed), part.bytes);
-        // The link is not a file that anybody reads.
+        // The link is not a file that is read.
         assert_eq!(counts.files.load(Ordering::Relaxed), part.files - 1);
         assert!(counts.stored.load(Ordering::Relaxed) >= part.stored_bytes);
         parent = Some(home.repository.assemble(&[part], &meta(name)).unwrap());

@@ -1,4 +1,4 @@
-//! What a client sends is opened before it counts: a pack that claims what it does not hold is told (P13).
+//! Files from a client are verified before they count: a pack that claims contents it does not have is refused (P13).
 
 use super::{Fake, back_up, home, noise};
 use crate::{
@@ -79,7 +79,7 @@ fn a_pack_that_claims_what_it_does_not_hold_does_not_open() {
     let mut flipped = pack(std::slice::from_ref(&good));
     flipped[20] ^= 1;
     refused(open(repository, &flipped), "authentication");
-    // The bytes of one pack before the list of another.
+    // The pieces of one pack with the list of another.
     let (long, short) = (pack(&[good.clone(), good.clone()]), pack(std::slice::from_ref(&good)));
     let mixed = [&long[..30], &short].concat();
     refused(open(repository, &mixed), "list");
@@ -88,7 +88,7 @@ fn a_pack_that_claims_what_it_does_not_hold_does_not_open() {
     refused(open(repository, &strange), "list");
 }
 
-/// A gigabyte of zeros in a few kilobytes is told without being made.
+/// A gigabyte of zeros in a few kilobytes is recognized without being decompressed.
 #[test]
 fn a_piece_that_would_fill_the_memory_is_told_by_its_size() {
     let home = home();
@@ -151,8 +151,8 @@ fn an_index_says_of_a_pack_what_the_pack_says_and_nothing_else() {
     refused(check(serde_json::json!({"nothing": 1})), "index JSON");
 }
 
-/// Whoever has the key can seal anything: a pack's list, an index and a snapshot of any bytes are refused or understood, never a panic,
-/// and nothing outside the pack is asked for without an error.
+/// Whoever has the key can encrypt anything: a pack's list, an index and a snapshot with any bytes are refused or
+/// parsed, without a panic, and a request for bytes outside the pack is an error.
 #[test]
 fn no_bytes_of_a_client_with_the_key_make_it_panic() {
     let home = home();
@@ -191,7 +191,7 @@ fn no_bytes_of_a_client_with_the_key_make_it_panic() {
             let _ = repository.check_claim(claim, 10_000, &read);
         }
     };
-    // An entry of the list: its kind, lengths, an id; seldom a whole one.
+    // An entry of the list: its kind, lengths, an id; rarely a complete one.
     let entry = (0u8..5, any::<u32>(), 0u32..500, any::<[u8; 32]>(), 0usize..50);
     let entries = vec(entry, 0..4);
     let bytes = || vec(any::<u8>(), 0..400);

@@ -1,4 +1,4 @@
-//! OBJECT2 and OBJECT4 where files are encrypted: every age file has a key of its own, so only what they hold can be compared.
+//! OBJECT2 and OBJECT4 for encrypted files: every age file has a key of its own, so only the plaintext can be compared.
 
 use super::{KEY, S3, noise, open, sealed};
 use crate::{
@@ -58,7 +58,7 @@ async fn the_plain_object_of_earlier_settings_is_the_same_file_or_a_conflict() {
     let error = tier2.upload(&other, AGE_KEY).await.unwrap_err();
     assert_eq!(error.kind, Kind::Conflict, "{error}");
     assert_eq!(tier2.size_of(AGE_KEY).await.unwrap(), None);
-    // And back again.
+    // And in the other direction.
     let history = encrypted(directory.path(), "d", b"", &keys);
     std::fs::write(&history.path, keys.wrap(b"1\t0/5000000\tno recovery target\n").unwrap())
         .unwrap();
@@ -108,7 +108,7 @@ async fn a_damaged_encrypted_file_is_never_uploaded() {
     assert_eq!(tier2.size_of(AGE_KEY).await.unwrap(), None);
 }
 
-/// What a caller gets of an object as it comes, and never a cut or changed one as a whole.
+/// What a caller gets of an object while it arrives; a truncated or changed one is never returned as complete.
 #[tokio::test]
 async fn a_download_is_decrypted_piece_by_piece() {
     let s3 = S3::start().await;

@@ -47,7 +47,7 @@ async fn a_store_that_stays_down_ends_the_attempt_as_transient() {
     assert_eq!(error.kind, Kind::Transient, "{error}");
 }
 
-/// Peers' bug: an upload that fails half way publishes a truncated object (OBJECT3).
+/// A bug in similar tools: an upload that fails half way publishes a truncated object (OBJECT3).
 #[tokio::test]
 async fn a_reset_in_the_middle_of_the_body_leaves_no_object() {
     for bytes in [4 << 20, 20 << 20] {
@@ -69,8 +69,8 @@ async fn a_reset_in_the_middle_of_the_body_leaves_no_object() {
     }
 }
 
-/// The conditional PUT of the retry finds the object of the first try: it must not look like somebody
-/// else's.
+/// The conditional PUT of the retry finds the object of the first attempt, which must not look like
+/// another client's.
 #[tokio::test]
 async fn an_answer_lost_after_storing_is_not_a_conflict() {
     let s3 = S3::start().await;
@@ -112,7 +112,7 @@ async fn nobody_listening_is_transient_with_a_hint() {
     assert!(error.hint.is_some(), "{error}");
 }
 
-/// Found by a verification that met an object just being uploaded: 404 first, then listed.
+/// Found by a verification of an object that was just being uploaded: first a 404, then it is listed.
 #[tokio::test]
 async fn an_object_that_appears_between_two_answers_is_read() {
     let s3 = S3::start().await;

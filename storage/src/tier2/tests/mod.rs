@@ -1,5 +1,4 @@
-//! Tier 2 against a real S3 endpoint over HTTP with signatures checked, against a directory, and against
-//! scripted faults.
+//! Tier 2 with a real S3 endpoint over HTTP that checks signatures, with a directory, and with scripted faults.
 
 mod encrypted;
 mod faults;
@@ -13,7 +12,7 @@ use super::{Secret, Source, Tier2, Tier2Config, Wrapping};
 use s3::{BUCKET, S3};
 use std::path::{Path, PathBuf};
 
-/// A store as a test wants it: only a fault that the test sets makes a request fail, however slow the machine is.
+/// The store for tests: only a fault that the test sets makes a request fail, however slow the machine is.
 pub(crate) fn config(s3: &S3) -> Tier2Config {
     let mut config = Tier2Config::new(format!("s3://{BUCKET}/prefix"));
     let (id, secret) = s3.credentials();
@@ -25,7 +24,7 @@ pub(crate) fn config(s3: &S3) -> Tier2Config {
     config
 }
 
-/// The same with a patience that ends while a test watches.
+/// The same with short timeouts, which expire while a test watches.
 pub(super) fn hurried(s3: &S3) -> Tier2Config {
     Tier2Config { request_timeout_seconds: 2, retry_timeout_seconds: 5, ..config(s3) }
 }
@@ -44,7 +43,7 @@ pub(super) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     block
 }
 
-/// A sealed file: `plain` as zstd with a content checksum, as tier 1 writes it.
+/// A sealed file: `plain` as zstd with a content checksum, as on tier 1.
 pub(super) fn sealed(directory: &Path, name: &str, plain: &[u8], level: i32) -> Source {
     let path = directory.join(name);
     let mut encoder = zstd::Encoder::new(Vec::new(), level).unwrap();

@@ -1,4 +1,4 @@
-//! OBJECT1-OBJECT4 and P7 on stores that work.
+//! OBJECT1-OBJECT4 and P7 on stores without faults.
 
 use super::{BUCKET, KEY, S3, config, noise, open, s3, sealed, source};
 use crate::{
@@ -46,7 +46,7 @@ async fn a_small_and_a_large_file_round_trip_through_s3() {
     }
 }
 
-/// P5: what tier 1 lets go was read back, also where it had to be sent again a moment before.
+/// P5: before tier 1 evicts a file, its object is read, even if it had to be uploaded again a moment before.
 #[tokio::test]
 async fn a_proof_reads_the_object_whether_it_was_there_or_not() {
     let s3 = S3::start().await;
@@ -80,7 +80,7 @@ async fn the_same_plaintext_sealed_twice_is_the_same_file() {
     let plain = b"write-ahead log ".repeat(50_000);
     let first = sealed(directory.path(), "a", &plain, 1);
     tier2.upload(&first, KEY).await.unwrap();
-    // Sealed again: other level, and two frames instead of one.
+    // Sealed again: another level, and two frames instead of one.
     let (left, right) = plain.split_at(300_000);
     let mut frames = zstd::encode_all(left, 9).unwrap();
     frames.extend(zstd::encode_all(right, 9).unwrap());
@@ -91,7 +91,7 @@ async fn the_same_plaintext_sealed_twice_is_the_same_file() {
     assert_eq!(uploaded.size, std::fs::metadata(&first.path).unwrap().len());
 }
 
-/// OBJECT6: the unfinished end of a timeline whose PostgreSQL came back is longer than what was stored of it.
+/// OBJECT6: the partial segment of a timeline whose PostgreSQL came back is longer than the stored one.
 async fn grows(tier2: &Tier2, bytes: usize) {
     let directory = tempfile::tempdir().unwrap();
     let plain = noise(1, bytes);
@@ -118,7 +118,7 @@ async fn grows(tier2: &Tier2, bytes: usize) {
     assert_eq!(tier2.upload(&all, KEY).await.unwrap().outcome, Outcome::AlreadyThere);
     let stored = std::fs::read(&all.path).unwrap();
     assert_eq!(read(tier2.download(KEY).await.unwrap()).await, stored);
-    // What is longer never gives way to its beginning.
+    // A longer object is never replaced by its beginning.
     assert_eq!(tier2.upload(&beginning, KEY).await.unwrap_err().kind, Kind::Conflict);
     assert_eq!(read(tier2.download(KEY).await.unwrap()).await, stored);
 }
@@ -197,7 +197,7 @@ async fn a_missing_object_is_definitive_only_where_the_bucket_exists() {
     assert!(tier2.probe().await.is_err());
 }
 
-/// A proxy or a wrong route answers 404 to everything, without saying NoSuchKey.
+/// A proxy or a wrong route answers 404 to everything, without NoSuchKey.
 #[tokio::test]
 async fn a_proxys_404_is_not_a_missing_object() {
     let s3 = S3::start().await;

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 /// Path of the bucket on the endpoint.
 pub const BUCKET: &str = "archive";
 
-/// What the endpoint does instead of answering.
+/// What the endpoint does instead of answering normally.
 #[derive(Debug, Clone, Copy)]
 pub enum Fault {
     /// Answers with this status and S3 error code.
@@ -30,7 +30,7 @@ pub enum Fault {
     Hang,
     /// Closes the connection after this many bytes of the request's body.
     ResetAfter(usize),
-    /// Stores what it was sent, then closes the connection instead of answering.
+    /// Stores the request's data, then closes the connection instead of answering.
     ResetAfterStoring,
 }
 
@@ -38,7 +38,7 @@ type Rule = Box<dyn FnMut(&http::request::Parts) -> Option<Fault> + Send>;
 
 /// The endpoint; stops when dropped.
 pub struct S3 {
-    /// `http://127.0.0.1:port`.
+    /// The URL, such as `http://127.0.0.1:port`.
     pub endpoint: String,
     directory: tempfile::TempDir,
     rule: Arc<Mutex<Rule>>,
@@ -80,7 +80,7 @@ impl S3 {
         Self { endpoint, directory, rule, requests, _accept: accept }
     }
 
-    /// Decides each request from now on.
+    /// Applies `rule` to each request from now on.
     pub fn on_request(
         &self,
         rule: impl FnMut(&http::request::Parts) -> Option<Fault> + Send + 'static,
@@ -88,7 +88,7 @@ impl S3 {
         *self.rule.lock().unwrap() = Box::new(rule);
     }
 
-    /// Answers everything again.
+    /// Answers all requests normally again.
     pub fn heal(&self) {
         self.on_request(|_| None);
     }
@@ -98,7 +98,7 @@ impl S3 {
         self.requests.lock().unwrap().clone()
     }
 
-    /// Where an object lies.
+    /// The path of an object's file.
     pub fn object(&self, key: &str) -> PathBuf {
         self.directory.path().join(BUCKET).join(key)
     }

@@ -1,4 +1,5 @@
-//! Uploads in parts over a bad link: they end, what arrived is not sent again, and nothing half-done stays.
+//! Multipart uploads over a bad link: they finish, acknowledged parts are not sent again, and no unfinished
+//! upload remains.
 
 use super::{KEY, S3, config, noise, s3::Fault, sealed, source, uplink::Uplink};
 use crate::{
@@ -14,7 +15,7 @@ use std::{
 const MIB: u64 = 1 << 20;
 /// Three parts.
 const BYTES: usize = 24 << 20;
-/// So long nothing may move in these tests.
+/// How long a request may go without progress in these tests.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 fn open_through(s3: &S3, link: &Uplink) -> Tier2 {
@@ -25,7 +26,7 @@ fn open_through(s3: &S3, link: &Uplink) -> Tier2 {
     Tier2::open(&config).unwrap()
 }
 
-/// Nothing to decode: what is measured is the link.
+/// The file has nothing to decode, because only the link is measured.
 fn file(directory: &tempfile::TempDir, name: &str) -> Source {
     let path = directory.path().join(name);
     let line = noise(name.bytes().map(u64::from).sum(), 100_003);
@@ -52,7 +53,7 @@ fn sent(times: [usize; 3]) -> BTreeMap<u32, usize> {
     (1..).zip(times).filter(|(_, times)| *times > 0).collect()
 }
 
-/// What the store keeps of uploads that are not complete.
+/// What the store has of incomplete uploads.
 fn half_done(s3: &S3) -> Vec<String> {
     let bucket = s3.object("");
     let root = bucket.parent().unwrap();
@@ -68,7 +69,7 @@ fn is_part(parts: &request::Parts, number: u32) -> bool {
     parts.method == Method::PUT && query.contains(&format!("partNumber={number}&"))
 }
 
-/// Each PUT had 60 seconds with its body, and what was sent was thrown away.
+/// Before, each PUT had 60 seconds including its body, and everything sent was discarded.
 #[tokio::test]
 async fn a_large_file_over_a_slow_link_arrives_with_no_part_sent_twice() {
     let s3 = S3::start().await;
@@ -85,7 +86,7 @@ async fn a_large_file_over_a_slow_link_arrives_with_no_part_sent_twice() {
     assert!(stored == std::fs::read(&source.path).unwrap());
 }
 
-/// One that fits into the buffers of the way as a whole, too.
+/// Also for a file that fits into the buffers on the path.
 #[tokio::test]
 async fn a_small_file_over_a_slow_link_arrives() {
     let s3 = S3::start().await;
@@ -143,7 +144,7 @@ async fn a_link_that_stands_still_is_told_and_nothing_half_done_stays() {
     assert!(error.to_string().contains("tier2.request_timeout_seconds"), "{error}");
     assert!(begun.elapsed() < PATIENCE * 8, "{:?}", begun.elapsed());
     assert!(!s3.object(&format!("prefix/{KEY}")).exists());
-    // It could not be aborted then.
+    // It could not be aborted at that time.
     assert_ne!(half_done(&s3), Vec::<String>::new());
     link.heal();
     tier2.abandon().await;
@@ -202,7 +203,7 @@ async fn kept_parts_are_for_the_same_file_only_and_are_thrown_away_at_the_end() 
     assert_eq!(half_done(&s3), Vec::<String>::new());
 }
 
-/// A lifecycle rule, or somebody's hand.
+/// A lifecycle rule or a person removed the upload.
 #[tokio::test]
 async fn an_upload_that_the_store_forgot_begins_anew() {
     let s3 = S3::start().await;
@@ -226,7 +227,7 @@ async fn an_upload_that_the_store_forgot_begins_anew() {
 async fn a_cancelled_upload_goes_on_too() {
     let s3 = S3::start().await;
     let (directory, tier2) = (tempfile::tempdir().unwrap(), super::open(&s3).keeping_parts());
-    // The last one never comes to its end.
+    // The last part never completes.
     s3.on_request(|parts| is_part(parts, 3).then_some(Fault::Hang));
     let source = file(&directory, "a");
     {

@@ -1,4 +1,4 @@
-//! HTTPS with a private certificate authority, and with one that nobody trusts.
+//! HTTPS with a private certificate authority, and with one that is not trusted.
 
 use super::{KEY, S3, config, noise, sealed};
 use crate::{
@@ -41,7 +41,7 @@ impl Authority {
     }
 }
 
-/// Ends TLS in front of an endpoint; gives its port.
+/// Terminates TLS in front of an endpoint; returns its port.
 async fn in_front_of(s3: &S3, acceptor: TlsAcceptor) -> (u16, JoinSet<()>) {
     let behind = s3.endpoint.trim_start_matches("http://").to_owned();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

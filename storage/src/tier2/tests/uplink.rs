@@ -1,4 +1,5 @@
-//! A slow, cut or still way to the store: a loopback proxy that lets so many bytes through.
+//! A slow, cut or stalled link to the store: a loopback proxy that passes a limited number of
+//! bytes.
 
 use std::{
     sync::{
@@ -15,10 +16,11 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Read at once; the socket holds little more, so that a still link is seen from outside.
+/// Read at a time. The socket buffer is hardly larger, so that a stalled link is visible to the
+/// client.
 const BLOCK: usize = 16 << 10;
 
-/// The way; gone when dropped.
+/// The proxy; stops when dropped.
 pub(super) struct Uplink {
     pub(super) endpoint: String,
     state: Arc<State>,
@@ -26,21 +28,21 @@ pub(super) struct Uplink {
 }
 
 struct State {
-    /// Bytes a second, of all connections together.
+    /// Bytes per second, for all connections together.
     rate: AtomicU64,
     /// When the link is free again.
     free: Mutex<Instant>,
-    /// Bytes that went up.
+    /// Bytes sent to the store.
     sent: AtomicU64,
-    /// At so many the connection that brings them is cut, once.
+    /// At this number of bytes the connection is cut, once.
     cut_at: AtomicU64,
-    /// At so many nothing moves any more.
+    /// At this number of bytes the link stalls.
     still_at: AtomicU64,
     still: AtomicBool,
 }
 
 impl Uplink {
-    /// In front of `http://host:port`.
+    /// Starts a proxy in front of `http://host:port`.
     pub(super) fn new(to: &str, rate: u64) -> Self {
         let to = to.trim_start_matches("http://").to_owned();
         let socket = TcpSocket::new_v4().unwrap();
@@ -70,7 +72,7 @@ impl Uplink {
         self.state.still_at.store(bytes, Relaxed);
     }
 
-    /// New connections move again.
+    /// New connections make progress again.
     pub(super) fn heal(&self) {
         self.still_at(u64::MAX);
         self.state.still.store(false, Relaxed);
@@ -99,7 +101,7 @@ async fn serve(listener: TcpListener, to: String, state: Arc<State>) {
 }
 
 impl State {
-    /// Until the client or the link ends it.
+    /// Runs until the client or the link ends it.
     async fn up(&self, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
         let mut block = vec![0; BLOCK];
         loop {

@@ -1,12 +1,14 @@
 //! Random histories on a disk that crashes anywhere, tears, fails and fills up. Checks P1, P2 and P3.
 //!
 //! A history is a function of its seed: appends of all sizes, flushes, seals, reconnects, restarts, failing syncs and
-//! writes, a full disk, gaps and timeline switches; in plain, encrypted, or now so and now so. A first run counts its disk operations; further runs of the same
-//! history crash at one of them. After the crash, and often a second one while recovering from it:
+//! writes, a full disk, gaps and timeline switches; plain, encrypted, or switching between the two. A first run counts
+//! its disk operations; further runs of the same history crash at one of them. After the crash, and often after a
+//! second one during recovery:
 //!
-//! - P1: all that a flush reported is there, with the right bytes, and the store has no complaint;
-//! - P2: the stream resumes at or behind every position reported before, and what is then reported survives again;
-//! - every finished segment can be sealed, and is the same after it.
+//! - P1: everything that a flush reported is there, with the right bytes, and the store reports no problem;
+//! - P2: the stream resumes at or behind every position that was reported before, and what is reported afterwards
+//!   survives as well;
+//! - every finished segment can be sealed, and its content is unchanged.
 
 use super::*;
 
@@ -24,14 +26,14 @@ impl Random {
     }
 }
 
-/// What may go wrong besides the crash.
+/// Which faults may happen besides the crash.
 #[derive(Clone, Copy, PartialEq)]
 enum Weather {
     Fair,
     Stormy,
 }
 
-/// What is encrypted at rest.
+/// Whether files are encrypted at rest.
 #[derive(Clone, Copy, PartialEq)]
 enum Rest {
     Plain,
@@ -54,7 +56,7 @@ struct History {
     timeline: TimelineHistory,
     text: String,
     histories: Vec<TimelineHistory>,
-    /// By timeline: the furthest position that was ever reported as flushed.
+    /// By timeline, the highest position that was ever reported as flushed.
     acked: BTreeMap<TimelineId, Lsn>,
     gaps: Vec<(TimelineId, Lsn, Lsn)>,
 }
@@ -96,7 +98,7 @@ impl History {
         position.map(|p| p.flushed).into_iter().chain(gap).max().unwrap_or(first)
     }
 
-    /// `None` when the machine went off.
+    /// `None` when the simulated machine is off.
     fn open_writer(&mut self, store: &WalStore, gap: Option<Lsn>) -> Option<Writer> {
         for attempt in 0..8 {
             if self.rig.disk.crashed() {
@@ -109,7 +111,7 @@ impl History {
             let from = self.resume_at(store);
             let timeline = self.timeline.timeline();
             let acked = self.acked.get(&timeline).copied().unwrap_or(from);
-            // What could not be proven yet counts only as far as it is known; then no writer opens.
+            // A journal that could not be proven yet counts only as far as it is known; then no writer opens.
             let proven = store.problems(&self.rig.name).is_empty();
             assert!(from >= acked || !proven, "P2: resumes at {from}, acknowledged was {acked}");
             let has_wal = store.positions(&self.rig.name).iter().any(|p| p.timeline == timeline);
@@ -126,7 +128,7 @@ impl History {
                     return Some(writer);
                 }
                 Err(OpenError::Failed(_)) => {
-                    // The declaration may be on record although it was not confirmed.
+                    // The declaration may be recorded although it was not confirmed.
                     let recorded = store.gaps(&self.rig.name);
                     if let Some(g) = recorded.iter().find(|g| Some(g.to) == gap && g.from == from) {
                         self.gaps.push((g.timeline, g.from, g.to));
@@ -269,7 +271,7 @@ impl History {
         Some(())
     }
 
-    /// Everything that was promised is kept.
+    /// Checks all promises.
     fn check(&self, store: &WalStore, when: &str) {
         assert_eq!(store.problems(&self.rig.name), Vec::<String>::new(), "{when}");
         let positions = store.positions(&self.rig.name);
@@ -295,7 +297,7 @@ impl History {
         }
     }
 
-    /// The crash came or not; now the power fails or the program is started again, perhaps more than once.
+    /// Whether or not the crash happened, the power fails now or the program restarts, perhaps more than once.
     fn aftermath(&mut self) {
         let how = |n: u64| if n == 0 { Restart::Kill } else { Restart::PowerLoss };
         self.rig.disk.set_capacity(None);
@@ -325,7 +327,7 @@ impl History {
     }
 }
 
-/// How many disk operations the history takes when nothing crashes.
+/// The number of disk operations of a history without a crash.
 fn operations(seed: u64, weather: Weather) -> u64 {
     let mut history = History::new(seed, weather);
     history.run().unwrap();
@@ -373,10 +375,10 @@ fn crashes_among_failing_syncs_and_full_disks_lose_nothing_acknowledged() {
     sample(5000..5300, Weather::Stormy, 5);
 }
 
-/// The simulation itself: a seed is a history.
+/// Tests the simulation itself: a seed determines the history.
 #[test]
 fn the_same_seed_is_the_same_history() {
-    // Plain ones: an age file's length is not always the same.
+    // Only plain ones: the length of an age file varies.
     for seed in (0..15).filter(|seed| Rest::of(*seed) == Rest::Plain) {
         assert_eq!(operations(seed, Weather::Stormy), operations(seed, Weather::Stormy));
     }

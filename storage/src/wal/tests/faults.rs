@@ -1,8 +1,8 @@
-//! Named faults: a failed fsync, a full disk, and bugs that other archivers had.
+//! Specific faults: a failed fsync, a full disk, and bugs of other archivers.
 
 use super::*;
 
-/// P3. pgmoneta, and "fsyncgate": a retried fsync says yes to bytes that are gone.
+/// P3. As in pgmoneta, and "fsyncgate": a retried fsync reports success for bytes that are gone.
 #[test]
 fn a_failed_fsync_is_final_and_nothing_after_it_is_acknowledged() {
     for seed in 0..60 {
@@ -19,7 +19,7 @@ fn a_failed_fsync_is_final_and_nothing_after_it_is_acknowledged() {
         }
         assert_eq!(writer.flushed().lsn(), at(MIB + 3000));
         drop(writer);
-        // What was acknowledged is still there, and the stream goes on right behind it.
+        // What was acknowledged is still there, and the stream continues right behind it.
         let mut writer = rig.writer(&store, 1, MIB + 3000);
         rig.append_and_flush(&mut writer, MIB + 60_000);
         drop(writer);
@@ -31,8 +31,8 @@ fn a_failed_fsync_is_final_and_nothing_after_it_is_acknowledged() {
     }
 }
 
-/// P3: the process dies right after the failed fsync. The page cache still shows what the disk does not have; it must
-/// not be acknowledged on the strength of that.
+/// P3: the process dies right after the failed fsync. The page cache still shows bytes that the disk does not have, and
+/// these must not be acknowledged because they are visible.
 #[test]
 fn a_restart_after_a_failed_fsync_trusts_only_what_it_synced_itself() {
     for seed in 0..60 {
@@ -78,19 +78,19 @@ fn a_failed_write_is_final_and_the_writer_opens_again() {
     }
 }
 
-/// Klio up to 0.0.20, pgmoneta: the position was reported when the bytes were handed on. P1
+/// Klio up to 0.0.20 and pgmoneta reported the position when the bytes were passed on. P1
 #[test]
 fn appended_bytes_are_not_reported_as_flushed() {
     let rig = Rig::new(1);
     let store = rig.open();
     let mut writer = rig.writer(&store, 1, MIB);
     rig.append(&mut writer, 2 * MIB + 5).unwrap();
-    // The rotation had to sync the first segment; the second is only written.
+    // The rotation had to sync the first segment; the second one is only written.
     assert_eq!(writer.flushed().lsn(), at(2 * MIB));
     assert_eq!(store.positions(&rig.name)[0].flushed, at(2 * MIB));
 }
 
-/// Klio: the partial segment was reopened with truncation, so acknowledged bytes vanished. P2
+/// Klio reopened the partial segment with truncation, so acknowledged bytes vanished. P2
 #[test]
 fn a_reopen_never_truncates_what_was_acknowledged() {
     let rig = Rig::new(1);
@@ -108,7 +108,7 @@ fn a_reopen_never_truncates_what_was_acknowledged() {
     assert_eq!(rig.read(&store, file), rig.bytes(MIB, MIB + 300_000));
 }
 
-/// Klio: a rename without fsync of the directory; the sealed file's name, and the segment with it, was lost. P1
+/// Klio renamed without fsync of the directory; the sealed file's name, and the segment with it, was lost. P1
 #[test]
 fn a_sealed_segment_and_its_name_survive_a_power_loss_right_after_sealing() {
     for seed in 0..60 {
@@ -123,10 +123,10 @@ fn a_sealed_segment_and_its_name_survive_a_power_loss_right_after_sealing() {
         drop((writer, store));
         let store = rig.open();
         assert_eq!(rig.read(&store, files[0]), rig.bytes(MIB, 2 * MIB), "seed {seed}");
-        // Where the journals' names came back, they lead to files that nothing else may go into.
+        // If the journals' names reappeared, they refer to files that nothing else may be written to.
         let mut writer = rig.writer(&store, 1, 3 * MIB);
         rig.append_and_flush(&mut writer, 6 * MIB);
-        // They are sealed a second time then, to the same bytes.
+        // They are then sealed a second time, to the same bytes.
         for (file, before) in files.iter().zip(&sealed) {
             assert_eq!(store.seal(&rig.name, *file).unwrap(), *before);
         }
@@ -157,7 +157,7 @@ fn a_full_disk_acknowledges_nothing_keeps_all_and_goes_on_when_space_returns() {
             rig.bytes(MIB, MIB + 200_000),
             "reads go on"
         );
-        // What fitted can still be made durable; then the same writer goes on.
+        // What was written can still be made durable; then the same writer continues.
         let written = writer.position();
         assert_eq!(writer.flush().unwrap().lsn(), written);
         let to = written.as_u64() + 60_000;
@@ -215,8 +215,8 @@ fn sealing_on_a_full_disk_loses_nothing_and_succeeds_later() {
     assert_eq!(store.problems(&rig.name), Vec::<String>::new());
 }
 
-/// The power fails while the file of a sealed segment is made into the next journal: the old name may come back
-/// and lead to the same bytes.
+/// The power fails while the file of a sealed segment becomes the next journal: the old name may reappear and refer to
+/// the same bytes.
 #[test]
 fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
     for seed in 0..200 {
@@ -227,7 +227,7 @@ fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
         store.seal(&rig.name, writer.take_finished()[0]).unwrap();
         rig.append_and_flush(&mut writer, 3 * MIB);
         store.seal(&rig.name, writer.take_finished()[0]).unwrap();
-        // These go into the recycled files.
+        // These bytes go to the recycled files.
         rig.append_and_flush(&mut writer, 3 * MIB + (seed * 7919) % MIB + 1);
         let acked = writer.flushed().lsn();
         rig.append(&mut writer, acked.as_u64() + 20_000).unwrap();
@@ -238,7 +238,7 @@ fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
         let flushed = store.positions(&rig.name)[0].flushed;
         assert!(flushed >= acked, "seed {seed}");
         rig.check_readable(&store, &root_history());
-        // New journals must not go into a file to which an old name still leads.
+        // New journals must not use a file that an old name still refers to.
         let mut writer = rig.writer(&store, 1, flushed.as_u64());
         rig.append_and_flush(&mut writer, 6 * MIB);
         for file in store.unsealed(&rig.name) {
@@ -248,8 +248,8 @@ fn a_recycled_journal_is_never_taken_for_the_segment_it_was() {
     }
 }
 
-/// P1, P3: a directory's fsync fails after the rename of a small file, the process dies, and the next one sees the file. WAL
-/// must not be acknowledged on the strength of a name that is not on disk.
+/// P1, P3: the fsync of a directory fails after the rename of a small file, the process dies, and the next one sees the
+/// file. WAL must not be acknowledged because of a name that is not durable.
 #[test]
 fn a_small_file_that_is_only_seen_is_written_again_before_wal_relies_on_it() {
     for seed in 0..60 {

@@ -1,4 +1,4 @@
-//! Encryption at rest: what lies on disk, keys that change, and a stop in the middle of it.
+//! Encryption at rest: what is on disk, changes of keys, and interruptions in the middle of them.
 
 use super::{timeline::child, *};
 use crate::crypt::recipients_of;
@@ -30,7 +30,7 @@ fn replace(disk: &SimDisk, path: &Path, bytes: &[u8]) {
     disk.create_new(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// Keys whose file has a new identity before the one of `keys()`; and those of the new one alone.
+/// Keys whose file has a new identity before the one of `keys()`, and keys with the new one only.
 fn rotated(old: &Zeroizing<String>) -> (Keys, Keys) {
     let (new, _) = Keys::generate();
     let both = format!("{}{}", *new, **old);
@@ -92,7 +92,7 @@ fn a_wrong_key_or_none_is_refused_before_anything_is_touched() {
     assert_eq!(rig.disk.operations(), operations, "something was written");
 }
 
-/// A store opened with the wrong key in spite of that changes nothing of the cluster either.
+/// A store that is opened with the wrong key regardless changes nothing of the cluster either.
 #[test]
 fn a_cluster_whose_key_is_missing_is_left_alone() {
     let mut rig = Rig::encrypted(1);
@@ -112,14 +112,14 @@ fn a_cluster_whose_key_is_missing_is_left_alone() {
         assert!(content(&rig.disk, &journal) == before);
     }
     rig.at_rest = AtRest::On(keys());
-    // The key itself is gone.
+    // The key itself is missing.
     rig.disk.remove(&Rig::path("open.key.age")).unwrap();
     let store = rig.try_open().unwrap();
     assert!(!store.problems(&rig.name).is_empty());
     assert!(content(&rig.disk, &journal) == before);
 }
 
-/// P2: whatever was written again, one of the two identities of the file opens it, at every moment.
+/// P2: whatever was rewritten, one of the two identities in the file decrypts it, at every moment.
 #[test]
 fn a_crash_anywhere_while_writing_again_for_a_new_key_leaves_everything_readable() {
     let (old, _) = Keys::generate();

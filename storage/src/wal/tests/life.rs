@@ -91,7 +91,7 @@ fn a_reconnect_without_restart_goes_on_and_gives_up_only_what_was_not_flushed() 
     rig.check_readable(&store, &root_history());
 }
 
-/// One write and one sync: what a lone commit waits for.
+/// One write and one sync: what a single commit waits for.
 #[test]
 fn a_small_append_and_flush_is_one_write_and_one_sync() {
     for rig in [Rig::new(5), Rig::encrypted(5)] {
@@ -123,15 +123,16 @@ fn steady_state_recycles_journals_and_changes_no_file_length() {
     let names = rig.disk.list(&Rig::path("wal/00000001")).unwrap();
     let open = names.iter().filter(|n| n.name.ends_with(".open")).count();
     assert!(open <= 2, "{names:?}");
-    // From here on only sealed files are added: eight steps a segment, one new file.
+    // From here on only sealed files are added: eight steps per segment, one new file.
     let steady = &lengths[40..80];
     let growths = steady.windows(2).filter(|w| w[1] > w[0]).count();
     assert!(growths <= 5 + 1, "{growths}");
     rig.check_readable(&store, &root_history());
 }
 
-/// P1. Found by the restore proof on a busy machine: the preparation ran between the writer's making of the journal and
-/// its being known, and made it again; the next one took the file away, with a mebibyte that was acknowledged.
+/// P1. Found by the restore proof on a busy machine: the preparation ran after the writer had created the journal and
+/// before it was registered, and created it again. The next preparation removed the file, with a mebibyte of
+/// acknowledged WAL.
 #[test]
 fn a_preparation_that_comes_late_leaves_the_writers_journal_alone() {
     let rig = Rig::new(31);
@@ -139,7 +140,7 @@ fn a_preparation_that_comes_late_leaves_the_writers_journal_alone() {
     let mut writer = rig.writer(&store, 1, MIB);
     rig.append_and_flush(&mut writer, 2 * MIB);
     let cluster = store.need(&rig.name, Op::Open).unwrap();
-    // The first half of what the writer does when it comes to a new segment.
+    // The first half of what the writer does at the start of a new segment.
     let (journal, entry) = cluster.next_journal(tli(1), at(2 * MIB)).unwrap();
     cluster.prepare(tli(1), at(2 * MIB), 0).unwrap();
     assert!(lock(&cluster.state).prepared.is_empty(), "made a second time");
@@ -163,7 +164,7 @@ fn a_preparation_that_comes_after_its_segment_was_sealed_makes_nothing() {
     rig.check_readable(&store, &root_history());
 }
 
-/// The same with real threads, as the server does it.
+/// The same with real threads, as in the server.
 #[test]
 fn preparations_on_another_thread_cost_no_byte() {
     let rig = Rig::new(33);
@@ -244,14 +245,14 @@ fn the_answer_not_found_is_definitive_only_when_the_cluster_is_readable() {
     rig.disk.flip_bit(&Rig::path(&format!("wal/00000001/{}.open", segment(1, 2))), 20, 1).unwrap();
     let store = rig.try_open().unwrap();
     assert_eq!((store.problems(&rig.name).len(), store.damaged(&rig.name).len()), (1, 1));
-    // P7: the byte may be there, nobody can tell.
+    // P7: the byte may exist, but that cannot be decided.
     let error = store.read(&rig.name, WalFile::Segment(segment(1, 2))).unwrap_err();
     assert_eq!(error.kind, Kind::Corrupt, "{error}");
     assert_eq!(rig.read(&store, WalFile::Segment(segment(1, 1))), rig.bytes(MIB, 2 * MIB));
     let refused = store.open_writer(&rig.name, &Rig::request(1, 3 * MIB)).unwrap_err();
     assert!(matches!(refused, OpenError::Refused { .. }), "P2: {refused}");
     drop(rig.writer(&store, 1, 2 * MIB));
-    // WAL5: another cluster is not touched by that.
+    // WAL5: another cluster is not affected.
     let other: ClusterName = "other".parse().unwrap();
     store.pin(&other, rig.wal.pinned()).unwrap();
     let mut writer = store.open_writer(&other, &Rig::request(1, MIB)).unwrap();
@@ -277,7 +278,7 @@ fn a_changed_byte_in_a_journal_is_never_sealed_or_read_as_wal() {
     assert_eq!(rig.read(&store, file), rig.bytes(MIB, 2 * MIB));
 }
 
-/// P7, P6: synced bytes that the medium lost are a loss: not the end of WAL, and not sealed away.
+/// P7, P6: synced bytes that the medium lost are a loss. They are not the end of WAL, and the journal is not sealed.
 #[test]
 fn a_journal_that_lost_bytes_before_others_is_neither_a_partial_segment_nor_absent() {
     for flipped in [10, 500_000] {

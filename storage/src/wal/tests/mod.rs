@@ -1,4 +1,4 @@
-//! Tests of the whole store on the simulated disk, and some on the real one. One concern a file.
+//! Tests of the whole store on the simulated disk, and some on the real one. One concern per file.
 
 mod crash;
 mod faults;
@@ -23,7 +23,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// Segment size of the made-up cluster.
+/// Segment size of the simulated cluster.
 pub(super) const MIB: u64 = 1 << 20;
 
 /// A store on a simulated disk, and the WAL that is sent to it.
@@ -32,11 +32,11 @@ pub(super) struct Rig {
     pub(super) disk: SimDisk,
     pub(super) wal: SimulatedWal,
     pub(super) name: ClusterName,
-    /// Settings of the next opening of the store.
+    /// Settings for the next time the store is opened.
     pub(super) at_rest: AtRest,
 }
 
-/// The same keys for all tests: X25519 is not what they test.
+/// The same keys for all tests, because they do not test X25519.
 pub(super) fn keys() -> Keys {
     static KEYS: OnceLock<Keys> = OnceLock::new();
     KEYS.get_or_init(|| Keys::from_text(&Keys::generate().0, &[]).unwrap()).clone()
@@ -59,7 +59,7 @@ pub(super) fn options() -> WalOptions {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     WalOptions {
         preallocate: 16 << 10,
-        // Never the same twice in one run of the program; which they are does not matter.
+        // Never the same twice in one run of the program; the values do not matter.
         next_id: Arc::new(|| NEXT.fetch_add(0x9E37_79B9, Ordering::Relaxed)),
         ..WalOptions::default()
     }
@@ -80,7 +80,7 @@ impl Rig {
         Self { at_rest: AtRest::On(keys()), ..Self::new(seed) }
     }
 
-    /// Opens the store; pins where the disk lets it.
+    /// Opens the store and pins the cluster.
     pub(super) fn open(&self) -> WalStore {
         let store = self.try_open().unwrap();
         store.pin(&self.name, self.wal.pinned()).unwrap();
@@ -120,7 +120,7 @@ impl Rig {
         store.plain_bytes(store.read(&self.name, file).unwrap()).unwrap()
     }
 
-    /// Everything the store says it has of a timeline is there, byte for byte.
+    /// Checks that everything the store reports of a timeline can be read, byte for byte.
     pub(super) fn check_readable(&self, store: &WalStore, history: &TimelineHistory) {
         let timeline = history.timeline();
         let positions = store.positions(&self.name);

@@ -16,7 +16,7 @@ fn zstd_itself_decodes_a_sealed_file_to_the_segment() {
     let store = open(directory.path());
     store.pin(&rig.name, rig.wal.pinned()).unwrap();
     let mut writer = rig.writer(&store, 1, MIB);
-    // Small raw batches, large compressed ones, and one over a segment's end.
+    // Small raw batches, large compressed ones, and one across the end of a segment.
     for end in [100, 8292, 8300, 30_000, 600_000, 601_000, MIB - 5, MIB + 200_000] {
         rig.append_and_flush(&mut writer, MIB + end);
     }
@@ -66,7 +66,8 @@ fn a_restart_on_the_real_disk_resumes_exactly_and_refuses_a_second_server() {
     assert!(free > 0 && total >= free);
 }
 
-/// A thousand mostly idle clusters fit in one server. Measured in a process of its own: other tests of this program take memory, too.
+/// A thousand mostly idle clusters fit in one server. Measured in a separate process, because other tests of this
+/// program use memory as well.
 #[test]
 fn an_idle_writer_takes_little_memory() {
     const ALONE: &str = "KLIO_TEST_ALONE";

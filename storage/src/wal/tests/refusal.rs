@@ -1,4 +1,5 @@
-//! What is refused, with nothing written: wrong system, wrong place, wrong bytes, a second writer.
+//! Requests that are refused without writing anything: wrong system, wrong position, wrong bytes, a
+//! second writer.
 
 use super::*;
 use klio_pg::SegmentSize;
@@ -57,7 +58,7 @@ fn a_corrupt_page_header_is_refused_with_all_of_its_append() {
     let rig = Rig::new(1);
     let store = rig.open();
     let mut writer = rig.writer(&store, 1, MIB);
-    // Ends inside a page header, which the checker has to see whole all the same.
+    // Ends inside a page header, which the checker must see completely nevertheless.
     rig.append_and_flush(&mut writer, MIB + 8192 + 10);
     let before = rig.disk.writes_and_syncs();
     let good = rig.bytes(MIB + 8192 + 10, 3 * MIB);
@@ -104,7 +105,7 @@ fn a_second_writer_is_refused_until_the_first_is_fenced_or_gone() {
     assert!(store.fence(&rig.name));
     assert!(first.is_fenced());
     let mut second = rig.writer(&store, 1, MIB + 100);
-    // The old one can do nothing any more, and its end does not end the new one.
+    // The old writer can do nothing any more, and dropping it does not end the new one.
     assert_eq!(rig.append(&mut first, MIB + 300).unwrap_err().kind, Kind::Conflict);
     assert_eq!(first.flush().unwrap_err().kind, Kind::Conflict);
     drop(first);

@@ -1,7 +1,9 @@
-//! Disks that lie: bits that rot, synced writes that are lost or land elsewhere, reads that fail; each a class of its own.
+//! Faults of the disk that it does not report: bits that rot, synced writes that are lost or go to another place, reads
+//! that fail. Each is a class of its own.
 //!
-//! Acknowledged bytes are never dropped in silence: either they are there, byte for byte, or the store names what is missing,
-//! exactly, keeps what is damaged aside, and goes on from the last good byte. A torn tail is no damage and stays silent.
+//! Acknowledged bytes are never lost silently: either they are there, byte for byte, or the store reports exactly what
+//! is missing, keeps the damaged file aside, and continues from the last good byte. A torn tail is not damage and is
+//! not reported.
 
 use super::*;
 
@@ -50,7 +52,7 @@ fn flushed(store: &WalStore, rig: &Rig) -> Lsn {
     store.positions(&rig.name).first().map_or(at(2 * MIB), |position| position.flushed)
 }
 
-/// One stream under one class of fault.
+/// One stream with one class of fault.
 struct Life {
     rig: Rig,
     random: Random,
@@ -75,7 +77,7 @@ impl Life {
         self.written = self.written.max(end);
     }
 
-    /// The fault comes with a sync that pretends.
+    /// The fault happens in a sync that reports success.
     fn flush(&mut self, writer: &mut Writer) {
         match self.fault {
             Fault::LostWrite if self.random.below(4) == 0 => self.rig.disk.lose_in_sync_after(0),
@@ -99,7 +101,7 @@ impl Life {
             }
             if self.random.below(6) == 0 {
                 for file in store.unsealed(&self.rig.name) {
-                    // A journal that is damaged is refused; what is sealed is looked at later.
+                    // A damaged journal is refused; sealed files are checked later.
                     let _ = store.seal(&self.rig.name, file);
                 }
             }
@@ -117,7 +119,7 @@ impl Life {
                 let size = self.rig.disk.stat(path).unwrap().size;
                 for _ in 0..1 + self.random.below(3) {
                     let byte = self.random.below(size);
-                    // Behind what ever reached the medium there is nothing to rot.
+                    // Bytes that never reached the medium cannot rot.
                     let _ = self.rig.disk.flip_bit(path, byte, (byte % 8) as u8);
                 }
             }
@@ -126,7 +128,7 @@ impl Life {
         }
     }
 
-    /// What is held is right, or known to be damaged.
+    /// Stored WAL is right, or known to be damaged.
     fn check_held(&self, store: &WalStore, upto: Lsn) {
         let mut start = 2 * MIB;
         while start < upto.as_u64() {
@@ -148,7 +150,7 @@ impl Life {
         }
     }
 
-    /// Restarts; opens the writer where the stream goes on.
+    /// Restarts, and opens the writer where the stream resumes.
     fn come_back(&mut self) -> (WalStore, Writer) {
         let how = if self.random.below(3) == 0 { Restart::Kill } else { Restart::PowerLoss };
         self.rig.disk.restart(how);
@@ -166,7 +168,7 @@ impl Life {
         let before = flushed(&store, &self.rig);
         for loss in store.damaged(&self.rig.name) {
             assert!(loss.from >= before, "{loss:?}");
-            // Of a journal whose header is damaged it cannot be told which of its frames were acknowledged.
+            // If a journal's header is damaged, it cannot be decided which of its frames were acknowledged.
             assert!(loss.to <= self.written, "{loss:?}, acked {}", self.acked);
         }
         let start = flushed(&store, &self.rig);
@@ -248,7 +250,7 @@ fn reads_that_fail_are_never_taken_for_the_end() {
     live(Fault::ReadError);
 }
 
-/// Three batches, each flushed before the next, and a rest; gives where the frames begin in the file.
+/// Three batches, each flushed before the next, and a closing frame; returns where the frames begin in the file.
 fn three_batches(rig: &Rig) -> (WalStore, Writer) {
     let store = rig.open();
     let mut writer = rig.writer(&store, 1, 2 * MIB);
@@ -277,7 +279,8 @@ fn a_bad_bit_sets_the_position_back_visibly_until_the_bytes_are_held_again() {
                 all.into_iter().map(|d| (d.from, d.to, d.kept.is_some())).collect::<Vec<_>>()
             };
             let expected = vec![(at(2 * MIB + good), at(2 * MIB + 300), true)];
-            // However often it starts: what is damaged is put aside once, and known until it is healed.
+            // However often the server starts: the damaged file is set aside once, and the loss is reported until it is
+            // healed.
             for _ in 0..3 {
                 let store = rig.open();
                 assert_eq!(lost(&store), expected);
@@ -311,7 +314,7 @@ fn a_bad_bit_sets_the_position_back_visibly_until_the_bytes_are_held_again() {
     }
 }
 
-/// Two segments, the first of which is full and the second going on, neither sealed.
+/// Two unsealed segments: the first is full and the second continues.
 fn two_segments(rig: &Rig) -> (WalStore, Writer) {
     let store = rig.open();
     let mut writer = rig.writer(&store, 1, 2 * MIB);
@@ -325,7 +328,7 @@ fn hole() -> Hole {
     Hole { timeline: tli(1), start: at(2 * MIB), end: at(3 * MIB) }
 }
 
-/// Gives a segment again in pieces, while the stream goes on; `spoil` changes a byte of it.
+/// Sends a segment again in pieces while the stream continues; `spoil` changes a byte of it.
 fn fill(
     rig: &Rig,
     store: &WalStore,
@@ -346,10 +349,10 @@ fn fill(
     refill.finish()
 }
 
-/// It was reported and stayed lost: the stream goes on at its end and never came back to it.
+/// Before, the loss was reported but permanent: the stream continues at its end and never came back to it.
 #[test]
 fn a_damaged_segment_in_the_middle_is_made_anew_beside_the_stream() {
-    // In its first frame, in a later one, in the header.
+    // Damage in its first frame, in a later one, and in the header.
     for byte in [4096 + 44 + 7, 4096 + 1000, 20] {
         for rig in [Rig::new(1), Rig::encrypted(1)] {
             drop(two_segments(&rig));
@@ -386,7 +389,7 @@ fn a_damaged_segment_in_the_middle_is_made_anew_beside_the_stream() {
 fn other_bytes_than_those_that_are_held_never_take_a_segments_place() {
     let rig = Rig::new(1);
     drop(two_segments(&rig));
-    // Behind the first 700 bytes, which are good.
+    // Damage behind the first 700 bytes, which are good.
     rig.disk.flip_bit(&journal(), 4096 + 44 + 700 + 44 + 9, 2).unwrap();
     rig.disk.restart(Restart::Kill);
     let store = rig.open();
@@ -424,7 +427,7 @@ fn a_journal_that_rots_before_it_is_sealed_is_made_anew_without_a_restart() {
     rig.check_readable(&store, &root_history());
 }
 
-/// Whenever the power goes, the segment is whole or the hole is still known.
+/// Whenever the power fails, the segment is complete or the hole is still recorded.
 #[test]
 fn a_crash_while_a_segment_is_made_anew_changes_nothing_or_finishes_it() {
     let mut finished = 0;
@@ -456,7 +459,7 @@ fn fill_quietly(rig: &Rig, store: &WalStore) -> Result<WalFile, Error> {
     refill.finish()
 }
 
-/// What is not sent again must not be waited for: the problem says what helps.
+/// WAL that is not sent again must not be waited for: the reported problem says what to do.
 #[test]
 fn damage_that_is_never_asked_for_again_says_that_a_base_backup_helps() {
     // In the middle of a timeline, where the rest of the segment is a recorded gap.
@@ -485,7 +488,7 @@ fn damage_that_is_never_asked_for_again_says_that_a_base_backup_helps() {
         assert!(problems.contains("PostgreSQL is not asked"), "{problems}");
         assert_eq!(store.holes(&rig.name), []);
     }
-    // At the end of a timeline, while it is streamed and when another one has begun.
+    // At the end of a timeline, while it is streamed and after another one has begun.
     let rig = Rig::new(1);
     drop(three_batches(&rig));
     rig.disk.flip_bit(&journal(), 4096 + 44 + 100 + 44 + 7, 2).unwrap();
@@ -505,7 +508,7 @@ fn damage_that_is_never_asked_for_again_says_that_a_base_backup_helps() {
     );
 }
 
-/// Without a frame behind it, only the client's slot tells rot in the last one.
+/// Without a later frame, only the client's slot tells rot in the last frame.
 #[test]
 fn the_clients_slot_proves_what_the_file_cannot() {
     for rig in [Rig::new(1), Rig::encrypted(1)] {
@@ -524,7 +527,7 @@ fn the_clients_slot_proves_what_the_file_cannot() {
                 rig.append_and_flush(&mut writer, 2 * MIB + 200);
                 (end, good) = (200, 100);
             }
-            // The machine stops before the stream rests.
+            // The machine stops before the stream writes a closing frame.
             rig.disk.restart(Restart::Kill);
             drop((writer, store));
             let header = if rig.at_rest.is_on() { 56 } else { 44 };
@@ -550,7 +553,7 @@ fn the_clients_slot_proves_what_the_file_cannot() {
 fn a_torn_tail_is_kept_only_until_the_client_has_come() {
     let rig = Rig::new(5);
     drop(three_batches(&rig));
-    // As if the last two frames had never been acknowledged: the closing frame is torn with them.
+    // As if the last two frames had never been acknowledged: the closing frame is torn as well.
     for at in [4096 + 2 * 144 + 60, 4096 + 3 * 144 + 10] {
         rig.disk.flip_bit(&journal(), at, 1).unwrap();
     }
@@ -603,7 +606,8 @@ fn what_postgres_no_longer_has_is_a_gap_with_the_reason() {
     assert!(rig.disk.stat(&Rig::path("damaged-wal.json")).is_err());
 }
 
-/// The proof of a journal needs room for a copy. Until there is, only what its frames say was flushed may be told.
+/// Proving a journal needs space for a copy. Until there is space, only what its frames report as flushed may be
+/// reported.
 #[test]
 fn a_journal_whose_proof_failed_for_want_of_space_counts_as_far_as_it_is_known() {
     for rig in [Rig::new(1), Rig::encrypted(1)] {
@@ -611,7 +615,7 @@ fn a_journal_whose_proof_failed_for_want_of_space_counts_as_far_as_it_is_known()
         let mut writer = rig.writer(&store, 1, 2 * MIB);
         rig.append_and_flush(&mut writer, 2 * MIB + 100);
         rig.append_and_flush(&mut writer, 2 * MIB + 200);
-        // Seen in the page cache, never synced.
+        // Visible in the page cache, never synced.
         rig.append(&mut writer, 2 * MIB + 300).unwrap();
         rig.disk.restart(Restart::Kill);
         drop((writer, store));
@@ -630,7 +634,7 @@ fn a_journal_whose_proof_failed_for_want_of_space_counts_as_far_as_it_is_known()
     }
 }
 
-/// Rot that sealing finds: no sealed file, and never the end of WAL.
+/// Rot that is found during sealing: there is no sealed file, and it is never the end of WAL.
 #[test]
 fn a_journal_that_rots_before_it_is_sealed_makes_no_sealed_file() {
     for rig in [Rig::new(1), Rig::encrypted(1)] {
@@ -645,7 +649,7 @@ fn a_journal_that_rots_before_it_is_sealed_makes_no_sealed_file() {
         let found = store.read(&rig.name, file).unwrap();
         assert_eq!(store.plain_bytes(found).unwrap_err().kind, Kind::Corrupt);
         assert!(!store.problems(&rig.name).is_empty());
-        // The stream goes on; a restart knows it as a journal that is cut, and leaves it alone.
+        // The stream continues; after a restart the journal is recognized as cut short, and is left alone.
         rig.append_and_flush(&mut writer, 3 * MIB + 20);
         drop((writer, store));
         rig.disk.restart(Restart::PowerLoss);

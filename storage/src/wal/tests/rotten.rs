@@ -1,10 +1,10 @@
-//! Sealed files that rot, and journals that were zeroed: kept aside, reported, asked for again, and healed.
+//! Sealed files that rot, and journals that were zeroed: set aside, reported, requested again, and healed.
 
 use super::*;
 
 const DIRECTORY: &str = "wal/00000001";
 
-/// Segments 2 to 4 of timeline 1, the first two sealed, and a part of the third.
+/// Segments 2 to 4 of timeline 1: the first two sealed, and a part of the third.
 fn sealed(rig: &Rig) -> (WalStore, Writer) {
     let store = rig.open();
     let mut writer = rig.writer(&store, 1, 2 * MIB);
@@ -51,7 +51,7 @@ fn flushed(store: &WalStore, rig: &Rig) -> Lsn {
     store.positions(&rig.name)[0].flushed
 }
 
-/// It stayed a hole for ever, and letting go and verification failed at it for ever.
+/// Before, it stayed a hole forever, and eviction and verification failed on it forever.
 #[test]
 fn a_sealed_file_that_rotted_is_put_aside_and_made_anew() {
     for rig in [Rig::new(1), Rig::encrypted(1)] {
@@ -61,7 +61,7 @@ fn a_sealed_file_that_rotted_is_put_aside_and_made_anew() {
         assert!(store.doubt(&rig.name, file(3)).unwrap());
         drop(writer);
         let mut store = store;
-        // However often it starts.
+        // However often the server starts.
         for _ in 0..3 {
             assert_eq!(flushed(&store, &rig), at(4 * MIB + 700), "nothing goes back");
             assert_eq!(store.holes(&rig.name), [hole(3)]);
@@ -95,8 +95,7 @@ fn a_sealed_file_that_rotted_is_put_aside_and_made_anew() {
     }
 }
 
-/// A person, or a copy of the disk, puts the file in its place again while the server runs.
-/// A program that has no file left to open has lost nothing.
+/// Only errors of the medium count as damage: a program that has run out of file handles has lost nothing.
 #[test]
 fn only_what_the_medium_does_not_give_back_is_taken_for_damaged() {
     const EMFILE: i32 = 24;
@@ -136,7 +135,7 @@ fn a_good_copy_in_its_place_is_read_and_heals() {
     rig.check_readable(&store, &root_history());
 }
 
-/// The last one that was sealed is filled beside the stream, or by the stream, after a restart with nothing behind it.
+/// The last sealed file is rebuilt beside the stream, or by the stream after a restart with nothing behind it.
 #[test]
 fn the_last_sealed_file_of_a_timeline_comes_again_like_any_other() {
     for restarts in [false, true] {
@@ -170,7 +169,7 @@ fn the_last_sealed_file_of_a_timeline_comes_again_like_any_other() {
     }
 }
 
-/// Power may go at any step: the file is where it was, or its WAL is known to be missed.
+/// The power may fail at any step: the file is in its place, or its WAL is known to be missing.
 #[test]
 fn a_crash_while_a_rotten_file_is_put_aside_loses_no_knowledge() {
     for crash in 0..12 {
@@ -188,7 +187,7 @@ fn a_crash_while_a_rotten_file_is_put_aside_loses_no_knowledge() {
             [] => assert!(there && found.is_err(), "step {crash}"),
             holes => assert!(holes == [hole(3)] && !there, "step {crash}"),
         }
-        // Its journal may have come back with the power: then that is sealed again, and nothing is missed.
+        // Its journal may have reappeared with the power failure: it is then sealed again, and nothing is missing.
         if !there || store.doubt(&rig.name, file(3)).unwrap() {
             fill(&rig, &store, 3).unwrap();
         }
@@ -215,7 +214,7 @@ fn promoted(rig: &Rig) -> (WalStore, WalFile) {
     (store, WalFile::Partial(segment(1, 2)))
 }
 
-/// It kept the whole cluster from being used.
+/// Before, this made the whole cluster unusable.
 #[test]
 fn a_rotten_end_of_a_finished_timeline_is_a_hole_and_stops_nothing() {
     for rig in [Rig::new(1), Rig::encrypted(1)] {
@@ -261,7 +260,7 @@ fn a_rotten_end_of_a_finished_timeline_is_a_hole_and_stops_nothing() {
     }
 }
 
-/// Its PostgreSQL came back: it gives all of the segment again.
+/// Its PostgreSQL came back: it sends the whole segment again.
 #[test]
 fn a_rotten_partial_segment_behind_which_its_stream_goes_on_is_asked_for_again() {
     for found_at_start in [true, false] {
@@ -308,12 +307,12 @@ fn zero(rig: &Rig, path: &Path, from: u64) {
     file.sync_all().unwrap();
 }
 
-/// A journal that is all zeros looks like one that was just made; so does one with nothing but its header.
+/// A journal with only zeros looks like one that was just created; so does one with only its header.
 #[test]
 fn a_zeroed_journal_is_told_from_one_that_was_never_written() {
     for header in [0, 4096] {
         for rig in [Rig::new(1), Rig::encrypted(1)] {
-            // Others behind it say that it was full.
+            // Other journals behind it show that it was full.
             for seals in [false, true] {
                 let rig = Rig { disk: SimDisk::new(7), ..rig.clone() };
                 let store = rig.open();
@@ -344,7 +343,7 @@ fn a_zeroed_journal_is_told_from_one_that_was_never_written() {
     }
 }
 
-/// At the end of what is held only the client's slot says it.
+/// At the end of the WAL, only the client's slot shows it.
 #[test]
 fn the_slot_proves_that_a_zeroed_last_journal_had_wal() {
     for header in [0, 4096] {

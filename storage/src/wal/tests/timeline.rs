@@ -1,4 +1,4 @@
-//! Timelines and gaps: a fork is stored beside, never over; what is missing is on record.
+//! Timelines and gaps: a fork is stored separately and overwrites nothing; missing WAL is recorded.
 
 use super::*;
 
@@ -143,7 +143,7 @@ fn what_a_new_timeline_lacks_is_refused_by_name_and_accepted_as_a_gap() {
     let gap = GapDeclaration { from, to, reason: "gone".into() };
     let request = OpenRequest { gap: Some(gap), ..Rig::request(2, 3 * MIB) };
     drop(store.open_writer(&rig.name, &request).unwrap());
-    // The first answer was lost: the same again, or without the gap, is the same stream.
+    // The first answer was lost: the same request again, or without the gap, means the same stream.
     drop(store.open_writer(&rig.name, &request).unwrap());
     let mut writer = rig.writer(&store, 2, 3 * MIB);
     append_child(&rig, &mut writer, 4 * MIB).unwrap();

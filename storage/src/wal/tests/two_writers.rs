@@ -1,7 +1,7 @@
-//! Two PostgreSQLs write at once, each on its own timeline: both are held, one is followed, and a person decides.
+//! Two PostgreSQLs write at once, each on its own timeline: both are stored, one is followed, and a person decides.
 //!
-//! The random histories crash anywhere, as those of `crash.rs` do: whatever either writer was told is durable is there
-//! afterwards, byte for byte, and what was recorded of the conflict is, too.
+//! The random histories crash anywhere, as in `crash.rs`. Afterwards everything that either writer was told is durable
+//! is there, byte for byte, and so is what was recorded about the conflict.
 
 use super::{
     timeline::{SWITCH, append_child, child},
@@ -100,7 +100,7 @@ fn a_second_writer_of_the_same_timeline_is_refused_beside_another_timelines() {
     rig.append_and_flush(&mut production, SWITCH + 10);
 }
 
-/// The empty journal that another timeline's writer has just opened is in use, though it has no byte yet.
+/// The empty journal that another timeline's writer has just opened is in use, even though it has no byte yet.
 #[test]
 fn opening_one_timeline_takes_nothing_from_another() {
     let rig = Rig::new(3);
@@ -119,7 +119,7 @@ fn opening_one_timeline_takes_nothing_from_another() {
     assert_eq!(store.positions(&rig.name).len(), 2);
 }
 
-/// Its stream was gone, the other one was taken for its successor, and its last segment was sealed as it was.
+/// Its stream had ended, the other timeline was taken for its successor, and its last segment was sealed as it was.
 #[test]
 fn an_older_timeline_that_comes_back_goes_on_behind_its_sealed_partial() {
     for rig in [Rig::new(4), Rig::encrypted(4)] {
@@ -158,12 +158,12 @@ fn an_older_timeline_that_comes_back_goes_on_behind_its_sealed_partial() {
     }
 }
 
-/// Rot in the part of a journal that is sealed beside it takes nothing in silence that was acknowledged behind it.
+/// Rot in the part of a journal that is also sealed does not silently lose WAL that was acknowledged behind it.
 #[test]
 fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence() {
     const PARTIAL: u64 = SWITCH + 5000;
     let journal = Rig::path(&format!("wal/00000001/{}.open", segment(1, 3)));
-    // Its own last bytes, or all of it and some of the next segment.
+    // The WAL behind it is the rest of its segment, or the rest and some of the next segment.
     for upto in [3 * MIB + 900_000, 4 * MIB + 9000] {
         for byte in [20, 4096 + 60] {
             let rig = Rig::new(7);
@@ -186,7 +186,7 @@ fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence
             rig.disk.flip_bit(&journal, byte, 1).unwrap();
             let store = rig.open();
             if upto > 4 * MIB {
-                // More follows: a hole, which is neither the end of WAL nor absent.
+                // More WAL follows: a hole, which is neither the end of WAL nor absent.
                 let problems = store.problems(&rig.name);
                 assert!(problems[0].contains("found it whole up to"), "{problems:?}");
                 let kind = store.read(&rig.name, WalFile::Segment(segment(1, 3))).unwrap_err().kind;
@@ -210,7 +210,7 @@ fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence
     }
 }
 
-/// What came behind its sealed end stayed a journal for ever, on tier 1 alone.
+/// Before, WAL that arrived behind the sealed end stayed in a journal forever, on tier 1 only.
 #[test]
 fn what_came_behind_a_sealed_end_is_sealed_with_it_when_the_timeline_is_over_again() {
     for how in [Restart::Kill, Restart::PowerLoss] {
@@ -266,8 +266,8 @@ fn the_end_of_a_history_that_is_over_is_sealed_and_what_comes_all_the_same_goes_
     }
 }
 
-/// The moments of sealing at which a writer of the same journal may be opened: when the sealed file gets its name, and when the
-/// journal's file is let go. The writer waits and goes on behind what was sealed (P1).
+/// The moments of sealing at which a writer of the same journal may be opened: when the sealed file gets its name, and
+/// when the journal's file is removed. The writer waits and continues behind the sealed part (P1).
 #[test]
 fn a_writer_that_is_opened_while_its_journal_is_sealed_loses_nothing() {
     let end = 2 * MIB + 900_000;
@@ -293,7 +293,7 @@ fn a_writer_that_is_opened_while_its_journal_is_sealed_loses_nothing() {
                     let _ = opened.send(());
                     rig.append_and_flush(&mut writer, end + 10);
                 });
-                // A writer that does not wait is there within this time; one that waits is waited for below.
+                // A writer that does not wait arrives within this time; one that waits is joined below.
                 let _ = wait.recv_timeout(Duration::from_millis(300));
                 joined.send(thread).unwrap();
             });
@@ -374,7 +374,7 @@ impl Random {
     }
 }
 
-/// What each side was told.
+/// What each side was told is durable.
 struct Sides {
     rig: Rig,
     random: Random,
@@ -392,7 +392,7 @@ impl Sides {
         if timeline == tli(1) { root_history() } else { child().1 }
     }
 
-    /// `None` once the machine is off.
+    /// `None` once the simulated machine is off.
     fn open(&mut self, store: &WalStore, timeline: TimelineId) -> Option<Writer> {
         if self.rig.disk.crashed() {
             return None;
@@ -423,7 +423,7 @@ impl Sides {
         Some(())
     }
 
-    /// Production goes first; the copy comes, both write, either goes and comes again, the program restarts.
+    /// Production goes first; the copy connects, both write, either disconnects and comes back, the program restarts.
     fn run(&mut self) -> Option<()> {
         let mut store = self.rig.try_open().ok()?;
         store.pin(&self.rig.name, self.rig.wal.pinned()).ok()?;
@@ -432,7 +432,7 @@ impl Sides {
         one.append(at(MIB), &bytes).ok()?;
         self.acked.insert(tli(1), one.flush().ok()?.lsn());
         store.put_history(&self.rig.name, tli(2), &child().0).ok()?;
-        // Now and then production is away when the copy comes, and is the one that is found undecided.
+        // Sometimes production is away when the copy connects, and is then the one that becomes undecided.
         drop(one);
         let away = self.random.below(3) == 0;
         if away {

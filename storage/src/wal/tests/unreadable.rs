@@ -1,4 +1,4 @@
-//! Records that cannot be read are kept, shown and never written over.
+//! Records that cannot be read are kept, reported and never overwritten.
 
 use super::{MIB, Rig, at, tli};
 use crate::{
@@ -41,13 +41,13 @@ fn a_record_that_cannot_be_read_is_kept_aside_and_shown_whatever_is_noted_afterw
             rig.disk.restart(Restart::PowerLoss);
             assert!(told(&rig), "{file}, run {run}");
             let store = rig.open();
-            // What comes now is noted, received and acknowledged.
+            // New changes are recorded, received and acknowledged.
             store.add_levels(&rig.name, &[change(200 + run, run % 2 == 0)]).unwrap();
             let start = store.positions(&rig.name).first().map_or(2 * MIB, |p| p.flushed.as_u64());
             rig.append_and_flush(&mut rig.writer(&store, 1, start), start + 100);
             assert_eq!(read(&rig, &format!("{file}.unreadable")).as_ref(), Some(&as_found));
         }
-        // Damaged again: the second one has its own place.
+        // Damaged again: the second copy gets its own name.
         rig.disk.restart(Restart::Kill);
         rig.disk.flip_bit(&Rig::path(LEVELS), 60, 1).unwrap();
         drop(rig.open());
@@ -57,7 +57,7 @@ fn a_record_that_cannot_be_read_is_kept_aside_and_shown_whatever_is_noted_afterw
     }
 }
 
-/// As after an update back to the newer version, or when a person has put a copy in its place.
+/// As after an update back to the newer version, or after a person has put a copy in its place.
 #[test]
 fn what_can_be_read_again_is_joined_to_what_was_noted_meanwhile() {
     let rig = Rig::new(6);
@@ -79,7 +79,7 @@ fn what_can_be_read_again_is_joined_to_what_was_noted_meanwhile() {
     assert!(rig.disk.stat(&aside).is_err());
 }
 
-/// P13: a client's slot is only its word.
+/// P13: a client's slot is only its claim.
 #[test]
 fn a_slot_that_cannot_be_true_or_of_a_client_that_is_refused_records_no_damage() {
     let rig = Rig::new(7);
@@ -89,7 +89,7 @@ fn a_slot_that_cannot_be_true_or_of_a_client_that_is_refused_records_no_damage()
         let request = OpenRequest { slot_restart: Some(at(slot)), ..Rig::request(1, start) };
         store.open_writer(&rig.name, &request)
     };
-    // Refused for where it begins: nothing that it says counts.
+    // Refused because of its start position: nothing in its request has an effect.
     let refused = open(3 * MIB, 4 * MIB).map(drop);
     assert!(matches!(refused, Err(OpenError::Refused { .. })), "{refused:?}");
     assert_eq!(store.damaged(&rig.name), []);
