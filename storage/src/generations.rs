@@ -221,7 +221,6 @@ impl Generations {
     ///
     /// # Errors
     /// `TooMany`.
-    /// `TooMany`.
     pub fn begin(
         &mut self,
         reason: String,
@@ -302,7 +301,6 @@ impl Generations {
     ///
     /// # Errors
     /// When neither continues the other.
-    /// Where neither has all of the other.
     pub fn joined(&self, other: &Self) -> Result<Self, Apart> {
         let (ours, theirs) = (self.lacks(other), other.lacks(self));
         let mut all = match (ours, theirs) {
@@ -310,7 +308,9 @@ impl Generations {
             (None, _) => self.clone(),
             (Some(_), None) => other.clone(),
             (Some(ours), Some(theirs)) => {
-                return Err(Apart(format!("the first lacks {ours}, and the second {theirs}")));
+                return Err(Apart(format!(
+                    "the first lacks {ours}, and the second lacks {theirs}"
+                )));
             }
         };
         let mut more: Vec<Unproven> =

@@ -1,4 +1,5 @@
-//! How much memory first contact of many clusters takes at once. Alone in its process: its peak is the measure.
+//! How much memory the simultaneous first contact of many clusters takes. This test is alone in its process, because it
+//! measures the peak of the whole process.
 
 use klio_storage::{
     disk::RealDisk,
@@ -10,7 +11,7 @@ use std::{fs, sync::Arc};
 const ONE: u64 = 128 << 20;
 const CLUSTERS: usize = 12;
 
-/// Bytes of physical memory: `VmRSS` now, `VmHWM` at most since it was reset.
+/// Physical memory in bytes: `VmRSS` is the current value, `VmHWM` the peak since the last reset.
 fn memory(field: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").expect("procfs");
     let line = status.lines().find(|line| line.starts_with(field)).expect("the field");
@@ -18,7 +19,7 @@ fn memory(field: &str) -> u64 {
     kib.parse::<u64>().expect("KiB") << 10
 }
 
-/// Twelve new clusters took 1.3 GB.
+/// Before, twelve new clusters took 1.3 GB.
 #[test]
 fn many_new_repositories_at_once_take_the_memory_of_one_derivation() {
     let directory = tempfile::tempdir().unwrap();

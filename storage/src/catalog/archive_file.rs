@@ -71,7 +71,8 @@ fn encode(archive: &Archive) -> Result<Vec<u8>, serde_json::Error> {
 fn decode(bytes: &[u8]) -> Result<Archive, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "expected text, found other bytes")?;
     let (header, body) = text.split_once('\n').ok_or("expected two lines, found one")?;
-    let body = body.strip_suffix('\n').ok_or("expected a newline at the end: it is cut off")?;
+    let body =
+        body.strip_suffix('\n').ok_or("expected a newline at the end, found a truncated file")?;
     let header: Header = serde_json::from_str(header).map_err(|error| error.to_string())?;
     if header.format == FORMAT && header.version > VERSION {
         let found = header.version;

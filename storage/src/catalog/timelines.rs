@@ -8,7 +8,6 @@
 //!
 //! In the format of `crate::record`, the same in both tiers. A timeline without a mark is an ordinary one: the newest
 //! timeline with WAL is the one that is followed.
-//! those that have WAL is the one that is followed.
 //!
 //! | field | what |
 //! |---|---|
@@ -155,9 +154,7 @@ pub enum DecisionError {
     #[error("timeline {0:?} is followed already, and no other is undecided")]
     Followed(TimelineId),
     /// One timeline must be followed.
-    #[error(
-        "timeline {0:?} is the one that is followed: decide which other timeline to follow instead"
-    )]
+    #[error("timeline {0:?} is the followed one: follow another timeline instead")]
     RetiresFollowed(TimelineId),
     /// It is retired already.
     #[error("timeline {0:?} is retired already")]

@@ -68,7 +68,7 @@ impl IdentityText {
         if found.is_empty() {
             let detail = "expected at least one age identity, found none";
             return Err(Error::new(Kind::Invalid, Op::Configure, place, detail)
-                .hint("klio-server keygen makes one"));
+                .hint("create one with klio-server keygen"));
         }
         Ok(found)
     }

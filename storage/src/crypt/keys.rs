@@ -180,7 +180,7 @@ impl Keys {
                     .hint("add the identity it was encrypted for to the identity file")
             }
             other => {
-                let detail = format!("expected a whole age file, found: {other}");
+                let detail = format!("expected a complete age file, found: {other}");
                 Error::new(Kind::Corrupt, Op::Open, place, detail)
             }
         }
@@ -188,7 +188,11 @@ impl Keys {
 }
 
 fn listed(names: &[String]) -> String {
-    if names.is_empty() { "somebody the header does not name".into() } else { names.join(" or ") }
+    if names.is_empty() {
+        "a recipient that the header does not name".into()
+    } else {
+        names.join(" or ")
+    }
 }
 
 /// The error for a failure while the content of an age file is read: changed or truncated bytes are `Corrupt`.
@@ -207,8 +211,9 @@ pub fn payload_error(place: impl fmt::Display, cause: &io::Error) -> Error {
 /// `NotFound`, `Denied` or `Io` of the file; `Invalid` when it is far too large or not text.
 pub fn read_identity(path: &Path) -> Result<IdentityText, Error> {
     let failed = |e| {
-        Error::io(Op::Open, path, e)
-            .hint("encryption.identity_file names the age identity; klio-server keygen makes one")
+        Error::io(Op::Open, path, e).hint(
+            "check encryption.identity_file, or create an age identity with klio-server keygen",
+        )
     };
     let mut text = Zeroizing::new(String::new());
     let file = std::fs::File::open(path).map_err(failed)?;
@@ -219,7 +224,7 @@ pub fn read_identity(path: &Path) -> Result<IdentityText, Error> {
         _ => {
             let detail = "expected an age identity file, found something else";
             Err(Error::new(Kind::Invalid, Op::Configure, path.display(), detail)
-                .hint("klio-server keygen makes one"))
+                .hint("create one with klio-server keygen"))
         }
     }
 }

@@ -148,7 +148,8 @@ impl Repository {
             self.files.write(new, &[sealed.into()])?;
         }
         self.files.remove(file).map_err(|error| {
-            let detail = format!("replace an index file that names absent packs: {}", error.detail);
+            let detail =
+                format!("replace an index file that names missing packs: {}", error.detail);
             Error::new(error.kind, Op::Remove, error.place, detail)
         })
     }

@@ -200,7 +200,7 @@ fn require_all(parts: &[Part], found: &Contents) -> Result<(), Error> {
         return Ok(());
     }
     let detail = format!(
-        "expected (files, bytes) {expected:?}, found ({}, {}): is a file in two parts?",
+        "expected (files, bytes) {expected:?}, found ({}, {}): a file may be in two parts",
         found.files, found.bytes
     );
     Err(Error::new(Kind::Invalid, Op::Write, "the merged snapshot", detail))

@@ -135,7 +135,7 @@ impl FromStr for SnapshotId {
 pub struct Repository {
     files: Arc<dyn Files>,
     key: Arc<Key>,
-    /// ABSENT2.
+    /// ABSENT2: the packs that rustic must not see in an index.
     hidden: Option<Arc<Hidden>>,
     /// zstd level for new data; `None`: the config's.
     level: Option<i32>,

@@ -201,7 +201,7 @@ fn check_sizes(blob: &BlobJson) -> Result<(), String> {
     Ok(())
 }
 
-/// UNPACK3.
+/// UNPACK3: decrypts and decompresses a piece into the hash, and compares it with its id.
 fn open_piece(sealer: &Sealer, blob: &BlobJson, sealed: &[u8]) -> Result<(), &'static str> {
     let packed = sealer.open(sealed).ok_or("its authentication fails")?;
     let found = match blob.uncompressed_length {

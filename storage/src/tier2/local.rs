@@ -170,7 +170,7 @@ fn plain_reader(
     place: &str,
 ) -> Result<Box<dyn Read>, Error> {
     let corrupt = |error: io::Error| {
-        let detail = format!("no whole file: {error}");
+        let detail = format!("expected a complete file, found: {error}");
         Error::new(Kind::Corrupt, Op::Decode, place, detail)
     };
     let plain = source.wrapping.unwrap(reader, age, place)?;
@@ -188,7 +188,7 @@ pub(super) fn decode(
     place: &str,
 ) -> Result<Hasher, Error> {
     let corrupt = |error: io::Error| {
-        let detail = format!("no whole file: {error}");
+        let detail = format!("expected a complete file, found: {error}");
         Error::new(Kind::Corrupt, Op::Decode, place, detail)
     };
     let mut hasher = Hasher::default();

@@ -82,7 +82,7 @@ fn open_directory(config: &Tier2Config, url: &Url) -> Result<Opened, Error> {
     if !directory.is_dir() {
         // If we created it, an unmounted disk would look like an empty archive.
         return Err(invalid(config, "no such directory")
-            .hint("create it, or mount what should be there; klio does not create it"));
+            .hint("create the directory or mount it; klio does not create it"));
     }
     let store = LocalFileSystem::new_with_prefix(&directory)
         .map_err(|error| invalid(config, error))?

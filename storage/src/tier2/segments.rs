@@ -107,7 +107,7 @@ impl Tier2 {
                 continue;
             };
             if history.end_of(name.timeline()).is_some_and(|end| start < end) {
-                return Ok(Some(format!("timeline {timeline:?} came from it behind that")));
+                return Ok(Some(format!("timeline {timeline:?} branched off behind it")));
             }
         }
         Ok(None)

@@ -103,7 +103,8 @@ fn check_gap(
         return Ok(Some(gap_of(request, gap)));
     }
     let start = request.start;
-    let expected = format!("from {from} to the stream's start {start}, at a segment's beginning");
+    let expected =
+        format!("from {from} to the stream's start {start}, which is a segment boundary");
     Err(OpenRefusal::BadGap { expected, from: gap.from, to: gap.to })
 }
 

@@ -484,7 +484,7 @@ impl Cluster {
     /// The settings that every journal of this cluster carries.
     pub(super) fn pinned(&self) -> Result<Pinned, Error> {
         lock(&self.state).pinned.ok_or_else(|| {
-            let detail = "expected a cluster that was identified first, found none";
+            let detail = "expected a pinned cluster, found none";
             Error::new(Kind::NotFound, Op::Open, &self.name, detail)
         })
     }

@@ -349,7 +349,7 @@ impl Frames {
     /// The error for good frames that end before acknowledged WAL does: the medium lost or changed bytes.
     pub(super) fn lost(&self, expected: Lsn) -> Error {
         let detail =
-            format!("expected WAL up to {expected}, found it whole up to {}", self.position);
+            format!("expected WAL up to {expected}, found it intact up to {}", self.position);
         Error::new(Kind::Corrupt, Op::Read, self.path.display(), detail)
             .hint("the disk lost or changed synced bytes; check it before writing to it again")
     }

@@ -160,7 +160,7 @@ impl WalStore {
 
     fn need(&self, name: &ClusterName, op: Op) -> Result<Arc<Cluster>, Error> {
         self.find(name).ok_or_else(|| {
-            let detail = "expected a cluster that was identified first, found none of that name";
+            let detail = "expected a pinned cluster, found none of that name";
             Error::new(Kind::NotFound, op, name, detail)
         })
     }
@@ -570,7 +570,7 @@ impl WalStore {
             if let Some(entry) = entry.as_ref().filter(lost) {
                 // If it were returned as a partial segment, it would look like the end of WAL (P7).
                 let detail = format!(
-                    "expected WAL up to {}, found it whole up to {}",
+                    "expected WAL up to {}, found it intact up to {}",
                     entry.end,
                     entry.durable()
                 );

@@ -454,7 +454,7 @@ impl Cluster {
         for journal in lost {
             let place = journal.path.display().to_string();
             let (end, at) = (journal.end, journal.durable());
-            let detail = format!("expected WAL up to {end}, found it whole up to {at}");
+            let detail = format!("expected WAL up to {end}, found it intact up to {at}");
             let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
             let helps = if state.is_hole(&journal) { damage::ASKED } else { damage::NOT_ASKED };
             state.problems.insert(place, error.hint(helps).to_string());

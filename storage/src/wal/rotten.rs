@@ -169,7 +169,7 @@ impl Cluster {
             }
             Ok(())
         });
-        // Of WAL that is another's nothing is good.
+        // If a segment has its full length but is wrong, it is another's WAL, and none of its bytes are good.
         let kept = if checked.is_err() && good >= limit { 0 } else { good };
         (kept, checked)
     }
@@ -342,7 +342,7 @@ impl State {
         } else if let Some((first, last)) = line.sealed
             && start < last
         {
-            // Its PostgreSQL gives it again from its beginning.
+            // Its PostgreSQL sends it again from its beginning.
             line.sealed = (first < start).then_some((first, start));
         }
     }

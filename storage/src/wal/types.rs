@@ -89,7 +89,7 @@ pub struct OpenRequest {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenRefusal {
     /// The cluster was never pinned.
-    #[error("expected a cluster that was identified first, found none of that name")]
+    #[error("expected a pinned cluster, found none of that name")]
     NotPinned,
     /// A newer timeline is followed: a new timeline replaces an old one, never the other way round (P8), unless the old
     /// one is recorded as undecided.
@@ -128,7 +128,9 @@ pub enum OpenRefusal {
         found: Lsn,
     },
     /// WAL before a new timeline was not received: stream it first, or declare the gap.
-    #[error("expected WAL of timeline {timeline} from {from} to {to} to be held first, found none")]
+    #[error(
+        "expected WAL of timeline {timeline} from {from} to {to} to be stored first, found none"
+    )]
     Missing {
         /// The timeline of the missing WAL.
         timeline: TimelineId,

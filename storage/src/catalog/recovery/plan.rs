@@ -284,8 +284,8 @@ impl Survey {
             .collect();
         (!all.is_empty()).then(|| {
             format!(
-                "follows timeline {}; what was written on timeline {} after it was left is not on this \
-                 way: see --target-timeline",
+                "follows timeline {}; WAL written on timeline {} after it was left is not on this \
+                 path: see --target-timeline",
                 path.timeline().get(),
                 all.join(", ")
             )

@@ -188,7 +188,7 @@ fn a_resumed_journal_that_rots_below_its_sealed_partial_loses_nothing_in_silence
             if upto > 4 * MIB {
                 // More WAL follows: a hole, which is neither the end of WAL nor absent.
                 let problems = store.problems(&rig.name);
-                assert!(problems[0].contains("found it whole up to"), "{problems:?}");
+                assert!(problems[0].contains("found it intact up to"), "{problems:?}");
                 let kind = store.read(&rig.name, WalFile::Segment(segment(1, 3))).unwrap_err().kind;
                 assert_eq!(kind, Kind::Corrupt);
                 assert!(rig.disk.stat(&journal).is_ok());
