@@ -24,7 +24,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.latest_start_time",
         Gauge,
         "s",
-        "Unix time when the newest backup began",
+        "Unix time at which the newest backup began",
     ),
     of_cluster("klio.backup.latest_completion_time", Gauge, "s", "Unix time of the newest success"),
     of_cluster("klio.backup.latest_failure_time", Gauge, "s", "Unix time of the newest failure"),
@@ -51,7 +51,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.next_time",
         Gauge,
         "s",
-        "Unix time when the next scheduled backup is due; absent without a schedule",
+        "Unix time at which the next scheduled backup is due; absent without a schedule",
     ),
     of_cluster("klio.backup.successes", Counter, "", "backups taken"),
     of_cluster("klio.backup.failures", Counter, "", "backups that failed, by error.type")

@@ -31,7 +31,7 @@ const AGAIN: [Duration; 4] = [
 const PAUSES: Duration = Duration::from_secs(10);
 /// How many bad pages are listed by name.
 const EXAMPLES: usize = 100;
-/// How many pages with an LSN after the backup's begin are remembered until its end is known. Further ones count as
+/// How many pages with an LSN after the backup's start are remembered until its end is known. Further ones count as
 /// bad at once: pages whose checksum stays wrong over several reads are rare, so that many are damage.
 const SUSPECTS: usize = 1000;
 /// More WAL than any backup takes: a page with an LSN further away is bad, whatever the end is.
@@ -335,7 +335,7 @@ mod tests {
         assert_eq!((record.checked, record.bad, record.examples[0].block), (1, 1, 1));
     }
 
-    /// Pages with wrong checksums whose LSNs lie after the backup's begin, each one byte of WAL later.
+    /// Pages with wrong checksums whose LSNs lie after the backup's start, each one byte of WAL later.
     fn suspects(count: u64) -> Arc<PageCheck> {
         let check = Arc::new(PageCheck::new(START, 8192, 131_072));
         for block in 0..count {

@@ -82,19 +82,29 @@ impl State {
 /// Every instrument of `klio stream`; docs/metrics.md is generated from it.
 pub const CATALOGUE: &[Row] = &[
     of_cluster("klio.stream.connected", Gauge, "", "1 while WAL flows to the server, else 0"),
-    of_cluster("klio.stream.received_lsn", Gauge, "", "received by the server, as a byte position"),
-    of_cluster("klio.stream.flushed_lsn", Gauge, "", "durable on the server, as a byte position"),
+    of_cluster(
+        "klio.stream.received_lsn",
+        Gauge,
+        "",
+        "position up to which the server has received WAL, in bytes",
+    ),
+    of_cluster(
+        "klio.stream.flushed_lsn",
+        Gauge,
+        "",
+        "position up to which WAL is durable on the server, in bytes",
+    ),
     of_cluster(
         "klio.stream.postgres_lsn",
         Gauge,
         "",
-        "end of WAL on PostgreSQL, as a byte position",
+        "end of WAL on PostgreSQL, as a position in bytes",
     ),
     of_cluster(
         "klio.stream.slot_retained_size",
         Gauge,
         "By",
-        "WAL that the slot keeps on PostgreSQL's disk",
+        "WAL that the slot retains on PostgreSQL's disk",
     ),
     of_cluster(
         "klio.stream.postgres_free_size",
@@ -108,14 +118,24 @@ pub const CATALOGUE: &[Row] = &[
         "By",
         "size of the disk with PostgreSQL's WAL; absent where klio cannot see that disk",
     ),
-    of_cluster("klio.stream.client_certificate_expiry_time", Gauge, "s", "Unix time when it ends"),
-    of_cluster("klio.stream.server_certificate_expiry_time", Gauge, "s", "Unix time when it ends"),
+    of_cluster(
+        "klio.stream.client_certificate_expiry_time",
+        Gauge,
+        "s",
+        "Unix time at which the client certificate expires",
+    ),
+    of_cluster(
+        "klio.stream.server_certificate_expiry_time",
+        Gauge,
+        "s",
+        "Unix time at which the server's certificate expires",
+    ),
     of_cluster("klio.stream.sent_size", Counter, "By", "WAL sent to the server"),
     of_cluster(
         "klio.stream.ack_latency",
         Histogram,
         "s",
-        "from sending WAL to hearing that it is durable",
+        "time from sending WAL to its acknowledgement as durable",
     ),
     of_cluster(
         "klio.stream.reconnects",
