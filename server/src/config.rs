@@ -1,4 +1,4 @@
-//! The configuration of `klio-server`: one TOML file, `KLIO_*` over it.
+//! The configuration of `klio-server`: one TOML file, overridden by `KLIO_*` variables.
 //!
 //! The environment wins over the file, and the file over the defaults. `KLIO_TIER2__URL` sets `url` in `[tier2]`. A
 //! value is read as TOML if it is valid TOML (numbers, booleans, lists), otherwise as text. Unknown names are refused.

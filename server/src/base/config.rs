@@ -1,4 +1,4 @@
-//! The `[base]` section: how repositories are made.
+//! The `[base]` section: how repositories are created.
 
 use klio_pg::ByteSize;
 use klio_storage::repository::Settings;

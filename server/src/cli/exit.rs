@@ -1,6 +1,6 @@
 //! Exit statuses of `klio-server`, all in this table. docs/errors.md is generated from it.
 
-/// Something failed; the message says what.
+/// The command failed; the message says why.
 pub const FAILED: u8 = 1;
 /// The command line is wrong.
 pub const USAGE: u8 = 2;

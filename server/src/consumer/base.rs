@@ -93,7 +93,7 @@ impl Process for BaseWork {
         true
     }
 
-    /// COPY4.
+    /// COPY4: queues the object again if it changed during its job.
     fn removed_from_queue(&self, message: &Message) {
         let Ok(job) = BaseJob::decode(&message.payload) else { return };
         if self.base.archives().is_anew(&self.cluster, &job.object) {

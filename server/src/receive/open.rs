@@ -64,8 +64,8 @@ pub async fn blocking<T: Send + 'static>(
 /// Opens `cluster` for the caller `who`.
 ///
 /// # Errors
-/// `WRONG_SYSTEM`, `DIVERGED`, `STALE_TIMELINE`, `RETIRED_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION` or what the disk says;
-/// `UNAVAILABLE` when the bucket has to be asked at first contact and does not answer.
+/// `WRONG_SYSTEM`, `DIVERGED`, `STALE_TIMELINE`, `RETIRED_TIMELINE`, `WRITER_CONFLICT`, `BAD_POSITION`; an I/O
+/// error of the disk; `UNAVAILABLE` when the bucket has to be asked at first contact and does not answer.
 pub async fn open(
     base: &BaseStore,
     comparer: &Comparer,

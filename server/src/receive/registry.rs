@@ -1,4 +1,4 @@
-//! Who is streaming which cluster, and how far each is.
+//! Which sessions stream which cluster, and how far each has come.
 //!
 //! - At most one session is live per cluster and timeline (P8). The same writer may come back at once. A newer
 //!   timeline wins over an older one whose PostgreSQL does not prove that it writes; if it does prove it, both stay
@@ -54,7 +54,7 @@ struct Live {
 #[derive(Debug, Clone)]
 pub(crate) struct Rival {
     pub(crate) id: u64,
-    /// For messages.
+    /// Certificate name and address, for messages.
     pub(crate) who: String,
     /// The timeline of its PostgreSQL.
     pub(crate) lives_on: TimelineId,

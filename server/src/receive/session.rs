@@ -64,7 +64,6 @@ pub struct Receiver {
     pub store: WalStore,
     /// Knows which PostgreSQL a cluster is, over both tiers.
     pub base: BaseStore,
-    /// Who streams what.
     pub registry: Arc<Registry>,
     pub sealer: Sealer,
     /// Checks certificates again while streaming.
@@ -73,7 +72,7 @@ pub struct Receiver {
     pub comparer: Comparer,
     pub metrics: Arc<Metrics>,
     pub options: ReceiverOptions,
-    /// Ends all sessions.
+    /// Ends all sessions when cancelled.
     pub shutdown: CancellationToken,
 }
 
