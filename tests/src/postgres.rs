@@ -15,6 +15,7 @@ pub mod install;
 mod session;
 mod sql;
 mod standby;
+mod template;
 mod tools;
 
 pub use builder::Builder;

@@ -4,7 +4,7 @@
 //! same over restarts. The server's queue is its own nats-server child.
 
 use crate::{
-    env,
+    client, env,
     http::Metrics,
     ports,
     postgres::Postgres,
@@ -15,12 +15,14 @@ use crate::{
     wait::eventually,
 };
 use klio_pg::Lsn;
+use klio_proto::v1::{StatusRequest, catalog_client::CatalogClient};
 use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
+use tonic::transport::Channel;
 
 /// Two cores, parallel tests and debug builds: what takes a second alone may take many here.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -34,6 +36,7 @@ pub struct Site {
     prometheus: u16,
     variables: Vec<(String, String)>,
     server: Option<Running>,
+    channel: tokio::sync::Mutex<Option<Channel>>,
 }
 
 impl Site {
@@ -63,6 +66,7 @@ impl Site {
             prometheus,
             variables: Vec::new(),
             server: None,
+            channel: tokio::sync::Mutex::default(),
         };
         let (dir, listen, admin) = (
             site.dir().display().to_string(),
@@ -359,9 +363,35 @@ impl Site {
         value["clusters"].as_array()?.first().cloned()
     }
 
-    /// One LSN of `klio status --json`.
+    /// One LSN of the status by its name, such as `flushed_lsn`; `None` while the server does not answer or has nothing. Asked over one
+    /// connection: a program for each question would keep the machine busier than what the test waits for.
+    ///
+    /// # Panics
+    /// When the status has no LSN of that name.
     pub async fn lsn(&self, field: &str) -> Option<Lsn> {
-        self.status().await?[field].as_str()?.parse().ok()
+        let channel = self.channel().await?;
+        let request = StatusRequest { cluster: self.cluster.clone() };
+        let Ok(answer) = CatalogClient::new(channel).status(request).await else {
+            *self.channel.lock().await = None;
+            return None;
+        };
+        let status = answer.into_inner().clusters.into_iter().next()?;
+        let lsn = match field {
+            "received_lsn" => status.received_lsn,
+            "flushed_lsn" => status.flushed_lsn,
+            "sealed_lsn" => status.sealed_lsn,
+            "archived_lsn" => status.archived_lsn,
+            other => panic!("an LSN of the status, found {other}"),
+        };
+        (lsn > 0).then(|| Lsn::new(lsn))
+    }
+
+    async fn channel(&self) -> Option<Channel> {
+        let mut channel = self.channel.lock().await;
+        if channel.is_none() {
+            *channel = client::connect(self, &self.bundle()).await.ok();
+        }
+        channel.clone()
     }
 
     /// Waits until tier 1 holds everything up to `lsn`.

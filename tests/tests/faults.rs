@@ -7,7 +7,7 @@ use klio_tests::{
     postgres::Postgres,
     s3::{Fault, Rule, S3},
     site::{PATIENCE, Site},
-    wait::eventually,
+    wait::{eventually, eventually_now},
 };
 use std::path::PathBuf;
 
@@ -315,4 +315,28 @@ async fn renewed_certificates_need_no_restart_and_a_removed_authority_ends_the_s
     let _stream = site.stream(&pg);
     let end = pg.write_wal(1 << 20).await;
     site.wait_flushed(end).await;
+}
+
+/// The certificates are not valid yet, as its clock has it, and the running stream is ended for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_goes_on_when_the_server_s_clock_was_wrong_for_a_while() {
+    install_crypto();
+    let pg = small().await;
+    let mut site = Site::new().await;
+    site.own_clock();
+    site.start().await;
+    let mut stream = site.stream(&pg);
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    site.turn_clock(-40 * 86_400);
+    eventually_now("the stream to be refused", PATIENCE, || {
+        assert!(stream.is_running(), "{}", stream.log());
+        stream.log().contains("UNAUTHENTICATED")
+    })
+    .await;
+    assert!(stream.log().contains("compare the clocks"), "{}", stream.log());
+    site.turn_clock(0);
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    stream.terminate(PATIENCE).await;
 }

@@ -36,6 +36,25 @@ async fn every_postgresql_version_starts_and_answers() {
     }
 }
 
+/// Also those that are copies of one template.
+#[tokio::test]
+async fn each_cluster_has_a_system_identifier_of_its_own() {
+    for major in MAJORS {
+        let identifier = "SELECT system_identifier FROM pg_control_system()";
+        let (one, mut two) = (
+            Postgres::builder().major(major).start().await,
+            Postgres::builder().major(major).start().await,
+        );
+        let found = two.value(identifier).await;
+        assert_ne!(one.value(identifier).await, found);
+        // WAL of the first segment says so, too: recovery takes no other.
+        two.execute("CREATE TABLE t (i int)").await;
+        two.kill9();
+        two.start().await;
+        assert_eq!(two.value(identifier).await, found);
+    }
+}
+
 #[tokio::test]
 async fn segment_size_is_as_asked() {
     for mib in [1, 64] {

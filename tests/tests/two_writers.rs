@@ -227,3 +227,45 @@ async fn a_planned_switchover_needs_no_hand() {
     assert!(timelines::list(&site).await.iter().all(|line| line["standing"] != "undecided"));
     drop(stream);
 }
+
+/// What is listed and decided under the cluster's name is about the generation that is followed.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_timelines_of_a_cluster_are_those_of_the_generation_that_is_followed() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let first = Postgres::builder().segment_mib(1).start().await;
+    let mut stream = site.stream(&first);
+    let end = first.write_wal(1 << 20).await;
+    wait_line(&site, 1, "followed", end).await;
+    stream.terminate(PATIENCE).await;
+    // After pg_upgrade, say.
+    let production = Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let _stream = site.stream(&production);
+    production
+        .wait_true(
+            "select coalesce(bool_or(flush_lsn is not null), false) from pg_stat_replication",
+        )
+        .await;
+    let operator = site.operator("ops").await;
+    let mut follow =
+        site.klio_command_of(&operator, None, &["generation", "follow", "2", "--cluster", "main"]);
+    follow.stdin(std::process::Stdio::null());
+    let followed = klio_tests::programs::run(follow).await;
+    assert_eq!(followed.code, Some(0), "{}", followed.stderr);
+    let end = production.write_wal(3 << 20).await;
+    wait_line(&site, 1, "followed", end).await;
+
+    let copy = production.standby().await;
+    copy.promote().await;
+    let mut mistake = site.stream(&copy);
+    let theirs = copy.write_wal(1 << 20).await;
+    wait_line(&site, 2, "undecided", theirs).await;
+    let retired = decide(&site, &operator, &["retire", "2"]).await;
+    assert_eq!(retired.code, Some(0), "{}{}", retired.stdout, retired.stderr);
+    assert_eq!(mistake.wait_exit(PATIENCE).await.code(), Some(26), "{}", mistake.log());
+    // The older generation has its own timelines still.
+    let older = site.klio(None, &["timeline", "list", "--json", "--generation", "1"]).await;
+    let older: Value = serde_json::from_str(&older.stdout).expect("timelines as JSON");
+    assert_eq!(older["timelines"].as_array().map(Vec::len), Some(1), "{older}");
+}

@@ -99,10 +99,10 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
             | Alert::DecryptError,
         )) => {
             failure = Failure::Certificate;
-            let (path, dates) = (settings.cert.display(), out_of_date(&settings.cert));
-            format!(
-                "the server refuses the client certificate in {path}{dates}: issue a new bundle"
-            )
+            let path = settings.cert.display();
+            let expired = matches!(inner, Some(Tls::AlertReceived(Alert::CertificateExpired)));
+            let advice = advice(&settings.cert, expired);
+            format!("the server refuses the client certificate in {path}{advice}")
         }
         Some(Tls::InvalidMessage(_)) => "is this the TLS port of klio-server?".into(),
         _ => "is this klio-server, and does it accept this client certificate?".into(),
@@ -110,18 +110,26 @@ pub(super) fn explain(error: &io::Error, place: &str, settings: &config::Server)
     Error::new(failure, format!("TLS with {place}: {error}")).hint(hint)
 }
 
-/// If the dates of our certificate explain the refusal, says so: servers answer "expired" even before the first day.
-fn out_of_date(path: &Path) -> String {
+/// What the dates of our certificate say about the refusal, and what to do. `expired`: the server says that the certificate is out of
+/// date, which servers say even before its first day. Either clock may be the wrong one.
+fn advice(path: &Path, expired: bool) -> String {
+    const ISSUE: &str = "issue a new bundle";
     let chain = certificates("server.cert", path).unwrap_or_default();
     let Some((_, leaf)) =
         chain.first().and_then(|leaf| x509_parser::parse_x509_certificate(leaf).ok())
     else {
-        return String::new();
+        return format!(": {ISSUE}");
     };
     let (validity, now) = (leaf.validity(), x509_parser::time::ASN1Time::now());
     match () {
-        () if validity.not_after < now => format!(", which ended {}", validity.not_after),
-        () if validity.not_before > now => format!(", which begins {}", validity.not_before),
-        () => String::new(),
+        () if validity.not_after < now => format!(", which ended {}: {ISSUE}", validity.not_after),
+        () if validity.not_before > now => {
+            format!(", which begins {}: compare the clocks, or {ISSUE}", validity.not_before)
+        }
+        () if expired => format!(
+            " as out of date, and by this machine's clock it is valid until {}: compare the clocks, or {ISSUE}",
+            validity.not_after
+        ),
+        () => format!(": {ISSUE}"),
     }
 }

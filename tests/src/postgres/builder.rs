@@ -1,7 +1,6 @@
 //! A new cluster: initdb, configuration, first start.
 
-use super::{Postgres, expect_success, install};
-use crate::programs;
+use super::{Postgres, install, template};
 use std::{fmt::Write, fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 /// What can be set before the first start of a [`Postgres`].
@@ -106,15 +105,12 @@ impl Builder {
     /// When initdb fails.
     pub async fn create(self) -> Postgres {
         let postgres = Postgres::place(self.major);
-        let mut command = install::command(&install::bin_dir(self.major).join("initdb"));
-        command
-            .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"])
-            .args(["--no-sync", "--no-instructions"])
-            .arg(format!("--wal-segsize={}", self.segment_mib))
-            .args(&self.initdb)
-            .arg("-D")
-            .arg(postgres.data_dir());
-        expect_success("initdb", programs::run(command).await);
+        let fixed = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"];
+        let mut arguments: Vec<String> = fixed.map(str::to_owned).to_vec();
+        arguments.extend(["--no-sync".to_owned(), "--no-instructions".to_owned()]);
+        arguments.push(format!("--wal-segsize={}", self.segment_mib));
+        arguments.extend(self.initdb.iter().cloned());
+        template::lay_out(self.major, &arguments, &postgres.data_dir()).await;
         self.configure(&postgres);
         postgres
     }
