@@ -32,7 +32,7 @@ const PIECE_BYTES: usize = 16 << 10;
 
 /// A request made no progress.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Still {
+pub(super) enum Stalled {
     #[error(
         "the link stands still: {taken} of {bytes} bytes were taken, then none for {patience:?} (tier2.request_timeout_seconds)"
     )]
@@ -47,9 +47,9 @@ pub(super) enum Still {
     Answer { patience: Duration },
 }
 
-impl From<Still> for HttpError {
-    fn from(still: Still) -> Self {
-        HttpError::new(HttpErrorKind::Timeout, still)
+impl From<Stalled> for HttpError {
+    fn from(stalled: Stalled) -> Self {
+        HttpError::new(HttpErrorKind::Timeout, stalled)
     }
 }
 
@@ -98,7 +98,7 @@ impl Link {
             // More pieces may have been written meanwhile.
             if self.until(sending, begun) <= Instant::now() {
                 self.pace().unanswered(sending.bytes, begun.elapsed());
-                return Err(self.still(sending).into());
+                return Err(self.stalled(sending).into());
             }
         }
     }
@@ -113,12 +113,12 @@ impl Link {
         last + self.patience + on_its_way
     }
 
-    fn still(&self, sending: &Sending) -> Still {
+    fn stalled(&self, sending: &Sending) -> Stalled {
         let taken = sending.taken.lock();
         let (bytes, patience) = (sending.bytes, self.patience);
         match taken.bytes < bytes {
-            true => Still::Sending { taken: taken.bytes, bytes, patience },
-            false => Still::Silent { within: taken.last.elapsed() },
+            true => Stalled::Sending { taken: taken.bytes, bytes, patience },
+            false => Stalled::Silent { within: taken.last.elapsed() },
         }
     }
 
@@ -126,7 +126,7 @@ impl Link {
     fn told(&self, error: HttpError, sending: &Sending) -> HttpError {
         let (taken, bytes, patience) = (sending.taken.lock().bytes, sending.bytes, self.patience);
         match taken > 0 && timed_out(&error) {
-            true => Still::Lost { taken, bytes, patience }.into(),
+            true => Stalled::Lost { taken, bytes, patience }.into(),
             false => error,
         }
     }
@@ -258,7 +258,7 @@ impl Body for Patient {
             return Poll::Ready(frame);
         }
         let patience = self.patience;
-        self.sleep.as_mut().poll(cx).map(|()| Some(Err(Still::Answer { patience }.into())))
+        self.sleep.as_mut().poll(cx).map(|()| Some(Err(Stalled::Answer { patience }.into())))
     }
 
     fn is_end_stream(&self) -> bool {

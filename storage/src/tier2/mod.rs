@@ -69,7 +69,7 @@ pub struct Tier2 {
     budget: Arc<Semaphore>,
     budget_kib: u32,
     /// OBJECT2: uploads are read again, because the store compares nothing on arrival.
-    reads_back: bool,
+    verifies_by_reading: bool,
 }
 
 impl std::fmt::Debug for Tier2 {
@@ -103,7 +103,7 @@ impl Tier2 {
             attributes,
             budget: Arc::new(Semaphore::new(budget_kib as usize)),
             budget_kib,
-            reads_back: config.checksum == Checksums::None,
+            verifies_by_reading: config.checksum == Checksums::None,
         })
     }
 

@@ -102,7 +102,7 @@ impl Tier2 {
             return self.compare(&key, &path, &found, &local, !age).await;
         }
         match self.put(key, &path, &local).await {
-            Ok(()) => self.look_back(key, &path, &local).await,
+            Ok(()) => self.verify_uploaded(key, &path, &local).await,
             Err(Refused::Failed(error)) => Err(error),
             Err(Refused::Exists | Refused::Unconditional) => match self.find(key, &path).await? {
                 // A retried PUT gets the same answer about its own first attempt.
@@ -148,10 +148,16 @@ impl Tier2 {
     }
 
     /// OBJECT1: checks the uploaded object, and reads it if the store compared nothing (OBJECT2).
-    async fn look_back(&self, key: &str, path: &Path, local: &Local) -> Result<Uploaded, Error> {
+    async fn verify_uploaded(
+        &self,
+        key: &str,
+        path: &Path,
+        local: &Local,
+    ) -> Result<Uploaded, Error> {
         let meta = self.find(key, path).await?;
         let found = meta.as_ref().map(|meta| meta.size);
-        if let Some(meta) = meta.filter(|meta| self.reads_back && meta.size == local.size) {
+        if let Some(meta) = meta.filter(|meta| self.verifies_by_reading && meta.size == local.size)
+        {
             let age = local.source.wrapping.age;
             let read = self.compare(key, path, &meta, local, age).await?;
             return Ok(Uploaded { outcome: Outcome::Stored, ..read });

@@ -165,23 +165,23 @@ impl State {
     /// Whether an entry is resolved: its WAL is here again, is a recorded gap, or was removed on purpose.
     fn is_over(&self, entry: &DamagedWal) -> bool {
         let held = self.resume_at(entry.timeline).is_some_and(|at| at >= entry.to)
-            && self.place_of(entry).is_none();
+            && self.placeholder_of(entry).is_none();
         let horizon = self.horizons.get(&entry.timeline);
         // Tier 1 no longer needs it: it was proven in tier 2, or it has expired.
-        let let_go = horizon
+        let removed = horizon
             .is_some_and(|h| h.held_from >= entry.to || (entry.sealed && h.local_from >= entry.to));
-        entry.is_loss() && (held || let_go)
+        entry.is_loss() && (held || removed)
     }
 
     /// The placeholder of a rotten sealed file in the middle of the timeline.
-    fn place_of(&self, entry: &DamagedWal) -> Option<&Unsealed> {
+    fn placeholder_of(&self, entry: &DamagedWal) -> Option<&Unsealed> {
         let mut journals = self.lines.get(&entry.timeline)?.journals.values();
         let touches = |j: &&Arc<Unsealed>| j.start < entry.to && entry.from < j.end;
         journals.find(|j| j.is_missing() && touches(j)).map(AsRef::as_ref)
     }
 
     pub(super) fn who_brings(&self, entry: &DamagedWal) -> Who {
-        match self.place_of(entry) {
+        match self.placeholder_of(entry) {
             Some(place) if self.is_hole(place) => Who::Refill,
             Some(_) => Who::Tier2,
             None if self.has_come_to_its_end(entry.timeline) => Who::Nobody,

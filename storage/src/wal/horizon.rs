@@ -84,7 +84,7 @@ impl State {
 
 impl State {
     /// Whether a file lies entirely below the horizon and is not the last finished one of its timeline.
-    fn may_go(&self, file: WalFile) -> bool {
+    fn may_remove(&self, file: WalFile) -> bool {
         let size = self.pinned.map(|p| p.segment_size);
         let (Some(name), Some(size)) = (start_of(file), size) else { return false };
         let Some(end) = name.start_lsn(size).map(|start| start.advance(size.bytes())) else {
@@ -168,7 +168,7 @@ impl WalStore {
         let cluster = self.need(name, Op::List)?;
         let mut files = self.list(name)?;
         let state = lock(&cluster.state);
-        files.retain(|f| f.file.timeline() == timeline && state.may_go(f.file));
+        files.retain(|f| f.file.timeline() == timeline && state.may_remove(f.file));
         files.sort_by_key(|f| (start_of(f.file), f.file));
         Ok(files)
     }
@@ -180,7 +180,7 @@ impl WalStore {
     /// `Invalid` for a file that the horizon protects; an I/O error of the disk.
     pub fn remove(&self, name: &ClusterName, file: WalFile) -> Result<u64, Error> {
         let cluster = self.need(name, Op::Remove)?;
-        if !lock(&cluster.state).may_go(file) {
+        if !lock(&cluster.state).may_remove(file) {
             let detail = "expected a file below the horizon of its timeline, found another";
             return Err(Error::new(Kind::Invalid, Op::Remove, file, detail));
         }

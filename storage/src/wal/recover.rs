@@ -175,7 +175,7 @@ impl Cluster {
         for entry in entries {
             self.scan_entry(&entry, &pinned, &mut state, &mut rotten)?;
         }
-        state.leave_places(self, &pinned);
+        state.leave_placeholders(self, &pinned);
         state.forget_healed();
         Ok((state, rotten))
     }

@@ -65,7 +65,7 @@ impl Cluster {
             let path = self.path_in(file, form);
             let Some(before) = self.stat_if_there(&path)? else { continue };
             let known = lock(&self.state).sealed_end_in(file, start, &pinned);
-            let Some(good) = self.good_of_rotten(file, form, known, &pinned)? else {
+            let Some(good) = self.good_bytes_if_damaged(file, form, known, &pinned)? else {
                 self.is_good_again(file, start, &pinned)?;
                 continue;
             };
@@ -88,7 +88,7 @@ impl Cluster {
 
     /// The number of good bytes of a sealed file, if it is damaged; a file that cannot be read twice in a row counts as
     /// damaged. `known` is where the WAL in it is known to end.
-    fn good_of_rotten(
+    fn good_bytes_if_damaged(
         &self,
         file: WalFile,
         form: Form,
@@ -204,7 +204,7 @@ impl Cluster {
             return Ok(false);
         };
         tracing::error!(cluster = %self.name, %file, %from, %to, kept, "acknowledged WAL is damaged on this disk; set the file aside (see klio status)");
-        lock(&self.state).leave_place(self, file, pinned);
+        lock(&self.state).leave_placeholder(self, file, pinned);
         Ok(true)
     }
 
@@ -329,7 +329,7 @@ impl State {
     }
 
     /// Leaves a placeholder for a file that was set aside.
-    fn leave_place(&mut self, cluster: &Cluster, file: WalFile, pinned: &Pinned) {
+    fn leave_placeholder(&mut self, cluster: &Cluster, file: WalFile, pinned: &Pinned) {
         let (WalFile::Segment(segment) | WalFile::Partial(segment)) = file else { return };
         let Some(start) = segment.start_lsn(pinned.segment_size) else { return };
         let end = start.advance(pinned.segment_size.bytes());
@@ -372,7 +372,7 @@ impl State {
 
     /// At start: adds the placeholders of segments whose sealed files were set aside. There is none at the end of a
     /// timeline: the stream sends that WAL again.
-    pub(super) fn leave_places(&mut self, cluster: &Cluster, pinned: &Pinned) {
+    pub(super) fn leave_placeholders(&mut self, cluster: &Cluster, pinned: &Pinned) {
         let size = pinned.segment_size;
         let lost: Vec<(TimelineId, Lsn)> = self
             .damaged

@@ -528,7 +528,7 @@ impl Writer {
         };
         let keys = self.cluster.keys();
         let frames = Frames::of(file, &path, &keys)?;
-        let head = read_back(frames, page, self.written)?;
+        let head = read_range(frames, page, self.written)?;
         let mut checker = PageChecker::new(self.expect.clone(), page);
         checker
             .check(&head)
@@ -538,7 +538,7 @@ impl Writer {
 }
 
 /// The bytes from `from` to `to` of a journal.
-fn read_back(mut frames: Frames, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
+fn read_range(mut frames: Frames, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
     let mut context = DCtx::create();
     let (mut found, mut buffer) = (Vec::new(), Vec::new());
     while frames.position() < to {
