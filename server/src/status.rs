@@ -416,14 +416,14 @@ mod tests {
 
     #[test]
     fn one_failure_of_the_bucket_is_told_once() {
-        let offload =
-            |file: &str, why: &str| format!("offload {file}: upload s3://b/pg/{file}: {why}");
+        let archive =
+            |file: &str, why: &str| format!("archive {file}: upload s3://b/pg/{file}: {why}");
         let down = "connection refused; hint: is the store up?";
         let problems = vec![
             format!("compare the tiers: list s3://b/pg/wal: {down}"),
-            offload("0001", down),
-            offload("0002", down),
-            offload("0003", "other content is there"),
+            archive("0001", down),
+            archive("0002", down),
+            archive("0003", "other content is there"),
             "nothing to do with it".to_owned(),
         ];
         let told = once(problems.clone());

@@ -485,7 +485,7 @@ mod tests {
         let (now, year) = (now_unix(), 366 * 86_400);
         assert_eq!(out_of_time(&der, now), None);
         let ended = out_of_time(&der, now + 11 * year).unwrap();
-        assert!(ended.contains("Klio local authority") && ended.contains("ended"), "{ended}");
+        assert!(ended.contains("Klio local authority") && ended.contains("expired"), "{ended}");
         assert!(out_of_time(&der, now - year).unwrap().contains("clock"));
     }
 
