@@ -136,7 +136,7 @@ async fn password_comes_from_the_password_file() {
     write_owned(&path, &line, 0o644);
     let e = refused(&login).await;
     assert_eq!(e.kind(), ErrorKind::Auth);
-    assert!(e.to_string().contains("none given"), "{e}");
+    assert!(e.to_string().contains("requests the password of user"), "{e}");
 }
 
 #[tokio::test]
@@ -154,7 +154,7 @@ async fn password_is_never_sent_in_the_clear_over_plain_tcp() {
     let pg = with_passwords().await;
     let e = refused(&tcp(&pg, "user=clear password='open sesame'")).await;
     assert_eq!(e.kind(), ErrorKind::Auth);
-    assert!(e.to_string().contains("in the clear"), "{e}");
+    assert!(e.to_string().contains("in clear text"), "{e}");
 }
 
 #[tokio::test]
@@ -651,7 +651,7 @@ async fn silent_server_is_asked_first_and_then_given_up() {
     };
     kill_process(walsender, Signal::CONT).unwrap();
     assert_eq!(e.kind(), ErrorKind::Io, "{e}");
-    assert!(e.to_string().contains("found silence"), "{e}");
+    assert!(e.to_string().contains("expected a message within"), "{e}");
     assert!(begun.elapsed() < patience * 3, "{:?}", begun.elapsed());
 }
 
