@@ -37,8 +37,7 @@ pub fn settings(config: &Config) -> Result<Tier2Config, Vec<String>> {
     if problems.is_empty() { Ok(settings) } else { Err(problems) }
 }
 
-/// Whether options that were made for the bucket `known` may be used with `from`: credentials must not be sent
-/// elsewhere.
+/// Whether options that were made for the bucket `known` may be used with `from`: credentials must not be sent elsewhere.
 fn belongs(known: &str, from: &str) -> bool {
     let parts = |text: &str| {
         let url = url::Url::parse(text).ok()?;
@@ -56,8 +55,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Opens the bucket without connecting to it. `None` if `restore.from` is not set, so that the server is the
-    /// source.
+    /// Opens the bucket without connecting to it. `None` if `restore.from` is not set, so that the server is the source.
     ///
     /// # Errors
     /// Wrong settings, and files that cannot be read.
@@ -83,8 +81,7 @@ impl Bucket {
 }
 
 impl Bucket {
-    /// The name under which a history is stored: `<name>@<number>` stands for itself, a plain name for the current
-    /// history.
+    /// The name under which a history is stored: `<name>@<number>` stands for itself, a plain name for the current history.
     ///
     /// # Errors
     /// The bucket cannot be read, or has no generation of this number.
@@ -109,8 +106,7 @@ impl Bucket {
         Ok(Generations::place(named, number))
     }
 
-    /// The decisions and conflicts that are recorded about a cluster's timelines; empty if two were never written at
-    /// once.
+    /// The decisions and conflicts that are recorded about a cluster's timelines; empty if two were never written at once.
     ///
     /// # Errors
     /// The bucket cannot be read; `Corrupt`.
@@ -214,8 +210,7 @@ mod tests {
         assert!(problems[0].contains("--from"), "{problems:?}");
     }
 
-    /// P7. In a manual test, `klio wal-fetch` with a missing identity file had answered 1, which means the end of the
-    /// archive.
+    /// P7. In a manual test, `klio wal-fetch` with a missing identity file had answered 1, which means the end of the archive.
     #[test]
     fn a_file_of_ours_that_is_missing_or_wrong_is_never_a_missing_object() {
         let directory = tempfile::tempdir().unwrap();

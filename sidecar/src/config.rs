@@ -316,8 +316,7 @@ impl Default for Telemetry {
     }
 }
 
-/// The parts of the configuration that a command needs, so that `wal-fetch`, for example, needs no PostgreSQL
-/// settings.
+/// The parts of the configuration that a command needs, so that `wal-fetch`, for example, needs no PostgreSQL settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Needs {
     /// Server address, certificates and the cluster's name.
@@ -334,8 +333,7 @@ impl Config {
     /// Reads file, environment and options. `explicit` is the file from `--config`.
     ///
     /// # Errors
-    /// A file that cannot be read or is wrong; the message lists every problem that can be found without opening
-    /// anything.
+    /// A file that cannot be read or is wrong; the message lists every problem that can be found without opening anything.
     pub fn load(explicit: Option<&Path>, flags: &[(&str, String)]) -> Result<Self, Error> {
         let environment: Vec<(String, String)> = std::env::vars_os()
             .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
@@ -493,8 +491,7 @@ impl Stream {
         if batch < ByteSize::kib(8) || batch > ByteSize::mib(2) {
             problems.push(format!("stream.batch_size: expected 8KiB to 2MiB, found {batch}"));
         }
-        // PostgreSQL's default wal_sender_timeout is 60 s; with a longer interval, PostgreSQL would close the
-        // connection.
+        // PostgreSQL's default wal_sender_timeout is 60 s; with a longer interval, PostgreSQL would close the connection.
         let status = self.status_interval;
         if status < Duration::from_millis(100) || status > Duration::from_secs(30) {
             problems

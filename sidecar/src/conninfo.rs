@@ -221,8 +221,7 @@ impl ConnInfo {
     /// what is not in it.
     ///
     /// # Errors
-    /// Bad syntax, an unknown or unsupported keyword, a value that is not allowed, a service that cannot be read, no
-    /// user.
+    /// Bad syntax, an unknown or unsupported keyword, a value that is not allowed, a service that cannot be read, no user.
     pub fn parse(text: &str, env: Env<'_>) -> Result<ConnInfo, ConnInfoError> {
         Self::parse_as(text, env, os_user().as_deref())
     }

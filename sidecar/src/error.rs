@@ -14,8 +14,7 @@ pub enum Failure {
     /// The server cannot be reached, or the TLS handshake failed. Certificates are renewed and networks recover, so a
     /// daemon tries again.
     Link,
-    /// The server refused our certificate in the handshake. A renewed file is used without a restart, so a daemon
-    /// tries again.
+    /// The server refused our certificate in the handshake. A renewed file is used without a restart, so a daemon tries again.
     Certificate,
     /// PostgreSQL cannot be reached or does not accept connections now, but may later.
     Postgres,
@@ -161,8 +160,7 @@ fn answered(status: &tonic::Status) -> bool {
     status.metadata().contains_key(CODE_KEY)
 }
 
-/// The status as text. tonic hides the cause of a transport failure in the source chain; a person needs the last
-/// cause.
+/// The status as text. tonic hides the cause of a transport failure in the source chain; a person needs the last cause.
 fn status_text(status: &tonic::Status) -> String {
     let mut cause = std::error::Error::source(status);
     let mut last = None;

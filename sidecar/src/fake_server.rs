@@ -53,8 +53,7 @@ pub(crate) struct Script {
     pub tier2_asked: usize,
     /// The ranges that positions report as missing.
     pub missing: Vec<v1::Stretch>,
-    /// The ranges that positions report as damaged; and for each refill its start and how many of its bytes were
-    /// right.
+    /// The ranges that positions report as damaged; and for each refill its start and how many of its bytes were right.
     pub damaged: Vec<v1::Stretch>,
     pub refilled: Vec<(u64, u64)>,
     /// Errors for the next `Receive` calls; if empty, they succeed.
@@ -379,8 +378,7 @@ async fn session(
                 }
                 Some(_) => return Err(Code::Invalid.status("expected append")),
                 None => {
-                    // The client has half-closed the stream: flush all, acknowledge and end. `hold_acks` still
-                    // applies.
+                    // The client has half-closed the stream: flush all, acknowledge and end. `hold_acks` still applies.
                     loop {
                         let changed = shared.changed.notified();
                         if !shared.script.lock().unwrap().hold_acks {

@@ -1,7 +1,6 @@
 //! The sidecar beside PostgreSQL: replication client, streamer, base backups, restore, and the commands for people.
 //!
-//! `streamer` moves WAL and does only what its `plan` has decided; `cli` translates between command line and the
-//! other modules.
+//! `streamer` moves WAL and does only what its `plan` has decided; `cli` translates between command line and the other modules.
 
 pub mod admin;
 pub mod agent;

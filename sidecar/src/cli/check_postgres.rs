@@ -14,8 +14,7 @@ use crate::{
 
 /// A larger difference of clocks makes times in status and logs misleading.
 pub(super) const SKEW_WARN_SECONDS: f64 = 5.0;
-/// With a larger difference one of the clocks must be wrong, and retention, schedules and target times depend on
-/// them.
+/// With a larger difference one of the clocks must be wrong, and retention, schedules and target times depend on them.
 const SKEW_FAIL_SECONDS: f64 = 3600.0;
 
 /// Checks everything that can be reached, and returns PostgreSQL's identity for the check of the server.
@@ -102,8 +101,7 @@ fn level(wal_level: &str, report: &mut Report) {
     );
 }
 
-/// One row: used and allowed counts, synchronous_standby_names, the clock, connected names, wal_level, and the
-/// segment size.
+/// One row: used and allowed counts, synchronous_standby_names, the clock, connected names, wal_level, and the segment size.
 const LIMITS: &str = "SELECT \
     (SELECT count(*) FROM pg_stat_replication), current_setting('max_wal_senders'), \
     (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots'), \

@@ -54,8 +54,7 @@ async fn system(connection: &Connection, cluster: String, pg: Identity, report: 
         system_identifier: pg.system_identifier,
         segment_size: pg.segment_size.as_u32(),
         postgres_version: pg.version,
-        // The check is whether this PostgreSQL is the one that the name stands for, so no other generation may
-        // answer.
+        // The check is whether this PostgreSQL is the one that the name stands for, so no other generation may answer.
         knows_generations: false,
         with_tier2: false,
     };

@@ -33,8 +33,7 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
     let source = Source::open(config, &stop)?.settle(config).await?;
     let typed = args.source.from.is_some();
     let invocation = restore::invocation(config, cli, typed, source.told())?;
-    // A token of its own, because a drill that exceeds its time limit cancels it, and the server is told
-    // nevertheless.
+    // A token of its own, because a drill that exceeds its time limit cancels it, and the server is told nevertheless.
     let engine = Restore { source, progress: Arc::default(), stop: stop.child_token(), invocation };
     let shown = display::show(args.quiet, || restore::view(&engine.progress.seen()));
     let work = drill::run(&engine, config, &exercise);

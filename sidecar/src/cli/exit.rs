@@ -37,8 +37,7 @@ pub const STOPPED: u8 = 9;
 pub const UNREACHABLE: u8 = 30;
 /// Wrong usage of what may be a restore_command, and every failure of `wal-fetch` except a definitive NOT_FOUND.
 pub const STOP_RECOVERY: u8 = 200;
-/// Used instead of [`STOP_RECOVERY`] for a standby: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of
-/// sysexits.h.
+/// Used instead of [`STOP_RECOVERY`] for a standby: below 126 PostgreSQL goes on and asks again. EX_TEMPFAIL of sysexits.h.
 pub const ASK_AGAIN: u8 = 75;
 
 /// The status of a command that failed; `wal-fetch` has its own ([`of_wal_fetch`]).
@@ -77,8 +76,7 @@ pub(super) fn of_usage(arguments: &[OsString], asker: Asker) -> u8 {
     if may_be_restore_command(arguments) { of_trouble(asker) } else { USAGE }
 }
 
-/// Whether PostgreSQL may have run this command line, misspelt or not: a status below 126 would then end recovery
-/// (P7).
+/// Whether PostgreSQL may have run this command line, misspelt or not: a status below 126 would then end recovery (P7).
 fn may_be_restore_command(arguments: &[OsString]) -> bool {
     let words = || arguments.iter().skip(1).filter_map(|word| word.to_str());
     let command = Cli::command();

@@ -1,5 +1,4 @@
-//! The command line: parses it, loads the configuration, starts telemetry, runs one command and returns its exit
-//! status.
+//! The command line: parses it, loads the configuration, starts telemetry, runs one command and returns its exit status.
 //!
 //! No business decisions are made here. `wal-fetch` ends with a status below 126 only for success and a definitive
 //! "not found", even if it panics or its usage is wrong (P7). For a standby, no status is above 125.
@@ -48,8 +47,7 @@ use wal_fetch::Asker;
 
 /// How long the program waits at the end for telemetry to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
-/// The same for `wal-fetch`, which PostgreSQL runs once per segment: a dead collector must not slow down recovery
-/// (P9).
+/// The same for `wal-fetch`, which PostgreSQL runs once per segment: a dead collector must not slow down recovery (P9).
 const FETCH_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Runs the program with these arguments and returns its exit status.
@@ -192,8 +190,7 @@ fn execute(
         telemetry::epilogue(trace, delivery);
         result
     });
-    // A DNS lookup or a disk that hangs may block a thread for any time, but must not keep the program from ending
-    // (P9).
+    // A DNS lookup or a disk that hangs may block a thread for any time, but must not keep the program from ending (P9).
     runtime.shutdown_background();
     result
 }

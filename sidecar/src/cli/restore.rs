@@ -156,8 +156,7 @@ fn exclusive(args: &RestoreArgs, target: &Target) -> Result<bool, Error> {
     }
 }
 
-/// Makes a path absolute, without a trailing slash and without `.`. Links are not resolved, as the user may want
-/// them.
+/// Makes a path absolute, without a trailing slash and without `.`. Links are not resolved, as the user may want them.
 pub(super) fn absolute(path: &Path) -> Result<PathBuf, Error> {
     let path = std::path::absolute(path)
         .map_err(|error| Error::new(Failure::Local, format!("{}: {error}", path.display())))?;

@@ -65,8 +65,7 @@ fn durable_as_of(c: &ClusterStatus) -> Option<f64> {
     (c.durable_as_of_time > 0.0).then_some(c.durable_as_of_time)
 }
 
-/// How far tier 1 is behind PostgreSQL in bytes and seconds, where known. Older servers sent 0 if there was no
-/// stream.
+/// How far tier 1 is behind PostgreSQL in bytes and seconds, where known. Older servers sent 0 if there was no stream.
 fn flush_lag(c: &ClusterStatus, now: f64) -> (Option<u64>, Option<f64>) {
     match (&c.flush_lag, c.connected) {
         (Some(lag), true) => (Some(lag.bytes), Some(lag.seconds)),

@@ -176,8 +176,7 @@ async fn postgres_disk(client: &mut Client, setting: &Path) -> Option<(PathBuf, 
     Some((data, system_identifier))
 }
 
-/// Reads the state of a disk that may hang: on a blocking thread, never on two at once, and with a time limit for the
-/// caller.
+/// Reads the state of a disk that may hang: on a blocking thread, never on two at once, and with a time limit for the caller.
 #[derive(Debug)]
 struct SpaceReader {
     patience: Duration,

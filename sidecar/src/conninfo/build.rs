@@ -271,8 +271,7 @@ fn tls(values: &Values, home: Option<PathBuf>) -> Result<TlsSettings, ConnInfoEr
     let (tls13_only, tls12_only) = versions(values)?;
     let direct =
         values.choice("sslnegotiation", &[("postgres", false), ("direct", true)])?.unwrap_or(false);
-    // libpq's rule: with direct negotiation, the server cannot be asked whether it supports TLS, so TLS must be
-    // required.
+    // libpq's rule: with direct negotiation, the server cannot be asked whether it supports TLS, so TLS must be required.
     if direct && matches!(mode, SslMode::Disable | SslMode::Allow | SslMode::Prefer) {
         return Err(values.bad("sslnegotiation", "sslmode=require or stronger with direct".into()));
     }

@@ -1,7 +1,6 @@
 //! Every keyword that libpq knows, the environment variable for it, and what Klio does with it.
 //!
-//! A keyword that asks for a protection that Klio does not have (revocation lists, `requirepeer`, …) is refused, not
-//! ignored.
+//! A keyword that asks for a protection that Klio does not have (revocation lists, `requirepeer`, …) is refused, not ignored.
 
 /// What Klio does with a keyword.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -220,8 +220,7 @@ fn same_cluster(data: &Path, record: &BackupRecord) -> Result<(), Error> {
 fn own_tablespaces(places: &Places) -> Result<(), Error> {
     let unfinished = fs::read_to_string(places.data.join(MARKER)).unwrap_or_default();
     let links = fs::read_dir(places.data.join("pg_tblspc")).into_iter().flatten().flatten();
-    // Compared by location, because a tablespace that was dropped and created again at the same place has another
-    // OID.
+    // Compared by location, because a tablespace that was dropped and created again at the same place has another OID.
     let own: Vec<PathBuf> = links.filter_map(|link| fs::canonicalize(link.path()).ok()).collect();
     for (oid, place) in
         places.tablespaces.iter().map(|(o, p)| (*o, p.as_path())).chain(places.new_places())
@@ -392,8 +391,7 @@ mod tests {
         assert!(own_tablespaces(&places).is_err());
         std::os::unix::fs::symlink(&place, data.join("pg_tblspc/7")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
-        // The tablespace was dropped and created again at the same place; the randomised restore test found this
-        // case.
+        // The tablespace was dropped and created again at the same place; the randomised restore test found this case.
         fs::rename(data.join("pg_tblspc/7"), data.join("pg_tblspc/9")).unwrap();
         assert!(own_tablespaces(&places).is_ok());
         let elsewhere = BTreeMap::from([(7, scratch.path().join("none yet"))]);

@@ -1,8 +1,7 @@
 //! Reads PostgreSQL's configuration files as PostgreSQL does (`src/backend/utils/misc/guc-file.l`).
 //!
 //! A line has a name, optionally `=`, a value, and optionally a comment. A quote within quotes is doubled or escaped.
-//! Names are case-insensitive. Lines with a syntax error are skipped, since PostgreSQL does not start with them
-//! either. Pure.
+//! Names are case-insensitive. Lines with a syntax error are skipped, since PostgreSQL does not start with them either. Pure.
 
 /// One line: a setting or an include.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,5 +1,4 @@
-//! The last steps of a restore: write the recovery settings, sync everything, write pg_control, remove the marker
-//! (RESTORE2).
+//! The last steps of a restore: write the recovery settings, sync everything, write pg_control, remove the marker (RESTORE2).
 
 use super::{
     EDITS, MARKER,
@@ -79,8 +78,7 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
             .map_err(|error| local("write", path, &error))
     };
     for (path, content) in &neutral.rewritten {
-        // If the path is a link, the new file replaces the link; the file behind it does not belong to this
-        // directory.
+        // If the path is a link, the new file replaces the link; the file behind it does not belong to this directory.
         write(&data.join(path), content)?;
     }
     write(&data.join("postgresql.auto.conf"), &settings.auto_conf(&neutral.auto))?;
@@ -128,8 +126,7 @@ fn version_directory(data: &Path, control: &[u8]) -> Result<String, Error> {
 fn link_tablespaces(places: &Places, version: &str) -> Result<(), Error> {
     let directory = places.data.join("pg_tblspc");
     for (_, place) in places.new_places() {
-        // Replay must start with an empty tablespace: in a delta restore, the files here are newer than what replay
-        // writes.
+        // Replay must start with an empty tablespace: in a delta restore, the files here are newer than what replay writes.
         let own = place.join(version);
         remove(&own).map_err(|error| local("remove", &own, &error))?;
     }

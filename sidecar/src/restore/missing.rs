@@ -88,8 +88,7 @@ mod tests {
         let pack = |name: u8| BaseFile { kind: BaseKind::Data, id: Sha256Sum::of(&[name]) };
         let mib = |pack, from: u64, to: u64| (pack, from << 20..to << 20, 0);
         let (a, b) = (pack(1), pack(2));
-        // More than one request takes, exactly one request, a chunk that is too large for a shared request, and
-        // another pack.
+        // More than one request takes, exactly one request, a chunk that is too large for a shared request, and another pack.
         let wanted = [mib(a, 0, 3), mib(a, 4, 6), mib(a, 7, 9), mib(a, 9, 20), mib(b, 0, 1)];
         let sizes: Vec<_> = requests(&wanted).map(<[Wanted]>::len).collect();
         assert_eq!(sizes, [1, 2, 1, 1]);

@@ -96,7 +96,7 @@ pub fn neutral(conf: &Configuration, asked: Asked<'_>) -> Result<Neutral, Error>
     match asked.standby {
         Some(standby) => done.notes.extend(standby.notes(conf)),
         None if asked.harmless => {}
-        None => done.notes.extend(deeds(conf, asked.subscriptions)),
+        None => done.notes.extend(effects(conf, asked.subscriptions)),
     }
     Ok(done)
 }
@@ -211,8 +211,7 @@ impl Neutral {
         }
     }
 
-    /// With `always`, PostgreSQL archives each file that it restores during recovery, and fills the last one up with
-    /// zeros.
+    /// With `always`, PostgreSQL archives each file that it restores during recovery, and fills the last one up with zeros.
     fn archiving(&mut self, conf: &Configuration, asked: &Asked<'_>) {
         let always = |mode: &str| mode.eq_ignore_ascii_case("always");
         if asked.harmless || !conf.value("archive_mode").is_some_and(always) {
@@ -242,41 +241,42 @@ impl Neutral {
 }
 
 /// Notes about what a copy does, as the original does, once it is a primary.
-fn deeds(conf: &Configuration, subscriptions: bool) -> Vec<String> {
+fn effects(conf: &Configuration, subscriptions: bool) -> Vec<String> {
     let set = |name: &str| conf.value(name).filter(|value| !value.is_empty());
-    let mut deeds = Vec::new();
+    let mut effects = Vec::new();
     let archives = conf.value("archive_mode").is_some_and(|mode| boolean(mode) != Some(false));
     for name in ["archive_command", "archive_library"] {
         if archives && set(name).is_some() {
-            deeds.push(format!(
+            effects.push(format!(
                 "archives with the original's {name}, beside or over the original's own files"
             ));
         }
     }
     if subscriptions {
-        deeds.push(
+        effects.push(
             "receives rows for its subscriptions from the publishers, in place of the original"
                 .to_owned(),
         );
     }
     if let Some(names) = set("synchronous_standby_names") {
-        deeds.push(format!(
+        effects.push(format!(
             "waits at its first COMMIT for synchronous_standby_names = {names:?} (for klio: until klio stream runs beside it)"
         ));
     }
     if let Some(libraries) = set("shared_preload_libraries") {
-        deeds.push(format!(
+        effects.push(format!(
             "loads shared_preload_libraries = {libraries:?} and runs their jobs (pg_cron); it does not start if they are not installed"
         ));
     }
     if set("log_destination").is_some_and(|to| to.contains("syslog") || to.contains("eventlog")) {
-        deeds.push("logs to the system's log, as the original does".to_owned());
+        effects.push("logs to the system's log, as the original does".to_owned());
     }
     if set("ssl_passphrase_command").is_some() {
-        deeds.push("runs ssl_passphrase_command when it starts".to_owned());
+        effects.push("runs ssl_passphrase_command when it starts".to_owned());
     }
-    let note = |deed| format!("once it is a primary the copy {deed}; --harmless turns that off");
-    deeds.into_iter().map(note).collect()
+    let note =
+        |effect| format!("once it is a primary the copy {effect}; --harmless turns that off");
+    effects.into_iter().map(note).collect()
 }
 
 #[cfg(test)]

@@ -174,8 +174,7 @@ impl Whole {
         self.place(number + 1) - self.place(number)
     }
 
-    /// The first worker opens the file. Bytes beyond the new size are cut off at once, so that whatever is then read
-    /// stays.
+    /// The first worker opens the file. Bytes beyond the new size are cut off at once, so that whatever is then read stays.
     fn open(&self, delta: bool) -> io::Result<Arc<File>> {
         let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = slot.as_ref() {
@@ -239,8 +238,7 @@ impl Pour {
         if self.stop.is_cancelled() {
             return Err(super::stopped());
         }
-        // Times are set at the end, the deepest directories first, because every change in a directory changes its
-        // time.
+        // Times are set at the end, the deepest directories first, because every change in a directory changes its time.
         for (path, entry) in directories.iter().rev() {
             let place = File::open(path).map_err(|error| local("open", path, &error))?;
             dress(&place, entry).map_err(|error| local("set mode and time of", path, &error))?;
@@ -279,8 +277,7 @@ impl Pour {
                 } else if own_directory {
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 } else if self.places.tablespaces.values().any(|place| *place == path) {
-                    // Keep directories of other PostgreSQL versions in the same tablespace, as pg_upgrade leaves
-                    // them.
+                    // Keep directories of other PostgreSQL versions in the same tablespace, as pg_upgrade leaves them.
                     keep_all(&mut leftovers, &path).map_err(failed)?;
                 }
             }

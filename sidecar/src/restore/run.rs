@@ -47,8 +47,7 @@ pub struct Order {
     /// The absolute path of the data directory to create.
     pub to: PathBuf,
     pub maps: Vec<(String, PathBuf)>,
-    /// What PostgreSQL does at the target; `None` means PostgreSQL's own default, `pause`, or `promote` for the
-    /// latest state.
+    /// What PostgreSQL does at the target; `None` means PostgreSQL's own default, `pause`, or `promote` for the latest state.
     pub action: Option<Action>,
     /// The copy goes on as a standby; there is no target and no action then.
     pub standby: Option<Standby>,

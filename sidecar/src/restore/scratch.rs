@@ -12,8 +12,7 @@ use std::{
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Creates a directory that only this user can enter, below `parent` or else below the system's temporary
-    /// directory.
+    /// Creates a directory that only this user can enter, below `parent` or else below the system's temporary directory.
     ///
     /// # Errors
     /// An I/O error of the file system.
@@ -37,8 +36,7 @@ impl Scratch {
         self.0.join(name)
     }
 
-    /// Removes all files except the `keep` that sort first by name: WAL is searched backwards, so these are needed
-    /// next.
+    /// Removes all files except the `keep` that sort first by name: WAL is searched backwards, so these are needed next.
     pub fn trim(&self, keep: usize) {
         let names = fs::read_dir(&self.0).into_iter().flatten().flatten();
         let mut files: Vec<PathBuf> = names.map(|entry| entry.path()).collect();

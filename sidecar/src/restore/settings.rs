@@ -86,8 +86,7 @@ pub struct Settings {
     pub recovery: Recovery,
     /// `recovery_target_inclusive`
     pub inclusive: bool,
-    /// The timeline to recover along; `None` for that of the backup, if the server or bucket has no history file for
-    /// it.
+    /// The timeline to recover along; `None` for that of the backup, if the server or bucket has no history file for it.
     pub timeline: Option<TimelineId>,
     /// What PostgreSQL does then; without effect if there is no target.
     pub action: Action,
@@ -95,8 +94,7 @@ pub struct Settings {
     pub standby: Option<Standby>,
     /// The recovery target that configuration files outside the data directory leave set; it is emptied first.
     pub left_set: Option<&'static str>,
-    /// Settings that replace those of the cluster's own files, because the copy must not have them or needs higher
-    /// values.
+    /// Settings that replace those of the cluster's own files, because the copy must not have them or needs higher values.
     pub corrected: Vec<(&'static str, String)>,
     /// The copy must not act on the outside world, not even after a promotion.
     pub harmless: bool,

@@ -118,7 +118,7 @@ enum Place {
 
 pub struct Source {
     cluster: ClusterName,
-    /// The name to pass to wal-fetch, where it differs from `cluster`.
+    /// The name to pass to wal-fetch; `None` if it is `cluster`.
     told: Option<ClusterName>,
     place: Place,
     wal: Arc<dyn WalSource>,
@@ -158,8 +158,7 @@ impl Source {
             Place::Bucket(bucket) => {
                 let place = bucket.resolve(&self.cluster).await?;
                 let first = place == self.cluster.base();
-                // The first generation's objects lie under the plain name, but wal-fetch has to be told its number
-                // too.
+                // For the first generation, `place` is the plain name.
                 self.told = (!first || self.cluster.number().is_some()).then(|| place.clone());
                 place
             }

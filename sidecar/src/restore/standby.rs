@@ -95,7 +95,7 @@ fn is_here(host: Option<&str>) -> bool {
 /// and also receives it from its primary, whose WAL cannot be changed.
 ///
 /// # Errors
-/// There are changes.
+/// The plan needs such changes.
 pub fn refuse_edits(edits: &[Edit]) -> Result<(), Error> {
     if edits.is_empty() {
         return Ok(());

@@ -43,8 +43,7 @@ pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-/// Repeats a call with the page cache if direct I/O is refused: the disk needs larger blocks, or a short call left a
-/// rest.
+/// Repeats a call with the page cache if direct I/O is refused: the disk needs larger blocks, or a short call left a rest.
 fn or_ordinary(file: &File, call: impl Fn() -> io::Result<()>) -> io::Result<()> {
     match call() {
         Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
@@ -94,8 +93,7 @@ impl Strip {
         self.length = 0;
     }
 
-    /// Adds a chunk. Writes what was gathered before if the chunk does not follow it, and also when the memory is
-    /// full.
+    /// Adds a chunk. Writes what was gathered before if the chunk does not follow it, and also when the memory is full.
     pub(super) fn add(&mut self, file: &File, offset: u64, mut chunk: &[u8]) -> io::Result<()> {
         if offset != self.offset + self.length as u64 {
             self.write(file)?;

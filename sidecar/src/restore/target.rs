@@ -4,8 +4,7 @@
 //! (`recoveryStopsBefore`, `xlogrecovery.c`). So the time is looked up in WAL before anything is touched, and if it
 //! cannot be reached, the restore is refused with the last time that can. A time after the last commit is reached by
 //! restoring the state after that commit, with the last record as the target, but only if the server says that
-//! PostgreSQL wrote nothing more until that time. If the time is so recent that this is not certain yet, the restore
-//! waits.
+//! PostgreSQL wrote nothing more until that time. If the time is so recent that this is not certain yet, the restore waits.
 //!
 //! All times are times of PostgreSQL's clock, also for backups that were taken from a standby: what the clock said is
 //! checked against the commits before the backup's end.
@@ -52,8 +51,7 @@ pub struct Wish {
     pub timeline_typed: bool,
     /// Stop before the target instead of after it: `recovery_target_inclusive = off`.
     pub exclusive: bool,
-    /// For a transaction target: the 64-bit id as `pg_current_xact_id()` returns it; `None` if it was given without
-    /// its epoch.
+    /// For a transaction target: the 64-bit id as `pg_current_xact_id()` returns it; `None` if it was given without its epoch.
     pub full_xid: Option<u64>,
     /// The backup to restore; `None` leaves the choice to the plan.
     pub backup: Option<BackupName>,
@@ -104,11 +102,10 @@ const MAY_COME: &str = "klio status shows whether klio stream is connected and h
 
 /// Decides how to reach a target.
 pub struct Decider<'a> {
-    /// Where WAL is read.
     pub source: &'a Source,
-    /// What there is.
+    /// The backups and timelines to choose from.
     pub survey: &'a Survey,
-    /// For fetched WAL.
+    /// Directory for fetched WAL.
     pub scratch: &'a Scratch,
 }
 
@@ -307,8 +304,7 @@ impl Decider<'_> {
                     decided.notes.push(format!("{what} is at {}{time}", found.lsn));
                     return Ok(decided);
                 }
-                // The record is before the point where this backup is consistent: only an older backup can replay up
-                // to it.
+                // The record is before the point where this backup is consistent: only an older backup can replay up to it.
                 Some(found) => searched = Some(found.end),
                 None => searched = Some(from),
             }
@@ -337,8 +333,7 @@ fn decision(plan: Plan, recovery: Recovery) -> Decision {
     Decision { plan, recovery, inclusive: true, notes }
 }
 
-/// The last record as a target. If it is before the backup's end, the target is the point where the backup is
-/// consistent.
+/// The last record as a target. If it is before the backup's end, the target is the point where the backup is consistent.
 fn end_as_target(plan: &Plan, tail: &Tail) -> Recovery {
     match tail.last_record.filter(|last| *last >= plan.backup.stop_lsn) {
         Some(last) => Recovery::Lsn(last),

@@ -1,8 +1,7 @@
 //! Searches WAL: for the last commit before a position, for a restore point, for a transaction.
 //!
 //! WAL that is listed but cannot be read is an error, never an end of WAL; so are records that break off before the
-//! end of the stored WAL (P7). WAL beyond the reach of the path is not read, since it may be zeros or another
-//! timeline's.
+//! end of the stored WAL (P7). WAL beyond the reach of the path is not read, since it may be zeros or another timeline's.
 
 use super::{Scratch, source::Source};
 use crate::error::{Error, Failure};
@@ -55,8 +54,7 @@ pub struct Break {
 }
 
 impl Break {
-    /// The error of a restore that would need WAL behind the break. A break must not be taken for the end of WAL
-    /// (P7).
+    /// The error of a restore that would need WAL behind the break. A break must not be taken for the end of WAL (P7).
     pub fn refusal(&self) -> Error {
         let Self { at, why, to } = self;
         let message = format!(

@@ -134,11 +134,11 @@ impl Way {
 }
 
 /// The state of the walk along the way.
-struct Eye<'a> {
+struct Walk<'a> {
     recovery: &'a Recovery,
     /// Whether the record at the target is replayed.
     inclusive: bool,
-    /// Records that begin after this position are not replayed, with the exception in [`Eye::is_beyond`].
+    /// Records that begin after this position are not replayed, with the exception in [`Walk::is_beyond`].
     last: Lsn,
     way: Way,
     /// The record at which a recovery to a time, a name or a transaction ends.
@@ -148,7 +148,7 @@ struct Eye<'a> {
     late: Option<(u64, Lsn)>,
 }
 
-impl Eye<'_> {
+impl Walk<'_> {
     /// Takes in the next record; true if nothing after it matters.
     fn see(&mut self, found: Found) -> bool {
         if self.is_beyond(&found) {
@@ -201,8 +201,7 @@ impl Eye<'_> {
         }
     }
 
-    /// Whether a recovery to `wanted` stops before a record of this time. An exclusive one also leaves out the exact
-    /// time.
+    /// Whether a recovery to `wanted` stops before a record of this time. An exclusive one also leaves out the exact time.
     const fn is_behind(&self, time: i64, wanted: i64) -> bool {
         time > wanted || (time == wanted && !self.inclusive)
     }
@@ -263,9 +262,9 @@ pub async fn look(
         _ if last == end => end,
         _ => end.min(last.advance(RECORD)),
     };
-    let mut eye = Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
-    let broken = wal.scan(plan.backup.start_lsn, to, &mut |found| eye.see(found)).await?;
-    eye.done(broken)
+    let mut walk = Walk { recovery, inclusive, last, way: Way::default(), end: None, late: None };
+    let broken = wal.scan(plan.backup.start_lsn, to, &mut |found| walk.see(found)).await?;
+    walk.done(broken)
 }
 
 #[cfg(test)]
@@ -288,9 +287,10 @@ mod tests {
     }
     fn way_to((recovery, inclusive): (&Recovery, bool), last: u64, all: &[Found]) -> Way {
         let last = Lsn::new(last);
-        let mut eye = Eye { recovery, inclusive, last, way: Way::default(), end: None, late: None };
-        let _ = all.iter().any(|found| eye.see(found.clone()));
-        eye.done(None).unwrap()
+        let mut walk =
+            Walk { recovery, inclusive, last, way: Way::default(), end: None, late: None };
+        let _ = all.iter().any(|found| walk.see(found.clone()));
+        walk.done(None).unwrap()
     }
 
     #[test]
@@ -308,8 +308,7 @@ mod tests {
         assert_eq!(oids(Recovery::End, 1000), [1, 2, 3]);
     }
 
-    /// Observed with PostgreSQL: it replayed CREATE TABLESPACE although the target lay behind the start of the record
-    /// before.
+    /// Observed with PostgreSQL: it replayed CREATE TABLESPACE although the target lay behind the start of the record before.
     #[test]
     fn an_inclusive_lsn_between_two_records_ends_after_the_next_one() {
         let all = [made(10, 1), made(20, 2), made(30, 3)];
@@ -374,7 +373,7 @@ mod tests {
     #[test]
     fn a_break_on_the_way_is_refused_and_one_behind_it_is_not() {
         let of = |at: u64, recovery: &Recovery, last: u64, all: &[Found]| {
-            let mut eye = Eye {
+            let mut walk = Walk {
                 recovery,
                 inclusive: true,
                 last: Lsn::new(last),
@@ -382,8 +381,8 @@ mod tests {
                 end: None,
                 late: None,
             };
-            let _ = all.iter().any(|found| eye.see(found.clone()));
-            eye.done(Some(Break { at: Lsn::new(at), why: "zeros", to: Lsn::new(999) })).is_ok()
+            let _ = all.iter().any(|found| walk.see(found.clone()));
+            walk.done(Some(Break { at: Lsn::new(at), why: "zeros", to: Lsn::new(999) })).is_ok()
         };
         assert!(!of(500, &Recovery::End, 1000, &[]));
         assert!(!of(500, &Recovery::Lsn(Lsn::new(500)), 500, &[]));

@@ -87,8 +87,7 @@ mod tests {
         text.split_whitespace().map(Into::into).collect()
     }
 
-    /// The same command line must mean the same on both paths, or the agent would be taken for one with other
-    /// settings.
+    /// The same command line must mean the same on both paths, or the agent would be taken for one with other settings.
     #[test]
     fn what_is_read_by_hand_is_what_clap_reads() {
         for line in [

@@ -47,8 +47,7 @@ pub fn readable(
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         Error::new(Failure::Config, format!("read configuration: {}", error.message()))
     })?;
-    // Settings from the environment or from options still reach `wal-fetch` that way; only the paths have to be
-    // replaced.
+    // Settings from the environment or from options still reach `wal-fetch` that way; only the paths have to be replaced.
     let mut set = |section: &str, name: &str, path: &Path| -> Result<(), Error> {
         let copy = hands.copy(&format!("{section}-{name}"), path)?;
         let entry = table.entry(section).or_insert_with(|| Value::Table(Table::new()));

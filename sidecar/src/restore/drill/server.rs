@@ -135,7 +135,7 @@ impl<'a> Server<'a> {
     }
 
     /// The last log lines of these kinds, without the errors of connections that came too early or too late.
-    fn last_words(&self, kinds: &[&str]) -> String {
+    fn last_log_lines(&self, kinds: &[&str]) -> String {
         let log = self.log();
         let bad = log.lines().filter(|line| {
             kinds.iter().any(|word| line.contains(word))
@@ -152,7 +152,7 @@ impl<'a> Server<'a> {
     pub async fn recovered(&mut self, replayed: impl Fn(Lsn)) -> Result<(), Error> {
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
-                let words = self.last_words(&ENDS);
+                let words = self.last_log_lines(&ENDS);
                 return Err(problem(format!("PostgreSQL ended in recovery ({status}): {words}")));
             }
             let log = self.log();
@@ -161,7 +161,7 @@ impl<'a> Server<'a> {
                 match self.standing().await {
                     Ok(Standing::Over) => return Ok(()),
                     Ok(Standing::Paused(at)) => {
-                        let words = self.last_words(&PAUSES);
+                        let words = self.last_log_lines(&PAUSES);
                         return Err(problem(format!(
                             "PostgreSQL paused recovery at {at}: {words}"
                         )));
@@ -255,7 +255,7 @@ impl<'a> Server<'a> {
             Ok(Ok(status)) => {
                 vec![format!(
                     "PostgreSQL failed while it stopped ({status}): {}",
-                    self.last_words(&ENDS)
+                    self.last_log_lines(&ENDS)
                 )]
             }
             Ok(Err(error)) => vec![format!("wait for PostgreSQL to stop: {error}")],
@@ -266,8 +266,7 @@ impl<'a> Server<'a> {
 
 impl Drop for Server<'_> {
     fn drop(&mut self) {
-        // The server processes would notice the postmaster's death by themselves; killing the process group is
-        // faster.
+        // The server processes would notice the postmaster's death by themselves; killing the process group is faster.
         let pid = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process_group(pid, Signal::KILL);
