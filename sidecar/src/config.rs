@@ -399,8 +399,10 @@ impl Config {
             return Err(Error::new(Failure::Config, format!("read setting cluster: {NOT_SET}"))
                 .hint("set cluster in klio.toml, KLIO_CLUSTER or --cluster"));
         }
+        // A restore_command has the number in the name, and means it whatever `generation` is set to by now.
         let numbered = match self.generation.as_str() {
             "" => text.to_owned(),
+            _ if text.contains('@') => text.to_owned(),
             number => format!("{text}@{number}"),
         };
         ClusterName::parse_generation(&numbered).map_err(|error| {

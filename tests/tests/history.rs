@@ -5,9 +5,12 @@ use klio_tests::{
     client, install_crypto,
     postgres::{Postgres, Stop, install},
     programs,
+    proof::{Restored, Restorer, Source},
     s3::S3,
+    scratch::Scratch,
     site::{PATIENCE, Site},
     wait::eventually,
+    workload::Target,
 };
 use serde_json::Value;
 use std::{
@@ -167,9 +170,23 @@ async fn a_primary_that_was_set_back_is_received_apart_and_a_person_decides() {
     assert!(stream.is_running(), "{}", stream.log());
     let outcome = site.klio(None, &["status"]).await;
     assert_eq!(outcome.code, Some(0), "{}", outcome.stdout);
-    // The older one is still there.
+    // The older one is still there, and a restore of it, from wherever, has its rows and no others.
     let listed = site.klio(None, &["list", "--generation", "1"]).await;
     assert!(listed.stdout.contains("b1"), "{}", listed.stdout);
+    for (source, generation, expected) in [
+        (Source::Bucket, 1, "lost"),
+        (Source::Server, 1, "lost"),
+        (Source::Bucket, 2, "after"),
+        (Source::Server, 2, "after"),
+    ] {
+        let scratch = Scratch::new("older");
+        let restorer = Restorer::new(&site, &s3, source, &scratch).generation(generation);
+        let files = restorer.files(&Target::Latest, None, &[]).await;
+        let mut restored = Restored::recover(files, false).await;
+        let found = restored.pg.value("select string_agg(distinct who, ' ') from t").await;
+        assert_eq!(found, expected, "generation {generation} from {source:?}");
+        restored.stop().await;
+    }
 }
 
 /// A supervisor starts klio stream again and again, and PostgreSQL writes past the point meanwhile.

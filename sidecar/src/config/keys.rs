@@ -43,7 +43,11 @@ const fn flag(path: &'static str, default: &'static str, doc: &'static str) -> K
 /// All settings.
 pub const KEYS: &[Key] = &[
     text("cluster", "", "name of this PostgreSQL cluster on the server"),
-    text("generation", "", "history of the cluster to read, by its number; empty: the current one"),
+    text(
+        "generation",
+        "",
+        "history of the cluster to read, by its number; empty: the current one; not used where the cluster's name has a number (NAME@2)",
+    ),
     text("server.address", "", "https://host:port of klio-server"),
     text(
         "server.ca",

@@ -29,6 +29,18 @@ fn a_bundle_s_file_is_enough() {
     assert_eq!(config.postgres.slot, "klio");
 }
 
+/// The name in a restore_command has the number of its generation, and the file may have one as well (P11).
+#[test]
+fn a_number_in_the_cluster_s_name_holds_whatever_the_generation_is_set_to() {
+    let file = "cluster = \"pg-1\"\ngeneration = \"3\"";
+    let cluster = |flags: &[(&str, String)]| {
+        Config::from_layers(Some(file), &[], flags).unwrap().cluster().unwrap()
+    };
+    assert_eq!(cluster(&[]).as_str(), "pg-1@3");
+    assert_eq!(cluster(&[("generation", "2".into())]).as_str(), "pg-1@2");
+    assert_eq!(cluster(&[("cluster", "pg-1@2".into())]).as_str(), "pg-1@2");
+}
+
 #[test]
 fn unknown_settings_are_refused_by_name() {
     for text in ["colour = 1", "[server]\nadress = \"x\"", "[nonsense]\nx = 1"] {

@@ -118,11 +118,17 @@ enum Place {
 
 pub struct Source {
     cluster: ClusterName,
-    /// The name to pass to wal-fetch; `None` if it is `cluster`.
-    told: Option<ClusterName>,
+    /// The name by which wal-fetch asks for the same generation.
+    told: ClusterName,
     place: Place,
     wal: Arc<dyn WalSource>,
     stop: CancellationToken,
+}
+
+/// The name of a generation that no later decision gives another meaning.
+fn numbered(cluster: &ClusterName, number: u32) -> Result<ClusterName, Error> {
+    ClusterName::parse_generation(&format!("{}@{number}", cluster.base()))
+        .map_err(|error| Error::new(Failure::Config, error))
 }
 
 /// Protects the WAL of a backup from the server's retention until it is dropped.
@@ -145,43 +151,43 @@ impl Source {
         };
         let cluster = config.cluster()?;
         let wal = wal_source::open_as(config, cluster.clone(), false)?;
-        Ok(Self { cluster, told: None, place, wal, stop: stop.clone() })
+        Ok(Self { told: cluster.clone(), cluster, place, wal, stop: stop.clone() })
     }
 
     /// Resolves the cluster's name to the generation that is current now, and stays with it: a decision that somebody
-    /// makes during the restore must not switch it to another history (P11).
+    /// makes during the restore or the recovery must not switch it to another history (P11). WAL is therefore asked for
+    /// by the generation's number, and also the first generation, whose directory has the plain name.
     ///
     /// # Errors
     /// The server or the bucket cannot be read.
     pub async fn settle(mut self, config: &Config) -> Result<Self, Error> {
-        let place = match &self.place {
+        match &self.place {
             Place::Bucket(bucket) => {
                 let place = bucket.resolve(&self.cluster).await?;
-                let first = place == self.cluster.base();
-                // For the first generation, `place` is the plain name.
-                self.told = (!first || self.cluster.number().is_some()).then(|| place.clone());
-                place
+                self.told = numbered(&place, place.number().unwrap_or(1))?;
+                self.cluster = place;
             }
-            Place::Server(_, link) if self.cluster.number().is_none() => {
-                match self.current(link).await? {
-                    Some(place) => place,
-                    None => return Ok(self),
-                }
+            Place::Server(_, link) => {
+                let number = match self.cluster.number() {
+                    Some(number) => Some(number),
+                    None => self.current(link).await?,
+                };
+                let Some(number) = number else { return Ok(self) };
+                self.told = numbered(&self.cluster, number)?;
+                self.cluster = self.told.clone();
             }
-            Place::Server(..) => return Ok(self),
-        };
-        self.cluster = place;
-        self.wal = wal_source::open_as(config, self.cluster.clone(), false)?;
+        }
+        self.wal = wal_source::open_as(config, self.told.clone(), false)?;
         Ok(self)
     }
 
-    /// The cluster's name to pass to wal-fetch.
+    /// The cluster's name to pass to wal-fetch: with the number of its generation, unless the server knows no generations.
     pub fn told(&self) -> &ClusterName {
-        self.told.as_ref().unwrap_or(&self.cluster)
+        &self.told
     }
 
-    /// The current generation; `None` if there is only one, or the server is too old to know generations.
-    async fn current(&self, link: &ServerLink) -> Result<Option<ClusterName>, Error> {
+    /// The current generation; `None` if the server is too old to know generations, or does not know the cluster.
+    async fn current(&self, link: &ServerLink) -> Result<Option<u32>, Error> {
         let request = v1::ListGenerationsRequest { cluster: self.cluster.to_string() };
         let answer = link.connect().await?.catalog().list_generations(request).await;
         let found = match answer {
@@ -189,12 +195,7 @@ impl Source {
             Err(status) if status.code() == tonic::Code::Unimplemented => return Ok(None),
             Err(status) => return Err(Error::from_status("ask for generations", &status)),
         };
-        let current = found.iter().find(|g| g.state == "current").filter(|_| found.len() > 1);
-        let name = |g: &v1::Generation| {
-            ClusterName::parse_generation(&format!("{}@{}", self.cluster, g.number))
-                .map_err(|e| Error::new(Failure::Config, e))
-        };
-        current.map(name).transpose()
+        Ok(found.iter().find(|g| g.state == "current").map(|g| g.number))
     }
 
     /// The server's address or the bucket's URL, as text for the user.

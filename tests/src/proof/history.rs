@@ -179,10 +179,12 @@ impl Older {
     pub async fn require(&self, rig: &mut Rig, rng: &mut StdRng) -> Option<String> {
         let targets = super::targets(&self.oracle, self.first, self.end, true, rng);
         let (target, _) = targets.get(rng.random_range(0..targets.len().max(1)))?.clone();
-        let what = format!("{target:?} generation {}", self.generation).replace("Target::", "");
+        let source = if rng.random_bool(0.5) { Source::Server } else { Source::Bucket };
+        let what = format!("{target:?} {source:?} generation {}", self.generation);
+        let what = what.replace("Target::", "");
         eprintln!("  restore {what}");
         rig.clear_places();
-        let restorer = Restorer::new(&rig.site, &rig.s3, Source::Server, rig.hands());
+        let restorer = Restorer::new(&rig.site, &rig.s3, source, rig.hands());
         let restorer = restorer.generation(self.generation);
         let pg = restorer.files(&target, None, &[]).await;
         let mut restored = Restored::recover(pg, rig.checksums()).await;

@@ -16,7 +16,7 @@ mod stock;
 
 pub use moves::{Move, Moves};
 pub use plan::{Finding, Plan};
-pub use restore::{Map, Restorer, Source, verify};
+pub use restore::{Map, Restored, Restorer, Source, verify};
 pub use rig::{Mapping, Rig};
 
 use history::{Decision, Kept, Older};

@@ -15,8 +15,9 @@ use std::{
 };
 
 /// Settings that may come from options, and these options.
-const FLAGS: [(&str, &str); 4] = [
+const FLAGS: [(&str, &str); 5] = [
     ("cluster", "--cluster"),
+    ("generation", "--generation"),
     ("server.address", "--server"),
     ("restore.from", "--from"),
     ("restore.identity", "--identity"),
@@ -77,5 +78,28 @@ impl Resident {
             }
             client::start(spool, arguments)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::super::args::Cli, *};
+    use clap::Parser;
+
+    /// An agent that was started without one of them would give another history's WAL (P11), or WAL from another place.
+    #[test]
+    fn every_option_that_says_where_wal_comes_from_reaches_the_agent() {
+        let line = "klio --cluster c --generation 2 --server https://x wal-fetch --from s3://b --identity i \
+                    000000010000000000000001 pg_wal/RECOVERYXLOG";
+        let flags = Cli::try_parse_from(line.split_whitespace()).unwrap().flags();
+        assert_eq!(flags.len(), FLAGS.len());
+        let config = Config::load(None, &flags).unwrap();
+        let path = Path::new("pg_wal/RECOVERYXLOG");
+        let resident = Resident::of(&config, None, &flags, path).unwrap();
+        for (setting, value) in &flags {
+            let (_, flag) = FLAGS.iter().find(|(name, _)| name == setting).unwrap();
+            let at = resident.arguments.iter().position(|word| word == flag).unwrap();
+            assert_eq!(resident.arguments[at + 1], value.as_str(), "{flag}");
+        }
     }
 }
