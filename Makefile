@@ -38,7 +38,7 @@ build: build-tools
 # The end-to-end tests start the programs of target/debug, which `cargo test` alone would not always build. One failure does not
 # hide another: every test program runs. Seeds are fixed in .cargo/config.toml, so the same commit makes the same choices.
 test: test-tools build
-	$(CARGO) test --workspace --no-fail-fast
+	@CARGO="$(CARGO)" deploy/tools/test.sh
 
 # cargo deny's advisory check is left out: its database is a git repository that an offline machine cannot fetch.
 lint: lint-tools
@@ -55,7 +55,7 @@ bench:
 
 # Debug programs: their assertions look harder. KLIO_BIN_DIR names others.
 soak: test-tools build
-	KLIO_TEST_SEED=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} $(CARGO) test -p klio-tests --test crash --test maintenance -- kill
+	KLIO_TEST_SEED=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} $(CARGO) test -p klio-tests --test klio -- kill
 	$(CARGO) run --quiet -p klio-tests --bin klio-soak -- $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(MOVES),--moves "$(MOVES)") $(if $(LEG),--leg "$(LEG)") $(SOAK_ARGS)
 
 # What parses bytes of others, with any bytes: `make test` does it with a few hundred cases and a fixed seed.

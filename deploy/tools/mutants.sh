@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Do the tests notice when the program is wrong? Changes one thing at a time in a copy of the tree and runs the tests that should notice.
 #
-#   mutants.sh syncs           each call that makes something durable is left out in turn; tests/tests/syscalls.rs must fail
+#   mutants.sh syncs           each call that makes something durable is left out in turn; tests/tests/klio/faults/syscalls.rs must fail
 #   mutants.sh units [FILE...] cargo-mutants on the files below where promises P1 to P13 rest on them (or on these of them); each with
 #                              the unit tests of its own module; SHARD=K/N in the environment: every N-th mutant only, beginning with K
 #
@@ -14,7 +14,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 OUT="$ROOT/target/mutants"
 TREE="$OUT/tree"
 
-# name|file|what is there|what is put there|test of tests/tests/syscalls.rs
+# name|file|what is there|what is put there|test of tests/tests/klio/faults/syscalls.rs
 SYNCS='
 journal|storage/src/disk/real.rs|self.0.sync_data()|Ok(())|a_commit_returns_after_the_journal_was_synced
 file|storage/src/disk/real.rs|self.0.sync_all()|Ok(())|every_name_in_both_tiers_is_durable
@@ -100,10 +100,10 @@ syncs() {
         copy_tree
         change "$TREE/$file" "$old" "$new"
         (cd "$TREE" && cargo build --workspace --bins --quiet &&
-            cargo test -p klio-tests --test syscalls --no-run --quiet)
-        if (cd "$TREE" && cargo test -p klio-tests --test syscalls "$test" >"$OUT/$name.log" 2>&1); then
+            cargo test -p klio-tests --test klio --no-run --quiet)
+        if (cd "$TREE" && cargo test -p klio-tests --test klio "$test" >"$OUT/$name.log" 2>&1); then
             echo "$name SURVIVED" >>"$results"
-        elif grep -q "^test $test .*FAILED" "$OUT/$name.log"; then
+        elif grep -q "^test .*::$test .*FAILED" "$OUT/$name.log"; then
             echo "$name noticed" >>"$results"
         else
             say "error: $name: the test did not run; see $OUT/$name.log"

@@ -1,10 +1,9 @@
 //! Checksums of data pages.
 //!
-//! The algorithm of PostgreSQL's `src/include/storage/checksum_impl.h`: 32 parallel FNV-1a sums over a
-//! page's 32-bit words, then two rounds of zeros; all sums are xored with each other and the block number,
-//! and folded to 1..=65535. The checksum field itself counts as zero. The inner loop runs over 32
-//! independent lanes, which the compiler turns into vector instructions; the example `checksum_speed`
-//! measures the effect.
+//! The algorithm of PostgreSQL's `src/include/storage/checksum_impl.h`, a variant of FNV-1a: 32 parallel sums run over
+//! a page's 32-bit words and then over two rounds of zeros. All sums and the block number are combined by XOR, and the
+//! result is reduced modulo 65535, plus one. The checksum field itself counts as zero. The sums are independent of
+//! each other, so the compiler uses vector instructions; the example `checksum_speed` measures the effect.
 //!
 //! A page's header (`storage/bufpage.h`): LSN as two 32-bit halves at 0, checksum at 8, flags at 10, lower
 //! at 12, upper at 14. Integers are little-endian, as on every machine that Klio runs on.

@@ -95,6 +95,21 @@ impl Source {
         cluster: &ClusterName,
         file: WalFile,
     ) -> Result<Located, Status> {
+        if let Some(found) = self.look(cluster, file).await? {
+            return Ok(found);
+        }
+        let absent = Code::NotFound.status(format!("cluster {cluster} has no {file}"));
+        let why = self.why_absent(cluster, file, absent).await;
+        if Code::of(&why) == Code::NotFound {
+            return Err(why);
+        }
+        // The tiers are asked one after the other, and WAL arrives meanwhile: what has arrived since then would be taken
+        // for lost. Only what is missing at a second look is lost.
+        self.look(cluster, file).await?.ok_or(why)
+    }
+
+    /// Asks tier 1, then tier 2; `None` if neither has the file.
+    async fn look(&self, cluster: &ClusterName, file: WalFile) -> Result<Option<Located>, Status> {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;
@@ -102,7 +117,7 @@ impl Source {
             Ok(found) => {
                 let here = Located::Tier1 { found, segment_size: self.segment_size(cluster) };
                 let whole = self.whole_in_tier2(cluster, file, here.beginning()).await;
-                return Ok(whole.unwrap_or(here));
+                return Ok(Some(whole.unwrap_or(here)));
             }
             Err(error) if error.kind == Kind::NotFound => None,
             // The copy is damaged or unreadable; the other tier may have a good one.
@@ -117,10 +132,8 @@ impl Source {
         match (self.find_in_tier2(cluster, file).await, trouble) {
             // Tier 1 has the file and cannot read it, so it is not absent, whatever tier 2 says (P7).
             (Err(absent), Some(trouble)) if Code::of(&absent) == Code::NotFound => Err(trouble),
-            (Err(absent), None) if Code::of(&absent) == Code::NotFound => {
-                Err(self.why_absent(cluster, file, absent).await)
-            }
-            (answer, _) => answer,
+            (Err(absent), None) if Code::of(&absent) == Code::NotFound => Ok(None),
+            (answer, _) => answer.map(Some),
         }
     }
 
@@ -371,6 +384,7 @@ fn no_keys(at_rest: &AtRest, key: &str) -> Error {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::consumer::tests::s3::S3;
     use klio_storage::{
         disk::RealDisk,
         testing::SimulatedWal,
@@ -504,5 +518,33 @@ pub(crate) mod tests {
         std::fs::write(directory.join(format!("{}.zst", file(7))), "x").unwrap();
         assert_eq!(code(5).await, Code::Unavailable);
         assert_eq!(code(8).await, Code::NotFound);
+    }
+
+    /// A replay that has caught up asks for WAL which arrives while the bucket is still being asked.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn wal_that_arrives_while_the_tiers_are_asked_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, cluster, _) = held(dir.path(), Lsn::new(1 << 20), Lsn::new(2 << 20));
+        let s3 = S3::start().await;
+        let (wal, timeline) = (SimulatedWal::small(7), TimelineId::new(1).unwrap());
+        let (writing, name) = (store.clone(), cluster.clone());
+        let mut arrived = false;
+        s3.on_request(move |_| {
+            if !std::mem::replace(&mut arrived, true) {
+                let (start, end) = (Lsn::new(2 << 20), Lsn::new((3 << 20) + 8192));
+                let request =
+                    OpenRequest { timeline, start, gap: None, now_unix: 0.0, slot_restart: None };
+                let mut writer = writing.open_writer(&name, &request).unwrap();
+                let root = klio_pg::TimelineHistory::root(timeline);
+                writer.append(start, &wal.bytes(&root, start, end)).unwrap();
+                writer.flush().unwrap();
+            }
+            None
+        });
+        let tier2 = Some(crate::consumer::tests::tier2(&s3));
+        let source = Source { store, tier2, readers: Readers::default() };
+        let file: WalFile = "000000010000000000000002".parse().unwrap();
+        let found = source.find(&cluster, file).await;
+        assert!(matches!(found, Ok(Located::Tier1 { .. })), "{:?}", found.err());
     }
 }

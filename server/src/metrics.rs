@@ -92,7 +92,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a WAL file of this many bytes that was written to tier 1.
+    /// Counts a WAL file that was written to tier 1, and its size in bytes.
     pub fn written(&self, cluster: &ClusterName, bytes: u64) {
         self.tallies.add(cluster, "klio.wal.written_size", "", bytes);
         self.tallies.add(cluster, "klio.wal.written", "", 1);

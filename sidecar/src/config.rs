@@ -399,7 +399,8 @@ impl Config {
             return Err(Error::new(Failure::Config, format!("read setting cluster: {NOT_SET}"))
                 .hint("set cluster in klio.toml, KLIO_CLUSTER or --cluster"));
         }
-        // A restore_command has the number in the name, and means it whatever `generation` is set to by now.
+        // A restore_command names the cluster with its generation (`main@2`). That number wins over `generation`, which
+        // may have been changed since.
         let numbered = match self.generation.as_str() {
             "" => text.to_owned(),
             _ if text.contains('@') => text.to_owned(),

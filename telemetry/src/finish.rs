@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 /// How the shutdown of a signal ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Everything was passed to the exporter, whatever the exporter did with it.
+    /// Everything was passed to the exporter. Whether the exporter delivered it is not known here.
     Flushed,
     /// The exporter, or the flush itself, ended with an error.
     Failed,

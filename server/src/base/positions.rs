@@ -150,7 +150,7 @@ impl BaseStore {
             }
             let url = self.tier2().map_or("", |tier2| tier2.url());
             Code::Unavailable.status(format!(
-                "open cluster {cluster}: tier 2 ({url}) has to be asked how far its WAL reaches, and did not answer"
+                "open cluster {cluster}: tier 2 ({url}) does not say how far its WAL reaches: no answer"
             ))
         })?;
         // WAL that no recovery can replay is stored all the same; only bytes count here.
@@ -158,7 +158,7 @@ impl BaseStore {
     }
 }
 
-/// The reason of a gap that was declared behind what a lost tier 1 left in tier 2.
+/// The reason for a gap between the end of the WAL in tier 2 and the place where the stream went on, after tier 1 was lost.
 pub fn lost_with_tier1(reason: &str) -> String {
     format!("lost with the tier 1 before this one, as far as it was acknowledged: {reason}")
 }

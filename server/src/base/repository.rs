@@ -158,7 +158,7 @@ impl BaseStore {
         let (secret, settings, name) = (secret.clone(), self.0.parts.settings, cluster.clone());
         let base = self.clone();
         run(move || {
-            // Every file in a repository that begins here is checked when it arrives.
+            // This server opens and checks every file that arrives, so of a repository that it creates every pack was opened once.
             let new = files.list(BaseKind::Config)?.is_empty();
             let known = Coverage { opened_from_the_start: true, ..Coverage::default() };
             if new {

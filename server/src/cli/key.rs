@@ -54,7 +54,7 @@ pub struct ShowArgs {
     /// Check the bucket too, with one small request for each encrypted object
     #[arg(long)]
     pub tier2: bool,
-    /// List every file
+    /// List every file that each recipient can decrypt, not only their number
     #[arg(long)]
     pub files: bool,
 }

@@ -112,7 +112,7 @@ pub async fn caught(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::R
     ended.unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")))
 }
 
-/// Turns a signal into an error, for verbs that do not handle signals themselves.
+/// Turns a signal into an error, for subcommands that do not handle signals themselves.
 async fn interruptible(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;

@@ -113,7 +113,7 @@ impl Archives {
         self.appeared.notified().await;
     }
 
-    /// What is known about a cluster now.
+    /// The archive state of a cluster: what is in tier 2, and what failed last.
     pub fn state(&self, name: &ClusterName) -> ArchiveState {
         let (gaps, positions) = (self.files.gaps(name), self.files.positions(name));
         let cluster = self.cluster(name);

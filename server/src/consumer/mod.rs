@@ -17,7 +17,7 @@ mod worker;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use archives::Archives;
 pub use files::{StoredFile, Tier1Files};

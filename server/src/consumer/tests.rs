@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 mod changing;
 #[path = "../../../storage/src/tier2/tests/s3.rs"]
-mod s3;
+pub(crate) mod s3;
 use s3::{BUCKET, Fault, S3};
 
 const SEGMENT: u64 = 1 << 20;
@@ -120,7 +120,7 @@ struct Test {
     tasks: JoinSet<()>,
 }
 
-fn tier2(s3: &S3) -> Tier2 {
+pub(crate) fn tier2(s3: &S3) -> Tier2 {
     let mut config = Tier2Config::new(format!("s3://{BUCKET}"));
     let (id, secret) = s3.credentials();
     config.endpoint = Some(s3.endpoint.clone());

@@ -194,7 +194,7 @@ async fn connect(options: ConnectOptions, url: &str, lost: Arc<Notify>) -> Resul
             async move {
                 match event {
                     Event::Disconnected | Event::Closed => lost.notify_one(),
-                    other => tracing::debug!(event = %other, "queue connection"),
+                    other => tracing::debug!(event = %other, "the state of the connection to the queue changed"),
                 }
             }
         },

@@ -22,7 +22,7 @@ use tonic::Status;
 /// The outcome for a claim.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Settled {
-    /// The claim is received and not followed.
+    /// The WAL of the claiming timeline is received, but the timeline stays undecided and is not followed.
     pub(super) aside: bool,
     /// Sessions that did not prove that they write, and have to end.
     pub(super) displaced: Vec<u64>,

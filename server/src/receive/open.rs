@@ -159,7 +159,7 @@ impl Bid<'_> {
         Ok(taken)
     }
 
-    /// Opens the writer. `takes` says that tier 2 was found to hold more.
+    /// Opens the writer. `takes` says whether tier 2 holds more of this timeline than tier 1.
     async fn begin(&self, takes: bool) -> Result<Writer, Status> {
         let taken_over = takes && self.take_over().await?;
         match self.open_writer(taken_over).await {

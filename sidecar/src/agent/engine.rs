@@ -29,7 +29,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 /// Bounds (AGENT4).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Bytes of everything that is prefetched.
+    /// Most bytes that prefetched files may take on disk, finished or not.
     pub bytes_max: u64,
     /// How many fetches ahead run at a time. A fetch waits for the network and then for a core. More than this did
     /// not make S3 on loopback faster, and each fetch takes some MiB of memory.

@@ -67,7 +67,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.backup.maintenance_failures",
         Counter,
         "",
-        "maintenance runs after a backup that failed",
+        "failed maintenance runs after a backup",
     ),
 ];
 

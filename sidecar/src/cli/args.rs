@@ -30,13 +30,13 @@ pub struct Global {
     /// Configuration file [default: $KLIO_CONFIG, ./klio.toml, ~/.config/klio/klio.toml, /etc/klio/klio.toml]
     #[arg(long, short, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Name of the PostgreSQL cluster on the server
+    /// Name under which klio-server stores this PostgreSQL cluster
     #[arg(long, global = true, value_name = "NAME")]
     pub cluster: Option<String>,
-    /// History of the cluster, by its number in `klio generation list` [default: the current one]
+    /// Generation (history) of the cluster, by its number in `klio generation list` [default: the current one]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub generation: Option<u32>,
-    /// Address of klio-server
+    /// URL of klio-server, such as https://backup.example:7423
     #[arg(long, global = true, value_name = "URL")]
     pub server: Option<String>,
     /// Log debug messages, with trace ids
@@ -121,7 +121,7 @@ pub enum Table {
 /// `klio stream`
 #[derive(Debug, Args)]
 pub struct StreamArgs {
-    /// libpq connection string of PostgreSQL
+    /// libpq connection string for PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
     /// Name of the replication slot
@@ -153,7 +153,7 @@ pub struct BackupArgs {
     /// Read every file, including those unchanged since the newest backup
     #[arg(long)]
     pub full_read: bool,
-    /// libpq connection string of PostgreSQL
+    /// libpq connection string for PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
     /// Print JSON
@@ -167,7 +167,7 @@ pub struct BackupArgs {
 /// `klio check`
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// libpq connection string of PostgreSQL
+    /// libpq connection string for PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
     /// Name of the replication slot
@@ -291,7 +291,7 @@ pub struct TargetArgs {
     /// Recover to the end of the stored WAL (the default)
     #[arg(long)]
     pub latest: bool,
-    /// Recover to a time of PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
+    /// Recover to this time by the original PostgreSQL's clock, such as '2026-11-21 14:03:00+01'
     #[arg(long, value_name = "TIME")]
     pub target_time: Option<String>,
     /// Recover to a position in WAL
@@ -495,7 +495,7 @@ pub enum SlotCommand {
 /// Arguments of `klio slot show` and `drop`.
 #[derive(Debug, Args)]
 pub struct SlotArgs {
-    /// libpq connection string of PostgreSQL
+    /// libpq connection string for PostgreSQL
     #[arg(long, value_name = "DSN")]
     pub dsn: Option<String>,
     /// Name of the replication slot

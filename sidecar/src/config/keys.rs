@@ -46,7 +46,7 @@ pub const KEYS: &[Key] = &[
     text(
         "generation",
         "",
-        "history of the cluster to read, by its number; empty: the current one; not used where the cluster's name has a number (NAME@2)",
+        "generation (history) of the cluster to read, by its number; empty: the current one; not used where the cluster's name has a number (NAME@2)",
     ),
     text("server.address", "", "https://host:port of klio-server"),
     text(

@@ -28,7 +28,7 @@ pub(super) struct Login<'a> {
     pub end_point: Option<Vec<u8>>,
 }
 
-/// Sends `parameters` and authenticates until the server is ready for queries.
+/// Sends `parameters`, authenticates, and waits until the server is ready for queries.
 pub(super) async fn log_in(
     wire: &mut Wire,
     parameters: &[(&str, &str)],

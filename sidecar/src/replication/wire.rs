@@ -204,7 +204,7 @@ fn poll_fill(
 ) -> Poll<io::Result<usize>> {
     let mut total = ready!(poll_read_buf(Pin::new(&mut *transport), cx, input))?;
     while total > 0 && input.capacity() - input.len() >= READ_ROOM_BYTES {
-        // An end of file or an error after some bytes shows again at the next read.
+        // An end of file or an error that follows some bytes is ignored here: the next read reports it again.
         match poll_read_buf(Pin::new(&mut *transport), cx, input) {
             Poll::Ready(Ok(more)) if more > 0 => total += more,
             _ => break,

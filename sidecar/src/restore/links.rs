@@ -53,7 +53,7 @@ pub fn links(
                 to.display()
             );
             return Err(Error::new(Failure::Unreachable, message).hint(
-                "on the original, use a tablespace instead of the link and take a new backup; nothing was touched",
+                "use a tablespace instead of the link on the original PostgreSQL, then take a new backup; this restore has written nothing",
             ));
         }
         if is_directory(path, &dest) && !read.contains(&dest) {

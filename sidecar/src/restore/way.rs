@@ -35,7 +35,7 @@ pub struct Made {
     pub at: Lsn,
 }
 
-/// What replay meets on the way to the target.
+/// What replay will find in the WAL between the backup and the recovery target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Way {
     /// Tablespaces in the order of their records, without those inside the data directory.

@@ -60,7 +60,7 @@ pub(super) struct Place {
     pub(super) offset: u32,
     /// Length in the pack, encrypted.
     pub(super) length: u32,
-    /// Length before compression; 0 when it is not compressed.
+    /// Length of the blob before compression, in bytes; 0 if the blob is stored uncompressed.
     pub(super) raw: u32,
 }
 

@@ -315,7 +315,7 @@ impl State {
         journals.map(|journal| (journal.timeline, journal.start, journal.durable())).collect()
     }
 
-    /// Whether a journal that is not full will get no more WAL.
+    /// Whether this journal will get no more WAL although its segment is not full.
     pub(super) fn has_ended(&self, journal: &Unsealed) -> bool {
         let over = self.has_come_to_its_end(journal.timeline) && !self.has_lost_bytes(journal);
         over || self.went_on_behind(journal.timeline, journal.durable())

@@ -59,7 +59,7 @@ pub(crate) const FRAME_HEADER_MAX: usize = FIELDS_MAX + TAG;
 const SUM: usize = 4;
 /// Bytes of an AES-256-GCM tag.
 pub(crate) const TAG: usize = 16;
-/// The most WAL in one frame: bounds the memory of every reader.
+/// Most bytes of WAL in one frame, before compression. It limits the memory of every reader.
 pub(crate) const FRAME_RAW_MAX: usize = 1 << 20;
 /// The bytes that checksum and tag cover: without a flushed LSN, and with it.
 const FIELDS_FIRST: usize = 32;

@@ -1,5 +1,5 @@
 //! What the cluster's own certificate may try while life goes on (P13): every piece of it is refused, and the oracle knows nothing
-//! of it, because no backup of before or after may be harmed. `tests/tests/hostile.rs` has more of the kind against a quiet server.
+//! of it, because no backup of before or after may be harmed. `tests/tests/klio/backup/hostile.rs` has more of the kind against a quiet server.
 
 use crate::{base_client::Base, client, site::Site};
 use klio_proto::{Code, v1::FileKind};

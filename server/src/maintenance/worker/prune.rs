@@ -85,7 +85,7 @@ fn forget(
     }
     if let Some(needed) = job.recorded.iter().find(|id| forget.contains(id)) {
         bail!(
-            "forget snapshot {needed}: expected one without a record, found one that a backup has"
+            "forget snapshot {needed}: expected a snapshot that no backup record names, found one that a backup needs"
         );
     }
     let committed = recorded_now(ground).context("read the records again")?;

@@ -31,7 +31,7 @@ pub(super) fn around(range: &Range<Lsn>) -> Range<Lsn> {
 /// The stored bytes that are needed for the decision.
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
-    /// The end of the compared range: the last page was cut off there.
+    /// End of the compared range. Only the part of the last page before it was compared.
     end: u64,
     /// The differing pages by their start, with the digest of the other side.
     differing: BTreeMap<u64, Vec<u8>>,

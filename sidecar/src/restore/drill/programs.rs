@@ -102,7 +102,7 @@ impl Programs {
         on_path.chain(others.into_iter().rev()).find(|path| path.is_file())
     }
 
-    /// A command to run as the right user, without the environment variables that PostgreSQL's programs read.
+    /// A command that runs as the drill's user (`run_as`). The environment variables that PostgreSQL's programs read are removed.
     pub fn command(&self, program: &Path) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(program);
         for name in ["PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE", "PGOPTIONS", "PGDATA"]

@@ -2,11 +2,6 @@
 //! every temper, strictness, the way out. P9: telemetry never changes what a program does, how long it takes beyond the
 //! flush timeout, or its exit status.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test program; clippy's own exception covers test functions only"
-)]
-
 use klio_tests::{
     install_crypto,
     otlp::{Answer, Collector, LogRecord, Protocol, Receiver, Signal, Span, Tls},

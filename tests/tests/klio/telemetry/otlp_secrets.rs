@@ -3,11 +3,6 @@
 //!
 //! Random with fixed seeds: a failure names its seed and its text.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test program; clippy's own exception covers test functions only"
-)]
-
 use klio_telemetry::redact::{redact, redact_arguments};
 use klio_tests::{
     install_crypto,

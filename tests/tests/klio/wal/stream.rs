@@ -100,11 +100,11 @@ async fn a_synchronous_commit_waits_for_no_timer() {
     pg.wait_true("select count(*) > 0 from pg_stat_replication where sync_state = 'sync'").await;
     let session = pg.session().await;
     let begun = std::time::Instant::now();
-    for n in 0..40 {
+    for n in 0..100 {
         session.rows(&format!("insert into t values ({n})")).await.expect("commit");
     }
-    // With a 200 ms timer this takes 8 s at the least; without one well under one even in a debug build.
-    assert!(begun.elapsed().as_secs() < 8, "{:?} for 40 commits", begun.elapsed());
+    // With a 200 ms timer this takes 20 s at the least; without one it takes a second or two, also beside other tests.
+    assert!(begun.elapsed().as_secs() < 20, "{:?} for 100 commits", begun.elapsed());
     let end = pg.flush_lsn().await;
     site.wait_flushed(end).await;
 }

@@ -1,10 +1,7 @@
 //! What `--exclusive`, transaction ids with their epoch, and prepared transactions come to: PostgreSQL's own rows say it.
 
-#[path = "restore/rig.rs"]
-mod rig;
-
 use klio_tests::{postgres::Stop, proof::Source, site::Site};
-use rig::{Rig, UNREACHABLE, rows};
+use super::rig::{Rig, UNREACHABLE, rows};
 
 /// What was typed cannot be meant.
 const CONFIG: Option<i32> = Some(4);

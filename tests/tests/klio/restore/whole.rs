@@ -2,9 +2,6 @@
 //!
 //! Commands run as the user who runs PostgreSQL. How restored content compares with a recorded workload is `proof.rs`.
 
-#[path = "restore/rig.rs"]
-mod rig;
-
 use klio_tests::{
     mount::SmallDisk,
     postgres::{Postgres, Stop, install},
@@ -16,7 +13,7 @@ use klio_tests::{
     site::PATIENCE,
     wait::eventually,
 };
-use rig::{LOCAL, Rig, UNREACHABLE, recover, rows, state};
+use super::rig::{LOCAL, Rig, UNREACHABLE, recover, rows, state};
 use serde_json::Value;
 use std::{
     fs,

@@ -1,9 +1,6 @@
 //! `klio restore --standby`: from the archive to a standby that streams from its primary, stays one while nobody answers,
 //! follows a failover, and is promoted by a person only. All with real PostgreSQL.
 
-#[path = "restore/rig.rs"]
-mod rig;
-
 use klio_tests::{
     postgres::{Postgres, Stop},
     programs,
@@ -11,7 +8,7 @@ use klio_tests::{
     site::{PATIENCE, Site},
     wait::eventually,
 };
-use rig::{LOCAL, Rig, rows};
+use super::rig::{LOCAL, Rig, rows};
 use std::fs;
 
 const SECRET: &str = "s3cr3t-word";

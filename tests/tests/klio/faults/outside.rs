@@ -248,7 +248,7 @@ async fn another_postgres_under_the_same_name_is_refused() {
     install_crypto();
     let (first, second) = (small().await, Postgres::new().await);
     let mut site = Site::new().await;
-    // The default takes it as a generation of its own: tests/tests/history.rs.
+    // The default takes it as a generation of its own: tests/tests/klio/wal/history.rs.
     site.set("KLIO_WAL__ON_DIVERGENCE", "refuse");
     site.start().await;
     let mut stream = site.stream(&first);

@@ -322,6 +322,9 @@ async fn dropping_a_program_kills_its_children_also_after_kill9() {
     }
 }
 
+/// The name by which the test program knows the test below.
+const GUARDED: &str = "house::harness::guarded_program_for_the_test_of_the_guard";
+
 /// The guard must work when no destructor runs, so it is tried on a test program that is killed: this one, started again.
 #[tokio::test]
 async fn a_killed_test_program_leaves_nothing_behind() {
@@ -329,7 +332,7 @@ async fn a_killed_test_program_leaves_nothing_behind() {
     let marker = scratch.join("pid");
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", "guarded_program_for_the_test_of_the_guard", "--nocapture"])
+        .args(["--exact", GUARDED, "--nocapture"])
         .env("KLIO_TEST_GUARD", &marker)
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -1,8 +1,5 @@
 //! A restored copy whose tablespaces lie elsewhere takes the original's place: under its name, as one history (P11).
 
-#[path = "restore/rig.rs"]
-mod rig;
-
 use klio_pg::{Found, Landmark, Lsn, PAGE_BYTES, RecordWalker};
 use klio_tests::{
     postgres::{Stop, install},
@@ -10,7 +7,7 @@ use klio_tests::{
     site::PATIENCE,
     wait::eventually,
 };
-use rig::{Rig, rows};
+use super::rig::{Rig, rows};
 use serde_json::Value;
 use std::{fs, path::PathBuf};
 

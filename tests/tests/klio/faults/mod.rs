@@ -1,0 +1,7 @@
+//! Killed processes, full disks, lost networks, wrong clocks, and the system calls that make things durable.
+
+mod crash;
+mod full;
+mod outside;
+mod syscalls;
+mod workload;

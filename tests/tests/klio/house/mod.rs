@@ -1,0 +1,4 @@
+//! The rules of the house, and the harness itself.
+
+mod architecture;
+mod harness;

@@ -1,0 +1,3 @@
+//! Retention, verification and pruning.
+
+mod rules;
