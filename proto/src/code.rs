@@ -72,7 +72,7 @@ codes! {
     /// The cluster has reached one of its quotas; WAL is still received.
     Quota { name: "QUOTA", grpc: ResourceExhausted, retry: true, exit: 28, hint: "wait for other work of this cluster to finish, or raise [quota] on the server" }
     /// This timeline was retired by an operator.
-    RetiredTimeline { name: "RETIRED_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 26, hint: "klio timeline list shows who retired it and when; stop the klio stream of this PostgreSQL, or accept it after all with klio timeline follow" }
+    RetiredTimeline { name: "RETIRED_TIMELINE", grpc: FailedPrecondition, retry: false, exit: 26, hint: "klio timeline list shows who retired the timeline and when; stop the klio stream of this PostgreSQL, or accept the timeline after all with klio timeline follow" }
     /// An internal error.
     Internal { name: "INTERNAL", grpc: Internal, retry: true, exit: 70, hint: "this is a bug: please report it with the server's log" }
 }

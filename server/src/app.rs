@@ -88,10 +88,10 @@ pub struct Running {
     tier2: Option<Tier2>,
 }
 
-/// Starts everything; the server is receiving when this returns.
+/// Starts everything. The server accepts connections when this returns.
 ///
 /// # Errors
-/// A port, a certificate or tier 1 that cannot be used.
+/// A port, a certificate or tier 1 cannot be used.
 pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Running> {
     let listener = bind(config.listen.to_string(), "gRPC").await?;
     private::warn_of_readable_secrets(&config);

@@ -239,7 +239,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "retention.minimum_age",
         "7d",
-        "age before a backup can be deleted or can displace an older one, as 7d, 12h, 90s; 0: at once",
+        "a backup younger than this is not deleted and causes no older one to be deleted, such as 7d, 12h or 90s; 0: no minimum",
     ),
     (
         "retention.clusters",

@@ -180,7 +180,7 @@ impl Reading {
 #[derive(Default)]
 struct Fetches {
     steps: VecDeque<(Instant, Lsn)>,
-    /// The oldest segment of all steps, and since when it is the oldest.
+    /// The oldest segment of all steps, and when it became the oldest.
     oldest: Option<(Lsn, Instant)>,
 }
 

@@ -19,7 +19,9 @@ pub async fn put_aside(
         Ok(Err(error)) => {
             tracing::warn!(%cluster, %file, %error, "cannot set a damaged file aside");
         }
-        Err(error) => tracing::warn!(%cluster, %file, %error, "the check of a damaged file failed"),
+        Err(error) => {
+            tracing::warn!(%cluster, %file, %error, "the check of a damaged file did not complete")
+        }
     }
     false
 }

@@ -107,7 +107,7 @@ impl TlsFiles {
     /// Reads and checks the files.
     ///
     /// # Errors
-    /// The first file that is missing, not PEM, or does not fit the others.
+    /// Names the first file that is missing, is not PEM, or does not match the others.
     pub fn load(&self) -> Result<Loaded, TlsError> {
         let [cert, key, ca] = self.read()?;
         let fail =
@@ -160,7 +160,7 @@ fn out_of_time(certificate: &CertificateDer<'static>, now_unix: i64) -> Option<S
     let subject = parsed.subject();
     if now_unix > to.timestamp() {
         return Some(format!(
-            "the authority {subject} expired at {to}, but its clients are still accepted; hint: remove or renew it"
+            "the CA certificate {subject} expired at {to}, but clients with certificates from it are still accepted; hint: renew it, or remove it from the file of tls.client_ca"
         ));
     }
     (now_unix < from.timestamp()).then(|| {

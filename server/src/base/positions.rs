@@ -42,7 +42,7 @@ pub struct Line {
     pub missing_first: Option<Run>,
 }
 
-/// What is recorded before a stream continues behind tier 2.
+/// What is recorded before a stream continues after the end of the WAL in tier 2.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Takeover {
     /// The WAL that only tier 2 has, by timeline.

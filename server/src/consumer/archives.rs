@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 /// The most problems listed for one cluster; more would not help anybody.
 const PROBLEMS_SHOWN: usize = 10;
 
-/// The key of the queue's problem among those of files; no file has this name.
+/// Problems are stored by file name. The queue's own problem is stored under this key, which no file has as its name.
 const QUEUE: &str = "queue";
 /// If files wait and nothing was archived for this long, that is reported as a problem.
 const STALLED_SECONDS: f64 = 45.0;

@@ -235,7 +235,8 @@ impl Worker {
                 // Somebody may have removed the consumer; then no job would ever come.
                 consumer.get_info().await?;
                 if let Some(remedy) = tried.nothing_came(self.waits_for_jobs(), Instant::now()) {
-                    let why = "the queue has no jobs for files that wait".to_owned();
+                    let why = "files are waiting for upload, but the queue has no jobs for them"
+                        .to_owned();
                     self.repair_queue(connection, remedy, why).await;
                 }
             }

@@ -101,7 +101,7 @@ impl BaseService {
             }
             () = tokio::time::sleep(SILENCE_MAX) => {
                 let seconds = SILENCE_MAX.as_secs();
-                let expected = format!("store a file: expected a message within {seconds} s");
+                let expected = format!("store a file: expected a first message, found the end of the stream within {seconds} s");
                 Err(Code::Unavailable.status(expected))
             }
         }

@@ -150,8 +150,8 @@ async fn from_disk(found: Found, segment_size: u32, before_hole: bool, pieces: P
 fn broken(error: &Error) -> Status {
     match error.kind {
         Kind::NotFound => {
-            tracing::error!(%error, "a WAL file vanished while it was read");
-            Code::Unavailable.status("read WAL: the file vanished while it was read")
+            tracing::error!(%error, "a WAL file vanished while it was being read");
+            Code::Unavailable.status("read WAL: the file vanished while it was being read")
         }
         _ => errors::status(error),
     }

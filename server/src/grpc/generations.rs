@@ -141,7 +141,7 @@ impl Histories {
         let streams = |n: u32| of(n).is_some_and(|g| g.connected);
         let end = |n: u32| match streams(n) {
             true => {
-                format!("the stream into generation {n} ends now and is refused from then on")
+                format!("the stream into generation {n} ends now, and later streams are refused")
             }
             false => format!("nothing streams into generation {n} now; later streams are refused"),
         };

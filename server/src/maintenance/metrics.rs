@@ -25,7 +25,7 @@ struct Last {
     others: Vec<Damage>,
     drilled: Option<DrillOutcome>,
     maintained: Option<f64>,
-    /// The time since when all data was read.
+    /// Verifications have read all data since this time (Unix seconds).
     all_read_since: Option<f64>,
     /// Whether the clock cannot be believed.
     doubt: Option<bool>,

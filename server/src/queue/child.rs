@@ -1,9 +1,9 @@
 //! One run of the nats-server program: writes its configuration, starts it, finds its port, and stops it.
 //!
-//! CHILD1  it listens on loopback only, on a port that the kernel chose, with credentials of this run.
+//! CHILD1  it listens on loopback only, on a port that the kernel chose, with credentials made for this run.
 //! CHILD2  it dies with us: the kernel kills it when the thread that forked it ends (PR_SET_PDEATHSIG is tied to the
-//!     thread). So a thread that lives as long as the queue does the forking.
-//! CHILD3  a process that survived anyway (a debugger, another kernel) is found by its pid file and ended before the
+//!     thread). It is therefore forked by a thread that lives as long as the queue.
+//! CHILD3  a process that survived anyway (under a debugger, or where the kernel does not support the signal) is found by its pid file and ended before the
 //!     next one opens the same files.
 
 use super::Error;

@@ -36,7 +36,7 @@ pub(crate) struct Errand<'a> {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The file was moved to `path`.
+    /// The file was moved to the requested path.
     Placed,
     /// The file definitely does not exist (P7).
     Absent(String),

@@ -66,7 +66,7 @@ pub(super) fn prepare(spool: &Path) -> Result<(), Error> {
     if !found.is_dir() || !ours || found.mode() & 0o077 != 0 {
         let found = format!("owner {} and mode {:o}", found.uid(), found.mode() & 0o7777);
         let message = format!(
-            "use spool {}: expected our directory of mode 700, found {found}",
+            "use spool {}: expected a directory of this user with mode 700, found {found}",
             spool.display()
         );
         return Err(Error::new(Failure::Local, message));

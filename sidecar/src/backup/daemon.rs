@@ -168,7 +168,7 @@ impl<C: Fn() -> Timestamp> Loop<C> {
     async fn refresh(&mut self, planner: &mut Planner) {
         let before = self.place.clone();
         match self.newest().await {
-            Ok(newest) if self.place != before => {
+            Ok(newest) if take::place_of(&self.place) != take::place_of(&before) => {
                 planner.moved(newest.as_ref().and_then(begun), &mut self.rng);
             }
             Ok(newest) => planner.saw(newest.as_ref().and_then(begun), &mut self.rng),

@@ -21,6 +21,7 @@ use klio_pg::{BackupLabel, Lsn, TABLESPACE_MAP_FILE};
 use klio_proto::{Code, v1};
 use klio_storage::{
     catalog::{BackupRecord, PagesRecord, TablespaceRecord},
+    layout::ClusterName,
     record::Unknown,
     repository::{Adopted, Part, Repository, Secret, SnapshotId, SnapshotMeta, SnapshotSummary},
 };
@@ -245,7 +246,7 @@ impl Run<'_> {
             texts.push((TABLESPACE_MAP_FILE, stopped.tablespace_map.clone()));
         }
         let meta = SnapshotMeta {
-            cluster: self.backup.cluster.clone(),
+            cluster: place_of(&self.backup.cluster),
             backup: name.clone(),
             began: UNIX_EPOCH + Duration::from_secs_f64(self.begun_unix),
         };
@@ -326,7 +327,7 @@ impl Run<'_> {
             return Ok(());
         }
         let found = self.backup.history(Some(from)).await?;
-        if found == self.backup.cluster {
+        if place_of(&found) == place_of(&self.backup.cluster) {
             return Ok(());
         }
         let expected = &self.backup.cluster;
@@ -439,6 +440,11 @@ pub(super) async fn newest(
         Err(error) if error.failure == Failure::Code(Code::NotFound) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The directory of a generation: that of the first one has the plain name, also where it was named by its number.
+pub(super) fn place_of(cluster: &ClusterName) -> ClusterName {
+    cluster.generation(cluster.number().unwrap_or(1))
 }
 
 fn report(part: &Part) {

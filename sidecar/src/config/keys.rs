@@ -52,7 +52,7 @@ pub const KEYS: &[Key] = &[
     text(
         "server.ca",
         "ca.crt",
-        "CA certificate of the server, PEM; relative to the configuration file",
+        "PEM file with the authority that issued the server's certificate; a relative path starts at the configuration file's directory",
     ),
     text("server.cert", "client.crt", "client certificate, PEM; read again for each connection"),
     text("server.key", "client.key", "private key of the client certificate"),

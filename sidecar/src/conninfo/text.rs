@@ -9,7 +9,8 @@ use super::ConnInfoError;
 /// Keywords and values in their order; a later value replaces an earlier one.
 pub(super) type Pairs = Vec<(String, String)>;
 
-/// Splits either form. In a URI, error positions are those of its parts.
+/// Splits a connection string, which is a URI or a list of keywords and values. In a URI, the position of an error is where
+/// the faulty part begins.
 pub(super) fn tokenise(text: &str) -> Result<Pairs, ConnInfoError> {
     let trimmed = text.trim_start();
     match ["postgresql://", "postgres://"].iter().find_map(|p| trimmed.strip_prefix(p)) {

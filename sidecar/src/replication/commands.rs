@@ -117,7 +117,7 @@ impl Client {
     /// several statements the rows of all are returned together.
     ///
     /// # Errors
-    /// An error of the server, or a broken connection.
+    /// The server reported an error, or the connection broke.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Row>, Error> {
         self.run("run query", sql).await
     }

@@ -19,8 +19,8 @@ use std::{
     path::PathBuf,
 };
 
-/// How far WAL is read behind the record at which recovery ends. Later records are not replayed, and those that
-/// matter here are shorter than this.
+/// How many bytes of WAL are read from the start of the record at which recovery ends. That record must be read whole, and no
+/// record that matters here is longer. Later records are not replayed.
 const RECORD: u64 = 1 << 16;
 /// How far behind the end of a recovery to a time to look for transactions that ended before the target time.
 const LOOK_BEHIND: u64 = 256 << 20;

@@ -125,7 +125,7 @@ impl<P: Primary> Stream<'_, P> {
     }
 
     /// Finds the generation that PostgreSQL continues without changing anything. A backup uses it; its comparison
-    /// begins at `from`, where the backup began. `None` when the server has no generations or only one.
+    /// begins at `from`, where the backup began. `None` when the server knows no generations.
     pub async fn find(&self, from: Option<Lsn>) -> Result<Option<u32>, Error> {
         let mut postgres = self.primary.connect().await?;
         let identity = postgres.identify().await?;
@@ -138,17 +138,15 @@ impl<P: Primary> Stream<'_, P> {
         let mut ground =
             Ground { identity, history, slot_restart: from, histories, server, memory, beside };
         let (_, surveyed) = self.survey(postgres, &candidates, &mut ground).await?;
-        let only = candidates.len() == 1;
-        let number = |number: Option<u32>| number.filter(|_| !only);
         match surveyed.proven {
-            Some((candidate, _)) if candidate.is_open() => return Ok(number(candidate.number)),
+            Some((candidate, _)) if candidate.is_open() => return Ok(candidate.number),
             Some((candidate, _)) => return Err(closed(&candidate)),
             None => {}
         }
         let unproven = surveyed.unproven.map(|chosen| chosen.number);
         let fresh = surveyed.fresh.map(|candidate| candidate.number);
         match unproven.or(fresh).filter(|_| !several(&candidates)) {
-            Some(found) => Ok(number(found)),
+            Some(found) => Ok(found),
             None => Err(surveyed.refusal.unwrap_or_else(none_of_them)),
         }
     }
@@ -321,8 +319,9 @@ impl<P: Primary> Stream<'_, P> {
     }
 }
 
-/// The history of `cluster` that this PostgreSQL continues, for a backup of it: the cluster's name, with a generation
-/// number if there are several. The server remembers the comparison under `writer_id`.
+/// The history of `cluster` that this PostgreSQL continues, for a backup of it: the cluster's name with the number of its
+/// generation, the first one too, so that a generation that appears or is followed during the backup changes nothing
+/// (P11). Without a number if the server knows no generations. The server remembers the comparison under `writer_id`.
 ///
 /// # Errors
 /// `DIVERGED` when PostgreSQL continues none of the histories; errors of PostgreSQL and of the server.

@@ -82,7 +82,7 @@ impl Shape {
         let before_hole = header.before_hole;
         let shape = Self { content, compressed, plain, segment, before_hole };
         if plain.is_some_and(|plain| plain > shape.limit()) {
-            return Err(wrong("no more than a segment", format!("{header:?}")));
+            return Err(wrong("at most a segment", format!("{header:?}")));
         }
         Ok(shape)
     }

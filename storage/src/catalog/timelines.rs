@@ -147,7 +147,7 @@ pub struct Decision {
 /// Why a decision cannot be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecisionError {
-    /// There is no record and no WAL of it.
+    /// There is neither a record nor any WAL of this timeline.
     #[error("expected a timeline with WAL, found none of timeline {0:?}")]
     Unknown(TimelineId),
     /// It is followed already.

@@ -97,8 +97,9 @@ impl PackProof {
         let size = bytes.len() as u64;
         let read = |offset: u64, length: u64| {
             let end = offset.checked_add(length).filter(|end| *end <= size);
-            let end =
-                end.ok_or_else(|| self.repository.damaged(file, "shorter than its list says"))?;
+            let end = end.ok_or_else(|| {
+                self.repository.damaged(file, "shorter than its list of blobs says")
+            })?;
             Ok(bytes.slice(offset as usize..end as usize))
         };
         let list = self.repository.open_listed(file, size, &read).map_err(|e| e.detail)?;

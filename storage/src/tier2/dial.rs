@@ -24,7 +24,7 @@ const IDLE: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone)]
 pub(super) struct Dialer {
     certificates: Vec<Certificate>,
-    /// Whether the endpoint itself is `http://`.
+    /// Whether the endpoint's own URL begins with `http://`; a proxy's URL may differ.
     plain: bool,
     connect: Duration,
     /// How long a request may go without progress.

@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-/// The initial estimate. It is an assumption, not a limit: the first body corrects it, whether it arrives or not.
+/// The initial estimate of the link's speed, in bytes per second. It is an assumption, not a limit: the first request body
+/// corrects it, even if that body fails to arrive.
 const ASSUMED: f64 = (64 << 10) as f64;
 /// The lowest estimate. Without it, a store that never answers would be waited for longer and longer.
 const SLOWEST: f64 = (4 << 10) as f64;

@@ -349,7 +349,7 @@ fn lengths(size: u64) -> impl Iterator<Item = (usize, u64)> {
     begins.map(move |begin| PART_BYTES.min(size - begin)).enumerate()
 }
 
-/// A file that is read once from its beginning to its end.
+/// Reads a file once, from beginning to end, in parts to upload, and hashes it.
 struct Parts<'a> {
     file: File,
     of: &'a Local,

@@ -187,7 +187,7 @@ impl JournalKeys {
             return Ok(None);
         }
         let key = self.data.as_ref().ok_or_else(|| {
-            let detail = "expected a key for its journal, found none";
+            let detail = "expected an encryption key for the segment's journal, found none";
             Error::new(Kind::Invalid, Op::Create, header.segment(), detail)
         })?;
         header.key = Some(key.info([next_id(), next_id()]));

@@ -96,7 +96,7 @@ impl DamagedWal {
             Who::Nobody => format!("its timeline is over; hint: {NOT_ASKED}"),
         };
         format!(
-            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged and cannot be read; {kept}; {next}"
+            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged but can no longer be read; {kept}; {next}"
         )
     }
 }

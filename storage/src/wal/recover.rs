@@ -112,7 +112,7 @@ impl Cluster {
         let _one = lock(&entry.work);
         self.keep_aside(entry)?;
         if entry.is_empty() {
-            // There is nothing to keep. The name must not reappear with frames that were never acknowledged.
+            // There is nothing to keep. The removal is made durable, so that a crash cannot bring back frames that were never acknowledged.
             durable::remove_if_there(self.disk(), &entry.path)?;
             lock(&self.state).forget(entry);
             return durable::sync_dir(self.disk(), durable::parent(&entry.path));

@@ -68,8 +68,9 @@ fn keep(cluster: &Cluster, file: &str, error: &Error) -> Result<(), Error> {
         .map(|number| aside(cluster, file, number))
         .find(|place| matches!(disk.stat(place), Err(e) if e.kind() == io::ErrorKind::NotFound));
     let Some(free) = free else {
-        let detail =
-            format!("expected fewer than {KEPT_MAX} files named {file}.unreadable, found {KEPT_MAX}");
+        let detail = format!(
+            "expected fewer than {KEPT_MAX} files named {file}.unreadable, found {KEPT_MAX}"
+        );
         return Err(Error::new(Kind::Conflict, Op::Recover, path.display(), detail)
             .hint("find out why the disk damages this file, then remove the .unreadable files"));
     };

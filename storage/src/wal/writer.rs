@@ -537,7 +537,7 @@ impl Writer {
     }
 }
 
-/// The bytes from `from` to `to` of a journal.
+/// Reads the decoded WAL of a journal from `from` to `to`.
 fn read_range(mut frames: Frames, from: Lsn, to: Lsn) -> Result<Vec<u8>, Error> {
     let mut context = DCtx::create();
     let (mut found, mut buffer) = (Vec::new(), Vec::new());

@@ -28,7 +28,7 @@ use std::{
 const AT_ONCE: usize = 4;
 /// Larger objects are encrypted again one at a time, because each is in memory three times.
 const SMALL_BYTES: u64 = 64 << 20;
-/// The file with the archive state may be large, so it is not written for every object.
+/// Shortest time between two writes of the archive state: its file may be large, so it is not written for every object.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The recipients of an object. They are in its beginning, so only that is read.
@@ -105,7 +105,7 @@ pub(super) async fn rewrap_wal(
     if let Some(error) = first {
         return Err(error);
     }
-    println!("{cluster}: wrote {count} WAL files again in tier 2");
+    println!("{cluster}: re-encrypted {count} WAL files in tier 2");
     Ok(())
 }
 

@@ -92,7 +92,9 @@ fn forget(
     if let Some(needed) =
         committed.iter().find(|id| forget.contains(id) && !job.forget.contains(id))
     {
-        bail!("forget snapshot {needed}: expected one without a record, found one just committed");
+        bail!(
+            "forget snapshot {needed}: expected a snapshot that no backup record names, found one that was just committed"
+        );
     }
     let forget: Vec<SnapshotId> = forget.into_iter().collect();
     repository.forget(&forget).context("forget snapshots")

@@ -535,8 +535,9 @@ fn next_share(
     (turn, advance)
 }
 
-/// Which forms of the secret must be in which tiers, given which exist as `[form][tier]`: one form in each tier that
-/// needs it. If a tier has none, the form of the other tier is expected, so that it can be repaired from there.
+/// Decides which form of the secret each tier must have. The argument says which exist, as `[form][tier]`. A tier that needs the
+/// secret must have it in one form; if it has neither, the form that the other tier has is expected, so that it can be copied
+/// from there.
 fn forms_expected(there: [[bool; 2]; 2], needed: [bool; 2]) -> [[bool; 2]; 2] {
     let mut expected = [[false; 2]; 2];
     for tier in [0, 1] {

@@ -87,7 +87,7 @@ impl Line {
 /// The reason for a hole, or a part of one, without a record.
 const UNKNOWN: &str = "never received, or lost";
 
-/// Up to where every byte from `at` on is recorded as missing.
+/// The end of the recorded gaps that cover `at` without a break; `at` itself if no gap covers it.
 fn recorded_to(at: Lsn, gaps: &[(Run, &str)]) -> Lsn {
     let further = |to: Lsn, (gap, _): &(Run, &str)| match gap.start <= to {
         true => to.max(gap.end),

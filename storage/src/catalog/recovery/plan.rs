@@ -258,7 +258,7 @@ impl Survey {
             notes.extend(self.timelines.undecided().map(|mark| {
                 let timeline = mark.timeline.get();
                 format!(
-                    "timeline {timeline} is undecided and is not followed: {}; use --target-timeline {timeline} to follow it",
+                    "timeline {timeline} is undecided, so this restore does not follow it: {}; to restore along it, use --target-timeline {timeline}",
                     mark.reason
                 )
             }));

@@ -319,7 +319,7 @@ async fn after_a_rewrap_of_both_tiers_the_old_identity_may_be_thrown_away() {
         assert_eq!(to, std::slice::from_ref(&new_name), "{}", file.display());
     }
     let again = site.server_tool(&["key", "rewrap", "--rewrap-wal"]).await;
-    assert!(again.stdout.contains("wrote 0 WAL files again in tier 2"), "{}", again.stdout);
+    assert!(again.stdout.contains("re-encrypted 0 WAL files in tier 2"), "{}", again.stdout);
 
     let both = fs::read_to_string(&identity).expect("readable");
     fs::write(&identity, both.strip_suffix(&old).expect("the old one is last")).expect("written");

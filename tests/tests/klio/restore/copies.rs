@@ -1,12 +1,12 @@
 //! A copy harms nothing (P12): what the files of a cluster, its tablespaces, roles and links would do is known before, and
 //! does not happen. All with real PostgreSQL.
 
+use super::rig::{LOCAL, Rig, recover, rows, state};
 use klio_tests::{
     postgres::{Postgres, Stop, install},
     proof::Source,
     site::Site,
 };
-use super::rig::{LOCAL, Rig, recover, rows, state};
 use serde_json::Value;
 use std::{
     fs,

@@ -1,13 +1,13 @@
 //! Debian's layout: postgresql.conf, pg_hba.conf and pg_ident.conf lie outside of the data directory, so that no backup has them.
 //! A drill needs none of them; a restore says how to start with them, and what it says is enough.
 
+use super::rig::{Rig, rows, state};
 use klio_tests::{
     postgres::{Postgres, Stop, install},
     programs,
     proof::Source,
     site::Site,
 };
-use super::rig::{Rig, rows, state};
 use std::{fs, io::Write};
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,12 +1,12 @@
 //! A restore ends where it said, or fails (P7): no break in WAL, wherever it comes from, is taken for the end.
 
+use super::rig::{Rig, UNREACHABLE, ends, recover, rows};
 use klio_pg::Lsn;
 use klio_tests::{
     postgres::{Postgres, Stop, install},
     proof::Source,
     site::Site,
 };
-use super::rig::{Rig, UNREACHABLE, ends, recover, rows};
 use serde_json::Value;
 use std::{fs, io::Write, path::Path, process::Command};
 

@@ -1,5 +1,6 @@
 //! A restored copy whose tablespaces lie elsewhere takes the original's place: under its name, as one history (P11).
 
+use super::rig::{Rig, rows};
 use klio_pg::{Found, Landmark, Lsn, PAGE_BYTES, RecordWalker};
 use klio_tests::{
     postgres::{Stop, install},
@@ -7,7 +8,6 @@ use klio_tests::{
     site::PATIENCE,
     wait::eventually,
 };
-use super::rig::{Rig, rows};
 use serde_json::Value;
 use std::{fs, path::PathBuf};
 

@@ -1,6 +1,7 @@
 //! `klio restore --standby`: from the archive to a standby that streams from its primary, stays one while nobody answers,
 //! follows a failover, and is promoted by a person only. All with real PostgreSQL.
 
+use super::rig::{LOCAL, Rig, rows};
 use klio_tests::{
     postgres::{Postgres, Stop},
     programs,
@@ -8,7 +9,6 @@ use klio_tests::{
     site::{PATIENCE, Site},
     wait::eventually,
 };
-use super::rig::{LOCAL, Rig, rows};
 use std::fs;
 
 const SECRET: &str = "s3cr3t-word";

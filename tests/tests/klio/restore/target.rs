@@ -1,7 +1,7 @@
 //! What `--exclusive`, transaction ids with their epoch, and prepared transactions come to: PostgreSQL's own rows say it.
 
-use klio_tests::{postgres::Stop, proof::Source, site::Site};
 use super::rig::{Rig, UNREACHABLE, rows};
+use klio_tests::{postgres::Stop, proof::Source, site::Site};
 
 /// What was typed cannot be meant.
 const CONFIG: Option<i32> = Some(4);

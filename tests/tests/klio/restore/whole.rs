@@ -2,6 +2,7 @@
 //!
 //! Commands run as the user who runs PostgreSQL. How restored content compares with a recorded workload is `proof.rs`.
 
+use super::rig::{LOCAL, Rig, UNREACHABLE, recover, rows, state};
 use klio_tests::{
     mount::SmallDisk,
     postgres::{Postgres, Stop, install},
@@ -13,7 +14,6 @@ use klio_tests::{
     site::PATIENCE,
     wait::eventually,
 };
-use super::rig::{LOCAL, Rig, UNREACHABLE, recover, rows, state};
 use serde_json::Value;
 use std::{
     fs,

@@ -4,6 +4,7 @@
 use klio_tests::{
     client, install_crypto,
     postgres::{Postgres, Stop, install},
+    process::Running,
     programs,
     proof::{Restored, Restorer, Source},
     s3::S3,
@@ -388,4 +389,33 @@ async fn a_sidecar_of_before_is_admitted_and_what_was_not_proven_is_shown() {
     drop(channel);
     // A note is no problem.
     only_nothing_streams(&site).await;
+}
+
+/// Somebody starts `klio stream` on a clone while production is backed up: that is no business of the backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_streams_during_a_backup_does_not_spoil_it() {
+    install_crypto();
+    let mut site = Site::new().await;
+    site.start().await;
+    let production =
+        Postgres::builder().segment_mib(1).set("checkpoint_timeout", "1h").start().await;
+    let _stream = site.stream(&production);
+    production.execute("create table t as select generate_series(1, 200000) n").await;
+    let end = production.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    // The backup has asked which history it is of, and waits for a checkpoint that takes its time.
+    let backup = ["backup", "--checkpoint", "spread", "--name", "b1"];
+    let command = site.klio_command(Some(&production), &backup);
+    let mut backup = Running::spawn("klio backup", command, &site.scratch("backup.log"));
+    production
+        .wait_true("select bool_or(query ilike '%pg_backup_start%') from pg_stat_activity where pid <> pg_backend_pid()")
+        .await;
+    let clone = postgres().await;
+    let _apart = site.stream(&clone);
+    wait_states(&site, &[(1, "current"), (2, "undecided")]).await;
+    production.execute("checkpoint").await;
+    let status = backup.wait_exit(PATIENCE).await;
+    assert!(status.success(), "{status}: {}", backup.log());
+    let listed = site.klio(None, &["list", "--generation", "1"]).await;
+    assert!(listed.stdout.contains("b1"), "{}", listed.stdout);
 }
