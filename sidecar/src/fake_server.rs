@@ -6,7 +6,11 @@
 use klio_pg::Lsn;
 use klio_proto::{
     Code,
-    v1::{self, compare_request, receive_request, receive_response, refill_request, wal_server},
+    v1::{
+        self,
+        catalog_server::{Catalog, CatalogServer},
+        compare_request, receive_request, receive_response, refill_request, wal_server,
+    },
 };
 use klio_storage::wal::overlap::PageDigests;
 use std::{
@@ -70,6 +74,10 @@ pub(crate) struct Script {
     pub files: BTreeMap<String, Vec<v1::FetchResponse>>,
     pub fetch_error: Option<Code>,
     pub fetches: usize,
+    /// The cluster that each fetch named.
+    pub fetched_of: Vec<String>,
+    /// The generation that is followed; `None` behaves as an older server, which knows none.
+    pub current: Option<u32>,
     /// The comparisons that clients asked for.
     pub compares: Vec<v1::CompareBegin>,
     /// Behaves as an older server, which has no comparison.
@@ -123,10 +131,12 @@ impl FakeServer {
         let address = format!("{scheme}://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
         let (service, stopped) = (Service(Arc::clone(&shared)), stop.clone());
+        let catalog = CatalogServer::new(Service(Arc::clone(&shared)));
         let mut set = tokio::task::JoinSet::new();
         set.spawn(async move {
             server
                 .add_service(wal_server::WalServer::new(service))
+                .add_service(catalog)
                 .serve_with_incoming_shutdown(
                     TcpListenerStream::new(listener),
                     stopped.cancelled_owned(),
@@ -327,10 +337,67 @@ impl wal_server::Wal for Service {
         if let Some(code) = script.fetch_error {
             return Err(code.status("as told"));
         }
-        let name = request.into_inner().name;
+        let v1::FetchRequest { cluster, name, .. } = request.into_inner();
+        script.fetched_of.push(cluster);
         let file = script.files.get(&name);
         let file = file.ok_or_else(|| Code::NotFound.status(format!("no {name}")))?;
         Ok(Response::new(Box::pin(tokio_stream::iter(file.clone().into_iter().map(Ok)))))
+    }
+}
+
+const NOT_HERE: &str = "the test's server does not answer this";
+
+#[tonic::async_trait]
+impl Catalog for Service {
+    async fn list_generations(
+        &self,
+        _: Request<v1::ListGenerationsRequest>,
+    ) -> Result<Response<v1::ListGenerationsResponse>, Status> {
+        let Some(current) = self.0.script.lock().unwrap().current else {
+            return Err(Status::unimplemented("as a server of before"));
+        };
+        let generation = |number| {
+            let state = if number == current { "current" } else { "older" }.to_owned();
+            v1::Generation { number, state, ..v1::Generation::default() }
+        };
+        let generations = (1..=current).map(generation).collect();
+        Ok(Response::new(v1::ListGenerationsResponse { generations }))
+    }
+    async fn status(
+        &self,
+        _: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
+    }
+    async fn list_wal(
+        &self,
+        _: Request<v1::ListWalRequest>,
+    ) -> Result<Response<v1::ListWalResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
+    }
+    async fn decide_generation(
+        &self,
+        _: Request<v1::DecideGenerationRequest>,
+    ) -> Result<Response<v1::DecideGenerationResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
+    }
+    async fn check(
+        &self,
+        _: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
+    }
+    async fn timelines(
+        &self,
+        _: Request<v1::TimelinesRequest>,
+    ) -> Result<Response<v1::TimelinesResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
+    }
+    async fn decide_timeline(
+        &self,
+        _: Request<v1::DecideTimelineRequest>,
+    ) -> Result<Response<v1::DecideTimelineResponse>, Status> {
+        Err(Status::unimplemented(NOT_HERE))
     }
 }
 

@@ -8,12 +8,14 @@ mod base;
 mod certificate;
 mod dial;
 mod files;
+mod generations;
 #[cfg(test)]
 mod tests;
 
 pub use base::BaseLink;
 pub use certificate::Expiry;
 pub use files::GrpcFiles;
+pub use generations::{numbered, settle};
 
 use crate::{
     config,

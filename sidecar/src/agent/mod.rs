@@ -55,7 +55,7 @@ const ASKS_MAX: usize = 16;
 /// The agent cannot start. When another agent serves this spool, the result is `Ok`.
 pub async fn run(config: &Config, job: &Job) -> Result<(), Error> {
     let Some(spool) = spool::Spool::claim(&job.spool).await? else { return Ok(()) };
-    let source = wal_source::open(config)?;
+    let source = wal_source::open_settled(config)?;
     let socket = spool.socket();
     let listener = wire::short_path(&socket).and_then(|short| UnixListener::bind(short.path()));
     let listener = listener.map_err(|error| local("listen on", &socket, &error))?;

@@ -7,7 +7,7 @@ use crate::{
     bucket::{Bucket, of_storage},
     config::Config,
     error::{Error, Failure},
-    server_link::{BaseLink, GrpcFiles, ServerLink},
+    server_link::{BaseLink, GrpcFiles, ServerLink, numbered, settle},
     wal_source::{self, Expected, Fetch, Target as FetchTarget, WalSource},
 };
 use klio_pg::{ByteSize, Lsn, SegmentName, SegmentSize, TimelineId};
@@ -125,12 +125,6 @@ pub struct Source {
     stop: CancellationToken,
 }
 
-/// The name of a generation that no later decision gives another meaning.
-fn numbered(cluster: &ClusterName, number: u32) -> Result<ClusterName, Error> {
-    ClusterName::parse_generation(&format!("{}@{number}", cluster.base()))
-        .map_err(|error| Error::new(Failure::Config, error))
-}
-
 /// Protects the WAL of a backup from the server's retention until it is dropped.
 #[derive(Debug, Default)]
 pub struct Reserved(#[allow(dead_code)] JoinSet<()>);
@@ -168,12 +162,7 @@ impl Source {
                 self.cluster = place;
             }
             Place::Server(_, link) => {
-                let number = match self.cluster.number() {
-                    Some(number) => Some(number),
-                    None => self.current(link).await?,
-                };
-                let Some(number) = number else { return Ok(self) };
-                self.told = numbered(&self.cluster, number)?;
+                self.told = settle(link, &self.cluster).await?;
                 self.cluster = self.told.clone();
             }
         }
@@ -184,18 +173,6 @@ impl Source {
     /// The cluster's name to pass to wal-fetch: with the number of its generation, unless the server knows no generations.
     pub fn told(&self) -> &ClusterName {
         &self.told
-    }
-
-    /// The current generation; `None` if the server is too old to know generations, or does not know the cluster.
-    async fn current(&self, link: &ServerLink) -> Result<Option<u32>, Error> {
-        let request = v1::ListGenerationsRequest { cluster: self.cluster.to_string() };
-        let answer = link.connect().await?.catalog().list_generations(request).await;
-        let found = match answer {
-            Ok(answer) => answer.into_inner().generations,
-            Err(status) if status.code() == tonic::Code::Unimplemented => return Ok(None),
-            Err(status) => return Err(Error::from_status("ask for generations", &status)),
-        };
-        Ok(found.iter().find(|g| g.state == "current").map(|g| g.number))
     }
 
     /// The server's address or the bucket's URL, as text for the user.

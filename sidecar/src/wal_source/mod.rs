@@ -62,6 +62,21 @@ pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
     open_as(config, config.cluster()?, true)
 }
 
+/// Like [`open`], for a program that serves a whole recovery: it stays with the generation that it began with (P11).
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_settled(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
+    let cluster = config.cluster()?;
+    Ok(match Bucket::open(config)? {
+        Some(bucket) => Arc::new(named::Named::new(bucket, cluster, true)),
+        None => {
+            let link = ServerLink::new(&config.server)?;
+            Arc::new(server::FromServer::settled(link, cluster))
+        }
+    })
+}
+
 /// Whether the PostgreSQL of this data directory is a standby; it is one even if both signal files exist
 /// (<https://www.postgresql.org/docs/current/runtime-config-wal.html>, "Archive Recovery").
 pub(crate) fn is_standby(data: &Path) -> bool {
@@ -88,7 +103,7 @@ pub fn open_as(
         Some(bucket) => Arc::new(named::Named::new(bucket, cluster, for_postgresql)),
         None => {
             let link = ServerLink::new(&config.server)?;
-            Arc::new(server::FromServer::new(link, &cluster, for_postgresql))
+            Arc::new(server::FromServer::new(link, cluster, for_postgresql))
         }
     })
 }

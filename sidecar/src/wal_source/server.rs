@@ -3,7 +3,7 @@
 use super::{Answer, Shape, WalSource};
 use crate::{
     error::{Error, Failure},
-    server_link::{Connection, ServerLink},
+    server_link::{Connection, ServerLink, settle},
 };
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -12,20 +12,30 @@ use klio_proto::{
     v1::{FetchRequest, FetchResponse},
 };
 use klio_storage::layout::{ClusterName, WalFile};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OnceCell};
 use tonic::Streaming;
 
 pub(super) struct FromServer {
     link: ServerLink,
-    cluster: String,
+    named: ClusterName,
+    /// The generation that is read, once it is known.
+    cluster: OnceCell<ClusterName>,
     /// Whether PostgreSQL asks, which may be a standby.
     for_postgresql: bool,
     connection: Mutex<Option<Connection>>,
 }
 
 impl FromServer {
-    pub fn new(link: ServerLink, cluster: &ClusterName, for_postgresql: bool) -> Self {
-        Self { link, cluster: cluster.to_string(), for_postgresql, connection: Mutex::new(None) }
+    /// The server resolves the cluster's name at each request.
+    pub fn new(link: ServerLink, named: ClusterName, for_postgresql: bool) -> Self {
+        let cluster = OnceCell::new_with(Some(named.clone()));
+        Self { link, named, cluster, for_postgresql, connection: Mutex::new(None) }
+    }
+
+    /// The name is resolved at the first request, and kept: a decision that a person makes during a recovery must not
+    /// switch the recovery to another history's WAL (P11).
+    pub fn settled(link: ServerLink, named: ClusterName) -> Self {
+        Self { cluster: OnceCell::new(), ..Self::new(link, named, true) }
     }
 
     async fn connection(&self) -> Result<Connection, Error> {
@@ -41,9 +51,11 @@ impl FromServer {
 #[tonic::async_trait]
 impl WalSource for FromServer {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
+        let settled = self.cluster.get_or_try_init(|| settle(&self.link, &self.named));
+        let cluster = settled.await?.to_string();
         let connection = self.connection().await?;
         let request = FetchRequest {
-            cluster: self.cluster.clone(),
+            cluster,
             name: file.to_string(),
             tier2_only: other_copy,
             for_standby: self.for_postgresql && super::a_standby_asks(),
@@ -89,5 +101,44 @@ async fn next(rest: Rest) -> Option<(Result<Bytes, Error>, Rest)> {
             };
             Some((Err(error), None))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config, fake_server::FakeServer, wal_source::testing::segment};
+
+    /// What was asked for in the names of which cluster, while another generation is followed in between.
+    async fn asked(
+        source: impl FnOnce(ServerLink) -> FromServer,
+        current: Option<u32>,
+    ) -> Vec<String> {
+        let server = FakeServer::start().await;
+        server.change(|script| script.current = current);
+        let settings = config::Server {
+            address: server.address.clone(),
+            unsafe_plaintext: true,
+            ..config::Server::default()
+        };
+        let source = source(ServerLink::new(&settings).unwrap());
+        let file = WalFile::Segment(segment(1, 5));
+        assert!(source.ask(file, false).await.is_err(), "the server has no files");
+        server.change(|script| script.current = current.map(|number| number + 1));
+        assert!(source.ask(file, false).await.is_err());
+        server.script().fetched_of.clone()
+    }
+
+    #[tokio::test]
+    async fn a_recovery_stays_with_the_generation_that_it_began_with() {
+        let named = |name: &str| ClusterName::parse_generation(name).unwrap();
+        let settled = |link| FromServer::settled(link, named("pg"));
+        assert_eq!(asked(settled, Some(1)).await, ["pg@1", "pg@1"]);
+        assert_eq!(asked(settled, Some(2)).await, ["pg@2", "pg@2"]);
+        assert_eq!(asked(settled, None).await, ["pg", "pg"]);
+        let numbered = |link| FromServer::settled(link, named("pg@1"));
+        assert_eq!(asked(numbered, Some(2)).await, ["pg@1", "pg@1"]);
+        let each = |link| FromServer::new(link, named("pg"), true);
+        assert_eq!(asked(each, Some(1)).await, ["pg", "pg"]);
     }
 }

@@ -358,7 +358,7 @@ async fn a_backup_that_is_known_to_be_damaged_is_restored_only_by_its_name() {
     let pg = Postgres::empty(install::DEBIAN_MAJOR);
     let outcome = programs::run(rig.restore_command(&pg, &[])).await;
     assert_eq!(outcome.code, Some(30), "{}{}", outcome.stdout, outcome.stderr);
-    assert!(outcome.stderr.contains("--backup bad tries it"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("--backup bad restores from it anyway"), "{}", outcome.stderr);
     assert!(!pg.data_dir().exists(), "nothing was touched");
     let outcome = programs::run(rig.restore_command(&pg, &["--backup", "bad"])).await;
     assert_eq!(outcome.code, Some(21), "{}{}", outcome.stdout, outcome.stderr);

@@ -146,7 +146,7 @@ async fn links_of_the_data_directory_never_lead_a_copy_into_the_original() {
     let before = state(&out);
     let mut copy = Postgres::empty(15);
     let said = rig.files(Source::Server, &copy, &["--latest"]).await.stderr;
-    assert!(said.contains("log led to"), "{said}");
+    assert!(said.contains("log was a link to"), "{said}");
     assert!(!copy.data_dir().join("postgresql.conf").is_symlink());
     recover(&mut copy).await;
     assert_eq!(rows(&copy).await, 1);
@@ -315,7 +315,7 @@ async fn a_good_backup_passes(major: u32) {
     let to = rig.dir("restored").display().to_string();
     let plan = rig.klio(Source::Server, &["restore", "--to", &to, "--latest", "--dry-run"]).await;
     assert_eq!(plan.code, Some(0), "{}", plan.stderr);
-    for words in ["/nowhere/at/all.conf, which is not there", "no_such_library"] {
+    for words in ["/nowhere/at/all.conf, which does not exist", "no_such_library"] {
         assert!(plan.stderr.contains(words), "{words}: {}", plan.stderr);
     }
 }
