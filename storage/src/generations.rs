@@ -211,6 +211,23 @@ impl Generations {
         self.undecided().next().is_some()
     }
 
+    /// Resolves a name to a directory: `<name>@<number>` is that generation, a plain name the current one.
+    ///
+    /// # Errors
+    /// `Unknown`.
+    pub fn resolve(&self, named: &ClusterName) -> Result<ClusterName, Refusal> {
+        let number = named.number().unwrap_or_else(|| self.current());
+        match self.get(number) {
+            Some(_) => Ok(Self::place(named, number)),
+            None => Err(self.unknown(number)),
+        }
+    }
+
+    fn unknown(&self, found: u32) -> Refusal {
+        let known: Vec<String> = self.all().iter().map(|g| g.number.to_string()).collect();
+        Refusal::Unknown { known: known.join(", "), found }
+    }
+
     /// The directory and key prefix of a generation.
     pub fn place(cluster: &ClusterName, number: u32) -> ClusterName {
         cluster.generation(number)
@@ -357,14 +374,10 @@ impl Generations {
     }
 
     fn check(&self, number: u32, wanted: State) -> Result<(), Refusal> {
-        let all = self.all();
-        match all.iter().find(|g| g.number == number) {
+        match self.get(number) {
             Some(found) if found.state == wanted => Err(Refusal::Already(number, wanted.word())),
             Some(_) => Ok(()),
-            None => {
-                let known: Vec<String> = all.iter().map(|g| g.number.to_string()).collect();
-                Err(Refusal::Unknown { known: known.join(", "), found: number })
-            }
+            None => Err(self.unknown(number)),
         }
     }
 
@@ -430,6 +443,19 @@ mod tests {
         assert!(matches!(all.follow(9, "ops", 3.0), Err(Refusal::Unknown { .. })));
         all.follow(1, "ops", 4.0).unwrap();
         assert_eq!(all.current(), 1);
+    }
+
+    #[test]
+    fn a_name_is_the_current_generation_and_a_number_is_itself_if_there_is_one() {
+        let mut all = Generations::default();
+        begin(&mut all, 7, true).unwrap();
+        all.follow(2, "ops", 2.0).unwrap();
+        for (named, place) in [("main", "main@2"), ("main@1", "main"), ("main@2", "main@2")] {
+            let found = all.resolve(&ClusterName::parse_generation(named).unwrap());
+            assert_eq!(found.map(String::from), Ok(place.to_owned()), "{named}");
+        }
+        let none = all.resolve(&ClusterName::parse_generation("main@9").unwrap()).unwrap_err();
+        assert_eq!(none.to_string(), "expected one of generations 1, 2, found 9");
     }
 
     #[test]
