@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use klio_storage::{
     catalog::archive_file,
     crypt::{self, AtRest, IdentityText, Keys},
-    disk::{Disk, RealDisk, durable},
+    disk::{Disk, Entry, RealDisk, durable},
     layout::{BaseObject, ClusterName, WalFile},
     tier2::Tier2,
     wal::{WalOptions, WalStore, check_keys, locked},
@@ -237,7 +237,8 @@ fn clusters(root: &Path) -> anyhow::Result<Vec<ClusterName>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.with_context(|| format!("list {}", root.display()))?,
     };
-    Ok(entries.iter().filter(|e| e.is_dir).filter_map(|e| e.name.parse().ok()).collect())
+    let name = |entry: &Entry| ClusterName::parse_generation(&entry.name).ok();
+    Ok(entries.iter().filter(|entry| entry.is_dir).filter_map(name).collect())
 }
 
 async fn show(args: &ShowArgs) -> anyhow::Result<()> {
@@ -316,5 +317,28 @@ mod tests {
         assert_eq!(keys.own(), [second.clone(), first]);
         assert_eq!(keys.recipients(), [second]);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    /// Regression test: only generation 1 was looked at, so an identity that the current generation needs was said to
+    /// be needed no longer.
+    #[test]
+    fn an_identity_that_a_later_generation_needs_is_still_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity");
+        let (old, first) = keygen::generate();
+        fs::write(&path, old.expose()).unwrap();
+        let wrapped = Keys::load(&path, &[]).unwrap().wrap(b"secret").unwrap();
+        let (new, _) = keygen::generate();
+        replace_identity(&path, &new.before(&old)).unwrap();
+        let root = dir.path().join("tier1");
+        for place in ["main", "main@2", "not a cluster"] {
+            fs::create_dir_all(root.join(place)).unwrap();
+        }
+        fs::write(root.join("main@2/repository.json.age"), wrapped).unwrap();
+        let mut places = clusters(&root).unwrap();
+        places.sort();
+        assert_eq!(places.iter().map(ClusterName::as_str).collect::<Vec<_>>(), ["main", "main@2"]);
+        let at_rest = AtRest::On(Keys::load(&path, &[]).unwrap());
+        assert_eq!(still_needed(&root, &at_rest).unwrap(), BTreeMap::from([(first, 1)]));
     }
 }
