@@ -83,10 +83,19 @@ pub struct QuotaPatch {
 impl QuotaConfig {
     pub fn validate(&self) -> Vec<String> {
         let percent = self.keep_free_percent;
-        if (0.0..=KEEP_FREE_MAX).contains(&percent) {
-            return Vec::new();
+        let mut problems = Vec::new();
+        if !(0.0..=KEEP_FREE_MAX).contains(&percent) {
+            problems.push(format!(
+                "quota.keep_free_percent: expected 0 to {KEEP_FREE_MAX}, found {percent}"
+            ));
         }
-        vec![format!("quota.keep_free_percent: expected 0 to {KEEP_FREE_MAX}, found {percent}")]
+        for name in self.clusters.keys().filter(|name| name.number().is_some()) {
+            let base = name.base();
+            problems.push(format!(
+                "[quota.clusters.\"{name}\"]: expected the name of a cluster, found that of a generation; hint: all generations share the quota of [quota.clusters.{base}]"
+            ));
+        }
+        problems
     }
 
     /// The limits of a cluster, for all its generations; the general ones for a caller without a cluster.
@@ -341,5 +350,7 @@ mod tests {
             let name = ClusterName::parse_generation(name).unwrap();
             assert_eq!(config.of(Some(&name)).calls, calls, "{name}");
         }
+        let own: QuotaConfig = toml::from_str("[clusters.\"big@2\"]\ncalls = 3\n").unwrap();
+        assert!(own.validate()[0].contains("[quota.clusters.big]"), "{:?}", own.validate());
     }
 }

@@ -76,8 +76,16 @@ pub struct ClusterRetention {
 }
 
 impl RetentionConfig {
-    /// The policies of a cluster.
-    pub fn of(&self, cluster: &ClusterName) -> Policies {
+    /// The policies of a generation: those of the section that names it (`NAME@1` for the first), or else its
+    /// cluster's.
+    pub fn of(&self, place: &ClusterName) -> Policies {
+        let (base, number) = (place.base(), place.number().unwrap_or(1));
+        let named = |name: &ClusterName| name.number() == Some(number) && name.base() == base;
+        let own = self.clusters.iter().find(|(name, _)| named(name)).map(|(_, own)| own);
+        self.with(own.or_else(|| self.clusters.get(&base)))
+    }
+
+    fn with(&self, own: Option<&ClusterRetention>) -> Policies {
         let default = Policies::default();
         let age =
             |own: &Option<MinimumAge>, otherwise| own.map_or(otherwise, |age| age.0.as_secs());
@@ -86,8 +94,7 @@ impl RetentionConfig {
             tier2: default.tier2.with(&self.tier2),
             minimum_age_seconds: age(&self.minimum_age, default.minimum_age_seconds),
         };
-        // A generation uses its cluster's rules, unless it has its own.
-        match self.clusters.get(cluster).or_else(|| self.clusters.get(&cluster.base())) {
+        match own {
             Some(own) => Policies {
                 tier1: all.tier1.with(&own.tier1),
                 tier2: all.tier2.with(&own.tier2),
@@ -98,14 +105,9 @@ impl RetentionConfig {
     }
 
     pub fn validate(&self) -> Vec<String> {
-        let mut names: Vec<(String, Policies)> = Vec::new();
-        if let Ok(any) = "any".parse::<ClusterName>()
-            && !self.clusters.contains_key(&any)
-        {
-            names.push(("[retention]".into(), self.of(&any)));
-        }
-        for name in self.clusters.keys() {
-            names.push((format!("[retention.clusters.{name}]"), self.of(name)));
+        let mut names = vec![("[retention]".to_owned(), self.with(None))];
+        for (name, own) in &self.clusters {
+            names.push((format!("[retention.clusters.{name}]"), self.with(Some(own))));
         }
         let bad = names.into_iter().filter(|(_, policies)| !policies.tier2.names_something());
         bad.map(|(section, _)| {
@@ -220,6 +222,33 @@ mod tests {
         assert_eq!((all.tier2.daily, all.tier2.last, all.tier2.recovery_window_days), (7, 2, 30));
         assert_eq!((big.tier2.daily, big.tier2.last, big.tier2.recovery_window_days), (7, 2, 3));
         assert_eq!(big.tier1, Policies::default().tier1);
+    }
+
+    /// Regression test: the rules of `main@1` were accepted and never used, because its place is `main`.
+    #[test]
+    fn each_generation_has_its_own_section_or_its_clusters() {
+        let config = read(concat!(
+            "clusters.main.tier2.daily = 5\n",
+            "clusters.\"main@1\".tier2.daily = 365\n",
+            "clusters.\"main@2\".tier2.daily = 9\n",
+            "clusters.\"other@1\".tier2.daily = 8\n",
+        ));
+        let places = [
+            ("main", 365),
+            ("main@1", 365),
+            ("main@2", 9),
+            ("main@3", 5),
+            ("other", 8),
+            ("other@2", Policies::default().tier2.daily),
+        ];
+        for (place, daily) in places {
+            let place = ClusterName::parse_generation(place).unwrap();
+            assert_eq!(config.of(&place).tier2.daily, daily, "{place}");
+        }
+        let nothing = "tier2 = { last = 0, recovery_window_days = 0 }";
+        let hidden = read(&format!("clusters.pg.{nothing}\nclusters.\"pg@1\".tier2.last = 1"));
+        let problems = hidden.validate();
+        assert!(problems.len() == 1 && problems[0].contains("clusters.pg]"), "{problems:?}");
     }
 
     #[test]
