@@ -230,7 +230,7 @@ impl Quotas {
         self.take(whose, What::Calls, most)
     }
 
-    /// Whether one more restore may run besides `running` others.
+    /// Whether one more restore may run besides `running` others of all the cluster's generations.
     ///
     /// # Errors
     /// `QUOTA` when there are as many as allowed.
@@ -240,7 +240,8 @@ impl Quotas {
             return Ok(());
         }
         Err(Code::Quota.status(format!(
-            "cluster {cluster} has {running} restores running, as many as quota.restores allows"
+            "cluster {} has {running} restores running, as many as quota.restores allows",
+            cluster.base()
         )))
     }
 }

@@ -143,6 +143,13 @@ impl Reservations {
         })
     }
 
+    /// The number of restores that run, of all generations of the cluster together (P13).
+    pub fn restores_of(&self, cluster: &ClusterName) -> usize {
+        let (clusters, base) = (lock(&self.0), cluster.base());
+        let own = clusters.iter().filter(|(place, _)| place.base() == base);
+        own.map(|(_, work)| work.restores).sum()
+    }
+
     /// Reserves for maintenance, unless a backup runs.
     ///
     /// # Errors
@@ -359,7 +366,12 @@ mod tests {
         );
         let restores = [all.restore(&cluster()), all.restore(&cluster())];
         assert_eq!(all.running(&cluster()), Running { backup: "a".parse().ok(), restores: 2 });
-        drop((first, restores));
+        let [second, stranger] =
+            ["pg@2", "pg2"].map(|name| all.restore(&ClusterName::parse_generation(name).unwrap()));
+        for place in [cluster(), cluster().generation(2), cluster().generation(3)] {
+            assert_eq!(all.restores_of(&place), 3, "{place}: all generations share one quota");
+        }
+        drop((first, restores, second, stranger));
         assert_eq!(all.running(&cluster()), Running::default());
         assert!(all.backup(&cluster(), "b".parse().unwrap(), caller("y"), false).is_ok());
     }

@@ -219,7 +219,7 @@ impl Base for BaseService {
                 self.base.reserve_backup(&cluster, Some(&name), true, caller).await?
             }
             Purpose::Restore(backup) => {
-                let running = self.base.reservations().running(&cluster).restores;
+                let running = self.base.reservations().restores_of(&cluster);
                 self.quotas.restore(&cluster, running)?;
                 self.base.reserve_restore(&cluster, backup.as_deref()).await
             }
