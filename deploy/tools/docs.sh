@@ -18,7 +18,7 @@ OpenTelemetry names, and the name of each on a Prometheus page: dots become unde
 end in `_count`, which belongs to histograms: `process.thread.count` is `process_threads`. An updowncounter is a gauge to Prometheus.
 
 A lag is 0 on an idle cluster. A value that is not known is absent, never 0 and never "now". Series of a cluster whose directory is gone from
-tier 1 disappear. `klio.recovery.*` tells the newest window without a hole: every moment in it can be recovered; `klio list` shows all windows.
+tier 1 disappear; of a generation that a person has closed only those about its stored data stay. `klio.recovery.*` tells the newest window without a hole: every moment in it can be recovered; `klio list` shows all windows.
 `klio.stream.postgres_free_size` is there only where klio runs beside PostgreSQL and can read its data directory (`pg_control` must be that of the
 PostgreSQL it is connected to; set `postgres.data_directory` where the path differs). Servers and `klio stream` can be scraped;
 commands such as `klio backup` push by OTLP at their end.

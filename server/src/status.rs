@@ -30,6 +30,25 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+/// What is measured of a history that a person has closed: nothing more is expected of it, but what is stored of it has
+/// to be safe.
+const OF_CLOSED: [&str; 14] = [
+    "klio.wal.seal_failures",
+    "klio.wal.seal_lag_size",
+    "klio.wal.seal_lag_time",
+    "klio.wal.archived_lsn",
+    "klio.wal.archive_lag_size",
+    "klio.wal.archive_lag_time",
+    "klio.wal.damaged_journals",
+    "klio.consumer.offloads",
+    "klio.consumer.stalled_time",
+    "klio.base.snapshots",
+    "klio.base.unarchived_files",
+    "klio.base.archive_lag_time",
+    "klio.verify.damaged",
+    "klio.maintenance.alarm",
+];
+
 /// Everything about one cluster.
 #[derive(Debug, Clone)]
 pub struct ClusterView {
@@ -172,17 +191,20 @@ impl StatusBoard {
         let newest = positions.iter().find(|p| Some(p.timeline) == followed);
         let state = self.registry.cluster(name);
         let archive = self.archives.as_ref().map(|archives| archives.state(name));
-        let mut problems = self.store.problems(name);
-        problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
-        problems.extend(self.base_problems(name));
+        let mut problems = self.problems_of_data(name, archive.as_ref());
+        if name.base() != *name {
+            problems.extend(self.problems_of_objects(&name.base()));
+        }
         problems.extend(self.undecided(name));
         let used = self.quotas.used(name);
         problems.extend(used.and_then(|used| used.problem()));
-        problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         let progress = state.progress();
         problems.extend(self.base.iter().flat_map(|base| base.clock_doubts()));
         let timelines = self.store.timelines(name);
         problems.extend(timelines.undecided().map(undecided));
+        let mut problems = once(problems);
+        let of_closed = self.problems_of_closed(name, &problems);
+        problems.extend(of_closed);
         ClusterView {
             pinned: self.store.pinned(name),
             timeline: newest.map(|p| p.timeline),
@@ -196,7 +218,7 @@ impl StatusBoard {
             unpassed: unpassed(&self.store.levels(name), &positions),
             latest_written: self.metrics.latest_written(name),
             undecided_timelines: timelines.undecided().count() as u64,
-            problems: once(problems),
+            problems,
             quota_used: used.map(|used| used.ratio()),
             all_read_since_unix: self.maintenance.as_ref().and_then(|m| m.all_read_since(name)),
             name: name.clone(),
@@ -208,12 +230,10 @@ impl StatusBoard {
         self.snapshots.get(instrument, || self.read())
     }
 
-    /// The clusters whose directory exists and that are not closed. A cluster whose directory was removed by hand
-    /// disappears, whatever is in memory about it.
+    /// The clusters whose directory exists. A cluster whose directory was removed by hand disappears, whatever is in
+    /// memory about it.
     fn present(&self) -> BTreeSet<ClusterName> {
-        let there = |name: &ClusterName| {
-            self.store.root().join(name.as_str()).is_dir() && !self.is_closed(name)
-        };
+        let there = |name: &ClusterName| self.store.root().join(name.as_str()).is_dir();
         self.store.clusters().into_iter().filter(there).collect()
     }
 
@@ -238,14 +258,39 @@ impl StatusBoard {
         own.is_some_and(|own| !own.state.is_open()) && self.shown(name, &all) != *name
     }
 
-    /// Problems of the cluster's base backups, and of the objects that all its generations share.
-    fn base_problems(&self, name: &ClusterName) -> Vec<String> {
-        let Some(base) = &self.base else { return Vec::new() };
-        let mut problems = base.archives().state(name).problems;
-        if name.base() != *name {
-            problems.extend(base.archives().state(&name.base()).problems);
-        }
+    /// Problems of what is stored of a history.
+    fn problems_of_data(&self, name: &ClusterName, archive: Option<&ArchiveState>) -> Vec<String> {
+        let mut problems = self.store.problems(name);
+        problems.extend(archive.iter().flat_map(|a| a.problems.clone()));
+        problems.extend(self.problems_of_objects(name));
+        problems.extend(self.maintenance.iter().flat_map(|m| m.problems(name)));
         problems
+    }
+
+    /// Problems of a history's base backups, and in the directory of the first one of the objects that all share.
+    fn problems_of_objects(&self, name: &ClusterName) -> Vec<String> {
+        let base = self.base.as_ref();
+        base.map_or_else(Vec::new, |base| base.archives().state(name).problems)
+    }
+
+    /// Problems of the closed histories of a cluster, except those that are `told` already. They stay restorable, but
+    /// are not shown themselves, so that the one that is shown reports them.
+    fn problems_of_closed(&self, name: &ClusterName, told: &[String]) -> Vec<String> {
+        let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
+        let Some(all) = all.filter(|all| self.shown(name, all) == *name) else { return Vec::new() };
+        let mut found = Vec::new();
+        for generation in all.all().iter().filter(|generation| !generation.state.is_open()) {
+            let (number, state) = (generation.number, generation.state.word());
+            let place = Generations::place(name, number);
+            if place == *name {
+                continue;
+            }
+            let archive = self.archives.as_ref().map(|archives| archives.state(&place));
+            let mut problems = once(self.problems_of_data(&place, archive.as_ref()));
+            problems.retain(|problem| !told.contains(problem));
+            found.extend(problems.iter().map(|p| format!("generation {number} ({state}): {p}")));
+        }
+        found
     }
 
     /// The histories that wait for a person's decision; reported for the current one only.
@@ -282,6 +327,10 @@ impl StatusBoard {
         for view in present.iter().map(|name| self.cluster(name)) {
             self.read_cluster(&view, now_unix, &mut out);
         }
+        let closed: BTreeSet<_> = present.iter().filter(|name| self.is_closed(name)).collect();
+        let is_closed =
+            |of: &Reading| of.cluster.as_ref().is_some_and(|name| closed.contains(name));
+        out.retain(|reading| !is_closed(reading) || OF_CLOSED.contains(&reading.name));
         let queue = self.queue.stats();
         let mut put = |name, value| out.push(Reading::plain(name, value));
         if let Some(oldest) = queue.oldest_unix {
@@ -411,8 +460,91 @@ fn cause_of(problem: &str) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::{base, queue::tests::TestQueue, quota::QuotaConfig};
+    use klio_pg::SegmentSize;
+    use klio_storage::{
+        crypt::AtRest, disk::RealDisk, layout::BaseObject, record, repository::Settings,
+        tier2::Tier2, wal::WalOptions,
+    };
+
+    /// A tier 1 that knows these places.
+    pub(crate) fn store(root: &Path, places: &[&str]) -> WalStore {
+        let store =
+            WalStore::open(Arc::new(RealDisk), root.to_owned(), WalOptions::default()).unwrap();
+        let segment_size = SegmentSize::new(1 << 20).unwrap();
+        let pinned = Pinned { system_identifier: 7, segment_size, postgres_version: 170_000 };
+        for place in places {
+            store.pin(&ClusterName::parse_generation(place).unwrap(), pinned).unwrap();
+        }
+        store
+    }
+
+    /// A server of `main`, of which generation 2 is followed.
+    pub(crate) fn followed(store: WalStore, tier2: Option<Tier2>, queue: &Queue) -> StatusBoard {
+        let (mut all, main) = (Generations::default(), "main".parse().unwrap());
+        all.begin("set back".into(), 7, 1.0, true).unwrap();
+        all.follow(2, "ops", 2.0).unwrap();
+        let path = store.root().join(BaseObject::Generations.key(&main));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        record::store(&RealDisk, &path, &all).unwrap();
+        let registry = Arc::new(Registry::default());
+        let base = BaseStore::open(base::Parts {
+            store: store.clone(),
+            disk: Arc::new(RealDisk),
+            tier2,
+            at_rest: AtRest::Off,
+            settings: Settings::default(),
+            queue: queue.clone(),
+            registry: registry.clone(),
+            clock: Arc::new(now_unix),
+        });
+        StatusBoard {
+            store,
+            registry,
+            metrics: Arc::new(Metrics::new(&opentelemetry::global::meter("test"))),
+            archives: None,
+            maintenance: Some(Arc::new(MaintenanceMetrics::default())),
+            base: Some(base),
+            quotas: Quotas::new(QuotaConfig::default(), None),
+            queue: queue.clone(),
+            certificate_expiry: Box::new(|| None),
+            snapshots: Snapshots::default(),
+        }
+    }
+
+    /// Regression test: the decision to follow another generation ended every alarm of the former one, whose data may
+    /// not be safe.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_stored_of_a_closed_generation_is_watched_until_it_is_gone() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let board = followed(store(root.path(), &["main", "main@2"]), None, &queue.queue);
+        let (first, second) = ("main".parse().unwrap(), board.shown_for(&"main".parse().unwrap()));
+        assert!(second.as_str() == "main@2" && board.is_closed(&first));
+        let alarms = |texts: &[&str]| {
+            let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
+            board.maintenance.iter().for_each(|m| m.alarmed(&first, &texts));
+        };
+        alarms(&[]);
+        assert_eq!(board.cluster(&second).problems, [""; 0]);
+        alarms(&["the record of b1 cannot be read"]);
+        let told = "generation 1 (older): retention: the record of b1 cannot be read";
+        assert_eq!(board.cluster(&second).problems, [told]);
+        let read = board.read();
+        let value = |cluster: &ClusterName, name: &str| {
+            let of = |r: &&Reading| r.cluster.as_ref() == Some(cluster) && r.name == name;
+            read.iter().find(of).map(|reading| reading.value)
+        };
+        assert_eq!(value(&first, "klio.maintenance.alarm"), Some(1.0));
+        for (name, of_current) in [("klio.wal.connected", 0.0), ("klio.wal.flushed_lsn", 0.0)] {
+            assert_eq!((value(&first, name), value(&second, name)), (None, Some(of_current)));
+        }
+        let known = |name: &str| crate::metrics::CATALOGUE.iter().any(|row| row.name == name);
+        assert!(OF_CLOSED.iter().all(|name| known(name)), "{OF_CLOSED:?}");
+        queue.stop().await;
+    }
 
     #[test]
     fn one_failure_of_the_bucket_is_told_once() {

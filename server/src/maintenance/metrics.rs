@@ -202,7 +202,7 @@ impl MaintenanceMetrics {
     }
 
     /// Records why a plan removes less than the policies say; empty when there is no reason.
-    pub(super) fn alarmed(&self, cluster: &ClusterName, alarms: &[String]) {
+    pub(crate) fn alarmed(&self, cluster: &ClusterName, alarms: &[String]) {
         self.last().entry(cluster.clone()).or_default().alarms = Some(alarms.to_vec());
     }
 
