@@ -127,25 +127,12 @@ impl BaseStore {
     /// # Errors
     /// `INVALID` for a number that does not exist; the errors of [`BaseStore::generations`].
     pub async fn resolve(&self, named: ClusterName) -> Result<ClusterName, Status> {
-        let all = self.generations(&named).await?;
-        let number = named.number().unwrap_or_else(|| all.current());
-        match all.get(number) {
-            Some(_) => Ok(Generations::place(&named, number)),
-            None => {
-                let known: Vec<_> = all.all().iter().map(|g| g.number.to_string()).collect();
-                Err(Code::Invalid.status(format!(
-                    "read request: cluster {} has generations {}, found {number}; hint: klio generation list shows what each of them is",
-                    named.base(),
-                    known.join(", ")
-                )))
-            }
-        }
+        placed(&self.generations(&named).await?, &named)
     }
 
     /// The same, as far as this server knows without asking the bucket.
     pub fn resolve_here(&self, named: &ClusterName) -> Result<ClusterName, Status> {
-        let all = self.generations_here(named).map_err(|e| crate::errors::status(&e))?;
-        Ok(Generations::place(named, named.number().unwrap_or_else(|| all.current())))
+        placed(&self.generations_here(named).map_err(|e| crate::errors::status(&e))?, named)
     }
 
     /// Takes over the bucket's record at first contact, so that a new tier 1 knows all histories.
@@ -314,6 +301,15 @@ impl BaseStore {
         self.announce(&cluster.base(), BaseObject::Generations, 0);
         Ok(made)
     }
+}
+
+fn placed(all: &Generations, named: &ClusterName) -> Result<ClusterName, Status> {
+    all.resolve(named).map_err(|refusal| {
+        Code::Invalid.status(format!(
+            "read request for cluster {}: {refusal}; hint: klio generation list shows what each of them is",
+            named.base()
+        ))
+    })
 }
 
 /// Who decided about a generation and when, as the rest of a sentence; empty when nobody has decided.

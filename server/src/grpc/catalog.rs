@@ -53,7 +53,7 @@ impl Catalog for CatalogService {
             name => {
                 let named = super::auth::permit(&identity, name, Rpc::Status)?;
                 Some(match named.number() {
-                    Some(_) => self.histories.base.resolve_here(&named)?,
+                    Some(_) => self.place(named).await?,
                     None => self.board.shown_for(&named),
                 })
             }
@@ -86,13 +86,19 @@ impl Catalog for CatalogService {
     ) -> Result<Response<v1::ListWalResponse>, Status> {
         let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::ListWal)?;
         let cluster = self.histories.base.resolve(named).await?;
-        let store = self.board.store.clone();
-        let Some(pinned) = store.pinned(&cluster) else {
+        let here = self.board.store.pinned(&cluster);
+        let local = match here {
+            Some(_) => self.local(&cluster).await?,
+            None => Vec::new(),
+        };
+        // A tier 1 that was lost knows nothing of a generation that nobody streams to.
+        let known = match here {
+            Some(_) => here,
+            None => self.histories.base.pinned_in_tier2(&cluster).await?,
+        };
+        let Some(pinned) = known else {
             return Err(Code::NotFound.status(format!("cluster {cluster} has no WAL here")));
         };
-        let name = cluster.clone();
-        let local = read(move || store.list(&name)).await?.map_err(|e| errors::status(&e))?;
-        let local: Vec<_> = local.into_iter().map(|f| (f.file, f.size)).collect();
         let remote = self.remote(&cluster).await?;
         let mut ranges = ranges("tier1", &local, pinned.segment_size);
         ranges.extend(self::ranges("tier2", &remote, pinned.segment_size));
@@ -205,6 +211,21 @@ impl CatalogService {
         records
     }
 
+    /// The directory of a generation that is named by its number. The bucket is asked only about a number that is not
+    /// known here.
+    async fn place(&self, named: ClusterName) -> Result<ClusterName, Status> {
+        match self.histories.base.resolve_here(&named) {
+            Ok(place) => Ok(place),
+            Err(_) => self.histories.base.resolve(named).await,
+        }
+    }
+
+    async fn local(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
+        let (store, name) = (self.board.store.clone(), cluster.clone());
+        let files = read(move || store.list(&name)).await?.map_err(|e| errors::status(&e))?;
+        Ok(files.into_iter().map(|f| (f.file, f.size)).collect())
+    }
+
     async fn remote(&self, cluster: &ClusterName) -> Result<Vec<(WalFile, u64)>, Status> {
         let Some(tier2) = &self.tier2 else { return Ok(Vec::new()) };
         let listed = tier2.list_wal(cluster).await.map_err(|error| {
@@ -302,6 +323,55 @@ fn ranges(tier: &str, files: &[(WalFile, u64)], size: SegmentSize) -> Vec<v1::Wa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        queue::tests::TestQueue,
+        status::tests::{followed, store},
+    };
+    use klio_storage::tier2::Tier2Config;
+    use std::{fs, path::Path};
+
+    /// A server in place of a lost one, to which only the followed generation streams.
+    fn service(near: &Path, far: &Path, queue: &TestQueue) -> CatalogService {
+        drop(store(far, &["main"]));
+        let wal = far.join("main/wal/00000001");
+        fs::create_dir_all(&wal).unwrap();
+        fs::write(wal.join("000000010000000000000001.zst"), b"x").unwrap();
+        let tier2 = Tier2::open(&Tier2Config::new(format!("file://{}", far.display()))).unwrap();
+        let board = followed(store(near, &["main@2"]), Some(tier2.clone()), &queue.queue);
+        let (base, registry) = (board.base.clone().unwrap(), board.registry.clone());
+        let (_, rules) = tokio::sync::watch::channel(Arc::default());
+        CatalogService {
+            auth: Auth::new(None, rules),
+            histories: Histories { base, registry },
+            board: Arc::new(board),
+            tier2: Some(tier2),
+        }
+    }
+
+    /// Regression test: there was "no WAL here" of a generation that only the bucket has, and a number that does not
+    /// exist was a cluster to which nothing had streamed yet.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_generation_that_only_the_bucket_has_is_listed_and_one_that_nobody_has_is_refused() {
+        let [near, far, directory] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let service = service(near.path(), far.path(), &queue);
+        let list = async |cluster: &str| {
+            let asked = v1::ListWalRequest { cluster: cluster.into() };
+            service.list_wal(Request::new(asked)).await.map(Response::into_inner)
+        };
+        let ranges = list("main@1").await.unwrap().ranges;
+        let found: Vec<_> = ranges.iter().map(|r| (r.tier.as_str(), r.segments)).collect();
+        assert_eq!(found, [("tier2", 1)]);
+        let asked = v1::StatusRequest { cluster: "main@9".into() };
+        for refused in [
+            service.status(Request::new(asked)).await.map(|_| ()).unwrap_err(),
+            list("main@9").await.unwrap_err(),
+        ] {
+            assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
+            assert!(refused.message().contains("one of generations 1, 2, found 9"), "{refused}");
+        }
+        queue.stop().await;
+    }
 
     #[test]
     fn a_missing_segment_splits_a_range() {
