@@ -91,6 +91,8 @@ pub struct OpenRepositoryRequest {
     pub cluster: String,
     /// The PostgreSQL; `None`: only open an existing repository, never create one.
     pub system: Option<System>,
+    /// For a backup without a comparison of WAL.
+    pub unproven: bool,
 }
 
 impl TryFrom<v1::OpenRepositoryRequest> for OpenRepositoryRequest {
@@ -100,7 +102,7 @@ impl TryFrom<v1::OpenRepositoryRequest> for OpenRepositoryRequest {
             0 => None,
             identifier => Some(System::read(identifier, raw.segment_size, raw.postgres_version)?),
         };
-        Ok(Self { cluster: raw.cluster, system })
+        Ok(Self { cluster: raw.cluster, system, unproven: raw.unproven })
     }
 }
 
@@ -347,6 +349,7 @@ mod tests {
                 system_identifier,
                 segment_size,
                 postgres_version: 150_018,
+                unproven: false,
             })
         };
         assert_eq!(ask(0, 0).unwrap().system, None);

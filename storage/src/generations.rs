@@ -166,6 +166,11 @@ pub enum Refusal {
     /// The cluster's name refers to it.
     #[error("generation {0} is the current one: follow another one first")]
     IsCurrent(u32),
+    /// Another decision was made since the person looked.
+    #[error(
+        "expected generation {expected} to be the current one still, found {found}: somebody else has just decided; look again before you decide"
+    )]
+    Moved { expected: u32, found: u32 },
     /// It has that state already.
     #[error("generation {0} is {1} already")]
     Already(u32, &'static str),

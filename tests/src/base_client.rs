@@ -92,6 +92,7 @@ pub fn open_request(cluster: &str, system: u64) -> v1::OpenRepositoryRequest {
         system_identifier: system,
         segment_size: segment_size().as_u32(),
         postgres_version: 150_018,
+        unproven: false,
     }
 }
 

@@ -78,7 +78,8 @@ impl BaseStore {
     /// `UNAVAILABLE` when the bucket does not answer; `CONFLICT` when neither record contains all of the other.
     async fn learn_generations(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
         let base = cluster.base();
-        if self.wal().pinned(&base).is_none() {
+        // After a lost tier 1 there may be only a later generation here.
+        if !self.wal().clusters().iter().any(|here| here.base() == base) {
             return Ok(());
         }
         let join = |theirs| self.join_generations(&base, theirs);
@@ -179,10 +180,9 @@ impl BaseStore {
 
     /// Stores the record durably, and then in memory. Blocking.
     fn keep_generations(&self, base: ClusterName, all: Generations) -> Result<(), Error> {
+        // Only the clusters that the store knows are uploaded, and after a lost tier 1 nothing may stream into this one.
+        self.wal().add(&base)?;
         let path = self.path(&base, &BaseObject::Generations);
-        if let Some(directory) = path.parent() {
-            klio_storage::disk::durable::create_dir(self.disk().as_ref(), directory)?;
-        }
         record::store(self.disk().as_ref(), &path, &all)?;
         lock(&self.0.generations.read).insert(base, all);
         Ok(())
@@ -195,16 +195,19 @@ impl BaseStore {
     pub async fn resolve_open(&self, named: ClusterName) -> Result<ClusterName, Status> {
         let place = self.resolve(named).await?;
         let all = self.generations(&place).await?;
-        match all.get(place.number().unwrap_or(1)) {
-            Some(found) if !found.state.is_open() => Err(Code::Diverged.status(format!(
-                "open cluster {}: generation {} is {}{}",
-                place.base(),
-                found.number,
-                found.state.word(),
-                decided(&found)
-            ))),
-            _ => Ok(place),
+        match closed(&all, &place) {
+            Some(refusal) => Err(refusal),
+            None => Ok(place),
         }
+    }
+
+    /// Refuses a history that is closed to new streams, as far as this server knows without asking the bucket.
+    ///
+    /// # Errors
+    /// `DIVERGED` for a generation that is closed; an I/O error of the disk, or a record that cannot be read.
+    pub fn check_open_here(&self, place: &ClusterName) -> Result<(), Status> {
+        let all = self.generations_here(place).map_err(|e| crate::errors::status(&e))?;
+        closed(&all, place).map_or(Ok(()), Err)
     }
 
     /// Begins a generation for a history that is not the cluster's.
@@ -219,7 +222,7 @@ impl BaseStore {
         system_identifier: u64,
         taken: bool,
     ) -> Result<u32, Status> {
-        let now = self.now_unix();
+        let (now, found) = (self.now_unix(), reason.clone());
         let made = self
             .change_generations(cluster, move |all| {
                 all.begin(reason, system_identifier, now, taken)
@@ -232,9 +235,10 @@ impl BaseStore {
             return Ok(*number);
         }
         Err(Code::Diverged.status(format!(
-            "open cluster {base}: another history, which is {} as generation {number}{}: {reason}",
+            "open cluster {base}: another history, which is {} as generation {number}{}: {reason}{}",
             state.word(),
-            decided(&made)
+            decided(&made),
+            found_now(reason, &found)
         )))
     }
 
@@ -308,6 +312,27 @@ fn placed(all: &Generations, named: &ClusterName) -> Result<ClusterName, Status>
         Code::Invalid.status(format!(
             "read request for cluster {}: {refusal}; hint: klio generation list shows what each of them is",
             named.base()
+        ))
+    })
+}
+
+/// What was found now, as the rest of a sentence. All refused histories of one PostgreSQL have one number, so the
+/// reason that is on record may be that of another one.
+fn found_now(recorded: &str, found: &str) -> String {
+    if recorded == found { String::new() } else { format!("; found now: {found}") }
+}
+
+/// The refusal of a stream into a closed generation; `None` if it is open.
+fn closed(all: &Generations, place: &ClusterName) -> Option<Status> {
+    let found = all.get(place.number().unwrap_or(1))?;
+    let refused = !found.state.is_open();
+    refused.then(|| {
+        Code::Diverged.status(format!(
+            "open cluster {}: generation {} is {}{}",
+            place.base(),
+            found.number,
+            found.state.word(),
+            decided(&found)
         ))
     })
 }

@@ -5,14 +5,18 @@ use super::{
     directory::Directory, start,
 };
 use crate::{
-    base::BaseStore,
+    base::{self, BaseStore},
     queue::tests::{TestQueue, eventually, pid},
+    receive::Registry,
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use klio_storage::{
+    crypt::AtRest,
+    disk::RealDisk,
     layout::{ClusterName, WalFile},
+    repository::Settings,
     tier2::{Outcome, Secret, Tier2, Tier2Config, Uploaded},
-    wal::{Gap, Position},
+    wal::{Gap, Pinned, Position, WalOptions, WalStore},
 };
 use std::{
     collections::BTreeMap,
@@ -23,6 +27,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 mod changing;
+mod lost;
 #[path = "../../../storage/src/tier2/tests/s3.rs"]
 pub(crate) mod s3;
 use s3::{BUCKET, Fault, S3};
@@ -129,6 +134,27 @@ pub(crate) fn tier2(s3: &S3) -> Tier2 {
     config.request_timeout_seconds = 5;
     config.retry_timeout_seconds = 1;
     Tier2::open(&config).unwrap()
+}
+
+/// The base store over a tier 1 in `root`.
+pub(crate) fn base_store(root: &Path, queue: &TestQueue, tier2: Option<Tier2>) -> BaseStore {
+    let store = WalStore::open(Arc::new(RealDisk), root.to_owned(), WalOptions::default()).unwrap();
+    BaseStore::open(base::Parts {
+        store,
+        disk: Arc::new(RealDisk),
+        tier2,
+        at_rest: AtRest::Off,
+        settings: Settings::default(),
+        queue: queue.queue.clone(),
+        registry: Arc::new(Registry::default()),
+        clock: Arc::new(|| 1.0),
+    })
+}
+
+/// A PostgreSQL with this system identifier.
+pub(crate) fn pinned(system_identifier: u64) -> Pinned {
+    let segment_size = SegmentSize::new(SEGMENT as u32).unwrap();
+    Pinned { system_identifier, segment_size, postgres_version: 170_000 }
 }
 
 impl Test {

@@ -128,6 +128,9 @@ impl Base for BaseService {
             self.auth.require(&request, &request.get_ref().cluster, Rpc::OpenRepository)?;
         let cluster = self.base.resolve(cluster).await?;
         let asked = OpenRepositoryRequest::try_from(request.into_inner())?;
+        if let Some(system) = asked.system.filter(|_| asked.unproven) {
+            self.comparer.may_be_unproven(&cluster, &system.system_identifier.to_string()).await?;
+        }
         let secret = self.base.open_repository(&cluster, asked.system).await?;
         Ok(Response::new(v1::OpenRepositoryResponse {
             secret: json("a secret", &secret)?,

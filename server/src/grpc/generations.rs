@@ -95,14 +95,25 @@ impl Histories {
         cluster: &ClusterName,
         asked: &v1::DecideGenerationRequest,
     ) -> Result<Vec<String>, Status> {
+        let before = self.base.generations(cluster).await?;
+        self.decide_after(&before, &identity.name, cluster, asked).await
+    }
+
+    /// The same for a person who knows the histories `before`: it does what was said about them, or nothing.
+    async fn decide_after(
+        &self,
+        before: &Generations,
+        person: &str,
+        cluster: &ClusterName,
+        asked: &v1::DecideGenerationRequest,
+    ) -> Result<Vec<String>, Status> {
         let decision = Decision::try_from(asked.decision).unwrap_or_default();
-        let (number, by, now) = (asked.number, identity.name.clone(), self.base.now_unix());
+        let (number, by, now) = (asked.number, person.to_owned(), self.base.now_unix());
         let change = move |all: &mut Generations| match decision {
             Decision::Follow => all.follow(number, &by, now),
             Decision::Retire => all.retire(number, &by, now),
             Decision::Unspecified => Err(Refusal::Unknown { known: "".into(), found: number }),
         };
-        let before = self.base.generations(cluster).await?;
         let former = before.current();
         let mut trial = before.clone();
         change(&mut trial).map_err(|refusal| {
@@ -111,14 +122,18 @@ impl Histories {
                 cluster.base()
             ))
         })?;
-        let effects = self.effects(cluster, &before, number, decision).await?;
+        let effects = self.effects(cluster, before, number, decision).await?;
         if asked.dry_run {
             return Ok(effects);
         }
+        let change = move |all: &mut Generations| match all.current() {
+            found if found != former => Err(Refusal::Moved { expected: former, found }),
+            _ => change(all),
+        };
         self.base.change_generations(cluster, change).await?;
         let ended = if decision == Decision::Follow { former } else { number };
         self.registry.end(&Generations::place(cluster, ended));
-        tracing::warn!(cluster = %cluster.base(), number, ?decision, by = identity.name, "a person decided about a generation");
+        tracing::warn!(cluster = %cluster.base(), number, ?decision, by = person, "a person decided about a generation");
         Ok(effects)
     }
 
@@ -182,5 +197,47 @@ fn sentence(generation: &v1::Generation) -> String {
             Lsn::new(generation.flushed_lsn),
             generation.stored_bytes
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{consumer::tests::base_store, queue::tests::TestQueue};
+
+    /// Regression test: two people decided at once, and the stream into the generation that the first of them had made
+    /// the current one went on, although the second decision closed it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_two_people_who_decide_at_once_the_second_is_told_to_look_again() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let base = base_store(root.path(), &queue, None);
+        let cluster: ClusterName = "main".parse().unwrap();
+        for reason in ["a clone", "set back"] {
+            base.begin_generation(&cluster, reason.into(), 7, true).await.unwrap();
+        }
+        let registry = Arc::new(Registry::default());
+        let histories = Histories { base: base.clone(), registry };
+        let seen = base.generations(&cluster).await.unwrap();
+        let follow = |number| v1::DecideGenerationRequest {
+            cluster: "main".into(),
+            number,
+            decision: Decision::Follow.into(),
+            dry_run: false,
+        };
+        histories.decide_after(&seen, "ann", &cluster, &follow(2)).await.unwrap();
+        let late = histories.decide_after(&seen, "bob", &cluster, &follow(3)).await.unwrap_err();
+        assert_eq!(Code::of(&late), Code::Invalid);
+        assert!(late.message().contains("somebody else has just decided"), "{late}");
+        let now = base.generations(&cluster).await.unwrap();
+        assert_eq!(now.current(), 2);
+        let said = histories.decide_after(&now, "bob", &cluster, &follow(3)).await.unwrap();
+        assert!(said.iter().any(|line| line.contains("no longer generation 2")), "{said:?}");
+        // What a stream is told that the decision ended.
+        let closed = base.check_open_here(&Generations::place(&cluster, 2)).unwrap_err();
+        assert_eq!(Code::of(&closed), Code::Diverged);
+        assert!(closed.message().contains("generation 2 is older, decided by bob"), "{closed}");
+        assert!(base.check_open_here(&Generations::place(&cluster, 3)).is_ok());
+        queue.stop().await;
     }
 }

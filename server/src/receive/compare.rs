@@ -27,6 +27,7 @@ use klio_proto::{
 use klio_storage::{
     Error,
     catalog::BackupRecord,
+    generations::{Generation, Generations},
     layout::{ClusterName, WalFile},
     wal::{
         SealedDecoder, Seam, TakenOver,
@@ -462,7 +463,7 @@ impl Comparer {
     ///
     /// # Errors
     /// `DIVERGED` when the writer has another history; `INCOMPLETE` when it was not compared that far; `INVALID` when
-    /// the sidecar did not identify itself and the cluster has several open histories.
+    /// nothing was compared and PostgreSQL may continue one of several histories.
     pub async fn may_commit(
         &self,
         cluster: &ClusterName,
@@ -475,15 +476,7 @@ impl Comparer {
             Err(code.status(format!("commit backup {} of {cluster}: {detail}", record.name)))
         };
         if writer_id.is_empty() {
-            let open = self.base.generations(cluster).await?;
-            let open = open.all().iter().filter(|g| g.state.is_open()).count();
-            return match open > 1 {
-                true => refuse(
-                    Code::Invalid,
-                    "the cluster has several histories, and this sidecar does not say which one it read; use the server's version",
-                ),
-                false => Ok(()),
-            };
+            return self.may_be_unproven(cluster, &record.system_identifier).await;
         }
         if self.compared_up_to(writer_id, cluster).is_some_and(|end| end >= record.stop_lsn) {
             return Ok(());
@@ -491,6 +484,28 @@ impl Comparer {
         match self.finding(writer_id, cluster) {
             Some(detail) => refuse(Code::Diverged, &detail),
             None => refuse(Code::Incomplete, "its WAL was not compared with the stored WAL"),
+        }
+    }
+
+    /// Whether a backup may be taken without a comparison: there must be one history alone that a PostgreSQL with this
+    /// system identifier may continue. A closed one counts as well, because its PostgreSQL may still run.
+    ///
+    /// # Errors
+    /// `INVALID` when there are several; the errors of [`BaseStore::generations`].
+    pub async fn may_be_unproven(&self, cluster: &ClusterName, system: &str) -> Result<(), Status> {
+        let may = |generation: &Generation| {
+            let place = Generations::place(cluster, generation.number);
+            let pinned = self.base.wal().pinned(&place).map(|p| p.system_identifier.to_string());
+            let known = pinned.unwrap_or_else(|| generation.system_identifier.clone());
+            known.is_empty() || known == system
+        };
+        let all = self.base.generations(cluster).await?.all();
+        match all.iter().filter(|generation| may(generation)).count() {
+            ..=1 => Ok(()),
+            count => Err(Code::Invalid.status(format!(
+                "back up {}: expected a comparison of WAL, because this PostgreSQL may continue any of {count} generations, found none; hint: ALTER ROLE ... REPLICATION, a replication line in pg_hba.conf, and a klio of the server's version",
+                cluster.base()
+            ))),
         }
     }
 
@@ -731,5 +746,37 @@ impl<I: Inbound> Inbox<I> {
                     .status("compare WAL: expected digests, then at most 64 KiB of WAL"))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        consumer::tests::{base_store, pinned},
+        queue::tests::TestQueue,
+    };
+
+    /// Regression test: after a decision only one generation is open, and a backup of the old machine that nobody had
+    /// compared was committed into it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_backup_without_a_comparison_needs_one_history_alone_also_among_closed_ones() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let base = base_store(root.path(), &queue, None);
+        let comparer = Comparer::new(base.clone());
+        let main: ClusterName = "main".parse().unwrap();
+        base.wal().pin(&main, pinned(7)).unwrap();
+        assert!(comparer.may_be_unproven(&main, "7").await.is_ok());
+        // Another system identifier after pg_upgrade.
+        base.begin_generation(&main, "upgraded".into(), 8, true).await.unwrap();
+        base.change_generations(&main, |all| all.follow(2, "ops", 1.0)).await.unwrap();
+        assert!(comparer.may_be_unproven(&main, "8").await.is_ok());
+        base.begin_generation(&main, "set back".into(), 8, true).await.unwrap();
+        base.change_generations(&main, |all| all.follow(3, "ops", 2.0)).await.unwrap();
+        let refused = comparer.may_be_unproven(&main, "8").await.unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
+        assert!(refused.message().contains("any of 2 generations"), "{refused}");
+        queue.stop().await;
     }
 }

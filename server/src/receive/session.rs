@@ -276,8 +276,13 @@ impl Session {
         send(responses, receive_response::Kind::Opened(opened)).await
     }
 
-    /// The reason is another session that took over, or a person who retired this timeline.
+    /// The reason is a person who closed this history or retired this timeline, or another session that took over.
     fn why_fenced(&self) -> Status {
+        // Not DIVERGED, which in a stream means that its WAL differs: the sidecar would begin another generation.
+        if let Err(closed) = self.with.base.check_open_here(&self.cluster) {
+            let why = closed.message();
+            return Code::WriterConflict.status(format!("the stream ends by a decision: {why}"));
+        }
         let lives_on = self.slot.place.lives_on;
         let standing = self.with.store.timelines(&self.cluster).standing(lives_on);
         if standing == Some(Standing::Retired) {

@@ -377,6 +377,7 @@ async fn open_repository(
         system_identifier: facts.system_identifier,
         segment_size: facts.segment_size.as_u32(),
         postgres_version: facts.version.number(),
+        unproven: backup.writer_id.is_empty(),
     };
     let answer = base
         .call(DOING, async |mut client| {

@@ -250,6 +250,14 @@ impl WalStore {
         Ok(())
     }
 
+    /// Knows a cluster that only records are stored of: the bucket has its WAL, or another history is its current one.
+    ///
+    /// # Errors
+    /// An I/O error of the disk.
+    pub fn add(&self, name: &ClusterName) -> Result<(), Error> {
+        self.find_or_create(name).map(drop)
+    }
+
     fn find_or_create(&self, name: &ClusterName) -> Result<Arc<Cluster>, Error> {
         let _one = lock(&self.0.creating);
         if let Some(cluster) = self.find(name) {

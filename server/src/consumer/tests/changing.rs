@@ -1,39 +1,14 @@
 //! Objects whose content changes during their upload.
 
 use super::*;
-use crate::{base, receive::Registry};
-use klio_storage::{
-    crypt::AtRest,
-    disk::RealDisk,
-    layout::BaseObject,
-    record::Unknown,
-    repository::Settings,
-    wal::{LevelChange, Pinned, WalOptions, WalStore},
-};
+use klio_storage::{layout::BaseObject, record::Unknown, wal::LevelChange};
 
 /// An interval so long that nothing is compared and only jobs cause uploads.
-const NEVER: u32 = 3600;
+pub(super) const NEVER: u32 = 3600;
 
 fn level(segments: f64, minimal: bool) -> LevelChange {
     let (timeline, lsn) = (TimelineId::new(1).unwrap(), lsn(segments));
     LevelChange { timeline, lsn, minimal, unknown: Unknown::default() }
-}
-
-fn open(root: &Path, queue: &TestQueue, s3: &S3) -> BaseStore {
-    let store = WalStore::open(Arc::new(RealDisk), root.to_owned(), WalOptions::default()).unwrap();
-    let segment_size = SegmentSize::new(SEGMENT as u32).unwrap();
-    let pinned = Pinned { system_identifier: 7, segment_size, postgres_version: 170_000 };
-    store.pin(&name("pg-1"), pinned).unwrap();
-    BaseStore::open(base::Parts {
-        store,
-        disk: Arc::new(RealDisk),
-        tier2: Some(tier2(s3)),
-        at_rest: AtRest::Off,
-        settings: Settings::default(),
-        queue: queue.queue.clone(),
-        registry: Arc::new(Registry::default()),
-        clock: Arc::new(|| 1.0),
-    })
 }
 
 /// Regression test: a decision made during the upload of the record before it reached the bucket only with the next
@@ -43,7 +18,8 @@ async fn what_changes_while_it_is_uploaded_is_uploaded_again_at_once() {
     let (root, directory, s3) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
     let queue = TestQueue::up(directory.path()).await;
-    let base = open(root.path(), &queue, &s3);
+    let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+    base.wal().pin(&name("pg-1"), pinned(7)).unwrap();
     let key = BaseObject::WalLevels.key(&name("pg-1"));
     let test = Test::start_with(root.path(), &queue, &s3, Some(base.clone()), NEVER);
     eventually("the tiers are compared", || base.archives().objects(&name("pg-1")).is_some()).await;
