@@ -103,7 +103,9 @@ pub async fn open(
         }
         settled = conflict::ask_rivals(base, registry, cluster, &claim, now_unix).await?;
     };
-    // Checked again: a newer timeline may have arrived while others were asked.
+    // Checked again: a newer timeline may have arrived while others were asked, and a person may have closed this history.
+    // Whoever decides ends the sessions that are claimed by then, so after the claim no decision is missed (P11).
+    base.check_open_here(cluster)?;
     base.check_timeline_here(cluster, lives_on)?;
     // Nobody else appends to the timeline from here on.
     let writer = bid.begin(!taken.is_empty()).await?;
@@ -250,5 +252,47 @@ fn refusal_code(refusal: &OpenRefusal) -> Code {
         | OpenRefusal::NotSegmentStart { .. }
         | OpenRefusal::Missing { .. }
         | OpenRefusal::BadGap { .. } => Code::BadPosition,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{consumer::tests::base_store, queue::tests::TestQueue};
+    use klio_proto::v1;
+
+    fn request() -> Open {
+        let open = v1::Open {
+            cluster: "main".into(),
+            system_identifier: 7,
+            segment_size: 1 << 20,
+            postgres_version: 170_000,
+            timeline: 1,
+            start_lsn: 3 << 20,
+            writer_id: "w".into(),
+            ..v1::Open::default()
+        };
+        Open::try_from(open).unwrap()
+    }
+
+    /// Opening takes seconds, and its name was resolved before.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_stream_is_opened_into_a_history_that_was_closed_meanwhile() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let base = base_store(root.path(), &queue, None);
+        let (comparer, registry) = (Comparer::new(base.clone()), Arc::new(Registry::default()));
+        let main: ClusterName = "main".parse().unwrap();
+        base.begin_generation(&main, "set back".into(), 7, true).await.unwrap();
+        let attempt = async || {
+            let caller = Caller { who: "klio@main".into(), prove: std::future::ready(None) };
+            super::open(&base, &comparer, &registry, &main, caller, request(), 1.0).await
+        };
+        assert!(attempt().await.is_ok());
+        base.change_generations(&main, |all| all.follow(2, "ops", 1.0)).await.unwrap();
+        let refused = attempt().await.err().unwrap();
+        assert_eq!(Code::of(&refused), Code::Diverged, "{refused}");
+        assert!(refused.message().contains("older"), "{refused}");
+        queue.stop().await;
     }
 }

@@ -40,8 +40,17 @@ impl DiskFile for RealFile {
 
 #[derive(Debug)]
 struct RealLock {
-    /// Closing the file releases the lock.
-    _file: File,
+    file: File,
+}
+
+impl Drop for RealLock {
+    /// Closing the file is not enough: a child that this process is just starting has the file open as well until it runs
+    /// its program, and would hold the lock until then.
+    fn drop(&mut self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::debug!(%error, "cannot release the lock of tier 1");
+        }
+    }
 }
 
 impl DiskLock for RealLock {}
@@ -113,7 +122,7 @@ impl Disk for RealDisk {
         options.read(true).write(true).create(true).truncate(false).mode(FILE_MODE);
         let file = options.open(path)?;
         match file.try_lock() {
-            Ok(()) => Ok(Box::new(RealLock { _file: file })),
+            Ok(()) => Ok(Box::new(RealLock { file })),
             Err(TryLockError::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
             Err(TryLockError::Error(e)) => Err(e),
         }
@@ -124,6 +133,22 @@ impl Disk for RealDisk {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    /// A process that starts another one shares its files with it for a moment.
+    #[test]
+    fn a_lock_that_was_released_can_be_taken_although_a_child_has_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("LOCK");
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        file.lock().unwrap();
+        let child_s = file.try_clone().unwrap();
+        let lock = RealLock { file };
+        assert!(RealDisk.lock(&path).is_err());
+        drop(lock);
+        assert!(RealDisk.lock(&path).is_ok());
+        drop(child_s);
+    }
 
     /// Earlier, tier 1 was world-readable under the usual umask, and any local user could hold its lock.
     #[test]
