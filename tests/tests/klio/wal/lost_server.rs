@@ -131,7 +131,7 @@ async fn a_stranger_and_an_old_primary_are_refused_though_only_the_bucket_knows_
     // Nobody knows while the bucket does not answer: WAL waits in PostgreSQL, and goes on by itself.
     s3.faults().inject(Rule::always(Fault::InternalError));
     let mut waiting = site.stream(&pg);
-    waiting.wait_log("has to be asked", PATIENCE).await;
+    waiting.wait_log("does not say how far its WAL reaches", PATIENCE).await;
     let end = pg.write_wal(1 << 20).await;
     assert!(waiting.is_running() && !site.wal_dir(1).exists(), "{}", waiting.log());
     s3.faults().heal();
