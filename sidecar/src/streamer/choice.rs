@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config,
     error::{Error, Failure},
-    server_link::{ServerLink, Traced},
+    server_link::{ServerLink, Traced, numbered},
 };
 use klio_pg::{Lsn, TimelineHistory, TimelineId};
 use klio_proto::{
@@ -336,8 +336,7 @@ pub async fn history_of<P: Primary>(
     let metrics = Metrics::new(&NoopMeterProvider::new().meter("klio"), cluster.as_str());
     let stream = Stream { primary, link, options: &options, metrics: &metrics, writer_id };
     let Some(number) = stream.find(from).await? else { return Ok(cluster.clone()) };
-    ClusterName::parse_generation(&format!("{}@{number}", cluster.base()))
-        .map_err(|error| Error::new(Failure::Config, error))
+    numbered(cluster, number)
 }
 
 fn held(timelines: &[v1::TimelinePosition]) -> Result<Vec<Held>, Error> {

@@ -67,14 +67,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
 /// # Errors
 /// As for [`open`].
 pub fn open_settled(config: &Config) -> Result<Arc<dyn WalSource>, Error> {
-    let cluster = config.cluster()?;
-    Ok(match Bucket::open(config)? {
-        Some(bucket) => Arc::new(named::Named::new(bucket, cluster, true)),
-        None => {
-            let link = ServerLink::new(&config.server)?;
-            Arc::new(server::FromServer::settled(link, cluster))
-        }
-    })
+    opened(config, config.cluster()?, true, server::FromServer::settled)
 }
 
 /// Whether the PostgreSQL of this data directory is a standby; it is one even if both signal files exist
@@ -99,11 +92,19 @@ pub fn open_as(
     cluster: ClusterName,
     for_postgresql: bool,
 ) -> Result<Arc<dyn WalSource>, Error> {
+    let of_server = |link, cluster| server::FromServer::new(link, cluster, for_postgresql);
+    opened(config, cluster, for_postgresql, of_server)
+}
+
+/// The bucket where the configuration names one, which always stays with the generation that it began with; else the server.
+fn opened(
+    config: &Config,
+    cluster: ClusterName,
+    for_postgresql: bool,
+    of_server: impl FnOnce(ServerLink, ClusterName) -> server::FromServer,
+) -> Result<Arc<dyn WalSource>, Error> {
     Ok(match Bucket::open(config)? {
         Some(bucket) => Arc::new(named::Named::new(bucket, cluster, for_postgresql)),
-        None => {
-            let link = ServerLink::new(&config.server)?;
-            Arc::new(server::FromServer::new(link, cluster, for_postgresql))
-        }
+        None => Arc::new(of_server(ServerLink::new(&config.server)?, cluster)),
     })
 }
