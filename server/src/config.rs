@@ -25,7 +25,7 @@ use std::{
 use toml::{Table, Value};
 
 /// Variables that begin with `KLIO_` and are not settings.
-const NOT_SETTINGS: [&str; 6] = [
+const NOT_SETTINGS: [&str; 7] = [
     "KLIO_CONFIG",
     "KLIO_OTEL_STRICT",
     "KLIO_LOG_FORMAT",
@@ -33,6 +33,7 @@ const NOT_SETTINGS: [&str; 6] = [
     "KLIO_BIN_DIR",
     "KLIO_TEST_DIR",
     "KLIO_TEST_SEED",
+    "KLIO_TEST_CRASH_AT",
 ];
 
 /// First words of the sidecar's variables. They are ignored, because one shell may hold the settings of both programs.

@@ -5,6 +5,7 @@
 //! errors back.
 
 pub mod catalog;
+pub mod crash;
 pub mod crypt;
 pub mod disk;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod generations;
 pub mod layout;
 pub mod record;
 pub mod repository;
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tier2;
 pub mod wal;

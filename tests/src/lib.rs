@@ -7,6 +7,7 @@
 pub mod base_client;
 pub mod bundle;
 pub mod client;
+pub mod crash;
 pub mod damage;
 pub mod disaster;
 pub mod env;

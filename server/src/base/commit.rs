@@ -12,6 +12,7 @@ use klio_proto::Code;
 use klio_storage::{
     Error,
     catalog::BackupRecord,
+    crash_point,
     disk::durable,
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     record,
@@ -188,7 +189,9 @@ impl BaseStore {
                 durable::create_dir(this.disk().as_ref(), directory)?;
             }
             let bytes = record::encode(&body, path.display())?;
+            crash_point!("commit.checked");
             durable::overwrite(this.disk().as_ref(), &path, &bytes)?;
+            crash_point!("commit.written");
             tracing::info!(cluster = %name, backup = %body.name, start = %body.start_lsn, stop = %body.stop_lsn, bytes = body.size_bytes, stored = body.stored_bytes, "a backup is complete");
             this.announce(&name, object, bytes.len() as u64);
             this.remember_record(&name, &body);

@@ -17,7 +17,7 @@ use super::{
 use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
-    Error, Kind, Op,
+    Error, Kind, Op, crash_point,
     generations::{Generation, Generations, Refusal, Unproven},
     layout::{BaseObject, ClusterName},
     record,
@@ -184,6 +184,7 @@ impl BaseStore {
         self.wal().add(&base)?;
         let path = self.path(&base, &BaseObject::Generations);
         record::store(self.disk().as_ref(), &path, &all)?;
+        crash_point!("generation.decided");
         lock(&self.0.generations.read).insert(base, all);
         Ok(())
     }

@@ -20,6 +20,7 @@ use klio_proto::Code;
 use klio_storage::{
     Error, Op,
     catalog::KnownDamage,
+    crash_point,
     disk::{Disk, FileHandle, durable},
     layout::{BaseFile, BaseKind, BaseObject, ClusterName},
     tier2::Hasher,
@@ -185,8 +186,10 @@ impl Temporary {
 
     fn finish(mut self) -> Result<(), Error> {
         self.handle.sync_all().map_err(|e| Error::io(Op::Sync, &self.path, e))?;
+        crash_point!("file.written");
         // After a failed rename the old name is removed, whether or not it still exists.
         durable::rename(self.disk.as_ref(), &self.path, &self.target)?;
+        crash_point!("file.renamed");
         self.renamed = true;
         Ok(())
     }

@@ -15,6 +15,7 @@ use crate::{config::Config, encryption::KeyProblem};
 use anyhow::{Context, bail};
 use klio_storage::{
     catalog::archive_file,
+    crash_point,
     crypt::{self, AtRest, IdentityText, Keys},
     disk::{Disk, Entry, RealDisk, durable},
     layout::{BaseObject, ClusterName, WalFile},
@@ -125,7 +126,10 @@ fn replace_identity(path: &Path, text: &IdentityText) -> anyhow::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
     file.write_all(text.expose().as_bytes())?;
     file.sync_all()?;
-    Ok(durable::rename(&RealDisk, &tmp, &path)?)
+    crash_point!("key.written");
+    durable::rename(&RealDisk, &tmp, &path)?;
+    crash_point!("key.replaced");
+    Ok(())
 }
 
 async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
@@ -144,8 +148,10 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
         if let Some(tier2) = &tier2 {
             rewrap_object(tier2, &cluster, keys).await?;
         }
+        crash_point!("key.rewrapped");
         if args.rewrap_wal {
             rewrap_wal(&store, &cluster)?;
+            crash_point!("key.wal");
             if let Some(tier2) = &tier2 {
                 far::rewrap_wal(&store, tier2, &cluster, keys).await?;
             }

@@ -27,6 +27,7 @@ use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
     catalog::{BackupRecord, Timelines},
+    crash_point,
     disk::read_small,
     generations::Generations,
     layout::{BackupName, BaseFile, BaseKind, BaseObject, ClusterName},
@@ -152,6 +153,7 @@ impl BaseWork {
         self.turns.failed(failed);
         match result {
             Ok(Done::Proven { size, written, attempt }) => {
+                crash_point!("base.uploaded");
                 archives.proven(&self.cluster, job.object.clone(), size);
                 observer.attempted_base(&self.cluster, attempt, written);
                 span.record("outcome", attempt.as_str());

@@ -11,7 +11,7 @@ use crate::{
 use async_nats::jetstream::{AckKind, Message};
 use futures::{FutureExt, future::BoxFuture};
 use klio_storage::{
-    Error, Kind,
+    Error, Kind, crash_point,
     layout::{ClusterName, Form, WalFile},
     tier2::{Outcome, Sha256Sum, Source, Uploaded, Wrapping},
 };
@@ -188,9 +188,11 @@ impl WalWork {
 
     /// Records the upload (ARCHIVE1) before the job is acknowledged (JOB1).
     async fn record(&self, job: &Job, uploaded: Uploaded) -> Result<Attempt, Error> {
+        crash_point!("wal.uploaded");
         let (_, local_size) = self.local(job.file).await;
         let archives = &self.parts.archives;
         archives.record(&self.cluster, job.file, local_size, uploaded).await?;
+        crash_point!("wal.recorded");
         let (attempt, bytes) = match uploaded.outcome {
             Outcome::Stored => (Attempt::Stored, uploaded.size),
             Outcome::AlreadyThere => (Attempt::AlreadyThere, 0),

@@ -15,6 +15,7 @@ use async_nats::jetstream::{
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
 };
 use futures::{StreamExt, future::BoxFuture};
+use klio_storage::crash_point;
 use klio_storage::layout::ClusterName;
 use std::{
     future::Future,
@@ -295,6 +296,7 @@ fn consumer_config(work: &dyn Process) -> pull::Config {
 /// Returns how long the job is delayed because it failed.
 async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
     let delivered = message.info().map_or(1, |info| info.delivered.max(1));
+    crash_point!("upload.begun");
     let mut processing = work.process(&message, delivered);
     let answer = loop {
         tokio::select! {
@@ -315,7 +317,10 @@ async fn handle(work: &dyn Process, message: Message) -> Option<Duration> {
         false => message.ack_with(answer).await,
     };
     match told {
-        Ok(()) if done => work.removed_from_queue(&message),
+        Ok(()) if done => {
+            crash_point!("queue.acknowledged");
+            work.removed_from_queue(&message);
+        }
         Ok(()) => {}
         // If the acknowledgement is lost, the job is delivered again and finds its work done.
         Err(error) => {

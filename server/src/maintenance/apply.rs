@@ -15,6 +15,7 @@ use klio_proto::Code;
 use klio_storage::{
     Error,
     catalog::{BackupRecord, MaintenanceOutcome, RetentionPlan, outcomes, retention::Hold},
+    crash_point,
     disk::durable,
     layout::{BackupName, BaseObject, ClusterName},
     record,
@@ -130,6 +131,9 @@ impl Inner {
             outcome.expired.push(name.clone());
             self.metrics.forgotten(cluster, name);
         }
+        if !expired.is_empty() {
+            crash_point!("expire.tier1");
+        }
         let job = self.prune_job(cluster, &plan, &records, &expired);
         let pruned = self.prune(cluster, job, tell).await?;
         outcome.evicted.extend(evicted(&plan, &pruned));
@@ -193,6 +197,7 @@ impl Inner {
                 .map_err(|e| Code::StorageFailed.status(format!("expire backup {name}: {e}")))?;
             self.base.archives().removed(cluster, &object);
         }
+        crash_point!("expire.tier2");
         let (base, cluster, name) = (self.base.clone(), cluster.clone(), name.clone());
         let removed = tokio::task::spawn_blocking(move || -> Result<(), Error> {
             let disk = base.disk().as_ref();

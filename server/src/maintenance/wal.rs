@@ -16,6 +16,7 @@ use klio_proto::Code;
 use klio_storage::{
     Error,
     catalog::{MaintenanceOutcome, RetentionPlan, retention::WalPlan},
+    crash_point,
     layout::{ClusterName, Form, WalFile},
     tier2::{Source, Tier2, Wrapping},
     wal::{Horizon, StoredFile, WalStore},
@@ -193,6 +194,7 @@ impl Inner {
         outcome: &mut MaintenanceOutcome,
     ) -> Result<(), Status> {
         let bytes = self.blocking(cluster, move |store, name| store.remove(name, file)).await?;
+        crash_point!("wal.evicted");
         outcome.wal_removed_tier1 += 1;
         outcome.freed_tier1_bytes += bytes;
         Ok(())
@@ -268,6 +270,7 @@ async fn expire_far(
             break;
         }
         tier2.remove(&key).await?;
+        crash_point!("wal.expired");
         outcome.wal_removed_tier2 += 1;
         outcome.freed_tier2_bytes += bytes;
     }

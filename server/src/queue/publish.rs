@@ -10,6 +10,7 @@ use super::{
 };
 use async_nats::{HeaderMap, header::NATS_MESSAGE_ID, jetstream};
 use klio_storage::{
+    crash_point,
     layout::{ClusterName, WalFile},
     tier2::Sha256Sum,
 };
@@ -181,6 +182,9 @@ async fn send(jetstream: &jetstream::Context, job: &Task) -> Result<(), Error> {
             let cause = std::error::Error::source(&error).map(|c| format!(": {c}"));
             Err(fail(&format_args!("{error}{}", cause.unwrap_or_default())))
         }
-        _ => Ok(()),
+        _ => {
+            crash_point!("queue.published");
+            Ok(())
+        }
     }
 }

@@ -31,6 +31,7 @@ use klio_proto::{
 };
 use klio_storage::{
     catalog::Standing,
+    crash_point,
     layout::{BaseObject, ClusterName},
     wal::{FlushedLsn, Seam, WalStore, Writer},
 };
@@ -246,7 +247,10 @@ impl Session {
                         tokio::select! {
                             () = shutdown.cancelled() => {}
                             () = fenced.cancelled() => {}
-                            sent = send(responses, receive_response::Kind::Ack(ack)) => sent?,
+                            sent = send(responses, receive_response::Kind::Ack(ack)) => {
+                                sent?;
+                                crash_point!("wal.acknowledged");
+                            }
                         }
                     }
                 }

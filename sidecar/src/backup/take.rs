@@ -21,6 +21,7 @@ use klio_pg::{BackupLabel, Lsn, TABLESPACE_MAP_FILE};
 use klio_proto::{Code, v1};
 use klio_storage::{
     catalog::{BackupRecord, PagesRecord, TablespaceRecord},
+    crash_point,
     layout::ClusterName,
     record::Unknown,
     repository::{Adopted, Part, Repository, Secret, SnapshotId, SnapshotMeta, SnapshotSummary},
@@ -73,6 +74,7 @@ pub(super) async fn take(
         let link = &backup.link;
         let base = BaseLink::new(link.clone(), engine.clone());
         let reservation = Reservation::take(link, &backup.cluster, order.name.as_ref()).await?;
+        crash_point!("backup.reserved");
         span.record("backup.name", reservation.name.as_str());
         tracing::debug!(backup = %reservation.name, cluster = %backup.cluster, "backup begins");
         let files =
@@ -110,6 +112,7 @@ pub(super) async fn take(
     let copied = run.copy(&mut session, name.as_str(), &mut ends).await;
     let stopped = match copied {
         Ok(copied) => {
+            crash_point!("backup.copied");
             backup.progress.enter("ending backup mode");
             session.stop(&run.facts).await.map(|stopped| (copied, stopped))
         }
@@ -126,14 +129,18 @@ pub(super) async fn take(
             return Err(error);
         }
     };
+    crash_point!("backup.stopped");
     let snapshot = run.assemble(&name, &copied, &stopped, &mut ends).await?;
+    crash_point!("backup.assembled");
     let record = run.record(name, &copied, &stopped, &snapshot)?;
     let needed = run.needed(record.start_lsn, record.stop_lsn, record.stop_timeline);
     backup.progress.enter("waiting for WAL");
     let patience = backup.settings.wal_timeout;
     ends.unless(wal::wait(&run.base, &backup.cluster, needed, patience)).await?;
     ends.unless(run.prove(record.start_lsn)).await?;
+    crash_point!("backup.covered");
     let record = run.commit(record, &mut ends).await?;
+    crash_point!("backup.committed");
     // Only now may the server run maintenance.
     drop(reservation);
     Ok(record)
@@ -152,6 +159,7 @@ impl Run<'_> {
         progress.enter(if fast { "checkpoint" } else { "checkpoint (spread)" });
         let label = format!("klio {name}");
         let started = ends.unless(session.start(&label, fast)).await?;
+        crash_point!("backup.started");
         // Checked early, not after hours of copying: is WAL being streamed at all?
         let needed =
             self.needed(started.start_lsn, started.start_lsn.advance(1), self.facts.timeline);

@@ -14,6 +14,7 @@ use crate::error::{Error, Failure};
 use klio_pg::{ControlFile, Edit};
 use klio_proto::Code;
 use klio_storage::{
+    crash_point,
     disk::durable,
     repository::{Entry, Reader, StoredKind},
 };
@@ -97,8 +98,11 @@ pub fn finish(places: &Places, reader: &Reader, control: &Entry, last: &Last) ->
         write(&data.join("tablespace_map"), tablespace_map(places).as_bytes())?;
         link_tablespaces(places, &version_directory(data, &content)?)?;
     }
+    crash_point!("restore.configured");
     places.all().try_for_each(sync_all)?;
+    crash_point!("restore.synced");
     write_control(data, &content, control)?;
+    crash_point!("restore.controlled");
     let marker = data.join(MARKER);
     remove(&marker).map_err(|error| local("remove", &marker, &error))?;
     sync_dir(data)

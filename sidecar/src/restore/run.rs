@@ -23,6 +23,7 @@ use klio_pg::{Edit, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     catalog::{BackupRecord, Survey, Target},
+    crash_point,
     layout::WalFile,
     repository::{Reader, Repository, StoredKind},
 };
@@ -503,6 +504,7 @@ fn carry_out(
     // Checked again, because PostgreSQL may have been started while the plan was made (RESTORE3).
     check::places(&places, &decision.plan.backup, planned.delta)?;
     finish::begin(&places, name.as_str())?;
+    crash_point!("restore.marked");
     progress.expect(files, bytes);
     progress.enter("restoring");
     // Twice the number of cores, because about half of the workers wait for the network or the disk.
@@ -517,11 +519,13 @@ fn carry_out(
         stop,
     };
     let poured = pour.run()?;
+    crash_point!("restore.copied");
     progress.enter("writing to disk");
     let control = poured.control.ok_or_else(|| {
         Error::new(Failure::Code(Code::Corrupt), format!("backup {name} has no pg_control"))
     })?;
     finish::finish(&places, &pour.chunks.reader, &control, &last)?;
+    crash_point!("restore.done");
     let written = progress.seen().written;
     Ok(Done { files, bytes, written, removed: poured.removed, seconds: 0.0 })
 }

@@ -26,6 +26,7 @@ use klio_proto::{
     Code,
     v1::{self, receive_request::Kind, receive_response},
 };
+use klio_storage::crash_point;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -234,6 +235,7 @@ impl<W: Wal> Pump<'_, W> {
         let now = self.flow.report();
         self.metrics.state.set_positions(now.0, now.1);
         if now != before {
+            crash_point!("stream.acknowledged");
             self.report(false).await;
         }
         Ok(())

@@ -11,9 +11,11 @@
 
 pub mod durable;
 mod real;
+#[cfg(any(test, feature = "testing"))]
 mod sim;
 
 pub use real::RealDisk;
+#[cfg(any(test, feature = "testing"))]
 pub use sim::{Restart, SimDisk};
 
 use std::{fmt, io, path::Path, sync::Arc};

@@ -17,6 +17,7 @@ mod check;
 mod create;
 mod fault;
 pub mod files;
+#[cfg(any(test, feature = "testing"))]
 mod forge;
 mod index;
 mod maintain;
@@ -37,6 +38,7 @@ pub use adopt::Adopted;
 pub use assemble::{SnapshotMeta, SnapshotSummary};
 pub use check::Problem;
 pub use files::{BucketFiles, Files, LocalFiles, Tiered, Windowed, Without};
+#[cfg(any(test, feature = "testing"))]
 pub use forge::{Forge, ForgedPiece};
 pub use maintain::PruneOutcome;
 pub use prove::PackProof;

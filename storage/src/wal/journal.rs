@@ -12,7 +12,7 @@ use super::{
     frame::{self, Codec, FIRST_FRAME, Format, FrameHeader, HeaderError, JournalHeader},
 };
 use crate::{
-    Error, Kind, Op,
+    Error, Kind, Op, crash_point,
     disk::{Disk, FileHandle, durable, read_full},
 };
 use klio_pg::Lsn;
@@ -85,7 +85,9 @@ pub(super) fn create(
         write_zeros(&file, size.max(FIRST_FRAME), end)
             .map_err(|e| Error::io(Op::Write, from, e))?;
         file.sync_all().map_err(|e| Error::io(Op::Sync, from, e))?;
+        crash_point!("journal.written");
         durable::rename(disk, from, path)?;
+        crash_point!("journal.created");
         Ok(end)
     };
     let allocated = build().inspect_err(|_| {

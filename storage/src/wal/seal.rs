@@ -19,7 +19,7 @@ use super::{
     stored::Sink,
     types::Sealed,
 };
-use crate::{Error, Kind, Op, layout::WalFile};
+use crate::{Error, Kind, Op, crash_point, layout::WalFile};
 use klio_pg::SegmentName;
 use std::{io::Write, path::Path, sync::Arc};
 
@@ -69,6 +69,7 @@ impl Cluster {
         // not reused.
         self.recycle(&entry.path, Arc::strong_count(&entry) == 1);
         drop(file_goes);
+        crash_point!("seal.recycled");
         Ok(Sealed { file, form: self.form(), size, sha256 })
     }
 

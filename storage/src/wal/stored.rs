@@ -7,7 +7,7 @@
 
 use super::cluster::Cluster;
 use crate::{
-    Error, Kind, Op,
+    Error, Kind, Op, crash_point,
     crypt::{Encrypted, payload_error},
     disk::{FileHandle, Stat, durable},
     layout::{Form, WalFile},
@@ -177,7 +177,9 @@ impl Cluster {
             };
             let output = finish().map_err(|e| Error::io(Op::Write, &tmp, e))?;
             output.file.sync_all().map_err(|e| Error::io(Op::Sync, &tmp, e))?;
+            crash_point!("seal.written");
             durable::rename(disk, &tmp, &path)?;
+            crash_point!("seal.renamed");
             Ok((output.written, output.hash.finalize().into()))
         };
         let done = write().inspect_err(|_: &Error| {

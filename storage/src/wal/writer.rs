@@ -18,7 +18,7 @@ use super::{
     reader::decode_frame,
     types::Pinned,
 };
-use crate::{Error, Kind, Op, disk::FileHandle, layout::WalFile};
+use crate::{Error, Kind, Op, crash_point, disk::FileHandle, layout::WalFile};
 use klio_pg::{
     LevelScan, Lsn, PAGE_BYTES, PageChecker, PageExpectation, TimelineHistory, TimelineId,
 };
@@ -202,6 +202,7 @@ impl Slot {
             (core.journal.file.clone(), core.written)
         };
         let outcome = file.sync_data();
+        crash_point!("wal.synced");
         let mut guard = lock(&self.core);
         let core = live(self, &mut guard, Op::Sync)?;
         match outcome {
@@ -453,6 +454,7 @@ impl Writer {
                 core.journal.offset += frame.len() as u64;
                 core.written = core.written.advance(raw.len() as u64);
                 *written = core.written;
+                crash_point!("wal.appended");
             }
             Ok(())
         })

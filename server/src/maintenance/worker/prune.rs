@@ -12,6 +12,7 @@ use crate::maintenance::protocol::{PruneJob, PruneResult, Step};
 use anyhow::{Context, bail};
 use klio_storage::{
     catalog::{BackupRecord, Damage, damage::pack_of},
+    crash_point,
     layout::{BaseFile, BaseKind, BaseObject},
     record,
     repository::{Files, Repository, SnapshotId, Without},
@@ -28,6 +29,7 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
     let repository = Repository::open(files.clone(), &secret).context("open the repository")?;
     if job.prune {
         forget(ground, &repository, job, &mut result)?;
+        crash_point!("prune.forgotten");
     }
     let mut damaged: BTreeSet<BaseFile> =
         job.damaged.iter().filter_map(|key| pack_of(&ground.cluster, key)).collect();
@@ -51,6 +53,7 @@ pub(super) fn run(ground: &Ground, job: &PruneJob) -> anyhow::Result<PruneResult
         phase(ground, "look for packs that no backup needs");
         let keep = Duration::from_secs(job.keep_marked_seconds);
         let pruned = repository.prune(keep).context("prune the repository")?;
+        crash_point!("prune.removed");
         result.packs_marked = pruned.packs_marked + pruned.packs_repacked;
         result.packs_removed = pruned.packs_removed;
     }
@@ -215,7 +218,9 @@ fn evict(
         let proven = ground.runtime.block_on(tier2.prove(&source, &object.key(&ground.cluster)));
         match proven {
             Ok(uploaded) if uploaded.size == *size && uploaded.sha256 == file.id => {
+                crash_point!("evict.proven");
                 ground.local.remove(*file).context("remove from tier 1")?;
+                crash_point!("evict.removed");
                 result.packs_evicted += 1;
                 result.freed_tier1_bytes += size;
             }

@@ -72,7 +72,7 @@ async fn fifty_kills_under_load_lose_nothing_and_need_no_hand() {
     compare_all(&site, &pg, first, end).await;
 }
 
-async fn first_segment(site: &Site, pg: &Postgres) -> klio_pg::SegmentName {
+pub(super) async fn first_segment(site: &Site, pg: &Postgres) -> klio_pg::SegmentName {
     let size = pg.segment_size().await;
     let lsn =
         eventually("WAL to arrive", PATIENCE, || async { site.lsn("flushed_lsn").await }).await;
@@ -97,7 +97,12 @@ async fn kill_nats(site: &mut Site) {
 }
 
 /// Every archived segment equals PostgreSQL's own.
-async fn compare_all(site: &Site, pg: &Postgres, first: klio_pg::SegmentName, end: klio_pg::Lsn) {
+pub(super) async fn compare_all(
+    site: &Site,
+    pg: &Postgres,
+    first: klio_pg::SegmentName,
+    end: klio_pg::Lsn,
+) {
     let size = pg.segment_size().await;
     let mut name = first;
     let mut compared = 0;

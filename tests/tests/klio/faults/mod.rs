@@ -3,5 +3,6 @@
 mod crash;
 mod full;
 mod outside;
+mod points;
 mod syscalls;
 mod workload;

@@ -1,3 +1,3 @@
 //! Retention, verification and pruning.
 
-mod rules;
+pub(crate) mod rules;

@@ -20,6 +20,7 @@ use klio_storage::{
 use klio_tests::{
     base_client::{Base, make, segment_size},
     client::{self, Stream},
+    crash::Armed,
     damage::flip,
     env, install_crypto,
     process::{Descendant, Running, descendants},
@@ -147,6 +148,20 @@ impl Setup {
 
     async fn verify(&self) -> (i32, VerifyOutcome) {
         self.klio(&["verify", "--wal"]).await
+    }
+
+    /// At least two backups are listed, all of them verify, and their WAL has no hole up to the end.
+    async fn require_kept(&self, when: &str) {
+        let (code, outcome) = self.verify().await;
+        assert_eq!(code, 0, "{when}: {outcome:?}\n{}", self.site.log());
+        assert!(outcome.backups.len() >= 2, "{when}: {outcome:?}");
+        let holdings = self.base.holdings().await.expect("holdings");
+        for name in self.names().await {
+            let record = self.base.entry(&name).await.1;
+            let end = START.advance(SEGMENTS * MIB);
+            let missing = holdings.first_missing(record.stop_timeline, record.start_lsn, end);
+            assert_eq!(missing.expect("a history"), None, "{when}: {name}");
+        }
     }
 
     /// Everything below a directory, by relative path.
@@ -876,6 +891,48 @@ async fn what_a_backup_brought_to_tier_2_is_read_back_and_drills_are_kept() {
     assert!(metrics.sum("klio_verify_latest_age_seconds", &[]) < 3600.0);
 }
 
+/// The crash points of maintenance, in the order in which the first runs come to them.
+pub(crate) const CRASH_POINTS: [&str; 8] = [
+    "wal.evicted",
+    "wal.expired",
+    "expire.tier2",
+    "expire.tier1",
+    "prune.forgotten",
+    "prune.removed",
+    "evict.proven",
+    "evict.removed",
+];
+
+/// At each of its points either the server dies, or its child; then the server is killed, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn maintenance_that_dies_at_any_point_leaves_every_kept_backup_whole() {
+    let mut setup = Setup::new(&[("KLIO_RETENTION__TIER2__LAST", "2")]).await;
+    for point in CRASH_POINTS {
+        let armed = Armed::new(&setup.site, point);
+        setup._stream = None;
+        setup.site.stop().await;
+        setup.site.unset(Armed::VARIABLE);
+        setup.site.set(Armed::VARIABLE, &armed.value());
+        setup.site.start().await;
+        let command = setup.site.klio_command(None, &["retention", "apply"]);
+        let log = setup.site.scratch(&format!("{point}.log"));
+        let mut running = Running::spawn("klio", command, &log);
+        let what = format!("maintenance to come to {point}");
+        eventually(&what, PATIENCE, || async { armed.has_died() }).await;
+        running.wait_exit(PATIENCE).await;
+        setup.site.kill9();
+        setup.site.start().await;
+        setup.base = connect(&setup.site).await.0;
+        setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
+        setup.require_kept(point).await;
+        setup.backup_named(point, 7).await;
+    }
+    let (code, outcome) = setup.apply().await;
+    assert_eq!(code, 0, "{outcome:?}");
+    assert_eq!(setup.names().await, ["evict.proven", "evict.removed"]);
+    setup.require_kept("the end").await;
+}
+
 /// Nothing that is kept is lost, wherever maintenance or verification is cut off.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_killed_during_maintenance_leaves_every_kept_backup_whole() {
@@ -895,16 +952,7 @@ async fn a_server_killed_during_maintenance_leaves_every_kept_backup_whole() {
         setup.site.start().await;
         setup.base = connect(&setup.site).await.0;
         setup.site.wait_archived(START.advance(SEGMENTS * MIB)).await;
-        let (code, outcome) = setup.verify().await;
-        assert_eq!(code, 0, "seed {seed}, round {round}: {outcome:?}\n{}", setup.site.log());
-        assert!(outcome.backups.len() >= 2, "{outcome:?}");
-        let holdings = setup.base.holdings().await.expect("holdings");
-        for name in setup.names().await {
-            let record = setup.base.entry(&name).await.1;
-            let end = START.advance(SEGMENTS * MIB);
-            let missing = holdings.first_missing(record.stop_timeline, record.start_lsn, end);
-            assert_eq!(missing.expect("a history"), None, "seed {seed}, round {round}, {name}");
-        }
+        setup.require_kept(&format!("seed {seed}, round {round}")).await;
         setup.backup_named(&format!("r{round}"), 7).await;
     }
     let (code, outcome) = setup.apply().await;

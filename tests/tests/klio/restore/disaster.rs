@@ -171,6 +171,12 @@ async fn from_bucket(plain: bool) {
     let lost = lose(plain).await;
     // The server's disk is gone, all but the identity, which the user keeps elsewhere.
     fs::remove_dir_all(lost.site.dir().join("data")).expect("lose the server's disk");
+    if plain {
+        // A record without another history, as after a stream whose continuity nothing proved.
+        let record = r#"{"format":2,"crc32c":"0","body":{"version":1,"generations":[],"unproven":[{"generation":1}]}}"#;
+        let file = lost.s3.bucket_dir().join("klio/main/generations.json");
+        fs::write(file, record).expect("write to the bucket");
+    }
     let more = of_bucket(&lost.s3);
     lost.restore("bucket", more).await;
 }
