@@ -23,7 +23,7 @@ if [ -n "${KLIO_BIN_DIR:-}" ]; then # other programs, as for the tests
   BIN=$KLIO_BIN_DIR
 else
   echo "Building klio (release; the first time takes some minutes) ..."
-  cargo build --quiet --release --workspace --bins
+  cargo build --quiet --release -p klio-server -p klio-sidecar -p klio-tests --bin klio --bin klio-server --bin klio-test-s3
   BIN=$PWD/target/release
 fi
 PGBIN=${PGBIN:-/usr/lib/postgresql/15/bin}
