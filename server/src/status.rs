@@ -254,7 +254,7 @@ impl StatusBoard {
     pub fn is_closed(&self, name: &ClusterName) -> bool {
         let all = self.base.as_ref().and_then(|base| base.generations_here(name).ok());
         let Some(all) = all else { return false };
-        let own = all.get(name.number().unwrap_or(1));
+        let own = all.get(name.generation());
         own.is_some_and(|own| !own.state.is_open()) && self.shown(name, &all) != *name
     }
 

@@ -235,7 +235,7 @@ impl Generations {
 
     /// The directory and key prefix of a generation.
     pub fn place(cluster: &ClusterName, number: u32) -> ClusterName {
-        cluster.generation(number)
+        cluster.with_generation(number)
     }
 
     /// Adds a generation for a new history: undecided if its WAL is `taken`, otherwise refused. A history that was

@@ -65,14 +65,20 @@ impl ClusterName {
         Self(self.0.split(GENERATION_MARK).next().unwrap_or_default().to_owned())
     }
 
-    /// The generation number, if the name has one.
+    /// The generation number, if the name has one: a name that a user gave, which without a number means the current
+    /// generation.
     pub fn number(&self) -> Option<u32> {
         self.0.split_once(GENERATION_MARK)?.1.parse().ok()
     }
 
+    /// The number of the generation that is stored under this name: the first one has the plain name.
+    pub fn generation(&self) -> u32 {
+        self.number().unwrap_or(1)
+    }
+
     /// The directory name of a generation of this cluster: the plain name for the first, `<name>@<number>` for the
     /// others.
-    pub fn generation(&self, number: u32) -> Self {
+    pub fn with_generation(&self, number: u32) -> Self {
         let base = self.base();
         if number <= 1 { base } else { Self(format!("{base}{GENERATION_MARK}{number}")) }
     }
@@ -98,11 +104,7 @@ impl FromStr for ClusterName {
         let good = (1..=63).contains(&text.len())
             && plain(text.as_bytes()[0])
             && text.bytes().all(|b| plain(b) || b == b'_' || b == b'-');
-        if good {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(ClusterNameError { found: text.chars().take(70).collect() })
-        }
+        if good { Ok(Self(text.to_owned())) } else { Err(ClusterNameError { found: text.chars().take(70).collect() }) }
     }
 }
 
@@ -289,6 +291,19 @@ mod tests {
         }
         assert!("a".repeat(64).parse::<ClusterName>().is_err());
         assert!("a".repeat(63).parse::<ClusterName>().is_ok());
+    }
+
+    #[test]
+    fn the_first_generation_is_number_one_with_and_without_its_number() {
+        for (text, number, generation, place) in [
+            ("main", None, 1, "main"),
+            ("main@1", Some(1), 1, "main"),
+            ("main@12", Some(12), 12, "main@12"),
+        ] {
+            let name = ClusterName::parse_generation(text).unwrap();
+            assert_eq!((name.number(), name.generation()), (number, generation), "{text}");
+            assert_eq!(name.with_generation(name.generation()).as_str(), place, "{text}");
+        }
     }
 
     #[test]

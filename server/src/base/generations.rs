@@ -119,7 +119,7 @@ impl BaseStore {
     /// An I/O error of the disk, or a record that cannot be read.
     pub fn takes_no_more(&self, place: &ClusterName) -> Result<bool, Error> {
         let all = self.generations_here(place)?;
-        let found = all.get(place.number().unwrap_or(1));
+        let found = all.get(place.generation());
         Ok(found.is_some_and(|generation| !generation.state.is_open()))
     }
 
@@ -255,7 +255,7 @@ impl BaseStore {
         reason: String,
         now_unix: f64,
     ) -> Result<(), Status> {
-        let generation = cluster.number().unwrap_or(1);
+        let generation = cluster.generation();
         let found = Unproven {
             generation,
             timeline,
@@ -325,7 +325,7 @@ fn found_now(recorded: &str, found: &str) -> String {
 
 /// The refusal of a stream into a closed generation; `None` if it is open.
 fn closed(all: &Generations, place: &ClusterName) -> Option<Status> {
-    let found = all.get(place.number().unwrap_or(1))?;
+    let found = all.get(place.generation())?;
     let refused = !found.state.is_open();
     refused.then(|| {
         Code::Diverged.status(format!(

@@ -368,7 +368,7 @@ mod tests {
         assert_eq!(all.running(&cluster()), Running { backup: "a".parse().ok(), restores: 2 });
         let [second, stranger] =
             ["pg@2", "pg2"].map(|name| all.restore(&ClusterName::parse_generation(name).unwrap()));
-        for place in [cluster(), cluster().generation(2), cluster().generation(3)] {
+        for place in [cluster(), cluster().with_generation(2), cluster().with_generation(3)] {
             assert_eq!(all.restores_of(&place), 3, "{place}: all generations share one quota");
         }
         drop((first, restores, second, stranger));

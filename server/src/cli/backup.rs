@@ -187,18 +187,14 @@ impl Place {
 
     /// The backup with its generation, because several may have one of this name.
     fn said(&self) -> String {
-        let (name, base, number) = (&self.name, self.cluster.base(), self.number());
+        let (name, base, number) = (&self.name, self.cluster.base(), self.cluster.generation());
         format!("backup {name} of cluster {base}, generation {number}")
-    }
-
-    fn number(&self) -> u32 {
-        self.cluster.number().unwrap_or(1)
     }
 
     fn record(&self) -> anyhow::Result<BackupRecord> {
         let found = self.near.as_ref().or(self.far.as_ref());
         let found = found.with_context(|| {
-            let (base, number) = (self.cluster.base(), self.number());
+            let (base, number) = (self.cluster.base(), self.cluster.generation());
             format!(
                 "generation {number} of cluster {base} has no backup {} in either tier; hint: klio list --generation {number}; another generation is named with --cluster {base}@N",
                 self.name

@@ -184,7 +184,7 @@ impl CatalogService {
         let mut status = status_of(view);
         status.other_timelines = self.other_timelines(&view.name);
         let Ok(all) = self.histories.base.generations_here(&view.name) else { return status };
-        let own = view.name.number().unwrap_or(1);
+        let own = view.name.generation();
         if self.board.shown_for(&view.name) == view.name {
             let outline = |g| self.histories.outline(&view.name, g);
             status.generations = all.generations.iter().map(outline).collect();

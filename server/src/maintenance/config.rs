@@ -79,7 +79,7 @@ impl RetentionConfig {
     /// The policies of a generation: those of the section that names it (`NAME@1` for the first), or else its
     /// cluster's.
     pub fn of(&self, place: &ClusterName) -> Policies {
-        let (base, number) = (place.base(), place.number().unwrap_or(1));
+        let (base, number) = (place.base(), place.generation());
         let named = |name: &ClusterName| name.number() == Some(number) && name.base() == base;
         let own = self.clusters.iter().find(|(name, _)| named(name)).map(|(_, own)| own);
         self.with(own.or_else(|| self.clusters.get(&base)))

@@ -453,7 +453,7 @@ pub(super) async fn newest(
 
 /// The directory of a generation: that of the first one has the plain name, also where it was named by its number.
 pub(super) fn place_of(cluster: &ClusterName) -> ClusterName {
-    cluster.generation(cluster.number().unwrap_or(1))
+    cluster.with_generation(cluster.generation())
 }
 
 fn report(part: &Part) {
