@@ -7,6 +7,7 @@
 use crate::{
     config::Config,
     error::{Error, Failure},
+    server_link::{Which, numbered},
 };
 use klio_pg::{TimelineHistory, TimelineId};
 use klio_proto::Code;
@@ -15,10 +16,13 @@ use klio_storage::{
     catalog::Timelines,
     crypt::Keys,
     generations::Generations,
-    layout::{BaseObject, ClusterName, Form, WalFile},
+    layout::{BackupName, BaseObject, ClusterName, Form, WalFile},
     record,
-    tier2::{Tier2, Tier2Config},
+    tier2::{ListedObject, Tier2, Tier2Config},
 };
+
+/// Only klio-server has what a person decided last.
+const AS_RECORDED: &str = ", the current one according to the bucket (what klio-server has decided since its last upload is not known here: --generation chooses another one)";
 
 /// How to reach the bucket of `restore.from`.
 ///
@@ -86,13 +90,17 @@ impl Bucket {
     /// # Errors
     /// The bucket cannot be read, or has no generation of this number.
     pub async fn resolve(&self, named: &ClusterName) -> Result<ClusterName, Error> {
-        let key = BaseObject::Generations.key(&named.base());
-        let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
-        let bytes = bytes.map_err(|e| of_storage(&e))?;
-        let all: Option<Generations> = bytes
-            .map(|bytes| record::decode(&bytes, &key).map_err(|e| of_storage(&e)))
-            .transpose()?;
-        let all = all.unwrap_or_default();
+        let which = self.which(named).await?;
+        Ok(Generations::place(&which.name, which.name.generation()))
+    }
+
+    /// The generation that a name means according to the bucket, which does not know what klio-server has decided since it
+    /// last uploaded its record.
+    ///
+    /// # Errors
+    /// As [`Bucket::resolve`].
+    pub async fn which(&self, named: &ClusterName) -> Result<Which, Error> {
+        let all = self.generations(named).await?;
         let number = named.number().unwrap_or_else(|| all.current());
         if all.get(number).is_none() {
             let known: Vec<_> = all.all().iter().map(|g| g.number.to_string()).collect();
@@ -103,7 +111,47 @@ impl Bucket {
             );
             return Err(Error::new(Failure::Config, message));
         }
-        Ok(Generations::place(named, number))
+        let (several, is_named) = (all.all().len() > 1, named.number().is_some());
+        let doubt = if several && !is_named { AS_RECORDED } else { "" }.to_owned();
+        Ok(Which { name: numbered(named, number)?, matters: several || is_named, doubt })
+    }
+
+    /// As [`Which::elsewhere`], from the bucket.
+    ///
+    /// # Errors
+    /// The bucket cannot be read.
+    pub async fn elsewhere(&self, own: &Which) -> Result<Option<String>, Error> {
+        let mut counted = Vec::new();
+        for generation in self.generations(&own.name).await?.all() {
+            let place = Generations::place(&own.name, generation.number);
+            let names = self.backups(&place).await?;
+            counted.push((generation.number, names.len() as u64));
+        }
+        Ok(own.elsewhere(counted))
+    }
+
+    /// The names of the backups that are stored for a generation.
+    ///
+    /// # Errors
+    /// The bucket cannot be read.
+    pub async fn backups(&self, place: &ClusterName) -> Result<Vec<BackupName>, Error> {
+        let listed = self.tier2.list_prefix(&format!("{place}/backups")).await;
+        let name = |object: ListedObject| {
+            let relative = object.key.strip_prefix(&format!("{place}/"))?;
+            match BaseObject::parse_relative(relative)? {
+                BaseObject::Record(name) => Some(name),
+                _ => None,
+            }
+        };
+        Ok(listed.map_err(|e| of_storage(&e))?.into_iter().filter_map(name).collect())
+    }
+
+    async fn generations(&self, cluster: &ClusterName) -> Result<Generations, Error> {
+        let key = BaseObject::Generations.key(&cluster.base());
+        let bytes = self.tier2.read_small(&key, record::LIMIT_BYTES).await;
+        let bytes = bytes.map_err(|e| of_storage(&e))?;
+        let read = |bytes: bytes::Bytes| record::decode(&bytes, &key);
+        Ok(bytes.map(read).transpose().map_err(|e| of_storage(&e))?.unwrap_or_default())
     }
 
     /// The decisions and conflicts that are recorded about a cluster's timelines; empty if two were never written at once.
@@ -208,6 +256,43 @@ mod tests {
     fn what_is_no_bucket_is_refused_by_the_name_of_the_setting() {
         let problems = settings(&config("[restore]\nfrom = \"bucket\"\n")).unwrap_err();
         assert!(problems[0].contains("--from"), "{problems:?}");
+    }
+
+    /// A bucket with the record of two generations, of which only the first has a backup.
+    fn two_generations(root: &std::path::Path) -> Bucket {
+        let mut all = Generations::default();
+        all.begin("set back".into(), 7, 1.0, true).unwrap();
+        all.follow(2, "ops", 2.0).unwrap();
+        std::fs::create_dir_all(root.join("main/backups")).unwrap();
+        std::fs::create_dir_all(root.join("main@2")).unwrap();
+        std::fs::write(root.join("main/backups/b1.json"), "{}").unwrap();
+        let record = record::encode(&all, "generations.json").unwrap();
+        std::fs::write(root.join("main/generations.json"), record).unwrap();
+        let from = format!("[restore]\nfrom = \"file://{}\"\n", root.display());
+        Bucket::open(&config(&from)).unwrap().unwrap()
+    }
+
+    /// Regression test: a restore from the bucket did not say that it took the generation that the bucket calls the
+    /// current one, nor that another one has backups.
+    #[tokio::test]
+    async fn the_current_generation_of_a_bucket_is_told_with_its_doubt_and_where_backups_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let bucket = two_generations(directory.path());
+        let which = async |name: &str| {
+            bucket.which(&ClusterName::parse_generation(name).unwrap()).await.unwrap()
+        };
+        let current = which("main").await;
+        assert_eq!(current.name.as_str(), "main@2");
+        let said = current.said().unwrap();
+        assert!(said.contains("generation 2 of main") && said.contains("not known here"), "{said}");
+        let elsewhere = bucket.elsewhere(&current).await.unwrap().unwrap();
+        assert!(elsewhere.contains("generation 1 has 1 base backup"), "{elsewhere}");
+        let named = which("main@1").await;
+        assert_eq!(named.said().as_deref(), Some("generation 1 of main"));
+        assert_eq!(bucket.elsewhere(&named).await.unwrap(), None);
+        assert_eq!(bucket.resolve(&named.name).await.unwrap().as_str(), "main");
+        let only = which("other").await;
+        assert_eq!((only.name.as_str(), only.said()), ("other@1", None));
     }
 
     /// P7. In a manual test, `klio wal-fetch` with a missing identity file had answered 1, which means the end of the archive.

@@ -15,7 +15,7 @@ mod tests;
 pub use base::BaseLink;
 pub use certificate::Expiry;
 pub use files::GrpcFiles;
-pub use generations::{numbered, settle};
+pub use generations::{Which, elsewhere, numbered, settle, which};
 
 use crate::{
     config,

@@ -121,7 +121,10 @@ impl Catalog for CatalogService {
     ) -> Result<Response<v1::ListGenerationsResponse>, Status> {
         let (_, named) =
             self.auth.require(&request, &request.get_ref().cluster, Rpc::ListGenerations)?;
-        let generations = self.histories.list(&named.base()).await?;
+        let generations = match request.get_ref().outline {
+            true => self.histories.outlines(&named.base()).await?,
+            false => self.histories.list(&named.base()).await?,
+        };
         Ok(Response::new(v1::ListGenerationsResponse { generations }))
     }
 
@@ -370,6 +373,25 @@ mod tests {
             assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
             assert!(refused.message().contains("one of generations 1, 2, found 9"), "{refused}");
         }
+        queue.stop().await;
+    }
+
+    /// Regression test: without an answer of the bucket no client could find out which generation its cluster's name
+    /// means, if one of them has no backup.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_current_generation_is_told_without_the_bucket() {
+        let [near, far, directory] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let service = service(near.path(), far.path(), &queue);
+        std::fs::remove_dir_all(far.path()).unwrap();
+        let list = async |outline| {
+            let asked = v1::ListGenerationsRequest { cluster: "main".into(), outline };
+            service.list_generations(Request::new(asked)).await.map(Response::into_inner)
+        };
+        let found = list(true).await.unwrap().generations;
+        let found: Vec<_> = found.iter().map(|g| (g.number, g.state.as_str())).collect();
+        assert_eq!(found, [(1, "older"), (2, "current")]);
+        assert_eq!(Code::of(&list(false).await.unwrap_err()), Code::Unavailable);
         queue.stop().await;
     }
 

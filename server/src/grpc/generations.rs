@@ -37,6 +37,15 @@ impl Histories {
         Ok(found)
     }
 
+    /// The same without sizes and backups, for which the bucket may have to be asked.
+    ///
+    /// # Errors
+    /// The errors of the tiers.
+    pub async fn outlines(&self, cluster: &ClusterName) -> Result<Vec<v1::Generation>, Status> {
+        let all = self.base.generations(cluster).await?.all();
+        Ok(all.iter().map(|generation| self.outline(cluster, generation)).collect())
+    }
+
     /// A generation without its sizes and backups, which is cheap to compute.
     pub fn outline(&self, cluster: &ClusterName, generation: &Generation) -> v1::Generation {
         let place = Generations::place(cluster, generation.number);

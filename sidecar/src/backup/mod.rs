@@ -97,6 +97,8 @@ pub struct Order {
 /// A committed backup.
 #[derive(Debug, Clone)]
 pub struct Done {
+    /// The cluster with the number of the generation that it belongs to; without the number if that is not known.
+    pub cluster: ClusterName,
     /// The record that was committed.
     pub record: BackupRecord,
     /// Result of the verification on the server.
@@ -210,7 +212,7 @@ impl Backup {
             After::Off
         };
         progress.enter("done");
-        Ok(Done { record, verified, maintained })
+        Ok(Done { cluster: cluster.clone(), record, verified, maintained })
     }
 
     async fn unless_stopped<T>(&self, work: impl Future<Output = After<T>>) -> After<T> {

@@ -16,7 +16,10 @@ use crate::{
     error::{Error, Failure},
     server_link::ServerLink,
 };
-use klio_storage::catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome};
+use klio_storage::{
+    catalog::{BackupRecord, MaintenanceOutcome, VerifyOutcome},
+    layout::ClusterName,
+};
 use klio_telemetry::Telemetry;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -161,8 +164,9 @@ fn summary(done: &Done) -> String {
     let record = &done.record;
     let share = 100.0 * record.added_bytes as f64 / (record.size_bytes as f64).max(1.0);
     let mut out = format!(
-        "backup {} done in {}\n  size         {} in {} files, {} directories\n  new          {} ({share:.1} %), stored as {}\n  WAL          {} to {} on timeline {}, durable on the server\n",
+        "backup {}{} done in {}\n  size         {} in {} files, {} directories\n  new          {} ({share:.1} %), stored as {}\n  WAL          {} to {} on timeline {}, durable on the server\n",
         record.name,
+        later_generation(&done.cluster),
         text::duration(record.duration_seconds),
         text::size(record.size_bytes),
         record.files,
@@ -177,6 +181,12 @@ fn summary(done: &Done) -> String {
     out += &format!("  verified     {}\n", verified(&done.verified));
     out += &format!("  maintenance  {}\n", maintained(&done.maintained));
     out
+}
+
+/// The first generation is not mentioned, which most clusters have alone.
+fn later_generation(cluster: &ClusterName) -> String {
+    let (number, base) = (cluster.generation(), cluster.base());
+    if number > 1 { format!(" of generation {number} of {base}") } else { String::new() }
 }
 
 fn pages(record: &BackupRecord) -> String {
@@ -226,6 +236,7 @@ fn maintained(after: &After<MaintenanceOutcome>) -> String {
 fn to_json(done: &Done) -> Value {
     json!({
         "backup": done.record,
+        "generation": done.cluster.number(),
         "verify": after_json(&done.verified),
         "maintenance": after_json(&done.maintained),
     })

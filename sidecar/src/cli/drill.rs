@@ -13,6 +13,7 @@ use crate::{
         Restore, Source,
         drill::{self, Exercise, Report},
     },
+    server_link::Which,
 };
 use serde_json::json;
 use std::sync::Arc;
@@ -41,9 +42,10 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
     let report = report.map_err(|error| display::or_stopped(&stop, error, ""))?;
     let recorded = engine.source.record_drill(&report.outcome).await;
     if args.json {
-        print(&format!("{:#}\n", json!({ "drill": report.outcome, "rows": report.rows })));
+        let document = json!({ "drill": report.outcome, "rows": report.rows });
+        print(&format!("{:#}\n", engine.source.which().tag(document)));
     } else if !args.quiet || !report.outcome.ok {
-        print(&describe(&report));
+        print(&describe(&report, engine.source.which()));
     }
     if let Err(error) = &recorded {
         say(&format!("klio drill: the result could not be recorded on the server: {error}"));
@@ -51,12 +53,13 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &DrillArgs) -> Result<
     Ok(if report.outcome.ok && recorded.is_ok() { exit::OK } else { exit::PROBLEM })
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &Report, which: &Which) -> String {
     let outcome = &report.outcome;
     let recovered = outcome.recovered_lsn.map_or_else(|| "-".into(), |lsn| lsn.to_string());
     let mut out = format!(
-        "drill of backup {}: {}\n  restored     in {}\n  recovered    to {recovered} in {}\n  checked      in {}\n",
+        "drill of backup {}{}: {}\n  restored     in {}\n  recovered    to {recovered} in {}\n  checked      in {}\n",
         outcome.backup,
+        which.said().map_or_else(String::new, |said| format!(" of {said}")),
         if outcome.ok { "good" } else { "FAILED" },
         text::duration(outcome.restore_seconds),
         text::duration(outcome.recovery_seconds),

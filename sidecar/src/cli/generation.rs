@@ -21,7 +21,8 @@ pub(super) async fn run(config: &Config, command: &GenerationCommand) -> Result<
 }
 
 async fn list(config: &Config, as_json: bool) -> Result<u8, Error> {
-    let request = ListGenerationsRequest { cluster: config.cluster()?.base().to_string() };
+    let request =
+        ListGenerationsRequest { cluster: config.cluster()?.base().to_string(), outline: false };
     let answer = connect(config).await?.catalog().list_generations(request).await;
     let found = answer
         .map_err(|status| Error::from_status("list generations", &status))?

@@ -7,20 +7,23 @@ use super::{
     status::{gap_json, gap_text},
     table, text,
 };
-use crate::{config::Config, error::Error};
+use crate::{config::Config, error::Error, server_link::which};
 use klio_proto::v1::{ListWalRequest, ListWalResponse};
 use serde_json::{Value, json};
 
 pub(super) async fn wal(config: &Config, as_json: bool) -> Result<u8, Error> {
-    let answer = connect(config)
-        .await?
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
+    let answer = connection
         .catalog()
-        .list_wal(ListWalRequest { cluster: config.cluster()?.to_string() })
+        .list_wal(ListWalRequest { cluster: which.name.to_string() })
         .await
         .map_err(|status| Error::from_status("list WAL", &status))?
         .into_inner();
-    let out = if as_json { format!("{:#}\n", to_json(&answer)) } else { to_table(&answer) };
-    print(&out);
+    print(&match as_json {
+        true => format!("{:#}\n", which.tag(to_json(&answer))),
+        false => which.line() + &to_table(&answer),
+    });
     Ok(exit::OK)
 }
 

@@ -36,7 +36,7 @@ use crate::{
     config::{Config, Needs},
     conninfo::ConnInfo,
     error::{Error, Failure},
-    server_link::{Connection, ServerLink},
+    server_link::{self, Connection, ServerLink, Which},
 };
 use args::{Cli, Command, ListArgs, ListCommand, SlotCommand};
 use clap::Parser;
@@ -124,6 +124,23 @@ fn say(text: &str) {
 /// Prints a result, as [`say`] does. It is not an error if the reader is gone (`klio status | head`).
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(visible::lines(text).as_bytes());
+}
+
+/// Prints a result of the server as JSON, with the generation that it is about.
+fn print_json(which: &Which, result: &impl serde::Serialize) -> Result<(), Error> {
+    let document = serde_json::to_value(result).map_err(|e| Error::new(Failure::Local, e))?;
+    print(&format!("{:#}\n", which.tag(document)));
+    Ok(())
+}
+
+/// Says which other generations have base backups, where this one has none.
+async fn say_elsewhere(connection: &Connection, which: &Which) {
+    match server_link::elsewhere(connection, which).await {
+        Ok(elsewhere) => elsewhere.iter().for_each(|text| say(text)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot find out whether other generations have base backups");
+        }
+    }
 }
 
 const fn needs(command: &Command) -> Needs {

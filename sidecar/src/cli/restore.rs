@@ -15,6 +15,7 @@ use crate::{
         Decision, Done, Invocation, Order, Planned, Recovery, Restore, Seen, Source, Standby, Wish,
         explain_time, parse_time, shell, show_time,
     },
+    server_link::Which,
 };
 use klio_pg::TimelineId;
 use klio_storage::{
@@ -37,9 +38,10 @@ pub(super) async fn run(config: &Config, cli: &Cli, args: &RestoreArgs) -> Resul
     let shown = display::show(args.quiet || args.dry_run, || view(&restore.progress.seen()));
     let work = display::watched(&stop, "stopping", shown, async {
         let planned = restore.plan(&order).await?;
-        let plan = to_json(&planned, &order);
+        let which = restore.source.which();
+        let plan = which.tag(to_json(&planned, &order));
         if !args.json && !args.quiet {
-            print(&describe(&planned, &order));
+            print(&describe(&planned, &order, which));
         }
         planned.notes.iter().for_each(|note| say(&format!("note: {note}")));
         if args.dry_run {
@@ -260,7 +262,7 @@ pub(super) fn recovery(recovery: &Recovery, inclusive: bool) -> String {
     format!("{before}{end}")
 }
 
-fn describe(planned: &Planned, order: &Order) -> String {
+fn describe(planned: &Planned, order: &Order, which: &Which) -> String {
     let Decision { plan, recovery: target, inclusive, .. } = &planned.decision;
     let record = &plan.backup;
     let settings = planned.settings();
@@ -284,6 +286,9 @@ fn describe(planned: &Planned, order: &Order) -> String {
         text::size(planned.bytes),
         planned.files,
     );
+    if let Some(said) = which.said() {
+        out += &format!("  history      {said}\n");
+    }
     if let Target::Time { unix_micros } = order.wish.target {
         out += &format!("  asked for    {}\n", explain_time(unix_micros));
     }

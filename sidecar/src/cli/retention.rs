@@ -2,12 +2,13 @@
 
 use super::{
     args::RetentionCommand,
-    connect, exit, print, table, text,
+    connect, exit, print, print_json, say_elsewhere, table, text,
     work::{Answer, follow},
 };
 use crate::{
     config::Config,
     error::{Error, Failure},
+    server_link::which,
 };
 use klio_pg::Lsn;
 use klio_proto::{
@@ -15,7 +16,6 @@ use klio_proto::{
     v1::{MaintainRequest, MaintainResponse, PlanRetentionRequest, maintain_response},
 };
 use klio_storage::catalog::{MaintenanceOutcome, RetentionPlan, retention::Decision};
-use serde::Serialize;
 
 pub(super) async fn run(config: &Config, command: &RetentionCommand) -> Result<u8, Error> {
     match command {
@@ -26,41 +26,40 @@ pub(super) async fn run(config: &Config, command: &RetentionCommand) -> Result<u
 
 async fn plan(config: &Config, json: bool) -> Result<u8, Error> {
     let doing = "plan retention";
-    let request = PlanRetentionRequest { cluster: config.cluster()?.to_string() };
-    let answer = connect(config).await?.base().plan_retention(request).await;
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
+    let request = PlanRetentionRequest { cluster: which.name.to_string() };
+    let answer = connection.base().plan_retention(request).await;
     let answer = answer.map_err(|status| Error::from_status(doing, &status))?.into_inner();
     let plan: RetentionPlan = serde_json::from_slice(&answer.plan)
         .map_err(|e| Error::new(Failure::Code(Code::Invalid), format!("{doing}: {e}")))?;
-    if json {
-        print_json(&plan)?
-    } else {
-        print(&explain(&plan))
+    match json {
+        true => print_json(&which, &plan)?,
+        false => print(&(which.line() + &explain(&plan))),
+    }
+    if plan.backups.is_empty() {
+        say_elsewhere(&connection, &which).await;
     }
     Ok(if plan.alarms.is_empty() { exit::OK } else { exit::PROBLEM })
 }
 
 async fn apply(config: &Config, json: bool) -> Result<u8, Error> {
     let doing = "apply retention";
-    let request = MaintainRequest { cluster: config.cluster()?.to_string() };
-    let answers = connect(config).await?.base().maintain(request).await;
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
+    let request = MaintainRequest { cluster: which.name.to_string() };
+    let answers = connection.base().maintain(request).await;
     let answers = answers.map_err(|status| Error::from_status(doing, &status))?.into_inner();
     let read = |answer: MaintainResponse| match answer.kind? {
         maintain_response::Kind::Progress(step) => Some(Answer::Step(step)),
         maintain_response::Kind::Outcome(bytes) => Some(Answer::Outcome(bytes)),
     };
     let outcome: MaintenanceOutcome = follow(doing, answers, json, read).await?;
-    if json {
-        print_json(&outcome)?
-    } else {
-        print(&summary(&outcome))
+    match json {
+        true => print_json(&which, &outcome)?,
+        false => print(&(which.line() + &summary(&outcome))),
     }
     Ok(if outcome.held_back.is_empty() { exit::OK } else { exit::PROBLEM })
-}
-
-fn print_json<T: Serialize>(value: &T) -> Result<(), Error> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::new(Failure::Local, e))?;
-    print(&format!("{text}\n"));
-    Ok(())
 }
 
 fn word(decision: &Decision) -> &'static str {

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{config::Config, error::Error};
 use klio_proto::v1::{ClusterStatus, GapRecord, Lag, StatusRequest, StatusResponse, Unproven};
+use klio_storage::layout::ClusterName;
 use klio_telemetry::visible::line;
 use serde_json::{Value, json};
 
@@ -209,6 +210,7 @@ fn to_json(answer: &StatusResponse) -> Value {
             let (bytes, seconds) = flush_lag(c, text::now());
             json!({
                 "cluster": c.cluster,
+                "generation": ClusterName::parse_generation(&c.cluster).ok().map(|name| name.generation()),
                 "system_identifier": c.system_identifier.to_string(),
                 "segment_size": c.segment_size,
                 "postgres_version": c.postgres_version,

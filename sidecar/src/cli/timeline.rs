@@ -4,7 +4,7 @@ use super::{
     args::{DecideTimelineArgs, TimelineCommand},
     connect, exit, print, table, text,
 };
-use crate::{config::Config, error::Error};
+use crate::{config::Config, error::Error, server_link::which};
 use klio_proto::v1::{
     DecideTimelineRequest, DecideTimelineResponse, TimelineDecision, TimelineRecord,
     TimelinesRequest,
@@ -20,15 +20,17 @@ pub(super) async fn run(config: &Config, command: &TimelineCommand) -> Result<u8
 }
 
 async fn list(config: &Config, json: bool) -> Result<u8, Error> {
-    let request = TimelinesRequest { cluster: config.cluster()?.to_string() };
-    let answer = connect(config).await?.catalog().timelines(request).await;
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
+    let request = TimelinesRequest { cluster: which.name.to_string() };
+    let answer = connection.catalog().timelines(request).await;
     let answer = answer.map_err(|status| Error::from_status("list timelines", &status))?;
     let timelines = answer.into_inner().timelines;
     if json {
         let all: Vec<Value> = timelines.iter().map(record_json).collect();
-        print(&format!("{:#}\n", json!({ "timelines": all })));
+        print(&format!("{:#}\n", which.tag(json!({ "timelines": all }))));
     } else {
-        print(&to_text(&timelines));
+        print(&(which.line() + &to_text(&timelines)));
     }
     let undecided = timelines.iter().any(|t| t.standing == "undecided");
     Ok(if undecided { exit::PROBLEM } else { exit::OK })
@@ -39,15 +41,17 @@ async fn decide(
     args: &DecideTimelineArgs,
     how: TimelineDecision,
 ) -> Result<u8, Error> {
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
     let request = DecideTimelineRequest {
-        cluster: config.cluster()?.to_string(),
+        cluster: which.name.to_string(),
         timeline: args.timeline,
         decision: how.into(),
         dry_run: args.dry_run,
     };
-    let answer = connect(config).await?.catalog().decide_timeline(request).await;
+    let answer = connection.catalog().decide_timeline(request).await;
     let answer = answer.map_err(|status| Error::from_status("decide about a timeline", &status))?;
-    print(&outcome(&answer.into_inner(), args.dry_run));
+    print(&(which.line() + &outcome(&answer.into_inner(), args.dry_run)));
     Ok(exit::OK)
 }
 

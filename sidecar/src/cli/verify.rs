@@ -2,12 +2,13 @@
 
 use super::{
     args::VerifyArgs,
-    connect, exit, print, text,
+    connect, exit, print, print_json, say_elsewhere, text,
     work::{Answer, follow},
 };
 use crate::{
     config::Config,
     error::{Error, Failure},
+    server_link::which,
 };
 use klio_proto::v1::{VerifyRequest, VerifyResponse, verify_response};
 use klio_storage::catalog::VerifyOutcome;
@@ -15,25 +16,27 @@ use klio_storage::catalog::VerifyOutcome;
 const DOING: &str = "verify";
 
 pub(super) async fn run(config: &Config, args: &VerifyArgs) -> Result<u8, Error> {
+    let connection = connect(config).await?;
+    let which = which(&connection, &config.cluster()?).await?;
     let request = VerifyRequest {
-        cluster: config.cluster()?.to_string(),
+        cluster: which.name.to_string(),
         backup_name: args.backup.clone().unwrap_or_default(),
         read_percent: percent(&args.read_data)?,
         wal: args.wal,
     };
-    let mut client = connect(config).await?.base();
-    let answers = client.verify(request).await;
+    let answers = connection.base().verify(request).await;
     let answers = answers.map_err(|status| Error::from_status(DOING, &status))?.into_inner();
     let read = |answer: VerifyResponse| match answer.kind? {
         verify_response::Kind::Progress(step) => Some(Answer::Step(step)),
         verify_response::Kind::Outcome(bytes) => Some(Answer::Outcome(bytes)),
     };
     let outcome: VerifyOutcome = follow(DOING, answers, args.json, read).await?;
-    if args.json {
-        let json = serde_json::to_string_pretty(&outcome);
-        print(&format!("{}\n", json.map_err(|e| Error::new(Failure::Local, e))?));
-    } else {
-        print(&summary(&outcome));
+    match args.json {
+        true => print_json(&which, &outcome)?,
+        false => print(&(which.line() + &summary(&outcome))),
+    }
+    if outcome.backups.is_empty() {
+        say_elsewhere(&connection, &which).await;
     }
     Ok(status(&outcome))
 }

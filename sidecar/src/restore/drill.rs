@@ -59,7 +59,10 @@ pub struct Report {
 /// What prevented the drill, and a stop by the user.
 pub async fn run(restore: &Restore, config: &Config, what: &Exercise) -> Result<Report, Error> {
     let catalog = restore.source.catalog().await?;
-    let known = choose(&catalog.backups, what.backup.as_ref())?;
+    let known = match choose(&catalog.backups, what.backup.as_ref()) {
+        Ok(known) => known,
+        Err(error) => return Err(restore.source.located(error).await),
+    };
     let record = known.record.clone();
     let run_as = programs::run_as(&config.drill.run_as)?;
     let programs = Programs::find(config, record.postgres_version / 10_000, run_as)?;

@@ -191,7 +191,12 @@ impl Restore {
             }
         }
         let all = Survey::new(&catalog.holdings, catalog.records());
-        let verdict = self.ask(&all, order).await?;
+        let verdict = match self.ask(&all, order).await {
+            Err(error) if error.failure == Failure::Unreachable => {
+                return Err(self.source.located(error).await);
+            }
+            verdict => verdict?,
+        };
         if let Verdict::Decided(decision) = &verdict
             && !by_name
         {

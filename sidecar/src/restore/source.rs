@@ -7,7 +7,7 @@ use crate::{
     bucket::{Bucket, of_storage},
     config::Config,
     error::{Error, Failure},
-    server_link::{BaseLink, GrpcFiles, ServerLink, numbered, settle},
+    server_link::{BaseLink, GrpcFiles, ServerLink, Which, elsewhere, settle},
     wal_source::{self, Expected, Fetch, Target as FetchTarget, WalSource},
 };
 use klio_pg::{ByteSize, Lsn, SegmentName, SegmentSize, TimelineId};
@@ -21,6 +21,7 @@ use klio_storage::{
         holdings::{HeldFile, Parts},
     },
     crypt::AtRest,
+    generations::Generations,
     layout::{BackupName, BaseObject, ClusterName, WalFile},
     record,
     repository::{
@@ -118,8 +119,7 @@ enum Place {
 
 pub struct Source {
     cluster: ClusterName,
-    /// The name by which wal-fetch asks for the same generation.
-    told: ClusterName,
+    which: Which,
     place: Place,
     wal: Arc<dyn WalSource>,
     stop: CancellationToken,
@@ -145,7 +145,7 @@ impl Source {
         };
         let cluster = config.cluster()?;
         let wal = wal_source::open_as(config, cluster.clone(), false)?;
-        Ok(Self { told: cluster.clone(), cluster, place, wal, stop: stop.clone() })
+        Ok(Self { which: Which::named(&cluster), cluster, place, wal, stop: stop.clone() })
     }
 
     /// Resolves the cluster's name to the generation that is current now, and stays with it: a decision that somebody
@@ -157,22 +157,54 @@ impl Source {
     pub async fn settle(mut self, config: &Config) -> Result<Self, Error> {
         match &self.place {
             Place::Bucket(bucket) => {
-                let place = bucket.resolve(&self.cluster).await?;
-                self.told = numbered(&place, place.number().unwrap_or(1))?;
-                self.cluster = place;
+                self.which = bucket.which(&self.cluster).await?;
+                self.cluster = Generations::place(self.told(), self.told().generation());
             }
             Place::Server(_, link) => {
-                self.told = settle(link, &self.cluster).await?;
-                self.cluster = self.told.clone();
+                self.which = settle(link, &self.cluster).await?;
+                self.cluster = self.told().clone();
             }
         }
-        self.wal = wal_source::open_as(config, self.told.clone(), false)?;
+        self.wal = wal_source::open_as(config, self.told().clone(), false)?;
         Ok(self)
     }
 
     /// The cluster's name to pass to wal-fetch: with the number of its generation, unless the server knows no generations.
     pub fn told(&self) -> &ClusterName {
-        &self.told
+        &self.which.name
+    }
+
+    /// The generation that is read.
+    pub const fn which(&self) -> &Which {
+        &self.which
+    }
+
+    /// The other generations that have base backups, as text for the user; `None` if there are none, or if that cannot be
+    /// found out.
+    pub async fn elsewhere(&self) -> Option<String> {
+        let found = match &self.place {
+            Place::Server(_, link) => match link.connect().await {
+                Ok(connection) => elsewhere(&connection, &self.which).await,
+                Err(error) => Err(error),
+            },
+            Place::Bucket(bucket) => bucket.elsewhere(&self.which).await,
+        };
+        found.unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot find out whether other generations have base backups");
+            None
+        })
+    }
+
+    /// Adds to an error about what this generation does not have which one it is, and which others have backups.
+    pub async fn located(&self, mut error: Error) -> Error {
+        if let Some(said) = self.which.said() {
+            error = error.during(said);
+        }
+        if let Some(elsewhere) = self.elsewhere().await {
+            let before = if error.hint.is_empty() { "" } else { "; " };
+            error.hint = format!("{}{before}{elsewhere}", error.hint);
+        }
+        error
     }
 
     /// The server's address or the bucket's URL, as text for the user.
@@ -233,15 +265,8 @@ impl Source {
 
     async fn list_bucket(&self, bucket: &Bucket) -> Result<Catalog, Error> {
         let (tier2, cluster) = (&bucket.tier2, &self.cluster);
-        let failed = |error: klio_storage::Error| of_storage(&error);
         let mut catalog = Catalog::default();
-        let directory = format!("{cluster}/backups");
-        for object in tier2.list_prefix(&directory).await.map_err(failed)? {
-            let relative = object.key.strip_prefix(&format!("{cluster}/"));
-            let Some(BaseObject::Record(name)) = relative.and_then(BaseObject::parse_relative)
-            else {
-                continue;
-            };
+        for name in bucket.backups(cluster).await? {
             match self.bucket_record(bucket, &name).await {
                 Ok(Some(record)) => catalog.backups.push(Known {
                     record,
@@ -263,8 +288,9 @@ impl Source {
         catalog.holdings = self.bucket_holdings(bucket).await?;
         if catalog.backups.is_empty() && catalog.holdings.timelines.is_empty() {
             let message = format!("find cluster {cluster}: there is none in {}", tier2.url());
-            return Err(Error::new(Failure::Config, message)
-                .hint("compare --cluster and --from with the settings of klio-server"));
+            let error = Error::new(Failure::Config, message)
+                .hint("compare --cluster and --from with the settings of klio-server");
+            return Err(self.located(error).await);
         }
         Ok(catalog)
     }

@@ -51,8 +51,8 @@ impl FromServer {
 #[tonic::async_trait]
 impl WalSource for FromServer {
     async fn ask(&self, file: WalFile, other_copy: bool) -> Result<Answer, Error> {
-        let settled = self.cluster.get_or_try_init(|| settle(&self.link, &self.named));
-        let cluster = settled.await?.to_string();
+        let settled = async { settle(&self.link, &self.named).await.map(|which| which.name) };
+        let cluster = self.cluster.get_or_try_init(|| settled).await?.to_string();
         let connection = self.connection().await?;
         let request = FetchRequest {
             cluster,

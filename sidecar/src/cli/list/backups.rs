@@ -1,6 +1,6 @@
 //! `klio list`: base backups, and for each timeline what can be restored, with every hole and its reason.
 
-use super::super::{exit, print, table, text};
+use super::super::{exit, print, say, table, text};
 use crate::{
     config::Config,
     error::{Error, Failure},
@@ -23,11 +23,16 @@ pub(in crate::cli) async fn run(config: &Config, as_json: bool) -> Result<u8, Er
     let lines = survey.lines();
     let ends = ends(&source, &survey, &lines).await?;
     let out = if as_json {
-        format!("{:#}\n", to_json(&catalog, &survey, &lines, &ends))
+        format!("{:#}\n", source.which().tag(to_json(&catalog, &survey, &lines, &ends)))
     } else {
-        to_text(&catalog, &survey, &lines, &ends)
+        source.which().line() + &to_text(&catalog, &survey, &lines, &ends)
     };
     print(&out);
+    if catalog.backups.is_empty()
+        && let Some(elsewhere) = source.elsewhere().await
+    {
+        say(&elsewhere);
+    }
     let problems = !catalog.problems.is_empty() || !survey.problems().is_empty();
     Ok(if problems { exit::PROBLEM } else { exit::OK })
 }

@@ -347,6 +347,15 @@ async fn another_postgresql_under_the_same_name_is_a_generation_of_its_own() {
     let mut stream = site.stream(&old);
     let held = old.write_wal(1 << 20).await;
     acknowledged(&old, held).await;
+    let backup = site.klio(Some(&old), &["backup", "--name", "b1", "--json"]).await;
+    assert_eq!(backup.code, Some(0), "{}", backup.stderr);
+    assert_eq!(generation_in(&backup), 1);
+    let listed = site.klio(None, &["list"]).await;
+    assert!(
+        listed.stdout.starts_with("BACKUP"),
+        "one generation is not mentioned: {}",
+        listed.stdout
+    );
     let upgraded = site.stream(&new);
     let end = new.write_wal(1 << 20).await;
     acknowledged(&new, end).await;
@@ -362,7 +371,44 @@ async fn another_postgresql_under_the_same_name_is_a_generation_of_its_own() {
     assert!(stream.log().contains("older"), "{}", stream.log());
     let end = new.write_wal(1 << 20).await;
     acknowledged(&new, end).await;
+    every_output_says_which_generation_it_is_about(&site).await;
     drop(upgraded);
+}
+
+fn generation_in(outcome: &programs::Outcome) -> u64 {
+    let value: Value = serde_json::from_str(&outcome.stdout).expect("JSON");
+    let plan = value.get("plan").unwrap_or(&value);
+    plan["generation"].as_u64().unwrap_or_else(|| panic!("no generation in {value:#}"))
+}
+
+/// The second of two generations was just followed and has no backup yet.
+async fn every_output_says_which_generation_it_is_about(site: &Site) {
+    for words in [
+        &["list"][..],
+        &["list", "wal"],
+        &["verify"],
+        &["retention", "plan"],
+        &["retention", "apply"],
+        &["timeline", "list"],
+    ] {
+        let text = site.klio(None, words).await;
+        assert!(text.stdout.starts_with("generation 2 of main\n"), "{words:?}: {}", text.stdout);
+        let of_first = [words, &["--generation", "1", "--json"]].concat();
+        assert_eq!(generation_in(&site.klio(None, &of_first).await), 1, "{words:?}");
+    }
+    let to = site.scratch("restored");
+    let to = to.to_str().expect("UTF-8");
+    let elsewhere = "of main, generation 1 has 1 base backup: --generation 1";
+    for words in [&["list"][..], &["verify"], &["restore", "--to", to, "--dry-run"], &["drill"]] {
+        let said = site.klio(None, words).await.stderr;
+        assert!(said.contains(elsewhere), "{words:?}: {said}");
+    }
+    let refused = site.klio(None, &["restore", "--to", to, "--dry-run"]).await.stderr;
+    assert!(refused.contains("generation 2 of main: there is no base backup"), "{refused}");
+    let named = ["restore", "--to", to, "--dry-run", "--generation", "1"];
+    let planned = site.klio(None, &named).await;
+    assert!(planned.stdout.contains("generation 1 of main"), "{planned:?}");
+    assert_eq!(generation_in(&site.klio(None, &[&named[..], &["--json"]].concat()).await), 1);
 }
 
 /// It sends no digests: its stream goes on, and status says what nobody has proven.
