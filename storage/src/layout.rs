@@ -46,11 +46,21 @@ pub struct ClusterName(String);
 /// The text is not a cluster name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "expected a cluster name of 1 to 63 characters a-z, 0-9, _ or -, beginning with a letter or digit, found {found:?}"
+    "expected a cluster name of 1 to 63 characters a-z, 0-9, _ or -, beginning with a letter or digit{or}, found {found:?}"
 )]
 pub struct ClusterNameError {
     found: String,
+    /// What else would be good, if the text was meant to name a generation.
+    or: &'static str,
 }
+
+impl ClusterNameError {
+    fn new(found: &str, or: &'static str) -> Self {
+        Self { found: found.chars().take(70).collect(), or }
+    }
+}
+
+const OR_NUMBERED: &str = ", or NAME@N for its generation with the number N";
 
 /// Separates a cluster's name from the number of one of its generations.
 const GENERATION_MARK: char = '@';
@@ -89,7 +99,7 @@ impl ClusterName {
     /// As for a plain name; a number must be 1 or more, without leading zeros.
     pub fn parse_generation(text: &str) -> Result<Self, ClusterNameError> {
         let Some((base, number)) = text.split_once(GENERATION_MARK) else { return text.parse() };
-        let fail = || ClusterNameError { found: text.chars().take(70).collect() };
+        let fail = || ClusterNameError::new(text, OR_NUMBERED);
         let base: ClusterName = base.parse().map_err(|_| fail())?;
         let parsed: u32 = number.parse().map_err(|_| fail())?;
         let good = parsed > 0 && parsed.to_string() == number;
@@ -104,7 +114,7 @@ impl FromStr for ClusterName {
         let good = (1..=63).contains(&text.len())
             && plain(text.as_bytes()[0])
             && text.bytes().all(|b| plain(b) || b == b'_' || b == b'-');
-        if good { Ok(Self(text.to_owned())) } else { Err(ClusterNameError { found: text.chars().take(70).collect() }) }
+        if good { Ok(Self(text.to_owned())) } else { Err(ClusterNameError::new(text, "")) }
     }
 }
 
@@ -304,6 +314,17 @@ mod tests {
             assert_eq!((name.number(), name.generation()), (number, generation), "{text}");
             assert_eq!(name.with_generation(name.generation()).as_str(), place, "{text}");
         }
+    }
+
+    /// Regression test: the message did not say that a generation can be named, and how.
+    #[test]
+    fn a_malformed_generation_is_refused_with_the_form_of_a_good_one() {
+        for bad in ["main@x", "main@", "main@0", "main@02", "main@-1", "main@1@2", "@1", "Main@1"] {
+            let error = ClusterName::parse_generation(bad).unwrap_err().to_string();
+            assert!(error.contains("NAME@N") && error.contains(bad), "{error}");
+        }
+        let plain = ClusterName::parse_generation("Main").unwrap_err().to_string();
+        assert!(!plain.contains("NAME@N"), "{plain}");
     }
 
     #[test]
