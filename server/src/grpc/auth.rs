@@ -75,7 +75,7 @@ impl MapEntry {
 impl AuthConfig {
     pub fn validate(&self) -> Vec<String> {
         let bad = self.map.iter().filter(|entry| entry.given().is_none());
-        let problems: Vec<String> = bad
+        let mut problems: Vec<String> = bad
             .map(|entry| {
                 format!(
                     "auth.map {:?}: expected either a cluster or role = \"observer\", \"operator\" or \"admin\"",
@@ -83,6 +83,15 @@ impl AuthConfig {
                 )
             })
             .collect();
+        let named = self.map.iter().filter_map(|entry| Some((entry, entry.cluster.as_ref()?)));
+        for (entry, cluster) in named.filter(|(_, cluster)| cluster.number().is_some()) {
+            problems.push(format!(
+                "auth.map {:?}: expected the name of a cluster, found that of a generation, {:?}; hint: a certificate belongs to its cluster with all generations: cluster = {:?}",
+                entry.common_name,
+                cluster.as_str(),
+                cluster.base().as_str()
+            ));
+        }
         // The first of two entries counts, as in earlier versions.
         for (at, entry) in self.map.iter().enumerate() {
             if self.map[..at].iter().any(|earlier| earlier.common_name == entry.common_name) {
@@ -397,6 +406,19 @@ mod tests {
         ] {
             assert_eq!(entry(bad), None, "{bad}");
         }
+    }
+
+    /// Regression test: the server started with such an entry, and refused every call of the certificate.
+    #[test]
+    fn an_entry_that_names_a_generation_is_refused_with_the_name_of_its_cluster() {
+        for number in [1, 2] {
+            let text = format!("[[map]]\ncommon_name = \"app\"\ncluster = \"main@{number}\"\n");
+            let problems = toml::from_str::<AuthConfig>(&text).unwrap().validate();
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert!(problems[0].contains("cluster = \"main\""), "{problems:?}");
+        }
+        let text = "[[map]]\ncommon_name = \"app\"\ncluster = \"main\"\n";
+        assert_eq!(toml::from_str::<AuthConfig>(text).unwrap().validate(), [""; 0]);
     }
 
     /// A server with the authority of `init` and the company's, and certificates of both.
