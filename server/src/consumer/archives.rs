@@ -12,7 +12,7 @@ use klio_storage::{
     Error, Kind, Op,
     catalog::{Archive, BackupRecord, Frontier, Totals, archive_file},
     layout::{ClusterName, WalFile},
-    tier2::{Outcome, StoredObject, Uploaded},
+    tier2::{Moved, Outcome, Progress, StoredObject, Uploaded},
     wal::Position,
 };
 use std::{
@@ -29,8 +29,11 @@ const PROBLEMS_SHOWN: usize = 10;
 const QUEUE: &str = "queue";
 /// If files wait and nothing was archived for this long, that is reported as a problem.
 const STALLED_SECONDS: f64 = 45.0;
-/// How long an upload may hold that report back, because a slow link needs time.
-const SLOW_UPLOAD: Duration = Duration::from_secs(600);
+/// How long an upload may hold that report back without moving a byte: over a slow link, what the connection has taken
+/// needs time to arrive.
+const STANDS_AFTER: Duration = Duration::from_secs(600);
+/// If nothing was archived for this long although bytes of an upload move, that is reported as slow.
+const SLOW_AFTER: Duration = Duration::from_secs(600);
 
 /// A cheap handle on the state of all clusters.
 #[derive(Clone)]
@@ -61,17 +64,19 @@ struct State {
     since: Option<BTreeSet<WalFile>>,
     /// When a file was last archived, or when the first one began to wait.
     progress: Option<Instant>,
-    /// The number of uploads under way.
-    moving: usize,
+    /// The uploads under way.
+    moving: Vec<Progress>,
 }
 
 /// An upload that is under way; dropping it ends it.
-pub(super) struct Moving(Arc<Cluster>);
+pub(super) struct Moving {
+    cluster: Arc<Cluster>,
+    pub(super) progress: Progress,
+}
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        let mut state = lock(&self.0.state);
-        state.moving = state.moving.saturating_sub(1);
+        lock(&self.cluster.state).moving.retain(|upload| !upload.is(&self.progress));
     }
 }
 
@@ -118,7 +123,8 @@ impl Archives {
         let (gaps, positions) = (self.files.gaps(name), self.files.positions(name));
         let cluster = self.cluster(name);
         let mut state = lock(&cluster.state);
-        let stalled_seconds = state.stalled_seconds(Instant::now());
+        let now = Instant::now();
+        let (stalled_seconds, slow) = (state.stalled_seconds(now), state.slow(now));
         let state = &*state;
         let archive = state.archive.as_ref();
         let frontiers = archive.map(|archive| archive.frontiers(&gaps)).unwrap_or_default();
@@ -132,6 +138,7 @@ impl Archives {
         if state.problems.len() > PROBLEMS_SHOWN {
             problems.push(format!("and {} more", state.problems.len() - PROBLEMS_SHOWN));
         }
+        problems.extend(slow);
         if stalled_seconds > STALLED_SECONDS && problems.is_empty() {
             let waiting = state.pending.len();
             problems.push(format!(
@@ -192,11 +199,11 @@ impl Archives {
         }
     }
 
-    /// Counts an upload that begins; it ends when the result is dropped.
+    /// Watches an upload that begins; it ends when the result is dropped.
     pub(super) fn moving(&self, name: &ClusterName) -> Moving {
-        let cluster = self.cluster(name);
-        lock(&cluster.state).moving += 1;
-        Moving(cluster)
+        let (cluster, progress) = (self.cluster(name), Progress::default());
+        lock(&cluster.state).moving.push(progress.clone());
+        Moving { cluster, progress }
     }
 
     /// Records a finished file, unless tier 2 has it already.
@@ -339,13 +346,47 @@ impl State {
     /// See [`ArchiveState::stalled_seconds`]. Uses a monotonic clock, so what waited before this run counts as waiting
     /// since its start.
     fn stalled_seconds(&mut self, now: Instant) -> f64 {
+        let stalled = self.waiting(now);
+        if self.advances(now, stalled) { 0.0 } else { stalled.as_secs_f64() }
+    }
+
+    /// How long files have waited with none of them archived.
+    fn waiting(&mut self, now: Instant) -> Duration {
         if self.pending.is_empty() {
             self.progress = None;
-            return 0.0;
+            return Duration::ZERO;
         }
-        let since = *self.progress.get_or_insert(now);
-        let stalled = now.saturating_duration_since(since);
-        if self.moving > 0 && stalled < SLOW_UPLOAD { 0.0 } else { stalled.as_secs_f64() }
+        now.saturating_duration_since(*self.progress.get_or_insert(now))
+    }
+
+    /// Whether an upload under way has begun or moved a byte not long ago. After a failure bytes prove nothing, because
+    /// the same ones may be sent again and again.
+    fn advances(&self, now: Instant, stalled: Duration) -> bool {
+        let last = self.moved().last.filter(|_| self.problems.is_empty());
+        let still = last.map_or(stalled, |last| now.saturating_duration_since(last).min(stalled));
+        !self.moving.is_empty() && still < STANDS_AFTER
+    }
+
+    /// All uploads under way together.
+    fn moved(&self) -> Moved {
+        let all = self.moving.iter().map(Progress::moved);
+        all.fold(Moved::default(), |sum, one| Moved {
+            bytes: sum.bytes + one.bytes,
+            last: sum.last.max(one.last),
+        })
+    }
+
+    /// What to say about an upload that takes long and advances.
+    fn slow(&mut self, now: Instant) -> Option<String> {
+        let stalled = self.waiting(now);
+        let Moved { bytes, last } = self.moved();
+        let last = last.filter(|_| stalled >= SLOW_AFTER && self.advances(now, stalled))?;
+        Some(format!(
+            "archiving is slow: nothing was archived for {} s while {} files wait, but an upload advances: {bytes} bytes so far, the last of them {} s ago",
+            stalled.as_secs(),
+            self.pending.len(),
+            now.saturating_duration_since(last).as_secs()
+        ))
     }
 
     /// How far the newest timeline is archived. If nothing of it is sealed yet, its archived end is its start. A
@@ -460,4 +501,34 @@ impl State {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic cannot leave a state half changed, because none can happen between two related changes.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Regression test: every upload of more than ten minutes was reported as archiving that has stopped.
+    #[test]
+    fn an_upload_that_advances_is_slow_and_one_that_does_not_has_stopped() {
+        let (begun, upload) = (Instant::now(), Progress::default());
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        let mut state = State::default();
+        state.pending.insert("000000010000000000000001".parse().unwrap(), 0);
+        assert_eq!(state.stalled_seconds(begun), 0.0);
+        assert_eq!(state.stalled_seconds(after(90)), 90.0, "nothing is under way");
+        state.moving.push(upload.clone());
+        assert_eq!(state.stalled_seconds(after(599)), 0.0);
+        assert_eq!(state.stalled_seconds(after(700)), 700.0, "it has not moved a byte");
+        upload.add(5000, after(800));
+        assert_eq!(state.stalled_seconds(after(1300)), 0.0);
+        let told = state.slow(after(1300)).unwrap();
+        for part in ["slow", "1300 s", "1 files", "5000 bytes", "500 s ago"] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        assert_eq!((state.stalled_seconds(after(1500)), state.slow(after(1500))), (1500.0, None));
+        // It failed before: what moves now may be what moved then.
+        upload.add(5000, after(1500));
+        state.problems.insert("000000010000000000000001".into(), "refused".into());
+        assert_eq!((state.stalled_seconds(after(1501)), state.slow(after(1501))), (1501.0, None));
+    }
 }

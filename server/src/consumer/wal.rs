@@ -86,8 +86,8 @@ impl WalWork {
 
     async fn offload(&self, job: &Job, delivered: i64) -> AckKind {
         let moving = async {
-            let _under_way = self.parts.archives.moving(&self.cluster);
-            self.upload(job).await
+            let under_way = self.parts.archives.moving(&self.cluster);
+            under_way.progress.watch(self.upload(job)).await
         };
         let Some(result) = self.turns.take(moving).await else {
             return AckKind::Nak(None);

@@ -129,7 +129,7 @@ pub const CATALOGUE: &[Row] = &[
         "klio.consumer.stalled_time",
         Gauge,
         "s",
-        "how long finished WAL files have waited with none of them archived; 0 when none waits",
+        "how long finished WAL files have waited with none of them archived; 0 when none waits, and while an upload advances",
     ),
     of_cluster(
         "klio.consumer.offloads",

@@ -6,7 +6,7 @@
 //! ([`Pace`]). The body of the answer has to keep arriving as well. The kernel applies the same limit to bytes that it
 //! has taken (TCP_USER_TIMEOUT, dial.rs).
 
-use super::pace::Pace;
+use super::{pace::Pace, progress};
 use bytes::Bytes;
 use http::{HeaderValue, header::CONTENT_LENGTH};
 use http_body::{Body, Frame, SizeHint};
@@ -140,7 +140,8 @@ impl Link {
         let (parts, body) = answer.into_parts();
         let patience = self.patience;
         let sleep = Box::pin(sleep_until(Instant::now() + patience));
-        let body = HttpResponseBody::new(Patient { body, sleep, patience });
+        let upload = progress::Progress::current();
+        let body = HttpResponseBody::new(Patient { body, sleep, patience, upload });
         HttpResponse::from_parts(parts, body)
     }
 }
@@ -152,7 +153,11 @@ struct Sending {
 }
 
 #[derive(Debug)]
-struct Taken(Mutex<Progress>);
+struct Taken {
+    progress: Mutex<Progress>,
+    /// The upload that the request belongs to, if somebody watches it.
+    upload: Option<progress::Progress>,
+}
 
 #[derive(Debug)]
 struct Progress {
@@ -162,7 +167,7 @@ struct Progress {
 
 impl Taken {
     fn lock(&self) -> MutexGuard<'_, Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -183,13 +188,18 @@ impl Drop for Piece {
         let mut taken = self.taken.lock();
         taken.bytes += self.bytes.len() as u64;
         taken.last = Instant::now();
+        drop(taken);
+        if let Some(upload) = &self.taken.upload {
+            upload.add(self.bytes.len() as u64, std::time::Instant::now());
+        }
     }
 }
 
 impl Sending {
     /// The same request, with its body in pieces whose progress can be observed.
     fn watch(request: HttpRequest) -> (HttpRequest, Self) {
-        let taken = Arc::new(Taken(Mutex::new(Progress { bytes: 0, last: Instant::now() })));
+        let progress = Mutex::new(Progress { bytes: 0, last: Instant::now() });
+        let taken = Arc::new(Taken { progress, upload: progress::Progress::current() });
         // A request without a body, or with a few bytes of XML.
         if request.body().as_bytes().is_some() {
             return (request, Self { bytes: 0, taken });
@@ -242,6 +252,7 @@ struct Patient {
     body: HttpResponseBody,
     sleep: Pin<Box<Sleep>>,
     patience: Duration,
+    upload: Option<progress::Progress>,
 }
 
 impl Body for Patient {
@@ -255,6 +266,10 @@ impl Body for Patient {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
             let until = Instant::now() + self.patience;
             self.sleep.as_mut().reset(until);
+            let arrived = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+            if let (Some(upload), Some(bytes)) = (&self.upload, arrived) {
+                upload.add(bytes.len() as u64, std::time::Instant::now());
+            }
             return Poll::Ready(frame);
         }
         let patience = self.patience;

@@ -31,6 +31,7 @@ mod open;
 mod pace;
 mod parts;
 mod payload;
+mod progress;
 mod segments;
 mod transfer;
 mod unfinished;
@@ -45,6 +46,7 @@ pub use fetch::Download;
 pub use list::StoredObject;
 pub use local::{Source, Wrapping};
 pub use objects::ListedObject;
+pub use progress::{Moved, Progress};
 pub use segments::WalAt;
 pub use transfer::{Outcome, Uploaded};
 

@@ -12,6 +12,7 @@ use super::{
     fault::{classify, passes, stood_still},
     lanes::Lane,
     local::Local,
+    progress::Progress,
     transfer::Refused,
     unfinished::{Acknowledged, Begun, Underway},
 };
@@ -229,7 +230,7 @@ impl Tier2 {
                 let sum = Sha256Sum::of(&bytes);
                 (index, sum, send(store.as_ref(), &path, &id, index, bytes, lane).await)
             };
-            sending.spawn(task.in_current_span());
+            sending.spawn(Progress::carried(task.in_current_span()));
         }
         match file.sum() == local.sha256 {
             true => Ok(()),
@@ -283,6 +284,9 @@ impl Tier2 {
                 let _permit = self.take_budget(length).await.map_err(Refused::Failed)?;
                 let bytes = file.read(length).await.map_err(Refused::Failed)?;
                 upload.put_part(bytes.into()).await.map_err(fail)?;
+                if let Some(progress) = Progress::current() {
+                    progress.add(length, std::time::Instant::now());
+                }
             }
             if file.sum() != local.sha256 {
                 return Err(Refused::Failed(changed(local)));
