@@ -22,6 +22,7 @@ use super::{
     horizon,
     journal::{self, Frames, Tail},
     levels, record,
+    rotten::Sealed,
     stored::StoredAt,
     takeover,
     types::Pinned,
@@ -284,11 +285,11 @@ impl Cluster {
     }
 
     fn plain_size(&self, timeline: TimelineId, start: Lsn, pinned: &Pinned) -> Result<u64, Error> {
-        let name = SegmentName::containing(timeline, start, pinned.segment_size);
-        match self.stored(WalFile::Partial(name))? {
-            Some(stored) => self.plain_size_of(&stored, pinned.segment_size.bytes()),
-            None => Ok(0),
-        }
+        let file = WalFile::Partial(SegmentName::containing(timeline, start, pinned.segment_size));
+        let Some(stored) = self.stored(file)? else { return Ok(0) };
+        let sealed = Sealed { file, path: &stored.path, form: stored.form };
+        let (length, read) = self.read_sealed(sealed, None, pinned);
+        read.map(|()| length)
     }
 
     /// The number of plain bytes of a sealed file. Decodes all of it, and so verifies it.

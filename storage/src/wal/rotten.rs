@@ -132,7 +132,8 @@ impl Cluster {
         }
     }
 
-    /// Reads all of it: how many bytes it yields, and whether they are good.
+    /// Reads all of it: how many good bytes it yields, and whether they are all. Of another segment's or another
+    /// PostgreSQL's WAL none is good.
     pub(super) fn read_sealed(
         &self,
         Sealed { file, path, form }: Sealed<'_>,
@@ -149,27 +150,27 @@ impl Cluster {
                 Ok(())
             })
         });
+        let (WalFile::Segment(name) | WalFile::Partial(name)) = file else {
+            return (good, read.map(drop));
+        };
         let corrupt = |detail: String| Error::new(Kind::Corrupt, Op::Read, path.display(), detail);
+        if let (Ok(_) | Err(Error { kind: Kind::Corrupt, .. }), Err(other)) =
+            (&read, begins_as(&first, name, pinned))
+        {
+            return (0, Err(corrupt(other)));
+        }
         let checked = read.and_then(|found| {
-            let (WalFile::Segment(name) | WalFile::Partial(name)) = file else { return Ok(()) };
             let expected = match (file, known, name.start_lsn(pinned.segment_size)) {
                 (WalFile::Segment(_), ..) => limit,
                 (_, Some(end), Some(start)) => end.bytes_since(start),
                 _ => found,
             };
-            if found < expected {
-                return Err(corrupt(format!("expected {expected} bytes of WAL, found {found}")));
+            match found < expected {
+                true => Err(corrupt(format!("expected {expected} bytes of WAL, found {found}"))),
+                false => Ok(()),
             }
-            let Ok(header) = <[u8; SEGMENT_HEADER_BYTES]>::try_from(&*first) else { return Ok(()) };
-            let belongs =
-                SegmentHeader::parse(&header).and_then(|h| h.belongs_to(name).map(|()| h));
-            let header = belongs.map_err(|e| corrupt(e.to_string()))?;
-            if header.system_identifier != pinned.system_identifier {
-                return Err(corrupt("expected WAL of this PostgreSQL, found another's".to_owned()));
-            }
-            Ok(())
         });
-        // If a segment has its full length but is wrong, it is another's WAL, and none of its bytes are good.
+        // If a segment has its full length but is wrong, none of its bytes are trusted.
         let kept = if checked.is_err() && good >= limit { 0 } else { good };
         (kept, checked)
     }
@@ -293,6 +294,18 @@ impl Cluster {
             }
         }
         Ok(())
+    }
+}
+
+/// Checks that WAL begins like the segment of that name, of this PostgreSQL. A few bytes prove nothing.
+fn begins_as(first: &[u8], name: SegmentName, pinned: &Pinned) -> Result<(), String> {
+    let Ok(header) = <[u8; SEGMENT_HEADER_BYTES]>::try_from(first) else { return Ok(()) };
+    let header = SegmentHeader::parse(&header).map_err(|e| e.to_string())?;
+    header.belongs_to(name).map_err(|e| e.to_string())?;
+    let (found, expected) = (header.system_identifier, pinned.system_identifier);
+    match found == expected {
+        true => Ok(()),
+        false => Err(format!("expected WAL of PostgreSQL {expected}, found that of {found}")),
     }
 }
 

@@ -214,6 +214,33 @@ fn promoted(rig: &Rig) -> (WalStore, WalFile) {
     (store, WalFile::Partial(segment(1, 2)))
 }
 
+/// Regression test: at start it counted as WAL of its timeline, and its length as acknowledged WAL that was lost.
+#[test]
+fn the_partial_segment_of_another_postgresql_is_put_aside_and_none_of_it_counts() {
+    for found_at_start in [true, false] {
+        let rig = Rig::new(8);
+        let (mut store, partial) = promoted(&rig);
+        let foreign =
+            SimulatedWal::small(78).bytes(&root_history(), at(2 * MIB), at(2 * MIB + 5000));
+        let mut context = zstd::bulk::Compressor::new(1).unwrap();
+        context.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true)).unwrap();
+        let foreign = context.compress(&foreign).unwrap();
+        crate::disk::durable::overwrite(&rig.disk, &stored(&rig, partial), &foreign).unwrap();
+        if found_at_start {
+            drop(store);
+            rig.disk.restart(Restart::Kill);
+            store = rig.open();
+        } else {
+            assert!(store.doubt(&rig.name, partial).unwrap());
+        }
+        let lost = store.damaged(&rig.name);
+        let to = at(2 * MIB + if found_at_start { 1 } else { 700 });
+        assert_eq!((lost.len(), lost[0].from, lost[0].to), (1, at(2 * MIB), to));
+        assert_eq!(aside(&rig).len(), 1, "{found_at_start}");
+        assert_eq!(store.read(&rig.name, partial).unwrap_err().kind, Kind::Corrupt, "P7");
+    }
+}
+
 /// Before, this made the whole cluster unusable.
 #[test]
 fn a_rotten_end_of_a_finished_timeline_is_a_hole_and_stops_nothing() {
