@@ -484,7 +484,7 @@ pub(crate) mod tests {
     /// A server of `main`, of which generation 2 is followed.
     pub(crate) fn followed(store: WalStore, tier2: Option<Tier2>, queue: &Queue) -> StatusBoard {
         let (mut all, main) = (Generations::default(), "main".parse().unwrap());
-        all.begin("set back".into(), 7, 1.0, true).unwrap();
+        all.begin(base::stranger("set back", 7), 1.0, true).unwrap();
         all.follow(2, "ops", 2.0).unwrap();
         let path = store.root().join(BaseObject::Generations.key(&main));
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();

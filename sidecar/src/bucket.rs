@@ -225,6 +225,7 @@ fn unopened(error: &klio_storage::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use klio_storage::generations::Stranger;
 
     fn config(text: &str) -> Config {
         Config::from_layers(Some(text), &[], &[]).unwrap()
@@ -261,7 +262,9 @@ mod tests {
     /// A bucket with the record of two generations, of which only the first has a backup.
     fn two_generations(root: &std::path::Path) -> Bucket {
         let mut all = Generations::default();
-        all.begin("set back".into(), 7, 1.0, true).unwrap();
+        let (reason, system_identifier) = ("set back".to_owned(), 7);
+        let stranger = Stranger { reason, system_identifier, ..Stranger::default() };
+        all.begin(stranger, 1.0, true).unwrap();
         all.follow(2, "ops", 2.0).unwrap();
         std::fs::create_dir_all(root.join("main/backups")).unwrap();
         std::fs::create_dir_all(root.join("main@2")).unwrap();

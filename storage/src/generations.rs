@@ -5,7 +5,7 @@
 //!   `<cluster>@<number>`. Without a record there is only the first.
 //! - Numbers are never used twice. Exactly one generation is current, and only a person changes which.
 //! - An undecided generation or a refused history is never forgotten by time or a restart. A refused one has a number,
-//!   too, so that a person can decide about it in the same way, although none of its WAL is stored.
+//!   too, so that a person can decide about it in the same way, although none of its WAL is stored (`stranger`).
 //! - Two records of one cluster are merged if one continues the other, which means that it has all generations and all
 //!   decisions of the other. Otherwise both are shown to a person (`Apart`), and no decision is lost.
 
@@ -13,7 +13,11 @@ use crate::{layout::ClusterName, record::Unknown};
 use klio_pg::{Lsn, TimelineId};
 use serde::{Deserialize, Serialize};
 
-/// The largest number of undecided generations that are received at the same time. More are caused by a machine that
+mod stranger;
+
+pub use stranger::{Left, Stranger};
+
+/// The largest number of undecided generations and refused histories at the same time. More are caused by a machine that
 /// makes copies, not by a person's mistake.
 pub const UNDECIDED_MAX: usize = 8;
 /// The largest number of unproven positions that are recorded; the oldest are dropped.
@@ -68,6 +72,10 @@ pub struct Generation {
     /// Whether its WAL was ever received: there is no WAL of a refused one.
     #[serde(default = "yes")]
     pub taken: bool,
+    /// Where it left the WAL that was held, of a history that was refused; `None` if that was not seen, or by an earlier
+    /// version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Left>,
     /// Who decided last; empty if nobody has.
     pub decided_by: String,
     /// When that was, Unix seconds.
@@ -245,16 +253,16 @@ impl Generations {
     /// `TooMany`.
     pub fn begin(
         &mut self,
-        reason: String,
-        system_identifier: u64,
+        found: Stranger,
         now_unix: f64,
         taken: bool,
     ) -> Result<Generation, Refusal> {
-        let system_identifier = system_identifier.to_string();
-        let known = |g: &&mut Generation| !g.taken && g.system_identifier == system_identifier;
-        if let Some(known) = self.generations.iter_mut().find(known) {
-            if taken && known.state == State::Refused {
-                (known.state, known.taken) = (State::Undecided, true);
+        if let Some(known) = found.find(&mut self.generations) {
+            if known.state == State::Refused {
+                known.see(found.left);
+                if taken {
+                    (known.state, known.taken) = (State::Undecided, true);
+                }
             }
             return Ok(known.clone());
         }
@@ -267,9 +275,10 @@ impl Generations {
             number,
             state: if taken { State::Undecided } else { State::Refused },
             since_unix: now_unix,
-            system_identifier,
-            reason,
+            system_identifier: found.system_identifier.to_string(),
+            reason: found.reason,
             taken,
+            left: found.left.filter(|_| !taken),
             decided_by: String::new(),
             decided_unix: 0.0,
             unknown: Unknown::default(),
@@ -413,6 +422,7 @@ fn first() -> Generation {
         system_identifier: String::new(),
         reason: String::new(),
         taken: true,
+        left: None,
         decided_by: String::new(),
         decided_unix: 0.0,
         unknown: Unknown::default(),
@@ -425,8 +435,13 @@ mod tests {
     use crate::record;
     use proptest::prelude::*;
 
+    fn stranger(reason: &str, system_identifier: u64) -> Stranger {
+        Stranger { reason: reason.into(), system_identifier, ..Stranger::default() }
+    }
+
     fn begin(all: &mut Generations, system: u64, taken: bool) -> Result<(u32, State), Refusal> {
-        all.begin("set back".into(), system, 1.0, taken).map(|made| (made.number, made.state))
+        let made = all.begin(stranger("set back", system), 1.0, taken);
+        made.map(|made| (made.number, made.state))
     }
 
     #[test]
@@ -478,13 +493,17 @@ mod tests {
     #[test]
     fn a_refused_history_stays_refused_until_a_person_decides() {
         let mut all = Generations::default();
+        let upgraded = || Stranger { other_system: true, ..stranger("upgraded", 7) };
+        let begin = |all: &mut Generations, taken| {
+            all.begin(upgraded(), 1.0, taken).map(|made| (made.number, made.state))
+        };
         for _ in 0..20 {
-            assert_eq!(begin(&mut all, 7, false), Ok((2, State::Refused)));
+            assert_eq!(begin(&mut all, false), Ok((2, State::Refused)));
         }
         assert!(all.is_undecided());
         all.retire(2, "ops", 2.0).unwrap();
-        assert_eq!(begin(&mut all, 7, false), Ok((2, State::Retired)));
-        assert_eq!(begin(&mut all, 7, true), Ok((2, State::Retired)), "decided is decided");
+        assert_eq!(begin(&mut all, false), Ok((2, State::Retired)));
+        assert_eq!(begin(&mut all, true), Ok((2, State::Retired)), "decided is decided");
         assert!(!all.is_undecided());
         all.follow(2, "ops", 3.0).unwrap();
         assert_eq!(all.get(2).map(|g| (g.state, g.taken)), Some((State::Current, true)));
@@ -522,7 +541,7 @@ mod tests {
         }
         // The same number for another history.
         let mut twin = Generations { version: 7, ..Generations::default() };
-        twin.begin("a copy".into(), 8, 1.0, true).unwrap();
+        twin.begin(stranger("a copy", 8), 1.0, true).unwrap();
         assert!(twin.joined(&old).unwrap_err().to_string().contains("another history"));
         // A generation that was decided about before decisions were recorded.
         let before = Generations { decisions: vec![], ..later.clone() };

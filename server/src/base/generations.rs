@@ -18,7 +18,7 @@ use klio_pg::{Lsn, TimelineId};
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op, crash_point,
-    generations::{Generation, Generations, Refusal, Unproven},
+    generations::{Generation, Generations, Refusal, Stranger, Unproven},
     layout::{BaseObject, ClusterName},
     record,
 };
@@ -219,16 +219,12 @@ impl BaseStore {
     pub async fn begin_generation(
         &self,
         cluster: &ClusterName,
-        reason: String,
-        system_identifier: u64,
+        stranger: Stranger,
         taken: bool,
     ) -> Result<u32, Status> {
-        let (now, found) = (self.now_unix(), reason.clone());
-        let made = self
-            .change_generations(cluster, move |all| {
-                all.begin(reason, system_identifier, now, taken)
-            })
-            .await?;
+        let (now, found) = (self.now_unix(), stranger.reason.clone());
+        let made =
+            self.change_generations(cluster, move |all| all.begin(stranger, now, taken)).await?;
         let base = cluster.base();
         let Generation { number, state, reason, .. } = &made;
         if state.is_open() {
@@ -317,8 +313,8 @@ fn placed(all: &Generations, named: &ClusterName) -> Result<ClusterName, Status>
     })
 }
 
-/// What was found now, as the rest of a sentence. All refused histories of one PostgreSQL have one number, so the
-/// reason that is on record may be that of another one.
+/// What was found now, as the rest of a sentence. A refused history that writes on differs at more places, and one that
+/// cannot be told apart has the number of another, until a person decides.
 fn found_now(recorded: &str, found: &str) -> String {
     if recorded == found { String::new() } else { format!("; found now: {found}") }
 }
@@ -349,4 +345,10 @@ pub(crate) fn decided(generation: &Generation) -> String {
         .and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
     let at = at.map(|at| format!(" at {at}")).unwrap_or_default();
     format!(", decided by {}{at}", generation.decided_by)
+}
+
+/// A PostgreSQL with another history.
+#[cfg(test)]
+pub(crate) fn stranger(reason: &str, system_identifier: u64) -> Stranger {
+    Stranger { reason: reason.into(), system_identifier, ..Stranger::default() }
 }

@@ -40,6 +40,8 @@ pub use archive::{BaseArchiveState, BaseArchives};
 pub use backups::{Backups, ListedBackup};
 pub use config::BaseConfig;
 pub(crate) use generations::decided;
+#[cfg(test)]
+pub(crate) use generations::stranger;
 pub use get::FileBytes;
 pub use positions::{Line, lost_with_tier1};
 pub use put::Incoming;

@@ -289,6 +289,7 @@ async fn far<T: DeserializeOwned>(tier2: Option<&Tier2>, key: &str) -> anyhow::R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::stranger;
     use clap::Parser;
     use klio_storage::tier2::Tier2Config;
     use serde_json::json;
@@ -328,7 +329,7 @@ mod tests {
         let second = (json!("main@2"), "backup weekly of cluster main, generation 2".to_owned());
         assert_eq!(open("main").await.unwrap(), first);
         let mut all = Generations::default();
-        all.begin("set back".into(), 7, 1.0, true).unwrap();
+        all.begin(stranger("set back", 7), 1.0, true).unwrap();
         // Tier 1 was lost after the decision: only the bucket knows it.
         let before = Generations { version: 1, ..all.clone() };
         all.follow(2, "ops", 2.0).unwrap();

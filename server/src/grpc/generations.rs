@@ -212,7 +212,7 @@ fn sentence(generation: &v1::Generation) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{consumer::tests::base_store, queue::tests::TestQueue};
+    use crate::{base::stranger, consumer::tests::base_store, queue::tests::TestQueue};
 
     /// Regression test: two people decided at once, and the stream into the generation that the first of them had made
     /// the current one went on, although the second decision closed it.
@@ -223,7 +223,7 @@ mod tests {
         let base = base_store(root.path(), &queue, None);
         let cluster: ClusterName = "main".parse().unwrap();
         for reason in ["a clone", "set back"] {
-            base.begin_generation(&cluster, reason.into(), 7, true).await.unwrap();
+            base.begin_generation(&cluster, stranger(reason, 7), true).await.unwrap();
         }
         let registry = Arc::new(Registry::default());
         let histories = Histories { base: base.clone(), registry };

@@ -24,7 +24,7 @@ use klio_proto::{
 };
 use klio_storage::{
     catalog::Run,
-    generations::{Generations, State},
+    generations::{Generations, State, Stranger},
     layout::{ClusterName, WalFile},
     wal::Hole,
 };
@@ -181,22 +181,29 @@ impl Wal for WalService {
         let base = &self.receiver.base;
         let current = base.resolve(named.base()).await?;
         let refuses = self.receiver.options.on_divergence == OnDivergence::Refuse;
-        let reason = match base.check_system(&current, asked.system).await {
+        let system_identifier = asked.system.system_identifier;
+        let other_system = |other: &Status| Stranger {
+            reason: other.message().to_owned(),
+            system_identifier,
+            other_system: true,
+            ..Stranger::default()
+        };
+        let stranger = match base.check_system(&current, asked.system).await {
             Err(other) if Code::of(&other) == Code::WrongSystem && refuses => {
                 // P11: recorded until a person decides, whatever the settings are after the next start.
-                let system = asked.system.system_identifier;
-                let reason = other.message().to_owned();
-                return match base.begin_generation(&current, reason, system, false).await {
+                return match base.begin_generation(&current, other_system(&other), false).await {
                     Err(refused) if Code::of(&refused) != Code::Diverged => Err(refused),
                     _ => Err(other),
                 };
             }
-            Err(other) if Code::of(&other) == Code::WrongSystem => other.message().to_owned(),
+            Err(other) if Code::of(&other) == Code::WrongSystem => other_system(&other),
             Err(trouble) => return Err(trouble),
-            Ok(()) => self.receiver.comparer.why_another(&asked.writer_id, &current)?,
+            Ok(()) => {
+                let comparer = &self.receiver.comparer;
+                comparer.why_another(&asked.writer_id, &current, system_identifier)?
+            }
         };
-        let system = asked.system.system_identifier;
-        let number = base.begin_generation(&current, reason, system, !refuses).await?;
+        let number = base.begin_generation(&current, stranger, !refuses).await?;
         Ok(Response::new(v1::BeginGenerationResponse { number }))
     }
 

@@ -27,7 +27,7 @@ use klio_proto::{
 use klio_storage::{
     Error,
     catalog::BackupRecord,
-    generations::{Generation, Generations},
+    generations::{Generation, Generations, Stranger},
     layout::{ClusterName, WalFile},
     wal::{
         SealedDecoder, Seam, TakenOver,
@@ -43,6 +43,9 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 mod edited;
+mod seen;
+
+use seen::Seen;
 
 /// The number of comparisons at once. Each reads a segment from disk, and sends nothing.
 const AT_ONCE: usize = 4;
@@ -108,6 +111,8 @@ struct Finding {
     writer_id: String,
     cluster: ClusterName,
     detail: String,
+    /// What was seen of the history, if it was compared.
+    seen: Option<Seen>,
 }
 
 impl Comparer {
@@ -132,11 +137,14 @@ impl Comparer {
         inbound: impl Inbound,
     ) -> Result<Verdict, Status> {
         self.base.check_system(cluster, begin.system).await?;
-        let verdict = self.judge(cluster, &begin, inbound).await?;
+        let mut seen = Seen::new(cluster, &begin, &self.base.generations(cluster).await?.all());
+        let verdict = self.judge(cluster, &begin, inbound, &mut seen).await?;
         match &verdict {
             Verdict::Diverged { at, detail } => {
                 tracing::warn!(%cluster, timeline = begin.timeline.get(), %at, detail, "PostgreSQL's history differs from the stored one");
-                self.found(&begin.writer_id, cluster, detail);
+                let (writer_id, cluster) = (begin.writer_id, cluster.clone());
+                let (detail, seen) = (detail.clone(), Some(seen));
+                self.keep(Finding { writer_id, cluster, detail, seen });
             }
             Verdict::Same { proven } => self.remember(Proof {
                 writer_id: begin.writer_id,
@@ -154,21 +162,30 @@ impl Comparer {
         cluster: &ClusterName,
         begin: &CompareBegin,
         inbound: impl Inbound,
+        seen: &mut Seen,
     ) -> Result<Verdict, Status> {
+        let mut inbox = Inbox { inbound, digests: Vec::new(), head: Vec::new(), ended: false };
         if let Some(verdict) = self.compare_history(cluster, begin) {
+            seen.leave_at_beginning(begin.start);
+            inbox.show(begin, begin.start, seen).await;
             return Ok(verdict);
         }
-        let mut inbox = Inbox { inbound, digests: Vec::new(), head: Vec::new(), ended: false };
         let mut held = Held::new(begin.system.segment_size, major(begin), begin.start);
         let mut at = begin.start;
         while at < begin.end {
             let segment = SegmentName::containing(begin.timeline, at, begin.system.segment_size);
             let end = next_segment(at, begin.system.segment_size).min(begin.end);
             let theirs = inbox.digests(overlap::pages(at, end)).await?;
+            seen.pass(at, &theirs);
             let ours = self.read_into(cluster, segment, at..end, &mut held).await?;
+            if ours.len() < theirs.len() {
+                seen.skip_to(end);
+            }
             if let Some(page) = overlap::first_difference(at, &ours, &theirs) {
                 let sides = (ours.as_slice(), theirs.as_slice());
                 if !self.is_edited(cluster, segment, at..end, &held, sides).await? {
+                    seen.leave(page, at, &theirs);
+                    inbox.show(begin, end, seen).await;
                     return Ok(different(begin.timeline, page, at, &ours, &theirs));
                 }
                 tracing::info!(%cluster, %page, "WAL comes from a restored copy with relocated tablespaces; it counts as equal");
@@ -180,6 +197,7 @@ impl Comparer {
             let detail = format!(
                 "timeline {timeline:?} is held up to {held}, and PostgreSQL, which is not in recovery, has it only up to {end}: it was set back"
             );
+            seen.leave_at_end();
             return Ok(Verdict::Diverged { at: end, detail });
         }
         let head = inbox.head().await?;
@@ -422,12 +440,16 @@ impl Comparer {
         }
     }
 
-    /// Remembers that the history of a writer is not that of `cluster`.
+    /// Remembers that the history of a writer is not that of `cluster`, which its first new record showed.
     pub fn found(&self, writer_id: &str, cluster: &ClusterName, detail: &str) {
-        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
-        findings.retain(|f| f.writer_id != writer_id || f.cluster != *cluster);
         let (writer_id, cluster) = (writer_id.to_owned(), cluster.clone());
-        findings.push_back(Finding { writer_id, cluster, detail: detail.to_owned() });
+        self.keep(Finding { writer_id, cluster, detail: detail.to_owned(), seen: None });
+    }
+
+    fn keep(&self, finding: Finding) {
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        findings.retain(|f| f.writer_id != finding.writer_id || f.cluster != finding.cluster);
+        findings.push_back(finding);
         if findings.len() > PROOFS_MAX {
             findings.pop_front();
         }
@@ -440,17 +462,28 @@ impl Comparer {
         findings.iter().find(fits).map(|f| f.detail.clone())
     }
 
-    /// Why a writer's history is not that of the current generation `cluster`.
+    /// What is known of a writer whose history is not that of the current generation `cluster`.
     ///
     /// # Errors
     /// `INVALID` when the writer has not compared itself.
-    pub fn why_another(&self, writer_id: &str, cluster: &ClusterName) -> Result<String, Status> {
-        if let Some(detail) = self.finding(writer_id, cluster) {
-            return Ok(detail);
+    pub fn why_another(
+        &self,
+        writer_id: &str,
+        cluster: &ClusterName,
+        system_identifier: u64,
+    ) -> Result<Stranger, Status> {
+        let stranger = |reason| Stranger { reason, system_identifier, ..Stranger::default() };
+        let findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = findings.iter().find(|f| f.writer_id == writer_id && f.cluster == *cluster);
+        if let Some(Finding { detail, seen, .. }) = found {
+            let left = seen.as_ref().and_then(Seen::left);
+            let seen = seen.as_ref().map(Seen::refused).unwrap_or_default();
+            return Ok(Stranger { left, seen, ..stranger(detail.clone()) });
         }
+        drop(findings);
         if self.is_unproven(writer_id, cluster) {
             let why = "PostgreSQL no longer has the WAL that would show which history it continues";
-            return Ok(why.to_owned());
+            return Ok(stranger(why.to_owned()));
         }
         Err(Code::Invalid.status(format!(
             "begin a generation of {}: expected a comparison with the current one first",
@@ -717,6 +750,17 @@ impl<I: Inbound> Inbox<I> {
         Ok(std::mem::replace(&mut self.digests, rest))
     }
 
+    /// Shows `seen` the digests from `at` on that it still wants, of WAL that was found to differ. What does not come
+    /// shows nothing.
+    async fn show(&mut self, begin: &CompareBegin, mut at: Lsn, seen: &mut Seen) {
+        while at < begin.end && at < seen.wanted() {
+            let end = next_segment(at, begin.system.segment_size).min(begin.end);
+            let Ok(theirs) = self.digests(overlap::pages(at, end)).await else { return };
+            seen.pass(at, &theirs);
+            at = end;
+        }
+    }
+
     async fn head(&mut self) -> Result<Vec<u8>, Status> {
         while self.more().await? {}
         Ok(std::mem::take(&mut self.head))
@@ -753,6 +797,7 @@ impl<I: Inbound> Inbox<I> {
 mod tests {
     use super::*;
     use crate::{
+        base::stranger,
         consumer::tests::{base_store, pinned},
         queue::tests::TestQueue,
     };
@@ -769,10 +814,10 @@ mod tests {
         base.wal().pin(&main, pinned(7)).unwrap();
         assert!(comparer.may_be_unproven(&main, "7").await.is_ok());
         // Another system identifier after pg_upgrade.
-        base.begin_generation(&main, "upgraded".into(), 8, true).await.unwrap();
+        base.begin_generation(&main, stranger("upgraded", 8), true).await.unwrap();
         base.change_generations(&main, |all| all.follow(2, "ops", 1.0)).await.unwrap();
         assert!(comparer.may_be_unproven(&main, "8").await.is_ok());
-        base.begin_generation(&main, "set back".into(), 8, true).await.unwrap();
+        base.begin_generation(&main, stranger("set back", 8), true).await.unwrap();
         base.change_generations(&main, |all| all.follow(3, "ops", 2.0)).await.unwrap();
         let refused = comparer.may_be_unproven(&main, "8").await.unwrap_err();
         assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");

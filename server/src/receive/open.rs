@@ -258,7 +258,7 @@ fn refusal_code(refusal: &OpenRefusal) -> Code {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{consumer::tests::base_store, queue::tests::TestQueue};
+    use crate::{base::stranger, consumer::tests::base_store, queue::tests::TestQueue};
     use klio_proto::v1;
 
     fn request() -> Open {
@@ -283,7 +283,7 @@ mod tests {
         let base = base_store(root.path(), &queue, None);
         let (comparer, registry) = (Comparer::new(base.clone()), Arc::new(Registry::default()));
         let main: ClusterName = "main".parse().unwrap();
-        base.begin_generation(&main, "set back".into(), 7, true).await.unwrap();
+        base.begin_generation(&main, stranger("set back", 7), true).await.unwrap();
         let attempt = async || {
             let caller = Caller { who: "klio@main".into(), prove: std::future::ready(None) };
             super::open(&base, &comparer, &registry, &main, caller, request(), 1.0).await

@@ -1,6 +1,7 @@
 //! Decisions about histories after tier 1 was lost.
 
 use super::{changing::NEVER, *};
+use crate::base::stranger;
 use klio_proto::Code;
 use klio_storage::{
     generations::{Generations, State},
@@ -11,9 +12,9 @@ use klio_storage::{
 /// The bucket's record: generation 2 is the current one, 3 is undecided.
 fn known() -> Generations {
     let mut all = Generations { version: 3, ..Generations::default() };
-    all.begin("set back".into(), 7, 1.0, true).unwrap();
+    all.begin(stranger("set back", 7), 1.0, true).unwrap();
     all.follow(2, "ann", 2.0).unwrap();
-    all.begin("a clone".into(), 7, 3.0, true).unwrap();
+    all.begin(stranger("a clone", 7), 3.0, true).unwrap();
     all
 }
 

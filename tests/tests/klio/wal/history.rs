@@ -231,6 +231,18 @@ async fn a_refused_history_stays_refused_whatever_it_writes_and_however_often_it
     assert_eq!(refused.wait_exit(PATIENCE).await.code(), Some(25), "{}", refused.log());
     assert!(refused.log().contains("retired"), "{}", refused.log());
     only_nothing_streams(&site).await;
+    // Set back to the same state once more: it left in the same place, and is not what was retired.
+    pg.stop(Stop::Immediate).await;
+    set_back(&mut pg, &kept);
+    pg.start().await;
+    for bytes in [0, 300 << 10, 6 << 20] {
+        if bytes > 0 {
+            pg.write_wal(bytes).await;
+        }
+        let mut refused = site.stream(&pg);
+        assert_eq!(refused.wait_exit(PATIENCE).await.code(), Some(25), "{}", refused.log());
+    }
+    wait_states(&site, &[(1, "current"), (2, "retired"), (3, "refused")]).await;
 }
 
 /// Two copies of one state are promoted to the same number: their history files are the same, byte for byte.
