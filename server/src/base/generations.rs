@@ -149,6 +149,28 @@ impl BaseStore {
         joined.map_err(|error| crate::errors::status(&error))
     }
 
+    /// Makes the generations known here that only the bucket has, because tier 1 was lost and nobody streams to them, so
+    /// that retention, verification and quotas cover them.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when the bucket does not answer; `CORRUPT`; an I/O error of the disk.
+    pub async fn regain_generations(&self, cluster: &ClusterName) -> Result<(), Status> {
+        let (this, base) = (self.clone(), cluster.base());
+        let all = run(move || this.generations_here(&base)).await?.all();
+        for generation in all.into_iter().filter(|generation| generation.taken) {
+            let place = Generations::place(cluster, generation.number);
+            if self.wal().pinned(&place).is_some() {
+                continue;
+            }
+            // Without its identity the bucket has nothing of it: it has just begun.
+            let Some(pinned) = self.pinned_in_tier2(&place).await? else { continue };
+            tracing::info!(cluster = %place, "only tier 2 has this generation; it is maintained from here again");
+            let store = self.wal().clone();
+            run(move || store.pin(&place, pinned)).await?;
+        }
+        Ok(())
+    }
+
     /// Joins the bucket's record to tier 1's, which is new or was set back.
     ///
     /// # Errors

@@ -436,6 +436,11 @@ fn is_proven(
 pub(super) async fn reconcile(parts: &Parts, cluster: &ClusterName) -> Result<(), Error> {
     let Some(base) = &parts.base else { return Ok(()) };
     let archives = base.archives();
+    // Retention begins after this comparison, and must know the decisions about timelines.
+    if base.wal().pinned(cluster).is_some() && base.wal().positions(cluster).is_empty() {
+        let adopted = base.adopt_timelines(cluster).await;
+        adopted.map_err(|e| Error::new(Kind::Transient, Op::Read, cluster, e.message()))?;
+    }
     let missing = {
         let _turn = archives.begin_comparing(cluster).await;
         let held = base.objects_of_tier1(cluster).await?;

@@ -37,14 +37,17 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
             }
             wanted = parts.queue.wanted() => wanted,
         };
-        let which = if wanted.all {
+        if wanted.all {
             next_full = Instant::now() + every;
             failed.clear();
-            clusters(&parts).await
-        } else {
-            wanted.clusters.into_iter().collect()
+        }
+        let round = async {
+            let which = match wanted.all {
+                true => all_clusters(&parts).await,
+                false => wanted.clusters.into_iter().collect(),
+            };
+            reconcile_all(&parts, which).await
         };
-        let round = reconcile_all(&parts, which);
         let failures = tokio::select! {
             () = cancel.cancelled() => break,
             failures = round => failures,
@@ -61,6 +64,19 @@ pub(super) async fn run(parts: Parts, every: Duration, cancel: CancellationToken
             () = tokio::time::sleep(SETTLE) => {}
         }
     }
+}
+
+/// The clusters on tier 1, and the generations of them that only tier 2 has.
+async fn all_clusters(parts: &Parts) -> Vec<ClusterName> {
+    let here = clusters(parts).await;
+    let Some(base) = &parts.base else { return here };
+    let names: BTreeSet<ClusterName> = here.iter().map(ClusterName::base).collect();
+    for cluster in names {
+        if let Err(error) = base.regain_generations(&cluster).await {
+            tracing::warn!(%cluster, %error, "cannot find the generations that only tier 2 has; trying again later");
+        }
+    }
+    clusters(parts).await
 }
 
 /// Returns the clusters that failed.

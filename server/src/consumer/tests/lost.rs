@@ -51,3 +51,40 @@ async fn a_decision_after_a_lost_tier_1_is_made_on_the_bucket_s_record_and_reach
     test.stop().await;
     queue.stop().await;
 }
+
+/// Regression test: generations that only the bucket had after tier 1 was lost were in no list of clusters, so nothing of
+/// them ever expired or was verified, and no quota counted them.
+#[tokio::test(flavor = "multi_thread")]
+async fn generations_that_only_the_bucket_has_are_known_here_again() {
+    let (root, directory, s3) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), S3::start().await);
+    let queue = TestQueue::up(directory.path()).await;
+    let main = name("pg-1");
+    let [current, begun] = [2, 3].map(|number| Generations::place(&main, number));
+    let put = |object: BaseObject, bytes: &[u8]| {
+        let path = s3.object(&object.key(&main));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    };
+    put(BaseObject::Generations, &record::encode(&known(), "generations").unwrap());
+    let identity = serde_json::json!({
+        "system_identifier": "7", "segment_size": SEGMENT, "postgres_version": 170_000,
+    });
+    put(BaseObject::Cluster, &record::encode(&identity, "cluster").unwrap());
+    let undecided = serde_json::json!([{
+        "timeline": 2, "standing": "undecided", "against": 1, "reason": "", "marked_unix": 1.0,
+    }]);
+    put(BaseObject::Timelines, &record::encode(&undecided, "timelines").unwrap());
+    let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+    // Generation 2 streams again; nothing was received of generation 3 yet.
+    base.wal().pin(&current, pinned(7)).unwrap();
+    base.generations(&main).await.unwrap();
+    assert!(base.wal().pinned(&main).is_none());
+    let test = Test::start_with(root.path(), &queue, &s3, Some(base.clone()), NEVER);
+    eventually("generation 1 is compared", || base.archives().records(&main).is_some()).await;
+    assert_eq!(base.wal().pinned(&main), Some(pinned(7)));
+    assert!(!base.wal().timelines(&main).is_empty(), "retention knows what is undecided");
+    assert!(base.wal().pinned(&begun).is_none());
+    test.stop().await;
+    queue.stop().await;
+}
