@@ -23,7 +23,7 @@ use klio_storage::{
     wal::{WalOptions, WalStore, check_keys, locked},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
     os::unix::fs::OpenOptionsExt,
@@ -140,8 +140,15 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
     };
     let store = open_store(&config, &at_rest)?;
     let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
-    for cluster in store.clusters() {
-        if store.rewrap_key(&cluster)? {
+    let there = match &tier2 {
+        Some(tier2) => tier2.clusters().await.context("list the clusters in tier 2")?,
+        None => Vec::new(),
+    };
+    let here = store.clusters();
+    let (ours, others) = shared(here.clone(), there);
+    for cluster in ours {
+        let is_here = here.contains(&cluster);
+        if is_here && store.rewrap_key(&cluster)? {
             println!("{cluster}: wrapped the key of open segments again");
         }
         rewrap_secret(&store, &cluster, keys)?;
@@ -150,12 +157,19 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
         }
         crash_point!("key.rewrapped");
         if args.rewrap_wal {
-            rewrap_wal(&store, &cluster)?;
+            if is_here {
+                rewrap_wal(&store, &cluster)?;
+            }
             crash_point!("key.wal");
             if let Some(tier2) = &tier2 {
                 far::rewrap_wal(&store, tier2, &cluster, keys).await?;
             }
         }
+    }
+    for cluster in others {
+        println!(
+            "{cluster}: not touched, because only tier 2 has it and it may belong to another server: if it is of this server, let its PostgreSQL stream here once, then run klio-server key rewrap again"
+        );
     }
     drop(store);
     let left = still_needed(&tier1(&config), &at_rest)?;
@@ -177,6 +191,18 @@ async fn rewrap(args: &RewrapArgs) -> anyhow::Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// The clusters and generations that are encrypted again: those of tier 1, and those in tier 2 that are generations of
+/// the same clusters, because a lost tier 1 does not come back with them. Then those in tier 2 that are not.
+fn shared(
+    here: Vec<ClusterName>,
+    there: Vec<ClusterName>,
+) -> (BTreeSet<ClusterName>, BTreeSet<ClusterName>) {
+    let bases: BTreeSet<ClusterName> = here.iter().map(ClusterName::base).collect();
+    let (ours, others): (Vec<_>, _) =
+        there.into_iter().partition(|cluster| bases.contains(&cluster.base()));
+    (here.into_iter().chain(ours).collect(), others.into_iter().collect())
 }
 
 fn rewrap_secret(store: &WalStore, cluster: &ClusterName, keys: &Keys) -> anyhow::Result<()> {
@@ -323,6 +349,21 @@ mod tests {
         assert_eq!(keys.own(), [second.clone(), first]);
         assert_eq!(keys.recipients(), [second]);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    /// Regression test: a generation that only tier 2 has was left out, in silence.
+    #[test]
+    fn generations_that_only_tier_2_has_are_encrypted_again_and_other_clusters_are_told() {
+        let named = |names: &[&str]| -> Vec<ClusterName> {
+            names.iter().map(|name| ClusterName::parse_generation(name).unwrap()).collect()
+        };
+        let (ours, others) =
+            shared(named(&["main@2", "near"]), named(&["main", "main@2", "main@3", "foreign"]));
+        let text = |names: BTreeSet<ClusterName>| names.into_iter().map(String::from).collect();
+        let ours: Vec<String> = text(ours);
+        assert_eq!(ours, ["main", "main@2", "main@3", "near"]);
+        let others: Vec<String> = text(others);
+        assert_eq!(others, ["foreign"]);
     }
 
     /// Regression test: only generation 1 was looked at, so an identity that the current generation needs was said to
