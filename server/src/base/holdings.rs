@@ -307,21 +307,13 @@ impl BaseStore {
         timeline: TimelineId,
     ) -> Result<Vec<u8>, Status> {
         let file = WalFile::History(timeline);
-        let failed = |e: Error| tier2_status("read a history", cluster, &e);
-        for form in Form::BOTH {
-            let Some(tier2) = self.tier2() else { break };
-            let key = file.key_in(cluster, form);
-            let Some(bytes) = tier2.read_small(&key, HISTORY_LIMIT_BYTES).await.map_err(failed)?
-            else {
-                continue;
-            };
-            return match form {
-                Form::Plain => Ok(bytes.to_vec()),
-                Form::Age => {
-                    let plain = self.at_rest().need(&key).and_then(|keys| keys.unwrap(&bytes));
-                    plain.map(|p| p.to_vec()).map_err(|e| errors::status(&e))
-                }
-            };
+        let read = self.read_history_in_tier2(cluster, timeline).await;
+        let failed = |error: Error| match error.kind {
+            Kind::Corrupt | Kind::Denied => errors::status(&error),
+            _ => tier2_status("read a history", cluster, &error),
+        };
+        if let Some(content) = read.map_err(failed)? {
+            return Ok(content);
         }
         Err(errors::status(&Error::new(
             Kind::Corrupt,
@@ -329,6 +321,27 @@ impl BaseStore {
             file.key(cluster),
             "expected a history file that was listed, found none in either tier",
         )))
+    }
+
+    /// Tier 2's copy of a history file, decrypted; `None` if there is none.
+    pub(super) async fn read_history_in_tier2(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Option<Vec<u8>>, Error> {
+        let Some(tier2) = self.tier2() else { return Ok(None) };
+        for form in Form::BOTH {
+            let key = WalFile::History(timeline).key_in(cluster, form);
+            let Some(bytes) = tier2.read_small(&key, HISTORY_LIMIT_BYTES).await? else { continue };
+            return match form {
+                Form::Plain => Ok(Some(bytes.to_vec())),
+                Form::Age => {
+                    let plain = self.at_rest().need(&key).and_then(|keys| keys.unwrap(&bytes));
+                    plain.map(|plain| Some(plain.to_vec()))
+                }
+            };
+        }
+        Ok(None)
     }
 }
 

@@ -3,16 +3,17 @@
 //!
 //! The current record is on tier 1. It is uploaded like `cluster.json`, and read from the bucket if tier 1 has none.
 
-use super::{BaseStore, identity, learned::APART_HINT, run, tier2_status};
+use super::{BaseStore, Line, identity, learned::APART_HINT, run, tier2_status};
 use crate::errors;
 use klio_pg::TimelineId;
 use klio_proto::Code;
 use klio_storage::{
     Error, Kind, Op,
-    catalog::{DecisionError, ForStandbys, Mark, PASSED_OVER, Timelines},
+    catalog::{DecisionError, ForStandbys, Mark, PASSED_OVER, Standing, Timelines},
     layout::{BaseObject, ClusterName, WalFile},
     record,
     tier2::Tier2,
+    wal::Position,
 };
 use std::collections::BTreeSet;
 use tonic::Status;
@@ -37,8 +38,60 @@ impl BaseStore {
 
     async fn learn_timelines(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
         let of = (cluster, &BaseObject::Timelines);
-        let join = |theirs| self.join_timelines(cluster, theirs);
+        let join = async |theirs: Timelines| {
+            self.regain_histories(cluster, &theirs).await?;
+            self.join_timelines(cluster, theirs).await
+        };
         self.learn(&self.0.timelines, of, must, Timelines::decode, join).await
+    }
+
+    /// Takes over the histories of the timelines that are set aside: by its history another timeline of the same number
+    /// is known, also if none of its WAL is here.
+    async fn regain_histories(
+        &self,
+        cluster: &ClusterName,
+        marks: &Timelines,
+    ) -> Result<(), Error> {
+        let aside = marks.marks().iter().map(|mark| mark.timeline);
+        let aside = aside.filter(|timeline| timeline.get() > 1 && marks.is_aside(*timeline));
+        for timeline in aside.filter(|timeline| self.wal().history(cluster, *timeline).is_err()) {
+            let kept = match self.read_history_in_tier2(cluster, timeline).await {
+                Ok(None) => continue,
+                Ok(Some(content)) => {
+                    let (store, name) = (self.wal().clone(), cluster.clone());
+                    let kept = move || store.put_history(&name, timeline, &content);
+                    let kept = tokio::task::spawn_blocking(kept).await;
+                    kept.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
+                }
+                Err(error) => Err(error),
+            };
+            match kept {
+                Err(error)
+                    if matches!(error.kind, Kind::Corrupt | Kind::Denied | Kind::Invalid) =>
+                {
+                    let timeline = timeline.get();
+                    tracing::warn!(%cluster, timeline, %error, "cannot read the history of a timeline that was set aside");
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The retired timelines of which no WAL is left here, ending where they began. Standbys do not see a retired
+    /// timeline, so the next failover takes its number again: PostgreSQL's history has to be compared with its.
+    pub fn retired_lines(&self, cluster: &ClusterName, held: &[Line]) -> Vec<Line> {
+        let marks = self.wal().timelines(cluster);
+        let retired = marks.marks().iter().filter(|mark| mark.standing == Standing::Retired);
+        let gone = retired
+            .map(|mark| mark.timeline)
+            .filter(|timeline| held.iter().all(|line| line.timeline != *timeline));
+        let line = |timeline| {
+            let began = self.wal().history(cluster, timeline).ok()?.switch_point()?;
+            let (start, flushed, sealed) = (began, began, began);
+            Some(Line::from(&Position { timeline, start, flushed, sealed, has_history: true }))
+        };
+        gone.filter_map(line).collect()
     }
 
     /// Joins the bucket's record with tier 1's.

@@ -92,7 +92,8 @@ impl WalService {
         cluster: &ClusterName,
         with_tier2: bool,
     ) -> Result<Vec<v1::TimelinePosition>, Status> {
-        let lines = self.receiver.base.positions(cluster, with_tier2).await?;
+        let mut lines = self.receiver.base.positions(cluster, with_tier2).await?;
+        lines.extend(self.receiver.base.retired_lines(cluster, &lines));
         let holes = self.receiver.store.holes(cluster);
         Ok(lines.iter().map(|line| position_of(line, &holes)).collect())
     }

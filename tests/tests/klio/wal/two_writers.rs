@@ -269,3 +269,81 @@ async fn the_timelines_of_a_cluster_are_those_of_the_generation_that_is_followed
     let older: Value = serde_json::from_str(&older.stdout).expect("timelines as JSON");
     assert_eq!(older["timelines"].as_array().map(Vec::len), Some(1), "{older}");
 }
+
+/// The timeline of a copy is retired and hidden from standbys, so the failover of production takes its number again.
+async fn a_number_that_was_retired_is_taken_again(tier1_is_lost: bool) {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    site.start().await;
+    let mut production =
+        Postgres::builder().segment_mib(1).set("wal_keep_size", "1GB").start().await;
+    let mut stream = site.stream(&production);
+    let (standby, copy) = (production.standby().await, production.standby().await);
+    let end = production.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    copy.promote().await;
+    let mut mistake = site.stream(&copy);
+    let theirs = copy.write_wal(3 << 20).await;
+    wait_line(&site, 2, "undecided", theirs).await;
+    let ann = site.operator("ann").await;
+    let outcome = decide(&site, &ann, &["retire", "2"]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(mistake.wait_exit(PATIENCE).await.code(), Some(26), "{}", mistake.log());
+    let far = |name: &str| fs::read_to_string(s3.bucket_dir().join("klio/main").join(name));
+    eventually("the retired timeline in the bucket", PATIENCE, || async {
+        let marks = far("timelines.json").unwrap_or_default();
+        let keys = s3.keys("klio/main/wal/00000002");
+        let is_there = marks.contains("retired") && keys.iter().any(|key| key.contains("partial"));
+        if is_there { Ok(()) } else { Err((marks, keys)) }
+    })
+    .await;
+    let (history, before) = (far("wal/00000002.history"), s3.keys("klio/main/wal/00000002"));
+    if tier1_is_lost {
+        site.stop().await;
+        fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
+        site.start().await;
+    }
+    let ours = production.write_wal(5 << 20).await;
+    wait_line(&site, 1, "followed", ours).await;
+
+    production.stop(Stop::Fast).await;
+    stream.terminate(PATIENCE).await;
+    standby.promote().await;
+    assert_eq!(standby.timeline().await.get(), 2, "the same number");
+    // Its commits are acknowledged without a hand, beside what was retired.
+    let _new = site.stream(&standby);
+    let end = standby.write_wal(2 << 20).await;
+    standby
+        .wait_true(&format!(
+            "select coalesce(bool_or(flush_lsn >= '{end}'), false) from pg_stat_replication"
+        ))
+        .await;
+    let outcome = site.klio(None, &["generation", "list", "--json"]).await;
+    let all: Value = serde_json::from_str(&outcome.stdout).expect("generations as JSON");
+    let state = |n: usize| (&all["generations"][n]["state"], &all["generations"][n]["timeline"]);
+    assert_eq!(state(0).0, "current", "{all:#}");
+    assert_eq!((state(1).0, state(1).1), (&"undecided".into(), &2.into()), "{all:#}");
+    assert_eq!(timelines::list(&site).await[1]["standing"], "retired");
+    assert_eq!(far("wal/00000002.history").ok(), history.ok(), "nothing was mixed");
+    assert_eq!(s3.keys("klio/main/wal/00000002"), before);
+    // It is the cluster as soon as a person says so, and backed up like any other.
+    let follow = ["generation", "follow", "2", "--cluster", "main"];
+    let outcome = klio_tests::programs::run(site.klio_command_of(&ann, None, &follow)).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    let backup = site.klio(Some(&standby), &["backup", "--checkpoint", "fast"]).await;
+    assert_eq!(backup.code, Some(0), "{}", backup.stderr);
+    let end = standby.write_wal(1 << 20).await;
+    wait_line(&site, 2, "followed", end).await;
+    assert_eq!(latest(&site).await.0, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_takes_the_number_of_a_retired_timeline_again() {
+    a_number_that_was_retired_is_taken_again(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_takes_the_number_again_after_the_loss_of_tier_1() {
+    a_number_that_was_retired_is_taken_again(true).await;
+}
