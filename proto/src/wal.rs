@@ -44,6 +44,8 @@ pub struct PositionRequest {
     pub knows_generations: bool,
     /// Answer with the position that both tiers reach together.
     pub with_tier2: bool,
+    /// The same for the generations of which tier 1 holds nothing.
+    pub empty_in_tier2: bool,
 }
 
 impl TryFrom<v1::PositionRequest> for PositionRequest {
@@ -51,8 +53,8 @@ impl TryFrom<v1::PositionRequest> for PositionRequest {
     fn try_from(raw: v1::PositionRequest) -> Result<Self, Status> {
         let system = System::read(raw.system_identifier, raw.segment_size, raw.postgres_version)?;
         let knows_generations = raw.knows_generations;
-        let with_tier2 = raw.with_tier2;
-        Ok(Self { cluster: raw.cluster, system, knows_generations, with_tier2 })
+        let (with_tier2, empty_in_tier2) = (raw.with_tier2, raw.empty_in_tier2);
+        Ok(Self { cluster: raw.cluster, system, knows_generations, with_tier2, empty_in_tier2 })
     }
 }
 

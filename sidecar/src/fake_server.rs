@@ -84,6 +84,14 @@ pub(crate) struct Script {
     pub compares_nothing: bool,
     /// The generations that positions report.
     pub generations: Vec<v1::GenerationPosition>,
+    /// The same if tier 2 is asked as well; `None` says that it does not answer.
+    pub in_tier2: Option<Vec<v1::GenerationPosition>>,
+    /// How many of the position requests asked tier 2 for the generations that are empty on tier 1.
+    pub empty_asked: usize,
+    /// Behaves as an older server, which does not know that question.
+    pub asks_no_empty: bool,
+    /// Clusters whose stored WAL cannot be read.
+    pub unreadable: Vec<String>,
     /// Clusters for which every comparison finds another history.
     pub others: Vec<String>,
     /// The number of the next generation; with `None` it is refused.
@@ -192,7 +200,10 @@ impl wal_server::Wal for Service {
     ) -> Result<Response<v1::PositionResponse>, Status> {
         let mut script = self.0.script.lock().unwrap();
         script.positions_asked += 1;
-        script.tier2_asked += usize::from(request.get_ref().with_tier2);
+        let asked = request.into_inner();
+        script.tier2_asked += usize::from(asked.with_tier2);
+        script.empty_asked += usize::from(asked.empty_in_tier2);
+        let in_tier2 = asked.with_tier2 || asked.empty_in_tier2 && !script.asks_no_empty;
         let timelines = script
             .timelines
             .iter()
@@ -205,7 +216,10 @@ impl wal_server::Wal for Service {
                 damaged: script.damaged.clone(),
             })
             .collect();
-        let generations = script.generations.clone();
+        let generations = match in_tier2 && !script.generations.is_empty() {
+            true => script.in_tier2.clone().ok_or_else(|| Code::Unavailable.status("as told"))?,
+            false => script.generations.clone(),
+        };
         Ok(Response::new(v1::PositionResponse { timelines, generations, beside: script.beside }))
     }
 
@@ -246,6 +260,9 @@ impl wal_server::Wal for Service {
             }
         }
         let mut script = self.0.script.lock().unwrap();
+        if script.unreadable.contains(&begin.cluster) {
+            return Err(Code::Unavailable.status("cannot be read now"));
+        }
         if script.compares_nothing {
             return Err(Status::unimplemented("as a server of before"));
         }

@@ -3,8 +3,9 @@
 //!
 //! Tier 1 alone answers while it knows the cluster and the stream continues its WAL: a stream that has begun never
 //! waits for the bucket (P4). Tier 2 is asked when tier 1 has nothing, and when PostgreSQL no longer has the WAL that
-//! tier 1 lacks, before a gap is declared. While tier 2 does not answer nothing is decided, and the replication slot
-//! keeps the WAL.
+//! tier 1 lacks, before a gap is declared. A generation of which tier 1 has nothing may be new, or was lost with the
+//! tier 1 before this one: tier 2 is asked for it when a PostgreSQL continues none of those that tier 1 has (P11). While
+//! tier 2 does not answer nothing is decided, and the replication slot keeps the WAL.
 
 use super::{BaseStore, holdings::Tier2Use, run};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
@@ -31,6 +32,8 @@ pub struct Line {
     /// Where the stream continues. If only tier 2 has the last WAL, this is the start of a segment, because the bytes
     /// of a partial segment there come again in a whole one.
     pub flushed: Lsn,
+    /// One past the last stored byte.
+    pub end: Lsn,
     /// Whether its history file is on tier 1.
     pub has_history: bool,
     /// Whether tier 1 holds less, so that this follows from tier 2.
@@ -57,6 +60,7 @@ impl From<&Position> for Line {
             timeline: p.timeline,
             start: p.start,
             flushed: p.flushed,
+            end: p.flushed,
             has_history: p.has_history,
             from_tier2: false,
             missing: Vec::new(),
@@ -172,23 +176,27 @@ fn lines(near: &[Position], holdings: &Holdings) -> Vec<Line> {
     let line = |timeline| {
         let own = near.iter().find(|p| p.timeline == timeline);
         let runs = holdings.timeline(timeline).map_or(&[][..], |line| &line.runs);
-        let far = size.and_then(|size| Some((runs.last()?.end.segment_start(size), runs)));
+        let far = size.and_then(|size| {
+            let last = runs.last()?.end;
+            Some((last.segment_start(size), last, runs))
+        });
         match (own, far) {
-            (Some(own), Some((end, runs))) if own.flushed < end => {
+            (Some(own), Some((flushed, end, runs))) if own.flushed < flushed => {
                 let missing = missing(runs, holdings, timeline);
                 let behind = |run: &Run| run.start <= own.flushed && own.flushed < run.end;
                 let missing_first = missing.iter().find(|run| behind(run)).copied();
                 let missing_first = missing_first.map(|run| Run { start: own.flushed, ..run });
                 let missing = missing.into_iter().filter(|run| run.start > own.flushed).collect();
                 let start = own.start.min(runs[0].start);
-                let line = Line { start, flushed: end, from_tier2: true, ..own.into() };
+                let line = Line { start, flushed, end, from_tier2: true, ..own.into() };
                 Some(Line { missing, missing_first, ..line })
             }
             (Some(own), _) => Some(own.into()),
-            (None, Some((end, runs))) => Some(Line {
+            (None, Some((flushed, end, runs))) => Some(Line {
                 timeline,
                 start: runs[0].start,
-                flushed: end,
+                flushed,
+                end,
                 has_history: false,
                 from_tier2: true,
                 missing: missing(runs, holdings, timeline),
@@ -303,6 +311,7 @@ mod tests {
         let ends: Vec<_> = lines.iter().map(|l| (l.start, l.flushed, l.from_tier2)).collect();
         // The last segment of tier 2 is partial, so it counts from its beginning.
         assert_eq!(ends, [(lsn(10), lsn(80), true), (lsn(70), lsn(120), true)]);
+        assert_eq!(lines[1].end, lsn(125));
         let (taken, gaps) = taken(&lines, tli(2), lsn(120), size()).unwrap();
         assert_eq!(taken.len(), 2);
         assert_eq!((taken[1].start, taken[1].end, gaps.len()), (lsn(70), lsn(120), 0));

@@ -6,7 +6,7 @@ use super::{
     roles::Rpc,
 };
 use crate::{
-    base::{Line, decided},
+    base::{BaseStore, Line, decided},
     config::OnDivergence,
     fetch::Source,
     queue,
@@ -14,12 +14,12 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use klio_pg::Lsn;
 use klio_proto::{
     Code,
     v1::{self, compare_request, receive_request, refill_request, wal_server::Wal},
     wal::{
-        BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest,
-        RefillBegin, System,
+        BeginGenerationRequest, CompareBegin, Open, PositionRequest, PutHistoryRequest, RefillBegin,
     },
 };
 use klio_storage::{
@@ -85,63 +85,6 @@ pub struct WalService {
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-impl WalService {
-    /// How far each timeline of one generation reaches.
-    async fn positions(
-        &self,
-        cluster: &ClusterName,
-        with_tier2: bool,
-    ) -> Result<Vec<v1::TimelinePosition>, Status> {
-        let mut lines = self.receiver.base.positions(cluster, with_tier2).await?;
-        lines.extend(self.receiver.base.retired_lines(cluster, &lines));
-        let holes = self.receiver.store.holes(cluster);
-        Ok(lines.iter().map(|line| position_of(line, &holes)).collect())
-    }
-
-    /// Every generation, in the order in which a PostgreSQL looks for its own.
-    async fn generation_positions(
-        &self,
-        named: &ClusterName,
-        system: System,
-        with_tier2: bool,
-    ) -> Result<Vec<v1::GenerationPosition>, Status> {
-        let base = &self.receiver.base;
-        let mut found = Vec::new();
-        let generations = base.generations(named).await?;
-        let holds = |number| {
-            let place = Generations::place(named, number);
-            !self.receiver.store.positions(&place).is_empty()
-        };
-        // If no generation holds anything, tier 1 was lost or this is the first contact, so the bucket is asked. An
-        // empty generation beside others does not need the bucket (P4).
-        let with_tier2 = with_tier2 || !generations.all().iter().any(|g| holds(g.number));
-        for generation in generations.by_rank() {
-            let place = Generations::place(named, generation.number);
-            // If the identity is recorded already, a bucket that is down does not matter (P4).
-            let is_of = generation.is_of(system.system_identifier);
-            let same_system = is_of
-                && match base.check_system(&place, system).await {
-                    Ok(()) => true,
-                    Err(other) if Code::of(&other) == Code::WrongSystem => false,
-                    Err(_) if !generation.system_identifier.is_empty() => true,
-                    Err(trouble) => return Err(trouble),
-                };
-            let timelines = match same_system {
-                true => self.positions(&place, with_tier2).await?,
-                false => Vec::new(),
-            };
-            found.push(v1::GenerationPosition {
-                number: generation.number,
-                state: generation.state.word().into(),
-                same_system,
-                timelines,
-                decided: decided(&generation),
-            });
-        }
-        Ok(found)
-    }
-}
-
 #[tonic::async_trait]
 impl Wal for WalService {
     type ReceiveStream = Answers<v1::ReceiveResponse>;
@@ -154,8 +97,7 @@ impl Wal for WalService {
         let (_, named) = self.auth.require(&request, &request.get_ref().cluster, Rpc::Position)?;
         let asked = PositionRequest::try_from(request.into_inner())?;
         if asked.knows_generations && named.number().is_none() {
-            let generations =
-                self.generation_positions(&named, asked.system, asked.with_tier2).await?;
+            let generations = generation_positions(&self.receiver.base, &named, &asked).await?;
             let current = generations.iter().find(|g| g.state == State::Current.word());
             let timelines = current.map(|g| g.timelines.clone()).unwrap_or_default();
             return Ok(Response::new(v1::PositionResponse {
@@ -168,7 +110,7 @@ impl Wal for WalService {
         // Refuses another system before the sidecar goes any further; writes nothing at first contact.
         self.receiver.base.check_system(&cluster, asked.system).await?;
         let with_tier2 = asked.with_tier2 || self.receiver.store.positions(&cluster).is_empty();
-        let timelines = self.positions(&cluster, with_tier2).await?;
+        let timelines = positions(&self.receiver.base, &cluster, with_tier2, false).await?;
         Ok(Response::new(v1::PositionResponse { timelines, generations: Vec::new(), beside: true }))
     }
 
@@ -337,7 +279,71 @@ impl Wal for WalService {
     }
 }
 
-fn position_of(line: &Line, holes: &[Hole]) -> v1::TimelinePosition {
+/// How far each timeline of one generation reaches. Nothing continues a `closed` one: what is stored of it is
+/// compared to its last byte.
+async fn positions(
+    base: &BaseStore,
+    cluster: &ClusterName,
+    with_tier2: bool,
+    closed: bool,
+) -> Result<Vec<v1::TimelinePosition>, Status> {
+    let mut lines = base.positions(cluster, with_tier2).await?;
+    // A generation of which tier 1 holds nothing is as empty as before: the bucket may have its WAL.
+    if with_tier2 || !lines.is_empty() {
+        lines.extend(base.retired_lines(cluster, &lines));
+    }
+    let holes = base.wal().holes(cluster);
+    let reaches = |line: &Line| if closed { line.end } else { line.flushed };
+    let position = |line| position_of(line, reaches(line), &holes);
+    Ok(lines.iter().map(position).collect())
+}
+
+/// Every generation, in the order in which a PostgreSQL looks for its own.
+async fn generation_positions(
+    base: &BaseStore,
+    named: &ClusterName,
+    asked: &PositionRequest,
+) -> Result<Vec<v1::GenerationPosition>, Status> {
+    let mut found = Vec::new();
+    let generations = base.generations(named).await?;
+    let holds = |number| {
+        let place = Generations::place(named, number);
+        !base.wal().positions(&place).is_empty()
+    };
+    // If no generation holds anything, tier 1 was lost or this is the first contact, so the bucket is asked. An
+    // empty generation beside others is new or was lost with tier 1: the bucket is asked for it only if the caller
+    // continues none of the others, so that no other one waits for the bucket (P4).
+    let with_tier2 = asked.with_tier2 || !generations.all().iter().any(|g| holds(g.number));
+    for generation in generations.by_rank() {
+        let place = Generations::place(named, generation.number);
+        let in_tier2 = with_tier2 || asked.empty_in_tier2 && !holds(generation.number);
+        // If the identity is recorded already, or is asked for later, a bucket that is down does not matter (P4).
+        let is_of = generation.is_of(asked.system.system_identifier);
+        let same_system = is_of
+            && match base.check_system(&place, asked.system).await {
+                Ok(()) => true,
+                Err(other) if Code::of(&other) == Code::WrongSystem => false,
+                Err(_) if !generation.system_identifier.is_empty() || !in_tier2 => true,
+                Err(trouble) => return Err(trouble),
+            };
+        let closed = !generation.state.is_open();
+        let timelines = match same_system {
+            // There is no WAL of one that was never received.
+            true => positions(base, &place, in_tier2 && generation.taken, closed).await?,
+            false => Vec::new(),
+        };
+        found.push(v1::GenerationPosition {
+            number: generation.number,
+            state: generation.state.word().into(),
+            same_system,
+            timelines,
+            decided: decided(&generation),
+        });
+    }
+    Ok(found)
+}
+
+fn position_of(line: &Line, reaches: Lsn, holes: &[Hole]) -> v1::TimelinePosition {
     let own = holes.iter().filter(|hole| hole.timeline == line.timeline);
     let damaged =
         |hole: &Hole| v1::Stretch { from_lsn: hole.start.as_u64(), to_lsn: hole.end.as_u64() };
@@ -346,9 +352,89 @@ fn position_of(line: &Line, holes: &[Hole]) -> v1::TimelinePosition {
     v1::TimelinePosition {
         timeline: line.timeline.get(),
         start_lsn: line.start.as_u64(),
-        flushed_lsn: line.flushed.as_u64(),
+        flushed_lsn: reaches.as_u64(),
         has_history: line.has_history,
         missing: line.missing.iter().map(missing).collect(),
         damaged: own.map(damaged).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        base::stranger,
+        consumer::tests::{base_store, s3, tier2},
+        queue::tests::TestQueue,
+        status::tests::store,
+    };
+    use klio_storage::{disk::RealDisk, layout::BaseObject, record};
+    use std::{fs, path::Path};
+
+    const MIB: u64 = 1 << 20;
+
+    fn put(root: &Path, cluster: &str, file: &str, bytes: u64) {
+        let cluster = ClusterName::parse_generation(cluster).unwrap();
+        let path = root.join(file.parse::<WalFile>().unwrap().key(&cluster));
+        let plain = &vec![1; bytes as usize][..];
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, zstd::encode_all(plain, 1).unwrap()).unwrap();
+    }
+
+    /// Generation 1 is the current one; 2, of which tier 1 has WAL, is undecided, 3 is retired, and 4 was never received.
+    fn known(root: &Path) {
+        let (mut all, main) = (Generations::default(), "main".parse().unwrap());
+        all.begin(stranger("a clone", 7), 1.0, true).unwrap();
+        all.begin(stranger("another clone", 7), 1.0, true).unwrap();
+        all.retire(3, "ops", 2.0).unwrap();
+        all.begin(stranger("never received", 7), 1.0, false).unwrap();
+        let path = root.join(BaseObject::Generations.key(&main));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        record::store(&RealDisk, &path, &all).unwrap();
+    }
+
+    /// P11, regression test: after a lost tier 1 with several generations, only those that had streamed again were known.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_tier_1_lost_of_a_generation_is_looked_for_in_tier_2_when_somebody_needs_it() {
+        let [near, directory] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let far = s3.object("");
+        drop(store(&far, &["main", "main@3"]));
+        put(&far, "main", "000000010000000000000001", MIB);
+        put(&far, "main@3", "000000010000000000000001", MIB);
+        put(&far, "main@3", "000000010000000000000002.partial", 70_000);
+        known(near.path());
+        drop(store(near.path(), &["main@2"]));
+        put(near.path(), "main@2", "000000010000000000000003", MIB);
+        let base = base_store(near.path(), &queue, Some(tier2(&s3)));
+        let ask = async |empty_in_tier2: bool| {
+            let asked = v1::PositionRequest {
+                cluster: "main".into(),
+                system_identifier: 7,
+                segment_size: MIB as u32,
+                postgres_version: 170_000,
+                knows_generations: true,
+                with_tier2: false,
+                empty_in_tier2,
+            };
+            let asked = PositionRequest::try_from(asked).unwrap();
+            let found = generation_positions(&base, &"main".parse().unwrap(), &asked).await?;
+            let ends = |g: &v1::GenerationPosition| {
+                (g.number, g.timelines.iter().map(|t| t.flushed_lsn).collect::<Vec<_>>())
+            };
+            Ok::<_, Status>(found.iter().map(ends).collect::<Vec<_>>())
+        };
+        let near_alone = vec![(1, vec![]), (2, vec![4 * MIB]), (4, vec![]), (3, vec![])];
+        assert_eq!(ask(false).await.unwrap(), near_alone);
+        // Nothing continues a closed one, so that it is compared to its last byte.
+        let closed = 2 * MIB + 70_000;
+        let both = vec![(1, vec![2 * MIB]), (2, vec![4 * MIB]), (4, vec![]), (3, vec![closed])];
+        assert_eq!(ask(true).await.unwrap(), both);
+        // A bucket that does not answer holds up only who needs it (P4).
+        s3.on_request(|_| Some(s3::Fault::Status(503, "SlowDown")));
+        assert_eq!(ask(false).await.unwrap(), near_alone);
+        let refused = ask(true).await.unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Unavailable, "{refused}");
+        queue.stop().await;
     }
 }

@@ -6,11 +6,14 @@
 //!   everywhere.
 //! - Pages that differ only in the location of a tablespace, which a restore removed from the copy's WAL, count as
 //!   equal (edited.rs).
-//! - WAL that cannot be read or is missing is not compared, and is evidence for neither side.
+//! - WAL that cannot be read or is missing is not compared, and is evidence for neither side. Only for a closed
+//!   generation the answer of a bucket is waited for: without it, a history that a person has closed would be received
+//!   as a new one.
 //! - Memory is bounded: one comparison holds the digests of one segment, and only a few comparisons run at once.
 
 use crate::{
     base::BaseStore,
+    errors,
     fetch::{Located, Source},
     receive::open::blocking,
 };
@@ -129,7 +132,8 @@ impl Comparer {
     /// Compares the digests that `inbound` delivers with the WAL stored for `cluster`.
     ///
     /// # Errors
-    /// `WRONG_SYSTEM`; `INVALID` for messages that cannot be right.
+    /// `WRONG_SYSTEM`; `INVALID` for messages that cannot be right; `UNAVAILABLE` when only the bucket has the WAL of a
+    /// closed generation, and does not answer.
     pub async fn compare(
         &self,
         cluster: &ClusterName,
@@ -330,6 +334,7 @@ impl Comparer {
         let found = match self.source.find_quietly(cluster, WalFile::Segment(segment)).await {
             Ok(found) => found,
             Err(status) => {
+                self.must_answer(cluster, Code::of(&status), status.message()).await?;
                 tracing::debug!(%cluster, %segment, error = status.message(), "segment not found; it is not compared");
                 return Ok(None);
             }
@@ -355,9 +360,38 @@ impl Comparer {
                 from_bucket(file, download, keys, size, part).await
             }
         };
-        Ok(read
-            .inspect_err(|error| tracing::warn!(%cluster, %segment, %error, "cannot read a stored segment; it is not compared"))
-            .ok())
+        match read {
+            Ok(part) => Ok(Some(part)),
+            Err(error) => {
+                let code = Code::of(&errors::status(&error));
+                self.must_answer(cluster, code, &error.to_string()).await?;
+                tracing::warn!(%cluster, %segment, %error, "cannot read a stored segment; it is not compared");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether the comparison may do without WAL that could not be read.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` for a closed generation, if its WAL can be read later.
+    async fn must_answer(
+        &self,
+        cluster: &ClusterName,
+        code: Code,
+        why: &str,
+    ) -> Result<(), Status> {
+        if code != Code::Unavailable {
+            return Ok(());
+        }
+        let generation = self.base.generations(cluster).await?.get(cluster.generation());
+        let Some(closed) = generation.filter(|generation| !generation.state.is_open()) else {
+            return Ok(());
+        };
+        let (base, number, state) = (cluster.base(), closed.number, closed.state.word());
+        Err(Code::Unavailable.status(format!(
+            "compare WAL of {base}: expected the WAL of generation {number}, which is {state} and may be the history of this PostgreSQL, found that it cannot be read now: {why}"
+        )))
     }
 
     /// A checker for the new WAL from `begin.next` on, made from the last stored segment.
@@ -798,7 +832,7 @@ mod tests {
     use super::*;
     use crate::{
         base::stranger,
-        consumer::tests::{base_store, pinned},
+        consumer::tests::{base_store, pinned, s3, tier2},
         queue::tests::TestQueue,
     };
 
@@ -822,6 +856,59 @@ mod tests {
         let refused = comparer.may_be_unproven(&main, "8").await.unwrap_err();
         assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
         assert!(refused.message().contains("any of 2 generations"), "{refused}");
+        queue.stop().await;
+    }
+
+    /// A client that has digests of one segment, which are those of nothing.
+    struct OneSegment(bool);
+
+    impl Inbound for OneSegment {
+        async fn next(&mut self) -> Result<Option<v1::CompareRequest>, Status> {
+            let all = vec![0; DIGEST_BYTES * ((1 << 20) / PAGE_BYTES as usize)];
+            let kind = Some(Kind::Digests(all.into()));
+            Ok(std::mem::take(&mut self.0).then_some(v1::CompareRequest { kind }))
+        }
+    }
+
+    /// P11: without the bucket's answer a closed history would be received as a new one; an open one goes on without it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_comparison_with_a_closed_history_waits_for_the_bucket() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+        let main: ClusterName = "main".parse().unwrap();
+        for place in [main.clone(), main.with_generation(2)] {
+            base.wal().pin(&place, pinned(7)).unwrap();
+        }
+        base.begin_generation(&main, stranger("a clone", 7), true).await.unwrap();
+        base.change_generations(&main, |all| all.retire(2, "ops", 1.0)).await.unwrap();
+        let comparer = Comparer::new(base);
+        s3.on_request(|_| Some(s3::Fault::Status(503, "SlowDown")));
+        let compare = async |place: ClusterName| {
+            let begin = v1::CompareBegin {
+                cluster: place.to_string(),
+                system_identifier: 7,
+                segment_size: 1 << 20,
+                postgres_version: 170_000,
+                writer_id: "w".into(),
+                timeline: 1,
+                start_lsn: 1 << 20,
+                end_lsn: 2 << 20,
+                next_lsn: 2 << 20,
+                held_lsn: 2 << 20,
+                ..v1::CompareBegin::default()
+            };
+            let begin = CompareBegin::try_from(begin).unwrap();
+            comparer.compare(&place, begin, OneSegment(true)).await
+        };
+        assert_eq!(compare(main.clone()).await.unwrap(), Verdict::Same { proven: false });
+        let refused = compare(main.with_generation(2)).await.unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Unavailable, "{refused}");
+        assert!(refused.message().contains("generation 2, which is retired"), "{refused}");
+        // What the bucket does not have, nothing waits for.
+        s3.heal();
+        let absent = compare(main.with_generation(2)).await.unwrap();
+        assert_eq!(absent, Verdict::Same { proven: false });
         queue.stop().await;
     }
 }

@@ -57,6 +57,7 @@ async fn system(connection: &Connection, cluster: String, pg: Identity, report: 
         // The check is whether this PostgreSQL is the one that the name stands for, so no other generation may answer.
         knows_generations: false,
         with_tier2: false,
+        empty_in_tier2: false,
     };
     match connection.wal().position(request).await {
         Ok(answer) => {

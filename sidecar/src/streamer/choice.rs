@@ -5,6 +5,9 @@
 //!   generation which does not differ, the stream continues it unproven, because nothing else is possible. With
 //!   several open ones, or when all differ, a new generation begins.
 //! - A generation that a person has closed receives nothing; the error names who closed it.
+//! - A generation of which tier 1 holds nothing may be new, or tier 1 was lost. If PostgreSQL continues none of the
+//!   others, tier 2 is asked for it. Nothing new begins while tier 2 does not answer, because PostgreSQL may continue
+//!   what is there.
 
 use super::{
     Metrics, Options,
@@ -25,6 +28,10 @@ use klio_proto::{
 };
 use klio_storage::layout::ClusterName;
 use opentelemetry::metrics::{MeterProvider, noop::NoopMeterProvider};
+use std::time::Duration;
+
+/// How long a stream that can go on waits for what tier 2 holds of other generations.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A generation as the server describes it.
 #[derive(Debug, Clone)]
@@ -47,6 +54,11 @@ impl Candidate {
     fn is_current(&self) -> bool {
         self.state == "current"
     }
+
+    /// Whether tier 1 holds nothing of it, and tier 2 may: what was refused was never received.
+    fn may_be_in_tier2(&self) -> bool {
+        self.number.is_some() && self.held.is_empty() && self.state != "refused"
+    }
 }
 
 /// The generation and the position to stream to.
@@ -59,6 +71,16 @@ pub(super) struct Chosen {
     pub plan: Plan,
 }
 
+/// When the server asks tier 2 how far a generation reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tier2 {
+    /// If tier 1 holds nothing of the whole cluster.
+    IfTier1IsEmpty,
+    /// If tier 1 holds nothing of the generation.
+    IfEmpty,
+    Always,
+}
+
 /// What is the same for all generations.
 pub(super) struct Ground<'a> {
     pub identity: Identity,
@@ -67,6 +89,8 @@ pub(super) struct Ground<'a> {
     pub histories: &'a mut Histories,
     pub server: &'a mut WalClient<Traced>,
     pub memory: &'a Memory,
+    /// How the server was asked for the candidates.
+    pub tier2: Tier2,
     /// The server accepts several timelines of a cluster side by side.
     pub beside: bool,
 }
@@ -92,6 +116,8 @@ struct Surveyed {
     fresh: Option<Candidate>,
     /// Why the current one cannot be used.
     refusal: Option<Error>,
+    /// Why it is not known yet whether PostgreSQL continues one that tier 1 cannot show.
+    unclear: Option<Error>,
 }
 
 impl<P: Primary> Stream<'_, P> {
@@ -103,7 +129,7 @@ impl<P: Primary> Stream<'_, P> {
         ground: &mut Ground<'_>,
     ) -> Result<(P::Session, Chosen), Error> {
         let (postgres, surveyed) = self.survey(postgres, candidates, ground).await?;
-        let Surveyed { proven, unproven, fresh, refusal } = surveyed;
+        let Surveyed { proven, unproven, fresh, refusal, unclear } = surveyed;
         match proven {
             Some((candidate, chosen)) if candidate.is_open() => return Ok((postgres, chosen?)),
             Some((candidate, _)) => return Err(closed(&candidate)),
@@ -114,6 +140,9 @@ impl<P: Primary> Stream<'_, P> {
         }
         if let Some(chosen) = unproven.filter(|_| !several(candidates)) {
             return Ok((postgres, chosen));
+        }
+        if let Some(error) = unclear {
+            return Err(error);
         }
         let number = match fresh {
             Some(candidate) => candidate.number,
@@ -130,27 +159,43 @@ impl<P: Primary> Stream<'_, P> {
         let mut postgres = self.primary.connect().await?;
         let identity = postgres.identify().await?;
         let mut server = self.link.connect().await?.wal();
-        let candidates = self.candidates(&mut server, identity, false).await?;
+        let tier2 = Tier2::IfTier1IsEmpty;
+        let candidates = self.candidates(&mut server, identity, tier2).await?;
         let mut histories = Histories::default();
         let history = histories.path(&mut postgres, identity.timeline).await?;
         let (memory, histories, server) = (&Memory::default(), &mut histories, &mut server);
         let beside = candidates.iter().any(|candidate| candidate.beside);
-        let mut ground =
-            Ground { identity, history, slot_restart: from, histories, server, memory, beside };
+        let mut ground = Ground {
+            identity,
+            history,
+            slot_restart: from,
+            histories,
+            server,
+            memory,
+            tier2,
+            beside,
+        };
         let (_, surveyed) = self.survey(postgres, &candidates, &mut ground).await?;
         match surveyed.proven {
             Some((candidate, _)) if candidate.is_open() => return Ok(candidate.number),
             Some((candidate, _)) => return Err(closed(&candidate)),
             None => {}
         }
-        let unproven = surveyed.unproven.map(|chosen| chosen.number);
-        let fresh = surveyed.fresh.map(|candidate| candidate.number);
-        match unproven.or(fresh).filter(|_| !several(&candidates)) {
-            Some(found) => Ok(found),
+        let alone = !several(&candidates);
+        if let Some(chosen) = surveyed.unproven.filter(|_| alone) {
+            return Ok(chosen.number);
+        }
+        if let Some(error) = surveyed.unclear {
+            return Err(error);
+        }
+        match surveyed.fresh.filter(|_| alone) {
+            Some(candidate) => Ok(candidate.number),
             None => Err(surveyed.refusal.unwrap_or_else(none_of_them)),
         }
     }
 
+    /// Compares what tier 1 holds of each generation, and if PostgreSQL continues none of it, what tier 2 holds of the
+    /// others.
     async fn survey(
         &self,
         mut postgres: P::Session,
@@ -158,34 +203,95 @@ impl<P: Primary> Stream<'_, P> {
         ground: &mut Ground<'_>,
     ) -> Result<(P::Session, Surveyed), Error> {
         let mut surveyed = Surveyed::default();
-        for candidate in candidates {
-            if !candidate.same_system || ground.memory.diverged.contains(&candidate.number) {
-                continue;
+        let memory = ground.memory;
+        let possible = |candidate: &Candidate| {
+            candidate.same_system && !memory.diverged.contains(&candidate.number)
+        };
+        for candidate in candidates.iter().filter(|candidate| possible(candidate)) {
+            postgres = self.weigh(postgres, candidate, ground, &mut surveyed).await?;
+            if surveyed.proven.is_some() {
+                return Ok((postgres, surveyed));
             }
-            if candidate.held.is_empty() {
-                let open = candidate.is_open().then(|| candidate.clone());
-                surveyed.fresh = surveyed.fresh.or(open);
-                continue;
+        }
+        let in_doubt = |candidate: &Candidate| possible(candidate) && candidate.may_be_in_tier2();
+        if ground.tier2 == Tier2::Always || !candidates.iter().any(in_doubt) {
+            return Ok((postgres, surveyed));
+        }
+        let alone = surveyed.unproven.is_some() && !several(candidates);
+        let found = match self.ask_tier2(ground, alone).await {
+            Err(error) if error.failure == Failure::Code(Code::Unavailable) => {
+                surveyed.unclear = Some(error);
+                return Ok((postgres, surveyed));
             }
-            let found;
-            (postgres, found) = self.look(postgres, candidate, ground).await?;
-            match found {
-                Found::Same { proven: true, chosen } => {
-                    surveyed.proven = Some((candidate.clone(), chosen));
-                    break;
-                }
-                Found::Same { chosen: Ok(chosen), .. } if candidate.is_open() => {
-                    surveyed.unproven = surveyed.unproven.or(Some(chosen));
-                }
-                Found::Same { chosen: Err(error), .. } | Found::Refused(error)
-                    if candidate.is_current() =>
-                {
-                    surveyed.refusal = Some(error);
-                }
-                Found::Same { .. } | Found::Another | Found::Refused(_) => {}
+            found => found?,
+        };
+        surveyed.fresh = None;
+        let asked = candidates.iter().filter(|candidate| candidate.held.is_empty());
+        let asked: Vec<Option<u32>> = asked.map(|candidate| candidate.number).collect();
+        let again =
+            |candidate: &&Candidate| asked.contains(&candidate.number) && possible(candidate);
+        for candidate in found.iter().filter(again) {
+            postgres = self.weigh(postgres, candidate, ground, &mut surveyed).await?;
+            if surveyed.proven.is_some() {
+                break;
             }
         }
         Ok((postgres, surveyed))
+    }
+
+    /// What both tiers hold of the generations of which tier 1 holds nothing. A stream that can go on without the answer
+    /// does not wait for it long (P4).
+    async fn ask_tier2(
+        &self,
+        ground: &mut Ground<'_>,
+        can_go_on: bool,
+    ) -> Result<Vec<Candidate>, Error> {
+        let question = self.candidates(ground.server, ground.identity, Tier2::IfEmpty);
+        if !can_go_on {
+            return question.await;
+        }
+        tokio::time::timeout(PATIENCE, question).await.unwrap_or_else(|_| {
+            let message =
+                format!("ask the server what tier 2 holds: no answer within {PATIENCE:?}");
+            Err(Error::new(Failure::Code(Code::Unavailable), message))
+        })
+    }
+
+    /// Adds what one generation is for this PostgreSQL.
+    async fn weigh(
+        &self,
+        postgres: P::Session,
+        candidate: &Candidate,
+        ground: &mut Ground<'_>,
+        surveyed: &mut Surveyed,
+    ) -> Result<P::Session, Error> {
+        if candidate.held.is_empty() {
+            if surveyed.fresh.is_none() && candidate.is_open() {
+                surveyed.fresh = Some(candidate.clone());
+            }
+            return Ok(postgres);
+        }
+        let (postgres, found) = self.look(postgres, candidate, ground).await?;
+        match found {
+            Found::Same { proven: true, chosen } => {
+                surveyed.proven = Some((candidate.clone(), chosen));
+            }
+            Found::Same { chosen: Ok(chosen), .. } if candidate.is_open() => {
+                surveyed.unproven.get_or_insert(chosen);
+            }
+            Found::Same { chosen: Err(error), .. } | Found::Refused(error)
+                if candidate.is_current() =>
+            {
+                surveyed.refusal = Some(error);
+            }
+            Found::Same { chosen: Err(error), .. } | Found::Refused(error)
+                if !candidate.is_open() && error.retryable() =>
+            {
+                surveyed.unclear = Some(error);
+            }
+            Found::Same { .. } | Found::Another | Found::Refused(_) => {}
+        }
+        Ok(postgres)
     }
 
     /// The cluster's name with the generation, in the form sent to the server.
@@ -219,7 +325,9 @@ impl<P: Primary> Stream<'_, P> {
             facts.postgres_end = ground.identity.end;
         }
         let plan = self.decide(&facts, ground.identity, ground.memory).await;
-        let overlap = facts.overlap().filter(|_| plan.is_ok() || facts.is_behind());
+        // Nothing continues a closed one, so that no plan is needed to compare it.
+        let compares = plan.is_ok() || facts.is_behind() || !candidate.is_open();
+        let overlap = facts.overlap().filter(|_| compares);
         let place = self.place(candidate.number);
         let chosen = |plan| Chosen { place: place.clone(), number: candidate.number, facts, plan };
         let Some(overlap) = overlap else {
@@ -244,7 +352,14 @@ impl<P: Primary> Stream<'_, P> {
             next,
             server: &mut *ground.server,
         };
-        let (postgres, compared) = self.compare(postgres, &overlap, &mut side).await?;
+        let (postgres, compared) = match self.compare(postgres, &overlap, &mut side).await {
+            Err(error)
+                if !candidate.is_open() && error.failure == Failure::Code(Code::Unavailable) =>
+            {
+                return Ok((self.again(ground.identity).await?, Found::Refused(error)));
+            }
+            compared => compared?,
+        };
         let found = match compared {
             Compared::Diverged(detail) => {
                 tracing::warn!(place, detail, "PostgreSQL does not continue this history");
@@ -278,12 +393,12 @@ impl<P: Primary> Stream<'_, P> {
         Ok(number)
     }
 
-    /// What the server holds of each generation; with `with_tier2`, in both tiers.
+    /// What the server holds of each generation.
     pub async fn candidates(
         &self,
         server: &mut WalClient<Traced>,
         identity: Identity,
-        with_tier2: bool,
+        tier2: Tier2,
     ) -> Result<Vec<Candidate>, Error> {
         let request = v1::PositionRequest {
             cluster: self.options.cluster.to_string(),
@@ -291,7 +406,8 @@ impl<P: Primary> Stream<'_, P> {
             segment_size: identity.segment_size.as_u32(),
             postgres_version: identity.version,
             knows_generations: true,
-            with_tier2,
+            with_tier2: tier2 == Tier2::Always,
+            empty_in_tier2: tier2 == Tier2::IfEmpty,
         };
         let answer = server
             .position(request)

@@ -111,7 +111,7 @@ impl<P: Primary> Stream<'_, P> {
     }
 
     /// Connects again: PostgreSQL closes a connection that asked for removed WAL.
-    async fn again(&self, before: Identity) -> Result<P::Session, Error> {
+    pub async fn again(&self, before: Identity) -> Result<P::Session, Error> {
         let mut postgres = self.primary.connect().await?;
         let now = postgres.identify().await?;
         let same = |i: Identity| (i.system_identifier, i.timeline, i.in_recovery);

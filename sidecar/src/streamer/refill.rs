@@ -8,7 +8,7 @@
 //! - A failure is only a warning; the next round tries again.
 
 use super::{
-    choice::Candidate,
+    choice::{Candidate, Tier2},
     plan::{Facts, Wanted},
     session::Stream,
     source::{Identity, Primary, Session},
@@ -65,7 +65,8 @@ impl<P: Primary> Stream<'_, P> {
                 }
             }
             tokio::time::sleep(EVERY).await;
-            let asked = self.candidates(&mut with.server, with.identity, false).await;
+            let asked =
+                self.candidates(&mut with.server, with.identity, Tier2::IfTier1IsEmpty).await;
             let own = |found: &Candidate| found.number == with.number;
             match asked.map(|all| all.into_iter().find(own)) {
                 Ok(Some(found)) => held = found.held,

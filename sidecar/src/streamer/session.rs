@@ -1,12 +1,12 @@
 //! One session: from connecting both ends to the end of one stream.
 //!
-//! Two things are remembered from earlier sessions: that PostgreSQL has removed WAL, and which generations turned out
-//! to be another history. Everything else is asked anew; the server says where to continue (P2). The slot is checked
+//! Three things are remembered from earlier sessions: that PostgreSQL has removed WAL, that the server holds more of a
+//! generation than it said, and which generations turned out to be another history. Everything else is asked anew; the server says where to continue (P2). The slot is checked
 //! before the plan is made, so that PostgreSQL retains the WAL that the plan needs.
 
 use super::{
     Options,
-    choice::{Chosen, Ground},
+    choice::{Chosen, Ground, Tier2},
     flow::Flow,
     metrics::Metrics,
     plan::{Facts, Plan, Refusal},
@@ -51,6 +51,8 @@ pub(super) struct Stream<'a, P> {
 pub(super) struct Memory {
     /// PostgreSQL said that it no longer has the WAL at this position.
     removed: Option<(TimelineId, Lsn)>,
+    /// The server refused the beginning of a generation of which it had said that it holds nothing: tier 2 has some.
+    misplaced: bool,
     /// Generations whose server-side check of the first new record showed them to be another history.
     pub diverged: Vec<Option<u32>>,
     /// Flushed position acknowledged in any session; progress resets the backoff.
@@ -136,8 +138,11 @@ impl<P: Primary> Stream<'_, P> {
         let connection = self.link.connect().await?;
         self.metrics.state.set_expiry(connection.expiry);
         let mut server = connection.wal();
-        let with_tier2 = memory.removed.is_some();
-        let candidates = self.candidates(&mut server, identity, with_tier2).await?;
+        let tier2 = match memory.removed.is_some() || memory.misplaced {
+            true => Tier2::Always,
+            false => Tier2::IfTier1IsEmpty,
+        };
+        let candidates = self.candidates(&mut server, identity, tier2).await?;
         let slot_restart = postgres.slot().await?;
         let acknowledged = postgres.acknowledged(slot_restart);
         let mut histories = Histories::default();
@@ -149,6 +154,7 @@ impl<P: Primary> Stream<'_, P> {
             histories: &mut histories,
             server: &mut server,
             memory,
+            tier2,
             beside: candidates.iter().any(|candidate| candidate.beside),
         };
         let chosen;
@@ -164,9 +170,12 @@ impl<P: Primary> Stream<'_, P> {
                 memory.removed = Some((plan.timeline, plan.start));
             }
         })?;
-        let opened = self.open(&connection, told, plan, acknowledged).await?;
-        let (requests, answers, window) = opened;
-        memory.removed = None;
+        let opened = self.open(&connection, told, plan, acknowledged).await;
+        let (requests, answers, window) = opened.inspect_err(|error| {
+            let refused = error.failure == Failure::Code(Code::BadPosition);
+            memory.misplaced |= refused && facts.held.is_empty();
+        })?;
+        (memory.removed, memory.misplaced) = (None, false);
         if let Some(gap) = plan.gap {
             self.metrics.on_gap(gap.to.bytes_since(gap.from));
         }

@@ -330,6 +330,112 @@ async fn what_cannot_be_compared_goes_on_only_where_there_is_no_choice() {
     }
 }
 
+/// A server whose tier 1 was lost, to which only the undecided generation 2 has streamed again. `far` is what tier 2 has
+/// of the first one.
+async fn second_after_a_lost_tier1(
+    state: &str,
+    far: Option<Vec<klio_proto::v1::GenerationPosition>>,
+    change: impl FnOnce(&mut crate::fake_server::Script),
+) -> Rig {
+    let held = START + SEGMENT + 5000;
+    let near = vec![generation(1, state, None), generation(2, "undecided", Some(held + 77))];
+    let rank = |mut all: Vec<klio_proto::v1::GenerationPosition>| {
+        all.sort_by_key(|g| g.state == "retired");
+        all
+    };
+    let held = HeldWal { start: START, received: held, flushed: held };
+    Rig::new(FakePostgres::new(START, START + 4 * SEGMENT), |server, _| {
+        server.change(|s| {
+            s.hold(1, held);
+            s.generations = rank(near);
+            s.in_tier2 = far.map(rank);
+            s.others = vec!["pg-1@2".into()];
+            s.begins = Some(3);
+            change(s);
+        });
+    })
+    .await
+}
+
+fn in_tier2(state: &str) -> Option<Vec<klio_proto::v1::GenerationPosition>> {
+    let held = START + SEGMENT + 5000;
+    Some(vec![generation(1, state, Some(held)), generation(2, "undecided", Some(held + 77))])
+}
+
+/// P11, regression test: the PostgreSQL that connected second after a lost tier 1 was told to begin where tier 2 does not
+/// end, again and again.
+#[tokio::test]
+async fn what_tier_1_lost_is_looked_for_in_tier_2() {
+    let rig = second_after_a_lost_tier1("current", in_tier2("current"), |_| {}).await;
+    rig.flushed(START + 4 * SEGMENT).await;
+    let server = rig.stop().await;
+    let script = server.script();
+    assert_eq!(script.opens[0].cluster, "pg-1@1");
+    assert_eq!(script.opens[0].start_lsn, START + SEGMENT + 5000);
+    assert_eq!((script.tier2_asked, script.empty_asked), (0, 1));
+}
+
+/// A server of before does not know the question; a start that it refuses is reason to ask it for everything.
+#[tokio::test]
+async fn a_refused_beginning_is_reason_to_ask_tier_2() {
+    let rig = second_after_a_lost_tier1("current", in_tier2("current"), |s| {
+        s.asks_no_empty = true;
+    })
+    .await;
+    rig.server.until("tier 2 asked", |s| s.tier2_asked > 0).await;
+    rig.flushed(START + 4 * SEGMENT).await;
+    rig.stop.cancel();
+    let script = rig.server.script();
+    let opens: Vec<_> = script.opens.iter().map(|o| (o.cluster.as_str(), o.start_lsn)).collect();
+    assert_eq!(opens, [("pg-1@1", START + SEGMENT + 5000)], "{:?}", script.wrong);
+    assert_eq!(script.tier2_asked, 1);
+}
+
+/// P4: what continues WAL on tier 1 does not wait for the bucket.
+#[tokio::test]
+async fn a_stream_that_tier_1_proves_asks_no_bucket() {
+    let rig = second_after_a_lost_tier1("current", None, |s| {
+        let held = s.timelines[&1].flushed;
+        s.generations =
+            vec![generation(1, "current", None), generation(2, "undecided", Some(held))];
+        s.others.clear();
+    })
+    .await;
+    rig.flushed(START + 4 * SEGMENT).await;
+    let server = rig.stop().await;
+    let script = server.script();
+    assert_eq!(script.opens[0].cluster, "pg-1@2");
+    assert_eq!((script.tier2_asked, script.empty_asked), (0, 0));
+}
+
+/// P11, regression test: a closed history of which tier 1 holds nothing was not compared, and received as a new one.
+#[tokio::test]
+async fn a_closed_history_that_only_tier_2_has_stays_closed() {
+    let mut rig = second_after_a_lost_tier1("retired", in_tier2("retired"), |_| {}).await;
+    let error = rig.ended().await.unwrap_err();
+    assert_eq!(crate::cli::exit::of(&error), 25);
+    assert!(error.message.contains("generation 1") && error.message.contains("retired"), "{error}");
+    assert!(rig.server.script().opens.is_empty());
+}
+
+/// Nothing begins while it is not known whether PostgreSQL continues a closed history.
+#[tokio::test]
+async fn what_cannot_be_compared_with_a_closed_history_waits_for_the_bucket() {
+    for unreadable in [vec![], vec!["pg-1@1".to_owned()]] {
+        let far = in_tier2("retired").filter(|_| !unreadable.is_empty());
+        let mut rig =
+            second_after_a_lost_tier1("retired", far, |s| s.unreadable = unreadable).await;
+        rig.server.until("asked again", |s| s.empty_asked > 2).await;
+        assert!(rig.server.script().opens.is_empty());
+        rig.server.change(|s| {
+            s.unreadable.clear();
+            s.in_tier2 = in_tier2("retired");
+        });
+        let error = rig.ended().await.unwrap_err();
+        assert_eq!(error.failure, Failure::Code(Code::Diverged), "{error}");
+    }
+}
+
 /// P8.
 #[tokio::test]
 async fn an_old_primary_ends_with_stale_timeline() {

@@ -7,7 +7,7 @@ use klio_tests::{
     process::Running,
     programs,
     proof::{Restored, Restorer, Source},
-    s3::S3,
+    s3::{Fault, Rule, S3},
     scratch::Scratch,
     site::{PATIENCE, Site},
     wait::eventually,
@@ -476,4 +476,92 @@ async fn a_clone_that_streams_during_a_backup_does_not_spoil_it() {
     assert!(status.success(), "{status}: {}", backup.log());
     let listed = site.klio(None, &["list", "--generation", "1"]).await;
     assert!(listed.stdout.contains("b1"), "{}", listed.stdout);
+}
+
+/// PostgreSQL removes WAL that no slot keeps.
+async fn forget(pg: &Postgres) {
+    pg.set("wal_keep_size", "0").await;
+    for _ in 0..4 {
+        pg.write_wal(2 << 20).await;
+        pg.switch_wal().await;
+        pg.execute("checkpoint").await;
+    }
+}
+
+/// The server's disk is lost. Each history comes back as it was: the one that comes first, the one that comes second, and
+/// the one that a person has retired.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_lost_tier_1_every_history_is_what_it_was_in_whatever_order_they_come() {
+    install_crypto();
+    let s3 = S3::new();
+    let mut site = Site::new().await.tier2(&s3);
+    site.set("KLIO_TIER2__RETRY_TIMEOUT_SECONDS", "1");
+    site.start().await;
+    let mut pg = postgres().await;
+    let mut stream = site.stream(&pg);
+    let twins = [pg.standby().await, pg.standby().await, pg.standby().await];
+    let end = pg.write_wal(1 << 20).await;
+    site.wait_flushed(end).await;
+    stream.terminate(PATIENCE).await;
+    let last = pg.flush_lsn().await;
+    for twin in &twins {
+        twin.wait_true(&format!("select pg_last_wal_replay_lsn() >= '{last}'")).await;
+    }
+    pg.stop(Stop::Immediate).await;
+    let mut streams = Vec::new();
+    for twin in &twins {
+        twin.promote().await;
+        streams.push(site.stream(twin));
+        let end = twin.write_wal(3 << 20).await;
+        acknowledged(twin, end).await;
+    }
+    let [production, clone, unwanted] = &twins;
+    wait_states(&site, &[(1, "current"), (2, "undecided"), (3, "undecided")]).await;
+    let bundle = site.operator("ops").await;
+    let done = decide(&site, &bundle, &["generation", "retire", "3"]).await;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    let known = [(1, "current"), (2, "undecided"), (3, "retired")];
+    eventually("all of it in the bucket", PATIENCE, || async {
+        let wal = |place: &str| s3.keys(&format!("klio/{place}/wal/00000002/"));
+        let record = s3.bucket_dir().join("klio/main/generations.json");
+        let record = std::fs::read_to_string(record).unwrap_or_default();
+        let some = wal("main").len() >= 2 && wal("main@2").len() >= 2;
+        let whole = wal("main@3").iter().any(|key| key.contains(".partial"));
+        if some && whole && record.contains("retired") { Ok(()) } else { Err(s3.keys("klio")) }
+    })
+    .await;
+    // The bucket is behind what is acknowledged, and only PostgreSQL still has the rest.
+    s3.faults().inject(Rule::always(Fault::InternalError));
+    for twin in [production, clone] {
+        let end = twin.write_wal(2 << 20).await;
+        acknowledged(twin, end).await;
+    }
+    for mut stream in streams.drain(..2) {
+        stream.terminate(PATIENCE).await;
+    }
+    assert_eq!(streams[0].wait_exit(PATIENCE).await.code(), Some(25), "{}", streams[0].log());
+    site.stop().await;
+    std::fs::remove_dir_all(site.dir().join("data")).expect("lose the disk");
+    s3.faults().heal();
+    site.start().await;
+    let mut streams = Vec::new();
+    for twin in [clone, production] {
+        streams.push(site.stream(twin));
+        let end = twin.write_wal(1 << 20).await;
+        acknowledged(twin, end).await;
+    }
+    wait_states(&site, &known).await;
+    assert_eq!(site.lsn("flushed_lsn").await, Some(production.flush_lsn().await));
+    let status = site.status().await.expect("status");
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+    // Of what the bucket has of the retired one, its PostgreSQL has only the last segment left.
+    forget(unwanted).await;
+    let mut refused = site.stream(unwanted);
+    assert_eq!(refused.wait_exit(PATIENCE).await.code(), Some(25), "{}", refused.log());
+    assert!(
+        refused.log().contains("generation 3") && refused.log().contains("retired"),
+        "{}",
+        refused.log()
+    );
+    wait_states(&site, &known).await;
 }
