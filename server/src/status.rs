@@ -304,7 +304,7 @@ impl StatusBoard {
             return Vec::new();
         }
         let tell = |g: &Generation| {
-            let (number, state, reason) = (g.number, g.state.word(), &g.reason);
+            let (number, state, reason) = (g.number, g.state.word(), g.why());
             format!(
                 "another history of this cluster is {state} as generation {number}: {reason}; klio generation follow {number} or klio generation retire {number} decides"
             )

@@ -67,8 +67,13 @@ pub struct Generation {
     pub since_unix: f64,
     /// The system identifier as a decimal string, because JSON numbers lose its last digits. Empty if it is not known.
     pub system_identifier: String,
-    /// Why it is a separate history: where the histories diverge, and both sides. Empty for the first.
+    /// Why it is a separate history: where the histories diverge, and both sides. Empty for the first. It never changes,
+    /// because it tells two histories with the same number apart.
     pub reason: String,
+    /// The same for the PostgreSQL that streams into it, if that is another one than the one for which it was begun;
+    /// empty otherwise.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason_of_stream: String,
     /// Whether its WAL was ever received: there is no WAL of a refused one.
     #[serde(default = "yes")]
     pub taken: bool,
@@ -91,6 +96,11 @@ impl Generation {
     fn is_same_history(&self, other: &Self) -> bool {
         let [one, two] = [self, other].map(|g| (g.reason.as_str(), g.system_identifier.as_str()));
         one == two && (self.since_unix - other.since_unix).abs() < 1.0
+    }
+
+    /// Why it is a separate history, for people.
+    pub fn why(&self) -> &str {
+        if self.reason_of_stream.is_empty() { &self.reason } else { &self.reason_of_stream }
     }
 
     /// Whether it belongs to this PostgreSQL, as far as is known.
@@ -277,6 +287,7 @@ impl Generations {
             since_unix: now_unix,
             system_identifier: found.system_identifier.to_string(),
             reason: found.reason,
+            reason_of_stream: String::new(),
             taken,
             left: found.left.filter(|_| !taken),
             decided_by: String::new(),
@@ -285,6 +296,18 @@ impl Generations {
         };
         self.generations.push(made.clone());
         Ok(made)
+    }
+
+    /// The first WAL of an undecided generation comes from a PostgreSQL that is separate for this reason: it may be another
+    /// one than the one for which the generation was begun. `false` if that is known.
+    pub fn streams(&mut self, number: u32, reason: &str) -> bool {
+        let undecided = |g: &&mut Generation| g.number == number && g.state == State::Undecided;
+        let Some(found) = self.generations.iter_mut().find(undecided) else { return false };
+        if found.why() == reason {
+            return false;
+        }
+        found.reason_of_stream = reason.to_owned();
+        true
     }
 
     /// Makes the cluster's name refer to `number`; the former generation becomes older.
@@ -351,6 +374,12 @@ impl Generations {
         for found in more {
             all.note_unproven(found);
         }
+        for generation in all.generations.iter_mut().filter(|g| g.reason_of_stream.is_empty()) {
+            let known =
+                [self, other].into_iter().filter_map(|record| record.get(generation.number));
+            let known = known.map(|g| g.reason_of_stream).find(|reason| !reason.is_empty());
+            generation.reason_of_stream = known.unwrap_or_default();
+        }
         let later = [self, other].into_iter().max_by_key(|record| record.version);
         all.version = later.map_or(0, |later| later.version);
         if later.is_none_or(|later| *later != all) && *self != all && *other != all {
@@ -371,7 +400,7 @@ impl Generations {
         other.generations.iter().find_map(|theirs| {
             let number = theirs.number;
             let Some(ours) = self.get(number) else {
-                return Some(format!("generation {number} ({})", theirs.reason));
+                return Some(format!("generation {number} ({})", theirs.why()));
             };
             if !theirs.is_same_history(&ours) {
                 return Some(format!("generation {number} as another history ({})", theirs.reason));
@@ -421,6 +450,7 @@ fn first() -> Generation {
         since_unix: 0.0,
         system_identifier: String::new(),
         reason: String::new(),
+        reason_of_stream: String::new(),
         taken: true,
         left: None,
         decided_by: String::new(),
@@ -488,6 +518,27 @@ mod tests {
         all.retire(3, "ops", 2.0).unwrap();
         let next = 2 + UNDECIDED_MAX as u32;
         assert_eq!(begin(&mut all, 7, true), Ok((next, State::Undecided)), "no number twice");
+    }
+
+    /// Regression test: a generation that was begun and got no WAL was given to the next PostgreSQL that differed, and
+    /// people read why the first one differs.
+    #[test]
+    fn people_read_why_the_postgresql_differs_that_streams() {
+        let mut all = Generations::default();
+        begin(&mut all, 7, true).unwrap();
+        let begun = Generations { version: 1, ..all.clone() };
+        assert!(!all.streams(2, "set back") && !all.streams(1, "a clone"));
+        assert!(all.streams(2, "a clone") && !all.streams(2, "a clone"));
+        all.version = 2;
+        assert_eq!(all.get(2).unwrap().why(), "a clone");
+        // It is the same history for two records, and none of them loses the reason.
+        let mut decided = Generations { version: 3, ..begun.clone() };
+        decided.retire(2, "ops", 2.0).unwrap();
+        for (one, two) in [(&all, &begun), (&begun, &all), (&all, &decided), (&decided, &all)] {
+            assert_eq!(one.joined(two).unwrap().get(2).unwrap().why(), "a clone");
+        }
+        decided.streams(2, "another");
+        assert_eq!(decided.get(2).unwrap().why(), "set back", "decided is decided");
     }
 
     #[test]

@@ -261,6 +261,21 @@ impl BaseStore {
         )))
     }
 
+    /// The first WAL of a generation comes from a PostgreSQL that is separate for this reason: people decide about that
+    /// one, and not about the one for which the generation was begun.
+    ///
+    /// # Errors
+    /// An I/O error of the disk.
+    pub async fn note_stream(&self, cluster: &ClusterName, reason: String) -> Result<(), Status> {
+        let (number, found) = (cluster.generation(), reason.clone());
+        // This is not a decision, so it does not wait for the bucket.
+        let new = self.change_here(cluster, move |all| Ok(all.streams(number, &found)));
+        if new.await? {
+            tracing::error!(cluster = %cluster.base(), generation = number, reason, "the undecided generation had no WAL yet; another PostgreSQL than the one for which it was begun streams into it");
+        }
+        Ok(())
+    }
+
     /// Records a place where nothing proved that new WAL continues the old WAL. It is logged once.
     ///
     /// # Errors

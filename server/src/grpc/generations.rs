@@ -62,7 +62,7 @@ impl Histories {
             system_identifier: pinned
                 .or(generation.system_identifier.parse().ok())
                 .unwrap_or_default(),
-            reason: generation.reason.clone(),
+            reason: generation.why().to_owned(),
             decided_by: generation.decided_by.clone(),
             decided_time: generation.decided_unix,
             timeline: newest.map_or(0, |p| p.timeline.get()),

@@ -525,6 +525,24 @@ impl Comparer {
         )))
     }
 
+    /// Why a writer's history is not that of the current generation, if it streams into another one and has compared
+    /// itself.
+    ///
+    /// # Errors
+    /// The errors of [`BaseStore::generations`].
+    pub async fn why_apart(
+        &self,
+        writer_id: &str,
+        cluster: &ClusterName,
+    ) -> Result<Option<String>, Status> {
+        let current = self.base.generations(cluster).await?.current();
+        let current = Generations::place(cluster, current);
+        if current == *cluster {
+            return Ok(None);
+        }
+        Ok(self.why_another(writer_id, &current, 0).ok().map(|stranger| stranger.reason))
+    }
+
     /// Whether a backup may be committed next to the WAL of `cluster`: its PostgreSQL must have been compared up to
     /// the backup's stop LSN.
     ///

@@ -85,6 +85,12 @@ pub async fn open(
     let standing = conflict::look(base, registry, cluster, &claim, prove).await?;
     let bid = Bid { base, cluster, open: &open, now_unix };
     let taken = bid.check().await?;
+    // Nothing is stored of it, so that it need not be the PostgreSQL for which the generation was begun (P11).
+    let first = taken.is_empty() && base.wal().positions(cluster).is_empty();
+    let reason = match first {
+        true => comparer.why_apart(&open.writer_id, cluster).await?,
+        false => None,
+    };
     // The writer is opened only if the stored WAL still ends where the seam begins, so nothing can be appended behind
     // it unchecked.
     let Continuity { seam, unproven } = comparer.continuity(cluster, &open, &taken).await?;
@@ -107,6 +113,9 @@ pub async fn open(
     // Whoever decides ends the sessions that are claimed by then, so after the claim no decision is missed (P11).
     base.check_open_here(cluster)?;
     base.check_timeline_here(cluster, lives_on)?;
+    if let Some(reason) = reason {
+        base.note_stream(cluster, reason).await?;
+    }
     // Nobody else appends to the timeline from here on.
     let writer = bid.begin(!taken.is_empty()).await?;
     Ok(Opened { claimed, writer, segment_size, seam, unproven })
@@ -293,6 +302,26 @@ mod tests {
         let refused = attempt().await.err().unwrap();
         assert_eq!(Code::of(&refused), Code::Diverged, "{refused}");
         assert!(refused.message().contains("older"), "{refused}");
+        queue.stop().await;
+    }
+
+    /// Regression test: a generation that was begun and got no WAL was given to the next PostgreSQL that differed, and
+    /// people read why the first one differs.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn people_decide_about_the_postgresql_that_streams_and_not_about_the_one_that_began() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let queue = TestQueue::start(directory.path()).await;
+        let base = base_store(root.path(), &queue, None);
+        let (comparer, registry) = (Comparer::new(base.clone()), Arc::new(Registry::default()));
+        let main: ClusterName = "main".parse().unwrap();
+        base.begin_generation(&main, stranger("the first", 7), true).await.unwrap();
+        let second = main.with_generation(2);
+        comparer.found("w", &main, "the one that streams");
+        let caller = Caller { who: "klio@main".into(), prove: std::future::ready(None) };
+        let opened = super::open(&base, &comparer, &registry, &second, caller, request(), 1.0);
+        assert!(opened.await.is_ok());
+        let found = base.generations(&main).await.unwrap().get(2).unwrap();
+        assert_eq!(found.why(), "the one that streams");
         queue.stop().await;
     }
 }
