@@ -8,6 +8,10 @@
 //! all within [`DRAIN_TIMEOUT`]. Tasks that do not end in time are logged by name.
 
 use crate::{
+    access::{
+        auth::{self, Auth},
+        tls::{self, Loaded},
+    },
     admin::{self, bind},
     base::{self, BaseStore},
     config::Config,
@@ -16,7 +20,6 @@ use crate::{
     fetch::Source,
     grpc::{
         BaseService, CatalogService, Histories, WalService,
-        auth::{self, Auth},
         counted::{self, CountLayer},
         trace::TraceLayer,
     },
@@ -25,10 +28,10 @@ use crate::{
     private,
     queue::{Publisher, Queue, Started},
     quota::{Quotas, Whose},
-    receive::{Comparer, Receiver, ReceiverOptions, Registry, as_of},
+    receive::{Comparer, Receiver, ReceiverOptions, as_of},
+    registry::Registry,
     seal,
     status::{StatusBoard, now_unix},
-    tls::{self, Loaded},
 };
 use anyhow::Context;
 use klio_proto::v1::{
@@ -94,7 +97,7 @@ pub struct Running {
 /// A port, a certificate or tier 1 cannot be used.
 pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Running> {
     let listener = bind(config.listen.to_string(), "gRPC").await?;
-    private::warn_of_readable_secrets(&config);
+    private::warn_of_readable(&config.secret_files());
     let admin_listener = match config.admin.listen {
         Some(address) => Some(bind(address.to_string(), "health and metrics").await?),
         None => None,
@@ -220,7 +223,7 @@ pub async fn start(config: Config, telemetry: &Telemetry) -> anyhow::Result<Runn
     let rpc = RpcMeter::new(&telemetry.meter(), Side::Server, &klio_proto::SERVICES);
     let (router, health) = router(rpc, count, wal, catalog, base).await?;
     let mut tasks = serve(router, listener, certificates, config.tls.clone(), admit, &front);
-    let reloading = auth::reload(config.file.clone(), roles, front.clone());
+    let reloading = auth::reload(config.file.clone(), Config::load_rules, roles, front.clone());
     tasks.push(("roles", spawn(reloading)));
 
     let readiness: admin::Readiness = Arc::new(move || {

@@ -5,14 +5,14 @@
 //! [`Config::validate`] returns all problems at once, before a port is opened or a file written.
 
 use crate::{
+    access::{auth::AuthConfig, pki, tls::TlsFiles},
     base::BaseConfig,
     consumer::ConsumerConfig,
     encryption::{self, EncryptionConfig},
-    grpc::auth::AuthConfig,
     maintenance::{self, MaintenanceConfig, RetentionConfig, VerifyConfig},
     queue::QueueConfig,
     quota::QuotaConfig,
-    tls::TlsFiles,
+    receive::OnDivergence,
 };
 use klio_pg::ByteSize;
 use klio_storage::{crypt::AtRest, tier2::Tier2Config};
@@ -109,17 +109,6 @@ pub struct WalConfig {
     pub seal_workers: usize,
     /// What to do with a history that differs from the stored one.
     pub on_divergence: OnDivergence,
-}
-
-/// What to do with a history that differs from the one stored under its cluster's name (P11).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnDivergence {
-    /// Receive it as a generation of its own; a person decides.
-    #[default]
-    KeepBoth,
-    /// Refuse it; a person decides.
-    Refuse,
 }
 
 impl Default for WalConfig {
@@ -475,6 +464,26 @@ impl Config {
 }
 
 impl Config {
+    /// `[auth]` of a configuration file, if the whole file can be used.
+    ///
+    /// # Errors
+    /// All problems of the file, as text.
+    pub fn load_rules(file: &Path) -> Result<AuthConfig, String> {
+        Self::load(file).map(|config| config.auth).map_err(|error| error.to_string())
+    }
+
+    /// The files that contain secrets, as far as the configuration names them.
+    pub fn secret_files(&self) -> Vec<PathBuf> {
+        let mut paths = vec![self.file.clone()];
+        paths.extend(self.tls.as_ref().map(|tls| tls.key.clone()));
+        paths.extend(self.encryption.identity_file.clone());
+        paths.extend(self.queue.credentials_file.clone());
+        paths.extend(self.tier2.as_ref().and_then(|tier2| tier2.service_account_file.clone()));
+        // The key that signs client bundles, if `klio-server init` created it.
+        paths.extend(self.file.parent().map(|directory| directory.join(pki::CA_KEY)));
+        paths
+    }
+
     /// The settings for maintenance.
     pub fn maintenance_settings(&self) -> maintenance::Settings {
         maintenance::Settings {

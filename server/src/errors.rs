@@ -55,3 +55,15 @@ pub fn append_status(error: &Error) -> Status {
         _ => status(error),
     }
 }
+
+/// Runs blocking work of the store and translates its error.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, klio_storage::Error> + Send + 'static,
+) -> Result<T, Status> {
+    // What it logs and queues belongs to the caller's trace.
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
+        Ok(result) => result.map_err(|error| status(&error)),
+        Err(error) => Err(Code::Internal.status(format!("storage task: {error}"))),
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! Connects `storage`, `proto` and `telemetry`; does not depend on the sidecar.
 
+pub mod access;
 pub mod admin;
 pub mod app;
 pub mod base;
@@ -13,16 +14,14 @@ pub mod encryption;
 pub mod errors;
 pub mod fetch;
 pub mod grpc;
-mod handshakes;
 pub mod maintenance;
 pub mod metrics;
-pub mod pki;
 pub mod private;
 pub mod queue;
 pub mod quota;
 pub mod readers;
 pub mod receive;
+pub mod registry;
 mod rot;
 pub mod seal;
 pub mod status;
-pub mod tls;

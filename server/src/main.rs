@@ -3,11 +3,9 @@
 use anyhow::Context;
 use clap::Parser;
 use klio_server::cli::{
-    Cli, Command, backup, client, exit, init, key, keygen, reference, run, telemetry,
+    Cli, Command, backup, client, exit, init, key, keygen, reference, repository, run, telemetry,
 };
-use klio_server::{
-    cli::chain, config::ConfigError, encryption::KeyProblem, maintenance::worker, status::now_unix,
-};
+use klio_server::{cli::chain, config::ConfigError, encryption::KeyProblem, status::now_unix};
 use std::{process::ExitCode, time::Duration};
 
 fn main() -> ExitCode {
@@ -42,7 +40,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         .context("start the runtime")?;
     let done = match &cli.command {
         Command::Run(args) => runtime.block_on(run::run(&cli.command, args, cli.debug)),
-        Command::Repository(args) => worker::run(&cli.command, &args.config, cli.debug, &runtime),
+        Command::Repository(args) => {
+            repository::run(&cli.command, &args.config, cli.debug, &runtime)
+        }
         command => {
             runtime.block_on(telemetry::traced(command, cli.debug, command.config(), verb(command)))
         }

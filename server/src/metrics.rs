@@ -4,10 +4,12 @@
 //! and the counts serves all of them. So no value is stale, and a removed cluster disappears. The only attributes are
 //! `cluster_name` and closed sets, never an LSN, a file or an address.
 
+mod attempt;
 mod catalogue;
 mod snapshot;
 mod tallies;
 
+pub use attempt::{Attempt, Observer};
 pub use catalogue::{CATALOGUE, attributes};
 pub use snapshot::{Snapshots, Table};
 pub use tallies::Tallies;
@@ -15,7 +17,6 @@ pub use tallies::Tallies;
 pub(crate) use catalogue::ZEROS;
 use catalogue::{ZEROS_WITH_TIER2, row};
 
-use crate::consumer::{Attempt, Observer};
 use klio_proto::Code;
 use klio_storage::layout::ClusterName;
 use klio_telemetry::{BARE, Polls, catalogue::Kind};

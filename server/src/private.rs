@@ -4,7 +4,6 @@
 //! version, it is closed, because nobody else needs it. Keys and the configuration are only reported: whoever mounted
 //! them with other modes may have a reason.
 
-use crate::config::Config;
 use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
@@ -42,26 +41,15 @@ pub fn directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Warns of keys and configuration files that others can read.
-pub fn warn_of_readable_secrets(config: &Config) {
-    for path in secrets(config) {
-        let Some(mode) = others_may_read(&path) else { continue };
+/// Warns of those of these files that others can read; each contains a secret.
+pub fn warn_of_readable(secrets: &[PathBuf]) {
+    for path in secrets {
+        let Some(mode) = others_may_read(path) else { continue };
         let place = path.display();
         tracing::warn!(
             "{place} contains a secret and is readable by others (mode {mode:03o}); hint: chmod o-rwx {place}"
         );
     }
-}
-
-fn secrets(config: &Config) -> Vec<PathBuf> {
-    let mut paths = vec![config.file.clone()];
-    paths.extend(config.tls.as_ref().map(|tls| tls.key.clone()));
-    paths.extend(config.encryption.identity_file.clone());
-    paths.extend(config.queue.credentials_file.clone());
-    paths.extend(config.tier2.as_ref().and_then(|tier2| tier2.service_account_file.clone()));
-    // The key that signs client bundles, if `klio-server init` created it.
-    paths.extend(config.file.parent().map(|directory| directory.join(crate::pki::CA_KEY)));
-    paths
 }
 
 /// The mode of a file that everybody may read or change.

@@ -10,7 +10,7 @@ use crate::{
     metrics::{Metrics, Reading, Snapshots, Table},
     queue::Queue,
     quota::Quotas,
-    receive::{Progress, Registry},
+    registry::{Progress, Registry},
 };
 use klio_pg::{Lsn, TimelineId};
 use klio_storage::{

@@ -52,7 +52,7 @@ use crate::{
     clock::{self, ClockWatch},
     queue::{BaseJob, Queue},
     readers::Readers,
-    receive::Registry,
+    registry::Registry,
 };
 use klio_proto::Code;
 use klio_storage::{
@@ -266,7 +266,7 @@ impl BaseStore {
 async fn run<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Status> {
-    crate::receive::open::blocking(work).await
+    crate::errors::blocking(work).await
 }
 
 /// The error of tier 2 in the form that a caller may see.

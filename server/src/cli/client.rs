@@ -1,7 +1,10 @@
 //! `klio-server client NAME@CLUSTER`: issues another client bundle, signed by the local authority.
 
 use super::init::{self, CONFIG_FILE};
-use crate::{config::Config, grpc::roles::RoleName, pki};
+use crate::{
+    access::{pki, roles::RoleName},
+    config::Config,
+};
 use anyhow::{Context, bail};
 use klio_storage::layout::ClusterName;
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
 //! `klio-server init DIR`: creates everything that a first start needs, in one directory. Overwrites nothing.
 
 use super::keygen;
-use crate::pki::{self, CA_CERT, CA_KEY, Subject};
+use crate::access::pki::{self, CA_CERT, CA_KEY, Subject};
 use anyhow::{Context, bail};
 use klio_storage::{crypt::Keys, layout::ClusterName};
 use std::{

@@ -1,6 +1,6 @@
 //! `klio-server keygen`: creates an age identity. Overwrites nothing.
 
-use crate::pki;
+use crate::access::pki;
 use anyhow::Context;
 use klio_storage::crypt::IdentityText;
 use std::{io::Write, path::PathBuf};

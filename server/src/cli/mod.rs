@@ -7,6 +7,7 @@ pub mod init;
 pub mod key;
 pub mod keygen;
 pub mod reference;
+pub mod repository;
 pub mod run;
 pub mod telemetry;
 
@@ -94,7 +95,8 @@ mod tests {
     #[test]
     fn a_cause_is_said_once() {
         let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
-        let file = crate::pki::Error::File { verb: "write", path: "/x".into(), source: denied() };
+        let file =
+            crate::access::pki::Error::File { verb: "write", path: "/x".into(), source: denied() };
         let once = chain(&anyhow::Error::from(file));
         assert_eq!(once.matches("permission denied").count(), 1, "{once}");
         let context = anyhow::Error::from(denied()).context("create directory /x");

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     base::{self, BaseStore},
     queue::tests::{TestQueue, eventually, pid},
-    receive::Registry,
+    registry::Registry,
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use klio_storage::{

@@ -1,10 +1,10 @@
 //! The base-backup service: translates requests, calls the store, and translates the answers back.
 
-use super::{
-    auth::{Auth, permit},
-    roles::Rpc,
-};
 use crate::{
+    access::{
+        auth::{Auth, permit},
+        roles::Rpc,
+    },
     base::{BaseStore, Caller, Lease, ListedBackup},
     maintenance::{Maintenance, Request as VerifyRequest, Step},
     quota::Quotas,

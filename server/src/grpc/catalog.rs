@@ -1,6 +1,7 @@
 //! The catalog service: what a cluster has, and its status.
 
-use super::{auth::Auth, generations::Histories, roles::Rpc, timelines};
+use super::{generations::Histories, timelines};
+use crate::access::{auth::Auth, roles::Rpc};
 use crate::{
     errors,
     status::{ClusterView, StatusBoard, now_unix},
@@ -51,7 +52,7 @@ impl Catalog for CatalogService {
         let only = match request.get_ref().cluster.as_str() {
             "" => None,
             name => {
-                let named = super::auth::permit(&identity, name, Rpc::Status)?;
+                let named = crate::access::auth::permit(&identity, name, Rpc::Status)?;
                 Some(match named.number() {
                     Some(_) => self.place(named).await?,
                     None => self.board.shown_for(&named),

@@ -3,7 +3,7 @@
 //!
 //! The caller is identified here, once; handlers find the identity in the request.
 
-use super::auth::{Auth, Identity};
+use crate::access::auth::{Auth, Identity};
 use crate::quota::{Counted, Quotas, Whose};
 use http::{Request, Response};
 use hyper::body::{Body, Frame, SizeHint};

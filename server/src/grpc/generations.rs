@@ -2,8 +2,7 @@
 //!
 //! A dry run and the decision report the same effects, which are computed from the same facts.
 
-use super::auth::Identity;
-use crate::{base::BaseStore, errors, receive::Registry};
+use crate::{access::auth::Identity, base::BaseStore, errors, registry::Registry};
 use klio_pg::Lsn;
 use klio_proto::{
     Code,

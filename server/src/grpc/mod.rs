@@ -1,13 +1,11 @@
 //! The gRPC services: they translate requests, call the rest of the server, and translate the answers back. They make
 //! no decisions.
 
-pub mod auth;
 mod base;
 mod catalog;
 pub mod counted;
 mod fetch;
 mod generations;
-pub mod roles;
 mod timelines;
 pub mod trace;
 mod wal;

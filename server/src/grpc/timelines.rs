@@ -1,6 +1,7 @@
 //! The timelines of a cluster, and a person's decisions about them.
 
-use super::{auth::Identity, catalog::CatalogService};
+use super::catalog::CatalogService;
+use crate::access::auth::Identity;
 use crate::{
     base::BaseStore,
     status::{StatusBoard, now_unix},

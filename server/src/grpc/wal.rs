@@ -1,16 +1,16 @@
 //! The WAL service: translates requests, calls the receiver, and translates the answers back.
 
-use super::{
-    auth::{Auth, permit},
-    fetch,
-    roles::Rpc,
-};
+use super::fetch;
 use crate::{
+    access::{
+        auth::{Auth, permit},
+        roles::Rpc,
+    },
     base::{BaseStore, Line, decided},
-    config::OnDivergence,
+    errors::blocking,
     fetch::Source,
     queue,
-    receive::{Inbound, Pieces, Receiver, Verdict, open::blocking, refill},
+    receive::{Inbound, OnDivergence, Pieces, Receiver, Verdict, refill},
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt};

@@ -12,7 +12,7 @@ mod child;
 mod config;
 mod facts;
 pub mod metrics;
-mod protocol;
+pub mod protocol;
 mod schedule;
 mod turns;
 mod verify;

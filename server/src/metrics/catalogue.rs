@@ -3,7 +3,7 @@
 //!
 //! Metrics of a cluster have the attribute `cluster_name`; those of the server as a whole have none.
 
-use crate::consumer::Attempt;
+use super::attempt::Attempt;
 use klio_proto::Code;
 use klio_telemetry::catalogue::{
     Kind::{Counter, Gauge, Histogram},

@@ -5,7 +5,7 @@
 //! Without the file, or when it cannot be read, no time is claimed. The file is written periodically and at shutdown,
 //! as a whole but without fsync, so that it takes no I/O away from WAL.
 
-use super::Registry;
+use crate::registry::Registry;
 use klio_storage::{
     disk::{RealDisk, durable},
     layout::ClusterName,

@@ -13,9 +13,8 @@
 
 use crate::{
     base::BaseStore,
-    errors,
+    errors::{self, blocking},
     fetch::{Located, Source},
-    receive::open::blocking,
 };
 use bytes::Bytes;
 use futures::StreamExt;

@@ -8,8 +8,8 @@
 //! - A conflict is recorded durably before the first byte is received because of it.
 //! - A proof is PostgreSQL's answer to a question asked now; what it said earlier does not count.
 
-use super::registry::{Claim, Registry, Rival};
 use crate::base::BaseStore;
+use crate::registry::{Claim, Registry, Rival};
 use klio_pg::{Lsn, TimelineHistory, TimelineId};
 use klio_proto::{Code, wal::AlivePostgres};
 use klio_storage::{

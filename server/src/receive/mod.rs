@@ -14,12 +14,10 @@ mod conflict;
 pub(crate) mod open;
 mod proof;
 pub(crate) mod refill;
-mod registry;
 mod session;
 mod slot;
 mod trace;
 
 pub use compare::{Comparer, Inbound, Verdict};
 pub use refill::Pieces;
-pub use registry::{Claim, Claimed, ClusterState, Place, Progress, Registry};
-pub use session::{Receiver, ReceiverOptions};
+pub use session::{OnDivergence, Receiver, ReceiverOptions};

@@ -9,11 +9,11 @@
 use super::{
     compare::{Comparer, Continuity},
     conflict::{self, Settled},
-    registry::{Claim, Claimed, Registry},
 };
 use crate::{
     base::{BaseStore, lost_with_tier1},
     errors,
+    registry::{Claim, Claimed, Registry},
 };
 use klio_pg::{SegmentSize, TimelineId};
 use klio_proto::{
@@ -47,18 +47,6 @@ pub struct Caller<F> {
     pub who: String,
     /// Asks the client's PostgreSQL whether it writes now.
     pub prove: F,
-}
-
-/// Runs blocking work of the store and translates its error.
-pub async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, klio_storage::Error> + Send + 'static,
-) -> Result<T, Status> {
-    // What it logs and queues belongs to the caller's trace.
-    let span = tracing::Span::current();
-    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
-        Ok(result) => result.map_err(|error| errors::status(&error)),
-        Err(error) => Err(Code::Internal.status(format!("storage task: {error}"))),
-    }
 }
 
 /// Opens `cluster` for the caller `who`.

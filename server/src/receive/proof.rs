@@ -3,10 +3,8 @@
 //! A question and its answer carry the same random number, so an answer to an earlier question proves nothing. A
 //! client that cannot answer, a half-closed stream and a session that ends leave the question unanswered.
 
-use super::{
-    registry::{PROOF_TIMEOUT, Question},
-    session::Responses,
-};
+use super::session::Responses;
+use crate::registry::{PROOF_TIMEOUT, Question};
 use klio_proto::{
     v1::{self, receive_request, receive_response},
     wal::{Alive, AlivePostgres},

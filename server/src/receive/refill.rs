@@ -5,7 +5,8 @@
 //!   changed until all of them have arrived.
 //! - The stream continues meanwhile: no position moves, and none of the writer's locks is taken.
 
-use super::{Receiver, open::blocking};
+use super::Receiver;
+use crate::errors::blocking;
 use bytes::Bytes;
 use klio_pg::{Lsn, TimelineHistory, TimelineId};
 use klio_proto::{Code, wal::RefillBegin};

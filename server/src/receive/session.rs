@@ -11,16 +11,15 @@ use super::{
     compare::Comparer,
     open::{self, Caller, Opened},
     proof::{Claimant, Proof},
-    registry::{Claimed, Registry},
     slot::{Lent, Slot},
     trace::SegmentSpans,
 };
 use crate::{
+    access::auth::{Auth, Identity},
     base::BaseStore,
-    config::OnDivergence,
     errors,
-    grpc::auth::{Auth, Identity},
     metrics::Metrics,
+    registry::{Claimed, Registry},
     seal::Sealer,
 };
 use klio_pg::{ByteSize, Lsn};
@@ -57,6 +56,17 @@ pub struct ReceiverOptions {
     pub window: ByteSize,
     /// What to do with another history.
     pub on_divergence: OnDivergence,
+}
+
+/// What to do with a history that differs from the one stored under its cluster's name (P11).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDivergence {
+    /// Receive it as a generation of its own; a person decides.
+    #[default]
+    KeepBoth,
+    /// Refuse it; a person decides.
+    Refuse,
 }
 
 /// Creates sessions; cheap to clone.

@@ -3,7 +3,7 @@
 //! If a place were freed while its writer is still open, the next session would get the place and then be refused by
 //! the store. So everything that has the writer, including a task that writes, also holds the place.
 
-use super::registry::Place;
+use crate::registry::Place;
 use klio_storage::wal::Writer;
 use std::sync::Arc;
 

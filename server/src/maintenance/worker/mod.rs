@@ -11,10 +11,6 @@ mod verify;
 mod verify_wal;
 
 use super::protocol::{Job, Line, Step, Work};
-use crate::{
-    cli::{Command, telemetry},
-    config::Config,
-};
 use anyhow::{Context, bail};
 use klio_storage::{
     crypt::AtRest,
@@ -23,11 +19,11 @@ use klio_storage::{
     repository::{
         BucketFiles, LocalFiles, SECRET_LIMIT_BYTES, Secret, decode_secret, secret_objects,
     },
-    tier2::Tier2,
+    tier2::{Tier2, Tier2Config},
 };
 use std::{
     io::{self, BufRead, Read, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -41,7 +37,7 @@ const STILL_EVERY: Duration = Duration::from_secs(10);
 
 /// Writes lines to the server. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-struct Output(Arc<Mutex<Told>>);
+pub struct Output(Arc<Mutex<Told>>);
 
 /// The last step that was reported, and when.
 #[derive(Debug, Default)]
@@ -99,14 +95,20 @@ struct Ground {
     out: Output,
 }
 
-/// How long a result may wait for a telemetry collector that does not answer.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// What the configuration says, as far as the work needs it.
+pub struct Given {
+    /// The configuration file, for messages.
+    pub file: PathBuf,
+    pub data_dir: PathBuf,
+    pub tier2: Option<Tier2Config>,
+    pub at_rest: AtRest,
+}
 
-/// Runs a job to its end. The result, or a failure, goes to standard output.
+/// Reads the job from standard input, and writes what `answer` makes of it to standard output.
 ///
 /// # Errors
 /// Only errors from before the job was read.
-pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> anyhow::Result<()> {
+pub fn serve(answer: impl FnOnce(Job, &Output) -> Line) -> anyhow::Result<()> {
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line).context("read the job")?;
     let job: Job = serde_json::from_str(&line).context("read the job")?;
@@ -121,66 +123,32 @@ pub fn run(command: &Command, config: &Path, debug: bool, runtime: &Runtime) -> 
     // Other processes come first. If the system does not allow it, the work is done anyway.
     let _ = rustix::process::nice(10);
     let out = Output::default();
-    match traced(command, config, debug, job, runtime, &out) {
-        Ok(line) => out.say(&line),
-        Err(error) => out.say(&Line::Failed { error: crate::cli::chain(&error) }),
-    }
+    out.say(&answer(job, &out));
     Ok(())
 }
 
-/// Runs the job below its root span, which continues the server's trace. Spans are sent before the result, because the
-/// server ends the child when it has the result.
-fn traced(
-    command: &Command,
-    path: &Path,
-    debug: bool,
-    job: Job,
-    runtime: &Runtime,
-    out: &Output,
-) -> anyhow::Result<Line> {
-    let config = Config::load(path)?;
-    let inside = runtime.enter();
-    let telemetry = klio_telemetry::start(telemetry::quiet_options(&config.telemetry, debug))?;
-    let span = telemetry::root_span(command);
-    if !job.traceparent.is_empty() {
-        klio_telemetry::propagate::adopt(&span, &|key| {
-            (key == "traceparent").then(|| job.traceparent.clone())
-        });
-    }
-    let result = span.in_scope(|| work(path, config, job, runtime, out));
-    if result.is_err() {
-        span.record("otel.status_code", "ERROR");
-        span.record("error.type", "FAILED");
-    }
-    drop((span, inside));
-    runtime.block_on(telemetry.shutdown(FLUSH_TIMEOUT));
-    result
-}
-
-fn work(
-    path: &Path,
-    config: Config,
-    job: Job,
-    runtime: &Runtime,
-    out: &Output,
-) -> anyhow::Result<Line> {
-    let url = config.tier2.as_ref().map(|tier2| tier2.url.to_string());
-    if config.data_dir != job.data_dir || url != job.tier2_url {
+/// Does a job.
+///
+/// # Errors
+/// The configuration is not the one that the server runs with; or why the work failed.
+pub fn work(given: Given, job: Job, runtime: &Runtime, out: &Output) -> anyhow::Result<Line> {
+    let url = given.tier2.as_ref().map(|tier2| tier2.url.to_string());
+    if given.data_dir != job.data_dir || url != job.tier2_url {
         bail!(
             "read configuration {}: data_dir or tier2.url is not what the server runs with; hint: restart klio-server",
-            path.display()
+            given.file.display()
         );
     }
-    let tier2 = config.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
+    let tier2 = given.tier2.as_ref().map(Tier2::open).transpose().context("open tier 2")?;
     let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-    let root = config.data_dir.join("tier1");
+    let root = given.data_dir.join("tier1");
     let base = root.join(job.cluster.as_str()).join("base");
     let handle = runtime.handle().clone();
     let bucket =
         tier2.clone().map(|t| Arc::new(BucketFiles::new(t, job.cluster.clone(), handle.clone())));
     let ground = Ground {
         local: Arc::new(LocalFiles::new(disk.clone(), base)),
-        at_rest: config.encryption.at_rest().context("read the encryption keys")?,
+        at_rest: given.at_rest,
         cluster: job.cluster,
         runtime: handle,
         disk,

@@ -12,7 +12,7 @@
 //! long ones, against the current authorities and the current map.
 
 use super::roles::{Role, RoleName, Rpc};
-use crate::{config::Config, tls::Loaded};
+use super::tls::Loaded;
 use klio_proto::Code;
 use klio_storage::layout::ClusterName;
 use rustls::pki_types::CertificateDer;
@@ -286,10 +286,14 @@ pub fn permit(identity: &Identity, cluster: &str, rpc: Rpc) -> Result<ClusterNam
     }))
 }
 
+/// Reads and checks `[auth]` of a configuration file.
+pub type ReadRules = fn(&Path) -> Result<AuthConfig, String>;
+
 /// Keeps the newest valid `[auth]` of the configuration file in `current` until cancelled. A file that cannot be used
 /// is logged once, and the previous roles stay.
 pub async fn reload(
     file: PathBuf,
+    read: ReadRules,
     current: watch::Sender<Arc<AuthConfig>>,
     cancel: CancellationToken,
 ) {
@@ -305,16 +309,16 @@ pub async fn reload(
             continue;
         }
         known = Some(bytes);
-        take_over(&file, &current);
+        take_over(read(&file), &current);
     }
 }
 
-fn take_over(file: &Path, current: &watch::Sender<Arc<AuthConfig>>) {
-    match Config::load(file) {
-        Ok(config) if config.auth == **current.borrow() => {}
-        Ok(config) => {
+fn take_over(read: Result<AuthConfig, String>, current: &watch::Sender<Arc<AuthConfig>>) {
+    match read {
+        Ok(rules) if rules == **current.borrow() => {}
+        Ok(rules) => {
             tracing::info!("using the changed [auth] of the configuration file");
-            current.send_replace(Arc::new(config.auth));
+            current.send_replace(Arc::new(rules));
         }
         Err(error) => {
             tracing::warn!(%error, "cannot use the changed configuration file; keeping the previous [auth]");
@@ -351,7 +355,7 @@ fn subject(der: &CertificateDer<'_>) -> Result<Subject, Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pki;
+    use crate::access::pki;
     use rustls::pki_types::pem::PemObject;
 
     fn identity(role: Option<Role>) -> Identity {
@@ -441,7 +445,7 @@ mod tests {
             std::fs::write(path("key"), server.key).unwrap();
             // The company's authority comes first, because the order must not matter.
             std::fs::write(path("ca"), format!("{}{}", company.cert, own.cert)).unwrap();
-            let files = crate::tls::TlsFiles {
+            let files = crate::access::tls::TlsFiles {
                 cert: path("cert"),
                 key: path("key"),
                 client_ca: path("ca"),

@@ -6,11 +6,11 @@
 //! - [`Loaded::verify`] checks a certificate against the *current* authorities: long streams are checked again after
 //!   each reload and periodically (expiry).
 
-use crate::{
+use super::{
     handshakes::{Handshakes, Place, Stage},
     pki,
-    quota::Counted,
 };
+use crate::quota::Counted;
 use rustix::net::RecvFlags;
 use rustls::{
     RootCertStore, ServerConfig,

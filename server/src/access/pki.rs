@@ -4,7 +4,7 @@
 //! `NAME@CLUSTER`, or common name `NAME` with an organisational unit that names a role. Keys leave this module only
 //! into files that only their owner can read.
 
-use crate::grpc::roles::RoleName;
+use super::roles::RoleName;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose,
