@@ -3,6 +3,7 @@
 //! Each layer overrides the one before: default, file, environment, options. Unknown names are refused.
 //! [`Config::validate`] reports all problems at once, before anything is opened. Passwords are never printed.
 
+pub mod bucket;
 mod fingerprint;
 pub mod keys;
 mod source;
@@ -439,7 +440,7 @@ impl Config {
             self.server.problems(&mut problems);
         }
         if needs.source && !self.restore.from.is_empty() {
-            problems.extend(crate::bucket::settings(self).err().into_iter().flatten());
+            problems.extend(bucket::settings(self).err().into_iter().flatten());
         }
         if needs.cluster
             && let Err(error) = self.cluster()
@@ -512,7 +513,7 @@ impl Stream {
 impl Backup {
     fn problems(&self, problems: &mut Vec<String>) {
         if !self.schedule.is_empty()
-            && let Err(problem) = crate::backup::Schedule::parse(&self.schedule)
+            && let Err(problem) = crate::schedule::Schedule::parse(&self.schedule)
         {
             problems.push(format!("backup.schedule: {problem}"));
         }

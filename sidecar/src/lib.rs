@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod agent;
+mod backoff;
 pub mod backup;
 pub mod bucket;
 pub mod cli;
@@ -14,6 +15,7 @@ pub mod error;
 mod fake_server;
 pub mod replication;
 pub mod restore;
+mod schedule;
 pub mod server_link;
 pub mod streamer;
 pub mod wal_source;

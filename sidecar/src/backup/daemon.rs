@@ -6,11 +6,12 @@
 //! (of a primary and its standby) take one backup, not two. Without a schedule the thread only keeps the gauges up to
 //! date.
 
-use super::{After, Backup, Order, Planner, Progress, Schedule, take};
+use super::{After, Backup, Order, Planner, Progress, take};
 use crate::{
+    backoff::Backoff,
     error::{Error, Failure},
+    schedule::Schedule,
     server_link::BaseLink,
-    streamer::Backoff,
 };
 use jiff::Timestamp;
 use klio_proto::Code;

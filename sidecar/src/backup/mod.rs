@@ -16,9 +16,9 @@ mod exclude;
 mod metrics;
 mod pages;
 mod place;
+mod planner;
 mod progress;
 mod reservation;
-mod schedule;
 mod session;
 mod take;
 mod wal;
@@ -28,8 +28,8 @@ pub use after::After;
 pub use daemon::Daemon;
 pub use exclude::LOST_AND_FOUND;
 pub use metrics::{CATALOGUE, Metrics};
+pub use planner::Planner;
 pub use progress::{Progress, Seen};
-pub use schedule::{Planner, Schedule};
 
 use crate::{
     config::{self, Checkpoint},

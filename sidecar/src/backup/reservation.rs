@@ -5,9 +5,9 @@
 //! (REPO4). If the reservation cannot be renewed, the backup has to end.
 
 use crate::{
+    backoff::Backoff,
     error::{Error, Failure},
     server_link::{Connection, ServerLink},
-    streamer::Backoff,
 };
 use klio_proto::{
     Code,

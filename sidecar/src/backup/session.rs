@@ -17,7 +17,6 @@ use crate::{
     conninfo::ConnInfo,
     error::{Error, Failure},
     replication::{Client, Row, ServerVersion},
-    streamer::sort,
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
@@ -87,16 +86,16 @@ impl Session {
     /// # Errors
     /// PostgreSQL cannot be reached, refuses, is too old, or there is a connection pooler in between.
     pub async fn open(info: Arc<ConnInfo>) -> Result<(Self, Facts), Error> {
-        let mut client = Client::connect_sql(&info).await.map_err(|e| sort(&e))?;
+        let mut client = Client::connect_sql(&info).await?;
         client.set_patience(SHORT_PATIENCE);
         own_session(&mut client).await?;
-        let version = client.server_version().await.map_err(|e| sort(&e))?;
+        let version = client.server_version().await?;
         if version.major() < 15 {
             let message =
                 format!("back up PostgreSQL: expected version 15 or newer, found {version}");
             return Err(Error::new(Failure::PostgresRefused, message));
         }
-        let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
+        let segment_size = client.segment_size().await?;
         // A backup must not be interrupted by timeouts that are meant for queries. On a primary the timeline is taken
         // from the current WAL position, because pg_control still names the old one between a promotion and the end
         // of its checkpoint.
@@ -292,7 +291,7 @@ fn promoted() -> Error {
 
 /// Turns an error of PostgreSQL into one with a hint for backups.
 fn refused(doing: &str, error: &crate::replication::Error) -> Error {
-    let sorted = sort(error).during(doing);
+    let sorted = Error::from(error).during(doing);
     match error.server().map(|s| s.sqlstate.as_str()) {
         Some("42501") => Error { failure: Failure::PostgresRefused, ..sorted }.hint(
             "GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO the role, \

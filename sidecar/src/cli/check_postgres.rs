@@ -5,11 +5,7 @@ use super::{
     conninfo, slot, text,
 };
 use crate::{
-    config::Config,
-    conninfo::ConnInfo,
-    error::Error,
-    replication::Client,
-    streamer::{Identity, sort},
+    config::Config, conninfo::ConnInfo, error::Error, replication::Client, streamer::Identity,
 };
 
 /// A larger difference of clocks makes times in status and logs misleading.
@@ -47,11 +43,11 @@ pub(super) async fn run(config: &Config, report: &mut Report) -> Result<Option<I
 }
 
 async fn replication(info: &ConnInfo, report: &mut Report) -> Result<Identity, Error> {
-    let mut client = Client::connect(info).await.map_err(|e| sort(&e))?;
-    let version = client.server_version().await.map_err(|e| sort(&e))?;
-    let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
-    let system = client.identify_system().await.map_err(|e| sort(&e))?;
-    let wal_level = client.show("wal_level").await.map_err(|e| sort(&e))?;
+    let mut client = Client::connect(info).await?;
+    let version = client.server_version().await?;
+    let segment_size = client.segment_size().await?;
+    let system = client.identify_system().await?;
+    let wal_level = client.show("wal_level").await?;
     let standby = client.in_hot_standby();
     let kind = if standby { "standby" } else { "primary" };
     report.add(
@@ -119,7 +115,7 @@ async fn sql(
 ) -> Result<(), Error> {
     let slot = slot::name(config)?;
     let found = slot::read(client, &slot).await?;
-    let rows = client.query(LIMITS).await.map_err(|e| sort(&e))?;
+    let rows = client.query(LIMITS).await?;
     let Some(row) = rows.first() else { return Ok(()) };
     if alone && let Some(found) = row.text(7) {
         level(found, report);

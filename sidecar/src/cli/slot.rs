@@ -5,7 +5,6 @@ use crate::{
     config::Config,
     error::{Error, Failure},
     replication::{Client, SlotName},
-    streamer::sort,
 };
 
 /// What pg_replication_slots says about one slot.
@@ -31,7 +30,7 @@ pub(super) async fn read(client: &mut Client, slot: &SlotName) -> Result<Option<
          ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
          FROM pg_replication_slots WHERE slot_name = '{slot}'"
     );
-    let rows = client.query(&sql).await.map_err(|e| sort(&e))?;
+    let rows = client.query(&sql).await?;
     Ok(rows.first().map(|row| SlotRow {
         active: row.text(0) == Some("t"),
         wal_status: row.text(1).unwrap_or_default().to_owned(),
@@ -43,7 +42,7 @@ pub(super) async fn read(client: &mut Client, slot: &SlotName) -> Result<Option<
 /// `klio slot show`
 pub(super) async fn show(config: &Config) -> Result<u8, Error> {
     let slot = name(config)?;
-    let mut client = Client::connect_sql(&conninfo(config)?).await.map_err(|e| sort(&e))?;
+    let mut client = Client::connect_sql(&conninfo(config)?).await?;
     let found = read(&mut client, &slot).await?;
     client.close().await;
     let Some(row) = found else {
@@ -67,8 +66,8 @@ pub(super) async fn show(config: &Config) -> Result<u8, Error> {
 /// `klio slot drop`
 pub(super) async fn drop_slot(config: &Config) -> Result<u8, Error> {
     let slot = name(config)?;
-    let mut client = Client::connect(&conninfo(config)?).await.map_err(|e| sort(&e))?;
-    client.drop_slot(&slot).await.map_err(|e| sort(&e))?;
+    let mut client = Client::connect(&conninfo(config)?).await?;
+    client.drop_slot(&slot).await?;
     client.close().await;
     print(&format!("slot {slot} dropped: PostgreSQL keeps no WAL for Klio any more\n"));
     Ok(exit::OK)

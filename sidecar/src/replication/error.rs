@@ -4,6 +4,7 @@
 //! the C function that raised the error, which are never translated; English text is only a fallback. Errors contain
 //! no passwords, only what servers sent and what was expected.
 
+use crate::error::Failure;
 use std::fmt;
 
 /// What a caller may do differently.
@@ -204,6 +205,24 @@ impl fmt::Display for ServerError {
             Some(detail) => write!(f, " ({detail})"),
             None => Ok(()),
         }
+    }
+}
+
+/// What the rest of the program does about an error of PostgreSQL. Everything but removed WAL is retried: a password is
+/// corrected, a slot becomes free or a standby catches up without anybody restarting this program.
+impl From<&Error> for crate::error::Error {
+    fn from(error: &Error) -> Self {
+        let failure = match error.kind() {
+            ErrorKind::WalRemoved => Failure::WalRemoved,
+            _ => Failure::Postgres,
+        };
+        Self::new(failure, error).hint(error.hint().unwrap_or_default())
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::from(&error)
     }
 }
 

@@ -5,8 +5,8 @@
 
 use super::{Connection, ServerLink, Traced};
 use crate::{
+    backoff::Backoff,
     error::{Error, Failure},
-    streamer::Backoff,
 };
 use klio_proto::{Code, v1::base_client::BaseClient};
 use rand::{SeedableRng, rngs::StdRng};

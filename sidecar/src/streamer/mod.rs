@@ -6,7 +6,6 @@
 //! errors are retried indefinitely, with growing pauses. Any other error ends the program with the exit status of its
 //! error code.
 
-mod backoff;
 mod batch;
 mod choice;
 pub mod disk;
@@ -24,12 +23,12 @@ mod source;
 mod tests;
 mod trace;
 
-pub use backoff::Backoff;
 pub use choice::history_of;
 pub use metrics::{CATALOGUE, Metrics, State};
-pub use source::{Event, Identity, Postgres, Primary, Session, Wal, sort};
+pub use source::{Event, Identity, Postgres, Primary, Session, Wal};
 
 use crate::{
+    backoff::Backoff,
     config::{self, OnGap},
     error::{Error, Failure},
     server_link::ServerLink,

@@ -5,7 +5,6 @@
 //! loses nothing: a physical slot has no other state. START_REPLICATION then shows which WAL was lost meanwhile, and
 //! that is declared as a gap.
 
-use super::source::sort;
 use crate::{
     error::{Error, Failure},
     replication::{self, Client, ErrorKind, SlotName},
@@ -59,7 +58,7 @@ impl SlotKeeper {
     /// Makes sure that the slot retains WAL, and returns the oldest position that it retains.
     pub async fn ensure(&self, client: &mut Client) -> Result<Option<Lsn>, Error> {
         let name = &self.name;
-        match client.read_slot(name).await.map_err(|e| sort(&e))? {
+        match client.read_slot(name).await? {
             Some(state) if state.restart_lsn.is_some() && !self.invalid.load(Relaxed) => {
                 return Ok(state.restart_lsn);
             }
@@ -75,12 +74,12 @@ impl SlotKeeper {
                 match client.drop_slot(name).await {
                     Ok(()) => {}
                     Err(e) if e.kind() == ErrorKind::SlotMissing => {}
-                    Err(e) => return Err(sort(&e)),
+                    Err(e) => return Err(e.into()),
                 }
             }
             None => {}
         }
-        let created = client.create_slot(name).await.map_err(|e| sort(&e))?;
+        let created = client.create_slot(name).await?;
         self.invalid.store(false, Relaxed);
         self.created_at.store(created.restart_lsn.as_u64(), Relaxed);
         tracing::info!(slot = %name, restart_lsn = %created.restart_lsn, "replication slot created");

@@ -122,7 +122,7 @@ pub struct PostgresSession {
 impl Primary for Postgres {
     type Session = PostgresSession;
     async fn connect(&self) -> Result<PostgresSession, Error> {
-        let client = Client::connect(&self.info).await.map_err(|e| sort(&e))?;
+        let client = Client::connect(&self.info).await?;
         Ok(PostgresSession { client, slot: self.slot.clone() })
     }
 }
@@ -132,15 +132,15 @@ impl Session for PostgresSession {
 
     async fn identify(&mut self) -> Result<Identity, Error> {
         let client = &mut self.client;
-        let version = client.server_version().await.map_err(|e| sort(&e))?;
+        let version = client.server_version().await?;
         if version.major() < 15 {
             let message =
                 format!("identify PostgreSQL: expected version 15 or newer, found {version}");
             return Err(Error::new(Failure::PostgresRefused, message)
                 .hint("READ_REPLICATION_SLOT, which Klio needs, came with PostgreSQL 15"));
         }
-        let segment_size = client.segment_size().await.map_err(|e| sort(&e))?;
-        let system = client.identify_system().await.map_err(|e| sort(&e))?;
+        let segment_size = client.segment_size().await?;
+        let system = client.identify_system().await?;
         Ok(Identity {
             system_identifier: system.system_identifier,
             version: version.number(),
@@ -163,7 +163,7 @@ impl Session for PostgresSession {
         match self.client.timeline_history(timeline).await {
             Ok(content) => Ok(Some(content)),
             Err(e) if e.kind() == ErrorKind::TimelineMissing => Ok(None),
-            Err(e) => Err(sort(&e)),
+            Err(e) => Err(e.into()),
         }
     }
 
@@ -175,10 +175,10 @@ impl Session for PostgresSession {
         take: &mut (dyn FnMut(&[u8]) + Send),
     ) -> Result<Self, Error> {
         let Self { client, slot } = self;
-        let mut wal = client.start(None, timeline, start).await.map_err(|e| sort(&e))?;
+        let mut wal = client.start(None, timeline, start).await?;
         let mut at = start;
         while at < end {
-            match event(wal.next().await.map_err(|e| sort(&e))?) {
+            match event(wal.next().await?) {
                 Event::Message(ReplicationMessage::XLogData(piece)) => {
                     let wanted = usize::try_from(end.bytes_since(at)).unwrap_or(usize::MAX);
                     take(&piece.data[..wanted.min(piece.data.len())]);
@@ -194,13 +194,13 @@ impl Session for PostgresSession {
                             sent_unix_micros: 0,
                             reply_requested: false,
                         };
-                        wal.send_status(&nothing).await.map_err(|e| sort(&e))?;
+                        wal.send_status(&nothing).await?;
                     }
                 }
                 Event::TimelineEnded | Event::Shutdown => break,
             }
         }
-        match wal.finish().await.map_err(|e| sort(&e))?.client {
+        match wal.finish().await?.client {
             Some(client) => Ok(Self { client, slot }),
             None => Err(Error::new(Failure::Postgres, "read WAL: PostgreSQL shuts down")),
         }
@@ -212,7 +212,7 @@ impl Session for PostgresSession {
             if slot.is_invalidated(&e) {
                 return Error::new(Failure::Postgres, &e).hint("the slot will be created again");
             }
-            sort(&e)
+            Error::from(e)
         })
     }
 
@@ -224,7 +224,7 @@ impl Session for PostgresSession {
         match tokio::time::timeout(HAS_WITHIN, first).await {
             Ok(Ok(())) => Ok(true),
             Ok(Err(error)) if error.kind() == ErrorKind::WalRemoved => Ok(false),
-            Ok(Err(error)) => Err(sort(&error)),
+            Ok(Err(error)) => Err(error.into()),
             Err(_) => {
                 let message = format!("look for WAL at {at}: no answer within {HAS_WITHIN:?}");
                 Err(Error::new(Failure::Postgres, message))
@@ -235,13 +235,13 @@ impl Session for PostgresSession {
 
 impl Wal for replication::WalStream {
     async fn next(&mut self) -> Result<Event, Error> {
-        self.next().await.map(event).map_err(|e| sort(&e))
+        self.next().await.map(event).map_err(Error::from)
     }
     fn try_next(&mut self) -> Result<Option<Event>, Error> {
-        self.try_next().map(|e| e.map(event)).map_err(|e| sort(&e))
+        self.try_next().map(|e| e.map(event)).map_err(Error::from)
     }
     async fn status(&mut self, update: StatusUpdate) -> Result<(), Error> {
-        self.send_status(&update).await.map_err(|e| sort(&e))
+        self.send_status(&update).await.map_err(Error::from)
     }
     async fn finish(self) {
         // The stream is over, so a failure to close cleanly does not matter: PostgreSQL notices a closed socket as
@@ -260,14 +260,4 @@ fn event(event: replication::Event) -> Event {
         }
         replication::Event::End(_) => Event::Shutdown,
     }
-}
-
-/// Classifies an error of PostgreSQL by what the streamer does about it. Everything but removed WAL is retried: a
-/// password is corrected, a slot becomes free or a standby catches up without anybody restarting this program.
-pub fn sort(error: &replication::Error) -> Error {
-    let failure = match error.kind() {
-        ErrorKind::WalRemoved => Failure::WalRemoved,
-        _ => Failure::Postgres,
-    };
-    Error::new(failure, error).hint(error.hint().unwrap_or_default())
 }

@@ -10,8 +10,8 @@ use super::{
     prompt::Prompt,
 };
 use crate::{
+    backoff::Backoff,
     error::{Error, Failure},
-    streamer::Backoff,
 };
 use bytes::Bytes;
 use futures::StreamExt;
