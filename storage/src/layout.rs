@@ -20,7 +20,7 @@
 
 pub mod base;
 
-pub use base::{BackupName, BackupNameError, BaseFile, BaseKind, BaseObject};
+pub use base::{BackupName, BackupNameError, BaseFile, BaseKind, BaseObject, LEVELS};
 
 use klio_pg::{SegmentName, TimelineId};
 use std::{fmt, str::FromStr};

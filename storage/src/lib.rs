@@ -13,9 +13,11 @@ pub mod generations;
 pub mod layout;
 pub mod record;
 pub mod repository;
+pub mod sum;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tier2;
+pub mod timelines;
 pub mod wal;
 
 pub use error::{Error, Kind, Op};

@@ -11,7 +11,7 @@ use crate::{
     disk::{Disk, durable},
     layout::ClusterName,
     record,
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

@@ -12,8 +12,10 @@ pub mod holdings;
 pub mod outcomes;
 pub mod recovery;
 pub mod retention;
-pub mod timelines;
 
+pub use crate::timelines::{
+    Decision, DecisionError, ForStandbys, Mark, PASSED_OVER, Standing, Timelines,
+};
 pub use archive::{Archive, Frontier, Totals};
 pub use backup::{
     BackupRecord, BadPage, Damage, DrillOutcome, MaintenanceOutcome, PagesRecord, TablespaceRecord,
@@ -26,4 +28,3 @@ pub use recovery::{
     Hole, Line, Path, Plan, Reach, Refusal, Stop, Survey, Target, TimelineChoice, Window,
 };
 pub use retention::{Policies, Policy, RetentionPlan};
-pub use timelines::{Decision, DecisionError, ForStandbys, Mark, PASSED_OVER, Standing, Timelines};

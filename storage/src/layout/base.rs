@@ -13,8 +13,11 @@
 //! An id is the SHA-256 of the file's bytes, with which every reader can verify them.
 
 use super::ClusterName;
-use crate::{tier2::Sha256Sum, wal::LEVELS};
+use crate::sum::Sha256Sum;
 use std::{fmt, str::FromStr};
+
+/// Name of the file about changes of `wal_level` in a cluster's directory, in either tier.
+pub const LEVELS: &str = "wal_levels.json";
 
 /// The kinds of files in a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

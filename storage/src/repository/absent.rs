@@ -27,7 +27,7 @@ use super::{
 use crate::{
     Error, Kind, Op,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use bytes::Bytes;
 use std::{collections::BTreeSet, sync::Arc};

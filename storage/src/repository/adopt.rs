@@ -21,7 +21,7 @@ use super::{
 use crate::{
     Error,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use std::collections::BTreeSet;
 

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     Error, Kind, Op,
     layout::{BackupName, BaseKind, ClusterName},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use rustic_core::{
     TreeId,

@@ -8,7 +8,7 @@ use super::{Files, Progress, absent::Hidden, sealer::Sealer};
 use crate::{
     Error, Kind, Op,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use bytes::Bytes;
 use rustic_core::{

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     Error, Kind,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use rand::seq::SliceRandom;
 use std::{

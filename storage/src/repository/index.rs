@@ -11,7 +11,7 @@ use super::{Repository, read_checked};
 use crate::{
     Error, Kind, Op,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};

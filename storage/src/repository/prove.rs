@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Error, Kind,
     layout::{BaseFile, BaseKind},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use bytes::Bytes;
 use std::collections::BTreeMap;

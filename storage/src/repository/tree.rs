@@ -7,7 +7,7 @@ use super::{
     StoredKind,
     reader::{ChunkId, sum},
 };
-use crate::tier2::Sha256Sum;
+use crate::sum::Sha256Sum;
 use rustic_core::repofile::{Node, NodeType};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use std::{

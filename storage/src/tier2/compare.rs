@@ -8,12 +8,11 @@
 
 use super::{
     Sha256Sum, Source, Tier2,
-    digest::Hasher,
     fault::classify,
     local::{Local, beginning_sum, blocking, decode, plaintext_sum},
     transfer::{Outcome, Uploaded},
 };
-use crate::{Error, Kind, Op};
+use crate::{Error, Kind, Op, sum::Hasher};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use object_store::{ObjectMeta, ObjectStoreExt, path::Path};

@@ -3,7 +3,7 @@
 //! A damaged tier-1 file never becomes an object: either its checksum is the one in the job, or it decodes to the
 //! end.
 
-use super::{Sha256Sum, Tier2, digest::Hasher, parts::PART_BYTES};
+use super::{Hasher, Sha256Sum, Tier2, parts::PART_BYTES};
 use crate::{Error, Kind, Op, crypt::AtRest};
 use bytes::Bytes;
 use std::{

@@ -17,7 +17,6 @@ mod compare;
 mod config;
 mod date;
 mod dial;
-mod digest;
 mod fault;
 mod fetch;
 mod http;
@@ -39,9 +38,9 @@ mod unfinished;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use crate::sum::{Hasher, Sha256Sum, Sha256SumError};
 pub use config::{Checksums, Encryption, Secret, Tier2Config};
 pub use date::HeardDate;
-pub use digest::{Hasher, Sha256Sum, Sha256SumError};
 pub use fetch::Download;
 pub use list::StoredObject;
 pub use local::{Source, Wrapping};

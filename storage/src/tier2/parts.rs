@@ -8,7 +8,6 @@
 
 use super::{
     Sha256Sum, Tier2,
-    digest::Hasher,
     fault::{classify, passes, stood_still},
     lanes::Lane,
     local::Local,
@@ -16,7 +15,7 @@ use super::{
     transfer::Refused,
     unfinished::{Acknowledged, Begun, Underway},
 };
-use crate::{Error, Kind, Op};
+use crate::{Error, Kind, Op, sum::Hasher};
 use bytes::Bytes;
 use object_store::{
     MultipartId, ObjectStoreExt, PutMultipartOptions,

@@ -3,7 +3,7 @@
 //! As for files, an existing object is never overwritten (OBJECT4), and an uploaded object is checked afterwards
 //! (OBJECT1).
 
-use super::{Download, Sha256Sum, Tier2, digest::Hasher, transfer::Refused};
+use super::{Download, Hasher, Sha256Sum, Tier2, transfer::Refused};
 use crate::{Error, Kind, Op};
 use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;

@@ -10,8 +10,8 @@
 
 use super::takeover::TakenOver;
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
-use crate::catalog::{Standing, Timelines};
 use crate::record::Unknown;
+use crate::timelines::{Standing, Timelines};
 use klio_pg::{Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// The properties of a timeline that matter for admission.
@@ -178,7 +178,7 @@ fn missing(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::Mark;
+    use crate::timelines::Mark;
 
     const MIB: u64 = 1 << 20;
 

@@ -18,9 +18,9 @@ use super::{
 };
 use crate::{
     Error, Kind, Op,
-    catalog::{Standing, Timelines},
     disk::{Disk, DiskLock, durable},
     layout::{self, ClusterName, WalFile},
+    timelines::{Standing, Timelines},
 };
 use klio_pg::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 use std::{

@@ -18,15 +18,12 @@ use super::{
 use crate::{
     Error, Op,
     disk::read_small,
-    layout::ClusterName,
+    layout::{ClusterName, LEVELS},
     record::{self, Unknown},
 };
 use klio_pg::{Lsn, TimelineId, WalLevel, WalParameters};
 use serde::{Deserialize, Serialize};
 use std::{io, path::PathBuf};
-
-/// The name of the file in a cluster's directory, in either tier.
-pub const LEVELS: &str = "wal_levels.json";
 
 /// A change to or from `wal_level = minimal`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,7 +15,7 @@
 //! |---|---|
 //! | `cluster.json` | what was pinned at first contact (`record.rs`) |
 //! | `gaps.json` | WAL that is recorded as lost (`record.rs`) |
-//! | `timelines.json` | timelines of which more than one is written (`catalog::timelines`) |
+//! | `timelines.json` | timelines of which more than one is written (`timelines`) |
 //! | `horizon.json` | WAL that was removed on purpose (`horizon.rs`) |
 //! | `damaged-wal.json` | WAL that was acknowledged and is damaged here (`damage.rs`) |
 //! | `wal_levels.json` | where WAL was written with `wal_level = minimal` (`levels.rs`) |
@@ -65,7 +65,7 @@ pub use damage::DamagedWal;
 pub use decode::SealedDecoder;
 pub use horizon::{Horizon, Removed};
 pub use keys::{Locked, check_keys, locked};
-pub use levels::{LEVELS, LevelChange, join_levels};
+pub use levels::{LevelChange, join_levels};
 pub use mend::Mend;
 pub use reader::OpenSegment;
 #[cfg(test)]

@@ -6,9 +6,9 @@
 use super::types::{Gap, Pinned};
 use crate::{
     Error, Kind, Op,
-    catalog::{Mark, Timelines},
     disk::Disk,
     record::{self, Unknown},
+    timelines::{Mark, Timelines},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::Path;

@@ -155,7 +155,8 @@ impl Cluster {
         }
         // Receiving needs neither file. Unreadable ones are kept, and their content is reported as unknown.
         state.damaged = unreadable::load(self, &mut state, damage::FILE, unreadable::union)?;
-        state.levels = unreadable::load(self, &mut state, levels::LEVELS, levels::join_levels)?;
+        state.levels =
+            unreadable::load(self, &mut state, crate::layout::LEVELS, levels::join_levels)?;
         // This one is required: without it a hole would look like a loss, or a stream would resume at the wrong
         // position.
         state.taken_over = takeover::load(disk, self)?;

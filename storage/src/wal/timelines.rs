@@ -8,9 +8,9 @@ use super::{
 };
 use crate::{
     Error, Op,
-    catalog::{Mark, Timelines},
     disk::durable,
     layout::{ClusterName, TIMELINES},
+    timelines::{Mark, Timelines},
 };
 use klio_pg::TimelineId;
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     disk::{Restart, SimDisk},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 
 fn pack(seed: u64) -> (BaseFile, Vec<u8>) {

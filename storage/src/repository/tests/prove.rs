@@ -5,7 +5,7 @@ use super::{Fake, back_up, home, noise, restored};
 use crate::{
     layout::{BaseFile, BaseKind},
     repository::{Files, Forge, ForgedPiece, Without},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 

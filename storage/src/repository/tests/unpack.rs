@@ -5,7 +5,7 @@ use crate::{
     Error, Kind,
     layout::{BaseFile, BaseKind},
     repository::{Files, Forge, ForgedPiece, Repository},
-    tier2::Sha256Sum,
+    sum::Sha256Sum,
 };
 use bytes::Bytes;
 use proptest::{collection::vec, prelude::*, test_runner::TestRunner};

@@ -8,8 +8,8 @@ use super::{
     *,
 };
 use crate::{
-    catalog::{Decision, Mark, Standing},
     layout::Form,
+    timelines::{Decision, Mark, Standing},
 };
 use std::{sync::mpsc, time::Duration};
 
@@ -30,7 +30,7 @@ fn undecided(timeline: u32, against: u32) -> Mark {
 fn decide(
     store: &WalStore,
     rig: &Rig,
-    how: impl Fn(&crate::catalog::Timelines, &Decision) -> crate::catalog::Timelines,
+    how: impl Fn(&crate::timelines::Timelines, &Decision) -> crate::timelines::Timelines,
 ) {
     let decision = Decision { by: "ann".into(), at_unix: 4.5 };
     let changed = store
