@@ -29,7 +29,7 @@ fetched-directory|sidecar/src/wal_source/place.rs|File::open(directory).and_then
 
 # file|package|unit tests that must notice
 UNITS='
-server/src/receive/registry.rs|klio-server|receive::
+server/src/registry.rs|klio-server|registry::
 server/src/receive/compare.rs|klio-server|receive::
 server/src/receive/session.rs|klio-server|receive::
 server/src/quota.rs|klio-server|quota::
@@ -41,8 +41,8 @@ server/src/maintenance/worker/orphans.rs|klio-server|maintenance::
 server/src/maintenance/worker/prune.rs|klio-server|maintenance::
 server/src/maintenance/worker/verify.rs|klio-server|maintenance::
 server/src/clock.rs|klio-server|clock::
-server/src/grpc/auth.rs|klio-server|grpc::
-server/src/grpc/roles.rs|klio-server|grpc::
+server/src/access/auth.rs|klio-server|access::
+server/src/access/roles.rs|klio-server|access::
 sidecar/src/streamer/plan.rs|klio-sidecar|streamer::
 sidecar/src/streamer/choice.rs|klio-sidecar|streamer::
 sidecar/src/streamer/flow.rs|klio-sidecar|streamer::

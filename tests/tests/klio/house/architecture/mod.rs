@@ -3,6 +3,7 @@
 //! A finding names the file or the edge. The checks themselves are checked on made-up input, so that they can fail.
 
 mod references;
+mod rooms;
 
 use klio_tests::env;
 use std::{
