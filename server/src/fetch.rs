@@ -89,12 +89,8 @@ impl Source {
         Ok(found)
     }
 
-    /// The same for the server's own use: no reader is recorded.
-    pub(crate) async fn find_quietly(
-        &self,
-        cluster: &ClusterName,
-        file: WalFile,
-    ) -> Result<Located, Status> {
+    /// The same; no reader is recorded.
+    async fn find_quietly(&self, cluster: &ClusterName, file: WalFile) -> Result<Located, Status> {
         if let Some(found) = self.look(cluster, file).await? {
             return Ok(found);
         }
@@ -108,8 +104,13 @@ impl Source {
         self.look(cluster, file).await?.ok_or(why)
     }
 
-    /// Asks tier 1, then tier 2; `None` if neither has the file.
-    async fn look(&self, cluster: &ClusterName, file: WalFile) -> Result<Option<Located>, Status> {
+    /// Asks tier 1, then tier 2; `None` if neither has the file, whether or not it should be there. No reader is
+    /// recorded.
+    pub(crate) async fn look(
+        &self,
+        cluster: &ClusterName,
+        file: WalFile,
+    ) -> Result<Option<Located>, Status> {
         let (store, name) = (self.store.clone(), cluster.clone());
         let read = tokio::task::spawn_blocking(move || store.read(&name, file)).await;
         let read = read.map_err(|e| Code::Internal.status(format!("read tier 1: {e}")))?;

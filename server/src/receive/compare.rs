@@ -330,8 +330,13 @@ impl Comparer {
         size: SegmentSize,
         mut part: Part,
     ) -> Result<Option<Part>, Status> {
-        let found = match self.source.find_quietly(cluster, WalFile::Segment(segment)).await {
-            Ok(found) => found,
+        // Whether it should be there does not matter: what no tier has, nothing waits for.
+        let found = match self.source.look(cluster, WalFile::Segment(segment)).await {
+            Ok(Some(found)) => found,
+            Ok(None) => {
+                tracing::debug!(%cluster, %segment, "neither tier has the segment; it is not compared");
+                return Ok(None);
+            }
             Err(status) => {
                 self.must_answer(cluster, Code::of(&status), status.message()).await?;
                 tracing::debug!(%cluster, %segment, error = status.message(), "segment not found; it is not compared");
@@ -852,6 +857,7 @@ mod tests {
         consumer::tests::{base_store, pinned, s3, tier2},
         queue::tests::TestQueue,
     };
+    use std::fs;
 
     /// Regression test: after a decision only one generation is open, and a backup of the old machine that nobody had
     /// compared was committed into it.
@@ -926,6 +932,13 @@ mod tests {
         s3.heal();
         let absent = compare(main.with_generation(2)).await.unwrap();
         assert_eq!(absent, Verdict::Same { proven: false });
+        // Nor for WAL from before the history began, or that has expired: the bucket answered (P4).
+        let later = "000000010000000000000009".parse::<WalFile>().unwrap();
+        let later = s3.object(&later.key(&main.with_generation(2)));
+        fs::create_dir_all(later.parent().unwrap()).unwrap();
+        fs::write(later, zstd::encode_all(&vec![1; 1 << 20][..], 1).unwrap()).unwrap();
+        let begins_behind = compare(main.with_generation(2)).await.unwrap();
+        assert_eq!(begins_behind, Verdict::Same { proven: false });
         queue.stop().await;
     }
 }
