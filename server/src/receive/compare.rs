@@ -792,11 +792,20 @@ struct Inbox<I> {
     ended: bool,
 }
 
+/// What a comparison needs next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    /// Digests, or already the WAL after them.
+    Digests,
+    /// Only the WAL after the digests.
+    Head,
+}
+
 impl<I: Inbound> Inbox<I> {
     async fn digests(&mut self, pages: u64) -> Result<Vec<u8>, Status> {
         let bytes = usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(DIGEST_BYTES);
         while self.digests.len() < bytes {
-            if !self.more().await? {
+            if !self.more(Awaited::Digests).await? {
                 let found = self.digests.len() / DIGEST_BYTES;
                 let detail = format!("compare WAL: expected {pages} more digests, found {found}");
                 return Err(Code::Invalid.status(detail));
@@ -818,11 +827,13 @@ impl<I: Inbound> Inbox<I> {
     }
 
     async fn head(&mut self) -> Result<Vec<u8>, Status> {
-        while self.more().await? {}
+        while self.more(Awaited::Head).await? {}
         Ok(std::mem::take(&mut self.head))
     }
 
-    async fn more(&mut self) -> Result<bool, Status> {
+    /// Takes one more message. What is not awaited is refused, so that at most the digests of one segment and one
+    /// message are held (P8, P13).
+    async fn more(&mut self, awaited: Awaited) -> Result<bool, Status> {
         if self.ended {
             return Ok(false);
         }
@@ -835,7 +846,9 @@ impl<I: Inbound> Inbox<I> {
                 self.ended = true;
                 Ok(false)
             }
-            Some(Some(Kind::Digests(data))) if data.len() % DIGEST_BYTES == 0 => {
+            Some(Some(Kind::Digests(data)))
+                if awaited == Awaited::Digests && data.len() % DIGEST_BYTES == 0 =>
+            {
                 add(&mut self.digests, data)
             }
             Some(Some(Kind::Head(data))) if self.head.len() + data.len() <= HEAD_BYTES_MAX => {
@@ -891,6 +904,20 @@ mod tests {
             let kind = Some(Kind::Digests(all.into()));
             Ok(std::mem::take(&mut self.0).then_some(v1::CompareRequest { kind }))
         }
+    }
+
+    /// P8, P13, regression test: digests that nothing asked for were kept without a limit.
+    #[tokio::test]
+    async fn digests_of_more_wal_than_is_compared_are_refused() {
+        let inbox = |asked| Inbox {
+            inbound: OneSegment(asked),
+            digests: Vec::new(),
+            head: Vec::new(),
+            ended: false,
+        };
+        let refused = inbox(true).head().await.unwrap_err();
+        assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
+        assert!(inbox(false).head().await.unwrap().is_empty());
     }
 
     /// P11: without the bucket's answer a closed history would be received as a new one; an open one goes on without it.
