@@ -86,6 +86,8 @@ pub(crate) struct Script {
     pub generations: Vec<v1::GenerationPosition>,
     /// The same if tier 2 is asked as well; `None` says that it does not answer.
     pub in_tier2: Option<Vec<v1::GenerationPosition>>,
+    /// The code of that, if it is another than UNAVAILABLE.
+    pub tier2_fails: Option<Code>,
     /// How many of the position requests asked tier 2 for the generations that are empty on tier 1.
     pub empty_asked: usize,
     /// Behaves as an older server, which does not know that question.
@@ -217,7 +219,10 @@ impl wal_server::Wal for Service {
             })
             .collect();
         let generations = match in_tier2 && !script.generations.is_empty() {
-            true => script.in_tier2.clone().ok_or_else(|| Code::Unavailable.status("as told"))?,
+            true => script
+                .in_tier2
+                .clone()
+                .ok_or_else(|| script.tier2_fails.unwrap_or(Code::Unavailable).status("as told"))?,
             false => script.generations.clone(),
         };
         Ok(Response::new(v1::PositionResponse { timelines, generations, beside: script.beside }))

@@ -150,10 +150,10 @@ impl BaseStore {
     }
 
     /// Makes the generations known here that only the bucket has, because tier 1 was lost and nobody streams to them, so
-    /// that retention, verification and quotas cover them.
+    /// that retention, verification and quotas cover them. One that the bucket cannot show is left out, and logged.
     ///
     /// # Errors
-    /// `UNAVAILABLE` when the bucket does not answer; `CORRUPT`; an I/O error of the disk.
+    /// An I/O error of the disk, or a record on it that cannot be read.
     pub async fn regain_generations(&self, cluster: &ClusterName) -> Result<(), Status> {
         let (this, base) = (self.clone(), cluster.base());
         let all = run(move || this.generations_here(&base)).await?.all();
@@ -162,8 +162,15 @@ impl BaseStore {
             if self.wal().pinned(&place).is_some() {
                 continue;
             }
-            // Without its identity the bucket has nothing of it: it has just begun.
-            let Some(pinned) = self.pinned_in_tier2(&place).await? else { continue };
+            let pinned = match self.pinned_in_tier2(&place).await {
+                Ok(Some(pinned)) => pinned,
+                // Without its identity the bucket has nothing of it: it has just begun.
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::warn!(cluster = %place, error = error.message(), "cannot read from tier 2 whose generation this is; it is not maintained");
+                    continue;
+                }
+            };
             tracing::info!(cluster = %place, "only tier 2 has this generation; it is maintained from here again");
             let store = self.wal().clone();
             run(move || store.pin(&place, pinned)).await?;

@@ -24,7 +24,7 @@ use klio_proto::{
 };
 use klio_storage::{
     catalog::Run,
-    generations::{Generations, State, Stranger},
+    generations::{Generation, Generations, State, Stranger},
     layout::{ClusterName, WalFile},
     wal::Hole,
 };
@@ -317,30 +317,50 @@ async fn generation_positions(
     for generation in generations.by_rank() {
         let place = Generations::place(named, generation.number);
         let in_tier2 = with_tier2 || asked.empty_in_tier2 && !holds(generation.number);
-        // If the identity is recorded already, or is asked for later, a bucket that is down does not matter (P4).
-        let is_of = generation.is_of(asked.system.system_identifier);
-        let same_system = is_of
-            && match base.check_system(&place, asked.system).await {
-                Ok(()) => true,
-                Err(other) if Code::of(&other) == Code::WrongSystem => false,
-                Err(_) if !generation.system_identifier.is_empty() || !in_tier2 => true,
-                Err(trouble) => return Err(trouble),
-            };
-        let closed = !generation.state.is_open();
-        let timelines = match same_system {
-            // There is no WAL of one that was never received.
-            true => positions(base, &place, in_tier2 && generation.taken, closed).await?,
-            false => Vec::new(),
+        let stored = stored_of(base, &place, &generation, asked, in_tier2).await;
+        let (timelines, unclear) = match stored {
+            Ok(timelines) => (timelines, String::new()),
+            Err(silent) if Code::of(&silent) == Code::Unavailable => return Err(silent),
+            // A record that cannot be read holds up only who may continue this generation (P4).
+            Err(trouble) => {
+                let error = trouble.message();
+                tracing::error!(cluster = %place, error, "it is not known what is stored of this generation");
+                (Some(Vec::new()), error.to_owned())
+            }
         };
         found.push(v1::GenerationPosition {
             number: generation.number,
             state: generation.state.word().into(),
-            same_system,
-            timelines,
+            same_system: timelines.is_some(),
+            timelines: timelines.unwrap_or_default(),
             decided: decided(&generation),
+            unclear,
         });
     }
     Ok(found)
+}
+
+/// What is stored of one generation; `None` if it is another PostgreSQL's.
+async fn stored_of(
+    base: &BaseStore,
+    place: &ClusterName,
+    generation: &Generation,
+    asked: &PositionRequest,
+    in_tier2: bool,
+) -> Result<Option<Vec<v1::TimelinePosition>>, Status> {
+    if !generation.is_of(asked.system.system_identifier) {
+        return Ok(None);
+    }
+    match base.check_system(place, asked.system).await {
+        Ok(()) => {}
+        Err(other) if Code::of(&other) == Code::WrongSystem => return Ok(None),
+        // If the identity is recorded already, or is asked for later, a bucket that is down does not matter (P4).
+        Err(_) if !generation.system_identifier.is_empty() || !in_tier2 => {}
+        Err(trouble) => return Err(trouble),
+    }
+    let closed = !generation.state.is_open();
+    // There is no WAL of one that was never received.
+    positions(base, place, in_tier2 && generation.taken, closed).await.map(Some)
 }
 
 fn position_of(line: &Line, reaches: Lsn, holes: &[Hole]) -> v1::TimelinePosition {
@@ -435,6 +455,40 @@ mod tests {
         assert_eq!(ask(false).await.unwrap(), near_alone);
         let refused = ask(true).await.unwrap_err();
         assert_eq!(Code::of(&refused), Code::Unavailable, "{refused}");
+        queue.stop().await;
+    }
+
+    /// P4, regression test: one damaged record in the bucket failed the answer about all generations, and no other
+    /// generation was maintained.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_generation_whose_records_cannot_be_read_holds_up_no_other() {
+        let [near, directory] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let (far, main) = (s3.object(""), "main".parse::<ClusterName>().unwrap());
+        drop(store(&far, &["main", "main@3"]));
+        put(&far, "main@3", "000000010000000000000001", MIB);
+        fs::write(far.join(BaseObject::Cluster.key(&main)), "{}").unwrap();
+        known(near.path());
+        drop(store(near.path(), &["main@2"]));
+        let base = base_store(near.path(), &queue, Some(tier2(&s3)));
+        let asked = v1::PositionRequest {
+            cluster: "main".into(),
+            system_identifier: 7,
+            segment_size: MIB as u32,
+            postgres_version: 170_000,
+            knows_generations: true,
+            with_tier2: false,
+            empty_in_tier2: true,
+        };
+        let asked = PositionRequest::try_from(asked).unwrap();
+        let found = generation_positions(&base, &main, &asked).await.unwrap();
+        let of = |number| found.iter().find(|g| g.number == number).unwrap();
+        assert!(of(1).same_system && of(1).timelines.is_empty());
+        assert!(of(1).unclear.contains("cluster.json"), "{}", of(1).unclear);
+        assert_eq!((of(3).timelines.len(), of(3).unclear.as_str()), (1, ""));
+        base.regain_generations(&main).await.unwrap();
+        assert!(base.wal().pinned(&main).is_none());
+        assert!(base.wal().pinned(&main.with_generation(3)).is_some());
         queue.stop().await;
     }
 }

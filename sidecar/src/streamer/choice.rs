@@ -42,6 +42,8 @@ pub(super) struct Candidate {
     pub same_system: bool,
     pub held: Vec<Held>,
     pub decided: String,
+    /// Why the server does not know what is stored of it; empty if it knows.
+    pub unclear: String,
     /// The server accepts several timelines of a cluster side by side.
     pub beside: bool,
 }
@@ -219,7 +221,8 @@ impl<P: Primary> Stream<'_, P> {
         }
         let alone = surveyed.unproven.is_some() && !several(candidates);
         let found = match self.ask_tier2(ground, alone).await {
-            Err(error) if error.failure == Failure::Code(Code::Unavailable) => {
+            // Whatever went wrong, a stream that can go on does not depend on the answer (P4).
+            Err(error) if alone || error.failure == Failure::Code(Code::Unavailable) => {
                 surveyed.unclear = Some(error);
                 return Ok((postgres, surveyed));
             }
@@ -265,6 +268,10 @@ impl<P: Primary> Stream<'_, P> {
         ground: &mut Ground<'_>,
         surveyed: &mut Surveyed,
     ) -> Result<P::Session, Error> {
+        if !candidate.unclear.is_empty() {
+            surveyed.unclear = Some(unreadable(candidate));
+            return Ok(postgres);
+        }
         if candidate.held.is_empty() {
             if surveyed.fresh.is_none() && candidate.is_open() {
                 surveyed.fresh = Some(candidate.clone());
@@ -421,6 +428,7 @@ impl<P: Primary> Stream<'_, P> {
                 same_system: true,
                 held: held(&answer.timelines)?,
                 decided: String::new(),
+                unclear: String::new(),
                 beside: answer.beside,
             }]);
         }
@@ -428,8 +436,8 @@ impl<P: Primary> Stream<'_, P> {
         let read = |g: v1::GenerationPosition| {
             let held = held(&g.timelines)?;
             let (number, state) = (Some(g.number), g.state);
-            let (same_system, decided) = (g.same_system, g.decided);
-            Ok(Candidate { number, state, same_system, held, decided, beside })
+            let (same_system, decided, unclear) = (g.same_system, g.decided, g.unclear);
+            Ok(Candidate { number, state, same_system, held, decided, unclear, beside })
         };
         answer.generations.into_iter().map(read).collect()
     }
@@ -479,6 +487,18 @@ fn none_of_them() -> Error {
     let message = "compare WAL with the server's: this PostgreSQL continues none of the histories that the server holds";
     Error::new(Failure::Code(Code::Diverged), message)
         .hint("start klio stream on this machine first: what it sends becomes a generation")
+}
+
+/// A generation of which it is not known whether PostgreSQL continues it. It is asked for again, because a person may
+/// repair what cannot be read.
+fn unreadable(candidate: &Candidate) -> Error {
+    let (number, state, why) =
+        (candidate.number.unwrap_or(1), &candidate.state, &candidate.unclear);
+    let message = format!(
+        "compare WAL with the server's: this PostgreSQL may continue generation {number} of the cluster, which is {state}, and it cannot be read: {why}"
+    );
+    Error::new(Failure::Code(Code::Unavailable), message)
+        .hint("repair its records in the bucket: klio-server's log names them")
 }
 
 fn closed(candidate: &Candidate) -> Error {

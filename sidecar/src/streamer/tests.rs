@@ -264,6 +264,7 @@ fn generation(
         same_system: true,
         timelines: flushed.into_iter().map(position).collect(),
         decided: String::new(),
+        unclear: String::new(),
     }
 }
 
@@ -434,6 +435,46 @@ async fn what_cannot_be_compared_with_a_closed_history_waits_for_the_bucket() {
         let error = rig.ended().await.unwrap_err();
         assert_eq!(error.failure, Failure::Code(Code::Diverged), "{error}");
     }
+}
+
+/// P4, regression test: one damaged record of a closed history in the bucket ended the stream of every PostgreSQL.
+#[tokio::test]
+async fn a_generation_that_cannot_be_read_holds_up_only_who_may_continue_it() {
+    let unclear = |number| klio_proto::v1::GenerationPosition {
+        unclear: "cluster.json is damaged".into(),
+        ..generation(number, "retired", None)
+    };
+    let mut far = in_tier2("current").unwrap();
+    far.push(unclear(3));
+    let rig = second_after_a_lost_tier1("current", Some(far), |s| {
+        s.generations.push(generation(3, "retired", None));
+    })
+    .await;
+    rig.flushed(START + 4 * SEGMENT).await;
+    assert_eq!(rig.stop().await.script().opens[0].cluster, "pg-1@1");
+    // Nothing else can be PostgreSQL's history: it waits until a person has repaired the record.
+    let far = vec![unclear(1), generation(2, "undecided", Some(START + SEGMENT + 5077))];
+    let rig = second_after_a_lost_tier1("retired", Some(far), |_| {}).await;
+    rig.server.until("asked again", |s| s.empty_asked > 2).await;
+    assert!(rig.server.script().opens.is_empty());
+}
+
+/// P4: there is no other history to go on with, whatever the bucket has.
+#[tokio::test]
+async fn a_stream_that_can_go_on_does_not_depend_on_the_bucket() {
+    let held = START + SEGMENT;
+    let rig = Rig::new(FakePostgres::new(START + SEGMENT, START + 3 * SEGMENT), |server, _| {
+        server.change(|s| {
+            s.hold(1, HeldWal { start: START, received: held, flushed: held });
+            s.generations =
+                vec![generation(1, "current", Some(held)), generation(2, "retired", None)];
+            s.tier2_fails = Some(Code::Corrupt);
+        });
+    })
+    .await;
+    rig.flushed(START + 3 * SEGMENT).await;
+    let server = rig.stop().await;
+    assert_eq!((server.script().empty_asked, server.script().opens.len()), (1, 1));
 }
 
 /// P8.
