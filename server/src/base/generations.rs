@@ -82,7 +82,7 @@ impl BaseStore {
         if !self.wal().clusters().iter().any(|here| here.base() == base) {
             return Ok(());
         }
-        let join = |theirs| self.join_generations(&base, theirs);
+        let join = |theirs, _| self.join_generations(&base, theirs);
         let of = (&base, &BaseObject::Generations);
         let decode = |bytes: &[u8], key: &str| record::decode(bytes, key);
         self.learn(&self.0.generations.learned, of, must, decode, join).await

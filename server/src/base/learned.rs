@@ -63,6 +63,7 @@ pub(super) const APART_HINT: &str = "stop klio-server, decide which of the two f
 
 impl BaseStore {
     /// Reads the bucket's record and joins it, unless that was done before. `must` says that a decision depends on it.
+    /// `join` is told until when it may ask the bucket for more.
     ///
     /// # Errors
     /// `UNAVAILABLE` when the bucket does not answer; an error of reading or joining the record.
@@ -72,7 +73,7 @@ impl BaseStore {
         (cluster, object): (&ClusterName, &BaseObject),
         must: bool,
         decode: impl FnOnce(&[u8], &str) -> Result<T, Error>,
-        join: impl FnOnce(T) -> J,
+        join: impl FnOnce(T, tokio::time::Instant) -> J,
     ) -> Result<(), Status>
     where
         J: Future<Output = Result<(), Error>>,
@@ -83,10 +84,11 @@ impl BaseStore {
         let patience = if must { PATIENCE_TO_DECIDE } else { PATIENCE_TO_STREAM };
         let key = object.key(cluster);
         let question = tier2.read_small(&key, record::LIMIT_BYTES);
-        let why = match tokio::time::timeout(patience, question).await {
+        let until = tokio::time::Instant::now() + patience;
+        let why = match tokio::time::timeout_at(until, question).await {
             Ok(Ok(bytes)) => {
                 let joined = match bytes.map(|bytes| decode(&bytes, &key)).transpose() {
-                    Ok(Some(theirs)) => join(theirs).await,
+                    Ok(Some(theirs)) => join(theirs, until).await,
                     Ok(None) => Ok(()),
                     Err(error) => Err(error),
                 };

@@ -38,15 +38,21 @@ impl BaseStore {
 
     async fn learn_timelines(&self, cluster: &ClusterName, must: bool) -> Result<(), Status> {
         let of = (cluster, &BaseObject::Timelines);
-        let join = async |theirs: Timelines| {
-            self.regain_histories(cluster, &theirs).await?;
-            self.join_timelines(cluster, theirs).await
+        // The decisions count also while a history cannot be read, which is asked for again then (P4).
+        let join = async |theirs: Timelines, until| {
+            let joined = self.join_timelines(cluster, theirs.clone()).await;
+            let regained = self.regain_histories(cluster, &theirs);
+            let regained = tokio::time::timeout_at(until, regained).await.unwrap_or_else(|_| {
+                let detail = "expected the histories of timelines that were set aside, found no answer in time";
+                Err(Error::new(Kind::Transient, Op::Read, cluster, detail))
+            });
+            joined.and(regained)
         };
         self.learn(&self.0.timelines, of, must, Timelines::decode, join).await
     }
 
     /// Takes over the histories of the timelines that are set aside: by its history another timeline of the same number
-    /// is known, also if none of its WAL is here.
+    /// is known, also if none of its WAL is here. One that cannot be read now keeps none of the others away.
     async fn regain_histories(
         &self,
         cluster: &ClusterName,
@@ -54,28 +60,34 @@ impl BaseStore {
     ) -> Result<(), Error> {
         let aside = marks.marks().iter().map(|mark| mark.timeline);
         let aside = aside.filter(|timeline| timeline.get() > 1 && marks.is_aside(*timeline));
+        let mut regained = Ok(());
         for timeline in aside.filter(|timeline| self.wal().history(cluster, *timeline).is_err()) {
-            let kept = match self.read_history_in_tier2(cluster, timeline).await {
-                Ok(None) => continue,
-                Ok(Some(content)) => {
-                    let (store, name) = (self.wal().clone(), cluster.clone());
-                    let kept = move || store.put_history(&name, timeline, &content);
-                    let kept = tokio::task::spawn_blocking(kept).await;
-                    kept.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
-                }
-                Err(error) => Err(error),
-            };
-            match kept {
+            match self.regain_history(cluster, timeline).await {
+                Ok(()) => {}
                 Err(error)
                     if matches!(error.kind, Kind::Corrupt | Kind::Denied | Kind::Invalid) =>
                 {
                     let timeline = timeline.get();
                     tracing::warn!(%cluster, timeline, %error, "cannot read the history of a timeline that was set aside");
                 }
-                other => other?,
+                Err(error) => regained = Err(error),
             }
         }
-        Ok(())
+        regained
+    }
+
+    async fn regain_history(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<(), Error> {
+        let Some(content) = self.read_history_in_tier2(cluster, timeline).await? else {
+            return Ok(());
+        };
+        let (store, name) = (self.wal().clone(), cluster.clone());
+        let kept =
+            tokio::task::spawn_blocking(move || store.put_history(&name, timeline, &content));
+        kept.await.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
     }
 
     /// The retired timelines of which no WAL is left here, ending where they began. Standbys do not see a retired
@@ -237,4 +249,62 @@ async fn read(tier2: &Tier2, cluster: &ClusterName) -> Result<Option<Timelines>,
     let key = BaseObject::Timelines.key(cluster);
     let bytes = tier2.read_small(&key, record::LIMIT_BYTES).await?;
     bytes.map(|bytes| Timelines::decode(&bytes, &key)).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        consumer::tests::{base_store, pinned, s3, tier2},
+        queue::tests::TestQueue,
+    };
+    use std::{
+        fs,
+        path::Path,
+        time::{Duration, Instant},
+    };
+
+    const HISTORY: &str = "1\t0/3000000\tno recovery target specified\n";
+
+    fn put(path: &Path, bytes: &[u8]) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+
+    /// The bucket of `main` after timeline 2 was retired.
+    fn retired(s3: &s3::S3, main: &ClusterName) -> TimelineId {
+        let retired = serde_json::json!([{
+            "timeline": 2, "standing": "retired", "against": 1, "reason": "", "marked_unix": 1.0,
+            "decided_unix": 2.0, "decided_by": "ops",
+        }]);
+        let two = TimelineId::new(2).unwrap();
+        let marks = record::encode(&retired, "timelines").unwrap();
+        put(&s3.object(&BaseObject::Timelines.key(main)), &marks);
+        put(&s3.object(&WalFile::History(two).key(main)), HISTORY.as_bytes());
+        two
+    }
+
+    /// P4, regression test: a history that the bucket did not give held up a stream for minutes, and the decisions were
+    /// not taken over.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn decisions_are_taken_over_although_a_history_does_not_come() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let main: ClusterName = "main".parse().unwrap();
+        let two = retired(&s3, &main);
+        let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+        base.wal().pin(&main, pinned(7)).unwrap();
+        let hangs = |request: &http::request::Parts| request.uri.path().contains(".history");
+        s3.on_request(move |request| hangs(request).then_some(s3::Fault::Hang));
+        let began = Instant::now();
+        assert!(base.learn_timelines(&main, false).await.is_err());
+        assert!(began.elapsed() < Duration::from_millis(4500), "{:?}", began.elapsed());
+        assert_eq!(base.wal().timelines(&main).standing(two), Some(Standing::Retired));
+        assert!(base.wal().history(&main, two).is_err());
+        // It is asked for again.
+        s3.heal();
+        base.learn_timelines(&main, true).await.unwrap();
+        assert!(base.wal().history(&main, two).is_ok());
+        queue.stop().await;
+    }
 }
