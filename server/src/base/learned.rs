@@ -24,7 +24,7 @@ use tonic::Status;
 /// receives the reason.
 const PATIENCE_TO_DECIDE: Duration = Duration::from_secs(10);
 /// How long to wait before a stream continues with what tier 1 knows.
-const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE_TO_STREAM: Duration = Duration::from_secs(3);
 /// When to ask again after the bucket gave no answer that could be joined.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(10);
 

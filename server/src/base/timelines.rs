@@ -3,7 +3,11 @@
 //!
 //! The current record is on tier 1. It is uploaded like `cluster.json`, and read from the bucket if tier 1 has none.
 
-use super::{BaseStore, Line, identity, learned::APART_HINT, run, tier2_status};
+use super::{
+    BaseStore, Line, identity,
+    learned::{APART_HINT, PATIENCE_TO_STREAM},
+    run, tier2_status,
+};
 use crate::errors;
 use klio_pg::TimelineId;
 use klio_proto::Code;
@@ -88,6 +92,67 @@ impl BaseStore {
         let kept =
             tokio::task::spawn_blocking(move || store.put_history(&name, timeline, &content));
         kept.await.map_err(|e| Error::new(Kind::Io, Op::Write, cluster, e))?
+    }
+
+    /// Refuses a history that is new to tier 1 if tier 2 has another one under its name, because the number was taken
+    /// before: two histories would be spliced (P11). The bucket's answer is waited for only if tier 1 cannot know what
+    /// was taken, because it holds no WAL of the cluster, or lacks the history of a timeline that was set aside; a
+    /// failover does not wait for it otherwise (P4).
+    ///
+    /// # Errors
+    /// `WRITER_CONFLICT`, which goes away when the PostgreSQL is compared with what was taken over here;
+    /// `UNAVAILABLE`; an I/O error of the disk.
+    pub async fn check_history(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+        content: &[u8],
+    ) -> Result<(), Status> {
+        self.adopt_timelines(cluster).await?;
+        let wal = self.wal();
+        let must = wal.positions(cluster).is_empty() || wal.timelines(cluster).is_aside(timeline);
+        match self.history_asked_of_tier2(cluster, timeline).await {
+            Ok(Some(theirs)) if theirs != content => {
+                let key = WalFile::History(timeline).key(cluster);
+                let detail = "expected the content that tier 2 has, found another";
+                let error = Error::new(Kind::Conflict, Op::Create, key, detail);
+                let error = error.hint("two servers were promoted to the same timeline");
+                Err(errors::status(&error))
+            }
+            Ok(_) => Ok(()),
+            Err(silent) if must && Code::of(&silent) == Code::Unavailable => Err(silent),
+            Err(error) => {
+                let (timeline, error) = (timeline.get(), error.message());
+                tracing::warn!(%cluster, timeline, error, "cannot compare a new timeline's history with tier 2");
+                Ok(())
+            }
+        }
+    }
+
+    /// Tier 2's copy of a history; the answer is not waited for long (P4).
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` when the bucket does not answer; `CORRUPT` and its like for a copy that cannot be read.
+    pub async fn history_asked_of_tier2(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Option<Vec<u8>>, Status> {
+        let read = self.read_history_in_tier2(cluster, timeline);
+        let seconds = PATIENCE_TO_STREAM.as_secs();
+        let read = tokio::time::timeout(PATIENCE_TO_STREAM, read).await.unwrap_or_else(|_| {
+            let detail = format!("no answer within {seconds} s");
+            Err(Error::new(
+                Kind::Transient,
+                Op::Read,
+                WalFile::History(timeline).key(cluster),
+                detail,
+            ))
+        });
+        read.map_err(|error| match error.kind {
+            Kind::Corrupt | Kind::Denied | Kind::Newer => errors::status(&error),
+            _ => tier2_status("read a history", cluster, &error),
+        })
     }
 
     /// The retired timelines of which no WAL is left here, ending where they began. Standbys do not see a retired
@@ -305,6 +370,47 @@ mod tests {
         s3.heal();
         base.learn_timelines(&main, true).await.unwrap();
         assert!(base.wal().history(&main, two).is_ok());
+        queue.stop().await;
+    }
+
+    /// P11, regression test: after a lost tier 1 the history of a failover that took the number of a retired timeline was
+    /// stored in place of the retired one's.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_history_under_a_number_that_was_taken_is_refused() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let main: ClusterName = "main".parse().unwrap();
+        let two = retired(&s3, &main);
+        let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+        base.wal().pin(&main, pinned(7)).unwrap();
+        s3.on_request(|_| Some(s3::Fault::Status(503, "SlowDown")));
+        let other = HISTORY.replace('3', "5");
+        let check = async |content: &str| base.check_history(&main, two, content.as_bytes()).await;
+        // Tier 1 knows nothing of the cluster, so that the bucket has to be asked.
+        assert_eq!(Code::of(&check(&other).await.unwrap_err()), Code::Unavailable);
+        s3.heal();
+        let refused = check(&other).await.unwrap_err();
+        assert_eq!(Code::of(&refused), Code::WriterConflict, "{refused}");
+        check(HISTORY).await.unwrap();
+        // By what was taken over PostgreSQL's is found to be another history when it comes again.
+        assert_eq!(base.retired_lines(&main, &[]).len(), 1);
+        queue.stop().await;
+    }
+
+    /// P4: where tier 1 holds WAL, a failover does not wait for a bucket that does not answer.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_new_timeline_goes_on_without_the_bucket() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let main: ClusterName = "main".parse().unwrap();
+        drop(crate::status::tests::store(root.path(), &["main"]));
+        let segment: WalFile = "000000010000000000000001".parse().unwrap();
+        let bytes = zstd::encode_all(&vec![1; 1 << 20][..], 1).unwrap();
+        put(&root.path().join(segment.key(&main)), &bytes);
+        let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+        s3.on_request(|_| Some(s3::Fault::Status(503, "SlowDown")));
+        let two = TimelineId::new(2).unwrap();
+        base.check_history(&main, two, HISTORY.as_bytes()).await.unwrap();
         queue.stop().await;
     }
 }

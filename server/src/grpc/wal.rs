@@ -163,6 +163,9 @@ impl Wal for WalService {
         // The first contact may be with a cluster that was promoted long ago, whose history comes before its WAL.
         self.receiver.base.pin(&cluster, system).await?;
         let size = content.len() as u64;
+        if store.history(&cluster, timeline).is_err() {
+            self.receiver.base.check_history(&cluster, timeline, &content).await?;
+        }
         let new = store.history(&cluster, timeline).is_err();
         blocking(move || store.put_history(&name, timeline, &content)).await?;
         if new {

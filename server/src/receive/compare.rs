@@ -168,7 +168,7 @@ impl Comparer {
         seen: &mut Seen,
     ) -> Result<Verdict, Status> {
         let mut inbox = Inbox { inbound, digests: Vec::new(), head: Vec::new(), ended: false };
-        if let Some(verdict) = self.compare_history(cluster, begin) {
+        if let Some(verdict) = self.compare_history(cluster, begin).await? {
             seen.leave_at_beginning(begin.start);
             inbox.show(begin, begin.start, seen).await;
             return Ok(verdict);
@@ -214,12 +214,18 @@ impl Comparer {
     }
 
     /// A timeline's number does not identify it: the points where it left its ancestors have to be the same, too.
-    fn compare_history(&self, cluster: &ClusterName, begin: &CompareBegin) -> Option<Verdict> {
-        let held = self.base.wal().history(cluster, begin.timeline).ok()?;
-        let theirs = begin.history.as_ref()?;
+    async fn compare_history(
+        &self,
+        cluster: &ClusterName,
+        begin: &CompareBegin,
+    ) -> Result<Option<Verdict>, Status> {
+        let Some(theirs) = &begin.history else { return Ok(None) };
+        let Some(held) = self.stored_history(cluster, begin.timeline).await? else {
+            return Ok(None);
+        };
         let (a, b) = (held.entries(), theirs.entries());
         if a == b {
-            return None;
+            return Ok(None);
         }
         let part = a.iter().zip(b).find(|(a, b)| a != b);
         let at = part.map(|(a, b)| a.end.min(b.end)).or(held.switch_point());
@@ -235,7 +241,30 @@ impl Comparer {
             show(&held),
             show(theirs)
         );
-        Some(Verdict::Diverged { at: at.unwrap_or(Lsn::ZERO), detail })
+        Ok(Some(Verdict::Diverged { at: at.unwrap_or(Lsn::ZERO), detail }))
+    }
+
+    /// The history of a timeline on tier 1, or in tier 2 if a lost tier 1 had it. One that cannot be read is not
+    /// compared.
+    async fn stored_history(
+        &self,
+        cluster: &ClusterName,
+        timeline: TimelineId,
+    ) -> Result<Option<TimelineHistory>, Status> {
+        if let Ok(held) = self.base.wal().history(cluster, timeline) {
+            return Ok(Some(held));
+        }
+        match self.base.history_asked_of_tier2(cluster, timeline).await {
+            Ok(content) => {
+                Ok(content.and_then(|content| TimelineHistory::parse(timeline, &content).ok()))
+            }
+            Err(status) => {
+                self.must_answer(cluster, Code::of(&status), status.message()).await?;
+                let error = status.message();
+                tracing::warn!(%cluster, timeline = timeline.get(), error, "cannot read a timeline's history; it is not compared");
+                Ok(None)
+            }
+        }
     }
 
     /// Reads part of a stored segment, as digests of whole pages, and feeds its records to the walker of `held`.
@@ -918,6 +947,44 @@ mod tests {
         let refused = inbox(true).head().await.unwrap_err();
         assert_eq!(Code::of(&refused), Code::Invalid, "{refused}");
         assert!(inbox(false).head().await.unwrap().is_empty());
+    }
+
+    /// P11, regression test: after a lost tier 1 nothing showed that the timeline's number was taken before.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_history_that_only_the_bucket_has_is_compared() {
+        let (root, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (queue, s3) = (TestQueue::start(directory.path()).await, s3::S3::start().await);
+        let base = base_store(root.path(), &queue, Some(tier2(&s3)));
+        let main: ClusterName = "main".parse().unwrap();
+        let far = s3.object(&WalFile::History(TimelineId::new(2).unwrap()).key(&main));
+        fs::create_dir_all(far.parent().unwrap()).unwrap();
+        fs::write(far, "1\t0/100000\tx\n").unwrap();
+        let comparer = Comparer::new(base);
+        let compare = async |history: &'static str| {
+            let begin = v1::CompareBegin {
+                cluster: main.to_string(),
+                system_identifier: 7,
+                segment_size: 1 << 20,
+                postgres_version: 170_000,
+                writer_id: "w".into(),
+                timeline: 2,
+                history: history.into(),
+                start_lsn: 1 << 20,
+                end_lsn: 2 << 20,
+                next_lsn: 2 << 20,
+                held_lsn: 2 << 20,
+                ..v1::CompareBegin::default()
+            };
+            let begin = CompareBegin::try_from(begin).unwrap();
+            comparer.compare(&main, begin, OneSegment(true)).await.unwrap()
+        };
+        let other = compare("1\t0/180000\tx\n").await;
+        assert!(matches!(other, Verdict::Diverged { .. }), "{other:?}");
+        assert_eq!(compare("1\t0/100000\tx\n").await, Verdict::Same { proven: false });
+        // An open generation goes on without the bucket (P4).
+        s3.on_request(|_| Some(s3::Fault::Status(503, "SlowDown")));
+        assert_eq!(compare("1\t0/100000\tx\n").await, Verdict::Same { proven: false });
+        queue.stop().await;
     }
 
     /// P11: without the bucket's answer a closed history would be received as a new one; an open one goes on without it.
