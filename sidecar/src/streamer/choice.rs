@@ -11,9 +11,9 @@
 
 use super::{
     Metrics, Options,
+    ends::{Histories, Memory, Stream},
     overlap::{Compared, Side},
     plan::{Facts, Held, Plan},
-    session::{Histories, Memory, Stream},
     source::{Identity, Primary, Session},
 };
 use crate::{

@@ -9,6 +9,7 @@
 mod batch;
 mod choice;
 pub mod disk;
+mod ends;
 mod flow;
 mod metrics;
 mod overlap;
@@ -97,7 +98,7 @@ impl<P: Primary> Streamer<P> {
     /// # Errors
     /// An error that retrying does not resolve: see [`Failure::retryable`].
     pub async fn run(self, stop: CancellationToken) -> Result<(), Error> {
-        let session = session::Stream {
+        let session = ends::Stream {
             primary: &self.primary,
             link: &self.link,
             options: &self.options,
@@ -106,7 +107,7 @@ impl<P: Primary> Streamer<P> {
         };
         let mut backoff = Backoff::new(self.options.retry_min, self.options.retry_max);
         let mut rng = StdRng::from_os_rng();
-        let mut memory = session::Memory::default();
+        let mut memory = ends::Memory::default();
         loop {
             let span = tracing::info_span!("wal.stream", cluster = %self.options.cluster);
             let result = session.run(&mut memory, &stop).instrument(span).await;

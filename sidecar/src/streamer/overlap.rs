@@ -6,8 +6,8 @@
 //!   instead.
 
 use super::{
+    ends::Stream,
     plan::Overlap,
-    session::Stream,
     source::{Identity, Primary, Session},
 };
 use crate::{

@@ -9,8 +9,8 @@
 
 use super::{
     choice::{Candidate, Tier2},
+    ends::Stream,
     plan::{Facts, Wanted},
-    session::Stream,
     source::{Identity, Primary, Session},
 };
 use crate::{

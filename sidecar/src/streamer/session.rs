@@ -5,10 +5,9 @@
 //! before the plan is made, so that PostgreSQL retains the WAL that the plan needs.
 
 use super::{
-    Options,
     choice::{Chosen, Ground, Tier2},
+    ends::{Histories, Memory, Stream},
     flow::Flow,
-    metrics::Metrics,
     plan::{Facts, Plan, Refusal},
     prove,
     pump::{Ended, Proof, Pump},
@@ -19,15 +18,14 @@ use super::{
 use crate::{
     config::OnGap,
     error::{Error, Failure},
-    server_link::{Connection, ServerLink, Traced},
+    server_link::{Connection, Traced},
 };
-use bytes::Bytes;
-use klio_pg::{Lsn, TimelineHistory, TimelineId};
+use klio_pg::{Lsn, TimelineId};
 use klio_proto::{
     Code,
     v1::{self, wal_client::WalClient},
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -37,27 +35,6 @@ use tonic::Streaming;
 const MESSAGES_IN_FLIGHT: usize = 2;
 /// Generous, because the server may wait for a fenced session to end before it opens this one.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
-
-pub(super) struct Stream<'a, P> {
-    pub primary: &'a P,
-    pub link: &'a ServerLink,
-    pub options: &'a Options,
-    pub metrics: &'a Metrics,
-    pub writer_id: &'a str,
-}
-
-/// What is remembered from one session to the next.
-#[derive(Debug, Default)]
-pub(super) struct Memory {
-    /// PostgreSQL said that it no longer has the WAL at this position.
-    removed: Option<(TimelineId, Lsn)>,
-    /// The server refused the beginning of a generation of which it had said that it holds nothing: tier 2 has some.
-    misplaced: bool,
-    /// Generations whose server-side check of the first new record showed them to be another history.
-    pub diverged: Vec<Option<u32>>,
-    /// Flushed position acknowledged in any session; progress resets the backoff.
-    pub flushed: Lsn,
-}
 
 struct Prepared<W> {
     wal: W,
@@ -364,40 +341,5 @@ fn refused(refusal: Refusal, identity: Identity) -> Error {
         ),
         Refusal::NothingLeft { .. } => Error::new(Failure::Postgres, message)
             .hint("streaming continues with the next segment; the gap is recorded then"),
-    }
-}
-
-/// History files that were read in this session.
-#[derive(Default)]
-pub(super) struct Histories(BTreeMap<TimelineId, Option<Bytes>>);
-
-impl Histories {
-    pub async fn get(
-        &mut self,
-        postgres: &mut impl Session,
-        timeline: TimelineId,
-    ) -> Result<Option<Bytes>, Error> {
-        if let Some(known) = self.0.get(&timeline) {
-            return Ok(known.clone());
-        }
-        let content = postgres.history(timeline).await?;
-        self.0.insert(timeline, content.clone());
-        Ok(content)
-    }
-
-    /// The path to `timeline`. A cluster that began on this timeline has no history file.
-    pub async fn path(
-        &mut self,
-        postgres: &mut impl Session,
-        timeline: TimelineId,
-    ) -> Result<TimelineHistory, Error> {
-        if timeline.get() == 1 {
-            return Ok(TimelineHistory::root(timeline));
-        }
-        match self.get(postgres, timeline).await? {
-            None => Ok(TimelineHistory::root(timeline)),
-            Some(content) => TimelineHistory::parse(timeline, &content)
-                .map_err(|error| Error::new(Failure::Postgres, error)),
-        }
     }
 }

@@ -8,7 +8,7 @@
 //!   new timeline sends that segment again from its beginning, so an ancestor may end anywhere inside it.
 //! - Missing WAL is either streamed first or declared as a gap, which is recorded. It is never skipped silently.
 
-use super::takeover::TakenOver;
+use super::kept::TakenOver;
 use super::types::{Gap, GapDeclaration, OpenRefusal, OpenRequest};
 use crate::record::Unknown;
 use crate::timelines::{Standing, Timelines};

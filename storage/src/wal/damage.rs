@@ -26,6 +26,7 @@
 use super::{
     OpenRequest,
     cluster::{Cluster, Line, State, Unsealed, lock},
+    kept::{DamagedWal, Harm, Who},
     types::Gap,
 };
 use crate::{
@@ -35,7 +36,6 @@ use crate::{
     record::{self, Unknown},
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
-use serde::{Deserialize, Serialize};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -46,82 +46,7 @@ pub(super) const FILE: &str = "damaged-wal.json";
 /// Sealing lags behind by a few segments only, even when tier 2 is full. A slot that is farther ahead therefore cannot
 /// be explained by lost journals.
 const SLOT_SEGMENTS_MAX: u64 = 256;
-/// The hint for damaged WAL that nothing sends again.
-pub(super) const NOT_ASKED: &str = "PostgreSQL is not asked for this again: take a base backup now (klio backup) to be protected from then on, and check the disk";
-/// The hint for damaged WAL in the middle of a timeline, whose segment PostgreSQL may still have (`refill.rs`).
-pub(super) const ASKED: &str = "klio stream asks PostgreSQL for it as long as PostgreSQL has it; if this problem stays, take a base backup now (klio backup) to be protected from then on, and check the disk";
 const COPY_BYTES: usize = 256 << 10;
-
-/// WAL that was acknowledged and is damaged here.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DamagedWal {
-    pub timeline: TimelineId,
-    /// Where the good WAL ends.
-    pub from: Lsn,
-    /// One past the last byte that is known to have been acknowledged.
-    pub to: Lsn,
-    /// The name of the damaged file in its timeline's directory.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kept: Option<String>,
-    /// The damaged file is a sealed file, not a journal.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub sealed: bool,
-    /// Fields that a newer version wrote.
-    #[serde(flatten)]
-    pub unknown: Unknown,
-}
-
-impl DamagedWal {
-    /// Whether a loss is proven.
-    pub(super) fn is_loss(&self) -> bool {
-        self.to > self.from
-    }
-
-    fn is_of(&self, timeline: TimelineId, harm: Harm) -> bool {
-        (self.timeline, self.from, self.to) == (timeline, harm.from, harm.to)
-    }
-
-    /// The problem as a sentence for people.
-    pub(super) fn sentence(&self, who: Who) -> String {
-        let Self { timeline, from, to, kept, sealed, .. } = self;
-        let what = if *sealed { "the file" } else { "the journal" };
-        let kept = match kept {
-            Some(kept) => format!("{what} is kept as wal/{timeline}/{kept}"),
-            None => "nothing is left of it".into(),
-        };
-        let next = match who {
-            Who::Stream => "PostgreSQL is asked for it again; hint: check the disk".to_owned(),
-            Who::Refill => format!("it is fetched from tier 2 if it is there; hint: {ASKED}"),
-            Who::Tier2 => format!("only tier 2 may have it; hint: {NOT_ASKED}"),
-            Who::Nobody => format!("its timeline is over; hint: {NOT_ASKED}"),
-        };
-        format!(
-            "damaged on tier 1: WAL of timeline {timeline} from {from} to {to} was acknowledged but can no longer be read; {kept}; {next}"
-        )
-    }
-}
-
-/// Where damaged WAL can come from again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Who {
-    /// The stream of its timeline, which resumes where the good WAL ends.
-    Stream,
-    /// A refill beside the stream (`refill.rs`).
-    Refill,
-    /// Only tier 2: PostgreSQL no longer has it.
-    Tier2,
-    /// Nothing: its timeline is over.
-    Nobody,
-}
-
-/// Damage that was found behind the good frames of a journal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Harm {
-    /// Where the good WAL ends.
-    pub(super) from: Lsn,
-    /// As in [`DamagedWal`].
-    pub(super) to: Lsn,
-}
 
 fn path(cluster: &Cluster) -> PathBuf {
     cluster.directory().join(FILE)

@@ -19,6 +19,7 @@
 use super::{
     WalStore,
     cluster::{Cluster, State, lock},
+    kept::{Horizon, Horizons, Removed},
 };
 use crate::{
     Error, Kind, Op,
@@ -27,37 +28,9 @@ use crate::{
     record::{self, Unknown},
 };
 use klio_pg::{Lsn, SegmentName, TimelineId};
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, io, path::PathBuf};
+use std::{io, path::PathBuf};
 
 const FILE: &str = "horizon.json";
-
-/// What was removed of a timeline.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Horizon {
-    pub timeline: TimelineId,
-    /// The first byte that was ever held.
-    pub first: Lsn,
-    /// Below this there is no WAL in either tier.
-    pub held_from: Lsn,
-    /// Below this WAL may be missing on tier 1.
-    pub local_from: Lsn,
-    /// Fields that a newer version wrote.
-    #[serde(flatten)]
-    pub unknown: Unknown,
-}
-
-/// Why a segment is not on tier 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Removed {
-    /// Retention removed it for good.
-    Expired,
-    /// It was evicted from tier 1 and is in tier 2 only.
-    Tier2Only,
-}
-
-/// By timeline.
-pub(super) type Horizons = BTreeMap<TimelineId, Horizon>;
 
 /// Reads the file; empty when there is none.
 pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<Horizons, Error> {

@@ -14,6 +14,7 @@
 use super::{
     WalStore,
     cluster::{Cluster, lock},
+    kept::{LevelChange, join_levels},
 };
 use crate::{
     Error, Op,
@@ -22,48 +23,7 @@ use crate::{
     record::{self, Unknown},
 };
 use klio_pg::{Lsn, TimelineId, WalLevel, WalParameters};
-use serde::{Deserialize, Serialize};
 use std::{io, path::PathBuf};
-
-/// A change to or from `wal_level = minimal`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LevelChange {
-    /// Timeline of the WAL record that changes the level.
-    pub timeline: TimelineId,
-    /// The first byte of that record.
-    pub lsn: Lsn,
-    /// True for a change to `minimal`, false for a change away from it.
-    pub minimal: bool,
-    /// Fields that a newer version wrote.
-    #[serde(flatten)]
-    pub unknown: Unknown,
-}
-
-impl LevelChange {
-    /// Parses the bytes of the file from either tier. `place` is for the error.
-    ///
-    /// # Errors
-    /// `Corrupt`.
-    pub fn decode_all(bytes: &[u8], place: &str) -> Result<Vec<Self>, Error> {
-        record::decode(bytes, place)
-    }
-}
-
-/// Merges both lists in ascending order, without entries that change nothing.
-pub fn join_levels(one: &[LevelChange], other: &[LevelChange]) -> Vec<LevelChange> {
-    let mut all = [one, other].concat();
-    all.sort_by_key(|change| (change.timeline, change.lsn));
-    all.dedup_by_key(|change| (change.timeline, change.lsn));
-    let mut minimal = None;
-    all.retain(|change| {
-        let before = minimal.replace((change.timeline, change.minimal));
-        match before {
-            Some((timeline, before)) if timeline == change.timeline => before != change.minimal,
-            _ => change.minimal,
-        }
-    });
-    all
-}
 
 fn path(cluster: &Cluster) -> PathBuf {
     cluster.directory().join(LEVELS)

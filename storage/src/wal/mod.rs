@@ -35,9 +35,11 @@ mod cipher;
 mod cluster;
 mod damage;
 pub mod decode;
+mod find;
 mod frame;
 mod horizon;
 mod journal;
+mod kept;
 mod keys;
 mod levels;
 mod mend;
@@ -56,26 +58,25 @@ mod takeover;
 mod timelines;
 mod types;
 mod unreadable;
+mod unsealed;
 mod writer;
 
 #[cfg(test)]
 mod tests;
 
-pub use damage::DamagedWal;
 pub use decode::SealedDecoder;
-pub use horizon::{Horizon, Removed};
+pub use find::{Encoding, Found, open_stored};
+pub use kept::{DamagedWal, Horizon, LevelChange, Removed, TakenOver, join_levels};
 pub use keys::{Locked, check_keys, locked};
-pub use levels::{LevelChange, join_levels};
 pub use mend::Mend;
 pub use reader::OpenSegment;
 #[cfg(test)]
 pub(crate) use record::store_pinned;
 pub use refill::{Hole, Refill};
 pub use seam::{Broken, Seam};
-pub use takeover::TakenOver;
 pub use types::{
-    Encoding, Found, Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position,
-    Sealed, StoredFile, WalOptions, open_stored,
+    Gap, GapDeclaration, OpenError, OpenRefusal, OpenRequest, Pinned, Position, Sealed, StoredFile,
+    WalOptions,
 };
 pub use writer::{FlushedLsn, Flusher, Preparation, Writer};
 

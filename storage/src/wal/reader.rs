@@ -5,9 +5,9 @@
 
 use super::{
     cipher::JournalKeys,
-    cluster::Unsealed,
     frame::Codec,
     journal::{Frame, Frames},
+    unsealed::Unsealed,
 };
 use crate::{Error, Kind, Op, disk::Disk};
 use klio_pg::{Lsn, SegmentSize};

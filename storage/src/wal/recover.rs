@@ -16,12 +16,12 @@
 
 use super::{
     cluster::{Cluster, Line, State, Unsealed, lock},
-    damage::{self, Harm},
-    decode,
+    damage, decode,
     frame::JournalHeader,
     horizon,
     journal::{self, Frames, Tail},
-    levels, record,
+    kept::{self, Harm},
+    record,
     rotten::Sealed,
     stored::StoredAt,
     takeover,
@@ -156,7 +156,7 @@ impl Cluster {
         // Receiving needs neither file. Unreadable ones are kept, and their content is reported as unknown.
         state.damaged = unreadable::load(self, &mut state, damage::FILE, unreadable::union)?;
         state.levels =
-            unreadable::load(self, &mut state, crate::layout::LEVELS, levels::join_levels)?;
+            unreadable::load(self, &mut state, crate::layout::LEVELS, kept::join_levels)?;
         // This one is required: without it a hole would look like a loss, or a stream would resume at the wrong
         // position.
         state.taken_over = takeover::load(disk, self)?;
@@ -458,7 +458,7 @@ impl Cluster {
             let (end, at) = (journal.end, journal.durable());
             let detail = format!("expected WAL up to {end}, found it intact up to {at}");
             let error = Error::new(Kind::Corrupt, Op::Recover, &place, detail);
-            let helps = if state.is_hole(&journal) { damage::ASKED } else { damage::NOT_ASKED };
+            let helps = if state.is_hole(&journal) { kept::ASKED } else { kept::NOT_ASKED };
             state.problems.insert(place, error.hint(helps).to_string());
         }
     }

@@ -14,9 +14,9 @@
 use super::{
     WalStore,
     cluster::{Cluster, Line, State, Unsealed, lock},
-    damage::DamagedWal,
     decode,
     frame::JournalHeader,
+    kept::DamagedWal,
     types::Pinned,
 };
 use crate::{

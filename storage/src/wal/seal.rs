@@ -12,9 +12,9 @@
 
 use super::{
     cluster::{Cluster, Unsealed, lock},
-    damage::{self, Harm},
     frame::{Codec, FRAME_RAW_MAX},
     journal::Frames,
+    kept::{self, Harm},
     scratch::Scratch,
     stored::Sink,
     types::Sealed,
@@ -89,7 +89,7 @@ impl Cluster {
             return error;
         }
         entry.set_harm(Some(Harm { from, to: entry.end }));
-        error.hint(damage::ASKED)
+        error.hint(kept::ASKED)
     }
 
     fn check_finished(&self, file: WalFile, entry: &Unsealed) -> Result<(), Error> {

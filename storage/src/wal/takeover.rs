@@ -15,45 +15,18 @@
 use super::{
     WalStore,
     cluster::{Cluster, State, lock},
+    kept::{AllTakenOver, TakenOver},
     record::store_gaps,
     types::Gap,
 };
-use crate::{
-    Error, Op,
-    disk::Disk,
-    layout::ClusterName,
-    record::{self, Unknown},
-};
+use crate::{Error, Op, disk::Disk, layout::ClusterName, record};
 use klio_pg::{Lsn, SegmentSize, TimelineId};
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
 const FILE: &str = "taken_over.json";
 
-/// The WAL that tier 2 had of a timeline when this tier 1 had less.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TakenOver {
-    pub timeline: TimelineId,
-    /// The first byte that tier 2 had.
-    pub start: Lsn,
-    /// The segment start where the stream continues.
-    pub end: Lsn,
-    /// Fields that a newer version wrote.
-    #[serde(flatten)]
-    pub unknown: Unknown,
-}
-
-impl TakenOver {
-    pub(super) fn holds(&self, lsn: Lsn) -> bool {
-        self.start <= lsn && lsn < self.end
-    }
-}
-
-/// By timeline.
-pub(super) type All = BTreeMap<TimelineId, TakenOver>;
-
 /// Reads the file; empty when there is none.
-pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<All, Error> {
+pub(super) fn load(disk: &dyn Disk, cluster: &Cluster) -> Result<AllTakenOver, Error> {
     let all: Vec<TakenOver> = record::load(disk, &path(cluster))?.unwrap_or_default();
     Ok(all.into_iter().map(|taken| (taken.timeline, taken)).collect())
 }
@@ -113,7 +86,7 @@ impl WalStore {
     }
 }
 
-fn join(all: &mut All, line: &TakenOver, size: SegmentSize) {
+fn join(all: &mut AllTakenOver, line: &TakenOver, size: SegmentSize) {
     let end = line.end.segment_start(size);
     let known = all.entry(line.timeline).or_insert_with(|| TakenOver { end, ..line.clone() });
     known.start = known.start.min(line.start);
@@ -126,6 +99,7 @@ mod tests {
     use crate::{
         disk::{Restart, SimDisk},
         layout::WalFile,
+        record::Unknown,
         testing::SimulatedWal,
         wal::{OpenRequest, Removed, WalOptions},
     };

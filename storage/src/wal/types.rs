@@ -1,21 +1,14 @@
 //! What callers of the WAL store pass in and get back.
 
-use super::reader::OpenSegment;
 use crate::{
-    Error, Op,
-    crypt::{AtRest, Keys},
+    Error,
+    crypt::AtRest,
     layout::{Form, WalFile},
     record::Unknown,
 };
 use klio_pg::{Lsn, SegmentSize, TimelineId};
 use serde::{Deserialize, Serialize};
-use std::{
-    fmt,
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, sync::Arc};
 
 /// What identifies a cluster's WAL; fixed at first contact (P8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,49 +176,6 @@ pub struct Sealed {
     pub size: u64,
     /// SHA-256 of the stored file.
     pub sha256: [u8; 32],
-}
-
-/// How the content of a stored file is encoded, once it is decrypted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Encoding {
-    /// Unencoded, as PostgreSQL wrote it.
-    Plain,
-    /// A standard zstd file.
-    Zstd,
-}
-
-/// Where a WAL file can be read.
-#[derive(Debug)]
-pub enum Found {
-    /// A finished file.
-    Stored {
-        /// The file that was found: the partial one if only that exists.
-        file: WalFile,
-        path: PathBuf,
-        /// Bytes on disk.
-        size: u64,
-        /// Bytes after decoding.
-        plain_size: u64,
-        /// How to decode the content, once it is decrypted.
-        encoding: Encoding,
-        /// The keys that decrypt it, if it is encrypted.
-        keys: Option<Keys>,
-    },
-    /// A segment that is not sealed: its durable bytes so far.
-    Open(Box<OpenSegment>),
-}
-
-/// Opens a finished file on the real disk and decrypts it if there are keys. Convert errors while reading with
-/// [`crate::crypt::payload_error`].
-///
-/// # Errors
-/// An I/O error of the disk; `Denied` or `Corrupt` for an encrypted file.
-pub fn open_stored(path: &Path, keys: Option<&Keys>) -> Result<Box<dyn Read + Send>, Error> {
-    let file = File::open(path).map_err(|e| Error::io(Op::Read, path, e))?;
-    match keys {
-        None => Ok(Box::new(file)),
-        Some(keys) => Ok(Box::new(keys.decrypt(file).map_err(|e| e.at(path.display()))?)),
-    }
 }
 
 /// Settings of a store; `default()` is right for real disks.

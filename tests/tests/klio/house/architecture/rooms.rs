@@ -82,8 +82,6 @@ const ORDER: [(&str, &[&str]); 3] = [
 ];
 /// The most files of a circle.
 const CIRCLE_MAX: usize = 3;
-/// Circles that are larger, by one of their files, with their size: they must not grow.
-const KNOWN: [(&str, usize); 2] = [("storage/wal/cluster", 14), ("sidecar/streamer/choice", 5)];
 
 type Module = Vec<String>;
 type Arrows = BTreeMap<Module, BTreeSet<Module>>;
@@ -224,8 +222,7 @@ fn circle_faults(name: &str, arrows: &Arrows) -> Vec<String> {
     let mut faults = Vec::new();
     for circle in circles(arrows) {
         let names: Vec<String> = circle.iter().map(|m| format!("{name}/{}", m.join("/"))).collect();
-        let known = KNOWN.iter().find(|(file, _)| names.iter().any(|name| name == file));
-        if names.len() > known.map_or(CIRCLE_MAX, |(_, size)| *size) {
+        if names.len() > CIRCLE_MAX {
             faults.push(format!("a circle of {} files: {}", names.len(), names.join(", ")));
         }
     }
