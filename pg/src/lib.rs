@@ -7,6 +7,7 @@ mod backup_label;
 mod checksum;
 mod control;
 mod lsn;
+mod number;
 mod page;
 mod relation;
 mod replication;

@@ -12,7 +12,7 @@
 //! | | 4.. | location, terminated by a zero byte; empty for one inside the data directory |
 //! | XLOG_TBLSPC_DROP | 0..4 | OID |
 
-use crate::wal_record::number;
+use crate::number::number;
 
 /// How much information is written to WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

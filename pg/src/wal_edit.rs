@@ -7,7 +7,7 @@
 //! of the location becomes zero, and the record's CRC is recomputed. Its length stays the same. The format of a record
 //! is described in `wal_record.rs`, its main data in `wal_change.rs`.
 
-use crate::{Lsn, PAGE_BYTES, SegmentSize, wal_record::number};
+use crate::{Lsn, PAGE_BYTES, SegmentSize, number::number};
 
 const SHORT_HEADER: u64 = 24;
 const LONG_HEADER: u64 = 40;

@@ -8,8 +8,8 @@
 
 use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
+    number::number,
     wal_change::{self, WalParameters},
-    wal_record::number,
 };
 
 const RECORD: usize = 54;

@@ -11,7 +11,7 @@
 //! | 54 | length of its name, including the terminating zero |
 //! | 72 | its name |
 
-use crate::wal_record::number;
+use crate::number::number;
 
 const MAGIC: u64 = 0x57F9_4534;
 /// GIDSIZE in PostgreSQL.

@@ -21,6 +21,7 @@
 
 use crate::{
     Lsn, PAGE_BYTES, SegmentSize,
+    number::number,
     replication::unix_micros_from_pg,
     wal_change::{self, WalParameters},
     wal_prepare::Prepared,
@@ -186,11 +187,6 @@ impl Partial {
         let crc = crc32c::crc32c_append(self.crc, &self.header[..20]);
         u64::from(crc) == number(&self.header[20..24])
     }
-}
-
-/// Parses a little-endian number.
-pub(crate) fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
 /// Finds the landmarks in the WAL that is pushed into it.

@@ -12,7 +12,7 @@
 //! | 0x08 | count, cache invalidations (commits only) | 4 + 16 each |
 //! | 0x10 | the id a transaction was prepared with | 4 |
 
-use crate::wal_record::number;
+use crate::number::number;
 
 const OPERATION: u8 = 0x70;
 const COMMIT: u8 = 0x00;
