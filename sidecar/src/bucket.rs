@@ -22,7 +22,7 @@ use klio_storage::{
 };
 
 /// Only klio-server has what a person decided last.
-const AS_RECORDED: &str = ", the current one according to the bucket (what klio-server has decided since its last upload is not known here: --generation chooses another one)";
+const AS_RECORDED: &str = ", the current one according to the bucket (a decision that klio-server has not uploaded yet is not known here; --generation N chooses another one)";
 
 /// The bucket, and the keys for encrypted files in it. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -235,7 +235,7 @@ mod tests {
         let said = current.said().unwrap();
         assert!(said.contains("generation 2 of main") && said.contains("not known here"), "{said}");
         let elsewhere = bucket.elsewhere(&current).await.unwrap().unwrap();
-        assert!(elsewhere.contains("generation 1 has 1 base backup"), "{elsewhere}");
+        assert!(elsewhere.contains("1 in generation 1: use --generation 1"), "{elsewhere}");
         let named = which("main@1").await;
         assert_eq!(named.said().as_deref(), Some("generation 1 of main"));
         assert_eq!(bucket.elsewhere(&named).await.unwrap(), None);

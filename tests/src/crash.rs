@@ -26,6 +26,19 @@ impl Armed {
         Self { point, pass: 1, mark: site.scratch(&format!("died-at-{point}")) }
     }
 
+    /// The same, also when a program died there before.
+    ///
+    /// # Panics
+    /// When what marks the earlier death cannot be removed.
+    #[must_use]
+    pub fn again(site: &Site, point: &'static str) -> Self {
+        let armed = Self::new(site, point);
+        if armed.has_died() {
+            std::fs::remove_file(&armed.mark).expect("forget an earlier death");
+        }
+        armed
+    }
+
     /// The time of that number instead of the first one.
     #[must_use]
     pub fn pass(self, pass: u64) -> Self {

@@ -65,7 +65,7 @@ struct State {
     /// When a file was last archived, or when the first one began to wait.
     progress: Option<Instant>,
     /// The uploads under way.
-    moving: Vec<Progress>,
+    moving: Vec<(WalFile, Progress)>,
 }
 
 /// An upload that is under way; dropping it ends it.
@@ -76,7 +76,7 @@ pub(super) struct Moving {
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        lock(&self.cluster.state).moving.retain(|upload| !upload.is(&self.progress));
+        lock(&self.cluster.state).moving.retain(|(_, upload)| !upload.is(&self.progress));
     }
 }
 
@@ -200,9 +200,9 @@ impl Archives {
     }
 
     /// Watches an upload that begins; it ends when the result is dropped.
-    pub(super) fn moving(&self, name: &ClusterName) -> Moving {
+    pub(super) fn moving(&self, name: &ClusterName, file: WalFile) -> Moving {
         let (cluster, progress) = (self.cluster(name), Progress::default());
-        lock(&cluster.state).moving.push(progress.clone());
+        lock(&cluster.state).moving.push((file, progress.clone()));
         Moving { cluster, progress }
     }
 
@@ -359,17 +359,24 @@ impl State {
         now.saturating_duration_since(*self.progress.get_or_insert(now))
     }
 
-    /// Whether an upload under way has begun or moved a byte not long ago. After a failure bytes prove nothing, because
-    /// the same ones may be sent again and again.
+    /// Whether an upload under way has begun or moved a byte not long ago.
     fn advances(&self, now: Instant, stalled: Duration) -> bool {
-        let last = self.moved().last.filter(|_| self.problems.is_empty());
-        let still = last.map_or(stalled, |last| now.saturating_duration_since(last).min(stalled));
-        !self.moving.is_empty() && still < STANDS_AFTER
+        let still = |last| now.saturating_duration_since(last).min(stalled);
+        let still = self.moved().last.map_or(stalled, still);
+        self.hopeful().next().is_some() && still < STANDS_AFTER
     }
 
-    /// All uploads under way together.
+    /// The uploads under way whose bytes prove something: after a failure the same ones may be sent again and again.
+    fn hopeful(&self) -> impl Iterator<Item = &Progress> {
+        let failed = |file: &WalFile| {
+            ["", QUEUE, &file.to_string()].iter().any(|key| self.problems.contains_key(*key))
+        };
+        self.moving.iter().filter(move |(file, _)| !failed(file)).map(|(_, progress)| progress)
+    }
+
+    /// All of them together.
     fn moved(&self) -> Moved {
-        let all = self.moving.iter().map(Progress::moved);
+        let all = self.hopeful().map(Progress::moved);
         all.fold(Moved::default(), |sum, one| Moved {
             bytes: sum.bytes + one.bytes,
             last: sum.last.max(one.last),
@@ -513,10 +520,13 @@ mod tests {
         let (begun, upload) = (Instant::now(), Progress::default());
         let after = |seconds| begun + Duration::from_secs(seconds);
         let mut state = State::default();
-        state.pending.insert("000000010000000000000001".parse().unwrap(), 0);
+        let file: WalFile = "000000010000000000000001".parse().unwrap();
+        state.pending.insert(file, 0);
         assert_eq!(state.stalled_seconds(begun), 0.0);
         assert_eq!(state.stalled_seconds(after(90)), 90.0, "nothing is under way");
-        state.moving.push(upload.clone());
+        state.moving.push((file, upload.clone()));
+        // Another file that failed says nothing about this one.
+        state.problems.insert("000000010000000000000002".into(), "damaged".into());
         assert_eq!(state.stalled_seconds(after(599)), 0.0);
         assert_eq!(state.stalled_seconds(after(700)), 700.0, "it has not moved a byte");
         upload.add(5000, after(800));
@@ -528,7 +538,7 @@ mod tests {
         assert_eq!((state.stalled_seconds(after(1500)), state.slow(after(1500))), (1500.0, None));
         // It failed before: what moves now may be what moved then.
         upload.add(5000, after(1500));
-        state.problems.insert("000000010000000000000001".into(), "refused".into());
+        state.problems.insert(file.to_string(), "refused".into());
         assert_eq!((state.stalled_seconds(after(1501)), state.slow(after(1501))), (1501.0, None));
     }
 }

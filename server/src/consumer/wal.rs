@@ -86,7 +86,7 @@ impl WalWork {
 
     async fn offload(&self, job: &Job, delivered: i64) -> AckKind {
         let moving = async {
-            let under_way = self.parts.archives.moving(&self.cluster);
+            let under_way = self.parts.archives.moving(&self.cluster, job.file);
             under_way.progress.watch(self.upload(job)).await
         };
         let Some(result) = self.turns.take(moving).await else {

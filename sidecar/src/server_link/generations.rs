@@ -56,18 +56,18 @@ impl Which {
     pub fn elsewhere(&self, all: impl IntoIterator<Item = (u32, u64)>) -> Option<String> {
         let others =
             all.into_iter().filter(|(n, backups)| *n != self.name.generation() && *backups > 0);
-        let (numbers, said): (Vec<u32>, Vec<String>) = others
-            .map(|(number, backups)| {
-                let plural = if backups == 1 { "" } else { "s" };
-                (number, format!("generation {number} has {backups} base backup{plural}"))
-            })
-            .unzip();
+        let (numbers, said): (Vec<u32>, Vec<String>) =
+            others.map(|(number, n)| (number, format!("{n} in generation {number}"))).unzip();
         let choice = match numbers.as_slice() {
             [] => return None,
             [only] => format!("--generation {only}"),
             _ => "--generation N".to_owned(),
         };
-        Some(format!("of {}, {}: {choice}", self.name.base(), said.join(" and ")))
+        Some(format!(
+            "cluster {} has base backups in other generations, {}: use {choice}",
+            self.name.base(),
+            said.join(" and ")
+        ))
     }
 }
 
@@ -141,7 +141,9 @@ mod tests {
         assert_eq!(two.elsewhere([(2, 9), (3, 0)]), None);
         assert_eq!(
             two.elsewhere([(1, 1), (2, 0)]).as_deref(),
-            Some("of main, generation 1 has 1 base backup: --generation 1")
+            Some(
+                "cluster main has base backups in other generations, 1 in generation 1: use --generation 1"
+            )
         );
         let several = two.elsewhere([(1, 3), (2, 0), (3, 1)]).unwrap();
         assert!(

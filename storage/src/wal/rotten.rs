@@ -149,6 +149,7 @@ impl Cluster {
                 good += piece.len() as u64;
                 Ok(())
             })
+            .map_err(|error| error.at(path.display()))
         });
         let (WalFile::Segment(name) | WalFile::Partial(name)) = file else {
             return (good, read.map(drop));

@@ -278,6 +278,7 @@ async fn a_server_that_dies_at_any_point_of_keeping_a_backup_has_it_whole_or_not
         backup.wait_exit(PATIENCE).await;
         let next = site.klio(Some(&pg), &["backup"]).await;
         assert_eq!(next.code, Some(0), "{point}: {}{}", next.stdout, next.stderr);
+        in_tier_2(&site, &s3).await;
     }
     require_whole(&site, &pg).await;
 }
@@ -294,9 +295,12 @@ async fn a_restore_that_dies_at_any_point_is_refused_by_postgresql_or_whole_and_
     let scratch = Scratch::new("points");
     install::give(scratch.path());
     let mut restored = Postgres::empty(install::DEBIAN_MAJOR);
-    for point in RESTORING {
-        let armed = Armed::new(&site, point);
-        let more: &[&str] = if point == RESTORING[0] { &[] } else { &["--delta"] };
+    // The first two once more, in the directory of a restore that is done.
+    for (turn, point) in
+        RESTORING.into_iter().chain(["restore.marked", "restore.copied"]).enumerate()
+    {
+        let armed = Armed::again(&site, point);
+        let more: &[&str] = if turn == 0 { &[] } else { &["--delta"] };
         let mut command = restore(&site, &scratch, &restored, more);
         // PostgreSQL's user creates the mark.
         install::give(&site.scratch(""));
@@ -310,6 +314,8 @@ async fn a_restore_that_dies_at_any_point_is_refused_by_postgresql_or_whole_and_
         assert_eq!(marker, point != "restore.done", "{point}");
         assert_eq!(control, matches!(point, "restore.controlled" | "restore.done"), "{point}");
     }
+    let last = programs::run(restore(&site, &scratch, &restored, &["--delta"])).await;
+    assert_eq!(last.code, Some(0), "{}{}", last.stdout, last.stderr);
     recover(&mut restored).await;
     assert_eq!(restored.value(SUM).await, pg.value(SUM).await);
 }
@@ -382,10 +388,32 @@ async fn a_server_that_dies_while_a_history_begins_or_is_decided_on_remembers_bo
     let again = programs::run(follow_second(&site, &bundle)).await;
     assert!(again.stderr.contains("generation 2 is current already"), "{again:?}");
     states(&site, &["older", "current"]).await;
+    eventually("the decision in the bucket", PATIENCE, || async {
+        let record = s3.bucket_dir().join("klio/main/generations.json");
+        fs::read_to_string(record).is_ok_and(|text| text.contains("\"older\""))
+    })
+    .await;
 }
 
 fn follow_second(site: &Site, bundle: &Path) -> Command {
     site.klio_command_of(bundle, None, &["generation", "follow", "2", "--cluster", "main"])
+}
+
+/// Every backup that the server lists has its record in the bucket, also one whose upload was not queued (P4).
+async fn in_tier_2(site: &Site, s3: &S3) {
+    eventually("all backups in tier 2", PATIENCE, || async {
+        let listed = site.klio(None, &["list", "--json"]).await.stdout;
+        let listed: serde_json::Value = serde_json::from_str(&listed).map_err(|e| e.to_string())?;
+        let backups = listed["backups"].as_array().ok_or("no list")?;
+        let missing = backups.iter().filter_map(|backup| {
+            let name = backup["name"].as_str()?;
+            let record = s3.bucket_dir().join(format!("klio/main/backups/{name}.json"));
+            (!record.exists()).then(|| name.to_owned())
+        });
+        let missing: Vec<String> = missing.collect();
+        if missing.is_empty() { Ok(()) } else { Err(missing.join(" ")) }
+    })
+    .await;
 }
 
 async fn states(site: &Site, expected: &[&str]) {

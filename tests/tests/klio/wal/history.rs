@@ -410,7 +410,8 @@ async fn every_output_says_which_generation_it_is_about(site: &Site) {
     }
     let to = site.scratch("restored");
     let to = to.to_str().expect("UTF-8");
-    let elsewhere = "of main, generation 1 has 1 base backup: --generation 1";
+    let elsewhere =
+        "cluster main has base backups in other generations, 1 in generation 1: use --generation 1";
     for words in [&["list"][..], &["verify"], &["restore", "--to", to, "--dry-run"], &["drill"]] {
         let said = site.klio(None, words).await.stderr;
         assert!(said.contains(elsewhere), "{words:?}: {said}");

@@ -108,7 +108,7 @@ fn modules(name: &str) -> BTreeMap<Module, String> {
 
 /// Without comments and without the test module at the end.
 fn code(text: &str) -> String {
-    let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     let line = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
     text.lines().map(line).collect::<Vec<_>>().join("\n")
 }
@@ -249,7 +249,10 @@ fn an_arrow_upwards_and_a_large_circle_are_found() {
         ("a", "use crate::{b::{self, X}, c};"),
         ("b", "fn f() { super::c::g() }"),
         ("c", "// crate::a is only a comment\nuse crate::d::Y as Z;"),
-        ("d", "use super::a::W;\n#[cfg(test)]\nmod tests { use crate::e; }"),
+        (
+            "d",
+            "#[cfg(test)]\nmod tests;\nuse super::a::W;\n#[cfg(test)]\nmod tests { use crate::e; }",
+        ),
         ("e", "//! Alone."),
     ];
     let all = texts.map(|(name, text)| (vec![name.to_owned()], text.to_owned())).into();
