@@ -959,6 +959,7 @@ mod tests {
         let far = s3.object(&WalFile::History(TimelineId::new(2).unwrap()).key(&main));
         fs::create_dir_all(far.parent().unwrap()).unwrap();
         fs::write(far, "1\t0/100000\tx\n").unwrap();
+        base.wal().pin(&main, pinned(7)).unwrap();
         let comparer = Comparer::new(base);
         let compare = async |history: &'static str| {
             let begin = v1::CompareBegin {
