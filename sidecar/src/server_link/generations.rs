@@ -147,9 +147,7 @@ mod tests {
         );
         let several = two.elsewhere([(1, 3), (2, 0), (3, 1)]).unwrap();
         assert!(
-            several.contains(
-                "generation 1 has 3 base backups and generation 3 has 1 base backup: --generation N"
-            ),
+            several.contains("3 in generation 1 and 1 in generation 3: use --generation N"),
             "{several}"
         );
     }

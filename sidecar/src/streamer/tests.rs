@@ -474,7 +474,8 @@ async fn a_stream_that_can_go_on_does_not_depend_on_the_bucket() {
     .await;
     rig.flushed(START + 3 * SEGMENT).await;
     let server = rig.stop().await;
-    assert_eq!((server.script().empty_asked, server.script().opens.len()), (1, 1));
+    let script = server.script();
+    assert_eq!((script.empty_asked, script.opens.len()), (1, 1));
 }
 
 /// P8.
