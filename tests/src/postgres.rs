@@ -80,6 +80,13 @@ impl Postgres {
         builder::append(&conf, &builder::place_settings(self));
     }
 
+    /// Starts a restored data directory in this place, and waits until its recovery has ended.
+    pub async fn recover(&mut self) {
+        self.adopt();
+        self.start().await;
+        self.wait_true("select not pg_is_in_recovery()").await;
+    }
+
     /// Where the last recovery ended: the beginning of the last record it replayed; `None` when it replayed none.
     #[must_use]
     pub fn redo_done(&self) -> Option<klio_pg::Lsn> {

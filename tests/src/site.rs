@@ -29,13 +29,14 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A server with its directory.
 pub struct Site {
+    // Dropped before the directory, in which the log is that a failing test shows.
+    server: Option<Running>,
     scratch: Scratch,
     cluster: String,
     port: u16,
     admin: u16,
     prometheus: u16,
     variables: Vec<(String, String)>,
-    server: Option<Running>,
     channel: tokio::sync::Mutex<Option<Channel>>,
 }
 

@@ -116,6 +116,15 @@ impl Restorer {
         command
     }
 
+    /// Restores everything there is into the directory of `pg`; its recovery promotes.
+    #[must_use]
+    pub fn latest(&self, pg: &Postgres, more: &[&str]) -> std::process::Command {
+        let to = pg.data_dir().display().to_string();
+        let args = ["restore", "--latest", "--target-action", "promote", "--to", &to];
+        let args: Vec<String> = args.iter().chain(more).map(|arg| (*arg).to_owned()).collect();
+        self.command(&args)
+    }
+
     /// Of this history of the cluster, not of the current one.
     #[must_use]
     pub fn generation(mut self, number: u64) -> Self {

@@ -74,25 +74,11 @@ impl Rig {
     /// Restores everything there is and starts it.
     async fn restored(&self) -> Postgres {
         let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
-        let outcome = programs::run(self.restore_command(&pg, &[])).await;
+        let outcome = programs::run(self.restorer().latest(&pg, &[])).await;
         assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
-        recover(&mut pg).await;
+        pg.recover().await;
         pg
     }
-
-    fn restore_command(&self, pg: &Postgres, more: &[&str]) -> std::process::Command {
-        let to = pg.data_dir().display().to_string();
-        let mut args = vec!["restore", "--latest", "--target-action", "promote", "--to", &to];
-        args.extend(more);
-        let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
-        self.restorer().command(&args)
-    }
-}
-
-async fn recover(pg: &mut Postgres) {
-    pg.adopt();
-    pg.start().await;
-    pg.wait_true("select not pg_is_in_recovery()").await;
 }
 
 /// Waits until these have replayed everything that the first one wrote.
@@ -163,7 +149,7 @@ async fn a_restore_that_was_killed_does_not_start_and_is_finished_by_the_next() 
     rig.backup().await;
     rig.site.wait_flushed(rig.pg.flush_lsn().await).await;
     let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
-    let command = rig.restore_command(&pg, &[]);
+    let command = rig.restorer().latest(&pg, &[]);
     let mut restore = Running::spawn("klio restore", command, &rig.scratch.join("restore.log"));
     let written = |pg: &Postgres| size(&pg.data_dir()) > 1 << 20;
     eventually("the first files", PATIENCE, || async { written(&pg) }).await;
@@ -173,15 +159,15 @@ async fn a_restore_that_was_killed_does_not_start_and_is_finished_by_the_next() 
     let control = pg.data_dir().join("global/pg_control");
     assert!(!control.exists(), "half a restore must not look like a cluster");
     // Another restore does not overwrite by mistake; the same with --delta finishes it.
-    let refused = programs::run(rig.restore_command(&pg, &[])).await;
+    let refused = programs::run(rig.restorer().latest(&pg, &[])).await;
     assert!(
         refused.code != Some(0) && refused.stderr.contains("unfinished restore"),
         "{}",
         refused.stderr
     );
-    let outcome = programs::run(rig.restore_command(&pg, &["--delta"])).await;
+    let outcome = programs::run(rig.restorer().latest(&pg, &["--delta"])).await;
     assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
-    recover(&mut pg).await;
+    pg.recover().await;
     assert_eq!(pg.value("select count(*) from t").await, "400000");
 }
 
@@ -346,21 +332,21 @@ async fn a_backup_that_is_known_to_be_damaged_is_restored_only_by_its_name() {
     assert!(listed.contains("backup bad is damaged"), "{listed}");
 
     let mut pg = Postgres::empty(install::DEBIAN_MAJOR);
-    let outcome = programs::run(rig.restore_command(&pg, &[])).await;
+    let outcome = programs::run(rig.restorer().latest(&pg, &[])).await;
     let told = format!("{}{}", outcome.stdout, outcome.stderr);
     assert_eq!(outcome.code, Some(0), "{told}");
     assert!(told.contains("backup bad is damaged"), "{told}");
-    recover(&mut pg).await;
+    pg.recover().await;
     assert_eq!(pg.value("select count(*) from b").await, "30000", "from good, by its WAL");
 
     flip_in_largest(&good);
     rig.site.klio(None, &["verify", "--read-data", "all"]).await;
     let pg = Postgres::empty(install::DEBIAN_MAJOR);
-    let outcome = programs::run(rig.restore_command(&pg, &[])).await;
+    let outcome = programs::run(rig.restorer().latest(&pg, &[])).await;
     assert_eq!(outcome.code, Some(30), "{}{}", outcome.stdout, outcome.stderr);
     assert!(outcome.stderr.contains("--backup bad restores from it anyway"), "{}", outcome.stderr);
     assert!(!pg.data_dir().exists(), "nothing was touched");
-    let outcome = programs::run(rig.restore_command(&pg, &["--backup", "bad"])).await;
+    let outcome = programs::run(rig.restorer().latest(&pg, &["--backup", "bad"])).await;
     assert_eq!(outcome.code, Some(21), "{}{}", outcome.stdout, outcome.stderr);
 }
 

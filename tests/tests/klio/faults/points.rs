@@ -205,24 +205,10 @@ async fn require_whole(site: &Site, pg: &Postgres) {
     let scratch = Scratch::new("points");
     install::give(scratch.path());
     let mut restored = Postgres::empty(install::DEBIAN_MAJOR);
-    let outcome = programs::run(restore(site, &scratch, &restored, &[])).await;
+    let outcome = programs::run(Restorer::of_server(site, &scratch).latest(&restored, &[])).await;
     assert_eq!(outcome.code, Some(0), "{}{}", outcome.stdout, outcome.stderr);
-    recover(&mut restored).await;
+    restored.recover().await;
     assert_eq!(restored.value(SUM).await, pg.value(SUM).await);
-}
-
-fn restore(site: &Site, scratch: &Scratch, pg: &Postgres, more: &[&str]) -> Command {
-    let to = pg.data_dir().display().to_string();
-    let mut args = vec!["restore", "--latest", "--target-action", "promote", "--to", &to];
-    args.extend(more);
-    let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
-    Restorer::of_server(site, scratch).command(&args)
-}
-
-async fn recover(pg: &mut Postgres) {
-    pg.adopt();
-    pg.start().await;
-    pg.wait_true("select not pg_is_in_recovery()").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -294,6 +280,7 @@ async fn a_restore_that_dies_at_any_point_is_refused_by_postgresql_or_whole_and_
     site.wait_flushed(pg.write_wal(1).await).await;
     let scratch = Scratch::new("points");
     install::give(scratch.path());
+    let restorer = Restorer::of_server(&site, &scratch);
     let mut restored = Postgres::empty(install::DEBIAN_MAJOR);
     // The first two once more, in the directory of a restore that is done.
     for (turn, point) in
@@ -301,7 +288,7 @@ async fn a_restore_that_dies_at_any_point_is_refused_by_postgresql_or_whole_and_
     {
         let armed = Armed::again(&site, point);
         let more: &[&str] = if turn == 0 { &[] } else { &["--delta"] };
-        let mut command = restore(&site, &scratch, &restored, more);
+        let mut command = restorer.latest(&restored, more);
         // PostgreSQL's user creates the mark.
         install::give(&site.scratch(""));
         command.env(Armed::VARIABLE, armed.value());
@@ -314,9 +301,9 @@ async fn a_restore_that_dies_at_any_point_is_refused_by_postgresql_or_whole_and_
         assert_eq!(marker, point != "restore.done", "{point}");
         assert_eq!(control, matches!(point, "restore.controlled" | "restore.done"), "{point}");
     }
-    let last = programs::run(restore(&site, &scratch, &restored, &["--delta"])).await;
+    let last = programs::run(restorer.latest(&restored, &["--delta"])).await;
     assert_eq!(last.code, Some(0), "{}{}", last.stdout, last.stderr);
-    recover(&mut restored).await;
+    restored.recover().await;
     assert_eq!(restored.value(SUM).await, pg.value(SUM).await);
 }
 
